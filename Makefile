@@ -1,0 +1,42 @@
+# Python 3.11 or newer and make are all that is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A stamp for each set of packages that is installed; a change of pyproject.toml installs again.
+CORE := $(VENV)/.core-installed
+TEST := $(VENV)/.test-installed
+
+.PHONY: demo test test-all lint clean
+
+## demo: train a small GPT-2 on this computer, generate, export it to Hugging Face (about 4 minutes)
+demo: $(CORE)
+	$(BIN)/python -m train.demo
+
+## test: the suite (under 15 minutes on two cores)
+test: $(TEST)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+## test-all: the suite, then everything slow
+test-all: test
+	$(BIN)/python -m pytest -n 2 -m slow
+
+## lint: style and formatting
+lint: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.12 (or newer)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(TEST): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test,test-peers]'
+	@touch $@ $(CORE)

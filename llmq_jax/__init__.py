@@ -1,0 +1,62 @@
+"""llmq_jax: modern LLM research in JAX/Flax, readable as the papers, exact against PyTorch, fast under jit.
+
+    import llmq_jax as lq
+
+    lm = lq.load("gpt2")
+    print(lq.generate(lm, "The meaning of life is", max_new_tokens=20).text[0])
+
+Names are imported when they are first used, so that `import llmq_jax` alone does not wait for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmq_jax import data, generation, interop, layers, models, objectives, training
+    from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, load_tokenizer
+    from llmq_jax.errors import BadInput
+    from llmq_jax.generation import Generation, Sampler, generate, stream
+    from llmq_jax.interop.generation_config import GenerationConfig
+    from llmq_jax.interop.huggingface import save_hf
+    from llmq_jax.language_model import LanguageModel, load, save
+    from llmq_jax.models import GPT2, GPT2Config, build, init, preset
+
+_HOME = {
+    "BadInput": "errors",
+    "ByteTokenizer": "data",
+    "FileTokenizer": "data",
+    "GPT2": "models",
+    "GPT2Config": "models",
+    "GPT2Tokenizer": "data",
+    "Generation": "generation",
+    "GenerationConfig": "interop.generation_config",
+    "LanguageModel": "language_model",
+    "Sampler": "generation",
+    "build": "models",
+    "generate": "generation",
+    "init": "models",
+    "load": "language_model",
+    "load_tokenizer": "data",
+    "preset": "models",
+    "save": "language_model",
+    "save_hf": "interop.huggingface",
+    "stream": "generation",
+}
+_PACKAGES = ("data", "generation", "interop", "layers", "models", "objectives", "training")
+
+__version__ = "0.1.0"
+__all__ = [*_HOME, *_PACKAGES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"llmq_jax.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"llmq_jax.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'llmq_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,110 @@
+"""The compiled part of generation: prefill, and a `while_loop` over a state that says everything about every row."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from llmq_jax.generation.sampling import Sampler, sample
+from llmq_jax.models.decoder import Decoder
+
+
+@struct.dataclass
+class DecodeState:
+    """The loop's carry. Everything but `step` is by row."""
+
+    step: jax.Array
+    """int32: new tokens so far."""
+    tokens: jax.Array
+    """int32 [B, at least max_new_tokens]."""
+    logprobs: jax.Array
+    """float32, the same."""
+    lengths: jax.Array
+    """int32 [B]."""
+    done: jax.Array
+    """bool [B]."""
+    positions: jax.Array
+    """int32 [B]: where the newest token stands."""
+    newest: jax.Array
+    """int32 [B]: the token that the next pass reads."""
+    keys: jax.Array
+    """Random keys [B]."""
+    caches: tuple[Any, ...]
+
+
+@partial(jax.jit, static_argnames=("model", "sampler", "length", "new_tokens", "end_tokens", "pad"))
+def prefill(
+    model: Decoder,
+    variables: dict,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    seeds: jax.Array,
+    *,
+    sampler: Sampler,
+    length: int,
+    new_tokens: int,
+    end_tokens: tuple[int, ...],
+    pad: int,
+) -> DecodeState:
+    """Read the prompts [B, P] into caches of `length` slots, with room for `new_tokens`, and draw the first token."""
+    batch = prompts.shape[0]
+    dtype = model.dtype or jax.tree.leaves(variables["params"])[0].dtype
+    caches = model.create_caches(batch, prompts.shape[1], dtype)
+    output = model.apply(variables, prompts, None, None, caches, method="forward")
+    last = jnp.take_along_axis(output.hidden, prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
+    state = DecodeState(
+        step=jnp.zeros((), jnp.int32),
+        tokens=jnp.full((batch, new_tokens), pad, jnp.int32),
+        logprobs=jnp.zeros((batch, new_tokens), jnp.float32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        positions=prompt_lengths - 1,
+        newest=jnp.zeros(batch, jnp.int32),
+        keys=jax.vmap(jax.random.key)(seeds),
+        caches=tuple(cache.extend(length) for cache in model.slice_caches(output.caches)),
+    )
+    logits = model.apply(variables, last, method="unembed")
+    return _append(state, logits, sampler, end_tokens)
+
+
+@partial(jax.jit, static_argnames=("model", "sampler", "end_tokens"), donate_argnames=("state",))
+def advance(
+    model: Decoder,
+    outside: dict,
+    layers: tuple[dict, ...],
+    state: DecodeState,
+    until: jax.Array,
+    *,
+    sampler: Sampler,
+    end_tokens: tuple[int, ...],
+) -> DecodeState:
+    """Decode until `until` new tokens stand or every row is done."""
+
+    def unfinished(state):
+        return (state.step < until) & ~state.done.all()
+
+    def next_token(state):
+        hidden, caches = model.decode(outside, layers, state.newest[:, None], state.positions[:, None], state.caches)
+        logits = model.apply(outside, hidden[:, 0], method="unembed")
+        return _append(state.replace(caches=caches), logits, sampler, end_tokens)
+
+    return jax.lax.while_loop(unfinished, next_token, state)
+
+
+def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens: tuple[int, ...]) -> DecodeState:
+    """Draw the next token of every row that is not done."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    drawn, logprobs = sample(logits, keys, sampler)
+    live = ~state.done
+    ended = (drawn[:, None] == jnp.asarray(end_tokens, jnp.int32)[None]).any(axis=1)
+    return state.replace(
+        step=state.step + 1,
+        tokens=state.tokens.at[:, state.step].set(jnp.where(live, drawn, state.tokens[:, state.step])),
+        logprobs=state.logprobs.at[:, state.step].set(jnp.where(live, logprobs, 0.0)),
+        lengths=state.lengths + live,
+        done=state.done | ended,
+        positions=jnp.where(live, state.positions + 1, state.positions),
+        newest=jnp.where(live, drawn, state.newest),
+    )

@@ -1,0 +1,250 @@
+"""Generation: one compiled prefill, then a compiled `while_loop` that ends when every row has.
+
+Prompts of a batch are padded on the right, each row decodes at positions of its own, and a cache slot beyond a row's
+position is invisible: a row gets the tokens it would get alone. Every row draws from its own seed, so that its samples
+do not depend on its neighbours either.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmq_jax.errors import BadInput
+from llmq_jax.generation.decoding import DecodeState, advance, prefill
+from llmq_jax.generation.sampling import Sampler
+
+# Lengths are rounded up to a multiple of this, so that prompts of similar length share one compiled program.
+BUCKET = 32
+# Stop strings are looked for between stretches of this many tokens.
+STRETCH = 16
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came after each prompt."""
+
+    tokens: np.ndarray
+    """int32 [B, max_new_tokens]: new tokens only, the end token included, padding after it."""
+    lengths: np.ndarray
+    """int32 [B]: the number of new tokens, the end token counted."""
+    logprobs: np.ndarray
+    """float32 [B, max_new_tokens]: log-probability of each new token at the temperature; 0 in the padding."""
+    text: list[str] | None
+    """The decoded new tokens without end token and without stop string; None for a model without a tokenizer."""
+
+
+def generate(
+    lm: Any,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    sampler: Sampler | None = None,
+    stop: Sequence[int | str] | int | str | None = None,
+    seed: int | Sequence[int] = 0,
+) -> Generation:
+    """Continue every prompt (strings, or lists of token ids) by up to `max_new_tokens` tokens.
+
+    A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text); None stands
+    for the end tokens of the model's generation config. Row r draws from seed + r, or from the r-th of a list of
+    seeds. The default sampler is `Sampler()`: temperature 1. Raises BadInput where a prompt and its new tokens do not
+    fit the model's context.
+    """
+    request = Request.create(
+        lm, [prompts] if isinstance(prompts, str) else prompts, max_new_tokens, sampler, stop, seed
+    )
+    state = request.start()
+    if not request.stop_strings:
+        return request.finish(request.advance(state, max_new_tokens))
+    reached = 1
+    while not bool(state.done.all()) and reached < max_new_tokens:
+        state = request.stop_at_strings(state)
+        reached = min(reached + STRETCH, max_new_tokens)
+        state = request.advance(state, reached)
+    return request.finish(request.stop_at_strings(state))
+
+
+def stream(
+    lm: Any,
+    prompt: str | Sequence[int],
+    *,
+    max_new_tokens: int = 64,
+    sampler: Sampler | None = None,
+    stop: Sequence[int | str] | int | str | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield the text of one continuation as it comes; the pieces join to what `generate` gives.
+
+    A piece is held back while it may still change: half of a character, or the beginning of a stop string.
+    """
+    if lm.tokenizer is None:
+        raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
+    request = Request.create(lm, [prompt], max_new_tokens, sampler, stop, seed)
+    state, shown = request.start(), 0
+    for reached in range(2, max_new_tokens + 2):
+        state = request.stop_at_strings(state)
+        text = request.finish(state).text[0]
+        finished = bool(state.done.all()) or reached > max_new_tokens
+        final = len(text) if finished else request.certain(text)
+        if final > shown:
+            yield text[shown:final]
+            shown = final
+        if finished:
+            return
+        state = request.advance(state, reached)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `generate` or `stream`: its prompts padded and checked, and the compiled functions bound to them."""
+
+    lm: Any
+    prompts: np.ndarray
+    prompt_lengths: np.ndarray
+    max_new_tokens: int
+    sampler: Sampler
+    end_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    seeds: np.ndarray
+    pad: int
+
+    @classmethod
+    def create(cls, lm, prompts, max_new_tokens, sampler, stop, seed) -> "Request":
+        rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(prompts)]
+        if not rows:
+            raise BadInput("no prompt was given; pass at least one")
+        if max_new_tokens < 1:
+            raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
+        context = lm.config.max_position_embeddings
+        for i, row in enumerate(rows):
+            if len(row) + max_new_tokens > context:
+                raise BadInput(
+                    f"prompt {i} has {len(row)} tokens, which with {max_new_tokens} new ones exceed the model's "
+                    f"context of {context}; shorten the prompt or lower max_new_tokens"
+                )
+        lengths = np.array([len(row) for row in rows], np.int32)
+        width = min(_round_up(int(lengths.max())), context)
+        padded = np.zeros((len(rows), width), np.int32)
+        for i, row in enumerate(rows):
+            padded[i, : len(row)] = row
+        end_tokens, stop_strings = _stops(lm, stop)
+        seeds = [seed + i for i in range(len(rows))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(rows):
+            raise BadInput(f"{len(seeds)} seeds were given for {len(rows)} prompts; give one seed, or one for each")
+        if any(not 0 <= s < 2**32 for s in seeds):
+            raise BadInput(f"seed={seed!r} must lie between 0 and 2^32 - 1")
+        seeds = np.array(seeds, np.uint32)
+        pad = lm.generation.pad_token_id
+        if pad is None:
+            pad = end_tokens[0] if end_tokens else 0
+        return cls(lm, padded, lengths, max_new_tokens, sampler or Sampler(), end_tokens, stop_strings, seeds, pad)
+
+    def start(self) -> DecodeState:
+        new_tokens = _round_up(self.max_new_tokens)
+        return prefill(
+            self.lm.model,
+            self.lm.variables,
+            self.prompts,
+            self.prompt_lengths,
+            self.seeds,
+            sampler=self.sampler,
+            length=self.prompts.shape[1] + new_tokens,
+            new_tokens=new_tokens,
+            end_tokens=self.end_tokens,
+            pad=self.pad,
+        )
+
+    def advance(self, state: DecodeState, until: int) -> DecodeState:
+        outside, layers = self.lm.sliced
+        return advance(self.lm.model, outside, layers, state, until, sampler=self.sampler, end_tokens=self.end_tokens)
+
+    def stop_at_strings(self, state: DecodeState) -> DecodeState:
+        """Mark the rows whose text holds a stop string as done, their length up to the token that completed it."""
+        if not self.stop_strings:
+            return state
+        tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
+        lengths, done = lengths.copy(), done.copy()
+        for row in range(len(tokens)):
+            ids = tokens[row, : lengths[row]].tolist()
+            if self._stop_position(self._decode(ids)) is None:
+                continue
+            # The shortest beginning that holds it. Few tokens are new since the last look, so go from the end.
+            while len(ids) > 1 and self._stop_position(self._decode(ids[:-1])) is not None:
+                ids.pop()
+            lengths[row], done[row] = len(ids), True
+        past = np.arange(tokens.shape[1])[None] >= lengths[:, None]
+        return state.replace(
+            lengths=jnp.asarray(lengths),
+            done=jnp.asarray(done),
+            tokens=jnp.where(past, self.pad, state.tokens),
+            logprobs=jnp.where(past, 0.0, state.logprobs),
+        )
+
+    def finish(self, state: DecodeState) -> Generation:
+        tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))
+        tokens, logprobs = tokens[:, : self.max_new_tokens], logprobs[:, : self.max_new_tokens]
+        text = None
+        if self.lm.tokenizer is not None:
+            text = [self._decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
+            text = [t[: self._stop_position(t)] for t in text]
+        return Generation(tokens, lengths, logprobs, text)
+
+    def certain(self, text: str) -> int:
+        """How much of an unfinished text cannot change any more."""
+        end = len(text.rstrip("\ufffd"))
+        for string in self.stop_strings:
+            for size in range(1, len(string)):
+                if text.endswith(string[:size]):
+                    end = min(end, len(text) - size)
+        return end
+
+    def _decode(self, ids: list[int]) -> str:
+        if ids and ids[-1] in self.end_tokens:
+            ids = ids[:-1]
+        return self.lm.tokenizer.decode(ids)
+
+    def _stop_position(self, text: str) -> int | None:
+        found = [text.find(string) for string in self.stop_strings]
+        return min((at for at in found if at >= 0), default=None)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+def _token_ids(lm: Any, prompt: str | Sequence[int], index: int) -> list[int]:
+    if isinstance(prompt, str):
+        if lm.tokenizer is None:
+            raise BadInput("this model has no tokenizer; give prompts as lists of token ids")
+        ids = lm.tokenizer.encode(prompt)
+        start = lm.tokenizer.end_of_text
+        if not ids and start is not None:
+            ids = [start]  # An empty prompt starts as documents do.
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise BadInput(f"prompt {index} is empty; give it at least one token")
+    for position, token in enumerate(ids):
+        if not 0 <= token < lm.config.vocab_size:
+            raise BadInput(
+                f"prompt {index} has token id {token} at position {position}, outside the vocabulary of "
+                f"{lm.config.vocab_size}; was another tokenizer used?"
+            )
+    return ids
+
+
+def _stops(lm: Any, stop: Sequence[int | str] | int | str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(end tokens, stop strings). A stop string does not switch off the model's own end tokens."""
+    if stop is None:
+        return tuple(lm.generation.eos_token_id), ()
+    stops = [stop] if isinstance(stop, int | str) else list(stop)
+    tokens = tuple(s for s in stops if isinstance(s, int))
+    strings = tuple(s for s in stops if isinstance(s, str))
+    if strings and lm.tokenizer is None:
+        raise BadInput("this model has no tokenizer, so it cannot stop at a string; stop at token ids")
+    if "" in strings:
+        raise BadInput("a stop string is empty; it would stop before the first token")
+    return tokens or tuple(lm.generation.eos_token_id), strings

@@ -1,0 +1,74 @@
+"""From logits to a token: temperature, then top-k, then top-p, then min-p, in transformers' order."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.errors import BadInput
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most probable token (greedy)."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest most probable tokens whose probabilities reach p (nucleus, arXiv:1904.09751); 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as probable as the most probable one (arXiv:2407.01082); 0 keeps all."""
+
+    def __post_init__(self):
+        for name, allowed, rule in (
+            ("temperature", 0.0 <= self.temperature < float("inf"), "must be 0 (greedy) or positive"),
+            ("top_k", self.top_k >= 0, "must be 0 (all tokens) or positive"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "must be between 0 and 1"),
+        ):
+            if not allowed:
+                raise BadInput(f"{name}={getattr(self, name)!r} {rule}")
+        if self.temperature == 0.0 and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
+            raise BadInput("top_k, top_p and min_p have no effect at temperature 0; drop them or raise the temperature")
+
+
+def filter_logits(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
+    """The logits at the sampler's temperature, with -inf in place of every token that may not be drawn."""
+    logits = logits / sampler.temperature
+    if 0 < sampler.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, sampler.top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, NEVER, logits)
+    if sampler.top_p < 1.0:
+        # Drop from the least probable up while what is dropped holds at most 1 - p; the most probable always stays.
+        order = jnp.argsort(logits, axis=-1)
+        ascending = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+        dropped = (jnp.cumsum(ascending, axis=-1) <= 1.0 - sampler.top_p).at[:, -1].set(False)
+        dropped = jnp.take_along_axis(dropped, jnp.argsort(order, axis=-1), axis=-1)
+        logits = jnp.where(dropped, NEVER, logits)
+    if sampler.min_p > 0.0:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        least = sampler.min_p * probabilities.max(axis=-1, keepdims=True)
+        logits = jnp.where(probabilities < least, NEVER, logits)
+    return logits
+
+
+def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """(token, its log-probability) per row, each row with a random key of its own.
+
+    The log-probability is taken at the temperature, before top-k, top-p and min-p (at temperature 0: at 1), which is
+    what a policy's own log-probabilities are compared with.
+    """
+    logits = logits.astype(jnp.float32)
+    if sampler.temperature == 0.0:
+        tokens = jnp.argmax(logits, axis=-1)
+        scaled = logits
+    else:
+        tokens = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampler))
+        scaled = logits / sampler.temperature
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), tokens[:, None], axis=-1)[:, 0]
+    return tokens.astype(jnp.int32), logprobs

@@ -1,0 +1,28 @@
+"""Tables of vectors, looked up by id; a tied table also serves as the output head."""
+
+import jax
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float, Int
+
+
+class Embedding(nn.Module):
+    """A table [V, D]: `__call__` looks ids up, `attend` scores vectors against every row (the tied head)."""
+
+    vocab_size: int
+    features: int
+    embedding_init: Initializer = nn.initializers.normal(0.02)
+    dtype: Dtype | None = None
+    """Type to compute in; None computes in the table's own type."""
+
+    def setup(self):
+        self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))
+
+    def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        return self.embedding[ids].astype(self.dtype or self.embedding.dtype)
+
+    def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        dtype = self.dtype or self.embedding.dtype
+        rows = x.astype(dtype).reshape(-1, self.features)
+        scores = jax.lax.dot_general(rows, self.embedding.astype(dtype), (((1,), (1,)), ((), ())))
+        return scores.reshape(*x.shape[:-1], self.vocab_size)

@@ -1,0 +1,24 @@
+"""Position-wise feed-forward networks."""
+
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float
+
+from llmq_jax.layers.activations import ACTIVATIONS
+from llmq_jax.layers.linear import Linear
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them (Vaswani et al. 2017, arXiv:1706.03762, eq. 2)."""
+
+    intermediate_size: int
+    activation: str
+    kernel_init: Initializer
+    down_init: Initializer
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        up = Linear(self.intermediate_size, kernel_init=self.kernel_init, dtype=self.dtype, name="up")
+        down = Linear(x.shape[-1], kernel_init=self.down_init, dtype=self.dtype, name="down")
+        return down(ACTIVATIONS[self.activation](up(x)))

@@ -1,0 +1,73 @@
+"""One architecture a file, all on the skeleton in `decoder`; here they are found by name."""
+
+import dataclasses
+import difflib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+
+from llmq_jax.errors import BadInput
+from llmq_jax.models import gpt2
+from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.gpt2 import GPT2, GPT2Config
+
+
+class Architecture(NamedTuple):
+    config_class: type
+    model_class: type[Decoder]
+
+
+ARCHITECTURES = {
+    "gpt2": Architecture(GPT2Config, GPT2),
+}
+
+PRESETS: dict[str, Any] = {**gpt2.PRESETS}
+
+
+def preset(name: str, **overrides) -> Any:
+    """The published config of that name, with some fields changed: `preset("gpt2-124m", num_hidden_layers=4)`."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
+        raise BadInput(f"unknown preset {name!r}; did you mean {' or '.join(near)}?")
+    return override(PRESETS[name], **overrides)
+
+
+def override(config: Any, **changes) -> Any:
+    """The config with some fields changed; an unknown field is BadInput."""
+    known = [field.name for field in dataclasses.fields(config)]
+    for field in changes:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1) or known
+            raise BadInput(f"{type(config).__name__} has no field {field!r}; did you mean {' or '.join(near)}?")
+    return dataclasses.replace(config, **changes)
+
+
+def build(config: Any, *, dtype: Dtype | None = None, remat: str = "none", scan_layers: bool = True) -> Decoder:
+    """The model of a config; see `Decoder` for the options. Holds no parameters: those are `init(config)`."""
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    return architecture(config).model_class(config, dtype=dtype, remat=remat, scan_layers=scan_layers)
+
+
+def architecture(config: Any) -> Architecture:
+    return ARCHITECTURES[config.model_type]
+
+
+def init(config: Any, seed: int = 0) -> dict:
+    """Fresh variables in float32: one dict of collections, "params" among them."""
+    model = build(config)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    initialise = jax.jit(lambda key: model.init(key, jnp.zeros(tokens.shape, tokens.dtype)))
+    return initialise(jax.random.key(seed))
+
+
+def abstract_variables(config: Any) -> dict:
+    """The shapes and types of `init(config)`, without making any array."""
+    model = build(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+
+
+def layer_slots(config: Any) -> tuple[tuple[tuple[str, str], int], ...]:
+    """For each layer in order: ((group, block), repetition), where its parameters stand."""
+    return build(config).layer_slots()

@@ -1,0 +1,251 @@
+"""The skeleton that all decoders share: embed, run the layers, final norm, unembed, thread the caches.
+
+An architecture derives from `Decoder` and says what its embedding and head are and which blocks it has. Blocks come in
+groups of a repeating pattern (GPT-2: one group of one block, n times; Gemma 3: five local blocks and a global one, n
+times). The parameters of a group are stacked on a leading axis and run by `nn.scan`, so that the time to compile does
+not grow with depth. Decoding slices the layers once and runs them one after another (`decode`), which is up to 1.8
+times as fast as scanning inside the decoding loop.
+
+A block is a module `block(x, context, cache) -> (x, cache, counts)` with a method `create_cache`: `counts` are the
+integers that a training step collects from it (the tokens each expert received), an empty dict where there are none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.errors import BadInput
+from llmq_jax.layers.attention import Context
+
+# Ids, positions or segment ids, from the host or the device.
+Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+
+# What a block's backward pass finds saved: everything, the results of products with weights, or its input alone.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """`repeats` repetitions of a pattern of blocks, each given by its constructor."""
+
+    blocks: tuple[Callable[..., nn.Module], ...]
+    repeats: int
+
+
+@struct.dataclass
+class Output:
+    """What a pass through the layers gives."""
+
+    hidden: Float[Array, "B T D"]
+    """Hidden states after the final norm."""
+    caches: Any = None
+    """By group, then by block of its pattern: the caches of all repetitions, stacked. None where none were given."""
+    counts: Any = None
+    """By group, then by block: the block's counts, stacked."""
+
+
+class Pattern(nn.Module):
+    """One repetition of a group: its blocks, one after another."""
+
+    blocks: tuple[Callable[..., nn.Module], ...]
+
+    @nn.compact
+    def __call__(self, x, caches, context):
+        new_caches, counts = {}, {}
+        for i, make in enumerate(self.blocks):
+            name = f"block_{i}"
+            x, new_caches[name], counts[name] = make(name=name)(x, context, caches and caches[name])
+        return x, (caches and new_caches, counts)
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model. Pure: `model.apply(variables, tokens) -> logits`.
+
+    Dropout acts when, and only when, a "dropout" key is passed in `rngs`.
+    """
+
+    config: Any
+    dtype: Dtype | None = None
+    """Type to compute in; None computes in the parameters' own type. Norms and softmax always run in float32."""
+    remat: str = "none"
+    """What the backward pass recomputes: "none", "dots" (all but products with weights) or "full"."""
+    scan_layers: bool = True
+    """Run a group's layers as a compiled loop; False writes them out (longer to compile, at times faster)."""
+
+    # What an architecture provides.
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        raise NotImplementedError
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        raise NotImplementedError
+
+    def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The norm after the last layer."""
+        raise NotImplementedError
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits, in float32."""
+        raise NotImplementedError
+
+    def head_variables(self, variables: dict) -> dict:
+        """The part of the variables that `unembed` reads."""
+        raise NotImplementedError
+
+    # What all share.
+
+    def make_groups(self) -> list[nn.Module]:
+        """The layers, to be set as `self.group_0`, ... in `setup`."""
+        if self.remat not in REMAT_POLICIES:
+            raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
+        pattern = Pattern
+        if self.remat != "none":
+            pattern = nn.remat(Pattern, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        groups = []
+        for group in self.layer_groups():
+            stack = nn.scan(
+                pattern,
+                variable_axes={"params": 0, "router": 0, "lora": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(0, nn.broadcast),
+                length=group.repeats,
+                unroll=1 if self.scan_layers else group.repeats,
+            )
+            groups.append(stack(group.blocks))
+        return groups
+
+    def forward(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        caches: Any = None,
+    ) -> Output:
+        """One pass. Positions default to 0, 1, ... in each segment."""
+        tokens, positions, segment_ids = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
+        if positions is None:
+            positions = default_positions(tokens, segment_ids)
+        context = Context(positions, segment_ids)
+        x = self.embed(tokens, positions)
+        new_caches, counts = {}, {}
+        for i in range(len(self.layer_groups())):
+            name = f"group_{i}"
+            x, (new_caches[name], counts[name]) = getattr(self, name)(x, caches and caches[name], context)
+        return Output(self.normalise(x), caches and new_caches, counts)
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm."""
+        return self.forward(tokens, positions, segment_ids).hidden
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32. A training loss should not call this but `hidden`, and unembed in chunks."""
+        return self.unembed(self.hidden(tokens, positions, segment_ids))
+
+    # Decoding: layers sliced once, run one after another.
+
+    @nn.nowrap
+    def layer_slots(self) -> tuple[tuple[tuple[str, str], int], ...]:
+        """For each layer from the first to the last: ((group, block), repetition), where its parameters stand."""
+        return tuple(
+            ((f"group_{g}", f"block_{b}"), repeat)
+            for g, group in enumerate(self.layer_groups())
+            for repeat in range(group.repeats)
+            for b in range(len(group.blocks))
+        )
+
+    @nn.nowrap
+    def create_caches(self, batch: int, length: int, dtype: Dtype) -> dict:
+        """Empty caches of `length` slots for all layers, in the structure of `Output.caches`."""
+        return {
+            f"group_{g}": {
+                f"block_{b}": jax.tree.map(
+                    lambda leaf, n=group.repeats: jnp.broadcast_to(leaf, (n, *leaf.shape)),
+                    make(parent=None).create_cache(batch, length, dtype),
+                )
+                for b, make in enumerate(group.blocks)
+            }
+            for g, group in enumerate(self.layer_groups())
+        }
+
+    @nn.nowrap
+    def slice_layers(self, variables: dict) -> tuple[dict, tuple[dict, ...]]:
+        """(variables outside the layers, variables of each layer in order)."""
+        groups = {group for (group, _), _ in self.layer_slots()}
+        outside = {
+            collection: {name: leaf for name, leaf in tree.items() if name not in groups}
+            for collection, tree in variables.items()
+        }
+        layers = tuple(
+            {
+                collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
+                for collection, tree in variables.items()
+                if block in tree.get(group, {})
+            }
+            for (group, block), repeat in self.layer_slots()
+        )
+        return outside, layers
+
+    @nn.nowrap
+    def slice_caches(self, caches: dict) -> tuple[Any, ...]:
+        """Stacked caches, as `forward` returns them, to one cache a layer."""
+        return tuple(
+            jax.tree.map(lambda leaf, i=repeat: leaf[i], caches[group][block])
+            for (group, block), repeat in self.layer_slots()
+        )
+
+    @nn.nowrap
+    def decode(
+        self,
+        outside: dict,
+        layers: tuple[dict, ...],
+        tokens: Tokens,
+        positions: Tokens,
+        caches: tuple[Any, ...],
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """A pass over sliced layers with one cache a layer: (hidden states after the final norm, caches)."""
+        tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+        context = Context(positions)
+        x = self.apply(outside, tokens, positions, method="embed")
+        blocks = {
+            (f"group_{g}", f"block_{b}"): make(parent=None)
+            for g, group in enumerate(self.layer_groups())
+            for b, make in enumerate(group.blocks)
+        }
+        new_caches = []
+        for (path, _), layer, cache in zip(self.layer_slots(), layers, caches, strict=True):
+            x, cache, _ = blocks[path].apply(layer, x, context, cache)
+            new_caches.append(cache)
+        return self.apply(outside, x, method="normalise"), tuple(new_caches)
+
+
+def default_positions(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
+    """0, 1, ... along each row, starting again where the segment changes."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segment_ids is None:
+        return index
+    starts = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

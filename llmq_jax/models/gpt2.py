@@ -1,0 +1,188 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
+
+Notable features:
+- learned position embeddings, added to the token embeddings
+- layer norm before each sub-layer, and once after the last layer
+- multi-head attention from one product for queries, keys and values, with biases everywhere
+- GELU in its tanh form
+- dropout on embeddings, attention weights and residual branches
+- output head tied to the token embeddings
+- initialisation: normal(0.02), residual projections scaled by 1/sqrt(2 · layers), position embeddings normal(0.01)
+
+Reference: openai/gpt-2 `src/model.py` and transformers' `GPT2LMHeadModel`. Deviations: none by default;
+`activation_function="gelu"` computes the exact GELU.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.layers.activations import ACTIVATIONS
+from llmq_jax.layers.attention import Context, attention
+from llmq_jax.layers.caches import FullCache
+from llmq_jax.layers.embedding import Embedding
+from llmq_jax.layers.feedforward import MLP
+from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.norms import LayerNorm
+from llmq_jax.models.config import require
+from llmq_jax.models.decoder import Decoder, LayerGroup
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Fields bear transformers' names; the defaults are GPT-2 124M."""
+
+    model_type: ClassVar[str] = "gpt2"
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 1024
+    """Longest sequence."""
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    """Width of the feed-forward network; None is 4 times hidden_size."""
+    activation_function: str = "gelu_new"
+    """"gelu_new" is GELU's tanh form, "gelu" the exact one."""
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
+        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
+            require(getattr(self, name) > 0, self, name, "must be at least 1")
+        require(self.intermediate_size > 0, self, "intermediate_size", "must be at least 1")
+        require(
+            self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0,
+            self,
+            "num_attention_heads",
+            f"must divide hidden_size={self.hidden_size}",
+        )
+        require(
+            self.activation_function in ACTIVATIONS,
+            self,
+            "activation_function",
+            f"must be one of {', '.join(ACTIVATIONS)}",
+        )
+        require(self.layer_norm_epsilon > 0, self, "layer_norm_epsilon", "must be positive")
+        require(self.initializer_range > 0, self, "initializer_range", "must be positive")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            require(0.0 <= getattr(self, name) < 1.0, self, name, "must be at least 0 and below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+PRESETS = {
+    "gpt2-124m": GPT2Config(),
+    "gpt2-355m": GPT2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+    "gpt2-774m": GPT2Config(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20),
+    "gpt2-1558m": GPT2Config(hidden_size=1600, num_hidden_layers=48, num_attention_heads=25),
+}
+
+
+class GPT2(Decoder):
+    """Token and position embeddings, equal blocks, final norm, tied head."""
+
+    config: GPT2Config
+
+    def setup(self):
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
+        # The original initialises positions at half the scale of tokens (0.01 against 0.02).
+        half = nn.initializers.normal(c.initializer_range / 2)
+        self.position_embedding = Embedding(c.max_position_embeddings, c.hidden_size, half, self.dtype)
+        self.embedding_dropout = nn.Dropout(c.embd_pdrop)
+        (self.group_0,) = self.make_groups()
+        self.final_norm = LayerNorm(c.layer_norm_epsilon)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        block = partial(GPT2Block, self.config, self.dtype)
+        return (LayerGroup((block,), self.config.num_hidden_layers),)
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        return self.embedding_dropout(x, deterministic=not self.has_rng("dropout"))
+
+    def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.final_norm(x)
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        tied = self.config.tie_word_embeddings
+        logits = self.token_embedding.attend(hidden) if tied else self.lm_head(hidden)
+        return logits.astype(jnp.float32)
+
+    def head_variables(self, variables: dict) -> dict:
+        head = "token_embedding" if self.config.tie_word_embeddings else "lm_head"
+        return {name: {head: tree[head]} for name, tree in variables.items() if head in tree}
+
+
+class GPT2Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    config: GPT2Config
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+        c = self.config
+        deterministic = not self.has_rng("dropout")
+        normal = nn.initializers.normal(c.initializer_range)
+        # Each of the 2L residual branches adds its variance to the stream: scaled down, it stays that of one.
+        residual = nn.initializers.normal(c.initializer_range / (2 * c.num_hidden_layers) ** 0.5)
+
+        attention = GPT2Attention(c, normal, residual, self.dtype, name="attention")
+        mixed, cache = attention(LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x), context, cache)
+        x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
+
+        mlp = MLP(c.intermediate_size, c.activation_function, normal, residual, self.dtype, name="mlp")
+        update = mlp(LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x))
+        x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
+        return x, cache, {}
+
+    @nn.nowrap
+    def create_cache(self, batch: int, length: int, dtype: Dtype) -> FullCache:
+        return FullCache.create(batch, length, self.config.num_attention_heads, self.config.head_dim, dtype)
+
+
+class GPT2Attention(nn.Module):
+    """Multi-head attention; one product gives queries, keys and values."""
+
+    config: GPT2Config
+    kernel_init: Initializer
+    out_init: Initializer
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+        c = self.config
+        heads = (3, c.num_attention_heads, c.head_dim)
+        qkv = Linear(heads, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each [B, T, N, H]
+        dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        mixed, cache = attention(
+            query,
+            key,
+            value,
+            context,
+            cache,
+            scale=c.head_dim**-0.5,
+            dropout_rate=c.attn_pdrop,
+            dropout_key=dropout_key,
+        )
+        out = Linear(c.hidden_size, kernel_init=self.out_init, dtype=self.dtype, name="out")
+        return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)), cache

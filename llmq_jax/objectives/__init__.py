@@ -1,0 +1,6 @@
+"""One training objective a file."""
+
+from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
+from llmq_jax.objectives.next_token import NextToken
+
+__all__ = ["NextToken", "chunked_cross_entropy", "token_losses"]

@@ -1,0 +1,62 @@
+"""AdamW and its learning rate (Loshchilov & Hutter 2019, arXiv:1711.05101; cosine: arXiv:1608.03983)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.roles import roles
+
+# Roles that weight decay pulls towards zero; norms and biases stay out.
+DECAYED = frozenset({"kernel", "embedding"})
+
+Schedule = Callable[[int], jax.Array]
+
+
+def warmup_cosine(
+    *, peak: float, steps: int, warmup_steps: int = 0, initial: float = 0.0, minimum: float = 0.0
+) -> Schedule:
+    """Learning rate of step 0 ... steps - 1: linear from `initial` (at step 0) to `peak` (at step `warmup_steps`), then
+    half a cosine that reaches `minimum` exactly at the last step, and stays there."""
+    if not 0 <= warmup_steps < steps:
+        raise BadInput(f"warm-up of {warmup_steps} steps does not fit a run of {steps}; make it shorter than the run")
+    for name, value in (("initial", initial), ("minimum", minimum)):
+        if not 0.0 <= value <= peak:
+            raise BadInput(f"{name} learning rate {value:g} must lie between 0 and the peak, {peak:g}")
+
+    def learning_rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        rising = initial + (peak - initial) * step / max(warmup_steps, 1)
+        progress = jnp.clip((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 0.0, 1.0)
+        falling = minimum + (peak - minimum) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup_steps, rising, falling)
+
+    return learning_rate
+
+
+def adamw(
+    learning_rate: Schedule | float,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.1,
+    clip: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW with the gradient's global norm clipped to `clip` (None: not at all) before every update.
+
+    Decay acts on kernels and embeddings by role and is scaled by the learning rate, as in torch.optim.AdamW.
+    """
+    return optax.chain(
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def decay_mask(params: dict) -> dict:
+    """True where weight decay acts."""
+    return jax.tree.map(lambda role: role in DECAYED, roles(params))

@@ -1,0 +1,28 @@
+"""What a parameter is, by its name: never by the rank of its array, since stacked norms are two-dimensional."""
+
+from typing import Any
+
+import jax
+
+# The last part of a parameter's path.
+ROLES = {
+    "kernel": "kernel",
+    "embedding": "embedding",
+    "scale": "norm",
+    "bias": "bias",
+}
+
+
+def role(path: tuple[str, ...]) -> str:
+    """The role of the parameter at a path: "kernel", "embedding", "norm" or "bias"."""
+    return ROLES[path[-1]]
+
+
+def roles(params: dict) -> dict:
+    """The same tree with each parameter's role in its place."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: role(names(path)), params)
+
+
+def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A key path of jax.tree_util as strings."""
+    return tuple(entry.key for entry in path)

@@ -1,0 +1,35 @@
+"""Everything a run needs to go on: one pytree, saved and restored whole."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+    step: jax.Array
+    """int32: the number of finished updates."""
+    variables: dict
+    """All collections, the trained one in float32."""
+    optimizer_state: Any
+    key: jax.Array
+    """uint32 [2]: step s draws its dropout from fold_in(key, s)."""
+    trainable: str = struct.field(pytree_node=False, default="params")
+    """The collection that gradients and the optimizer see."""
+
+
+def create_state(
+    variables: dict, optimizer: optax.GradientTransformation, *, seed: int = 0, trainable: str = "params"
+) -> TrainState:
+    """State of step 0. What trains is held in float32, whatever type it came in."""
+    trained = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[trainable])
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        variables={**variables, trainable: trained},
+        optimizer_state=optimizer.init(trained),
+        key=jax.random.key_data(jax.random.key(seed)),
+        trainable=trainable,
+    )

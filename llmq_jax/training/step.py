@@ -1,0 +1,107 @@
+"""The one training step that all objectives share: gradients, accumulation, clipping, update."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.state import TrainState
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """See objectives/next_token.py."""
+
+    def weights(self, batch: dict) -> dict: ...
+
+    def loss(self, variables: dict, batch: dict, weights: dict, rng: Any) -> tuple[jax.Array, dict, dict]: ...
+
+
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """`train_step(state, batch) -> (state, metrics)`, compiled; the state given to it is consumed (donated).
+
+    `accumulate` cuts the batch into that many micro-batches whose gradients add up: the same loss and gradients in
+    less memory. Metrics are scalars on the device: `loss`, `grad_norm` (before clipping) and the objective's own.
+    """
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        frozen = {name: tree for name, tree in state.variables.items() if name != state.trainable}
+        trained = state.variables[state.trainable]
+        weights = objective.weights(batch)
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss(trained, microbatch, rng):
+            value, metrics, counts = objective.loss({**frozen, state.trainable: trained}, microbatch, weights, rng)
+            return value, (metrics, counts)
+
+        def gradients(index, microbatch):
+            # One random key a micro-batch.
+            key = jax.random.fold_in(rng, index)
+            (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(trained, microbatch, key)
+            return value, aux, grads
+
+        if accumulate == 1:
+            value, (metrics, _), grads = gradients(0, batch)
+        else:
+            value, (metrics, _), grads = _accumulated(gradients, _split(batch, accumulate), accumulate)
+
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+        state = state.replace(
+            step=state.step + 1,
+            variables={**frozen, state.trainable: trained},
+            optimizer_state=optimizer_state,
+        )
+        return state, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _split(batch: dict, parts: int) -> dict:
+    """[B, ...] to [parts, B / parts, ...]; micro-batch i takes rows i, i + parts, ...: the same mix on every device."""
+    rows = len(next(iter(batch.values())))
+    if rows % parts:
+        raise BadInput(f"a batch of {rows} rows cannot be cut into {parts} equal micro-batches; change one of the two")
+    return {name: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+
+
+def _accumulated(gradients: Callable, microbatches: dict, parts: int):
+    """The sum over micro-batches of everything `gradients` returns."""
+
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, gradients(*numbered)), None
+
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, 0, first))
+    return jax.lax.scan(add, zeros, (jnp.arange(parts), microbatches))[0]
+
+
+def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, dict]]:
+    """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout: over batches both simply add, and
+    Σ sums / Σ weights is the mean over all of them, however ragged."""
+
+    def eval_step(variables: dict, batch: dict) -> tuple[dict, dict]:
+        weights = objective.weights(batch)
+        ones = jax.tree.map(jnp.ones_like, weights)
+        value, _, _ = objective.loss(variables, batch, ones, None)
+        return {"loss": value}, weights
+
+    return jax.jit(eval_step)
+
+
+def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, float]:
+    """Means over all of a finite sequence of batches."""
+    totals = None
+    for batch in batches:
+        result = eval_step(variables, batch)
+        totals = result if totals is None else jax.tree.map(jnp.add, totals, result)
+    if totals is None:
+        raise BadInput("nothing to evaluate: there is no batch")
+    sums, weights = jax.device_get(totals)
+    return {name: float(sums[name] / weights[name]) for name in sums}

@@ -1,0 +1,158 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.generation.decoding import prefill
+
+PROMPTS = ["hello", "hi there, you two", "a"]
+SAMPLER = lq.Sampler(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    config = lq.GPT2Config(
+        vocab_size=257,
+        max_position_embeddings=64,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    return lq.LanguageModel(
+        config, lq.build(config), lq.init(config), lq.ByteTokenizer(), lq.GenerationConfig(eos_token_id=(256,))
+    )
+
+
+def greedy_without_cache(lm, prompt: str, steps: int):
+    ids, logprobs = lm.tokenizer.encode(prompt), []
+    for _ in range(steps):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(ids)] = ids
+        logits = np.asarray(lm.logits(padded, lengths=[len(ids)]))[0, len(ids) - 1]
+        ids.append(int(logits.argmax()))
+        logprobs.append(logits.max() - np.logaddexp.reduce(logits))
+    return ids[-steps:], logprobs
+
+
+def test_each_prompt_of_a_batch_gets_the_greedy_tokens_of_the_uncached_model(lm):
+    together = lq.generate(lm, PROMPTS, max_new_tokens=20, sampler=lq.Sampler(temperature=0.0))
+    for row, prompt in enumerate(PROMPTS):
+        tokens, logprobs = greedy_without_cache(lm, prompt, 20)
+        assert together.tokens[row].tolist() == tokens
+        np.testing.assert_allclose(together.logprobs[row], logprobs, atol=1e-4)
+
+
+def test_a_row_depends_on_its_own_seed_only(lm):
+    together = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=[3, 7, 3])
+    alone = lq.generate(lm, PROMPTS[1], max_new_tokens=12, sampler=SAMPLER, seed=7)
+    np.testing.assert_array_equal(together.tokens[1], alone.tokens[0])
+    np.testing.assert_allclose(together.logprobs[1], alone.logprobs[0], atol=1e-4)
+    numbered = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=5)
+    listed = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=[5, 6, 7])
+    np.testing.assert_array_equal(numbered.tokens, listed.tokens)
+    assert not np.array_equal(numbered.tokens, together.tokens)
+
+
+def test_fewer_tokens_are_a_beginning_of_more(lm):
+    short = lq.generate(lm, "hello", max_new_tokens=5, sampler=SAMPLER)
+    long = lq.generate(lm, "hello", max_new_tokens=12, sampler=SAMPLER)
+    assert short.tokens.shape == (1, 5)
+    np.testing.assert_array_equal(short.tokens[0], long.tokens[0, :5])
+
+
+def test_end_tokens_stop_their_row_alone(lm):
+    free = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER)
+    # Two end tokens: the fourth of the first row, the seventh of the second; where each first appears counts.
+    ends = [int(free.tokens[0, 3]), int(free.tokens[1, 6])]
+    stopped = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, stop=ends)
+    for row in range(3):
+        hits = [i for i, token in enumerate(free.tokens[row].tolist()) if token in ends]
+        length = hits[0] + 1 if hits else 12
+        assert stopped.lengths[row] == length
+        np.testing.assert_array_equal(stopped.tokens[row, :length], free.tokens[row, :length])
+        assert (stopped.tokens[row, length:] == ends[0]).all()
+        assert (stopped.logprobs[row, length:] == 0).all()
+        text_ids = stopped.tokens[row, : length - 1 if hits else length].tolist()
+        assert stopped.text[row] == lm.tokenizer.decode(text_ids)
+    assert stopped.lengths[0] <= 4 and stopped.lengths[1] <= 7
+
+
+def test_stop_strings_end_the_text_and_the_tokens(lm):
+    free = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=1)
+    string = free.text[1][20:22]
+    stopped = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=1, stop=[string, "never there"])
+    assert stopped.text[1] == free.text[1][: free.text[1].index(string)]
+    length = stopped.lengths[1]
+    assert string in lm.tokenizer.decode(free.tokens[1, :length].tolist())
+    assert string not in lm.tokenizer.decode(free.tokens[1, : length - 1].tolist())
+    np.testing.assert_array_equal(stopped.tokens[1, :length], free.tokens[1, :length])
+    assert (
+        "".join(lq.stream(lm, PROMPTS[1], max_new_tokens=40, sampler=SAMPLER, seed=2, stop=string)) == (stopped.text[1])
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_streamed_pieces_join_to_the_whole(lm, seed):
+    """The model emits bytes at random, so that many characters come in halves or not at all."""
+    whole = lq.generate(lm, "hé", max_new_tokens=30, sampler=SAMPLER, seed=seed).text[0]
+    pieces = list(lq.stream(lm, "hé", max_new_tokens=30, sampler=SAMPLER, seed=seed))
+    assert "".join(pieces) == whole
+    assert len(pieces) > 3
+
+
+def test_similar_lengths_share_one_compiled_program(lm):
+    sampler = lq.Sampler(temperature=0.7)
+    lq.generate(lm, ["one", "three"], max_new_tokens=8, sampler=sampler)
+    compiled = prefill._cache_size()
+    lq.generate(lm, ["quite a bit longer", "x"], max_new_tokens=11, sampler=sampler, seed=9)
+    assert prefill._cache_size() == compiled
+
+
+def test_the_context_may_be_filled_and_not_exceeded(lm):
+    result = lq.generate(lm, "x" * 50, max_new_tokens=14, sampler=SAMPLER, stop=())
+    assert result.lengths.tolist() == [14]
+    with pytest.raises(lq.BadInput, match="prompt 0 has 50 tokens, which with 15 new ones exceed the model's context"):
+        lq.generate(lm, "x" * 50, max_new_tokens=15)
+
+
+def test_bfloat16_parameters_generate_in_bfloat16(lm):
+    import jax
+
+    half = lm.replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.variables))
+    result = lq.generate(half, PROMPTS, max_new_tokens=4, sampler=lq.Sampler(temperature=0.0))
+    assert result.logprobs.dtype == np.float32
+    assert np.isfinite(result.logprobs).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[1, 999]]}, "token id 999 at position 1, outside the vocabulary of 257"),
+        ({"prompts": [[]]}, "prompt 0 is empty"),
+        ({"prompts": []}, "no prompt was given"),
+        ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"prompts": ["a", "b"], "seed": [1]}, "1 seeds were given for 2 prompts"),
+        ({"prompts": "a", "seed": -1}, "must lie between 0"),
+        ({"prompts": "a", "stop": ""}, "a stop string is empty"),
+    ],
+)
+def test_bad_requests_are_refused(lm, arguments, message):
+    with pytest.raises(lq.BadInput, match=message):
+        lq.generate(lm, **{"max_new_tokens": 4, **arguments})
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(lm):
+    bare = lm.replace(tokenizer=None)
+    result = lq.generate(bare, [[104, 105]], max_new_tokens=6, sampler=SAMPLER)
+    assert result.text is None
+    np.testing.assert_array_equal(result.tokens, lq.generate(lm, "hi", max_new_tokens=6, sampler=SAMPLER).tokens)
+    with pytest.raises(lq.BadInput, match="no tokenizer"):
+        lq.generate(bare, "hi")
+    with pytest.raises(lq.BadInput, match="no tokenizer"):
+        lq.generate(bare, [[1]], max_new_tokens=4, stop="x")
+
+
+def test_an_empty_prompt_starts_from_the_end_of_text(lm):
+    started = lq.generate(lm, [[256]], max_new_tokens=6, sampler=SAMPLER)
+    np.testing.assert_array_equal(lq.generate(lm, "", max_new_tokens=6, sampler=SAMPLER).tokens, started.tokens)

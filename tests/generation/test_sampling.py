@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.generation import Sampler
+from llmq_jax.generation.sampling import filter_logits, sample
+
+
+def kept(logits, **options):
+    return np.isfinite(filter_logits(jnp.asarray([logits], jnp.float32), Sampler(**options)))[0].tolist()
+
+
+LOGITS = np.log([0.5, 0.25, 0.15, 0.1]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, [True] * 4),
+        ({"top_k": 2}, [True, True, False, False]),
+        ({"top_k": 9}, [True] * 4),
+        ({"top_p": 0.74}, [True, True, False, False]),
+        ({"top_p": 0.76}, [True, True, True, False]),
+        ({"top_p": 1e-6}, [True, False, False, False]),
+        ({"min_p": 0.4}, [True, True, False, False]),
+        ({"min_p": 1.0}, [True, False, False, False]),
+        # After top-k the two that stay hold 2/3 and 1/3: now 0.66 is reached by the first alone.
+        ({"top_k": 2, "top_p": 0.66}, [True, False, False, False]),
+        # The temperature acts first: at 0.1 the first token holds nearly everything.
+        ({"temperature": 0.1, "top_p": 0.99}, [True, False, False, False]),
+    ],
+)
+def test_filters(options, wanted):
+    assert kept(LOGITS, **options) == wanted
+
+
+def test_frequencies_and_log_probabilities():
+    sampler = Sampler(temperature=2.0, top_k=3)
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (20_000, 4))
+    tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 20_000), sampler)
+    probabilities = np.sqrt([0.5, 0.25, 0.15, 0.1])
+    drawn = np.bincount(tokens, minlength=4) / 20_000
+    np.testing.assert_allclose(drawn, np.append(probabilities[:3] / probabilities[:3].sum(), 0), atol=0.015)
+    # At the temperature, before top-k.
+    np.testing.assert_allclose(logprobs, np.log(probabilities / probabilities.sum())[tokens], atol=1e-5)
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    tokens, logprobs = sample(jnp.array([[0.0, 3.0, 3.0]]), jax.random.split(jax.random.key(0), 1), Sampler(0.0))
+    assert tokens.tolist() == [1]
+    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(jnp.array([0.0, 3.0, 3.0]))[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+        ({"top_k": -1}, "top_k=-1 must be 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
+        ({"min_p": 2.0}, "min_p=2.0 must be between"),
+        ({"temperature": 0.0, "top_k": 5}, "no effect at temperature 0"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(BadInput, match=message):
+        Sampler(**options)

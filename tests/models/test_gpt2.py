@@ -1,0 +1,150 @@
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.models import ARCHITECTURES, PRESETS, GPT2Config, abstract_variables, build, init, preset
+
+TINY = GPT2Config(
+    vocab_size=29,
+    max_position_embeddings=32,
+    hidden_size=12,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    initializer_range=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return init(TINY)
+
+
+TOKENS = np.random.default_rng(0).integers(0, 29, (2, 13)).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("gpt2-124m", 124), ("gpt2-355m", 355), ("gpt2-774m", 774), ("gpt2-1558m", 1558)]
+)
+def test_presets_have_the_published_sizes(name, millions):
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(preset(name))))
+    assert round(count / 1e6) == pytest.approx(millions, abs=1)
+
+
+def test_initialisation_is_gpt2s():
+    config = GPT2Config(vocab_size=2000, max_position_embeddings=512, hidden_size=64, num_hidden_layers=8,
+                        num_attention_heads=4)  # fmt: skip
+    params = init(config)["params"]
+    block = params["group_0"]["block_0"]
+
+    def deviation(leaf):
+        return float(jnp.std(leaf))
+
+    assert deviation(params["token_embedding"]["embedding"]) == pytest.approx(0.02, rel=0.02)
+    assert deviation(params["position_embedding"]["embedding"]) == pytest.approx(0.01, rel=0.02)
+    assert deviation(block["attention"]["qkv"]["kernel"]) == pytest.approx(0.02, rel=0.02)
+    assert deviation(block["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)
+    for residual in (block["attention"]["out"]["kernel"], block["mlp"]["down"]["kernel"]):
+        assert deviation(residual) == pytest.approx(0.02 / 4, rel=0.02)
+    # Layers are stacked, and each draws its own numbers.
+    assert not np.allclose(block["mlp"]["up"]["kernel"][0], block["mlp"]["up"]["kernel"][1])
+    for norm in ("attention_norm", "mlp_norm"):
+        assert (block[norm]["scale"] == 1).all() and (block[norm]["bias"] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}])
+def test_ways_to_run_the_layers_agree(variables, options):
+    reference = build(TINY).apply(variables, TOKENS)
+    np.testing.assert_allclose(build(TINY, **options).apply(variables, TOKENS), reference, atol=1e-5)
+
+
+def test_positions_default_to_their_place_in_the_segment(variables):
+    model = build(TINY)
+    segments = np.array([[0] * 3 + [1] * 4 + [2] * 6, [1] * 13], np.int32)
+    positions = np.array([[0, 1, 2, *range(4), *range(6)], [*range(13)]], np.int32)
+    by_default = model.apply(variables, TOKENS, None, segments)
+    np.testing.assert_array_equal(by_default, model.apply(variables, TOKENS, positions, segments))
+    alone = model.apply(variables, TOKENS[:1, 7:])
+    np.testing.assert_allclose(by_default[:1, 7:], alone, atol=1e-5)
+
+
+def test_decoding_over_sliced_layers_equals_the_whole_pass(variables):
+    """Prefill of unequal prompts, then one token at a time at positions of each row's own."""
+    model = build(TINY)
+    whole = model.apply(variables, TOKENS)
+    lengths = np.array([5, 8])
+    outside, layers = model.slice_layers(variables)
+    output = model.apply(variables, TOKENS[:, :8], None, None, model.create_caches(2, 8, jnp.float32), method="forward")
+    caches = tuple(cache.extend(13) for cache in model.slice_caches(output.caches))
+    decode = jax.jit(model.decode)
+    for step in range(5):
+        positions = lengths + step
+        newest = TOKENS[np.arange(2), positions][:, None]
+        hidden, caches = decode(outside, layers, newest, positions[:, None], caches)
+        logits = model.apply(outside, hidden[:, 0], method="unembed")
+        np.testing.assert_allclose(logits, whole[np.arange(2), positions], atol=1e-4)
+
+
+def test_going_back_in_the_cache_forgets_what_was_written(variables):
+    model = build(TINY)
+    outside, layers = model.slice_layers(variables)
+    output = model.apply(variables, TOKENS[:, :6], None, None, model.create_caches(2, 6, jnp.float32), method="forward")
+    caches = tuple(cache.extend(13) for cache in model.slice_caches(output.caches))
+    draft = (TOKENS[:, 6:9] + 1) % 29
+    _, caches = model.decode(outside, layers, draft, np.array([[6, 7, 8]] * 2), caches)
+    hidden, _ = model.decode(outside, layers, TOKENS[:, 6:7], np.array([[6]] * 2), caches)
+    logits = model.apply(outside, hidden[:, 0], method="unembed")
+    np.testing.assert_allclose(logits, model.apply(variables, TOKENS)[:, 6], atol=1e-4)
+
+
+def test_compute_type_and_output_type():
+    model = build(TINY, dtype="bfloat16")
+    variables = init(TINY)
+    assert model.apply(variables, TOKENS, method="hidden").dtype == jnp.bfloat16
+    logits = model.apply(variables, TOKENS)
+    assert logits.dtype == jnp.float32
+    reference = build(TINY).apply(variables, TOKENS)
+    assert 0 < float(jnp.abs(logits - reference).max()) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 10}, r"num_attention_heads=12 must divide hidden_size=10"),
+        ({"vocab_size": 0}, r"GPT2Config.vocab_size=0 must be at least 1"),
+        ({"attn_pdrop": 1.0}, r"GPT2Config.attn_pdrop=1.0 must be at least 0 and below 1"),
+        ({"activation_function": "swish"}, r"activation_function='swish' must be one of gelu_new"),
+    ],
+)
+def test_impossible_configs_name_the_field_and_the_rule(fields, message):
+    with pytest.raises(BadInput, match=message):
+        GPT2Config(**fields)
+
+
+def test_unknown_names_offer_the_nearest():
+    with pytest.raises(BadInput, match=r"unknown preset 'gpt2-124'; did you mean gpt2-124m"):
+        preset("gpt2-124")
+    with pytest.raises(BadInput, match=r"no field 'num_layers'; did you mean num_hidden_layers"):
+        preset("gpt2-124m", num_layers=3)
+    with pytest.raises(BadInput, match=r"remat='all' is unknown; use one of none, dots, full"):
+        build(TINY, remat="all").apply(init(TINY), TOKENS)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_config_field_is_read_by_the_model(model_type):
+    config_class, model_class = ARCHITECTURES[model_type]
+    source = inspect.getsource(inspect.getmodule(model_class))
+    after_config = source.split(f"class {model_class.__name__}(")[1]
+    for field in dataclasses.fields(config_class):
+        used = f"c.{field.name}" in after_config or f"config.{field.name}" in after_config
+        through_property = f"self.{field.name}" in inspect.getsource(config_class)
+        assert used or through_property, f"no code reads {config_class.__name__}.{field.name}"
+
+
+def test_presets_are_configs_of_known_architectures():
+    for config in PRESETS.values():
+        assert isinstance(config, ARCHITECTURES[config.model_type].config_class)

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmq_jax.objectives import chunked_cross_entropy, token_losses
+
+
+def unembed(head, rows):
+    return 30.0 * jnp.tanh(rows @ head["kernel"] / 30.0)  # not linear, as in models that cap their logits
+
+
+def plain(head, hidden, targets, mask):
+    logits = unembed(head, hidden.reshape(-1, hidden.shape[-1]))
+    return jnp.sum(mask.reshape(-1) * token_losses(logits, targets.reshape(-1)))
+
+
+def draw(vocabulary=37, tokens=(3, 7), width=6):
+    keys = jax.random.split(jax.random.key(0), 4)
+    head = {"kernel": jax.random.normal(keys[0], (width, vocabulary))}
+    hidden = jax.random.normal(keys[1], (*tokens, width))
+    targets = jax.random.randint(keys[2], tokens, 0, vocabulary)
+    mask = jax.random.bernoulli(keys[3], 0.6, tokens).astype(jnp.float32)
+    return head, hidden, targets, mask
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 7, 21, 100])
+def test_value_and_gradients_equal_the_plain_form(chunk_size):
+    head, hidden, targets, mask = draw()
+
+    def chunked(head, hidden):
+        # A coefficient after the sum must reach the gradients that were formed in the forward pass.
+        return 0.37 * chunked_cross_entropy(unembed, head, hidden, targets, mask, chunk_size=chunk_size)
+
+    wanted = jax.value_and_grad(lambda h, x: 0.37 * plain(h, x, targets, mask), argnums=(0, 1))(head, hidden)
+    got = jax.value_and_grad(chunked, argnums=(0, 1))(head, hidden)
+    np.testing.assert_allclose(chunked(head, hidden), wanted[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
+
+
+def test_token_losses_are_minus_log_softmax():
+    logits = jnp.array([[1000.0, 0.0, -1000.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(token_losses(logits, jnp.array([1, 2])), [1000.0, np.log(3.0)])
+
+
+def test_memory_stays_far_below_the_logits():
+    head, hidden, targets, mask = draw(vocabulary=20_000, tokens=(4, 512), width=16)
+
+    def temporary_bytes(loss):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hidden).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    chunked = temporary_bytes(lambda h, x: chunked_cross_entropy(unembed, h, x, targets, mask, chunk_size=128))
+    assert chunked < temporary_bytes(lambda h, x: plain(h, x, targets, mask)) / 4

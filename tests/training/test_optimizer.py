@@ -1,0 +1,51 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.models import GPT2Config, init
+from llmq_jax.training.optimizer import adamw, decay_mask, warmup_cosine
+
+
+def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactly():
+    rate = warmup_cosine(peak=1e-3, steps=50, warmup_steps=10, initial=1e-5, minimum=1e-4)
+    rates = np.array([float(rate(step)) for step in range(60)])
+    np.testing.assert_allclose(rates[0], 1e-5, rtol=1e-6)
+    np.testing.assert_allclose(rates[5], (1e-5 + 1e-3) / 2, rtol=1e-6)
+    np.testing.assert_allclose(rates[10], 1e-3, rtol=1e-6)
+    assert rates[48] > rates[49]
+    assert (rates[49:] == np.float32(1e-4)).all()
+    assert (np.diff(rates[:11]) > 0).all() and (np.diff(rates[10:50]) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peak": 1e-3, "steps": 10, "warmup_steps": 10}, "warm-up of 10 steps does not fit a run of 10"),
+        ({"peak": 1e-3, "steps": 10, "minimum": 1e-2}, "minimum learning rate 0.01 must lie between 0 and the peak"),
+    ],
+)
+def test_impossible_schedules_are_refused(options, message):
+    with pytest.raises(BadInput, match=message):
+        warmup_cosine(**options)
+
+
+def test_decay_goes_by_role_and_not_by_rank():
+    params = init(GPT2Config(vocab_size=11, hidden_size=4, num_hidden_layers=2, num_attention_heads=2))["params"]
+    decayed = {jax.tree_util.keystr(path) for path, on in jax.tree_util.tree_leaves_with_path(decay_mask(params)) if on}
+    assert all("kernel" in name or "embedding" in name for name in decayed)
+    assert len(decayed) == 6
+    # The trap: a stack of biases has two axes and more.
+    assert params["group_0"]["block_0"]["attention"]["qkv"]["bias"].ndim == 4
+
+
+def test_every_update_is_clipped():
+    optimizer = adamw(1.0, clip=1.0, weight_decay=0.0)
+    params = {"kernel": jnp.zeros(2)}
+    state = optimizer.init(params)
+    gradient = {"kernel": jnp.array([30.0, 40.0])}
+    _, state = optimizer.update(gradient, state, params)
+    moments = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(moments["kernel"], 0.1 * np.array([0.6, 0.8]), rtol=1e-6)

@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.models import GPT2Config, build, init
+from llmq_jax.objectives import NextToken
+from llmq_jax.training.optimizer import adamw
+from llmq_jax.training.state import create_state
+from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+
+CONFIG = GPT2Config(
+    vocab_size=23,
+    max_position_embeddings=16,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    initializer_range=0.3,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    resid_pdrop=0.0,
+)
+SGD = optax.sgd(0.5)
+
+
+def ragged_batch(seed: int, rows: int = 4, length: int = 9) -> dict:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 23, (rows, length + 1)).astype(np.int32)
+    lengths = rng.integers(1, length + 1, rows)
+    mask = (np.arange(length)[None] < lengths[:, None]).astype(np.float32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
+
+
+def fresh(optimizer, config=CONFIG, seed=0):
+    return create_state(init(config), optimizer, seed=seed)
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_changes_neither_loss_nor_gradients(accumulate):
+    objective, batch = NextToken(build(CONFIG)), ragged_batch(0)
+    whole, metrics = make_train_step(objective, SGD)(fresh(SGD), batch)
+    parts, part_metrics = make_train_step(objective, SGD, accumulate=accumulate)(fresh(SGD), batch)
+    assert_close(part_metrics, metrics, rtol=1e-5)
+    assert_close(parts.variables, whole.variables, atol=1e-6)
+    # The trap it guards against: the mean of micro-batch means is another number on ragged masks.
+    eval_step = make_eval_step(objective)
+    halves = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
+    means = [evaluate(eval_step, init(CONFIG), [half])["loss"] for half in halves]
+    assert abs(np.mean(means) - float(metrics["loss"])) > 1e-3
+
+
+def test_evaluation_over_batches_is_the_mean_over_tokens():
+    objective = NextToken(build(CONFIG))
+    batches = [ragged_batch(1), ragged_batch(2)]
+    joined = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    eval_step = make_eval_step(objective)
+    got = evaluate(eval_step, init(CONFIG), batches)
+    np.testing.assert_allclose(got["loss"], evaluate(eval_step, init(CONFIG), [joined])["loss"], rtol=1e-6)
+
+
+def test_remat_scan_and_their_absence_give_the_same_update():
+    batch = ragged_batch(3)
+    reference, _ = make_train_step(NextToken(build(CONFIG)), SGD)(fresh(SGD), batch)
+    for options in ({"remat": "full"}, {"remat": "dots", "scan_layers": False}, {"scan_layers": False}):
+        state, _ = make_train_step(NextToken(build(CONFIG, **options)), SGD)(fresh(SGD), batch)
+        assert_close(state.variables, reference.variables, atol=1e-6)
+
+
+def test_only_the_trainable_collection_moves():
+    class Sum:
+        def weights(self, batch):
+            return {"loss": jnp.ones(())}
+
+        def loss(self, variables, batch, weights, rng):
+            return jnp.sum(variables["lora"]["kernel"] * variables["params"]["kernel"] * batch["x"].sum()), {}, {}
+
+    variables = {"params": {"kernel": jnp.ones(3)}, "lora": {"kernel": jnp.ones(3)}}
+    state = create_state(variables, SGD, trainable="lora")
+    state, metrics = make_train_step(Sum(), SGD)(state, {"x": np.ones((2, 1), np.float32)})
+    np.testing.assert_array_equal(state.variables["params"]["kernel"], np.ones(3))
+    np.testing.assert_allclose(state.variables["lora"]["kernel"], np.zeros(3))
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(12.0), rtol=1e-6)
+
+
+def test_dropout_follows_seed_and_step():
+    config = GPT2Config(vocab_size=23, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, embd_pdrop=0.5)
+    step, batch = make_train_step(NextToken(build(config)), optax.set_to_zero()), ragged_batch(4)
+
+    def losses(seed):
+        state, seen = fresh(optax.set_to_zero(), config, seed), []
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            seen.append(float(metrics["loss"]))
+        return seen
+
+    first, second = losses(0)
+    assert first != second
+    assert losses(0) == [first, second]
+    assert losses(1)[0] != first
+
+
+def test_bfloat16_compute_keeps_float32_masters():
+    optimizer = adamw(1e-2)
+    step = make_train_step(NextToken(build(CONFIG, dtype="bfloat16")), optimizer)
+    state, metrics = fresh(optimizer), {}
+    batch = ragged_batch(5)
+    first = None
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        first = first or float(metrics["loss"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.variables)} == {np.dtype("float32")}
+    assert float(metrics["loss"]) < first - 0.5
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(BadInput, match="4 rows cannot be cut into 3 equal micro-batches"):
+        make_train_step(NextToken(build(CONFIG)), SGD, accumulate=3)(fresh(SGD), ragged_batch(0))
