@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
 from llmq_jax.generation.sampling import Sampler
@@ -34,7 +35,7 @@ class Generation:
     logprobs: np.ndarray
     """float32 [B, max_new_tokens]: log-probability of each new token at the temperature; 0 in the padding."""
     text: list[str] | None
-    """The decoded new tokens without end token and without stop string; None for a model without a tokenizer."""
+    """The new tokens decoded, without special tokens and stop string; None for a model without a tokenizer."""
 
 
 def generate(
@@ -83,18 +84,24 @@ def stream(
     if lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
     request = Request.create(lm, [prompt], max_new_tokens, sampler, stop, seed)
-    state, shown = request.start(), 0
-    for reached in range(2, max_new_tokens + 2):
-        state = request.stop_at_strings(state)
-        text = request.finish(state).text[0]
-        finished = bool(state.done.all()) or reached > max_new_tokens
-        final = len(text) if finished else request.certain(text)
-        if final > shown:
-            yield text[shown:final]
-            shown = final
+    decoder, text, shown = TextStream(lm.tokenizer, skip_special_tokens=True), "", 0
+    state = request.start()
+    for count in range(1, max_new_tokens + 1):
+        newest = int(state.newest[0])
+        if newest not in request.end_tokens:
+            text += decoder.push(newest)
+        stopped = request.stop_position(text)
+        finished = bool(state.done[0]) or stopped is not None or count == max_new_tokens
+        if finished and stopped is None:
+            text += decoder.finish()
+            stopped = request.stop_position(text)
+        end = stopped if finished else request.certain(text)
+        if text[shown:end]:
+            yield text[shown:end]
+            shown = len(text[:end])
         if finished:
             return
-        state = request.advance(state, reached)
+        state = request.advance(state, count + 1)
 
 
 @dataclass(frozen=True)
@@ -169,10 +176,10 @@ class Request:
         lengths, done = lengths.copy(), done.copy()
         for row in range(len(tokens)):
             ids = tokens[row, : lengths[row]].tolist()
-            if self._stop_position(self._decode(ids)) is None:
+            if self.stop_position(self._decode(ids)) is None:
                 continue
             # The shortest beginning that holds it. Few tokens are new since the last look, so go from the end.
-            while len(ids) > 1 and self._stop_position(self._decode(ids[:-1])) is not None:
+            while len(ids) > 1 and self.stop_position(self._decode(ids[:-1])) is not None:
                 ids.pop()
             lengths[row], done[row] = len(ids), True
         past = np.arange(tokens.shape[1])[None] >= lengths[:, None]
@@ -189,12 +196,12 @@ class Request:
         text = None
         if self.lm.tokenizer is not None:
             text = [self._decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
-            text = [t[: self._stop_position(t)] for t in text]
+            text = [t[: self.stop_position(t)] for t in text]
         return Generation(tokens, lengths, logprobs, text)
 
     def certain(self, text: str) -> int:
-        """How much of an unfinished text cannot change any more."""
-        end = len(text.rstrip("\ufffd"))
+        """How much of an unfinished text cannot be the beginning of a stop string."""
+        end = len(text)
         for string in self.stop_strings:
             for size in range(1, len(string)):
                 if text.endswith(string[:size]):
@@ -204,9 +211,10 @@ class Request:
     def _decode(self, ids: list[int]) -> str:
         if ids and ids[-1] in self.end_tokens:
             ids = ids[:-1]
-        return self.lm.tokenizer.decode(ids)
+        return self.lm.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _stop_position(self, text: str) -> int | None:
+    def stop_position(self, text: str) -> int | None:
+        """Where the first stop string begins."""
         found = [text.find(string) for string in self.stop_strings]
         return min((at for at in found if at >= 0), default=None)
 

@@ -57,11 +57,9 @@ class GPT2Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
-        if self.intermediate_size is None:
-            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
             require(getattr(self, name) > 0, self, name, "must be at least 1")
-        require(self.intermediate_size > 0, self, "intermediate_size", "must be at least 1")
+        require(self.mlp_width > 0, self, "intermediate_size", "must be at least 1")
         require(
             self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0,
             self,
@@ -82,6 +80,10 @@ class GPT2Config:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
 
 
 PRESETS = {
@@ -149,7 +151,7 @@ class GPT2Block(nn.Module):
         mixed, cache = attention(LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x), context, cache)
         x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
 
-        mlp = MLP(c.intermediate_size, c.activation_function, normal, residual, self.dtype, name="mlp")
+        mlp = MLP(c.mlp_width, c.activation_function, normal, residual, self.dtype, name="mlp")
         update = mlp(LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x))
         x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
         return x, cache, {}

@@ -74,7 +74,7 @@ def test_end_tokens_stop_their_row_alone(lm):
         assert (stopped.tokens[row, length:] == ends[0]).all()
         assert (stopped.logprobs[row, length:] == 0).all()
         text_ids = stopped.tokens[row, : length - 1 if hits else length].tolist()
-        assert stopped.text[row] == lm.tokenizer.decode(text_ids)
+        assert stopped.text[row] == lm.tokenizer.decode(text_ids, skip_special_tokens=True)
     assert stopped.lengths[0] <= 4 and stopped.lengths[1] <= 7
 
 

@@ -1,0 +1,1 @@
+"""Converters between this project's checkpoints and the formats of others; each is run as `python -m convert.NAME`."""

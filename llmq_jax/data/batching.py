@@ -1,0 +1,94 @@
+"""Token lists of unequal length as rectangles: padding, and packing several into a row.
+
+Packing is planned once, from the lengths alone; batches are then built from the plan in any order.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from llmq_jax.errors import BadInput
+
+TokenList = Sequence[int] | np.ndarray
+
+
+def pad(
+    sequences: Sequence[TokenList], length: int | None = None, pad_id: int = 0, side: str = "right"
+) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, " B"]]:
+    """(tokens, lengths): the sequences as rows of `length` tokens, by default the longest one's.
+
+    side: where the padding goes, "right" (training) or "left".
+    Raises BadInput for a sequence longer than `length`: cutting is the caller's decision.
+    """
+    if side not in ("left", "right"):
+        raise BadInput(f'side must be "left" or "right", not {side!r}')
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    if length is None:
+        length = int(lengths.max(initial=0))
+    _check_lengths(lengths, length)
+    tokens = np.full((len(sequences), length), pad_id, np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        start = 0 if side == "right" else length - len(sequence)
+        row[start : start + len(sequence)] = sequence
+    return tokens, lengths
+
+
+def pack(lengths: TokenList, capacity: int) -> list[list[int]]:
+    """Plan rows of at most `capacity` tokens: for each row, the indices of its sequences.
+
+    Best fit decreasing: the longest first, each into the fullest row that still has room, which needs at most 11/9 of
+    the fewest rows possible. Deterministic; O(n log capacity). Every sequence is in exactly one row, whole.
+    """
+    _check_lengths(np.asarray(lengths), capacity)
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}  # free tokens -> rows with just that many
+    free_sizes: list[int] = []  # its keys, sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):  # stable: equal lengths in order
+        length = int(lengths[index])
+        at = bisect_left(free_sizes, length)
+        if at == len(free_sizes):
+            row, free = len(rows), capacity
+            rows.append([])
+        else:
+            free = free_sizes[at]
+            row = open_rows[free].pop()
+            if not open_rows[free]:
+                del open_rows[free], free_sizes[at]
+        rows[row].append(index)
+        left = free - length
+        if left not in open_rows:
+            open_rows[left] = []
+            insort(free_sizes, left)
+        open_rows[left].append(row)
+    return rows
+
+
+def packed_rows(
+    sequences: Sequence[TokenList], plan: Sequence[Sequence[int]], capacity: int, pad_id: int = 0
+) -> dict[str, Int32[np.ndarray, "B T"]]:
+    """The rows of (a part of) a plan by `pack`: tokens, segment_ids and positions, all int32 `[rows, capacity]`.
+
+    segment_ids number the sequences of a row 1, 2, ... and are 0 on padding; positions start at 0 in every sequence.
+    """
+    tokens = np.full((len(plan), capacity), pad_id, np.int32)
+    segment_ids = np.zeros((len(plan), capacity), np.int32)
+    positions = np.zeros((len(plan), capacity), np.int32)
+    for row, indices in enumerate(plan):
+        start = 0
+        for segment, index in enumerate(indices, start=1):
+            end = start + len(sequences[index])
+            if end > capacity:
+                raise BadInput(f"row {row} of the plan is longer than the {capacity} tokens of a row")
+            tokens[row, start:end] = sequences[index]
+            segment_ids[row, start:end] = segment
+            positions[row, start:end] = np.arange(end - start)
+            start = end
+    return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+
+
+def _check_lengths(lengths: np.ndarray, limit: int) -> None:
+    if len(lengths) and lengths.max() > limit:
+        index = int(np.argmax(lengths > limit))
+        raise BadInput(f"sequence {index} has {lengths[index]} tokens and a row holds {limit}: shorten it")

@@ -1,0 +1,51 @@
+"""Holding out text for evaluation: whole documents where there are several, else the end of the one text."""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Integer
+
+from llmq_jax.errors import BadInput
+
+Document = TypeVar("Document")
+
+
+def split_documents(
+    documents: Sequence[Document], fraction: float, seed: int = 0
+) -> tuple[list[Document], list[Document]]:
+    """(training, held-out) documents, each in their order; `fraction` of the documents, at least one, is held out.
+
+    The choice depends on the number of documents and the seed alone. Raises BadInput for fewer than two documents: one
+    text is split by `split_tokens`.
+    """
+    _check_fraction(fraction)
+    if len(documents) < 2:
+        raise BadInput(f"holding out whole documents needs at least 2 of them, found {len(documents)}")
+    count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    # A seeded sort of random words, not Generator.permutation, whose stream numpy may change between versions.
+    words = np.random.SeedSequence(seed).generate_state(len(documents), np.uint64)
+    held_out = set(np.argsort(words, kind="stable")[:count].tolist())
+    training = [document for index, document in enumerate(documents) if index not in held_out]
+    return training, [documents[index] for index in sorted(held_out)]
+
+
+def split_tokens(
+    tokens: Integer[np.ndarray, " N"], fraction: float
+) -> tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " held_out"]]:
+    """(training, held-out) tokens of one text, as views: the whole last `fraction` is held out, as nanoGPT does.
+
+    The training part has floor((1 - fraction) * N) tokens.
+    """
+    _check_fraction(fraction)
+    # 0.9 * 1,115,394 characters: nanoGPT's int(n * 0.9). Rounding first keeps 1 - 0.1 from landing below 0.9.
+    cut = math.floor(round((1 - fraction) * len(tokens), 6))
+    if cut < 1 or cut >= len(tokens):
+        raise BadInput(f"{len(tokens)} tokens are too few to hold out a fraction of {fraction}")
+    return tokens[:cut], tokens[cut:]
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise BadInput(f"the held-out fraction must lie between 0 and 1, not {fraction}")

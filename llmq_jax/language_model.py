@@ -1,0 +1,246 @@
+"""LanguageModel: config, model, variables and tokenizer together; `load` and `save`."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.huggingface import GENERATION_CONFIG, download, float_type, is_hf, read_hf, write_json
+from llmq_jax.interop.safetensors_files import read_json
+from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build
+from llmq_jax.models.decoder import Decoder, default_positions
+
+Integers = ArrayLike | Sequence
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LanguageModel:
+    """A model and all that it takes to use it. Immutable: `lm.replace(variables=...)` gives another one."""
+
+    config: Any
+    model: Decoder
+    variables: dict
+    """One dict of collections, "params" among them."""
+    tokenizer: Tokenizer | None = None
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """The tokens that end, begin and pad a text."""
+
+    @property
+    def params(self) -> dict:
+        return self.variables["params"]
+
+    @functools.cached_property
+    def sliced(self) -> tuple[dict, tuple[dict, ...]]:
+        """(variables outside the layers, variables of each layer): what decoding reads, made once for each model."""
+        return self.model.slice_layers(self.variables)
+
+    def replace(self, **changes) -> "LanguageModel":
+        """The same with some fields changed; a new config brings its own model unless one is given."""
+        if "config" in changes and "model" not in changes:
+            changes["model"] = dataclasses.replace(self.model, config=changes["config"])
+        return dataclasses.replace(self, **changes)
+
+    def logits(
+        self,
+        tokens: Integers,
+        lengths: Integers | None = None,
+        positions: Integers | None = None,
+        segment_ids: Integers | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits in float32 for tokens [B, T]; compiled once for each shape.
+
+        `lengths` [B] says how many tokens of each row are real, the rest being padding on the right. Padding elsewhere
+        and packed documents are told by `segment_ids` [B, T]: 0 is padding, documents are numbered 1, 2, ...
+        `positions` [B, T] default to 0, 1, ... in each segment. Inputs are checked on the host, so this cannot be
+        called under jit: transformations take `lm.model.apply`. BadInput: an id outside the vocabulary, a row too long.
+        """
+        return _apply(self.model, self.variables, *self._inputs(tokens, lengths, positions, segment_ids), None)
+
+    def hidden(
+        self,
+        tokens: Integers,
+        lengths: Integers | None = None,
+        positions: Integers | None = None,
+        segment_ids: Integers | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm; arguments as in `logits`."""
+        return _apply(self.model, self.variables, *self._inputs(tokens, lengths, positions, segment_ids), "hidden")
+
+    def _inputs(self, tokens, lengths, positions, segment_ids) -> tuple[np.ndarray, Any, Any]:
+        tokens = _integers("tokens", tokens, 2)
+        vocab_size, longest = self.config.vocab_size, self.config.max_position_embeddings
+        outside = np.argwhere((tokens < 0) | (tokens >= vocab_size))
+        if len(outside):
+            row, column = outside[0]
+            raise BadInput(
+                f"tokens[{row}, {column}] is {tokens[row, column]}, outside the vocabulary of {vocab_size} ids"
+            )
+        if lengths is not None:
+            if segment_ids is not None:
+                raise BadInput("lengths and segment_ids both say what is padding; give one of them")
+            lengths = _integers("lengths", lengths, 1, (len(tokens),))
+            if lengths.min() < 0 or lengths.max() > tokens.shape[1]:
+                raise BadInput(f"lengths must lie between 0 and {tokens.shape[1]}, the number of tokens in a row")
+            segment_ids = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
+        elif segment_ids is not None:
+            segment_ids = _integers("segment_ids", segment_ids, 2, tokens.shape)
+        if positions is None:
+            segments = None if segment_ids is None else jnp.asarray(segment_ids)
+            used = np.asarray(default_positions(jnp.asarray(tokens), segments))
+        else:
+            used = positions = _integers("positions", positions, 2, tokens.shape)
+        if used.min() < 0 or used.max() >= longest:
+            # Embeddings clamp an index that is too large, in silence.
+            raise BadInput(f"position {used.max()} is outside the model's {longest} (max_position_embeddings)")
+        return tokens, positions, segment_ids
+
+    def __repr__(self) -> str:
+        params = jax.tree.leaves(self.params)
+        count, dtype = sum(leaf.size for leaf in params), params[0].dtype
+        tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
+        return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}, {tokenizer})"
+
+
+def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
+    """Load a model: a Hugging Face folder, a hub id, or a run or checkpoint of ours.
+
+    Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
+    a Hugging Face folder's weights. `config` takes the place of the one stored with the weights, for weights that come
+    without one or to change what weights do not depend on.
+    """
+    from llmq_jax.training.checkpoints import find_checkpoint
+
+    dtype = float_type(dtype)
+    source = Path(path).expanduser()
+    if not source.exists():
+        if str(path) in PRESETS:
+            raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
+        source = download(str(path))
+    if find_checkpoint(source) is not None:
+        if layout != "hf":
+            raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
+        return _load_checkpoint(source, config, dtype)
+    if not is_hf(source):
+        raise BadInput(
+            f"{path}: is {_describe(source)}, not a model; give a Hugging Face folder (with model.safetensors), a hub "
+            "id, a run folder or a checkpoint"
+        )
+    contents = read_hf(source, layout, config, dtype)
+    return LanguageModel(
+        contents.config, build(contents.config), contents.variables, contents.tokenizer, contents.generation
+    )
+
+
+def save(lm: LanguageModel, folder: str | os.PathLike) -> Path:
+    """Save a model in our own format, which `load` and every recipe's `--init-from` read; returns the folder."""
+    from llmq_jax.training.checkpoints import Checkpoints
+
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
+    files = TextFiles(lm.tokenizer, lm.generation)
+    Checkpoints(folder / "checkpoints").save(0, {"variables": lm.variables}, model_config=lm.config, tokenizer=files)
+    return folder
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The tokenizer's files and `generation_config.json`: what a checkpoint keeps for text, as its tokenizer."""
+
+    tokenizer: Tokenizer | None
+    generation: GenerationConfig
+
+    def save(self, folder: str | os.PathLike) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.save(folder)
+        write_json(Path(folder) / GENERATION_CONFIG, self.generation.to_hf())
+
+    @classmethod
+    def read(cls, folder: Path) -> "TextFiles":
+        """A checkpoint without a generation config ends texts with the tokenizer's end-of-text token."""
+        tokenizer = tokenizer_in(folder)
+        if (folder / GENERATION_CONFIG).is_file():
+            return cls(tokenizer, GenerationConfig.from_hf(read_json(folder / GENERATION_CONFIG)))
+        end = None if tokenizer is None else tokenizer.end_of_text
+        return cls(tokenizer, GenerationConfig(eos_token_id=() if end is None else (end,)))
+
+
+def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> LanguageModel:
+    from llmq_jax.training.checkpoints import load_checkpoint_variables
+
+    loaded = load_checkpoint_variables(path)
+    variables = loaded.variables
+    if config is None:
+        config = _config(path, loaded.config)
+    else:
+        _check_fit(path, variables, config)
+    if dtype is not None:
+        variables = jax.tree.map(
+            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, variables
+        )
+    files = TextFiles.read(loaded.tokenizer_folder) if loaded.tokenizer_folder else TextFiles(None, GenerationConfig())
+    return LanguageModel(config, build(config), variables, files.tokenizer, files.generation)
+
+
+def _config(path: Path, fields: dict) -> Any:
+    """A config dataclass from the dict that a checkpoint keeps."""
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise BadInput(f"{path}: model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}")
+    try:
+        return ARCHITECTURES[model_type].config_class(**fields)
+    except TypeError as error:
+        raise BadInput(f"{path}: its config is of another version ({error})") from error
+
+
+def _check_fit(path: Path, variables: dict, config: Any):
+    expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), variables))
+    for name in sorted(expected.keys() | found.keys()):
+        ours, theirs = (list(tree[name].shape) if name in tree else "absent" for tree in (expected, found))
+        if ours != theirs:
+            raise BadInput(f"{path}: {name} is {theirs}, and {ours} by the config that was given")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _apply(model: Decoder, variables: dict, tokens, positions, segment_ids, method: str | None) -> jax.Array:
+    return model.apply(variables, tokens, positions, segment_ids, method=method)
+
+
+def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Integers [B, T] or [B] as int32; BadInput for what has another type, rank or shape."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise BadInput(f"{name} are rows of unequal length; pad them and say so in lengths") from error
+    axes = "[B, T]" if rank == 2 else "[B]"
+    if array.ndim != rank or array.size == 0:
+        raise BadInput(f"{name} must be {axes} and not empty, but have the shape {list(array.shape)}")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise BadInput(f"{name} must be integers, not {array.dtype}")
+    if shape is not None and array.shape != shape:
+        raise BadInput(f"{name} have the shape {list(array.shape)}, which does not fit tokens: {list(shape)}")
+    return array.astype(np.int32)
+
+
+def _describe(path: Path) -> str:
+    if path.is_file():
+        return f"a {path.suffix} file" if path.suffix else "a file"
+    names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        return "an empty folder"
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"a folder with {', '.join(names[:4])}{more}"

@@ -1,0 +1,26 @@
+"""How models are trained: optimizer, step, and the loop that runs them."""
+
+from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.engine import NonFiniteLoss, run
+from llmq_jax.training.optimizer import adamw, warmup_cosine
+from llmq_jax.training.report import RunResult
+from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.state import TrainState, create_state
+from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+
+__all__ = [
+    "Checkpoints",
+    "NonFiniteLoss",
+    "RunFolder",
+    "RunOptions",
+    "RunResult",
+    "TrainState",
+    "adamw",
+    "create_state",
+    "evaluate",
+    "make_eval_step",
+    "make_train_step",
+    "run",
+    "warmup_cosine",
+]

@@ -1,0 +1,70 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmq_jax.data import pack, packed_rows, pad
+from llmq_jax.errors import BadInput
+
+
+def test_pad():
+    tokens, lengths = pad([[1, 2, 3], [], [4]], pad_id=9)
+    assert tokens.tolist() == [[1, 2, 3], [9, 9, 9], [4, 9, 9]]
+    assert lengths.tolist() == [3, 0, 1]
+    assert tokens.dtype == lengths.dtype == np.int32
+    assert pad([[1, 2], np.array([3])], length=4, side="left")[0].tolist() == [[0, 0, 1, 2], [0, 0, 0, 3]]
+    assert pad([])[0].shape == (0, 0)
+
+
+def test_bad_padding_and_packing():
+    with pytest.raises(BadInput, match="sequence 1 has 3 tokens and a row holds 2"):
+        pad([[1], [1, 2, 3]], length=2)
+    with pytest.raises(BadInput, match="sequence 2 has 9 tokens and a row holds 8"):
+        pack([1, 8, 9, 10], 8)
+    with pytest.raises(BadInput, match='"left" or "right", not'):
+        pad([[1]], side="both")
+    with pytest.raises(BadInput, match="row 1 of the plan is longer"):
+        packed_rows([[1, 2], [3, 4]], [[0], [0, 1]], 3)
+
+
+@given(st.lists(st.integers(0, 20), max_size=60))
+def test_packing_loses_nothing(lengths):
+    capacity = 20
+    sequences = [[100 * index + place for place in range(length)] for index, length in enumerate(lengths)]
+    plan = pack(lengths, capacity)
+    assert sorted(index for row in plan for index in row) == list(range(len(lengths)))
+    batch = packed_rows(sequences, plan, capacity, pad_id=-1)
+    for row, indices in enumerate(plan):
+        for segment, index in enumerate(indices, start=1):
+            here = batch["segment_ids"][row] == segment
+            assert batch["tokens"][row][here].tolist() == sequences[index]
+            assert batch["positions"][row][here].tolist() == list(range(lengths[index]))
+        padding = batch["segment_ids"][row] == 0
+        assert (batch["tokens"][row][padding] == -1).all()
+        assert (~padding).sum() == sum(lengths[index] for index in indices) <= capacity
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=200))
+def test_packing_is_tight(lengths):
+    """At most 11/9 of the lower bound (plus one row): the guarantee of best fit decreasing."""
+    fewest = -(-sum(lengths) // 20)
+    big = sum(length > 10 for length in lengths)  # no two of these share a row
+    rows = len(pack(lengths, 20))
+    assert rows >= fewest
+    assert rows <= max(2 * fewest, big)
+    assert pack(np.array(lengths), 20) == pack(lengths, 20)
+
+
+def test_known_packing():
+    # 7+3, 6+4, 5+5: filled to the brim, the longest first, each into the fullest row it fits.
+    assert pack([3, 4, 5, 5, 6, 7], 10) == [[5, 0], [4, 1], [2, 3]]
+
+
+def test_packing_many_is_fast():
+    lengths = np.random.default_rng(0).integers(1, 1024, 100_000)
+    started = time.perf_counter()
+    plan = pack(lengths, 1024)
+    assert time.perf_counter() - started < 10
+    assert len(plan) < 1.005 * lengths.sum() / 1024

@@ -1,0 +1,262 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers as hf_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, TextStream, encode_documents, load_tokenizer
+from llmq_jax.data import tokenizers as tokenizers_module
+from llmq_jax.data.gpt2_vocabulary import PUBLISHED_SHA256, packaged_vocabulary
+from llmq_jax.data.tokenizers import tokenizer_in
+from llmq_jax.errors import BadInput
+
+TEXTS = [
+    "",
+    "Hello world",
+    "naïve café 😀",
+    "  tabs\t\n\n and 'tis I'll",
+    "<|endoftext|>",
+    "a<|endoftext|><|endoftext|>b",
+]
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return GPT2Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def saved(gpt2, tmp_path_factory):
+    """Folders saved by the two tokenizers of our own."""
+    folder = tmp_path_factory.mktemp("saved")
+    ByteTokenizer().save(folder / "bytes")
+    gpt2.save(folder / "gpt2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metaspace_folder(tmp_path_factory):
+    """A SentencePiece-like tokenizer: a space before the text, which decoding drops again; adds <s> by its template."""
+    tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = hf_tokenizers.decoders.Metaspace()
+    trainer = hf_tokenizers.trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(["the cat and the dog sat on the mat\n" * 3] * 20, trainer)
+    tokenizer.post_processor = hf_tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.enable_truncation(4)  # as whoever saved it left it
+    tokenizer.enable_padding(length=16)
+    folder = tmp_path_factory.mktemp("metaspace")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>", "lstrip": False}}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_bytes_known_ids():
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.encode("Aé") == [65, 0xC3, 0xA9]
+    assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.name) == (257, 256, "bytes")
+    assert tokenizer.encode("<|endoftext|>") == list(b"<|endoftext|>"), "text is data"
+    assert tokenizer.encode("a<|endoftext|>b", allow_special=True) == [97, 256, 98]
+    assert tokenizer.decode([97, 256, 98]) == "a<|endoftext|>b"
+    assert tokenizer.decode([97, 256, 98], skip_special_tokens=True) == "ab"
+
+
+@given(st.text())
+@settings(deadline=None)
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, allow_special=True)) == text
+
+
+@given(st.lists(st.integers(0, 50256), max_size=20))
+@settings(max_examples=25, deadline=None)
+def test_decoding_never_fails_and_streams_alike(gpt2, saved, ids):
+    for tokenizer in (ByteTokenizer(), gpt2, _loaded(saved / "bytes"), _loaded(saved / "gpt2")):
+        known = [i % tokenizer.vocab_size for i in ids]
+        for skip in (False, True):
+            stream = TextStream(tokenizer, skip_special_tokens=skip)
+            pieces = [stream.push(i) for i in known]
+            assert "".join(pieces) + stream.finish() == tokenizer.decode(known, skip_special_tokens=skip)
+
+
+_cache = {}
+
+
+def _loaded(folder):
+    return _cache.setdefault(folder, load_tokenizer(folder))
+
+
+@pytest.mark.parametrize("text", ["the cat sat", "the  dog\n the mat ", "thecat 😀 the"])
+def test_streaming_keeps_the_spaces_of_metaspace_tokenizers(metaspace_folder, text):
+    tokenizer = load_tokenizer(metaspace_folder)
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer)
+    assert "".join([stream.push(i) for i in ids] + [stream.finish()]) == tokenizer.decode(ids)
+
+
+def test_stream_holds_back_half_a_character():
+    stream = TextStream(ByteTokenizer())
+    assert [stream.push(byte) for byte in "é!".encode()] == ["", "é", "!"]
+    assert stream.push(0xC3) == ""
+    assert stream.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_decoding_accepts_arrays_and_drops_unknown_ids(saved, name):
+    for tokenizer in (load_tokenizer(name), load_tokenizer(saved / name)):
+        ids = tokenizer.encode("Hi there")
+        assert tokenizer.decode(np.array(ids, np.uint16)) == "Hi there"
+        assert tokenizer.decode([-1, *ids, tokenizer.vocab_size, 10**6]) == "Hi there"
+
+
+def test_gpt2_known_ids(gpt2):
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("Hello<|endoftext|>", allow_special=True) == [15496, 50256]
+    assert 50256 not in gpt2.encode("Hello<|endoftext|>")
+    assert (gpt2.vocab_size, gpt2.end_of_text, gpt2.name) == (50257, 50256, "gpt2")
+
+
+def test_packaged_files_are_those_tiktoken_pins():
+    import inspect
+
+    from tiktoken_ext import openai_public
+
+    source = inspect.getsource(openai_public.gpt2)
+    assert all(digest in source for digest in PUBLISHED_SHA256.values())
+
+
+def test_gpt2_from_openai_and_hugging_face_folders(gpt2, saved, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "openai").mkdir()
+    for source, hf, openai in (("vocab.json", "vocab.json", "encoder.json"), ("merges.txt", "merges.txt", "vocab.bpe")):
+        shutil.copy(saved / "gpt2" / source, tmp_path / "hf" / hf)
+        shutil.copy(saved / "gpt2" / source, tmp_path / "openai" / openai)
+    (tmp_path / "hf" / "added_tokens.json").write_text('{"<|pad|>": 50257}')
+    for folder in ("hf", "openai"):
+        loaded = load_tokenizer(tmp_path / folder)
+        assert isinstance(loaded, GPT2Tokenizer)
+        for text in TEXTS:
+            assert loaded.encode(text) == gpt2.encode(text)
+            assert loaded.encode(text, allow_special=True) == gpt2.encode(text, allow_special=True)
+    hf = load_tokenizer(tmp_path / "hf")
+    assert (hf.vocab_size, hf.encode("<|pad|>", allow_special=True)) == (50258, [50257])
+    hf.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode("x<|pad|>", allow_special=True) == [87, 50257]
+
+
+def test_written_files_equal_the_published(gpt2, saved):
+    vocabulary = packaged_vocabulary()
+    assert json.loads((saved / "gpt2" / "vocab.json").read_text("utf-8")) == vocabulary.ids
+    assert len((saved / "gpt2" / "merges.txt").read_text("utf-8").splitlines()) == len(vocabulary.merges) + 1 == 50001
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_saved_tokenizer_loads_with_equal_ids(saved, name):
+    original, loaded = load_tokenizer(name), load_tokenizer(saved / name)
+    assert isinstance(loaded, FileTokenizer)
+    assert (loaded.vocab_size, loaded.end_of_text) == (original.vocab_size, original.end_of_text)
+    for text in TEXTS:
+        for allow_special in (False, True):
+            ids = original.encode(text, allow_special=allow_special)
+            assert loaded.encode(text, allow_special=allow_special) == ids
+            assert loaded.decode(ids) == text
+    assert loaded.decode([loaded.end_of_text], skip_special_tokens=True) == ""
+
+
+def test_file_tokenizer_adds_and_cuts_nothing_unasked(metaspace_folder):
+    tokenizer = load_tokenizer(metaspace_folder)
+    text = "the cat and the dog sat on the mat"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text, "the file's own truncation to 4 and padding to 16 must be off"
+    assert tokenizer.encode(text, add_special_tokens=True) == [1, *ids, 2]
+    assert tokenizer.end_of_text == 2, "eos_token written as an object"
+    assert 2 not in tokenizer.encode("</s>")
+    assert tokenizer.encode("</s>", allow_special=True) == [2]
+
+
+def test_file_tokenizer_writes_its_files_back_unchanged(metaspace_folder, tmp_path):
+    load_tokenizer(metaspace_folder / "tokenizer.json").save(tmp_path / "copy")
+    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "copy" / name).read_bytes() == (metaspace_folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("which", ["bytes", "gpt2", "saved bytes", "saved gpt2", "metaspace"])
+def test_encode_documents(monkeypatch, saved, metaspace_folder, which):
+    """Blocks, cut documents and threads leave exactly the tokens of each document alone."""
+    monkeypatch.setattr(tokenizers_module, "BLOCK_CHARACTERS", 64)  # cuts documents into pieces of 4 characters
+    name = metaspace_folder if which == "metaspace" else saved / which[6:] if which.startswith("saved") else which
+    tokenizer = load_tokenizer(name)
+    documents = [*TEXTS, "one\ntwo\n\nthree \n four\n\tfive\r\nsix\n" * 9, "x\n" * 50]
+    tokens = encode_documents(tokenizer, (document for document in documents))
+    expected = [i for document in documents for i in [*tokenizer.encode(document), tokenizer.end_of_text]]
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == expected
+    joined = encode_documents(tokenizer, documents, append_end_of_text=False)
+    assert joined.tolist() == [i for document in documents for i in tokenizer.encode(document)]
+    assert encode_documents(tokenizer, []).shape == (0,)
+
+
+def test_encode_documents_needs_an_end_of_text_token(tmp_path):
+    tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BadInput, match="no end-of-text token"):
+        encode_documents(load_tokenizer(tmp_path), ["a"])
+    assert encode_documents(load_tokenizer(tmp_path), ["a"], append_end_of_text=False).tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "saved"])
+def test_half_a_surrogate_pair_is_refused(saved, name):
+    tokenizer = load_tokenizer(saved / "bytes" if name == "saved" else name)
+    for encode in (tokenizer.encode, lambda text: encode_documents(tokenizer, [text])):
+        with pytest.raises(BadInput, match="surrogate pair at character 2"):
+            encode("ab\ud800")
+
+
+def test_bad_tokenizers(tmp_path):
+    for name, words in (("gpt3", "neither"), (str(tmp_path), "folder without")):
+        with pytest.raises(BadInput, match=words) as caught:
+            load_tokenizer(name)
+        assert "\n" not in str(caught.value)
+    assert tokenizer_in(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text('{"version": 1')
+    with pytest.raises(BadInput, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_eos_token_that_is_not_in_the_vocabulary(saved, tmp_path):
+    shutil.copy(saved / "bytes" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(BadInput, match="names the eos_token '</s>'"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ids, merges: ids.pop("a"), "lacks 1 of the 256 single bytes"),
+        (lambda ids, merges: merges.append("a zzz"), "which vocab.json does not hold"),
+        (lambda ids, merges: merges.append("h e"), "lower id than the merge before it"),
+        (lambda ids, merges: merges.append("h e llo"), "line 4 holds 3 tokens"),
+        (lambda ids, merges: ids.update(b="no id"), "token: id"),
+    ],
+)
+def test_bad_gpt2_files(tmp_path, change, words):
+    from llmq_jax.data.gpt2_vocabulary import byte_characters
+
+    ids = {character: i for i, character in enumerate(byte_characters())} | {"he": 256, "ll": 257}
+    merges = ["#version: 0.2", "h e", "l l"]
+    change(ids, merges)
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "merges.txt").write_text("\n".join(merges))
+    with pytest.raises(BadInput, match=words):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,203 @@
+"""LanguageModel: what it accepts, what it refuses, and what can be loaded."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from llmq_jax.data.tokenizers import ByteTokenizer
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.huggingface import save_hf
+from llmq_jax.language_model import LanguageModel, load, save
+from llmq_jax.models import build, init
+from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.training.checkpoints import Checkpoints
+
+CONFIG = GPT2Config(
+    vocab_size=257, max_position_embeddings=8, hidden_size=12, num_hidden_layers=2, num_attention_heads=3
+)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    generation = GenerationConfig(eos_token_id=(256, 10), pad_token_id=0, other={"top_k": 5})
+    return LanguageModel(CONFIG, build(CONFIG), init(CONFIG, seed=1), ByteTokenizer(), generation)
+
+
+def assert_same_variables(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left.variables, right.variables)
+
+
+def test_logits_are_those_of_the_model(lm):
+    tokens = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    logits = lm.logits(tokens)
+    assert logits.shape == (2, 4, 257)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, lm.model.apply(lm.variables, jnp.array(tokens)), atol=1e-6)
+    np.testing.assert_array_equal(lm.logits(np.array(tokens, np.uint16)), logits)
+    np.testing.assert_array_equal(lm.logits(jnp.array(tokens)), logits)
+    assert lm.hidden(tokens).shape == (2, 4, 12)
+
+
+def test_lengths_hide_what_follows(lm):
+    tokens = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    other = np.array([[1, 2, 9, 9], [5, 6, 7, 8]])
+    np.testing.assert_array_equal(lm.logits(tokens, lengths=[2, 4])[0, :2], lm.logits(other, lengths=[2, 4])[0, :2])
+    np.testing.assert_allclose(lm.logits(tokens, lengths=[2, 4])[1], lm.logits(tokens)[1], atol=1e-6)
+
+
+def test_compiled_once_for_each_shape(lm):
+    from llmq_jax.language_model import _apply
+
+    lm.logits([[1, 2, 3]])
+    before = _apply._cache_size()
+    lm.logits([[4, 5, 6]])
+    lm.replace(variables=jax.tree.map(jnp.zeros_like, lm.variables)).logits([[4, 5, 6]])
+    assert _apply._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": [[1, 2], [3, 257]]}, "tokens[1, 1] is 257, outside the vocabulary of 257 ids"),
+        ({"tokens": [[-1]]}, "tokens[0, 0] is -1, outside the vocabulary"),
+        ({"tokens": [1, 2]}, "tokens must be [B, T] and not empty, but have the shape [2]"),
+        ({"tokens": [[]]}, "tokens must be [B, T] and not empty"),
+        ({"tokens": [[1, 2], [3]]}, "tokens are rows of unequal length"),
+        ({"tokens": [[1.0]]}, "tokens must be integers, not float64"),
+        ({"tokens": [[0] * 9]}, "position 8 is outside the model's 8 (max_position_embeddings)"),
+        ({"tokens": [[1]], "positions": [[8]]}, "position 8 is outside the model's 8"),
+        ({"tokens": [[1]], "positions": [[-1]]}, "position -1 is outside the model's 8"),
+        (
+            {"tokens": [[1, 2]], "positions": [[0]]},
+            "positions have the shape [1, 1], which does not fit tokens: [1, 2]",
+        ),
+        ({"tokens": [[1, 2]], "lengths": [3]}, "lengths must lie between 0 and 2"),
+        ({"tokens": [[1, 2]], "lengths": [1, 1]}, "lengths have the shape [2], which does not fit tokens: [1]"),
+        ({"tokens": [[1, 2]], "lengths": [1], "segment_ids": [[1, 0]]}, "give one of them"),
+        ({"tokens": [[0] * 12], "segment_ids": [[1] * 9 + [2] * 3]}, "position 8 is outside the model's 8"),
+    ],
+)
+def test_bad_input(lm, arguments, message):
+    with pytest.raises(BadInput) as caught:
+        lm.logits(**arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_may_be_longer_than_the_context_when_its_documents_are_not(lm):
+    tokens = np.arange(12)[None]
+    packed = lm.logits(tokens, segment_ids=[[1] * 7 + [2] * 5])
+    np.testing.assert_allclose(packed[:, 7:], lm.logits(tokens[:, 7:]), atol=1e-5)
+
+
+def test_replace(lm):
+    zeros = lm.replace(variables=jax.tree.map(jnp.zeros_like, lm.variables))
+    assert not zeros.logits([[1]]).any()
+    assert lm.logits([[1]]).any()
+    exact = dataclasses.replace(CONFIG, activation_function="gelu")
+    assert lm.replace(config=exact).model.config == exact
+    assert lm.params is lm.variables["params"]
+
+
+def test_a_representation_that_fits_on_a_line(lm):
+    count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    assert repr(lm) == f"LanguageModel(gpt2, {count:,} parameters in float32, tokenizer bytes)"
+
+
+def test_save_and_load(lm, tmp_path):
+    folder = save(lm, tmp_path / "saved")
+    loaded = load(folder)
+    assert_same_variables(loaded, lm)
+    assert loaded.config == lm.config
+    assert loaded.generation == lm.generation
+    assert loaded.tokenizer.encode("é") == [0xC3, 0xA9]
+    with pytest.raises(BadInput, match="is not an empty folder"):
+        save(lm, folder)
+    bare = load(save(lm.replace(tokenizer=None), tmp_path / "bare"))
+    assert bare.tokenizer is None
+    assert bare.generation == lm.generation
+
+
+def test_a_run_stands_for_its_newest_checkpoint(lm, tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    newer = jax.tree.map(lambda leaf: leaf + 1, lm.variables)
+    for step, variables in ((10, lm.variables), (20, newer)):
+        state = {"step": jnp.int32(step), "variables": variables, "optimizer_state": {"count": jnp.int32(step)}}
+        checkpoints.save(step, state, model_config=CONFIG, tokenizer=lm.tokenizer)
+    assert_same_variables(load(tmp_path), lm.replace(variables=newer))
+    assert_same_variables(load(checkpoints.path(10)), lm)
+    # Its texts end where its tokenizer says.
+    assert load(tmp_path).generation == GenerationConfig(eos_token_id=(256,))
+
+
+def test_types(lm, tmp_path):
+    save(lm, tmp_path / "saved")
+    assert load(tmp_path / "saved", dtype="bfloat16").params["final_norm"]["bias"].dtype == ml_dtypes.bfloat16
+    narrow = save(load(tmp_path / "saved", dtype=jnp.bfloat16), tmp_path / "narrow")
+    assert load(narrow).params["final_norm"]["bias"].dtype == ml_dtypes.bfloat16
+    with pytest.raises(BadInput, match="dtype='int32' is not a floating type"):
+        load(tmp_path / "saved", dtype="int32")
+
+
+def test_a_given_config_takes_the_place_of_the_checkpoint_s(lm, tmp_path):
+    save(lm, tmp_path)
+    exact = dataclasses.replace(CONFIG, activation_function="gelu")
+    assert load(tmp_path, config=exact).config == exact
+    with pytest.raises(
+        BadInput, match=r"params/token_embedding/embedding is \[257, 12\], and \[99, 12\] by the config"
+    ):
+        load(tmp_path, config=dataclasses.replace(CONFIG, vocab_size=99))
+    with pytest.raises(BadInput, match=r"params/lm_head/kernel is absent, and \[12, 257\] by the config"):
+        load(tmp_path, config=dataclasses.replace(CONFIG, tie_word_embeddings=False))
+
+
+def test_an_option_without_effect(lm, tmp_path):
+    with pytest.raises(BadInput, match="layout='book' would have no effect"):
+        load(save(lm, tmp_path / "saved"), layout="book")
+
+
+def test_what_cannot_be_loaded_is_described(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    for name in "abcdef":
+        (tmp_path / "other" / f"{name}.txt").write_text("")
+    for path, found in (
+        (tmp_path / "empty", "an empty folder"),
+        (tmp_path / "other", "a folder with a.txt, b.txt, c.txt, d.txt and 2 more"),
+        (tmp_path / "other" / "a.txt", "a .txt file"),
+    ):
+        with pytest.raises(BadInput) as caught:
+            load(path)
+        assert str(caught.value).startswith(f"{path}: is {found}, not a model; give a Hugging Face folder")
+
+
+def test_a_preset_is_no_model():
+    with pytest.raises(BadInput, match="gpt2-124m: is a preset"):
+        load("gpt2-124m")
+
+
+def test_a_checkpoint_of_another_version(lm, tmp_path):
+    Checkpoints(tmp_path / "checkpoints").save(
+        0, {"variables": lm.variables}, model_config={"model_type": "gpt2", "zap": 1}
+    )
+    with pytest.raises(BadInput, match="its config is of another version"):
+        load(tmp_path)
+    Checkpoints(tmp_path / "b" / "checkpoints").save(0, {"variables": lm.variables}, model_config={"model_type": "zap"})
+    with pytest.raises(BadInput, match="model_type 'zap' is none of gpt2"):
+        load(tmp_path / "b")
+
+
+def test_from_hugging_face_and_back_through_our_own_format(lm, tmp_path):
+    first = save_hf(lm, tmp_path / "first")
+    second = save_hf(load(save(load(first), tmp_path / "ours")), tmp_path / "second")
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert json.loads((second / "generation_config.json").read_text())["eos_token_id"] == [256, 10]
