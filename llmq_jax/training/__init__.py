@@ -1,11 +1,13 @@
 """How models are trained: optimizer, step, and the loop that runs them."""
 
-from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
 from llmq_jax.training.engine import NonFiniteLoss, run
 from llmq_jax.training.optimizer import adamw, warmup_cosine
+from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.report import RunResult
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.signals import StoppedBySignal
 from llmq_jax.training.state import TrainState, create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
 
@@ -15,12 +17,16 @@ __all__ = [
     "RunFolder",
     "RunOptions",
     "RunResult",
+    "StoppedBySignal",
     "TrainState",
     "adamw",
     "create_state",
     "evaluate",
+    "find_checkpoint",
+    "load_checkpoint_variables",
     "make_eval_step",
     "make_train_step",
+    "plot_losses",
     "run",
     "warmup_cosine",
 ]

@@ -10,12 +10,13 @@ from flax import struct
 
 @struct.dataclass
 class TrainState:
-    step: jax.Array
+    # Leaves are Any: a state also holds shapes (jax.eval_shape), shardings or numpy arrays in the places of its arrays.
+    step: Any
     """int32: the number of finished updates."""
     variables: dict
     """All collections, the trained one in float32."""
     optimizer_state: Any
-    key: jax.Array
+    key: Any
     """uint32 [2]: step s draws its dropout from fold_in(key, s)."""
     trainable: str = struct.field(pytree_node=False, default="params")
     """The collection that gradients and the optimizer see."""

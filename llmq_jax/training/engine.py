@@ -1,0 +1,329 @@
+"""The one training loop, for every recipe: step, log, evaluate, sample, checkpoint, resume.
+
+    result = run(state, train_step, batches, RunOptions(steps=1000), folder="out/run", model_config=config)
+
+JAX hands a step to the device and returns at once. The loop uses that: while the device computes step s, it builds the
+batch of step s + 1 and reads the figures of step s - 1, so that the device never waits for Python.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from io import TextIOBase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.checkpoints import Checkpoints, config_dict
+from llmq_jax.training.metrics import METRICS, read_metrics
+from llmq_jax.training.pace import Pace
+from llmq_jax.training.plots import plot_losses
+from llmq_jax.training.progress import Status
+from llmq_jax.training.recorder import Recorder
+from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
+from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.run_options import NEUTRAL_OPTIONS, RunOptions
+from llmq_jax.training.signals import StoppedBySignal, StopSignals
+from llmq_jax.training.trackers import require_wandb
+
+
+class NonFiniteLoss(BadInput):
+    """Training broke down. The message names the step and the checkpoint to go on from."""
+
+
+def run(
+    state: Any,
+    train_step: Callable[[Any, dict], tuple[Any, dict]],
+    batches: Any,
+    options: RunOptions,
+    *,
+    folder: str | Path | RunFolder | None = None,
+    config: dict | None = None,
+    model_config: Any = None,
+    tokenizer: Any = None,
+    schedule: Callable[[Any], Any] | None = None,
+    evaluate: Callable[[dict], dict[str, float]] | None = None,
+    sample: Callable[[dict, int], str] | None = None,
+    tokens_per_step: int | None = None,
+    next_commands: Sequence[str] = (),
+    output: TextIOBase | None = None,
+) -> RunResult:
+    """Train `state` (which is consumed) until `options.steps` updates are done, and return the result.
+
+    * `train_step(state, batch) -> (state, metrics)`, from `make_train_step`. `batches[i]` is the batch of update i,
+      counted from 0: a dict of numpy arrays, always the same one for the same i.
+    * `folder`: where checkpoints, metrics, samples and plots go. If it holds this run, the run resumes from its newest
+      whole checkpoint, and the result equals that of a run never interrupted, bit for bit. It is this run's if the
+      options, the model config and `config` (a dict of whatever else defines the run) are the same; a RunFolder, which
+      has a config already, stays open. None: nothing is written.
+    * `model_config` (a dict or config dataclass) and `tokenizer` are saved with every checkpoint.
+    * `schedule(i)` is the learning rate of update i, here only for the log.
+    * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
+      a text to show.
+    * `tokens_per_step` is counted from the batch's masks where not given.
+    * `next_commands` are shown at the end; `output` is where progress goes (standard output).
+
+    Raises BadInput before anything runs; NonFiniteLoss when training breaks down; StoppedBySignal, which exits, after
+    SIGTERM or SIGINT, once the state is saved (where no checkpoints are wanted, both signals act as usual).
+    """
+    options = options.resolved(evaluates=evaluate is not None, samples=sample is not None, saves=folder is not None)
+    if options.wandb:
+        require_wandb()
+    if config is not None and not isinstance(folder, str | Path):
+        raise BadInput(
+            "config has no effect: without a folder nothing is saved, and a RunFolder has its own; leave it out"
+        )
+    output = sys.stdout if output is None else output
+
+    with _open(folder, config, model_config, options) as folder:
+        loop = _Loop(
+            state=state,
+            train_step=train_step,
+            batches=batches,
+            options=options,
+            folder=folder,
+            model_config=model_config,
+            tokenizer=tokenizer,
+            learning_rates=None if schedule is None else _table(schedule, options.steps),
+            evaluate=evaluate,
+            sample=sample,
+            tokens_per_step=tokens_per_step,
+        )
+        if folder is not None and folder.finished:
+            result = loop.finished_before()
+            print(f"{folder.path} is finished already; nothing to do", file=output)
+        else:
+            result = loop.train(output)
+        print(report_text(result, folder and folder.path, next_commands), file=output, flush=True)
+        return result
+
+
+def count_tokens(batch: dict) -> int:
+    """Targets that count: the ones in `mask` or, in batches of several parts, in every `..._mask`."""
+    masks = [array for name, array in batch.items() if name == "mask" or name.endswith("_mask")]
+    return sum(int(np.count_nonzero(mask)) for mask in masks) if masks else int(np.size(batch.get("tokens", ())))
+
+
+class _Step(NamedTuple):
+    step: int
+    tokens: int
+    metrics: dict
+
+
+@dataclasses.dataclass
+class _Loop:
+    """A run under way: `step` updates are handed to the device, on `tokens` tokens."""
+
+    state: Any
+    train_step: Callable
+    batches: Any
+    options: RunOptions
+    folder: RunFolder | None
+    model_config: Any
+    tokenizer: Any
+    learning_rates: np.ndarray | None
+    evaluate: Callable | None
+    sample: Callable | None
+    tokens_per_step: int | None
+    step: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    validation: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Validation loss by step."""
+    saved: int | None = None
+    """Step of the newest checkpoint."""
+
+    def __post_init__(self):
+        self.step = int(self.state.step)
+        self.pace = Pace(self.options.steps)
+        self.checkpoints = None
+        if self.folder is not None:
+            self.checkpoints = Checkpoints(self.folder.checkpoints, self.options.keep_last, self.options.keep_best)
+
+    def train(self, output: TextIOBase) -> RunResult:
+        """All steps that are left, then the end of the run."""
+
+        def say(text: str) -> None:
+            print(text, file=output, flush=True)
+
+        if self.folder is not None:
+            self.resume(say)
+        first = jax.process_index() == 0
+        self.recorder = Recorder(self.folder if first else None, self.options, self.step, output)
+        # Without checkpoints there is nothing to wait for: the signals then act as they did before.
+        signals = StopSignals() if self.options.checkpoint_every else contextlib.nullcontext(StopSignals())
+        try:
+            with signals as stop:
+                self.loop(stop)
+        finally:
+            self.recorder.close()
+        result = self.result()
+        if self.folder is not None and first:
+            if self.options.plot and (self.options.log_every or self.options.evaluate_every):
+                plot_losses(self.folder.path)
+            self.folder.mark_finished(result.figures())
+        return result
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        self.checkpoints.remove_leftovers()
+        restored = self.checkpoints.restore(self.state, warn=say)
+        if restored is None:
+            if self.folder.resumed:
+                say(f"no checkpoint in {self.folder.path} yet: starting from step {self.step}")
+            return
+        self.state, info = restored
+        self.step = self.saved = info.step
+        self.tokens = info.tokens
+        self.checkpoints.set_aside_after(info.step)
+        metrics = self.folder.path / METRICS
+        for record in read_metrics(metrics) if metrics.exists() else []:
+            if record["step"] <= self.step:
+                self.loss = record.get("loss", self.loss)
+                if record.get("validation_loss") is not None:
+                    self.validation[record["step"]] = record["validation_loss"]
+        say(f"resuming {self.folder.path} from step {self.step}")
+
+    def loop(self, stop: StopSignals) -> None:
+        options = self.options
+        pending = None
+        batch = self.batches[self.step] if self.step < options.steps else None
+        while self.step < options.steps:
+            self.state, metrics = self.train_step(self.state, batch)
+            self.step += 1
+            self.tokens += count_tokens(batch) if self.tokens_per_step is None else self.tokens_per_step
+            previous, pending = pending, _Step(self.step, self.tokens, metrics)
+            # The device is at work. Meanwhile: the next batch, and the figures of the step before.
+            if self.step < options.steps:
+                batch = self.batches[self.step]
+            if previous:
+                self.read(previous)
+            intervals = (options.evaluate_every, options.sample_every, options.checkpoint_every)
+            if stop.received or any(options.due(every, self.step) for every in intervals):
+                self.read(pending)
+                pending = None
+                with self.pace.pause():
+                    self.pause(stop)
+        if pending:
+            self.read(pending)
+
+    def read(self, done: _Step) -> None:
+        """Wait for a step, check it, and log it where that is due."""
+        options = self.options
+        names = [name for name in ("loss", "grad_norm") if name in done.metrics]
+        values = jax.device_get([done.metrics[name] for name in names])
+        checked = {name: value.item() for name, value in zip(names, values, strict=True)}
+        for name, value in checked.items():
+            if not math.isfinite(value):
+                raise self.broken(done.step, f"{name.replace('_', ' ')} is {value}")
+        self.loss = checked["loss"]
+        self.pace.finished(done.step, done.tokens)
+        rate = {} if self.learning_rates is None else {"learning_rate": float(self.learning_rates[done.step - 1])}
+        record = None
+        if options.log_every and (done.step == 1 or options.due(options.log_every, done.step)):
+            others = jax.device_get({name: value for name, value in done.metrics.items() if name not in checked})
+            record = {
+                "step": done.step,
+                "tokens": done.tokens,
+                "loss": self.loss,
+                **rate,
+                **checked,
+                "tokens_per_second": self.pace.since_mark(),
+                **others,
+            }
+        status = Status(
+            step=done.step,
+            loss=self.loss,
+            learning_rate=rate.get("learning_rate"),
+            tokens_per_second=self.pace.tokens_per_second(),
+            seconds_left=self.pace.seconds_left(),
+        )
+        self.recorder.step(status, record)
+
+    def pause(self, stop: StopSignals) -> None:
+        """What is due between this step and the next, whose order lets a checkpoint know its validation loss."""
+        options, step = self.options, self.step
+        if options.due(options.evaluate_every, step):
+            means = {f"validation_{name}": float(value) for name, value in self.evaluate(self.state.variables).items()}
+            if "validation_loss" in means:
+                self.validation[step] = means["validation_loss"]
+            self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
+        if options.due(options.sample_every, step):
+            self.recorder.sample(step, self.sample(self.state.variables, step))
+        if options.due(options.checkpoint_every, step) or stop.received:
+            self.save()
+            self.recorder.message(f"step {step}: checkpoint saved")
+        if stop.received and step < options.steps:
+            self.recorder.message(
+                f"stopped by {stop.received.name} after step {step}, which is saved; "
+                f"the same command goes on from there"
+            )
+            raise StoppedBySignal(128 + stop.received)
+
+    def save(self) -> None:
+        if not _all_finite(self.state.variables):
+            raise self.broken(self.step, "the update made parameters that are not finite")
+        # The checkpoint promises all records up to its step.
+        self.recorder.sync()
+        self.checkpoints.save(
+            self.step,
+            self.state,
+            model_config=self.model_config,
+            tokenizer=self.tokenizer,
+            validation_loss=self.validation.get(self.step),
+            tokens=self.tokens,
+        )
+        self.saved = self.step
+
+    def broken(self, step: int, what: str) -> NonFiniteLoss:
+        advice = "lower the learning rate or look at the batch of this step"
+        if self.saved is None:
+            return NonFiniteLoss(f"stopped at step {step}: {what}; no checkpoint was saved before it; {advice}")
+        path = self.checkpoints.path(self.saved)
+        return NonFiniteLoss(f"stopped at step {step}: {what}; the last good checkpoint is {path}; {advice}")
+
+    def result(self) -> RunResult:
+        best = min(self.validation, key=self.validation.get, default=None)
+        return RunResult(
+            state=self.state,
+            step=self.step,
+            tokens=self.tokens,
+            loss=self.loss,
+            validation_loss=self.validation.get(self.step),
+            best_validation_loss=self.validation.get(best),
+            best_step=best,
+            seconds=self.pace.seconds(),
+            tokens_per_second=self.pace.tokens_per_second(),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def finished_before(self) -> RunResult:
+        """The result of a run that was finished by an earlier process."""
+        restored = self.checkpoints.restore(self.state)
+        return RunResult(state=restored and restored.state, **self.folder.report())
+
+
+def _open(
+    folder: str | Path | RunFolder | None, config: dict | None, model_config: Any, options: RunOptions
+) -> contextlib.AbstractContextManager[RunFolder | None]:
+    if not isinstance(folder, str | Path):
+        return contextlib.nullcontext(folder)
+    described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
+    return RunFolder(folder, described, may_change=[f"options.{name}" for name in NEUTRAL_OPTIONS])
+
+
+def _table(schedule: Callable, steps: int) -> np.ndarray:
+    """The learning rate of every step at once: asked for in the loop, it would queue behind the step under way."""
+    return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(steps)))
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floating]))

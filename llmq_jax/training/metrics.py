@@ -1,0 +1,112 @@
+"""metrics.jsonl and samples.txt: what a run writes down, line by line, so that any moment's kill leaves both readable.
+
+A record of training has `step`, `tokens` (seen so far), `loss`, `learning_rate`, `grad_norm`, `tokens_per_second` and
+the objective's own figures; a record of evaluation `step`, `tokens`, `validation_loss` and further `validation_...`.
+Equal runs write equal records, `TIME_FIELDS` apart. After a kill both files are cut back to the checkpoint's step.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.atomic_files import write_atomically
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
+TIME_FIELDS = ("tokens_per_second",)
+"""Fields that may differ between equal runs."""
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """Append records to `path`, one JSON object a line, each handed to the system at once. A last line that a kill tore
+    is cut off first."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
+        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+
+    def write(self, record: Record) -> None:
+        """A figure that is not finite becomes null, which every JSON reader takes."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Put all records on the disk: before a checkpoint, which makes them due."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """All records, in order. A last line that a kill tore is left out; BadInput names a broken line before it."""
+    *lines, _torn = Path(path).read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(
+                f"{path} line {number} is not a metrics record; restore the file or remove the line"
+            ) from None
+        records.append(record)
+    return records
+
+
+def drop_metrics_after(path: str | Path, step: int) -> None:
+    """Cut the file back to records of `step` and before, atomically."""
+    path = Path(path)
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_atomically(path, b"".join(json.dumps(record).encode() + b"\n" for record in kept))
+
+
+class SamplesFile:
+    """Append samples to `path`: a heading for each, and the text indented below it, so that no text looks like one."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
+
+    def write(self, step: int, text: str) -> None:
+        body = "".join(f"  {line}\n" for line in printable(text).split("\n"))
+        self._file.write(f"step {step}\n{body}\n".encode())
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def drop_samples_after(path: str | Path, step: int) -> None:
+    """Cut the file back to samples of `step` and before, atomically."""
+    path = Path(path)
+    if path.exists():
+        data = path.read_bytes()
+        for line in re.finditer(rb"^\S.*\n?", data, re.MULTILINE):
+            heading = re.fullmatch(rb"step (\d+)\n", line[0])
+            if heading is None or int(heading[1]) > step:  # None: a heading that a kill tore
+                data = data[: line.start()]
+                break
+        write_atomically(path, data)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which an untrained model writes and a terminal obeys, shown as U+FFFD."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: arrays of one number become that number, exactly."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

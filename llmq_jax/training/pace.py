@@ -1,0 +1,58 @@
+"""How fast a run goes: tokens a second of training, and the time left."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+
+class Pace:
+    """Fed with every finished step. The clock starts when the first one is finished, so that compiling does not count;
+    nor do pauses (evaluation, samples, checkpoints), but for the time left, which they lengthen."""
+
+    def __init__(self, steps: int, now: Callable[[], float] = time.perf_counter):
+        self._steps = steps
+        self._now = now
+        self._paused = 0.0
+        self._first: tuple[int, int, float] | None = None  # step, tokens, time
+        self._marked: tuple[int, float] | None = None  # tokens, seconds of training
+        self.step = 0
+        self.tokens = 0
+
+    def finished(self, step: int, tokens: int) -> None:
+        """`tokens` are those of the whole run, up to this step."""
+        self.step, self.tokens = step, tokens
+        if self._first is None:
+            self._first = step, tokens, self._now()
+            self._marked = tokens, 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        began = self._now()
+        try:
+            yield
+        finally:
+            if self._first is not None:
+                self._paused += self._now() - began
+
+    def seconds(self) -> float:
+        """Time spent training, by this process."""
+        return 0.0 if self._first is None else self._now() - self._first[2] - self._paused
+
+    def tokens_per_second(self) -> float | None:
+        """Mean since the first finished step."""
+        if self._first is None or self.step == self._first[0]:
+            return None
+        return (self.tokens - self._first[1]) / max(self.seconds(), 1e-9)
+
+    def since_mark(self) -> float | None:
+        """Tokens a second since the last call."""
+        if self._marked is None or self.step == self._first[0]:
+            return None
+        (tokens, seconds), self._marked = self._marked, (self.tokens, self.seconds())
+        return (self.tokens - tokens) / max(self._marked[1] - seconds, 1e-9)
+
+    def seconds_left(self) -> float | None:
+        if self._first is None or self.step == self._first[0]:
+            return None
+        step, _, began = self._first
+        return (self._now() - began) / (self.step - step) * (self._steps - self.step)

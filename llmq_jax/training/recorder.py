@@ -1,0 +1,82 @@
+"""Everything a run tells the world: files in its folder, trackers, and the terminal."""
+
+import dataclasses
+from io import TextIOBase
+from typing import Any
+
+from llmq_jax.training.metrics import (
+    METRICS,
+    SAMPLES,
+    MetricsFile,
+    Record,
+    SamplesFile,
+    drop_metrics_after,
+    drop_samples_after,
+    printable,
+)
+from llmq_jax.training.progress import Status, make_progress
+from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases
+
+
+class Recorder:
+    """Open what the options ask for, cut back to the step that the run starts from. Without a folder, the terminal
+    alone."""
+
+    def __init__(self, folder: RunFolder | None, options: RunOptions, start: int, output: TextIOBase):
+        self._metrics = self._samples = None
+        self._trackers = []
+        if folder is not None:
+            drop_metrics_after(folder.path / METRICS, start)
+            drop_samples_after(folder.path / SAMPLES, start)
+            self._metrics = MetricsFile(folder.path / METRICS)
+            if options.sample_every:
+                self._samples = SamplesFile(folder.path / SAMPLES)
+            if options.tensorboard:
+                self._trackers.append(TensorBoard(folder.path / "tensorboard", start))
+            if options.wandb:
+                config = {**folder.config, "options": dataclasses.asdict(options)}
+                name = folder.path.absolute().name
+                self._trackers.append(WeightsAndBiases(options.wandb, folder.path, name, config))
+        self._progress = make_progress(options.steps, output, start)
+
+    def step(self, status: Status, record: Record | None) -> None:
+        """A finished step, and its record where it is logged."""
+        self._progress.update(status, logged=record is not None)
+        if record is not None:
+            self._write(record)
+
+    def evaluation(self, record: Record) -> None:
+        figures = ", ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in record.items() if name.startswith("validation_")
+        )
+        self._progress.message(f"step {record['step']}: {figures}")
+        self._write(record)
+
+    def sample(self, step: int, text: str) -> None:
+        indented = printable(text).replace("\n", "\n  ")
+        self._progress.message(f"step {step}: sample\n  {indented}")
+        if self._samples:
+            self._samples.write(step, text)
+
+    def message(self, text: str) -> None:
+        self._progress.message(text)
+
+    def sync(self) -> None:
+        """Put metrics and samples on the disk."""
+        for file in (self._metrics, self._samples):
+            if file:
+                file.sync()
+
+    def close(self) -> None:
+        self._progress.close()
+        closing: list[Any] = [self._metrics, self._samples, *self._trackers]
+        for each in closing:
+            if each:
+                each.close()
+
+    def _write(self, record: Record) -> None:
+        for each in (self._metrics, *self._trackers):
+            if each:
+                each.write(record)

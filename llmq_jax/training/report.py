@@ -1,0 +1,69 @@
+"""The end of a run: its figures as values, as a file and as text."""
+
+import dataclasses
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llmq_jax.training.progress import clock
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What `run` returns. Times and peak memory are those of the process that finished the run."""
+
+    state: Any
+    """The last state; None where a run that was finished before kept no checkpoint."""
+    step: int
+    tokens: int
+    loss: float | None = None
+    validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    seconds: float | None = None
+    """Spent training, without compiling, evaluation, samples and checkpoints."""
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    """On the accelerator, or of the process where there is none."""
+
+    def figures(self) -> dict:
+        """All but the state."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
+        return {name: getattr(self, name) for name in names}
+
+
+def peak_memory_bytes() -> int:
+    """The accelerator's where JAX tells it (GPU), otherwise the process's."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def report_text(result: RunResult, folder: Path | None, next_commands: Sequence[str] = ()) -> str:
+    parts = [f"{result.step:,} steps, {result.tokens:,} tokens"]
+    if result.seconds is not None:
+        parts.append(f"{clock(result.seconds)} of training")
+    if result.tokens_per_second is not None:
+        parts.append(f"{result.tokens_per_second:,.0f} tokens/s")
+    if result.peak_memory_bytes is not None:
+        parts.append(f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB")
+    lines = ["", "finished: " + ", ".join(parts)]
+    losses = [] if result.loss is None else [f"training loss {result.loss:.4f}"]
+    if result.validation_loss is not None:
+        best = f" (best {result.best_validation_loss:.4f} at step {result.best_step:,})" if result.best_step else ""
+        losses.append(f"validation loss {result.validation_loss:.4f}{best}")
+    lines += [", ".join(losses)] if losses else []
+    if folder is not None:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "run.lock")
+        shown = [f"{name}/" if (folder / name).is_dir() else name for name in names]
+        lines.append(f"files in {folder}: {', '.join(shown)}")
+    if next_commands:
+        lines += ["next:", *(f"  {command}" for command in next_commands)]
+    return "\n".join(lines)

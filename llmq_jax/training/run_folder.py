@@ -1,0 +1,149 @@
+"""The folder of one run: whose it is, who trains in it, and whether it is finished.
+
+    config.json    every option of the run; a command with the same options resumes it
+    run.lock       held (flock) by the process that trains here
+    checkpoints/   see checkpoints.py
+    metrics.jsonl, samples.txt, losses.png, tensorboard/
+    finished.json  the figures of the end report, once the run is finished
+
+A folder that is not empty and not of this run is refused before anything is written into it, the lock included.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.atomic_files import json_bytes, write_json_atomically
+
+CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
+MARK = "run_format"
+"""Field of config.json that tells a run folder from a model folder, which has a config.json too."""
+FORMAT = 1
+
+
+class RunFolder:
+    """Open `path` for the run described by `config` (a dict that JSON can hold) and lock it.
+
+    A new or empty folder becomes the folder of this run; one that has this config is resumed (`resumed`), or is
+    `finished`. BadInput where the config differs, each differing field listed; where another process trains in it; and
+    where the folder is anything else. Fields named in `may_change` ("device", or "options.keep_last" for nested ones)
+    do not change results and may differ; config.json keeps what the run began with.
+
+    Also a context manager, which unlocks at its end. A killed process leaves no lock behind.
+    """
+
+    def __init__(self, path: str | Path, config: dict, may_change: Collection[str] = ()):
+        self.path = Path(path)
+        self.config = {MARK: FORMAT, **json.loads(json_bytes(config))}
+        self._lock: int | None = None
+        self._check(may_change)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            # Once more under the lock: another process may have begun here a moment ago.
+            self.resumed = self._check(may_change)
+            if not self.resumed:
+                write_json_atomically(self.path / CONFIG, self.config)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / FINISHED).is_file()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def mark_finished(self, report: dict) -> None:
+        """Write `finished.json`, whole or not at all."""
+        write_json_atomically(self.path / FINISHED, report)
+
+    def report(self) -> dict:
+        """What `mark_finished` was given."""
+        return json.loads((self.path / FINISHED).read_bytes())
+
+    def close(self) -> None:
+        """Unlock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _check(self, may_change: Collection[str]) -> bool:
+        """False where the folder is free, True where it is this run's, BadInput where it is neither."""
+        if self.path.exists() and not self.path.is_dir():
+            raise BadInput(f"{self.path} is a file; a run needs a folder: name another one")
+        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
+        # A process killed while it began leaves the lock, and perhaps a part of the config.
+        if names <= {LOCK, f".{CONFIG}.partial"}:
+            return False
+        saved = _read_run_config(self.path / CONFIG)
+        if saved is None:
+            raise BadInput(f"{self.path} is not empty and not the folder of a run; name a new or empty folder")
+        if differing := _differences(saved, self.config, may_change):
+            raise BadInput(
+                f"{self.path} holds a run with other options: {', '.join(differing)}; "
+                f"give it its own options to resume it, or name another folder for a new run"
+            )
+        return True
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._lock, 32).decode(errors="replace").strip() or "unknown"
+            self.close()
+            raise BadInput(
+                f"another process (id {owner}) is training in {self.path}; wait for it, or name another folder"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f"{os.getpid()}\n".encode())
+
+
+def _read_run_config(path: Path) -> dict | None:
+    """None where this is not the config of a run."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and MARK in config else None
+
+
+def _differences(old: dict, new: dict, may_change: Collection[str]) -> list[str]:
+    """ "name old -> new" for every field, in the order of the new config."""
+    old, new = _flat(old), _flat(new)
+    names = [name for name in [*new, *(old.keys() - new.keys())] if not _within(name, may_change)]
+    absent = "(not set)"
+
+    def shown(value: Any) -> str:
+        return value if value is absent else json.dumps(value)
+
+    pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in names]
+    return [f"{name} {shown(before)} -> {shown(after)}" for name, before, after in pairs if before != after]
+
+
+def _within(name: str, fields: Collection[str]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, names joined by dots."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,62 @@
+"""When a run logs, evaluates, samples and saves."""
+
+import dataclasses
+
+from llmq_jax.errors import BadInput
+
+TIMES_A_RUN = 10
+
+NEUTRAL_OPTIONS = ("checkpoint_every", "keep_last", "keep_best", "tensorboard", "wandb", "plot")
+"""Options that change no result: a run may be resumed with others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """An interval of N acts at every N-th step and at the last one; 0 means never, the end included. None: ten times in
+    the run where there is something to do (a function that evaluates or samples, a folder to save in), else never."""
+
+    steps: int
+    """Updates in the whole run."""
+    log_every: int = 10
+    """Steps between two records in metrics.jsonl (the first step is logged too)."""
+    evaluate_every: int | None = None
+    sample_every: int | None = None
+    checkpoint_every: int | None = None
+    """A checkpoint can only become the best by validation loss where its step is evaluated too."""
+    keep_last: int = 3
+    """How many of the newest checkpoints stay."""
+    keep_best: bool = True
+    """Keep the checkpoint of lowest validation loss too."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb: str | None = None
+    """Project at Weights & Biases to log to."""
+    plot: bool = True
+    """Draw losses.png at the end."""
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("evaluate_every", "sample_every", "checkpoint_every"):
+            if (getattr(self, name) or 0) < 0:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 (0: never)")
+
+    def resolved(self, *, evaluates: bool, samples: bool, saves: bool) -> "RunOptions":
+        """The same with every interval a number. BadInput where one is asked for that could do nothing."""
+        intervals = {}
+        for name, able, lacking in (
+            ("evaluate_every", evaluates, "evaluate function"),
+            ("sample_every", samples, "sample function"),
+            ("checkpoint_every", saves, "folder"),
+        ):
+            every = getattr(self, name)
+            if every and not able:
+                raise BadInput(f"{name} is {every}, but the run has no {lacking}; give it one, or leave it out")
+            intervals[name] = (max(1, self.steps // TIMES_A_RUN) if able else 0) if every is None else every
+        if self.wandb and not saves:
+            raise BadInput("wandb is asked for, but the run has no folder; give it one, or leave it out")
+        return dataclasses.replace(self, **intervals)
+
+    def due(self, every: int, step: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.steps)

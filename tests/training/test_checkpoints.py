@@ -1,0 +1,270 @@
+import json
+import logging
+import os
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training import checkpoints as module
+from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
+from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest
+from llmq_jax.training.state import create_state
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"a": True, "b": False}))
+
+
+def new_state(seed=0, width=4):
+    rng = np.random.default_rng(seed)
+    params = {"a": jnp.asarray(rng.normal(size=(3, width)), jnp.float32), "b": jnp.zeros((), jnp.float32)}
+    frozen = {
+        "w": jnp.asarray(rng.normal(size=(5,)), jnp.bfloat16),
+        "odd": jnp.array([np.nan, -0.0, 1e-45], jnp.float32),
+    }
+    state = create_state({"params": params, "frozen": frozen}, OPTIMIZER, seed=seed + 2**31)
+    return state.replace(step=jnp.asarray(seed, jnp.int32))
+
+
+def bits(tree):
+    return [(leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+class Tokenizer:
+    def save(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Checkpoints of steps 1, 2 and 3, evaluated to 0.5, 0.25 and 1.0."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step, loss in ((1, 0.5), (2, 0.25), (3, 1.0)):
+        checkpoints.save(step, new_state(step), model_config={"width": 4}, validation_loss=loss, tokens=10 * step)
+    return checkpoints
+
+
+def test_restored_state_has_the_same_bits_types_and_structure(three):
+    restored, info = three.restore(new_state(9))
+    assert bits(restored) == bits(new_state(3))
+    assert jax.tree.structure(restored) == jax.tree.structure(new_state(3))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(restored)} == {"float32", "bfloat16", "int32", "uint32"}
+    assert (info.step, info.tokens, info.validation_loss) == (3, 30, 1.0)
+    assert bits(three.restore(new_state(9), step=1).state) == bits(new_state(1))
+
+
+def test_restores_into_shapes_alone_and_onto_the_sharding_asked_for(three):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P())
+    leaves, structure = jax.tree.flatten(new_state(9))
+    plain = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    placed = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in leaves]
+    # A dict: TrainState checks that its fields are arrays.
+    names = [str(number) for number in range(len(leaves))]
+    three.save(4, dict(zip(names, leaves, strict=True)))
+    assert bits(three.restore(dict(zip(names, plain, strict=True))).state) != []
+    restored = three.restore(dict(zip(names, placed, strict=True))).state
+    assert bits(restored) == bits(dict(zip(names, leaves, strict=True)))
+    assert all(leaf.sharding == sharding for leaf in restored.values())
+    assert structure == jax.tree.structure(new_state(3))
+
+
+def test_variables_load_without_the_optimizer(three, tmp_path):
+    three.save(4, new_state(4), model_config={"width": 4}, tokenizer=Tokenizer())
+    config, variables, tokenizer, info = load_checkpoint_variables(tmp_path)
+    assert config == {"width": 4}
+    assert variables.keys() == {"params", "frozen"} and bits(variables) == bits(new_state(4).variables)
+    assert sorted(os.listdir(tokenizer)) == ["tokenizer.json"]
+    assert (info.step, info.validation_loss) == (4, None)
+    older = load_checkpoint_variables(three.path(2))
+    assert older.info.step == 2 and older.tokenizer_folder is None
+    assert bits(older.variables) == bits(new_state(2).variables)
+
+
+def test_config_dataclass_is_saved_with_its_model_type(tmp_path):
+    from llmq_jax.models.gpt2 import GPT2Config
+
+    config = GPT2Config(vocab_size=5, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    path = Checkpoints(tmp_path).save(1, new_state(), model_config=config)
+    saved = json.loads((path / "config.json").read_text())
+    assert (saved["model_type"], saved["vocab_size"], saved["hidden_size"]) == ("gpt2", 5, 8)
+
+
+def test_find_checkpoint(three, tmp_path):
+    newest = three.path(3)
+    assert find_checkpoint(tmp_path) == find_checkpoint(three.folder) == find_checkpoint(newest) == newest
+    assert find_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "other").mkdir()
+    assert find_checkpoint(tmp_path / "other") is None
+    with pytest.raises(BadInput, match=r"no checkpoint in .*other; give a run folder"):
+        load_checkpoint_variables(tmp_path / "other")
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: 1.0}
+    for step, loss in losses.items():
+        checkpoints.save(step, new_state(step), validation_loss=loss)
+    assert checkpoints.steps() == [2, 5, 6]
+    assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 6)
+    Checkpoints(tmp_path, keep_last=1, keep_best=False).save(7, new_state(7))
+    assert checkpoints.steps() == [7]
+    assert checkpoints.best_step() is None
+    assert sorted(os.listdir(tmp_path)) == ["00000007"]
+
+
+@pytest.mark.parametrize("keep_last", [0, -1])
+def test_something_must_be_kept(keep_last, tmp_path):
+    with pytest.raises(BadInput, match="keep_last is"):
+        Checkpoints(tmp_path, keep_last=keep_last)
+
+
+def every_file(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+
+
+def test_any_flipped_bit_truncation_loss_or_addition_is_found_and_named(three):
+    for path in every_file(three.path(3)):
+        whole = path.read_bytes()
+        name = path.relative_to(three.path(3)).as_posix()
+        for fault, damaged in (
+            ("SHA-256 differs", bytes([*whole[:-1], whole[-1] ^ 1]) if whole else b""),
+            (f"has {len(whole) - 1:,} bytes", whole[:-1]),
+        ):
+            if damaged != whole:
+                path.write_bytes(damaged)
+                with pytest.raises(CorruptCheckpoint, match=f"{name} .*{fault}"):
+                    three.restore(new_state(), step=3)
+        path.unlink()
+        with pytest.raises(CorruptCheckpoint, match=f"{name} is missing"):
+            load_checkpoint_variables(three.path(3)) if name != "checkpoint.json" else three.restore(
+                new_state(), step=3
+            )
+        path.write_bytes(whole)
+    (three.path(3) / "state" / "added").touch()
+    with pytest.raises(CorruptCheckpoint, match="state/added was not there"):
+        three.restore(new_state(), step=3)
+    (three.path(3) / "state" / "added").unlink()
+    verify_manifest(three.path(3))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b'{"files": {"a": 1}}'])
+def test_lost_or_broken_manifest_is_damage(content, three):
+    manifest = three.path(3) / "manifest.json"
+    manifest.unlink() if content is None else manifest.write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match=r"manifest.json (is missing|cannot be read)"):
+        three.restore(new_state(), step=3)
+
+
+def test_newest_whole_checkpoint_is_taken_with_a_warning_for_each_damaged_one(three):
+    warnings = []
+    for step in (3, 2):
+        (three.path(step) / "config.json").write_text("{ }")
+    assert three.restore(new_state(), warn=warnings.append).info.step == 1
+    assert ["00000003" in warnings[0], "00000002" in warnings[1], len(warnings)] == [True, True, 2]
+    assert all(warning.startswith("warning: ") and "\n" not in warning for warning in warnings)
+    (three.path(1) / "config.json").write_text("{ }")
+    with pytest.raises(CorruptCheckpoint, match=r"no checkpoint in .* is whole"):
+        three.restore(new_state(), warn=warnings.append)
+
+
+def test_nothing_saved_is_none_and_a_step_that_is_not_there_is_named(three, tmp_path):
+    assert Checkpoints(tmp_path / "none").restore(new_state()) is None
+    with pytest.raises(BadInput, match=r"no checkpoint of step 7 in .*; steps there: 1, 2, 3"):
+        three.restore(new_state(), step=7)
+
+
+def test_checkpoint_of_another_model_or_optimizer_is_refused(three):
+    with pytest.raises(BadInput, match=r"params/a is float32\[3, 4\] in it and float32\[3, 5\] here") as error:
+        three.restore(new_state(width=5))
+    assert "(and 2 more)" in str(error.value)  # Adam's two moments
+    state = new_state()
+    params = {**state.variables["params"], "a": state.variables["params"]["a"].astype(jnp.bfloat16)}
+    with pytest.raises(BadInput, match=r"float32\[3, 4\] in it and bfloat16\[3, 4\] here"):
+        three.restore(state.replace(variables={**state.variables, "params": params}))
+    with pytest.raises(BadInput, match=r"optimizer_state/.* is unknown here"):
+        three.restore(state.replace(optimizer_state=optax.sgd(0.1).init({})))
+
+
+def test_format_of_the_future_is_refused(three):
+    info = three.path(3) / "checkpoint.json"
+    info.write_text(info.read_text().replace('"version": 1', '"version": 2'))
+    from llmq_jax.training.manifest import write_manifest
+
+    (three.path(3) / "manifest.json").unlink()
+    write_manifest(three.path(3))
+    with pytest.raises(BadInput, match="has format 2; this llmq_jax reads format 1"):
+        three.restore(new_state())
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL in this process: nothing in the library may catch it."""
+
+
+@pytest.mark.parametrize("point", ["write_manifest", "os.rename", "sync_folder"])
+def test_save_killed_at_any_point_leaves_whole_checkpoints_only(point, three, monkeypatch):
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os if point == "os.rename" else module, point.removeprefix("os."), kill)
+        with pytest.raises(Killed):
+            three.save(4, new_state(4))
+    committed = point == "sync_folder"
+    assert three.latest_step() == (4 if committed else 3)
+    assert three.restore(new_state()).info.step == (4 if committed else 3)
+    assert (three.folder / ".saving-00000004").exists() != committed
+    three.remove_leftovers()
+    assert all(name.isdigit() for name in os.listdir(three.folder))
+    three.save(4, new_state(4))
+    assert bits(three.restore(new_state()).state) == bits(new_state(4))
+
+
+def test_deletion_killed_half_way_leaves_no_half_checkpoint(three, monkeypatch):
+    def half(path, **options):
+        if ".deleting-" in str(path):
+            (path / "manifest.json").unlink()
+            raise Killed
+        shutil.rmtree(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "shutil", type("", (), {"rmtree": staticmethod(half)}))
+        with pytest.raises(Killed):
+            three.save(4, new_state(4))
+    assert three.steps() == [2, 3, 4]
+    three.remove_leftovers()
+    assert sorted(os.listdir(three.folder)) == ["00000002", "00000003", "00000004"]
+
+
+def test_manifest_is_on_the_disk_before_the_commit(three, monkeypatch):
+    order = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (order.append(f"to {new}"), rename(old, new)))
+    target = three.save(4, new_state(4))
+    commit = order.index(f"to {target}")
+    before = {path.split(".saving-00000004/")[-1] for path in order[:commit]}
+    names = {path.relative_to(target).as_posix() for path in [*every_file(target), target / "manifest.json"]}
+    assert names <= before
+    assert order[commit + 1] == str(three.folder)
+
+
+def test_steps_after_are_set_aside_and_saved_anew(three):
+    three.set_aside_after(1)
+    assert three.steps() == [1]
+    assert {"damaged-00000002", "damaged-00000003"} <= set(os.listdir(three.folder))
+    three.save(2, new_state(7))
+    assert bits(three.restore(new_state()).state) == bits(new_state(7))
+
+
+def test_saving_is_silent_and_leaves_no_thread(tmp_path, capfd, caplog):
+    with caplog.at_level(logging.INFO):
+        Checkpoints(tmp_path).save(1, new_state())
+        Checkpoints(tmp_path).restore(new_state())
+    assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert [thread for thread in threading.enumerate() if "orbax" in thread.name.lower()] == []

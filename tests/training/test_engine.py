@@ -1,0 +1,317 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import OPTIONS, STEPS, Batches
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
+from llmq_jax.training.engine import NonFiniteLoss, count_tokens
+from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
+from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.signals import StoppedBySignal
+
+
+def timeless(folder):
+    """The records of a run without what may differ between equal runs."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in TIME_FIELDS} for record in records]
+
+
+def final_state(folder):
+    return Checkpoints(folder / "checkpoints").restore(tiny_run.new_state(), STEPS).state
+
+
+def assert_same_run(one, other):
+    assert timeless(one) == timeless(other)
+    assert (one / "samples.txt").read_bytes() == (other / "samples.txt").read_bytes()
+    assert_same_arrays(final_state(one), final_state(other))
+
+
+def assert_same_arrays(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+def quiet(folder, *arguments, **named):
+    output = io.StringIO()
+    result = tiny_run.run(folder, *arguments, output=output, **named)
+    return result, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    quiet(folder)
+    return folder
+
+
+def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_path):
+    folder = tmp_path / "killed"
+    script = [sys.executable, tiny_run.__file__, str(folder)]
+    for kill in (
+        "step:3",  # before the first checkpoint
+        "torn:6",  # in the middle of a line of metrics.jsonl
+        "arrays:8",  # in a checkpoint: arrays written, no manifest
+        "manifest:8",  # manifest written, not renamed
+        "committed:8",
+        "orbax:12",  # 30 ms into a checkpoint
+        "deletion:12",  # in the middle of deleting an old checkpoint
+        "plot",  # after the last checkpoint, before the run is marked as finished
+    ):
+        done = subprocess.run([*script, kill], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (kill, done.stdout, done.stderr)
+    assert not (folder / "finished.json").exists()
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "from step 20" in done.stdout
+    assert_same_run(whole, folder)
+    assert json.loads((folder / "finished.json").read_text())["step"] == STEPS
+    assert not [name for name in os.listdir(folder / "checkpoints") if not name.isdigit()]
+
+
+def test_records_are_complete_and_right(whole):
+    records = timeless(whole)
+    training = [record for record in records if "loss" in record]
+    assert [record["step"] for record in training] == [1, *range(2, STEPS + 1, 2)]
+    assert [record["step"] for record in records if "validation_loss" in record] == [4, 8, 12, 16, 20]
+    assert list(training[0]) == ["step", "tokens", "loss", "learning_rate", "grad_norm"]
+    # Against a plain loop.
+    state, tokens, losses = tiny_run.new_state(), 0, []
+    for step in range(STEPS):
+        batch = Batches()[step]
+        state, metrics = tiny_run.train_step(state, batch)
+        tokens += int(batch["mask"].sum())
+        losses.append(float(metrics["loss"]))
+    assert [record["loss"] for record in training] == [losses[record["step"] - 1] for record in training]
+    assert training[-1]["tokens"] == tokens
+    rates = [float(tiny_run.SCHEDULE(record["step"] - 1)) for record in training]
+    np.testing.assert_allclose([record["learning_rate"] for record in training], rates, rtol=1e-6)
+    assert_same_arrays(final_state(whole), state)
+
+
+def test_run_leaves_its_files_and_a_checkpoint_to_load(whole):
+    assert {"config.json", "metrics.jsonl", "samples.txt", "losses.png", "finished.json"} <= set(os.listdir(whole))
+    assert len(Checkpoints(whole / "checkpoints").steps()) in (2, 3)
+    loaded = load_checkpoint_variables(whole)
+    assert (loaded.config, loaded.info.step) == ({"width": 8}, STEPS)
+    assert loaded.info.validation_loss == [r for r in timeless(whole) if "validation_loss" in r][-1]["validation_loss"]
+
+
+def test_finished_run_says_so_and_returns_its_result(whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}
+    result, said = quiet(whole, Batches(lambda step: pytest.fail("trained again")))
+    assert "is finished already; nothing to do" in said
+    assert (result.step, result.best_step is not None) == (STEPS, True)
+    assert_same_arrays(result.state, final_state(whole))
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.*") if path.name != "run.lock"} == {
+        path: time for path, time in before.items() if path.name != "run.lock"
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits(number, whole, tmp_path):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    output = io.StringIO()
+    batches = Batches(lambda step: os.kill(os.getpid(), number) if step == 6 else None)
+    with pytest.raises(StoppedBySignal) as stopped:
+        tiny_run.run(tmp_path / "run", batches, output=output)
+    assert stopped.value.code == 128 + number
+    assert f"stopped by {number.name} after step 6" in output.getvalue()
+    assert Checkpoints(tmp_path / "run/checkpoints").latest_step() == 6
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    quiet(tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_signals_act_as_usual_where_nothing_would_be_saved(tmp_path):
+    batches = Batches(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(tmp_path / "run", batches, replace(OPTIONS, checkpoint_every=0))
+
+
+def test_damaged_newest_checkpoint_is_named_and_passed_over(whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(StoppedBySignal):
+        quiet(folder, Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 10 else None))
+    flip_a_bit(folder / "checkpoints" / "00000010")
+    _, said = quiet(folder)
+    warning, following = said.splitlines()[:2]
+    assert warning.startswith("warning: checkpoint") and "00000010 is damaged" in warning
+    assert following.endswith("from step 8")
+    assert (folder / "checkpoints" / "damaged-00000010").is_dir()
+    assert_same_run(whole, folder)
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(StoppedBySignal):
+        quiet(folder, Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None))
+    flip_a_bit(folder / "checkpoints" / "00000002")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(BadInput, match=r"no checkpoint in .* is whole"):
+        quiet(folder)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def flip_a_bit(checkpoint):
+    largest = max((path for path in checkpoint.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+class Poisoned(Batches):
+    """A mask of zeros from `step` on: the loss is 0 / 0."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def __getitem__(self, step):
+        batch = super().__getitem__(step)
+        return {**batch, "mask": batch["mask"] * 0} if step >= self.step else batch
+
+
+@pytest.mark.parametrize(("bad", "last_good"), [(7, 4), (8, 4), (20, 16)])
+def test_loss_that_is_not_finite_stops_the_run(bad, last_good, tmp_path):
+    folder = tmp_path / "run"
+    match = rf"stopped at step {bad}: loss is nan; the last good checkpoint is .*{last_good:08d}"
+    with pytest.raises(NonFiniteLoss, match=match) as error:
+        quiet(folder, Poisoned(bad - 1))
+    assert "\n" not in str(error.value)
+    assert Checkpoints(folder / "checkpoints").latest_step() == last_good
+    assert not (folder / "finished.json").exists()
+    assert all(record["step"] < bad for record in read_metrics(folder / "metrics.jsonl"))
+
+
+def test_gradient_and_parameters_must_be_finite_too(tmp_path):
+    def break_gradient(state, batch):
+        state, metrics = tiny_run.train_step(state, batch)
+        return state, {**metrics, "grad_norm": metrics["grad_norm"] / (state.step != 3)}
+
+    def break_update(state, batch):
+        state, metrics = tiny_run.train_step(state, batch)
+        return state.replace(variables=jax.tree.map(lambda x: x / (state.step != 8), state.variables)), metrics
+
+    from llmq_jax.training import engine
+
+    for step, message in ((break_gradient, "step 3: grad norm is inf"), (break_update, "step 8: the update made")):
+        folder = tmp_path / step.__name__
+        with pytest.raises(NonFiniteLoss, match=message):
+            options = replace(OPTIONS, evaluate_every=0, sample_every=0)
+            engine.run(tiny_run.new_state(), step, Batches(), options, folder=folder, output=io.StringIO())
+        assert Checkpoints(folder / "checkpoints").latest_step() in (None, 4)
+
+
+def test_device_is_never_waited_for_before_the_next_step_is_handed_over(tmp_path):
+    """What is read of step s must come after the call of step s + 1, save where the run pauses."""
+    order = []
+
+    def step(state, batch):
+        order.append(("step", int(state.step) + 1))
+        state, metrics = tiny_run.train_step(state, batch)
+        return state, metrics
+
+    from llmq_jax.training import engine
+
+    read = engine._Loop.read
+    engine._Loop.read = lambda self, done: (order.append(("read", done.step)), read(self, done))
+    try:
+        options = RunOptions(steps=4)
+        engine.run(tiny_run.new_state(), step, Batches(), options, output=io.StringIO())
+    finally:
+        engine._Loop.read = read
+    assert order == [
+        ("step", 1),
+        ("step", 2),
+        ("read", 1),
+        ("step", 3),
+        ("read", 2),
+        ("step", 4),
+        ("read", 3),
+        ("read", 4),
+    ]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result, said = quiet(None, options=RunOptions(steps=STEPS))
+    assert result.step == STEPS and result.best_validation_loss <= result.validation_loss
+    assert said.count("validation loss") == 11  # ten times, and in the report
+    assert os.listdir(tmp_path) == []
+
+
+def test_run_folder_of_the_caller_is_used_and_stays_locked(whole, tmp_path):
+    with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
+        quiet(folder)
+        with pytest.raises(BadInput, match="another process"):
+            RunFolder(tmp_path / "run", {"lr": 1})
+        with pytest.raises(BadInput, match="config has no effect"):
+            quiet(folder, config={"lr": 2})
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_another_run_is_refused_and_neutral_options_may_change(whole):
+    with pytest.raises(BadInput, match=r"options.log_every 2 -> 5;"):
+        quiet(whole, options=replace(OPTIONS, log_every=5))
+    with pytest.raises(BadInput, match=r"model.width 8 -> 9;"):
+        quiet(whole, model_config={"width": 9})
+    quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False))
+
+
+@pytest.mark.parametrize("name", ["evaluate_every", "sample_every", "checkpoint_every"])
+def test_interval_that_would_do_nothing_is_refused(name):
+    with pytest.raises(BadInput, match=f"{name} is 5, but the run has no"):
+        tiny_run.run(None, options=RunOptions(**{"steps": 20, name: 5}), evaluate=None, sample=None)
+
+
+def test_evaluation_may_know_other_figures_than_a_loss(tmp_path):
+    options = RunOptions(steps=2, evaluate_every=2, tensorboard=False, plot=False)
+    result, _ = quiet(tmp_path / "run", options=options, evaluate=lambda variables: {"accuracy": np.float32(0.5)})
+    assert (result.validation_loss, result.best_step) == (None, None)
+    assert timeless(tmp_path / "run")[-1] == {"step": 2, "tokens": result.tokens, "validation_accuracy": 0.5}
+    assert Checkpoints(tmp_path / "run/checkpoints").best_step() is None
+
+
+def test_zero_means_never(tmp_path):
+    options = replace(OPTIONS, log_every=0, evaluate_every=0, sample_every=0, checkpoint_every=0)
+    _, said = quiet(tmp_path / "run", options=options)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b""
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert "step 4" not in said
+
+
+@pytest.mark.parametrize("changed", [{"steps": 0}, {"log_every": -1}, {"evaluate_every": -2}, {"keep_last": 0}])
+def test_options_out_of_range_are_refused(changed):
+    with pytest.raises(BadInput, match=f"{next(iter(changed))} is"):
+        RunOptions(**{"steps": 3, **changed})
+
+
+def test_report_shows_figures_files_and_next_commands(tmp_path):
+    _, said = quiet(tmp_path / "run", next_commands=["llmq generate run"])
+    report = said[said.index("finished:") :]
+    assert "20 steps" in report and "tokens/s" in report and "peak memory" in report
+    assert "best" in report and "losses.png" in report
+    assert report.endswith("next:\n  llmq generate run\n")
+
+
+def test_tokens_are_counted_from_the_masks():
+    ones, some = jnp.ones((2, 3)), np.array([[1, 0, 0], [1, 1, 0]])
+    assert count_tokens({"tokens": ones, "mask": some}) == 3
+    assert count_tokens({"chosen_mask": some, "rejected_mask": np.ones((2, 3))}) == 9
+    assert count_tokens({"tokens": ones}) == 6

@@ -1,0 +1,59 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.plots import TRAINING, VALIDATION, plot_losses
+
+
+def run_folder(path, records):
+    path.mkdir()
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def has_colour(path, colour):
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    image = imread(path)[..., :3]
+    return bool((np.abs(image - np.array(to_rgb(colour))).max(-1) < 0.01).any())
+
+
+def test_draws_both_losses_over_steps_and_tokens(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    records = [{"step": s, "tokens": 100 * s, "loss": 5 / s, "grad_norm": None} for s in range(1, 9)]
+    records.insert(4, {"step": 4, "tokens": 400, "validation_loss": 3.0})
+    records.append({"step": 8, "tokens": 800, "validation_loss": 2.0})
+    path = plot_losses(run_folder(tmp_path / "my run", records))
+    assert path == tmp_path / "my run" / "losses.png"
+    assert has_colour(path, TRAINING) and has_colour(path, VALIDATION)
+    axes = figures[0].axes[0]
+    training, validation = axes.lines
+    np.testing.assert_array_equal(training.get_xydata(), [(s, 5 / s) for s in range(1, 9)])
+    np.testing.assert_array_equal(validation.get_xydata(), [(4, 3.0), (8, 2.0)])
+    (top,) = axes.child_axes
+    assert (axes.get_xlabel(), top.get_xlabel(), axes.get_xlim(), top.get_xlim()) == (
+        "steps",
+        "tokens seen",
+        (0, 8),
+        (0, 800),
+    )
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_validation_alone_and_no_tokens_will_do(tmp_path):
+    path = plot_losses(run_folder(tmp_path / "run", [{"step": 4, "validation_loss": 3.0}]))
+    assert has_colour(path, VALIDATION) and not has_colour(path, TRAINING)
+
+
+def test_nothing_to_plot_is_said(tmp_path):
+    with pytest.raises(BadInput, match=r"no metrics.jsonl in .*; give the folder of a run"):
+        plot_losses(tmp_path)
+    with pytest.raises(BadInput, match="has no losses yet"):
+        plot_losses(run_folder(tmp_path / "run", [{"step": 4, "loss": None}]))

@@ -1,0 +1,136 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.run_folder import RunFolder
+
+CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_new_or_empty_folder_becomes_the_runs_own(exists, tmp_path):
+    path = tmp_path / "some" / "run"
+    if exists:
+        path.mkdir(parents=True)
+    with RunFolder(path, CONFIG) as folder:
+        assert (folder.resumed, folder.finished) == (False, False)
+    saved = json.loads((path / "config.json").read_text())
+    assert saved == {"run_format": 1, **CONFIG, "data": "a/b.txt", "betas": [0.9, 0.99]}
+    assert sorted(os.listdir(path)) == ["config.json", "run.lock"]
+
+
+def test_same_config_resumes_until_finished(tmp_path):
+    RunFolder(tmp_path / "run", CONFIG).close()
+    with RunFolder(str(tmp_path / "run"), CONFIG) as folder:
+        assert (folder.resumed, folder.finished) == (True, False)
+        folder.mark_finished({"loss": 1.5})
+    with RunFolder(tmp_path / "run", CONFIG) as folder:
+        assert (folder.resumed, folder.finished) == (True, True)
+        assert folder.report() == {"loss": 1.5}
+
+
+def test_other_config_lists_every_difference_and_touches_nothing(tmp_path):
+    RunFolder(tmp_path / "run", CONFIG).close()
+    before = contents(tmp_path)
+    other = {**CONFIG, "lr": 0.2, "device": "gpu", "model": {"width": 8}, "seed": 1}
+    with pytest.raises(BadInput) as error:
+        RunFolder(tmp_path / "run", other)
+    message = str(error.value)
+    for difference in (
+        "lr 0.1 -> 0.2",
+        'device "cpu" -> "gpu"',
+        "model.width 4 -> 8",
+        "model.layers 2 -> (not set)",
+        "seed (not set) -> 1",
+    ):
+        assert difference in message
+    assert "betas" not in message and "data" not in message and "\n" not in message
+    assert contents(tmp_path) == before
+
+
+def test_fields_that_change_no_result_may_change(tmp_path):
+    RunFolder(tmp_path / "run", CONFIG).close()
+    other = {**CONFIG, "device": "gpu", "model": {"width": 4, "layers": 3}}
+    with RunFolder(tmp_path / "run", other, may_change=["device", "model.layers"]) as folder:
+        assert folder.resumed
+    with pytest.raises(BadInput, match=r"options: model.layers 2 -> 3;"):
+        RunFolder(tmp_path / "run", other, may_change=["device", "model.layer"])
+    with RunFolder(tmp_path / "run", other, may_change=["device", "model"]) as folder:
+        assert folder.resumed
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"thesis.txt": "..."},
+        {"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""},
+        {"config.json": "[1]"},
+        {"config.json": "{"},
+        {"run.lock": "", "metrics.jsonl": ""},
+    ],
+)
+def test_foreign_folder_is_refused_and_not_touched(files, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match="not empty and not the folder of a run; name a new or empty folder"):
+        RunFolder(tmp_path, CONFIG)
+    assert contents(tmp_path) == before
+
+
+def test_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("a")
+    with pytest.raises(BadInput, match="run is a file"):
+        RunFolder(tmp_path / "run", CONFIG)
+
+
+def test_killed_while_it_began_is_still_new(tmp_path):
+    (tmp_path / "run.lock").write_text("123")
+    (tmp_path / ".config.json.partial").write_text("{")
+    with RunFolder(tmp_path, CONFIG) as folder:
+        assert not folder.resumed
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "run.lock"]
+
+
+def test_one_process_at_a_time_and_a_killed_one_holds_no_lock(tmp_path):
+    path = tmp_path / "run"
+    script = (
+        "import sys, time; from llmq_jax.training.run_folder import RunFolder\n"
+        "folder = RunFolder(sys.argv[1], {}); print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        before = contents(path)
+        with pytest.raises(BadInput, match=rf"another process \(id {other.pid}\) is training in {path}"):
+            RunFolder(path, {})
+        assert contents(path) == before
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    with RunFolder(path, {}) as folder:
+        assert folder.resumed
+        assert (path / "run.lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_lock_is_given_back_when_opening_fails_and_when_closed(tmp_path):
+    RunFolder(tmp_path / "run", CONFIG).close()
+    with pytest.raises(BadInput, match="other options"):
+        RunFolder(tmp_path / "run", {})
+    folder = RunFolder(tmp_path / "run", CONFIG)
+    folder.close()
+    folder.close()
+    started = time.monotonic()
+    RunFolder(tmp_path / "run", CONFIG).close()
+    assert time.monotonic() - started < 5
