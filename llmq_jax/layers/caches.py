@@ -22,28 +22,30 @@ from jaxtyping import Array, Float, Int
 class FullCache:
     """Keys and values of all positions; slot = position."""
 
-    keys: Float[Array, "*L B S K H"]
-    values: Float[Array, "*L B S K H"]
+    keys: Float[Array, "*L B K S H"]
+    values: Float[Array, "*L B K S H"]
 
     @classmethod
     def create(cls, batch: int, length: int, num_heads: int, head_dim: int, dtype: Dtype) -> "FullCache":
-        zeros = jnp.zeros((batch, length, num_heads, head_dim), dtype)
+        zeros = jnp.zeros((batch, num_heads, length, head_dim), dtype)
         return cls(keys=zeros, values=zeros)
 
     def write(
-        self, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+        self, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], positions: Int[Array, "B T"]
     ) -> "FullCache":
-        rows = jnp.arange(positions.shape[0])[:, None]
+        rows = jnp.arange(positions.shape[0])[:, None, None]
+        heads = jnp.arange(keys.shape[1])[None, :, None]
+        slots = positions[:, None, :]
         return FullCache(
-            keys=self.keys.at[rows, positions].set(keys.astype(self.keys.dtype), mode="drop"),
-            values=self.values.at[rows, positions].set(values.astype(self.values.dtype), mode="drop"),
+            keys=self.keys.at[rows, heads, slots].set(keys.astype(self.keys.dtype), mode="drop"),
+            values=self.values.at[rows, heads, slots].set(values.astype(self.values.dtype), mode="drop"),
         )
 
-    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"], Int[Array, "B S"]]:
-        batch, length = self.keys.shape[:2]
+    def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+        batch, _, length, _ = self.keys.shape
         return self.keys, self.values, jnp.broadcast_to(jnp.arange(length), (batch, length))
 
     def extend(self, length: int) -> "FullCache":
         """The same cache with `length` slots in all."""
-        more = [(0, 0), (0, length - self.keys.shape[1]), (0, 0), (0, 0)]
+        more = [(0, 0), (0, 0), (0, length - self.keys.shape[2]), (0, 0)]
         return FullCache(keys=jnp.pad(self.keys, more), values=jnp.pad(self.values, more))

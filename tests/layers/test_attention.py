@@ -8,7 +8,7 @@ from llmq_jax.layers.attention import Context, self_attention
 
 def draw(seed: int, heads: int = 4, groups: int = 2, length: int = 11):
     keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = [(2, length, heads, 8), (2, length, groups, 8), (2, length, groups, 8)]
+    shapes = [(2, heads, length, 8), (2, groups, length, 8), (2, groups, length, 8)]
     return [2.0 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -16,15 +16,15 @@ def by_hand(query, key, value, positions, segments, scale):
     """Row by row in NumPy: softmax over the keys that the definition allows."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = np.zeros_like(query)
-    repeat = query.shape[2] // key.shape[2]
-    for b, t, n in np.ndindex(query.shape[:3]):
+    repeat = query.shape[1] // key.shape[1]
+    for b, n, t in np.ndindex(query.shape[:3]):
         allowed = [
-            s for s in range(key.shape[1]) if segments[b][s] == segments[b][t] and positions[b][s] <= positions[b][t]
+            s for s in range(key.shape[2]) if segments[b][s] == segments[b][t] and positions[b][s] <= positions[b][t]
         ]
-        scores = np.array([query[b, t, n] @ key[b, s, n // repeat] for s in allowed]) * scale
+        scores = np.array([query[b, n, t] @ key[b, n // repeat, s] for s in allowed]) * scale
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
-        out[b, t, n] = sum(w * value[b, s, n // repeat] for w, s in zip(weights, allowed, strict=True))
+        out[b, n, t] = sum(w * value[b, n // repeat, s] for w, s in zip(weights, allowed, strict=True))
     return out
 
 
