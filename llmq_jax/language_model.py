@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import GENERATION_CONFIG, download, float_type, is_hf, read_hf, write_json
-from llmq_jax.interop.safetensors_files import read_json
-from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build
+from llmq_jax.interop.openai import is_openai, read_openai
+from llmq_jax.interop.tensor_files import read_json
+from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions
 
 Integers = ArrayLike | Sequence
@@ -115,11 +116,12 @@ class LanguageModel:
 
 
 def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
-    """Load a model: a Hugging Face folder, a hub id, or a run or checkpoint of ours.
+    """Load a model: a Hugging Face folder, a hub id, a file of weights, OpenAI's GPT-2, or a run or checkpoint of ours.
 
     Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
-    a Hugging Face folder's weights. `config` takes the place of the one stored with the weights, for weights that come
-    without one or to change what weights do not depend on.
+    the weights in a folder or file: "hf", for GPT-2 also "book" and "original". `config` takes the place of the one
+    stored with the weights. A dict changes just some of its fields; for weights that come without one it says what
+    their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
     """
     from llmq_jax.training.checkpoints import find_checkpoint
 
@@ -133,12 +135,18 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
         if layout != "hf":
             raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
         return _load_checkpoint(source, config, dtype)
-    if not is_hf(source):
+    if is_hf(source):
+        contents = read_hf(source, layout, config, dtype)
+    elif is_openai(source):
+        if layout not in ("hf", "openai"):
+            raise BadInput(f"{path}: is a folder of OpenAI's; layout={layout!r} would have no effect")
+        contents = read_openai(source, config, dtype)
+    else:
         raise BadInput(
-            f"{path}: is {_describe(source)}, not a model; give a Hugging Face folder (with model.safetensors), a hub "
-            "id, a run folder or a checkpoint"
+            f"{path}: is {_describe(source)}, not a model; give a Hugging Face folder (with model.safetensors or "
+            "pytorch_model.bin), a file of weights (.safetensors, .bin, .pth), OpenAI's GPT-2 folder, a hub id, a run "
+            "folder or a checkpoint"
         )
-    contents = read_hf(source, layout, config, dtype)
     return LanguageModel(
         contents.config, build(contents.config), contents.variables, contents.tokenizer, contents.generation
     )
@@ -186,6 +194,8 @@ def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> Languag
     if config is None:
         config = _config(path, loaded.config)
     else:
+        if isinstance(config, Mapping):
+            config = override(_config(path, loaded.config), **config)
         _check_fit(path, variables, config)
     if dtype is not None:
         variables = jax.tree.map(

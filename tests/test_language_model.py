@@ -149,6 +149,7 @@ def test_a_given_config_takes_the_place_of_the_checkpoint_s(lm, tmp_path):
     save(lm, tmp_path)
     exact = dataclasses.replace(CONFIG, activation_function="gelu")
     assert load(tmp_path, config=exact).config == exact
+    assert load(tmp_path, config={"activation_function": "gelu"}).config == exact
     with pytest.raises(
         BadInput, match=r"params/token_embedding/embedding is \[257, 12\], and \[99, 12\] by the config"
     ):

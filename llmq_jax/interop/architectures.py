@@ -1,6 +1,6 @@
-"""Which architecture has which tables, and the four functions that apply them."""
+"""Which architecture has which tables, and the functions that apply them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,15 +9,20 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import gpt2
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import WeightTable
+from llmq_jax.models import override
 
 
 class Tables(NamedTuple):
     layouts: Mapping[str, WeightTable]
     config: ConfigTable
+    derive: Callable[..., dict[str, Any]]
+    """Fields of a config from (shapes, layers, tied, layout), as `WeightTable.survey` and `is_tied` tell them."""
+    underivable: tuple[str, ...]
+    """Fields that shapes do not tell."""
 
 
 TABLES = {
-    "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG),
+    "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
 }
 
 
@@ -28,13 +33,18 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
     of our readers); it is read tensor by tensor. Types are kept unless `dtype` is given. Whatever is missing, unread,
     of another shape or not tied where it should be is named in one BadInput.
     """
-    return weight_table(config.model_type, layout).from_state_dict(state, config, dtype)
+    table = weight_table(config.model_type, layout)
+    try:
+        return table.from_state_dict(state, config, dtype)
+    except BadInput:
+        _check_layout(state, config.model_type, layout)
+        raise
 
 
 def to_state_dict(variables: dict, config: Any, layout: str = "hf") -> dict[str, np.ndarray]:
     """{PyTorch name: numpy array}, the way back; also for gradients or any other tree with the variables' structure.
 
-    A tied head has no name of its own, as in the files that transformers writes.
+    A tied head has a name of its own only where the layout's files give it one (`book` and `original` do).
     """
     lazy = weight_table(config.model_type, layout).lazy_state_dict(variables, config)
     return {name: np.array(tensor) for name, tensor in lazy.items()}
@@ -52,6 +62,43 @@ def config_to_hf(config: Any) -> dict[str, Any]:
     return config_table(config.model_type).to_hf(config)
 
 
+def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **fields) -> Any:
+    """The config of weights that come without one, from their names and shapes.
+
+    `fields` are those that shapes do not tell, which are required (GPT-2: `num_attention_heads`), and any that are to
+    differ from what is derived: the architecture and the layout decide the activation function, and the head counts as
+    tied when it equals the embedding. Whatever else weights do not depend on (dropout) has the config's default.
+    """
+    model_type = _recognise(state, layout)
+    tables, table = TABLES[model_type], weight_table(model_type, layout)
+    missing = [name for name in tables.underivable if name not in fields]
+    if missing:
+        raise BadInput(f"the shapes of weights do not tell {' and '.join(missing)}; give it in the config")
+    shapes, layers = table.survey(state)
+    try:
+        derived = tables.derive(shapes, layers, table.is_tied(state), layout)
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise BadInput(f"the weights are not those of {model_type} in the layout {layout!r}: no config fits") from error
+    return override(tables.config.config_class(), **derived | fields)
+
+
+def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: str) -> Any:
+    """The config of weights, of the one given (None, a config, or a dict of some fields) and the one stored (or None).
+
+    A config takes the place of the stored one. A dict changes fields of the stored one or, where there is none, adds
+    what shapes do not tell.
+    """
+    if isinstance(given, Mapping):
+        return config_from_state_dict(state, layout, **given) if stored is None else override(stored, **given)
+    if given is None and stored is None:
+        missing = TABLES[_recognise(state, layout)].underivable
+        raise BadInput(
+            f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; "
+            f"pass config={{{missing[0]!r}: ...}} (--{missing[0].replace('_', '-')}), or a whole config"
+        )
+    return stored if given is None else given
+
+
 def weight_table(model_type: str, layout: str = "hf") -> WeightTable:
     layouts = _tables(model_type).layouts
     if layout not in layouts:
@@ -67,3 +114,30 @@ def _tables(model_type: str) -> Tables:
     if model_type not in TABLES:
         raise BadInput(f"model_type {model_type!r} is not supported; supported: {', '.join(TABLES)}")
     return TABLES[model_type]
+
+
+def _recognise(state: Mapping[str, Any], layout: str) -> str:
+    """The architecture to whose names in this layout these come closest."""
+    having = [model_type for model_type, tables in TABLES.items() if layout in tables.layouts]
+    if not having:
+        known = dict.fromkeys(name for tables in TABLES.values() for name in tables.layouts)
+        raise BadInput(f"no architecture has the layout {layout!r}; there are {', '.join(known)}")
+    model_type = max(having, key=lambda name: _fitting(state, name)[layout])
+    _check_layout(state, model_type, layout)
+    return model_type
+
+
+def _fitting(state: Mapping[str, Any], model_type: str) -> dict[str, int]:
+    """{layout: how many of the names it has}."""
+    return {name: sum(map(table.recognises, state)) for name, table in _tables(model_type).layouts.items()}
+
+
+def _check_layout(state: Mapping[str, Any], model_type: str, layout: str) -> None:
+    """Refuse a layout where another one has more of the names."""
+    fitting = _fitting(state, model_type)
+    closest = max(fitting, key=fitting.__getitem__)
+    if fitting[closest] > fitting[layout]:
+        raise BadInput(
+            f"{fitting[layout]} of {len(state)} names are those of layout={layout!r}, and {fitting[closest]} those of "
+            f"layout={closest!r}; pass that (--layout {closest})"
+        )

@@ -1,13 +1,30 @@
-"""GPT-2's weights and config in transformers' layout (`GPT2LMHeadModel`).
+"""GPT-2's weights and config in the layouts that its checkpoints come in.
 
-Its linear layers are Conv1D, stored (in, out): nothing is transposed. Queries, keys and values stand side by side in
-`c_attn`, in this order. The file of the original weights has no `transformer.` prefix, and older ones carry each
-layer's causal mask as a buffer.
+- `hf`: transformers' `GPT2LMHeadModel`. Its linear layers are Conv1D, stored (in, out): nothing is transposed. Queries,
+  keys and values stand side by side in `c_attn`, in this order. The file of the original weights has no `transformer.`
+  prefix, and older ones carry each layer's causal mask as a buffer.
+- `openai`: the variables of OpenAI's TensorFlow release (openai/gpt-2, `src/model.py`): the same, but linear layers are
+  convolutions of width 1, stored (1, in, out), and norms have a gain `g`. The head is always tied.
+- `book`: `GPTModel` of LLMs-from-scratch (Raschka 2024, chapter 4), whose linear layers are torch's (out, in).
+- `original`: the model of the PyTorch repository that this project re-implements; as the book's, with other names.
+
+`book` and `original` keep queries, keys and values apart, without biases unless built with `qkv_bias=True`: absent
+biases are zeros here, and are written on export, which a model built with `qkv_bias=True` loads. They have a head of
+their own even where it equals the embedding, and their masks are buffers.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
 from llmq_jax.interop.configs import ConfigTable
-from llmq_jax.interop.tables import WeightTable, as_is, in_out, out_in, rule, vector
+from llmq_jax.interop.tables import Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
 from llmq_jax.models.gpt2 import GPT2Config
+
+# Where queries, keys and values are in our leaves, kernel [D, 3, N, H] and bias [3, N, H].
+Q, K, V = (np.s_[..., part, :, :] for part in range(3))
 
 LAYOUTS = {
     "hf": WeightTable(
@@ -33,6 +50,82 @@ LAYOUTS = {
         ignorable=("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
         optional_prefix="transformer.",
         tied={"lm_head.weight": "transformer.wte.weight"},
+    ),
+    "openai": WeightTable(
+        rules=(
+            rule("model/wte", "token_embedding/embedding", as_is),
+            rule("model/wpe", "position_embedding/embedding", as_is),
+            rule("model/h{layer}/ln_1/g", "{block}/attention_norm/scale", vector),
+            rule("model/h{layer}/ln_1/b", "{block}/attention_norm/bias", vector),
+            rule("model/h{layer}/attn/c_attn/w", "{block}/attention/qkv/kernel", convolution),
+            rule("model/h{layer}/attn/c_attn/b", "{block}/attention/qkv/bias", vector),
+            rule("model/h{layer}/attn/c_proj/w", "{block}/attention/out/kernel", convolution),
+            rule("model/h{layer}/attn/c_proj/b", "{block}/attention/out/bias", vector),
+            rule("model/h{layer}/ln_2/g", "{block}/mlp_norm/scale", vector),
+            rule("model/h{layer}/ln_2/b", "{block}/mlp_norm/bias", vector),
+            rule("model/h{layer}/mlp/c_fc/w", "{block}/mlp/up/kernel", convolution),
+            rule("model/h{layer}/mlp/c_fc/b", "{block}/mlp/up/bias", vector),
+            rule("model/h{layer}/mlp/c_proj/w", "{block}/mlp/down/kernel", convolution),
+            rule("model/h{layer}/mlp/c_proj/b", "{block}/mlp/down/bias", vector),
+            rule("model/ln_f/g", "final_norm/scale", vector),
+            rule("model/ln_f/b", "final_norm/bias", vector),
+        ),
+    ),
+    "book": WeightTable(
+        rules=(
+            rule("tok_emb.weight", "token_embedding/embedding", as_is),
+            rule("pos_emb.weight", "position_embedding/embedding", as_is),
+            rule("trf_blocks.{layer}.norm1.scale", "{block}/attention_norm/scale", vector),
+            rule("trf_blocks.{layer}.norm1.shift", "{block}/attention_norm/bias", vector),
+            rule("trf_blocks.{layer}.att.W_query.weight", "{block}/attention/qkv/kernel", out_in, at=Q),
+            rule("trf_blocks.{layer}.att.W_key.weight", "{block}/attention/qkv/kernel", out_in, at=K),
+            rule("trf_blocks.{layer}.att.W_value.weight", "{block}/attention/qkv/kernel", out_in, at=V),
+            rule("trf_blocks.{layer}.att.W_query.bias", "{block}/attention/qkv/bias", vector, at=Q, optional=True),
+            rule("trf_blocks.{layer}.att.W_key.bias", "{block}/attention/qkv/bias", vector, at=K, optional=True),
+            rule("trf_blocks.{layer}.att.W_value.bias", "{block}/attention/qkv/bias", vector, at=V, optional=True),
+            rule("trf_blocks.{layer}.att.out_proj.weight", "{block}/attention/out/kernel", out_in),
+            rule("trf_blocks.{layer}.att.out_proj.bias", "{block}/attention/out/bias", vector),
+            rule("trf_blocks.{layer}.norm2.scale", "{block}/mlp_norm/scale", vector),
+            rule("trf_blocks.{layer}.norm2.shift", "{block}/mlp_norm/bias", vector),
+            rule("trf_blocks.{layer}.ff.layers.0.weight", "{block}/mlp/up/kernel", out_in),
+            rule("trf_blocks.{layer}.ff.layers.0.bias", "{block}/mlp/up/bias", vector),
+            rule("trf_blocks.{layer}.ff.layers.2.weight", "{block}/mlp/down/kernel", out_in),
+            rule("trf_blocks.{layer}.ff.layers.2.bias", "{block}/mlp/down/bias", vector),
+            rule("final_norm.scale", "final_norm/scale", vector),
+            rule("final_norm.shift", "final_norm/bias", vector),
+            rule("out_head.weight", "lm_head/kernel", out_in),
+        ),
+        ignorable=("trf_blocks.{layer}.att.mask",),
+        tied={"out_head.weight": "tok_emb.weight"},
+        writes_tied=True,
+    ),
+    "original": WeightTable(
+        rules=(
+            rule("emb_dict.weight", "token_embedding/embedding", as_is),
+            rule("pos_emb_dict.weight", "position_embedding/embedding", as_is),
+            rule("trf_blocks.{layer}.ln_1.scale", "{block}/attention_norm/scale", vector),
+            rule("trf_blocks.{layer}.ln_1.shift", "{block}/attention_norm/bias", vector),
+            rule("trf_blocks.{layer}.att.w_queries.weight", "{block}/attention/qkv/kernel", out_in, at=Q),
+            rule("trf_blocks.{layer}.att.w_keys.weight", "{block}/attention/qkv/kernel", out_in, at=K),
+            rule("trf_blocks.{layer}.att.w_values.weight", "{block}/attention/qkv/kernel", out_in, at=V),
+            rule("trf_blocks.{layer}.att.w_queries.bias", "{block}/attention/qkv/bias", vector, at=Q, optional=True),
+            rule("trf_blocks.{layer}.att.w_keys.bias", "{block}/attention/qkv/bias", vector, at=K, optional=True),
+            rule("trf_blocks.{layer}.att.w_values.bias", "{block}/attention/qkv/bias", vector, at=V, optional=True),
+            rule("trf_blocks.{layer}.att.out_proj.weight", "{block}/attention/out/kernel", out_in),
+            rule("trf_blocks.{layer}.att.out_proj.bias", "{block}/attention/out/bias", vector),
+            rule("trf_blocks.{layer}.ln_2.scale", "{block}/mlp_norm/scale", vector),
+            rule("trf_blocks.{layer}.ln_2.shift", "{block}/mlp_norm/bias", vector),
+            rule("trf_blocks.{layer}.ffn.layers.0.weight", "{block}/mlp/up/kernel", out_in),
+            rule("trf_blocks.{layer}.ffn.layers.0.bias", "{block}/mlp/up/bias", vector),
+            rule("trf_blocks.{layer}.ffn.layers.2.weight", "{block}/mlp/down/kernel", out_in),
+            rule("trf_blocks.{layer}.ffn.layers.2.bias", "{block}/mlp/down/bias", vector),
+            rule("final_ln.scale", "final_norm/scale", vector),
+            rule("final_ln.shift", "final_norm/bias", vector),
+            rule("out.weight", "lm_head/kernel", out_in),
+        ),
+        ignorable=("trf_blocks.{layer}.att.mask",),
+        tied={"out.weight": "emb_dict.weight"},
+        writes_tied=True,
     ),
 }
 
@@ -74,3 +167,19 @@ CONFIG = ConfigTable(
     ),
     token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
 )
+
+
+def derive(shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str) -> dict[str, Any]:
+    """The fields of the config of weights that come without one; their shapes do not tell the number of heads."""
+    vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
+    positions, _ = shapes["params/position_embedding/embedding"]
+    width = math.prod(shapes["params/{block}/mlp/up/kernel"]) // hidden_size
+    return {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": positions,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "intermediate_size": None if width == 4 * hidden_size else width,
+        "activation_function": "gelu" if layout == "original" else "gelu_new",
+        "tie_word_embeddings": tied,
+    }

@@ -1,7 +1,7 @@
 """Hugging Face folders, read and written: config, generation config, weights and tokenizer together.
 
 What is read here is what transformers writes (`save_pretrained`), and what is written here is what it reads
-(`from_pretrained`), versions 4 and 5.
+(`from_pretrained`), versions 4 and 5. A file of weights counts as the folder that it lies in, whatever else is there.
 """
 
 import json
@@ -24,10 +24,13 @@ from llmq_jax.interop.architectures import (
     config_table,
     config_to_hf,
     from_state_dict,
+    resolve_config,
     weight_table,
 )
 from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig
-from llmq_jax.interop.safetensors_files import INDEX, WEIGHTS, open_safetensors, read_json, write_safetensors
+from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
+from llmq_jax.interop.tensor_files import TensorFiles, read_json
+from llmq_jax.interop.torch_files import is_torch, open_torch
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -41,6 +44,7 @@ EXPORTED = (
 )
 """All that an export may consist of."""
 DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin",)
 
 
 class Contents(NamedTuple):
@@ -53,34 +57,36 @@ class Contents(NamedTuple):
 
 
 def is_hf(path: Path) -> bool:
-    """Whether a path is a safetensors file, or a folder with one or with an index of shards."""
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+    """Whether a path is a file of weights, or a folder with one or with an index of shards."""
+    return is_safetensors(path) or is_torch(path)
+
+
+def open_weights(path: Path) -> TensorFiles:
+    """The tensors of such a file or folder, by name; of a folder that holds both, those of the safetensors."""
+    return open_safetensors(path) if is_safetensors(path) else open_torch(path)
 
 
 def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = None) -> Contents:
-    """Read a folder, or a safetensors file with its `config.json` beside it.
+    """Read a folder, or a file of weights, which may have its `config.json` beside it.
 
-    A given `config` takes the place of `config.json`, which then need not be there.
+    A given `config` takes the place of `config.json`; a dict changes fields of it or, where there is none, says what
+    the shapes of the weights do not tell.
     """
     folder = path.parent if path.is_file() else path
-    values = {}
-    if (folder / CONFIG).is_file():
-        values = read_json(folder / CONFIG)
-    elif config is None:
-        raise BadInput(f"{folder}: has weights but no {CONFIG}; pass the config")
-    if config is None:
-        try:
-            config = config_from_hf(values)
-        except BadInput as error:
-            raise BadInput(f"{folder / CONFIG}: {error}") from error
-    state = open_safetensors(path)
+    values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    state = open_weights(path)
     try:
+        config = resolve_config(config, _stored_config(folder, values, config), state, layout)
         variables = from_state_dict(state, config, layout, dtype)
     except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
+        raise located(path, error) from error
     return Contents(config, variables, tokenizer_in(folder), _read_generation_config(folder, values, config))
+
+
+def located(path: Path, error: BadInput) -> BadInput:
+    """The error with the path that it is about, unless it names a file already."""
+    names_it = str(error).startswith((f"{path}:", f"{path}{os.sep}"))
+    return error if names_it else BadInput(f"{path}: {error}")
 
 
 def save_hf(
@@ -131,6 +137,9 @@ def download(name: str) -> Path:
     try:
         # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
         folder = snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
+        if not is_safetensors(Path(folder)):
+            patterns = list(DOWNLOADED_WITHOUT_SAFETENSORS)
+            folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
     except (OSError, ValueError) as error:  # among them: no network, no such model, no access, offline
         reason = str(error).strip().splitlines()[0]
         raise BadInput(
@@ -150,6 +159,16 @@ def float_type(dtype: Any) -> np.dtype | None:
     if known is None or not jnp.issubdtype(known, jnp.floating):
         raise BadInput(f"dtype={dtype!r} is not a floating type; use float32, bfloat16 or float16")
     return known
+
+
+def _stored_config(folder: Path, values: Mapping[str, Any], given: Any) -> Any:
+    """The config of `config.json`; None where there is none, or where it is not asked for and thus need not be ours."""
+    if not values or not (given is None or isinstance(given, Mapping)):
+        return None
+    try:
+        return config_from_hf(values)
+    except BadInput as error:
+        raise BadInput(f"{folder / CONFIG}: {error}") from error
 
 
 def _read_generation_config(folder: Path, values: Mapping[str, Any], config: Any) -> GenerationConfig:

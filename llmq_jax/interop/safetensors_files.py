@@ -4,8 +4,7 @@ Files are read with pread, not mapped into memory: what has been read counts onc
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.tables import LazyTensor
+from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_shards
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,42 +40,21 @@ DTYPES = {
 }
 
 
-class SafetensorsFiles(Mapping[str, LazyTensor]):
-    """The tensors of one or several files by name; each is read when `np.asarray` asks for it."""
-
-    def __init__(self, files: list[Path]):
-        self._tensors: dict[str, LazyTensor] = {}
-        self._file_of: dict[str, Path] = {}
-        for path in files:
-            file = _open(path)
-            names = file.keys()
-            for name in names:
-                if name in self._tensors:
-                    raise BadInput(f"{path}: holds {name}, which {self._file_of[name].name} holds too")
-                self._tensors[name] = _lazy(path, file, name)
-                self._file_of[name] = path
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def file_of(self, name: str) -> Path:
-        return self._file_of[name]
-
-
-def open_safetensors(path: Path) -> SafetensorsFiles:
-    """The tensors of a `.safetensors` file, or of a folder with `model.safetensors` or an index of shards."""
+def is_safetensors(path: Path) -> bool:
+    """Whether a path is a `.safetensors` file, or a folder with `model.safetensors` or an index of shards."""
     if path.is_file():
-        return SafetensorsFiles([path])
+        return path.suffix == ".safetensors"
+    return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+
+
+def open_safetensors(path: Path) -> TensorFiles:
+    """The tensors of such a file or folder."""
     if (path / WEIGHTS).is_file():
-        return SafetensorsFiles([path / WEIGHTS])
+        path = path / WEIGHTS
+    if path.is_file():
+        return TensorFiles({path: _read(path)})
     if (path / INDEX).is_file():
-        return _open_shards(path / INDEX)
+        return open_shards(path / INDEX, ".safetensors", _read)
     raise BadInput(f"{path}: has neither {WEIGHTS} nor {INDEX}")
 
 
@@ -102,32 +81,17 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _open_shards(index: Path) -> SafetensorsFiles:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadInput(f"{index}: has no weight_map from names to files")
-    shards = sorted(set(weight_map.values()))
-    for name in shards:
-        if not re.fullmatch(r"[^/\\]+\.safetensors", name):
-            raise BadInput(f"{index}: names {name!r}, which is no safetensors file in the same folder")
-    missing = [name for name in shards if not (index.parent / name).is_file()]
-    if missing:
-        raise BadInput(f"{index}: {len(missing)} of {len(shards)} shards are not there: {', '.join(missing[:5])}")
-    files = SafetensorsFiles([index.parent / name for name in shards])
-    for name, shard in weight_map.items():
-        if name not in files or files.file_of(name).name != shard:
-            raise BadInput(f"{index}: says that {shard} holds {name}, which it does not")
-    return files
+def _read(path: Path) -> dict[str, LazyTensor]:
+    file = _open(path)
+    names = file.keys()
+    return {name: _lazy(path, file, name) for name in names}
 
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy", backend="pread")
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            if file.read(20).startswith(b"version https://git"):
-                raise BadInput(f"{path}: is a Git LFS pointer; run `git lfs pull` in its folder") from error
-        raise BadInput(f"{path}: not a safetensors file, or truncated or damaged ({error}); get it again") from error
+        raise damaged(path, "a safetensors file", error) from error
 
 
 def _lazy(path: Path, file: Any, name: str) -> LazyTensor:
@@ -143,14 +107,3 @@ def _lazy(path: Path, file: Any, name: str) -> LazyTensor:
             raise BadInput(f"{path}: {name} cannot be read ({error}); get the file again") from error
 
     return LazyTensor(tuple(entry.get_shape()), DTYPES[dtype], read)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; anything else is BadInput."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds no JSON object")
-    return value

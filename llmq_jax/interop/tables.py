@@ -6,8 +6,9 @@ A table is a short list of rules, one per kind of tensor:
 
 Both directions follow from it, and all shapes from our own abstract tree. `{layer}` runs over the layers from the first
 to the last, and `{block}` is where our tree keeps that layer's block; a rule holds in the layers whose block has the
-leaf, so that layers of several kinds share one table. Nothing is guessed: every leaf must be filled, every key read or
-on the list of names to ignore, every shape right; all that is wrong is reported at once.
+leaf, so that layers of several kinds share one table. Where several of their tensors share one of our leaves, `at`
+says which part of it a rule fills. Nothing is guessed: every leaf must be filled, every key read or on the list of
+names to ignore, every shape right; all that is wrong is reported at once.
 """
 
 import functools
@@ -77,6 +78,8 @@ vector = Transform(lambda shape: (math.prod(shape),))
 """A bias or a scale: theirs is flat, ours may have several axes."""
 in_out = Transform(_matrix)
 """transformers' Conv1D, (in, out), to our kernel [in, *out]."""
+convolution = Transform(lambda shape: (1, *_matrix(shape)))
+"""TensorFlow's convolution of width 1, (1, in, out), to our kernel [in, *out]."""
 out_in = Transform(_matrix, transposed=True)
 """torch's Linear, (out, in), to our kernel [in, *out]."""
 
@@ -85,11 +88,18 @@ class Rule(NamedTuple):
     key: str
     path: str
     transform: Transform
+    at: tuple = ()
+    optional: bool = False
 
 
-def rule(key: str, path: str, transform: Transform, collection: str = "params") -> Rule:
-    """Their `key` is our `collection`'s leaf at `path`, under `transform`."""
-    return Rule(key, f"{collection}/{path}", transform)
+def rule(
+    key: str, path: str, transform: Transform, collection: str = "params", at: tuple = (), optional: bool = False
+) -> Rule:
+    """Their `key` is our `collection`'s leaf at `path`, or the part `at` (an index) of that leaf, under `transform`.
+
+    A file may have none of a table's optional tensors, which then are zero; it may not have some of them.
+    """
+    return Rule(key, f"{collection}/{path}", transform, at, optional)
 
 
 class Placement(NamedTuple):
@@ -97,11 +107,13 @@ class Placement(NamedTuple):
 
     key: str
     path: Path
-    slot: tuple[int, ...]
+    slot: tuple
     transform: Transform
+    optional: bool
 
     def our_shape(self, leaf_shape: Shape) -> Shape:
-        return leaf_shape[len(self.slot) :]
+        # A view of the right shape that takes no memory.
+        return np.broadcast_to(0, leaf_shape)[self.slot].shape
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,8 @@ class WeightTable:
     """A prefix of their names that some files leave out."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Names that, in a model which has no leaf of their own for them, may repeat another tensor."""
+    writes_tied: bool = False
+    """Whether files of this layout hold such a tensor all the same, so that it is written."""
 
     def placements(self, config: Any) -> list[Placement]:
         """The rules written out for a config: layer by layer, each layer's tensors in the order of the rules."""
@@ -124,12 +138,12 @@ class WeightTable:
         for in_layers, rules in itertools.groupby(self.rules, lambda entry: "{block}" in entry.path):
             run = tuple(rules)
             for layer, (block, repeat) in enumerate(slots) if in_layers else [(0, ("", 0))]:
-                for key, path, transform in run:
+                for key, path, transform, at, optional in run:
                     path = path.format(block=block)
                     if path in leaves:
-                        slot = (repeat,) if in_layers else ()
-                        placement = Placement(key.format(layer=layer), tuple(path.split("/")), slot, transform)
-                        placements.append(placement)
+                        slot = (repeat, *at) if in_layers else at
+                        name, place = key.format(layer=layer), tuple(path.split("/"))
+                        placements.append(Placement(name, place, slot, transform, optional))
         return placements
 
     def from_state_dict(self, state: Mapping[str, Any], config: Any, dtype: Any = None) -> dict:
@@ -140,17 +154,23 @@ class WeightTable:
         problems = self._problems(state, names, placements, leaves, config)
         if problems:
             raise BadInput(f"the weights do not fit {type(config).__name__}: {'; '.join(problems)}")
+        tensors = {part.key: _tensor(state, names[part.key]) for part in placements if part.key in names}
         by_leaf: dict[Path, list[Placement]] = {}
         for placement in placements:
             by_leaf.setdefault(placement.path, []).append(placement)
         filled = {}
         for path, parts in by_leaf.items():
-            tensors = [_tensor(state, names[part.key]) for part in parts]
-            leaf_type = _widest(tensor.dtype for tensor in tensors) if dtype is None else dtype
+            present = [tensors[part.key] for part in parts if part.key in tensors]
+            # A leaf whose tensors are all absent takes the type of the others.
+            types = [tensor.dtype for tensor in present or tensors.values()]
+            leaf_type = _widest(types) if dtype is None else dtype
             leaf = _aligned_empty(leaves[path].shape, jax.dtypes.canonicalize_dtype(leaf_type))
-            for part, tensor in zip(parts, tensors, strict=True):
-                shape = part.our_shape(leaf.shape)
-                leaf[part.slot] = part.transform.to_ours(np.asarray(tensor), shape)
+            for part in parts:
+                if part.key in tensors:
+                    shape = part.our_shape(leaf.shape)
+                    leaf[part.slot] = part.transform.to_ours(np.asarray(tensors[part.key]), shape)
+                else:
+                    leaf[part.slot] = 0
             filled[path] = jax.device_put(leaf)
         return unflatten_dict(filled)
 
@@ -172,7 +192,33 @@ class WeightTable:
         ]
         if problems:
             raise BadInput(f"the variables do not fit {type(config).__name__}: {'; '.join(problems)}")
-        return {part.key: _theirs(part, leaves[part.path], dtype) for part in placements}
+        tensors = {part.key: _theirs(part, leaves[part.path], dtype) for part in placements}
+        if self.writes_tied:
+            tensors |= {key: tensors[source] for key, source in self.tied.items() if key not in tensors}
+        return tensors
+
+    def recognises(self, name: str) -> bool:
+        """Whether a tensor of this name may stand in this layout, for some config."""
+        known = [*(entry.key for entry in self.rules), *self.tied, *self.ignorable]
+        return any(_matches(key, full) for full in (name, self.optional_prefix + name) for key in known)
+
+    def survey(self, state: Mapping[str, Any]) -> tuple[dict[str, Shape], int]:
+        """What `state` says of its config: ({a rule's path: the shape of their tensor}, the number of layers)."""
+        shapes: dict[str, Shape] = {}
+        layers = set()
+        for name in state:
+            for entry in self.rules:
+                match = _matches(entry.key, name) or _matches(entry.key, self.optional_prefix + name)
+                if match:
+                    shapes.setdefault(entry.path, tuple(_tensor(state, name).shape))
+                    layers |= set(match.groups())
+        return shapes, len(layers)
+
+    def is_tied(self, state: Mapping[str, Any]) -> bool:
+        """Whether all tensors that may repeat another one do so, or are absent."""
+        prefix = "" if any(name.startswith(self.optional_prefix) for name in state) else self.optional_prefix
+        pairs = [(key.removeprefix(prefix), source.removeprefix(prefix)) for key, source in self.tied.items()]
+        return all(_equal(state, key, source) for key, source in pairs if key in state and source in state)
 
     def _names(self, state: Mapping[str, Any], placements: list[Placement]) -> dict[str, str]:
         """{the table's name: the name in `state`}; they differ where `state` leaves the prefix out."""
@@ -185,8 +231,7 @@ class WeightTable:
         return names
 
     def _ignores(self, name: str) -> bool:
-        patterns = (re.escape(pattern).replace(r"\{layer\}", r"\d+") for pattern in self.ignorable)
-        return any(re.fullmatch(pattern, name) for pattern in patterns)
+        return any(_matches(key, name) for key in self.ignorable)
 
     def _problems(self, state, names, placements, leaves, config) -> list[str]:
         wanted = {placement.key: placement for placement in placements}
@@ -207,14 +252,16 @@ class WeightTable:
         for key, source in self.tied.items():
             if key in wanted or key not in names or source not in names:
                 continue
-            if not np.array_equal(_tensor(state, names[key]), _tensor(state, names[source])):
+            if not _equal(state, names[key], names[source]):
                 untied.append(
                     f"{names[key]} differs from {names[source]} although tie_word_embeddings is true"
-                    " (set it to false in config.json if the head has weights of its own)"
+                    " (set it to false in the config if the head has weights of its own)"
                 )
         filled = {placement.path for placement in placements}
+        some_optional = any(placement.optional and key in names for key, placement in wanted.items())
+        missing = [key for key, part in wanted.items() if key not in names and (some_optional or not part.optional)]
         return [
-            *_listed("missing", [key for key in wanted if key not in names]),
+            *_listed("missing", missing),
             *_listed("unread", unread),
             *_listed("there twice, with and without a prefix", duplicates),
             *_listed("of another shape or type", wrong),
@@ -234,6 +281,20 @@ def _tensor(state: Mapping[str, Any], name: str) -> Any:
         raise BadInput(
             f"{name} cannot be read as a numpy array ({str(error).splitlines()[0]}); convert it first"
         ) from error
+
+
+def _equal(state: Mapping[str, Any], left: str, right: str) -> bool:
+    return np.array_equal(_tensor(state, left), _tensor(state, right))
+
+
+@functools.cache
+def _pattern(key: str) -> re.Pattern:
+    return re.compile(re.escape(key).replace(r"\{layer\}", r"(\d+)"))
+
+
+def _matches(key: str, name: str) -> re.Match | None:
+    """Whether a name is a rule's key, in any layer."""
+    return _pattern(key).fullmatch(name)
 
 
 def _theirs(part: Placement, leaf: Any, dtype: Any) -> LazyTensor:

@@ -1,13 +1,21 @@
-"""python -m convert.from_hf and convert.to_hf, as a user runs them."""
+"""python -m convert.from_hf, convert.to_hf and convert.openai_gpt2, as a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+import torch
+import transformers
 
+from convert import from_hf
 from llmq_jax.data.tokenizers import ByteTokenizer
+from llmq_jax.errors import BadInput
+from llmq_jax.interop import to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load
@@ -15,6 +23,7 @@ from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
 
 ROOT = Path(__file__).parents[2]
+OPENAI = ROOT / "tests" / "interop" / "data" / "openai_gpt2"
 
 
 def convert(name, *arguments):
@@ -52,3 +61,81 @@ def test_bad_input_is_one_line(source, tmp_path):
     done = convert("to_hf", source, source)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {source}: is not empty;") and done.stderr.count("\n") == 1
+
+
+def test_openai_s_gpt2(tmp_path):
+    done = convert("openai_gpt2", OPENAI, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    assert f"llmq generate {tmp_path / 'hf'}" in done.stdout
+    lm = load(tmp_path / "hf")
+    assert lm.config == load(OPENAI).config
+    np.testing.assert_array_equal(lm.logits([[1, 2, 3]]), load(OPENAI).logits([[1, 2, 3]]))
+
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor([[1, 2, 3]])).logits.numpy()
+    np.testing.assert_allclose(lm.logits([[1, 2, 3]]), expected, rtol=0, atol=1e-5)
+    assert theirs.generation_config.eos_token_id == 261
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("! the")["input_ids"] == [0, 258]
+
+    done = convert("openai_gpt2", OPENAI, tmp_path / "hf")
+    assert done.returncode == 2 and f"{tmp_path / 'hf'}: is not empty" in done.stderr
+    assert convert("openai_gpt2", OPENAI, tmp_path / "hf", "--overwrite", "--dtype", "bfloat16").returncode == 0
+    assert load(tmp_path / "hf").params["final_norm"]["bias"].dtype == "bfloat16"
+
+
+def test_openai_s_gpt2_that_is_damaged(source, tmp_path):
+    folder = Path(shutil.copytree(OPENAI, tmp_path / "124M"))
+    (folder / "vocab.bpe").unlink()
+    done = convert("openai_gpt2", folder, tmp_path / "bare")
+    assert done.returncode == 0 and "without a tokenizer" in done.stdout
+    file = folder / "model.ckpt.data-00000-of-00001"
+    os.truncate(file, 1000)
+    done = convert("openai_gpt2", folder, tmp_path / "hf")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {file}: is truncated: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "hf").exists()
+    done = convert("openai_gpt2", source, tmp_path / "hf")
+    assert done.stderr.startswith(f"error: {source}: is no folder of OpenAI's") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def training_checkpoint(source, tmp_path):
+    """A .pth file as the original repository's training scripts write it."""
+    lm = load(source)
+    state = {name: torch.tensor(array) for name, array in to_state_dict(lm.variables, lm.config, "original").items()}
+    torch.save({"model_state_dict": state, "optimizer_state_dict": {}}, tmp_path / "model_and_optim_save.pth")
+    return tmp_path / "model_and_optim_save.pth"
+
+
+def test_a_checkpoint_of_a_training_script(source, training_checkpoint, tmp_path):
+    options = ("--layout", "original", "--num-attention-heads", 3, "--tokenizer", "bytes")
+    done = convert("from_hf", training_checkpoint, tmp_path / "ours", *options)
+    assert done.returncode == 0, done.stderr
+    ours = load(tmp_path / "ours")
+    assert ours.tokenizer.encode("é") == [0xC3, 0xA9]
+    assert ours.generation.eos_token_id == (256,)
+    assert ours.config.activation_function == "gelu"
+    jax.tree.map(np.testing.assert_array_equal, ours.variables, load(source).variables)
+
+
+def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_path):
+    original = {"layout": "original", "num_attention_heads": 3}
+    for path, options, message in (
+        (training_checkpoint, {}, "those of layout='original'; pass that (--layout original)"),
+        (training_checkpoint, {"layout": "original"}, "do not tell num_attention_heads; pass"),
+        (
+            training_checkpoint,
+            {**original, "tokenizer": "gpt2"},
+            "gpt2 has 50257 ids, more than the model's vocabulary",
+        ),
+        (source, {"tokenizer": "bytes"}, "has a tokenizer of its own; drop --tokenizer"),
+    ):
+        with pytest.raises(BadInput) as caught:
+            from_hf.main(from_hf.Options(str(path), str(tmp_path / "more"), **options))
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "more").exists()
+    # What is possible without a tokenizer is said, and what comes next.
+    from_hf.main(from_hf.Options(str(training_checkpoint), str(tmp_path / "more"), **original))
+    assert load(tmp_path / "more").tokenizer is None

@@ -291,7 +291,7 @@ def test_an_index_may_not_leave_its_folder(sharded, name):
     index = sharded / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     edit_json(index, weight_map={**weight_map, "transformer.wte.weight": name})
-    assert f"names {name!r}, which is no safetensors file in the same folder" in refused(sharded)
+    assert f"names {name!r}, which is no .safetensors file in the same folder" in refused(sharded)
 
 
 def test_missing_shards(sharded):
@@ -335,20 +335,19 @@ def test_a_config_that_is_not_supported_is_named_with_its_file(theirs):
 def test_weights_without_a_config(theirs):
     lm = load(theirs)
     (theirs / "config.json").unlink()
-    assert "has weights but no config.json" in refused(theirs)
+    assert "has weights but no config, and their shapes do not tell num_attention_heads" in refused(theirs)
     with_config = load(theirs, config=lm.config)
     np.testing.assert_array_equal(with_config.logits(tokens_for(lm)), lm.logits(tokens_for(lm)))
+    assert load(theirs, config={"num_attention_heads": 3}).config == lm.config
 
 
 def test_a_given_config_takes_the_place_of_the_file(theirs):
     config = load(theirs).config
     exact = dataclasses.replace(config, activation_function="gelu")
     assert load(theirs, config=exact).config == exact
-
-
-def test_weights_that_only_pytorch_reads(theirs):
-    (theirs / "model.safetensors").rename(theirs / "pytorch_model.bin")
-    assert "not a model" in refused(theirs)
+    assert load(theirs, config={"activation_function": "gelu"}).config == exact
+    with pytest.raises(BadInput, match=r"GPT2Config has no field 'activation'; did you mean activation_function\?"):
+        load(theirs, config={"activation": "gelu"})
 
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])

@@ -1,27 +1,11 @@
 """PyTorch models to compare with: tiny, and randomised so that no fault can hide behind an initial value."""
 
-from zlib import crc32
-
 import numpy as np
 import torch
 
+from convert.parity_reference import randomise
 
-def randomise(model: torch.nn.Module) -> None:
-    """Draw every parameter anew, each from a seed that is its name.
-
-    Norms and biases move away from 1 and 0, which hide a wrong or missing one, and matrices have a gain of about
-    1/sqrt(fan in), so that attention is not flat.
-    """
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        rng = np.random.default_rng(crc32(name.encode()))
-        if len(shape) == 1:
-            values = 0.3 * rng.standard_normal(shape) + (1.0 if "bias" not in name else 0.0)
-        else:
-            embedding = "wte" in name or "wpe" in name or "embed" in name
-            values = rng.standard_normal(shape) * (0.5 if embedding else 1.4 / min(shape) ** 0.5)
-        with torch.no_grad():
-            parameter.copy_(torch.tensor(values, dtype=parameter.dtype))
+__all__ = ["assert_same_gradients", "numpy_gradients", "numpy_state", "randomise"]
 
 
 def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:

@@ -1,0 +1,276 @@
+"""Where two implementations of a model part ways: the places that both have, and the first at which they differ.
+
+A place is one of our modules and the module of transformers that holds the same parameters by the weight table; that
+is all an architecture has to say. `{block}/attention/out/kernel` and `transformer.h.{layer}.attn.c_proj.weight` make a
+place of `attention/out` and `attn.c_proj`; and as the parameters under `attention` are those under `attn`, these are a
+place too, and so are the blocks. Both sides run on the same tokens, ours layer by layer, and what goes into each place
+and what comes out of it is compared.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from convert.parity_reference import Pass
+from convert.parity_weights import Difference, Slots, home
+from llmq_jax.interop.tables import Placement
+from llmq_jax.layers.attention import Context
+from llmq_jax.models.decoder import Decoder, default_positions
+
+ModulePath = tuple[str, ...]
+"""Of a module of ours: inside its block, or for what stands outside the blocks inside the model."""
+
+
+INPUT, OUTPUT = "__input__", "__call__"
+"""The names under which Linen notes what a module was given and what it gave."""
+
+
+class Pair(NamedTuple):
+    """A module on both sides."""
+
+    layer: int | None
+    path: ModulePath
+    theirs: str
+    keys: tuple[str, ...]
+    """The parameters in it, by their names in a file."""
+
+
+class Place(NamedTuple):
+    """A module on both sides, and how far apart they are there."""
+
+    layer: int | None
+    path: ModulePath
+    theirs: str
+    keys: tuple[str, ...]
+    output: Difference
+    input: Difference | None = None
+    """None where the two were given arrays that cannot be compared."""
+    parts: tuple["Place", ...] = ()
+    """The places inside, in the order of computation."""
+
+    @property
+    def name(self) -> str:
+        what = " ".join(self.path).replace("_", " ") or "output"
+        return what if self.layer is None else f"layer {self.layer}, {what}"
+
+
+class First(NamedTuple):
+    """The first place that differs."""
+
+    place: Place
+    before: bool
+    """Whether what it was given differs already: then the fault lies between it and the place before."""
+    among: tuple[Place, ...]
+    """The places beside it, itself included."""
+
+    @property
+    def difference(self) -> Difference:
+        return self.place.input if self.before else self.place.output
+
+    def __str__(self) -> str:
+        where, comma, what = self.place.name.rpartition(", ")
+        if self.before:
+            what = f"input of {what}" if self.place.path else "input"
+        theirs = f" ({self.place.theirs})" if self.place.theirs else ""
+        return f"{where}{comma}{what}{theirs}"
+
+
+def first_difference(places: Sequence[Place], tolerance: float) -> First | None:
+    """The first place above the tolerance, as deep inside as there are parts.
+
+    A part counts where it is seen from outside, in the output of what it is a part of: two implementations may lay out
+    differently what they hold inside, and be the same.
+    """
+    for place in places:
+        if place.output.above(tolerance):
+            if place.input is not None and place.input.above(tolerance):
+                return First(place, True, tuple(places))
+            return first_difference(place.parts, tolerance) or First(place, False, tuple(places))
+    return None
+
+
+def pair_modules(
+    placements: Iterable[Placement], slots: Slots, owners: Mapping[str, str], modules: Collection[str]
+) -> list[Pair]:
+    """The modules of both sides that hold the same parameters.
+
+    `slots` are the model's `layer_slots()`, `owners` the reference's names in memory by name in a file, and `modules`
+    those of its modules that compute. Where several, one inside the other, hold the same, they pair from outside in.
+    """
+    ours: dict[tuple[int | None, ModulePath], list[str]] = {}
+    theirs: dict[str, list[str]] = {}
+    for placement in placements:
+        if placement.key not in owners:
+            continue
+        layer, leaf = home(placement, slots)
+        for depth in range(1 if layer is None else 0, len(leaf)):
+            ours.setdefault((layer, leaf[:depth]), []).append(placement.key)
+        owner = owners[placement.key].split(".")
+        for depth in range(1, len(owner)):
+            if (name := ".".join(owner[:depth])) in modules:
+                theirs.setdefault(name, []).append(placement.key)
+    by_keys: dict[frozenset[str], list[str]] = {}
+    for name in sorted(theirs, key=lambda name: name.count(".")):
+        by_keys.setdefault(frozenset(theirs[name]), []).append(name)
+    pairs = []
+    for layer, path in sorted(ours, key=lambda module: len(module[1])):
+        keys = ours[layer, path]
+        if candidates := by_keys.get(frozenset(keys)):
+            pairs.append(Pair(layer, path, candidates.pop(0), tuple(keys)))
+    return pairs
+
+
+class Trace(NamedTuple):
+    """What our modules were given and what they gave; modules go by (layer, path)."""
+
+    inputs: dict[tuple[int | None, ModulePath], np.ndarray]
+    outputs: dict[tuple[int | None, ModulePath], np.ndarray]
+    stages: dict[str, set[ModulePath]]
+    """The modules outside the layers, by the method of the model that calls them: "embed", "normalise", "unembed"."""
+    embedded: np.ndarray
+    """What enters the first layer."""
+
+
+def trace(model: Decoder, variables: dict, tokens: np.ndarray) -> Trace:
+    """A forward pass over tokens [B, T], layer by layer, that notes every module's first input and first output."""
+    ids = jnp.asarray(tokens, jnp.int32)
+    context = Context(default_positions(ids))
+    outside, layers = model.slice_layers(variables)
+    blocks = {
+        (f"group_{g}", f"block_{b}"): _recorded(make(parent=None))
+        for g, group in enumerate(model.layer_groups())
+        for b, make in enumerate(group.blocks)
+    }
+    inputs: dict = {}
+    outputs: dict = {}
+
+    def note(layer: int | None, captured: dict) -> set[ModulePath]:
+        notes = dict(_flatten(captured.get("intermediates", {})))
+        for (*path, kind), value in notes.items():
+            array = next((leaf for leaf in jax.tree.leaves(value) if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
+            if array is not None:
+                noted = inputs if kind == INPUT else outputs
+                noted.setdefault((layer, tuple(path)), np.asarray(array, np.float32))
+        return {path[:-1] for path in notes}
+
+    stages = {}
+    embedded, captured = _recorded(model, "embed")(outside, ids, context.positions)
+    stages["embed"] = note(None, captured)
+    x = embedded
+    for layer, ((path, _), own) in enumerate(zip(model.layer_slots(), layers, strict=True)):
+        (x, _, _), captured = blocks[path](own, x, context)
+        note(layer, captured)
+    for method in ("normalise", "unembed"):
+        x, captured = _recorded(model, method)(outside, x)
+        stages[method] = note(None, captured)
+    return Trace(inputs, outputs, stages, np.asarray(embedded, np.float32))
+
+
+def _recorded(module: nn.Module, method: str = OUTPUT) -> Any:
+    """A compiled call of a method: (its result, what its sub-modules were given and gave)."""
+
+    def note_input(call, args, kwargs, context):
+        if context.method_name == OUTPUT and args:
+            # Through Linen, as it notes outputs: an array kept by hand would not leave a module that is scanned.
+            context.module.sow("intermediates", INPUT, args[0])
+        return call(*args, **kwargs)
+
+    @jax.jit
+    def call(variables, *args):
+        with nn.intercept_methods(note_input):
+            return module.apply(variables, *args, method=method, capture_intermediates=True, mutable=["intermediates"])
+
+    return call
+
+
+def _flatten(tree: Mapping[str, Any], path: ModulePath = ()) -> Iterable[tuple[ModulePath, Any]]:
+    for name, value in tree.items():
+        if name in (INPUT, OUTPUT):
+            yield (*path, name), value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, (*path, name))
+
+
+def compare(
+    pairs: Sequence[Pair], ours: Trace, our_logits: np.ndarray, theirs: Pass, tokens: np.ndarray
+) -> tuple[Place, ...]:
+    """All places in the order of computation: embeddings, layers, final norm, logits; each with its parts."""
+    order = {name: index for index, name in enumerate(theirs.outputs)}
+    places = []
+    for pair in sorted(pairs, key=lambda pair: order.get(pair.theirs, -1)):
+        module = pair.layer, pair.path
+        output = _difference(ours.outputs.get(module), theirs.outputs.get(pair.theirs), tokens)
+        if output is not None:
+            given = _difference(ours.inputs.get(module), theirs.inputs.get(pair.theirs), tokens)
+            places.append(Place(*pair, output, given))
+
+    def outside(method: str) -> tuple[Place, ...]:
+        return _nest([place for place in places if place.layer is None and place.path in ours.stages[method]])
+
+    block = next((pair.theirs for pair in pairs if pair.layer == 0 and not pair.path), "")
+    embeddings = outside("embed")
+    embedded = _difference(ours.embedded, theirs.inputs.get(block), tokens)
+    if embedded is not None:
+        keys = tuple(key for place in embeddings for key in place.keys)
+        embeddings = (Place(None, ("embeddings",), f"input of {block}", keys, embedded, parts=embeddings),)
+    layers = sorted({place.layer for place in places if place.layer is not None})
+    head = outside("unembed")
+    logits = _difference(our_logits, theirs.logits, tokens)
+    if logits is None:
+        logits = Difference(np.inf, np.inf)  # another vocabulary
+    return (
+        *embeddings,
+        *(top for layer in layers for top in _nest([place for place in places if place.layer == layer])),
+        *outside("normalise"),
+        Place(None, ("logits",), "", tuple(key for place in head for key in place.keys), logits, parts=head),
+    )
+
+
+def _nest(places: Sequence[Place]) -> tuple[Place, ...]:
+    """Places of one layer, those that lie in others as their parts."""
+
+    def inside(place: Place, other: Place) -> bool:
+        return place.path != other.path and place.path[: len(other.path)] == other.path
+
+    tops = [place for place in places if not any(inside(place, other) for other in places)]
+    return tuple(top._replace(parts=_nest([place for place in places if inside(place, top)])) for top in tops)
+
+
+def _difference(ours: np.ndarray | None, theirs: np.ndarray | None, tokens: np.ndarray) -> Difference | None:
+    """None where one is missing or they do not hold equally many values for each token."""
+    if ours is None or theirs is None:
+        return None
+    ours, theirs = _rows(ours, tokens.shape), _rows(theirs, tokens.shape)
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return None
+    return rows_difference(ours, theirs)
+
+
+def _rows(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    """[B, T, ...], [1, T, ...] (position embeddings) or [B·T, ...] (experts) as [B·T, features]; None for others."""
+    batch, length = shape
+    if array.shape[:2] == (1, length):
+        array = np.broadcast_to(array, (batch, *array.shape[1:]))
+    if array.shape[:2] == shape:
+        array = array.reshape(batch * length, *array.shape[2:])
+    return array.reshape(batch * length, -1) if array.ndim > 1 and len(array) == batch * length else None
+
+
+def rows_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    """Of vectors [tokens, features]. What is relative is so to the root mean square of the token's own vector.
+
+    Some tokens of trained models have states hundreds of times as large as all others, which nothing that is relative
+    to the whole array would see past. A vector smaller than most is measured as the typical one (the median).
+    """
+    distance = np.abs(ours - theirs).max(-1)
+    size = np.sqrt(np.square(theirs).mean(-1))
+    size = np.maximum(size, np.median(size))
+    if not distance.any():
+        return Difference(0.0, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(distance == 0, 0.0, distance / size)
+    return Difference(float(distance.max()), float(relative.max()))

@@ -1,0 +1,185 @@
+"""The parameters of a parity check: named, filled from the reference, perturbed, and their gradients compared."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llmq_jax.command_line import did_you_mean
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.tables import Placement, WeightTable
+from llmq_jax.models import init
+from llmq_jax.models.decoder import Decoder
+from llmq_jax.objectives.next_token import NextToken
+
+Slots = Sequence[tuple[tuple[str, str], int]]
+"""A model's `layer_slots()`."""
+
+PERTURBATION = 0.1
+"""How much of its size `perturb` adds to a parameter."""
+
+
+class Difference(NamedTuple):
+    """How far ours is from theirs."""
+
+    absolute: float
+    """The largest difference of two elements."""
+    relative: float
+    """The same in proportion to the size of what is compared."""
+
+    def above(self, tolerance: float) -> bool:
+        return not self.relative <= tolerance  # NaN is above
+
+
+class Gradient(NamedTuple):
+    """How far apart a parameter's gradients are."""
+
+    key: str
+    """The parameter's name in a file."""
+    ours: str
+    layer: int | None
+    difference: Difference
+    """Relative to the largest element of theirs."""
+
+
+class Unmatched(NamedTuple):
+    """Parameters that one side has and the other has not."""
+
+    theirs: tuple[str, ...]
+    """In transformers' files and not read by the weight table."""
+    ours: tuple[str, ...]
+    """Not in the files, or not in the weight table: these keep their initial values."""
+    other_shape: tuple[str, ...]
+    """On both sides, in shapes that do not fit; ours keeps its initial value."""
+
+
+def home(placement: Placement, slots: Slots) -> tuple[int | None, tuple[str, ...]]:
+    """(layer, path inside its block) of a leaf, or (None, path inside the model) where it stands outside the layers."""
+    path = placement.path[1:]  # without the collection
+    for layer, (block, repeat) in enumerate(slots):
+        if path[:2] == block and placement.slot[:1] == (repeat,):
+            return layer, path[2:]
+    return None, path
+
+
+def our_name(placement: Placement) -> str:
+    """`group_0/block_0/mlp/up/kernel[3]`: a leaf and, where layers are stacked in it, which of them."""
+    index = ", ".join({"Ellipsis": "...", "slice(None, None, None)": ":"}.get(str(i), str(i)) for i in placement.slot)
+    return _join(placement.path) + (f"[{index}]" if index else "")
+
+
+def _join(path: tuple[str, ...]) -> str:
+    return "/".join(path[1:] if path[0] == "params" else path)
+
+
+def fill(config: Any, table: WeightTable, state: Mapping[str, np.ndarray]) -> tuple[dict, Unmatched]:
+    """Our variables in float32 from the reference's tensors, and what did not fit.
+
+    Not as strict as `from_state_dict`, which refuses what is incomplete: who is halfway through a port wants to see how
+    far it gets.
+    """
+    leaves = {path: np.array(leaf) for path, leaf in flatten_dict(init(config)).items()}
+    placements = table.placements(config)
+    absent, other_shape = [], []
+    for placement in placements:
+        leaf, tensor = leaves[placement.path], state.get(placement.key)
+        shape = placement.our_shape(leaf.shape)
+        expected = placement.transform.their_shape(shape)
+        if tensor is None and placement.optional:
+            leaf[placement.slot] = 0
+        elif tensor is None:
+            absent.append(our_name(placement))
+        elif tensor.shape != expected:
+            other_shape.append(f"{placement.key} {list(tensor.shape)}, by our config {list(expected)}")
+        else:
+            leaf[placement.slot] = placement.transform.to_ours(tensor, shape)
+    placed = {placement.path for placement in placements}
+    ruleless = [_join(path) for path in leaves if path not in placed]
+    unread = sorted(state.keys() - {placement.key for placement in placements})
+    variables = unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+    return variables, Unmatched(tuple(unread), (*absent, *ruleless), tuple(other_shape))
+
+
+def named(tree: dict, placements: Iterable[Placement]) -> dict[str, np.ndarray]:
+    """Our variables, or gradients, in the other side's names and shapes."""
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree).items()}
+    return {
+        placement.key: placement.transform.to_theirs(leaves[placement.path][placement.slot])
+        for placement in placements
+        if placement.path in leaves
+    }
+
+
+def find(name: str, placements: Sequence[Placement]) -> Placement:
+    """The parameter of this name, ours (with or without its collection) or theirs; BadInput where there is none."""
+    name = name.removeprefix("params/")
+    for placement in placements:
+        if name in (placement.key, our_name(placement)):
+            return placement
+    layers = [our_name(placement) for placement in placements if our_name(placement).partition("[")[0] == name]
+    if layers:
+        raise BadInput(f"{name} holds several layers; name one of {layers[0]} to {layers[-1]}")
+    near = did_you_mean(name, [known for placement in placements for known in (placement.key, our_name(placement))])
+    hint = near if near.startswith("did") else "names are those of the gradients in this command's report"
+    raise BadInput(f"no parameter is called {name!r}; {hint}")
+
+
+def perturb(variables: dict, placement: Placement, seed: int) -> dict:
+    """Our variables with noise of a tenth of its size added to one parameter (of size 1 where it is all zeros)."""
+    leaves = flatten_dict(variables)
+    leaf = np.array(leaves[placement.path])
+    part = leaf[placement.slot]
+    size = np.sqrt(np.mean(np.square(part))) or 1.0
+    leaf[placement.slot] = part + PERTURBATION * size * np.random.default_rng(seed).standard_normal(part.shape)
+    return unflatten_dict(leaves | {placement.path: jnp.asarray(leaf)})
+
+
+def loss_and_gradients(model: Decoder, variables: dict, tokens: np.ndarray) -> tuple[float, dict]:
+    """Next-token loss of tokens [B, T], and its gradients as a tree {"params": ...}."""
+    ids = jnp.asarray(tokens, jnp.int32)
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": jnp.ones(ids[:, 1:].shape, jnp.float32)}
+    objective = NextToken(model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def compute(params):
+        return objective.loss({**variables, "params": params}, batch, objective.weights(batch))[0]
+
+    loss, gradients = compute(variables["params"])
+    return float(loss), {"params": gradients}
+
+
+def compare_gradients(
+    ours: dict, theirs: Mapping[str, np.ndarray], placements: Sequence[Placement], slots: Slots
+) -> list[Gradient]:
+    """Every parameter's gradient, in the order of the weight table.
+
+    A gradient that is nothing beside the largest (of a bias on keys, which softmax ignores: rounding only) is measured
+    by a thousandth of that one, not by itself.
+    """
+    found = named(ours, placements)
+    pairs = [placement for placement in placements if placement.key in found and placement.key in theirs]
+    floor = 1e-3 * max((np.abs(theirs[placement.key]).max() for placement in pairs), default=0.0)
+    gradients = []
+    for placement in pairs:
+        mine, expected = found[placement.key], theirs[placement.key]
+        if mine.shape != expected.shape:
+            continue  # reported as a parameter of another shape
+        difference = elements_difference(mine, expected, floor)
+        gradients.append(Gradient(placement.key, our_name(placement), home(placement, slots)[0], difference))
+    return gradients
+
+
+def first_gradient(gradients: Sequence[Gradient], tolerance: float) -> Gradient | None:
+    """The first above the tolerance in the order of the backward pass, which comes to the last parameters first."""
+    return next((found for found in reversed(gradients) if found.difference.above(tolerance)), None)
+
+
+def elements_difference(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> Difference:
+    """Of whole arrays, relative to the largest element of theirs."""
+    absolute = float(np.abs(ours - theirs).max())
+    size = max(float(np.abs(theirs).max()), float(floor))
+    return Difference(absolute, 0.0 if absolute == 0 else absolute / size if size > 0 else np.inf)

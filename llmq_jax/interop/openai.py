@@ -1,0 +1,96 @@
+"""OpenAI's release of GPT-2, and what was fine-tuned from it: a TensorFlow checkpoint and four small files in a folder.
+
+    checkpoint                            names the newest of several checkpoints
+    model.ckpt.index, model.ckpt.data-*   the weights (training scripts write `model-1000.index` and so on)
+    hparams.json                          the config: n_vocab, n_ctx, n_embd, n_head, n_layer
+    encoder.json, vocab.bpe               the tokenizer
+
+Source: openai/gpt-2 (`download_model.py`, `src/model.py`). What it computes is GPT-2 as transformers has it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.architectures import from_state_dict, resolve_config
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.gpt2 import CONFIG
+from llmq_jax.interop.huggingface import Contents, located
+from llmq_jax.interop.tensor_files import read_json
+from llmq_jax.interop.tensorflow_bundle import open_tensorflow
+from llmq_jax.models.gpt2 import GPT2Config
+
+HPARAMS = "hparams.json"
+LAYOUT = "openai"
+FIELDS = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+"""{field of hparams.json: field of our config}."""
+
+
+def is_openai(path: Path) -> bool:
+    """Whether a path is a folder with OpenAI's `hparams.json`, or with a TensorFlow checkpoint."""
+    return path.is_dir() and ((path / HPARAMS).is_file() or any(path.glob("*.index")))
+
+
+def read_openai(folder: Path, config: Any = None, dtype: Any = None) -> Contents:
+    """Read a folder of OpenAI's; a given `config` takes the place of `hparams.json`, a dict changes fields of it."""
+    # A whole config is given for folders whose hparams.json says what we do not know, too.
+    needed = config is None or isinstance(config, Mapping)
+    stored = config_from_hparams(folder / HPARAMS) if needed and (folder / HPARAMS).is_file() else None
+    index = checkpoint_index(folder)
+    state = open_tensorflow(index)
+    try:
+        config = resolve_config(config, stored, state, LAYOUT)
+        variables = from_state_dict(state, config, LAYOUT, dtype)
+    except BadInput as error:
+        raise located(folder, error) from error
+    tokenizer = tokenizer_in(folder)
+    return Contents(config, variables, tokenizer, _generation_config(tokenizer, config))
+
+
+def config_from_hparams(path: Path) -> GPT2Config:
+    """The config of an `hparams.json`. Anything but its five numbers is BadInput."""
+    values = read_json(path)
+    for name in [*FIELDS, *values]:
+        if name not in FIELDS:
+            raise BadInput(f"{path}: {name} is no field of OpenAI's GPT-2, which has {', '.join(FIELDS)}")
+        if type(values.get(name)) is not int:
+            raise BadInput(f"{path}: {name} must be an integer, but is {values.get(name)!r}")
+    try:
+        return GPT2Config(**{ours: values[theirs] for theirs, ours in FIELDS.items()})
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def checkpoint_index(folder: Path) -> Path:
+    """The index of the folder's only checkpoint, or of the one that its file `checkpoint` names as the newest."""
+    found = {path.name: path for path in sorted(folder.glob("*.index"))}
+    if not found:
+        raise BadInput(f"{folder}: has {HPARAMS} but no TensorFlow checkpoint (model.ckpt.index)")
+    if len(found) == 1:
+        return next(iter(found.values()))
+    newest = ""
+    if (folder / "checkpoint").is_file():
+        text = (folder / "checkpoint").read_text(encoding="utf-8", errors="replace")
+        # A path on the machine that trained; of the file only the name counts.
+        match = re.search(r'^model_checkpoint_path: "(?:.*[/\\])?([^/\\"]+)"', text, re.MULTILINE)
+        newest = f"{match[1]}.index" if match else ""
+    if newest not in found:
+        raise BadInput(f"{folder}: has {len(found)} checkpoints ({', '.join(found)}), and no file says which; keep one")
+    return found[newest]
+
+
+def _generation_config(tokenizer: Tokenizer | None, config: GPT2Config) -> GenerationConfig:
+    """One token ends and begins a text: the tokenizer's, or GPT-2's where it fits and there is no tokenizer."""
+    end = CONFIG.token_ids["eos_token_id"] if tokenizer is None else tokenizer.end_of_text
+    if end is None or end >= config.vocab_size:
+        return GenerationConfig()
+    return GenerationConfig(eos_token_id=(end,), bos_token_id=end)

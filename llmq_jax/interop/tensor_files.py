@@ -1,0 +1,77 @@
+"""What the readers of weight files share: one mapping over several files, indexes of shards, files that are broken."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.tables import LazyTensor
+
+
+class TensorFiles(Mapping[str, LazyTensor]):
+    """The tensors of one or several files by name; each is read when `np.asarray` asks for it."""
+
+    def __init__(self, files: Mapping[Path, Mapping[str, LazyTensor]]):
+        self._tensors: dict[str, LazyTensor] = {}
+        self._file_of: dict[str, Path] = {}
+        for path, tensors in files.items():
+            for name, tensor in tensors.items():
+                if name in self._tensors:
+                    raise BadInput(f"{path}: holds {name}, which {self._file_of[name].name} holds too")
+                self._tensors[name] = tensor
+                self._file_of[name] = path
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def file_of(self, name: str) -> Path:
+        return self._file_of[name]
+
+
+def open_shards(index: Path, suffix: str, read: Callable[[Path], Mapping[str, LazyTensor]]) -> TensorFiles:
+    """The tensors of all files that transformers' `*.index.json` names; `read` opens one of them.
+
+    The index is held to its word: its files have that suffix and lie beside it, and each holds what it should.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadInput(f"{index}: has no weight_map from names to files")
+    shards = sorted(set(weight_map.values()))
+    for name in shards:
+        if not re.fullmatch(r"[^/\\]+" + re.escape(suffix), name):
+            raise BadInput(f"{index}: names {name!r}, which is no {suffix} file in the same folder")
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise BadInput(f"{index}: {len(missing)} of {len(shards)} shards are not there: {', '.join(missing[:5])}")
+    files = TensorFiles({index.parent / name: read(index.parent / name) for name in shards})
+    for name, shard in weight_map.items():
+        if name not in files or files.file_of(name).name != shard:
+            raise BadInput(f"{index}: says that {shard} holds {name}, which it does not")
+    return files
+
+
+def damaged(path: Path, kind: str, reason: object) -> BadInput:
+    """What to raise for a file that is not what it should be ("a safetensors file")."""
+    with path.open("rb") as file:
+        if file.read(20).startswith(b"version https://git"):
+            return BadInput(f"{path}: is a Git LFS pointer; run `git lfs pull` in its folder")
+    reason = " ".join(str(reason).split()) or type(reason).__name__
+    return BadInput(f"{path}: not {kind}, or truncated or damaged ({reason}); get it again")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; anything else is BadInput."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds no JSON object")
+    return value

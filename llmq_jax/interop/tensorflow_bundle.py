@@ -1,0 +1,211 @@
+"""TensorFlow checkpoints, read without TensorFlow.
+
+A checkpoint is an index (`model.ckpt.index`) and the bytes of all tensors one after another, in one file or several
+(`model.ckpt.data-00000-of-00001`). The index is a sorted table in LevelDB's format [1]: blocks of entries from name to
+description, with names shortened by what they share with the name before, and one more block that says where the
+blocks are. A description is a protobuf message, `BundleEntryProto` [2]: type, shape, file, offset, size and checksum.
+
+Every block and every tensor carries a CRC-32C, and all are verified. Tensors are read one at a time, when asked for.
+
+[1] https://github.com/google/leveldb/blob/main/doc/table_format.md
+[2] tensorflow/core/protobuf/tensor_bundle.proto
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import ml_dtypes
+import numpy as np
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.tables import LazyTensor
+from llmq_jax.interop.tensor_files import TensorFiles, damaged
+
+MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
+FOOTER = 48  # two handles, padding and the magic number
+UNCOMPRESSED = 0
+LITTLE_ENDIAN = 0
+
+# tensorflow/core/framework/types.proto
+DTYPES = {
+    1: np.dtype(np.float32),
+    2: np.dtype(np.float64),
+    3: np.dtype(np.int32),
+    4: np.dtype(np.uint8),
+    5: np.dtype(np.int16),
+    6: np.dtype(np.int8),
+    9: np.dtype(np.int64),
+    10: np.dtype(bool),
+    14: np.dtype(ml_dtypes.bfloat16),
+    17: np.dtype(np.uint16),
+    19: np.dtype(np.float16),
+    22: np.dtype(np.uint32),
+    23: np.dtype(np.uint64),
+}
+
+Message = dict[int, list]
+"""A protobuf message without its schema: {field number: all its values}, integers or bytes."""
+
+
+class Entry(NamedTuple):
+    """Where a tensor is, and what."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+    checksum: int
+
+
+def open_tensorflow(index: Path) -> TensorFiles:
+    """The tensors of the checkpoint that has this `.index` file; the files with their values lie beside it."""
+    try:
+        entries = dict(_table(index.read_bytes()))
+        header = _message(entries.pop(b""))
+        shards, endianness = _number(header, 1), _number(header, 2)
+        tensors = {name.decode(): _entry(index, name.decode(), _message(value)) for name, value in entries.items()}
+    except BadInput:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(index, "the index of a TensorFlow checkpoint", error) from error
+    if endianness != LITTLE_ENDIAN:
+        raise BadInput(f"{index}: was written on a big-endian machine, which is not supported")
+    prefix = str(index).removesuffix(".index")
+    files = {shard: Path(f"{prefix}.data-{shard:05d}-of-{shards:05d}") for shard in {e.shard for e in tensors.values()}}
+    missing = sorted(file.name for file in files.values() if not file.is_file())
+    if missing:
+        raise BadInput(f"{index}: {len(missing)} of its {shards} data files are not there: {', '.join(missing[:5])}")
+    by_file: dict[Path, dict[str, LazyTensor]] = {file: {} for file in files.values()}
+    for name, entry in tensors.items():
+        file = files[entry.shard]
+        by_file[file][name] = _lazy(file, name, entry)
+    return TensorFiles(by_file)
+
+
+def _lazy(file: Path, name: str, entry: Entry) -> LazyTensor:
+    end, length = entry.offset + entry.size, file.stat().st_size
+    if end > length:
+        raise BadInput(f"{file}: is truncated: {name} ends at byte {end}, and the file at {length}; get it again")
+
+    def read() -> np.ndarray:
+        with file.open("rb") as opened:
+            opened.seek(entry.offset)
+            content = opened.read(entry.size)
+        if _checksum(content) != entry.checksum:
+            raise BadInput(f"{file}: the checksum of {name} is wrong, so the file is damaged; get it again")
+        return np.frombuffer(content, entry.dtype).reshape(entry.shape)
+
+    return LazyTensor(entry.shape, entry.dtype, read)
+
+
+def _entry(index: Path, name: str, message: Message) -> Entry:
+    """A BundleEntryProto."""
+    number = _number(message, 1)
+    if number not in DTYPES:
+        raise BadInput(f"{index}: {name} has the type {number} of TensorFlow's DataType, which is not supported")
+    if 7 in message:
+        raise BadInput(f"{index}: {name} is stored in slices (a partitioned variable), which is not supported")
+    dimensions = _message(message[2][0]).get(2, []) if 2 in message else []
+    shape = tuple(_number(_message(dimension), 1) for dimension in dimensions)
+    entry = Entry(DTYPES[number], shape, *(_number(message, field) for field in (3, 4, 5, 6)))
+    if entry.size != math.prod(shape) * entry.dtype.itemsize:
+        raise ValueError(f"{name} has {entry.size} bytes, which do not fit its shape {list(shape)}")
+    return entry
+
+
+def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The (key, value) entries of a table, in order."""
+    footer = file[-FOOTER:]
+    if len(footer) < FOOTER or not footer.endswith(MAGIC):
+        raise ValueError("it does not end with the table's magic number")
+    metadata, position = _handle(footer, 0)
+    list(_block(file, *metadata))  # empty, but its checksum counts too
+    blocks, _ = _handle(footer, position)
+    for _, handle in _block(file, *blocks):
+        yield from _block(file, *_handle(handle, 0)[0])
+
+
+def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """The entries of a block: checked, then undone of what each key shares with the one before."""
+    end = offset + size
+    content, kind, checksum = file[offset:end], file[end : end + 1], file[end + 1 : end + 5]
+    if len(checksum) < 4 or _checksum(content + kind) != int.from_bytes(checksum, "little"):
+        raise ValueError(f"the checksum of the block at byte {offset} is wrong")
+    if kind[0] != UNCOMPRESSED:
+        raise ValueError(f"the block at byte {offset} is compressed, which is not supported")
+    # The block ends with positions at which keys are whole, for searching, and their number.
+    restarts = int.from_bytes(content[-4:], "little")
+    position, end, key = 0, len(content) - 4 * (restarts + 1), b""
+    while position < end:
+        shared, position = _varint(content, position)
+        rest, position = _varint(content, position)
+        length, position = _varint(content, position)
+        key = key[:shared] + _bytes(content, position, rest)
+        yield key, _bytes(content, position + rest, length)
+        position += rest + length
+
+
+def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
+    """((offset, size) of a block, the position after it)."""
+    offset, position = _varint(data, position)
+    size, position = _varint(data, position)
+    return (offset, size), position
+
+
+def _message(data: bytes) -> Message:
+    """A protobuf message: https://protobuf.dev/programming-guides/encoding."""
+    fields: Message = {}
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        kind = tag & 7
+        if kind == 0:
+            value, position = _varint(data, position)
+        elif kind in (1, 5):  # 64 and 32 bits
+            length = 8 if kind == 1 else 4
+            value = int.from_bytes(_bytes(data, position, length), "little")
+            position += length
+        elif kind == 2:
+            length, position = _varint(data, position)
+            value = _bytes(data, position, length)
+            position += length
+        else:
+            raise ValueError(f"a field has the wire type {kind}, which protobuf does not use")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def _number(message: Message, field: int) -> int:
+    """An integer field; zeros are not written."""
+    value = message.get(field, [0])[-1]
+    if not isinstance(value, int):
+        raise ValueError(f"field {field} is no number")
+    return value
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """(an integer, the position after it): seven bits a byte, the lowest first; the top bit says that more follow."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError("an integer is longer than 64 bits")
+
+
+def _bytes(data: bytes, position: int, length: int) -> bytes:
+    if position + length > len(data):
+        raise ValueError("it ends in the middle of an entry")
+    return data[position : position + length]
+
+
+def _checksum(content: bytes) -> int:
+    """CRC-32C as TensorFlow stores it: rotated and shifted, since a checksum over data with a checksum is weak."""
+    value = google_crc32c.value(content)
+    return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF

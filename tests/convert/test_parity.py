@@ -1,0 +1,275 @@
+"""python -m convert.parity: it finds a fault where it is, and nothing where there is none."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from rich.console import Console
+
+from convert import parity, parity_report
+from convert.parity_check import compare_models
+from convert.parity_reference import random_model
+from convert.parity_trace import Difference, Place, first_difference
+from convert.parity_weights import Gradient, first_gradient
+from llmq_jax.errors import BadInput
+from llmq_jax.interop import config_from_hf
+from llmq_jax.interop.architectures import weight_table
+from llmq_jax.models import gpt2
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("gpt2")
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.save_pretrained(folder)
+    return folder
+
+
+def check(model, **options):
+    config = options.pop("config", config_from_hf(model.config.to_dict()))
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24))
+    return compare_models(model, config, tokens, **options)
+
+
+def everywhere(places):
+    for place in places:
+        yield place
+        yield from everywhere(place.parts)
+
+
+def test_no_difference_where_there_is_none(model):
+    found = check(model)
+    assert first_difference(found.places, 1e-5) is None
+    assert first_gradient(found.gradients, 1e-5) is None
+    assert found.unmatched == ((), (), ())
+    assert {gradient.key for gradient in found.gradients} == {name for name, _ in model.named_parameters()}
+
+    names = [place.name for place in everywhere(found.places)]
+    inside = ["output", "attention norm", "attention", "attention qkv", "attention out"]
+    inside += ["mlp norm", "mlp", "mlp up", "mlp down"]
+    assert names == [
+        *("embeddings", "token embedding", "position embedding"),
+        *(f"layer {layer}, {what}" for layer in range(3) for what in inside),
+        *("final norm", "logits", "loss"),
+    ]
+    # Rounding differs in two frameworks: had nothing but zeros been found, nothing had been compared.
+    assert found.output("logits").output.absolute > 0
+    assert all(gradient.difference.absolute > 0 for gradient in found.gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "theirs", "key"),
+    [
+        ("token_embedding/embedding", "token embedding", "transformer.wte", "transformer.wte.weight"),
+        ("transformer.wpe.weight", "position embedding", "transformer.wpe", "transformer.wpe.weight"),
+        ("group_0/block_0/attention_norm/scale[1]", "layer 1, attention norm", "transformer.h.1.ln_1", None),
+        ("transformer.h.0.attn.c_attn.bias", "layer 0, attention qkv", "transformer.h.0.attn.c_attn", None),
+        ("transformer.h.0.attn.c_proj.bias", "layer 0, attention out", "transformer.h.0.attn.c_proj", None),
+        ("params/group_0/block_0/mlp/up/kernel[2]", "layer 2, mlp up", "transformer.h.2.mlp.c_fc", None),
+        ("transformer.h.1.mlp.c_proj.weight", "layer 1, mlp down", "transformer.h.1.mlp.c_proj", None),
+        ("final_norm/bias", "final norm", "transformer.ln_f", "transformer.ln_f.bias"),
+    ],
+)
+def test_an_injected_fault_is_found_where_it_is(model, name, place, theirs, key):
+    found = check(model, inject=name)
+    first = first_difference(found.places, TOLERANCE)
+    assert (first.place.name, first.place.theirs, first.before) == (place, theirs, False)
+    assert str(first) == f"{place} ({theirs})"
+    changed = [key for key, difference in found.weights.items() if difference > 0]
+    assert len(changed) == 1 and changed[0] in first.place.keys
+    assert key in (None, changed[0])
+    gradient = next(gradient for gradient in found.gradients if gradient.key == changed[0])
+    assert gradient.difference.above(TOLERANCE)
+    assert name.removeprefix("params/") in (gradient.key, gradient.ours)
+
+
+def test_the_head_of_an_untied_model_is_a_place():
+    config = transformers.GPT2Config(
+        vocab_size=31, n_positions=24, n_embd=12, n_layer=1, n_head=2, tie_word_embeddings=False
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    assert first_difference(check(model).places, TOLERANCE) is None
+    first = first_difference(check(model, inject="lm_head/kernel").places, TOLERANCE)
+    assert str(first) == "lm head (lm_head)"
+
+
+def test_a_fault_between_two_modules_is_found_between_them(model, monkeypatch):
+    """Weights are the same: it is the activation, the scale of attention, and the sum that goes into a norm."""
+    config = config_from_hf(model.config.to_dict())
+    found = check(model, config=dataclasses.replace(config, activation_function="gelu"))
+    assert str(first_difference(found.places, TOLERANCE)) == "layer 0, input of mlp down (transformer.h.0.mlp.c_proj)"
+    assert not any(found.weights.values())
+
+    found = check(model, config=dataclasses.replace(config, layer_norm_epsilon=1e-5))
+    assert str(first_difference(found.places, TOLERANCE)) == "layer 0, attention norm (transformer.h.0.ln_1)"
+
+    # The norm would not see a mere factor.
+    hook = model.transformer.h[1].ln_2.register_forward_pre_hook(lambda _, args: (args[0] + 0.1 * args[0] ** 2,))
+    first = str(first_difference(check(model).places, TOLERANCE))
+    hook.remove()
+    assert first == "layer 1, input of mlp norm (transformer.h.1.ln_2)"
+
+    exact = gpt2.attention
+    monkeypatch.setattr(gpt2, "attention", lambda *args, scale, **options: exact(*args, scale=1.1 * scale, **options))
+    found = check(model)
+    first = str(first_difference(found.places, TOLERANCE))
+    assert first == "layer 0, input of attention out (transformer.h.0.attn.c_proj)"
+
+
+def test_parameters_of_one_side_only_are_named(model):
+    """As in the middle of a port: a rule is missing, another has a wrong name. What there is runs all the same."""
+    table = weight_table("gpt2")
+    rules = {rule.key: rule for rule in table.rules}
+    del rules["transformer.h.{layer}.attn.c_proj.bias"]
+    rules["transformer.ln_f.bias"] = rules["transformer.ln_f.bias"]._replace(key="transformer.ln_f.shift")
+    found = check(model, table=dataclasses.replace(table, rules=tuple(rules.values())))
+    biases = tuple(f"transformer.h.{layer}.attn.c_proj.bias" for layer in range(3))
+    assert found.unmatched.theirs == (*biases, "transformer.ln_f.bias")
+    assert found.unmatched.ours == ("final_norm/bias", "group_0/block_0/attention/out/bias")
+    first = first_difference(found.places, TOLERANCE)
+    assert first.place.name == "layer 0, attention out"
+
+    config = dataclasses.replace(config_from_hf(model.config.to_dict()), intermediate_size=40)
+    shapes = check(model, config=config).unmatched.other_shape
+    assert shapes[0] == "transformer.h.0.mlp.c_fc.weight [24, 56], by our config [24, 40]"
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "convert.parity", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+
+
+def test_command_on_a_folder(folder):
+    done = run(folder, "--length", 16)
+    assert (done.returncode, done.stderr) == (0, "")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("parity: ") and last.endswith(" largest difference in logits, tolerance 1e-4")
+    for text in ("attention norm", "embeddings", "final norm", "transformer.wpe.weight", "mlp.c_proj.bias"):
+        assert text in done.stdout
+    assert "*" not in done.stdout and "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_command_on_a_random_model_with_a_fault():
+    done = run("--random", "gpt2", "--seed", 1, "--inject", "transformer.h.1.ln_1.weight")
+    assert (done.returncode, done.stderr) == (1, "")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("first difference: layer 1, attention norm (transformer.h.1.ln_1): ")
+    assert "  transformer.h.1.ln_1.weight  differs by up to " in done.stdout
+    assert "  transformer.h.1.ln_1.bias  the same on both sides" in done.stdout
+
+
+def test_command_on_an_architecture_that_is_not_here(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    done = run(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (f"error: {tmp_path / 'config.json'}: model_type 'bert' is not supported; supported: gpt2\n")
+
+
+def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
+    assert parity.main(parity.Options(str(folder), dtype="bf16")) == 0
+    out = capsys.readouterr().out
+    assert "mean KL" in out and "same top-1" in out
+    assert out.splitlines()[-1].startswith("parity: ") and out.splitlines()[-1].endswith("tolerance 1e-3")
+    assert parity.main(parity.Options(str(folder), dtype="bf16", inject="transformer.wte.weight")) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("no parity: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either a Hugging Face folder, or --random"),
+        ({"model": "{folder}", "random": "gpt2"}, "give either a Hugging Face folder, or --random"),
+        ({"random": "gpt3"}, "--random gpt3: there is no such architecture; did you mean gpt2?"),
+        ({"model": "{folder}/nowhere"}, "there is no such file or folder"),
+        ({"model": "{folder}/config.json"}, "has no config.json"),
+        ({"model": "{folder}", "length": 65}, "--length 65 exceeds the model's context; choose at most 64"),
+        ({"model": "{folder}", "length": 1}, "--length 1 is too small; choose at least 2"),
+        ({"model": "{folder}", "batch_size": 0}, "--batch-size 0 is too small; choose at least 1"),
+        ({"model": "{folder}", "tolerance": 0.0}, "--tolerance 0.0 is not positive"),
+        ({"model": "{folder}", "inject": "transformer.h.1.ln_1.weigth"}, "did you mean transformer.h.1.ln_1.weight"),
+        (
+            {"model": "{folder}", "inject": "group_0/block_0/mlp/up/bias"},
+            "name one of group_0/block_0/mlp/up/bias[0] to group_0/block_0/mlp/up/bias[2]",
+        ),
+    ],
+)
+def test_bad_options(folder, options, message):
+    options = {
+        name: value.format(folder=folder) if isinstance(value, str) else value for name, value in options.items()
+    }
+    with pytest.raises(BadInput) as error:
+        parity.main(parity.Options(**options))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_folders(folder, tmp_path):
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadInput, match=f"{damaged}: transformers cannot load it") as error:
+        parity.main(parity.Options(str(damaged)))
+    assert "\n" not in str(error.value)
+
+    lacking = tmp_path / "lacking"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "transformer.h.1.ln_2.bias"}
+    model.save_pretrained(lacking, state_dict=state)
+    with pytest.raises(BadInput, match=r"lacks weights that transformers needs: transformer\.h\.1\.ln_2\.bias"):
+        parity.main(parity.Options(str(lacking)))
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_the_extra_is_named_where_it_is_not_installed(folder, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BadInput, match=rf"{name} is not installed: pip install 'llmq_jax\[test\]'"):
+        parity.main(parity.Options(str(folder)))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_many_layers_fit_the_screen(width):
+    console = Console(width=width, record=True, file=open(os.devnull, "w"), highlight=False)  # noqa: SIM115
+    small = Difference(1e-6, 1e-6)
+    names = ("attention_norm", "attention", "post_attention_norm", "mlp_norm", "mlp", "post_mlp_norm")
+    places = [
+        Place(layer, (), "", (), small, parts=tuple(Place(layer, (name,), "", (), small) for name in names))
+        for layer in range(40)
+    ]
+    parity_report.show_hidden_states(console, places, TOLERANCE, None)
+    kinds = ("input_layernorm.weight", "self_attn.q_proj.weight", "mlp.experts.0.w1.weight", "mlp.experts.1.w1.weight")
+    gradients = [
+        Gradient(f"model.layers.{layer}.{kind}", kind, layer, Difference(1.0, 1e-6 * (layer + 1)))
+        for layer in range(40)
+        for kind in kinds
+    ]
+    parity_report.show_gradients(console, gradients, TOLERANCE)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    for layer in range(40):
+        assert f"{1e-6 * (layer + 1):.1e}" in text, "a layer is not shown"
+    assert "mlp.experts.*.w1.weight" in text and "…" not in text
+
+
+def test_random_models_hide_nothing(model):
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        output = model(tokens, output_attentions=True)
+    assert output.logits.std() > 1, "logits this flat would hide a fault"
+    assert output.attentions[0].max() > 0.5, "attention this flat would hide a fault"
+    for name, parameter in model.named_parameters():
+        assert parameter.std() > 0.1, f"{name} is constant"
+    assert not torch.equal(random_model("gpt2", seed=1).lm_head.weight, model.lm_head.weight)
