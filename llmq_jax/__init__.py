@@ -45,7 +45,7 @@ _HOME = {
 _PACKAGES = ("data", "generation", "interop", "layers", "models", "objectives", "training")
 
 __version__ = "0.1.0"
-__all__ = [*_HOME, *_PACKAGES]  # noqa: PLE0604
+__all__ = [*_HOME, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:

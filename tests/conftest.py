@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("llmq_jax", "beartype.beartype")
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -21,6 +21,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints, config_dict
+from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.metrics import METRICS, read_metrics
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import plot_losses
@@ -80,6 +81,7 @@ def run(
             "config has no effect: without a folder nothing is saved, and a RunFolder has its own; leave it out"
         )
     output = sys.stdout if output is None else output
+    keep_freed_memory()
 
     with _open(folder, config, model_config, options) as folder:
         loop = _Loop(
