@@ -1,0 +1,246 @@
+"""Command lines from dataclasses: options, help text and one-line errors for every command of the project.
+
+A command is a function `main(options)` whose only parameter is annotated with a frozen dataclass. Its fields are the
+options (`batch_size` is `--batch-size`), their docstrings the help text, their defaults the defaults; a field with
+`Positional` is an argument without a name. tyro (https://brentyi.github.io/tyro) turns the dataclass into a parser.
+
+Whatever a user can get wrong ends in one line on stderr, `error: what, where, what to do`, and exit code 2. tyro draws
+its complaints as boxes of several lines: `_parse` catches them and `_one_line` retells them.
+
+Nothing here imports JAX before the options are read, so that help and errors come at once.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
+
+import tyro
+
+from llmq_jax.errors import BadInput
+
+Positional = tyro.conf.Positional
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+"""A bool that is off unless its option is given."""
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
+"""Strings, one for each time that the option is given."""
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
+
+
+def run(
+    command: Callable | Mapping[str, str],
+    arguments: Sequence[str] | None = None,
+    program: str | None = None,
+    defaults: Callable[[dict[str, str]], Any] | None = None,
+) -> NoReturn:
+    """Read the arguments (`sys.argv` by default), run the command with them, and exit.
+
+    `command` is a function of one options dataclass, which may return an exit code (an int), or a table from verb to
+    the name of the module whose `main` is such a function. `defaults` serves presets: given what follows each option on
+    the command line, it returns the options instance that explicit options are laid over, and that `--help` shows.
+
+    Exit codes: 0, 2 for bad input, 130 when interrupted from the keyboard, 141 when the reader of the output has gone.
+    Any other exception is a fault of ours and keeps its traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    program = program or _program_name()
+    try:
+        if isinstance(command, Mapping):
+            command, arguments, program = _choose_verb(command, arguments, program)
+        default = defaults(_given(arguments)) if defaults else tyro.MISSING_NONPROP
+        result = command(_parse(_options_class(command), arguments, program, default))
+        code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+    except BadInput as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        code = BAD_INPUT
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever read us has left; the interpreter must not complain when it flushes what is left over.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = BROKEN_PIPE
+        elif error.filename is not None:  # no permission, disk full, a folder where a file is needed, ...
+            print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+            code = BAD_INPUT
+        else:
+            raise
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def default_is(text: str) -> Any:
+    """For `Annotated[int | None, default_is("the model's")] = None`: what None stands for, in the help text."""
+    return tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {text if value == 'None' else value})")
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """ "did you mean a or b?" with the nearest of the known names, or all of them where none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+
+
+def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
+    """Bind JAX to a kind of device, before its first use; BadInput when there is none of that kind.
+
+    "auto" leaves the choice to JAX, which takes the fastest kind that it finds.
+    """
+    import jax
+
+    if device == "auto":
+        return
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
+    try:
+        found = jax.default_backend()
+    except (RuntimeError, AssertionError):  # JAX has no such backend, could not start it, or (asserting) sees no GPU
+        found = "none"
+    if found != device:
+        jax.config.update("jax_platforms", before)
+        raise BadInput(
+            f"--device {device}: JAX finds no {device.upper()} here; use --device cpu, or install JAX for your GPU: "
+            f"pip install 'llmq_jax[cuda]'"
+        )
+
+
+def _program_name() -> str:
+    """The command as the user types it: "llmq", or "python -m train.pretrain"."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
+
+
+def _choose_verb(verbs: Mapping[str, str], arguments: list[str], program: str) -> tuple[Callable, list[str], str]:
+    """(the verb's main function, the arguments after it, the program's name with it)."""
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(f"usage: {program} COMMAND [OPTIONS]\n")
+        width = max(map(len, verbs))
+        for name, module in verbs.items():
+            print(f"  {name:{width}}  {importlib.import_module(module).__doc__.strip().splitlines()[0]}")
+        print(f"\nThe options of a command: {program} COMMAND --help")
+        sys.exit(0)
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(program, version("llmq_jax"))
+        sys.exit(0)
+    if verb not in verbs:
+        raise BadInput(f"unknown command {verb!r} for {program}: {did_you_mean(verb, verbs)}")
+    return importlib.import_module(verbs[verb]).main, arguments[1:], f"{program} {verb}"
+
+
+def _options_class(command: Callable) -> type:
+    hints = typing.get_type_hints(command)
+    hints.pop("return", None)
+    (options,) = hints.values()
+    return options
+
+
+def _given(arguments: list[str]) -> dict[str, str]:
+    """What follows each option, by the name of its field: "" where nothing does. The last one counts."""
+    given = {}
+    for index, argument in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            value = value if equals else "" if following.startswith("--") else following
+            given[name.removeprefix("--").replace("-", "_")] = value
+    return given
+
+
+def _parse(options: type, arguments: list[str], program: str, default: Any):
+    """An instance of the options from the arguments; BadInput for what cannot be understood, exit after `--help`."""
+    names = [_option_name(field.name) for field in dataclasses.fields(options)]
+    _check_names(names, arguments, program)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                options,
+                prog=program,
+                description=_description(options),
+                args=arguments,
+                default=default,
+                config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
+            )
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise BadInput(_one_line(said.getvalue(), arguments, program)) from None
+
+
+def _description(options: type) -> str:
+    """The docstring of the options, or that of their module: without one, a dataclass shows its signature."""
+    own = options.__doc__ or ""
+    return inspect.cleandoc(sys.modules[options.__module__].__doc__ if own.startswith(f"{options.__name__}(") else own)
+
+
+def _option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _check_names(names: list[str], arguments: list[str], program: str) -> None:
+    """Refuse an unknown option before tyro does: tyro would first complain of whatever its absence leaves missing."""
+    known = {*names, *(name.replace("--", "--no-", 1) for name in names), "--help", "--help-verbose"}
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        # tyro's own options print completions for shells.
+        if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}? S" if near else "s"
+            raise BadInput(f'unknown option {name}: {hint}ee "{program} --help"')
+
+
+def _one_line(box: str, arguments: list[str], program: str) -> str:
+    """tyro's box retold as one line. Its sections are parted by rules: the fault, the option's help text, a footer.
+
+    The frame is drawn in the characters of the stream: "╭─ Title ──╮" and "│ text │", or " Title", a rule, "  text".
+    """
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).rstrip().splitlines()
+    lines = lines[1:-1] if lines[0].startswith("╭") else lines[2:]
+    lines = [line[2:].removesuffix("│").rstrip() for line in lines]
+    rules = [index for index, line in enumerate(lines) if line.startswith(("───", "---"))] + [len(lines)]
+    fault, explanation = lines[: rules[0]], lines[rules[0] + 1 :]
+    text = " ".join(" ".join(fault).split())
+    see = f'see "{program} --help"'
+
+    if text.startswith("Missing from"):  # the options stand four columns in, their help text eight
+        missing = [line.strip() for line in fault if re.match(r" {4}\S", line)]
+        return f"missing {' and '.join(missing)}: {see}"
+    if match := re.match(r"Missing value for argument '(.*?)'. Expected (\d+) values", text):
+        count = "a value" if match[2] == "1" else f"{match[2]} values"
+        return f"{match[1]} needs {count}: {see}"
+    if match := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*)\)", text):
+        choices = [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
+        return f"{match[2]} cannot be {match[1]!r}: choose from {', '.join(choices)}"
+    if (match := re.match(r"Error parsing (\S+?): ", text)) and len(explanation) > 1:
+        wanted = explanation[1].strip().removeprefix(match[1]).strip()
+        given = _values_after(match[1], arguments)
+        return f"{match[1]} takes {KINDS.get(wanted, wanted)}, not {given!r}: {see}"
+    if match := re.match(r"Unrecognized options: (.*)", text):
+        return f"no option takes {match[1]!r}: {see}"
+    return f"{text}: {see}"
+
+
+def _values_after(option: str, arguments: list[str]) -> str:
+    """What the user wrote for an option, the last time it stands there."""
+    written = ""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--") and name.replace("_", "-") == option:
+            rest = [following.startswith("--") for following in arguments[index + 1 :]] + [True]
+            written = value if equals else " ".join(arguments[index + 1 : index + 1 + rest.index(True)])
+    return written

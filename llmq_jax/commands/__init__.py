@@ -1,0 +1,18 @@
+"""The `llmq` command: one verb a file, each a docstring, a dataclass of options and a `main` function.
+
+Verbs import JAX and the library inside `main`: help and complaints about options do not wait for them.
+"""
+
+from llmq_jax import command_line
+
+VERBS = {
+    "generate": "llmq_jax.commands.generate",
+    "evaluate": "llmq_jax.commands.evaluate",
+    "models": "llmq_jax.commands.models",
+    "env": "llmq_jax.commands.env",
+}
+
+
+def main() -> None:
+    """Entry point of the `llmq` script."""
+    command_line.run(VERBS, program="llmq")

@@ -1,0 +1,71 @@
+"""Show versions, devices and machine, as a block to paste into a bug report."""
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = (
+    "llmq_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+VARIABLES = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show versions, devices and machine, as a block to paste into a bug report."""
+
+
+def main(options: Options) -> None:
+    rows = {"python": f"{platform.python_version()} ({sys.executable})"}
+    for package in PACKAGES:
+        try:
+            rows[package] = version(package)
+        except PackageNotFoundError:
+            rows[package] = "not installed"
+    rows["devices"] = _devices()
+    rows["cpu"] = f"{_processor()}, {os.cpu_count()} logical cores"
+    rows["memory"] = _memory()
+    rows["system"] = platform.platform()
+    rows |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    width = max(map(len, rows))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
+
+
+def _devices() -> str:
+    import jax
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # a broken CUDA installation is what this block is for
+        return f"JAX cannot start: {' '.join(str(error).split())}"
+    kinds = [device.device_kind for device in devices]
+    return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) + f" ({devices[0].platform})"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or an ARM kernel, which does not say
+        return platform.processor() or platform.machine()
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, AttributeError):
+        return "unknown"
+    return f"{total / 2**30:.1f} GiB"

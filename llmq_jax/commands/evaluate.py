@@ -1,0 +1,89 @@
+"""Measure the perplexity of any model on any text.
+
+The text goes by once, in consecutive windows of the model's context; every token but the first is predicted, from what
+stands before it in its window. The documents of a file with several of them are joined by the end-of-text token.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from llmq_jax.command_line import Flag, Positional, default_is, use_device
+from llmq_jax.errors import BadInput
+
+LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Positional[str]
+    """The model: a run folder or checkpoint of this project, a Hugging Face folder, or a hub id."""
+    file: Positional[str]
+    """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST}")] = None
+    """Tokens in a window."""
+    batch_size: int = 8
+    """Windows that go through the model at a time; it does not change the result."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
+    """Type to compute in and to hold the weights in."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to compute; auto takes the fastest that JAX finds."""
+    json: Flag = False
+    """Print the result as one line of JSON."""
+
+
+def main(options: Options) -> None:
+    from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches, read_documents
+
+    documents = read_documents(options.file, options.text_field)
+    use_device(options.device)
+    import llmq_jax as lq
+    from llmq_jax.objectives import NextToken
+    from llmq_jax.training.step import evaluate, make_eval_step
+
+    lm = lq.load(options.model, dtype=options.dtype)
+    if lm.tokenizer is None:
+        raise BadInput(f"{options.model} holds no tokenizer, so text means nothing to it; put its tokenizer.json there")
+    limit = lm.config.max_position_embeddings
+    context = min(limit, LONGEST) if options.context is None else options.context
+    if context > limit:
+        raise BadInput(f"--context {context} exceeds the model's context; choose at most {limit}")
+    tokens = encode_documents(lm.tokenizer, documents, append_end_of_text=len(documents) > 1)
+    check_vocabulary(tokens, lm.config.vocab_size, options.file)
+    batches = evaluation_batches(tokens, context=context, batch_size=options.batch_size)
+    loss = evaluate(make_eval_step(NextToken(lm.model)), lm.variables, _with_progress(batches))["loss"]
+
+    size = sum(len(document.encode()) for document in documents)
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss * len(tokens) / size / math.log(2),
+        "tokens": len(tokens) - 1,
+        "bytes": size,
+        "context": context,
+    }
+    print(json.dumps(result) if options.json else _table(result))
+
+
+def _with_progress(batches):
+    """The batches, with a bar on a terminal's stderr that is gone when they are."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(batches, "evaluating", console=console, transient=True, disable=not console.is_terminal)
+
+
+def _table(result: dict) -> str:
+    return "\n".join(
+        (
+            f"loss           {result['loss']:.4f} nats per token",
+            f"perplexity     {result['perplexity']:.4g} per token",
+            f"bits per byte  {result['bits_per_byte']:.4f}",
+            f"tokens         {result['tokens']:,} predicted, in windows of {result['context']:,}",
+            f"bytes          {result['bytes']:,}",
+        )
+    )

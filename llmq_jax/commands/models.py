@@ -1,0 +1,51 @@
+"""List the presets: published sizes by name, with their parameter counts."""
+
+import json
+from dataclasses import dataclass
+
+from llmq_jax.command_line import Flag
+
+
+@dataclass(frozen=True)
+class Options:
+    json: Flag = False
+    """Print one line of JSON for each preset, with its whole config."""
+
+
+def main(options: Options) -> None:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmq_jax.models import PRESETS
+
+    if options.json:
+        for name, config in PRESETS.items():
+            fields = dataclasses.asdict(config)
+            row = {"preset": name, "model_type": config.model_type, "parameters": count_parameters(config), **fields}
+            print(json.dumps(row))
+        return
+
+    table = Table("preset", "architecture", box=None, header_style="bold", pad_edge=False)
+    for title in ("layers", "width", "heads", "context", "parameters"):
+        table.add_column(title, justify="right")
+    for name, config in PRESETS.items():
+        sizes = (
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.max_position_embeddings,
+            count_parameters(config),
+        )
+        table.add_row(name, config.model_type, *(f"{size:,}" for size in sizes))
+    Console().print(table)
+
+
+def count_parameters(config) -> int:
+    """Parameters of a model of this config, tied ones once; from shapes alone, no array is made."""
+    import jax
+
+    from llmq_jax.models import abstract_variables
+
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(config)["params"]))

@@ -1,0 +1,89 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+TEXT = "".join(f"line {i} of a tëxt\n" for i in range(12))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def reference_loss(lm, tokens, context):
+    """Mean over all targets, window after window, from full logits in float64."""
+    losses = []
+    for start in range(0, len(tokens) - 1, context):
+        window = tokens[start : start + context + 1]
+        logits = np.asarray(lm.logits([window[:-1]])[0], np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += [-logprobs[i, target] for i, target in enumerate(window[1:])]
+    return float(np.mean(losses)), len(losses)
+
+
+@pytest.mark.parametrize("context", [32, 7])
+def test_figures_are_those_of_plain_windows(llmq, model_folder, tiny_model, text_file, context):
+    code, out, err = llmq("evaluate", model_folder, text_file, "--context", context, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    tokens = list(TEXT.encode())
+    loss, count = reference_loss(tiny_model, tokens, context)
+    assert result["loss"] == pytest.approx(loss, abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-5)
+    assert (result["tokens"], result["bytes"], result["context"]) == (count, len(tokens), context)
+
+
+def test_batch_size_does_not_change_the_result(llmq, model_folder, text_file):
+    results = [
+        json.loads(llmq("evaluate", model_folder, text_file, "--json", "--batch-size", size)[1])["loss"]
+        for size in (1, 3)
+    ]
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+
+
+def test_documents_are_joined_by_end_of_text(llmq, model_folder, tiny_model, tmp_path):
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"body": "first"}\n{"body": "second one"}\n')
+    code, out, _ = llmq("evaluate", model_folder, path, "--text-field", "body", "--json")
+    tokens = [*b"first", 256, *b"second one", 256]
+    loss, count = reference_loss(tiny_model, tokens, 32)
+    result = json.loads(out)
+    assert code == 0 and result["loss"] == pytest.approx(loss, abs=1e-5)
+    assert (result["tokens"], result["bytes"]) == (count, 15)
+    assert result["bits_per_byte"] == pytest.approx(loss * 17 / 15 / math.log(2), rel=1e-5)
+
+
+def test_table_shows_the_same_figures(llmq, model_folder, text_file):
+    result = json.loads(llmq("evaluate", model_folder, text_file, "--json")[1])
+    lines = llmq("evaluate", model_folder, text_file)[1].splitlines()
+    assert lines[0] == f"loss           {result['loss']:.4f} nats per token"
+    assert len(lines) == 5
+
+
+BAD = {
+    "no model there": (["nowhere", "TEXT"], "nowhere"),
+    "no file there": (["MODEL", "nothing.txt"], "there is no file or folder nothing.txt"),
+    "context": (["MODEL", "TEXT", "--context", "33"], "--context 33 exceeds the model's context; choose at most 32"),
+    "no context": (["MODEL", "TEXT", "--context", "0"], "context"),
+    "batch size": (["MODEL", "TEXT", "--batch-size", "0"], "batch size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(llmq, model_folder, text_file, case):
+    arguments, message = BAD[case]
+    names = {"MODEL": str(model_folder), "TEXT": str(text_file)}
+    code, out, err = llmq("evaluate", *(names.get(a, a) for a in arguments))
+    assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("error: ") and message in err
+
+
+def test_json_without_the_field_names_row_and_fields(llmq, model_folder, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n{"body": "b"}\n')
+    code, _, err = llmq("evaluate", model_folder, path)
+    assert code == 2 and "line 2" in err and "body" in err and "--text-field" in err

@@ -1,0 +1,190 @@
+"""Options, help and one-line errors. The parser is asked directly; processes are started only for exit codes."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from llmq_jax import command_line
+from llmq_jax.command_line import Flag, Positional, Repeated
+from llmq_jax.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Options:
+    """Bake a cake."""
+
+    recipe: Positional[str]
+    """Which one."""
+    topping: str
+    """What goes on top."""
+    batch_size: int = 3
+    """Cakes at a time."""
+    heat: float | None = None
+    """Degrees."""
+    where: Literal["oven", "pan", "fire"] = "oven"
+    """How."""
+    stop: Repeated = ()
+    """When."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Eggs."""
+    cream: bool = True
+    """With cream."""
+    quiet: Flag = False
+    """Say nothing."""
+
+
+def bake(options: Options) -> int | None:
+    if options.topping == "sand":
+        raise BadInput("sand is no topping\n   in recipe: eat something else")
+    print(options)
+    return None
+
+
+GOOD = ["cake", "--topping", "jam"]
+
+
+def run(arguments, command=bake, **keywords):
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(command, list(arguments), program="bake", **keywords)
+    return exit.value.code
+
+
+def test_options_are_read(capsys):
+    arguments = [*GOOD, "--batch-size=4", "--heat", "1e2", "--stop", "a b", "--stop", "c", "--no-cream", "--quiet"]
+    assert run([*arguments, "--betas", "0.5", "-0.25"]) == 0
+    expected = Options("cake", "jam", 4, 100.0, "oven", ("a b", "c"), (0.5, -0.25), cream=False, quiet=True)
+    assert capsys.readouterr().out.strip() == repr(expected)
+
+
+def test_underscores_and_hyphens_are_the_same_and_values_may_look_like_options(capsys):
+    assert run(["cake", "--topping=--jam", "--batch_size", "5"]) == 0
+    assert capsys.readouterr().out.strip() == repr(Options("cake", "--jam", 5))
+
+
+def test_help_shows_meanings_and_defaults(capsys):
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "usage: bake",
+        "Bake a cake.",
+        "RECIPE",
+        "--batch-size INT",
+        "Cakes at a time. (default: 3)",
+        "--no-cream",
+    ):
+        assert text in out
+    assert "--no-quiet" not in out
+
+
+BAD = {
+    "nothing": ([], r"missing RECIPE and --topping STR: see \"bake --help\""),
+    "required option": (["cake"], r"missing --topping STR: see \"bake --help\""),
+    "misspelt option": (["cake", "--toping", "jam"], r"unknown option --toping: did you mean --topping\? See \"bake"),
+    "misspelt with =": ([*GOOD, "--batchsize=3"], r"unknown option --batchsize: did you mean --batch-size\?"),
+    "strange option": ([*GOOD, "--xyzzy"], r"unknown option --xyzzy: see \"bake --help\""),
+    "short option": ([*GOOD, "-z"], r"no option takes '-z': see"),
+    "surplus argument": ([*GOOD, "bread"], r"no option takes 'bread': see"),
+    "value for a flag": ([*GOOD, "--quiet", "1"], r"no option takes '1': see"),
+    "not an integer": ([*GOOD, "--batch-size", "many"], r"--batch-size takes an integer, not 'many': see"),
+    "fraction": ([*GOOD, "--batch-size=1.5"], r"--batch-size takes an integer, not '1.5': see"),
+    "not a number": ([*GOOD, "--heat", "hot"], r"--heat takes a number, not 'hot': see"),
+    "not two numbers": ([*GOOD, "--betas", "0.9", "b"], r"--betas takes two numbers, not '0.9 b': see"),
+    "one number": ([*GOOD, "--betas", "0.9"], r"--betas needs 2 values: see"),
+    "no value": (["cake", "--topping"], r"--topping needs a value: see"),
+    "option for a value": (["cake", "--topping", "--quiet"], r"--topping needs a value: see"),
+    "not a choice": ([*GOOD, "--where", "pen"], r"--where cannot be 'pen': choose from oven, pan, fire$"),
+    "refused by the command": (["cake", "--topping", "sand"], r"sand is no topping in recipe: eat something else$"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_code_2(case, capsys):
+    arguments, pattern = BAD[case]
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("error: ")
+    assert re.match(pattern, captured.err.removeprefix("error: ").strip()), captured.err
+
+
+def test_no_box_gets_through_whatever_tyro_says(capsys):
+    """A complaint that `_one_line` has no words of its own for still becomes one line without frames."""
+    box = "╭─ News ─────╮\n│ Something  │\n│ happened.  │\n│ ────────── │\n│ Footer     │\n╰────────────╯\n"
+    assert command_line._one_line(box, [], "bake") == 'Something happened.: see "bake --help"'
+
+
+def test_defaults_come_from_a_preset_and_explicit_options_win(capsys):
+    @dataclass(frozen=True)
+    class Baking:
+        recipe: str = "slow"
+        batch_size: int = 1
+        heat: float = 1.0
+
+    def main(options: Baking):
+        print(options.batch_size, options.heat)
+
+    def choose(given):
+        return Baking("quick", 9, 80.0) if given.get("recipe") == "quick" else Baking()
+
+    assert run(["--recipe", "quick", "--heat=70"], main, defaults=choose) == 0
+    assert run(["--recipe=quick"], main, defaults=choose) == 0
+    assert run([], main, defaults=choose) == 0
+    assert capsys.readouterr().out.split("\n")[:3] == ["9 70.0", "9 80.0", "1 1.0"]
+    assert run(["--recipe", "quick", "--help"], main, defaults=choose) == 0
+    assert "(default: 80.0)" in capsys.readouterr().out
+
+
+def test_exit_codes_of_other_ends(capsys):
+    def interrupted(options: Options):
+        raise KeyboardInterrupt
+
+    def forbidden(options: Options):
+        raise PermissionError(13, "Permission denied", "/secret")
+
+    def failed(options: Options):
+        return 1
+
+    def faulty(options: Options):
+        raise ZeroDivisionError
+
+    assert run(GOOD, interrupted) == 130
+    assert capsys.readouterr() == ("", "")
+    assert run(GOOD, forbidden) == 2
+    assert capsys.readouterr().err == "error: Permission denied: /secret\n"
+    assert run(GOOD, failed) == 1
+    with pytest.raises(ZeroDivisionError):
+        command_line.run(faulty, GOOD, program="bake")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    writer = (
+        "from dataclasses import dataclass\nfrom llmq_jax import command_line\n"
+        "@dataclass\nclass Options:\n    'Talk.'\n"
+        "def main(options: Options):\n    while True: print('words')\n"
+        "command_line.run(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", writer], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "words\n"
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, "")
+
+
+def test_device_that_is_not_there_is_refused():
+    """In a process of its own: JAX binds to its devices once."""
+    program = "from llmq_jax.command_line import use_device\nuse_device('gpu')"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "BadInput: --device gpu: JAX finds no GPU here; use --device cpu" in ended.stderr
+
+
+def test_device_that_is_there_is_used():
+    command_line.use_device("auto")
+    command_line.use_device("cpu")

@@ -1,0 +1,62 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.command_line import run
+from train import demo, pretrain
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch, tmp_path, capsys):
+    """The demo on a little text, with a model of a moment; `call(bound)` -> (exit code, output)."""
+    monkeypatch.chdir(tmp_path)
+    modules = [("alpha", "def f(): pass\n" * 40), ("json", "def g(): pass\n" * 20), ("beta", "def h(): pass\n" * 40)]
+    monkeypatch.setattr("llmq_jax.data.python_library_documents", lambda: modules)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "context": 16, "batch_size": 4}
+    tiny = replace(pretrain.RUNS["demo"], **sizes, learning_rate=1e-2)
+    monkeypatch.setitem(pretrain.RUNS, "demo", tiny)
+
+    def call(bound):
+        monkeypatch.setattr(demo, "BOUND", bound)
+        with pytest.raises(SystemExit) as exit:
+            run(demo.main, ["--out", "runs/demo", "--steps", "60"], program="demo")
+        return exit.value.code, capsys.readouterr().out
+
+    return call
+
+
+def test_demo_trains_exports_and_compares(tiny_demo):
+    code, out = tiny_demo(bound=5.0)
+    assert code == 0
+    assert "within the bound of 5.0" in out and "logits identical" in out and "MISSED" not in out
+    for name in ("checkpoints", "metrics.jsonl", "samples.txt", "losses.png", "config.json"):
+        assert name in out and Path("runs/demo", name).exists()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert name in out and Path("runs/demo-hf", name).exists()
+    assert "llmq generate runs/demo --prompt" in out
+    assert lq.load("runs/demo-hf").tokenizer.encode("ab") == [97, 98]
+
+
+def test_second_call_finds_the_run_finished_and_a_missed_bound_is_told(tiny_demo):
+    tiny_demo(bound=5.0)
+    metrics = Path("runs/demo/metrics.jsonl").read_bytes()
+    code, out = tiny_demo(bound=0.001)
+    assert code == 1
+    assert "runs/demo is finished already" in out and "MISSED the bound of 0.001" in out and "logits identical" in out
+    assert Path("runs/demo/metrics.jsonl").read_bytes() == metrics
+
+
+def test_an_export_that_differs_is_told(tiny_demo, monkeypatch):
+    load = lq.load
+
+    def spoiled(path, **keywords):
+        lm = load(path, **keywords)
+        if str(path).endswith("-hf"):
+            lm.params["final_norm"]["scale"] = lm.params["final_norm"]["scale"].at[0].add(1e-6)
+        return lm
+
+    monkeypatch.setattr("llmq_jax.language_model.load", spoiled)
+    code, out = tiny_demo(bound=5.0)
+    assert code == 1 and "logits DIFFER" in out

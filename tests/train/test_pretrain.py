@@ -1,0 +1,221 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.data import read_documents
+from train.pretrain import RUNS, Options, starting_options
+
+
+def metrics(folder):
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [record["loss"] for record in metrics(folder) if "loss" in record]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(pretrain):
+    code, out, err = pretrain("--data", "TEXT", "--out", "run", "--steps", 60, "--evaluate-every", 30)
+    assert (code, err) == (0, "")
+    first, *_, last = losses("run")
+    assert first > 5 and last < 3.5
+    records = metrics("run")
+    assert [r["step"] for r in records if "validation_loss" in r] == [30, 60]
+    assert records[-1]["tokens"] == 60 * 4 * 16
+    for name in ("config.json", "samples.txt", "losses.png", "checkpoints", "tensorboard"):
+        assert Path("run", name).exists()
+    assert "llmq generate run --prompt" in out and "llmq evaluate run FILE" in out
+    assert "python -m convert.to_hf run run-hf" in out
+
+
+def test_validation_loss_is_that_of_the_whole_last_tenth(pretrain, text_file):
+    pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0)
+    lm = lq.load("run")
+    tokens = list("".join(read_documents(text_file)).encode())
+    held_out = tokens[int(0.9 * len(tokens)) :]
+    losses = []
+    for start in range(0, len(held_out) - 1, 16):
+        window = held_out[start : start + 17]
+        logits = np.asarray(lm.logits([window[:-1]])[0], np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        losses += [-logprobs[i, target] for i, target in enumerate(window[1:])]
+    assert metrics("run")[-1]["validation_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_config_json_has_effective_values(pretrain):
+    pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0, "--seed", 5)
+    config = json.loads(Path("run/config.json").read_text())
+    expected = {"seed": 5, "context": 16, "tokenizer": "bytes", "warmup_steps": 0, "minimum_learning_rate": 1e-3}
+    assert expected.items() <= config.items()
+    assert config["model"]["hidden_size"] == 16 and config["model"]["intermediate_size"] is None
+    assert config["options"]["steps"] == 6
+
+
+def test_the_same_command_tells_that_the_run_is_finished(pretrain):
+    command = ("--data", "TEXT", "--out", "run", "--sample-every", 0)
+    pretrain(*command)
+    before = Path("run/metrics.jsonl").read_bytes()
+    code, out, err = pretrain(*command)
+    assert (code, err) == (0, "") and "run is finished already" in out
+    assert Path("run/metrics.jsonl").read_bytes() == before
+
+
+def test_equal_runs_are_equal_and_seeds_differ(pretrain):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        pretrain("--data", "TEXT", "--out", out, "--seed", seed, "--sample-every", 0, "--dropout", 0.1)
+    assert losses("a") == losses("b") != losses("c")
+
+
+def test_accumulation_remat_and_unrolling_change_nothing(pretrain):
+    variants = {"plain": [], "parts": ["--accumulate=2"], "remat": ["--remat=full"], "loop": ["--scan-layers"]}
+    for out, options in variants.items():
+        assert pretrain("--data", "TEXT", "--out", out, "--sample-every", 0, *options)[0] == 0
+    for out in ("parts", "remat", "loop"):
+        np.testing.assert_allclose(losses(out), losses("plain"), rtol=1e-4)
+
+
+def test_bfloat16_stays_close(pretrain):
+    for dtype in ("float32", "bfloat16"):
+        pretrain("--data", "TEXT", "--out", dtype, "--sample-every", 0, "--dtype", dtype)
+    assert losses("bfloat16") != losses("float32")
+    np.testing.assert_allclose(losses("bfloat16"), losses("float32"), rtol=0.02)
+
+
+def test_going_on_from_a_run_keeps_what_it_knew(pretrain):
+    pretrain("--data", "TEXT", "--out", "first", "--steps", 60, "--sample-every", 0)
+    reached = metrics("first")[-1]["validation_loss"]
+    options = ("--data", "TEXT", "--out", "second", "--init-from", "first", "--steps", 4, "--sample-every", 0)
+    code, _, err = pretrain(*options, "--evaluate-every", 1, tiny=["--batch-size=4", "--log-every=1"])
+    assert (code, err) == (0, "")
+    records = metrics("second")
+    assert next(r for r in records if "validation_loss" in r)["validation_loss"] < reached + 0.1
+    assert json.loads(Path("second/config.json").read_text())["model"]["hidden_size"] == 16
+
+
+def test_going_on_from_weights_keeps_their_end_tokens(pretrain, tmp_path):
+    config = lq.GPT2Config(
+        vocab_size=257, max_position_embeddings=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    generation = lq.GenerationConfig(eos_token_id=(10, 256), other={"top_p": 0.9})
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config), lq.ByteTokenizer(), generation)
+    lq.save_hf(lm, tmp_path / "hf", dtype="bfloat16")
+    options = ("--data", "TEXT", "--init-from", "hf", "--out", "run", "--steps", 1, "--sample-every", 0)
+    assert pretrain(*options, tiny=["--batch-size=4"])[0] == 0
+    trained = lq.load("run")
+    assert trained.generation.eos_token_id == (10, 256) and trained.generation.other["top_p"] == 0.9
+    assert trained.params["final_norm"]["scale"].dtype == np.float32
+
+
+def test_default_text_is_the_standard_library(pretrain, monkeypatch):
+    modules = [("alpha", "def f(): pass\n" * 20), ("json", "import re\n" * 20), ("beta", "x = 1\n" * 20)]
+    monkeypatch.setattr("llmq_jax.data.python_library_documents", lambda: modules)
+    code, out, err = pretrain("--out", "run", "--sample-every", 0)
+    assert (code, err) == (0, "")
+    # json is held out by its name, the others are learned; each ends with the end-of-text token.
+    assert f"{281 + 121:,} tokens to learn, 201 held out (tokenizer: bytes)" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", '{"body": "%s"}\n{"body": "%s"}\n'),
+        ("d.json", '[{"body": "%s"}, {"body": "%s"}]'),
+        ("d.csv", "id,body\n1,%s\n2,%s\n"),
+    ],
+)
+def test_fields_of_records(pretrain, name, content):
+    Path(name).write_text(content % ("abc" * 30, "abd" * 30))
+    code, out, err = pretrain("--data", name, "--text-field", "body", "--out", "run", "--sample-every", 0)
+    assert (code, err) == (0, "")
+    assert "91 tokens to learn, 91 held out" in out  # one document each, with its end-of-text token
+
+
+def test_presets_hold_what_they_are_named_for():
+    options = starting_options({"preset": "nanogpt-shakespeare-cpu"})
+    assert options == RUNS["nanogpt-shakespeare-cpu"]
+    sizes = (options.num_hidden_layers, options.num_attention_heads, options.hidden_size, options.context)
+    assert sizes == (4, 4, 128, 64)
+    assert (options.batch_size, options.steps, options.dropout) == (12, 2000, 0.0)
+    assert (options.learning_rate, options.betas, options.weight_decay, options.clip) == (1e-3, (0.9, 0.99), 0.1, 1.0)
+    assert starting_options({}) == RUNS["demo"]
+    assert starting_options({"init_from": "x"}).preset is None
+    assert starting_options({"preset": "gpt2-124m"}) == Options()
+
+
+# What it is, the options, what the message says. TEXT is the text file; the files of `bad_files` are there.
+BAD = {
+    "misspelt option": (["--data", "TEXT", "--step", "3"], "unknown option --step: did you mean --steps?"),
+    "no number": (["--steps", "many"], "--steps takes an integer, not 'many'"),
+    "no file": (["--data", "nothing.txt"], "there is no file or folder nothing.txt"),
+    "empty file": (["--data", "empty.txt"], "empty.txt is empty"),
+    "blank file": (["--data", "blank.txt"], "blank.txt holds no text"),
+    "shorter than a context": (["--data", "TEXT", "--context", "100000"], "the training text has"),
+    "not UTF-8": (["--data", "latin.txt"], "is not UTF-8"),
+    "no text field": (["--data", "rows.jsonl"], "rows.jsonl: line 2 has no field 'text' (fields found: body)"),
+    "broken JSON": (["--data", "broken.jsonl"], "broken JSON at line 1"),
+    "unknown preset": (["--preset", "gpt2-124"], "unknown preset 'gpt2-124': did you mean gpt2-124m"),
+    "strange preset": (["--preset", "zzz"], "choose from demo, nanogpt-shakespeare-cpu, gpt2-124m"),
+    "width and heads": (["--data", "TEXT", "--hidden-size", "17"], "num_attention_heads"),
+    "dropout": (["--data", "TEXT", "--dropout", "1"], "pdrop"),
+    "accumulate": (["--accumulate", "3"], "--accumulate is 3 and must divide --batch-size 4"),
+    "no steps": (["--steps", "0"], "--steps is 0 and must be at least 1"),
+    "no rate": (["--learning-rate", "0"], "--learning-rate is 0.0 and must be positive"),
+    "betas": (["--betas", "0.9", "1"], "--betas is (0.9, 1.0) and must be at least 0 and below 1"),
+    "seed": (["--seed", "-1"], "--seed is -1 and must be at least 0"),
+    "minimum above peak": (["--data", "TEXT", "--minimum-learning-rate", "1"], "minimum learning rate"),
+    "long warm-up": (["--data", "TEXT", "--warmup-steps", "6"], "warm-up of 6 steps does not fit a run of 6"),
+    "fraction": (["--data", "TEXT", "--validation-fraction", "1"], "fraction must lie between 0 and 1"),
+    "no tokenizer": (["--data", "TEXT", "--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
+    "device": (["--device", "gpu"], "--device gpu: JAX finds no GPU here; use --device cpu"),
+    "device choice": (["--device", "tpu"], "--device cannot be 'tpu': choose from auto, cpu, gpu"),
+    "no model": (["--init-from", "nowhere/x", "--out", "run"], "nowhere/x"),
+    "model without out": (["--init-from", "nowhere/x"], "missing --out"),
+    "field of plain text": (["--data", "TEXT", "--text-field", "a"], "--text-field has no effect on data without"),
+    "field of nothing": (["--text-field", "a"], "--text-field has no effect"),
+    "preset and model": (["--init-from", "x", "--out", "run", "--preset", "demo"], "--preset has no effect beside"),
+    "tokenizer and model": (["--init-from", "x", "--out", "run", "--tokenizer", "bytes"], "--tokenizer has no effect"),
+    "width and model": (["--init-from", "x", "--out", "run", "--hidden-size", "8"], "--hidden-size has no effect"),
+    "two validations": (
+        ["--data", "TEXT", "--validation-data", "TEXT", "--validation-fraction", "0.2"],
+        "--validation-fraction has no effect beside --validation-data",
+    ),
+    "validation never": (
+        ["--data", "TEXT", "--validation-data", "TEXT", "--evaluate-every", "0"],
+        "--validation-data has no effect with --evaluate-every 0",
+    ),
+    "prompt never": (["--sample-every", "0", "--sample-prompt", "a"], "--sample-prompt has no effect"),
+    "start without warm-up": (["--initial-learning-rate", "1e-5"], "--initial-learning-rate has no effect"),
+    "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "keep_last is 0"),
+    "wandb": (["--data", "TEXT", "--wandb", "p"], "wandb is not installed"),
+    "folder of something else": (["--data", "TEXT", "--out", "full"], "full is not empty and not the folder of a run"),
+    "out is a file": (["--data", "TEXT", "--out", "blank.txt"], "blank.txt is a file"),
+}
+
+
+@pytest.fixture
+def bad_files(pretrain):
+    """In the folder that `pretrain` works in."""
+    Path("empty.txt").touch()
+    Path("blank.txt").write_text(" \n\n ")
+    Path("latin.txt").write_bytes("é".encode("latin-1") * 40)
+    Path("rows.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    Path("broken.jsonl").write_text("{'text': 1}\n")
+    Path("full").mkdir()
+    Path("full/thesis.tex").touch()
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(pretrain, bad_files, monkeypatch, case):
+    options, message = BAD[case]
+    if case == "wandb":
+        # As on a machine without it.
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tiny = ["--batch-size=4", "--steps=6"] if "--init-from" in options else None
+    before = sorted(Path().rglob("*"))
+    code, _, err = pretrain(*options, **({"tiny": tiny} if tiny else {}))
+    assert code == 2, err
+    assert err.count("\n") == 1 and err.startswith("error: ") and message in err, err
+    assert sorted(Path().rglob("*")) == before

@@ -1,0 +1,104 @@
+"""Options that recipes share, by name and meaning, and what can be said of them without the recipe."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from llmq_jax.command_line import default_is
+from llmq_jax.errors import BadInput
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    # How to train.
+    steps: int = 2000
+    """Updates in the whole run."""
+    batch_size: int = 12
+    """Windows in a batch."""
+    accumulate: int = 1
+    """Cut each batch into this many parts, whose gradients add up: the same result in less memory."""
+    learning_rate: float = 6e-4
+    """The peak, reached after the warm-up."""
+    minimum_learning_rate: Annotated[float | None, default_is("a tenth of the peak")] = None
+    """What the cosine falls to at the last step."""
+    initial_learning_rate: Annotated[float | None, default_is("0")] = None
+    """What the warm-up starts from."""
+    warmup_steps: Annotated[int | None, default_is("a twentieth of the steps, at most 100")] = None
+    """Steps until the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's first and second moment."""
+    weight_decay: float = 0.1
+    """AdamW's decay of kernels and embeddings."""
+    clip: float = 1.0
+    """Greatest global norm of the gradient; 0 does not clip."""
+    seed: int = 0
+    """Of initial weights, order of the data and dropout; equal options give equal runs."""
+
+    # How to compute.
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to compute; auto takes the fastest that JAX finds."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of activations and of products; weights and optimizer stay in float32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """Recompute in the backward pass, to save memory: nothing, all but products with weights, or whole layers."""
+    scan_layers: bool = True
+    """Compile one layer and loop over it; otherwise write all layers out (slower to compile, at times faster)."""
+
+    # What to tell and keep.
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None
+    """Steps between two measurements of the validation loss; 0: never."""
+    sample_every: Annotated[int | None, default_is("ten times in the run")] = None
+    """Steps between two samples; 0: never."""
+    sample_prompt: Annotated[str | None, default_is("a line break; def for Python's source")] = None
+    """What the samples go on from."""
+    checkpoint_every: Annotated[int | None, default_is("ten times in the run")] = None
+    """Steps between two checkpoints."""
+    keep_last: int = 3
+    """Checkpoints to keep, besides the one of lowest validation loss."""
+    wandb: Annotated[str | None, default_is("none")] = None
+    """Project at Weights & Biases to log to."""
+
+
+def check_ranges(options: TrainingOptions) -> None:
+    """BadInput for a number that no training can mean."""
+    for name, holds, rule in (
+        ("steps", options.steps > 0, "be at least 1"),
+        ("batch_size", options.batch_size > 0, "be at least 1"),
+        ("accumulate", options.accumulate > 0, "be at least 1"),
+        ("accumulate", options.batch_size % options.accumulate == 0, f"divide --batch-size {options.batch_size}"),
+        ("learning_rate", options.learning_rate > 0, "be positive"),
+        ("betas", all(0 <= beta < 1 for beta in options.betas), "be at least 0 and below 1"),
+        ("weight_decay", options.weight_decay >= 0, "not be negative"),
+        ("clip", options.clip >= 0, "not be negative (0 does not clip)"),
+        ("seed", 0 <= options.seed < 2**32, "be at least 0 and below 2^32"),
+    ):
+        if not holds:
+            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must {rule}")
+
+
+def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
+    """BadInput for an option that is given where it can do nothing. Cases: (field, whether it is idle, why)."""
+    for name, idle, why in cases:
+        if idle and getattr(options, name) is not None:
+            raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
+
+
+def completed(options: Any, **values: Any) -> Any:
+    """The options with these values, and those of the shared options, in place of None: what config.json shows."""
+    values |= {
+        "warmup_steps": warmup_steps(options),
+        "initial_learning_rate": 0.0,
+        "minimum_learning_rate": options.learning_rate / 10,
+    }
+    return dataclasses.replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
+
+
+def warmup_steps(options: TrainingOptions) -> int:
+    return min(100, options.steps // 20) if options.warmup_steps is None else options.warmup_steps
+
+
+def option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
