@@ -11,14 +11,13 @@ the defaults that the preset sets.
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from llmq_jax.command_line import default_is, did_you_mean, run, use_device
 from llmq_jax.errors import BadInput
 from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
+from train.texts import LIBRARY_FRACTION, token_streams
 
-LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
 SAMPLE_TOKENS = 120
 
 
@@ -217,6 +216,7 @@ def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    from llmq_jax.data import has_fields
     from llmq_jax.models import PRESETS
 
     if options.preset is not None and options.preset not in RUNS and options.preset not in PRESETS:
@@ -232,7 +232,7 @@ def check(options: Options) -> None:
         (
             (
                 "text_field",
-                not (has_fields(options.data) or has_fields(options.validation_data)),
+                not any(path and has_fields(path) for path in (options.data, options.validation_data)),
                 "on data without fields",
             ),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
@@ -241,13 +241,6 @@ def check(options: Options) -> None:
             ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),
     )
-
-
-def has_fields(path: str | None) -> bool:
-    """Whether data may hold several fields, one of which is the text. A folder may."""
-    if path is None or Path(path).is_dir():
-        return path is not None
-    return Path(path.removesuffix(".gz")).suffix.lower() in {".json", ".jsonl", ".csv", ".tsv", ".parquet"}
 
 
 def default_tokenizer(preset: str | None) -> str:
@@ -276,42 +269,6 @@ def with_dropout(config: Any, rate: float | None) -> Any:
     if not names:
         raise BadInput(f"--dropout has no effect on {config.model_type}, which has no dropout; leave it out")
     return dataclasses.replace(config, **dict.fromkeys(names, rate))
-
-
-def token_streams(options: Options, tokenizer: Any, config: Any) -> tuple[Any, Any]:
-    """(training, validation) tokens; the documents of each joined by the end-of-text token."""
-    from llmq_jax.data import (
-        check_vocabulary,
-        encode_documents,
-        python_library_documents,
-        read_documents,
-        split_documents,
-        split_modules,
-        split_tokens,
-    )
-
-    def encode(documents, several):
-        tokens = encode_documents(tokenizer, documents, append_end_of_text=several)
-        check_vocabulary(tokens, config.vocab_size)
-        return tokens
-
-    if options.data is None:
-        modules = python_library_documents()
-        documents = [source for _, source in modules]
-    else:
-        documents = read_documents(options.data, options.text_field)
-    several = len(documents) > 1
-    if options.validation_data:
-        held_out = read_documents(options.validation_data, options.text_field)
-        return encode(documents, several), encode(held_out, len(held_out) > 1)
-    if not several:  # the end of the text is held out
-        return split_tokens(encode(documents, several), options.validation_fraction or 0.1)
-    if options.data is None:  # whole modules and packages are
-        parts = split_modules(modules, options.validation_fraction or LIBRARY_FRACTION)
-        parts = [[source for _, source in part] for part in parts]
-    else:  # whole documents are
-        parts = split_documents(documents, options.validation_fraction or 0.1)
-    return tuple(encode(part, several) for part in parts)
 
 
 def model_size(variables: dict) -> int:

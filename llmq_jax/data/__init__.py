@@ -2,7 +2,7 @@
 
 from llmq_jax.data.batching import pack, packed_rows, pad
 from llmq_jax.data.python_library import python_library_documents, split_modules
-from llmq_jax.data.sources import iterate_documents, read_documents
+from llmq_jax.data.sources import has_fields, iterate_documents, read_documents
 from llmq_jax.data.splits import split_documents, split_tokens
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.data.tokenizers import (
@@ -35,6 +35,7 @@ __all__ = [
     "check_vocabulary",
     "encode_documents",
     "evaluation_batches",
+    "has_fields",
     "iterate_documents",
     "load_tokenizer",
     "pack",

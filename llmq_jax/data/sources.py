@@ -56,6 +56,11 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
     return _READERS.get(_suffix(path), _read_text)
 
 
+def has_fields(path: str | Path) -> bool:
+    """Whether what is there may hold several fields, one of which is the text: a file of records, or a folder."""
+    return Path(path).is_dir() or _suffix(Path(path)) in _READERS
+
+
 def _suffix(path: Path) -> str:
     """The suffix that names the format: `.jsonl` for `x.jsonl` and for `x.jsonl.gz`."""
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()

@@ -328,8 +328,8 @@ def _shape(tensor: Any) -> list[int]:
     return list(tensor.shape)
 
 
-def _listed(label: str, names: list[str], limit: int = 5) -> list[str]:
-    """["3 missing (a, b, c)"], long lists shortened; nothing for an empty list."""
+def _listed(label: str, names: list[str], limit: int = 200) -> list[str]:
+    """["3 missing (a, b, c)"], only very long lists shortened; nothing for an empty list."""
     if not names:
         return []
     shown = ", ".join(names[:limit])

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-# Below this many queries a row of blocks costs more than the masked half it skips.
-QUERY_BLOCK = {"cpu": 64}
+# Blocks of queries that a sequence is cut into, by backend (others: one). Each block is compiled apart, so there are
+# few; and below a certain length a block costs more than the masked part that it skips.
+QUERY_BLOCKS = {"cpu": 4}
+SHORTEST_QUERY_BLOCK = 64
 
 
 @struct.dataclass
@@ -82,10 +84,11 @@ def self_attention(
 
     Tokens of a segment must stand in the order of their positions, as they do in every batch: then no query of a block
     can see a key beyond the block's end, and the upper triangle of scores is never computed. `query_block` is the
-    block's length (None: from the table by backend; the length of the sequence gives the reference form).
+    block's length (None: by backend; the length of the sequence gives the reference form).
     """
     length = query.shape[2]
-    block = query_block or QUERY_BLOCK.get(jax.default_backend(), length)
+    blocks = QUERY_BLOCKS.get(jax.default_backend(), 1)
+    block = query_block or max(SHORTEST_QUERY_BLOCK, -(-length // blocks))
     if dropout_key is not None and dropout_rate > 0.0:
         block = length  # One key draws one mask.
     positions, segments = context.positions, context.segment_ids

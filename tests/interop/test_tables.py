@@ -1,6 +1,7 @@
 """The strict machinery of weight tables, on GPT-2's table."""
 
 import dataclasses
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -107,10 +108,12 @@ def test_all_that_is_wrong_is_named_at_once():
     assert "transformer.wpe.weight has the type int32" in message
 
 
-def test_long_lists_are_shortened():
+def test_all_that_is_missing_is_named_and_only_very_long_lists_are_shortened():
     message = message_of({}, TIED)
     assert "28 missing (transformer.wte.weight," in message
-    assert "and 23 more)" in message
+    assert message.count("transformer.h.0.") == message.count("transformer.h.1.") == 12
+    deep = message_of({}, replace(TIED, num_hidden_layers=20))
+    assert "244 missing" in deep and "and 44 more)" in deep
 
 
 def test_a_tensor_under_both_names_is_refused():
