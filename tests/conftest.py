@@ -22,6 +22,17 @@ import pytest
 def pytest_runtest_makereport(item, call):
     """With CI=true nothing is skipped in silence: a parity test that did not run has not passed."""
     report = (yield).get_result()
-    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true":
+    if not hasattr(report, "wasxfail"):
+        fail_where_skipped(report)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    """Nor are whole modules."""
+    fail_where_skipped((yield).get_result())
+
+
+def fail_where_skipped(report):
+    if report.outcome == "skipped" and os.environ.get("CI") == "true":
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped, which is not allowed where CI=true: {report.longrepr}"
+        report.longrepr = f"{report.nodeid} was skipped, which is not allowed where CI=true: {report.longrepr}"

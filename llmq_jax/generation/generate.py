@@ -7,7 +7,8 @@ do not depend on its neighbours either.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from llmq_jax.generation.sampling import Sampler
 
 # Lengths are rounded up to a multiple of this, so that prompts of similar length share one compiled program.
 BUCKET = 32
+# Token ids, or seeds: lists and arrays of integers.
+Ids = Sequence[SupportsIndex] | np.ndarray
+
 # Stop strings are looked for between stretches of this many tokens.
 STRETCH = 16
 
@@ -40,17 +44,18 @@ class Generation:
 
 def generate(
     lm: Any,
-    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    prompts: Any,
     *,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
-    stop: Sequence[int | str] | int | str | None = None,
-    seed: int | Sequence[int] = 0,
+    stop: Sequence[Any] | SupportsIndex | str | None = None,
+    seed: SupportsIndex | Ids = 0,
 ) -> Generation:
-    """Continue every prompt (strings, or lists of token ids) by up to `max_new_tokens` tokens.
+    """Continue every prompt (one string, or several strings or lists of token ids) by up to `max_new_tokens` tokens.
 
-    A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text); None stands
-    for the end tokens of the model's generation config. Row r draws from seed + r, or from the r-th of a list of
+    A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text). None stands
+    for the end tokens of the model's generation config, which stop strings add to and stop tokens replace; () stops at
+    nothing. Row r draws from seed + r, or from the r-th of a list of
     seeds. The default sampler is `Sampler()`: temperature 1. Raises BadInput where a prompt and its new tokens do not
     fit the model's context.
     """
@@ -70,12 +75,12 @@ def generate(
 
 def stream(
     lm: Any,
-    prompt: str | Sequence[int],
+    prompt: str | Ids,
     *,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
-    stop: Sequence[int | str] | int | str | None = None,
-    seed: int = 0,
+    stop: Sequence[Any] | SupportsIndex | str | None = None,
+    seed: SupportsIndex = 0,
 ) -> Iterator[str]:
     """Yield the text of one continuation as it comes; the pieces join to what `generate` gives.
 
@@ -83,15 +88,19 @@ def stream(
     """
     if lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
-    request = Request.create(lm, [prompt], max_new_tokens, sampler, stop, seed)
-    decoder, text, shown = TextStream(lm.tokenizer, skip_special_tokens=True), "", 0
+    # Checked now, not when the first piece is asked for.
+    return _pieces(Request.create(lm, [prompt], max_new_tokens, sampler, stop, seed))
+
+
+def _pieces(request: "Request") -> Iterator[str]:
+    decoder, text, shown = TextStream(request.lm.tokenizer, skip_special_tokens=True), "", 0
     state = request.start()
-    for count in range(1, max_new_tokens + 1):
+    for count in range(1, request.max_new_tokens + 1):
         newest = int(state.newest[0])
         if newest not in request.end_tokens:
             text += decoder.push(newest)
         stopped = request.stop_position(text)
-        finished = bool(state.done[0]) or stopped is not None or count == max_new_tokens
+        finished = bool(state.done[0]) or stopped is not None or count == request.max_new_tokens
         if finished and stopped is None:
             text += decoder.finish()
             stopped = request.stop_position(text)
@@ -138,7 +147,7 @@ class Request:
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
         end_tokens, stop_strings = _stops(lm, stop)
-        seeds = [seed + i for i in range(len(rows))] if isinstance(seed, int) else list(seed)
+        seeds = [int(seed) + i for i in range(len(rows))] if isinstance(seed, Integral) else list(seed)
         if len(seeds) != len(rows):
             raise BadInput(f"{len(seeds)} seeds were given for {len(rows)} prompts; give one seed, or one for each")
         if any(not 0 <= s < 2**32 for s in seeds):
@@ -223,7 +232,7 @@ def _round_up(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def _token_ids(lm: Any, prompt: str | Sequence[int], index: int) -> list[int]:
+def _token_ids(lm: Any, prompt: Any, index: int) -> list[int]:
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise BadInput("this model has no tokenizer; give prompts as lists of token ids")
@@ -231,6 +240,8 @@ def _token_ids(lm: Any, prompt: str | Sequence[int], index: int) -> list[int]:
         start = lm.tokenizer.end_of_text
         if not ids and start is not None:
             ids = [start]  # An empty prompt starts as documents do.
+    elif isinstance(prompt, Integral):
+        raise BadInput(f"prompt {index} is the number {prompt}; give a list of prompts: strings or lists of token ids")
     else:
         ids = [int(token) for token in prompt]
     if not ids:
@@ -244,15 +255,18 @@ def _token_ids(lm: Any, prompt: str | Sequence[int], index: int) -> list[int]:
     return ids
 
 
-def _stops(lm: Any, stop: Sequence[int | str] | int | str | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(end tokens, stop strings). A stop string does not switch off the model's own end tokens."""
+def _stops(lm: Any, stop: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(end tokens, stop strings). Stop strings alone do not switch off the model's own end tokens."""
     if stop is None:
         return tuple(lm.generation.eos_token_id), ()
-    stops = [stop] if isinstance(stop, int | str) else list(stop)
-    tokens = tuple(s for s in stops if isinstance(s, int))
+    stops = [stop] if isinstance(stop, Integral | str) else list(stop)
+    tokens = tuple(int(s) for s in stops if isinstance(s, Integral))
     strings = tuple(s for s in stops if isinstance(s, str))
+    for s in stops:
+        if not isinstance(s, str) and not (isinstance(s, Integral) and 0 <= s < lm.config.vocab_size):
+            raise BadInput(f"stop={s!r} is neither a string nor a token id below {lm.config.vocab_size}")
     if strings and lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so it cannot stop at a string; stop at token ids")
     if "" in strings:
         raise BadInput("a stop string is empty; it would stop before the first token")
-    return tokens or tuple(lm.generation.eos_token_id), strings
+    return (tuple(lm.generation.eos_token_id) if strings and not tokens else tokens), strings

@@ -48,7 +48,7 @@ def chunked_cross_entropy(
     padding = chunks * size - count
 
     def split(x):
-        x = x.reshape(count, *x.shape[2:]) if x is not hidden else rows
+        x = x.reshape(count, *x.shape[2:])
         return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
     return _summed_loss(unembed, head, split(hidden), split(targets), split(mask))

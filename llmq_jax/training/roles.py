@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 
+from llmq_jax.errors import BadInput
+
 # The last part of a parameter's path.
 ROLES = {
     "kernel": "kernel",
@@ -15,6 +17,8 @@ ROLES = {
 
 def role(path: tuple[str, ...]) -> str:
     """The role of the parameter at a path: "kernel", "embedding", "norm" or "bias"."""
+    if path[-1] not in ROLES:
+        raise BadInput(f"parameter {'/'.join(path)} has no role; give the name {path[-1]!r} one in {__name__}.ROLES")
     return ROLES[path[-1]]
 
 

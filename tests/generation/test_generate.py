@@ -135,11 +135,35 @@ def test_bfloat16_parameters_generate_in_bfloat16(lm):
         ({"prompts": ["a", "b"], "seed": [1]}, "1 seeds were given for 2 prompts"),
         ({"prompts": "a", "seed": -1}, "must lie between 0"),
         ({"prompts": "a", "stop": ""}, "a stop string is empty"),
+        ({"prompts": "a", "stop": [1.5]}, "stop=1.5 is neither a string nor a token id below 257"),
+        ({"prompts": "a", "stop": [999]}, "stop=999 is neither"),
+        ({"prompts": [1, 2, 3]}, "prompt 0 is the number 1; give a list of prompts"),
     ],
 )
 def test_bad_requests_are_refused(lm, arguments, message):
     with pytest.raises(lq.BadInput, match=message):
         lq.generate(lm, **{"max_new_tokens": 4, **arguments})
+
+
+def test_what_may_stop_a_row(lm):
+    """The model's end tokens by default and beside stop strings; given tokens instead of them; () nothing."""
+    free = lq.generate(lm, "a", max_new_tokens=12, sampler=SAMPLER, stop=())
+    assert free.lengths.tolist() == [12]
+    own, other = int(free.tokens[0, 3]), int(free.tokens[0, 6])
+    first = {token: free.tokens[0].tolist().index(token) + 1 for token in (own, other)}
+    ending = lm.replace(generation=lq.GenerationConfig(eos_token_id=(own,)))
+
+    def length(stop):
+        return lq.generate(ending, "a", max_new_tokens=12, sampler=SAMPLER, stop=stop).lengths[0]
+
+    assert length(None) == length(["never there"]) == first[own]
+    assert length(np.int64(other)) == length([np.int32(other)]) == first[other]
+    assert length(()) == 12
+
+
+def test_a_bad_request_to_stream_is_refused_at_once(lm):
+    with pytest.raises(lq.BadInput, match="exceed the model's context"):
+        lq.stream(lm, "x" * 60, max_new_tokens=10)
 
 
 def test_without_a_tokenizer_ids_go_in_and_out(lm):

@@ -62,6 +62,25 @@ def test_ways_to_run_the_layers_agree(variables, options):
     np.testing.assert_allclose(build(TINY, **options).apply(variables, TOKENS), reference, atol=1e-5)
 
 
+def size_of(model, layers: int):
+    """Operations in the program of a loss's gradient, and what its backward pass recomputes."""
+    config = dataclasses.replace(TINY, num_hidden_layers=layers)
+    model = model.clone(config=config)
+    gradient = jax.grad(lambda variables: model.apply(variables, TOKENS).sum())
+    lowered = jax.jit(gradient).lower(abstract_variables(config))
+    return lowered.as_text().count("\n"), str(jax.make_jaxpr(gradient)(abstract_variables(config))).count("tanh")
+
+
+def test_a_scanned_program_does_not_grow_with_depth():
+    assert size_of(build(TINY), 6)[0] == size_of(build(TINY), 2)[0]
+    assert size_of(build(TINY, scan_layers=False), 6)[0] > 1.3 * size_of(build(TINY, scan_layers=False), 2)[0]
+
+
+def test_remat_recomputes_activations_in_the_backward_pass():
+    recomputed = {remat: size_of(build(TINY, remat=remat), 2)[1] for remat in ("none", "dots", "full")}
+    assert recomputed["none"] < recomputed["dots"] and recomputed["none"] < recomputed["full"]
+
+
 def test_positions_default_to_their_place_in_the_segment(variables):
     model = build(TINY)
     segments = np.array([[0] * 3 + [1] * 4 + [2] * 6, [1] * 13], np.int32)

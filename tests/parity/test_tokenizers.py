@@ -4,11 +4,10 @@ import json
 import random
 
 import pytest
+import transformers
 
 from llmq_jax.data import ByteTokenizer, GPT2Tokenizer
 from llmq_jax.data.gpt2_vocabulary import packaged_vocabulary
-
-transformers = pytest.importorskip("transformers")
 
 END = "<|endoftext|>"
 # fmt: off

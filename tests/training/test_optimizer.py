@@ -41,6 +41,11 @@ def test_decay_goes_by_role_and_not_by_rank():
     assert params["group_0"]["block_0"]["attention"]["qkv"]["bias"].ndim == 4
 
 
+def test_a_parameter_without_a_role_is_named():
+    with pytest.raises(BadInput, match=r"parameter block/alpha has no role; give the name 'alpha' one in llmq_jax"):
+        decay_mask({"block": {"alpha": jnp.ones(())}})
+
+
 def test_every_update_is_clipped():
     optimizer = adamw(1.0, clip=1.0, weight_decay=0.0)
     params = {"kernel": jnp.zeros(2)}
