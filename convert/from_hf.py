@@ -1,9 +1,9 @@
 """Convert a Hugging Face model, or a file of weights, into a checkpoint of this project."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from llmq_jax.command_line import Positional, run
+from llmq_jax.command_line import Positional, default_is, run
 
 
 @dataclass(frozen=True)
@@ -12,21 +12,24 @@ class Options:
     """The model: a Hugging Face folder, a hub id, or a file of weights (.safetensors, .bin, .pth)."""
     target: Positional[str]
     """The folder to write; it must not exist or be empty."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type to store the weights in (default: that of the file)."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
+    """Type to store the weights in."""
     layout: str = "hf"
     """Whose names the weights bear: hf (transformers); for GPT-2 also book (LLMs-from-scratch) and original."""
-    num_attention_heads: int | None = None
+    num_attention_heads: Annotated[int | None, default_is("that of config.json")] = None
     """Number of heads, for weights without a config.json: their shapes tell the rest of the config."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, default_is("the model's")] = None
     """Tokenizer for a model that comes without: bytes, gpt2, or a tokenizer.json or a folder with one."""
 
 
 def main(options: Options) -> None:
     from llmq_jax.data.tokenizers import load_tokenizer
     from llmq_jax.errors import BadInput
-    from llmq_jax.language_model import load, save
+    from llmq_jax.interop.huggingface import find
+    from llmq_jax.language_model import has_config, load, save
 
+    if options.num_attention_heads is not None and has_config(find(options.source)):
+        raise BadInput(f"{options.source}: has a config of its own; drop --num-attention-heads")
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     heads = options.num_attention_heads
     config = None if heads is None else {"num_attention_heads": heads}

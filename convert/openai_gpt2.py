@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from llmq_jax.command_line import Flag, Positional, run
+from llmq_jax.command_line import Flag, Positional, default_is, run
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Options:
     """OpenAI's folder: model.ckpt.index, model.ckpt.data-*, hparams.json, encoder.json and vocab.bpe."""
     target: Positional[str]
     """The folder to write; it must not exist or be empty."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type to write the weights in (default: that of the checkpoint)."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the checkpoint")] = None
+    """Type to write the weights in."""
     overwrite: Flag = False
     """Replace the target where it is an earlier export."""
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, default_is, did_you_mean, run, use_device
-from llmq_jax.errors import BadInput
+from llmq_jax.command_line import Positional, default_is, option_name, run, use_device
+from llmq_jax.errors import BadInput, did_you_mean
 
 ROW = 48
 """Tokens in a row where no window of attention asks for more."""
@@ -142,7 +142,7 @@ def _check(options: Options) -> None:
     for name, least in (("batch_size", 1), ("length", 2), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise BadInput(f"--{name.replace('_', '-')} {value} is too small; choose at least {least}")
+            raise BadInput(f"{option_name(name)} {value} is too small; choose at least {least}")
     if not options.limit > 0:
         raise BadInput(f"--tolerance {options.tolerance} is not positive; choose 1e-4, for example")
 
@@ -158,11 +158,10 @@ def _check_name(name: str, config: Any) -> None:
 @contextlib.contextmanager
 def _folder(options: Options) -> Iterator[Path]:
     """The folder to compare: given, downloaded, or made for the occasion."""
-    from llmq_jax.interop.huggingface import download
+    from llmq_jax.interop.huggingface import find
 
     if options.model is not None:
-        path = Path(options.model).expanduser()
-        yield path if path.exists() else download(options.model)
+        yield find(options.model)
         return
     from convert.parity_reference import random_model
 

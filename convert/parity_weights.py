@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llmq_jax.command_line import did_you_mean
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.interop.tables import Placement, WeightTable
 from llmq_jax.models import init
 from llmq_jax.models.decoder import Decoder

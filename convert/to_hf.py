@@ -1,9 +1,9 @@
 """Export a model as a Hugging Face folder, which transformers loads with `from_pretrained`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from llmq_jax.command_line import Flag, Positional, run
+from llmq_jax.command_line import Flag, Positional, default_is, run
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,8 @@ class Options:
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, or a hub id."""
     target: Positional[str]
     """The folder to write; it must not exist or be empty."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type to write the weights in (default: that of the checkpoint)."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the model")] = None
+    """Type to write the weights in."""
     max_shard_size: str = "5GB"
     """Split larger weights into files of at most this size."""
     overwrite: Flag = False

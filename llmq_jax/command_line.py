@@ -12,20 +12,20 @@ Nothing here imports JAX before the options are read, so that help and errors co
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import tyro
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, close_names, did_you_mean
 
 Positional = tyro.conf.Positional
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -59,8 +59,10 @@ def run(
     try:
         if isinstance(command, Mapping):
             command, arguments, program = _choose_verb(command, arguments, program)
+        options = _options_class(command)
+        arguments = _join_texts(options, arguments)
         default = defaults(_given(arguments)) if defaults else tyro.MISSING_NONPROP
-        result = command(_parse(_options_class(command), arguments, program, default))
+        result = command(_parse(options, arguments, program, default))
         code = result if isinstance(result, int) else 0
         sys.stdout.flush()
     except BadInput as error:
@@ -84,13 +86,6 @@ def run(
 def default_is(text: str) -> Any:
     """For `Annotated[int | None, default_is("the model's")] = None`: what None stands for, in the help text."""
     return tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {text if value == 'None' else value})")
-
-
-def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
-    """ "did you mean a or b?" with the nearest of the known names, or all of them where none is near."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
 
 
 def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
@@ -149,6 +144,25 @@ def _options_class(command: Callable) -> type:
     return options
 
 
+def _join_texts(options: type, arguments: list[str]) -> list[str]:
+    """`--prompt "- a"` as `--prompt=- a`: a text may begin with a hyphen where it does not look like an option."""
+    texts = _text_options(options)
+    joined: list[str] = []
+    for argument in arguments:
+        is_text = argument.startswith("-") and not re.fullmatch(r"-h|--(\w[\w-]*(=.*)?)?", argument)
+        if is_text and joined and joined[-1].replace("_", "-") in texts:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _text_options(options: type) -> set[str]:
+    """Names of the options that take one text."""
+    hints = typing.get_type_hints(options)
+    return {option_name(name) for name, hint in hints.items() if hint in (str, str | None, tuple[str, ...])}
+
+
 def _given(arguments: list[str]) -> dict[str, str]:
     """What follows each option, by the name of its field: "" where nothing does. The last one counts."""
     given = {}
@@ -163,8 +177,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
 
 def _parse(options: type, arguments: list[str], program: str, default: Any):
     """An instance of the options from the arguments; BadInput for what cannot be understood, exit after `--help`."""
-    names = [_option_name(field.name) for field in dataclasses.fields(options)]
-    _check_names(names, arguments, program)
+    _check_names(options, arguments, program)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -188,19 +201,23 @@ def _description(options: type) -> str:
     return inspect.cleandoc(sys.modules[options.__module__].__doc__ if own.startswith(f"{options.__name__}(") else own)
 
 
-def _option_name(field: str) -> str:
+def option_name(field: str) -> str:
+    """ "--batch-size" for the field `batch_size`."""
     return "--" + field.replace("_", "-")
 
 
-def _check_names(names: list[str], arguments: list[str], program: str) -> None:
+def _check_names(options: type, arguments: list[str], program: str) -> None:
     """Refuse an unknown option before tyro does: tyro would first complain of whatever its absence leaves missing."""
+    names = [option_name(field.name) for field in dataclasses.fields(options)]
     known = {*names, *(name.replace("--", "--no-", 1) for name in names), "--help", "--help-verbose"}
-    for argument in arguments:
+    for before, argument in itertools.pairwise(["", *arguments]):
         name = argument.partition("=")[0].replace("_", "-")
         # tyro's own options print completions for shells.
         if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
-            near = difflib.get_close_matches(name, names, n=1)
+            near = close_names(name, names, count=1)
             hint = f"did you mean {near[0]}? S" if near else "s"
+            if before.replace("_", "-") in _text_options(options):
+                hint = f"as the text of {before}, write {before}={argument}; s"
             raise BadInput(f'unknown option {name}: {hint}ee "{program} --help"')
 
 

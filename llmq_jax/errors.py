@@ -1,4 +1,7 @@
-"""The one error type for bad input."""
+"""The one error type for bad input, and the hint at what was meant."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class BadInput(ValueError):
@@ -6,3 +9,15 @@ class BadInput(ValueError):
 
     The message is one line: what is wrong, where, and what to do about it. Commands print it and exit with code 2.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
+    """ "did you mean a or b?" with the nearest of the known names, or all of them where none is near."""
+    known = list(known)
+    near = close_names(name, known, count)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+
+
+def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known names that are most like this one, at most `count`, the nearest first; often none."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.huggingface import GENERATION_CONFIG, download, float_type, is_hf, read_hf, write_json
-from llmq_jax.interop.openai import is_openai, read_openai
-from llmq_jax.interop.tensor_files import read_json
+from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
+from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
+from llmq_jax.interop.tensor_files import read_json, write_json
+from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions
 
@@ -47,6 +48,12 @@ class LanguageModel:
     def sliced(self) -> tuple[dict, tuple[dict, ...]]:
         """(variables outside the layers, variables of each layer): what decoding reads, made once for each model."""
         return self.model.slice_layers(self.variables)
+
+    def require_tokenizer(self, source: str) -> Tokenizer:
+        """The tokenizer; BadInput, which names the model's source, where there is none."""
+        if self.tokenizer is None:
+            raise BadInput(f"{source} holds no tokenizer, so text means nothing to it; put its tokenizer.json there")
+        return self.tokenizer
 
     def replace(self, **changes) -> "LanguageModel":
         """The same with some fields changed; a new config brings its own model unless one is given."""
@@ -103,6 +110,7 @@ class LanguageModel:
             used = np.asarray(default_positions(jnp.asarray(tokens), segments))
         else:
             used = positions = _integers("positions", positions, 2, tokens.shape)
+            _check_order(positions, np.ones_like(tokens) if segment_ids is None else segment_ids)
         if used.min() < 0 or used.max() >= longest:
             # Embeddings clamp an index that is too large, in silence.
             raise BadInput(f"position {used.max()} is outside the model's {longest} (max_position_embeddings)")
@@ -126,11 +134,9 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
     from llmq_jax.training.checkpoints import find_checkpoint
 
     dtype = float_type(dtype)
-    source = Path(path).expanduser()
-    if not source.exists():
-        if str(path) in PRESETS:
-            raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
-        source = download(str(path))
+    if str(path) in PRESETS and not Path(path).exists():
+        raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
+    source = find(path)
     if find_checkpoint(source) is not None:
         if layout != "hf":
             raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
@@ -152,15 +158,28 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
     )
 
 
+def has_config(source: Path) -> bool:
+    """Whether a config comes with the weights there; where none does, `load` may have to be told."""
+    from llmq_jax.training.checkpoints import find_checkpoint
+
+    folder = source.parent if source.is_file() else source
+    return find_checkpoint(source) is not None or any((folder / name).is_file() for name in (CONFIG, HPARAMS))
+
+
 def save(lm: LanguageModel, folder: str | os.PathLike) -> Path:
-    """Save a model in our own format, which `load` and every recipe's `--init-from` read; returns the folder."""
+    """Save a model in our own format, which `load` and every recipe's `--init-from` read; returns the folder.
+
+    It must not exist or be empty, and appears complete or not at all.
+    """
     from llmq_jax.training.checkpoints import Checkpoints
 
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
     files = TextFiles(lm.tokenizer, lm.generation)
-    Checkpoints(folder / "checkpoints").save(0, {"variables": lm.variables}, model_config=lm.config, tokenizer=files)
+    with whole_folder(folder.resolve()) as partial:
+        checkpoints = Checkpoints(partial / "checkpoints")
+        checkpoints.save(0, {"variables": lm.variables}, model_config=lm.config, tokenizer=files)
     return folder
 
 
@@ -177,9 +196,9 @@ class TextFiles:
         write_json(Path(folder) / GENERATION_CONFIG, self.generation.to_hf())
 
     @classmethod
-    def read(cls, folder: Path) -> "TextFiles":
-        """A checkpoint without a generation config ends texts with the tokenizer's end-of-text token."""
-        tokenizer = tokenizer_in(folder)
+    def read(cls, folder: Path, name: str) -> "TextFiles":
+        """`name` is for a tokenizer that has none. Without a generation config its end-of-text token ends texts."""
+        tokenizer = tokenizer_in(folder, name)
         if (folder / GENERATION_CONFIG).is_file():
             return cls(tokenizer, GenerationConfig.from_hf(read_json(folder / GENERATION_CONFIG)))
         end = None if tokenizer is None else tokenizer.end_of_text
@@ -201,7 +220,9 @@ def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> Languag
         variables = jax.tree.map(
             lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, variables
         )
-    files = TextFiles.read(loaded.tokenizer_folder) if loaded.tokenizer_folder else TextFiles(None, GenerationConfig())
+    files = TextFiles(None, GenerationConfig())
+    if loaded.tokenizer_folder:
+        files = TextFiles.read(loaded.tokenizer_folder, path.resolve().name)
     return LanguageModel(config, build(config), variables, files.tokenizer, files.generation)
 
 
@@ -244,6 +265,18 @@ def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | N
     if shape is not None and array.shape != shape:
         raise BadInput(f"{name} have the shape {list(array.shape)}, which does not fit tokens: {list(shape)}")
     return array.astype(np.int32)
+
+
+def _check_order(positions: np.ndarray, segment_ids: np.ndarray) -> None:
+    """Attention skips the keys that stand after a query in its row: they must not come before it by position."""
+    together = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    falls = np.argwhere(together & (np.diff(positions, axis=1) < 0))
+    if len(falls):
+        row, column = falls[0]
+        raise BadInput(
+            f"positions[{row}, {column + 1}] is {positions[row, column + 1]}, after {positions[row, column]} in the "
+            "same document; give tokens in order, and number the documents of a row in segment_ids"
+        )
 
 
 def _describe(path: Path) -> str:

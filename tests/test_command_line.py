@@ -96,10 +96,21 @@ BAD = {
     "not two numbers": ([*GOOD, "--betas", "0.9", "b"], r"--betas takes two numbers, not '0.9 b': see"),
     "one number": ([*GOOD, "--betas", "0.9"], r"--betas needs 2 values: see"),
     "no value": (["cake", "--topping"], r"--topping needs a value: see"),
+    "text like an option": (
+        ["cake", "--topping", "--jam"],
+        r"unknown option --jam: as the text of --topping, write "
+        r"--topping=--jam; see",
+    ),
     "option for a value": (["cake", "--topping", "--quiet"], r"--topping needs a value: see"),
     "not a choice": ([*GOOD, "--where", "pen"], r"--where cannot be 'pen': choose from oven, pan, fire$"),
     "refused by the command": (["cake", "--topping", "sand"], r"sand is no topping in recipe: eat something else$"),
 }
+
+
+@pytest.mark.parametrize("text", ["-jam", "- jam", "--- jam", "--jam and cream", "-", "-5"])
+def test_a_text_may_begin_with_hyphens(text, capsys):
+    assert run(["cake", "--topping", text, "--stop", text, "--stop", "x"]) == 0
+    assert capsys.readouterr().out.strip() == repr(Options("cake", text, stop=(text, "x")))
 
 
 @pytest.mark.parametrize("case", BAD)

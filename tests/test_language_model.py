@@ -96,6 +96,14 @@ def test_a_row_may_be_longer_than_the_context_when_its_documents_are_not(lm):
     np.testing.assert_allclose(packed[:, 7:], lm.logits(tokens[:, 7:]), atol=1e-5)
 
 
+def test_positions_go_forward_in_a_document(lm):
+    tokens = [[1, 2, 3, 4, 5]]
+    apart = lm.logits(tokens, positions=[[0, 1, 0, 1, 2]], segment_ids=[[1, 1, 2, 2, 2]])
+    np.testing.assert_allclose(apart[0, 2:], lm.logits([[3, 4, 5]])[0], atol=1e-5)
+    with pytest.raises(BadInput, match=r"positions\[0, 2\] is 0, after 1 in the same document; .* segment_ids"):
+        lm.logits(tokens, positions=[[0, 1, 0, 1, 2]])
+
+
 def test_replace(lm):
     zeros = lm.replace(variables=jax.tree.map(jnp.zeros_like, lm.variables))
     assert not zeros.logits([[1]]).any()
@@ -122,6 +130,34 @@ def test_save_and_load(lm, tmp_path):
     bare = load(save(lm.replace(tokenizer=None), tmp_path / "bare"))
     assert bare.tokenizer is None
     assert bare.generation == lm.generation
+
+
+def test_nothing_is_left_of_a_save_that_failed(lm, tmp_path, monkeypatch):
+    class Full(ByteTokenizer):
+        def files(self):
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "empty").mkdir()
+    for name in ("saved", "empty"):
+        with pytest.raises(OSError, match="No space left"):
+            save(lm.replace(tokenizer=Full()), tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    assert load(save(lm, tmp_path / "saved")).config == lm.config
+
+
+@pytest.mark.parametrize("write", [save, save_hf])
+def test_the_tokenizer_is_known_again(lm, tmp_path, write):
+    loaded = load(write(lm, tmp_path / "mine")).tokenizer
+    assert (type(loaded), loaded.name) == (ByteTokenizer, "bytes")
+
+
+def test_a_tokenizer_of_others_is_named_by_its_folder(lm, tmp_path):
+    first = save_hf(lm, tmp_path / "first")
+    (first / "chat_template.jinja").write_text("{{ messages }}")
+    assert repr(load(first)).endswith("tokenizer first)")
+    ours = save(load(first), tmp_path / "ours")
+    assert repr(load(ours)).endswith("tokenizer ours)")
+    assert (save_hf(load(ours), tmp_path / "again") / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_run_stands_for_its_newest_checkpoint(lm, tmp_path):

@@ -66,14 +66,16 @@ def show(result, text: str, out: Path, export: Path, identical: bool, reached: b
         return Text(text, style="green" if good else "bold red")
 
     wanted = f"within the bound of {BOUND}" if reached else f"MISSED the bound of {BOUND}"
+    validation = "not measured" if result.validation_loss is None else f"{result.validation_loss:.3f} nats per byte"
+    trained = f"{result.step:,} steps, {result.tokens:,} bytes"
+    if result.tokens_per_second is not None:  # of a single step no speed is known
+        trained += f", {result.tokens_per_second:,.0f} a second"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
-    table.add_row("validation", f"{result.validation_loss:.3f} nats per byte on held-out modules")
+    table.add_row("validation", f"{validation} on held-out modules")
     table.add_row("", verdict(reached, wanted))
     table.add_row("export", verdict(identical, f"loaded again: logits {'identical' if identical else 'DIFFER'}"))
-    table.add_row(
-        "trained", f"{result.step:,} steps, {result.tokens:,} bytes, {result.tokens_per_second:,.0f} a second"
-    )
+    table.add_row("trained", trained)
     table.add_row("took", f"{seconds:.0f} s in all")
     table.add_row("")
     table.add_row("files", f"{out}/checkpoints, metrics.jsonl, samples.txt, losses.png, config.json")

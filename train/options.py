@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is
+from llmq_jax.command_line import default_is, option_name
 from llmq_jax.errors import BadInput
 
 
@@ -55,8 +55,8 @@ class TrainingOptions:
     sample_prompt: Annotated[str | None, default_is("a line break; def for Python's source")] = None
     """What the samples go on from."""
     checkpoint_every: Annotated[int | None, default_is("ten times in the run")] = None
-    """Steps between two checkpoints."""
-    keep_last: int = 3
+    """Steps between two checkpoints, besides those of a new lowest validation loss; 0: no checkpoints at all."""
+    keep_last: Annotated[int | None, default_is("3")] = None
     """Checkpoints to keep, besides the one of lowest validation loss."""
     wandb: Annotated[str | None, default_is("none")] = None
     """Project at Weights & Biases to log to."""
@@ -92,13 +92,10 @@ def completed(options: Any, **values: Any) -> Any:
         "warmup_steps": warmup_steps(options),
         "initial_learning_rate": 0.0,
         "minimum_learning_rate": options.learning_rate / 10,
+        "keep_last": 3,
     }
     return dataclasses.replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
 
 
 def warmup_steps(options: TrainingOptions) -> int:
     return min(100, options.steps // 20) if options.warmup_steps is None else options.warmup_steps
-
-
-def option_name(field: str) -> str:
-    return "--" + field.replace("_", "-")

@@ -1,6 +1,6 @@
 """Pretrain a language model: read text, cut it into windows, learn to predict every next token.
 
-    python -m train.pretrain                                    a small GPT-2 on Python's own source, in 2 minutes
+    python -m train.pretrain                                    a small GPT-2 on Python's own source: 2 minutes
     python -m train.pretrain --data my.txt --out runs/mine      the same on a text of yours
     python -m train.pretrain --data docs/ --preset gpt2-124m    a published size, from scratch
     python -m train.pretrain --data my.txt --init-from gpt2     go on from weights: hub id, folder or run
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import default_is, did_you_mean, run, use_device
 from llmq_jax.errors import BadInput
 from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
-from train.texts import LIBRARY_FRACTION, token_streams
+from train.texts import LIBRARY_FRACTION, fingerprint, token_streams
 
 SAMPLE_TOKENS = 120
 
@@ -144,13 +144,15 @@ def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
         options,
         out=f"runs/{options.preset or 'demo'}",
         context=config.max_position_embeddings,
-        tokenizer=tokenizer.name,
+        # What comes with --init-from has a path for a name, which a new checkpoint there changes.
+        tokenizer=None if options.init_from else tokenizer.name,
         text_field="text",
         sample_prompt="def " if options.data is None else "\n",
     )
     if options.context > config.max_position_embeddings:
         longest = config.max_position_embeddings
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
+    prompt_tokens = prompt_length(options, tokenizer, config)
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
 
     # Two streams of tokens, cut into windows. Training takes them shuffled, validation all of them in order.
@@ -179,16 +181,17 @@ def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
 
     def sample(variables, at_step):
         learner = LanguageModel(config, model, variables, tokenizer)
-        room = config.max_position_embeddings - len(tokenizer.encode(options.sample_prompt))
         written = generate(
             learner,
             options.sample_prompt,
-            max_new_tokens=max(1, min(SAMPLE_TOKENS, room)),
+            max_new_tokens=min(SAMPLE_TOKENS, config.max_position_embeddings - prompt_tokens),
             sampler=Sampler(temperature=0.8),
         )
         return options.sample_prompt + written.text[0]
 
-    tokens = {"training_tokens": len(training), "validation_tokens": len(validation)}
+    streams = {"training": training, "validation": validation}
+    text = {f"{name}_tokens": len(stream) for name, stream in streams.items()}
+    text |= {f"{name}_sha256": fingerprint(stream) for name, stream in streams.items()}
     print(
         f"{model_size(variables):,} parameters; {len(training):,} tokens to learn, {len(validation):,} held out "
         f"(tokenizer: {tokenizer.name})",
@@ -202,7 +205,8 @@ def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
         batches,
         RunOptions(**{name: getattr(options, name) for name in run_options}),
         folder=options.out,
-        config={"recipe": "train.pretrain", **described, **tokens},
+        config={"recipe": "train.pretrain", **described, **text},
+        may_change=["sample_prompt"],
         model_config=config,
         # What was loaded keeps its own end tokens.
         tokenizer=TextFiles(tokenizer, source.generation) if options.init_from else tokenizer,
@@ -238,9 +242,30 @@ def check(options: Options) -> None:
             ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
+            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
             ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),
     )
+
+
+def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
+    """Tokens that samples go on from. BadInput where they leave the model no room, before the run begins."""
+    import numpy as np
+
+    from llmq_jax.data import check_vocabulary
+
+    ids = tokenizer.encode(options.sample_prompt)
+    if not ids and tokenizer.end_of_text is not None:
+        ids = [tokenizer.end_of_text]  # as generate does
+    longest = config.max_position_embeddings
+    if options.sample_every != 0:
+        if not 0 < len(ids) < longest:
+            raise BadInput(
+                f"--sample-prompt {options.sample_prompt!r} is {len(ids)} tokens long; it needs at least 1, and fewer "
+                f"than the model's {longest} to leave room: give another one, or --sample-every 0"
+            )
+        check_vocabulary(np.array(ids), config.vocab_size, "--sample-prompt")
+    return len(ids)
 
 
 def default_tokenizer(preset: str | None) -> str:

@@ -1,5 +1,6 @@
 """The text of a run: which documents are learned, which are held out, as two streams of tokens."""
 
+import hashlib
 from typing import Any
 
 LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
@@ -17,9 +18,11 @@ def token_streams(options: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
         split_tokens,
     )
 
-    def encode(documents, several):
+    text = options.data or "Python's standard library"
+
+    def encode(documents, several, where=text):
         tokens = encode_documents(tokenizer, documents, append_end_of_text=several)
-        check_vocabulary(tokens, config.vocab_size)
+        check_vocabulary(tokens, config.vocab_size, where)
         return tokens
 
     if options.data is None:
@@ -33,7 +36,7 @@ def token_streams(options: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
         fraction = options.validation_fraction
     if options.validation_data:
         held_out = read_documents(options.validation_data, options.text_field)
-        return encode(documents, several), encode(held_out, len(held_out) > 1)
+        return encode(documents, several), encode(held_out, len(held_out) > 1, options.validation_data)
     if not several:  # the end of the text is held out
         return split_tokens(encode(documents, several), fraction)
     if options.data is None:  # whole modules and packages are
@@ -42,3 +45,10 @@ def token_streams(options: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
     else:  # whole documents are
         parts = split_documents(documents, fraction)
     return tuple(encode(part, several) for part in parts)
+
+
+def fingerprint(tokens: Any) -> str:
+    """SHA-256 of a stream of tokens: what tells a run's data from data that has changed since."""
+    import numpy as np
+
+    return hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()

@@ -2,6 +2,7 @@
 
 The text goes by once, in consecutive windows of the model's context; every token but the first is predicted, from what
 stands before it in its window. The documents of a file with several of them are joined by the end-of-text token.
+Bits per byte are those of all predicted tokens, over all bytes of the text.
 """
 
 import json
@@ -21,7 +22,7 @@ class Options:
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, or a hub id."""
     file: Positional[str]
     """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
-    text_field: str = "text"
+    text_field: Annotated[str | None, default_is("text")] = None
     """Field or column that holds the text."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST}")] = None
     """Tokens in a window."""
@@ -36,32 +37,34 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches, read_documents
+    from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches, has_fields, read_documents
 
-    documents = read_documents(options.file, options.text_field)
+    if options.text_field is not None and not has_fields(options.file):
+        raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
+    documents = read_documents(options.file, options.text_field or "text")
     use_device(options.device)
     import llmq_jax as lq
     from llmq_jax.objectives import NextToken
     from llmq_jax.training.step import evaluate, make_eval_step
 
     lm = lq.load(options.model, dtype=options.dtype)
-    if lm.tokenizer is None:
-        raise BadInput(f"{options.model} holds no tokenizer, so text means nothing to it; put its tokenizer.json there")
+    tokenizer = lm.require_tokenizer(options.model)
     limit = lm.config.max_position_embeddings
     context = min(limit, LONGEST) if options.context is None else options.context
     if context > limit:
         raise BadInput(f"--context {context} exceeds the model's context; choose at most {limit}")
-    tokens = encode_documents(lm.tokenizer, documents, append_end_of_text=len(documents) > 1)
+    tokens = encode_documents(tokenizer, documents, append_end_of_text=len(documents) > 1)
     check_vocabulary(tokens, lm.config.vocab_size, options.file)
     batches = evaluation_batches(tokens, context=context, batch_size=options.batch_size)
     loss = evaluate(make_eval_step(NextToken(lm.model)), lm.variables, _with_progress(batches))["loss"]
 
+    predicted = len(tokens) - 1
     size = sum(len(document.encode()) for document in documents)
     result = {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": loss * len(tokens) / size / math.log(2),
-        "tokens": len(tokens) - 1,
+        "bits_per_byte": loss * predicted / size / math.log(2),
+        "tokens": predicted,
         "bytes": size,
         "context": context,
     }

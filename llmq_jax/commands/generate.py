@@ -29,7 +29,7 @@ class Options:
     """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
     stop: Repeated = ()
     """Stop before this text appears; may be given several times."""
-    seed: int = 0
+    seed: Annotated[int | None, default_is("0")] = None
     """The same seed draws the same text."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
     """Type to compute in and to hold the weights in."""
@@ -38,6 +38,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    if options.seed is not None and options.temperature == 0:
+        raise BadInput("--seed has no effect at temperature 0, where nothing is drawn; leave it out")
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     use_device(options.device)
 
@@ -45,24 +47,21 @@ def main(options: Options) -> None:
 
     sampler = lq.Sampler(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
     lm = lq.load(options.model, dtype=options.dtype)
-    if lm.tokenizer is None:
-        raise BadInput(f"{options.model} holds no tokenizer, so text means nothing to it; put its tokenizer.json there")
+    tokenizer = lm.require_tokenizer(options.model)
     # An empty prompt starts from the end-of-text token.
-    room = lm.config.max_position_embeddings - max(1, len(lm.tokenizer.encode(prompt)))
+    room = lm.config.max_position_embeddings - max(1, len(tokenizer.encode(prompt)))
     new_tokens = max(1, min(NEW_TOKENS, room)) if options.max_new_tokens is None else options.max_new_tokens
     print(prompt, end="", flush=True)
-    start, pieces = time.perf_counter(), []
+    start = time.perf_counter()
     for piece in lq.stream(
         lm,
         prompt,
         max_new_tokens=new_tokens,
         sampler=sampler,
         stop=list(options.stop) or None,
-        seed=options.seed,
+        seed=options.seed or 0,
     ):
         print(piece, end="", flush=True)
-        pieces.append(piece)
     print(flush=True)
     if sys.stderr.isatty():
-        seconds, tokens = time.perf_counter() - start, len(lm.tokenizer.encode("".join(pieces)))
-        print(f"{tokens} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+        print(f"{time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)

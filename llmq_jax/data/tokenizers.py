@@ -9,6 +9,7 @@ Three rules hold for all of them:
   vocabulary may be padded beyond its tokenizer's), as in transformers.
 """
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
 from llmq_jax.data.gpt2_vocabulary import (
     END_OF_TEXT,
+    PUBLISHED_SHA256,
     Vocabulary,
     byte_characters,
     packaged_vocabulary,
@@ -55,7 +57,7 @@ class Tokenizer(ABC):
     """What every tokenizer offers."""
 
     name: str
-    """What `load_tokenizer` was given: "bytes", "gpt2" or a path."""
+    """"bytes", "gpt2", or what a user knows its files by: the name of their folder."""
     vocab_size: int
     """Largest id + 1."""
     end_of_text: int | None
@@ -79,8 +81,15 @@ class Tokenizer(ABC):
         """Token ids of many texts as compact arrays, using all cores; special tokens are plain text."""
 
     @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """The Hugging Face files (tokenizer.json, tokenizer_config.json, ...) by name."""
+
     def save(self, folder: str | Path) -> None:
-        """Write the Hugging Face files (tokenizer.json, tokenizer_config.json, ...) into a folder."""
+        """Write the Hugging Face files into a folder, which is made unless it is there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
 
     @property
     def dtype(self) -> np.dtype:
@@ -114,8 +123,8 @@ class ByteTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(_utf8(text), np.uint8) for text in texts]
 
-    def save(self, folder: str | Path) -> None:
-        """Export as a BPE of 256 bytes without a single merge, which every Hugging Face program can load."""
+    def files(self) -> dict[str, bytes]:
+        """A BPE of 256 bytes without a single merge, which every Hugging Face program can load."""
         vocabulary = Vocabulary({character: byte for byte, character in enumerate(byte_characters())}, [], {})
         exported = _byte_level_bpe(vocabulary, use_regex=False)
         exported.add_special_tokens([hf_tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
@@ -125,7 +134,7 @@ class ByteTokenizer(Tokenizer):
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
         }
-        _save_hf(folder, exported, config)
+        return _hf_files(exported, config)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -141,7 +150,7 @@ class GPT2Tokenizer(Tokenizer):
             files = vocabulary_files(Path(folder))
             if files is None:
                 raise BadInput(f"{folder} holds neither vocab.json and merges.txt nor encoder.json and vocab.bpe")
-            self.name, vocabulary = str(folder), read_vocabulary(*files)
+            self.name, vocabulary = Path(folder).resolve().name, read_vocabulary(*files)
         self._vocabulary = vocabulary
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         self._encoding = tiktoken.Encoding(
@@ -177,8 +186,8 @@ class GPT2Tokenizer(Tokenizer):
         with ThreadPoolExecutor() as threads:  # tiktoken releases the interpreter lock
             return list(threads.map(lambda text: self._encoding.encode_to_numpy(text, disallowed_special=()), texts))
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
         exported = _byte_level_bpe(self._vocabulary, use_regex=True)
         special = sorted(self._vocabulary.special, key=self._vocabulary.special.__getitem__)
         exported.add_special_tokens(
@@ -190,28 +199,28 @@ class GPT2Tokenizer(Tokenizer):
         config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "clean_up_tokenization_spaces": False}
         if self.end_of_text is not None:
             config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        folder = _save_hf(folder, exported, config)
-        _write_json(folder / "vocab.json", self._vocabulary.ids)
         merges = "".join(f"{left} {right}\n" for left, right in self._vocabulary.merges)
-        (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+        return {
+            **_hf_files(exported, config),
+            "vocab.json": _json_bytes(self._vocabulary.ids),
+            "merges.txt": ("#version: 0.2\n" + merges).encode(),
+        }
 
 
 class FileTokenizer(Tokenizer):
     """Any `tokenizer.json`, run by Hugging Face's `tokenizers`. Its folder's other tokenizer files are kept.
 
-    path: the tokenizer.json, or the folder that holds it.
+    path: the tokenizer.json, or the folder that holds it. name: what to call it, otherwise by its folder.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, name: str | None = None):
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise BadInput(f"there is no {file}")
-        self.name = str(path)
-        self._files = {"tokenizer.json": file.read_bytes()}
-        for name in COMPANION_FILES:
-            if (file.parent / name).is_file():
-                self._files[name] = (file.parent / name).read_bytes()
+        self.name = name or file.resolve().parent.name
+        self._path = path
+        self._files = _read_files(file)
         self._plain = self._load(special_is_text=True)
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_text = self._find_end_of_text()
@@ -222,7 +231,7 @@ class FileTokenizer(Tokenizer):
             loaded = hf_tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
         except Exception as error:  # tokenizers raises plain Exception and ValueError
             reason = str(error).replace("\n", " ")
-            raise BadInput(f"{self.name}: tokenizer.json cannot be read ({reason})") from None
+            raise BadInput(f"{self._path}: tokenizer.json cannot be read ({reason})") from None
         # A tokenizer.json may carry the padding and truncation of whoever saved it, and would silently cut texts.
         loaded.no_padding()
         loaded.no_truncation()
@@ -239,13 +248,13 @@ class FileTokenizer(Tokenizer):
             try:
                 token = json.loads(self._files.get(name, b"{}")).get("eos_token")
             except (ValueError, AttributeError) as error:
-                raise BadInput(f"{self.name}: {name} is not a JSON object ({error})") from None
+                raise BadInput(f"{self._path}: {name} is not a JSON object ({error})") from None
             if isinstance(token, dict):  # an AddedToken written out
                 token = token.get("content")
             if isinstance(token, str):
                 number = self._plain.token_to_id(token)
                 if number is None:
-                    raise BadInput(f"{self.name}: {name} names the eos_token {token!r}, which tokenizer.json lacks")
+                    raise BadInput(f"{self._path}: {name} names the eos_token {token!r}, which tokenizer.json lacks")
                 return number
         return self._plain.token_to_id(END_OF_TEXT)
 
@@ -272,12 +281,9 @@ class FileTokenizer(Tokenizer):
         ends = np.cumsum(counts)
         return [_join(arrays[end - count : end], self.dtype) for end, count in zip(ends, counts, strict=True)]
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and the files that came with it, byte for byte."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self._files.items():
-            (folder / name).write_bytes(content)
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json and the files that came with it, byte for byte."""
+        return dict(self._files)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -288,7 +294,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return GPT2Tokenizer()
     path = Path(name_or_path)
     if path.is_file():
-        return FileTokenizer(path)
+        return _own_tokenizer(_read_files(path)) or FileTokenizer(path)
     found = tokenizer_in(path) if path.is_dir() else None
     if found is None:
         what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
@@ -299,11 +305,14 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return found
 
 
-def tokenizer_in(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer whose files are in a folder, or None where there are none."""
+def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | None:
+    """The tokenizer whose files are in a folder, or None where there are none.
+
+    It is one of our own classes, which are faster, where that writes just these files. name: see `FileTokenizer`.
+    """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
-        return FileTokenizer(folder)
+        return _own_tokenizer(_read_files(folder / "tokenizer.json")) or FileTokenizer(folder, name)
     if vocabulary_files(folder):
         return GPT2Tokenizer(folder)
     return None
@@ -363,13 +372,28 @@ def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.To
     return tokenizer
 
 
-def _save_hf(folder: str | Path, tokenizer: hf_tokenizers.Tokenizer, config: dict) -> Path:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", config, indent=2)
-    return folder
+def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict) -> dict[str, bytes]:
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": _json_bytes(config, indent=2),
+    }
 
 
-def _write_json(path: Path, content: dict, indent: int | None = None) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+def _json_bytes(content: dict, indent: int | None = None) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()
+
+
+def _read_files(file: Path) -> dict[str, bytes]:
+    """A tokenizer.json and its companions, by name."""
+    companions = {name: file.parent / name for name in COMPANION_FILES if (file.parent / name).is_file()}
+    return {name: path.read_bytes() for name, path in {"tokenizer.json": file, **companions}.items()}
+
+
+def _own_tokenizer(files: dict[str, bytes]) -> Tokenizer | None:
+    """The tokenizer of ours that writes these files and no others; None where there is none."""
+    is_gpt2 = hashlib.sha256(files.get("merges.txt", b"")).hexdigest() == PUBLISHED_SHA256["vocab.bpe"]
+    try:
+        tokenizer = GPT2Tokenizer() if is_gpt2 else ByteTokenizer()
+    except BadInput:  # GPT-2's vocabulary is not installed, and not needed either
+        return None
+    return tokenizer if tokenizer.files() == files else None

@@ -4,10 +4,8 @@ What is read here is what transformers writes (`save_pretrained`), and what is w
 (`from_pretrained`), versions 4 and 5. A file of weights counts as the folder that it lies in, whatever else is there.
 """
 
-import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.data.tokenizers import COMPANION_FILES, Tokenizer, tokenizer_in
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, close_names
 from llmq_jax.interop.architectures import (
     config_from_hf,
     config_table,
@@ -29,8 +27,9 @@ from llmq_jax.interop.architectures import (
 )
 from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
-from llmq_jax.interop.tensor_files import TensorFiles, read_json
+from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
+from llmq_jax.interop.whole_folders import whole_folder
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -107,40 +106,50 @@ def save_hf(
     tensors = weight_table(lm.config.model_type).lazy_state_dict(lm.variables, lm.config, dtype)
     config = config_to_hf(lm.config) | lm.generation.token_ids() | {"dtype": _type_name(tensors)}
     _check_target(folder, overwrite)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as partial:
         write_json(partial / CONFIG, config)
         write_json(partial / GENERATION_CONFIG, lm.generation.to_hf())
         write_safetensors(partial, tensors, max_shard_size)
         if lm.tokenizer is not None:
             lm.tokenizer.save(partial)
-        if folder.exists():
-            earlier = folder.with_name(f".{folder.name}.earlier-{os.getpid()}")
-            folder.rename(earlier)
-            partial.rename(folder)
-            shutil.rmtree(earlier)
-        else:
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
+
+
+def find(name: str | os.PathLike) -> Path:
+    """Where a model is: a path that exists, or the local copy of what the hub has under this name ("org/name").
+
+    The hub is not asked for what can only be a path: `runs/mien` where there is a folder `runs`.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    name = str(name)
+    parent = path.parent if "/" in name else None
+    if parent is not None and parent.is_dir():
+        near = [str(parent / other) for other in close_names(path.name, sorted(os.listdir(parent)), count=1)]
+        raise BadInput(f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else ""))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise BadInput(f"{name}: there is no such file or folder")
+    return download(name)
 
 
 def download(name: str) -> Path:
     """The local copy of a model on the Hugging Face hub ("gpt2", "org/name"), fetched unless it is there already."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise BadInput(f"{name}: there is no such file or folder")
     try:
         # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
         folder = snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
         if not is_safetensors(Path(folder)):
             patterns = list(DOWNLOADED_WITHOUT_SAFETENSORS)
             folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
-    except (OSError, ValueError) as error:  # among them: no network, no such model, no access, offline
+    except LocalEntryNotFoundError as error:
+        raise BadInput(
+            f"{name}: there is no such file or folder, and the Hugging Face hub could not be reached (no network, or "
+            "offline)"
+        ) from error
+    except (OSError, ValueError) as error:  # among them: no such model, no access
         reason = str(error).strip().splitlines()[0]
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"
@@ -196,14 +205,12 @@ def _check_target(folder: Path, overwrite: bool):
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise BadInput(f"{folder}: is not empty; name another folder, or overwrite an earlier export")
+        raise BadInput(
+            f"{folder}: is not empty; name another folder, or replace an earlier export with --overwrite (in Python: "
+            "overwrite=True)"
+        )
     names = sorted(path.name for path in folder.iterdir())
     foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in EXPORTED)]
     if foreign or CONFIG not in names:
         odd = f"holds {foreign[0]}" if foreign else f"has no {CONFIG}"
         raise BadInput(f"{folder}: {odd}, so it is no earlier export and is not overwritten")
-
-
-def write_json(path: Path, values: Mapping[str, Any]):
-    """JSON as transformers writes it: sorted and indented."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

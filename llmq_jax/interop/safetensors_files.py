@@ -3,7 +3,6 @@
 Files are read with pread, not mapped into memory: what has been read counts once, as the array it became.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.tables import LazyTensor
-from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_shards
+from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_shards, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,7 +77,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
             raise BadInput(f"{folder / filename}: cannot be written ({error})") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def _read(path: Path) -> dict[str, LazyTensor]:

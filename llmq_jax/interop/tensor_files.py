@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.tables import LazyTensor
@@ -75,3 +76,8 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds no JSON object")
     return value
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """JSON as transformers writes it: sorted and indented."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

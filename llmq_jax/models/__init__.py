@@ -1,14 +1,13 @@
 """One architecture a file, all on the skeleton in `decoder`; here they are found by name."""
 
 import dataclasses
-import difflib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.models import gpt2
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
@@ -29,8 +28,7 @@ PRESETS: dict[str, Any] = {**gpt2.PRESETS}
 def preset(name: str, **overrides) -> Any:
     """The published config of that name, with some fields changed: `preset("gpt2-124m", num_hidden_layers=4)`."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3) or sorted(PRESETS)
-        raise BadInput(f"unknown preset {name!r}; did you mean {' or '.join(near)}?")
+        raise BadInput(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
     return override(PRESETS[name], **overrides)
 
 
@@ -39,8 +37,7 @@ def override(config: Any, **changes) -> Any:
     known = [field.name for field in dataclasses.fields(config)]
     for field in changes:
         if field not in known:
-            near = difflib.get_close_matches(field, known, n=1) or known
-            raise BadInput(f"{type(config).__name__} has no field {field!r}; did you mean {' or '.join(near)}?")
+            raise BadInput(f"{type(config).__name__} has no field {field!r}; {did_you_mean(field, known, count=1)}")
     return dataclasses.replace(config, **changes)
 
 

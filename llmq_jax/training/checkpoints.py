@@ -105,7 +105,8 @@ class Checkpoints:
     ) -> Path:
         """Commit the state, any pytree of arrays, as the checkpoint of `step`; then delete what need not be kept.
 
-        `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`.
+        `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`. A save that fails
+        leaves nothing behind.
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
@@ -113,21 +114,27 @@ class Checkpoints:
             shutil.rmtree(saving, ignore_errors=True)
             saving.mkdir(parents=True)
         _wait_for_all("checkpoint folder")
-        with _orbax() as (ocp, checkpointer):
-            tree = traverse_util.unflatten_dict(_named_leaves(state))
-            checkpointer.save(saving.absolute() / STATE, args=ocp.args.PyTreeSave(tree))
+        try:
+            with _orbax() as (ocp, checkpointer):
+                tree = traverse_util.unflatten_dict(_named_leaves(state))
+                checkpointer.save(saving.absolute() / STATE, args=ocp.args.PyTreeSave(tree))
+            if _writes():
+                known = validation_loss is not None and math.isfinite(validation_loss)
+                loss = float(validation_loss) if known else None
+                info = CheckpointInfo(step=step, tokens=tokens, validation_loss=loss)
+                (saving / CONFIG).write_bytes(json_bytes(config_dict(model_config)))
+                (saving / INFO).write_bytes(json_bytes(dataclasses.asdict(info)))
+                if tokenizer is not None:
+                    (saving / TOKENIZER).mkdir()
+                    tokenizer.save(saving / TOKENIZER)
+                write_manifest(saving)
+                self._delete(target)  # there is one only where a damaged checkpoint is saved anew
+                os.rename(saving, target)
+        except Exception:
+            if _writes():
+                shutil.rmtree(saving, ignore_errors=True)
+            raise
         if _writes():
-            known = validation_loss is not None and math.isfinite(validation_loss)
-            loss = float(validation_loss) if known else None
-            info = CheckpointInfo(step=step, tokens=tokens, validation_loss=loss)
-            (saving / CONFIG).write_bytes(json_bytes(config_dict(model_config)))
-            (saving / INFO).write_bytes(json_bytes(dataclasses.asdict(info)))
-            if tokenizer is not None:
-                (saving / TOKENIZER).mkdir()
-                tokenizer.save(saving / TOKENIZER)
-            write_manifest(saving)
-            self._delete(target)  # there is one only where a damaged checkpoint is saved anew
-            os.rename(saving, target)
             sync_folder(self.folder)
             self._delete_old()
         _wait_for_all("checkpoint committed")

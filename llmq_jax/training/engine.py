@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from io import TextIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +22,14 @@ import numpy as np
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints, config_dict
 from llmq_jax.training.host_memory import keep_freed_memory
+from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, read_metrics
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.progress import Status
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
-from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import NEUTRAL_OPTIONS, RunOptions
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
 from llmq_jax.training.trackers import require_wandb
@@ -46,6 +47,7 @@ def run(
     *,
     folder: str | Path | RunFolder | None = None,
     config: dict | None = None,
+    may_change: Collection[str] = (),
     model_config: Any = None,
     tokenizer: Any = None,
     schedule: Callable[[Any], Any] | None = None,
@@ -61,14 +63,17 @@ def run(
       counted from 0: a dict of numpy arrays, always the same one for the same i.
     * `folder`: where checkpoints, metrics, samples and plots go. If it holds this run, the run resumes from its newest
       whole checkpoint, and the result equals that of a run never interrupted, bit for bit. It is this run's if the
-      options, the model config and `config` (a dict of whatever else defines the run) are the same; a RunFolder, which
-      has a config already, stays open. None: nothing is written.
+      options, the model config and `config` (a dict of whatever else defines the run, save for its fields named in
+      `may_change`) are the same; a RunFolder, which has a config already, stays open. None: nothing is written.
     * `model_config` (a dict or config dataclass) and `tokenizer` are saved with every checkpoint.
     * `schedule(i)` is the learning rate of update i, here only for the log.
     * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
-      a text to show.
+      a text to show, the same one for the same arguments.
     * `tokens_per_step` is counted from the batch's masks where not given.
-    * `next_commands` are shown at the end; `output` is where progress goes (standard output).
+    * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
+      progress goes (standard output).
+
+    Under Linux the process's malloc is told to keep freed memory, for good: see host_memory.py.
 
     Raises BadInput before anything runs; NonFiniteLoss when training breaks down; StoppedBySignal, which exits, after
     SIGTERM or SIGINT, once the state is saved (where no checkpoints are wanted, both signals act as usual).
@@ -83,7 +88,7 @@ def run(
     output = sys.stdout if output is None else output
     keep_freed_memory()
 
-    with _open(folder, config, model_config, options) as folder:
+    with _open(folder, config, may_change, model_config, options) as folder:
         loop = _Loop(
             state=state,
             train_step=train_step,
@@ -102,7 +107,8 @@ def run(
             print(f"{folder.path} is finished already; nothing to do", file=output)
         else:
             result = loop.train(output)
-        print(report_text(result, folder and folder.path, next_commands), file=output, flush=True)
+        usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
+        print(report_text(result, folder and folder.path, next_commands if usable else ()), file=output, flush=True)
         return result
 
 
@@ -162,6 +168,9 @@ class _Loop:
         signals = StopSignals() if self.options.checkpoint_every else contextlib.nullcontext(StopSignals())
         try:
             with signals as stop:
+                if self.saved is not None and self.options.due(self.options.sample_every, self.step):
+                    # The checkpoint resumed from came before its step's sample, which may be missing or torn.
+                    self.write_sample()
                 self.loop(stop)
         finally:
             self.recorder.close()
@@ -249,16 +258,17 @@ class _Loop:
         self.recorder.step(status, record)
 
     def pause(self, stop: StopSignals) -> None:
-        """What is due between this step and the next, whose order lets a checkpoint know its validation loss."""
+        """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
+        before a sample, which may fail."""
         options, step = self.options, self.step
+        new_best = False
         if options.due(options.evaluate_every, step):
             means = {f"validation_{name}": float(value) for name, value in self.evaluate(self.state.variables).items()}
             if "validation_loss" in means:
-                self.validation[step] = means["validation_loss"]
+                new_best = self.validated(means["validation_loss"])
             self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
-        if options.due(options.sample_every, step):
-            self.recorder.sample(step, self.sample(self.state.variables, step))
-        if options.due(options.checkpoint_every, step) or stop.received:
+        best_to_keep = new_best and options.keep_best and options.checkpoint_every > 0
+        if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
             self.save()
             self.recorder.message(f"step {step}: checkpoint saved")
         if stop.received and step < options.steps:
@@ -266,7 +276,20 @@ class _Loop:
                 f"stopped by {stop.received.name} after step {step}, which is saved; "
                 f"the same command goes on from there"
             )
-            raise StoppedBySignal(128 + stop.received)
+            raise StoppedBySignal(128 + stop.received)  # a sample that is due is made on resuming
+        if options.due(options.sample_every, step):
+            self.write_sample()
+
+    def validated(self, loss: float) -> bool:
+        """Note this step's validation loss; whether it is the lowest so far."""
+        if not math.isfinite(loss):
+            raise self.broken(self.step, f"validation loss is {loss}", look_at="the validation data")
+        lowest = loss < min(self.validation.values(), default=math.inf)
+        self.validation[self.step] = loss
+        return lowest
+
+    def write_sample(self) -> None:
+        self.recorder.sample(self.step, self.sample(self.state.variables, self.step))
 
     def save(self) -> None:
         if not _all_finite(self.state.variables):
@@ -283,8 +306,8 @@ class _Loop:
         )
         self.saved = self.step
 
-    def broken(self, step: int, what: str) -> NonFiniteLoss:
-        advice = "lower the learning rate or look at the batch of this step"
+    def broken(self, step: int, what: str, look_at: str = "the batch of this step") -> NonFiniteLoss:
+        advice = f"lower the learning rate or look at {look_at}"
         if self.saved is None:
             return NonFiniteLoss(f"stopped at step {step}: {what}; no checkpoint was saved before it; {advice}")
         path = self.checkpoints.path(self.saved)
@@ -306,18 +329,31 @@ class _Loop:
         )
 
     def finished_before(self) -> RunResult:
-        """The result of a run that was finished by an earlier process."""
-        restored = self.checkpoints.restore(self.state)
-        return RunResult(state=restored and restored.state, **self.folder.report())
+        """The result of a run that was finished by an earlier process. Never with the state of an earlier step."""
+        report = self.folder.report()
+        if report["step"] not in self.checkpoints.steps():
+            return RunResult(state=None, **report)
+        try:
+            state = self.checkpoints.restore(self.state, report["step"]).state
+        except CorruptCheckpoint as error:
+            raise CorruptCheckpoint(
+                f"{self.folder.path} is finished, but {error}; or remove {self.folder.path / FINISHED}, and the same "
+                f"command goes on from the newest whole one"
+            ) from None
+        return RunResult(state=state, **report)
 
 
 def _open(
-    folder: str | Path | RunFolder | None, config: dict | None, model_config: Any, options: RunOptions
+    folder: str | Path | RunFolder | None,
+    config: dict | None,
+    may_change: Collection[str],
+    model_config: Any,
+    options: RunOptions,
 ) -> contextlib.AbstractContextManager[RunFolder | None]:
     if not isinstance(folder, str | Path):
         return contextlib.nullcontext(folder)
     described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
-    return RunFolder(folder, described, may_change=[f"options.{name}" for name in NEUTRAL_OPTIONS])
+    return RunFolder(folder, described, may_change=[*may_change, *(f"options.{name}" for name in NEUTRAL_OPTIONS)])
 
 
 def _table(schedule: Callable, steps: int) -> np.ndarray:

@@ -21,15 +21,15 @@ from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases
 
 
 class Recorder:
-    """Open what the options ask for, cut back to the step that the run starts from. Without a folder, the terminal
-    alone."""
+    """Open what the options ask for, cut back to the step that the run starts from; a sample due at that step, which
+    comes after its checkpoint, is to be written anew. Without a folder, the terminal alone."""
 
     def __init__(self, folder: RunFolder | None, options: RunOptions, start: int, output: TextIOBase):
         self._metrics = self._samples = None
         self._trackers = []
         if folder is not None:
             drop_metrics_after(folder.path / METRICS, start)
-            drop_samples_after(folder.path / SAMPLES, start)
+            drop_samples_after(folder.path / SAMPLES, start - options.due(options.sample_every, start))
             self._metrics = MetricsFile(folder.path / METRICS)
             if options.sample_every:
                 self._samples = SamplesFile(folder.path / SAMPLES)

@@ -18,7 +18,7 @@ class RunResult:
     """What `run` returns. Times and peak memory are those of the process that finished the run."""
 
     state: Any
-    """The last state; None where a run that was finished before kept no checkpoint."""
+    """The last state; None where a run that was finished before has no checkpoint of its last step."""
     step: int
     tokens: int
     loss: float | None = None

@@ -6,8 +6,8 @@ from llmq_jax.errors import BadInput
 
 TIMES_A_RUN = 10
 
-NEUTRAL_OPTIONS = ("checkpoint_every", "keep_last", "keep_best", "tensorboard", "wandb", "plot")
-"""Options that change no result: a run may be resumed with others."""
+NEUTRAL_OPTIONS = ("sample_every", "checkpoint_every", "keep_last", "keep_best", "tensorboard", "wandb", "plot")
+"""Options that change neither metrics nor weights: a run may be resumed with others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,10 @@ class RunOptions:
     evaluate_every: int | None = None
     sample_every: int | None = None
     checkpoint_every: int | None = None
-    """A checkpoint can only become the best by validation loss where its step is evaluated too."""
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
     keep_best: bool = True
-    """Keep the checkpoint of lowest validation loss too."""
+    """Keep the checkpoint of lowest validation loss too; a new lowest loss is saved though its step be not due."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: str | None = None
@@ -59,4 +58,4 @@ class RunOptions:
         return dataclasses.replace(self, **intervals)
 
     def due(self, every: int, step: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.steps)
+        return every > 0 and step > 0 and (step % every == 0 or step == self.steps)

@@ -12,10 +12,12 @@ from llmq_jax.training.metrics import Record
 
 
 class TensorBoard:
-    """Event files in `folder`; those of steps after `resume_step`, from before a kill, are purged."""
+    """Event files in `folder`; events of steps after `resume_step`, from before a kill, are purged."""
 
     def __init__(self, folder: str | Path, resume_step: int = 0):
-        self._writer = _summary_writer()(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        # Also where a run killed before its first checkpoint starts again from step 0.
+        purges = resume_step > 0 or any(Path(folder).glob("events.*"))
+        self._writer = _summary_writer()(str(folder), purge_step=resume_step + 1 if purges else None)
 
     def write(self, record: Record) -> None:
         for name, value in record.items():

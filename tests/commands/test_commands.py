@@ -1,13 +1,16 @@
 """The `llmq` script: its verbs, and how fast and how politely it answers."""
 
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
+import typing
 
 import pytest
 
 import llmq_jax as lq
-from llmq_jax import commands
+from llmq_jax import command_line, commands
 
 
 def test_help_lists_every_verb(llmq):
@@ -18,11 +21,30 @@ def test_help_lists_every_verb(llmq):
     assert llmq() == (code, out, err)
 
 
-@pytest.mark.parametrize("verb", commands.VERBS)
-def test_help_of_a_verb_gives_every_option_a_meaning(llmq, verb):
-    code, out, _ = llmq(verb, "--help")
-    assert code == 0 and f"usage: llmq {verb}" in out
-    assert "(default: None)" not in out
+COMMANDS = [
+    *commands.VERBS.values(),
+    "train.pretrain",
+    "train.demo",
+    "convert.from_hf",
+    "convert.to_hf",
+    "convert.openai_gpt2",
+    "convert.parity",
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_gives_every_option_a_meaning_and_a_default_that_means_something(name, capsys):
+    main = importlib.import_module(name).main
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(main, ["--help"], program="it")
+    out = " ".join(" ".join(line.strip("│") for line in capsys.readouterr().out.splitlines()).split())
+    assert exit.value.code == 0 and "usage: it" in out
+    assert "(default: None)" not in out and "(default: )" not in out
+    options = typing.get_type_hints(main)["options"]
+    for field in dataclasses.fields(options):
+        shown = rf"(--{field.name.replace('_', '-')}|{field.name.upper().replace('_', '-')})(, --no-\S+)?"
+        assert re.search(rf" \[?{shown}", out), field.name
+        assert not re.search(rf" {shown}( [A-Z]+| \{{[^}}]*\}})* \((default|required|repeatable)", out), field.name
 
 
 def test_version(llmq):

@@ -34,7 +34,7 @@ def test_figures_are_those_of_plain_windows(llmq, model_folder, tiny_model, text
     loss, count = reference_loss(tiny_model, tokens, context)
     assert result["loss"] == pytest.approx(loss, abs=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
-    assert result["bits_per_byte"] == pytest.approx(loss / math.log(2), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(loss * count / len(tokens) / math.log(2), rel=1e-5)
     assert (result["tokens"], result["bytes"], result["context"]) == (count, len(tokens), context)
 
 
@@ -55,7 +55,7 @@ def test_documents_are_joined_by_end_of_text(llmq, model_folder, tiny_model, tmp
     result = json.loads(out)
     assert code == 0 and result["loss"] == pytest.approx(loss, abs=1e-5)
     assert (result["tokens"], result["bytes"]) == (count, 15)
-    assert result["bits_per_byte"] == pytest.approx(loss * 17 / 15 / math.log(2), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(loss * 16 / 15 / math.log(2), rel=1e-5)
 
 
 def test_table_shows_the_same_figures(llmq, model_folder, text_file):
@@ -70,6 +70,7 @@ BAD = {
     "no file there": (["MODEL", "nothing.txt"], "there is no file or folder nothing.txt"),
     "context": (["MODEL", "TEXT", "--context", "33"], "--context 33 exceeds the model's context; choose at most 32"),
     "no context": (["MODEL", "TEXT", "--context", "0"], "context"),
+    "no fields": (["MODEL", "TEXT", "--text-field", "body"], "--text-field has no effect on"),
     "batch size": (["MODEL", "TEXT", "--batch-size", "0"], "batch size"),
 }
 

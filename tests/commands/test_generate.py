@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 
@@ -42,6 +43,10 @@ BAD = {
     "no new token": (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
     "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
     "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at temperature 0"),
+    "idle seed": (
+        ["MODEL", "--prompt", "x", "--temperature", "0", "--seed", "0"],
+        "--seed has no effect at temperature 0",
+    ),
     "empty stop": (["MODEL", "--prompt", "x", "--stop", ""], "stop string is empty"),
 }
 
@@ -57,3 +62,15 @@ def test_model_without_tokenizer_is_refused(llmq, tiny_model, tmp_path):
     lq.save_hf(tiny_model.replace(tokenizer=None), tmp_path / "mute")
     code, _, err = llmq("generate", tmp_path / "mute", "--prompt", "a")
     assert code == 2 and "holds no tokenizer" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("prompt", ["--- title", "-x y", "-1"])
+def test_a_prompt_may_begin_with_hyphens(llmq, model_folder, prompt):
+    code, out, err = llmq("generate", model_folder, "--prompt", prompt, "--max-new-tokens", 1)
+    assert (code, err) == (0, "") and out.startswith(prompt)
+
+
+def test_a_terminal_is_told_the_time_alone(llmq, model_folder, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    _, _, err = llmq("generate", model_folder, "--prompt", "ab", "--max-new-tokens", 3)
+    assert re.fullmatch(r"\d+\.\d s, compilation included\n", err)

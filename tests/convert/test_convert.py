@@ -18,7 +18,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel, load, save
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
 
@@ -60,7 +60,10 @@ def test_bad_input_is_one_line(source, tmp_path):
 
     done = convert("to_hf", source, source)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {source}: is not empty;") and done.stderr.count("\n") == 1
+    assert done.stderr == (
+        f"error: {source}: is not empty; name another folder, or replace an earlier export with --overwrite "
+        "(in Python: overwrite=True)\n"
+    )
 
 
 def test_openai_s_gpt2(tmp_path):
@@ -122,6 +125,7 @@ def test_a_checkpoint_of_a_training_script(source, training_checkpoint, tmp_path
 
 def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_path):
     original = {"layout": "original", "num_attention_heads": 3}
+    ours = save(load(source), tmp_path / "ours")
     for path, options, message in (
         (training_checkpoint, {}, "those of layout='original'; pass that (--layout original)"),
         (training_checkpoint, {"layout": "original"}, "do not tell num_attention_heads; pass"),
@@ -130,6 +134,10 @@ def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_pa
             {**original, "tokenizer": "gpt2"},
             "gpt2 has 50257 ids, more than the model's vocabulary",
         ),
+        (source, {"num_attention_heads": 2}, f"{source}: has a config of its own; drop --num-attention-heads"),
+        (source / "model.safetensors", {"num_attention_heads": 2}, "has a config of its own"),
+        (ours, {"num_attention_heads": 2}, f"{ours}: has a config of its own"),
+        (OPENAI, {"num_attention_heads": 2}, f"{OPENAI}: has a config of its own"),
         (source, {"tokenizer": "bytes"}, "has a tokenizer of its own; drop --tokenizer"),
     ):
         with pytest.raises(BadInput) as caught:

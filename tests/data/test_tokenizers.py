@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,8 +161,7 @@ def test_written_files_equal_the_published(gpt2, saved):
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_saved_tokenizer_loads_with_equal_ids(saved, name):
-    original, loaded = load_tokenizer(name), load_tokenizer(saved / name)
-    assert isinstance(loaded, FileTokenizer)
+    original, loaded = load_tokenizer(name), FileTokenizer(saved / name)
     assert (loaded.vocab_size, loaded.end_of_text) == (original.vocab_size, original.end_of_text)
     for text in TEXTS:
         for allow_special in (False, True):
@@ -169,6 +169,17 @@ def test_saved_tokenizer_loads_with_equal_ids(saved, name):
             assert loaded.encode(text, allow_special=allow_special) == ids
             assert loaded.decode(ids) == text
     assert loaded.decode([loaded.end_of_text], skip_special_tokens=True) == ""
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_our_own_files_are_known_again(saved, name, tmp_path):
+    for path in (saved / name, saved / name / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert (type(loaded), loaded.name) == (type(load_tokenizer(name)), name)
+    changed = Path(shutil.copytree(saved / name, tmp_path / "changed"))
+    (changed / "tokenizer_config.json").write_text((changed / "tokenizer_config.json").read_text() + " ")
+    loaded = load_tokenizer(changed)
+    assert (type(loaded), loaded.name) == (FileTokenizer, "changed"), "it would not be written back unchanged"
 
 
 def test_file_tokenizer_adds_and_cuts_nothing_unasked(metaspace_folder):

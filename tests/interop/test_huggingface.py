@@ -226,6 +226,22 @@ def test_nothing_is_left_of_an_export_that_failed(lm, tmp_path, monkeypatch):
     assert (earlier / "model.safetensors").read_bytes() == weights
 
 
+def test_the_earlier_export_comes_back_when_the_new_one_cannot_take_its_place(lm, tmp_path, monkeypatch):
+    earlier = save_hf(lm, tmp_path / "ours")
+    rename = Path.rename
+
+    def fail(path, target):
+        if ".partial-" in path.name:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        save_hf(lm, earlier, dtype="bfloat16", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    assert load(earlier).params["final_norm"]["bias"].dtype == np.float32
+
+
 def test_weights_that_cannot_be_written(lm, tmp_path):
     tensors = weight_table("gpt2").lazy_state_dict(lm.variables, lm.config)
     with pytest.raises((BadInput, OSError), match=r"model\.safetensors"):
@@ -354,8 +370,16 @@ def test_a_given_config_takes_the_place_of_the_file(theirs):
 def test_a_hub_id_without_a_network(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    message = refused(name)
-    assert message.startswith(f"{name}: there is no such file or folder, and the Hugging Face hub did not give it")
+    unreached = "the Hugging Face hub could not be reached (no network, or offline)"
+    assert refused(name) == f"{name}: there is no such file or folder, and {unreached}"
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    assert refused("runs/min") == "runs/min: there is no such file or folder; did you mean runs/mine?"
+    assert refused("runs/other") == "runs/other: there is no such file or folder"
 
 
 @pytest.mark.parametrize("name", ["./gpt2", "/no/such/folder", "a/b/c", "what is this"])

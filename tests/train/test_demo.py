@@ -10,7 +10,7 @@ from train import demo, pretrain
 
 @pytest.fixture
 def tiny_demo(monkeypatch, tmp_path, capsys):
-    """The demo on a little text, with a model of a moment; `call(bound)` -> (exit code, output)."""
+    """The demo on a little text, with a model of a moment; `call(bound, steps)` -> (exit code, output)."""
     monkeypatch.chdir(tmp_path)
     modules = [("alpha", "def f(): pass\n" * 40), ("json", "def g(): pass\n" * 20), ("beta", "def h(): pass\n" * 40)]
     monkeypatch.setattr("llmq_jax.data.python_library_documents", lambda: modules)
@@ -18,10 +18,10 @@ def tiny_demo(monkeypatch, tmp_path, capsys):
     tiny = replace(pretrain.RUNS["demo"], **sizes, learning_rate=1e-2)
     monkeypatch.setitem(pretrain.RUNS, "demo", tiny)
 
-    def call(bound):
+    def call(bound, steps=60):
         monkeypatch.setattr(demo, "BOUND", bound)
         with pytest.raises(SystemExit) as exit:
-            run(demo.main, ["--out", "runs/demo", "--steps", "60"], program="demo")
+            run(demo.main, ["--out", "runs/demo", "--steps", str(steps)], program="demo")
         return exit.value.code, capsys.readouterr().out
 
     return call
@@ -46,6 +46,17 @@ def test_second_call_finds_the_run_finished_and_a_missed_bound_is_told(tiny_demo
     assert code == 1
     assert "runs/demo is finished already" in out and "MISSED the bound of 0.001" in out and "logits identical" in out
     assert Path("runs/demo/metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_single_step_has_no_speed_to_show(tiny_demo):
+    code, out = tiny_demo(bound=9.0, steps=1)
+    assert code == 0 and "1 steps, 64 bytes" in out and "a second" not in out
+
+
+def test_a_loss_that_was_not_measured_misses_the_bound(tiny_demo, monkeypatch):
+    monkeypatch.setitem(pretrain.RUNS, "demo", replace(pretrain.RUNS["demo"], evaluate_every=0))
+    code, out = tiny_demo(bound=9.0, steps=2)
+    assert code == 1 and "not measured on held-out modules" in out and "MISSED" in out
 
 
 def test_an_export_that_differs_is_told(tiny_demo, monkeypatch):

@@ -109,6 +109,61 @@ def test_going_on_from_weights_keeps_their_end_tokens(pretrain, tmp_path):
     assert trained.params["final_norm"]["scale"].dtype == np.float32
 
 
+def test_tokens_outside_the_vocabulary_name_the_file_or_the_option(pretrain, tmp_path):
+    config = lq.GPT2Config(
+        vocab_size=100, max_position_embeddings=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    lq.save_hf(lq.LanguageModel(config, lq.build(config), lq.init(config), lq.ByteTokenizer()), tmp_path / "hf")
+    Path("low.txt").write_text("A" * 400)
+    Path("high.txt").write_text("Az" * 200)
+    options = ("--init-from", "hf", "--out", "run", "--sample-prompt", "A")
+    for data, *more, named in (
+        ("high.txt", "high.txt"),
+        ("low.txt", "--validation-data", "high.txt", "high.txt"),
+        ("low.txt", "--sample-prompt", "z", "--sample-prompt"),
+    ):
+        code, _, err = pretrain("--data", data, *options, *more, tiny=["--batch-size=4", "--steps=1"])
+        assert (code, Path("run").exists()) == (2, False)
+        assert err.startswith(f"error: {named}: token id ") and "outside the vocabulary of 100" in err
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 15])
+def test_prompts_at_both_ends_of_the_possible(pretrain, prompt):
+    assert pretrain("--data", "TEXT", "--out", "run", "--steps", 1, f"--sample-prompt={prompt}")[0] == 0
+    assert Path("run/samples.txt").read_text().startswith(f"step 1\n  {prompt}")
+
+
+def test_samples_may_change_on_resume_and_data_may_not(pretrain, monkeypatch):
+    Path("my.txt").write_text("abc " * 100)
+
+    def failing(*arguments, **keywords):
+        raise RuntimeError("no sample")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no sample"):
+        patched.setattr("llmq_jax.generation.generate", failing)
+        pretrain("--data", "my.txt", "--out", "run", "--sample-every", 2)
+    Path("my.txt").write_text("abd " * 100)  # as many tokens, in both streams
+    code, _, err = pretrain("--data", "my.txt", "--out", "run", "--sample-every", 2)
+    assert code == 2 and "training_sha256" in err and "validation_sha256" in err and "_tokens" not in err
+    Path("my.txt").write_text("abc " * 100)
+    code, out, err = pretrain("--data", "my.txt", "--out", "run", "--sample-every", 3, "--sample-prompt", "c")
+    assert (code, err) == (0, "") and "resuming run from step 2" in out
+
+
+def test_a_run_begun_from_another_resumes_though_that_has_gone_on(pretrain, monkeypatch):
+    pretrain("--data", "TEXT", "--out", "first", "--steps", 2, "--sample-every", 0)
+    command = ("--data", "TEXT", "--out", "second", "--init-from", "first", "--steps", 2, "--sample-every", 0)
+    assert pretrain(*command, tiny=["--batch-size=4"])[0] == 0
+    Path("first/checkpoints/00000002").rename("first/checkpoints/00000007")
+    code, out, err = pretrain(*command, tiny=["--batch-size=4"])
+    assert (code, err) == (0, "") and "second is finished already" in out
+
+
+def test_without_checkpoints_nothing_is_suggested_that_needs_one(pretrain):
+    code, out, _ = pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0, "--checkpoint-every", 0)
+    assert code == 0 and "finished:" in out and "next:" not in out and "llmq generate" not in out
+
+
 def test_default_text_is_the_standard_library(pretrain, monkeypatch):
     modules = [("alpha", "def f(): pass\n" * 20), ("json", "import re\n" * 20), ("beta", "x = 1\n" * 20)]
     monkeypatch.setattr("llmq_jax.data.python_library_documents", lambda: modules)
@@ -189,8 +244,14 @@ BAD = {
         "--validation-data has no effect with --evaluate-every 0",
     ),
     "prompt never": (["--sample-every", "0", "--sample-prompt", "a"], "--sample-prompt has no effect"),
+    "prompt without room": (
+        ["--data", "TEXT", "--sample-prompt", "x" * 16],
+        "--sample-prompt 'xxxxxxxxxxxxxxxx' is 16",
+    ),
+    "no room for the default prompt": (["--data", "TEXT", "--context", "1"], "--sample-prompt '\\n' is 1 tokens long"),
     "start without warm-up": (["--initial-learning-rate", "1e-5"], "--initial-learning-rate has no effect"),
     "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "keep_last is 0"),
+    "keep what is not saved": (["--keep-last", "2", "--checkpoint-every", "0"], "--keep-last has no effect"),
     "wandb": (["--data", "TEXT", "--wandb", "p"], "wandb is not installed"),
     "folder of something else": (["--data", "TEXT", "--out", "full"], "full is not empty and not the folder of a run"),
     "out is a file": (["--data", "TEXT", "--out", "blank.txt"], "blank.txt is a file"),

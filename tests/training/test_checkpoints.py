@@ -224,6 +224,22 @@ def test_save_killed_at_any_point_leaves_whole_checkpoints_only(point, three, mo
     assert bits(three.restore(new_state()).state) == bits(new_state(4))
 
 
+def test_a_save_that_fails_leaves_nothing_behind(three):
+    class Full:
+        def save(self, folder):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        three.save(4, new_state(4), tokenizer=Full())
+    assert sorted(os.listdir(three.folder)) == ["00000001", "00000002", "00000003"]
+
+
+def test_hidden_files_that_were_added_are_no_damage(three):
+    (three.path(3) / ".DS_Store").write_text("a file manager was here")
+    (three.path(3) / "state" / "._d").touch()
+    assert three.restore(new_state()).info.step == 3
+
+
 def test_deletion_killed_half_way_leaves_no_half_checkpoint(three, monkeypatch):
     def half(path, **options):
         if ".deleting-" in str(path):

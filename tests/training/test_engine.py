@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,83 @@ def test_loss_that_is_not_finite_stops_the_run(bad, last_good, tmp_path):
     assert all(record["step"] < bad for record in read_metrics(folder / "metrics.jsonl"))
 
 
+def test_validation_loss_must_be_finite_too(tmp_path):
+    losses = iter([1.0, float("nan")])
+    with pytest.raises(NonFiniteLoss, match=r"step 8: validation loss is nan; the last good checkpoint is .*00000004"):
+        quiet(tmp_path / "run", evaluate=lambda variables: {"loss": next(losses)})
+    assert [r["step"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "validation_loss" in r] == [4]
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    assert Checkpoints(tmp_path / "run/checkpoints").latest_step() == 4
+
+
+def broken_at(bad):
+    """For Batches: an error in the place of this batch."""
+
+    def before(step):
+        if step == bad:
+            raise RuntimeError(f"no batch {bad}")
+
+    return before
+
+
+def test_a_sample_that_fails_costs_no_training(whole, tmp_path):
+    def failing(variables, step):
+        raise RuntimeError(f"no sample at {step}")
+
+    folder = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no sample at 8"):
+            quiet(folder, sample=failing)
+        assert Checkpoints(folder / "checkpoints").latest_step() == 8
+    quiet(folder)
+    assert_same_run(whole, folder)
+
+
+def test_a_torn_sample_of_the_checkpoints_step_is_written_anew(whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(9)))
+    samples = (folder / "samples.txt").read_text()
+    assert samples.startswith("step 8\n")
+    (folder / "samples.txt").write_text(samples[:14])
+    quiet(folder)
+    assert_same_run(whole, folder)
+
+
+def new_bests_at(*steps):
+    """An evaluate function for OPTIONS: the loss falls at these steps, and is higher at all others."""
+    losses = {step: 1 / step if step in steps else 2.0 for step in range(4, STEPS + 1, 4)}
+
+    def evaluate(variables):
+        evaluate.calls += 1
+        return {"loss": losses[4 * evaluate.calls]}
+
+    evaluate.calls = 0
+    return evaluate
+
+
+def test_a_new_best_is_saved_though_no_checkpoint_is_due(tmp_path):
+    options = replace(OPTIONS, checkpoint_every=10, keep_last=1)
+    quiet(tmp_path / "best", options=options, evaluate=new_bests_at(4, 8))
+    checkpoints = Checkpoints(tmp_path / "best/checkpoints")
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 20], 8)
+    assert load_checkpoint_variables(checkpoints.path(8)).info.validation_loss == 1 / 8
+    for name, changed in (("unwanted", {"keep_best": False}), ("never", {"checkpoint_every": 0})):
+        quiet(tmp_path / name, options=replace(options, **changed), evaluate=new_bests_at(4, 8))
+        assert Checkpoints(tmp_path / name / "checkpoints").steps() == ([20] if name == "unwanted" else [])
+        assert timeless(tmp_path / name) == timeless(tmp_path / "best")
+
+
+def test_saving_new_bests_changes_nothing_else_and_resumes_exactly(whole, tmp_path):
+    folder, options = tmp_path / "run", replace(OPTIONS, checkpoint_every=STEPS)
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(11)), options)
+    assert Checkpoints(folder / "checkpoints").latest_step() in (4, 8)
+    _, said = quiet(folder, options=options)
+    assert "resuming" in said
+    assert_same_run(whole, folder)
+
+
 def test_gradient_and_parameters_must_be_finite_too(tmp_path):
     def break_gradient(state, batch):
         state, metrics = tiny_run.train_step(state, batch)
@@ -256,6 +334,20 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_finished_run_never_shows_the_state_of_an_earlier_step(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    flip_a_bit(folder / "checkpoints" / "00000020")
+    with pytest.raises(BadInput, match=r"run is finished, but checkpoint .*00000020 is damaged.*finished\.json"):
+        quiet(folder)
+    (folder / "finished.json").unlink()  # as the message says
+    quiet(folder)
+    assert_same_run(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "00000020")
+    result, said = quiet(folder)
+    assert "is finished already" in said and (result.state, result.step) == (None, STEPS)
+
+
 def test_run_folder_of_the_caller_is_used_and_stays_locked(whole, tmp_path):
     with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
         quiet(folder)
@@ -271,7 +363,7 @@ def test_another_run_is_refused_and_neutral_options_may_change(whole):
         quiet(whole, options=replace(OPTIONS, log_every=5))
     with pytest.raises(BadInput, match=r"model.width 8 -> 9;"):
         quiet(whole, model_config={"width": 9})
-    quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False))
+    quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False, sample_every=3))
 
 
 @pytest.mark.parametrize("name", ["evaluate_every", "sample_every", "checkpoint_every"])

@@ -38,6 +38,17 @@ def test_tensorboard_gets_every_figure_and_purges_on_resume(tmp_path):
     assert events(tmp_path / "resumed") == [("start", 2, None)]
 
 
+def test_tensorboard_purges_too_where_a_run_starts_again_from_step_0(tmp_path):
+    folder = tmp_path / "board"
+    board = TensorBoard(folder)
+    board.write({"step": 1, "loss": 0.5})
+    board.close()
+    (old,) = folder.iterdir()
+    old.rename(folder / "events.out.tfevents.1")  # names are by the second
+    TensorBoard(folder).close()
+    assert events(folder) == [("training/loss", 1, 0.5), ("start", 1, None)]
+
+
 def test_tensorboard_does_not_load_torch():
     import subprocess
 

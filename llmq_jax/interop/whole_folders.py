@@ -1,0 +1,31 @@
+"""Folders that are written whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `folder`, whether that exists or not.
+
+    Where filling it or taking the place fails, everything is as it was before. `folder` is resolved: a link would be
+    replaced, not what it leads to.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    earlier = folder.with_name(f".{folder.name}.earlier-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rename(earlier)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        raise
+    if earlier.exists():
+        shutil.rmtree(earlier)
