@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all bench lint clean
 
-## demo: train a small GPT-2 on this computer, generate, export it to Hugging Face (about 4 minutes)
+## demo: train a small GPT-2 on this computer, generate, export it to Hugging Face (about 3 minutes)
 demo: $(CORE)
 	$(BIN)/python -m train.demo
 
@@ -19,6 +19,10 @@ test: $(TEST)
 ## test-all: the suite, then everything slow
 test-all: test
 	$(BIN)/python -m pytest -n 2 -m slow
+
+## bench: measure ourselves beside PyTorch, write docs/benchmarks.md (needs a C compiler and an idle machine)
+bench: $(TEST)
+	$(BIN)/python -m bench.run --write docs/benchmarks.md
 
 ## lint: style and formatting
 lint: $(TEST)

@@ -1,0 +1,30 @@
+"""Random inputs, the same for every side of a row. Only NumPy: both worlds import it."""
+
+from typing import Any
+
+import numpy as np
+
+
+def train_batch(row: Any, index: int) -> dict[str, np.ndarray]:
+    """`tokens`, `targets` [B, T] int32 and a `mask` of ones."""
+    tokens = np.random.default_rng(index).integers(
+        row.fields["vocab_size"], size=(row.batch, row.context + 1), dtype=np.int32
+    )
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "mask": np.ones((row.batch, row.context), np.float32),
+    }
+
+
+def cross_entropy_inputs(row: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(head [V, D], hidden states [1, M, D], targets [1, M])."""
+    draw = np.random.default_rng(0)
+    head = draw.standard_normal((row.vocab_size, row.width), np.float32) * np.float32(0.05)
+    hidden = draw.standard_normal((1, row.tokens, row.width), np.float32)
+    return head, hidden, draw.integers(row.vocab_size, size=(1, row.tokens), dtype=np.int32)
+
+
+def prompts(row: Any) -> list[list[int]]:
+    """Token ids, [B, P]."""
+    return np.random.default_rng(0).integers(row.fields["vocab_size"], size=(row.batch, row.prompt)).tolist()

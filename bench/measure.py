@@ -1,0 +1,228 @@
+"""The conductor: starts the sides' processes, lets one work at a time, round after round, and gathers their times."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.products import Product
+from bench.rows import Row, Start
+
+LOSS_TOLERANCE = 1e-3
+"""Relative, after a few steps of Adam, which magnifies rounding; the first loss agrees within a tenth of it."""
+SAME_TOKENS = 0.5
+"""Share of greedily decoded tokens: a single near-tie decided otherwise makes all that follow differ."""
+
+
+@dataclass
+class Measured:
+    """One side: seconds of each round, and what it said of itself."""
+
+    seconds: list[float] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    peak_memory: int | None = None
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+@dataclass
+class Result:
+    """One row."""
+
+    row: Row
+    sides: dict[str, Measured]
+    load: float
+    """Average number of running processes over the minute before."""
+    idle: float = 0.0
+    """Processor time of waiting workers, as a share of one core."""
+    products: list[Product] = field(default_factory=list)
+    product_seconds: list[tuple[float, float]] = field(default_factory=list)
+    """Of each product: (JAX, PyTorch), medians over the rounds."""
+
+    @property
+    def ours(self) -> Measured:
+        return next(iter(self.sides.values()))
+
+    @property
+    def peers(self) -> dict[str, Measured]:
+        return {name: side for name, side in self.sides.items() if not name.startswith("ours")}
+
+    def ratio(self, name: str) -> tuple[float, float, float]:
+        """How many times as fast as that side we are: (median, least, most) over the rounds."""
+        ratios = [theirs / ours for theirs, ours in zip(self.sides[name].seconds, self.ours.seconds, strict=True)]
+        return median(ratios), min(ratios), max(ratios)
+
+    @property
+    def best_peer(self) -> str | None:
+        return min(self.peers, key=lambda name: self.peers[name].median, default=None)
+
+    @property
+    def floor(self) -> float | None:
+        """Seconds that the matrix products take alone, each in the better of JAX and PyTorch."""
+        return sum(map(min, self.product_seconds)) if self.product_seconds else None
+
+
+class Worker:
+    """A side's process: asleep unless asked."""
+
+    def __init__(self, row: Row, folder: Path, name: str):
+        self.name = name
+        self.idle = 0.0
+        self.log = open(folder / f"{name.replace(', ', '-').replace(' ', '-')}.log", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker", str(folder), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment(folder),
+        )
+
+    def ask(self, call: str, **arguments: Any) -> Any:
+        self.process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"the process of {self.name!r} died in {call}:\n{self.log.read()[-4000:]}")
+        answer = json.loads(line)
+        self.idle += answer["idle"]
+        return answer["answer"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """A worker's: the CPU, no network, and compilation caches that are empty."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    return {
+        **kept,
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+    }
+
+
+def measure(row: Row, rounds: int, seconds: float, report: Callable[[str], None]) -> Result:
+    """Run a row's sides in turn. `seconds` is the length of a side's turn, one run more at least."""
+    with tempfile.TemporaryDirectory() as folder:
+        measure_row = _measure_start if isinstance(row, Start) else _measure_workers
+        return measure_row(row, rounds, seconds, Path(folder), report)
+
+
+def _measure_workers(row: Row, rounds: int, seconds: float, folder: Path, report: Callable) -> Result:
+    with open(folder / "row.pickle", "wb") as file:
+        pickle.dump(row, file)
+    result = Result(row, {name: Measured() for name in row.sides}, os.getloadavg()[0])
+    workers: dict[str, Worker] = {}
+    try:
+        for name in row.sides:
+            report(f"{row.name}: preparing {name}")
+            workers[name] = Worker(row, folder, name)
+            result.sides[name].facts = workers[name].ask("prepare")
+        check_agreement(result)
+        started, before = time.perf_counter(), sum(worker.idle for worker in workers.values())
+        product_times = []
+        for turn in range(rounds):
+            report(f"{row.name}: round {turn + 1} of {rounds}")
+            for name, worker in workers.items():
+                result.sides[name].seconds.append(worker.ask("measure", at_least=seconds)["seconds"])
+                if turn == 0:  # before the products' operands are allocated
+                    result.sides[name].peak_memory = worker.ask("peak_memory")
+            product_times.append(_time_products(result, workers))
+        result.product_seconds = [
+            tuple(map(median, zip(*times, strict=True))) for times in zip(*product_times, strict=True)
+        ]
+        elapsed = time.perf_counter() - started
+        result.idle = (sum(worker.idle for worker in workers.values()) - before) / elapsed
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return result
+
+
+def _time_products(result: Result, workers: dict[str, Worker]) -> list[tuple[float, float]]:
+    """Of each product: (JAX, PyTorch)."""
+    answer = next(iter(workers.values())).ask("products")
+    result.products = [Product(**product) for product in answer["products"]]
+    peer = next(worker for name, worker in workers.items() if not name.startswith("ours"))
+    return list(zip(answer["seconds"], peer.ask("time_products", products=answer["products"]), strict=True))
+
+
+def check_agreement(result: Result) -> None:
+    """The sides computed the same thing, or there is nothing to compare."""
+    expected = result.ours.facts
+    for name, side in result.sides.items():
+        for index, (ours, theirs) in enumerate(
+            zip(expected.get("losses", ()), side.facts.get("losses", ()), strict=True)
+        ):
+            if abs(ours - theirs) > abs(ours) * LOSS_TOLERANCE * (1 if index else 0.1):
+                raise RuntimeError(f"{result.row.name}: {name!r} has loss {theirs} where ours is {ours} (run {index})")
+        rows = list(zip(expected.get("tokens", ()), side.facts.get("tokens", ()), strict=True))
+        same = [a == b for ours, theirs in rows for a, b in zip(ours, theirs, strict=True)]
+        if same and sum(same) < SAME_TOKENS * len(same):
+            raise RuntimeError(f"{result.row.name}: {name!r} agrees in only {sum(same)} of {len(same)} tokens")
+
+
+def _measure_start(row: Start, rounds: int, seconds: float, folder: Path, report: Callable) -> Result:
+    """Processes from birth to the first result. A round before the first fills the operating system's file cache."""
+    (folder / "fields.json").write_text(json.dumps({"model_type": row.model_type, **row.fields}))
+    report(f"{row.name}: preparing")
+    _run_start(["ours", "folder", str(folder)], environment(folder))
+    result = Result(row, {name: Measured() for name in row.sides}, os.getloadavg()[0])
+    shape = [str(row.batch), str(row.context)] if row.what == "step" else []
+    for turn in range(rounds + 1):
+        report(f"{row.name}: round {turn} of {rounds}")
+        for name, side in result.sides.items():
+            variables = environment(folder)
+            if name.startswith("ours"):
+                cache = folder / name
+                if name.endswith("cold"):
+                    shutil.rmtree(cache, ignore_errors=True)
+                variables |= {
+                    "JAX_COMPILATION_CACHE_DIR": str(cache),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                }
+            elapsed = _run_start([name.partition(",")[0], row.what, str(folder), *shape], variables)
+            if turn:
+                side.seconds.append(elapsed)
+    return result
+
+
+def _run_start(arguments: list[str], variables: dict[str, str]) -> float:
+    """Seconds from the start of the process to its `done`."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.start", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=variables,
+    )
+    said = next((line for line in process.stdout if line.strip() == "done"), None)
+    elapsed = time.perf_counter() - started
+    _, errors = process.communicate()
+    if said is None:
+        raise RuntimeError(f"bench.start {' '.join(arguments)} failed:\n{errors[-4000:]}")
+    return elapsed

@@ -1,0 +1,163 @@
+"""Our sides: the library as its recipes use it, and the weights that the PyTorch sides start from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import llmq_jax as lq
+from bench.inputs import cross_entropy_inputs, prompts, train_batch
+from bench.products import Product, products_of, time_in_jax
+from bench.worker import Side
+from llmq_jax.models import ARCHITECTURES
+from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
+from llmq_jax.training.host_memory import keep_freed_memory
+
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+
+
+def row_config(row: Any) -> Any:
+    return ARCHITECTURES[row.model_type].config_class(**row.fields)
+
+
+def write_weights(variables: dict, config: Any, folder: Path) -> None:
+    """The weights under the names of transformers, for the other sides. The first of ours to start writes them."""
+    from safetensors.numpy import save_file
+
+    if not (folder / CONFIG).exists():
+        save_file(lq.interop.to_state_dict(variables, config), folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(lq.interop.config_to_hf(config)))
+
+
+class OurSide(Side):
+    def prepare(self) -> dict[str, Any]:
+        keep_freed_memory()  # as the training loop does
+        facts = self.build()
+        return {**facts, "compile_seconds": self.first_runs()}
+
+    def build(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def products(self) -> dict[str, Any]:
+        """Shapes of the workload's matrix products and how long they take alone."""
+        if not hasattr(self, "shapes"):
+            self.shapes = self.find_products()
+        return {"products": [vars(shape) for shape in self.shapes], "seconds": time_in_jax(self.shapes)}
+
+    def find_products(self) -> list[Product]:
+        raise NotImplementedError
+
+
+class TrainStepSide(OurSide):
+    def build(self) -> dict[str, Any]:
+        config = row_config(self.row)
+        variables = lq.init(config, seed=0)
+        write_weights(variables, config, self.folder)
+        model = lq.build(config, scan_layers=self.name.endswith("scanned"))
+        optimizer = lq.training.adamw(1e-3)
+        self.step = lq.training.make_train_step(lq.objectives.NextToken(model), optimizer)
+        self.state = lq.training.create_state(variables, optimizer)
+        self.batches = [train_batch(self.row, index) for index in range(4)]
+        self.done, self.losses = 0, []
+        return {}
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        return {**facts, "losses": [float(loss) for loss in self.losses[:3]]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.state, metrics = self.step(self.state, self.batches[self.done % len(self.batches)])
+            self.done += 1
+            if self.done <= 3:
+                self.losses.append(metrics["loss"])
+        jax.block_until_ready((self.state, metrics))
+
+    def find_products(self) -> list[Product]:
+        return products_of(self.step, self.state, self.batches[0])
+
+
+class CrossEntropySide(OurSide):
+    def build(self) -> dict[str, Any]:
+        head, hidden, targets = map(jnp.asarray, cross_entropy_inputs(self.row))
+        mask = jnp.ones(targets.shape, jnp.float32)
+
+        def unembed(head, rows):
+            return jax.lax.dot_general(rows, head, (((1,), (1,)), ((), ())))
+
+        def chunked(head, hidden):
+            return chunked_cross_entropy(unembed, head, hidden, targets, mask) / targets.size
+
+        def plain(head, hidden):
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            return token_losses(unembed(head, rows), targets.reshape(-1)).mean()
+
+        loss = plain if self.name.endswith("plain") else chunked
+        self.function, self.arguments = jax.value_and_grad(loss, (0, 1)), (head, hidden)
+        self.compiled = jax.jit(self.function)
+        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
+        self.last = None
+        return {
+            "temporary_bytes": memory.temp_size_in_bytes,
+            # Not `peak_memory_in_bytes`: on the CPU it leaves the temporary buffers out.
+            "whole_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes,
+        }
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        value, gradients = self.last
+        return {**facts, "losses": [float(value), *(float(jnp.linalg.norm(part)) for part in gradients)]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.last = None  # as a training step would have consumed them
+            self.last = jax.block_until_ready(self.compiled(*self.arguments))
+
+    def find_products(self) -> list[Product]:
+        return products_of(self.function, *self.arguments)
+
+
+class GenerationSide(OurSide):
+    def build(self) -> dict[str, Any]:
+        config = row_config(self.row)
+        variables = lq.init(config, seed=0)
+        write_weights(variables, config, self.folder)
+        self.lm = lq.LanguageModel(config, lq.build(config), variables)
+        self.prompts = prompts(self.row)
+        return {}
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        return {**facts, "tokens": self.last.tokens.tolist()}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.last = lq.generate(
+                self.lm,
+                self.prompts,
+                max_new_tokens=self.row.new_tokens,
+                sampler=lq.Sampler(temperature=0.0),
+            )
+
+    def find_products(self) -> list[Product]:
+        """Those of one decoding pass, as often as there are new tokens; the prompt's pass is left out."""
+        outside, layers = self.lm.sliced
+        batch, length = self.row.batch, self.row.prompt + self.row.new_tokens
+        model = self.lm.model
+        caches = model.slice_caches(model.create_caches(batch, length, jnp.float32))
+        token = jnp.zeros((batch, 1), jnp.int32)
+
+        def one_pass(outside, layers, caches):
+            hidden, caches = model.decode(outside, layers, token, token, caches)
+            return model.apply(outside, hidden[:, 0], method="unembed"), caches
+
+        return [
+            replace(product, count=product.count * self.row.new_tokens)
+            for product in products_of(one_pass, outside, layers, caches)
+        ]
+
+
+SIDES = {"train": TrainStepSide, "cross_entropy": CrossEntropySide, "generate": GenerationSide}

@@ -1,0 +1,184 @@
+"""What was measured, as tables for the terminal and as one Markdown page."""
+
+import os
+import platform
+import time
+from importlib.metadata import version
+from typing import Any
+
+from bench.measure import Measured, Result
+
+SHARE = 0.8
+"""Of the roofline: where it is reached, a ratio cannot ask for more."""
+PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
+METHOD = """\
+Every side runs in a process of its own, one at a time: all others wait in a blocking read. A round gives each side one
+turn of about {seconds:g} s after an uncounted run; there were {rounds} rounds. Times are medians over rounds, ratios
+medians of the rounds' ratios (least to most in brackets), above 1 where we are faster. Weights and batches are the same
+on all sides (exported through `lq.interop.to_state_dict`); a row ends in an error where losses or tokens disagree.
+
+float32, no dropout. All sides have the C allocator keep freed memory, as our training loop does
+(`training/host_memory.py`); PyTorch has fused AdamW and fused attention. Training goes through
+`lq.training.make_train_step` with `scan_layers=False`, "ours, scanned" with `scan_layers=True`. Peak memory is that of
+the whole process, libraries included; temporary memory is what our compiled program allocates beside its arguments and
+results; *compile* is what the first run took beyond a later one, without any cache. Starts are whole processes, *cold*
+with an empty compilation cache, *cached* with JAX's persistent one filled by an earlier start.
+
+The roofline of a row is the time that its own matrix products take alone, each with the shape and the order of axes
+that it has in our program, in the better of JAX's and PyTorch's own product, timed in the same rounds. The share is how
+near our whole program comes to it. The rows of `plain torch` are a GPT-2 written by hand (`bench/plain_gpt.py`), the
+stronger peer on a CPU.
+"""
+
+
+class Report:
+    """Rows as they come in."""
+
+    def __init__(self, rounds: int, seconds: float = 1.0):
+        self.rounds, self.seconds = rounds, seconds
+        self.results: list[Result] = []
+        self.started = time.strftime("%Y-%m-%d %H:%M")
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+
+    def table(self, result: Result) -> Any:
+        """For the terminal."""
+        from rich.table import Table
+
+        header, rows = cells(result)
+        table = Table(title=f"{result.row.name}: {result.row.about}", title_justify="left", title_style="bold")
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """The page, with what has been measured so far."""
+        lines = [
+            "# Benchmarks",
+            "",
+            "Written by `make bench` (`python -m bench.run --write docs/benchmarks.md`); not edited by hand.",
+            "",
+            f"{self.started} on {machine()}. Python {platform.python_version()}, "
+            + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+            + ".",
+            "",
+            METHOD.format(seconds=self.seconds, rounds=self.rounds),
+        ]
+        lines += ["| row | wanted | measured | |", "| --- | --- | --- | --- |"]
+        for result in self.results:
+            for wanted, measured, reached in verdicts(result):
+                lines.append(
+                    f"| {result.row.name} | {wanted} | {measured} | {'reached' if reached else '**missed**'} |"
+                )
+        for result in self.results:
+            header, rows = cells(result)
+            lines += ["", f"## {result.row.name}", "", f"{result.row.about[0].upper()}{result.row.about[1:]}.", ""]
+            lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)]), *map(_line, rows), ""]
+            lines += [f"- {remark}" for remark in remarks(result)]
+        return "\n".join(lines) + "\n"
+
+
+def _line(row: list[str]) -> str:
+    return "| " + " | ".join(row) + " |"
+
+
+def machine() -> str:
+    from llmq_jax.commands.env import _memory, _processor
+
+    return f"{_processor()}, {os.cpu_count()} cores, {_memory()}, {platform.system()} {platform.release()}"
+
+
+def cells(result: Result) -> tuple[list[str], list[list[str]]]:
+    """(header, a row for each side)."""
+    tokens = getattr(result.row, "tokens", None)
+    header = ["", f"time a {result.row.unit}", "ratio"]
+    header += ["tokens/s"] if tokens else []
+    header += ["of the roofline"] if result.floor else []
+    header += ["temporary memory"] if result.row.kind == "cross_entropy" else []
+    header += ["peak memory", "compile"] if result.row.kind != "start" else []
+    rows = []
+    for name, side in result.sides.items():
+        row = [name, duration(side.median), "" if side is result.ours else _times(result.ratio(name))]
+        row += [f"{tokens / side.median:,.0f}"] if tokens else []
+        row += [f"{result.floor / side.median:.0%}"] if result.floor else []
+        if result.row.kind == "cross_entropy":
+            row.append(_mebibytes(side.facts.get("temporary_bytes")))
+        if result.row.kind != "start":
+            row += [_mebibytes(side.peak_memory), _compile_time(name, side)]
+        rows.append(row)
+    return header, rows
+
+
+def remarks(result: Result) -> list[str]:
+    """What else there is to say of a row, a line each."""
+    lines = [f"{'reached' if good else 'missed'}: {wanted}: {measured}" for wanted, measured, good in verdicts(result)]
+    if result.floor:
+        flops, moved = (sum(getattr(p, name) for p in result.products) for name in ("flops", "bytes_moved"))
+        jax, torch = (sum(times) for times in zip(*result.product_seconds, strict=True))
+        share, unit = result.floor / result.ours.median, result.row.unit
+        lines.append(
+            f"roofline: {flops / 1e9:,.1f} GFLOP of matrix products a {unit} take {duration(result.floor)} alone, at "
+            f"{flops / result.floor / 1e9:,.0f} GFLOP/s (JAX {flops / jax / 1e9:,.0f}, PyTorch "
+            f"{flops / torch / 1e9:,.0f}); we reach {share:.0%} of it"
+        )
+        if result.row.kind == "generate":
+            lines.append(
+                f"they move {moved / 2**20 / result.row.new_tokens:,.0f} MiB a new token (weights, caches), the "
+                f"products alone at {moved / result.floor / 1e9:,.1f} GB/s, the whole at "
+                f"{moved / result.ours.median / 1e9:,.1f} GB/s"
+            )
+    if result.row.kind != "start":
+        lines.append(f"waiting workers used {result.idle:.1%} of a core; load average before: {result.load:.2f}")
+    else:
+        lines.append(f"the files were in the operating system's cache; load average before: {result.load:.2f}")
+    return lines
+
+
+def verdicts(result: Result) -> list[tuple[str, str, bool]]:
+    """(what is wanted, what was measured, reached) for each target of a row."""
+    row = result.row
+    if row.kind == "train" and result.best_peer:
+        ratio = result.ratio(result.best_peer)
+        share = result.floor / result.ours.median if result.floor else 0.0
+        wanted = f"{row.at_least:g} times the best PyTorch, or {SHARE:.0%} of the roofline"
+        measured = f"{_times(ratio)} times {result.best_peer}, {share:.0%} of the roofline"
+        return [(wanted, measured, ratio[0] >= row.at_least or share >= SHARE)]
+    if row.kind == "cross_entropy" and "ours, plain" in result.sides:
+        plain = result.sides["ours, plain"]
+        bounds = (
+            ("temporary_bytes", "temporary memory"),
+            ("whole_bytes", "memory with head and gradients, which both forms hold"),
+        )
+        memory = [
+            (f"{row.at_most_memory:g} of the plain form's {name}", result.ours.facts[key] / plain.facts[key])
+            for key, name in bounds
+        ]
+        time_ratio = 1 / result.ratio("ours, plain")[0]
+        return [
+            *((f"at most {wanted}", f"{ratio:.3f}", ratio <= row.at_most_memory) for wanted, ratio in memory),
+            (f"at most {row.at_most_time:g} of its time", f"{time_ratio:.2f}", time_ratio <= row.at_most_time),
+        ]
+    if row.kind == "start" and row.below_seconds is not None:
+        median = result.ours.median
+        return [(f"a second start below {row.below_seconds:g} s", f"{median:.1f} s", median < row.below_seconds)]
+    return []
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"
+
+
+def _times(ratio: tuple[float, float, float]) -> str:
+    return f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.0f} MiB"
+
+
+def _compile_time(name: str, side: Measured) -> str:
+    """Eager PyTorch compiles nothing; what its first run takes longer is warm-up."""
+    return "" if name.endswith("eager") else f"{side.facts['compile_seconds']:.1f} s"

@@ -1,0 +1,156 @@
+"""What is measured: one frozen dataclass a workload, and the table `ROWS`. A later architecture adds a few lines here.
+
+`sides` are the competitors, ours first; each runs in a process of its own (see `bench.worker` for who serves them).
+Nothing here imports JAX or PyTorch: the process that conducts the measurement stays out of their way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+TRAIN_SIDES = (
+    "ours",
+    "ours, scanned",
+    "transformers, eager",
+    "transformers, compiled",
+    "plain torch, eager",
+    "plain torch, compiled",
+)
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Forward, backward, clipping to norm 1 and AdamW, without dropout, in float32."""
+
+    name: str
+    fields: Mapping[str, Any]
+    """Of the architecture's config."""
+    batch: int
+    context: int
+    model_type: str = "gpt2"
+    sides: tuple[str, ...] = TRAIN_SIDES
+    at_least: float = 1.15
+    """Times as fast as the better of eager and compiled PyTorch that we want to be."""
+    kind: ClassVar[str] = "train"
+    unit: ClassVar[str] = "step"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.context
+
+    @property
+    def about(self) -> str:
+        return f"{_model(self)}, {self.batch} x {self.context} tokens: forward, backward, clipping, AdamW"
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Loss and both gradients of a head: `chunked_cross_entropy` against the plain form."""
+
+    name: str
+    vocab_size: int
+    width: int
+    tokens: int
+    sides: tuple[str, ...] = ("ours, chunked", "ours, plain", "torch, eager", "torch, compiled")
+    at_most_time: float = 1.1
+    at_most_memory: float = 0.25
+    kind: ClassVar[str] = "cross_entropy"
+    unit: ClassVar[str] = "pass"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"head and cross-entropy, forward and backward: {self.tokens:,} tokens, width {self.width}, "
+            f"vocabulary {self.vocab_size:,}"
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy decoding with a cache, prompts read first."""
+
+    name: str
+    fields: Mapping[str, Any]
+    batch: int
+    prompt: int = 32
+    new_tokens: int = 128
+    model_type: str = "gpt2"
+    sides: tuple[str, ...] = ("ours", "transformers, eager")
+    at_least: float | None = None
+    kind: ClassVar[str] = "generate"
+    unit: ClassVar[str] = "call"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.new_tokens
+
+    @property
+    def about(self) -> str:
+        return (
+            f"{_model(self)}: greedy, batch {self.batch}, prompt of {self.prompt} tokens, {self.new_tokens} new ones, "
+            "with a cache"
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """A whole process, from its start to the first training step or the first token."""
+
+    name: str
+    what: str
+    """step, or token: loaded from a Hugging Face folder with its tokenizer, text in and text out."""
+    fields: Mapping[str, Any]
+    batch: int = 8
+    context: int = 256
+    model_type: str = "gpt2"
+    sides: tuple[str, ...] = ("ours, cached", "ours, cold", "transformers, eager")
+    below_seconds: float | None = None
+    kind: ClassVar[str] = "start"
+    unit: ClassVar[str] = "start"
+
+    @property
+    def about(self) -> str:
+        end = "the first train step" if self.what == "step" else "the first token, from a Hugging Face folder"
+        return f"{_model(self)}: process start to {end}"
+
+
+Row = TrainStep | CrossEntropy | Generation | Start
+
+
+def _model(row: Any) -> str:
+    fields = row.fields
+    return (
+        f"{row.model_type} with {fields['num_hidden_layers']} layers, {fields['num_attention_heads']} heads, "
+        f"width {fields['hidden_size']}, vocabulary {fields['vocab_size']:,}"
+    )
+
+
+def gpt2(layers: int, heads: int, width: int, context: int, vocabulary: int) -> dict[str, Any]:
+    """Fields of a GPT-2 without dropout, whose random draws no two sides share."""
+    return {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_size": width,
+        "max_position_embeddings": context,
+        "vocab_size": vocabulary,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+
+
+SMALL = gpt2(6, 6, 384, 256, 50257)
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        TrainStep("gpt2-step-50257", SMALL, batch=8, context=256),
+        TrainStep("gpt2-step-256", gpt2(6, 6, 384, 256, 256), batch=8, context=256),
+        TrainStep("nanogpt-shakespeare-cpu-step", gpt2(4, 4, 128, 64, 257), batch=12, context=64),
+        CrossEntropy("cross-entropy-128256", vocab_size=128256, width=576, tokens=2048),
+        Generation("gpt2-generate-1", SMALL, batch=1),
+        Generation("gpt2-generate-8", SMALL, batch=8),
+        Start("gpt2-first-step", "step", SMALL),
+        Start("gpt2-first-token", "token", SMALL, below_seconds=5.0),
+    )
+}

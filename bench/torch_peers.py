@@ -1,0 +1,145 @@
+"""The PyTorch sides: transformers and a model written by hand, eager and compiled, as fast as a user can have them.
+
+They get the allocator's setting that our training loop has (`keep_freed_memory`), fused AdamW, and gradients set to
+None between steps.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bench import plain_gpt
+from bench.inputs import cross_entropy_inputs, prompts, train_batch
+from bench.products import Product, time_in_torch
+from bench.worker import Side
+from llmq_jax.training.host_memory import keep_freed_memory
+
+PLAIN = {"gpt2": plain_gpt.load}
+
+
+class TorchSide(Side):
+    def prepare(self) -> dict[str, Any]:
+        keep_freed_memory()
+        self.build()
+        return {"compile_seconds": self.first_runs()}
+
+    def build(self) -> None:
+        raise NotImplementedError
+
+    def compiled(self, function: Any) -> Any:
+        return torch.compile(function) if self.name.endswith("compiled") else function
+
+    def time_products(self, products: list[dict]) -> list[float]:
+        return time_in_torch([Product(**product) for product in products])
+
+    def load_model(self) -> nn.Module:
+        """The row's model, with the weights that our side has written."""
+        from safetensors.torch import load_file
+
+        config = json.loads((self.folder / "config.json").read_text())
+        state = load_file(self.folder / "weights.safetensors")
+        if self.name.startswith("plain"):
+            return PLAIN[config["model_type"]](config, state)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:  # a tied head has no weights of its own
+            raise RuntimeError(f"weights do not fit transformers: missing {missing}, unexpected {unexpected}")
+        return model
+
+
+class WithLoss(nn.Module):
+    """Tokens and targets [B, T] to the mean loss: whole, so that a compiler sees all of it."""
+
+    def __init__(self, model: nn.Module, of_transformers: bool):
+        super().__init__()
+        self.model, self.of_transformers = model, of_transformers
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self.model(tokens, use_cache=False).logits if self.of_transformers else self.model(tokens)
+        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+class TrainStepSide(TorchSide):
+    def build(self) -> None:
+        model = self.load_model().train()
+        parameters = list(model.parameters())
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+                {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            ],
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            fused=True,
+        )
+        self.loss = self.compiled(WithLoss(model, self.name.startswith("transformers")))
+        batches = (train_batch(self.row, index) for index in range(4))
+        self.batches = [tuple(torch.from_numpy(b[key]).long() for key in ("tokens", "targets")) for b in batches]
+        self.done, self.losses = 0, []
+
+    def prepare(self) -> dict[str, Any]:
+        return {**super().prepare(), "losses": self.losses}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            loss = self.loss(*self.batches[self.done % len(self.batches)])
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.done += 1
+            if self.done <= 3:
+                self.losses.append(loss.item())
+
+
+class CrossEntropySide(TorchSide):
+    def build(self) -> None:
+        head, hidden, targets = map(torch.from_numpy, cross_entropy_inputs(self.row))
+        self.head, self.hidden = head.requires_grad_(), hidden[0].requires_grad_()
+        self.targets = targets[0].long()
+        self.loss = self.compiled(
+            lambda head, hidden, targets: functional.cross_entropy(functional.linear(hidden, head), targets)
+        )
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        norms = (self.head.grad.norm().item(), self.hidden.grad.norm().item())
+        return {**facts, "losses": [self.last.item(), *norms]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.head.grad = self.hidden.grad = None
+            self.last = self.loss(self.head, self.hidden, self.targets)
+            self.last.backward()
+
+
+class GenerationSide(TorchSide):
+    def build(self) -> None:
+        self.model = self.load_model().eval()
+        self.model.generation_config.eos_token_id = None  # nothing ends early
+        self.prompts = torch.tensor(prompts(self.row))
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        return {**facts, "tokens": self.last[:, self.row.prompt :].tolist()}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.last = self.model.generate(
+                self.prompts,
+                attention_mask=torch.ones_like(self.prompts),
+                do_sample=False,
+                max_new_tokens=self.row.new_tokens,
+                pad_token_id=0,
+                use_cache=True,
+            )
+
+
+SIDES = {"train": TrainStepSide, "cross_entropy": CrossEntropySide, "generate": GenerationSide}
