@@ -86,9 +86,9 @@ def _line(row: list[str]) -> str:
 
 
 def machine() -> str:
-    from llmq_jax.commands.env import _memory, _processor
+    from llmq_jax.commands.env import memory, processor
 
-    return f"{_processor()}, {os.cpu_count()} cores, {_memory()}, {platform.system()} {platform.release()}"
+    return f"{processor()}, {os.cpu_count()} cores, {memory()}, {platform.system()} {platform.release()}"
 
 
 def cells(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -13,8 +13,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmq_jax.command_line import default_is, did_you_mean, run, use_device
-from llmq_jax.errors import BadInput
+from llmq_jax.command_line import default_is, run, use_device
+from llmq_jax.errors import BadInput, did_you_mean
 from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
 from train.texts import LIBRARY_FRACTION, fingerprint, token_streams
 
@@ -134,9 +134,8 @@ def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
     # The model and its tokenizer: fresh, or whatever can be loaded.
     if options.init_from:
         source = load(options.init_from, dtype="float32")  # the masters
-        tokenizer, config = source.tokenizer, with_dropout(source.config, options.dropout)
-        if tokenizer is None:
-            raise BadInput(f"{options.init_from} holds no tokenizer to read text with; put its tokenizer.json there")
+        tokenizer = source.require_tokenizer(options.init_from)
+        config = with_dropout(source.config, options.dropout)
     else:
         tokenizer = load_tokenizer(options.tokenizer or default_tokenizer(options.preset))
         config = new_config(options, tokenizer.vocab_size)

@@ -36,8 +36,8 @@ def main(options: Options) -> None:
         except PackageNotFoundError:
             rows[package] = "not installed"
     rows["devices"] = _devices()
-    rows["cpu"] = f"{_processor()}, {os.cpu_count()} logical cores"
-    rows["memory"] = _memory()
+    rows["cpu"] = f"{processor()}, {os.cpu_count()} logical cores"
+    rows["memory"] = memory()
     rows["system"] = platform.platform()
     rows |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
     width = max(map(len, rows))
@@ -55,7 +55,7 @@ def _devices() -> str:
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) + f" ({devices[0].platform})"
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
@@ -63,7 +63,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _memory() -> str:
+def memory() -> str:
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, AttributeError):
