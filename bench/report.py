@@ -17,12 +17,13 @@ turn of about {seconds:g} s after an uncounted run; there were {rounds} rounds. 
 medians of the rounds' ratios (least to most in brackets), above 1 where we are faster. Weights and batches are the same
 on all sides (exported through `lq.interop.to_state_dict`); a row ends in an error where losses or tokens disagree.
 
-float32, no dropout. All sides have the C allocator keep freed memory, as our training loop does
-(`training/host_memory.py`); PyTorch has fused AdamW and fused attention. Training goes through
-`lq.training.make_train_step` with `scan_layers=False`, "ours, scanned" with `scan_layers=True`. Peak memory is that of
-the whole process, libraries included; temporary memory is what our compiled program allocates beside its arguments and
-results; *compile* is what the first run took beyond a later one, without any cache. Starts are whole processes, *cold*
-with an empty compilation cache, *cached* with JAX's persistent one filled by an earlier start.
+float32, no dropout. PyTorch has fused AdamW and fused attention, and runs as it comes. Our training loop sets the C
+allocator to keep freed memory, in large pages (`training/host_memory.py`): what that would do for PyTorch is shown in
+the rows "our allocator", which no target is measured against. Training goes through `lq.training.make_train_step` with
+`scan_layers=False`, "ours, scanned" with `scan_layers=True`. Peak memory is that of the whole process, libraries
+included; temporary memory is what our compiled program allocates beside its arguments and results; *compile* is what
+the first run took beyond a later one, without any cache. Starts are whole processes, *cold* with an empty compilation
+cache, *cached* with JAX's persistent one, which our commands keep, filled by an earlier start.
 
 The roofline of a row is the time that its own matrix products take alone, each with the shape and the order of axes
 that it has in our program, in the better of JAX's and PyTorch's own product, timed in the same rounds. The share is how

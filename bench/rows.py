@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+OUR_ALLOCATOR = "our allocator"
+"""In the name of a PyTorch side that gets the setting of the C allocator that our training loop has."""
 TRAIN_SIDES = (
     "ours",
     "ours, scanned",
@@ -15,6 +17,8 @@ TRAIN_SIDES = (
     "transformers, compiled",
     "plain torch, eager",
     "plain torch, compiled",
+    f"plain torch, {OUR_ALLOCATOR}, eager",
+    f"plain torch, {OUR_ALLOCATOR}, compiled",
 )
 
 

@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from llmq_jax.command_line import keep_programs
+
 PROMPT = "The capital of France is"
 
 
@@ -25,6 +27,7 @@ def write_folder(folder: Path) -> None:
 def our_step(folder: Path, batch: int, context: int) -> None:
     import llmq_jax as lq
 
+    keep_programs()
     config = lq.interop.config_from_hf(json.loads((folder / "model" / "config.json").read_text()))
     objective = lq.objectives.NextToken(lq.build(config, scan_layers=False))
     optimizer = lq.training.adamw(1e-3)
@@ -38,6 +41,7 @@ def our_step(folder: Path, batch: int, context: int) -> None:
 def our_token(folder: Path) -> None:
     import llmq_jax as lq
 
+    keep_programs()
     pieces = lq.stream(lq.load(folder / "model"), PROMPT, sampler=lq.Sampler(temperature=0.0))
     next(pieces)
 

@@ -12,15 +12,18 @@ Nothing here imports JAX before the options are read, so that help and errors co
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import io
 import itertools
 import os
+import platform
 import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import tyro
@@ -36,6 +39,8 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go
+SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
@@ -95,6 +100,7 @@ def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
     """
     import jax
 
+    keep_programs()
     if device == "auto":
         return
     before = jax.config.jax_platforms
@@ -109,6 +115,30 @@ def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
             f"--device {device}: JAX finds no {device.upper()} here; use --device cpu, or install JAX for your GPU: "
             f"pip install 'llmq_jax[cuda]'"
         )
+
+
+def keep_programs() -> None:
+    """Keep what JAX compiles for the next run of a command, unless JAX_COMPILATION_CACHE_DIR names a place already.
+
+    A folder for each kind of processor: XLA's code for one may not run on another that shares the home directory.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "llmq_jax" / "programs" / _processor_kind()))
+        jax.config.update("jax_compilation_cache_max_size", KEPT_PROGRAMS_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_KEPT_SECONDS)
+
+
+def _processor_kind() -> str:
+    """The instruction sets of this machine, as a short name."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            features = next(line for line in file if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
 
 
 def _program_name() -> str:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmq_jax.layers.attention import Context, self_attention
+from llmq_jax.layers.attention import Context, attend, lean_attend, self_attention, visible
 
 
 def draw(seed: int, heads: int = 4, groups: int = 2, length: int = 11):
@@ -41,19 +41,43 @@ def test_packed_and_padded_rows_equal_the_definition(query_block):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("query_block", [4, 11])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_blocks_of_queries_equal_the_reference_with_gradients(groups):
+def test_lean_blocks_equal_the_reference_with_gradients(groups, query_block):
     inputs = draw(1, groups=groups)
-    context = Context(jnp.broadcast_to(jnp.arange(11), (2, 11)))
+    context = Context(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
+    mask = visible(context.positions, context.positions, context.segment_ids, context.segment_ids)
 
-    def loss(inputs, block):
-        return jnp.sum(jnp.sin(self_attention(*inputs, context, scale=0.4, query_block=block)))
+    def plain(inputs):
+        return jnp.sum(jnp.sin(attend(*inputs, mask, scale=0.4)))
 
-    reference, wanted = jax.value_and_grad(loss)(inputs, 11)
-    value, got = jax.value_and_grad(loss)(inputs, 4)
+    def lean(inputs):
+        return jnp.sum(jnp.sin(self_attention(*inputs, context, scale=0.4, query_block=query_block)))
+
+    reference, wanted = jax.value_and_grad(plain)(inputs)
+    value, got = jax.value_and_grad(lean)(inputs)
     np.testing.assert_allclose(value, reference, rtol=1e-6)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_lean_attention_in_bfloat16_is_about_as_near_as_the_reference():
+    inputs = [x.astype(jnp.bfloat16) for x in draw(3)]
+    mask = jnp.tril(jnp.ones((2, 11, 11), bool))
+
+    def gradients(function, inputs):
+        return jax.grad(lambda inputs: function(inputs).astype(jnp.float32).sum())(inputs)
+
+    def plain(inputs):
+        return attend(*inputs, mask, scale=0.3)
+
+    def lean(inputs):
+        return lean_attend(*inputs, mask, 0.3)
+
+    exact = gradients(plain, [x.astype(jnp.float32) for x in inputs])
+    for ours, theirs, true in zip(gradients(lean, inputs), gradients(plain, inputs), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert jnp.abs(ours - true).mean() < 2 * jnp.abs(theirs - true).mean()
 
 
 def test_dropout_keeps_the_mean_and_follows_its_key():
