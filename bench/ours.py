@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import llmq_jax as lq
+from bench.bandwidth import read_bandwidth
 from bench.inputs import cross_entropy_inputs, prompts, train_batch
 from bench.products import Product, products_of, time_in_jax
 from bench.worker import Side
@@ -127,7 +128,7 @@ class GenerationSide(OurSide):
         write_weights(variables, config, self.folder)
         self.lm = lq.LanguageModel(config, lq.build(config), variables)
         self.prompts = prompts(self.row)
-        return {}
+        return {"bandwidth": read_bandwidth()}
 
     def prepare(self) -> dict[str, Any]:
         facts = super().prepare()
@@ -143,10 +144,13 @@ class GenerationSide(OurSide):
             )
 
     def find_products(self) -> list[Product]:
-        """Those of one decoding pass, as often as there are new tokens; the prompt's pass is left out."""
+        """Those of one decoding pass, as often as there are new tokens; where there is one, of the prompt's pass."""
         outside, layers = self.lm.sliced
         batch, length = self.row.batch, self.row.prompt + self.row.new_tokens
         model = self.lm.model
+        if self.row.new_tokens == 1:
+            prompts = jnp.asarray(self.prompts)
+            return products_of(lambda prompts: model.apply(self.lm.variables, prompts, method="hidden"), prompts)
         caches = model.slice_caches(model.create_caches(batch, length, jnp.float32))
         token = jnp.zeros((batch, 1), jnp.int32)
 

@@ -27,8 +27,8 @@ cache, *cached* with JAX's persistent one, which our commands keep, filled by an
 
 The roofline of a row is the time that its own matrix products take alone, each with the shape and the order of axes
 that it has in our program, in the better of JAX's and PyTorch's own product, timed in the same rounds. The share is how
-near our whole program comes to it. The rows of `plain torch` are a GPT-2 written by hand (`bench/plain_gpt.py`), the
-stronger peer on a CPU.
+near our whole program comes to it. The rows of `plain torch` are models written by hand (`bench/plain_gpt.py`,
+`bench/plain_llama.py`), the stronger peer on a CPU.
 """
 
 
@@ -125,11 +125,13 @@ def remarks(result: Result) -> list[str]:
             f"{flops / result.floor / 1e9:,.0f} GFLOP/s (JAX {flops / jax / 1e9:,.0f}, PyTorch "
             f"{flops / torch / 1e9:,.0f}); we reach {share:.0%} of it"
         )
-        if result.row.kind == "generate":
+        if result.row.kind == "generate" and result.row.new_tokens > 1:
+            rate, bandwidth = moved / result.ours.median, result.ours.facts["bandwidth"]
             lines.append(
-                f"they move {moved / 2**20 / result.row.new_tokens:,.0f} MiB a new token (weights, caches), the "
-                f"products alone at {moved / result.floor / 1e9:,.1f} GB/s, the whole at "
-                f"{moved / result.ours.median / 1e9:,.1f} GB/s"
+                f"they move {moved / 2**20 / result.row.new_tokens:,.0f} MiB for each new token of all rows (weights, "
+                f"caches): the products alone at {moved / result.floor / 1e9:,.1f} GB/s, the whole at "
+                f"{rate / 1e9:,.1f} GB/s, {rate / bandwidth:.0%} of the {bandwidth / 1e9:,.1f} GB/s at which this "
+                "machine reads memory"
             )
     if result.row.kind != "start":
         lines.append(f"waiting workers used {result.idle:.1%} of a core; load average before: {result.load:.2f}")
@@ -161,6 +163,12 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
         return [
             *((f"at most {wanted}", f"{ratio:.3f}", ratio <= row.at_most_memory) for wanted, ratio in memory),
             (f"at most {row.at_most_time:g} of its time", f"{time_ratio:.2f}", time_ratio <= row.at_most_time),
+        ]
+    if row.kind == "generate" and row.at_least is not None:
+        ratio, seconds = result.ratio("transformers, eager"), result.ours.facts["compile_seconds"]
+        return [
+            (f"{row.at_least:g} times transformers", f"{_times(ratio)} times", ratio[0] >= row.at_least),
+            (f"compiled in {row.compile_below:g} s", f"{seconds:.1f} s", seconds < row.compile_below),
         ]
     if row.kind == "start" and row.below_seconds is not None:
         median = result.ours.median

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench import plain_gpt
+from bench import plain_gpt, plain_llama
 from bench.inputs import cross_entropy_inputs, prompts, train_batch
 from bench.products import Product, time_in_torch
 from bench.rows import OUR_ALLOCATOR
 from bench.worker import Side
 from llmq_jax.training.host_memory import keep_freed_memory
 
-PLAIN = {"gpt2": plain_gpt.load}
+PLAIN = {"gpt2": plain_gpt.load, "llama": plain_llama.load}
 
 
 class TorchSide(Side):
@@ -125,8 +125,9 @@ class CrossEntropySide(TorchSide):
 class GenerationSide(TorchSide):
     def build(self) -> None:
         self.model = self.load_model().eval()
-        self.model.generation_config.eos_token_id = None  # nothing ends early
         self.prompts = torch.tensor(prompts(self.row))
+        if not self.name.startswith("plain"):
+            self.model.generation_config.eos_token_id = None  # nothing ends early
 
     def prepare(self) -> dict[str, Any]:
         facts = super().prepare()
@@ -134,14 +135,23 @@ class GenerationSide(TorchSide):
 
     def repeat(self, count: int) -> None:
         for _ in range(count):
-            self.last = self.model.generate(
-                self.prompts,
-                attention_mask=torch.ones_like(self.prompts),
-                do_sample=False,
-                max_new_tokens=self.row.new_tokens,
-                pad_token_id=0,
-                use_cache=True,
-            )
+            self.last = self.generate()
+
+    def generate(self) -> torch.Tensor:
+        if self.name.startswith("plain"):
+            return self.model.generate(self.prompts, self.row.new_tokens)
+        if self.row.new_tokens == 1:  # a prompt alone, without what `generate` does around it
+            with torch.inference_mode():
+                logits = self.model(self.prompts, use_cache=True, logits_to_keep=1).logits
+            return torch.cat((self.prompts, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+        return self.model.generate(
+            self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            do_sample=False,
+            max_new_tokens=self.row.new_tokens,
+            pad_token_id=0,
+            use_cache=True,
+        )
 
 
 SIDES = {"train": TrainStepSide, "cross_entropy": CrossEntropySide, "generate": GenerationSide}

@@ -15,9 +15,11 @@ from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.tensor_files import read_json, write_json
@@ -54,6 +56,39 @@ class LanguageModel:
         if self.tokenizer is None:
             raise BadInput(f"{source} holds no tokenizer, so text means nothing to it; put its tokenizer.json there")
         return self.tokenizer
+
+    def require_chat_template(self, source: str) -> ChatTemplate:
+        """The tokenizer's chat template, likewise."""
+        template = self.require_tokenizer(source).chat_template
+        if template is None:
+            raise BadInput(f"{source} has no chat template, so it cannot converse; use generate with a plain prompt")
+        return template
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        *,
+        max_new_tokens: int = 256,
+        sampler: Any = None,
+        stop: Any = None,
+        seed: int = 0,
+    ) -> str:
+        """The reply to messages, each {"role": "system", "user" or "assistant", "content": text}.
+
+        The other arguments are those of `generate`, which also says what does not fit the model's context.
+        """
+        from llmq_jax.generation import generate
+
+        tokens = self.chat_tokens(messages)
+        return generate(self, [tokens], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop, seed=seed).text[0]
+
+    def chat_tokens(self, messages: Sequence[Any]) -> list[int]:
+        """Messages as the model's chat template writes them, up to where the reply begins.
+
+        Special tokens that a message spells out become tokens, as in transformers.
+        """
+        text = self.require_chat_template("this model").render(messages, add_generation_prompt=True)
+        return self.tokenizer.encode(text, allow_special=True)
 
     def replace(self, **changes) -> "LanguageModel":
         """The same with some fields changed; a new config brings its own model unless one is given."""
@@ -124,7 +159,7 @@ class LanguageModel:
 
 
 def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
-    """Load a model: a Hugging Face folder, a hub id, a file of weights, OpenAI's GPT-2, or a run or checkpoint of ours.
+    """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, OpenAI's GPT-2, or a run of ours.
 
     Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
     the weights in a folder or file: "hf", for GPT-2 also "book" and "original". `config` takes the place of the one
@@ -147,11 +182,15 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
         if layout not in ("hf", "openai"):
             raise BadInput(f"{path}: is a folder of OpenAI's; layout={layout!r} would have no effect")
         contents = read_openai(source, config, dtype)
+    elif is_gguf(source):
+        if layout not in ("hf", "gguf"):
+            raise BadInput(f"{path}: is a GGUF file; layout={layout!r} would have no effect")
+        contents = read_gguf(source, config, dtype)
     else:
         raise BadInput(
             f"{path}: is {_describe(source)}, not a model; give a Hugging Face folder (with model.safetensors or "
-            "pytorch_model.bin), a file of weights (.safetensors, .bin, .pth), OpenAI's GPT-2 folder, a hub id, a run "
-            "folder or a checkpoint"
+            "pytorch_model.bin), a file of weights (.safetensors, .bin, .pth), a GGUF file, OpenAI's GPT-2 folder, a "
+            "hub id, a run folder or a checkpoint"
         )
     return LanguageModel(
         contents.config, build(contents.config), contents.variables, contents.tokenizer, contents.generation
@@ -163,7 +202,8 @@ def has_config(source: Path) -> bool:
     from llmq_jax.training.checkpoints import find_checkpoint
 
     folder = source.parent if source.is_file() else source
-    return find_checkpoint(source) is not None or any((folder / name).is_file() for name in (CONFIG, HPARAMS))
+    has_file = any((folder / name).is_file() for name in (CONFIG, HPARAMS))
+    return has_file or is_gguf(source) or find_checkpoint(source) is not None
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike) -> Path:

@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llmq_jax.errors import BadInput
 
@@ -59,6 +60,11 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
 def has_fields(path: str | Path) -> bool:
     """Whether what is there may hold several fields, one of which is the text: a file of records, or a folder."""
     return Path(path).is_dir() or _suffix(Path(path)) in _READERS
+
+
+def is_jsonl(path: str | Path) -> bool:
+    """Whether a name is that of a file with one JSON value a line."""
+    return _suffix(Path(path)) == ".jsonl"
 
 
 def _suffix(path: Path) -> str:
@@ -162,8 +168,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[str]:
-    with _Bytes(path) as stream:
-        yield _decode(stream.read(), path)
+    yield read_text(path)
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 file, whatever its name ends in (but for .gz, which is unzipped)."""
+    with _Bytes(Path(path)) as stream:
+        return _decode(stream.read(), Path(path))
 
 
 def _read_json(path: Path, text_field: str) -> Iterator[str]:
@@ -186,7 +197,13 @@ def _read_json(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in _lines(path):
+    for number, record in json_lines(path):
+        yield _text_of(record, f"{path}: line {number}", text_field)
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line of a .jsonl file that is not blank."""
+    for number, line in _lines(Path(path)):
         if line.isspace():
             continue
         try:
@@ -195,7 +212,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             raise BadInput(f"{path}: broken JSON at line {number}, column {error.colno} ({error.msg})") from None
         except RecursionError:
             raise BadInput(f"{path}: line {number}: JSON is nested too deeply") from None
-        yield _text_of(record, f"{path}: line {number}", text_field)
+        yield number, record
 
 
 def _text_of(record: object, where: str, text_field: str) -> str:

@@ -23,6 +23,7 @@ import tiktoken
 import tokenizers as hf_tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
+from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.gpt2_vocabulary import (
     END_OF_TEXT,
     PUBLISHED_SHA256,
@@ -33,24 +34,11 @@ from llmq_jax.data.gpt2_vocabulary import (
     vocabulary_files,
 )
 from llmq_jax.data.long_documents import cut_at_line_breaks, may_cut_at_line_breaks
+from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput
 
 BLOCK_CHARACTERS = 2**20
 """Documents are encoded in blocks of about this many characters, which bounds memory and feeds all cores."""
-
-COMPANION_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-)
-"""Files that may accompany a tokenizer.json in a Hugging Face folder; kept and written back unchanged."""
 
 
 class Tokenizer(ABC):
@@ -90,6 +78,11 @@ class Tokenizer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
             (folder / name).write_bytes(content)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How a conversation is written as text; None where the tokenizer has no template of its own."""
+        return None
 
     @property
     def dtype(self) -> np.dtype:
@@ -218,20 +211,29 @@ class FileTokenizer(Tokenizer):
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise BadInput(f"there is no {file}")
-        self.name = name or file.resolve().parent.name
-        self._path = path
-        self._files = _read_files(file)
+        self._open(TokenizerFiles.read(file), name or file.resolve().parent.name)
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes], name: str) -> "FileTokenizer":
+        """A tokenizer whose files are in memory, by their names: a tokenizer.json and companions of it."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._open(TokenizerFiles(dict(files), name), name)
+        return tokenizer
+
+    def _open(self, files: TokenizerFiles, name: str) -> None:
+        self.name = name
+        self._files = files
         self._plain = self._load(special_is_text=True)
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_text = self._find_end_of_text()
-        self._may_cut = may_cut_at_line_breaks(json.loads(self._files["tokenizer.json"]))
+        self._may_cut = may_cut_at_line_breaks(json.loads(files.contents["tokenizer.json"]))
 
     def _load(self, special_is_text: bool) -> hf_tokenizers.Tokenizer:
         try:
-            loaded = hf_tokenizers.Tokenizer.from_buffer(self._files["tokenizer.json"])
+            loaded = hf_tokenizers.Tokenizer.from_buffer(self._files.contents["tokenizer.json"])
         except Exception as error:  # tokenizers raises plain Exception and ValueError
             reason = str(error).replace("\n", " ")
-            raise BadInput(f"{self._path}: tokenizer.json cannot be read ({reason})") from None
+            raise BadInput(f"{self._files.source}: tokenizer.json cannot be read ({reason})") from None
         # A tokenizer.json may carry the padding and truncation of whoever saved it, and would silently cut texts.
         loaded.no_padding()
         loaded.no_truncation()
@@ -243,20 +245,19 @@ class FileTokenizer(Tokenizer):
         """A second instance that finds special tokens in text: the setting belongs to the instance, not to the call."""
         return self._load(special_is_text=False)
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template that came with its files."""
+        return self._files.chat_template()
+
     def _find_end_of_text(self) -> int | None:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            try:
-                token = json.loads(self._files.get(name, b"{}")).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise BadInput(f"{self._path}: {name} is not a JSON object ({error})") from None
-            if isinstance(token, dict):  # an AddedToken written out
-                token = token.get("content")
-            if isinstance(token, str):
-                number = self._plain.token_to_id(token)
-                if number is None:
-                    raise BadInput(f"{self._path}: {name} names the eos_token {token!r}, which tokenizer.json lacks")
-                return number
-        return self._plain.token_to_id(END_OF_TEXT)
+        token = self._files.named_tokens().get("eos_token")
+        if token is None:
+            return self._plain.token_to_id(END_OF_TEXT)
+        number = self._plain.token_to_id(token)
+        if number is None:
+            raise BadInput(f"{self._files.source}: names the eos_token {token!r}, which tokenizer.json lacks")
+        return number
 
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         _utf8(text)
@@ -283,7 +284,7 @@ class FileTokenizer(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and the files that came with it, byte for byte."""
-        return dict(self._files)
+        return dict(self._files.contents)
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -294,7 +295,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return GPT2Tokenizer()
     path = Path(name_or_path)
     if path.is_file():
-        return _own_tokenizer(_read_files(path)) or FileTokenizer(path)
+        return _own_tokenizer(TokenizerFiles.read(path).contents) or FileTokenizer(path)
     found = tokenizer_in(path) if path.is_dir() else None
     if found is None:
         what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
@@ -312,7 +313,7 @@ def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | Non
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
-        return _own_tokenizer(_read_files(folder / "tokenizer.json")) or FileTokenizer(folder, name)
+        return _own_tokenizer(TokenizerFiles.read(folder / "tokenizer.json").contents) or FileTokenizer(folder, name)
     if vocabulary_files(folder):
         return GPT2Tokenizer(folder)
     return None
@@ -381,12 +382,6 @@ def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict) -> dict[str, byt
 
 def _json_bytes(content: dict, indent: int | None = None) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()
-
-
-def _read_files(file: Path) -> dict[str, bytes]:
-    """A tokenizer.json and its companions, by name."""
-    companions = {name: file.parent / name for name in COMPANION_FILES if (file.parent / name).is_file()}
-    return {name: path.read_bytes() for name, path in {"tokenizer.json": file, **companions}.items()}
 
 
 def _own_tokenizer(files: dict[str, bytes]) -> Tokenizer | None:

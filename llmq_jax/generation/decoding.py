@@ -52,7 +52,9 @@ def prefill(
     batch = prompts.shape[0]
     dtype = model.dtype or jax.tree.leaves(variables["params"])[0].dtype
     caches = model.create_caches(batch, prompts.shape[1], dtype)
-    output = model.apply(variables, prompts, None, None, caches, method="forward")
+    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+    real = (positions < prompt_lengths[:, None]).astype(jnp.int32)
+    output = model.apply(variables, prompts, positions, real, caches, method="forward")
     last = jnp.take_along_axis(output.hidden, prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
     state = DecodeState(
         step=jnp.zeros((), jnp.int32),

@@ -19,7 +19,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
 from llmq_jax.generation.sampling import Sampler
 
-# Lengths are rounded up to a multiple of this, so that prompts of similar length share one compiled program.
+# Lengths are rounded up, so that prompts of similar length share one compiled program: to a multiple of this and, from
+# four times as long on, to a quarter of the power of two below: a growing conversation compiles ever more rarely.
 BUCKET = 32
 # Token ids, or seeds: lists and arrays of integers.
 Ids = Sequence[SupportsIndex] | np.ndarray
@@ -229,7 +230,8 @@ class Request:
 
 
 def _round_up(length: int) -> int:
-    return -(-length // BUCKET) * BUCKET
+    bucket = max(BUCKET, 2 ** (length.bit_length() - 3))
+    return -(-length // bucket) * bucket
 
 
 def _token_ids(lm: Any, prompt: Any, index: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import gpt2
+from llmq_jax.interop import gpt2, llama3
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import WeightTable
 from llmq_jax.models import override
@@ -16,13 +16,14 @@ class Tables(NamedTuple):
     layouts: Mapping[str, WeightTable]
     config: ConfigTable
     derive: Callable[..., dict[str, Any]]
-    """Fields of a config from (shapes, layers, tied, layout), as `WeightTable.survey` and `is_tied` tell them."""
+    """Fields of a config from (shapes, layers, tied, layout, given fields); the first three as `WeightTable` tells."""
     underivable: tuple[str, ...]
     """Fields that shapes do not tell."""
 
 
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
+    "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
 }
 
 
@@ -65,7 +66,7 @@ def config_to_hf(config: Any) -> dict[str, Any]:
 def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **fields) -> Any:
     """The config of weights that come without one, from their names and shapes.
 
-    `fields` are those that shapes do not tell, which are required (GPT-2: `num_attention_heads`), and any that are to
+    `fields` are those that shapes do not tell, which are required (`num_attention_heads`), and any that are to
     differ from what is derived: the architecture and the layout decide the activation function, and the head counts as
     tied when it equals the embedding. Whatever else weights do not depend on (dropout) has the config's default.
     """
@@ -76,7 +77,7 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
         raise BadInput(f"the shapes of weights do not tell {' and '.join(missing)}; give it in the config")
     shapes, layers = table.survey(state)
     try:
-        derived = tables.derive(shapes, layers, table.is_tied(state), layout)
+        derived = tables.derive(shapes, layers, table.is_tied(state), layout, fields)
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise BadInput(f"the weights are not those of {model_type} in the layout {layout!r}: no config fits") from error
     return override(tables.config.config_class(), **derived | fields)

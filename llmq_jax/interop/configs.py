@@ -7,7 +7,7 @@ is named in a warning.
 import dataclasses
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,25 @@ _HARMLESS = """
 """
 HARMLESS = frozenset(_HARMLESS.split())
 
+KEEP = "keep such a model in our own format (lq.save)"
+
+# transformers has several names for the same few functions.
+ACTIVATION_SPELLINGS = {
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_python": "gelu",
+    "swish": "silu",
+}
+
 # Fields of every config.json that do, with the only values that we compute.
 FIXED = {
     "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0,
     "pruned_heads": {},
     "quantization_config": None,
+    "rope_interleaved": False,
     "tie_encoder_decoder": False,
 }
 
@@ -54,9 +67,16 @@ class ConfigTable:
     """Fields of this architecture that do not change what we compute."""
     token_ids: Mapping[str, int] = field(default_factory=dict)
     """Special tokens that transformers assumes where config.json names none."""
+    own: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """{our field that transformers has not: (the value that it computes with, what to do with a model of another)}."""
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """Brings all spellings of a config.json to one, before anything else is read."""
+    write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values
+    """(our config, config.json with our fields' values) to the config.json that is written."""
 
     def from_hf(self, values: Mapping[str, Any]) -> Any:
         """Our config; fields that are absent take transformers' defaults, which ours are too."""
+        values = self.read(values)
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
             if value != supported and (supported or value is not None):
@@ -65,7 +85,7 @@ class ConfigTable:
         for name, hint in typing.get_type_hints(self.config_class).items():
             theirs = self.renamed.get(name, name)
             key = theirs if theirs in values else name
-            if typing.get_origin(hint) is typing.ClassVar or key not in values:
+            if typing.get_origin(hint) is typing.ClassVar or name in self.own or key not in values:
                 continue
             if not _has_type(values[key], hint):
                 raise BadInput(f"{key}={values[key]!r} is not of the type {_type_name(hint)}")
@@ -79,17 +99,24 @@ class ConfigTable:
 
     def to_hf(self, config: Any) -> dict[str, Any]:
         """`config.json` as a dict, without the fields that belong to weights (`dtype`) and special tokens."""
+        for name, (theirs, remedy) in self.own.items():
+            value = getattr(config, name)
+            if value != theirs:
+                known = f"transformers' {config.model_type} has no such field"
+                raise BadInput(f"{name}={value!r} cannot be exported: {known}; {remedy}")
         fields = {
             self.renamed.get(entry.name, entry.name): getattr(config, entry.name)
             for entry in dataclasses.fields(config)
+            if entry.name not in self.own
         }
-        return {
+        values = {
             "architectures": [self.architecture],
             "model_type": config.model_type,
             "use_cache": True,
             **self.fixed,
             **fields,
         }
+        return self.write(config, values)
 
 
 def _has_type(value: Any, hint: Any) -> bool:

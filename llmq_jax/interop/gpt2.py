@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
 from llmq_jax.interop.tables import Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
 from llmq_jax.models.gpt2 import GPT2Config
 
@@ -139,15 +139,7 @@ CONFIG = ConfigTable(
         "num_attention_heads": "n_head",
         "intermediate_size": "n_inner",
     },
-    # transformers has several spellings of the same two functions.
-    aliases={
-        "activation_function": {
-            "gelu_accurate": "gelu_new",
-            "gelu_fast": "gelu_new",
-            "gelu_python_tanh": "gelu_new",
-            "gelu_python": "gelu",
-        }
-    },
+    aliases={"activation_function": ACTIVATION_SPELLINGS},
     fixed={
         "add_cross_attention": False,
         "scale_attn_by_inverse_layer_idx": False,
@@ -166,10 +158,13 @@ CONFIG = ConfigTable(
         }
     ),
     token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
+    own={"norm": ("layer_norm", KEEP)},
 )
 
 
-def derive(shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str) -> dict[str, Any]:
+def derive(
+    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """The fields of the config of weights that come without one; their shapes do not tell the number of heads."""
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     positions, _ = shapes["params/position_embedding/embedding"]

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmq_jax.data.tokenizers import COMPANION_FILES, Tokenizer, tokenizer_in
+from llmq_jax.data.tokenizer_files import COMPANION_FILES
+from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.interop.architectures import (
     config_from_hf,
@@ -103,8 +104,9 @@ def save_hf(
     """
     folder = Path(folder).expanduser().resolve()
     dtype = float_type(dtype)
+    config = config_to_hf(lm.config)
     tensors = weight_table(lm.config.model_type).lazy_state_dict(lm.variables, lm.config, dtype)
-    config = config_to_hf(lm.config) | lm.generation.token_ids() | {"dtype": _type_name(tensors)}
+    config |= lm.generation.token_ids() | {"dtype": _type_name(tensors)}
     _check_target(folder, overwrite)
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, config)

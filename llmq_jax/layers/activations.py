@@ -16,8 +16,14 @@ def gelu_exact(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=False)
 
 
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x · sigmoid(x), SiLU or Swish (Elfwing et al. 2017, arXiv:1702.03118, eq. 1)."""
+    return jax.nn.silu(x)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "gelu": gelu_exact,
+    "silu": silu,
 }

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from llmq_jax.layers.positions import Rotation
+
 # Blocks of queries that a sequence is cut into, by backend (others: one). Each block is compiled apart, so there are
 # few; and below a certain length a block costs more than the masked part that it skips.
 QUERY_BLOCKS = {"cpu": 4}
@@ -31,6 +33,8 @@ class Context:
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None = None
     """0 is padding; the documents packed into a row are numbered 1, 2, ... None: one document, nothing padded."""
+    rotation: Rotation | None = None
+    """How RoPE turns queries and keys at these positions, in architectures that have it."""
 
 
 def visible(

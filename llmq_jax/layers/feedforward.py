@@ -22,3 +22,21 @@ class MLP(nn.Module):
         up = Linear(self.intermediate_size, kernel_init=self.kernel_init, dtype=self.dtype, name="up")
         down = Linear(x.shape[-1], kernel_init=self.down_init, dtype=self.dtype, name="down")
         return down(ACTIVATIONS[self.activation](up(x)))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU with `activation="silu"` (Shazeer 2020, arXiv:2002.05202, eq. 6): `down(activation(gate(x)) * up(x))`."""
+
+    intermediate_size: int
+    activation: str
+    use_bias: bool
+    kernel_init: Initializer
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        def linear(features, name):
+            return Linear(features, self.use_bias, self.kernel_init, self.dtype, name=name)
+
+        gate, up = linear(self.intermediate_size, "gate")(x), linear(self.intermediate_size, "up")(x)
+        return linear(x.shape[-1], "down")(ACTIVATIONS[self.activation](gate) * up)

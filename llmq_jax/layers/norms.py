@@ -1,4 +1,10 @@
-"""Normalisation over the model width, always computed in float32."""
+"""What stands before each sub-layer and after the last: normalisation over the model width, or DyT in its place.
+
+All compute in float32 and return the type that they were given. `NORMS` names them, and `norm_layer` makes one: any
+decoder takes any of them.
+"""
+
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,3 +29,71 @@ class LayerNorm(nn.Module):
         centred = wide - wide.mean(-1, keepdims=True)
         normalised = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
         return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4): neither mean nor bias.
+
+    As in Llama: epsilon inside the root, and the normalised values are rounded to the type of x before they meet the
+    scale.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        return normalised.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class DyT(nn.Module):
+    """Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622, eq. 1): `scale * tanh(alpha * x) + bias`, with no statistics.
+
+    alpha is one learned number; `alpha_init` starts it. In language models the embeddings are scaled up by a learned
+    factor too (`EmbeddingScale`): a tanh sees the size of activations, which a norm hides.
+    """
+
+    alpha_init: float = 0.5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), ())
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        alpha, scale, bias = (parameter.astype(jnp.float32) for parameter in (alpha, scale, bias))
+        return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
+
+
+# Zhu et al. 2025, section 7 and appendix: where alpha starts in language models, by model width, before attention and
+# elsewhere (before the feed-forward network and the head).
+ALPHA_INIT = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
+
+
+def alpha_init(width: int, before_attention: bool) -> float:
+    """The paper's value for the least width of its table that is at least this one (for wider ones: for its widest)."""
+    listed = min((w for w in ALPHA_INIT if w >= width), default=max(ALPHA_INIT))
+    return ALPHA_INIT[listed][0 if before_attention else 1]
+
+
+class EmbeddingScale(nn.Module):
+    """One learned factor on the embeddings, sqrt(D) at first (Zhu et al. 2025, section 5, on LLaMA)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", nn.initializers.constant(x.shape[-1] ** 0.5), ())
+        return x * scale.astype(x.dtype)
+
+
+NormName = Literal["layer_norm", "rms_norm", "dyt"]
+NORMS = ("layer_norm", "rms_norm", "dyt")
+
+
+def norm_layer(
+    norm: NormName, epsilon: float, width: int, name: str | None = None, before_attention: bool = False
+) -> nn.Module:
+    """A layer by its name in a config; `epsilon` is for those that divide."""
+    if norm == "dyt":
+        return DyT(alpha_init(width, before_attention), name=name)
+    return {"layer_norm": LayerNorm, "rms_norm": RMSNorm}[norm](epsilon, name=name)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.models import gpt2
+from llmq_jax.models import gpt2, llama3
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
+from llmq_jax.models.llama3 import Llama3, Llama3Config
 
 
 class Architecture(NamedTuple):
@@ -20,9 +21,10 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "gpt2": Architecture(GPT2Config, GPT2),
+    "llama": Architecture(Llama3Config, Llama3),
 }
 
-PRESETS: dict[str, Any] = {**gpt2.PRESETS}
+PRESETS: dict[str, Any] = {**gpt2.PRESETS, **llama3.PRESETS}
 
 
 def preset(name: str, **overrides) -> Any:

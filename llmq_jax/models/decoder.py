@@ -92,19 +92,28 @@ class Decoder(nn.Module):
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         raise NotImplementedError
 
+    # What all share, from the modules `token_embedding`, `final_norm` and, unless it is tied, `lm_head`.
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        """What all layers are told of where the tokens stand."""
+        return Context(positions, segment_ids)
+
     def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm after the last layer."""
-        raise NotImplementedError
+        return self.final_norm(x)
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits, in float32."""
-        raise NotImplementedError
+        tied = self.config.tie_word_embeddings
+        logits = self.token_embedding.attend(hidden) if tied else self.lm_head(hidden)
+        return logits.astype(jnp.float32)
 
+    @nn.nowrap
     def head_variables(self, variables: dict) -> dict:
         """The part of the variables that `unembed` reads."""
-        raise NotImplementedError
-
-    # What all share.
+        head = "token_embedding" if self.config.tie_word_embeddings else "lm_head"
+        return {name: {head: tree[head]} for name, tree in variables.items() if head in tree}
 
     def make_groups(self) -> list[nn.Module]:
         """The layers, to be set as `self.group_0`, ... in `setup`."""
@@ -137,7 +146,7 @@ class Decoder(nn.Module):
         tokens, positions, segment_ids = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
         if positions is None:
             positions = default_positions(tokens, segment_ids)
-        context = Context(positions, segment_ids)
+        context = self.context(positions, segment_ids)
         x = self.embed(tokens, positions)
         new_caches, counts = {}, {}
         for i in range(len(self.layer_groups())):
@@ -226,7 +235,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """A pass over sliced layers with one cache a layer: (hidden states after the final norm, caches)."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        context = Context(positions)
+        context = self.context(positions)
         x = self.apply(outside, tokens, positions, method="embed")
         blocks = {
             (f"group_{g}", f"block_{b}"): make(parent=None)

@@ -10,14 +10,13 @@ Notable features:
 - initialisation: normal(0.02), residual projections scaled by 1/sqrt(2 · layers), position embeddings normal(0.01)
 
 Reference: openai/gpt-2 `src/model.py` and transformers' `GPT2LMHeadModel`. Deviations: none by default;
-`activation_function="gelu"` computes the exact GELU.
+`activation_function="gelu"` computes the exact GELU, `norm="dyt"` puts Dynamic Tanh in place of the norms.
 """
 
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
@@ -28,7 +27,7 @@ from llmq_jax.layers.caches import FullCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.norms import LayerNorm
+from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.models.config import require
 from llmq_jax.models.decoder import Decoder, LayerGroup
 
@@ -55,6 +54,8 @@ class GPT2Config:
     resid_pdrop: float = 0.1
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    norm: str = "layer_norm"
+    """"layer_norm", "rms_norm" or "dyt" (Dynamic Tanh)."""
 
     def __post_init__(self):
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
@@ -74,6 +75,7 @@ class GPT2Config:
         )
         require(self.layer_norm_epsilon > 0, self, "layer_norm_epsilon", "must be positive")
         require(self.initializer_range > 0, self, "initializer_range", "must be positive")
+        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             require(0.0 <= getattr(self, name) < 1.0, self, name, "must be at least 0 and below 1")
 
@@ -107,8 +109,10 @@ class GPT2(Decoder):
         half = nn.initializers.normal(c.initializer_range / 2)
         self.position_embedding = Embedding(c.max_position_embeddings, c.hidden_size, half, self.dtype)
         self.embedding_dropout = nn.Dropout(c.embd_pdrop)
+        if c.norm == "dyt":
+            self.embedding_scale = EmbeddingScale()
         (self.group_0,) = self.make_groups()
-        self.final_norm = LayerNorm(c.layer_norm_epsilon)
+        self.final_norm = norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
 
@@ -118,19 +122,8 @@ class GPT2(Decoder):
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens) + self.position_embedding(positions)
+        x = self.embedding_scale(x) if self.config.norm == "dyt" else x
         return self.embedding_dropout(x, deterministic=not self.has_rng("dropout"))
-
-    def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.final_norm(x)
-
-    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        tied = self.config.tie_word_embeddings
-        logits = self.token_embedding.attend(hidden) if tied else self.lm_head(hidden)
-        return logits.astype(jnp.float32)
-
-    def head_variables(self, variables: dict) -> dict:
-        head = "token_embedding" if self.config.tie_word_embeddings else "lm_head"
-        return {name: {head: tree[head]} for name, tree in variables.items() if head in tree}
 
 
 class GPT2Block(nn.Module):
@@ -148,11 +141,14 @@ class GPT2Block(nn.Module):
         residual = nn.initializers.normal(c.initializer_range / (2 * c.num_hidden_layers) ** 0.5)
 
         attention = GPT2Attention(c, normal, residual, self.dtype, name="attention")
-        mixed, cache = attention(LayerNorm(c.layer_norm_epsilon, name="attention_norm")(x), context, cache)
+        attention_norm = norm_layer(
+            c.norm, c.layer_norm_epsilon, c.hidden_size, "attention_norm", before_attention=True
+        )
+        mixed, cache = attention(attention_norm(x), context, cache)
         x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
 
         mlp = MLP(c.mlp_width, c.activation_function, normal, residual, self.dtype, name="mlp")
-        update = mlp(LayerNorm(c.layer_norm_epsilon, name="mlp_norm")(x))
+        update = mlp(norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size, "mlp_norm")(x))
         x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
         return x, cache, {}
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Logits of a chunk, in elements: small enough for the cache hierarchy's good, large enough to keep matmuls busy.
-CHUNK_ELEMENTS = 2**24
+# Logits of a chunk, in elements: every chunk adds to the whole of the head's gradient, so there should be few of them.
+CHUNK_ELEMENTS = 2**25
 
 
 def token_losses(logits: Float[Array, "M V"], targets: Int[Array, " M"]) -> Float[Array, " M"]:

@@ -12,6 +12,7 @@ ROLES = {
     "embedding": "embedding",
     "scale": "norm",
     "bias": "bias",
+    "alpha": "norm",  # of DyT
 }
 
 

@@ -1,14 +1,11 @@
 """GPT-2 of the original repository: its weights through the layout `original` give the arrays that it computed.
 
-`data/*.npz` were computed by the original's own code, on CPU in float32: `param/` its state dict, `in/` and `out/` what
-went in and came out, `grad/` gradients, `meta` the rest. It uses the exact GELU, as we do for its layout. What remains
-is its norm, which adds epsilon to the standard deviation instead of the variance (docs/departures.md): at these weights
-at most 3e-4 on the logits, and with that norm in place of ours nothing but rounding.
+It uses the exact GELU, as we do for its layout. What remains is its norm, which adds epsilon to the standard deviation
+instead of the variance (docs/departures.md): at these weights at most 3e-4 on the logits, and with that norm in place
+of ours nothing but rounding.
 """
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,59 +15,24 @@ from flax import linen as nn
 
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.sampling import Sampler, filter_logits
-from llmq_jax.interop import config_from_state_dict, from_state_dict, to_state_dict
-from llmq_jax.language_model import LanguageModel
-from llmq_jax.models import build
-from llmq_jax.objectives.next_token import NextToken
+from llmq_jax.interop import from_state_dict, to_state_dict
+from tests.parity.golden import LOGITS, Golden
 
-DATA = Path(__file__).parent / "data"
 NAMES = ("gpt", "gpt_noqkvbias", "gpt_attn_mask", "gpt2_load")
-LOGITS = 3e-4
 
 
-class Golden:
-    """One file of golden arrays, and our model with its weights."""
-
-    def __init__(self, name: str):
-        with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
-            self.arrays = dict(file)
-        self.meta = json.loads(str(self.arrays["meta"]))
-        self.state = self.under("out/state/" if name == "gpt2_load" else "param/")
-        self.config = config_from_state_dict(self.state, "original", num_attention_heads=self.meta["cfg"]["n_heads"])
-        variables = from_state_dict(self.state, self.config, "original")
-        self.lm = LanguageModel(self.config, build(self.config), variables)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
-
-    def under(self, prefix: str) -> dict[str, np.ndarray]:
-        found = {name: array for name, array in self.arrays.items() if name.startswith(prefix)}
-        return {name.removeprefix(prefix): array for name, array in found.items()}
-
-    def inputs(self) -> dict[str, np.ndarray]:
-        """Our arguments for theirs. Their mask hides keys and leaves positions alone."""
-        if "in/attn_mask" not in self.arrays:
-            return {}
-        mask = self["in/attn_mask"]
-        positions = np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape)
-        return {"segment_ids": mask.astype(np.int32), "positions": positions}
-
-    def difference(self) -> float:
-        """The largest difference of logits at real positions: what a padded one attends to differs, and counts not."""
-        inputs = {name: jnp.asarray(array) for name, array in self.inputs().items()}
-        logits = self.lm.model.apply(self.lm.variables, jnp.asarray(self["in/x"]), **inputs)
-        differences = np.abs(logits - self["out/logits"])
-        return differences[self.arrays.get("in/attn_mask", np.ones(self["in/x"].shape, bool))].max()
+def read(name):
+    return Golden(name, state="out/state/" if name == "gpt2_load" else "param/")
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def golden(request):
-    return Golden(request.param)
+    return read(request.param)
 
 
 @pytest.fixture(scope="module")
 def generated():
-    return Golden("generate")
+    return read("generate")
 
 
 def test_the_config_is_theirs(golden):
@@ -109,8 +71,8 @@ class EpsilonOutsideTheRoot(nn.Module):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_remains_is_the_epsilon(name, monkeypatch):
-    golden = Golden(name)
-    monkeypatch.setattr("llmq_jax.models.gpt2.LayerNorm", EpsilonOutsideTheRoot)
+    golden = read(name)
+    monkeypatch.setattr("llmq_jax.layers.norms.LayerNorm", EpsilonOutsideTheRoot)
     with_theirs = golden.difference()
     monkeypatch.undo()
     assert with_theirs < 5e-6
@@ -119,25 +81,10 @@ def test_what_remains_is_the_epsilon(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpt", "gpt_noqkvbias", "gpt_attn_mask"])
 def test_loss_and_gradients(name):
-    golden = Golden(name)
-    targets = golden["in/y"]
-    batch = {
-        "tokens": golden["in/x"],
-        "targets": np.maximum(targets, 0),
-        "mask": (targets >= 0).astype(np.float32),  # -100 counts nowhere
-        **golden.inputs(),
-    }
-    batch = {key: jnp.asarray(value) for key, value in batch.items()}
-    objective = NextToken(golden.lm.model)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss_and_gradients(variables):
-        return objective.loss(variables, batch, objective.weights(batch))[0]
-
-    loss, gradients = loss_and_gradients(golden.lm.variables)
-    assert abs(float(loss) - float(golden["out/loss"])) < 1e-5
-    ours, theirs = to_state_dict(gradients, golden.config, "original"), golden.under("grad/")
+    golden = read(name)
+    loss, ours = golden.loss_and_gradients()
+    assert abs(loss - float(golden["out/loss"])) < 1e-5
+    theirs = golden.under("grad/")
     if name != "gpt":
         assert not theirs  # kept for one of them
         return
@@ -164,7 +111,7 @@ def test_weights_go_back_as_they_came(golden):
 
 def test_openai_s_weights_end_up_where_the_original_puts_them():
     """The original's loader nests OpenAI's variables, squeezes them and drops `model/`; here they get that back."""
-    golden = Golden("gpt2_load")
+    golden = read("gpt2_load")
     state = {}
     for name, array in golden.under("in/tf/").items():
         name = name.replace("blocks/", "h") if "/" in name or name[0] == "w" else f"ln_f/{name}"

@@ -1,14 +1,17 @@
 """Layers against their PyTorch counterparts, values and gradients, at ordinary and at tiny magnitudes."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llmq_jax.layers.activations import gelu_exact, gelu_tanh
+from llmq_jax.layers.activations import gelu_exact, gelu_tanh, silu
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.norms import LayerNorm
+from llmq_jax.layers.norms import DyT, LayerNorm, RMSNorm
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 5e-3])
@@ -33,11 +36,76 @@ def test_layer_norm(magnitude):
     np.testing.assert_allclose(slopes["params"]["bias"], theirs.bias.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("ours", "approximate"), [(gelu_tanh, "tanh"), (gelu_exact, "none")])
-def test_gelu(ours, approximate):
+def test_silu_of_a_large_negative_number_has_a_gradient():
+    assert jax.grad(silu)(-200.0) == 0.0
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 5e-3])
+def test_rms_norm(magnitude):
+    rng = np.random.default_rng(0)
+    x = magnitude * rng.normal(size=(3, 5, 16)).astype(np.float32)
+    scale, slope = (rng.normal(size=shape).astype(np.float32) for shape in ((16,), x.shape))
+
+    theirs = torch.nn.RMSNorm(16, eps=1e-5)
+    theirs.load_state_dict({"weight": torch.tensor(scale)})
+    torch_x = torch.tensor(x, requires_grad=True)
+    torch_y = theirs(torch_x)
+    torch_y.backward(torch.tensor(slope))
+
+    variables = {"params": {"scale": jnp.asarray(scale)}}
+    y, pull_back = jax.vjp(lambda x, v: RMSNorm(1e-5).apply(v, x), jnp.asarray(x), variables)
+    x_slope, slopes = pull_back(jnp.asarray(slope))
+
+    np.testing.assert_allclose(y, torch_y.detach(), atol=1e-5)
+    np.testing.assert_allclose(x_slope, torch_x.grad, rtol=1e-4, atol=1e-5 / magnitude)
+    np.testing.assert_allclose(slopes["params"]["scale"], theirs.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_rounds_before_it_scales():
+    """In bfloat16, as Llama's: torch.nn.RMSNorm rounds once, after the scale, and is another function by a few bits."""
+    rng = np.random.default_rng(0)
+    x, scale = (rng.normal(size=shape).astype(np.float32) for shape in ((500, 64), (64,)))
+    narrow_x, narrow_scale = torch.tensor(x).bfloat16(), torch.tensor(scale).bfloat16()
+
+    def share_of_equal(theirs):
+        theirs.load_state_dict({"weight": narrow_scale})
+        with torch.no_grad():
+            return (ours == theirs(narrow_x).float().numpy()).mean()
+
+    variables = {"params": {"scale": jnp.asarray(scale, jnp.bfloat16)}}
+    ours = RMSNorm(1e-5).apply(variables, jnp.asarray(x, jnp.bfloat16))
+    assert ours.dtype == jnp.bfloat16
+    ours = np.asarray(ours, np.float32)
+    assert share_of_equal(LlamaRMSNorm(64, eps=1e-5).bfloat16()) > 0.999
+    assert share_of_equal(torch.nn.RMSNorm(64, eps=1e-5).bfloat16()) < 0.9
+
+
+def test_dynamic_tanh():
+    """Golden arrays of the original repository."""
+    with np.load(Path(__file__).parent / "data" / "dyt.npz", allow_pickle=False) as file:
+        golden = {name: jnp.asarray(array) for name, array in file.items() if name != "meta"}
+    names = {"scale": "scale", "bias": "shift", "alpha": "alpha"}
+    variables = {"params": {ours: golden[f"param/{theirs}"] for ours, theirs in names.items()}}
+    y, pull_back = jax.vjp(lambda x, v: DyT().apply(v, x), golden["in/x"], variables)
+    _, slopes = pull_back(golden["in/cotangent"])
+    np.testing.assert_allclose(y, golden["out/y"], atol=2e-6)
+    for ours, theirs in names.items():
+        expected = golden[f"grad/{theirs}"]
+        np.testing.assert_allclose(slopes["params"][ours], expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (gelu_tanh, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        (gelu_exact, torch.nn.functional.gelu),
+        (silu, torch.nn.functional.silu),
+    ],
+)
+def test_activations(ours, theirs):
     x = np.linspace(-12, 12, 4001, dtype=np.float32)
     torch_x = torch.tensor(x, requires_grad=True)
-    torch_y = torch.nn.functional.gelu(torch_x, approximate=approximate)
+    torch_y = theirs(torch_x)
     torch_y.sum().backward()
     np.testing.assert_allclose(ours(jnp.asarray(x)), torch_y.detach(), atol=2e-6)
     np.testing.assert_allclose(jax.vmap(jax.grad(ours))(jnp.asarray(x)), torch_x.grad, atol=5e-6)

@@ -1,0 +1,103 @@
+"""Llama in plain PyTorch as people write it by hand, to generate with: a cache of a fixed size, written in place.
+
+Names are those of transformers' `LlamaForCausalLM`. No masks where none are needed: a prompt attends causally, a new
+token to all that stands in the cache.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Block(nn.Module):
+    def __init__(self, config: Mapping):
+        super().__init__()
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
+        self.width = width // self.heads
+        self.input_layernorm = nn.RMSNorm(width, eps=config["rms_norm_eps"])
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(width, self.heads * self.width, bias=False),
+                "k_proj": nn.Linear(width, self.groups * self.width, bias=False),
+                "v_proj": nn.Linear(width, self.groups * self.width, bias=False),
+                "o_proj": nn.Linear(self.heads * self.width, width, bias=False),
+            }
+        )
+        self.post_attention_layernorm = nn.RMSNorm(width, eps=config["rms_norm_eps"])
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(width, inner, bias=False),
+                "up_proj": nn.Linear(width, inner, bias=False),
+                "down_proj": nn.Linear(inner, width, bias=False),
+            }
+        )
+
+    def forward(self, x, cos, sin, keys, values, start):
+        """x [B, T, D]; keys and values [B, K, S, H], written from `start` on."""
+        batch, length, _ = x.shape
+        normed, end = self.input_layernorm(x), start + length
+
+        def heads(name, count):
+            return self.self_attn[name](normed).view(batch, length, count, self.width).transpose(1, 2)
+
+        query = rotate(heads("q_proj", self.heads), cos, sin)
+        keys[:, :, start:end] = rotate(heads("k_proj", self.groups), cos, sin)
+        values[:, :, start:end] = heads("v_proj", self.groups)
+        mixed = functional.scaled_dot_product_attention(
+            query, keys[:, :, :end], values[:, :, :end], is_causal=length > 1, enable_gqa=self.heads > self.groups
+        )
+        x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).reshape(batch, length, -1))
+        normed = self.post_attention_layernorm(x)
+        return x + self.mlp["down_proj"](functional.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class PlainLlama(nn.Module):
+    def __init__(self, config: Mapping):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config["vocab_size"], config["hidden_size"]),
+                "layers": nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"])),
+                "norm": nn.RMSNorm(config["hidden_size"], eps=config["rms_norm_eps"]),
+            }
+        )
+
+    def forward(self, tokens, start, tables, caches):
+        """Logits [B, V] of the last token."""
+        cos, sin = (table[start : start + tokens.shape[1]] for table in tables)
+        x = self.model["embed_tokens"](tokens)
+        for block, (keys, values) in zip(self.model["layers"], caches, strict=True):
+            x = block(x, cos, sin, keys, values, start)
+        return functional.linear(self.model["norm"](x[:, -1]), self.model["embed_tokens"].weight)
+
+    @torch.inference_mode()
+    def generate(self, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        """Greedy: prompts [B, P] to [B, P + new tokens]."""
+        batch, prompt = prompts.shape
+        block, length = self.model["layers"][0], prompt + new_tokens
+        shape = (batch, block.groups, length, block.width)
+        caches = [(torch.empty(shape), torch.empty(shape)) for _ in self.model["layers"]]
+        theta = self.config["rope_parameters"]["rope_theta"]
+        frequencies = theta ** -(torch.arange(0, block.width, 2) / block.width)
+        angles = torch.arange(length)[:, None] * frequencies
+        tables, tokens, newest, start = (angles.cos(), angles.sin()), [prompts], prompts, 0
+        for _ in range(new_tokens):
+            newest, start = self(newest, start, tables, caches).argmax(-1, keepdim=True), start + newest.shape[1]
+            tokens.append(newest)
+        return torch.cat(tokens, dim=1)
+
+
+def load(config: Mapping, state: Mapping[str, torch.Tensor]) -> PlainLlama:
+    """The model with weights in the layout of transformers; strict. Tied head, plain RoPE, no biases."""
+    model = PlainLlama(config)
+    model.load_state_dict(dict(state))
+    return model

@@ -1,0 +1,77 @@
+"""The files of a tokenizer as Hugging Face folders have them: a `tokenizer.json`, and what says more about it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.errors import BadInput
+
+COMPANION_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+"""Files that may accompany a tokenizer.json in a Hugging Face folder; kept and written back unchanged."""
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens that transformers has names for."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer.json and its companions, by name."""
+
+    contents: dict[str, bytes]
+    source: str | Path
+    """Where they are from, for messages."""
+
+    @classmethod
+    def read(cls, file: Path) -> "TokenizerFiles":
+        """That tokenizer.json, which may have another name, and the companions in its folder."""
+        companions = {name: file.parent / name for name in COMPANION_FILES if (file.parent / name).is_file()}
+        paths = {"tokenizer.json": file, **companions}
+        return cls({name: path.read_bytes() for name, path in paths.items()}, file.parent)
+
+    def named_tokens(self) -> dict[str, str]:
+        """{"eos_token": "</s>", ...}, in which tokenizer_config.json has the last word."""
+        named = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            for name, token in self._json(file).items():
+                content = token.get("content") if isinstance(token, dict) else token  # an AddedToken written out
+                if name in NAMED_TOKENS and isinstance(content, str):
+                    named[name] = content
+        return named
+
+    def chat_template(self) -> ChatTemplate | None:
+        """That of `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`; None where none has one."""
+        source: Any = self.contents.get("chat_template.jinja", b"").decode(errors="replace")
+        for file in ("chat_template.json", "tokenizer_config.json"):
+            source = source or self._json(file).get("chat_template")
+        if isinstance(source, list):  # several under names, such as one for tools
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        if not isinstance(source, str):
+            return None
+        try:
+            return ChatTemplate(source, self.named_tokens())
+        except BadInput as error:
+            raise BadInput(f"{self.source}: {error}") from error
+
+    def _json(self, name: str) -> dict:
+        """What is in one of the files, {} where there is no such file."""
+        try:
+            content = json.loads(self.contents.get(name, b"{}"))
+        except ValueError as error:
+            raise BadInput(f"{self.source}: {name} is not a JSON object ({error})") from None
+        if not isinstance(content, dict):
+            raise BadInput(f"{self.source}: {name} is not a JSON object")
+        return content

@@ -1,0 +1,225 @@
+"""Models in GGUF files: config, weights, tokenizer and chat template, all of them in one file's metadata and tensors.
+
+Source: ggml-org/llama.cpp (`convert_hf_to_gguf.py` writes such files, `src/llama-model.cpp` reads them). Architecture:
+llama, which is what llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute the same.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE, CONTROL, gguf_tokenizer
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.architectures import from_state_dict, resolve_config
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.gguf_files import GGUF, open_gguf
+from llmq_jax.interop.huggingface import Contents, is_hf, located
+from llmq_jax.models.llama3 import Llama3Config
+
+LAYOUT = "gguf"
+ARCHITECTURE = "llama"
+EMBEDDING, QUERY, HEAD, ROPE_DIVISORS = "token_embd.weight", "blk.0.attn_q.weight", "output.weight", "rope_freqs.weight"
+
+FIXED = {
+    "attention.causal": True,
+    "expert_count": 0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+"""{key of the architecture that changes what is computed: the only value that we compute}."""
+HARMLESS = ("expert_used_count", "rope.scaling.finetuned", "tensor_data_layout")
+
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
+"""Tokens with which chat models end what they say, for files that do not name theirs."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a `.gguf` file, or a folder with one and without weights in Hugging Face's formats."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    return not is_hf(path) and any(path.glob("*.gguf"))
+
+
+def read_gguf(path: Path, config: Any = None, dtype: Any = None) -> Contents:
+    """Read a GGUF file, or the only one in a folder; a given `config` takes the place of the file's, or changes it."""
+    file = _only_file(path)
+    gguf = open_gguf(file)
+    try:
+        _check_kind(gguf.metadata)
+        needed = config is None or isinstance(config, Mapping)
+        config = resolve_config(config, _Metadata(gguf).config() if needed else None, gguf.tensors, LAYOUT)
+        variables = from_state_dict(gguf.tensors, config, LAYOUT, dtype)
+        tokenizer = gguf_tokenizer(gguf.metadata, file.stem)
+        generation = GenerationConfig() if tokenizer is None else generation_config(gguf.metadata)
+    except BadInput as error:
+        raise located(file, error) from error
+    return Contents(config, variables, tokenizer, generation)
+
+
+def _only_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise BadInput(f"{path}: holds {len(found)} GGUF files ({', '.join(file.name for file in found)}); name one")
+    return found[0]
+
+
+def _check_kind(metadata: Mapping[str, Any]) -> None:
+    architecture, parts = metadata.get("general.architecture"), metadata.get("split.count", 1)
+    if architecture != ARCHITECTURE:
+        raise BadInput(f"holds a model of the architecture {architecture!r}; supported is {ARCHITECTURE!r}")
+    if parts != 1:
+        raise BadInput(f"is one of {parts} parts of a model; join them (llama-gguf-split --merge) and load the whole")
+
+
+class _Metadata:
+    """The keys of the architecture, `llama.*`; those that were read are remembered."""
+
+    def __init__(self, gguf: GGUF):
+        self._tensors = gguf.tensors
+        prefix = f"{ARCHITECTURE}."
+        self._values = {
+            key.removeprefix(prefix): value for key, value in gguf.metadata.items() if key.startswith(prefix)
+        }
+        self._read = {*FIXED, *HARMLESS}
+
+    def config(self) -> Llama3Config:
+        self._check_fixed()
+        vocab_size, layers = self._integer("vocab_size", self._rows(EMBEDDING)), self._integer("block_count")
+        heads, width = self._integer("attention.head_count"), self._integer("embedding_length")
+        head_dim = self._head_dim(width // max(heads, 1))
+        counted = len({name.split(".")[1] for name in self._tensors if name.startswith("blk.")})
+        # Tables are made by these numbers before the weights are compared with them: a damaged one would ask for any
+        # amount of memory.
+        for key, value, found, what in (
+            ("vocab_size", vocab_size, self._rows(EMBEDDING), f"rows of {EMBEDDING}"),
+            ("block_count", layers, counted, "layers with tensors"),
+            (f"attention.head_count * {head_dim}", heads * head_dim, self._rows(QUERY), f"rows of {QUERY}"),
+        ):
+            if value != found:
+                raise BadInput(f"{ARCHITECTURE}.{key} is {value}, but the file has {found} {what}")
+        context = self._integer("context_length")
+        attention_bias, output_bias = (f"blk.0.attn_{part}.bias" in self._tensors for part in ("q", "output"))
+        config = Llama3Config(
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=self._integer("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            intermediate_size=self._integer("feed_forward_length"),
+            rms_norm_eps=self._number("attention.layer_norm_rms_epsilon"),
+            rope_parameters=self._rope(context),
+            attention_bias=attention_bias,
+            attention_output_bias=None if output_bias == attention_bias else output_bias,
+            mlp_bias="blk.0.ffn_gate.bias" in self._tensors,
+            tie_word_embeddings=HEAD not in self._tensors,
+        )
+        unknown = sorted(set(self._values) - self._read)
+        if unknown:
+            warnings.warn(f"unknown metadata is ignored: {', '.join(unknown)}", stacklevel=4)
+        return config
+
+    def _check_fixed(self) -> None:
+        for key, supported in FIXED.items():
+            value = self._values.get(key, supported)
+            if value != supported:
+                raise BadInput(f"{ARCHITECTURE}.{key}={_shortened(value)} is not supported, only {supported!r}")
+
+    def _rows(self, name: str) -> int:
+        if name not in self._tensors or not self._tensors[name].shape:
+            raise BadInput(f"has no matrix {name}, so it is not a language model that is supported")
+        return self._tensors[name].shape[0]
+
+    def _head_dim(self, default: int) -> int:
+        turned = self._integer("rope.dimension_count", default)
+        width = self._integer("attention.key_length", turned)
+        values = self._integer("attention.value_length", width)
+        if not turned == width == values:
+            raise BadInput(
+                f"its keys have {width} features a head, of which RoPE turns {turned}, and its values {values}; "
+                "supported are models where the three are equal"
+            )
+        return width
+
+    def _rope(self, context: int) -> dict[str, Any]:
+        theta = self._number("rope.freq_base", 10_000.0)
+        # llama.cpp scales linearly unless told otherwise, by a factor that is 1 unless told otherwise.
+        scaling = self._get("rope.scaling.type", "linear")
+        factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 1.0))
+        trained = self._integer("rope.scaling.original_context_length", context)
+        betas = {
+            name: self._number(f"rope.scaling.yarn_{name}", default)
+            for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+        }
+        if scaling not in ("none", "linear", "yarn"):
+            raise BadInput(f"{ARCHITECTURE}.rope.scaling.type={scaling!r} is not supported, only none, linear and yarn")
+        scaled = scaling != "none" and factor not in (0.0, 1.0)
+        if ROPE_DIVISORS in self._tensors:
+            if scaled:
+                raise BadInput(f"has both {ROPE_DIVISORS} and {scaling} scaling of RoPE, which is not supported")
+            # Llama 3.1's scaling, written out as a divisor for each frequency.
+            divisors = np.asarray(self._tensors[ROPE_DIVISORS], np.float32).ravel().tolist()
+            if not all(divisor > 0 for divisor in divisors):
+                raise BadInput(f"{ROPE_DIVISORS} divides by a number that is not positive")
+            lists = {"short_factor": divisors, "long_factor": divisors}
+            return {"rope_type": "longrope", "rope_theta": theta, "factor": 1.0, "attention_factor": 1.0, **lists}
+        if not scaled:
+            return {"rope_type": "default", "rope_theta": theta}
+        if scaling == "linear":
+            return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+        trained_length = {"original_max_position_embeddings": trained}
+        return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **trained_length, **betas}
+
+    def _get(self, key: str, default: Any) -> Any:
+        self._read.add(key)
+        value = self._values.get(key, default)
+        if value is None:
+            raise BadInput(f"the metadata lacks {ARCHITECTURE}.{key}")
+        return value
+
+    def _integer(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        if type(value) is not int:
+            raise BadInput(f"{ARCHITECTURE}.{key}={_shortened(value)} is not an integer")
+        return value
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if type(value) not in (int, float):
+            raise BadInput(f"{ARCHITECTURE}.{key}={_shortened(value)} is not a number")
+        return float(value)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def generation_config(metadata: Mapping[str, Any]) -> GenerationConfig:
+    """The tokens that begin, pad and end a text.
+
+    A chat model ends what it says with a token of its own, which need not be the one that ends a document: where the
+    file does not name it, any of the known ones that its chat template writes.
+    """
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    kinds = metadata.get("tokenizer.ggml.token_type", [])
+    template = metadata.get(CHAT_TEMPLATE, "")
+    named = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "eos", "eot", "eom")}
+    ends = [named[name] for name in ("eos", "eot", "eom") if named[name] is not None]
+    written = [text for text in END_OF_TURN if text in template]
+    if written:
+        ends += [number for number, kind in enumerate(kinds) if kind == CONTROL and tokens[number] in written]
+    ids = {"eos_token_id": list(dict.fromkeys(ends)), "bos_token_id": named["bos"], "pad_token_id": named["padding"]}
+    generation = GenerationConfig.from_hf(ids)
+    if any(number >= len(tokens) for number in generation.eos_token_id):
+        raise BadInput(f"the end tokens {ids['eos_token_id']} are not all in the vocabulary of {len(tokens)} tokens")
+    return generation

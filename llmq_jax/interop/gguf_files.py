@@ -1,0 +1,183 @@
+"""GGUF files, llama.cpp's format: metadata and tensors in one file, most of the tensors quantised in blocks.
+
+    header    "GGUF", version, number of tensors, number of metadata pairs
+    pairs     key, type, value: numbers, strings and arrays of either
+    tensors   name, axes (the fastest first), type, offset in the data
+    data      aligned to `general.alignment` bytes
+
+Source: ggml-org/ggml, docs/gguf.md. The layouts of blocks and their arithmetic are those of the package `gguf`. The
+header is read here: the package's GGUFReader makes three arrays for every string of a vocabulary, and does not notice
+the end of the file, so that a damaged length makes it loop until memory is full. Here every length is held against the
+size of the file before anything is read.
+"""
+
+import math
+import mmap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.tables import LazyTensor
+from llmq_jax.interop.tensor_files import TensorFiles, damaged
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+"""Where `general.alignment` does not say otherwise."""
+MAX_AXES = 4
+
+PLAIN_TYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Types that keep their own numbers."""
+QUANTISED_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+"""Types that become float32."""
+
+NUMBERS = {
+    GGUFValueType.UINT8: np.dtype("u1"),
+    GGUFValueType.INT8: np.dtype("i1"),
+    GGUFValueType.UINT16: np.dtype("<u2"),
+    GGUFValueType.INT16: np.dtype("<i2"),
+    GGUFValueType.UINT32: np.dtype("<u4"),
+    GGUFValueType.INT32: np.dtype("<i4"),
+    GGUFValueType.UINT64: np.dtype("<u8"),
+    GGUFValueType.INT64: np.dtype("<i8"),
+    GGUFValueType.FLOAT32: np.dtype("<f4"),
+    GGUFValueType.FLOAT64: np.dtype("<f8"),
+    GGUFValueType.BOOL: np.dtype("?"),
+}
+
+
+class GGUF(NamedTuple):
+    metadata: dict[str, Any]
+    """Numbers, truth values, strings and lists of them, by key."""
+    tensors: TensorFiles
+    """Shapes are PyTorch's: the slowest axis first, so (out, in) for a linear layer."""
+
+
+class _TensorInfo(NamedTuple):
+    """What the header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def open_gguf(path: Path) -> GGUF:
+    """The metadata of a file and its tensors. BadInput: a file of another kind, damaged, or with unsupported types."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(path, data)
+    except BadInput:
+        raise
+    except (OSError, EOFError, ValueError) as error:  # among them what is not UTF-8
+        raise damaged(path, "a GGUF file", error) from error
+
+
+class _Header:
+    """Reads one thing after another, and nothing beyond the end of the file."""
+
+    def __init__(self, data: mmap.mmap):
+        self._data = data
+        self.position = 0
+
+    def take(self, size: int) -> bytes:
+        end = self.position + size
+        if end > len(self._data):
+            raise EOFError(f"the header goes on to byte {end:,} of {len(self._data):,}")
+        taken = self._data[self.position : end]
+        self.position = end
+        return taken
+
+    def integer(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def string(self) -> str:
+        return self.take(self.integer(8)).decode()
+
+    def value(self) -> Any:
+        kind = GGUFValueType(self.integer(4))
+        if kind == GGUFValueType.STRING:
+            return self.string()
+        if kind != GGUFValueType.ARRAY:
+            number = self.numbers(kind, 1)[0]
+            # A float32 stands for the decimal number that someone wrote: 1e-05, not 9.999999747378752e-06.
+            return float(str(number)) if kind == GGUFValueType.FLOAT32 else number.item()
+        kind, count = GGUFValueType(self.integer(4)), self.integer(8)
+        if kind == GGUFValueType.STRING:
+            return [self.string() for _ in range(count)]
+        return self.numbers(kind, count).tolist()
+
+    def numbers(self, kind: GGUFValueType, count: int) -> np.ndarray:
+        if kind not in NUMBERS:
+            raise ValueError("arrays of arrays are not supported")
+        return np.frombuffer(self.take(count * NUMBERS[kind].itemsize), NUMBERS[kind])
+
+    def tensor(self) -> _TensorInfo:
+        name, axes = self.string(), self.integer(4)
+        if axes > MAX_AXES:
+            raise ValueError(f"{name} has {axes} axes")
+        shape = tuple(self.integer(8) for _ in range(axes))[::-1]
+        return _TensorInfo(name, shape, kind=self.integer(4), offset=self.integer(8))
+
+
+def _read(path: Path, data: mmap.mmap) -> GGUF:
+    header = _Header(data)
+    if header.take(len(MAGIC)) != MAGIC:
+        raise ValueError("it does not begin with GGUF")
+    version = header.integer(4)
+    if version not in VERSIONS:
+        reason = "is written for big-endian machines" if version & 0xFFFF == 0 else f"is GGUF of version {version}"
+        raise BadInput(f"{path}: {reason}, which is not supported; versions 2 and 3 for little-endian machines are")
+    tensor_count, pair_count = header.integer(8), header.integer(8)
+    metadata: dict[str, Any] = {}
+    for _ in range(pair_count):
+        key = header.string()
+        if key in metadata:
+            raise ValueError(f"{key} is there twice")
+        metadata[key] = header.value()
+    infos = [header.tensor() for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or alignment <= 0:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    start = math.ceil(header.position / alignment) * alignment
+    tensors: dict[str, LazyTensor] = {}
+    for info in infos:
+        if info.name in tensors:
+            raise ValueError(f"{info.name} is there twice")
+        tensors[info.name] = _lazy(path, info, start, len(data))
+    return GGUF(metadata, TensorFiles({path: tensors}))
+
+
+def _lazy(path: Path, info: _TensorInfo, start: int, file_size: int) -> LazyTensor:
+    kind = GGMLQuantizationType(info.kind) if info.kind in set(GGMLQuantizationType) else None
+    type_name = kind.name if kind is not None else f"number {info.kind}"
+    if kind is None or type_name not in (*PLAIN_TYPES, *QUANTISED_TYPES):
+        supported = ", ".join((*PLAIN_TYPES, *QUANTISED_TYPES))
+        raise BadInput(f"{path}: {info.name} has the type {type_name}; supported are {supported}")
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    *rows, width = info.shape or (1,)
+    if width % block:
+        raise ValueError(f"{info.name} has rows of {width} numbers in blocks of {block}")
+    byte_shape = (*rows, width // block * block_bytes)
+    position, size = start + info.offset, math.prod(byte_shape)
+    if position + size > file_size:
+        raise EOFError(f"{info.name} ends at byte {position + size:,} of {file_size:,}")
+
+    def read() -> np.ndarray:
+        stored = np.fromfile(path, np.uint8, size, offset=position)
+        if len(stored) != size:
+            raise BadInput(f"{path}: {info.name} cannot be read; the file has changed since it was opened")
+        if type_name in PLAIN_TYPES:
+            return stored.view(PLAIN_TYPES[type_name]).reshape(info.shape)
+        return dequantize(stored.reshape(byte_shape), kind)
+
+    return LazyTensor(info.shape, PLAIN_TYPES.get(type_name, np.dtype(np.float32)), read)

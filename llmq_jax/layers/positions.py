@@ -1,0 +1,434 @@
+"""Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864, eq. 34) and its scalings to longer contexts.
+
+Pair i of a head's H features turns by the angle position · θᵢ, with the inverse frequencies θᵢ = base^(-2i/H): so the
+product of a query and a key depends on the distance between them. Scalings change the frequencies, each in its own way,
+so that a model trained on short contexts can read long ones. They are one small family of classes here, named by
+`rope_type` in `config.json`; each says what it does to the frequencies, and `rope_from` finds the class.
+
+| rope_type | what turns slower | source |
+| --- | --- | --- |
+| default | nothing | the paper |
+| linear | all pairs alike | position interpolation, arXiv:2306.15595 |
+| ntk | slow pairs more, through the base | NTK-aware scaling (bloc97 2023), arXiv:2309.00071, definition 1 |
+| dynamic | the same, by the length of the document at hand | arXiv:2309.00071, section 3.3 |
+| by_parts | slow pairs, a ramp in turns per context | NTK-by-parts, arXiv:2309.00071, definition 2 |
+| by_parts_ntk | the two stacked | the default of the repository that this project re-implements |
+| llama3 | as by_parts | Llama 3.1 (arXiv:2407.21783, section 3.4.2) |
+| yarn | slow pairs, a ramp in the index of the pair, and a temperature | YaRN as released, arXiv:2309.00071 |
+| longrope | each pair by a factor of its own | LongRoPE, arXiv:2402.13753 |
+
+What transformers has (all but ntk, by_parts and by_parts_ntk) equals its tables.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.errors import BadInput, did_you_mean
+
+
+@struct.dataclass
+class Rotation:
+    """Cosine and sine of the angle by which every pair of features turns at every position; the same for all heads."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+    def apply(self, x: Float[Array, "B T N H"], interleaved: bool = False) -> Float[Array, "B T N H"]:
+        """Turn queries or keys, in float32.
+
+        Pairs are features i and i + H/2 (half-split, as transformers has them), or 2i and 2i + 1 (interleaved, as the
+        paper and Llama's own code have them): the same but for the order of the features.
+        """
+        wide = x.astype(jnp.float32)
+        cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+        first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
+        turned = first * cos - second * sin, second * cos + first * sin
+        whole = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)
+        return whole.astype(x.dtype)
+
+
+def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Int[Array, "B S"]:
+    """The length of each token's document, its last position + 1: [B, T], or [B, 1] where rows are documents."""
+    if segment_ids is None:
+        return positions.max(axis=1, keepdims=True) + 1
+    together = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.where(together, positions[:, None, :], -1).max(axis=2) + 1
+
+
+def inverse_frequencies(base: Any, width: int) -> Any:
+    """base^(-2i/H) for i = 0, ..., H/2 - 1. A float gives float64 [H/2]; an array [...] gives float32 [..., H/2]."""
+    exponents = np.arange(0, width, 2) / width
+    return 1.0 / (base**exponents if isinstance(base, float) else base[..., None] ** jnp.float32(exponents))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Plain RoPE, and what all scalings share."""
+
+    least_width: ClassVar[int] = 2
+    """The narrowest heads for which the frequencies are defined."""
+
+    rope_type: str = field(default="default", init=False)
+    rope_theta: float = 10_000.0
+    """The base: how slowly the slowest pair turns."""
+
+    def __post_init__(self):
+        self.require(self.rope_theta > 1, "rope_theta", "must be above 1")
+
+    def frequencies(self, width: int, lengths: Int[Array, "B S"]) -> Any:
+        """Radians per position, [H/2]; or [B, S, H/2] where they depend on a document's length (`document_lengths`)."""
+        return inverse_frequencies(float(self.rope_theta), width)
+
+    @property
+    def attention_scale(self) -> float:
+        """What cosine and sine, and thus the queries and the keys, are multiplied by."""
+        return 1.0
+
+    def rotation(
+        self, positions: Int[Array, "B T"], width: int, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Rotation:
+        """Angles for heads of `width` features at the positions of a batch."""
+        frequencies = self.frequencies(width, document_lengths(positions, segment_ids))
+        angles = positions[..., None].astype(jnp.float32) * jnp.float32(frequencies)
+        scale = jnp.float32(self.attention_scale)
+        return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+
+    def check(self, width: int, max_position_embeddings: int) -> None:
+        """Raise BadInput where the parameters do not suit heads of that width or a context of that length."""
+        if width < self.least_width:
+            raise BadInput(f"rope_type {self.rope_type!r} needs heads of {self.least_width} features, not {width}")
+        original = getattr(self, "original_max_position_embeddings", max_position_embeddings)
+        self.require(
+            1 <= original <= max_position_embeddings,
+            "original_max_position_embeddings",
+            f"must lie between 1 and max_position_embeddings={max_position_embeddings}, the context that extends it",
+        )
+
+    def require(self, condition: bool, field: str, rule: str) -> None:
+        if not condition:
+            value = getattr(self, field)
+            raise BadInput(f"rope_parameters.{field}={value!r} {rule} (rope_type {self.rope_type!r})")
+
+    def exported(self, width: int) -> "Rope":
+        """The same frequencies as a type that transformers has."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` has it: parameters that are None left out."""
+        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledRope(Rope):
+    factor: float
+    """By how much the context grows."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.factor >= 1, "factor", "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRope(ScaledRope):
+    """Position interpolation (Chen et al. 2023): as if positions were closer together."""
+
+    rope_type: str = field(default="linear", init=False)
+
+    def frequencies(self, width, lengths):
+        return inverse_frequencies(float(self.rope_theta), width) / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NTKRope(ScaledRope):
+    """NTK-aware scaling: the base grows so that the slowest pair slows by `factor` and the fastest not at all."""
+
+    least_width = 4
+    rope_type: str = field(default="ntk", init=False)
+
+    def frequencies(self, width, lengths):
+        return inverse_frequencies(ntk_base(self.rope_theta, self.factor, width), width)
+
+    def exported(self, width):
+        return Rope(rope_theta=ntk_base(self.rope_theta, self.factor, width))
+
+
+def ntk_base(base: float, factor: Any, width: int) -> Any:
+    """Peng et al. 2023 (YaRN), definition 1: base · factor^(H / (H - 2)), for heads of more than 2 features."""
+    return base * factor ** (width / (width - 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicRope(ScaledRope):
+    """NTK-aware scaling by the length of the document at hand, where it exceeds what the model was trained on.
+
+    transformers takes the longest row of a batch for all of them; here a document's frequencies do not depend on its
+    neighbours.
+    """
+
+    least_width = 4
+    rope_type: str = field(default="dynamic", init=False)
+    original_max_position_embeddings: int
+    """The length that the model was trained on."""
+
+    def frequencies(self, width, lengths):
+        trained = self.original_max_position_embeddings
+        excess = jnp.maximum(lengths - trained, 0) / trained
+        return inverse_frequencies(ntk_base(self.rope_theta, 1 + self.factor * excess, width), width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Rope(ScaledRope):
+    """Llama 3.1: pairs that turn less than `low_freq_factor` times in the trained context slow down by `factor`, those
+    that turn more than `high_freq_factor` times do not, and between the two a ramp in the number of turns leads over.
+    """
+
+    rope_type: str = field(default="llama3", init=False)
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.low_freq_factor > 0, "low_freq_factor", "must be positive")
+        rule = f"must be above low_freq_factor={self.low_freq_factor!r}"
+        self.require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", rule)
+
+    def frequencies(self, width, lengths):
+        plain = inverse_frequencies(float(self.rope_theta), width)
+        kept = by_turns(plain, self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor)
+        return plain * (kept + (1 - kept) / self.factor)
+
+
+def by_turns(frequencies: np.ndarray, context: int, low: float, high: float) -> np.ndarray:
+    """Peng et al. 2023 (YaRN), eq. 18: 0 for up to `low` turns in the context, 1 from `high` turns on."""
+    turns = context * frequencies / (2 * math.pi)
+    return np.clip((turns - low) / (high - low), 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByPartsRope(ScaledRope):
+    """NTK-by-parts (Peng et al. 2023, definition 2, the paper's α and β): `llama3` under the paper's names."""
+
+    rope_type: str = field(default="by_parts", init=False)
+    alpha: float = 1.0
+    beta: float = 32.0
+    original_max_position_embeddings: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.alpha > 0, "alpha", "must be positive")
+        self.require(self.beta > self.alpha, "beta", f"must be above alpha={self.alpha!r}")
+
+    def base(self, width: int) -> float:
+        return float(self.rope_theta)
+
+    def frequencies(self, width, lengths):
+        plain = inverse_frequencies(self.base(width), width)
+        kept = by_turns(plain, self.original_max_position_embeddings, self.alpha, self.beta)
+        return plain * (kept + (1 - kept) / self.factor)
+
+    def exported(self, width):
+        return Llama3Rope(
+            rope_theta=self.base(width),
+            factor=self.factor,
+            low_freq_factor=self.alpha,
+            high_freq_factor=self.beta,
+            original_max_position_embeddings=self.original_max_position_embeddings,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByPartsNTKRope(ByPartsRope):
+    """NTK-by-parts over the base of NTK-aware scaling, as the repository that this project re-implements has it."""
+
+    least_width = 4
+    rope_type: str = field(default="by_parts_ntk", init=False)
+    ntk_factor: float
+    """By how much the base's scaling takes the context to grow."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.ntk_factor >= 1, "ntk_factor", "must be at least 1")
+
+    def base(self, width: int) -> float:
+        return ntk_base(self.rope_theta, self.ntk_factor, width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnRope(ScaledRope):
+    """YaRN as it was released and as transformers has it: the ramp between slowed and kept pairs is linear in the index
+    of the pair, from the one that turns `beta_fast` times in the trained context to the one that turns `beta_slow`
+    times; and attention gets a temperature, through the length of queries and keys (section 3.4, eq. 22).
+    """
+
+    rope_type: str = field(default="yarn", init=False)
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """The scale of queries and keys; None is what `mscale` and `mscale_all_dim` give, or 0.1 ln(factor) + 1."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """Whether the ends of the ramp are whole indices."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.beta_slow > 0, "beta_slow", "must be positive")
+        self.require(self.beta_fast >= self.beta_slow, "beta_fast", f"is below beta_slow={self.beta_slow!r}")
+        self.require(self.attention_factor is None or self.attention_factor > 0, "attention_factor", "must be positive")
+
+    def frequencies(self, width, lengths):
+        plain = inverse_frequencies(float(self.rope_theta), width)
+        low, high = (self._index(turns, width) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        slowed = np.clip((np.arange(width // 2) - low) / (high - low or 0.001), 0.0, 1.0)
+        return plain * (1 - slowed + slowed / self.factor)
+
+    def _index(self, turns: float, width: int) -> float:
+        """Of the pair that turns that many times in the trained context."""
+        wavelength = self.original_max_position_embeddings / turns
+        return width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.rope_theta))
+
+    @property
+    def attention_scale(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return yarn_scale(self.factor, self.mscale) / yarn_scale(self.factor, self.mscale_all_dim)
+        return yarn_scale(self.factor)
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """Peng et al. 2023 (YaRN), eq. 22: 0.1 · weight · ln(factor) + 1."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRope(ScaledRope):
+    """LongRoPE: a divisor for each pair, one list for documents within the trained context and one for longer ones.
+
+    transformers takes the longest row of a batch for all of them. `factor` scales attention only.
+    """
+
+    rope_type: str = field(default="longrope", init=False)
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    """The scale of queries and keys; None is sqrt(1 + ln(factor) / ln(original_max_position_embeddings))."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("short_factor", "long_factor"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            self.require(all(divisor > 0 for divisor in getattr(self, name)), name, "must be positive numbers")
+        self.require(self.attention_factor is None or self.attention_factor > 0, "attention_factor", "must be positive")
+
+    def check(self, width, max_position_embeddings):
+        super().check(width, max_position_embeddings)
+        for name in ("short_factor", "long_factor"):
+            count = len(getattr(self, name))
+            if count != width // 2:
+                raise BadInput(
+                    f"rope_parameters.{name} has {count} factors; heads of {width} features take {width // 2}"
+                )
+
+    def frequencies(self, width, lengths):
+        plain = inverse_frequencies(float(self.rope_theta), width)
+        short, long = (jnp.float32(plain / np.array(factors)) for factors in (self.short_factor, self.long_factor))
+        return jnp.where(lengths[..., None] > self.original_max_position_embeddings, long, short)
+
+    @property
+    def attention_scale(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.factor == 1:
+            return 1.0
+        return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+
+
+ROPES: dict[str, type[Rope]] = {
+    rope.rope_type: rope
+    for rope in (
+        Rope,
+        LinearRope,
+        NTKRope,
+        DynamicRope,
+        ByPartsRope,
+        ByPartsNTKRope,
+        Llama3Rope,
+        YarnRope,
+        LongRope,
+    )
+}
+
+
+def rope_from(parameters: Rope | Mapping[str, Any], width: int, max_position_embeddings: int) -> Rope:
+    """The rope of a `rope_parameters` dict, checked against the width of heads and the longest context.
+
+    The trained context, where the dict is silent, is the longest one, and yarn's and longrope's factor is the ratio of
+    the two, as in transformers. BadInput: an unknown rope_type, a parameter missing, unknown to the type, of a wrong
+    kind, or in contradiction to another.
+    """
+    if not isinstance(parameters, Rope):
+        parameters = _read(dict(parameters), max_position_embeddings)
+    parameters.check(width, max_position_embeddings)
+    return parameters
+
+
+def _read(values: dict[str, Any], max_position_embeddings: int) -> Rope:
+    rope_type, old = values.pop("rope_type", None), values.pop("type", None)
+    if rope_type is not None and old is not None and rope_type != old:
+        raise BadInput(f"rope_parameters has rope_type={rope_type!r} and type={old!r}; keep one of them")
+    rope_type = str(rope_type or old or "default")
+    if rope_type not in ROPES:
+        raise BadInput(f"rope_parameters.rope_type={rope_type!r} is unknown: {did_you_mean(rope_type, ROPES)}")
+    fields = {entry.name: entry for entry in dataclasses.fields(ROPES[rope_type]) if entry.init}
+    if values.get("partial_rotary_factor") == 1:
+        del values["partial_rotary_factor"]  # all of a head's features turn
+    values = {name: value for name, value in values.items() if value is not None}
+    unknown = [name for name in values if name not in fields]
+    if unknown:
+        raise BadInput(f"rope_parameters.{unknown[0]} is not a parameter of rope_type {rope_type!r}: drop it")
+    values = {name: _as_kind(fields[name], value) for name, value in values.items()}
+    if "original_max_position_embeddings" in fields:
+        original = values.setdefault("original_max_position_embeddings", max_position_embeddings)
+        if rope_type in ("yarn", "longrope"):
+            values.setdefault("factor", max_position_embeddings / original)
+    missing = [name for name, entry in fields.items() if entry.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise BadInput(f"rope_parameters lacks {' and '.join(missing)}, which rope_type {rope_type!r} needs")
+    return ROPES[rope_type](**values)
+
+
+def _as_kind(entry: dataclasses.Field, value: Any) -> Any:
+    """A parameter as JSON may have it, in the type of its field."""
+    if entry.type is bool:
+        good, kind = isinstance(value, bool), "true or false"
+    elif entry.type is int:
+        good, kind = _is_number(value) and value == int(value) > 0, "a positive whole number"
+    elif entry.type == tuple[float, ...]:
+        good, kind = isinstance(value, list | tuple) and all(map(_is_number, value)), "a list of numbers"
+    else:
+        good, kind = _is_number(value), "a number"
+    if not good:
+        raise BadInput(f"rope_parameters.{entry.name}={value!r} is not {kind}")
+    if isinstance(value, list | tuple):
+        return tuple(map(float, value))
+    return value if entry.type is bool else int(value) if entry.type is int else float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,288 @@
+"""Llama 3 (Grattafiori et al. 2024, "The Llama 3 Herd of Models", arXiv:2407.21783), and all that is built as it is.
+
+Notable features, each in place of one of GPT-2's:
+- rotary position embeddings (RoPE) on queries and keys, in every layer; no table of positions
+- RMSNorm instead of layer norm: no mean, no bias
+- grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): several query heads share a head of keys and values
+- SwiGLU instead of GELU, three matrices instead of two
+- no biases (where a config asks for them: in attention, in the feed-forward network), no dropout on the stream
+- output head of its own, or tied (Llama 3.2 1B and 3B, SmolLM2)
+- long contexts by scaling the frequencies of RoPE (`rope_parameters`)
+
+Reference: meta-llama/llama-models and transformers' `LlamaForCausalLM`. Deviations: none by default. `norm="dyt"` puts
+Dynamic Tanh in place of the norms.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from flax import linen as nn
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.layers.activations import ACTIVATIONS
+from llmq_jax.layers.attention import Context, attention
+from llmq_jax.layers.caches import FullCache
+from llmq_jax.layers.embedding import Embedding
+from llmq_jax.layers.feedforward import GatedMLP
+from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
+from llmq_jax.layers.positions import Rope, rope_from
+from llmq_jax.models.config import require
+from llmq_jax.models.decoder import Decoder, LayerGroup
+
+DEFAULT_ROPE = Rope()
+
+
+@dataclass(frozen=True)
+class Llama3Config:
+    """Fields bear transformers' names and defaults (Llama 7B); the sizes people use are presets."""
+
+    model_type: ClassVar[str] = "llama"
+
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+    """Longest sequence."""
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    """Heads of keys and values, each shared by as many query heads; None is one for each."""
+    head_dim: int | None = None
+    """Width of a head; None is hidden_size / num_attention_heads."""
+    intermediate_size: int = 11008
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Rope | dict = DEFAULT_ROPE
+    """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
+    attention_bias: bool = False
+    """Whether queries, keys, values and attention's output have biases."""
+    attention_output_bias: bool | None = None
+    """Whether attention's output has one; None is as attention_bias. The original repository's Llama has no other."""
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    norm: str = "rms_norm"
+    """"rms_norm", "layer_norm" or "dyt"."""
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "max_position_embeddings",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        ):
+            require(getattr(self, name) > 0, self, name, "must be at least 1")
+        # What a field says by default, it says by None: equal models have equal configs, and another number of heads
+        # or width takes these along.
+        for name, default in (
+            ("num_key_value_heads", self.num_attention_heads),
+            ("head_dim", self.hidden_size / self.num_attention_heads),
+            ("attention_output_bias", self.attention_bias),
+        ):
+            if getattr(self, name) == default:
+                object.__setattr__(self, name, None)
+        require(
+            self.key_value_heads > 0 and self.num_attention_heads % self.key_value_heads == 0,
+            self,
+            "num_key_value_heads",
+            f"must divide num_attention_heads={self.num_attention_heads}",
+        )
+        require(
+            self.head_dim is not None or self.hidden_size % self.num_attention_heads == 0,
+            self,
+            "num_attention_heads",
+            f"must divide hidden_size={self.hidden_size}, unless head_dim is given",
+        )
+        width = self.head_width
+        require(
+            width > 0 and width % 2 == 0, self, "head_dim", f"gives heads of {width} features, but RoPE turns pairs"
+        )
+        require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"must be one of {', '.join(ACTIVATIONS)}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            require(getattr(self, name) > 0, self, name, "must be positive")
+        require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
+        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
+        rope = rope_from(self.rope_parameters, self.head_width, self.max_position_embeddings)
+        object.__setattr__(self, "rope_parameters", rope)
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+
+LLAMA_3_2_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 100_000.0},
+    "tie_word_embeddings": True,
+}
+PRESETS = {
+    "llama3.2-1b": Llama3Config(
+        **LLAMA_3,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        intermediate_size=8192,
+        rope_parameters=LLAMA_3_2_ROPE,
+        tie_word_embeddings=True,
+    ),
+    "llama3.2-3b": Llama3Config(
+        **LLAMA_3,
+        hidden_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        intermediate_size=8192,
+        rope_parameters=LLAMA_3_2_ROPE,
+        tie_word_embeddings=True,
+    ),
+    "llama3.1-8b": Llama3Config(
+        **LLAMA_3,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=14336,
+        rope_parameters={**LLAMA_3_2_ROPE, "factor": 8.0},
+    ),
+    "smollm2-135m": Llama3Config(
+        **SMOLLM2,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        initializer_range=1 / 24,
+    ),
+    "smollm2-360m": Llama3Config(
+        **SMOLLM2,
+        hidden_size=960,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        intermediate_size=2560,
+    ),
+    "smollm2-1.7b": Llama3Config(
+        **{**SMOLLM2, "rope_parameters": {"rope_theta": 130_000.0}},
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=8192,
+    ),
+    # To train from bytes, on a laptop.
+    "llama-10m": Llama3Config(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+class Llama3(Decoder):
+    """Token embeddings, equal blocks, final norm, head."""
+
+    config: Llama3Config
+
+    def setup(self):
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
+        if c.norm == "dyt":
+            self.embedding_scale = EmbeddingScale()
+        (self.group_0,) = self.make_groups()
+        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        block = partial(Llama3Block, self.config, self.dtype)
+        return (LayerGroup((block,), self.config.num_hidden_layers),)
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.token_embedding(tokens)
+        return self.embedding_scale(x) if self.config.norm == "dyt" else x
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        rope = self.config.rope_parameters
+        return Context(positions, segment_ids, rope.rotation(positions, self.config.head_width, segment_ids))
+
+
+class Llama3Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    config: Llama3Config
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+        c = self.config
+        attention_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, "attention_norm", before_attention=True)
+        mixed, cache = GroupedQueryAttention(c, self.dtype, name="attention")(attention_norm(x), context, cache)
+        x = x + mixed
+
+        mlp_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, "mlp_norm")
+        normal = nn.initializers.normal(c.initializer_range)
+        mlp = GatedMLP(c.intermediate_size, c.hidden_act, c.mlp_bias, normal, self.dtype, name="mlp")
+        return x + mlp(mlp_norm(x)), cache, {}
+
+    @nn.nowrap
+    def create_cache(self, batch: int, length: int, dtype: Dtype) -> FullCache:
+        return FullCache.create(batch, length, self.config.key_value_heads, self.config.head_width, dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """RoPE on queries and keys; query head n reads the head n // (N / K) of keys and values."""
+
+    config: Llama3Config
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+
+        def heads(count, name):
+            features = (count, c.head_width)
+            return Linear(features, c.attention_bias, normal, self.dtype, name=name)(x)  # [B, T, count, H]
+
+        query = context.rotation.apply(heads(c.num_attention_heads, "query"))
+        key = context.rotation.apply(heads(c.key_value_heads, "key"))
+        value = heads(c.key_value_heads, "value")
+        mixed, cache = attention(
+            query,
+            key,
+            value,
+            context,
+            cache,
+            scale=c.head_width**-0.5,
+            dropout_rate=c.attention_dropout,
+            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
+        )
+        bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
+        out = Linear(c.hidden_size, bias, normal, self.dtype, name="out")
+        return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_width)), cache

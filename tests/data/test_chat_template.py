@@ -1,0 +1,237 @@
+"""Chat templates give the text that transformers gives, and nothing that a template does gets out of hand."""
+
+import json
+import time
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, chat_template
+from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.errors import BadInput
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "One\ntwo <b>&'\"\n"}],
+    [
+        {"role": "user", "content": "naïve café 😀 你好"},
+        {"role": "assistant", "content": "{{ messages }}{% raw %}"},
+        {"role": "user", "content": "", "name": "Ada", "weight": 0.5, "empty": None},
+    ],
+]
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "number"}}, "note": "é <&>"}}]
+
+TEMPLATES = {
+    "chatml": """\
+{% for message in messages %}
+    {% if loop.first and messages[0]['role'] != 'system' %}
+        {{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}
+    {% endif %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' }}
+{% endif %}""",
+    "llama 2": """\
+{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}{% set rest = messages[1:] %}\
+{% else %}{% set system = none %}{% set rest = messages %}{% endif %}
+{{ bos_token }}{% for message in rest %}
+{% if message.role == 'user' %}[INST] {% if loop.index0 == 0 and system %}<<SYS>>{{ system }}<</SYS>>{% endif %}
+{{ message.content | trim }} [/INST]{% else %} {{ message.content | trim }} {{ eos_token }}{% endif %}{% endfor %}""",
+    "tools": """\
+{%- if tools is defined and tools is not none %}{{ tools | tojson }}{{ tools | tojson(indent=2) }}
+{{- tools | map(attribute='function.name') | join(', ') }}{{ tools | tojson(separators=(',', ':'), sort_keys=true) }}
+{%- elif tools is defined %}none{% endif %}
+{%- for message in messages recursive %}{{ message | tojson }}{{ message.get('name', '?') }}{% endfor %}""",
+    "loops": """\
+{%- set state = namespace(users=0, last='') %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- if loop.index > 2 %}{% break %}{% endif %}
+    {%- set state.users = state.users + 1 %}{% set state.last = message.content %}
+    {{- loop.index }}/{{ loop.length }}/{{ loop.revindex0 }}{{ ' last' if loop.last else '' }}
+    {{- loop.previtem.role if loop.previtem is defined }}{{ loop.nextitem.role if loop.nextitem is defined }}
+    {{- loop.cycle('odd', 'even') }}{{ loop.changed(message.role) }}
+{%- else %}nobody{% endfor %}
+{{- state.users }}{{ state.last * 2 }}{% for a, b in dict(x=1, y=2).items() if b > 1 %}{{ a }}{{ b }}{% endfor %}
+{%- for word in messages[0].content.split() | reverse %}<{{ word }}>{% else %}-{% endfor %}
+{%- for i in range(3, 0, -1) %}{{ i * 2 }}{{ '%02d' % i }}{% endfor %}{% for x in nothing %}{% else %}.{% endfor %}""",
+    "macros": """\
+{%- macro turn(role, text='') -%}
+<{{ role }}>{{ text }}{{ caller() if caller else '' }}{{ kwargs | tojson }}
+{%- endmacro %}
+{%- for message in messages %}{{ turn(message.role, message.content, context='x', obj=1) }}
+{%- call turn('inner') %}{{ loop.index }}{% endcall %}{% endfor %}
+{%- filter upper %}ß{{ messages | length }}{% endfilter %}{{ strftime_now('%Y') | length }}{# nothing #}""",
+    "generation": """\
+{%- set mark = 'outer' %}{% for message in messages %}
+{%- if message.role == 'assistant' %}{% generation %}{% set mark = 'inner' %}{{ message.content }}{{ loop.index }}
+{%- endgeneration %}{% else %}{{ message.content }}{% endif %}{{ mark }}
+{% endfor %}""",
+}
+
+
+def theirs(template, messages, **variables) -> str:
+    (text,), _ = render_jinja_template(conversations=[messages], chat_template=template, **variables)
+    return text
+
+
+def without_empty(messages):
+    """What `apply_chat_template` does before it renders."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("variables", [{}, {"tools": TOOLS, "eos_token": "<end>"}], ids=["plain", "tools"])
+def test_text_is_that_of_transformers(name, variables):
+    template = ChatTemplate(TEMPLATES[name], TOKENS)
+    for messages in CONVERSATIONS:
+        for prompt in (True, False):
+            expected = theirs(
+                TEMPLATES[name], without_empty(messages), add_generation_prompt=prompt, **TOKENS | variables
+            )
+            assert template.render(messages, add_generation_prompt=prompt, **variables) == expected
+            assert expected
+
+
+def refused(template, messages=CONVERSATIONS[0]) -> str:
+    start = time.monotonic()
+    with pytest.raises(BadInput) as caught:
+        ChatTemplate(template).render(messages)
+    assert time.monotonic() - start < 5
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_a_template_raises():
+    message = refused("{{ raise_exception('After a user\n comes   an assistant') }}")
+    assert message == "the chat template refused these messages: After a user comes an assistant"
+    assert refused("{{ nothing.at.all }}").startswith(
+        "the chat template refused these messages: 'nothing' is undefined"
+    )
+    assert "division" in refused("{{ 1 // (messages | length - 1) }}")
+    assert refused("{{ nothing | tojson }}").startswith("the chat template refused these messages: ")
+    assert refused("{% include 'file' %}").startswith("the chat template refused these messages: ")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "messages.__class__.__mro__",
+        "''.__class__.__base__.__subclasses__()",
+        "messages.append(1)",
+        "raise_exception.__globals__['json']",
+        "'{0.__class__.__base__}'.format(messages)",
+        "self.__init__.__globals__",
+        "cycler.__init__.__globals__.os",
+    ],
+)
+def test_a_template_stays_in_its_sandbox(expression):
+    assert "unsafe" in refused(f"{{{{ {expression} ~ '' }}}}")
+
+
+def test_not_jinja():
+    with pytest.raises(BadInput, match="is not valid Jinja: line 2: ") as caught:
+        ChatTemplate("one\n{% for message in messages %}")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="the chat template "):
+        ChatTemplate("{{ " + "(" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{% set r = range(100000) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+            "it takes more than 10,000 steps",
+        ),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", "steps"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% for i in range(10**9) %}{% endfor %}", "** is not allowed"),
+        ("{% for i in range(1000000000) %}{% endfor %}", "Range too big"),
+        ("{{ 10 ** 10 ** 10 }}", "** is not allowed"),
+        ("{{ 'a' * 1000000000 }}", "steps"),
+        ("{{ 1000000000 * [0] }}", "steps"),
+        ("{% for i in range(9000) %}{{ messages[0].content }}{% endfor %}", "it writes more than 100,000 characters"),
+        ("{{ lipsum(n=1000000) }}", "'lipsum' is undefined"),
+    ],
+)
+def test_bounds(monkeypatch, template, reason):
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 10_000)
+    monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 100_000)
+    assert reason in refused(template, [{"role": "user", "content": "x" * 1000}])
+
+
+def test_steps_do_not_add_up(monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_STEPS", 1000)
+    template = ChatTemplate("{% for i in range(900) %}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}")
+    for _ in range(3):
+        assert template.render(CONVERSATIONS[0]) == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("Hello", 'messages must be a list of {"role": ..., "content": ...}, not str'),
+        ({"role": "user", "content": "a"}, "messages must be a list of"),
+        ([], "messages are empty; give at least one"),
+        (["Hello"], 'messages[0] must be {"role": ..., "content": ...}, not str'),
+        ([{"role": "user", "content": "a"}, {"role": "user"}], "messages[1] has no 'content'; its keys are 'role'"),
+        ([{"from": "human", "value": "a"}], "messages[0] has no 'role'; its keys are 'from', 'value'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0]['content'] must be text, not list"),
+        ([{"role": 1, "content": "a"}], "messages[0]['role'] must be text, not int"),
+    ],
+)
+def test_messages_of_another_form(messages, reason):
+    assert reason in refused(TEMPLATES["chatml"], messages)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    return tmp_path
+
+
+def write_config(folder, **fields):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_where_a_tokenizer_s_template_is_found(folder):
+    assert FileTokenizer(folder).chat_template is None
+    write_config(folder, chat_template=None)
+    assert FileTokenizer(folder).chat_template is None
+    write_config(folder, chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}])
+    assert FileTokenizer(folder).chat_template.source == "d"
+    write_config(folder, chat_template=[{"name": "tool_use", "template": "t"}])
+    assert FileTokenizer(folder).chat_template is None
+    write_config(folder, chat_template="config")
+    assert FileTokenizer(folder).chat_template.source == "config"
+    (folder / "chat_template.json").write_text('{"chat_template": "json"}')
+    assert FileTokenizer(folder).chat_template.source == "json"
+    (folder / "chat_template.jinja").write_text("jinja")
+    assert FileTokenizer(folder).chat_template.source == "jinja"
+
+
+def test_special_tokens_reach_the_template(folder):
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "unk_token": "<?>"}))
+    write_config(
+        folder,
+        unk_token="<|endoftext|>",
+        extra_special_tokens=["x"],
+        chat_template="{{ bos_token }}{{ eos_token }}{{ unk_token }}",
+    )
+    assert FileTokenizer(folder).chat_template.render(CONVERSATIONS[0]) == "<s>" + 2 * "<|endoftext|>"
+
+
+def test_tokenizers_of_our_own_have_none():
+    assert ByteTokenizer().chat_template is None
+    assert GPT2Tokenizer().chat_template is None
+
+
+def test_a_broken_template_is_named_with_its_folder(folder):
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(BadInput, match=r"the chat template is not valid Jinja: line 1") as caught:
+        FileTokenizer(folder).chat_template  # noqa: B018
+    assert str(folder) in str(caught.value)

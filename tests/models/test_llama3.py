@@ -1,0 +1,183 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmq_jax.layers.norms import ALPHA_INIT, alpha_init
+from llmq_jax.models import Llama3Config, abstract_variables, build, init, override, preset
+from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.training.roles import roles
+
+SIZES = {
+    "vocab_size": 29,
+    "max_position_embeddings": 32,
+    "hidden_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "initializer_range": 0.2,
+}
+TINY = Llama3Config(
+    **SIZES,
+    num_key_value_heads=1,
+    intermediate_size=20,
+    rope_parameters={"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8},
+)
+TOKENS = np.random.default_rng(0).integers(0, 29, (2, 13)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return init(TINY)
+
+
+def count(config):
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(config)))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+        ("llama3.1-8b", 8_030_261_248),
+        ("smollm2-135m", 134_515_008),
+        ("smollm2-360m", 361_821_120),
+        ("smollm2-1.7b", 1_711_376_384),
+    ],
+)
+def test_presets_have_the_published_sizes(name, parameters):
+    assert count(preset(name)) == parameters
+
+
+def test_initialisation():
+    config = Llama3Config(
+        vocab_size=2000, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128
+    )
+    params = init(config)["params"]
+    block = params["group_0"]["block_0"]
+    kernels = [params["token_embedding"]["embedding"], params["lm_head"]["kernel"]]
+    kernels += [layer["kernel"] for part in ("attention", "mlp") for layer in block[part].values()]
+    assert len(kernels) == 9
+    for kernel in kernels:
+        assert float(jnp.std(kernel)) == pytest.approx(0.02, rel=0.03)
+    assert not np.allclose(block["mlp"]["up"]["kernel"][0], block["mlp"]["up"]["kernel"][1])
+    for norm in (block["attention_norm"], block["mlp_norm"], params["final_norm"]):
+        assert norm.keys() == {"scale"} and (norm["scale"] == 1).all()
+
+
+def test_a_laptop_s_preset_starts_from_chance():
+    """Bytes, in float32 and in the type of a GPU."""
+    config = preset("llama-10m", num_hidden_layers=2)
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 16)).astype(np.int32)
+    for dtype in (None, "bfloat16"):
+        logits = build(config, dtype=dtype).apply(init(config), tokens)
+        assert logits.dtype == jnp.float32
+        losses = -jax.nn.log_softmax(logits[:, :-1])
+        loss = jnp.take_along_axis(losses, tokens[:, 1:, None], axis=-1).mean()
+        assert float(loss) == pytest.approx(np.log(257), abs=0.3)
+
+
+@pytest.mark.parametrize("options", [{"scan_layers": False}, {"remat": "full"}])
+def test_ways_to_run_the_layers_agree(variables, options):
+    """Forward and back."""
+
+    def value_and_slope(model):
+        return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, TOKENS)).mean()))(variables)
+
+    expected, found = value_and_slope(build(TINY)), value_and_slope(build(TINY, **options))
+    jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), found, expected)
+
+
+def test_decoding_over_sliced_layers_equals_the_whole_pass(variables):
+    """One token at a time from unequal prompts, with frequencies that the length does not change."""
+    config = override(TINY, rope_parameters={})
+    model = build(config)
+    whole, lengths = model.apply(variables, TOKENS), np.array([5, 8])
+    outside, layers = model.slice_layers(variables)
+    output = model.apply(variables, TOKENS[:, :8], None, None, model.create_caches(2, 8, jnp.float32), method="forward")
+    caches = tuple(cache.extend(13) for cache in model.slice_caches(output.caches))
+    decode = jax.jit(model.decode)
+    for step in range(5):
+        positions = lengths + step
+        newest = TOKENS[np.arange(2), positions][:, None]
+        hidden, caches = decode(outside, layers, newest, positions[:, None], caches)
+        logits = model.apply(outside, hidden[:, 0], method="unembed")
+        np.testing.assert_allclose(logits, whole[np.arange(2), positions], atol=1e-4)
+
+
+def test_dropout_is_of_attention_weights(variables):
+    model = build(override(TINY, attention_dropout=0.5))
+    plain = build(TINY).apply(variables, TOKENS)
+    np.testing.assert_array_equal(model.apply(variables, TOKENS), plain)
+    first, second = (model.apply(variables, TOKENS, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1))
+    assert np.abs(first - plain).max() > 1e-3 and np.abs(first - second).max() > 1e-3
+    np.testing.assert_allclose(first[:, 0], plain[:, 0], atol=10)  # finite
+
+
+# Norms, in the place of another's.
+
+DYT, RMS = {"alpha", "scale", "bias"}, {"scale"}
+LAYER = {"scale", "bias"}
+GPT2_TINY, LLAMA_TINY = GPT2Config(**SIZES), override(TINY, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "norm", "names"),
+    [
+        (GPT2_TINY, "dyt", DYT),
+        (GPT2_TINY, "rms_norm", RMS),
+        (GPT2_TINY, "layer_norm", LAYER),
+        (LLAMA_TINY, "dyt", DYT),
+        (LLAMA_TINY, "rms_norm", RMS),
+        (LLAMA_TINY, "layer_norm", LAYER),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_norms_by_name(base, norm, names):
+    config = override(base, norm=norm)
+    variables = init(config)
+    params = variables["params"]
+    norms = [params["final_norm"], *(params["group_0"]["block_0"][name] for name in ("attention_norm", "mlp_norm"))]
+    assert all(found.keys() == names for found in norms)
+    assert ("embedding_scale" in params) == (norm == "dyt")
+    loss, slopes = jax.jit(jax.value_and_grad(lambda v: jnp.square(build(config).apply(v, TOKENS)).mean()))(variables)
+    assert np.isfinite(loss)
+    flat, _ = jax.tree_util.tree_flatten_with_path(slopes["params"])
+    for path, slope in flat:
+        name = jax.tree_util.keystr(path)
+        if "qkv" not in name or "bias" not in name:  # that of keys shifts all scores alike
+            assert np.isfinite(slope).all() and np.abs(slope).max() > 0, name
+    assert set(jax.tree.leaves(roles(params))) <= {"kernel", "embedding", "norm", "bias"}
+    if norm == "dyt":
+        assert roles(params)["final_norm"] == {"alpha": "norm", "scale": "norm", "bias": "bias"}
+        assert roles(params)["embedding_scale"] == {"scale": "norm"}
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("width", [768, 2048, 4096])
+def test_where_dynamic_tanh_starts(model_type, width):
+    """By width, before attention and elsewhere; embeddings grow by the root of the width."""
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": width, "norm": "dyt", "vocab_size": 5}
+    config = Llama3Config(**heads, intermediate_size=8) if model_type == "llama" else GPT2Config(**heads)
+    before, elsewhere = ALPHA_INIT[max(width, 1024)]
+
+    @jax.jit  # which leaves out what is not asked for: the other parameters
+    def scalars():
+        params = build(config).init(jax.random.key(0), TOKENS[:, :1] * 0)["params"]
+        block = params["group_0"]["block_0"]
+        norms = {"attention": block["attention_norm"], "mlp": block["mlp_norm"], "final": params["final_norm"]}
+        return params["embedding_scale"]["scale"], {name: norm["alpha"] for name, norm in norms.items()}
+
+    scale, alphas = scalars()
+    assert float(scale) == pytest.approx(width**0.5)
+    np.testing.assert_allclose(alphas["attention"], [before] * 2)
+    np.testing.assert_allclose(alphas["mlp"], [elsewhere] * 2)
+    np.testing.assert_allclose(alphas["final"], elsewhere)
+
+
+def test_alphas_of_other_widths():
+    """Those of the next width in the paper's table, or of its widest."""
+    assert alpha_init(64, True) == alpha_init(1024, True) == 1.0
+    assert alpha_init(1025, False) == alpha_init(2048, False) == 0.5
+    assert (alpha_init(4096, True), alpha_init(4096, False)) == (0.8, 0.2)
+    assert alpha_init(10_000, False) == alpha_init(8192, False) == 0.05
