@@ -28,7 +28,7 @@ class Options:
     model: Annotated[Positional[str | None], default_is("none")] = None
     """A Hugging Face folder, or a hub id."""
     random: Annotated[str | None, default_is("none")] = None
-    """Instead of a folder, a small random model of this architecture: gpt2."""
+    """Instead of a folder, a small random model of this architecture: gpt2 or llama."""
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 compares what both sides predict in bfloat16 with what transformers predicts in float32."""
     batch_size: int = 2
@@ -36,7 +36,7 @@ class Options:
     length: Annotated[int | None, default_is(f"{ROW}, or longer than the model's windows of attention")] = None
     """Tokens in a row."""
     seed: int = 0
-    """Seed of the tokens, of --random and of --inject."""
+    """Seed of the tokens, of --random (which model, and its weights) and of --inject."""
     tolerance: Annotated[float | None, default_is("1e-4, for bf16 1e-3")] = None
     """Largest relative difference: for hidden states and logits to the root mean square of a token's values, for
     gradients to their largest element. For bf16: mean KL divergence in nats."""

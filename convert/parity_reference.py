@@ -28,14 +28,34 @@ SMALL = {
     "hidden_size": 24,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 10,
     "intermediate_size": 56,
     "sliding_window": 8,
     "layer_norm_epsilon": 1e-2,
     "rms_norm_eps": 1e-2,
 }
-# What an architecture needs besides: {model_type: {field of our config: value}}.
+# What models of one architecture differ in. Seed 0 takes the first value, others draw one for each field. Rotary
+# frequencies are scaled from a context that the rows exceed.
+TRAINED = {"rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
+VARIANTS: dict[str, tuple] = {
+    "tie_word_embeddings": (True, False),
+    "num_key_value_heads": (2, 1, 4),
+    "attention_bias": (False, True),
+    "mlp_bias": (False, True),
+    "rope_parameters": (
+        {"rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 2.0, **TRAINED},
+        {"rope_type": "default", "rope_theta": 1e3},
+        {"rope_type": "linear", "rope_theta": 1e3, "factor": 4.0},
+        {"rope_type": "yarn", "beta_fast": 2.0, "beta_slow": 0.5, **TRAINED},
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
+            "long_factor": [1.0, 1.5, 2.5, 3.5, 4.0],
+            **TRAINED,
+        },
+    ),
+}
+# What an architecture needs besides, or instead: {model_type: {field of our config: value}}.
 SPECIAL: dict[str, dict[str, Any]] = {}
 
 
@@ -162,9 +182,7 @@ def load(folder: Path, dtype: str = "float32") -> Any:
 def random_model(model_type: str, seed: int = 0) -> Any:
     """A small model of an architecture, with every parameter drawn at random."""
     transformers = import_transformers()
-    config_class = ARCHITECTURES[model_type].config_class
-    fields = {field.name: SMALL[field.name] for field in dataclasses.fields(config_class) if field.name in SMALL}
-    config = override(config_class(), **fields | SPECIAL.get(model_type, {}))
+    config = random_config(model_type, seed)
     values = {
         name: value for name, value in config_to_hf(config).items() if name not in ("architectures", "model_type")
     }
@@ -173,6 +191,21 @@ def random_model(model_type: str, seed: int = 0) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager").eval()
     randomise(model, seed)
     return model
+
+
+def random_config(model_type: str, seed: int = 0) -> Any:
+    """A small config of an architecture."""
+    config_class = ARCHITECTURES[model_type].config_class
+
+    def drawn(field: str) -> Any:
+        options = VARIANTS[field]
+        rng = np.random.default_rng([seed, crc32(field.encode())])
+        return options[rng.integers(len(options)) if seed else 0]
+
+    names = [field.name for field in dataclasses.fields(config_class)]
+    fields = {name: SMALL[name] for name in names if name in SMALL}
+    fields |= {name: drawn(name) for name in names if name in VARIANTS}
+    return override(config_class(), **fields | SPECIAL.get(model_type, {}))
 
 
 def randomise(model: Any, seed: int = 0) -> None:

@@ -18,7 +18,6 @@ from flax import linen as nn
 from convert.parity_reference import Pass
 from convert.parity_weights import Difference, Slots, home
 from llmq_jax.interop.tables import Placement
-from llmq_jax.layers.attention import Context
 from llmq_jax.models.decoder import Decoder, default_positions
 
 ModulePath = tuple[str, ...]
@@ -138,7 +137,7 @@ class Trace(NamedTuple):
 def trace(model: Decoder, variables: dict, tokens: np.ndarray) -> Trace:
     """A forward pass over tokens [B, T], layer by layer, that notes every module's first input and first output."""
     ids = jnp.asarray(tokens, jnp.int32)
-    context = Context(default_positions(ids))
+    context = model.context(default_positions(ids))
     outside, layers = model.slice_layers(variables)
     blocks = {
         (f"group_{g}", f"block_{b}"): _recorded(make(parent=None))

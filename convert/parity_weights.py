@@ -139,7 +139,9 @@ def perturb(variables: dict, placement: Placement, seed: int) -> dict:
 def loss_and_gradients(model: Decoder, variables: dict, tokens: np.ndarray) -> tuple[float, dict]:
     """Next-token loss of tokens [B, T], and its gradients as a tree {"params": ...}."""
     ids = jnp.asarray(tokens, jnp.int32)
-    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": jnp.ones(ids[:, 1:].shape, jnp.float32)}
+    # The last token has no target, but is read as it is by transformers: frequencies may depend on the row's length.
+    mask = jnp.ones(ids.shape, jnp.float32).at[:, -1].set(0)
+    batch = {"tokens": ids, "targets": jnp.roll(ids, -1, axis=1), "mask": mask}
     objective = NextToken(model)
 
     @jax.jit

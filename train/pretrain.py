@@ -289,7 +289,7 @@ def new_config(options: Options, vocab_size: int) -> Any:
 def with_dropout(config: Any, rate: float | None) -> Any:
     if rate is None:
         return config
-    names = [field.name for field in dataclasses.fields(config) if field.name.endswith("_pdrop")]
+    names = [field.name for field in dataclasses.fields(config) if field.name.endswith(("_pdrop", "_dropout"))]
     if not names:
         raise BadInput(f"--dropout has no effect on {config.model_type}, which has no dropout; leave it out")
     return dataclasses.replace(config, **dict.fromkeys(names, rate))

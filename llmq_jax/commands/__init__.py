@@ -7,6 +7,7 @@ from llmq_jax import command_line
 
 VERBS = {
     "generate": "llmq_jax.commands.generate",
+    "chat": "llmq_jax.commands.chat",
     "evaluate": "llmq_jax.commands.evaluate",
     "models": "llmq_jax.commands.models",
     "env": "llmq_jax.commands.env",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from llmq_jax.command_line import Flag, Positional, default_is, use_device
+from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
 
 LONGEST = 2048
@@ -56,7 +57,7 @@ def main(options: Options) -> None:
     tokens = encode_documents(tokenizer, documents, append_end_of_text=len(documents) > 1)
     check_vocabulary(tokens, lm.config.vocab_size, options.file)
     batches = evaluation_batches(tokens, context=context, batch_size=options.batch_size)
-    loss = evaluate(make_eval_step(NextToken(lm.model)), lm.variables, _with_progress(batches))["loss"]
+    loss = evaluate(make_eval_step(NextToken(lm.model)), lm.variables, with_progress(batches, "evaluating"))["loss"]
 
     predicted = len(tokens) - 1
     size = sum(len(document.encode()) for document in documents)
@@ -69,15 +70,6 @@ def main(options: Options) -> None:
         "context": context,
     }
     print(json.dumps(result) if options.json else _table(result))
-
-
-def _with_progress(batches):
-    """The batches, with a bar on a terminal's stderr that is gone when they are."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(batches, "evaluating", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _table(result: dict) -> str:

@@ -1,67 +1,212 @@
-"""Continue a prompt with any model: a run of this project, a Hugging Face folder or hub id."""
+"""Continue a prompt with any model, or every prompt of a file.
 
+A prompt file whose name ends in .jsonl holds one JSON object a line, with "prompt" (a text) or "messages" (a
+conversation, [{"role": "user", "content": "..."}], for the model's chat template). The same objects come out, one a
+line, with "completion" (the new text) and "tokens" (how many they are) added. The first prompt draws from the seed,
+each one after it from the next number.
+"""
+
+import contextlib
+import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any
 
-from llmq_jax.command_line import Positional, Repeated, default_is, use_device
+from llmq_jax.command_line import Flag, default_is, option_name
+from llmq_jax.commands.drawing import DrawingOptions
+from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
 
 NEW_TOKENS = 128
+BATCH_SIZE = 8
+ADDED = ("completion", "tokens")
 
 
 @dataclass(frozen=True)
-class Options:
-    model: Positional[str]
-    """The model: a run folder or checkpoint of this project, a Hugging Face folder, or a hub id."""
-    prompt: str
+class PromptOptions:
+    prompt: Annotated[str | None, default_is("that of --prompt-file")] = None
     """The text to go on from; - reads it from standard input."""
+    prompt_file: Annotated[str | None, default_is("none")] = None
+    """A file with the text to go on from, - for standard input; or a .jsonl file with many."""
+    chat: Flag = False
+    """Take a prompt as what a user says, and let the model's chat template ask for the reply."""
+    batch_size: Annotated[int | None, default_is(f"{BATCH_SIZE}")] = None
+    """Prompts of a .jsonl file that go through the model at a time."""
+    out: Annotated[str | None, default_is("standard output")] = None
+    """A new file for what a .jsonl file gives; it appears complete or not at all."""
+
+
+@dataclass(frozen=True)
+class Options(DrawingOptions, PromptOptions):  # the fields of the last class come first
     max_new_tokens: Annotated[int | None, default_is(f"{NEW_TOKENS}, or what the model's context has room for")] = None
     """Stop after this many tokens, if nothing stops it before."""
-    temperature: float = 0.8
-    """Below 1 favours what is likely, above 1 what is not; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Draw from this many likeliest tokens only; 0 draws from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities add up to this; 1 draws from all."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
-    stop: Repeated = ()
-    """Stop before this text appears; may be given several times."""
-    seed: Annotated[int | None, default_is("0")] = None
-    """The same seed draws the same text."""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
-    """Type to compute in and to hold the weights in."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to compute; auto takes the fastest that JAX finds."""
 
 
 def main(options: Options) -> None:
-    if options.seed is not None and options.temperature == 0:
-        raise BadInput("--seed has no effect at temperature 0, where nothing is drawn; leave it out")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    use_device(options.device)
+    if (options.prompt is None) == (options.prompt_file is None):
+        fault = "there is no prompt" if options.prompt is None else "two prompts were given"
+        raise BadInput(f"{fault}: give either --prompt TEXT or --prompt-file FILE")
+    from llmq_jax.data.sources import is_jsonl
 
+    if options.prompt_file is not None and is_jsonl(options.prompt_file):
+        _continue_file(options)
+    else:
+        _continue_text(options)
+
+
+def _continue_text(options: Options) -> None:
+    for name in ("batch_size", "out"):
+        if getattr(options, name) is not None:
+            raise BadInput(f"{option_name(name)} has no effect without a .jsonl file of prompts; leave it out")
+    text = _text(options)
+    lm, drawing = options.load()
     import llmq_jax as lq
 
-    sampler = lq.Sampler(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p)
-    lm = lq.load(options.model, dtype=options.dtype)
-    tokenizer = lm.require_tokenizer(options.model)
-    # An empty prompt starts from the end-of-text token.
-    room = lm.config.max_position_embeddings - max(1, len(tokenizer.encode(prompt)))
-    new_tokens = max(1, min(NEW_TOKENS, room)) if options.max_new_tokens is None else options.max_new_tokens
-    print(prompt, end="", flush=True)
+    if options.chat:
+        lm.require_chat_template(options.model)
+        prompt, shown = lm.chat_tokens(_said(text)), ""
+    else:
+        prompt, shown = lm.tokenizer.encode(text) or text, text
+    new_tokens = _new_tokens(options, lm, len(prompt))
+    pieces = lq.stream(lm, prompt, max_new_tokens=new_tokens, seed=options.seed_of(0), **drawing)
     start = time.perf_counter()
-    for piece in lq.stream(
-        lm,
-        prompt,
-        max_new_tokens=new_tokens,
-        sampler=sampler,
-        stop=list(options.stop) or None,
-        seed=options.seed or 0,
-    ):
+    print(shown, end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
+    _tell_time(start)
+
+
+def _text(options: Options) -> str:
+    from llmq_jax.data.sources import read_text
+
+    if "-" not in (options.prompt, options.prompt_file):
+        return read_text(options.prompt_file) if options.prompt is None else options.prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
+
+
+def _said(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _new_tokens(options: Options, lm: Any, longest: int) -> int:
+    """The new tokens of a prompt of this length; an empty one starts from the end-of-text token."""
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    return max(1, min(NEW_TOKENS, lm.config.max_position_embeddings - max(1, longest)))
+
+
+def _tell_time(start: float) -> None:
     if sys.stderr.isatty():
         print(f"{time.perf_counter() - start:.1f} s, compilation included", file=sys.stderr)
+
+
+def _continue_file(options: Options) -> None:
+    """Everything is checked before anything is generated."""
+    size = BATCH_SIZE if options.batch_size is None else options.batch_size
+    if size < 1:
+        raise BadInput(f"--batch-size {size} must be at least 1")
+    if options.out is not None:
+        _check_out(Path(options.out))
+    numbers, records = _read_records(options.prompt_file)
+    if options.chat and not any("prompt" in record for record in records):
+        raise BadInput(f"--chat has no effect on {options.prompt_file}, where all are messages already; leave it out")
+    lm, drawing = options.load()
+    import llmq_jax as lq
+
+    prompts = []
+    for number, record in zip(numbers, records, strict=True):
+        with _at_line(options, number):
+            prompts.append(_prompt(lm, record, options.chat))
+    drawing["max_new_tokens"] = _new_tokens(options, lm, max(map(len, prompts)))
+    lq.stream(lm, [0], **drawing)  # computes nothing, and checks what it is given: here the options, then each prompt
+    for number, prompt in zip(numbers, prompts, strict=True):
+        with _at_line(options, number):
+            lq.stream(lm, prompt, **drawing)
+
+    start, lines = time.perf_counter(), []
+    size = min(size, len(prompts))
+    batches = range(0, len(prompts), size)
+    for first in batches if options.out is None else with_progress(batches, "generating"):
+        # The last batch is filled up with its last prompt: another shape would be compiled anew.
+        rows = [min(row, len(prompts) - 1) for row in range(first, first + size)]
+        seeds = [options.seed_of(row) for row in rows]
+        generation = lq.generate(lm, [prompts[row] for row in rows], seed=seeds, **drawing)
+        for row, record in enumerate(records[first : first + size]):
+            added = {"completion": generation.text[row], "tokens": int(generation.lengths[row])}
+            lines.append(json.dumps({**record, **added}, ensure_ascii=False) + "\n")
+        if options.out is None:
+            print("".join(lines), end="", flush=True)
+            lines.clear()
+    if options.out is not None:
+        from llmq_jax.training.atomic_files import write_atomically
+
+        write_atomically(Path(options.out), "".join(lines).encode())
+    _tell_time(start)
+
+
+def _check_out(out: Path) -> None:
+    """Now, not after hours."""
+    if out.exists():
+        raise BadInput(f"--out {out} is there already; name a new file")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise BadInput(f"--out {out}: nothing can be written to the folder {out.parent}; make it, or name another")
+
+
+def _read_records(path: str) -> tuple[list[int], list[dict]]:
+    """(line numbers, objects) of a .jsonl file of prompts."""
+    from llmq_jax.data.sources import json_lines
+
+    numbers, records = [], []
+    for number, record in json_lines(path):
+        if fault := _fault(record):
+            raise BadInput(f"{path}: line {number} {fault}")
+        numbers.append(number)
+        records.append(record)
+    if not records:
+        raise BadInput(f"{path} holds no prompts; write one JSON object a line")
+    return numbers, records
+
+
+def _fault(record: Any) -> str | None:
+    """What is wrong with a line of a .jsonl file of prompts."""
+    if not isinstance(record, dict):
+        return 'must be an object with "prompt" or "messages"'
+    if "prompt" in record and "messages" in record:
+        return 'has both "prompt" and "messages"; keep one of them'
+    if "prompt" not in record and "messages" not in record:
+        names = ", ".join(map(repr, record)) or "none"
+        return f'has neither "prompt" nor "messages" (fields found: {names})'
+    if not isinstance(record.get("prompt", ""), str):
+        return 'has a "prompt" that is not a string'
+    if taken := [name for name in ADDED if name in record]:
+        return f'has a field "{taken[0]}" already, which the result would replace; rename it'
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can spell it (\ud800)
+        return "holds half a surrogate pair, which is not valid Unicode"
+    return None
+
+
+def _prompt(lm: Any, record: dict, chat: bool) -> Any:
+    """Token ids, or the text where it is empty."""
+    if "prompt" in record and not chat:
+        return lm.tokenizer.encode(record["prompt"]) or record["prompt"]
+    return lm.chat_tokens(record["messages"] if "messages" in record else _said(record["prompt"]))
+
+
+@contextlib.contextmanager
+def _at_line(options: Options, number: int) -> Iterator[None]:
+    """Whatever is found wrong meanwhile is wrong with this line of the file."""
+    try:
+        yield
+    except BadInput as error:
+        fault = str(error).replace("prompt 0", "the prompt")
+        raise BadInput(f"{options.prompt_file}: line {number}: {fault}") from None

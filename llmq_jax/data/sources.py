@@ -207,7 +207,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
         if line.isspace():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise BadInput(f"{path}: broken JSON at line {number}, column {error.colno} ({error.msg})") from None
         except RecursionError:

@@ -1,6 +1,7 @@
-"""A tiny model with byte tokenizer, in a folder, for the commands to work on."""
+"""Tiny models in folders, for the commands to work on: one with a byte tokenizer, one that chats."""
 
 import pytest
+import tokenizers
 
 import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
@@ -28,6 +29,45 @@ def model_folder(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     lq.save_hf(tiny_model, folder)
     return folder
+
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == "cook" -%}{{ raise_exception("no cooks") }}{%- endif -%}
+<|{{ message.role }}|>{{ message.content }}<|end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+"""
+SPECIAL = {"<|system|>": 257, "<|user|>": 258, "<|assistant|>": 259, "<|end|>": 260}
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory):
+    """A model of random weights with bytes, the four special tokens and a chat template."""
+    files = tmp_path_factory.mktemp("tokenizer")
+    ByteTokenizer().save(files)
+    tokenizer = tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(files / "tokenizer.json"))
+    (files / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    config = lq.GPT2Config(
+        vocab_size=261,
+        max_position_embeddings=96,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,  # large, so that what is said depends on what was said
+    )
+    generation = lq.GenerationConfig(eos_token_id=(SPECIAL["<|end|>"],))
+    tokenizer = lq.FileTokenizer(files)
+    folder = tmp_path_factory.mktemp("models") / "chatting"
+    lq.save_hf(lq.LanguageModel(config, lq.build(config), lq.init(config, seed=5), tokenizer, generation), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(chat_folder):
+    return lq.load(chat_folder)
 
 
 @pytest.fixture

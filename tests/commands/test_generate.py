@@ -1,4 +1,5 @@
 import io
+import json
 import re
 
 import pytest
@@ -36,7 +37,33 @@ def test_prompt_from_standard_input(llmq, model_folder, monkeypatch):
     assert llmq("generate", model_folder, "--prompt", "-", "--max-new-tokens", 4) == given
 
 
+def test_prompt_from_a_file(llmq, model_folder, tmp_path, monkeypatch):
+    """Whatever its name ends in; its line breaks are part of the prompt."""
+    given = llmq("generate", model_folder, "--prompt", "ö\n", "--max-new-tokens", 4)
+    path = tmp_path / "prompt.json"
+    path.write_text("ö\n", encoding="utf-8")
+    assert llmq("generate", model_folder, "--prompt-file", path, "--max-new-tokens", 4) == given
+    monkeypatch.setattr("sys.stdin", io.StringIO("ö\n"))
+    assert llmq("generate", model_folder, "--prompt-file", "-", "--max-new-tokens", 4) == given
+
+
+def test_chat_asks_for_the_reply(llmq, chat_folder, chat_model):
+    code, out, err = llmq("generate", chat_folder, "--prompt", "hi", "--chat", "--max-new-tokens", 8, "--seed", 2)
+    sampler = lq.Sampler(temperature=0.8)
+    reply = chat_model.chat([{"role": "user", "content": "hi"}], max_new_tokens=8, sampler=sampler, seed=2)
+    assert (code, out, err) == (0, reply + TAIL, "")
+    _, plain, _ = llmq("generate", chat_folder, "--prompt", "hi", "--max-new-tokens", 8, "--seed", 2)
+    assert plain == "hi" + lq.generate(chat_model, "hi", max_new_tokens=8, sampler=sampler, seed=2).text[0] + TAIL
+
+
 BAD = {
+    "no prompt": (["MODEL"], "there is no prompt: give either --prompt TEXT or --prompt-file FILE"),
+    "two prompts": (["MODEL", "--prompt", "x", "--prompt-file", "-"], "two prompts were given: give either --prompt"),
+    "no prompt file": (["MODEL", "--prompt-file", "nothing.txt"], "nothing.txt cannot be read"),
+    "batch of one": (["MODEL", "--prompt", "x", "--batch-size", "8"], "--batch-size has no effect without a .jsonl"),
+    "out for one": (["MODEL", "--prompt-file", "-", "--out", "o"], "--out has no effect without a .jsonl file"),
+    "no chat template": (["MODEL", "--prompt", "x", "--chat"], "has no chat template, so it cannot converse"),
+    "seed": (["MODEL", "--prompt", "x", "--seed", "4294967296"], "--seed 4294967296 must lie between 0 and 4294967295"),
     "no model there": (["nowhere/at-all", "--prompt", "a"], "nowhere/at-all"),
     "past the context": (["MODEL", "--prompt", "x" * 40], "exceed the model's context of 32"),
     "too many new tokens": (["MODEL", "--prompt", "x", "--max-new-tokens", "33"], "exceed the model's context of 32"),
@@ -74,3 +101,124 @@ def test_a_terminal_is_told_the_time_alone(llmq, model_folder, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     _, _, err = llmq("generate", model_folder, "--prompt", "ab", "--max-new-tokens", 3)
     assert re.fullmatch(r"\d+\.\d s, compilation included\n", err)
+
+
+# Files of prompts
+
+RECORDS = [
+    {"id": 1, "prompt": "ab"},
+    {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "é"}], "id": "zwölf"},
+    {"prompt": ""},
+    {"prompt": "<|user|> is text", "tags": [None, 1.5]},
+    {"prompt": "c"},
+]
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n\n".join(json.dumps(record) for record in RECORDS) + "\n")
+    return path
+
+
+def tokens_of(lm, record):
+    messages = record.get("messages")
+    return lm.chat_tokens(messages) if messages else lm.tokenizer.encode(record["prompt"]) or record["prompt"]
+
+
+def test_every_line_of_a_file_is_completed_in_order(llmq, chat_folder, chat_model, prompt_file):
+    """In batches of 8, that is all at once, and of 2, the last of which is not full: each draws from its own seed."""
+    options = ["--max-new-tokens", 8, "--seed", 2**32 - 3]
+    code, out, err = llmq("generate", chat_folder, "--prompt-file", prompt_file, *options)
+    sampler = lq.Sampler(temperature=0.8)
+    prompts, seeds = [tokens_of(chat_model, record) for record in RECORDS], [2**32 - 3, 2**32 - 2, 2**32 - 1, 0, 1]
+    expected = lq.generate(chat_model, prompts, max_new_tokens=8, sampler=sampler, seed=seeds)
+    added = [{"completion": t, "tokens": int(n)} for t, n in zip(expected.text, expected.lengths, strict=True)]
+    assert (code, err) == (0, "")
+    assert [json.loads(line) for line in out.splitlines()] == [a | b for a, b in zip(RECORDS, added, strict=True)]
+    assert "zwölf" in out
+    assert llmq("generate", chat_folder, "--prompt-file", prompt_file, *options, "--batch-size", 2) == (0, out, "")
+
+
+def test_out_is_a_file_of_the_same_lines(llmq, chat_folder, prompt_file, tmp_path):
+    arguments = ["generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8, "--stop", "e"]
+    _, expected, _ = llmq(*arguments)
+    assert llmq(*arguments, "--out", tmp_path / "out.jsonl") == (0, "", "")
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == expected
+    code, _, err = llmq(*arguments, "--out", tmp_path / "out.jsonl")
+    assert code == 2 and err == f"error: --out {tmp_path / 'out.jsonl'} is there already; name a new file\n"
+
+
+def test_nothing_is_written_unless_everything_is(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
+    generate, calls = lq.generate, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments, **keywords)
+
+    monkeypatch.setattr(lq, "generate", interrupted)
+    options = ["--max-new-tokens", 8, "--batch-size", 2, "--out", tmp_path / "out.jsonl"]
+    assert llmq("generate", chat_folder, "--prompt-file", prompt_file, *options)[0] == 130
+    assert len(calls) == 2 and sorted(tmp_path.iterdir()) == [prompt_file]
+
+
+def test_chat_makes_messages_of_prompts(llmq, chat_folder, chat_model, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "hi"}\n')
+    _, out, _ = llmq("generate", chat_folder, "--prompt-file", path, "--chat", "--max-new-tokens", 8)
+    messages = [{"role": "user", "content": "hi"}]
+    reply = chat_model.chat(messages, max_new_tokens=8, sampler=lq.Sampler(temperature=0.8))
+    assert json.loads(out)["completion"] == reply
+
+
+GOOD = '{"prompt": "a"}\n'
+BAD_FILES = {
+    "empty": ("\n", [], "FILE holds no prompts"),
+    "broken": (GOOD + '{"prompt": "a"\n', [], "FILE: broken JSON at line 2, column 15"),
+    "no object": (GOOD + '\n"a"\n', [], 'FILE: line 3 must be an object with "prompt" or "messages"'),
+    "neither": (
+        '{"text": 1, "id": 2}',
+        [],
+        'line 1 has neither "prompt" nor "messages" (fields found: ',
+    ),
+    "both": ('{"prompt": "a", "messages": []}', [], 'line 1 has both "prompt" and "messages"; keep one of them'),
+    "no text": ('{"prompt": ["a"]}', [], 'line 1 has a "prompt" that is not a string'),
+    "field in the way": ('{"prompt": "a", "tokens": 1}', [], 'line 1 has a field "tokens" already'),
+    "no Unicode": ('{"prompt": "a", "id": "\\ud800"}', [], "line 1 holds half a surrogate pair"),
+    "too long": (GOOD + f'{{"prompt": "{"x" * 99}"}}', [], "FILE: line 2: the prompt has 99 tokens, which with 1 new"),
+    "no room": (GOOD + f'{{"prompt": "{"x" * 90}"}}', ["--max-new-tokens", "8"], "FILE: line 2: the prompt has 90"),
+    "no messages": (GOOD + '{"messages": []}', [], "FILE: line 2: messages are empty"),
+    "refused messages": (
+        '{"messages": [{"role": "cook", "content": ""}]}',
+        [],
+        "FILE: line 1: the chat template refused these messages: no cooks",
+    ),
+    "idle chat": ('{"messages": [{"role": "user", "content": "a"}]}', ["--chat"], "--chat has no effect on FILE"),
+    "batch size": (GOOD, ["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    "no new token": (GOOD, ["--max-new-tokens", "0"], "error: max_new_tokens=0 must be at least 1"),
+    "empty stop": (GOOD, ["--stop", ""], "error: a stop string is empty"),
+    "no folder": (
+        GOOD,
+        ["--out", "nowhere/out.jsonl"],
+        "nothing can be written to the folder nowhere;",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_refused_before_anything_is_generated(llmq, chat_folder, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(lq, "generate", lambda *_, **__: pytest.fail("it generates"))
+    content, options, message = BAD_FILES[case]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    code, out, err = llmq("generate", chat_folder, "--prompt-file", path, *options)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and message.replace("FILE", str(path)) in err
+
+
+def test_messages_need_a_chat_template(llmq, model_folder, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    code, _, err = llmq("generate", model_folder, "--prompt-file", path)
+    assert code == 2 and err.startswith(f"error: {path}: line 1: this model has no chat template, ")

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from convert import parity, parity_report
 from convert.parity_check import compare_models
-from convert.parity_reference import random_model
+from convert.parity_reference import VARIANTS, random_config, random_model
 from convert.parity_trace import Difference, Place, first_difference
 from convert.parity_weights import Gradient, first_gradient
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf
-from llmq_jax.interop.architectures import weight_table
+from llmq_jax.interop.architectures import TABLES, weight_table
 from llmq_jax.models import gpt2
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +95,40 @@ def test_an_injected_fault_is_found_where_it_is(model, name, place, theirs, key)
     gradient = next(gradient for gradient in found.gradients if gradient.key == changed[0])
     assert gradient.difference.above(TOLERANCE)
     assert name.removeprefix("params/") in (gradient.key, gradient.ours)
+
+
+def test_llama_by_its_weight_table_alone():
+    """Nothing in the check knows of an architecture: parts, gradients and faults are found as GPT-2's are."""
+    model = random_model("llama")
+    found = check(model)
+    # transformers in float32 is itself 1e-5 away from transformers in float64 here.
+    assert first_difference(found.places, TOLERANCE) is None
+    assert first_gradient(found.gradients, TOLERANCE) is None
+    assert found.unmatched == ((), (), ())
+    assert {gradient.key for gradient in found.gradients} == {name for name, _ in model.named_parameters()}
+    names = [place.name for place in everywhere(found.places)]
+    attention = ["attention", *(f"attention {part}" for part in ("query", "key", "value", "out"))]
+    inside = ["output", "attention norm", *attention, "mlp norm", "mlp", "mlp gate", "mlp up", "mlp down"]
+    layers = [f"layer {layer}, {what}" for layer in range(3) for what in inside]
+    assert names == ["embeddings", "token embedding", *layers, "final norm", "logits", "loss"]
+
+    first = first_difference(check(model, inject="model.layers.1.self_attn.k_proj.weight").places, TOLERANCE)
+    assert str(first) == "layer 1, attention key (model.layers.1.self_attn.k_proj)"
+    # A fault in the frequencies is seen where queries and keys have met.
+    config = config_from_hf(model.config.to_dict())
+    other = dataclasses.replace(config.rope_parameters, high_freq_factor=3.0)
+    found = check(model, config=dataclasses.replace(config, rope_parameters=other))
+    first = str(first_difference(found.places, TOLERANCE))
+    assert first == "layer 0, input of attention out (model.layers.0.self_attn.o_proj)"
+
+
+def test_seeds_vary_what_models_of_an_architecture_differ_in():
+    configs = [random_config("llama", seed) for seed in range(30)]
+    assert configs[1] == random_config("llama", 1)
+    for field, options in VARIANTS.items():
+        found = {getattr(config, field) for config in configs}
+        assert len(found) == len(options), field
+    assert len({random_config("gpt2", seed).tie_word_embeddings for seed in range(30)}) == 2
 
 
 def test_the_head_of_an_untied_model_is_a_place():
@@ -173,11 +207,20 @@ def test_command_on_a_random_model_with_a_fault():
     assert "  transformer.h.1.ln_1.bias  the same on both sides" in done.stdout
 
 
+def test_command_on_a_random_llama_with_a_fault():
+    done = run("--random", "llama", "--inject", "group_0/block_0/mlp/gate/kernel[1]")
+    assert (done.returncode, done.stderr) == (1, "")
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("first difference: layer 1, mlp gate (model.layers.1.mlp.gate_proj): ")
+
+
 def test_command_on_an_architecture_that_is_not_here(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
     done = run(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (f"error: {tmp_path / 'config.json'}: model_type 'bert' is not supported; supported: gpt2\n")
+    supported = ", ".join(TABLES)
+    path = tmp_path / "config.json"
+    assert done.stderr == f"error: {path}: model_type 'bert' is not supported; supported: {supported}\n"
 
 
 def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
@@ -185,6 +228,8 @@ def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
     out = capsys.readouterr().out
     assert "mean KL" in out and "same top-1" in out
     assert out.splitlines()[-1].startswith("parity: ") and out.splitlines()[-1].endswith("tolerance 1e-3")
+    assert parity.main(parity.Options(random="llama", dtype="bf16")) == 0
+    capsys.readouterr()
     assert parity.main(parity.Options(str(folder), dtype="bf16", inject="transformer.wte.weight")) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("no parity: ")
 

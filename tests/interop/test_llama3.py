@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import (
@@ -379,6 +380,13 @@ def test_another_norm_cannot_be_exported(norm, tmp_path):
     lm = LanguageModel(config, build(config), init(config))
     assert expected in refused(save_hf, lm, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_width_that_transformers_does_not_take_cannot_be_exported():
+    config = override(TIED, hidden_size=13)
+    assert "hidden_size=13 cannot be exported" in refused(config_to_hf, config)
+    with pytest.raises(Exception, match="multiple of the number of attention"):
+        transformers.LlamaConfig(hidden_size=13, num_attention_heads=3, head_dim=6)
 
 
 ROPES = {
