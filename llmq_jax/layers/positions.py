@@ -102,15 +102,14 @@ class Rope:
         return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
     def check(self, width: int, max_position_embeddings: int) -> None:
-        """Raise BadInput where the parameters do not suit heads of that width or a context of that length."""
+        """Raise BadInput where the parameters do not suit heads of that width, or there is no context to extend.
+
+        A context shorter than the one that the scaling extends is fine: whoever trains on short rows has one.
+        """
         if width < self.least_width:
             raise BadInput(f"rope_type {self.rope_type!r} needs heads of {self.least_width} features, not {width}")
         original = getattr(self, "original_max_position_embeddings", max_position_embeddings)
-        self.require(
-            1 <= original <= max_position_embeddings,
-            "original_max_position_embeddings",
-            f"must lie between 1 and max_position_embeddings={max_position_embeddings}, the context that extends it",
-        )
+        self.require(original >= 1, "original_max_position_embeddings", "must be at least 1")
 
     def require(self, condition: bool, field: str, rule: str) -> None:
         if not condition:

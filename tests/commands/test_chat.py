@@ -273,6 +273,7 @@ def test_at_a_real_terminal(chat_folder):
         wait_for(b"\r\n> ")
         os.write(keyboard, b"/help\n")
         wait_for(b"/reset  forget")
+        wait_for(b"\r\n> ")
         os.write(keyboard, b"\x04")
         assert process.wait(60) == 0
     finally:

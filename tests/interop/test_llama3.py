@@ -351,7 +351,6 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_scaling": "linear"}, "rope_scaling='linear' is not an object of parameters"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "must be above low_freq_factor=4.0"),
-        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 65}}, "max_position_embeddings=64"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "take 3"),
         ({"rope_theta": "10000.0"}, "rope_theta='10000.0' is not a number"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2 must divide num_attention_heads=3"),

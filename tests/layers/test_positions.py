@@ -225,7 +225,6 @@ LONGROPE = {"rope_type": "longrope", **PARAMETERS["longrope"]}
         ({"rope_type": "linear", "factor": 0.5}, "factor=0.5 must be at least 1"),
         (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor=1.0 must be above low_freq_factor=1.0"),
         (LLAMA3 | {"low_freq_factor": 0.0}, "low_freq_factor=0.0 must be positive"),
-        (LLAMA3 | {"original_max_position_embeddings": 256}, "must lie between 1 and max_position_embeddings=128"),
         (LLAMA3 | {"original_max_position_embeddings": 0}, "=0 is not a positive whole number"),
         (LLAMA3 | {"original_max_position_embeddings": 16.5}, "=16.5 is not a positive whole number"),
         ({"rope_type": "yarn", "original_max_position_embeddings": "x"}, "='x' is not a positive whole number"),

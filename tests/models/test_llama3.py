@@ -181,3 +181,8 @@ def test_alphas_of_other_widths():
     assert alpha_init(1025, False) == alpha_init(2048, False) == 0.5
     assert (alpha_init(4096, True), alpha_init(4096, False)) == (0.8, 0.2)
     assert alpha_init(10_000, False) == alpha_init(8192, False) == 0.05
+
+
+def test_a_context_shorter_than_the_one_that_rope_extends():
+    config = preset("llama3.2-1b", max_position_embeddings=512)
+    assert config.rope_parameters.original_max_position_embeddings == 8192
