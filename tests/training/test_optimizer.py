@@ -42,8 +42,8 @@ def test_decay_goes_by_role_and_not_by_rank():
 
 
 def test_a_parameter_without_a_role_is_named():
-    with pytest.raises(BadInput, match=r"parameter block/alpha has no role; give the name 'alpha' one in llmq_jax"):
-        decay_mask({"block": {"alpha": jnp.ones(())}})
+    with pytest.raises(BadInput, match=r"parameter block/gain has no role; give the name 'gain' one in llmq_jax"):
+        decay_mask({"block": {"gain": jnp.ones(())}})
 
 
 def test_every_update_is_clipped():
