@@ -96,7 +96,8 @@ def default_is(text: str) -> Any:
 def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
     """Bind JAX to a kind of device, before its first use; BadInput when there is none of that kind.
 
-    "auto" leaves the choice to JAX, which takes the fastest kind that it finds.
+    "auto" leaves the choice to JAX, which takes the fastest kind that it finds. What is compiled is kept from now on
+    (`keep_programs`).
     """
     import jax
 

@@ -154,7 +154,7 @@ class NTKRope(ScaledRope):
     rope_type: str = field(default="ntk", init=False)
 
     def frequencies(self, width, lengths):
-        return inverse_frequencies(ntk_base(self.rope_theta, self.factor, width), width)
+        return self.exported(width).frequencies(width, lengths)
 
     def exported(self, width):
         return Rope(rope_theta=ntk_base(self.rope_theta, self.factor, width))
@@ -203,14 +203,10 @@ class Llama3Rope(ScaledRope):
 
     def frequencies(self, width, lengths):
         plain = inverse_frequencies(float(self.rope_theta), width)
-        kept = by_turns(plain, self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor)
+        turns = self.original_max_position_embeddings * plain / (2 * math.pi)
+        # Peng et al. 2023 (YaRN), eq. 18: the ramp.
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
         return plain * (kept + (1 - kept) / self.factor)
-
-
-def by_turns(frequencies: np.ndarray, context: int, low: float, high: float) -> np.ndarray:
-    """Peng et al. 2023 (YaRN), eq. 18: 0 for up to `low` turns in the context, 1 from `high` turns on."""
-    turns = context * frequencies / (2 * math.pi)
-    return np.clip((turns - low) / (high - low), 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +227,7 @@ class ByPartsRope(ScaledRope):
         return float(self.rope_theta)
 
     def frequencies(self, width, lengths):
-        plain = inverse_frequencies(self.base(width), width)
-        kept = by_turns(plain, self.original_max_position_embeddings, self.alpha, self.beta)
-        return plain * (kept + (1 - kept) / self.factor)
+        return self.exported(width).frequencies(width, lengths)
 
     def exported(self, width):
         return Llama3Rope(
