@@ -145,7 +145,7 @@ class GenerationSide(OurSide):
 
     def find_products(self) -> list[Product]:
         """Those of one decoding pass, as often as there are new tokens; where there is one, of the prompt's pass."""
-        outside, layers = self.lm.sliced
+        outside, layers = self.lm.sliced(self.row.batch)
         batch, length = self.row.batch, self.row.prompt + self.row.new_tokens
         model = self.lm.model
         if self.row.new_tokens == 1:

@@ -24,6 +24,7 @@ from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.interop.whole_folders import whole_folder
+from llmq_jax.layers.linear import by_output
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions
 
@@ -41,15 +42,23 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """The tokens that end, begin and pad a text."""
+    _sliced: dict = field(default_factory=dict, init=False)
 
     @property
     def params(self) -> dict:
         return self.variables["params"]
 
-    @functools.cached_property
-    def sliced(self) -> tuple[dict, tuple[dict, ...]]:
-        """(variables outside the layers, variables of each layer): what decoding reads, made once for each model."""
-        return self.model.slice_layers(self.variables)
+    def sliced(self, batch: int) -> tuple[dict, tuple[dict, ...]]:
+        """(variables outside the layers, variables of each layer): what decoding reads, in the layout for this batch.
+
+        Kept until another layout is asked for: it is as large as the model.
+        """
+        one_row = batch == 1 and jax.default_backend() == "cpu"
+        if one_row not in self._sliced:
+            self._sliced.clear()
+            arrange = {"arrange": by_output} if one_row else {}
+            self._sliced[one_row] = self.model.slice_layers(self.variables, **arrange)
+        return self._sliced[one_row]
 
     def require_tokenizer(self, source: str) -> Tokenizer:
         """The tokenizer; BadInput, which names the model's source, where there is none."""

@@ -3,6 +3,7 @@
     python -m train.pretrain                                    a small GPT-2 on Python's own source: 2 minutes
     python -m train.pretrain --data my.txt --out runs/mine      the same on a text of yours
     python -m train.pretrain --data docs/ --preset gpt2-124m    a published size, from scratch
+    python -m train.pretrain --data my.txt --config norm=dyt    another idea: any field of the model's config
     python -m train.pretrain --data my.txt --init-from gpt2     go on from weights: hub id, folder or run
 
 The same command again resumes a run that was stopped, and says so when it is finished. With --help, --preset NAME shows
@@ -52,6 +53,8 @@ class TextAndModel:
     """Width."""
     num_attention_heads: Annotated[int | None, default_is("the preset's")] = None
     """Attention heads; they divide the width."""
+    config: Annotated[tuple[str, ...] | None, default_is("the preset's")] = None
+    """Other fields of the model's config: norm=dyt intermediate_size=512."""
     dropout: Annotated[float | None, default_is("the model's")] = None
     """Part of embeddings, attention weights and residual branches that is dropped in training."""
 
@@ -228,7 +231,7 @@ def check(options: Options) -> None:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
     check_ranges(options)
     from_model = "beside --init-from, which brings model and tokenizer"
-    brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads", "config")
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))
     refuse_idle(
         options,
@@ -275,15 +278,19 @@ def default_tokenizer(preset: str | None) -> str:
 
 
 def new_config(options: Options, vocab_size: int) -> Any:
-    """The preset's config for this vocabulary, context and whatever sizes are given."""
-    from llmq_jax.models import PRESETS, override
+    """The preset's config for this vocabulary, context and whatever fields are given."""
+    from llmq_jax.models import PRESETS, fields_from_text, override
     from llmq_jax.models.gpt2 import GPT2Config
 
     base = PRESETS.get(options.preset, GPT2Config())
     sizes = {name: getattr(options, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
     sizes["max_position_embeddings"] = options.context
     sizes = {name: size for name, size in sizes.items() if size is not None}
-    return with_dropout(override(base, vocab_size=vocab_size, **sizes), options.dropout)
+    fields = fields_from_text(type(base), options.config or ())
+    sizes["vocab_size"] = vocab_size
+    for name in sizes.keys() & fields.keys():
+        raise BadInput(f"--config {name}={fields[name]!r}: is {sizes[name]} by the other options; give it in one place")
+    return with_dropout(override(base, **sizes, **fields), options.dropout)
 
 
 def with_dropout(config: Any, rate: float | None) -> Any:

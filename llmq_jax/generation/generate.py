@@ -175,7 +175,7 @@ class Request:
         )
 
     def advance(self, state: DecodeState, until: int) -> DecodeState:
-        outside, layers = self.lm.sliced
+        outside, layers = self.lm.sliced(len(self.prompts))
         return advance(self.lm.model, outside, layers, state, until, sampler=self.sampler, end_tokens=self.end_tokens)
 
     def stop_at_strings(self, state: DecodeState) -> DecodeState:

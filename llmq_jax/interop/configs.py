@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.models.config import has_type, type_name
 
 # Fields of every config.json that do not change what a decoder computes.
 _HARMLESS = """
@@ -87,8 +88,8 @@ class ConfigTable:
             key = theirs if theirs in values else name
             if typing.get_origin(hint) is typing.ClassVar or name in self.own or key not in values:
                 continue
-            if not _has_type(values[key], hint):
-                raise BadInput(f"{key}={values[key]!r} is not of the type {_type_name(hint)}")
+            if not has_type(values[key], hint):
+                raise BadInput(f"{key}={values[key]!r} is not of the type {type_name(hint)}")
             value = values[key]
             fields[name] = self.aliases[name].get(value, value) if name in self.aliases else value
         known = {*HARMLESS, *FIXED, *self.fixed, *self.ignored, *self.renamed.values(), *fields}
@@ -117,13 +118,3 @@ class ConfigTable:
             **fields,
         }
         return self.write(config, values)
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value suits a field; an int is a fine float, a bool is no int."""
-    options = typing.get_args(hint) or (hint,)
-    return type(value) in options or (float in options and type(value) is int)
-
-
-def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint)

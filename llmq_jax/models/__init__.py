@@ -1,6 +1,9 @@
 """One architecture a file, all on the skeleton in `decoder`; here they are found by name."""
 
 import dataclasses
+import json
+import typing
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +12,7 @@ from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.models import gpt2, llama3
+from llmq_jax.models.config import has_type, type_name
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
@@ -36,11 +40,35 @@ def preset(name: str, **overrides) -> Any:
 
 def override(config: Any, **changes) -> Any:
     """The config with some fields changed; an unknown field is BadInput."""
-    known = [field.name for field in dataclasses.fields(config)]
     for field in changes:
-        if field not in known:
-            raise BadInput(f"{type(config).__name__} has no field {field!r}; {did_you_mean(field, known, count=1)}")
+        _require_field(type(config), field)
     return dataclasses.replace(config, **changes)
+
+
+def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str, Any]:
+    """Fields of a config from words "name=value", the value as in JSON (a text may go without its quotation marks)."""
+    hints = typing.get_type_hints(config_class)
+    fields = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise BadInput(f"{assignment!r} is no assignment to a field of the config; write {name}=VALUE")
+        _require_field(config_class, name)
+        if name in fields:
+            raise BadInput(f"{name} is given twice: {fields[name]!r} and {text}; give it once")
+        try:
+            fields[name] = json.loads(text)
+        except ValueError:
+            fields[name] = text
+        if not has_type(fields[name], hints[name]):
+            raise BadInput(f"{assignment}: is not of the type {type_name(hints[name])}")
+    return fields
+
+
+def _require_field(config_class: type, name: str) -> None:
+    known = [field.name for field in dataclasses.fields(config_class)]
+    if name not in known:
+        raise BadInput(f"{config_class.__name__} has no field {name!r}; {did_you_mean(name, known, count=1)}")
 
 
 def build(config: Any, *, dtype: Dtype | None = None, remat: str = "none", scan_layers: bool = True) -> Decoder:

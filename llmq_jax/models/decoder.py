@@ -199,22 +199,26 @@ class Decoder(nn.Module):
         }
 
     @nn.nowrap
-    def slice_layers(self, variables: dict) -> tuple[dict, tuple[dict, ...]]:
-        """(variables outside the layers, variables of each layer in order)."""
+    def slice_layers(
+        self, variables: dict, arrange: Callable[[dict], dict] = lambda tree: tree
+    ) -> tuple[dict, tuple[dict, ...]]:
+        """(variables outside the layers, variables of each layer in order), each as `arrange` returns it."""
         groups = {group for (group, _), _ in self.layer_slots()}
         outside = {
             collection: {name: leaf for name, leaf in tree.items() if name not in groups}
             for collection, tree in variables.items()
         }
         layers = tuple(
-            {
-                collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
-                for collection, tree in variables.items()
-                if block in tree.get(group, {})
-            }
+            arrange(
+                {
+                    collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
+                    for collection, tree in variables.items()
+                    if block in tree.get(group, {})
+                }
+            )
             for (group, block), repeat in self.layer_slots()
         )
-        return outside, layers
+        return arrange(outside), layers
 
     @nn.nowrap
     def slice_caches(self, caches: dict) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
-from llmq_jax.generation.sampling import filter_logits, sample
+from llmq_jax.generation.sampling import filter_logits, first_largest, sample
 
 
 def kept(logits, **options):
@@ -45,6 +45,12 @@ def test_frequencies_and_log_probabilities():
     np.testing.assert_allclose(drawn, np.append(probabilities[:3] / probabilities[:3].sum(), 0), atol=0.015)
     # At the temperature, before top-k.
     np.testing.assert_allclose(logprobs, np.log(probabilities / probabilities.sum())[tokens], atol=1e-5)
+
+
+def test_the_first_largest_is_argmax():
+    scores = jnp.asarray(np.random.default_rng(0).integers(0, 5, (50, 33)).astype(np.float32))
+    np.testing.assert_array_equal(first_largest(scores), jnp.argmax(scores, axis=-1))
+    assert int(first_largest(jnp.full((1, 4), jnp.nan))[0]) in range(4)  # an id of the vocabulary, come what may
 
 
 def test_greedy_takes_the_first_of_the_largest():

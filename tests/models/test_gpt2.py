@@ -9,6 +9,7 @@ import pytest
 
 from llmq_jax import language_model
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.linear import by_output
 from llmq_jax.models import ARCHITECTURES, PRESETS, GPT2Config, abstract_variables, build, decoder, init, preset
 
 TINY = GPT2Config(
@@ -93,12 +94,13 @@ def test_positions_default_to_their_place_in_the_segment(variables):
     np.testing.assert_allclose(by_default[:1, 7:], alone, atol=1e-5)
 
 
-def test_decoding_over_sliced_layers_equals_the_whole_pass(variables):
+@pytest.mark.parametrize("arrange", [lambda tree: tree, by_output], ids=["as they are", "by output"])
+def test_decoding_over_sliced_layers_equals_the_whole_pass(variables, arrange):
     """Prefill of unequal prompts, then one token at a time at positions of each row's own."""
     model = build(TINY)
     whole = model.apply(variables, TOKENS)
     lengths = np.array([5, 8])
-    outside, layers = model.slice_layers(variables)
+    outside, layers = model.slice_layers(variables, arrange)
     output = model.apply(variables, TOKENS[:, :8], None, None, model.create_caches(2, 8, jnp.float32), method="forward")
     caches = tuple(cache.extend(13) for cache in model.slice_caches(output.caches))
     decode = jax.jit(model.decode)

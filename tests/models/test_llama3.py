@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.norms import ALPHA_INIT, alpha_init
 from llmq_jax.models import Llama3Config, abstract_variables, build, init, override, preset
 from llmq_jax.models.gpt2 import GPT2Config
@@ -88,12 +89,13 @@ def test_ways_to_run_the_layers_agree(variables, options):
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), found, expected)
 
 
-def test_decoding_over_sliced_layers_equals_the_whole_pass(variables):
+@pytest.mark.parametrize("arrange", [lambda tree: tree, by_output], ids=["as they are", "by output"])
+def test_decoding_over_sliced_layers_equals_the_whole_pass(variables, arrange):
     """One token at a time from unequal prompts, with frequencies that the length does not change."""
     config = override(TINY, rope_parameters={})
     model = build(config)
     whole, lengths = model.apply(variables, TOKENS), np.array([5, 8])
-    outside, layers = model.slice_layers(variables)
+    outside, layers = model.slice_layers(variables, arrange)
     output = model.apply(variables, TOKENS[:, :8], None, None, model.create_caches(2, 8, jnp.float32), method="forward")
     caches = tuple(cache.extend(13) for cache in model.slice_caches(output.caches))
     decode = jax.jit(model.decode)

@@ -54,6 +54,12 @@ def test_config_json_has_effective_values(pretrain):
     assert config["options"]["steps"] == 6
 
 
+def test_fields_of_the_models_config(pretrain):
+    pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0, "--config", "norm=dyt", "intermediate_size=24")
+    lm = lq.load("run")
+    assert (lm.config.norm, lm.config.intermediate_size) == ("dyt", 24) and "embedding_scale" in lm.params
+
+
 def test_the_same_command_tells_that_the_run_is_finished(pretrain):
     command = ("--data", "TEXT", "--out", "run", "--sample-every", 0)
     pretrain(*command)
@@ -215,6 +221,19 @@ BAD = {
     "strange preset": (["--preset", "zzz"], "choose from demo, nanogpt-shakespeare-cpu, gpt2-124m"),
     "width and heads": (["--data", "TEXT", "--hidden-size", "17"], "num_attention_heads"),
     "dropout": (["--data", "TEXT", "--dropout", "1"], "pdrop"),
+    "unknown field": (
+        ["--data", "TEXT", "--config", "norms=dyt"],
+        "GPT2Config has no field 'norms'; did you mean norm",
+    ),
+    "no field": (["--data", "TEXT", "--config", "dyt"], "'dyt' is no assignment to a field"),
+    "field twice": (["--data", "TEXT", "--config", "norm=dyt", "norm=rms_norm"], "norm is given twice"),
+    "wrong value": (["--data", "TEXT", "--config", "norm=none"], "GPT2Config.norm='none' must be one of"),
+    "wrong type": (["--data", "TEXT", "--config", "norm=3"], "norm=3: is not of the type str"),
+    "field of an option": (
+        ["--data", "TEXT", "--config", "hidden_size=8"],
+        "hidden_size=8: is 16 by the other options",
+    ),
+    "field and model": (["--init-from", "x", "--out", "run", "--config", "norm=dyt"], "--config has no effect beside"),
     "accumulate": (["--accumulate", "3"], "--accumulate is 3 and must divide --batch-size 4"),
     "no steps": (["--steps", "0"], "--steps is 0 and must be at least 1"),
     "no rate": (["--learning-rate", "0"], "--learning-rate is 0.0 and must be positive"),
