@@ -42,9 +42,12 @@ def visible(
     key_positions: Int[Array, "B S"],
     query_segments: Int[Array, "B T"] | None = None,
     key_segments: Int[Array, "B S"] | None = None,
+    window: int | None = None,
 ) -> Bool[Array, "B T S"]:
-    """True where a query may look at a key."""
+    """True where a query may look at a key; a window is the number of keys that it sees, its own among them."""
     mask = key_positions[:, None, :] <= query_positions[:, :, None]
+    if window is not None:
+        mask &= key_positions[:, None, :] > query_positions[:, :, None] - window
     if query_segments is not None:
         mask &= key_segments[:, None, :] == query_segments[:, :, None]
     return mask
@@ -57,12 +60,16 @@ def attend(
     mask: Bool[Array, "B T S"],
     *,
     scale: float,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Softmax(Q Kᵀ · scale) V over the visible keys: the reference form. The softmax runs in float32."""
+    """Softmax(Q Kᵀ · scale) V over the visible keys: the reference form. The softmax runs in float32.
+
+    `softcap` c bounds the scores: c · tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2).
+    """
     query = _in_groups(query, key)
-    weights = jax.nn.softmax(_scores(query, key, mask, scale), axis=-1)
+    weights = jax.nn.softmax(_scores(query, key, mask, scale, softcap), axis=-1)
     if dropout_key is not None and dropout_rate > 0.0:
         keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
@@ -123,8 +130,10 @@ def _heads(grouped: Float[Array, "B K G T H"]) -> Float[Array, "B N T H"]:
     return grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
 
 
-def _scores(query, key, mask, scale) -> Float[Array, "B K G T S"]:
+def _scores(query, key, mask, scale, softcap=None) -> Float[Array, "B K G T S"]:
     scores = jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
