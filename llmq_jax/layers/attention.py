@@ -35,6 +35,8 @@ class Context:
     """0 is padding; the documents packed into a row are numbered 1, 2, ... None: one document, nothing padded."""
     rotation: Rotation | None = None
     """How RoPE turns queries and keys at these positions, in architectures that have it."""
+    local_rotation: Rotation | None = None
+    """The same in layers with a window, where these have frequencies of their own."""
 
 
 def visible(
@@ -144,6 +146,8 @@ def self_attention(
     context: Context,
     *,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
     query_block: int | None = None,
@@ -166,10 +170,12 @@ def self_attention(
             positions[:, :end],
             None if segments is None else segments[:, start:end],
             None if segments is None else segments[:, :end],
+            window,
         )
         queries, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-        if dropout:
-            mixed = attend(queries, keys, values, mask, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key)
+        if dropout or softcap is not None:
+            options = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
+            mixed = attend(queries, keys, values, mask, scale=scale, **options)
         else:
             mixed = lean_attend(queries, keys, values, mask, scale)
         outputs.append(mixed)
@@ -184,6 +190,8 @@ def attention(
     cache: Any = None,
     *,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Any]:
@@ -191,10 +199,22 @@ def attention(
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
     if cache is None:
         mixed = self_attention(
-            query, key, value, context, scale=scale, dropout_rate=dropout_rate, dropout_key=dropout_key
+            query,
+            key,
+            value,
+            context,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
         )
     else:
         cache = cache.write(key, value, context.positions)
         keys, values, key_positions = cache.read()
-        mixed = lean_attend(query, keys, values, visible(context.positions, key_positions), scale)
+        mask = visible(context.positions, key_positions, window=window)
+        if softcap is not None:
+            mixed = attend(query, keys, values, mask, scale=scale, softcap=softcap)
+        else:
+            mixed = lean_attend(query, keys, values, mask, scale)
     return mixed.swapaxes(1, 2), cache
