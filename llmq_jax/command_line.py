@@ -89,8 +89,9 @@ def run(
 
 
 def default_is(text: str) -> Any:
-    """For `Annotated[int | None, default_is("the model's")] = None`: what None stands for, in the help text."""
-    return tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {text if value == 'None' else value})")
+    """For `Annotated[int | None, default_is("the model's")] = None`: what None stands for, in the help
+    text, or no value at all."""
+    return tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {text if value in ('None', '') else value})")
 
 
 def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:

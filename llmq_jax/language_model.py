@@ -42,7 +42,6 @@ class LanguageModel:
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """The tokens that end, begin and pad a text."""
-    _sliced: dict = field(default_factory=dict, init=False)
 
     @property
     def params(self) -> dict:
@@ -59,6 +58,10 @@ class LanguageModel:
             arrange = {"arrange": by_output} if one_row else {}
             self._sliced[one_row] = self.model.slice_layers(self.variables, **arrange)
         return self._sliced[one_row]
+
+    @functools.cached_property
+    def _sliced(self) -> dict[bool, tuple[dict, tuple[dict, ...]]]:
+        return {}
 
     def require_tokenizer(self, source: str) -> Tokenizer:
         """The tokenizer; BadInput, which names the model's source, where there is none."""

@@ -9,6 +9,7 @@ VERBS = {
     "generate": "llmq_jax.commands.generate",
     "chat": "llmq_jax.commands.chat",
     "evaluate": "llmq_jax.commands.evaluate",
+    "compare": "llmq_jax.commands.compare",
     "models": "llmq_jax.commands.models",
     "env": "llmq_jax.commands.env",
 }

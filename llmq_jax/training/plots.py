@@ -1,17 +1,66 @@
-"""The loss curves of a run as a PNG."""
+"""Loss curves as PNG: of one run, and of several beside one another."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.metrics import METRICS, read_metrics
+from llmq_jax.training.metrics import METRICS, Record, read_metrics
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
+RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
+
+Points = list[tuple[int, float]]
 
 
 def plot_losses(folder: str | Path) -> Path:
     """Draw training and validation loss of the run in `folder` over steps (below) and tokens seen (above) as
     `losses.png`, from metrics.jsonl."""
+    folder = Path(folder)
+    records = read_run(folder)
+    training, validation = curve(records, "loss"), curve(records, "validation_loss")
+
+    figure, axes = _axes(folder.absolute().name, [records])
+    if training:
+        axes.plot(*zip(*training, strict=True), color=TRAINING, linewidth=1.2, label=_label("training", training))
+    if validation:
+        _draw(axes, validation, VALIDATION, "validation")
+    axes.legend(frameon=False)
+    path = folder / "losses.png"
+    figure.savefig(path)
+    return path
+
+
+def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
+    """Draw the validation losses of several runs over steps as `path`; the training losses where one has no other."""
+    runs = {Path(folder).absolute().name: read_run(Path(folder)) for folder in folders}
+    validated = all(curve(records, "validation_loss") for records in runs.values())
+    figure, axes = _axes("validation loss" if validated else "training loss", list(runs.values()))
+    for index, (name, records) in enumerate(runs.items()):
+        points = curve(records, "validation_loss" if validated else "loss")
+        _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], name)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    return Path(path)
+
+
+def read_run(folder: Path) -> list[Record]:
+    """The metrics of a run; BadInput where there are none."""
+    if not (folder / METRICS).is_file():
+        raise BadInput(f"no {METRICS} in {folder}; give the folder of a run")
+    records = read_metrics(folder / METRICS)
+    if not curve(records, "loss") and not curve(records, "validation_loss"):
+        raise BadInput(f"{folder / METRICS} has no losses yet; train for some steps first")
+    return records
+
+
+def curve(records: list[Record], name: str) -> Points:
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+
+
+def _axes(title: str, runs: list[list[Record]]) -> tuple[Any, Any]:
+    """An empty figure for losses over steps, with tokens seen above where they are the same in all runs."""
     # The object interface alone: pyplot would keep global state and may start a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -19,48 +68,35 @@ def plot_losses(folder: str | Path) -> Path:
 
     # On a machine's first plot it announces that it lists the fonts.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    folder = Path(folder)
-    if not (folder / METRICS).is_file():
-        raise BadInput(f"no {METRICS} in {folder}; give the folder of a run")
-    records = read_metrics(folder / METRICS)
-    training = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r["step"], r["validation_loss"]) for r in records if r.get("validation_loss") is not None]
-    if not training and not validation:
-        raise BadInput(f"{folder / METRICS} has no losses yet; train for some steps first")
-
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    if training:
-        axes.plot(*zip(*training, strict=True), color=TRAINING, linewidth=1.2, label=_label("training", training))
-    if validation:
-        marker = "o" if len(validation) <= 50 else None
-        label = _label("validation", validation)
-        axes.plot(
-            *zip(*validation, strict=True), color=VALIDATION, linewidth=2, marker=marker, markersize=4, label=label
-        )
     axes.set_xlabel("steps", color=INK)
     axes.set_ylabel("loss", color=INK)
-    axes.set_title(folder.absolute().name, loc="left", color=INK, fontweight="bold")
-    axes.set_xlim(left=0, right=max(r["step"] for r in records))
+    axes.set_title(title, loc="left", color=INK, fontweight="bold")
+    axes.set_xlim(left=0, right=max(record["step"] for records in runs for record in records))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["right"]].set_visible(False)
-    axes.legend(frameon=False)
 
-    if tokens := records[-1].get("tokens"):
-        # Batches are alike, so tokens seen grow evenly with steps; exact at the last one.
-        per_step = tokens / records[-1]["step"]
-        top = axes.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
+    # Batches are alike, so tokens seen grow evenly with steps; exact at the last one.
+    per_step = {records[-1]["tokens"] / records[-1]["step"] if records[-1].get("tokens") else None for records in runs}
+    rate = per_step.pop()
+    if rate and not per_step:
+        top = axes.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
         top.set_xlabel("tokens seen", color=INK)
         top.xaxis.set_major_formatter(EngFormatter(sep=""))
     else:
         axes.spines[["top"]].set_visible(False)
-    path = folder / "losses.png"
-    figure.savefig(path)
-    return path
+    return figure, axes
 
 
-def _label(name: str, points: list[tuple[int, float]]) -> str:
+def _draw(axes: Any, points: Points, colour: str, name: str) -> None:
+    marker = "o" if len(points) <= 50 else None
+    label = _label(name, points)
+    axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker=marker, markersize=4, label=label)
+
+
+def _label(name: str, points: Points) -> str:
     return f"{name}, {points[-1][1]:.4f} at step {points[-1][0]:,}"

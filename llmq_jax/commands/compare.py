@@ -1,0 +1,67 @@
+"""Compare runs: their losses and speed in a table, their validation losses in one plot.
+
+llmq compare runs/mine runs/dyt --out losses.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from llmq_jax.command_line import Positional, default_is
+from llmq_jax.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Options:
+    run: Positional[str]
+    """A run folder."""
+    others: Annotated[Positional[tuple[str, ...]], default_is("none")] = ()
+    """More of them."""
+    out: Annotated[str | None, default_is("no plot")] = None
+    """PNG to draw the losses into."""
+
+
+def main(options: Options) -> None:
+    import statistics
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmq_jax.training.plots import curve, plot_comparison, read_run
+
+    runs = (options.run, *options.others)
+    names = [Path(run).absolute().name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(
+                f"two runs are called {name}; the plot and the table tell runs apart by their folders' names"
+            )
+    if options.out is not None and Path(options.out).suffix.lower() != ".png":
+        raise BadInput(f"--out {options.out}: the plot is a PNG; give it a name that ends in .png")
+    if options.out is not None and not Path(options.out).parent.is_dir():
+        raise BadInput(f"--out {options.out}: there is no folder {Path(options.out).parent}; make it first")
+
+    table = Table("run", box=None, header_style="bold", pad_edge=False)
+    for title in ("steps", "training loss", "validation", "lowest", "at step", "tokens/s"):
+        table.add_column(title, justify="right")
+    for name, run in zip(names, runs, strict=True):
+        records = read_run(Path(run))
+        training, validation = curve(records, "loss"), curve(records, "validation_loss")
+        at_step, lowest = min(validation, key=lambda point: point[1], default=(None, None))
+        speeds = [speed for _, speed in curve(records, "tokens_per_second")]
+        table.add_row(
+            name,
+            f"{records[-1]['step']:,}",
+            _number(training[-1][1] if training else None),
+            _number(validation[-1][1] if validation else None),
+            _number(lowest),
+            "" if at_step is None else f"{at_step:,}",
+            f"{statistics.median(speeds):,.0f}" if speeds else "",
+        )
+    Console().print(table)
+    if options.out is not None:
+        print(f"drawn: {plot_comparison(runs, options.out)}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
