@@ -25,6 +25,13 @@ def cross_entropy_inputs(row: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return head, hidden, draw.integers(row.vocab_size, size=(1, row.tokens), dtype=np.int32)
 
 
+def attention_inputs(row: Any, length: int) -> tuple[np.ndarray, ...]:
+    """Queries [1, T, N, H], keys and values [1, T, K, H]."""
+    draw = np.random.default_rng(0)
+    shapes = ((1, length, heads, row.width) for heads in (row.heads, row.key_heads, row.key_heads))
+    return tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
+
+
 def prompts(row: Any) -> list[list[int]]:
     """Token ids, [B, P]."""
     return np.random.default_rng(0).integers(row.fields["vocab_size"], size=(row.batch, row.prompt)).tolist()

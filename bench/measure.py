@@ -175,6 +175,8 @@ def check_agreement(result: Result) -> None:
     """The sides computed the same thing, or there is nothing to compare."""
     expected = result.ours.facts
     for name, side in result.sides.items():
+        if name.startswith("ours") and "losses" not in side.facts:
+            continue  # a side that computes something else
         for index, (ours, theirs) in enumerate(
             zip(expected.get("losses", ()), side.facts.get("losses", ()), strict=True)
         ):

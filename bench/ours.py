@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 import llmq_jax as lq
 from bench.bandwidth import read_bandwidth
-from bench.inputs import cross_entropy_inputs, prompts, train_batch
+from bench.inputs import attention_inputs, cross_entropy_inputs, prompts, train_batch
 from bench.products import Product, products_of, time_in_jax
 from bench.worker import Side
+from llmq_jax.layers.attention import Context, attention
 from llmq_jax.models import ARCHITECTURES
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
 from llmq_jax.training.host_memory import keep_freed_memory
@@ -121,6 +122,37 @@ class CrossEntropySide(OurSide):
         return products_of(self.function, *self.arguments)
 
 
+class WindowedAttentionSide(OurSide):
+    def build(self) -> dict[str, Any]:
+        length = self.row.length_of(self.name)
+        context = Context(jnp.arange(length)[None])
+        window = None if self.name.endswith("full") else self.row.window
+
+        def loss(*inputs):
+            mixed, _ = attention(*inputs, context, scale=self.row.width**-0.5, window=window)
+            return jnp.square(mixed).mean()
+
+        self.function = jax.value_and_grad(loss, (0, 1, 2))
+        self.arguments = tuple(map(jnp.asarray, attention_inputs(self.row, length)))
+        self.compiled = jax.jit(self.function)
+        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
+        return {"temporary_bytes": memory.temp_size_in_bytes}
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        if self.name != "ours":
+            return facts  # another computation, or another sequence
+        value, gradients = self.last
+        return {**facts, "losses": [float(value), *(float(jnp.linalg.norm(part)) for part in gradients)]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.last = jax.block_until_ready(self.compiled(*self.arguments))
+
+    def find_products(self) -> list[Product]:
+        return products_of(self.function, *self.arguments)
+
+
 class GenerationSide(OurSide):
     def build(self) -> dict[str, Any]:
         config = row_config(self.row)
@@ -152,6 +184,7 @@ class GenerationSide(OurSide):
             prompts = jnp.asarray(self.prompts)
             return products_of(lambda prompts: model.apply(self.lm.variables, prompts, method="hidden"), prompts)
         caches = model.slice_caches(model.create_caches(batch, length, jnp.float32))
+        caches = tuple(cache.replace(empty=False) for cache in caches)  # as after a prompt
         token = jnp.zeros((batch, 1), jnp.int32)
 
         def one_pass(outside, layers, caches):
@@ -164,4 +197,9 @@ class GenerationSide(OurSide):
         ]
 
 
-SIDES = {"train": TrainStepSide, "cross_entropy": CrossEntropySide, "generate": GenerationSide}
+SIDES = {
+    "train": TrainStepSide,
+    "cross_entropy": CrossEntropySide,
+    "attention": WindowedAttentionSide,
+    "generate": GenerationSide,
+}

@@ -10,6 +10,7 @@ from bench.measure import Measured, Result
 
 SHARE = 0.8
 """Of the roofline: where it is reached, a ratio cannot ask for more."""
+HAVE_TEMPORARY_MEMORY = ("cross_entropy", "attention")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
 METHOD = """\
 Every side runs in a process of its own, one at a time: all others wait in a blocking read. A round gives each side one
@@ -94,18 +95,19 @@ def machine() -> str:
 
 def cells(result: Result) -> tuple[list[str], list[list[str]]]:
     """(header, a row for each side)."""
-    tokens = getattr(result.row, "tokens", None)
     header = ["", f"time a {result.row.unit}", "ratio"]
-    header += ["tokens/s"] if tokens else []
+    header += ["tokens/s"] if _tokens(result.row, "ours") else []
     header += ["of the roofline"] if result.floor else []
-    header += ["temporary memory"] if result.row.kind == "cross_entropy" else []
+    header += ["temporary memory"] if result.row.kind in HAVE_TEMPORARY_MEMORY else []
     header += ["peak memory", "compile"] if result.row.kind != "start" else []
     rows = []
     for name, side in result.sides.items():
         row = [name, duration(side.median), "" if side is result.ours else _times(result.ratio(name))]
+        tokens = _tokens(result.row, name)
         row += [f"{tokens / side.median:,.0f}"] if tokens else []
-        row += [f"{result.floor / side.median:.0%}"] if result.floor else []
-        if result.row.kind == "cross_entropy":
+        if result.floor:
+            row.append(f"{result.floor / side.median:.0%}" if tokens == _tokens(result.row, "ours") else "")
+        if result.row.kind in HAVE_TEMPORARY_MEMORY:
             row.append(_mebibytes(side.facts.get("temporary_bytes")))
         if result.row.kind != "start":
             row += [_mebibytes(side.peak_memory), _compile_time(name, side)]
@@ -164,6 +166,23 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
             *((f"at most {wanted}", f"{ratio:.3f}", ratio <= row.at_most_memory) for wanted, ratio in memory),
             (f"at most {row.at_most_time:g} of its time", f"{time_ratio:.2f}", time_ratio <= row.at_most_time),
         ]
+    if row.kind == "attention":
+        full = result.sides["ours, full"]
+        ratio = result.ratio("ours, full")
+        memory = result.ours.facts["temporary_bytes"] / full.facts["temporary_bytes"]
+        lengths = {name: row.length_of(name) for name in ("ours, half", "ours", "ours, twice")}
+        each = [result.sides[name].median / length for name, length in lengths.items()]
+        shortest, _, longest = (f"{length:,}" for length in lengths.values())
+        spread = max(each) / min(each) - 1
+        return [
+            (f"{row.at_least:g} times full attention", f"{_times(ratio)} times", ratio[0] >= row.at_least),
+            (f"at most {row.at_most_memory:g} of its temporary memory", f"{memory:.3f}", memory <= row.at_most_memory),
+            (
+                f"time a token within {row.within:.0%} from {shortest} to {longest} tokens",
+                f"{spread:.0%}",
+                spread <= row.within,
+            ),
+        ]
     if row.kind == "generate" and row.at_least is not None:
         ratio, seconds = result.ratio("transformers, eager"), result.ours.facts["compile_seconds"]
         return [
@@ -182,6 +201,11 @@ def duration(seconds: float) -> str:
 
 def _times(ratio: tuple[float, float, float]) -> str:
     return f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
+
+
+def _tokens(row: Any, name: str) -> int | None:
+    """Tokens of a side's run."""
+    return row.length_of(name) if row.kind == "attention" else getattr(row, "tokens", None)
 
 
 def _mebibytes(count: int | None) -> str:

@@ -70,6 +70,40 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True)
+class WindowedAttention:
+    """Attention of a sequence to itself in a layer with a window, forward and backward: values and all gradients.
+
+    Beside it stand full causal attention, which computes something else, and sequences half and twice as long.
+    """
+
+    name: str
+    length: int
+    window: int
+    heads: int = 4
+    key_heads: int = 1
+    width: int = 64
+    sides: tuple[str, ...] = ("ours", "ours, full", "ours, half", "ours, twice", "torch, masked")
+    at_least: float = 5.0
+    """Times as fast as full attention that we want to be."""
+    at_most_memory: float = 0.2
+    within: float = 0.2
+    """How far the time a token may differ between the lengths."""
+    kind: ClassVar[str] = "attention"
+    unit: ClassVar[str] = "pass"
+
+    def length_of(self, side: str) -> int:
+        """Tokens of that side's sequence."""
+        return {"ours, half": self.length // 2, "ours, twice": 2 * self.length}.get(side, self.length)
+
+    @property
+    def about(self) -> str:
+        return (
+            f"attention in a window of {self.window}, forward and backward: {self.length:,} tokens, "
+            f"{self.heads} heads of {self.width}, {self.key_heads} of keys and values"
+        )
+
+
+@dataclass(frozen=True)
 class Generation:
     """Greedy decoding with a cache, prompts read first."""
 
@@ -123,7 +157,7 @@ class Start:
         return f"{_model(self)}: process start to {end}"
 
 
-Row = TrainStep | CrossEntropy | Generation | Start
+Row = TrainStep | CrossEntropy | WindowedAttention | Generation | Start
 
 
 def _model(row: Any) -> str:
@@ -160,6 +194,18 @@ SMOLLM2 = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
     "tie_word_embeddings": True,
 }
+GEMMA3 = {
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "sliding_window": 128,
+    "query_pre_attn_scalar": 64,
+    "max_position_embeddings": 2048,
+    "vocab_size": 257,
+}
 SMOLLM2_SIDES = ("ours", "transformers, eager", "plain torch, eager")
 SMALL = gpt2(6, 6, 384, 256, 50257)
 
@@ -169,7 +215,17 @@ ROWS: dict[str, Row] = {
         TrainStep("gpt2-step-50257", SMALL, batch=8, context=256),
         TrainStep("gpt2-step-256", gpt2(6, 6, 384, 256, 256), batch=8, context=256),
         TrainStep("nanogpt-shakespeare-cpu-step", gpt2(4, 4, 128, 64, 257), batch=12, context=64),
+        TrainStep(
+            "gemma3-step-2048",
+            GEMMA3,
+            batch=1,
+            context=2048,
+            model_type="gemma3_text",
+            sides=("ours", "ours, scanned", "transformers, eager", "transformers, compiled"),
+            at_least=1.5,
+        ),
         CrossEntropy("cross-entropy-128256", vocab_size=128256, width=576, tokens=2048),
+        WindowedAttention("window-attention-4096", length=4096, window=256),
         Generation("gpt2-generate-1", SMALL, batch=1),
         Generation("gpt2-generate-8", SMALL, batch=8),
         Generation("smollm2-generate-1", SMOLLM2, 1, model_type="llama", sides=SMOLLM2_SIDES, at_least=3.0),

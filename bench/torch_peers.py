@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench import plain_gpt, plain_llama
-from bench.inputs import cross_entropy_inputs, prompts, train_batch
+from bench.inputs import attention_inputs, cross_entropy_inputs, prompts, train_batch
 from bench.products import Product, time_in_torch
 from bench.rows import OUR_ALLOCATOR
 from bench.worker import Side
@@ -122,6 +122,28 @@ class CrossEntropySide(TorchSide):
             self.last.backward()
 
 
+class WindowedAttentionSide(TorchSide):
+    """As transformers computes it: fused attention with the band as a mask."""
+
+    def build(self) -> None:
+        inputs = attention_inputs(self.row, self.row.length)
+        self.inputs = [torch.from_numpy(x).transpose(1, 2).requires_grad_() for x in inputs]
+        behind = torch.arange(self.row.length)[:, None] - torch.arange(self.row.length)
+        self.mask = (behind >= 0) & (behind < self.row.window)
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        return {**facts, "losses": [self.last.item(), *(x.grad.norm().item() for x in self.inputs)]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            for x in self.inputs:
+                x.grad = None
+            mixed = functional.scaled_dot_product_attention(*self.inputs, attn_mask=self.mask, enable_gqa=True)
+            self.last = mixed.square().mean()
+            self.last.backward()
+
+
 class GenerationSide(TorchSide):
     def build(self) -> None:
         self.model = self.load_model().eval()
@@ -154,4 +176,9 @@ class GenerationSide(TorchSide):
         )
 
 
-SIDES = {"train": TrainStepSide, "cross_entropy": CrossEntropySide, "generate": GenerationSide}
+SIDES = {
+    "train": TrainStepSide,
+    "cross_entropy": CrossEntropySide,
+    "attention": WindowedAttentionSide,
+    "generate": GenerationSide,
+}

@@ -1,9 +1,18 @@
 """The one attention core: scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
 Queries may outnumber keys and values: N query heads in K groups (K = N is multi-head attention, K = 1 multi-query).
-What may look at what comes from facts, never from token ids: positions (causality) and segment ids (packed documents
-and padding, which is segment 0). A query sees a key of its own segment that does not lie after it. Padding sees
-padding, so that no row of scores is ever empty and nothing becomes NaN.
+What may look at what comes from facts, never from token ids: positions (causality, windows) and segment ids (packed
+documents and padding, which is segment 0). A query sees a key of its own segment that does not lie after it and, in a
+layer with a window of W, is one of the last W, its own among them (Child et al. 2019, arXiv:1904.10509; Beltagy et al.
+2020, arXiv:2004.05150, section 3.1). Padding sees padding, so that no row of scores is ever empty and nothing becomes
+NaN.
+
+A sequence looks at itself in one of three ways, equal in values and gradients, with and without a window:
+
+- masked: all T x T scores and a mask over them: the reference;
+- blocked: blocks of queries that meet only keys that some of them may see. In layers with a window that is linear in T,
+  in time and in memory, forward and back;
+- fused: the accelerator's own kernel, which forms no scores in memory.
 
 Projections give [B, T, heads, H]; products over positions want heads before positions. Queries, keys and values are
 transposed once on the way in and the result once on the way out (caches hold keys and values in that order already):
@@ -16,14 +25,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.layers.caches import NOWHERE
 from llmq_jax.layers.positions import Rotation
 
-# Blocks of queries that a sequence is cut into, by backend (others: one). Each block is compiled apart, so there are
-# few; and below a certain length a block costs more than the masked part that it skips.
-QUERY_BLOCKS = {"cpu": 4}
+IMPLEMENTATIONS = ("auto", "masked", "blocked", "fused")
+# What "auto" takes, by backend: (in layers without a window, in layers with one). Where the fused kernel cannot run,
+# blocked takes its place.
+AUTOMATIC = {"cpu": ("blocked", "blocked"), "gpu": ("masked", "fused")}
+ELSEWHERE = ("masked", "blocked")
+# Blocks that a sequence is cut into without a window. Each is compiled apart, so there are few; and below a certain
+# length a block costs more than the masked part that it skips.
+QUERY_BLOCKS = 4
 SHORTEST_QUERY_BLOCK = 64
+# The scores of a block should stay in the processor's cache.
+LONGEST_WINDOW_BLOCK = 256
+# A sequence of no more windows than this is cut as one without a window, which is then as fast.
+FEW_WINDOWS = 2
 
 
 @struct.dataclass
@@ -37,6 +58,8 @@ class Context:
     """How RoPE turns queries and keys at these positions, in architectures that have it."""
     local_rotation: Rotation | None = None
     """The same in layers with a window, where these have frequencies of their own."""
+    implementation: str = struct.field(pytree_node=False, default="auto")
+    """How a sequence looks at itself: one of `IMPLEMENTATIONS`."""
 
 
 def visible(
@@ -78,39 +101,47 @@ def attend(
     return _heads(jnp.einsum("bkgts,bksh->bkgth", weights.astype(value.dtype), value))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def lean_attend(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K S H"],
     value: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B N T H"]:
     """`attend` without dropout, in fewer passes over [T, S], forward and back.
 
     The sum of the exponentials divides the mixed values, not the weights. And the softmax's gradient needs for each
     query the sum over keys of weight · slope, which equals the product of the mixed values with their own slope
-    (Dao et al. 2022, arXiv:2205.14135, appendix B.2, eq. 4).
+    (Dao et al. 2022, arXiv:2205.14135, appendix B.2, eq. 4). The slope of the softcap, 1 - tanh², is had from the
+    capped scores, and these from their exponentials: nothing more of size [T, S] is saved.
     """
-    return _lean_forward(query, key, value, mask, scale)[0]
+    return _lean_forward(query, key, value, mask, scale, softcap)[0]
 
 
-def _lean_forward(query, key, value, mask, scale):
+def _lean_forward(query, key, value, mask, scale, softcap):
     query = _in_groups(query, key)
-    scores = _scores(query, key, mask, scale)
-    exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
+    scores = _scores(query, key, mask, scale, softcap)
+    largest = scores.max(-1, keepdims=True)
+    exponentials = jnp.exp(scores - largest)
     total = exponentials.sum(-1, keepdims=True)
     exponentials = exponentials.astype(value.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", exponentials, value, preferred_element_type=jnp.float32) / total
-    return _heads(mixed.astype(value.dtype)), (query, key, value, exponentials, total, mixed)
+    return _heads(mixed.astype(value.dtype)), (query, key, value, exponentials, largest, total, mixed)
 
 
-def _lean_backward(scale, saved, slope):
-    query, key, value, exponentials, total, mixed = saved
+def _lean_backward(scale, softcap, saved, slope):
+    query, key, value, exponentials, largest, total, mixed = saved
     slope = _in_groups(slope, key)
     sums = (slope * mixed).sum(-1, keepdims=True)  # in float32, as `mixed` is: differences are taken with them
     weight_slope = jnp.einsum("bkgth,bksh->bkgts", slope, value, preferred_element_type=jnp.float32)
-    score_slope = (exponentials * (weight_slope - sums) * (scale / total)).astype(value.dtype)
+    score_slope = exponentials * (weight_slope - sums) * (scale / total)
+    if softcap is not None:
+        tiny = jnp.finfo(jnp.float32).tiny  # An exponential of zero makes the slope zero, whatever its logarithm.
+        capped = largest + jnp.log(jnp.maximum(exponentials.astype(jnp.float32), tiny))
+        score_slope *= 1.0 - jnp.square(capped / softcap)
+    score_slope = score_slope.astype(value.dtype)
     return (
         _heads(jnp.einsum("bkgts,bksh->bkgth", score_slope, key)),
         jnp.einsum("bkgts,bkgth->bksh", score_slope, query),
@@ -150,21 +181,86 @@ def self_attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-    query_block: int | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Causal attention of a sequence to itself, in blocks of queries that skip the keys after them.
+    """Causal attention of a sequence to itself, as `context.implementation` says.
 
-    Tokens of a segment must stand in the order of their positions, as they do in every batch: then no query of a block
-    can see a key beyond the block's end, and the upper triangle of scores is never computed. `query_block` is the
-    block's length (None: by backend). Dropout takes the reference form, in one block: one key draws one mask.
+    Tokens of a segment must stand in the order of their positions, and as many positions apart as places or more, as
+    they do in every batch: then no query sees a key that stands after it in the row, nor with a window W one that
+    stands W or more places before it. Implementations may differ in padding, and draw dropout differently.
     """
+    if dropout_rate == 0.0:
+        dropout_key = None
     length = query.shape[2]
-    dropout = dropout_key is not None and dropout_rate > 0.0
-    block = query_block or max(SHORTEST_QUERY_BLOCK, -(-length // QUERY_BLOCKS.get(jax.default_backend(), 1)))
-    positions, segments = context.positions, context.segment_ids
+    name = choose(
+        context.implementation,
+        length=length,
+        window=window,
+        head_dim=query.shape[3],
+        dtype=query.dtype,
+        softcap=softcap,
+        dropout=dropout_key is not None,
+        segmented=context.segment_ids is not None,
+    )
+    if name == "fused":
+        return _fused(query, key, value, context, scale, window)
+    options = {"scale": scale, "softcap": softcap, "dropout_rate": dropout_rate}
+    if name == "masked":
+        return query_blocks(query, key, value, context, length, window, dropout_key, **options)
+    if window is None or length <= FEW_WINDOWS * window:
+        block = max(SHORTEST_QUERY_BLOCK, -(-length // QUERY_BLOCKS))
+        return query_blocks(query, key, value, context, block, window, dropout_key, **options)
+    return window_blocks(query, key, value, context, window_block(window), window, dropout_key, **options)
+
+
+def check_implementation(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise BadInput(f"attention={name!r} is unknown; {did_you_mean(name, IMPLEMENTATIONS)}")
+
+
+def choose(
+    name: str,
+    *,
+    length: int,
+    window: int | None,
+    head_dim: int,
+    dtype: Dtype,
+    softcap: float | None = None,
+    dropout: bool = False,
+    segmented: bool = False,
+    device: Any = None,
+) -> str:
+    """The implementation that is meant by a name, "auto" among them. BadInput: there is none, or it cannot run."""
+    check_implementation(name)
+    device = device or jax.devices()[0]
+    automatic = name == "auto"
+    if automatic:
+        name = AUTOMATIC.get(device.platform, ELSEWHERE)[window is not None]
+        if dropout and window is None:
+            name = "masked"
+    if name == "fused":
+        obstacle = _fused_obstacle(device, length, head_dim, dtype, softcap, dropout, segmented)
+        if obstacle is not None and not automatic:
+            raise BadInput(f"attention='fused' cannot run: {obstacle}; take 'blocked' or 'auto'")
+        name = "fused" if obstacle is None else "blocked"
+    return name
+
+
+def query_blocks(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    context: Context,
+    block: int,
+    window: int | None = None,
+    dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    **options,
+) -> Float[Array, "B N T H"]:
+    """Blocks of queries that skip the keys after them, written out: the upper triangle of scores is never computed."""
+    length = query.shape[2]
     outputs = []
-    for start in range(0, length, length if dropout else block):
-        end = length if dropout else min(start + block, length)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        positions, segments = context.positions, context.segment_ids
         mask = visible(
             positions[:, start:end],
             positions[:, :end],
@@ -172,14 +268,102 @@ def self_attention(
             None if segments is None else segments[:, :end],
             window,
         )
-        queries, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
-        if dropout or softcap is not None:
-            options = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
-            mixed = attend(queries, keys, values, mask, scale=scale, **options)
-        else:
-            mixed = lean_attend(queries, keys, values, mask, scale)
-        outputs.append(mixed)
+        drop = dropout_key if dropout_key is None or block >= length else jax.random.fold_in(dropout_key, start)
+        outputs.append(_mix(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask, drop, **options))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+
+
+def window_block(window: int) -> int:
+    """Length of a block of queries that meets a window's keys: half the window costs three halves of it in keys."""
+    return min(max(SHORTEST_QUERY_BLOCK, -(-window // 2)), LONGEST_WINDOW_BLOCK)
+
+
+def window_blocks(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    context: Context,
+    block: int,
+    window: int,
+    dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    **options,
+) -> Float[Array, "B N T H"]:
+    """A loop over blocks of queries, each of which meets its own keys and those of the blocks that its window reaches.
+
+    The backward pass forms the scores of a block anew: those of one block at a time are all that is ever held.
+    """
+    length, segments = query.shape[2], context.segment_ids
+    count, reach = -(-length // block), -(-(window - 1) // block)
+
+    def cut(x, axis, before, fill):
+        """[..., T, ...] to [before + count, ..., block, ...]."""
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (before * block, count * block - length)
+        x = jnp.pad(x, pad, constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], before + count, block, *x.shape[axis + 1 :]), axis, 0)
+
+    def own(x, axis, fill=0):
+        return None if x is None else cut(x, axis, 0, fill)
+
+    def near(x, axis, fill=0):
+        """The same, each block behind those that its window reaches."""
+        if x is None:
+            return None
+        x = cut(x, axis, reach, fill)
+        return jnp.concatenate([x[i : i + count] for i in range(reach + 1)], axis=axis + 1)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # which a loop's body does not need
+    def one_block(args):
+        index, queries, keys, values, places = args
+        drop = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return _mix(queries, keys, values, visible(*places, window=window), drop, **options)
+
+    # What fills up the row stands nowhere: no token looks there, and it sees itself.
+    positions = context.positions
+    places = own(positions, 1, NOWHERE), near(positions, 1, NOWHERE), own(segments, 1), near(segments, 1)
+    mixed = jax.lax.map(one_block, (jnp.arange(count), own(query, 2), near(key, 2), near(value, 2), places))
+    mixed = jnp.moveaxis(mixed, 0, 2)
+    return mixed.reshape(*mixed.shape[:2], count * block, mixed.shape[-1])[:, :, :length]
+
+
+def _mix(query, key, value, mask, dropout_key, *, scale, softcap, dropout_rate):
+    if dropout_key is None:
+        return lean_attend(query, key, value, mask, scale, softcap)
+    options = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    return attend(query, key, value, mask, scale=scale, **options)
+
+
+def _fused(query, key, value, context, scale, window):
+    """cuDNN's flash attention. Its window counts places in the row, which in a segment is as good as positions."""
+    segments = context.segment_ids
+    mixed = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (query, key, value)),
+        mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return mixed.swapaxes(1, 2)
+
+
+def _fused_obstacle(device, length, head_dim, dtype, softcap, dropout, segmented) -> str | None:
+    """Why cuDNN's kernel cannot run, if it cannot (`jax.nn.dot_product_attention`, implementation="cudnn")."""
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    if not generation.isdigit() or int(generation) < 8:
+        return f"it is a kernel of NVIDIA GPUs from Ampere on, and this is {device.device_kind}"
+    widest = 256 if int(generation) >= 9 else 128
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
+    if softcap is not None:
+        return "it has no softcap on the scores"
+    if dropout:
+        return "it has no dropout with our keys"
+    if head_dim % 8 or head_dim > widest:
+        return f"its heads have a multiple of 8 features, here at most {widest}, not {head_dim}"
+    if segmented and length % 2:
+        return f"rows with segment ids must have an even length, not {length}"
+    return None
 
 
 def attention(
@@ -195,26 +379,15 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Any]:
-    """What a block calls: attention to the sequence itself, or through its cache: (mixed values, cache)."""
+    """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache)."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
-    if cache is None:
-        mixed = self_attention(
-            query,
-            key,
-            value,
-            context,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
-        )
+    if cache is None or cache.empty:
+        options = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        mixed = self_attention(query, key, value, context, scale=scale, window=window, **options)
+        if cache is not None:
+            cache = cache.write(key, value, context.positions, context.segment_ids)
     else:
-        cache = cache.write(key, value, context.positions)
-        keys, values, key_positions = cache.read()
+        cache, (keys, values, key_positions) = cache.update(key, value, context.positions, context.segment_ids)
         mask = visible(context.positions, key_positions, window=window)
-        if softcap is not None:
-            mixed = attend(query, keys, values, mask, scale=scale, softcap=softcap)
-        else:
-            mixed = lean_attend(query, keys, values, mask, scale)
+        mixed = lean_attend(query, keys, values, mask, scale, softcap)
     return mixed.swapaxes(1, 2), cache

@@ -1,21 +1,30 @@
 """Key/value caches for decoding: one per layer, explicit arguments and results.
 
-Every kind of cache offers the same four operations:
+Every kind of cache offers the same operations:
 
-    cache = Kind.create(...)                              empty, of a given length
-    cache = cache.write(keys, values, positions)          at the given position of each row
-    keys, values, key_positions = cache.read()            all slots, and the position that each slot stands for
-    cache = cache.extend(length)                          more slots
+    cache = Kind.create(...)                                        empty, of a given length
+    cache = cache.write(keys, values, positions, segment_ids)       at the given position of each row
+    keys, values, key_positions = cache.read()                      all slots, and the position that each stands for
+    cache, (keys, values, key_positions) = cache.update(...)        write, and what the tokens written may look at
+    cache = cache.extend(length)                                    more slots
 
-Nothing records how many slots are filled. Attention masks by position, a token is written before it looks, and a row
-is written in order, so that whatever stands beyond a row's position (right padding of a prompt, tokens of a rejected
-draft) is invisible until it is overwritten: to roll back is to write at an earlier position.
+Tokens of segment 0 are padding and are not written. Nothing records how many slots are filled. Attention masks by
+position, a token is written before it looks, and a row is written in order, so that whatever stands beyond a row's
+position (tokens of a rejected draft) is invisible until it is overwritten: to roll back is to write at an earlier
+position.
+
+`empty` is a fact of the program, not of the data: True from `create` to the first `write`. A sequence that is read into
+an empty cache has only itself to look at.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+NOWHERE = int(np.iinfo(np.int32).max)
+"""The position of a slot that holds nothing: after all queries."""
 
 
 @struct.dataclass
@@ -24,28 +33,122 @@ class FullCache:
 
     keys: Float[Array, "*L B K S H"]
     values: Float[Array, "*L B K S H"]
+    empty: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def create(cls, batch: int, length: int, num_heads: int, head_dim: int, dtype: Dtype) -> "FullCache":
         zeros = jnp.zeros((batch, num_heads, length, head_dim), dtype)
-        return cls(keys=zeros, values=zeros)
+        return cls(keys=zeros, values=zeros, empty=True)
 
     def write(
-        self, keys: Float[Array, "B K T H"], values: Float[Array, "B K T H"], positions: Int[Array, "B T"]
+        self,
+        keys: Float[Array, "B K T H"],
+        values: Float[Array, "B K T H"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> "FullCache":
-        rows = jnp.arange(positions.shape[0])[:, None, None]
-        heads = jnp.arange(keys.shape[1])[None, :, None]
-        slots = positions[:, None, :]
-        return FullCache(
-            keys=self.keys.at[rows, heads, slots].set(keys.astype(self.keys.dtype), mode="drop"),
-            values=self.values.at[rows, heads, slots].set(values.astype(self.values.dtype), mode="drop"),
-        )
+        slots = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, NOWHERE)
+        return FullCache(keys=_put(self.keys, keys, slots), values=_put(self.values, values, slots))
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
         batch, _, length, _ = self.keys.shape
         return self.keys, self.values, jnp.broadcast_to(jnp.arange(length), (batch, length))
 
+    def update(self, keys, values, positions, segment_ids=None):
+        cache = self.write(keys, values, positions, segment_ids)
+        return cache, cache.read()
+
     def extend(self, length: int) -> "FullCache":
         """The same cache with `length` slots in all."""
-        more = [(0, 0), (0, 0), (0, length - self.keys.shape[2]), (0, 0)]
-        return FullCache(keys=jnp.pad(self.keys, more), values=jnp.pad(self.values, more))
+        return self.replace(keys=_lengthen(self.keys, length), values=_lengthen(self.values, length))
+
+
+@struct.dataclass
+class RingCache:
+    """Keys and values of the last positions, for a layer with a window; slot = position modulo the number of slots.
+
+    `lookahead` slots beyond the window let as many tokens be rejected: a draft written over the oldest keys must leave
+    those that the tokens after a rollback see.
+    """
+
+    keys: Float[Array, "*L B K S H"]
+    values: Float[Array, "*L B K S H"]
+    positions: Int[Array, "*L B S"]
+    """Of the token in each slot."""
+    window: int = struct.field(pytree_node=False)
+    lookahead: int = struct.field(pytree_node=False)
+    empty: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def create(
+        cls, batch: int, length: int, window: int, lookahead: int, num_heads: int, head_dim: int, dtype: Dtype
+    ) -> "RingCache":
+        slots = min(length, window + lookahead)
+        zeros = jnp.zeros((batch, num_heads, slots, head_dim), dtype)
+        nowhere = jnp.full((batch, slots), NOWHERE, jnp.int32)
+        return cls(zeros, zeros, nowhere, window, lookahead, empty=True)
+
+    def write(
+        self,
+        keys: Float[Array, "B K T H"],
+        values: Float[Array, "B K T H"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> "RingCache":
+        """Of more tokens than there are slots, each row's last ones."""
+        count, real = self.keys.shape[2], _real(positions, segment_ids)
+        newest = jnp.where(real, positions, -1).max(axis=1, keepdims=True)
+        slots = jnp.where(real & (positions > newest - count), positions % count, NOWHERE)
+        rows = jnp.arange(len(positions))[:, None]
+        return self.replace(
+            keys=_put(self.keys, keys, slots),
+            values=_put(self.values, values, slots),
+            positions=self.positions.at[rows, slots].set(positions, mode="drop"),
+            empty=False,
+        )
+
+    def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+        return self.keys, self.values, self.positions
+
+    def update(self, keys, values, positions, segment_ids=None):
+        cache = self.write(keys, values, positions, segment_ids)
+        never_wraps = self.keys.shape[2] < self.window + self.lookahead
+        if never_wraps or positions.shape[1] <= self.lookahead + 1:
+            return cache, cache.read()
+        # The last of so many tokens overwrite what the first still see. These look at what the ring held before, save
+        # what a rollback left at their own positions, and at each other.
+        real = _real(positions, segment_ids)
+        added = jnp.where(real, positions, NOWHERE)
+        held = jnp.where(self.positions < added.min(axis=1, keepdims=True), self.positions, NOWHERE)
+        return cache, (
+            jnp.concatenate([self.keys, keys.astype(self.keys.dtype)], axis=2),
+            jnp.concatenate([self.values, values.astype(self.values.dtype)], axis=2),
+            jnp.concatenate([held, added], axis=1),
+        )
+
+    def extend(self, length: int) -> "RingCache":
+        """The same cache for `length` positions in all. It grows only while no position has come round to slot 0."""
+        slots = min(length, self.window + self.lookahead)
+        more = [(0, 0)] * (self.positions.ndim - 1) + [(0, slots - self.positions.shape[-1])]
+        return self.replace(
+            keys=_lengthen(self.keys, slots),
+            values=_lengthen(self.values, slots),
+            positions=jnp.pad(self.positions, more, constant_values=NOWHERE),
+        )
+
+
+def _real(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "B T"]:
+    return jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids != 0
+
+
+def _put(
+    held: Float[Array, "B K S H"], new: Float[Array, "B K T H"], slots: Int[Array, "B T"]
+) -> Float[Array, "B K S H"]:
+    """Each token in its slot; those whose slot does not exist are dropped."""
+    rows = jnp.arange(new.shape[0])[:, None, None]
+    heads = jnp.arange(new.shape[1])[None, :, None]
+    return held.at[rows, heads, slots[:, None, :]].set(new.astype(held.dtype), mode="drop")
+
+
+def _lengthen(held: Float[Array, "*L B K S H"], length: int) -> Float[Array, "*L B K length H"]:
+    return jnp.pad(held, [(0, 0)] * (held.ndim - 2) + [(0, length - held.shape[-2]), (0, 0)])

@@ -23,7 +23,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.attention import Context
+from llmq_jax.layers.attention import Context, check_implementation, choose
 
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -83,6 +83,8 @@ class Decoder(nn.Module):
     """What the backward pass recomputes: "none", "dots" (all but products with weights) or "full"."""
     scan_layers: bool = True
     """Run a group's layers as a compiled loop; False writes them out (longer to compile, at times faster)."""
+    attention: str = "auto"
+    """How a sequence attends to itself: "masked", "blocked" or "fused"; "auto" takes what suits the backend."""
 
     # What an architecture provides.
 
@@ -119,6 +121,7 @@ class Decoder(nn.Module):
         """The layers, to be set as `self.group_0`, ... in `setup`."""
         if self.remat not in REMAT_POLICIES:
             raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
+        check_implementation(self.attention)
         pattern = Pattern
         if self.remat != "none":
             pattern = nn.remat(Pattern, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
@@ -146,7 +149,7 @@ class Decoder(nn.Module):
         tokens, positions, segment_ids = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
         if positions is None:
             positions = default_positions(tokens, segment_ids)
-        context = self.context(positions, segment_ids)
+        context = self.context(positions, segment_ids).replace(implementation=self.attention)
         x = self.embed(tokens, positions)
         new_caches, counts = {}, {}
         for i in range(len(self.layer_groups())):
@@ -185,18 +188,38 @@ class Decoder(nn.Module):
         )
 
     @nn.nowrap
-    def create_caches(self, batch: int, length: int, dtype: Dtype) -> dict:
-        """Empty caches of `length` slots for all layers, in the structure of `Output.caches`."""
+    def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict:
+        """Empty caches for `length` positions in all layers, in the structure of `Output.caches`.
+
+        `lookahead` is the number of tokens that may be taken back, by writing at an earlier position.
+        """
         return {
             f"group_{g}": {
                 f"block_{b}": jax.tree.map(
                     lambda leaf, n=group.repeats: jnp.broadcast_to(leaf, (n, *leaf.shape)),
-                    make(parent=None).create_cache(batch, length, dtype),
+                    make(parent=None).create_cache(batch, length, dtype, lookahead),
                 )
                 for b, make in enumerate(group.blocks)
             }
             for g, group in enumerate(self.layer_groups())
         }
+
+    @nn.nowrap
+    def attention_choice(self, length: int, training: bool = False) -> str:
+        """What `attention` comes to for sequences of this length on this machine: one line, to be shown once."""
+        c, dtype = self.config, self.dtype or jnp.float32
+        dropout = getattr(c, "attention_dropout", 0.0) or getattr(c, "attn_pdrop", 0.0)
+        softcap = getattr(c, "attn_logit_softcapping", None)
+        names = {}
+        for make in (make for group in self.layer_groups() for make in group.blocks):
+            cache = make(parent=None).create_cache(1, 1, dtype)
+            window = getattr(cache, "window", None)  # which a layer's cache knows
+            facts = {"length": length, "window": window, "head_dim": cache.keys.shape[-1], "dtype": dtype}
+            names[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
+        parts = [f"{name} in windows of {window}" for window, name in names.items() if window is not None]
+        if None in names:
+            parts.append(f"{names[None]} elsewhere" if parts else names[None])
+        return f"attention: {', '.join(parts)}"
 
     @nn.nowrap
     def slice_layers(
@@ -239,7 +262,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """A pass over sliced layers with one cache a layer: (hidden states after the final norm, caches)."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        context = self.context(positions)
+        context = self.context(positions).replace(implementation=self.attention)
         x = self.apply(outside, tokens, positions, method="embed")
         blocks = {
             (f"group_{g}", f"block_{b}"): make(parent=None)

@@ -8,7 +8,7 @@ import pytest
 
 from bench import measure, report
 from bench.products import Product, products_of, time_in_jax, time_in_torch
-from bench.rows import ROWS, TrainStep, gpt2
+from bench.rows import ROWS, TrainStep, WindowedAttention, gpt2
 
 pytestmark = pytest.mark.slow  # every side starts a process of its own
 
@@ -31,6 +31,17 @@ def test_a_row_end_to_end(tmp_path):
     page.add(result)
     text = page.markdown()
     assert "## tiny" in text and "plain torch, eager" in text and "of the roofline" in text
+
+
+def test_windowed_attention_end_to_end():
+    row = WindowedAttention("window", length=256, window=16, heads=2, width=8)
+    result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
+    losses = result.sides["torch, masked"].facts["losses"]
+    assert losses == pytest.approx(result.ours.facts["losses"], rel=1e-4)
+    assert [wanted.split()[0] for wanted, *_ in report.verdicts(result)] == ["5", "at", "time"]
+    header, rows = report.cells(result)
+    assert "temporary memory" in header and len(rows) == len(row.sides)
+    assert result.ours.facts["temporary_bytes"] < result.sides["ours, full"].facts["temporary_bytes"]
 
 
 def test_sides_that_disagree_are_refused():

@@ -1,9 +1,23 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmq_jax.layers.attention import Context, attend, lean_attend, self_attention, visible
+from llmq_jax.errors import BadInput
+from llmq_jax.layers.attention import (
+    Context,
+    attend,
+    attention,
+    choose,
+    lean_attend,
+    query_blocks,
+    self_attention,
+    visible,
+    window_block,
+    window_blocks,
+)
 
 
 def draw(seed: int, heads: int = 4, groups: int = 2, length: int = 11):
@@ -12,16 +26,22 @@ def draw(seed: int, heads: int = 4, groups: int = 2, length: int = 11):
     return [2.0 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def by_hand(query, key, value, positions, segments, scale):
+def by_hand(query, key, value, positions, segments, scale, window=None, softcap=None):
     """Row by row in NumPy: softmax over the keys that the definition allows."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = np.zeros_like(query)
     repeat = query.shape[1] // key.shape[1]
     for b, n, t in np.ndindex(query.shape[:3]):
         allowed = [
-            s for s in range(key.shape[2]) if segments[b][s] == segments[b][t] and positions[b][s] <= positions[b][t]
+            s
+            for s in range(key.shape[2])
+            if segments[b][s] == segments[b][t]
+            and positions[b][s] <= positions[b][t]
+            and (window is None or positions[b][s] > positions[b][t] - window)
         ]
         scores = np.array([query[b, n, t] @ key[b, n // repeat, s] for s in allowed]) * scale
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
         out[b, n, t] = sum(w * value[b, n // repeat, s] for w, s in zip(weights, allowed, strict=True))
@@ -30,35 +50,118 @@ def by_hand(query, key, value, positions, segments, scale):
 
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
+ROWS = Context(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
+PLAIN = {"scale": 0.4, "softcap": None, "dropout_rate": 0.0}
 
 
-@pytest.mark.parametrize("query_block", [3, 4, 11])
-def test_packed_and_padded_rows_equal_the_definition(query_block):
-    query, key, value = draw(0)
-    context = Context(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
-    got = self_attention(query, key, value, context, scale=0.3, query_block=query_block)
-    want = by_hand(query, key, value, POSITIONS, SEGMENTS, 0.3)
-    np.testing.assert_allclose(got, want, atol=1e-5)
+def assert_equal_with_gradients(found, expected, inputs, weights=1.0):
+    """Two functions of (query, key, value), where `weights` asks."""
+
+    def measure(function):
+        return jax.jit(jax.value_and_grad(lambda inputs: jnp.sum(weights * jnp.sin(function(*inputs)))))(inputs)
+
+    (value, slopes), (reference, wanted) = measure(found), measure(expected)
+    np.testing.assert_allclose(value, reference, rtol=1e-5, atol=1e-4)
+    for a, b in zip(slopes, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("query_block", [4, 11])
+@pytest.mark.parametrize("block", [3, 4, 11])
+def test_packed_and_padded_rows_equal_the_definition(block):
+    inputs = draw(0)
+    found = query_blocks(*inputs, ROWS, block, **PLAIN)
+    np.testing.assert_allclose(found, by_hand(*inputs, POSITIONS, SEGMENTS, 0.4), atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [1, 2, 4, 11, 20])
+def test_windows_and_softcaps_equal_the_definition(window, softcap):
+    inputs, masked = draw(0), ROWS.replace(implementation="masked")
+    found = self_attention(*inputs, masked, scale=0.4, window=window, softcap=softcap)
+    expected = by_hand(*inputs, POSITIONS, SEGMENTS, 0.4, window, softcap)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("block", [4, 11])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_lean_blocks_equal_the_reference_with_gradients(groups, query_block):
-    inputs = draw(1, groups=groups)
-    context = Context(jnp.asarray(POSITIONS), jnp.asarray(SEGMENTS))
-    mask = visible(context.positions, context.positions, context.segment_ids, context.segment_ids)
+def test_lean_blocks_equal_the_reference_with_gradients(groups, block, softcap):
+    mask = visible(ROWS.positions, ROWS.positions, ROWS.segment_ids, ROWS.segment_ids)
+    assert_equal_with_gradients(
+        lambda *inputs: query_blocks(*inputs, ROWS, block, **{**PLAIN, "softcap": softcap}),
+        lambda *inputs: attend(*inputs, mask, scale=0.4, softcap=softcap),
+        draw(1, groups=groups),
+    )
 
-    def plain(inputs):
-        return jnp.sum(jnp.sin(attend(*inputs, mask, scale=0.4)))
 
-    def lean(inputs):
-        return jnp.sum(jnp.sin(self_attention(*inputs, context, scale=0.4, query_block=query_block)))
+def long_rows(kind: str) -> Context:
+    """Rows of 37 tokens: one document; three, the last one padded; padding before a document and after it."""
+    if kind == "plain":
+        return Context(jnp.broadcast_to(jnp.arange(37), (2, 37)))
+    runs = {"packed": [(1, 20), (2, 3), (3, 11), (0, 3)], "padded": [(0, 6), (1, 27), (0, 4)]}[kind]
+    segments = np.repeat(*np.array(runs).T)
+    positions = np.concatenate([np.arange(count) for _, count in runs])
+    other = np.r_[0:33, 0:4], np.where(np.arange(37) < 33, 1, 0)
+    pairs = zip((positions, segments), other, strict=True)
+    return Context(*(jnp.asarray(np.stack(pair), jnp.int32) for pair in pairs))
 
-    reference, wanted = jax.value_and_grad(plain)(inputs)
-    value, got = jax.value_and_grad(lean)(inputs)
-    np.testing.assert_allclose(value, reference, rtol=1e-6)
-    for a, b in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+
+@pytest.mark.parametrize(
+    ("window", "block", "groups", "softcap"),
+    [(1, 4, 2, None), (5, 4, 1, 3.0), (16, 8, 4, None), (9, 64, 2, 3.0), (37, 8, 2, None), (50, 16, 1, None)],
+)
+@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+def test_window_blocks_equal_the_mask_with_gradients(kind, window, block, groups, softcap):
+    """Any length, longer and shorter than the window. What padding sees is nobody's business."""
+    context = long_rows(kind)
+    real = 1.0 if context.segment_ids is None else (context.segment_ids != 0)[:, None, :, None]
+    masked = context.replace(implementation="masked")
+    assert_equal_with_gradients(
+        lambda *inputs: window_blocks(*inputs, context, block, window, **{**PLAIN, "softcap": softcap}),
+        lambda *inputs: self_attention(*inputs, masked, scale=0.4, window=window, softcap=softcap),
+        draw(4, groups=groups, length=37),
+        real,
+    )
+
+
+@pytest.mark.parametrize("length", [40, 150, 200])
+def test_blocked_by_name_equals_masked(length):
+    """Shorter than a block, a few windows long, and many."""
+    inputs = draw(5, length=length)
+    context = Context(jnp.broadcast_to(jnp.arange(length), (2, length)))
+
+    def mixed(implementation, window):
+        chosen = context.replace(implementation=implementation)
+        return lambda *inputs: self_attention(*inputs, chosen, scale=0.4, window=window)
+
+    for window in (None, 70):
+        assert_equal_with_gradients(mixed("blocked", window), mixed("masked", window), inputs)
+
+
+def test_window_blocks_in_bfloat16():
+    inputs = [x.astype(jnp.bfloat16) for x in draw(3, length=37)]
+    context = long_rows("packed")
+    found = window_blocks(*inputs, context, 8, 5, **PLAIN)
+    assert found.dtype == jnp.bfloat16
+    expected = self_attention(
+        *(x.astype(jnp.float32) for x in inputs), context.replace(implementation="masked"), scale=0.4, window=5
+    )
+    real = np.asarray(context.segment_ids != 0)[:, None, :, None]
+    np.testing.assert_allclose(real * found.astype(jnp.float32), real * expected, atol=0.1)
+
+
+def test_memory_of_a_window_is_linear_in_the_length():
+    """Forward and back, in what the compiled program allocates."""
+
+    def temporary(length, window):
+        rows = Context(jnp.broadcast_to(jnp.arange(length), (1, length)), implementation="blocked")
+        shape = jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32)
+        loss = jax.grad(lambda *x: self_attention(*x, rows, scale=1.0, window=window).sum(), (0, 1, 2))
+        return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(512, 16), temporary(2048, 16)
+    assert long < 4.4 * short
+    assert long < temporary(2048, None) / 5
 
 
 def test_lean_attention_in_bfloat16_is_about_as_near_as_the_reference():
@@ -68,16 +171,18 @@ def test_lean_attention_in_bfloat16_is_about_as_near_as_the_reference():
     def gradients(function, inputs):
         return jax.grad(lambda inputs: function(inputs).astype(jnp.float32).sum())(inputs)
 
-    def plain(inputs):
-        return attend(*inputs, mask, scale=0.3)
+    for softcap in (None, 3.0):
 
-    def lean(inputs):
-        return lean_attend(*inputs, mask, 0.3)
+        def plain(inputs, softcap=softcap):
+            return attend(*inputs, mask, scale=0.3, softcap=softcap)
 
-    exact = gradients(plain, [x.astype(jnp.float32) for x in inputs])
-    for ours, theirs, true in zip(gradients(lean, inputs), gradients(plain, inputs), exact, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        assert jnp.abs(ours - true).mean() < 2 * jnp.abs(theirs - true).mean()
+        def lean(inputs, softcap=softcap):
+            return lean_attend(*inputs, mask, 0.3, softcap)
+
+        exact = gradients(plain, [x.astype(jnp.float32) for x in inputs])
+        for ours, theirs, true in zip(gradients(lean, inputs), gradients(plain, inputs), exact, strict=True):
+            assert ours.dtype == jnp.bfloat16
+            assert jnp.abs(ours - true).mean() < 2 * jnp.abs(theirs - true).mean()
 
 
 def test_dropout_keeps_the_mean_and_follows_its_key():
@@ -94,3 +199,130 @@ def test_dropout_keeps_the_mean_and_follows_its_key():
     np.testing.assert_array_equal(dropped(0), dropped(0))
     mean = jax.jit(lambda: jax.lax.map(dropped, jnp.arange(4000)).mean(0))()
     np.testing.assert_allclose(mean, plain, atol=0.15)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
+    """Against the whole band with the very weights dropped that the blocks draw, forward and back."""
+    context, block, window, rate = long_rows("plain"), 8, 12, 0.3
+    root = jax.random.key(7)
+    keep = np.zeros((2, 2, 2, 40, 56), bool)  # queries in whole blocks, keys behind two more
+    for index in range(5):
+        draws = jax.random.bernoulli(jax.random.fold_in(root, index), 1 - rate, (2, 2, 2, 8, 24))
+        keep[..., index * 8 : index * 8 + 8, index * 8 : index * 8 + 24] = draws
+    keep = keep[..., :37, 16 : 16 + 37]
+    mask = visible(context.positions, context.positions, window=window)[:, None, None]
+
+    def by_mask(query, key, value):
+        scores = jnp.einsum("bkgth,bksh->bkgts", query.reshape(2, 2, 2, 37, 8), key) * 0.4
+        scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+        mixed = jnp.einsum("bkgts,bksh->bkgth", jnp.where(keep, weights / (1 - rate), 0.0), value)
+        return mixed.reshape(2, 4, 37, 8)
+
+    options = {"scale": 0.4, "softcap": softcap, "dropout_rate": rate}
+    assert_equal_with_gradients(
+        lambda *inputs: window_blocks(*inputs, context, block, window, root, **options),
+        by_mask,
+        draw(6, length=37),
+    )
+
+
+# Which implementation.
+
+LAYER = {"length": 1024, "head_dim": 64, "dtype": jnp.bfloat16}
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5p")
+HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+AMPERE = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capability="gfx942")
+
+
+@pytest.mark.parametrize(
+    ("expected", "device", "window", "more"),
+    [
+        ("blocked", CPU, None, {}),
+        ("blocked", CPU, 64, {}),
+        ("masked", CPU, None, {"dropout": True}),
+        ("blocked", CPU, 64, {"dropout": True}),
+        ("masked", HOPPER, None, {}),
+        ("fused", HOPPER, 64, {}),
+        ("fused", HOPPER, 64, {"segmented": True, "head_dim": 256}),
+        ("blocked", AMPERE, 64, {"head_dim": 256}),
+        ("blocked", HOPPER, 64, {"dropout": True}),
+        ("blocked", HOPPER, 64, {"softcap": 50.0}),
+        ("blocked", HOPPER, 64, {"dtype": jnp.float32}),
+        ("blocked", OTHER_GPU, 64, {}),
+        ("blocked", TPU, 64, {}),
+        ("masked", TPU, None, {}),
+    ],
+)
+def test_what_auto_takes(expected, device, window, more):
+    assert choose("auto", window=window, device=device, **{**LAYER, **more}) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "more", "message"),
+    [
+        (CPU, {}, "attention='fused' cannot run: it is a kernel of NVIDIA GPUs from Ampere on, and this is cpu; take "),
+        (OTHER_GPU, {}, "it is a kernel of NVIDIA GPUs from Ampere on, and this is AMD"),
+        (HOPPER, {"dtype": jnp.float32}, "it computes in bfloat16 or float16, not in float32"),
+        (HOPPER, {"softcap": 50.0}, "it has no softcap"),
+        (HOPPER, {"dropout": True}, "it has no dropout"),
+        (HOPPER, {"head_dim": 12}, "a multiple of 8 features, here at most 256, not 12"),
+        (AMPERE, {"head_dim": 256}, "a multiple of 8 features, here at most 128, not 256"),
+        (HOPPER, {"segmented": True, "length": 1023}, "must have an even length, not 1023"),
+    ],
+)
+def test_the_fused_kernel_asked_for_by_name_runs_or_fails(device, more, message):
+    assert choose("fused", window=64, device=HOPPER, **LAYER) == "fused"
+    with pytest.raises(BadInput) as error:
+        choose("fused", window=64, device=device, **{**LAYER, **more})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_implementation():
+    with pytest.raises(BadInput, match="attention='blokced' is unknown; did you mean blocked"):
+        choose("blokced", window=None, **LAYER)
+
+
+@pytest.mark.parametrize(("kind", "window"), [("plain", None), ("plain", 5), ("packed", 5)])
+def test_what_the_fused_kernel_is_asked_for(kind, window, monkeypatch):
+    """The call with another implementation in the kernel's place: masks, window and scale mean the same."""
+    context = jax.tree.map(lambda fact: fact[:, :36], long_rows(kind))  # even
+    inputs = [x.swapaxes(1, 2).astype(jnp.bfloat16) for x in draw(8, length=36)]
+    expected, _ = attention(*inputs, context.replace(implementation="masked"), scale=0.4, window=window)
+    kernel, calls = jax.nn.dot_product_attention, []
+
+    def other(*args, implementation, **options):
+        calls.append(implementation)
+        return kernel(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", other)
+    found, _ = attention(*inputs, context.replace(implementation="fused"), scale=0.4, window=window)
+    assert calls == ["cudnn"]
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed"])
+def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, monkeypatch):
+    """Forward and back, with its window; lowered here, not run."""
+    context = jax.tree.map(lambda fact: fact[:, :36], long_rows(kind)).replace(implementation="fused")
+    monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+    def loss(*inputs):
+        return attention(*inputs, context, scale=0.4, window=5)[0].astype(jnp.float32).sum()
+
+    shapes = [jax.ShapeDtypeStruct((2, 36, heads, 8), jnp.bfloat16) for heads in (4, 2, 2)]
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in program.splitlines() if "__cudnn$fmha" in line]
+    assert len(calls) == 2 and "Backward" in calls[1]
+    for call in calls:
+        plain = call.replace("\\22", "")
+        assert "sliding_window_length: 5" in plain and "mask_type: CAUSAL" in plain, plain
+
+
+def test_blocks_of_a_window():
+    assert [window_block(window) for window in (1, 100, 200, 512, 4096)] == [64, 64, 100, 256, 256]

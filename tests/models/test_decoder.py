@@ -1,0 +1,102 @@
+"""What all architectures share: how attention runs, by name, and caches of both kinds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.layers.caches import FullCache, RingCache
+from llmq_jax.models import Gemma3Config, GPT2Config, build, init, override
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+CONFIG = Gemma3Config(
+    vocab_size=29,
+    max_position_embeddings=160,
+    hidden_size=12,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=6,
+    intermediate_size=16,
+    sliding_window=7,
+    layer_types=(LOCAL, LOCAL, GLOBAL),
+    query_pre_attn_scalar=6,
+    initializer_range=0.3,
+)
+TOKENS = np.random.default_rng(0).integers(0, 29, (2, 150)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return init(CONFIG)
+
+
+def test_implementations_of_attention_agree(variables):
+    """Forward and back, in layers with a window and without."""
+
+    def value_and_slope(attention):
+        model = build(CONFIG, attention=attention)
+        return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, TOKENS)).mean()))(variables)
+
+    found, expected = value_and_slope("blocked"), value_and_slope("masked")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("blokced", "attention='blokced' is unknown; did you mean blocked?"),
+        ("fused", "attention='fused' cannot run: it is a kernel of NVIDIA GPUs"),
+    ],
+)
+def test_attention_that_cannot_be(variables, attention, message):
+    with pytest.raises(BadInput) as error:
+        build(CONFIG, attention=attention).apply(variables, TOKENS)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_choice_in_a_line():
+    gpt2 = GPT2Config(num_hidden_layers=2, attn_pdrop=0.1)
+    assert build(gpt2).attention_choice(64) == "attention: blocked"
+    assert build(gpt2).attention_choice(64, training=True) == "attention: masked"
+    assert build(CONFIG).attention_choice(64) == "attention: blocked in windows of 7, blocked elsewhere"
+    local = override(CONFIG, layer_types=(LOCAL,) * 3)
+    assert build(local, attention="masked").attention_choice(64) == "attention: masked in windows of 7"
+    with pytest.raises(BadInput, match="cannot run"):
+        build(CONFIG, attention="fused").attention_choice(64)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_decoding_past_the_window_equals_the_whole_pass(variables, lookahead):
+    """Prompts shorter and longer than the window, padded; then a piece of three and one token at a time."""
+    model, lengths = build(CONFIG), np.array([5, 22])
+    whole = model.apply(variables, TOKENS[:, :40])
+    real = (np.arange(24) < lengths[:, None]).astype(np.int32)
+    caches = model.create_caches(2, 24, jnp.float32, lookahead)
+    prefill = jax.jit(lambda caches: model.apply(variables, TOKENS[:, :24], None, real, caches, method="forward"))
+    output = prefill(caches)
+    caches = tuple(cache.extend(40) for cache in model.slice_caches(output.caches))
+    assert [type(cache) for cache in caches] == [RingCache, RingCache, FullCache]
+    assert [cache.keys.shape[2] for cache in caches] == [7 + lookahead, 7 + lookahead, 40]
+    outside, layers = model.slice_layers(variables)
+    decode = jax.jit(model.decode)
+    for count in (3, *[1] * 12):
+        positions = lengths[:, None] + np.arange(count)
+        newest = np.take_along_axis(TOKENS, positions, axis=1)
+        hidden, caches = decode(outside, layers, newest, positions, caches)
+        logits = model.apply(outside, hidden, method="unembed")
+        np.testing.assert_allclose(logits, np.take_along_axis(whole, positions[..., None], axis=1), atol=1e-4)
+        lengths = lengths + count
+
+
+def test_caches_of_a_long_context_are_small():
+    """At 32,768 tokens, with five local layers to a global one."""
+
+    def size(**changes):
+        changes = {"num_hidden_layers": 24, "max_position_embeddings": 32768, "sliding_window": 512, **changes}
+        model = build(override(CONFIG, **changes))
+        leaves = jax.eval_shape(lambda: jax.tree.leaves(model.create_caches(1, 32768, jnp.bfloat16)))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+    assert size(layer_types=None) < size(layer_types=(GLOBAL,) * 24) / 4
