@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from llmq_jax.interop.generation_config import GenerationConfig
     from llmq_jax.interop.huggingface import save_hf
     from llmq_jax.language_model import LanguageModel, load, save
-    from llmq_jax.models import GPT2, GPT2Config, Llama3, Llama3Config, build, init, preset
+    from llmq_jax.models import (
+        GPT2,
+        Gemma,
+        Gemma2Config,
+        Gemma3Config,
+        GPT2Config,
+        Llama3,
+        Llama3Config,
+        build,
+        init,
+        preset,
+    )
 
 _HOME = {
     "BadInput": "errors",
@@ -27,6 +38,9 @@ _HOME = {
     "FileTokenizer": "data",
     "GPT2": "models",
     "GPT2Config": "models",
+    "Gemma": "models",
+    "Gemma2Config": "models",
+    "Gemma3Config": "models",
     "Llama3": "models",
     "Llama3Config": "models",
     "GPT2Tokenizer": "data",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import gpt2, llama3
+from llmq_jax.interop import gemma, gpt2, llama3
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import WeightTable
 from llmq_jax.models import override
@@ -21,10 +21,25 @@ class Tables(NamedTuple):
     """Fields that shapes do not tell."""
 
 
+GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar")
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "gemma2": Tables(gemma.GEMMA2_LAYOUTS, gemma.GEMMA2_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
+    "gemma3_text": Tables(gemma.GEMMA3_LAYOUTS, gemma.GEMMA3_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
 }
+
+
+class Part(NamedTuple):
+    """What we have of a larger model."""
+
+    model_type: str
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """The larger model's config.json to the part's."""
+
+
+PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal)}
+SUPPORTED = ", ".join([*TABLES, *PARTS])
 
 
 def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", dtype: Any = None) -> dict:
@@ -54,7 +69,10 @@ def to_state_dict(variables: dict, config: Any, layout: str = "hf") -> dict[str,
 def config_from_hf(values: Mapping[str, Any]) -> Any:
     """The config of a `config.json`. A field that changes the computation and is not supported is BadInput."""
     if "model_type" not in values:
-        raise BadInput(f"config.json has no model_type; supported: {', '.join(TABLES)}")
+        raise BadInput(f"config.json has no model_type; supported: {SUPPORTED}")
+    if values["model_type"] in PARTS:
+        part = PARTS[values["model_type"]]
+        return config_table(part.model_type).from_hf(part.read(values))
     return config_table(values["model_type"]).from_hf(values)
 
 
@@ -113,7 +131,7 @@ def config_table(model_type: str) -> ConfigTable:
 
 def _tables(model_type: str) -> Tables:
     if model_type not in TABLES:
-        raise BadInput(f"model_type {model_type!r} is not supported; supported: {', '.join(TABLES)}")
+        raise BadInput(f"model_type {model_type!r} is not supported; supported: {SUPPORTED}")
     return TABLES[model_type]
 
 

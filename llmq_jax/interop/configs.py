@@ -51,6 +51,15 @@ FIXED = {
 }
 
 
+def require_whole_heads(config: Any) -> None:
+    """Refuse to export a width that the configs of transformers do not take."""
+    if config.hidden_size % config.num_attention_heads:
+        raise BadInput(
+            f"hidden_size={config.hidden_size} cannot be exported: transformers' {config.model_type} takes multiples "
+            f"of num_attention_heads={config.num_attention_heads} only, whatever head_dim says; {KEEP}"
+        )
+
+
 @dataclass(frozen=True)
 class ConfigTable:
     """The config of one architecture, on both sides."""
@@ -69,7 +78,7 @@ class ConfigTable:
     token_ids: Mapping[str, int] = field(default_factory=dict)
     """Special tokens that transformers assumes where config.json names none."""
     own: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
-    """{our field that transformers has not: (the value that it computes with, what to do with a model of another)}."""
+    """{our field that transformers does not compute: (the value that it computes with, what to do with another)}."""
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Brings all spellings of a config.json to one, before anything else is read."""
     write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values
@@ -103,7 +112,7 @@ class ConfigTable:
         for name, (theirs, remedy) in self.own.items():
             value = getattr(config, name)
             if value != theirs:
-                known = f"transformers' {config.model_type} has no such field"
+                known = f"transformers' {config.model_type} does not compute it"
                 raise BadInput(f"{name}={value!r} cannot be exported: {known}; {remedy}")
         fields = {
             self.renamed.get(entry.name, entry.name): getattr(config, entry.name)

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable, require_whole_heads
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
@@ -118,11 +117,7 @@ LAYOUTS = {
 
 def write_fields(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
     """Sizes written out, as transformers writes them: not all readers know what null stands for."""
-    if config.hidden_size % config.num_attention_heads:
-        raise BadInput(
-            f"hidden_size={config.hidden_size} cannot be exported: transformers' llama takes multiples of "
-            f"num_attention_heads={config.num_attention_heads} only, whatever head_dim says; {KEEP}"
-        )
+    require_whole_heads(config)
     sizes = {"num_key_value_heads": config.key_value_heads, "head_dim": config.head_width}
     return write_rope(config.rope_parameters, values | sizes, config.head_width)
 

@@ -3,17 +3,26 @@
 - new (transformers 5): `rope_parameters` {rope_type, rope_theta, factor, ...}
 - old: `rope_theta` beside `rope_scaling` {rope_type or type, factor, ...}, null where there is no scaling
 - either: `original_max_position_embeddings` may stand outside
+- where layers of two kinds differ (Gemma 3), new: `rope_parameters` {full_attention: {...}, sliding_attention: {...}};
+  old: all of the above for the one kind, `rope_local_base_freq` for the other, which is not scaled
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.positions import Rope
+from llmq_jax.layers.positions import ROPES, Rope
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 ORIGINAL = "original_max_position_embeddings"
 WITHOUT_ORIGINAL = ("default", "linear", "dynamic")
 """The types for which transformers passes it over. Of `dynamic` it takes max_position_embeddings to be the original."""
+NEUTRAL = {"finetuned": (True, False), "attn_factor": (1,), "extrapolation_factor": (1,)}
+"""{parameter of YaRN's own code (jquesnelle/yarn): the values with which it changes nothing}."""
+WITHOUT_TYPE = ("rope_theta", "partial_rotary_factor", ORIGINAL)
+"""What may be said where nothing is scaled."""
 
 
 def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,11 +37,48 @@ def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, parameters in (spellings | {"config.json": outside}).items():
         for key, value in parameters.items():
             key = "rope_type" if key == "type" and "rope_type" not in parameters else key
-            if value is not None and merged.setdefault(key, value) != value:
-                raise BadInput(f"{name} has {key}={value!r}, and {merged[key]!r} is said of it elsewhere; keep one")
+            if value is None or value in NEUTRAL.get(key, ()):
+                continue
+            known = merged.setdefault(key, value)
+            if known is not value and known != value:  # NaN is no other than itself
+                raise BadInput(f"{name} has {key}={value!r}, and {known!r} is said of it elsewhere; keep one")
+    untyped = [key for key in merged if key not in WITHOUT_TYPE]
+    if untyped and "rope_type" not in merged:
+        name = next(name for name, parameters in spellings.items() if untyped[0] in parameters)
+        raise BadInput(f"{name} has {', '.join(untyped)} and lacks rope_type; name one of {', '.join(ROPES)}")
+    _warn_of_another_ratio(merged, values.get("max_position_embeddings"))
     if merged.get("rope_type", "default") in WITHOUT_ORIGINAL:
         merged.pop(ORIGINAL, None)
     return {**values, "rope_parameters": merged}
+
+
+def _warn_of_another_ratio(parameters: Mapping[str, Any], longest: Any) -> None:
+    """YaRN's factor beside lengths whose ratio is another, as transformers warns of it: the factor is what counts.
+
+    The ratio is 1 where the longest context is that of training. Llama 3.2 has factor 32 and ratio 16 by intention.
+    """
+    factor, trained = parameters.get("factor"), parameters.get(ORIGINAL)
+    numbers = all(type(value) in (int, float) and value > 0 for value in (factor, trained, longest))
+    if parameters.get("rope_type") == "yarn" and numbers and longest / trained not in (1, factor):
+        warnings.warn(
+            f"rope_type 'yarn' has factor={factor}, which counts, and max_position_embeddings={longest} is "
+            f"{longest / trained:g} times {ORIGINAL}={trained}",
+            stacklevel=5,
+        )
+
+
+def read_ropes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same where layers of two kinds differ: as `rope_parameters` (global layers) and `local_rope_parameters`."""
+    values = dict(values)
+    by_kind = values.pop("rope_parameters", None) or {}
+    if not isinstance(by_kind, dict):
+        raise BadInput(f"rope_parameters={by_kind!r} is not an object of parameters by kind of layer")
+    by_kind = dict(by_kind)
+    full, sliding = (by_kind.pop(kind, None) for kind in (FULL, SLIDING))
+    if by_kind:
+        raise BadInput(f"rope_parameters has {', '.join(by_kind)} outside of {FULL} and {SLIDING}, the kinds of layers")
+    local = read_rope({"rope_parameters": sliding, "rope_theta": values.pop("rope_local_base_freq", None)})
+    return {**read_rope({**values, "rope_parameters": full}), "local_rope_parameters": local["rope_parameters"]}
 
 
 def write_rope(rope: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -42,3 +88,16 @@ def write_rope(rope: Rope, values: Mapping[str, Any], width: int) -> dict[str, A
     if exported.rope_type == "dynamic":
         values["max_position_embeddings"] = values["rope_parameters"].pop(ORIGINAL)
     return values
+
+
+def write_ropes(rope: Rope, local: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The same where layers of two kinds differ."""
+    of_full, of_sliding = (write_rope(each, values, width) for each in (rope, local))
+    trained = [part["max_position_embeddings"] for part in (of_full, of_sliding)]
+    if trained[0] != trained[1]:
+        raise BadInput(
+            "local_rope_parameters cannot be exported: to transformers the trained length of rope_type 'dynamic' is "
+            f"max_position_embeddings, for all layers; here one kind has {trained[0]} and the other {trained[1]}"
+        )
+    by_kind = {FULL: of_full["rope_parameters"], SLIDING: of_sliding["rope_parameters"]}
+    return {**of_full, "rope_parameters": by_kind}

@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -129,6 +130,10 @@ class WeightTable:
     """Names that, in a model which has no leaf of their own for them, may repeat another tensor."""
     writes_tied: bool = False
     """Whether files of this layout hold such a tensor all the same, so that it is written."""
+    within: Mapping[str, str] = field(default_factory=dict)
+    """{a prefix of our part's names in files of a larger model: what stands in its place in files of the part alone}"""
+    beside: tuple[str, ...] = ()
+    """Prefixes of the names of that model's other parts, which are left out with a warning."""
 
     def placements(self, config: Any) -> list[Placement]:
         """The rules written out for a config: layer by layer, each layer's tensors in the order of the rules."""
@@ -150,6 +155,7 @@ class WeightTable:
         """`state` as our variables, in its own types unless `dtype` says otherwise; see `interop.from_state_dict`."""
         leaves = flatten_dict(abstract_variables(config))
         placements = self.placements(config)
+        state = self._own_part(state)
         names = self._names(state, placements)
         problems = self._problems(state, names, placements, leaves, config)
         if problems:
@@ -219,6 +225,23 @@ class WeightTable:
         prefix = "" if any(name.startswith(self.optional_prefix) for name in state) else self.optional_prefix
         pairs = [(key.removeprefix(prefix), source.removeprefix(prefix)) for key, source in self.tied.items()]
         return all(_equal(state, key, source) for key, source in pairs if key in state and source in state)
+
+    def _own_part(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Of a larger model's state our part, under its own names; any other state as it is."""
+        if not self.within:
+            return state
+        others = [name for name in state if name.startswith(self.beside)]
+        if others:
+            where = [prefix.rstrip(".") for prefix in self.beside if any(name.startswith(prefix) for name in others)]
+            warnings.warn(f"{len(others)} tensors of other parts are ignored: {', '.join(where)}", stacklevel=5)
+        part: dict[str, Any] = {}
+        for name in state:
+            if not name.startswith(self.beside):
+                prefix = next((prefix for prefix in self.within if name.startswith(prefix)), "")
+                own = self.within.get(prefix, "") + name.removeprefix(prefix)
+                twice = own != name and (own in state or own in part)
+                part[name if twice else own] = state[name]
+        return part
 
     def _names(self, state: Mapping[str, Any], placements: list[Placement]) -> dict[str, str]:
         """{the table's name: the name in `state`}; they differ where `state` leaves the prefix out."""

@@ -1,6 +1,7 @@
 """Tables of vectors, looked up by id; a tied table also serves as the output head."""
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
@@ -14,12 +15,17 @@ class Embedding(nn.Module):
     embedding_init: Initializer = nn.initializers.normal(0.02)
     dtype: Dtype | None = None
     """Type to compute in; None computes in the table's own type."""
+    scale: float | None = None
+    """What rows that are looked up are multiplied by, once it is rounded to the table's own type."""
 
     def setup(self):
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        return self.embedding[ids].astype(self.dtype or self.embedding.dtype)
+        rows = self.embedding[ids]
+        if self.scale is not None:
+            rows = rows * jnp.asarray(self.scale, rows.dtype)
+        return rows.astype(self.dtype or rows.dtype)
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         dtype = self.dtype or self.embedding.dtype

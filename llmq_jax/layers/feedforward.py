@@ -25,7 +25,10 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU with `activation="silu"` (Shazeer 2020, arXiv:2002.05202, eq. 6): `down(activation(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, eq. 6).
+
+    SwiGLU with `activation="silu"`, GeGLU with one of the GELUs.
+    """
 
     intermediate_size: int
     activation: str

@@ -4,6 +4,7 @@ All compute in float32 and return the type that they were given. `NORMS` names t
 decoder takes any of them.
 """
 
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -48,6 +49,22 @@ class RMSNorm(nn.Module):
         return normalised.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class ZeroCentredRMSNorm(nn.Module):
+    """RMSNorm whose scale is 1 + `scale`: what is learned starts at 0, and weight decay pulls it towards no scaling.
+
+    As in Gemma: the normalised values meet the scale in float32, and are rounded to the type of x after it.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        return (normalised * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
 class DyT(nn.Module):
     """Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622, eq. 1): `scale * tanh(alpha * x) + bias`, with no statistics.
 
@@ -67,13 +84,18 @@ class DyT(nn.Module):
 
 
 # Zhu et al. 2025, section 7 and appendix: where alpha starts in language models, by model width, before attention and
-# elsewhere (before the feed-forward network and the head).
+# elsewhere (before the feed-forward network and the head). Their weights start as normal(0.02).
 ALPHA_INIT = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
 
 
-def alpha_init(width: int, before_attention: bool) -> float:
-    """The paper's value for the least width of its table that is at least this one (for wider ones: for its widest)."""
-    listed = min((w for w in ALPHA_INIT if w >= width), default=max(ALPHA_INIT))
+def alpha_init(width: int, before_attention: bool, initializer_range: float = 0.02) -> float:
+    """The paper's value for the width of its table that is nearest, by ratio.
+
+    Wider models start with larger activations, initializer_range · sqrt(D) in embeddings and products, which a tanh has
+    to leave room. So weights that start larger count as a wider model's: of that width at which 0.02 does the same.
+    """
+    alike = width * (initializer_range / 0.02) ** 2
+    listed = min(ALPHA_INIT, key=lambda w: abs(math.log(w / alike)))
     return ALPHA_INIT[listed][0 if before_attention else 1]
 
 
@@ -86,14 +108,20 @@ class EmbeddingScale(nn.Module):
         return x * scale.astype(x.dtype)
 
 
-NormName = Literal["layer_norm", "rms_norm", "dyt"]
-NORMS = ("layer_norm", "rms_norm", "dyt")
+NormName = Literal["layer_norm", "rms_norm", "zero_centred_rms_norm", "dyt"]
+NORMS = ("layer_norm", "rms_norm", "zero_centred_rms_norm", "dyt")
 
 
 def norm_layer(
-    norm: NormName, epsilon: float, width: int, name: str | None = None, before_attention: bool = False
+    norm: NormName,
+    epsilon: float,
+    width: int,
+    initializer_range: float,
+    name: str | None = None,
+    before_attention: bool = False,
 ) -> nn.Module:
-    """A layer by its name in a config; `epsilon` is for those that divide."""
+    """A layer by its name in a config; `epsilon` is for those that divide, the range of initial weights for DyT."""
     if norm == "dyt":
-        return DyT(alpha_init(width, before_attention), name=name)
-    return {"layer_norm": LayerNorm, "rms_norm": RMSNorm}[norm](epsilon, name=name)
+        return DyT(alpha_init(width, before_attention, initializer_range), name=name)
+    layers = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "zero_centred_rms_norm": ZeroCentredRMSNorm}
+    return layers[norm](epsilon, name=name)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.models import gpt2, llama3
+from llmq_jax.models import gemma, gpt2, llama3
 from llmq_jax.models.config import has_type, type_name
 from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
 
@@ -26,9 +27,11 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "gpt2": Architecture(GPT2Config, GPT2),
     "llama": Architecture(Llama3Config, Llama3),
+    "gemma2": Architecture(Gemma2Config, Gemma),
+    "gemma3_text": Architecture(Gemma3Config, Gemma),
 }
 
-PRESETS: dict[str, Any] = {**gpt2.PRESETS, **llama3.PRESETS}
+PRESETS: dict[str, Any] = {**gpt2.PRESETS, **llama3.PRESETS, **gemma.PRESETS}
 
 
 def preset(name: str, **overrides) -> Any:
@@ -71,10 +74,13 @@ def _require_field(config_class: type, name: str) -> None:
         raise BadInput(f"{config_class.__name__} has no field {name!r}; {did_you_mean(name, known, count=1)}")
 
 
-def build(config: Any, *, dtype: Dtype | None = None, remat: str = "none", scan_layers: bool = True) -> Decoder:
+def build(
+    config: Any, *, dtype: Dtype | None = None, remat: str = "none", scan_layers: bool = True, attention: str = "auto"
+) -> Decoder:
     """The model of a config; see `Decoder` for the options. Holds no parameters: those are `init(config)`."""
     dtype = None if dtype is None else jnp.dtype(dtype)
-    return architecture(config).model_class(config, dtype=dtype, remat=remat, scan_layers=scan_layers)
+    options = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "attention": attention}
+    return architecture(config).model_class(config, **options)
 
 
 def architecture(config: Any) -> Architecture:

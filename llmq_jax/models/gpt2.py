@@ -112,7 +112,7 @@ class GPT2(Decoder):
         if c.norm == "dyt":
             self.embedding_scale = EmbeddingScale()
         (self.group_0,) = self.make_groups()
-        self.final_norm = norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size)
+        self.final_norm = norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
 
@@ -141,19 +141,17 @@ class GPT2Block(nn.Module):
         residual = nn.initializers.normal(c.initializer_range / (2 * c.num_hidden_layers) ** 0.5)
 
         attention = GPT2Attention(c, normal, residual, self.dtype, name="attention")
-        attention_norm = norm_layer(
-            c.norm, c.layer_norm_epsilon, c.hidden_size, "attention_norm", before_attention=True
-        )
-        mixed, cache = attention(attention_norm(x), context, cache)
+        norm = partial(norm_layer, c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
+        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
 
         mlp = MLP(c.mlp_width, c.activation_function, normal, residual, self.dtype, name="mlp")
-        update = mlp(norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size, "mlp_norm")(x))
+        update = mlp(norm("mlp_norm")(x))
         x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
         return x, cache, {}
 
     @nn.nowrap
-    def create_cache(self, batch: int, length: int, dtype: Dtype) -> FullCache:
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache:
         return FullCache.create(batch, length, self.config.num_attention_heads, self.config.head_dim, dtype)
 
 

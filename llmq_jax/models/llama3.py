@@ -214,7 +214,7 @@ class Llama3(Decoder):
         if c.norm == "dyt":
             self.embedding_scale = EmbeddingScale()
         (self.group_0,) = self.make_groups()
-        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size)
+        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
 
@@ -241,17 +241,17 @@ class Llama3Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
         c = self.config
-        attention_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, "attention_norm", before_attention=True)
-        mixed, cache = GroupedQueryAttention(c, self.dtype, name="attention")(attention_norm(x), context, cache)
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        attention = GroupedQueryAttention(c, self.dtype, name="attention")
+        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + mixed
 
-        mlp_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, "mlp_norm")
         normal = nn.initializers.normal(c.initializer_range)
         mlp = GatedMLP(c.intermediate_size, c.hidden_act, c.mlp_bias, normal, self.dtype, name="mlp")
-        return x + mlp(mlp_norm(x)), cache, {}
+        return x + mlp(norm("mlp_norm")(x)), cache, {}
 
     @nn.nowrap
-    def create_cache(self, batch: int, length: int, dtype: Dtype) -> FullCache:
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache:
         return FullCache.create(batch, length, self.config.key_value_heads, self.config.head_width, dtype)
 
 

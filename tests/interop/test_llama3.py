@@ -374,7 +374,9 @@ def test_what_makes_no_sense_is_refused(changes, message):
 @pytest.mark.parametrize("norm", ["dyt", "layer_norm"])
 def test_another_norm_cannot_be_exported(norm, tmp_path):
     config = override(TIED, norm=norm)
-    expected = f"norm={norm!r} cannot be exported: transformers' llama has no such field; keep such a model in our own"
+    expected = (
+        f"norm={norm!r} cannot be exported: transformers' llama does not compute it; keep such a model in our own"
+    )
     assert expected in refused(config_to_hf, config)
     lm = LanguageModel(config, build(config), init(config))
     assert expected in refused(save_hf, lm, tmp_path / "hf")

@@ -178,11 +178,13 @@ def test_where_dynamic_tanh_starts(model_type, width):
 
 
 def test_alphas_of_other_widths():
-    """Those of the next width in the paper's table, or of its widest."""
+    """Those of the nearest width in the paper's table; a width counts as large as its initial weights make it."""
     assert alpha_init(64, True) == alpha_init(1024, True) == 1.0
-    assert alpha_init(1025, False) == alpha_init(2048, False) == 0.5
+    assert (alpha_init(1400, False), alpha_init(1500, False)) == (1.0, 0.5)
     assert (alpha_init(4096, True), alpha_init(4096, False)) == (0.8, 0.2)
     assert alpha_init(10_000, False) == alpha_init(8192, False) == 0.05
+    assert alpha_init(128, False, initializer_range=0.08) == alpha_init(2048, False) == 0.5
+    assert alpha_init(4096, False, initializer_range=0.01) == alpha_init(1024, False) == 1.0
 
 
 def test_a_context_shorter_than_the_one_that_rope_extends():

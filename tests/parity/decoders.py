@@ -4,6 +4,7 @@ A test file derives `class Test...(SameAsTransformers)` and gives it a fixture `
 biases moved off 1 and 0. Float32 noise between two correct implementations is about 1e-5 on the logits.
 """
 
+import copy
 from functools import partial
 
 import jax
@@ -42,7 +43,7 @@ def draw_tokens(lm, batch=3, length=LENGTH):
 def their_logits(model, tokens, **inputs):
     with torch.no_grad():
         inputs = {name: torch.tensor(value) for name, value in inputs.items()}
-        return model(input_ids=torch.tensor(tokens), use_cache=False, **inputs).logits.numpy()
+        return model(input_ids=torch.tensor(tokens), use_cache=False, **inputs).logits.float().numpy()
 
 
 def packed(lm):
@@ -207,9 +208,12 @@ class SameAsTransformers:
         hidden = jax.eval_shape(lambda: narrow.model.apply(narrow.variables, jnp.asarray(tokens), method="hidden"))
         assert hidden.dtype == jnp.bfloat16
         exact = jax.nn.log_softmax(their_logits(theirs, tokens))
-        found = jax.nn.log_softmax(narrow.logits(tokens))
-        divergence = (np.exp(exact) * (exact - found)).sum(-1)
-        assert divergence.mean() < 1e-2
+
+        def divergence(logits):
+            return (np.exp(exact) * (exact - jax.nn.log_softmax(logits))).sum(-1).mean()
+
+        their_own = divergence(their_logits(copy.deepcopy(theirs).bfloat16(), tokens))
+        assert divergence(narrow.logits(tokens)) < max(1e-2, 1.5 * their_own)
 
     def test_greedy_tokens_equal_those_of_transformers(self, pair):
         """Prompts of unequal length in one batch give each what transformers gives it alone."""

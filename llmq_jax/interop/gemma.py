@@ -1,0 +1,140 @@
+"""Gemma's weights and configs, and the text part of the multimodal Gemma 3.
+
+- `hf`: transformers' `Gemma3ForCausalLM` and `Gemma2ForCausalLM`. Linear layers are torch's, stored (out, in); norms
+  hold w of 1 + w, as ours do. A tied head is not in the file.
+
+The multimodal model (`model_type` "gemma3") is a vision tower and a projector beside a `gemma3_text`, whose tensors are
+`language_model.model...` in most files, and `model.language_model...` in some and in transformers' memory. The text
+model alone is read, and exported as such; what is left out is named in one warning.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable, require_whole_heads
+from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
+from llmq_jax.interop.tables import Shape, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
+
+GEMMA3 = WeightTable(
+    rules=(
+        rule("model.embed_tokens.weight", "token_embedding/embedding", as_is),
+        rule("model.layers.{layer}.input_layernorm.weight", "{block}/attention_norm/scale", vector),
+        rule("model.layers.{layer}.self_attn.q_proj.weight", "{block}/attention/query/kernel", out_in),
+        rule("model.layers.{layer}.self_attn.q_proj.bias", "{block}/attention/query/bias", vector),
+        rule("model.layers.{layer}.self_attn.q_norm.weight", "{block}/attention/query_norm/scale", vector),
+        rule("model.layers.{layer}.self_attn.k_proj.weight", "{block}/attention/key/kernel", out_in),
+        rule("model.layers.{layer}.self_attn.k_proj.bias", "{block}/attention/key/bias", vector),
+        rule("model.layers.{layer}.self_attn.k_norm.weight", "{block}/attention/key_norm/scale", vector),
+        rule("model.layers.{layer}.self_attn.v_proj.weight", "{block}/attention/value/kernel", out_in),
+        rule("model.layers.{layer}.self_attn.v_proj.bias", "{block}/attention/value/bias", vector),
+        rule("model.layers.{layer}.self_attn.o_proj.weight", "{block}/attention/out/kernel", out_in),
+        rule("model.layers.{layer}.self_attn.o_proj.bias", "{block}/attention/out/bias", vector),
+        rule("model.layers.{layer}.post_attention_layernorm.weight", "{block}/post_attention_norm/scale", vector),
+        rule("model.layers.{layer}.pre_feedforward_layernorm.weight", "{block}/mlp_norm/scale", vector),
+        rule("model.layers.{layer}.mlp.gate_proj.weight", "{block}/mlp/gate/kernel", out_in),
+        rule("model.layers.{layer}.mlp.up_proj.weight", "{block}/mlp/up/kernel", out_in),
+        rule("model.layers.{layer}.mlp.down_proj.weight", "{block}/mlp/down/kernel", out_in),
+        rule("model.layers.{layer}.post_feedforward_layernorm.weight", "{block}/post_mlp_norm/scale", vector),
+        rule("model.norm.weight", "final_norm/scale", vector),
+        rule("lm_head.weight", "lm_head/kernel", out_in),
+    ),
+    ignorable=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
+    tied={"lm_head.weight": "model.embed_tokens.weight"},
+    within={"language_model.": "", "model.language_model.": "model."},
+    beside=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+)
+GEMMA2 = replace(
+    GEMMA3,
+    rules=tuple(entry for entry in GEMMA3.rules if not entry.path.endswith(("query_norm/scale", "key_norm/scale"))),
+    within={},
+    beside=(),
+)
+GEMMA3_LAYOUTS, GEMMA2_LAYOUTS = {"hf": GEMMA3}, {"hf": GEMMA2}
+
+
+def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling: older files say where global layers stand by their distance, and let layer_types out."""
+    values = read_ropes(values)
+    every = values.pop("sliding_window_pattern", None)
+    layers = values.get("num_hidden_layers", Gemma3Config.num_hidden_layers)
+    if values.get("layer_types") is None and every is not None and type(layers) is int:
+        if type(every) is not int or every < 1:
+            raise BadInput(f"sliding_window_pattern={every!r} is not the distance of two global layers, at least 1")
+        values["layer_types"] = [GLOBAL if (layer + 1) % every == 0 else LOCAL for layer in range(layers)]
+    return values
+
+
+def read_multimodal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a multimodal Gemma 3 as that of its text part."""
+    text = values.get("text_config") or {}
+    if not isinstance(text, Mapping):
+        raise BadInput(f"text_config={text!r} is not an object of fields")
+    # The head of the whole model is the text part's; whether it is tied, the whole model's config says.
+    return {**text, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
+
+
+def write_gemma2(config: Gemma2Config, values: dict[str, Any]) -> dict[str, Any]:
+    """Kinds of layers written out, as transformers writes them."""
+    require_whole_heads(config)
+    return write_rope(config.rope_parameters, values | {"layer_types": list(config.layer_kinds)}, config.head_dim)
+
+
+def write_gemma3(config: Gemma3Config, values: dict[str, Any]) -> dict[str, Any]:
+    """The same, and rope by the kind of layer."""
+    require_whole_heads(config)
+    values = values | {"layer_types": list(config.layer_kinds)}
+    del values["local_rope_parameters"]
+    return write_ropes(config.rope_parameters, config.local_rope_parameters, values, config.head_dim)
+
+
+NORM = {"norm": ("zero_centred_rms_norm", KEEP)}
+TOKEN_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+# The activation is hidden_activation's, whatever hidden_act says; caches are ours.
+IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"})
+
+GEMMA2_CONFIG = ConfigTable(
+    config_class=Gemma2Config,
+    architecture="Gemma2ForCausalLM",
+    aliases={"hidden_activation": ACTIVATION_SPELLINGS},
+    fixed={"use_bidirectional_attention": False},
+    own=NORM,
+    ignored=IGNORED,
+    token_ids=TOKEN_IDS,
+    read=read_rope,
+    write=write_gemma2,
+)
+GEMMA3_CONFIG = ConfigTable(
+    config_class=Gemma3Config,
+    architecture="Gemma3ForCausalLM",
+    aliases={"hidden_activation": ACTIVATION_SPELLINGS},
+    # transformers has the field, and nothing reads it: it computes as if it were null.
+    fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
+    own=NORM | {"attn_logit_softcapping": (None, KEEP)},
+    ignored=IGNORED | {"_sliding_window_pattern"},
+    token_ids=TOKEN_IDS,
+    read=read_gemma3,
+    write=write_gemma3,
+)
+
+
+def derive(
+    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of the config of weights that come without one; their shapes tell neither heads nor windows."""
+    vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
+    queries, keys = (shapes[f"params/{{block}}/attention/{name}/kernel"][0] for name in ("query", "key"))
+    head_dim = queries // given["num_attention_heads"]
+    return {
+        "num_key_value_heads": keys // head_dim,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "intermediate_size": math.prod(shapes["params/{block}/mlp/gate/kernel"]) // hidden_size,
+        "attention_bias": "params/{block}/attention/query/bias" in shapes,
+        "tie_word_embeddings": tied,
+    }

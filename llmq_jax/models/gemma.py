@@ -1,0 +1,408 @@
+"""Gemma 3 (Gemma Team 2025, arXiv:2503.19786), text, and Gemma 2 (Gemma Team 2024, arXiv:2408.00118), its predecessor.
+
+Notable features, against Llama 3:
+- layers of two kinds: local ones see a window of keys, global ones see all (`layer_types`); in Gemma 3 five local ones
+  and a global one in turn, in Gemma 2 one and one
+- two bases of RoPE in Gemma 3: global layers turn more slowly, and they alone are scaled to longer contexts
+- norms after each sub-layer too, not only before it; all are RMSNorm with a scale of 1 + w
+- queries and keys are normalised, by head and before RoPE (Gemma 3), or their products capped (Gemma 2): so is what the
+  head gives (`attn_logit_softcapping`, `final_logit_softcapping`)
+- scores are divided by the root of `query_pre_attn_scalar`, which need not be the width of a head
+- GeGLU instead of SwiGLU, with the tanh form of GELU
+- embeddings times sqrt(D), rounded to the type of the weights; the head is tied, and reads them as they are
+
+Reference: google-deepmind/gemma and transformers' `Gemma3ForCausalLM`, `Gemma2ForCausalLM`. Deviations: none by
+default. Gemma 3 with `attn_logit_softcapping` caps its scores; transformers has that field too, and does not read it.
+`norm="dyt"` puts Dynamic Tanh in place of the norms.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.layers.activations import ACTIVATIONS
+from llmq_jax.layers.attention import Context, attention
+from llmq_jax.layers.caches import FullCache, RingCache
+from llmq_jax.layers.embedding import Embedding
+from llmq_jax.layers.feedforward import GatedMLP
+from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
+from llmq_jax.layers.positions import Rope, rope_from
+from llmq_jax.models.config import require
+from llmq_jax.models.decoder import Decoder, LayerGroup
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+"""The kinds of layers, by transformers' names."""
+FAST, SLOW = Rope(rope_theta=10_000.0), Rope(rope_theta=1_000_000.0)
+
+
+@dataclass(frozen=True)
+class Gemma2Config:
+    """Fields bear transformers' names and defaults (Gemma 2 2B)."""
+
+    model_type: ClassVar[str] = "gemma2"
+    pattern: ClassVar[tuple[str, ...]] = (LOCAL, GLOBAL)
+    """The kinds of layers in turn, where `layer_types` is None."""
+    normalises_queries: ClassVar[bool] = False
+    """Whether queries and keys are normalised."""
+
+    vocab_size: int = 256000
+    max_position_embeddings: int = 8192
+    """Longest sequence."""
+    hidden_size: int = 2304
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    """Heads of keys and values, each shared by as many query heads."""
+    head_dim: int = 256
+    intermediate_size: int = 9216
+    hidden_activation: str = "gelu_pytorch_tanh"
+    rms_norm_eps: float = 1e-6
+    layer_types: tuple[str, ...] | list[str] | None = None
+    """"sliding_attention" (local) or "full_attention" (global) for each layer; None is the family's pattern."""
+    sliding_window: int = 4096
+    """Keys that a token of a local layer sees, its own among them."""
+    query_pre_attn_scalar: int = 256
+    """Scores are divided by its root."""
+    rope_parameters: Rope | dict = FAST
+    """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
+    attn_logit_softcapping: float | None = 50.0
+    """c: scores are c · tanh(scores / c), thus between -c and c; None leaves them."""
+    final_logit_softcapping: float | None = 30.0
+    """The same for the logits."""
+    attention_bias: bool = False
+    """Whether queries, keys, values and attention's output have biases."""
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    norm: str = "zero_centred_rms_norm"
+    """"zero_centred_rms_norm" (Gemma's), "rms_norm", "layer_norm" or "dyt"."""
+
+    def __post_init__(self):
+        for name in (
+            "vocab_size",
+            "max_position_embeddings",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+            "intermediate_size",
+            "sliding_window",
+            "query_pre_attn_scalar",
+        ):
+            require(getattr(self, name) > 0, self, name, "must be at least 1")
+        require(
+            self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0,
+            self,
+            "num_key_value_heads",
+            f"must divide num_attention_heads={self.num_attention_heads}",
+        )
+        require(self.head_dim % 2 == 0, self, "head_dim", "must be even: RoPE turns pairs of features")
+        require(
+            self.hidden_activation in ACTIVATIONS, self, "hidden_activation", f"is none of {', '.join(ACTIVATIONS)}"
+        )
+        self._set_layer_types()
+        require(
+            LOCAL not in self.layer_kinds or self.sliding_window <= self.max_position_embeddings,
+            self,
+            "sliding_window",
+            f"must be at most max_position_embeddings={self.max_position_embeddings}: it would hide nothing",
+        )
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            cap = getattr(self, name)
+            require(cap is None or cap > 0, self, name, "must be positive, or None")
+        for name in ("rms_norm_eps", "initializer_range"):
+            require(getattr(self, name) > 0, self, name, "must be positive")
+        require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
+        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
+        self._set_rope("rope_parameters")
+
+    def _set_layer_types(self) -> None:
+        if self.layer_types is None:
+            return
+        object.__setattr__(self, "layer_types", tuple(self.layer_types))
+        for kind in self.layer_types:
+            require(
+                kind in (LOCAL, GLOBAL), self, "layer_types", f"has {kind!r}, which is neither {LOCAL} nor {GLOBAL}"
+            )
+        count = len(self.layer_types)
+        require(
+            count == self.num_hidden_layers,
+            self,
+            "layer_types",
+            f"has {count} kinds for num_hidden_layers={self.num_hidden_layers}",
+        )
+        # The pattern written out is None: equal models have equal configs, and another depth takes it along.
+        if self.layer_types == self.family_layer_types:
+            object.__setattr__(self, "layer_types", None)
+
+    def _set_rope(self, name: str) -> None:
+        parameters = getattr(self, name)
+        if not isinstance(parameters, Rope):
+            default = {"rope_theta": getattr(type(self), name).rope_theta}
+            parameters = default | {key: value for key, value in parameters.items() if value is not None}
+        object.__setattr__(self, name, rope_from(parameters, self.head_dim, self.max_position_embeddings))
+
+    @property
+    def family_layer_types(self) -> tuple[str, ...]:
+        """The family's pattern, written out."""
+        return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.num_hidden_layers))
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.family_layer_types if self.layer_types is None else self.layer_types
+
+    @property
+    def local_rope(self) -> Rope:
+        """The rope of local layers."""
+        return self.rope_parameters
+
+
+@dataclass(frozen=True)
+class Gemma3Config(Gemma2Config):
+    """What differs from Gemma 2, among it the defaults."""
+
+    model_type: ClassVar[str] = "gemma3_text"
+    pattern: ClassVar[tuple[str, ...]] = (LOCAL,) * 5 + (GLOBAL,)
+    normalises_queries: ClassVar[bool] = True
+
+    vocab_size: int = 262208
+    max_position_embeddings: int = 131072
+    rope_parameters: Rope | dict = SLOW
+    """The base of RoPE in global layers, and its scaling."""
+    local_rope_parameters: Rope | dict = FAST
+    """The same in local layers."""
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._set_rope("local_rope_parameters")
+
+    @property
+    def local_rope(self) -> Rope:
+        return self.local_rope_parameters
+
+
+LONG = {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0}
+PRESETS = {
+    "gemma3-270m": Gemma3Config(
+        vocab_size=262144,
+        max_position_embeddings=32768,
+        hidden_size=640,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=2048,
+        sliding_window=512,
+    ),
+    "gemma3-1b": Gemma3Config(
+        vocab_size=262144,
+        max_position_embeddings=32768,
+        hidden_size=1152,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        intermediate_size=6912,
+        sliding_window=512,
+    ),
+    "gemma3-4b": Gemma3Config(
+        hidden_size=2560,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=10240,
+        sliding_window=1024,
+        rope_parameters=LONG,
+    ),
+    "gemma3-12b": Gemma3Config(
+        hidden_size=3840,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        intermediate_size=15360,
+        sliding_window=1024,
+        rope_parameters=LONG,
+    ),
+    "gemma3-27b": Gemma3Config(
+        hidden_size=5376,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        intermediate_size=21504,
+        sliding_window=1024,
+        query_pre_attn_scalar=168,
+        rope_parameters=LONG,
+    ),
+    "gemma2-2b": Gemma2Config(),
+    "gemma2-9b": Gemma2Config(
+        hidden_size=3584,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+    ),
+    "gemma2-27b": Gemma2Config(
+        hidden_size=4608,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        intermediate_size=36864,
+        query_pre_attn_scalar=144,
+    ),
+    # To train from bytes, on a laptop.
+    "gemma3-10m": Gemma3Config(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=1024,
+        sliding_window=64,
+        query_pre_attn_scalar=64,
+    ),
+}
+
+
+class Gemma(Decoder):
+    """Scaled token embeddings, blocks of two kinds, final norm, tied head. Gemma 2 or 3, by its config."""
+
+    config: Gemma2Config
+
+    def setup(self):
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        # Dynamic Tanh has a learned factor, which starts at sqrt(D), in place of the fixed one.
+        scale = None if c.norm == "dyt" else c.hidden_size**0.5
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype, scale)
+        if c.norm == "dyt":
+            self.embedding_scale = EmbeddingScale()
+        for i, group in enumerate(self.make_groups()):
+            setattr(self, f"group_{i}", group)
+        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        return tuple(
+            LayerGroup(tuple(partial(GemmaBlock, self.config, kind, self.dtype) for kind in kinds), repeats)
+            for kinds, repeats in repeating_patterns(self.config.layer_kinds)
+        )
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.token_embedding(tokens)
+        return self.embedding_scale(x) if self.config.norm == "dyt" else x
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        c = self.config
+        rotation, local_rotation = (
+            rope.rotation(positions, c.head_dim, segment_ids) for rope in (c.rope_parameters, c.local_rope)
+        )
+        return Context(positions, segment_ids, rotation, local_rotation)
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        logits, cap = super().unembed(hidden), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def repeating_patterns(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    """Kinds of layers as repeating patterns, [(pattern, repeats)]: each time the one that covers most of what is left.
+
+    26 layers of Gemma 3 are 4 times six and 2 times one. What repeats nowhere goes layer by layer.
+    """
+
+    def repeats(length: int) -> int:
+        count = 1
+        while kinds[count * length : (count + 1) * length] == kinds[:length]:
+            count += 1
+        return count
+
+    def covered(length: int) -> int:
+        count = repeats(length)
+        return length * count if count > 1 or length == 1 else 0
+
+    patterns = []
+    while kinds:
+        length = max(range(1, len(kinds) + 1), key=lambda length: (covered(length), -length))
+        patterns.append((kinds[:length], repeats(length)))
+        kinds = kinds[length * repeats(length) :]
+    return patterns
+
+
+class GemmaBlock(nn.Module):
+    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`."""
+
+    config: Gemma2Config
+    kind: str
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None):
+        c = self.config
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        attention = GemmaAttention(c, self.kind, self.dtype, name="attention")
+        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
+        x = x + norm("post_attention_norm")(mixed)
+
+        normal = nn.initializers.normal(c.initializer_range)
+        mlp = GatedMLP(c.intermediate_size, c.hidden_activation, False, normal, self.dtype, name="mlp")
+        return x + norm("post_mlp_norm")(mlp(norm("mlp_norm")(x))), cache, {}
+
+    @nn.nowrap
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:
+        c = self.config
+        if self.kind == GLOBAL:
+            return FullCache.create(batch, length, c.num_key_value_heads, c.head_dim, dtype)
+        return RingCache.create(batch, length, c.sliding_window, lookahead, c.num_key_value_heads, c.head_dim, dtype)
+
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention as in Llama 3, to a window in local layers.
+
+    Queries and keys are normalised first (Gemma 3), then turned.
+    """
+
+    config: Gemma2Config
+    kind: str
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None):
+        c, local = self.config, self.kind == LOCAL
+        normal = nn.initializers.normal(c.initializer_range)
+
+        def heads(count, name):
+            return Linear((count, c.head_dim), c.attention_bias, normal, self.dtype, name=name)(x)  # [B, T, count, H]
+
+        query = heads(c.num_attention_heads, "query")
+        key = heads(c.num_key_value_heads, "key")
+        value = heads(c.num_key_value_heads, "value")
+        if c.normalises_queries:
+            norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_dim, c.initializer_range)
+            query, key = norm("query_norm")(query), norm("key_norm")(key)
+        rotation = context.local_rotation if local else context.rotation
+        mixed, cache = attention(
+            rotation.apply(query),
+            rotation.apply(key),
+            value,
+            context,
+            cache,
+            scale=c.query_pre_attn_scalar**-0.5,
+            window=c.sliding_window if local else None,
+            softcap=c.attn_logit_softcapping,
+            dropout_rate=c.attention_dropout,
+            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
+        )
+        out = Linear(c.hidden_size, c.attention_bias, normal, self.dtype, name="out")
+        return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)), cache

@@ -1,0 +1,77 @@
+"""RoPE in config.json: what is passed over, what is warned of and what is refused, in words that help."""
+
+import json
+import warnings
+
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop import config_from_hf
+
+YARN = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+
+
+def read(**values):
+    return config_from_hf({"model_type": "llama", "max_position_embeddings": 65536, **values}).rope_parameters
+
+
+def test_what_yarns_own_configs_say_besides_is_passed_over():
+    """NousResearch/Yarn-Llama-2-7b-64k and its kind."""
+    expected = read(rope_scaling=YARN)
+    assert (expected.rope_type, expected.factor) == ("yarn", 16.0)
+    assert read(rope_scaling=YARN | {"finetuned": True}) == expected
+    assert read(rope_scaling=YARN | {"finetuned": False, "attn_factor": 1.0, "extrapolation_factor": 1}) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rope_scaling": YARN | {"attn_factor": 2.0}}, "rope_parameters.attn_factor is not a parameter of"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor and lacks rope_type; name one of default, linear"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "rope_parameters has factor and lacks rope_type"),
+        (json.loads('{"rope_theta": NaN}'), "rope_parameters.rope_theta=nan is not a number"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}, "20000.0 is said of it elsewhere; keep one"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' is not an object of parameters"),
+    ],
+)
+def test_what_is_refused(values, message):
+    with pytest.raises(BadInput) as caught:
+        read(**values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_type_nothing_is_scaled():
+    parameters = {"rope_theta": 500.0, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 4096}
+    assert read(rope_parameters=parameters).to_dict() == {"rope_type": "default", "rope_theta": 500.0}
+
+
+def test_a_factor_of_yarn_beside_another_ratio_of_lengths_is_warned_of():
+    """transformers warns as well, and computes with the factor."""
+    with pytest.warns(
+        UserWarning, match=r"has factor=2\.0, which counts, and max_position_embeddings=65536 is 16 times"
+    ):
+        assert read(rope_scaling=YARN | {"factor": 2.0}).factor == 2.0
+
+
+@pytest.mark.parametrize(
+    ("longest", "scaling"),
+    [
+        (65536, YARN),
+        (4096, YARN),
+        (
+            131072,
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+    ],
+)
+def test_ratios_that_are_in_order(longest, scaling):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(max_position_embeddings=longest, rope_scaling=scaling)
