@@ -2,7 +2,8 @@
 
 The same tokens go through transformers (eager attention, float32, on the CPU) and through this project. Shown are the
 largest differences of hidden states, logits, loss and the gradient of every parameter, and the first place above the
-tolerance in the order of computation. Exit code 0 where there is none, 1 where there is one.
+tolerance in the order of computation that rounding does not explain. Exit code 0 where there is none, 1 where there is
+one.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ class Options:
     model: Annotated[Positional[str | None], default_is("none")] = None
     """A Hugging Face folder, or a hub id."""
     random: Annotated[str | None, default_is("none")] = None
-    """Instead of a folder, a small random model of this architecture: gpt2 or llama."""
+    """Instead of a folder, a small random model of this architecture: gpt2, llama, gemma2 or gemma3_text."""
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 compares what both sides predict in bfloat16 with what transformers predicts in float32."""
     batch_size: int = 2
@@ -84,6 +85,7 @@ def _check_places(console: Any, options: Options, folder: Path, config: Any, tok
     parity_report.show_hidden_states(console, found.places, options.limit, first)
     parity_report.show_gradients(console, found.gradients, options.limit)
     parity_report.show_unmatched(console, found.unmatched)
+    parity_report.show_noisy(console, found.places, found.gradients, options.limit)
     tolerance = f"tolerance {_short(options.limit)}"
     if first:
         parity_report.show_first(console, first, options.limit, found.weights)
@@ -179,9 +181,14 @@ def _read_config(folder: Path) -> Any:
     if not path.is_file():
         raise BadInput(f"{folder}: has no config.json; give a Hugging Face folder (python -m convert.to_hf writes one)")
     try:
-        return config_from_hf(read_json(path))
+        config = config_from_hf(read_json(path))
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
+    rope = getattr(config, "rope_parameters", None)
+    if rope is not None and rope.rope_type == "dynamic":
+        # To transformers the context is the trained one, and it goes beyond: only there is anything scaled.
+        config = dataclasses.replace(config, max_position_embeddings=int(rope.factor * config.max_position_embeddings))
+    return config
 
 
 def _draw_tokens(options: Options, config: Any) -> Any:

@@ -65,18 +65,26 @@ def compare_models(
     if inject is not None:
         variables = parity_weights.perturb(variables, parity_weights.find(inject, placements), seed)
     pairs = parity_trace.pair_modules(placements, slots, reference.owners, reference.modules())
-    theirs = reference.run(tokens, [pair.theirs for pair in pairs])
+    names = [pair.theirs for pair in pairs]
+    theirs = reference.run(tokens, names)
+    with parity_reference.nudged(model, seed):
+        nudged = reference.run(tokens, names)
+    blocks = {pair.layer: pair.theirs for pair in pairs if pair.layer is not None and not pair.path}
+    given = {layer: theirs.inputs[name] for layer, name in blocks.items() if name in theirs.inputs}
     # On a GPU products would otherwise be in TensorFloat-32, good to three digits.
     with jax.default_matmul_precision("highest"):
-        traced = parity_trace.trace(ours, variables, tokens)
+        traced = parity_trace.trace(ours, variables, tokens, given)
         logits = np.asarray(jax.jit(ours.apply)(variables, tokens))
         loss, gradients = parity_weights.loss_and_gradients(ours, variables, tokens)
-    places = parity_trace.compare(pairs, traced, logits, theirs, tokens)
-    loss_difference = parity_weights.elements_difference(np.float32(loss), np.float32(theirs.loss))
+    places = parity_trace.compare(pairs, traced, logits, theirs, nudged, tokens)
+    of_loss, moved = (
+        parity_weights.elements_difference(np.float32(value), np.float32(theirs.loss)) for value in (loss, nudged.loss)
+    )
+    of_loss = of_loss._replace(rounding=parity_weights.IN_ALL_LAYERS * moved.relative)
     named = parity_weights.named(variables, placements)
     return Parity(
-        (*places, Place(None, ("loss",), "", (), loss_difference)),
-        parity_weights.compare_gradients(gradients, theirs.gradients, placements, slots),
+        (*places, Place(None, ("loss",), "", (), of_loss)),
+        parity_weights.compare_gradients(gradients, theirs.gradients, nudged.gradients, placements, slots),
         unmatched,
         {
             key: float(np.abs(ours - state[key]).max())

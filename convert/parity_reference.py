@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ SMALL = {
     "head_dim": 10,
     "intermediate_size": 56,
     "sliding_window": 8,
+    "query_pre_attn_scalar": 20,
     "layer_norm_epsilon": 1e-2,
     "rms_norm_eps": 1e-2,
 }
@@ -53,10 +54,15 @@ VARIANTS: dict[str, tuple] = {
             "long_factor": [1.0, 1.5, 2.5, 3.5, 4.0],
             **TRAINED,
         },
+        {"rope_type": "dynamic", **TRAINED},
     ),
 }
 # What an architecture needs besides, or instead: {model_type: {field of our config: value}}.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    # Five local layers, a global one and the beginning of another turn.
+    "gemma3_text": {"num_hidden_layers": 7, "local_rope_parameters": {"rope_theta": 100.0}},
+}
 
 
 class Pass(NamedTuple):
@@ -153,6 +159,28 @@ class Reference:
         return Pass(inputs, outputs, _numpy(output.logits), output.loss.item(), self.as_saved(gradients))
 
 
+@contextlib.contextmanager
+def nudged(model: Any, seed: int = 0) -> Iterator[None]:
+    """Meanwhile, every parameter is the next number in its type, above or below at random; then what it was, exactly.
+
+    What this changes is what rounding changes: of a trained model, in some places hundreds of times its last bit.
+    """
+    import torch
+
+    def step(direction: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            above = torch.rand(parameter.shape, generator=generator) < 0.5
+            towards = torch.where(above, direction, -direction).to(parameter.dtype)
+            parameter.data = torch.nextafter(parameter.data, towards)
+
+    step(math.inf)
+    try:
+        yield
+    finally:
+        step(-math.inf)
+
+
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] in float32, without gradients."""
     import torch
@@ -176,7 +204,23 @@ def load(folder: Path, dtype: str = "float32") -> Any:
         # It would draw them at random, and say so in a warning at most.
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise BadInput(f"{folder}: lacks weights that transformers needs: {', '.join(missing[:5])}{more}")
+    model = _text_model(model)
+    model.get_input_embeddings().padding_idx = None  # the token of padding would get no gradient, where it is a token
     return model.eval()
+
+
+def _text_model(model: Any) -> Any:
+    """Of a multimodal model the text model, the only part that we have; another as it is."""
+    import torch
+    import transformers
+
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model
+    with torch.device("meta"):
+        text = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    return text
 
 
 def random_model(model_type: str, seed: int = 0) -> Any:
@@ -186,7 +230,8 @@ def random_model(model_type: str, seed: int = 0) -> Any:
     values = {
         name: value for name, value in config_to_hf(config).items() if name not in ("architectures", "model_type")
     }
-    token_ids = {"bos_token_id": 0, "eos_token_id": 0}  # the usual ones are outside so small a vocabulary
+    # The usual ones are outside so small a vocabulary.
+    token_ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     theirs = transformers.AutoConfig.for_model(model_type, **values | token_ids)
     model = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager").eval()
     randomise(model, seed)
@@ -196,13 +241,16 @@ def random_model(model_type: str, seed: int = 0) -> Any:
 def random_config(model_type: str, seed: int = 0) -> Any:
     """A small config of an architecture."""
     config_class = ARCHITECTURES[model_type].config_class
+    names = [field.name for field in dataclasses.fields(config_class)]
 
     def drawn(field: str) -> Any:
         options = VARIANTS[field]
+        if field == "rope_parameters" and "local_rope_parameters" in names:
+            # The trained length of dynamic is max_position_embeddings to transformers, and so the same for all layers.
+            options = [option for option in options if option["rope_type"] != "dynamic"]
         rng = np.random.default_rng([seed, crc32(field.encode())])
         return options[rng.integers(len(options)) if seed else 0]
 
-    names = [field.name for field in dataclasses.fields(config_class)]
     fields = {name: SMALL[name] for name in names if name in SMALL}
     fields |= {name: drawn(name) for name in names if name in VARIANTS}
     return override(config_class(), **fields | SPECIAL.get(model_type, {}))

@@ -1,10 +1,11 @@
 """How a parity check is shown: tables of differences, what is known of the first one, one line in the end.
 
-Numbers above the tolerance are red and bear a star, which is what remains of colours in a file.
+Numbers above the tolerance are red and bear a star, which is what remains of colours in a file; where rounding explains
+them they are yellow and bear a tilde.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -84,12 +85,29 @@ def show_gradients(console: Console, gradients: Sequence[Gradient], tolerance: f
             heading = prefix
             if page and not prefix:
                 continue
-            worst = _worst(row.values())
+            worst = _worst(row.values(), tolerance)
             totals = (Text(f"{worst.absolute:.1e}", style="dim"), _number(worst, tolerance)) if page == 0 else ()
             cells = (_number(row[layer], tolerance) if layer in row else "" for layer in shown)
             table.add_row("  " * bool(prefix) + name, *totals, *cells)
         what = "the largest over the layers, then relative by layer" if layers else ""
         _show(console, "gradients" if page == 0 else "", what if page == 0 else "", table)
+
+
+def show_noisy(console: Console, places: Sequence[Place], gradients: Sequence[Gradient], tolerance: float) -> None:
+    """What is above the tolerance and no fault: rounding does as much there."""
+    named = [(place.name, place.output) for place in _inside_out(places)]
+    named += [(f"input of {place.name}", place.input) for place in _inside_out(places) if place.input is not None]
+    named += [(f"gradient of {gradient.key}", gradient.difference) for gradient in gradients]
+    noisy = [(found, name) for name, found in named if _is_noisy(found, tolerance)]
+    if noisy:
+        found, name = max(noisy, key=lambda pair: pair[0].relative)
+        console.print()
+        console.print(
+            f"~ above the tolerance, and no more than rounding: {len(noisy)} in all, the largest {name}, "
+            f"{found.relative:.1e}, where rounding explains {found.rounding:.1e}",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def show_first(console: Console, first: First, tolerance: float, weights: Mapping[str, float]) -> None:
@@ -169,19 +187,32 @@ def _holds(place: Place, first: Place) -> bool:
     return place is first or any(_holds(part, first) for part in place.parts)
 
 
+def _inside_out(places: Sequence[Place]) -> Iterator[Place]:
+    for place in places:
+        yield from _inside_out(place.parts)
+        yield place
+
+
+def _is_noisy(difference: Difference, tolerance: float) -> bool:
+    return difference.relative > tolerance and not difference.above(tolerance)
+
+
 def _number(difference: Difference, tolerance: float) -> Text:
     if difference.above(tolerance):
         return Text(f"*{difference.relative:.1e}", style="bold red")
+    if _is_noisy(difference, tolerance):
+        return Text(f"~{difference.relative:.1e}", style="yellow")
     return Text(f"{difference.relative:.1e}", style="yellow" if difference.above(tolerance / 10) else "green")
 
 
-def _worst(differences) -> Difference:
-    """The largest of each; NaN is the largest of all."""
-    absolute, relative = (
-        max(values, key=lambda value: math.inf if math.isnan(value) else value)
-        for values in zip(*differences, strict=True)
-    )
-    return Difference(absolute, relative)
+def _worst(differences: Collection[Difference], tolerance: float) -> Difference:
+    """The largest, one above the tolerance before one that rounding explains; NaN is the largest of all."""
+
+    def size(value: float) -> float:
+        return math.inf if math.isnan(value) else value
+
+    worst = max(differences, key=lambda found: (found.above(tolerance), size(found.relative)))
+    return worst._replace(absolute=max((found.absolute for found in differences), key=size))
 
 
 def _split(gradient: Gradient) -> tuple[str, str]:

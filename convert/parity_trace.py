@@ -4,7 +4,8 @@ A place is one of our modules and the module of transformers that holds the same
 is all an architecture has to say. `{block}/attention/out/kernel` and `transformer.h.{layer}.attn.c_proj.weight` make a
 place of `attention/out` and `attn.c_proj`; and as the parameters under `attention` are those under `attn`, these are a
 place too, and so are the blocks. Both sides run on the same tokens, ours layer by layer, and what goes into each place
-and what comes out of it is compared.
+and what comes out of it is compared. Each of our layers is given what theirs was given: what rounding does in one layer
+would grow in the next ones beyond small faults, and a fault would be seen in all that come after it.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from convert.parity_reference import Pass
-from convert.parity_weights import Difference, Slots, home
+from convert.parity_weights import IN_A_LAYER, IN_ALL_LAYERS, Difference, Slots, home
 from llmq_jax.interop.tables import Placement
 from llmq_jax.models.decoder import Decoder, default_positions
 
@@ -85,8 +86,10 @@ def first_difference(places: Sequence[Place], tolerance: float) -> First | None:
     differently what they hold inside, and be the same.
     """
     for place in places:
-        if place.output.above(tolerance):
-            if place.input is not None and place.input.above(tolerance):
+        before = place.input is not None and place.input.above(tolerance)
+        # A block has been given what theirs was: what differs between two blocks is not seen in its output.
+        if place.output.above(tolerance) or (before and place.layer is not None and not place.path):
+            if before:
                 return First(place, True, tuple(places))
             return first_difference(place.parts, tolerance) or First(place, False, tuple(places))
     return None
@@ -134,8 +137,11 @@ class Trace(NamedTuple):
     """What enters the first layer."""
 
 
-def trace(model: Decoder, variables: dict, tokens: np.ndarray) -> Trace:
-    """A forward pass over tokens [B, T], layer by layer, that notes every module's first input and first output."""
+def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[int, np.ndarray]) -> Trace:
+    """A forward pass over tokens [B, T], layer by layer, that notes every module's first input and first output.
+
+    `given` is what goes into layers in place of what ours before them gave, which is noted as their input all the same.
+    """
     ids = jnp.asarray(tokens, jnp.int32)
     context = model.context(default_positions(ids))
     outside, layers = model.slice_layers(variables)
@@ -161,8 +167,12 @@ def trace(model: Decoder, variables: dict, tokens: np.ndarray) -> Trace:
     stages["embed"] = note(None, captured)
     x = embedded
     for layer, ((path, _), own) in enumerate(zip(model.layer_slots(), layers, strict=True)):
+        reached, theirs = x, given.get(layer)
+        if theirs is not None and theirs.shape == x.shape:
+            x = jnp.asarray(theirs, x.dtype)
         (x, _, _), captured = blocks[path](own, x, context)
         note(layer, captured)
+        inputs[layer, ()] = np.asarray(reached, np.float32)
     for method in ("normalise", "unembed"):
         x, captured = _recorded(model, method)(outside, x)
         stages[method] = note(None, captured)
@@ -195,16 +205,21 @@ def _flatten(tree: Mapping[str, Any], path: ModulePath = ()) -> Iterable[tuple[M
 
 
 def compare(
-    pairs: Sequence[Pair], ours: Trace, our_logits: np.ndarray, theirs: Pass, tokens: np.ndarray
+    pairs: Sequence[Pair], ours: Trace, our_logits: np.ndarray, theirs: Pass, nudged: Pass, tokens: np.ndarray
 ) -> tuple[Place, ...]:
-    """All places in the order of computation: embeddings, layers, final norm, logits; each with its parts."""
+    """All places in the order of computation: embeddings, layers, final norm, logits; each with its parts.
+
+    `nudged` is what theirs gives with other last bits.
+    """
     order = {name: index for index, name in enumerate(theirs.outputs)}
     places = []
     for pair in sorted(pairs, key=lambda pair: order.get(pair.theirs, -1)):
         module = pair.layer, pair.path
-        output = _difference(ours.outputs.get(module), theirs.outputs.get(pair.theirs), tokens)
+        outputs = ours.outputs.get(module), *(side.outputs.get(pair.theirs) for side in (theirs, nudged))
+        output = _difference(*outputs, tokens)
         if output is not None:
-            given = _difference(ours.inputs.get(module), theirs.inputs.get(pair.theirs), tokens)
+            inputs = ours.inputs.get(module), *(side.inputs.get(pair.theirs) for side in (theirs, nudged))
+            given = _difference(*inputs, tokens)
             places.append(Place(*pair, output, given))
 
     def outside(method: str) -> tuple[Place, ...]:
@@ -212,13 +227,13 @@ def compare(
 
     block = next((pair.theirs for pair in pairs if pair.layer == 0 and not pair.path), "")
     embeddings = outside("embed")
-    embedded = _difference(ours.embedded, theirs.inputs.get(block), tokens)
+    embedded = _difference(ours.embedded, theirs.inputs.get(block), nudged.inputs.get(block), tokens)
     if embedded is not None:
         keys = tuple(key for place in embeddings for key in place.keys)
         embeddings = (Place(None, ("embeddings",), f"input of {block}", keys, embedded, parts=embeddings),)
     layers = sorted({place.layer for place in places if place.layer is not None})
     head = outside("unembed")
-    logits = _difference(our_logits, theirs.logits, tokens)
+    logits = _difference(our_logits, theirs.logits, nudged.logits, tokens, IN_ALL_LAYERS)
     if logits is None:
         logits = Difference(np.inf, np.inf)  # another vocabulary
     return (
@@ -239,14 +254,20 @@ def _nest(places: Sequence[Place]) -> tuple[Place, ...]:
     return tuple(top._replace(parts=_nest([place for place in places if inside(place, top)])) for top in tops)
 
 
-def _difference(ours: np.ndarray | None, theirs: np.ndarray | None, tokens: np.ndarray) -> Difference | None:
+def _difference(
+    ours: np.ndarray | None,
+    theirs: np.ndarray | None,
+    nudged: np.ndarray | None,
+    tokens: np.ndarray,
+    roundings: float = IN_A_LAYER,
+) -> Difference | None:
     """None where one is missing or they do not hold equally many values for each token."""
     if ours is None or theirs is None:
         return None
-    ours, theirs = _rows(ours, tokens.shape), _rows(theirs, tokens.shape)
+    ours, theirs, nudged = (_rows(array, tokens.shape) for array in (ours, theirs, nudged))
     if ours is None or theirs is None or ours.shape != theirs.shape:
         return None
-    return rows_difference(ours, theirs)
+    return rows_difference(ours, theirs)._replace(rounding=roundings * rows_difference(nudged, theirs).relative)
 
 
 def _rows(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:

@@ -88,10 +88,12 @@ def run(
     sys.exit(code)
 
 
-def default_is(text: str) -> Any:
+def default_is(text: str, metavar: str | None = None) -> Any:
     """For `Annotated[int | None, default_is("the model's")] = None`: what None stands for, in the help
-    text, or no value at all."""
-    return tyro.conf.arg(help_behavior_hint=lambda value: f"(default: {text if value in ('None', '') else value})")
+    text, or no value at all. `metavar` is what a value looks like there, where its type does not tell."""
+    return tyro.conf.arg(
+        metavar=metavar, help_behavior_hint=lambda value: f"(default: {text if value in ('None', '') else value})"
+    )
 
 
 def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:

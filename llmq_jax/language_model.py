@@ -27,6 +27,7 @@ from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.linear import by_output
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions
+from llmq_jax.weight_type import weight_type
 
 Integers = ArrayLike | Sequence
 
@@ -50,7 +51,8 @@ class LanguageModel:
     def sliced(self, batch: int) -> tuple[dict, tuple[dict, ...]]:
         """(variables outside the layers, variables of each layer): what decoding reads, in the layout for this batch.
 
-        Kept until another layout is asked for: it is as large as the model.
+        Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked for
+        the prompts.
         """
         one_row = batch == 1 and jax.default_backend() == "cpu"
         if one_row not in self._sliced:
@@ -165,7 +167,7 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         params = jax.tree.leaves(self.params)
-        count, dtype = sum(leaf.size for leaf in params), params[0].dtype
+        count, dtype = sum(leaf.size for leaf in params), weight_type(params)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
         return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}, {tokenizer})"
 

@@ -11,6 +11,7 @@ the defaults that the preset sets.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -53,7 +54,7 @@ class TextAndModel:
     """Width."""
     num_attention_heads: Annotated[int | None, default_is("the preset's")] = None
     """Attention heads; they divide the width."""
-    config: Annotated[tuple[str, ...] | None, default_is("the preset's")] = None
+    config: Annotated[tuple[str, ...] | None, default_is("the preset's", metavar="FIELD=VALUE ...")] = None
     """Other fields of the model's config: norm=dyt intermediate_size=512."""
     dropout: Annotated[float | None, default_is("the model's")] = None
     """Part of embeddings, attention weights and residual branches that is dropped in training."""
@@ -110,16 +111,18 @@ def starting_options(given: dict[str, str]) -> Options:
 
 def main(options: Options) -> None:
     out = options.out or f"runs/{options.preset or 'demo'}"
-    next_commands = (
-        f"llmq generate {out} --prompt {'def' if options.data is None else 'The'}",
-        f"llmq evaluate {out} FILE",
-        f"python -m convert.to_hf {out} {out}-hf",
-    )
+
+    def next_commands(config: Any) -> Iterator[str]:
+        yield f"llmq generate {out} --prompt {'def' if options.data is None else 'The'}"
+        yield f"llmq evaluate {out} FILE"
+        if exports(config):
+            yield f"python -m convert.to_hf {out} {out}-hf"
+
     pretrain(options, next_commands)
 
 
-def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
-    """The whole recipe; returns the engine's RunResult."""
+def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = lambda config: ()) -> Any:
+    """The whole recipe; returns the engine's RunResult. `next_commands` of the model's config are shown at the end."""
     check(options)
     use_device(options.device)
 
@@ -196,7 +199,7 @@ def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
     text |= {f"{name}_sha256": fingerprint(stream) for name, stream in streams.items()}
     print(
         f"{model_size(variables):,} parameters; {len(training):,} tokens to learn, {len(validation):,} held out "
-        f"(tokenizer: {tokenizer.name})",
+        f"(tokenizer: {tokenizer.name})\n{model.attention_choice(options.context, training=True)}",
         flush=True,
     )
     run_options = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
@@ -216,7 +219,7 @@ def pretrain(options: Options, next_commands: tuple[str, ...] = ()) -> Any:
         evaluate=evaluate,
         sample=sample,
         tokens_per_step=options.batch_size * options.context,
-        next_commands=next_commands,
+        next_commands=tuple(next_commands(config)),
     )
 
 
@@ -300,6 +303,17 @@ def with_dropout(config: Any, rate: float | None) -> Any:
     if not names:
         raise BadInput(f"--dropout has no effect on {config.model_type}, which has no dropout; leave it out")
     return dataclasses.replace(config, **dict.fromkeys(names, rate))
+
+
+def exports(config: Any) -> bool:
+    """Whether transformers has a model of this config."""
+    from llmq_jax.interop.architectures import config_to_hf
+
+    try:
+        config_to_hf(config)
+    except BadInput:
+        return False
+    return True
 
 
 def model_size(variables: dict) -> int:

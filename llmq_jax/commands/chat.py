@@ -1,8 +1,9 @@
 """Talk with a chat model, at the terminal or from a file with a message a line.
 
 Three lines are commands: /reset forgets what was said, but not the system text; /help lists the commands; /quit leaves,
-as Ctrl-D does. At a terminal, Ctrl-C stops a reply, and what was said of it stays in the conversation. Replies go to
-standard output, all else to standard error.
+as Ctrl-D does. At a terminal, Ctrl-C stops a reply, and what was said of it stays in the conversation; where nothing
+was, the message goes too. Replies go to standard output, all else to standard error. From a file, any other line is a
+message, and the exit code is 1 if one of them found no room.
 
 When a conversation outgrows the model's context, its oldest turns are forgotten, which a note says. The first reply
 draws from the seed, each one after it from the next number.
@@ -17,9 +18,12 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import default_is
 from llmq_jax.commands.drawing import DrawingOptions
+from llmq_jax.commands.standard_input import standard_input
 from llmq_jax.errors import BadInput, did_you_mean
 
 NEW_TOKENS = 256
+UNANSWERED = 1
+"""Exit code where a piped message found no room."""
 COMMANDS = {
     "/help": "list the commands",
     "/reset": "forget what was said, but not the system text",
@@ -35,7 +39,7 @@ class Options(DrawingOptions):
     """What the model is told before the conversation begins: who it is and how it should answer."""
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> int:
     lm, drawing = options.load()
     lm.require_chat_template(options.model)
     half = lm.config.max_position_embeddings // 2
@@ -45,16 +49,18 @@ def main(options: Options) -> None:
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if sys.stderr.isatty():
         print(f"{lm!r}; the first reply waits for compilation; /help lists the commands", file=sys.stderr)
-    while True:
-        try:
-            line = _read(at_terminal)
-            if line is None or line.strip() == "/quit":
-                return
-            _take(line, conversation, at_terminal)
-        except KeyboardInterrupt:  # at the prompt: during a reply, `_show` sees to it
-            if not at_terminal:
-                raise
-            print("\nto leave: /quit or Ctrl-D", file=sys.stderr)
+    answered = True
+    with standard_input():
+        while True:
+            try:
+                line = _read(at_terminal)
+                if line is None or line.strip() == "/quit":
+                    return 0 if answered or at_terminal else UNANSWERED
+                answered &= _take(line, conversation, at_terminal)
+            except KeyboardInterrupt:  # at the prompt: during a reply, `_show` sees to it
+                if not at_terminal:
+                    raise
+                print("\nto leave: /quit or Ctrl-D", file=sys.stderr)
 
 
 class Conversation:
@@ -121,30 +127,32 @@ def _read(at_terminal: bool) -> str | None:
         if at_terminal:
             print()
         return None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
 
 
-def _take(line: str, conversation: Conversation, at_terminal: bool) -> None:
-    """Do what a line asks for: a command's work, or a reply."""
+def _take(line: str, conversation: Conversation, at_terminal: bool) -> bool:
+    """Do what a line asks for, a command's work or a reply; whether that could be done."""
     command = line.strip()
     if command == "/reset":
         conversation.turns.clear()
     elif command == "/help":
         print("\n".join(f"{name:8}{meaning}" for name, meaning in COMMANDS.items()), file=sys.stderr)
-    elif command.startswith("/"):
+    elif command.startswith("/") and at_terminal:
         print(f"unknown command {command}: {did_you_mean(command, COMMANDS)}", file=sys.stderr)
     elif command:
         try:
             pieces = conversation.ask(line)
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr)
-        else:
-            conversation.add(line, _show(pieces, at_terminal))
+            return False
+        reply = _show(pieces, at_terminal)
+        if reply is not None:
+            conversation.add(line, reply)
+    return True
 
 
-def _show(pieces: Iterator[str], at_terminal: bool) -> str:
-    """Print a reply as it comes, until it ends or, at a terminal, Ctrl-C; returns what was said."""
+def _show(pieces: Iterator[str], at_terminal: bool) -> str | None:
+    """Print a reply as it comes, until it ends or, at a terminal, Ctrl-C; returns what was said, None if that came
+    before anything was."""
     said = ""
     try:
         for piece in pieces:
@@ -153,5 +161,6 @@ def _show(pieces: Iterator[str], at_terminal: bool) -> str:
     except KeyboardInterrupt:
         if not at_terminal:
             raise
+        said = said or None
     print(flush=True)
     return said

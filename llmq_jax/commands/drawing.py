@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Positional, Repeated, default_is, use_device
+from llmq_jax.defaults import TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
 
 SEEDS = 2**32
@@ -15,11 +16,11 @@ class DrawingOptions:
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     max_new_tokens: int | None = None
     """Stop after this many tokens, if nothing stops it before."""
-    temperature: float = 0.8
+    temperature: float = TEMPERATURE
     """Below 1 favours what is likely, above 1 what is not; 0 always takes the likeliest token."""
     top_k: int = 0
     """Draw from this many likeliest tokens only; 0 draws from all."""
-    top_p: float = 1.0
+    top_p: Annotated[float | None, default_is(f"{TOP_P}; 1 at temperature 0")] = None
     """Draw from the fewest tokens whose probabilities add up to this; 1 draws from all."""
     min_p: float = 0.0
     """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
@@ -27,8 +28,10 @@ class DrawingOptions:
     """Stop before this text appears; may be given several times."""
     seed: Annotated[int | None, default_is("0")] = None
     """The same seed draws the same text."""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
-    """Type to compute in and to hold the weights in."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, default_is("float32 on a CPU, elsewhere that of the file")
+    ] = None
+    """Type to compute in and to hold the weights in. On a CPU those of 16 bits are slower and save no memory."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
 
@@ -39,10 +42,15 @@ class DrawingOptions:
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
         use_device(self.device)
+        import jax
+
         import llmq_jax as lq
 
-        sampler = lq.Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-        lm = lq.load(self.model, dtype=self.dtype)
+        top_p = (TOP_P if self.temperature else 1.0) if self.top_p is None else self.top_p
+        sampler = lq.Sampler(temperature=self.temperature, top_k=self.top_k, top_p=top_p, min_p=self.min_p)
+        # XLA's CPU backend computes in float32 whatever the weights are, and converts all of them into a copy for every
+        # token: SmolLM2 takes as much memory in bfloat16 and 4.7 times as long.
+        lm = lq.load(self.model, dtype=self.dtype or ("float32" if jax.default_backend() == "cpu" else None))
         lm.require_tokenizer(self.model)
         return lm, {"sampler": sampler, "stop": list(self.stop) or None}
 

@@ -1,14 +1,15 @@
 """Continue a prompt with any model, or every prompt of a file.
 
-A prompt file whose name ends in .jsonl holds one JSON object a line, with "prompt" (a text) or "messages" (a
-conversation, [{"role": "user", "content": "..."}], for the model's chat template). The same objects come out, one a
-line, with "completion" (the new text) and "tokens" (how many they are) added. The first prompt draws from the seed,
-each one after it from the next number.
+A prompt file whose name ends in .jsonl, or any with --jsonl, holds one JSON object a line, with "prompt" (a text) or
+"messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template). The same objects come
+out, one a line, with "completion" (the new text) and "tokens" (how many they are) added. The first prompt draws from
+the seed, each one after it from the next number.
 """
 
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import Flag, default_is, option_name
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.commands.progress import with_progress
+from llmq_jax.commands.standard_input import standard_input
 from llmq_jax.errors import BadInput
 
 NEW_TOKENS = 128
@@ -29,9 +31,11 @@ ADDED = ("completion", "tokens")
 @dataclass(frozen=True)
 class PromptOptions:
     prompt: Annotated[str | None, default_is("that of --prompt-file")] = None
-    """The text to go on from; - reads it from standard input."""
+    """The text to go on from; - reads it from standard input, as --prompt-file - does."""
     prompt_file: Annotated[str | None, default_is("none")] = None
-    """A file with the text to go on from, - for standard input; or a .jsonl file with many."""
+    """A file with the text to go on from, but for its final newline, - for standard input; or a .jsonl file of many."""
+    jsonl: Flag = False
+    """Read the prompt file as .jsonl whatever its name, as from standard input."""
     chat: Flag = False
     """Take a prompt as what a user says, and let the model's chat template ask for the reply."""
     batch_size: Annotated[int | None, default_is(f"{BATCH_SIZE}")] = None
@@ -45,14 +49,21 @@ class Options(DrawingOptions, PromptOptions):  # the fields of the last class co
     max_new_tokens: Annotated[int | None, default_is(f"{NEW_TOKENS}, or what the model's context has room for")] = None
     """Stop after this many tokens, if nothing stops it before."""
 
+    @property
+    def source(self) -> str:
+        """What errors call the file of prompts."""
+        return "standard input" if self.prompt_file == "-" else self.prompt_file
+
 
 def main(options: Options) -> None:
     if (options.prompt is None) == (options.prompt_file is None):
         fault = "there is no prompt" if options.prompt is None else "two prompts were given"
         raise BadInput(f"{fault}: give either --prompt TEXT or --prompt-file FILE")
+    if options.jsonl and options.prompt_file is None:
+        raise BadInput("--jsonl has no effect without --prompt-file; leave it out")
     from llmq_jax.data.sources import is_jsonl
 
-    if options.prompt_file is not None and is_jsonl(options.prompt_file):
+    if options.jsonl or (options.prompt_file is not None and is_jsonl(options.prompt_file)):
         _continue_file(options)
     else:
         _continue_text(options)
@@ -64,15 +75,13 @@ def _continue_text(options: Options) -> None:
             raise BadInput(f"{option_name(name)} has no effect without a .jsonl file of prompts; leave it out")
     text = _text(options)
     lm, drawing = options.load()
-    import llmq_jax as lq
-
     if options.chat:
         lm.require_chat_template(options.model)
         prompt, shown = lm.chat_tokens(_said(text)), ""
     else:
         prompt, shown = lm.tokenizer.encode(text) or text, text
-    new_tokens = _new_tokens(options, lm, len(prompt))
-    pieces = lq.stream(lm, prompt, max_new_tokens=new_tokens, seed=options.seed_of(0), **drawing)
+    drawing["max_new_tokens"] = _new_tokens(options, lm, len(prompt))
+    pieces = _stream(options, lm, prompt, drawing)
     start = time.perf_counter()
     print(shown, end="", flush=True)
     for piece in pieces:
@@ -84,12 +93,14 @@ def _continue_text(options: Options) -> None:
 def _text(options: Options) -> str:
     from llmq_jax.data.sources import read_text
 
-    if "-" not in (options.prompt, options.prompt_file):
-        return read_text(options.prompt_file) if options.prompt is None else options.prompt
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
+    if options.prompt not in (None, "-"):
+        return options.prompt
+    if "-" in (options.prompt, options.prompt_file):
+        with standard_input() as stream:
+            text = stream.read()
+    else:
+        text = read_text(options.prompt_file)
+    return re.sub(r"\r?\n\Z", "", text)  # which editors and `echo` put there
 
 
 def _said(text: str) -> list[dict[str, str]]:
@@ -101,6 +112,24 @@ def _new_tokens(options: Options, lm: Any, longest: int) -> int:
     if options.max_new_tokens is not None:
         return options.max_new_tokens
     return max(1, min(NEW_TOKENS, lm.config.max_position_embeddings - max(1, longest)))
+
+
+def _stream(options: Options, lm: Any, prompt: Any, drawing: dict[str, Any]) -> Iterator[str]:
+    """The pieces of a text, which is not computed before they are asked for; what is wrong is told at once."""
+    import llmq_jax as lq
+
+    length, context = max(1, len(prompt)), lm.config.max_position_embeddings
+    if length + drawing["max_new_tokens"] > context:
+        if options.max_new_tokens is None:
+            raise BadInput(f"the prompt has {length} tokens, which leave no room in the model's context of {context}")
+        raise BadInput(
+            f"the prompt has {length} tokens, which with --max-new-tokens {options.max_new_tokens} exceed the model's "
+            f"context of {context}; shorten it or ask for fewer"
+        )
+    try:
+        return lq.stream(lm, prompt, seed=options.seed_of(0), **drawing)
+    except BadInput as error:
+        raise BadInput(str(error).replace("prompt 0", "the prompt")) from None
 
 
 def _tell_time(start: float) -> None:
@@ -115,9 +144,9 @@ def _continue_file(options: Options) -> None:
         raise BadInput(f"--batch-size {size} must be at least 1")
     if options.out is not None:
         _check_out(Path(options.out))
-    numbers, records = _read_records(options.prompt_file)
+    numbers, records = _read_records(options)
     if options.chat and not any("prompt" in record for record in records):
-        raise BadInput(f"--chat has no effect on {options.prompt_file}, where all are messages already; leave it out")
+        raise BadInput(f"--chat has no effect on {options.source}, where all are messages already; leave it out")
     lm, drawing = options.load()
     import llmq_jax as lq
 
@@ -126,10 +155,10 @@ def _continue_file(options: Options) -> None:
         with _at_line(options, number):
             prompts.append(_prompt(lm, record, options.chat))
     drawing["max_new_tokens"] = _new_tokens(options, lm, max(map(len, prompts)))
-    lq.stream(lm, [0], **drawing)  # computes nothing, and checks what it is given: here the options, then each prompt
+    _stream(options, lm, [0], drawing)  # computes nothing, and checks: here the options, then each prompt
     for number, prompt in zip(numbers, prompts, strict=True):
         with _at_line(options, number):
-            lq.stream(lm, prompt, **drawing)
+            _stream(options, lm, prompt, drawing)
 
     start, lines = time.perf_counter(), []
     size = min(size, len(prompts))
@@ -160,19 +189,27 @@ def _check_out(out: Path) -> None:
         raise BadInput(f"--out {out}: nothing can be written to the folder {out.parent}; make it, or name another")
 
 
-def _read_records(path: str) -> tuple[list[int], list[dict]]:
+def _read_records(options: Options) -> tuple[list[int], list[dict]]:
     """(line numbers, objects) of a .jsonl file of prompts."""
-    from llmq_jax.data.sources import json_lines
-
     numbers, records = [], []
-    for number, record in json_lines(path):
+    for number, record in _json_lines(options):
         if fault := _fault(record):
-            raise BadInput(f"{path}: line {number} {fault}")
+            raise BadInput(f"{options.source}: line {number} {fault}")
         numbers.append(number)
         records.append(record)
     if not records:
-        raise BadInput(f"{path} holds no prompts; write one JSON object a line")
+        raise BadInput(f"{options.source} holds no prompts; write one JSON object a line")
     return numbers, records
+
+
+def _json_lines(options: Options) -> Iterator[tuple[int, Any]]:
+    from llmq_jax.data.sources import json_lines, json_values
+
+    if options.prompt_file != "-":
+        yield from json_lines(options.prompt_file)
+        return
+    with standard_input() as stream:
+        yield from json_values(enumerate(stream, start=1), options.source)
 
 
 def _fault(record: Any) -> str | None:
@@ -208,5 +245,4 @@ def _at_line(options: Options, number: int) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        fault = str(error).replace("prompt 0", "the prompt")
-        raise BadInput(f"{options.prompt_file}: line {number}: {fault}") from None
+        raise BadInput(f"{options.source}: line {number}: {error}") from None

@@ -27,14 +27,15 @@ def main(options: Options) -> None:
             print(json.dumps(row))
         return
 
-    table = Table("preset", "architecture", box=None, header_style="bold", pad_edge=False)
-    for title in ("layers", "width", "heads", "context", "parameters"):
+    table = Table("preset", "type", box=None, header_style="bold", pad_edge=False)
+    for title in ("layers", "width", "heads", "kv", "context", "parameters"):
         table.add_column(title, justify="right")
     for name, config in PRESETS.items():
         sizes = (
             config.num_hidden_layers,
             config.hidden_size,
             config.num_attention_heads,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             config.max_position_embeddings,
             count_parameters(config),
         )

@@ -12,7 +12,7 @@ import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,15 +203,20 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of every line of a .jsonl file that is not blank."""
-    for number, line in _lines(Path(path)):
+    return json_values(_lines(Path(path)), str(path))
+
+
+def json_values(lines: Iterable[tuple[int, str]], source: str) -> Iterator[tuple[int, Any]]:
+    """The same of numbered lines; `source` is what errors call the place that they come from."""
+    for number, line in lines:
         if line.isspace():
             continue
         try:
             record = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            raise BadInput(f"{path}: broken JSON at line {number}, column {error.colno} ({error.msg})") from None
+            raise BadInput(f"{source}: broken JSON at line {number}, column {error.colno} ({error.msg})") from None
         except RecursionError:
-            raise BadInput(f"{path}: line {number}: JSON is nested too deeply") from None
+            raise BadInput(f"{source}: line {number}: JSON is nested too deeply") from None
         yield number, record
 
 

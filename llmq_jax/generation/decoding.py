@@ -9,6 +9,7 @@ from flax import struct
 
 from llmq_jax.generation.sampling import Sampler, sample
 from llmq_jax.models.decoder import Decoder
+from llmq_jax.weight_type import weight_type
 
 
 @struct.dataclass
@@ -50,7 +51,7 @@ def prefill(
 ) -> DecodeState:
     """Read the prompts [B, P] into caches of `length` slots, with room for `new_tokens`, and draw the first token."""
     batch = prompts.shape[0]
-    dtype = model.dtype or jax.tree.leaves(variables["params"])[0].dtype
+    dtype = model.dtype or weight_type(jax.tree.leaves(variables["params"]))
     caches = model.create_caches(batch, prompts.shape[1], dtype)
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     real = (positions < prompt_lengths[:, None]).astype(jnp.int32)

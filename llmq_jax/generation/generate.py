@@ -17,11 +17,14 @@ import numpy as np
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
-from llmq_jax.generation.sampling import Sampler
+from llmq_jax.generation.sampling import DEFAULT, Sampler
 
-# Lengths are rounded up, so that prompts of similar length share one compiled program: to a multiple of this and, from
-# four times as long on, to a quarter of the power of two below: a growing conversation compiles ever more rarely.
-BUCKET = 32
+# Lengths are rounded up, so that requests of similar length share compiled programs. Prompts to a power of two, long
+# ones to a multiple of the second number: what is added is computed, too.
+SHORTEST_PROMPT, LONGEST_PROMPT_STEP = 32, 512
+# Caches, which the decoding loop is compiled for, to a power of two: a growing conversation compiles ever more rarely.
+# Every token reads the whole cache, but up to this length that takes next to nothing beside the weights.
+SHORTEST_CACHE = 256
 # Token ids, or seeds: lists and arrays of integers.
 Ids = Sequence[SupportsIndex] | np.ndarray
 
@@ -56,9 +59,8 @@ def generate(
 
     A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text). None stands
     for the end tokens of the model's generation config, which stop strings add to and stop tokens replace; () stops at
-    nothing. Row r draws from seed + r, or from the r-th of a list of
-    seeds. The default sampler is `Sampler()`: temperature 1. Raises BadInput where a prompt and its new tokens do not
-    fit the model's context.
+    nothing. Row r draws from seed + r, or from the r-th of a list of seeds. Without a sampler, temperature 0.8 and
+    top_p 0.95. Raises BadInput where a prompt and its new tokens do not fit the model's context.
     """
     request = Request.create(
         lm, [prompts] if isinstance(prompts, str) else prompts, max_new_tokens, sampler, stop, seed
@@ -133,6 +135,8 @@ class Request:
         rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(prompts)]
         if not rows:
             raise BadInput("no prompt was given; pass at least one")
+        if not isinstance(sampler, Sampler | None):
+            raise BadInput(f"sampler={sampler!r} is not a Sampler; pass one, as Sampler(temperature=0.8)")
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
         context = lm.config.max_position_embeddings
@@ -143,8 +147,7 @@ class Request:
                     f"context of {context}; shorten the prompt or lower max_new_tokens"
                 )
         lengths = np.array([len(row) for row in rows], np.int32)
-        width = min(_round_up(int(lengths.max())), context)
-        padded = np.zeros((len(rows), width), np.int32)
+        padded = np.zeros((len(rows), _prompt_width(int(lengths.max()), context)), np.int32)
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
         end_tokens, stop_strings = _stops(lm, stop)
@@ -157,10 +160,11 @@ class Request:
         pad = lm.generation.pad_token_id
         if pad is None:
             pad = end_tokens[0] if end_tokens else 0
-        return cls(lm, padded, lengths, max_new_tokens, sampler or Sampler(), end_tokens, stop_strings, seeds, pad)
+        return cls(lm, padded, lengths, max_new_tokens, sampler or DEFAULT, end_tokens, stop_strings, seeds, pad)
 
     def start(self) -> DecodeState:
-        new_tokens = _round_up(self.max_new_tokens)
+        needed = int(self.prompt_lengths.max()) + self.max_new_tokens
+        length = min(max(SHORTEST_CACHE, _power_of_two(needed)), self.lm.config.max_position_embeddings)
         return prefill(
             self.lm.model,
             self.lm.variables,
@@ -168,8 +172,8 @@ class Request:
             self.prompt_lengths,
             self.seeds,
             sampler=self.sampler,
-            length=self.prompts.shape[1] + new_tokens,
-            new_tokens=new_tokens,
+            length=length,
+            new_tokens=length,  # more than enough, and no second length to compile for
             end_tokens=self.end_tokens,
             pad=self.pad,
         )
@@ -229,9 +233,14 @@ class Request:
         return min((at for at in found if at >= 0), default=None)
 
 
-def _round_up(length: int) -> int:
-    bucket = max(BUCKET, 2 ** (length.bit_length() - 3))
-    return -(-length // bucket) * bucket
+def _prompt_width(longest: int, context: int) -> int:
+    step = min(max(SHORTEST_PROMPT, _power_of_two(longest)), LONGEST_PROMPT_STEP)
+    return min(-(-longest // step) * step, context)
+
+
+def _power_of_two(length: int) -> int:
+    """The least that is not below."""
+    return 1 << (length - 1).bit_length()
 
 
 def _token_ids(lm: Any, prompt: Any, index: int) -> list[int]:

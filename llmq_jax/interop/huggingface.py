@@ -11,7 +11,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +30,7 @@ from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safet
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
 from llmq_jax.interop.whole_folders import whole_folder
+from llmq_jax.weight_type import weight_type
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -106,7 +106,7 @@ def save_hf(
     dtype = float_type(dtype)
     config = config_to_hf(lm.config)
     tensors = weight_table(lm.config.model_type).lazy_state_dict(lm.variables, lm.config, dtype)
-    config |= lm.generation.token_ids() | {"dtype": _type_name(tensors)}
+    config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
     _check_target(folder, overwrite)
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, config)
@@ -193,12 +193,6 @@ def _read_generation_config(folder: Path, values: Mapping[str, Any], config: Any
         return GenerationConfig.from_hf(tokens | (read_json(path) if path.is_file() else {}))
     except BadInput as error:
         raise BadInput(f"{path if path.is_file() else folder / CONFIG}: {error}") from error
-
-
-def _type_name(tensors: Mapping[str, Any]) -> str:
-    """transformers holds a model in one type: the smallest that holds all of the file's."""
-    types = jax.tree.reduce(jnp.promote_types, [tensor.dtype for tensor in tensors.values()])
-    return np.dtype(types).name
 
 
 def _check_target(folder: Path, overwrite: bool):

@@ -15,9 +15,10 @@ import sys
 import pytest
 
 import llmq_jax as lq
+from llmq_jax import generation
 from llmq_jax.commands.chat import Conversation, Options
 
-SAMPLER = lq.Sampler(temperature=0.8)  # the command's own
+SAMPLER = lq.Sampler(temperature=0.8, top_p=0.95)  # the default
 SYSTEM, USER, ASSISTANT, END = 257, 258, 259, 260
 
 
@@ -40,7 +41,7 @@ def chat(llmq, chat_folder, monkeypatch):
     """`chat(lines, *options)` -> (exit code, stdout, stderr) of `llmq chat` with these lines piped in."""
 
     def call(lines, *options):
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
         return llmq("chat", chat_folder, "--max-new-tokens", 8, *options)
 
     return call
@@ -91,16 +92,16 @@ def test_options_reach_the_model(chat, chat_model):
 
 
 def test_commands(chat, chat_model):
-    code, out, err = chat("one\n/reset\n/helm\n/no such\n/help\none\n /quit \nnever read\n", "--system", "be")
+    code, out, err = chat("one\n/reset\n/help\none\n /quit \nnever read\n", "--system", "be")
     messages = [{"role": "system", "content": "be"}, user("one")]
     expected = [chat_model.chat(messages, max_new_tokens=8, sampler=SAMPLER, seed=seed) for seed in (0, 1)]
     assert (code, out) == (0, "".join(f"{reply}\n" for reply in expected))
-    lines = err.splitlines()
-    assert lines[:2] == [
-        "unknown command /helm: did you mean /help?",
-        "unknown command /no such: choose from /help, /reset, /quit",
-    ]
-    assert [line.split()[0] for line in lines[2:]] == ["/help", "/reset", "/quit"]
+    assert [line.split()[0] for line in err.splitlines()] == ["/help", "/reset", "/quit"]
+
+
+def test_what_is_piped_may_begin_with_a_slash(chat, chat_model):
+    lines = ["/usr/bin is what?", "/helm"]
+    assert chat("\n".join(lines)) == (0, "".join(f"{reply}\n" for reply in replies(chat_model, lines)), "")
 
 
 def test_the_oldest_turns_are_forgotten_with_a_note(chat):
@@ -113,7 +114,7 @@ def test_the_oldest_turns_are_forgotten_with_a_note(chat):
 def test_a_message_that_does_not_fit_is_dropped(chat, chat_model):
     expected = replies(chat_model, ["one", "two"])
     code, out, err = chat(f"one\n{'x' * 90}\ntwo\n")
-    assert (code, out) == (0, "".join(f"{reply}\n" for reply in expected))
+    assert (code, out) == (1, "".join(f"{reply}\n" for reply in expected))
     assert err == (
         "error: the message takes 93 tokens, which with a reply of 8 exceed the model's context of 96; "
         "say less, or lower --max-new-tokens\n"
@@ -187,6 +188,9 @@ class Terminal(io.StringIO):
     def isatty(self):
         return True
 
+    def reconfigure(self, **_):
+        pass
+
     def readline(self, *_):
         line = next(self.typed)
         if line == "^C":
@@ -212,6 +216,36 @@ def test_ctrl_c_stops_a_reply_and_not_the_conversation(llmq, chat_folder, chat_m
     monkeypatch.setattr("sys.stdout", terminal)
     assert llmq("chat", chat_folder, "--max-new-tokens", 8)[0] == 0
     assert terminal.getvalue() == f"> {said}\n> {second}\n> \n"
+
+
+def test_ctrl_c_before_a_reply_takes_the_message_back(llmq, chat_folder, chat_model, monkeypatch):
+    """The conversation, which the template may want to alternate, goes on as if it had not been sent."""
+    stream, asked = generation.stream, []
+
+    def interrupted_once(lm, tokens, **options):
+        asked.append(tokens)
+        if len(asked) == 2:  # `main` asks once to check its options
+            return map(signal.raise_signal, [signal.SIGINT])
+        return stream(lm, tokens, **options)
+
+    monkeypatch.setattr(generation, "stream", interrupted_once)
+    terminal = Terminal(["one", "two", "^D"])
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert llmq("chat", chat_folder, "--max-new-tokens", 8)[0] == 0
+    assert asked[2] == chat_model.chat_tokens([user("two")])
+    assert terminal.getvalue() == f"> \n> {replies(chat_model, ['two'])[0]}\n> \n"
+
+
+def test_a_misspelt_command_at_a_terminal(llmq, chat_folder, monkeypatch):
+    terminal = Terminal(["/helm", "/no such", "^D"])
+    monkeypatch.setattr("sys.stdin", terminal)
+    monkeypatch.setattr("sys.stdout", terminal)
+    code, _, err = llmq("chat", chat_folder)
+    assert (code, err.splitlines()) == (
+        0,
+        ["unknown command /helm: did you mean /help?", "unknown command /no such: choose from /help, /reset, /quit"],
+    )
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave(llmq, chat_folder, monkeypatch):

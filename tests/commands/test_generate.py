@@ -1,12 +1,25 @@
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
+import jax
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.commands.drawing import DrawingOptions
+from llmq_jax.generation.sampling import DEFAULT
 
 TAIL = "\n"
+SAMPLER = lq.Sampler(temperature=0.8, top_p=0.95)  # the default
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """`piped(text)` makes it standard input."""
+    return lambda text: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
 def test_greedy_text_is_that_of_the_library(llmq, model_folder, tiny_model):
@@ -31,29 +44,57 @@ def test_without_a_length_it_fills_the_context(llmq, model_folder, tiny_model):
     assert (code, out) == (0, "x" * 30 + expected + TAIL)
 
 
-def test_prompt_from_standard_input(llmq, model_folder, monkeypatch):
+def test_prompt_from_standard_input(llmq, model_folder, piped):
     given = llmq("generate", model_folder, "--prompt", "one\ntwo", "--max-new-tokens", 4)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
+    piped("one\ntwo\n")
     assert llmq("generate", model_folder, "--prompt", "-", "--max-new-tokens", 4) == given
 
 
-def test_prompt_from_a_file(llmq, model_folder, tmp_path, monkeypatch):
-    """Whatever its name ends in; its line breaks are part of the prompt."""
-    given = llmq("generate", model_folder, "--prompt", "ö\n", "--max-new-tokens", 4)
+@pytest.mark.parametrize(("content", "prompt"), [("ö", "ö"), ("a\nö\n", "a\nö"), ("ö\n\n", "ö\n"), ("ö\r\n", "ö")])
+def test_prompt_from_a_file(llmq, model_folder, tmp_path, piped, content, prompt):
+    """Whatever its name ends in; but for the last, its line breaks are part of the prompt."""
+    given = llmq("generate", model_folder, "--prompt", prompt, "--max-new-tokens", 4)
     path = tmp_path / "prompt.json"
-    path.write_text("ö\n", encoding="utf-8")
+    path.write_bytes(content.encode())
     assert llmq("generate", model_folder, "--prompt-file", path, "--max-new-tokens", 4) == given
-    monkeypatch.setattr("sys.stdin", io.StringIO("ö\n"))
+    piped(content)
     assert llmq("generate", model_folder, "--prompt-file", "-", "--max-new-tokens", 4) == given
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--prompt", "-"], ["generate", "--prompt-file", "-"], ["chat"]])
+def test_standard_input_must_be_utf8_in_any_locale(chat_folder, arguments):
+    """Under the locale C, Python lets any byte through as half a surrogate pair."""
+    program = [sys.executable, "-c", "from llmq_jax import commands; commands.main()"]
+    environment = {**os.environ, "LC_ALL": "C"}
+    verb, *options = arguments
+    command = [*program, verb, str(chat_folder), *options]
+    ended = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, env=environment)
+    assert (ended.returncode, ended.stdout) == (2, b"")
+    assert ended.stderr.startswith(b"error: standard input is not UTF-8 (") and ended.stderr.count(b"\n") == 1
 
 
 def test_chat_asks_for_the_reply(llmq, chat_folder, chat_model):
     code, out, err = llmq("generate", chat_folder, "--prompt", "hi", "--chat", "--max-new-tokens", 8, "--seed", 2)
-    sampler = lq.Sampler(temperature=0.8)
-    reply = chat_model.chat([{"role": "user", "content": "hi"}], max_new_tokens=8, sampler=sampler, seed=2)
+    reply = chat_model.chat([{"role": "user", "content": "hi"}], max_new_tokens=8, sampler=SAMPLER, seed=2)
     assert (code, out, err) == (0, reply + TAIL, "")
     _, plain, _ = llmq("generate", chat_folder, "--prompt", "hi", "--max-new-tokens", 8, "--seed", 2)
-    assert plain == "hi" + lq.generate(chat_model, "hi", max_new_tokens=8, sampler=sampler, seed=2).text[0] + TAIL
+    assert plain == "hi" + lq.generate(chat_model, "hi", max_new_tokens=8, sampler=SAMPLER, seed=2).text[0] + TAIL
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, "float32"), ("bfloat16", "bfloat16")])
+def test_on_a_cpu_weights_are_float32_unless_told_otherwise(tiny_model, tmp_path, given, wanted):
+    lq.save_hf(tiny_model, tmp_path / "half", dtype="bfloat16")
+    lm, _ = DrawingOptions(model=str(tmp_path / "half"), dtype=given).load()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {wanted}
+
+
+def test_the_default_sampler_is_that_of_the_library(model_folder):
+    def sampler(**options):
+        return DrawingOptions(model=str(model_folder), **options).load()[1]["sampler"]
+
+    assert sampler() == DEFAULT == SAMPLER
+    assert sampler(temperature=0.0) == lq.Sampler(temperature=0.0)
+    assert sampler(top_p=1.0) == lq.Sampler(temperature=0.8)
 
 
 BAD = {
@@ -65,8 +106,15 @@ BAD = {
     "no chat template": (["MODEL", "--prompt", "x", "--chat"], "has no chat template, so it cannot converse"),
     "seed": (["MODEL", "--prompt", "x", "--seed", "4294967296"], "--seed 4294967296 must lie between 0 and 4294967295"),
     "no model there": (["nowhere/at-all", "--prompt", "a"], "nowhere/at-all"),
-    "past the context": (["MODEL", "--prompt", "x" * 40], "exceed the model's context of 32"),
-    "too many new tokens": (["MODEL", "--prompt", "x", "--max-new-tokens", "33"], "exceed the model's context of 32"),
+    "past the context": (
+        ["MODEL", "--prompt", "x" * 40],
+        "error: the prompt has 40 tokens, which leave no room in the model's context of 32",
+    ),
+    "too many new tokens": (
+        ["MODEL", "--prompt", "x", "--max-new-tokens", "33"],
+        "error: the prompt has 1 tokens, which with --max-new-tokens 33 exceed the model's context of 32; shorten it",
+    ),
+    "idle jsonl": (["MODEL", "--prompt", "x", "--jsonl"], "--jsonl has no effect without --prompt-file; leave it out"),
     "no new token": (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
     "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
     "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at temperature 0"),
@@ -130,14 +178,24 @@ def test_every_line_of_a_file_is_completed_in_order(llmq, chat_folder, chat_mode
     """In batches of 8, that is all at once, and of 2, the last of which is not full: each draws from its own seed."""
     options = ["--max-new-tokens", 8, "--seed", 2**32 - 3]
     code, out, err = llmq("generate", chat_folder, "--prompt-file", prompt_file, *options)
-    sampler = lq.Sampler(temperature=0.8)
     prompts, seeds = [tokens_of(chat_model, record) for record in RECORDS], [2**32 - 3, 2**32 - 2, 2**32 - 1, 0, 1]
-    expected = lq.generate(chat_model, prompts, max_new_tokens=8, sampler=sampler, seed=seeds)
+    expected = lq.generate(chat_model, prompts, max_new_tokens=8, sampler=SAMPLER, seed=seeds)
     added = [{"completion": t, "tokens": int(n)} for t, n in zip(expected.text, expected.lengths, strict=True)]
     assert (code, err) == (0, "")
     assert [json.loads(line) for line in out.splitlines()] == [a | b for a, b in zip(RECORDS, added, strict=True)]
     assert "zwölf" in out
     assert llmq("generate", chat_folder, "--prompt-file", prompt_file, *options, "--batch-size", 2) == (0, out, "")
+
+
+def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, piped):
+    expected = llmq("generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8)
+    piped(prompt_file.read_text())
+    assert llmq("generate", chat_folder, "--prompt-file", "-", "--jsonl", "--max-new-tokens", 8) == expected
+    other = prompt_file.rename(tmp_path / "prompts.txt")
+    assert llmq("generate", chat_folder, "--prompt-file", other, "--jsonl", "--max-new-tokens", 8) == expected
+    piped('{"prompt": "a"}\n{"prompt": 1}\n')
+    code, _, err = llmq("generate", chat_folder, "--prompt-file", "-", "--jsonl")
+    assert (code, err) == (2, 'error: standard input: line 2 has a "prompt" that is not a string\n')
 
 
 def test_out_is_a_file_of_the_same_lines(llmq, chat_folder, prompt_file, tmp_path):
@@ -169,7 +227,7 @@ def test_chat_makes_messages_of_prompts(llmq, chat_folder, chat_model, tmp_path)
     path.write_text('{"prompt": "hi"}\n')
     _, out, _ = llmq("generate", chat_folder, "--prompt-file", path, "--chat", "--max-new-tokens", 8)
     messages = [{"role": "user", "content": "hi"}]
-    reply = chat_model.chat(messages, max_new_tokens=8, sampler=lq.Sampler(temperature=0.8))
+    reply = chat_model.chat(messages, max_new_tokens=8, sampler=SAMPLER)
     assert json.loads(out)["completion"] == reply
 
 
@@ -187,7 +245,7 @@ BAD_FILES = {
     "no text": ('{"prompt": ["a"]}', [], 'line 1 has a "prompt" that is not a string'),
     "field in the way": ('{"prompt": "a", "tokens": 1}', [], 'line 1 has a field "tokens" already'),
     "no Unicode": ('{"prompt": "a", "id": "\\ud800"}', [], "line 1 holds half a surrogate pair"),
-    "too long": (GOOD + f'{{"prompt": "{"x" * 99}"}}', [], "FILE: line 2: the prompt has 99 tokens, which with 1 new"),
+    "too long": (GOOD + f'{{"prompt": "{"x" * 99}"}}', [], "FILE: line 2: the prompt has 99 tokens, which leave no"),
     "no room": (GOOD + f'{{"prompt": "{"x" * 90}"}}', ["--max-new-tokens", "8"], "FILE: line 2: the prompt has 90"),
     "no messages": (GOOD + '{"messages": []}', [], "FILE: line 2: messages are empty"),
     "refused messages": (

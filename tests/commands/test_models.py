@@ -21,8 +21,11 @@ def test_table_has_every_preset_with_its_published_size(llmq):
     assert set(rows) == set(lq.models.PRESETS)
     for name, count in GPT2_PARAMETERS.items():
         config = lq.preset(name)
-        sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, 1024, count)
+        heads = config.num_attention_heads
+        sizes = (config.num_hidden_layers, config.hidden_size, heads, heads, 1024, count)
         assert rows[name] == ["gpt2", *(f"{size:,}" for size in sizes)]
+    assert rows["smollm2-135m"][3:5] == ["9", "3"]
+    assert rows["smollm2-1.7b"][3:5] == ["32", "32"]
 
 
 def test_json_is_the_config(llmq):

@@ -1,6 +1,7 @@
 """python -m convert.parity: it finds a fault where it is, and nothing where there is none."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -13,15 +14,18 @@ import torch
 import transformers
 from rich.console import Console
 
-from convert import parity, parity_report
+from convert import parity, parity_reference, parity_report, parity_weights
 from convert.parity_check import compare_models
-from convert.parity_reference import VARIANTS, random_config, random_model
+from convert.parity_reference import VARIANTS, random_config, random_model, randomise
 from convert.parity_trace import Difference, Place, first_difference
 from convert.parity_weights import Gradient, first_gradient
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import config_from_hf
-from llmq_jax.interop.architectures import TABLES, weight_table
+from llmq_jax.interop import config_from_hf, config_to_hf
+from llmq_jax.interop.architectures import SUPPORTED, weight_table
+from llmq_jax.interop.huggingface import save_hf
+from llmq_jax.language_model import load
 from llmq_jax.models import gpt2
+from tests.smollm2 import smollm2_gguf
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
@@ -122,6 +126,89 @@ def test_llama_by_its_weight_table_alone():
     assert first == "layer 0, input of attention out (model.layers.0.self_attn.o_proj)"
 
 
+def test_layers_after_a_fault_agree(model):
+    """They are given what transformers' were, so that each shows its own faults; in the end all is seen."""
+    found = check(model, inject="transformer.h.0.mlp.c_proj.bias")
+    layers = [place for place in found.places if place.layer is not None]
+    assert [place.layer for place in layers if place.output.above(1e-5)] == [0]
+    assert layers[1].input.above(TOLERANCE)
+    assert found.output("logits").output.above(TOLERANCE)
+
+
+def test_rounding_explains_as_much_as_other_last_bits_do(model):
+    """The reference is as it was afterwards, bit by bit."""
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    found = check(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+    logits = found.output("logits").output
+    assert 0 < logits.relative < logits.rounding < 1e-4
+    with parity_reference.nudged(model):
+        for name, tensor in model.named_parameters():
+            changed = (tensor != before[name]) & (before[name] != 0)
+            assert changed.float().mean() > 0.99
+            torch.testing.assert_close(tensor, before[name], rtol=2**-22, atol=1e-30)
+    noisy = Difference(1.0, 2e-4, rounding=3e-4)
+    assert not noisy.above(TOLERANCE)
+    assert noisy._replace(relative=4e-4).above(TOLERANCE)
+    assert Difference(1.0, float("nan"), rounding=float("nan")).above(TOLERANCE)
+
+
+@pytest.mark.parametrize(("model_type", "layers"), [("gemma3_text", 7), ("gemma2", 3)])
+def test_gemma_by_its_weight_table_alone(model_type, layers):
+    """Layers of two kinds in several groups, and norms after sub-layers.
+
+    Norms by head are no places: transformers has heads before positions there.
+    """
+    model = random_model(model_type)
+    found = check(model)
+    assert first_difference(found.places, TOLERANCE) is None
+    assert first_gradient(found.gradients, TOLERANCE) is None
+    assert found.unmatched == ((), (), ())
+    assert {gradient.key for gradient in found.gradients} == {name for name, _ in model.named_parameters()}
+    names = [place.name for place in everywhere(found.places) if place.name.startswith(f"layer {layers - 1}, ")]
+    inside = ["post attention norm", "mlp norm", "post mlp norm", "attention norm", "attention query", "mlp gate"]
+    assert set(names) >= {f"layer {layers - 1}, {what}" for what in inside}
+    first = first_difference(check(model, inject="model.layers.1.post_feedforward_layernorm.weight").places, TOLERANCE)
+    assert str(first) == "layer 1, post mlp norm (model.layers.1.post_feedforward_layernorm)"
+
+
+def test_of_a_multimodal_model_the_text_is_compared(tmp_path, capsys):
+    text = config_to_hf(random_config("gemma3_text")) | {"num_hidden_layers": 2, "layer_types": None, "pad_token_id": 0}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    assert parity.main(parity.Options(str(tmp_path))) == 0
+    assert "model.layers.N" in capsys.readouterr().out
+
+
+def test_dynamic_rope_is_compared_beyond_the_trained_length(tmp_path, capsys):
+    seed = next(seed for seed in range(1, 99) if random_config("llama", seed).rope_parameters.rope_type == "dynamic")
+    random_model("llama", seed).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 16
+    assert parity.main(parity.Options(str(tmp_path))) == 0
+    assert f"2 x {parity.ROW} random tokens" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="--length 65 exceeds the model's context; choose at most 64"):
+        parity.main(parity.Options(str(tmp_path), length=65))
+
+    model = random_model("llama", seed)
+    config = config_from_hf(model.config.to_dict())
+    other = dataclasses.replace(config.rope_parameters, factor=4.1)
+    config = dataclasses.replace(config, max_position_embeddings=64, rope_parameters=other)
+    first = str(first_difference(check(model, config=config).places, TOLERANCE))
+    assert first == "layer 0, input of attention out (model.layers.0.self_attn.o_proj)"
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_every_seed_makes_a_model(model_type):
+    """Of gemma3_text none with dynamic frequencies, which transformers has for all layers or none."""
+    for seed in range(12):
+        random_model(model_type, seed)
+
+
 def test_seeds_vary_what_models_of_an_architecture_differ_in():
     configs = [random_config("llama", seed) for seed in range(30)]
     assert configs[1] == random_config("llama", 1)
@@ -156,6 +243,11 @@ def test_a_fault_between_two_modules_is_found_between_them(model, monkeypatch):
     first = str(first_difference(check(model).places, TOLERANCE))
     hook.remove()
     assert first == "layer 1, input of mlp norm (transformer.h.1.ln_2)"
+
+    hook = model.transformer.h[2].register_forward_pre_hook(lambda _, args: (args[0] * 1.01, *args[1:]))
+    first = str(first_difference(check(model).places, TOLERANCE))
+    hook.remove()
+    assert first == "layer 2, input (transformer.h.2)"
 
     exact = gpt2.attention
     monkeypatch.setattr(gpt2, "attention", lambda *args, scale, **options: exact(*args, scale=1.1 * scale, **options))
@@ -218,9 +310,8 @@ def test_command_on_an_architecture_that_is_not_here(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
     done = run(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    supported = ", ".join(TABLES)
     path = tmp_path / "config.json"
-    assert done.stderr == f"error: {path}: model_type 'bert' is not supported; supported: {supported}\n"
+    assert done.stderr == f"error: {path}: model_type 'bert' is not supported; supported: {SUPPORTED}\n"
 
 
 def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
@@ -307,6 +398,35 @@ def test_many_layers_fit_the_screen(width):
     for layer in range(40):
         assert f"{1e-6 * (layer + 1):.1e}" in text, "a layer is not shown"
     assert "mlp.experts.*.w1.weight" in text and "…" not in text
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    return save_hf(load(smollm2_gguf()), tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_trained_model_of_which_places_magnify_rounding(smollm2, capsys, seed):
+    """Activations hundreds of times as large as others: a change of the last bits is above the tolerance after some."""
+    status = parity.main(parity.Options(str(smollm2), seed=seed))
+    out = capsys.readouterr().out
+    assert status == 0, out[-2000:]
+    assert out.splitlines()[-1].startswith("parity: ")
+    assert "*" not in out
+
+
+@pytest.mark.slow
+def test_small_faults_of_a_trained_model(smollm2, monkeypatch):
+    """A hundredth of the usual perturbation, in the midst of the places that magnify rounding; an epsilon 2% off."""
+    monkeypatch.setattr(parity_weights, "PERTURBATION", 1e-3)
+    model = parity_reference.load(smollm2)
+    for name in ("mlp.down_proj", "self_attn.o_proj"):
+        first = first_difference(check(model, inject=f"model.layers.9.{name}.weight").places, TOLERANCE)
+        assert (first.place.theirs, first.before) == (f"model.layers.9.{name}", False)
+    config = config_from_hf(model.config.to_dict())
+    found = check(model, config=dataclasses.replace(config, rms_norm_eps=1.02e-5))
+    assert str(first_difference(found.places, TOLERANCE)) == "layer 0, attention norm (model.layers.0.input_layernorm)"
 
 
 def test_random_models_hide_nothing(model):

@@ -37,7 +37,7 @@ def test_relative_is_to_the_tokens_own_size():
     for row, relative in ((0, 0.5), (1, 0.0005), (3, 0.5)):
         ours = theirs.copy()
         ours[row, 0] += 0.5
-        assert rows_difference(ours, theirs) == pytest.approx((0.5, relative))
+        assert rows_difference(ours, theirs)[:2] == pytest.approx((0.5, relative))
 
 
 def test_backward_begins_at_the_end():

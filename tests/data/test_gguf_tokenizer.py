@@ -27,15 +27,18 @@ WORDS = """
     start|> <repo_name> ▁ ▁▁ Ġ Ċ
 """
 BLANKS = [" ", " ", " ", "  ", "   ", "    ", "\n", "\n\n", "\r\n", "\t", " \n ", "\u00a0", "\u3000", "\u2028"]
-PIECES = [*WORDS.split(), *BLANKS]
+NUMBERS = """
+    0 7 42 123 2024 1234567 3.14 -1e-05 1,000 12:30 2024-01-31 0x1F 50% $9.99 #1 x1 1st i=0; [0] range(10): ½ ² Ⅷ ٣٤
+    १२ ０９ 1️⃣ 二 Ⅻ a1b2
+"""
 
 
-def varied_texts(count=1000) -> list[str]:
-    rng = random.Random(0)
-    return ["".join(rng.choices(PIECES, k=rng.randint(1, 14))) for _ in range(count)]
+def varied_texts(words: str, count=1000) -> list[str]:
+    rng, pieces = random.Random(0), [*words.split(), *BLANKS]
+    return ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(count)]
 
 
-TEXTS = varied_texts()
+TEXTS = varied_texts(WORDS)
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # How the published tokenizers cut, one pattern after another: tokenizer.json of the models, src/llama-vocab.cpp.
@@ -136,8 +139,38 @@ def test_smollm2_known_ids(smollm2):
     assert len(smollm2.encode("2024")) == 4
 
 
+@pytest.fixture(scope="module")
+def published(smollm2_metadata):
+    """SmolLM2's published tokenizer.json, but for what has no effect on tokens, over the vocabulary in the file."""
+    tokens, merges = (smollm2_metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges"))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    cuts = hf_tokenizers.pre_tokenizers
+    tokenizer = hf_tokenizers.Tokenizer(
+        hf_tokenizers.models.BPE(vocab=vocabulary, merges=[tuple(line.split(" ")) for line in merges])
+    )
+    tokenizer.pre_tokenizer = cuts.Sequence(
+        [cuts.Digits(individual_digits=True), cuts.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.add_special_tokens(
+        [hf_tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens[:17]]
+    )
+    return tokenizer
+
+
+def test_smollm2_against_the_published_tokenizer(smollm2, published):
+    """No text is left out: the digits are cut out first, so that a blank before one is a word of its own."""
+    texts = [*TEXTS, *varied_texts(NUMBERS, 2000)]
+    assert sum(bool(regex.search(r"\s\p{N}", text)) for text in texts) > 1000
+    assert {number for text in texts for number in published.encode(text).ids} >= {0, 1, 2, 3}
+    for text in texts:
+        assert smollm2.encode(text, allow_special=True) == published.encode(text).ids, repr(text)
+    published.encode_special_tokens = True  # as text, letter by letter
+    for text in texts:
+        assert smollm2.encode(text) == published.encode(text).ids, repr(text)
+
+
 def test_smollm2_as_transformers_reads_the_file(smollm2, smollm2_file):
-    """It cuts as GPT-2 does whatever `tokenizer.ggml.pre` says, which differs where blanks stand before a digit."""
+    """It cuts as GPT-2 does whatever `tokenizer.ggml.pre` says, which is wrong where blanks stand before a digit."""
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
     alike = [text for text in TEXTS if not regex.search(r"\s\p{N}", text)]
     assert len(alike) > 500

@@ -1,9 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.generation.decoding import prefill
+from llmq_jax.generation.decoding import advance, prefill
+from llmq_jax.generation.generate import Request
 
 PROMPTS = ["hello", "hi there, you two", "a"]
 SAMPLER = lq.Sampler(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
@@ -109,6 +111,19 @@ def test_similar_lengths_share_one_compiled_program(lm):
     assert prefill._cache_size() == compiled
 
 
+def test_a_conversation_of_five_turns_compiles_the_loop_at_most_twice():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = lq.Llama3Config(vocab_size=64, max_position_embeddings=2048, num_key_value_heads=1, head_dim=8, **sizes)
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config))
+    loops, prompts = advance._cache_size(), prefill._cache_size()
+    for length in (40, 110, 180, 250, 320):
+        lq.generate(lm, [[1] * length], max_new_tokens=64)
+    assert advance._cache_size() - loops <= 2
+    assert prefill._cache_size() - prompts <= 5
+    lq.generate(lm, [[1] * 200], max_new_tokens=300)  # a length of its own, but no other cache
+    assert advance._cache_size() - loops <= 2
+
+
 def test_the_context_may_be_filled_and_not_exceeded(lm):
     result = lq.generate(lm, "x" * 50, max_new_tokens=14, sampler=SAMPLER, stop=())
     assert result.lengths.tolist() == [14]
@@ -117,8 +132,6 @@ def test_the_context_may_be_filled_and_not_exceeded(lm):
 
 
 def test_bfloat16_parameters_generate_in_bfloat16(lm):
-    import jax
-
     half = lm.replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.variables))
     result = lq.generate(half, PROMPTS, max_new_tokens=4, sampler=lq.Sampler(temperature=0.0))
     assert result.logprobs.dtype == np.float32
@@ -159,6 +172,47 @@ def test_what_may_stop_a_row(lm):
     assert length(None) == length(["never there"]) == first[own]
     assert length(np.int64(other)) == length([np.int32(other)]) == first[other]
     assert length(()) == 12
+
+
+@pytest.mark.parametrize("sampler", [{"temperature": 0.5}, 0.5, lq.Sampler])
+def test_a_sampler_of_another_type_is_refused(lm, sampler):
+    """Asked of the request: the annotations of `generate` are checked in these tests."""
+    with pytest.raises(lq.BadInput, match=r"is not a Sampler; pass one, as Sampler\(temperature=0.8\)"):
+        Request.create(lm, ["a"], 4, sampler, None, 0)
+
+
+def test_the_default_sampler(lm):
+    usual = lq.Sampler(temperature=0.8, top_p=0.95)
+    expected = lq.generate(lm, "a", max_new_tokens=12, sampler=usual)
+    np.testing.assert_array_equal(lq.generate(lm, "a", max_new_tokens=12).tokens, expected.tokens)
+    assert "".join(lq.stream(lm, "a", max_new_tokens=12)) == expected.text[0]
+    neutral = lq.generate(lm, "a", max_new_tokens=12, sampler=lq.Sampler())
+    assert not np.array_equal(neutral.tokens, expected.tokens)
+
+
+def test_decoding_writes_into_the_caches_that_it_was_given(lm):
+    request = Request.create(lm, PROMPTS, 8, SAMPLER, (), 0)
+    before = request.start()
+    request.advance(before, 4)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.caches))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_of_decoding_reads_every_weight_once(batch):
+    """The compiled loop, whose body XLA counts once: the weights, and little beside them."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = lq.GPT2Config(vocab_size=128, max_position_embeddings=16, **sizes)
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config))
+    request = Request.create(lm, [[1, 2, 3]] * batch, 8, lq.Sampler(temperature=0.0), (), 0)
+    sliced, (leaves, structure) = lm.sliced(batch), jax.tree.flatten(request.start())
+
+    def tokens(sliced, leaves):
+        state = jax.tree.unflatten(structure, leaves)
+        return advance(lm.model, *sliced, state, 8, sampler=request.sampler, end_tokens=()).tokens
+
+    read = jax.jit(tokens).lower(sliced, leaves).compile().cost_analysis()["bytes accessed"]
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(sliced))
+    assert 0.9 < read / weights < 1.3
 
 
 def test_a_bad_request_to_stream_is_refused_at_once(lm):

@@ -36,6 +36,28 @@ def test_filters(options, wanted):
     assert kept(LOGITS, **options) == wanted
 
 
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.95, 0.999])
+def test_the_nucleus_is_that_of_sorting(top_p):
+    logits = 4 * np.random.default_rng(1).normal(size=(3, 5000)).astype(np.float32)
+    probabilities = np.exp(logits.astype(np.float64))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    found = np.isfinite(filter_logits(jnp.asarray(logits), Sampler(top_p=top_p)))
+    for row, ours in zip(probabilities, found, strict=True):
+        falling = np.sort(row)[::-1]
+        count = np.searchsorted(np.cumsum(falling), top_p) + 1
+        np.testing.assert_array_equal(ours, row >= falling[count - 1])
+
+
+def test_equally_probable_tokens_stay_together():
+    assert kept(np.log([0.4, 0.2, 0.2, 0.2]).tolist(), top_p=0.5) == [True] * 4
+
+
+def test_the_nucleus_is_found_without_sorting():
+    """XLA's CPU backend takes as long to sort a vocabulary as SmolLM2 takes to decode a token."""
+    program = jax.jit(filter_logits, static_argnums=1).lower(jnp.zeros((1, 64)), Sampler(top_p=0.9)).as_text()
+    assert "sort" not in program
+
+
 def test_frequencies_and_log_probabilities():
     sampler = Sampler(temperature=2.0, top_k=3)
     logits = jnp.broadcast_to(jnp.asarray(LOGITS), (20_000, 4))

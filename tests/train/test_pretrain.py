@@ -55,9 +55,16 @@ def test_config_json_has_effective_values(pretrain):
 
 
 def test_fields_of_the_models_config(pretrain):
-    pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0, "--config", "norm=dyt", "intermediate_size=24")
+    options = ("--sample-every", 0, "--config", "norm=dyt", "intermediate_size=24")
+    _, out, _ = pretrain("--data", "TEXT", "--out", "run", *options)
+    assert "llmq evaluate run FILE" in out and "convert.to_hf" not in out  # transformers has no such norm
     lm = lq.load("run")
     assert (lm.config.norm, lm.config.intermediate_size) == ("dyt", 24) and "embedding_scale" in lm.params
+
+
+def test_the_help_says_what_a_field_looks_like(pretrain):
+    _, out, _ = pretrain("--help")
+    assert "--config FIELD=VALUE ..." in out
 
 
 def test_the_same_command_tells_that_the_run_is_finished(pretrain):

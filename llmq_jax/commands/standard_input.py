@@ -1,0 +1,21 @@
+"""Standard input, as the commands read it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from llmq_jax.errors import BadInput
+
+
+@contextlib.contextmanager
+def standard_input() -> Iterator[TextIO]:
+    """Standard input as UTF-8, whatever the locale says (under C, Python lets any byte through); BadInput if it is not.
+
+    To be opened once: the encoding cannot be chosen any more when something was read.
+    """
+    sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        yield sys.stdin
+    except UnicodeDecodeError as error:
+        raise BadInput(f"standard input is not UTF-8 ({error.reason}): convert it to UTF-8") from None
