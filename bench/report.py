@@ -7,16 +7,19 @@ from importlib.metadata import version
 from typing import Any
 
 from bench.measure import Measured, Result
+from bench.rows import ROWS
 
 SHARE = 0.8
 """Of the roofline: where it is reached, a ratio cannot ask for more."""
+REACHED, MISSED = "reached", "**missed**"
 HAVE_TEMPORARY_MEMORY = ("cross_entropy", "attention")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
 METHOD = """\
 Every side runs in a process of its own, one at a time: all others wait in a blocking read. A round gives each side one
-turn of about {seconds:g} s after an uncounted run; there were {rounds} rounds. Times are medians over rounds, ratios
-medians of the rounds' ratios (least to most in brackets), above 1 where we are faster. Weights and batches are the same
-on all sides (exported through `lq.interop.to_state_dict`); a row ends in an error where losses or tokens disagree.
+turn after an uncounted run; each row says how many rounds there were, when and where. Times are medians over rounds,
+ratios medians of the rounds' ratios (least to most in brackets), above 1 where we are faster. Weights and batches are
+the same on all sides (exported through `lq.interop.to_state_dict`); a row ends in an error where losses or tokens
+disagree.
 
 float32, no dropout. PyTorch has fused AdamW and fused attention, and runs as it comes. Our training loop sets the C
 allocator to keep freed memory, in large pages (`training/host_memory.py`): what that would do for PyTorch is shown in
@@ -34,15 +37,31 @@ near our whole program comes to it. The rows of `plain torch` are models written
 
 
 class Report:
-    """Rows as they come in."""
+    """Rows as they come in, in the place of those of the same name on the page as it was."""
 
-    def __init__(self, rounds: int, seconds: float = 1.0):
-        self.rounds, self.seconds = rounds, seconds
-        self.results: list[Result] = []
-        self.started = time.strftime("%Y-%m-%d %H:%M")
+    def __init__(self, rounds: int, seconds: float = 1.0, page: str = ""):
+        self.measured = f"Measured {time.strftime('%Y-%m-%d %H:%M')} in {rounds} rounds of about {seconds:g} s"
+        self.verdicts: dict[str, list[str]] = {}
+        self.sections: dict[str, str] = {}
+        for line in page.splitlines():
+            if line.startswith("| ") and line.endswith((f"| {REACHED} |", f"| {MISSED} |")):
+                self.verdicts.setdefault(line.split(" | ")[0].removeprefix("| "), []).append(line)
+        for section in page.split("\n## ")[1:]:
+            self.sections[section.split("\n")[0]] = f"## {section.rstrip()}"
 
     def add(self, result: Result) -> None:
-        self.results.append(result)
+        name, about = result.row.name, result.row.about
+        self.verdicts[name] = [
+            _line([name, wanted, measured, REACHED if reached else MISSED])
+            for wanted, measured, reached in verdicts(result)
+        ]
+        header, rows = cells(result)
+        packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+        lines = [f"## {name}", "", f"{about[0].upper()}{about[1:]}.", ""]
+        lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)]), *map(_line, rows), ""]
+        lines += [f"- {remark}" for remark in remarks(result)]
+        lines += [f"- {self.measured} on {machine()}. Python {platform.python_version()}, {packages}"]
+        self.sections[name] = "\n".join(lines)
 
     def table(self, result: Result) -> Any:
         """For the terminal."""
@@ -57,30 +76,19 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        """The page, with what has been measured so far."""
+        """The page, with what has been measured so far; rows that are no longer known are left out."""
+        names = [name for name in ROWS if name in self.sections]
         lines = [
             "# Benchmarks",
             "",
             "Written by `make bench` (`python -m bench.run --write docs/benchmarks.md`); not edited by hand.",
             "",
-            f"{self.started} on {machine()}. Python {platform.python_version()}, "
-            + ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-            + ".",
-            "",
-            METHOD.format(seconds=self.seconds, rounds=self.rounds),
+            METHOD,
+            "| row | wanted | measured | |",
+            "| --- | --- | --- | --- |",
+            *(line for name in names for line in self.verdicts.get(name, [])),
         ]
-        lines += ["| row | wanted | measured | |", "| --- | --- | --- | --- |"]
-        for result in self.results:
-            for wanted, measured, reached in verdicts(result):
-                lines.append(
-                    f"| {result.row.name} | {wanted} | {measured} | {'reached' if reached else '**missed**'} |"
-                )
-        for result in self.results:
-            header, rows = cells(result)
-            lines += ["", f"## {result.row.name}", "", f"{result.row.about[0].upper()}{result.row.about[1:]}.", ""]
-            lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)]), *map(_line, rows), ""]
-            lines += [f"- {remark}" for remark in remarks(result)]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines) + "\n\n" + "\n\n".join(self.sections[name] for name in names) + "\n"
 
 
 def _line(row: list[str]) -> str:

@@ -28,7 +28,7 @@ class Options:
     seconds: float = 1.0
     """Length of a side's turn, about."""
     write: Annotated[str | None, default_is("nothing")] = None
-    """File to write the report to, in Markdown, anew after every row."""
+    """File to write the report to, in Markdown, after every row; rows of it that are not measured now stay."""
 
 
 def main(options: Options) -> None:
@@ -53,7 +53,8 @@ def main(options: Options) -> None:
 
     console, progress = Console(highlight=False), Console(stderr=True, highlight=False)
     console.width = max(console.width, 140)  # whole tables, in files too
-    report = Report(options.rounds, options.seconds)
+    written = options.write is not None and Path(options.write).is_file()
+    report = Report(options.rounds, options.seconds, Path(options.write).read_text() if written else "")
     with progress.status("") as status:
         say = status.update if progress.is_terminal else progress.print
         for name in options.rows or ROWS:

@@ -17,7 +17,7 @@ TINY = TrainStep(
 )
 
 
-def test_a_row_end_to_end(tmp_path):
+def test_a_row_end_to_end(monkeypatch):
     result = measure.measure(TINY, rounds=2, seconds=0.01, report=lambda text: None)
     losses = [side.facts["losses"] for side in result.sides.values()]
     assert len(losses) == 3 and all(len(each) == 3 for each in losses)
@@ -27,10 +27,20 @@ def test_a_row_end_to_end(tmp_path):
     assert all(len(side.seconds) == 2 and min(side.seconds) > 0 for side in result.sides.values())
     assert result.ratio(result.best_peer)[0] > 0 and result.floor > 0 and result.ours.peak_memory > 2**20
 
+    monkeypatch.setattr(report, "ROWS", {"tiny": TINY})
     page = report.Report(rounds=2)
     page.add(result)
     text = page.markdown()
     assert "## tiny" in text and "plain torch, eager" in text and "of the roofline" in text
+    assert "in 2 rounds of about 1 s" in text and "| tiny | 1.15 times the best PyTorch" in text
+
+
+def test_rows_that_are_not_measured_stay_on_the_page(monkeypatch):
+    monkeypatch.setattr(report, "ROWS", {"first": None, "second": None})
+    start = "# Benchmarks\n\n| row | wanted | measured | |\n| --- | --- | --- | --- |\n"
+    old = "| gone | a | b | reached |\n| second | c | d | **missed** |\n\n## gone\n\nX.\n\n## second\n\nY.\n"
+    text = report.Report(rounds=5, page=start + old).markdown()
+    assert "| second | c | d | **missed** |\n\n## second\n\nY.\n" in text and "gone" not in text
 
 
 def test_windowed_attention_end_to_end():
