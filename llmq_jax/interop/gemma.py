@@ -8,13 +8,13 @@ The multimodal model (`model_type` "gemma3") is a vision tower and a projector b
 model alone is read, and exported as such; what is left out is named in one warning.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable, require_whole_heads
+from llmq_jax.interop.llama3 import derive_sizes
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
 from llmq_jax.interop.tables import Shape, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
@@ -125,16 +125,4 @@ def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields of the config of weights that come without one; their shapes tell neither heads nor windows."""
-    vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
-    queries, keys = (shapes[f"params/{{block}}/attention/{name}/kernel"][0] for name in ("query", "key"))
-    head_dim = queries // given["num_attention_heads"]
-    return {
-        "num_key_value_heads": keys // head_dim,
-        "head_dim": head_dim,
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": layers,
-        "intermediate_size": math.prod(shapes["params/{block}/mlp/gate/kernel"]) // hidden_size,
-        "attention_bias": "params/{block}/attention/query/bias" in shapes,
-        "tie_word_embeddings": tied,
-    }
+    return derive_sizes(shapes, layers, tied, given)

@@ -141,6 +141,15 @@ def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields of the config of weights that come without one; their shapes do not tell the number of heads."""
+    return derive_sizes(shapes, layers, tied, given) | {
+        "rms_norm_eps": 1e-5 if layout == "original" else Llama3Config.rms_norm_eps,
+        "attention_output_bias": True if layout == "original" else None,
+        "mlp_bias": "params/{block}/mlp/gate/bias" in shapes,
+    }
+
+
+def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shapes tell of any decoder with grouped-query attention and a gated feed-forward network."""
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     queries, keys = (shapes[f"params/{{block}}/attention/{name}/kernel"][0] for name in ("query", "key"))
     head_dim = queries // given["num_attention_heads"]
@@ -151,9 +160,6 @@ def derive(
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "intermediate_size": math.prod(shapes["params/{block}/mlp/gate/kernel"]) // hidden_size,
-        "rms_norm_eps": 1e-5 if layout == "original" else Llama3Config.rms_norm_eps,
         "attention_bias": "params/{block}/attention/query/bias" in shapes,
-        "attention_output_bias": True if layout == "original" else None,
-        "mlp_bias": "params/{block}/mlp/gate/bias" in shapes,
         "tie_word_embeddings": tied,
     }
