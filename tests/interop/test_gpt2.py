@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_state_dict, from_state_dict, to_state_dict
 from llmq_jax.interop.gpt2 import LAYOUTS
 from llmq_jax.language_model import load
-from llmq_jax.models import abstract_variables
 from llmq_jax.models.gpt2 import GPT2Config
+from tests.interop.weights import draw_variables, refused
 
 TIED = GPT2Config(vocab_size=11, max_position_embeddings=7, hidden_size=6, num_hidden_layers=2, num_attention_heads=3)
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False, intermediate_size=5)
@@ -52,13 +51,6 @@ BOOK_NAMES = {
 }
 
 
-def draw_variables(config, dtype=np.float32):
-    """Every element of every leaf is different, so that none can be in another's place."""
-    leaves, structure = jax.tree.flatten(abstract_variables(config))
-    rng = np.random.default_rng(0)
-    return structure.unflatten([rng.standard_normal(leaf.shape).astype(dtype) for leaf in leaves])
-
-
 def book_name(name):
     return ".".join(BOOK_NAMES.get(part, part) for part in name.split("."))
 
@@ -69,13 +61,6 @@ def assert_same(left, right):
     for ours, theirs in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert ours.dtype == theirs.dtype
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
-
-
-def refused(call, *arguments, **named) -> str:
-    with pytest.raises(BadInput) as caught:
-        call(*arguments, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import transformers
 
-from llmq_jax.errors import BadInput
 from llmq_jax.interop import (
     config_from_hf,
     config_from_state_dict,
@@ -21,8 +20,9 @@ from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.llama3 import LAYOUTS
 from llmq_jax.language_model import LanguageModel, load, save
 from llmq_jax.layers.positions import DynamicRope, Llama3Rope, LongRope, Rope, YarnRope
-from llmq_jax.models import abstract_variables, build, init, override, preset
+from llmq_jax.models import build, init, override, preset
 from llmq_jax.models.llama3 import Llama3Config
+from tests.interop.weights import draw_variables, refused
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 10.
 SIZES = {
@@ -47,20 +47,6 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def draw_variables(config, dtype=np.float32):
-    """Every element of every leaf is different, so that none can be in another's place."""
-    leaves, structure = jax.tree.flatten(abstract_variables(config))
-    rng = np.random.default_rng(0)
-    return structure.unflatten([rng.standard_normal(leaf.shape).astype(dtype) for leaf in leaves])
-
-
-def refused(call, *arguments, **named) -> str:
-    with pytest.raises(BadInput) as caught:
-        call(*arguments, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # Weights.
