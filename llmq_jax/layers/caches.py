@@ -13,6 +13,9 @@ position, a token is written before it looks, and a row is written in order, so 
 position (tokens of a rejected draft) is invisible until it is overwritten: to roll back is to write at an earlier
 position.
 
+Keys are held with features before slots: so the product of a few queries with them needs no transposed copy, which
+would take as long as the product.
+
 `empty` is a fact of the program, not of the data: True from `create` to the first `write`. A sequence that is read into
 an empty cache has only itself to look at.
 """
@@ -31,14 +34,13 @@ NOWHERE = int(np.iinfo(np.int32).max)
 class FullCache:
     """Keys and values of all positions; slot = position."""
 
-    keys: Float[Array, "*L B K S H"]
+    keys: Float[Array, "*L B K H S"]
     values: Float[Array, "*L B K S H"]
     empty: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def create(cls, batch: int, length: int, num_heads: int, head_dim: int, dtype: Dtype) -> "FullCache":
-        zeros = jnp.zeros((batch, num_heads, length, head_dim), dtype)
-        return cls(keys=zeros, values=zeros, empty=True)
+        return cls(*_no_keys_and_values(batch, num_heads, length, head_dim, dtype), empty=True)
 
     def write(
         self,
@@ -48,11 +50,11 @@ class FullCache:
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "FullCache":
         slots = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, NOWHERE)
-        return FullCache(keys=_put(self.keys, keys, slots), values=_put(self.values, values, slots))
+        return FullCache(*_put(self, keys, values, slots))
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
-        batch, _, length, _ = self.keys.shape
-        return self.keys, self.values, jnp.broadcast_to(jnp.arange(length), (batch, length))
+        batch, _, length, _ = self.values.shape
+        return self.keys.mT, self.values, jnp.broadcast_to(jnp.arange(length), (batch, length))
 
     def update(self, keys, values, positions, segment_ids=None):
         cache = self.write(keys, values, positions, segment_ids)
@@ -60,7 +62,7 @@ class FullCache:
 
     def extend(self, length: int) -> "FullCache":
         """The same cache with `length` slots in all."""
-        return self.replace(keys=_lengthen(self.keys, length), values=_lengthen(self.values, length))
+        return self.replace(keys=_lengthen(self.keys, -1, length), values=_lengthen(self.values, -2, length))
 
 
 @struct.dataclass
@@ -71,7 +73,7 @@ class RingCache:
     those that the tokens after a rollback see.
     """
 
-    keys: Float[Array, "*L B K S H"]
+    keys: Float[Array, "*L B K H S"]
     values: Float[Array, "*L B K S H"]
     positions: Int[Array, "*L B S"]
     """Of the token in each slot."""
@@ -84,9 +86,8 @@ class RingCache:
         cls, batch: int, length: int, window: int, lookahead: int, num_heads: int, head_dim: int, dtype: Dtype
     ) -> "RingCache":
         slots = min(length, window + lookahead)
-        zeros = jnp.zeros((batch, num_heads, slots, head_dim), dtype)
-        nowhere = jnp.full((batch, slots), NOWHERE, jnp.int32)
-        return cls(zeros, zeros, nowhere, window, lookahead, empty=True)
+        held = _no_keys_and_values(batch, num_heads, slots, head_dim, dtype)
+        return cls(*held, jnp.full((batch, slots), NOWHERE, jnp.int32), window, lookahead, empty=True)
 
     def write(
         self,
@@ -96,23 +97,24 @@ class RingCache:
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "RingCache":
         """Of more tokens than there are slots, each row's last ones."""
-        count, real = self.keys.shape[2], _real(positions, segment_ids)
+        count, real = self.positions.shape[1], _real(positions, segment_ids)
         newest = jnp.where(real, positions, -1).max(axis=1, keepdims=True)
         slots = jnp.where(real & (positions > newest - count), positions % count, NOWHERE)
         rows = jnp.arange(len(positions))[:, None]
+        keys, values = _put(self, keys, values, slots)
         return self.replace(
-            keys=_put(self.keys, keys, slots),
-            values=_put(self.values, values, slots),
+            keys=keys,
+            values=values,
             positions=self.positions.at[rows, slots].set(positions, mode="drop"),
             empty=False,
         )
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
-        return self.keys, self.values, self.positions
+        return self.keys.mT, self.values, self.positions
 
     def update(self, keys, values, positions, segment_ids=None):
         cache = self.write(keys, values, positions, segment_ids)
-        never_wraps = self.keys.shape[2] < self.window + self.lookahead
+        never_wraps = self.positions.shape[1] < self.window + self.lookahead
         if never_wraps or positions.shape[1] <= self.lookahead + 1:
             return cache, cache.read()
         # The last of so many tokens overwrite what the first still see. These look at what the ring held before, save
@@ -121,7 +123,7 @@ class RingCache:
         added = jnp.where(real, positions, NOWHERE)
         held = jnp.where(self.positions < added.min(axis=1, keepdims=True), self.positions, NOWHERE)
         return cache, (
-            jnp.concatenate([self.keys, keys.astype(self.keys.dtype)], axis=2),
+            jnp.concatenate([self.keys.mT, keys.astype(self.keys.dtype)], axis=2),
             jnp.concatenate([self.values, values.astype(self.values.dtype)], axis=2),
             jnp.concatenate([held, added], axis=1),
         )
@@ -131,8 +133,8 @@ class RingCache:
         slots = min(length, self.window + self.lookahead)
         more = [(0, 0)] * (self.positions.ndim - 1) + [(0, slots - self.positions.shape[-1])]
         return self.replace(
-            keys=_lengthen(self.keys, slots),
-            values=_lengthen(self.values, slots),
+            keys=_lengthen(self.keys, -1, slots),
+            values=_lengthen(self.values, -2, slots),
             positions=jnp.pad(self.positions, more, constant_values=NOWHERE),
         )
 
@@ -141,14 +143,29 @@ def _real(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -
     return jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids != 0
 
 
+def _no_keys_and_values(
+    batch: int, num_heads: int, slots: int, head_dim: int, dtype: Dtype
+) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]:
+    return jnp.zeros((batch, num_heads, head_dim, slots), dtype), jnp.zeros((batch, num_heads, slots, head_dim), dtype)
+
+
 def _put(
-    held: Float[Array, "B K S H"], new: Float[Array, "B K T H"], slots: Int[Array, "B T"]
-) -> Float[Array, "B K S H"]:
+    cache: FullCache | RingCache,
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    slots: Int[Array, "B T"],
+) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]:
     """Each token in its slot; those whose slot does not exist are dropped."""
-    rows = jnp.arange(new.shape[0])[:, None, None]
-    heads = jnp.arange(new.shape[1])[None, :, None]
-    return held.at[rows, heads, slots[:, None, :]].set(new.astype(held.dtype), mode="drop")
+    rows = jnp.arange(keys.shape[0])[:, None, None]
+    heads = jnp.arange(keys.shape[1])[None, :, None]
+    slots = slots[:, None, :]
+    return (
+        cache.keys.at[rows, heads, :, slots].set(keys.astype(cache.keys.dtype), mode="drop"),
+        cache.values.at[rows, heads, slots].set(values.astype(cache.values.dtype), mode="drop"),
+    )
 
 
-def _lengthen(held: Float[Array, "*L B K S H"], length: int) -> Float[Array, "*L B K length H"]:
-    return jnp.pad(held, [(0, 0)] * (held.ndim - 2) + [(0, length - held.shape[-2]), (0, 0)])
+def _lengthen(held: Float[Array, "*L B K _ _"], axis: int, slots: int) -> Float[Array, "*L B K _ _"]:
+    more = [(0, 0)] * held.ndim
+    more[axis] = (0, slots - held.shape[axis])
+    return jnp.pad(held, more)

@@ -5,7 +5,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.activations import ACTIVATIONS
-from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.linear import Linear, side_by_side
 
 
 class MLP(nn.Module):
@@ -41,5 +41,6 @@ class GatedMLP(nn.Module):
         def linear(features, name):
             return Linear(features, self.use_bias, self.kernel_init, self.dtype, name=name)
 
-        gate, up = linear(self.intermediate_size, "gate")(x), linear(self.intermediate_size, "up")(x)
+        size = self.intermediate_size
+        gate, up = side_by_side(x, linear(size, "gate"), linear(size, "up"))
         return linear(x.shape[-1], "down")(ACTIVATIONS[self.activation](gate) * up)

@@ -3,12 +3,15 @@
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-KERNEL, KERNEL_BY_OUTPUT = "kernel", "kernel_by_output"
+KERNEL, KERNEL_BY_OUTPUT, KERNELS_BY_OUTPUT = "kernel", "kernel_by_output", "kernels_by_output"
+# Layers of one input, under the names that attention and feed-forward networks give them.
+SIDE_BY_SIDE = (("query", "key", "value"), ("gate", "up"))
 
 
 class Linear(nn.Module):
@@ -27,43 +30,63 @@ class Linear(nn.Module):
     """Type to compute in; None computes in the kernel's own type."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "*batch D"], product: Float[Array, "..."] | None = None) -> Float[Array, "..."]:
+        """`product` is x W, where it has been formed already (`side_by_side`)."""
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         width = x.shape[-1]
-        if by_output := self.has_variable("params", KERNEL_BY_OUTPUT):
-            kernel = self.get_variable("params", KERNEL_BY_OUTPUT)
+        if product is not None:
+            y = product
+        elif self.has_variable("params", KERNEL_BY_OUTPUT):
+            y = _product(x, self.get_variable("params", KERNEL_BY_OUTPUT), 1, self.dtype)
         else:
             # Initialised as the flat matrix it is, so that initialisers see fan-in = D and fan-out = all features.
             kernel = self.param(
                 KERNEL,
                 lambda key: self.kernel_init(key, (width, math.prod(features))).reshape(width, *features),
             )
-        dtype = self.dtype or kernel.dtype
-        # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the
-        # kernel's gradient (1.2 times the time of a whole training step).
-        rows = x.astype(dtype).reshape(-1, width)
-        y = jax.lax.dot_general(rows, kernel.astype(dtype), (((1,), (1 if by_output else 0,)), ((), ())))
+            y = _product(x, kernel, 0, self.dtype)
         y = y.reshape(-1, *features)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features)
-            y = y + bias.astype(dtype)
+            y = y + bias.astype(y.dtype)
         return y.reshape(*x.shape[:-1], *features)
+
+
+def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype | None) -> Float[Array, "B ..."]:
+    """x times a kernel, over its features and an axis of the kernel."""
+    dtype = dtype or kernel.dtype
+    # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the kernel's
+    # gradient (1.2 times the time of a whole training step).
+    rows = x.astype(dtype).reshape(-1, x.shape[-1])
+    return jax.lax.dot_general(rows, kernel.astype(dtype), (((1,), (axis,)), ((), ())))
+
+
+def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[Array, "..."], ...]:
+    """`linear(x)` of each. Parameters from `by_output` give all of them in one product, if they are known to it."""
+    first = linears[0]
+    if not first.has_variable("params", KERNELS_BY_OUTPUT):
+        return tuple(linear(x) for linear in linears)
+    kernel = first.get_variable("params", KERNELS_BY_OUTPUT)
+    ends = np.cumsum([np.prod(linear.features) for linear in linears])
+    products = jnp.split(_product(x, kernel, 1, first.dtype), ends[:-1], axis=1)
+    return tuple(linear(x, product) for linear, product in zip(linears, products, strict=True))
 
 
 def by_output(variables: dict) -> dict:
     """The same variables with every `Linear`'s kernel as (out, in): each output reads a run of memory.
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
-    (in, out); several rows 1.4 times as slowly.
+    (in, out); several rows 1.4 times as slowly. Kernels that stand side by side become one, which the first holds: one
+    product of 1 MB and more where small ones would wait for each other's threads.
     """
-    return unflatten_dict(
-        {
-            (*path, KERNEL_BY_OUTPUT) if name == KERNEL else (*path, name): _transposed(leaf)
-            if name == KERNEL
-            else leaf
-            for (*path, name), leaf in flatten_dict(variables).items()
-        }
-    )
+    tree = {name: by_output(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
+    if KERNEL in tree:
+        tree[KERNEL_BY_OUTPUT] = _transposed(tree.pop(KERNEL))
+    for names in SIDE_BY_SIDE:
+        if all(KERNEL_BY_OUTPUT in tree.get(name, ()) for name in names):
+            kernels = [tree[name].pop(KERNEL_BY_OUTPUT) for name in names]
+            tree[names[0]][KERNELS_BY_OUTPUT] = jnp.concatenate(kernels)
+    return tree
 
 
 @jax.jit

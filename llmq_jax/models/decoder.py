@@ -214,7 +214,7 @@ class Decoder(nn.Module):
         for make in (make for group in self.layer_groups() for make in group.blocks):
             cache = make(parent=None).create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # which a layer's cache knows
-            facts = {"length": length, "window": window, "head_dim": cache.keys.shape[-1], "dtype": dtype}
+            facts = {"length": length, "window": window, "head_dim": cache.values.shape[-1], "dtype": dtype}
             names[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
         parts = [f"{name} in windows of {window}" for window, name in names.items() if window is not None]
         if None in names:

@@ -30,7 +30,7 @@ from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.feedforward import GatedMLP
-from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require
@@ -383,11 +383,14 @@ class GemmaAttention(nn.Module):
         normal = nn.initializers.normal(c.initializer_range)
 
         def heads(count, name):
-            return Linear((count, c.head_dim), c.attention_bias, normal, self.dtype, name=name)(x)  # [B, T, count, H]
+            return Linear((count, c.head_dim), c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
 
-        query = heads(c.num_attention_heads, "query")
-        key = heads(c.num_key_value_heads, "key")
-        value = heads(c.num_key_value_heads, "value")
+        query, key, value = side_by_side(
+            x,
+            heads(c.num_attention_heads, "query"),
+            heads(c.num_key_value_heads, "key"),
+            heads(c.num_key_value_heads, "value"),
+        )
         if c.normalises_queries:
             norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_dim, c.initializer_range)
             query, key = norm("query_norm")(query), norm("key_norm")(key)

@@ -26,7 +26,7 @@ from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.feedforward import GatedMLP
-from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require
@@ -268,14 +268,17 @@ class GroupedQueryAttention(nn.Module):
 
         def heads(count, name):
             features = (count, c.head_width)
-            return Linear(features, c.attention_bias, normal, self.dtype, name=name)(x)  # [B, T, count, H]
+            return Linear(features, c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
 
-        query = context.rotation.apply(heads(c.num_attention_heads, "query"))
-        key = context.rotation.apply(heads(c.key_value_heads, "key"))
-        value = heads(c.key_value_heads, "value")
+        query, key, value = side_by_side(
+            x,
+            heads(c.num_attention_heads, "query"),
+            heads(c.key_value_heads, "key"),
+            heads(c.key_value_heads, "value"),
+        )
         mixed, cache = attention(
-            query,
-            key,
+            context.rotation.apply(query),
+            context.rotation.apply(key),
             value,
             context,
             cache,

@@ -78,7 +78,7 @@ def test_decoding_past_the_window_equals_the_whole_pass(variables, lookahead):
     output = prefill(caches)
     caches = tuple(cache.extend(40) for cache in model.slice_caches(output.caches))
     assert [type(cache) for cache in caches] == [RingCache, RingCache, FullCache]
-    assert [cache.keys.shape[2] for cache in caches] == [7 + lookahead, 7 + lookahead, 40]
+    assert [cache.values.shape[2] for cache in caches] == [7 + lookahead, 7 + lookahead, 40]
     outside, layers = model.slice_layers(variables)
     decode = jax.jit(model.decode)
     for count in (3, *[1] * 12):

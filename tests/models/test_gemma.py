@@ -199,7 +199,7 @@ def test_local_layers_keep_a_window_and_the_lookahead(config):
     caches = model.slice_caches(model.create_caches(3, 40, jnp.bfloat16, lookahead=2))
     for kind, cache in zip(config.layer_kinds, caches, strict=True):
         assert type(cache) is (RingCache if kind == LOCAL else FullCache)
-        assert cache.keys.shape == (3, 1, 7 if kind == LOCAL else 40, 8) and cache.keys.dtype == jnp.bfloat16
+        assert cache.keys.shape == (3, 1, 8, 7 if kind == LOCAL else 40) and cache.keys.dtype == jnp.bfloat16
 
 
 def test_a_draft_is_taken_back(config, variables):
