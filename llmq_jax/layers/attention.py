@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from llmq_jax.errors import BadInput, did_you_mean
@@ -43,6 +44,10 @@ QUERY_BLOCKS = 4
 SHORTEST_QUERY_BLOCK = 64
 # The scores of a block should stay in the processor's cache.
 LONGEST_WINDOW_BLOCK = 256
+# Blocks of a window that the loop's body holds: what one of them does alone leaves cores idle between its operations.
+UNROLLED_BLOCKS = 4
+# What the passes of `lean_attend` save of size T, not T x S: a name for policies of rematerialisation.
+LINEAR_IN_LENGTH = "attention_linear_in_length"
 # A sequence of no more windows than this is cut as one without a window, which is then as fast.
 FEW_WINDOWS = 2
 
@@ -128,6 +133,7 @@ def _lean_forward(query, key, value, mask, scale, softcap):
     total = exponentials.sum(-1, keepdims=True)
     exponentials = exponentials.astype(value.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", exponentials, value, preferred_element_type=jnp.float32) / total
+    largest, total, mixed = (checkpoint_name(x, LINEAR_IN_LENGTH) for x in (largest, total, mixed))
     return _heads(mixed.astype(value.dtype)), (query, key, value, exponentials, largest, total, mixed)
 
 
@@ -144,10 +150,15 @@ def _lean_backward(scale, softcap, saved, slope):
     score_slope = score_slope.astype(value.dtype)
     return (
         _heads(jnp.einsum("bkgts,bksh->bkgth", score_slope, key)),
-        jnp.einsum("bkgts,bkgth->bksh", score_slope, query),
-        jnp.einsum("bkgts,bkgth->bksh", exponentials, (slope / total).astype(value.dtype)),
+        _over_queries(query, score_slope),
+        _over_queries((slope / total).astype(value.dtype), exponentials),
         None,
     )
+
+
+def _over_queries(x: Float[Array, "B K G T H"], weights: Float[Array, "B K G T S"]) -> Float[Array, "B K S H"]:
+    """weightsᵀ x, formed as (xᵀ weights)ᵀ: XLA's CPU backend then transposes x and the result, not the weights."""
+    return jax.lax.dot_general(x, weights, (((2, 3), (2, 3)), ((0, 1), (0, 1)))).mT
 
 
 lean_attend.defvjp(_lean_forward, _lean_backward)
@@ -290,7 +301,8 @@ def window_blocks(
 ) -> Float[Array, "B N T H"]:
     """A loop over blocks of queries, each of which meets its own keys and those of the blocks that its window reaches.
 
-    The backward pass forms the scores of a block anew: those of one block at a time are all that is ever held.
+    The backward pass forms the scores of a block anew: those of one block at a time are all that is ever held. The
+    mixed values, largest scores and totals are kept, as in FlashAttention.
     """
     length, segments = query.shape[2], context.segment_ids
     count, reach = -(-length // block), -(-(window - 1) // block)
@@ -312,7 +324,11 @@ def window_blocks(
         x = cut(x, axis, reach, fill)
         return jnp.concatenate([x[i : i + count] for i in range(reach + 1)], axis=axis + 1)
 
-    @partial(jax.checkpoint, prevent_cse=False)  # which a loop's body does not need
+    @partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.save_only_these_names(LINEAR_IN_LENGTH),
+        prevent_cse=False,  # which a loop's body does not need
+    )
     def one_block(args):
         index, queries, keys, values, places = args
         drop = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
@@ -321,7 +337,8 @@ def window_blocks(
     # What fills up the row stands nowhere: no token looks there, and it sees itself.
     positions = context.positions
     places = own(positions, 1, NOWHERE), near(positions, 1, NOWHERE), own(segments, 1), near(segments, 1)
-    mixed = jax.lax.map(one_block, (jnp.arange(count), own(query, 2), near(key, 2), near(value, 2), places))
+    blocks = jnp.arange(count), own(query, 2), near(key, 2), near(value, 2), places
+    _, mixed = jax.lax.scan(lambda _, args: (None, one_block(args)), None, blocks, unroll=UNROLLED_BLOCKS)
     mixed = jnp.moveaxis(mixed, 0, 2)
     return mixed.reshape(*mixed.shape[:2], count * block, mixed.shape[-1])[:, :, :length]
 
