@@ -32,6 +32,20 @@ def attention_inputs(row: Any, length: int) -> tuple[np.ndarray, ...]:
     return tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
 
 
+def experts_inputs(row: Any, num_experts: int) -> tuple[np.ndarray, ...]:
+    """Tokens [M, D], ids of the experts of each and their weights [M, k]; gates and what they multiply [E, D, 2, F],
+    and the way back [E, F, D]."""
+    draw = np.random.default_rng(0)
+    tokens, width, hidden = row.tokens, row.width, row.intermediate_size
+    x = draw.standard_normal((tokens, width), np.float32)
+    ids = draw.random((tokens, num_experts)).argsort(1)[:, : row.top_k].astype(np.int32)
+    weights = draw.random((tokens, row.top_k), np.float32) + np.float32(0.1)
+    weights /= weights.sum(1, keepdims=True)
+    up = draw.standard_normal((num_experts, width, 2, hidden), np.float32) * np.float32(width**-0.5)
+    down = draw.standard_normal((num_experts, hidden, width), np.float32) * np.float32(hidden**-0.5)
+    return x, ids, weights, up, down
+
+
 def prompts(row: Any) -> list[list[int]]:
     """Token ids, [B, P]."""
     return np.random.default_rng(0).integers(row.fields["vocab_size"], size=(row.batch, row.prompt)).tolist()

@@ -58,9 +58,10 @@ class Result:
     def peers(self) -> dict[str, Measured]:
         return {name: side for name, side in self.sides.items() if not name.startswith("ours")}
 
-    def ratio(self, name: str) -> tuple[float, float, float]:
-        """How many times as fast as that side we are: (median, least, most) over the rounds."""
-        ratios = [theirs / ours for theirs, ours in zip(self.sides[name].seconds, self.ours.seconds, strict=True)]
+    def ratio(self, name: str, beside: str | None = None) -> tuple[float, float, float]:
+        """How many times as fast as that side we are, or `beside` is: (median, least, most) over the rounds."""
+        other = self.ours if beside is None else self.sides[beside]
+        ratios = [theirs / others for theirs, others in zip(self.sides[name].seconds, other.seconds, strict=True)]
         return median(ratios), min(ratios), max(ratios)
 
     @property

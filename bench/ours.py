@@ -10,15 +10,17 @@ import jax.numpy as jnp
 
 import llmq_jax as lq
 from bench.bandwidth import read_bandwidth
-from bench.inputs import attention_inputs, cross_entropy_inputs, prompts, train_batch
+from bench.inputs import attention_inputs, cross_entropy_inputs, experts_inputs, prompts, train_batch
 from bench.products import Product, products_of, time_in_jax
 from bench.worker import Side
+from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
+from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
 from llmq_jax.models import ARCHITECTURES
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
 from llmq_jax.training.host_memory import keep_freed_memory
 
-WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def row_config(row: Any) -> Any:
@@ -79,7 +81,14 @@ class TrainStepSide(OurSide):
         jax.block_until_ready((self.state, metrics))
 
     def find_products(self) -> list[Product]:
-        return products_of(self.step, self.state, self.batches[0])
+        """Of experts, those of a step in which all get as many tokens: how often their loops run is not known before
+        they do."""
+        step, config = self.step, row_config(self.row)
+        experts = lq.build(config).experts
+        if experts is not None:
+            even = replace(config, experts=replace(experts, dispatch="capacity", capacity_factor=1.0))
+            step = lq.training.make_train_step(lq.objectives.NextToken(lq.build(even)), lq.training.adamw(1e-3))
+        return products_of(step, self.state, self.batches[0])
 
 
 class CrossEntropySide(OurSide):
@@ -153,6 +162,58 @@ class WindowedAttentionSide(OurSide):
         return products_of(self.function, *self.arguments)
 
 
+def swiglu(parts: jax.Array) -> jax.Array:
+    """[..., 2, F] to [..., F]."""
+    return ACTIVATIONS["silu"](parts[..., 0, :]) * parts[..., 1, :]
+
+
+def exact_experts(x: jax.Array, weights: jax.Array, experts: ExpertWeights) -> jax.Array:
+    """The products of a mixture of experts and nothing else: expert by expert an equal part of `top_k` copies of the
+    tokens, in batched products."""
+    (tokens, width), top_k = x.shape, weights.shape[1]
+    rows = jnp.tile(x, (top_k, 1)).reshape(len(experts.up), -1, width)
+    down = jnp.einsum("ecf,efd->ecd", swiglu(jnp.einsum("ecd,edpf->ecpf", rows, experts.up)), experts.down)
+    return (down.reshape(top_k, tokens, width) * weights.T[..., None]).sum(0)
+
+
+class ExpertsSide(OurSide):
+    def build(self) -> dict[str, Any]:
+        x, ids, weights, up, down = map(jnp.asarray, experts_inputs(self.row, self.row.experts_of(self.name)))
+        last = self.name.rpartition(" ")[2]
+        implementation = last if last in ("ragged", "dense") else "blocks"
+
+        def loss(x, weights, experts, ids):
+            mixed, _ = dispatch(x, ids, weights, experts, swiglu, implementation)
+            return jnp.square(mixed).mean()
+
+        def exact(x, weights, experts, ids):
+            return jnp.square(exact_experts(x, weights, experts)).mean()
+
+        self.arguments = (x, weights, ExpertWeights(up, down), ids)
+        self.exact = jax.value_and_grad(exact, (0, 1, 2))
+        self.compiled = jax.jit(self.exact if self.name.endswith("exact") else jax.value_and_grad(loss, (0, 1, 2)))
+        self.last = None
+        return {}
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
+        facts["temporary_bytes"] = memory.temp_size_in_bytes
+        if self.name.endswith("exact") or self.row.experts_of(self.name) != self.row.num_experts:
+            return facts  # other experts
+        value, gradients = self.last
+        norms = [float(jnp.linalg.norm(leaf.ravel())) for leaf in jax.tree.leaves(gradients)]
+        return {**facts, "losses": [float(value), *norms]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.last = None  # as a training step would have consumed them
+            self.last = jax.block_until_ready(self.compiled(*self.arguments))
+
+    def find_products(self) -> list[Product]:
+        return products_of(self.exact, *self.arguments)
+
+
 class GenerationSide(OurSide):
     def build(self) -> dict[str, Any]:
         config = row_config(self.row)
@@ -201,5 +262,6 @@ SIDES = {
     "train": TrainStepSide,
     "cross_entropy": CrossEntropySide,
     "attention": WindowedAttentionSide,
+    "experts": ExpertsSide,
     "generate": GenerationSide,
 }

@@ -57,7 +57,7 @@ class Product:
 
 
 def products_of(function: Callable, *arguments: Any) -> list[Product]:
-    """All products in a function, those in loops as often as the loop runs."""
+    """All products in a function, those in loops as often as the loop runs, which the function must tell."""
     import jax
 
     found = Counter(_products(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
@@ -69,8 +69,11 @@ def products_of(function: Callable, *arguments: Any) -> list[Product]:
 
 def _products(jaxpr: Any, times: int) -> Iterator[tuple]:
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        # One that adds nothing up is elementwise multiplication.
+        if equation.primitive.name == "dot_general" and any(equation.params["dimension_numbers"][0]):
             yield (times, *_shape(equation))
+        if equation.primitive.name == "while" and next(_products(equation.params["body_jaxpr"].jaxpr, 1), None):
+            raise ValueError("a loop whose length is known only while it runs holds matrix products")
         inside = times * equation.params["length"] if equation.primitive.name == "scan" else times
         for value in equation.params.values():
             for part in value if isinstance(value, tuple | list) else (value,):

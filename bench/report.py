@@ -12,7 +12,7 @@ from bench.rows import ROWS
 SHARE = 0.8
 """Of the roofline: where it is reached, a ratio cannot ask for more."""
 REACHED, MISSED = "reached", "**missed**"
-HAVE_TEMPORARY_MEMORY = ("cross_entropy", "attention")
+HAVE_TEMPORARY_MEMORY = ("cross_entropy", "attention", "experts")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
 METHOD = """\
 Every side runs in a process of its own, one at a time: all others wait in a blocking read. A round gives each side one
@@ -31,8 +31,9 @@ cache, *cached* with JAX's persistent one, which our commands keep, filled by an
 
 The roofline of a row is the time that its own matrix products take alone, each with the shape and the order of axes
 that it has in our program, in the better of JAX's and PyTorch's own product, timed in the same rounds. The share is how
-near our whole program comes to it. The rows of `plain torch` are models written by hand (`bench/plain_gpt.py`,
-`bench/plain_llama.py`), the stronger peer on a CPU.
+near our whole program comes to it. Of experts, they are batched products, as if every expert had as many tokens; the
+sides "exact" are the program of these products, with nothing to bring tokens to their experts. The rows of
+`plain torch` are models written by hand (`bench/plain_gpt.py`, `bench/plain_llama.py`), the stronger peer on a CPU.
 """
 
 
@@ -114,7 +115,7 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
         tokens = _tokens(result.row, name)
         row += [f"{tokens / side.median:,.0f}"] if tokens else []
         if result.floor:
-            row.append(f"{result.floor / side.median:.0%}" if tokens == _tokens(result.row, "ours") else "")
+            row.append(f"{result.floor / side.median:.0%}" if _has_our_products(result.row, name) else "")
         if result.row.kind in HAVE_TEMPORARY_MEMORY:
             row.append(_mebibytes(side.facts.get("temporary_bytes")))
         if result.row.kind != "start":
@@ -143,6 +144,14 @@ def remarks(result: Result) -> list[str]:
                 f"{rate / 1e9:,.1f} GB/s, {rate / bandwidth:.0%} of the {bandwidth / 1e9:,.1f} GB/s at which this "
                 "machine reads memory"
             )
+    if result.row.kind == "experts":
+        few, many = result.row.num_experts, result.row.many
+        ours = result.ratio(f"ours, {many} experts")[0]
+        exact = result.ratio(f"ours, {many} exact", "ours, exact")[0]
+        lines.append(
+            f"the products alone take {exact:.2f} times as long with {many} experts as with {few}, whose weights are "
+            f"{many / few:g} times as many; beside that growth ours is {ours / exact:.2f}"
+        )
     if result.row.kind != "start":
         lines.append(f"waiting workers used {result.idle:.1%} of a core; load average before: {result.load:.2f}")
     else:
@@ -191,6 +200,25 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
                 spread <= row.within,
             ),
         ]
+    if row.kind == "experts":
+        exact, many = result.ratio("ours", "ours, exact"), result.ratio(f"ours, {row.many} experts")
+        others = ((name, result.ratio("ours", f"ours, {name}")) for name in ("ragged", "dense"))
+        return [
+            (
+                f"at most {row.at_most_exact:g} times the batched products alone (goal: {row.goal_exact:g})",
+                f"{_times(exact)} times",
+                exact[0] <= row.at_most_exact,
+            ),
+            *(
+                (f"at most {row.at_most_others:g} of the time of {name}", _times(ratio), ratio[0] <= row.at_most_others)
+                for name, ratio in others
+            ),
+            (
+                f"with {row.many} experts at most {row.at_most_many:g} times as long as with {row.num_experts}",
+                f"{_times(many)} times",
+                many[0] <= row.at_most_many,
+            ),
+        ]
     if row.kind == "generate" and row.at_least is not None:
         ratio, seconds = result.ratio("transformers, eager"), result.ours.facts["compile_seconds"]
         return [
@@ -216,10 +244,17 @@ def _tokens(row: Any, name: str) -> int | None:
     return row.length_of(name) if row.kind == "attention" else getattr(row, "tokens", None)
 
 
+def _has_our_products(row: Any, name: str) -> bool:
+    """Whether the row's roofline is that of this side too: as many tokens and weights."""
+    if row.kind == "experts" and row.experts_of(name) != row.num_experts:
+        return False
+    return _tokens(row, name) == _tokens(row, "ours")
+
+
 def _mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:,.0f} MiB"
 
 
 def _compile_time(name: str, side: Measured) -> str:
     """Eager PyTorch compiles nothing; what its first run takes longer is warm-up."""
-    return "" if name.endswith("eager") else f"{side.facts['compile_seconds']:.1f} s"
+    return "" if name.endswith(("eager", "loop")) else f"{side.facts['compile_seconds']:.1f} s"

@@ -104,6 +104,50 @@ class WindowedAttention:
 
 
 @dataclass(frozen=True)
+class ExpertNetworks:
+    """The feed-forward part of a mixture of experts, forward and backward: value, and gradients of the tokens, of the
+    routing weights and of the experts' own. Which experts a token goes to is given, at random.
+
+    Beside it stand other implementations, the matrix products alone (*exact*: batched, each expert with an equal part
+    of the tokens, whichever they are), and both of these with many experts.
+    """
+
+    name: str
+    tokens: int
+    width: int
+    intermediate_size: int
+    top_k: int = 2
+    num_experts: int = 8
+    many: int = 64
+    """Experts, of the same size, of the sides that show what more of them cost."""
+    at_most_exact: float = 2.0
+    """Of the time of the batched products."""
+    goal_exact: float = 1.7
+    """What we would rather have."""
+    at_most_others: float = 0.25
+    """Of the time of `ragged` and of `dense`."""
+    at_most_many: float = 1.3
+    """Times as long with many experts."""
+    kind: ClassVar[str] = "experts"
+    unit: ClassVar[str] = "pass"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        one_way = ("ours", "ours, exact", "ours, ragged", "ours, dense")
+        return (*one_way, f"ours, {self.many} experts", f"ours, {self.many} exact", "torch, loop")
+
+    def experts_of(self, side: str) -> int:
+        return self.many if side.startswith(f"ours, {self.many} ") else self.num_experts
+
+    @property
+    def about(self) -> str:
+        return (
+            f"experts, forward and backward: {self.tokens:,} tokens, each to {self.top_k} of {self.num_experts} SwiGLU "
+            f"networks, width {self.width}, {self.intermediate_size} within"
+        )
+
+
+@dataclass(frozen=True)
 class Generation:
     """Greedy decoding with a cache, prompts read first."""
 
@@ -157,14 +201,17 @@ class Start:
         return f"{_model(self)}: process start to {end}"
 
 
-Row = TrainStep | CrossEntropy | WindowedAttention | Generation | Start
+Row = TrainStep | CrossEntropy | WindowedAttention | ExpertNetworks | Generation | Start
 
 
 def _model(row: Any) -> str:
     fields = row.fields
+    experts = ""
+    if "num_local_experts" in fields:
+        experts = f"{fields['num_experts_per_tok']} of {fields['num_local_experts']} experts, "
     return (
         f"{row.model_type} with {fields['num_hidden_layers']} layers, {fields['num_attention_heads']} heads, "
-        f"width {fields['hidden_size']}, vocabulary {fields['vocab_size']:,}"
+        f"width {fields['hidden_size']}, {experts}vocabulary {fields['vocab_size']:,}"
     )
 
 
@@ -206,6 +253,19 @@ GEMMA3 = {
     "max_position_embeddings": 2048,
     "vocab_size": 257,
 }
+MIXTRAL = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.0,  # transformers adds the loss only where the router's logits are asked for
+    "max_position_embeddings": 256,
+    "vocab_size": 257,
+}
+WITHOUT_PLAIN = ("ours", "ours, scanned", "transformers, eager", "transformers, compiled")
 SMOLLM2_SIDES = ("ours", "transformers, eager", "plain torch, eager")
 SMALL = gpt2(6, 6, 384, 256, 50257)
 
@@ -221,11 +281,21 @@ ROWS: dict[str, Row] = {
             batch=1,
             context=2048,
             model_type="gemma3_text",
-            sides=("ours", "ours, scanned", "transformers, eager", "transformers, compiled"),
+            sides=WITHOUT_PLAIN,
             at_least=1.5,
+        ),
+        TrainStep(
+            "mixtral-step-1024",
+            MIXTRAL,
+            batch=4,
+            context=256,
+            model_type="mixtral",
+            sides=WITHOUT_PLAIN,
+            at_least=1.3,
         ),
         CrossEntropy("cross-entropy-128256", vocab_size=128256, width=576, tokens=2048),
         WindowedAttention("window-attention-4096", length=4096, window=256),
+        ExpertNetworks("experts-2048", tokens=2048, width=384, intermediate_size=512),
         Generation("gpt2-generate-1", SMALL, batch=1),
         Generation("gpt2-generate-8", SMALL, batch=8),
         Generation("smollm2-generate-1", SMOLLM2, 1, model_type="llama", sides=SMOLLM2_SIDES, at_least=3.0),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench import plain_gpt, plain_llama
-from bench.inputs import attention_inputs, cross_entropy_inputs, prompts, train_batch
+from bench.inputs import attention_inputs, cross_entropy_inputs, experts_inputs, prompts, train_batch
 from bench.products import Product, time_in_torch
 from bench.rows import OUR_ALLOCATOR
 from bench.worker import Side
@@ -39,18 +39,18 @@ class TorchSide(Side):
 
     def load_model(self) -> nn.Module:
         """The row's model, with the weights that our side has written."""
-        from safetensors.torch import load_file
-
-        config = json.loads((self.folder / "config.json").read_text())
-        state = load_file(self.folder / "weights.safetensors")
         if self.name.startswith("plain"):
-            return PLAIN[config["model_type"]](config, state)
-        from transformers import AutoConfig, AutoModelForCausalLM
+            from safetensors.torch import load_file
 
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) - {"lm_head.weight"}:  # a tied head has no weights of its own
-            raise RuntimeError(f"weights do not fit transformers: missing {missing}, unexpected {unexpected}")
+            config = json.loads((self.folder / "config.json").read_text())
+            return PLAIN[config["model_type"]](config, load_file(self.folder / "model.safetensors"))
+        from transformers import AutoModelForCausalLM
+
+        # Not `load_state_dict`: a model may keep its weights otherwise than its files do (experts in one tensor).
+        model, told = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, output_loading_info=True)
+        wrong = {name: keys for name, keys in told.items() if keys}
+        if wrong:
+            raise RuntimeError(f"weights do not fit transformers: {wrong}")
         return model
 
 
@@ -144,6 +144,44 @@ class WindowedAttentionSide(TorchSide):
             self.last.backward()
 
 
+class ExpertsSide(TorchSide):
+    """Expert by expert: the tokens that have chosen it go through its two linear layers, and what comes back is added.
+
+    Each expert's weights are tensors of their own. Of a stacked one, every expert would add a gradient of whole size.
+    """
+
+    def build(self) -> None:
+        x, ids, weights, up, down = map(torch.from_numpy, experts_inputs(self.row, self.row.num_experts))
+        self.x, self.weights = x.requires_grad_(), weights.requires_grad_()
+        self.ids = ids.long()
+        self.up, self.down = (
+            [matrix.T.contiguous().requires_grad_() for matrix in stack]  # [out, in], as linear layers have it
+            for stack in (up.flatten(2), down)
+        )
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        kinds = ((self.x,), (self.weights,), self.up, self.down)
+        norms = (torch.cat([leaf.grad.flatten() for leaf in leaves]).norm().item() for leaves in kinds)
+        return {**facts, "losses": [self.last.item(), *norms]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            for leaf in (self.x, self.weights, *self.up, *self.down):
+                leaf.grad = None
+            self.last = self.mixed().square().mean()
+            self.last.backward()
+
+    def mixed(self) -> torch.Tensor:
+        mixed = torch.zeros_like(self.x)
+        for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            tokens, choices = torch.where(self.ids == expert)
+            gate, value = functional.linear(self.x.index_select(0, tokens), up).chunk(2, dim=-1)
+            rows = functional.linear(functional.silu(gate) * value, down)
+            mixed.index_add_(0, tokens, rows * self.weights[tokens, choices, None])
+        return mixed
+
+
 class GenerationSide(TorchSide):
     def build(self) -> None:
         self.model = self.load_model().eval()
@@ -180,5 +218,6 @@ SIDES = {
     "train": TrainStepSide,
     "cross_entropy": CrossEntropySide,
     "attention": WindowedAttentionSide,
+    "experts": ExpertsSide,
     "generate": GenerationSide,
 }

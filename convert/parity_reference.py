@@ -18,6 +18,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_to_hf
+from llmq_jax.interop.architectures import config_table
 from llmq_jax.models import ARCHITECTURES, override
 
 # A small model of any architecture: of these fields it takes those that it has. No two sizes are equal and no epsilon
@@ -30,6 +31,7 @@ SMALL = {
     "num_attention_heads": 4,
     "head_dim": 10,
     "intermediate_size": 56,
+    "num_local_experts": 6,
     "sliding_window": 8,
     "query_pre_attn_scalar": 20,
     "layer_norm_epsilon": 1e-2,
@@ -241,7 +243,9 @@ def random_model(model_type: str, seed: int = 0) -> Any:
 def random_config(model_type: str, seed: int = 0) -> Any:
     """A small config of an architecture."""
     config_class = ARCHITECTURES[model_type].config_class
-    names = [field.name for field in dataclasses.fields(config_class)]
+    # What transformers does not compute stays as it is.
+    own = config_table(model_type).own
+    names = [field.name for field in dataclasses.fields(config_class) if field.name not in own]
 
     def drawn(field: str) -> Any:
         options = VARIANTS[field]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmq_jax.interop.generation_config import GenerationConfig
     from llmq_jax.interop.huggingface import save_hf
     from llmq_jax.language_model import LanguageModel, load, save
+    from llmq_jax.layers.expert_balance import Balance
+    from llmq_jax.layers.moe import Experts
     from llmq_jax.models import (
         GPT2,
         Gemma,
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
         GPT2Config,
         Llama3,
         Llama3Config,
+        Mixtral,
+        MixtralConfig,
         build,
         init,
         preset,
@@ -34,8 +38,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BadInput": "errors",
+    "Balance": "layers.expert_balance",
     "ByteTokenizer": "data",
     "FileTokenizer": "data",
+    "Experts": "layers.moe",
     "GPT2": "models",
     "GPT2Config": "models",
     "Gemma": "models",
@@ -43,6 +49,8 @@ _HOME = {
     "Gemma3Config": "models",
     "Llama3": "models",
     "Llama3Config": "models",
+    "Mixtral": "models",
+    "MixtralConfig": "models",
     "GPT2Tokenizer": "data",
     "Generation": "generation",
     "GenerationConfig": "interop.generation_config",

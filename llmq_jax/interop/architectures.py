@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import gemma, gpt2, llama3
+from llmq_jax.interop import gemma, gpt2, llama3, mixtral
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import WeightTable
 from llmq_jax.models import override
@@ -25,6 +25,9 @@ GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_sc
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "mixtral": Tables(
+        mixtral.LAYOUTS, mixtral.CONFIG, mixtral.derive, underivable=("num_attention_heads", "num_experts_per_tok")
+    ),
     "gemma2": Tables(gemma.GEMMA2_LAYOUTS, gemma.GEMMA2_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
     "gemma3_text": Tables(gemma.GEMMA3_LAYOUTS, gemma.GEMMA3_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
 }
@@ -49,7 +52,7 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
     of our readers); it is read tensor by tensor. Types are kept unless `dtype` is given. Whatever is missing, unread,
     of another shape or not tied where it should be is named in one BadInput.
     """
-    table = weight_table(config.model_type, layout)
+    table = weight_table(config.model_type, layout).spelling(state)
     try:
         return table.from_state_dict(state, config, dtype)
     except BadInput:
@@ -89,7 +92,7 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
     tied when it equals the embedding. Whatever else weights do not depend on (dropout) has the config's default.
     """
     model_type = _recognise(state, layout)
-    tables, table = TABLES[model_type], weight_table(model_type, layout)
+    tables, table = TABLES[model_type], weight_table(model_type, layout).spelling(state)
     missing = [name for name in tables.underivable if name not in fields]
     if missing:
         raise BadInput(f"the shapes of weights do not tell {' and '.join(missing)}; give it in the config")

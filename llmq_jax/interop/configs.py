@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.models.config import has_type, type_name
+from llmq_jax.field_types import has_type, type_name
 
 # Fields of every config.json that do not change what a decoder computes.
 _HARMLESS = """

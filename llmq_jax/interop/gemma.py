@@ -14,7 +14,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable, require_whole_heads
-from llmq_jax.interop.llama3 import derive_sizes
+from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
 from llmq_jax.interop.tables import Shape, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
@@ -91,7 +91,7 @@ def write_gemma3(config: Gemma3Config, values: dict[str, Any]) -> dict[str, Any]
     return write_ropes(config.rope_parameters, config.local_rope_parameters, values, config.head_dim)
 
 
-NORM = {"norm": ("zero_centred_rms_norm", KEEP)}
+OWN = {"norm": ("zero_centred_rms_norm", KEEP), "experts": (None, KEEP)}
 TOKEN_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 # The activation is hidden_activation's, whatever hidden_act says; caches are ours.
 IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"})
@@ -101,7 +101,7 @@ GEMMA2_CONFIG = ConfigTable(
     architecture="Gemma2ForCausalLM",
     aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     fixed={"use_bidirectional_attention": False},
-    own=NORM,
+    own=OWN,
     ignored=IGNORED,
     token_ids=TOKEN_IDS,
     read=read_rope,
@@ -113,7 +113,7 @@ GEMMA3_CONFIG = ConfigTable(
     aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     # transformers has the field, and nothing reads it: it computes as if it were null.
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
-    own=NORM | {"attn_logit_softcapping": (None, KEEP)},
+    own=OWN | {"attn_logit_softcapping": (None, KEEP)},
     ignored=IGNORED | {"_sliding_window_pattern"},
     token_ids=TOKEN_IDS,
     read=read_gemma3,
@@ -125,4 +125,4 @@ def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields of the config of weights that come without one; their shapes tell neither heads nor windows."""
-    return derive_sizes(shapes, layers, tied, given)
+    return derive_sizes(shapes, layers, tied, given) | {"intermediate_size": gated_width(shapes)}

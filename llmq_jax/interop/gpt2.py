@@ -158,7 +158,7 @@ CONFIG = ConfigTable(
         }
     ),
     token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
-    own={"norm": ("layer_norm", KEEP)},
+    own={"norm": ("layer_norm", KEEP), "experts": (None, KEEP)},
 )
 
 

@@ -116,8 +116,13 @@ LAYOUTS = {
 
 
 def write_fields(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
-    """Sizes written out, as transformers writes them: not all readers know what null stands for."""
+    """Sizes that transformers' Llama takes, written out."""
     require_whole_heads(config)
+    return write_sizes(config, values)
+
+
+def write_sizes(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
+    """Sizes written out, as transformers writes them: not all readers know what null stands for."""
     sizes = {"num_key_value_heads": config.key_value_heads, "head_dim": config.head_width}
     return write_rope(config.rope_parameters, values | sizes, config.head_width)
 
@@ -128,6 +133,7 @@ CONFIG = ConfigTable(
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),
+        "experts": (None, KEEP),
         "attention_output_bias": (None, "load its weights with attention_bias=True, and the other biases are zeros"),
     },
     ignored=frozenset({"pretraining_tp"}),
@@ -144,12 +150,13 @@ def derive(
     return derive_sizes(shapes, layers, tied, given) | {
         "rms_norm_eps": 1e-5 if layout == "original" else Llama3Config.rms_norm_eps,
         "attention_output_bias": True if layout == "original" else None,
+        "intermediate_size": gated_width(shapes),
         "mlp_bias": "params/{block}/mlp/gate/bias" in shapes,
     }
 
 
 def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shapes tell of any decoder with grouped-query attention and a gated feed-forward network."""
+    """What the shapes tell of any decoder with grouped-query attention."""
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     queries, keys = (shapes[f"params/{{block}}/attention/{name}/kernel"][0] for name in ("query", "key"))
     head_dim = queries // given["num_attention_heads"]
@@ -159,7 +166,12 @@ def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Ma
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
-        "intermediate_size": math.prod(shapes["params/{block}/mlp/gate/kernel"]) // hidden_size,
         "attention_bias": "params/{block}/attention/query/bias" in shapes,
         "tie_word_embeddings": tied,
     }
+
+
+def gated_width(shapes: Mapping[str, Shape]) -> int:
+    """The width of a gated feed-forward network, of whose matrices the shapes tell."""
+    _, hidden_size = shapes["params/token_embedding/embedding"]
+    return math.prod(shapes["params/{block}/mlp/gate/kernel"]) // hidden_size

@@ -6,9 +6,10 @@ A table is a short list of rules, one per kind of tensor:
 
 Both directions follow from it, and all shapes from our own abstract tree. `{layer}` runs over the layers from the first
 to the last, and `{block}` is where our tree keeps that layer's block; a rule holds in the layers whose block has the
-leaf, so that layers of several kinds share one table. Where several of their tensors share one of our leaves, `at`
-says which part of it a rule fills. Nothing is guessed: every leaf must be filled, every key read or on the list of
-names to ignore, every shape right; all that is wrong is reported at once.
+leaf, so that layers of several kinds share one table. `{expert}` runs over the experts that our leaf stacks. Where
+several of their tensors share one of our leaves, `at` says which part of it a rule fills. Nothing is guessed: every
+leaf must be filled, every key read or on the list of names to ignore, every shape right; all that is wrong is reported
+at once.
 """
 
 import functools
@@ -16,7 +17,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,20 +54,21 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Transform:
-    """Our tensor with some axes merged (`merge` gives the shape), then transposed if so: that is theirs."""
+    """Our tensor with some axes merged (`merge` gives the shape), then its last two swapped if so: that is theirs."""
 
     merge: Callable[[Shape], Shape]
     transposed: bool = False
 
     def their_shape(self, ours: Shape) -> Shape:
-        return self.merge(ours)[::-1] if self.transposed else self.merge(ours)
+        merged = self.merge(ours)
+        return (*merged[:-2], merged[-1], merged[-2]) if self.transposed else merged
 
     def to_ours(self, theirs: np.ndarray, shape: Shape) -> np.ndarray:
-        return (theirs.T if self.transposed else theirs).reshape(shape)
+        return (theirs.swapaxes(-1, -2) if self.transposed else theirs).reshape(shape)
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
         merged = ours.reshape(self.merge(ours.shape))
-        return merged.T if self.transposed else merged
+        return merged.swapaxes(-1, -2) if self.transposed else merged
 
 
 def _matrix(shape: Shape) -> Shape:
@@ -83,6 +85,8 @@ convolution = Transform(lambda shape: (1, *_matrix(shape)))
 """TensorFlow's convolution of width 1, (1, in, out), to our kernel [in, *out]."""
 out_in = Transform(_matrix, transposed=True)
 """torch's Linear, (out, in), to our kernel [in, *out]."""
+experts_out_in = Transform(lambda shape: (shape[0], *_matrix(shape[1:])), transposed=True)
+"""The same of all experts in one tensor, (experts, out, in), to our kernel [experts, in, *out]."""
 
 
 class Rule(NamedTuple):
@@ -98,7 +102,8 @@ def rule(
 ) -> Rule:
     """Their `key` is our `collection`'s leaf at `path`, or the part `at` (an index) of that leaf, under `transform`.
 
-    A file may have none of a table's optional tensors, which then are zero; it may not have some of them.
+    Of a key with `{expert}` the part is one of an expert's. A file may have none of a table's optional tensors, which
+    then are zero; it may not have some of them.
     """
     return Rule(key, f"{collection}/{path}", transform, at, optional)
 
@@ -134,21 +139,26 @@ class WeightTable:
     """{a prefix of our part's names in files of a larger model: what stands in its place in files of the part alone}"""
     beside: tuple[str, ...] = ()
     """Prefixes of the names of that model's other parts, which are left out with a warning."""
+    spellings: tuple["WeightTable", ...] = ()
+    """Tables of other names that files of this layout may have instead, from the first tensor to the last; they are
+    read and never written."""
+
+    def spelling(self, names: Iterable[str]) -> "WeightTable":
+        """Of this table and its other spellings the one that has most of these names."""
+        names = tuple(names)
+        return max((self, *self.spellings), key=lambda table: sum(map(table._knows, names)))
 
     def placements(self, config: Any) -> list[Placement]:
-        """The rules written out for a config: layer by layer, each layer's tensors in the order of the rules."""
+        """The rules written out for a config: layer by layer, in a layer in the order of the rules, experts in turn."""
         leaves = flatten_dict(abstract_variables(config), sep="/")
         slots = [(f"{group}/{block}", repeat) for (group, block), repeat in layer_slots(config)]
         placements = []
         for in_layers, rules in itertools.groupby(self.rules, lambda entry: "{block}" in entry.path):
             run = tuple(rules)
             for layer, (block, repeat) in enumerate(slots) if in_layers else [(0, ("", 0))]:
-                for key, path, transform, at, optional in run:
-                    path = path.format(block=block)
-                    if path in leaves:
-                        slot = (repeat, *at) if in_layers else at
-                        name, place = key.format(layer=layer), tuple(path.split("/"))
-                        placements.append(Placement(name, place, slot, transform, optional))
+                entries = [entry._replace(path=entry.path.format(block=block)) for entry in run]
+                held = [entry for entry in entries if entry.path in leaves]
+                placements += _expert_by_expert(held, leaves, layer, (repeat,) if in_layers else ())
         return placements
 
     def from_state_dict(self, state: Mapping[str, Any], config: Any, dtype: Any = None) -> dict:
@@ -204,7 +214,11 @@ class WeightTable:
         return tensors
 
     def recognises(self, name: str) -> bool:
-        """Whether a tensor of this name may stand in this layout, for some config."""
+        """Whether a tensor of this name may stand in this layout, in any spelling, for some config."""
+        return any(table._knows(name) for table in (self, *self.spellings))
+
+    def _knows(self, name: str) -> bool:
+        """The same in this spelling."""
         known = [*(entry.key for entry in self.rules), *self.tied, *self.ignorable]
         return any(_matches(key, full) for full in (name, self.optional_prefix + name) for key in known)
 
@@ -217,7 +231,7 @@ class WeightTable:
                 match = _matches(entry.key, name) or _matches(entry.key, self.optional_prefix + name)
                 if match:
                     shapes.setdefault(entry.path, tuple(_tensor(state, name).shape))
-                    layers |= set(match.groups())
+                    layers |= {match["layer"]} if "layer" in match.groupdict() else set()
         return shapes, len(layers)
 
     def is_tied(self, state: Mapping[str, Any]) -> bool:
@@ -293,6 +307,19 @@ class WeightTable:
         ]
 
 
+def _expert_by_expert(
+    entries: Iterable[Rule], leaves: Mapping[str, Any], layer: int, slot: tuple
+) -> Iterator[Placement]:
+    """Rules in a layer, which is `slot` of their leaves; neighbours with `{expert}` for one expert after the other."""
+    for of_experts, neighbours in itertools.groupby(entries, lambda entry: "{expert}" in entry.key):
+        run = tuple(neighbours)
+        for expert in range(leaves[run[0].path].shape[len(slot)]) if of_experts else (0,):
+            for key, path, transform, at, optional in run:
+                part = (*slot, expert, *at) if of_experts else (*slot, *at)
+                name = key.format(layer=layer, expert=expert)
+                yield Placement(name, tuple(path.split("/")), part, transform, optional)
+
+
 def _tensor(state: Mapping[str, Any], name: str) -> Any:
     """A value of a state dict, as something with a shape and a numpy type."""
     tensor = state[name]
@@ -312,11 +339,11 @@ def _equal(state: Mapping[str, Any], left: str, right: str) -> bool:
 
 @functools.cache
 def _pattern(key: str) -> re.Pattern:
-    return re.compile(re.escape(key).replace(r"\{layer\}", r"(\d+)"))
+    return re.compile(re.sub(r"\\{(layer|expert)\\}", r"(?P<\1>\\d+)", re.escape(key)))
 
 
 def _matches(key: str, name: str) -> re.Match | None:
-    """Whether a name is a rule's key, in any layer."""
+    """Whether a name is a rule's key, in any layer and of any expert."""
     return _pattern(key).fullmatch(name)
 
 

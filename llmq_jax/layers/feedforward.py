@@ -16,11 +16,12 @@ class MLP(nn.Module):
     kernel_init: Initializer
     down_init: Initializer
     dtype: Dtype | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = Linear(self.intermediate_size, kernel_init=self.kernel_init, dtype=self.dtype, name="up")
-        down = Linear(x.shape[-1], kernel_init=self.down_init, dtype=self.dtype, name="down")
+        up = Linear(self.intermediate_size, self.use_bias, self.kernel_init, self.dtype, name="up")
+        down = Linear(x.shape[-1], self.use_bias, self.down_init, self.dtype, name="down")
         return down(ACTIVATIONS[self.activation](up(x)))
 
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.models import gemma, gpt2, llama3
-from llmq_jax.models.config import has_type, type_name
+from llmq_jax.field_types import has_type, type_name
+from llmq_jax.models import gemma, gpt2, llama3, mixtral
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
+from llmq_jax.models.mixtral import Mixtral, MixtralConfig
 
 
 class Architecture(NamedTuple):
@@ -27,11 +28,12 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "gpt2": Architecture(GPT2Config, GPT2),
     "llama": Architecture(Llama3Config, Llama3),
+    "mixtral": Architecture(MixtralConfig, Mixtral),
     "gemma2": Architecture(Gemma2Config, Gemma),
     "gemma3_text": Architecture(Gemma3Config, Gemma),
 }
 
-PRESETS: dict[str, Any] = {**gpt2.PRESETS, **llama3.PRESETS, **gemma.PRESETS}
+PRESETS: dict[str, Any] = {**gpt2.PRESETS, **llama3.PRESETS, **mixtral.PRESETS, **gemma.PRESETS}
 
 
 def preset(name: str, **overrides) -> Any:

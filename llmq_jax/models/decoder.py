@@ -6,12 +6,13 @@ times). The parameters of a group are stacked on a leading axis and run by `nn.s
 not grow with depth. Decoding slices the layers once and runs them one after another (`decode`), which is up to 1.8
 times as fast as scanning inside the decoding loop.
 
-A block is a module `block(x, context, cache) -> (x, cache, counts)` with a method `create_cache`: `counts` are the
-integers that a training step collects from it (the tokens each expert received), an empty dict where there are none.
+A block is a module `block(x, context, cache) -> (x, cache, counts)` with a method `create_cache`: `counts` are the sums
+that a training step collects from it ({"router": a RouterReport} of experts), an empty dict where there are none.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Context, check_implementation, choose
+from llmq_jax.layers.moe import Experts
 
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -42,6 +44,14 @@ class LayerGroup:
 
     blocks: tuple[Callable[..., nn.Module], ...]
     repeats: int
+
+
+def dense_then_experts(block: Callable[..., nn.Module], layers: int, experts: Experts | None) -> tuple[LayerGroup, ...]:
+    """Equal blocks, of which those from `experts.first_layer` on are given the experts."""
+    if experts is None:
+        return (LayerGroup((block,), layers),)
+    dense = (LayerGroup((block,), experts.first_layer),) if experts.first_layer else ()
+    return (*dense, LayerGroup((partial(block, experts=experts),), layers - experts.first_layer))
 
 
 @struct.dataclass
@@ -94,7 +104,18 @@ class Decoder(nn.Module):
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         raise NotImplementedError
 
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of the layers that have them."""
+        return self.config.experts
+
     # What all share, from the modules `token_embedding`, `final_norm` and, unless it is tied, `lm_head`.
+
+    @nn.nowrap
+    def set_groups(self) -> None:
+        """The layers, as `self.group_0`, ...: for `setup`."""
+        for i, group in enumerate(self.make_groups()):
+            setattr(self, f"group_{i}", group)
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
@@ -118,7 +139,7 @@ class Decoder(nn.Module):
         return {name: {head: tree[head]} for name, tree in variables.items() if head in tree}
 
     def make_groups(self) -> list[nn.Module]:
-        """The layers, to be set as `self.group_0`, ... in `setup`."""
+        """A stack of modules for each of `layer_groups`."""
         if self.remat not in REMAT_POLICIES:
             raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
         check_implementation(self.attention)

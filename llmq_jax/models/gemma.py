@@ -18,7 +18,7 @@ default. Gemma 3 with `attn_logit_softcapping` caps its scores; transformers has
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -29,8 +29,8 @@ from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.embedding import Embedding
-from llmq_jax.layers.feedforward import GatedMLP
 from llmq_jax.layers.linear import Linear, side_by_side
+from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require
@@ -82,6 +82,8 @@ class Gemma2Config:
     tie_word_embeddings: bool = True
     norm: str = "zero_centred_rms_norm"
     """"zero_centred_rms_norm" (Gemma's), "rms_norm", "layer_norm" or "dyt"."""
+    experts: Experts | dict | None = None
+    """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
 
     def __post_init__(self):
         for name in (
@@ -121,6 +123,7 @@ class Gemma2Config:
         require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         self._set_rope("rope_parameters")
+        object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
 
     def _set_layer_types(self) -> None:
         if self.layer_types is None:
@@ -287,16 +290,18 @@ class Gemma(Decoder):
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype, scale)
         if c.norm == "dyt":
             self.embedding_scale = EmbeddingScale()
-        for i, group in enumerate(self.make_groups()):
-            setattr(self, f"group_{i}", group)
+        self.set_groups()
         self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
+        c = self.config
+        first = c.num_hidden_layers if self.experts is None else self.experts.first_layer
+        kinds = tuple((kind, self.experts if layer >= first else None) for layer, kind in enumerate(c.layer_kinds))
         return tuple(
-            LayerGroup(tuple(partial(GemmaBlock, self.config, kind, self.dtype) for kind in kinds), repeats)
-            for kinds, repeats in repeating_patterns(self.config.layer_kinds)
+            LayerGroup(tuple(partial(GemmaBlock, c, kind, self.dtype, experts) for kind, experts in pattern), repeats)
+            for pattern, repeats in repeating_patterns(kinds)
         )
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -316,7 +321,7 @@ class Gemma(Decoder):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def repeating_patterns(kinds: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+def repeating_patterns(kinds: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int]]:
     """Kinds of layers as repeating patterns, [(pattern, repeats)]: each time the one that covers most of what is left.
 
     26 layers of Gemma 3 are 4 times six and 2 times one. What repeats nowhere goes layer by layer.
@@ -346,6 +351,7 @@ class GemmaBlock(nn.Module):
     config: Gemma2Config
     kind: str
     dtype: Dtype | None = None
+    experts: Experts | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None):
@@ -356,8 +362,19 @@ class GemmaBlock(nn.Module):
         x = x + norm("post_attention_norm")(mixed)
 
         normal = nn.initializers.normal(c.initializer_range)
-        mlp = GatedMLP(c.intermediate_size, c.hidden_activation, False, normal, self.dtype, name="mlp")
-        return x + norm("post_mlp_norm")(mlp(norm("mlp_norm")(x))), cache, {}
+        update, counts = feed_forward(
+            norm("mlp_norm")(x),
+            context,
+            self.experts,
+            intermediate_size=c.intermediate_size,
+            gated=True,
+            activation=c.hidden_activation,
+            use_bias=False,
+            kernel_init=normal,
+            down_init=normal,
+            dtype=self.dtype,
+        )
+        return x + norm("post_mlp_norm")(update), cache, counts
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:

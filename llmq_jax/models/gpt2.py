@@ -25,11 +25,11 @@ from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache
 from llmq_jax.layers.embedding import Embedding
-from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.models.config import require
-from llmq_jax.models.decoder import Decoder, LayerGroup
+from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     norm: str = "layer_norm"
     """"layer_norm", "rms_norm" or "dyt" (Dynamic Tanh)."""
+    experts: Experts | dict | None = None
+    """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
 
     def __post_init__(self):
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
@@ -78,6 +80,7 @@ class GPT2Config:
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             require(0.0 <= getattr(self, name) < 1.0, self, name, "must be at least 0 and below 1")
+        object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
 
     @property
     def head_dim(self) -> int:
@@ -111,14 +114,14 @@ class GPT2(Decoder):
         self.embedding_dropout = nn.Dropout(c.embd_pdrop)
         if c.norm == "dyt":
             self.embedding_scale = EmbeddingScale()
-        (self.group_0,) = self.make_groups()
+        self.set_groups()
         self.final_norm = norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        block = partial(GPT2Block, self.config, self.dtype)
-        return (LayerGroup((block,), self.config.num_hidden_layers),)
+        c = self.config
+        return dense_then_experts(partial(GPT2Block, c, self.dtype), c.num_hidden_layers, self.experts)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens) + self.position_embedding(positions)
@@ -131,6 +134,7 @@ class GPT2Block(nn.Module):
 
     config: GPT2Config
     dtype: Dtype | None = None
+    experts: Experts | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
@@ -145,10 +149,20 @@ class GPT2Block(nn.Module):
         mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
 
-        mlp = MLP(c.mlp_width, c.activation_function, normal, residual, self.dtype, name="mlp")
-        update = mlp(norm("mlp_norm")(x))
+        update, counts = feed_forward(
+            norm("mlp_norm")(x),
+            context,
+            self.experts,
+            intermediate_size=c.mlp_width,
+            gated=False,
+            activation=c.activation_function,
+            use_bias=True,
+            kernel_init=normal,
+            down_init=residual,
+            dtype=self.dtype,
+        )
         x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
-        return x, cache, {}
+        return x, cache, counts
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache:

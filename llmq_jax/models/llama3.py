@@ -25,12 +25,12 @@ from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache
 from llmq_jax.layers.embedding import Embedding
-from llmq_jax.layers.feedforward import GatedMLP
 from llmq_jax.layers.linear import Linear, side_by_side
+from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require
-from llmq_jax.models.decoder import Decoder, LayerGroup
+from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
 
 DEFAULT_ROPE = Rope()
 
@@ -66,6 +66,8 @@ class Llama3Config:
     tie_word_embeddings: bool = False
     norm: str = "rms_norm"
     """"rms_norm", "layer_norm" or "dyt"."""
+    experts: Experts | dict | None = None
+    """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
 
     def __post_init__(self):
         for name in (
@@ -109,6 +111,7 @@ class Llama3Config:
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         rope = rope_from(self.rope_parameters, self.head_width, self.max_position_embeddings)
         object.__setattr__(self, "rope_parameters", rope)
+        object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
 
     @property
     def head_width(self) -> int:
@@ -213,14 +216,14 @@ class Llama3(Decoder):
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
         if c.norm == "dyt":
             self.embedding_scale = EmbeddingScale()
-        (self.group_0,) = self.make_groups()
+        self.set_groups()
         self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
-        block = partial(Llama3Block, self.config, self.dtype)
-        return (LayerGroup((block,), self.config.num_hidden_layers),)
+        c = self.config
+        return dense_then_experts(partial(Llama3Block, c, self.dtype), c.num_hidden_layers, self.experts)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens)
@@ -237,6 +240,7 @@ class Llama3Block(nn.Module):
 
     config: Llama3Config
     dtype: Dtype | None = None
+    experts: Experts | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
@@ -247,8 +251,19 @@ class Llama3Block(nn.Module):
         x = x + mixed
 
         normal = nn.initializers.normal(c.initializer_range)
-        mlp = GatedMLP(c.intermediate_size, c.hidden_act, c.mlp_bias, normal, self.dtype, name="mlp")
-        return x + mlp(norm("mlp_norm")(x)), cache, {}
+        update, counts = feed_forward(
+            norm("mlp_norm")(x),
+            context,
+            self.experts,
+            intermediate_size=c.intermediate_size,
+            gated=True,
+            activation=c.hidden_act,
+            use_bias=c.mlp_bias,
+            kernel_init=normal,
+            down_init=normal,
+            dtype=self.dtype,
+        )
+        return x + update, cache, counts
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache:

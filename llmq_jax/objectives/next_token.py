@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy
+from llmq_jax.objectives.expert_balance import balance_terms
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class NextToken:
     def loss(
         self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
-        """(loss in nats a token, metrics that add over micro-batches, counts). Dropout acts where `rng` is given."""
+        """(loss in nats a token, metrics that add over micro-batches, counts).
+
+        `rng` is given in training: dropout acts, and the balance losses of experts are added.
+        """
         output = self.model.apply(
             variables,
             batch["tokens"],
@@ -43,8 +47,13 @@ class NextToken:
         mask = batch["mask"].astype(jnp.float32)
         total = chunked_cross_entropy(unembed, head, output.hidden, batch["targets"], mask)
         # A batch without a single target has weight 0 and loss 0, not NaN.
-        loss = total / jnp.maximum(weights["loss"], jnp.finfo(jnp.float32).tiny)
-        return loss, {}, output.counts
+        weight = jnp.maximum(weights["loss"], jnp.finfo(jnp.float32).tiny)
+        loss, metrics = total / weight, {}
+        if rng is not None:  # in training
+            penalty, metrics = balance_terms(self.model.experts, output.counts, share=mask.sum() / weight)
+            if metrics:
+                loss, metrics = loss + penalty, {"next_token_loss": loss, **metrics}
+        return loss, metrics, output.counts
 
 
 def _unembed(model: Decoder, head: dict, hidden: Array) -> Array:

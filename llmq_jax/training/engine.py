@@ -21,6 +21,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints, config_dict
+from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, read_metrics
@@ -178,6 +179,7 @@ class _Loop:
         if self.folder is not None and first:
             if self.options.plot and (self.options.log_every or self.options.evaluate_every):
                 plot_losses(self.folder.path)
+                plot_experts(self.folder.path)
             self.folder.mark_finished(result.figures())
         return result
 

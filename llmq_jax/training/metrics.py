@@ -106,7 +106,7 @@ def printable(text: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value: arrays of one number become that number, exactly."""
-    if hasattr(value, "item"):
-        value = value.item()
+    """A JSON value: arrays become lists, those of one number that number, exactly."""
+    if hasattr(value, "tolist"):
+        value = value.item() if value.size == 1 else value.tolist()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ def plot_losses(folder: str | Path) -> Path:
     records = read_run(folder)
     training, validation = curve(records, "loss"), curve(records, "validation_loss")
 
-    figure, axes = _axes(folder.absolute().name, [records])
+    figure, axes = blank_axes(folder.absolute().name, [records])
     if training:
         axes.plot(*zip(*training, strict=True), color=TRAINING, linewidth=1.2, label=_label("training", training))
     if validation:
@@ -36,7 +36,7 @@ def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     """Draw the validation losses of several runs over steps as `path`; the training losses where one has no other."""
     runs = {Path(folder).absolute().name: read_run(Path(folder)) for folder in folders}
     validated = all(curve(records, "validation_loss") for records in runs.values())
-    figure, axes = _axes("validation loss" if validated else "training loss", list(runs.values()))
+    figure, axes = blank_axes("validation loss" if validated else "training loss", list(runs.values()))
     for index, (name, records) in enumerate(runs.items()):
         points = curve(records, "validation_loss" if validated else "loss")
         _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], name)
@@ -59,17 +59,23 @@ def curve(records: list[Record], name: str) -> Points:
     return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
 
-def _axes(title: str, runs: list[list[Record]]) -> tuple[Any, Any]:
-    """An empty figure for losses over steps, with tokens seen above where they are the same in all runs."""
+def blank_figure(size: tuple[float, float] = (8, 4.8)) -> Any:
     # The object interface alone: pyplot would keep global state and may start a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     # On a machine's first plot it announces that it lists the fonts.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def blank_axes(title: str, runs: list[list[Record]]) -> tuple[Any, Any]:
+    """An empty figure for losses over steps, with tokens seen above where they are the same in all runs."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure = blank_figure()
     axes = figure.add_subplot()
     axes.set_xlabel("steps", color=INK)
     axes.set_ylabel("loss", color=INK)

@@ -4,6 +4,8 @@ import dataclasses
 from io import TextIOBase
 from typing import Any
 
+import numpy as np
+
 from llmq_jax.training.metrics import (
     METRICS,
     SAMPLES,
@@ -77,6 +79,8 @@ class Recorder:
                 each.close()
 
     def _write(self, record: Record) -> None:
-        for each in (self._metrics, *self._trackers):
-            if each:
-                each.write(record)
+        if self._metrics:
+            self._metrics.write(record)
+        figures = {name: value for name, value in record.items() if np.ndim(value) == 0}
+        for tracker in self._trackers:
+            tracker.write(figures)

@@ -9,6 +9,11 @@ from llmq_jax.errors import BadInput
 # The last part of a parameter's path.
 ROLES = {
     "kernel": "kernel",
+    "up_kernel": "kernel",  # of stacked experts
+    "down_kernel": "kernel",
+    "up_bias": "bias",
+    "down_bias": "bias",
+    "shared_weight": "bias",
     "embedding": "embedding",
     "scale": "norm",
     "bias": "bias",

@@ -8,12 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from llmq_jax.errors import BadInput
+from llmq_jax.objectives.expert_balance import load_metrics, move_biases
 from llmq_jax.training.state import TrainState
+
+ROUTER = "router"
 
 
 @runtime_checkable
 class Objective(Protocol):
     """See objectives/next_token.py."""
+
+    model: Any
 
     def weights(self, batch: dict) -> dict: ...
 
@@ -26,8 +31,11 @@ def make_train_step(
     """`train_step(state, batch) -> (state, metrics)`, compiled; the state given to it is consumed (donated).
 
     `accumulate` cuts the batch into that many micro-batches whose gradients add up: the same loss and gradients in
-    less memory. Metrics are scalars on the device: `loss`, `grad_norm` (before clipping) and the objective's own.
+    less memory. Metrics are on the device: `loss`, `grad_norm` (before clipping), the objective's own, and the load of
+    experts, against which the collection "router" moves.
     """
+
+    experts = objective.model.experts
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         frozen = {name: tree for name, tree in state.variables.items() if name != state.trainable}
@@ -46,13 +54,15 @@ def make_train_step(
             return value, aux, grads
 
         if accumulate == 1:
-            value, (metrics, _), grads = gradients(0, batch)
+            value, (metrics, counts), grads = gradients(0, batch)
         else:
-            value, (metrics, _), grads = _accumulated(gradients, _split(batch, accumulate), accumulate)
+            value, (metrics, counts), grads = _accumulated(gradients, _split(batch, accumulate), accumulate)
 
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, trained)
         trained = optax.apply_updates(trained, updates)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics, **load_metrics(experts, counts)}
+        if ROUTER in frozen:
+            frozen[ROUTER] = move_biases(experts, frozen[ROUTER], counts)
         state = state.replace(
             step=state.step + 1,
             variables={**frozen, state.trainable: trained},

@@ -8,7 +8,7 @@ import pytest
 
 from bench import measure, report
 from bench.products import Product, products_of, time_in_jax, time_in_torch
-from bench.rows import ROWS, TrainStep, WindowedAttention, gpt2
+from bench.rows import MIXTRAL, ROWS, ExpertNetworks, TrainStep, WindowedAttention, gpt2
 
 pytestmark = pytest.mark.slow  # every side starts a process of its own
 
@@ -54,6 +54,39 @@ def test_windowed_attention_end_to_end():
     assert result.ours.facts["temporary_bytes"] < result.sides["ours, full"].facts["temporary_bytes"]
 
 
+def test_experts_end_to_end():
+    row = ExpertNetworks("experts", tokens=64, width=8, intermediate_size=16, num_experts=4, many=16)
+    result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
+    losses = {name: side.facts["losses"] for name, side in result.sides.items() if "losses" in side.facts}
+    assert list(losses) == ["ours", "ours, ragged", "ours, dense", "torch, loop"]
+    for theirs in losses.values():  # a value, and the norms of four gradients
+        assert len(theirs) == 5 and theirs == pytest.approx(losses["ours"], rel=1e-4)
+    # One pass forward and two back through three matrices of 8 x 16, for two experts a token.
+    assert sum(product.flops for product in result.products) == 3 * 2 * 64 * 2 * 3 * 8 * 16
+    wanted = [wanted for wanted, *_ in report.verdicts(result)]
+    assert wanted[0] == "at most 2 times the batched products alone (goal: 1.7)"
+    assert wanted[-1] == "with 16 experts at most 1.3 times as long as with 4" and len(wanted) == 4
+    assert any(
+        "with 16 experts as with 4, whose weights are 4 times as many" in line for line in report.remarks(result)
+    )
+    header, rows = report.cells(result)
+    shares = {name: cells[header.index("of the roofline") - 1] for name, *cells in rows}
+    assert shares["ours, exact"] and not shares["ours, 16 experts"] and not shares["ours, 16 exact"]
+
+
+def test_a_step_of_a_model_with_experts():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 8, "vocab_size": 31}
+    fields = MIXTRAL | sizes | {"num_hidden_layers": 2, "num_local_experts": 4}
+    row = TrainStep("mixtral", fields, 2, 8, "mixtral", sides=("ours", "transformers, eager"))
+    assert "2 of 4 experts" in row.about
+    result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
+    theirs = result.sides["transformers, eager"].facts["losses"]
+    assert theirs == pytest.approx(result.ours.facts["losses"], rel=1e-4)
+    # Forward, of each layer's experts: what goes in and what comes out, each having 2 * 16 / 4 tokens.
+    shapes = {(product.batch, product.m, product.k, product.n) for product in result.products}
+    assert {(4, 8, 16, 48), (4, 8, 24, 16)} <= shapes
+
+
 def test_sides_that_disagree_are_refused():
     def side(loss):
         return measure.Measured([1.0], {"losses": [3.0, loss]})
@@ -80,6 +113,18 @@ def test_products_of_a_program_with_loops():
     assert sum(product.count for product in found) == 9  # forward, and two gradients of each
     assert sum(product.flops for product in found) == 9 * 2 * 5 * 4 * 4
     assert any(product.left_transposed for product in found)
+
+
+def test_products_of_a_loop_of_unknown_length_are_refused():
+    def program(x, length):
+        return jax.lax.fori_loop(0, length, lambda _, x: x @ x, x)
+
+    with pytest.raises(ValueError, match="length"):
+        products_of(program, jnp.ones((3, 3)), 2)
+
+
+def test_outer_products_are_elementwise():
+    assert products_of(lambda x, y: jnp.einsum("mk,md->mkd", x, y), jnp.ones((2, 3)), jnp.ones((2, 4))) == []
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -172,6 +172,23 @@ def test_gemma_by_its_weight_table_alone(model_type, layers):
     assert str(first) == "layer 1, post mlp norm (model.layers.1.post_feedforward_layernorm)"
 
 
+def test_mixtral_by_its_weight_table_alone():
+    """Experts that are one tensor in transformers' memory and many in its files; the parts of ours are no modules."""
+    model = random_model("mixtral")
+    found = check(model)
+    assert first_difference(found.places, TOLERANCE) is None
+    assert first_gradient(found.gradients, TOLERANCE) is None
+    assert found.unmatched == ((), (), ())
+    assert sum(gradient.key.endswith(".w1.weight") for gradient in found.gradients) == 3 * 6
+    names = [place.name for place in everywhere(found.places) if place.name.startswith("layer 2, m")]
+    assert names == ["layer 2, mlp norm", "layer 2, moe", "layer 2, moe router"]
+    for inject, place in (
+        ("group_0/block_0/moe/up_kernel[1, 5, :, 1, :]", "layer 1, moe (model.layers.1.mlp)"),
+        ("group_0/block_0/moe/router/kernel[1]", "layer 1, moe router (model.layers.1.mlp.gate)"),
+    ):
+        assert str(first_difference(check(model, inject=inject).places, TOLERANCE)) == place
+
+
 def test_of_a_multimodal_model_the_text_is_compared(tmp_path, capsys):
     text = config_to_hf(random_config("gemma3_text")) | {"num_hidden_layers": 2, "layer_types": None, "pad_token_id": 0}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -319,7 +336,8 @@ def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
     out = capsys.readouterr().out
     assert "mean KL" in out and "same top-1" in out
     assert out.splitlines()[-1].startswith("parity: ") and out.splitlines()[-1].endswith("tolerance 1e-3")
-    assert parity.main(parity.Options(random="llama", dtype="bf16")) == 0
+    for model_type in ("llama", "mixtral"):
+        assert parity.main(parity.Options(random=model_type, dtype="bf16")) == 0
     capsys.readouterr()
     assert parity.main(parity.Options(str(folder), dtype="bf16", inject="transformer.wte.weight")) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("no parity: ")

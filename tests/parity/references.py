@@ -1,9 +1,11 @@
 """PyTorch models to compare with: tiny, and randomised so that no fault can hide behind an initial value."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
-from convert.parity_reference import randomise
+from convert.parity_reference import Reference, randomise
 
 __all__ = ["assert_same_gradients", "numpy_gradients", "numpy_state", "randomise"]
 
@@ -13,9 +15,10 @@ def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def numpy_gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The gradients that a backward pass left, by parameter; a tied one once, under the name it is saved by."""
-    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+def numpy_gradients(model: torch.nn.Module, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The gradients that a backward pass left, by the names in a file, which are `names`; a tied parameter's once."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return Reference.of(model, names).as_saved(gradients)
 
 
 def assert_same_gradients(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], tolerance: float = 1e-4) -> None:

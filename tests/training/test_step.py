@@ -74,6 +74,8 @@ def test_remat_scan_and_their_absence_give_the_same_update():
 
 def test_only_the_trainable_collection_moves():
     class Sum:
+        model = build(CONFIG)
+
         def weights(self, batch):
             return {"loss": jnp.ones(())}
 

@@ -1,0 +1,84 @@
+"""Mixtral's weights and config.
+
+- `hf`: transformers' `MixtralForCausalLM`, which is Llama but for its experts. Linear layers are torch's, stored (out,
+  in). Files hold one tensor for each matrix of each expert: w1 is the gate, w3 what it multiplies, w2 goes back. Others
+  hold all experts of a layer in one tensor, as transformers has them in memory (`gate_up_proj`: the gate's rows first).
+  Both are read, one or the other throughout; the former is written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from llmq_jax.interop import llama3
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
+from llmq_jax.interop.llama3 import derive_sizes, write_sizes
+from llmq_jax.interop.rope import read_rope
+from llmq_jax.interop.tables import Rule, Shape, WeightTable, experts_out_in, out_in, rule
+from llmq_jax.models.mixtral import MixtralConfig
+
+# Where an expert's gate, and what it multiplies, are in our leaf: of an expert [D, 2, F].
+GATE, UP = (np.s_[:, part, :] for part in range(2))
+
+
+def in_place_of_mlp(table: WeightTable, *experts: Rule) -> WeightTable:
+    """A table with rules of experts where those of a feed-forward network are."""
+    kept = [entry for entry in table.rules if "/mlp/" not in entry.path]
+    first = next(i for i, entry in enumerate(table.rules) if "/mlp/" in entry.path)
+    return replace(table, rules=(*kept[:first], *experts, *kept[first:]))
+
+
+FUSED = in_place_of_mlp(
+    llama3.LAYOUTS["hf"],
+    rule("model.layers.{layer}.mlp.gate.weight", "{block}/moe/router/kernel", out_in),
+    rule("model.layers.{layer}.mlp.experts.gate_up_proj", "{block}/moe/up_kernel", experts_out_in),
+    rule("model.layers.{layer}.mlp.experts.down_proj", "{block}/moe/down_kernel", experts_out_in),
+)
+MOE = "model.layers.{layer}.block_sparse_moe"
+APART = in_place_of_mlp(
+    llama3.LAYOUTS["hf"],
+    rule(f"{MOE}.gate.weight", "{block}/moe/router/kernel", out_in),
+    rule(f"{MOE}.experts.{{expert}}.w1.weight", "{block}/moe/up_kernel", out_in, at=GATE),
+    rule(f"{MOE}.experts.{{expert}}.w2.weight", "{block}/moe/down_kernel", out_in),
+    rule(f"{MOE}.experts.{{expert}}.w3.weight", "{block}/moe/up_kernel", out_in, at=UP),
+)
+LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
+
+
+def read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE in one spelling. Where nothing is said of its base, that is Mixtral's."""
+    values = read_rope(values)
+    base = {"rope_theta": MixtralConfig.rope_parameters.rope_theta}
+    return {**values, "rope_parameters": base | values["rope_parameters"]}
+
+
+CONFIG = ConfigTable(
+    config_class=MixtralConfig,
+    architecture="MixtralForCausalLM",
+    aliases={"hidden_act": ACTIVATION_SPELLINGS},
+    fixed={"router_jitter_noise": 0.0, "sliding_window": None},
+    own={
+        "norm": ("rms_norm", KEEP),
+        "experts": (None, KEEP),
+        "attention_bias": (False, KEEP),
+        "attention_output_bias": (None, KEEP),
+        "mlp_bias": (False, KEEP),
+    },
+    # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
+    ignored=frozenset({"output_router_logits"}),
+    token_ids={"bos_token_id": 1, "eos_token_id": 2},
+    read=read,
+    write=write_sizes,
+)
+
+
+def derive(
+    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of the config of weights that come without one; their shapes do not tell how many experts are used."""
+    return derive_sizes(shapes, layers, tied, given) | {
+        "num_local_experts": shapes["params/{block}/moe/router/kernel"][0],
+        "intermediate_size": shapes["params/{block}/moe/down_kernel"][-1],
+    }

@@ -1,0 +1,340 @@
+"""Tokens to their experts and back: one call, four implementations that give the same values and gradients.
+
+- dense: every expert on every token; what was not chosen counts nothing. The reference.
+- blocks: assignments sorted by expert and cut into blocks, none of which meets two experts: a loop over as many blocks
+  as there are, so that the work goes with the assignments, not with the experts (after Gale et al. 2022, MegaBlocks,
+  arXiv:2211.15841). Nothing is dropped.
+- capacity: a fixed number of slots for each expert, filled in the order of the tokens; what finds none is dropped and
+  counted (GShard, arXiv:2006.16668, section 2.2).
+- ragged: `jax.lax.ragged_dot` on the sorted assignments, which some backends lower to every expert's work for every
+  token.
+
+An assignment is a (token, choice) pair: M tokens with k choices each have A = M · k of them. The id E stands for no
+expert (padding): such assignments are sorted last, cost nothing and give zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.errors import BadInput, did_you_mean
+
+IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
+# What "auto" takes, by backend.
+AUTOMATIC = {"cpu": "blocks"}
+ELSEWHERE = "blocks"
+# Rows of a block: half as many again as an expert gets on average, so that most experts need one block; no more than
+# this, or the rest of the last block costs too much, and multiples of it, which products like.
+LONGEST_BLOCK, BLOCK_STEP = 128, 32
+
+
+@struct.dataclass
+class ExpertWeights:
+    """Stacked over experts: two linear layers with an activation between them.
+
+    P is 2 in gated experts (the gate, then what it multiplies) and 1 in plain ones.
+    """
+
+    # Leaves are Any: gradients of one expert alone, shapes and shardings stand in the places of arrays, too.
+    up: Any
+    """[E, D, P, F]."""
+    down: Any
+    """[E, F, D]."""
+    up_bias: Any = None
+    """[E, P, F], or None."""
+    down_bias: Any = None
+    """[E, D], or None."""
+
+
+Activation = Callable[[Float[Array, "*rows P F"]], Float[Array, "*rows F"]]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Devices that own equal parts of the experts, in order; each calls `dispatch` with its own tokens and experts."""
+
+    devices: int
+    swap: Callable[[Any], Any]
+    """[devices, ...] to the same: part i goes to device i, and what device i sent comes back as part i."""
+
+
+def dispatch(
+    x: Float[Array, "M D"],
+    ids: Int[Array, "M k"],
+    weights: Float[Array, "M k"],
+    experts: ExpertWeights,
+    activation: Activation,
+    implementation: str = "auto",
+    capacity: int | None = None,
+    exchange: Exchange | None = None,
+) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
+    """(Σ over choices of weight · expert(x), the number of dropped assignments).
+
+    `capacity` is slots an expert. With an `exchange`, ids count through the experts of all devices, and what is
+    dropped is so where the expert is.
+    """
+    name = choose(implementation)
+    if name == "dense":
+        if exchange is not None:
+            raise BadInput("dispatch='dense' has no exchange: every device would need every expert; take 'blocks'")
+        return _dense(x, ids, weights, experts, activation), jnp.zeros((), jnp.int32)
+
+    def through(rows, ids, sizes):
+        """Rows sorted by our own experts, through them: (rows, the number of dropped ones)."""
+        if name == "blocks":
+            size = block_size(len(rows), len(sizes))
+            return in_blocks(rows, experts, sizes, activation, size), jnp.zeros((), jnp.int32)
+        if name == "ragged":
+            return _ragged(rows, ids, experts, sizes, activation), jnp.zeros((), jnp.int32)
+        return _in_slots(rows, ids, experts, sizes, activation, capacity)
+
+    flat = ids.reshape(-1)
+    order, inverse = _sorted(flat)
+    rows = _spread(x, order, inverse, ids.shape[1])
+    if exchange is None:
+        # The id E is out of range and not counted.
+        mixed, dropped = through(rows, flat[order], jnp.bincount(flat, length=experts.up.shape[0]))
+    else:
+        sizes = jnp.bincount(flat, length=experts.up.shape[0] * exchange.devices)
+        mixed, dropped = _elsewhere(rows, sizes, exchange, through)
+    mixed = _reorder(mixed, inverse, order).reshape(*ids.shape, -1)
+    return jnp.einsum("mkd,mk->md", mixed, weights.astype(mixed.dtype)), dropped
+
+
+def _elsewhere(
+    rows: Float[Array, "A D"], sizes: Int[Array, " E"], exchange: Exchange, through: Callable
+) -> tuple[Float[Array, "A D"], Int[Array, ""]]:
+    """Sorted rows to the devices that own their experts, through these, and back.
+
+    Nothing is dropped on the way: each device has room for all rows of each other one, and computes those that came.
+    """
+    count = len(rows)
+    sizes = sizes.reshape(exchange.devices, -1)
+    ends = jnp.cumsum(sizes.sum(1))
+    starts = ends - sizes.sum(1)
+    place = starts[:, None] + jnp.arange(count)
+    parts = jnp.where((place < ends[:, None])[..., None], rows[jnp.minimum(place, count - 1)], 0)  # [devices, A, D]
+    received, their_sizes = exchange.swap(parts), exchange.swap(sizes)
+    # Theirs are sorted too: a row's expert follows from its place. What is no row gets an id past our experts.
+    ids = (jnp.arange(count)[:, None] >= jnp.cumsum(their_sizes, 1)[:, None]).sum(-1).reshape(-1)
+    order, inverse = _sorted(ids)
+    ours = _reorder(received.reshape(-1, rows.shape[1]), order, inverse)
+    mixed, dropped = through(ours, ids[order], their_sizes.sum(0))
+    returned = exchange.swap(_reorder(mixed, inverse, order).reshape(parts.shape))
+    index = jnp.arange(count)
+    device = jnp.minimum(jnp.searchsorted(ends, index, side="right"), exchange.devices - 1)
+    return jnp.where((index < ends[-1])[:, None], returned[device, index - starts[device]], 0), dropped
+
+
+def _sorted(ids: Int[Array, " A"]) -> tuple[Int[Array, " A"], Int[Array, " A"]]:
+    """(the order that sorts, keeping equals as they are, and its inverse)."""
+    order = jnp.argsort(ids, stable=True)
+    return order, jnp.zeros_like(order).at[order].set(jnp.arange(len(ids)), unique_indices=True)
+
+
+def check_implementation(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        raise BadInput(f"dispatch={name!r} is unknown; {did_you_mean(name, IMPLEMENTATIONS)}")
+
+
+def choose(name: str) -> str:
+    """The implementation that is meant by a name, "auto" among them."""
+    check_implementation(name)
+    return AUTOMATIC.get(jax.default_backend(), ELSEWHERE) if name == "auto" else name
+
+
+def block_size(assignments: int, num_experts: int) -> int:
+    """Rows of a block of `in_blocks`."""
+    size = BLOCK_STEP * -(-3 * assignments // (2 * num_experts * BLOCK_STEP))
+    return min(size, LONGEST_BLOCK, assignments)
+
+
+def _dense(x, ids, weights, experts, activation):
+    up = jnp.einsum("md,edpf->empf", x, experts.up)
+    if experts.up_bias is not None:
+        up += experts.up_bias[:, None]
+    down = jnp.einsum("emf,efd->emd", activation(up), experts.down)
+    if experts.down_bias is not None:
+        down += experts.down_bias[:, None]
+    chosen = jax.nn.one_hot(ids, experts.up.shape[0], dtype=down.dtype)  # all zeros for the id E
+    return jnp.einsum("mke,mk,emd->md", chosen, weights.astype(down.dtype), down)
+
+
+# A permutation's gradient is the inverse permutation: written as such, both ways are gathers. Automatic
+# differentiation would scatter, several times as slowly on a CPU.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x: Float[Array, "M D"], order: Int[Array, " A"], inverse: Int[Array, " A"], k: int) -> Float[Array, "A D"]:
+    """The token of each assignment, in sorted order."""
+    return x[order // k]
+
+
+def _spread_forward(x, order, inverse, k):
+    return x[order // k], inverse
+
+
+def _spread_backward(k, inverse, slope):
+    return slope[inverse].reshape(-1, k, slope.shape[-1]).sum(1), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _reorder(rows: Float[Array, "A D"], index: Int[Array, " A"], inverse: Int[Array, " A"]) -> Float[Array, "A D"]:
+    """rows[index]."""
+    return rows[index]
+
+
+_reorder.defvjp(
+    lambda rows, index, inverse: (rows[index], inverse), lambda inverse, slope: (slope[inverse], None, None)
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def in_blocks(
+    rows: Float[Array, "A D"],
+    experts: ExpertWeights,
+    sizes: Int[Array, " E"],
+    activation: Activation,
+    block: int,
+) -> Float[Array, "A D"]:
+    """Rows sorted by expert, `sizes[e]` of them for each, through their experts; zero for the rows after these.
+
+    An expert's last block reads on into the next expert's rows. What it writes there is overwritten: blocks go by in
+    order. Weights are cut out of the stack block by block, and those of experts without a row are never read.
+    """
+    return _blocks_forward(rows, experts, sizes, activation, block)[0]
+
+
+def _plan(sizes: Int[Array, " E"], rows: int, block: int) -> tuple[Array, dict[str, Array]]:
+    """(the number of blocks, for each of as many as there may be: its expert, its first row, how many are real)."""
+    blocks = -(-sizes // block)
+    ends = jnp.cumsum(blocks)
+    index = jnp.arange(rows // block + len(sizes))
+    expert = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(sizes) - 1)
+    before = (index - (ends - blocks)[expert]) * block
+    return ends[-1], {
+        "expert": expert,
+        "start": (jnp.cumsum(sizes) - sizes)[expert] + before,
+        "real": sizes[expert] - before,
+    }
+
+
+def _blocks_forward(rows, experts, sizes, activation, block):
+    count, plan = _plan(sizes, len(rows), block)
+    padded = jnp.pad(rows, ((0, block), (0, 0)))
+    width, parts, hidden = experts.up.shape[1:]
+
+    def one_block(i, carry):
+        before, mixed = carry
+        expert, start = plan["expert"][i], plan["start"][i]
+        up = _cut(padded, start, block) @ experts.up[expert].reshape(width, parts * hidden)
+        if experts.up_bias is not None:
+            up += experts.up_bias[expert].reshape(-1)
+        down = activation(up.reshape(block, parts, hidden)) @ experts.down[expert]
+        if experts.down_bias is not None:
+            down += experts.down_bias[expert]
+        return _put(before, up, start), _put(mixed, down, start)
+
+    empty = jnp.zeros((len(padded), parts * hidden), rows.dtype), jnp.zeros_like(padded)
+    before, mixed = jax.lax.fori_loop(0, count, one_block, empty)
+    mixed = jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], mixed[: len(rows)], 0)
+    return mixed, (padded, before, experts, count, plan)
+
+
+def _blocks_backward(activation, block, saved, slope):
+    padded, before, experts, count, plan = saved
+    width, parts, hidden = experts.up.shape[1:]
+    slope = jnp.pad(slope, ((0, block), (0, 0)))
+
+    def one_block(i, carry):
+        row_slope, weights_slope = carry
+        expert, start = plan["expert"][i], plan["start"][i]
+        real = (jnp.arange(block) < plan["real"][i])[:, None]
+        down_slope = jnp.where(real, _cut(slope, start, block), 0)
+        activated, pull_back = jax.vjp(activation, _cut(before, start, block).reshape(block, parts, hidden))
+        # (W slopeᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
+        (up_slope,) = pull_back((experts.down[expert] @ down_slope.T).T)
+        up_slope = up_slope.reshape(block, parts * hidden)
+        rows = _cut(padded, start, block)
+        new = ExpertWeights(
+            up=_product(rows.T, up_slope).reshape(width, parts, hidden),
+            down=_product(activated.T, down_slope),
+            up_bias=None if experts.up_bias is None else up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden),
+            down_bias=None if experts.down_bias is None else down_slope.sum(0, dtype=jnp.float32),
+        )
+        weights_slope = jax.tree.map(lambda total, part: total.at[expert].add(part), weights_slope, new)
+        back = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T
+        return _put(row_slope, back, start), weights_slope
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), experts)
+    row_slope, weights_slope = jax.lax.fori_loop(0, count, one_block, (jnp.zeros_like(padded), zeros))
+    weights_slope = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), weights_slope, experts)
+    return row_slope[:-block], weights_slope, None
+
+
+in_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _cut(x: Float[Array, "A D"], start: Int[Array, ""], size: int) -> Float[Array, "size D"]:
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _put(x: Float[Array, "A D"], rows: Float[Array, "size D"], start: Int[Array, ""]) -> Float[Array, "A D"]:
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
+def _product(a: Float[Array, "i j"], b: Float[Array, "j l"]) -> Float[Array, "i l"]:
+    """In float32: the gradients of many blocks add up."""
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _ragged(rows, ids, experts, sizes, activation):
+    count, width, parts, hidden = experts.up.shape
+    real = ids < count
+    ids = jnp.minimum(ids, count - 1)
+    up = jax.lax.ragged_dot(rows, experts.up.reshape(count, width, parts * hidden), sizes).reshape(-1, parts, hidden)
+    if experts.up_bias is not None:
+        up += experts.up_bias[ids]
+    up = jnp.where(real[:, None, None], up, 0)  # Rows of no expert may hold anything.
+    down = jax.lax.ragged_dot(activation(up), experts.down, sizes)
+    if experts.down_bias is not None:
+        down += experts.down_bias[ids]
+    return jnp.where(real[:, None], down, 0)
+
+
+def _in_slots(rows, ids, experts, sizes, activation, capacity):
+    """(mixed rows, the number of dropped ones)."""
+    if capacity is None:
+        raise BadInput("dispatch='capacity' needs a capacity_factor; give one, such as 1.25")
+    count = experts.up.shape[0]
+    starts = jnp.cumsum(sizes) - sizes
+    real = ids < count
+    place = jnp.arange(len(rows)) - starts[jnp.minimum(ids, count - 1)]
+    kept = real & (place < capacity)
+    # Slot s of expert e holds the row starts[e] + s, if there is one.
+    held = jnp.arange(capacity) < sizes[:, None]
+    index = jnp.where(held, starts[:, None] + jnp.arange(capacity), 0)
+    slots = jnp.where(held[..., None], rows[index], 0)
+    up = jnp.einsum("ecd,edpf->ecpf", slots, experts.up)
+    if experts.up_bias is not None:
+        up += experts.up_bias[:, None]
+    down = jnp.einsum("ecf,efd->ecd", activation(up), experts.down)
+    if experts.down_bias is not None:
+        down += experts.down_bias[:, None]
+    mixed = down[jnp.minimum(ids, count - 1), jnp.where(kept, place, 0)]
+    return jnp.where(kept[:, None], mixed, 0), (real & ~kept).sum()
+
+
+def slots_each(factor: float, assignments: int, num_experts: int) -> int:
+    """Slots of an expert: `factor` times what each would get if all got as many."""
+    return int(np.ceil(factor * assignments / num_experts))

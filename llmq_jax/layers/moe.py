@@ -1,0 +1,278 @@
+"""Mixture of experts: many feed-forward networks, of which each token passes through the few that a router picks.
+
+Shazeer et al. 2017, arXiv:1701.06538 (top-k of a softmax, noise); Jiang et al. 2024 (Mixtral), arXiv:2401.04088
+(weights renormalised over the chosen); Dai et al. 2024 (DeepSeekMoE), arXiv:2401.06066 (fine-grained and shared
+experts); DeepSeek-AI 2024 (V3), arXiv:2412.19437 (sigmoid scores, groups, a bias for selection).
+
+Any decoder takes experts in place of its feed-forward networks: `config.experts`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float, Int
+
+from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.field_types import create
+from llmq_jax.layers.activations import ACTIVATIONS
+from llmq_jax.layers.attention import Context
+from llmq_jax.layers.expert_balance import Balance, RouterReport, report
+from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation, dispatch, slots_each
+from llmq_jax.layers.feedforward import MLP, GatedMLP
+from llmq_jax.layers.linear import Linear
+
+SCORES = ("softmax", "sigmoid")
+# A group of experts is as good as its best two (DeepSeek-V3, section 2.1.2).
+BEST_OF_GROUP = 2
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a decoder. Sizes and kind are those of the network whose place they take, unless given."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    """Experts for each token."""
+    intermediate_size: int | None = None
+    """Width of an expert; None is that of the network whose place it takes."""
+    first_layer: int = 0
+    """Layers before this one keep their feed-forward network."""
+    num_shared: int = 0
+    """Experts that all tokens pass through, computed as one of that many times the width."""
+    shared_weight: bool = False
+    """Whether the shared experts' output has a learned weight, sigmoid(p); p starts at 0."""
+    gated: bool | None = None
+    """Three matrices (SwiGLU, GeGLU) or two; None is as the network whose place they take."""
+    activation: str | None = None
+    bias: bool | None = None
+    """Whether experts have biases."""
+    score: str = "softmax"
+    """"softmax" over the experts, or "sigmoid" of each."""
+    router_bias: bool = False
+    """Whether the router's logits have a bias of their own."""
+    renormalise: bool = True
+    """Whether the weights of the chosen experts are made to add up to 1."""
+    scaling_factor: float = 1.0
+    """What the weights are multiplied by."""
+    selection_bias: bool = False
+    """Whether a bias is added to the scores to choose by, not to weigh by: the collection "router". A
+    `balance.bias_rate` moves it in training."""
+    num_groups: int = 1
+    """Groups of neighbours; only experts of the best `top_groups` of them can be chosen."""
+    top_groups: int = 1
+    noise: bool = False
+    """Whether training adds normal noise of a learned size to the logits (Shazeer et al. 2017, eq. 4)."""
+    dispatch: str = "auto"
+    """How tokens come to their experts: see `layers.expert_dispatch`."""
+    capacity_factor: float | None = None
+    """Slots of an expert, as a multiple of what each would get if all got as many; for dispatch="capacity"."""
+    balance: Balance | dict | None = None
+    """Losses and the bias that keep the load even; None is without."""
+
+    def __post_init__(self):
+        if isinstance(self.balance, dict):
+            object.__setattr__(self, "balance", create(Balance, self.balance))
+        for name in ("num_experts", "top_k", "num_groups", "top_groups"):
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("first_layer", "num_shared"):
+            self._require(getattr(self, name) >= 0, name, "must be at least 0")
+        size = self.intermediate_size
+        self._require(size is None or size >= 1, "intermediate_size", "must be at least 1")
+        self._require(self.top_k <= self.num_experts, "top_k", f"is more than num_experts={self.num_experts}")
+        self._require(self.score in SCORES, "score", did_you_mean(self.score, SCORES))
+        self._require(
+            self.activation is None or self.activation in ACTIVATIONS,
+            "activation",
+            f"is none of {', '.join(ACTIVATIONS)}",
+        )
+        self._require(
+            self.num_experts % self.num_groups == 0, "num_groups", f"must divide num_experts={self.num_experts}"
+        )
+        self._require(self.top_groups <= self.num_groups, "top_groups", f"is more than num_groups={self.num_groups}")
+        reachable = self.top_groups * self.num_experts // self.num_groups
+        self._require(self.top_k <= reachable, "top_k", f"is more than the {reachable} experts of top_groups")
+        self._require(
+            self.num_shared > 0 or not self.shared_weight, "shared_weight", "has no effect without num_shared"
+        )
+        self._require(self.scaling_factor > 0, "scaling_factor", "must be positive")
+        check_implementation(self.dispatch)
+        given = self.capacity_factor is not None
+        self._require(given or self.dispatch != "capacity", "capacity_factor", "is needed by dispatch='capacity'")
+        self._require(not given or self.dispatch == "capacity", "capacity_factor", "needs dispatch='capacity'")
+        self._require(not given or self.capacity_factor > 0, "capacity_factor", "must be positive, or all is dropped")
+        balance = self.balance
+        if balance is not None:
+            moves = bool(balance.bias_rate)
+            self._require(self.selection_bias or not moves, "balance", "moves a bias that needs selection_bias=true")
+            self._require(
+                self.num_experts % balance.devices == 0, "balance", f"devices must divide {self.num_experts} experts"
+            )
+
+    def _require(self, condition: bool, name: str, rule: str) -> None:
+        if not condition:
+            raise BadInput(f"experts: {name}={getattr(self, name)!r} {rule}")
+
+
+def experts_from(given: Any, layers: int) -> Experts | None:
+    """The `experts` of a config: None, Experts, or a dict as a file or a command line gives it."""
+    if isinstance(given, dict):
+        given = create(Experts, given)
+    if given is not None and given.first_layer >= layers:
+        raise BadInput(f"experts: first_layer={given.first_layer} leaves no expert in {layers} layers")
+    return given
+
+
+def route(
+    logits: Float[Array, "*batch E"], experts: Experts, bias: Float[Array, " E"] | None = None
+) -> tuple[Int[Array, "*batch k"], Float[Array, "*batch k"], Float[Array, "*batch E"]]:
+    """(ids of the chosen experts, their weights, the router's probabilities), all in float32.
+
+    The probabilities add up to 1 over all experts, for the balance losses (arXiv:2412.19437, eq. 19).
+    """
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.softmax(logits) if experts.score == "softmax" else jax.nn.sigmoid(logits)
+    choice = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    if experts.num_groups > 1:
+        groups = choice.reshape(*choice.shape[:-1], experts.num_groups, -1)
+        best = jax.lax.top_k(groups, min(BEST_OF_GROUP, groups.shape[-1]))[0].sum(-1)
+        _, chosen = jax.lax.top_k(best, experts.top_groups)
+        allowed = jax.nn.one_hot(chosen, experts.num_groups).sum(-2) > 0
+        choice = jnp.where(allowed[..., None], groups, -jnp.inf).reshape(choice.shape)
+    _, ids = jax.lax.top_k(choice, experts.top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if experts.renormalise:
+        weights /= weights.sum(-1, keepdims=True) + 1e-20
+    probabilities = scores if experts.score == "softmax" else scores / (scores.sum(-1, keepdims=True) + 1e-20)
+    return ids, weights * experts.scaling_factor, probabilities
+
+
+class MixtureOfExperts(nn.Module):
+    """A router, experts stacked in one array, and what all tokens share.
+
+    `gated`, `activation`, `use_bias` and `intermediate_size` describe the network whose place it takes.
+    """
+
+    experts: Experts
+    intermediate_size: int
+    gated: bool
+    activation: str
+    use_bias: bool
+    kernel_init: Initializer
+    down_init: Initializer
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], RouterReport]:
+        """`real` is False for padding, which is given to no expert and counts nowhere."""
+        e = self.experts
+        real = jnp.ones(x.shape[:2], bool) if real is None else real
+        logits = self.logits(x)
+        bias = None
+        if e.selection_bias:
+            bias = self.variable("router", "bias", jnp.zeros, (e.num_experts,), jnp.float32).value
+        ids, weights, probabilities = route(logits, e, bias)
+        gated = self.gated if e.gated is None else e.gated
+        weigh = self.stacked(x.shape[-1], 2 if gated else 1)
+        activation = ACTIVATIONS[e.activation or self.activation]
+
+        def activate(parts: Float[Array, "*rows P F"]) -> Float[Array, "*rows F"]:
+            first = activation(parts[..., 0, :])
+            return first * parts[..., 1, :] if gated else first
+
+        rows = x.astype(self.dtype or weigh.up.dtype).reshape(-1, x.shape[-1])
+        slots = None
+        if e.capacity_factor is not None:
+            slots = slots_each(e.capacity_factor, ids.size, e.num_experts)
+        mixed, dropped = dispatch(
+            rows,
+            jnp.where(real[..., None], ids, e.num_experts).reshape(-1, e.top_k),
+            weights.reshape(-1, e.top_k),
+            weigh,
+            activate,
+            e.dispatch,
+            slots,
+        )
+        mixed = mixed.reshape(x.shape)
+        if e.num_shared:
+            shared = self.shared(gated)(x)
+            if e.shared_weight:
+                weight = self.param("shared_weight", nn.initializers.zeros, ())
+                shared *= jax.nn.sigmoid(weight.astype(jnp.float32)).astype(shared.dtype)
+            mixed += shared
+        return mixed, report(logits, probabilities, ids, real, dropped)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        e, x = self.experts, x.astype(jnp.float32)
+        logits = Linear(e.num_experts, e.router_bias, self.kernel_init, jnp.float32, name="router")(x)
+        if e.noise:
+            size = Linear(e.num_experts, False, nn.initializers.zeros, jnp.float32, name="noise")(x)
+            if self.has_rng("dropout"):
+                drawn = jax.random.normal(self.make_rng("dropout"), logits.shape)
+                logits += drawn * jax.nn.softplus(size)
+        return logits
+
+    def stacked(self, width: int, parts: int) -> ExpertWeights:
+        e = self.experts
+        hidden = e.intermediate_size or self.intermediate_size
+
+        def kernel(name, initialise, shape):
+            def draw(key):  # each expert's as the flat matrix that it is
+                keys = jax.random.split(key, shape[0])
+                matrix = (shape[1], math.prod(shape[2:]))
+                return jax.vmap(lambda key: initialise(key, matrix))(keys).reshape(shape)
+
+            leaf = self.param(name, draw)
+            return leaf.astype(self.dtype or leaf.dtype)
+
+        def bias(name, shape):
+            if not (self.use_bias if e.bias is None else e.bias):
+                return None
+            leaf = self.param(name, nn.initializers.zeros, shape)
+            return leaf.astype(self.dtype or leaf.dtype)
+
+        return ExpertWeights(
+            up=kernel("up_kernel", self.kernel_init, (e.num_experts, width, parts, hidden)),
+            down=kernel("down_kernel", self.down_init, (e.num_experts, hidden, width)),
+            up_bias=bias("up_bias", (e.num_experts, parts, hidden)),
+            down_bias=bias("down_bias", (e.num_experts, width)),
+        )
+
+    def shared(self, gated: bool) -> nn.Module:
+        e = self.experts
+        hidden = e.num_shared * (e.intermediate_size or self.intermediate_size)
+        activation = e.activation or self.activation
+        bias = self.use_bias if e.bias is None else e.bias
+        if gated:
+            return GatedMLP(hidden, activation, bias, self.kernel_init, self.dtype, name="shared")
+        return MLP(hidden, activation, self.kernel_init, self.down_init, self.dtype, bias, name="shared")
+
+
+def feed_forward(
+    x: Float[Array, "B T D"],
+    context: Context,
+    experts: Experts | None,
+    *,
+    intermediate_size: int,
+    gated: bool,
+    activation: str,
+    use_bias: bool,
+    kernel_init: Initializer,
+    down_init: Initializer,
+    dtype: Dtype | None,
+) -> tuple[Float[Array, "B T D"], dict[str, RouterReport]]:
+    """What a block calls: a feed-forward network "mlp", or experts "moe" in its place: (output, the block's counts)."""
+    if experts is not None:
+        kind = (intermediate_size, gated, activation, use_bias, kernel_init, down_init)
+        real = None if context.segment_ids is None else context.segment_ids != 0
+        mixed, report = MixtureOfExperts(experts, *kind, dtype, name="moe")(x, real)
+        return mixed, {"router": report}
+    if gated:
+        return GatedMLP(intermediate_size, activation, use_bias, kernel_init, dtype, name="mlp")(x), {}
+    return MLP(intermediate_size, activation, kernel_init, down_init, dtype, use_bias, name="mlp")(x), {}

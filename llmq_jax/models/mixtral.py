@@ -1,0 +1,86 @@
+"""Mixtral (Jiang et al. 2024, "Mixtral of Experts", arXiv:2401.04088): the classic sparse mixture of experts.
+
+Llama (grouped-query attention, RoPE, RMSNorm, SwiGLU) in which every feed-forward network is 8 experts, of which each
+token passes through 2:
+- the router is a linear layer; softmax over all experts, the two largest renormalised to add up to 1 (section 2.1)
+- no token is dropped, no shared expert
+- in training a load-balancing loss over the tokens of all layers together (transformers' `router_aux_loss_coef`)
+
+Reference: transformers' `MixtralForCausalLM`. Deviations: none; its jitter on the router's input
+(`router_jitter_noise`) is not here.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmq_jax.layers.expert_balance import Balance
+from llmq_jax.layers.moe import Experts
+from llmq_jax.layers.positions import Rope
+from llmq_jax.models.config import require
+from llmq_jax.models.llama3 import Llama3, Llama3Config
+
+MIXTRAL_ROPE = Rope(rope_theta=1_000_000.0)
+
+
+@dataclass(frozen=True)
+class MixtralConfig(Llama3Config):
+    """What differs from Llama; the defaults are Mixtral 8x7B. Experts are told by transformers' fields."""
+
+    model_type: ClassVar[str] = "mixtral"
+
+    max_position_embeddings: int = 131072
+    num_key_value_heads: int | None = 8
+    intermediate_size: int = 14336
+    """Width of an expert."""
+    rms_norm_eps: float = 1e-5
+    rope_parameters: Rope | dict = MIXTRAL_ROPE
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.001
+    """Coefficient of the load-balancing loss, which training adds. `experts`, where they are given, have their own."""
+
+    def __post_init__(self):
+        require(self.router_aux_loss_coef >= 0, self, "router_aux_loss_coef", "must be at least 0")
+        super().__post_init__()
+        given = self.experts
+        sizes = (self.num_local_experts, self.num_experts_per_tok)
+        require(
+            given is None or (given.num_experts, given.top_k) == sizes,
+            self,
+            "experts",
+            f"must have num_experts and top_k as num_local_experts and num_experts_per_tok say: {sizes}",
+        )
+        _ = self.classic_experts  # which checks the rest
+
+    @property
+    def classic_experts(self) -> Experts:
+        """The experts of transformers' Mixtral."""
+        coefficient = self.router_aux_loss_coef
+        balance = Balance(load_balance=coefficient, pooled=True, divide_by_top_k=False) if coefficient else None
+        return Experts(self.num_local_experts, self.num_experts_per_tok, balance=balance)
+
+
+PRESETS = {
+    "mixtral-8x7b": MixtralConfig(),
+    # To train from bytes, on a laptop.
+    "mixtral-10m": MixtralConfig(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=384,
+        router_aux_loss_coef=0.01,
+    ),
+}
+
+
+class Mixtral(Llama3):
+    """Llama with experts."""
+
+    config: MixtralConfig
+
+    @property
+    def experts(self) -> Experts:
+        return self.config.classic_experts if self.config.experts is None else self.config.experts

@@ -1,0 +1,51 @@
+"""What experts add to an objective, and what a training step does with their load.
+
+The balance losses are products of means over a batch. They are taken of each micro-batch and averaged, by the number of
+its targets: the one part of a loss that accumulation changes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias
+from llmq_jax.layers.moe import Experts
+
+
+def balance_terms(
+    experts: Experts | None, counts: dict, share: Float[Array, ""]
+) -> tuple[Float[Array, ""] | float, dict[str, Array]]:
+    """(Σ coefficient · loss, each loss before its coefficient and the largest violation by name), times this
+    micro-batch's `share` of the batch. Without experts: 0 and nothing."""
+    reports = all_layers(counts)
+    if reports is None:
+        return 0.0, {}
+    balance = experts.balance or Balance()
+    losses = balance_losses(reports, balance, experts.top_k)
+    metrics = {f"{name}_loss": share * loss for name, loss in losses.items()}
+    penalty = sum((getattr(balance, name) * share * loss for name, loss in losses.items()), 0.0)
+    return penalty, {**metrics, "max_violation_batch": share * max_violation(reports.assigned).mean()}
+
+
+def load_metrics(experts: Experts | None, counts: dict) -> dict[str, Array]:
+    """Of the assignments of a whole step: `expert_load` [layers, experts], and the mean over layers of the largest
+    violation; with fixed slots also the part that was dropped."""
+    reports = all_layers(counts)
+    if reports is None:
+        return {}
+    metrics = {"max_violation": max_violation(reports.assigned).mean(), "expert_load": reports.assigned}
+    if experts.capacity_factor is not None:
+        metrics["dropped"] = reports.dropped.sum() / jnp.maximum(reports.assigned.sum(), 1)
+    return metrics
+
+
+def move_biases(experts: Experts | None, router: dict, counts: dict) -> dict:
+    """The collection "router" after a step: every layer's bias for selection, moved against its load."""
+    if experts is None or experts.balance is None or not experts.balance.bias_rate:
+        return router
+
+    def moved(path, bias):
+        group, block = (entry.key for entry in path[:2])
+        return moved_bias(bias, counts[group][block]["router"].assigned, experts.balance)
+
+    return jax.tree_util.tree_map_with_path(moved, router)

@@ -1,0 +1,71 @@
+"""Experts shared among 8 devices: the same values and gradients; tokens are exchanged, and each does its share.
+
+Devices are virtual, which a process must ask for before JAX starts: hence the other process.
+"""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+from functools import partial
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+
+from llmq_jax.layers.expert_dispatch import Exchange, ExpertWeights, dispatch
+
+DEVICES, EXPERTS, TOKENS, WIDTH, HIDDEN = 8, 16, 64, 6, 10
+rng = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+experts = ExpertWeights(normal(EXPERTS, WIDTH, 2, HIDDEN), normal(EXPERTS, HIDDEN, WIDTH), normal(EXPERTS, 2, HIDDEN))
+x, weights, slope = normal(TOKENS, WIDTH), jnp.abs(normal(TOKENS, 2)), normal(TOKENS, WIDTH)
+ids = np.argsort(-(rng.standard_normal(EXPERTS) + rng.gumbel(size=(TOKENS, EXPERTS))), axis=1)[:, :2]
+ids[5:9] = EXPERTS  # padding
+ids = jnp.asarray(ids, jnp.int32)
+activate = lambda parts: jax.nn.silu(parts[..., 0, :]) * parts[..., 1, :]
+
+swap = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
+mesh = jax.make_mesh((DEVICES,), ("expert",), axis_types=(AxisType.Auto,))
+shared = P("expert")
+
+
+def layer(name, x, ids, weights, experts):
+    def on_a_device(x, ids, weights, experts):
+        return dispatch(x, ids, weights, experts, activate, name, exchange=Exchange(DEVICES, swap))[0]
+
+    return jax.shard_map(on_a_device, mesh=mesh, in_specs=shared, out_specs=shared, check_vma=False)(
+        x, ids, weights, experts
+    )
+
+
+def loss(mix):
+    return jax.jit(jax.value_and_grad(lambda x, w, e: (mix(x, ids, w, e) * slope).sum(), (0, 1, 2)))
+
+
+expected = loss(lambda *inputs: dispatch(*inputs, activate, "dense")[0])(x, weights, experts)
+for name in ("blocks", "ragged"):
+    compiled = loss(partial(layer, name)).lower(x, weights, experts).compile()
+    found = compiled(x, weights, experts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+    program = compiled.as_text()
+    print(name, "exchanges", len(re.findall(r" all-to-all(?:-start)?\\(", program)))
+    # A device holds 2 of the 16 experts, and no array of all of them is ever formed.
+    print(name, "all experts", len(re.findall(rf"f32\\[{EXPERTS},{WIDTH},2,{HIDDEN}\\]", program)))
+    print(name, "own experts", len(re.findall(rf"f32\\[{EXPERTS // DEVICES},{WIDTH},2,{HIDDEN}\\]", program)) > 0)
+"""
+
+
+def test_experts_on_eight_devices():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+    for name in ("blocks", "ragged"):
+        # Rows there and back with the loads, and the gradients of rows there and back.
+        assert int(facts[f"{name} exchanges"]) >= 4
+        assert facts[f"{name} all experts"] == "0"
+        assert facts[f"{name} own experts"] == "True"

@@ -1,0 +1,305 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from llmq_jax.errors import BadInput
+from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
+from llmq_jax.layers.expert_dispatch import ExpertWeights, block_size, dispatch, in_blocks, slots_each
+from llmq_jax.layers.moe import Experts, MixtureOfExperts, experts_from, route
+
+NORMAL = nn.initializers.normal(0.3)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def draw(seed, tokens, count, top_k, width=6, hidden=10, parts=2, biases=False, spread=1.0):
+    """(x, ids, weights, experts): distinct ids for each token; a small spread sends all to the same few experts."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    popularity = rng.standard_normal(count) / spread
+    ids = np.argsort(-(popularity + rng.gumbel(size=(tokens, count))), axis=1)[:, :top_k]
+    experts = ExpertWeights(
+        up=normal(count, width, parts, hidden),
+        down=normal(count, hidden, width),
+        up_bias=normal(count, parts, hidden) if biases else None,
+        down_bias=normal(count, width) if biases else None,
+    )
+    return normal(tokens, width), jnp.asarray(ids, jnp.int32), jnp.abs(normal(tokens, top_k)), experts
+
+
+def activate(parts):
+    first = jax.nn.silu(parts[..., 0, :])
+    return first * parts[..., 1, :] if parts.shape[-2] == 2 else first
+
+
+def value_and_gradients(name, x, ids, weights, experts, capacity=None):
+    slope = jnp.asarray(np.random.default_rng(9).standard_normal(x.shape), jnp.float32)
+
+    @jax.jit
+    def compute(x, weights, experts):
+        mixed, dropped = dispatch(x, ids, weights, experts, activate, name, capacity)
+        return (mixed * slope).sum(), (mixed, dropped)
+
+    (_, (mixed, dropped)), gradients = jax.value_and_grad(compute, (0, 1, 2), has_aux=True)(x, weights, experts)
+    return (mixed, gradients), int(dropped)
+
+
+def assert_close(ours, theirs, **tolerance):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or {"rtol": 1e-4, "atol": 1e-4})), ours, theirs
+    )
+
+
+CASES = {
+    "several blocks an expert": {"tokens": 100, "count": 4, "top_k": 2},
+    "more experts than assignments": {"tokens": 3, "count": 16, "top_k": 2},
+    "one token": {"tokens": 1, "count": 8, "top_k": 2},
+    "biases, plain": {"tokens": 37, "count": 5, "top_k": 3, "biases": True, "parts": 1},
+    "biases, gated": {"tokens": 37, "count": 5, "top_k": 1, "biases": True},
+    "most experts empty": {"tokens": 90, "count": 12, "top_k": 1, "spread": 0.05},
+    "every expert": {"tokens": 20, "count": 3, "top_k": 3},
+}
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["all real", "with padding"])
+@pytest.mark.parametrize("case", CASES)
+def test_implementations_agree_in_outputs_and_all_gradients(case, padding):
+    x, ids, weights, experts = draw(0, **CASES[case])
+    if padding:
+        ids = jnp.where((jnp.arange(len(x)) % 3 == 1)[:, None], CASES[case]["count"], ids)
+    expected, _ = value_and_gradients("dense", x, ids, weights, experts)
+    for name in ("blocks", "ragged", "auto"):
+        assert_close(value_and_gradients(name, x, ids, weights, experts)[0], expected)
+    everything = slots_each(float(CASES[case]["count"]), ids.size, CASES[case]["count"])
+    found, dropped = value_and_gradients("capacity", x, ids, weights, experts, everything)
+    assert dropped == 0
+    assert_close(found, expected)
+    if padding and len(x) > 1:
+        mixed, (slope_of_x, slope_of_weights, _) = expected
+        assert not mixed[1].any() and not slope_of_x[1].any() and not slope_of_weights[1].any()
+
+
+@pytest.mark.parametrize("block", [1, 3, 16, 64])
+def test_the_size_of_a_block_changes_nothing(block):
+    x, ids, _, experts = draw(1, tokens=50, count=6, top_k=1, biases=True)
+    order = np.argsort(ids[:, 0], kind="stable")
+    sizes = jnp.bincount(ids[:, 0], length=6)
+    mixed = jax.jit(in_blocks, static_argnums=(3, 4))(x[order], experts, sizes, activate, block)
+    expected, _ = dispatch(x, ids, jnp.ones((50, 1)), experts, activate, "dense")
+    assert_close(mixed, expected[order])
+
+
+def test_a_block_is_as_long_as_an_expert_needs_and_no_longer_than_is_good():
+    assert [block_size(4096, count) for count in (1, 8, 64, 256)] == [128, 128, 96, 32]
+    assert block_size(2, 8) == 2
+
+
+def test_rows_that_are_not_finite_stay_with_their_own_experts():
+    """The rest of a block reads on into the next expert's rows, and past the last one into padding."""
+    x, ids, weights, experts = draw(2, tokens=40, count=4, top_k=1)
+    ids = ids.at[7].set(4)
+    mixed, _ = dispatch(x.at[7].set(jnp.nan), ids, weights, experts, activate, "blocks")
+    expected, _ = dispatch(x, ids, weights, experts, activate, "dense")
+    others = np.arange(40) != 7
+    assert_close(mixed[others], expected[others])
+
+
+def test_capacity_drops_the_last_tokens_of_a_full_expert_and_counts_them():
+    x, _, weights, experts = draw(3, tokens=6, count=3, top_k=1)
+    ids = jnp.asarray([[0], [0], [1], [0], [3], [0]])
+    (mixed, _), dropped = value_and_gradients("capacity", x, ids, weights, experts, 2)
+    assert dropped == 2
+    kept = jnp.where(jnp.asarray([[0], [0], [0], [1], [1], [1]], bool), 3, ids)
+    (expected, _), _ = value_and_gradients("dense", x, kept, weights, experts)
+    assert_close(mixed, expected)
+    assert slots_each(1.25, 4096, 8) == 640
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_routing_in_groups_with_a_bias(score):
+    experts = Experts(12, 3, score=score, num_groups=4, top_groups=2, selection_bias=True, scaling_factor=2.5)
+    rng = np.random.default_rng(0)
+    logits, bias = rng.standard_normal((20, 12)), rng.standard_normal(12) / 3
+    ids, weights, probabilities = route(jnp.asarray(logits, jnp.float32), experts, jnp.asarray(bias, jnp.float32))
+    exponentials = np.exp(logits)
+    scores = exponentials / exponentials.sum(1, keepdims=True) if score == "softmax" else 1 / (1 + np.exp(-logits))
+    for row in range(20):
+        choice = scores[row] + bias
+        best = sorted(range(4), key=lambda g: -np.sort(choice[3 * g : 3 * g + 3])[-2:].sum())[:2]
+        allowed = [e for e in range(12) if e // 3 in best]
+        expected = sorted(allowed, key=lambda e: -choice[e])[:3]
+        assert ids[row].tolist() == expected
+        np.testing.assert_allclose(weights[row], 2.5 * scores[row][expected] / scores[row][expected].sum(), rtol=1e-5)
+    np.testing.assert_allclose(probabilities, scores / scores.sum(1, keepdims=True), rtol=1e-5)
+    plain = dataclasses.replace(experts, renormalise=False, scaling_factor=1.0)
+    ids, weights, _ = route(jnp.asarray(logits, jnp.float32), plain)
+    np.testing.assert_allclose(weights, np.take_along_axis(scores, np.asarray(ids), 1), rtol=1e-5)
+
+
+def reported(seed=0, layers=3, rows=2, length=10, count=8, top_k=2, real=None):
+    """Reports of several layers, stacked, with the arrays that they come from."""
+    rng = np.random.default_rng(seed)
+    logits = jnp.asarray(rng.standard_normal((layers, rows, length, count)), jnp.float32)
+    real = jnp.ones((rows, length), bool) if real is None else real
+    experts = Experts(count, top_k)
+    ids, _, probabilities = route(logits, experts)
+    reports = [
+        report(*leaves, real, jnp.zeros((), jnp.int32)) for leaves in zip(logits, probabilities, ids, strict=True)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports), logits, ids, probabilities
+
+
+def test_the_losses_are_the_formulas():
+    real = np.arange(10)[None] < np.array([[10], [4]])
+    reports, logits, ids, probabilities = reported(real=jnp.asarray(real))
+    every = Balance(load_balance=1.0, router_z=1.0, sequence=1.0, device=1.0, devices=4)
+    losses = balance_losses(reports, every, 2)
+    by_layer, by_device, by_row, z = [], [], [], []
+    for layer in range(3):
+        chosen = np.eye(8)[np.asarray(ids[layer])].sum(2)[real]
+        p = np.asarray(probabilities[layer])[real]
+        f = chosen.mean(0) / 2
+        by_layer.append(8 * (f * p.mean(0)).sum())
+        groups = (8 * f).reshape(4, 2).mean(1), p.mean(0).reshape(4, 2).sum(1)
+        by_device.append((groups[0] * groups[1]).sum())
+        z.append((np.log(np.exp(np.asarray(logits[layer])[real]).sum(-1)) ** 2).mean())
+        for row in range(2):
+            c, q = np.eye(8)[np.asarray(ids[layer, row])].sum(1)[real[row]], probabilities[layer, row][real[row]]
+            by_row.append(8 * (c.mean(0) / 2 * q.mean(0)).sum())
+    np.testing.assert_allclose(losses["load_balance"], np.mean(by_layer), rtol=1e-5)
+    np.testing.assert_allclose(losses["device"], np.mean(by_device), rtol=1e-5)
+    np.testing.assert_allclose(losses["router_z"], np.mean(z), rtol=1e-5)
+    np.testing.assert_allclose(losses["sequence"], np.mean(by_row), rtol=1e-5)
+    pooled = balance_losses(reports, Balance(load_balance=1.0, pooled=True), 2)["load_balance"]
+    undivided = balance_losses(reports, Balance(load_balance=1.0, pooled=True, divide_by_top_k=False), 2)
+    np.testing.assert_allclose(undivided["load_balance"], 2 * pooled, rtol=1e-6)
+    assert abs(pooled - losses["load_balance"]) > 1e-3  # the mean of products is not the product of means
+    assert not balance_losses(reports, Balance(), 2)
+
+
+def test_an_even_load_costs_one():
+    ids = jnp.asarray([[[0, 1], [2, 3], [4, 5], [6, 7]]])
+    even = report(
+        jnp.zeros((1, 4, 8)), jnp.full((1, 4, 8), 1 / 8), ids, jnp.ones((1, 4), bool), jnp.zeros((), jnp.int32)
+    )
+    reports = jax.tree.map(lambda leaf: leaf[None], even)
+    losses = balance_losses(reports, Balance(load_balance=1.0, sequence=1.0, device=1.0, devices=2), 2)
+    np.testing.assert_allclose(list(losses.values()), 1.0, rtol=1e-6)
+    assert max_violation(even.assigned) == 0.0
+
+
+def test_padding_counts_nowhere():
+    layer = MixtureOfExperts(Experts(4, 2), 8, True, "silu", False, NORMAL, NORMAL)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 6)), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    real = jnp.arange(9)[None] < jnp.asarray([[9], [5]])
+    mixed, padded = layer.apply(variables, x, real)
+    alone, short = layer.apply(variables, x[1:, :5])
+    np.testing.assert_allclose(mixed[1, :5], alone[0], **CLOSE)
+    _, first = layer.apply(variables, x[:1])
+    assert_close(padded, jax.tree.map(jnp.add, first, short))
+
+
+def test_a_bias_moves_against_the_load():
+    bias, assigned = jnp.zeros((2, 4)), jnp.asarray([[4, 0, 2, 2], [2, 2, 2, 2]])
+    np.testing.assert_allclose(moved_bias(bias, assigned, Balance(bias_rate=0.1)), [[-0.1, 0.1, 0, 0], [0, 0, 0, 0]])
+    proportional = Balance(bias_rate=0.1, bias_update="proportional")
+    np.testing.assert_allclose(moved_bias(bias, assigned, proportional)[0], [-0.1, 0.1, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(max_violation(assigned), [1.0, 0.0])
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    logits = jnp.asarray([[2.0, 1.0, 0.0, -1.0]])
+    experts = Experts(4, 2, selection_bias=True)
+    ids, weights, _ = route(logits, experts, jnp.asarray([-9.0, 0.0, 0.0, 9.0]))
+    assert ids.tolist() == [[3, 1]]
+    np.testing.assert_allclose(weights[0], np.exp([-1.0, 1.0]) / np.exp([-1.0, 1.0]).sum(), rtol=1e-5)
+
+
+def test_noise_acts_in_training_alone_and_its_size_is_learned():
+    layer = MixtureOfExperts(Experts(8, 2, noise=True), 8, True, "silu", False, NORMAL, NORMAL)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 30, 6)), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    still, _ = layer.apply(variables, x)
+    np.testing.assert_array_equal(still, layer.apply(variables, x)[0])
+
+    @jax.jit
+    @jax.grad
+    def slope(params, key):
+        return jnp.square(layer.apply({"params": params}, x, rngs={"dropout": key})[0]).sum()
+
+    noisy, _ = layer.apply(variables, x, rngs={"dropout": jax.random.key(1)})
+    assert np.abs(noisy - still).max() > 1e-2
+    assert np.abs(slope(variables["params"], jax.random.key(1))["noise"]["kernel"]).max() > 0
+
+
+def test_shared_experts_see_every_token_at_a_learned_weight():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 6)), jnp.float32)
+    experts = Experts(4, 1, num_shared=2, shared_weight=True, intermediate_size=5)
+    layer = MixtureOfExperts(experts, 99, True, "silu", False, NORMAL, NORMAL)
+    variables = layer.init(jax.random.key(0), x)
+    assert variables["params"]["shared"]["gate"]["kernel"].shape == (6, 10)
+    mixed, _ = layer.apply(variables, x)
+    without = dataclasses.replace(experts, num_shared=0, shared_weight=False)
+    params = {name: leaf for name, leaf in variables["params"].items() if not name.startswith("shared")}
+    routed, _ = MixtureOfExperts(without, 99, True, "silu", False, NORMAL, NORMAL).apply({"params": params}, x)
+    kernels = {name: leaf["kernel"] for name, leaf in variables["params"]["shared"].items()}
+    shared = (jax.nn.silu(x @ kernels["gate"]) * (x @ kernels["up"])) @ kernels["down"]
+    np.testing.assert_allclose(mixed - routed, shared / 2, **CLOSE)  # sigmoid(0)
+
+
+def test_layers_are_counted_in_order():
+    def block(*layers):
+        return {"router": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+    reports, *_ = reported(layers=5)
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], reports) for i in range(5)]
+    counts = {
+        "group_0": {"block_0": {}},
+        "group_1": {"block_0": block(layers[0], layers[2]), "block_1": block(layers[1], layers[3])},
+        "group_2": {"block_0": block(layers[4])},
+    }
+    assert_close(all_layers(counts), reports)
+    assert all_layers({"group_0": {"block_0": {}}}) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_k": 9}, "top_k=9 is more than num_experts=8"),
+        ({"num_groups": 3}, "num_groups=3 must divide num_experts=8"),
+        ({"num_groups": 4, "top_groups": 5}, "top_groups=5 is more than num_groups=4"),
+        ({"num_groups": 8, "top_k": 2}, "top_k=2 is more than the 1 experts of top_groups"),
+        ({"capacity_factor": 1.0}, "capacity_factor=1.0 needs dispatch='capacity'"),
+        ({"dispatch": "capacity"}, "capacity_factor=None is needed by dispatch='capacity'"),
+        ({"dispatch": "capacity", "capacity_factor": 0.0}, "must be positive, or all is dropped"),
+        ({"dispatch": "sorted"}, "dispatch='sorted' is unknown"),
+        ({"score": "tanh"}, "score='tanh'"),
+        ({"activation": "tanh"}, "activation='tanh' is none of"),
+        ({"shared_weight": True}, "has no effect without num_shared"),
+        ({"experts": 3}, "there is no field 'experts'"),
+        ({"first_layer": 4}, "first_layer=4 leaves no expert in 4 layers"),
+        ({"balance": {"bias_rate": 0.1}}, "moves a bias that needs selection_bias=true"),
+        ({"balance": {"device": 0.1, "devices": 3}}, "devices must divide 8 experts"),
+        ({"balance": {"device": 0.1}}, "needs devices"),
+        ({"balance": {"devices": 2}}, "devices=2 has no effect without device"),
+        ({"balance": {"pooled": True}}, "pooled=True has no effect without load_balance"),
+        ({"balance": {"bias_update": "proportional"}}, "has no effect without bias_rate"),
+        ({"balance": {"load_balance": -1.0}}, "load_balance=-1.0 must be at least 0"),
+        ({"balance": {"bias_rate": 0.1, "bias_update": "signs"}}, "bias_update='signs'"),
+        ({"balance": {"loss": 0.1}}, "there is no field 'loss'"),
+        ({"num_experts": "8"}, "num_experts='8' is not of the type int"),
+        ({"balance": {"router_z": "high"}}, "router_z='high' is not of the type float"),
+    ],
+)
+def test_bad_input(fields, message):
+    with pytest.raises(BadInput, match=re.escape(message)) as error:
+        experts_from(fields, layers=4)
+    assert "\n" not in str(error.value)
