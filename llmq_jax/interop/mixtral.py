@@ -47,13 +47,6 @@ APART = in_place_of_mlp(
 LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
 
 
-def read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE in one spelling. Where nothing is said of its base, that is Mixtral's."""
-    values = read_rope(values)
-    base = {"rope_theta": MixtralConfig.rope_parameters.rope_theta}
-    return {**values, "rope_parameters": base | values["rope_parameters"]}
-
-
 CONFIG = ConfigTable(
     config_class=MixtralConfig,
     architecture="MixtralForCausalLM",
@@ -69,7 +62,7 @@ CONFIG = ConfigTable(
     # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
     ignored=frozenset({"output_router_logits"}),
     token_ids={"bos_token_id": 1, "eos_token_id": 2},
-    read=read,
+    read=read_rope,
     write=write_sizes,
 )
 

@@ -109,7 +109,11 @@ class Llama3Config:
             require(getattr(self, name) > 0, self, name, "must be positive")
         require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
-        rope = rope_from(self.rope_parameters, self.head_width, self.max_position_embeddings)
+        rope = self.rope_parameters
+        if isinstance(rope, dict):
+            given = {name: value for name, value in rope.items() if value is not None}
+            rope = {"rope_theta": type(self).rope_parameters.rope_theta} | given
+        rope = rope_from(rope, self.head_width, self.max_position_embeddings)
         object.__setattr__(self, "rope_parameters", rope)
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
 

@@ -24,7 +24,7 @@ MIXTRAL_ROPE = Rope(rope_theta=1_000_000.0)
 
 @dataclass(frozen=True)
 class MixtralConfig(Llama3Config):
-    """What differs from Llama; the defaults are Mixtral 8x7B. Experts are told by transformers' fields."""
+    """What differs from Llama; the defaults are transformers'. Experts are told by its fields."""
 
     model_type: ClassVar[str] = "mixtral"
 
@@ -61,7 +61,7 @@ class MixtralConfig(Llama3Config):
 
 
 PRESETS = {
-    "mixtral-8x7b": MixtralConfig(),
+    "mixtral-8x7b": MixtralConfig(max_position_embeddings=32768, router_aux_loss_coef=0.02),
     # To train from bytes, on a laptop.
     "mixtral-10m": MixtralConfig(
         vocab_size=257,

@@ -99,3 +99,9 @@ def test_experts_from_the_command_line():
 def test_bad_input(fields, message):
     with pytest.raises(BadInput, match=message):
         MixtralConfig(**fields)
+
+
+def test_the_base_of_rope_is_mixtrals_where_none_is_said():
+    assert MixtralConfig(rope_parameters={}).rope_parameters == TINY.rope_parameters
+    assert TINY.rope_parameters.rope_theta == 1e6
+    assert MixtralConfig(rope_parameters={"rope_theta": 500.0}).rope_parameters.rope_theta == 500.0
