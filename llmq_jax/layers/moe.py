@@ -56,7 +56,8 @@ class Experts:
     router_bias: bool = False
     """Whether the router's logits have a bias of their own."""
     renormalise: bool = True
-    """Whether the weights of the chosen experts are made to add up to 1."""
+    """Whether the weights of the chosen experts are made to add up to 1. With top_k=1 they then are 1, and the router
+    learns from balance losses alone; Switch has False."""
     scaling_factor: float = 1.0
     """What the weights are multiplied by."""
     selection_bias: bool = False
