@@ -180,14 +180,14 @@ class MixtureOfExperts(nn.Module):
             bias = self.variable("router", "bias", jnp.zeros, (e.num_experts,), jnp.float32).value
         ids, weights, probabilities = route(logits, e, bias)
         gated = self.gated if e.gated is None else e.gated
-        weigh = self.stacked(x.shape[-1], 2 if gated else 1)
+        kernels = self.stacked(x.shape[-1], 2 if gated else 1)
         activation = ACTIVATIONS[e.activation or self.activation]
 
         def activate(parts: Float[Array, "*rows P F"]) -> Float[Array, "*rows F"]:
             first = activation(parts[..., 0, :])
             return first * parts[..., 1, :] if gated else first
 
-        rows = x.astype(self.dtype or weigh.up.dtype).reshape(-1, x.shape[-1])
+        rows = x.astype(self.dtype or kernels.up.dtype).reshape(-1, x.shape[-1])
         slots = None
         if e.capacity_factor is not None:
             slots = slots_each(e.capacity_factor, ids.size, e.num_experts)
@@ -195,7 +195,7 @@ class MixtureOfExperts(nn.Module):
             rows,
             jnp.where(real[..., None], ids, e.num_experts).reshape(-1, e.top_k),
             weights.reshape(-1, e.top_k),
-            weigh,
+            kernels,
             activate,
             e.dispatch,
             slots,
