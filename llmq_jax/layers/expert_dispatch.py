@@ -30,9 +30,10 @@ IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
 # What "auto" takes, by backend.
 AUTOMATIC = {"cpu": "blocks"}
 ELSEWHERE = "blocks"
-# Rows of a block: half as many again as an expert gets on average, so that most experts need one block; no more than
-# this, or the rest of the last block costs too much, and multiples of it, which products like.
-LONGEST_BLOCK, BLOCK_STEP = 128, 32
+# Blocks come in lengths of one, two, ... up to so many steps. A step is a part of what an expert gets on average: most
+# experts then need one block, of which half a step is in vain. Products like multiples of the shortest step, and no
+# longer step would make them faster.
+BLOCK_LENGTHS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = 8, 4, 16, 128
 
 
 @struct.dataclass
@@ -89,8 +90,8 @@ def dispatch(
     def through(rows, ids, sizes):
         """Rows sorted by our own experts, through them: (rows, the number of dropped ones)."""
         if name == "blocks":
-            size = block_size(len(rows), len(sizes))
-            return in_blocks(rows, experts, sizes, activation, size), jnp.zeros((), jnp.int32)
+            lengths = block_lengths(len(rows), len(sizes))
+            return in_blocks(rows, experts, sizes, activation, lengths), jnp.zeros((), jnp.int32)
         if name == "ragged":
             return _ragged(rows, ids, experts, sizes, activation), jnp.zeros((), jnp.int32)
         return _in_slots(rows, ids, experts, sizes, activation, capacity)
@@ -150,10 +151,11 @@ def choose(name: str) -> str:
     return AUTOMATIC.get(jax.default_backend(), ELSEWHERE) if name == "auto" else name
 
 
-def block_size(assignments: int, num_experts: int) -> int:
-    """Rows of a block of `in_blocks`."""
-    size = BLOCK_STEP * -(-3 * assignments // (2 * num_experts * BLOCK_STEP))
-    return min(size, LONGEST_BLOCK, assignments)
+def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
+    """Rows of the blocks of `in_blocks`, from the shortest to the longest."""
+    wanted = -(-assignments // (num_experts * STEPS_OF_MEAN * SHORTEST_STEP)) * SHORTEST_STEP
+    step = min(wanted, LONGEST_STEP)
+    return tuple(dict.fromkeys(min(step * count, assignments) for count in range(1, BLOCK_LENGTHS + 1)))
 
 
 def _dense(x, ids, weights, experts, activation):
@@ -205,45 +207,59 @@ def in_blocks(
     experts: ExpertWeights,
     sizes: Int[Array, " E"],
     activation: Activation,
-    block: int,
+    lengths: tuple[int, ...],
 ) -> Float[Array, "A D"]:
     """Rows sorted by expert, `sizes[e]` of them for each, through their experts; zero for the rows after these.
 
-    An expert's last block reads on into the next expert's rows. What it writes there is overwritten: blocks go by in
-    order. Weights are cut out of the stack block by block, and those of experts without a row are never read.
+    An expert's rows are cut into blocks of the greatest length, and what is left into one of the least that holds it.
+    That block reads on into the next expert's rows, and all write on there, to the greatest length: it is overwritten,
+    since blocks go by in order. Weights are read block by block, and those of experts without a row never.
     """
-    return _blocks_forward(rows, experts, sizes, activation, block)[0]
+    return _blocks_forward(rows, experts, sizes, activation, lengths)[0]
 
 
-def _plan(sizes: Int[Array, " E"], rows: int, block: int) -> tuple[Array, dict[str, Array]]:
-    """(the number of blocks, for each of as many as there may be: its expert, its first row, how many are real)."""
-    blocks = -(-sizes // block)
+def _plan(sizes: Int[Array, " E"], rows: int, lengths: tuple[int, ...]) -> tuple[Array, dict[str, Array]]:
+    """(the number of blocks; for each of as many as there may be: its expert, the index of its length, its first row,
+    how many are real)."""
+    longest = lengths[-1]
+    blocks = -(-sizes // longest)
     ends = jnp.cumsum(blocks)
-    index = jnp.arange(rows // block + len(sizes))
+    index = jnp.arange(rows // longest + len(sizes))
     expert = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(sizes) - 1)
-    before = (index - (ends - blocks)[expert]) * block
+    before = (index - (ends - blocks)[expert]) * longest
+    real = sizes[expert] - before
     return ends[-1], {
         "expert": expert,
+        "length": jnp.minimum(jnp.searchsorted(jnp.array(lengths), real), len(lengths) - 1),
         "start": (jnp.cumsum(sizes) - sizes)[expert] + before,
-        "real": sizes[expert] - before,
+        "real": real,
     }
 
 
-def _blocks_forward(rows, experts, sizes, activation, block):
-    count, plan = _plan(sizes, len(rows), block)
-    padded = jnp.pad(rows, ((0, block), (0, 0)))
+def _blocks_forward(rows, experts, sizes, activation, lengths):
+    count, plan = _plan(sizes, len(rows), lengths)
+    longest = lengths[-1]
+    padded = jnp.pad(rows, ((0, longest), (0, 0)))
     width, parts, hidden = experts.up.shape[1:]
+
+    def of_length(length):
+        def through(block, padded, experts):
+            expert, start = block["expert"], block["start"]
+            up = _cut(padded, start, length) @ experts.up[expert].reshape(width, parts * hidden)
+            if experts.up_bias is not None:
+                up += experts.up_bias[expert].reshape(-1)
+            down = activation(up.reshape(length, parts, hidden)) @ experts.down[expert]
+            if experts.down_bias is not None:
+                down += experts.down_bias[expert]
+            return _lengthened(up, longest), _lengthened(down, longest)
+
+        return through
 
     def one_block(i, carry):
         before, mixed = carry
-        expert, start = plan["expert"][i], plan["start"][i]
-        up = _cut(padded, start, block) @ experts.up[expert].reshape(width, parts * hidden)
-        if experts.up_bias is not None:
-            up += experts.up_bias[expert].reshape(-1)
-        down = activation(up.reshape(block, parts, hidden)) @ experts.down[expert]
-        if experts.down_bias is not None:
-            down += experts.down_bias[expert]
-        return _put(before, up, start), _put(mixed, down, start)
+        block = jax.tree.map(lambda leaf: leaf[i], plan)
+        up, down = jax.lax.switch(block["length"], [*map(of_length, lengths)], block, padded, experts)
+        return _put(before, up, block["start"]), _put(mixed, down, block["start"])
 
     empty = jnp.zeros((len(padded), parts * hidden), rows.dtype), jnp.zeros_like(padded)
     before, mixed = jax.lax.fori_loop(0, count, one_block, empty)
@@ -251,35 +267,47 @@ def _blocks_forward(rows, experts, sizes, activation, block):
     return mixed, (padded, before, experts, count, plan)
 
 
-def _blocks_backward(activation, block, saved, slope):
+def _blocks_backward(activation, lengths, saved, slope):
     padded, before, experts, count, plan = saved
+    longest = lengths[-1]
     width, parts, hidden = experts.up.shape[1:]
-    slope = jnp.pad(slope, ((0, block), (0, 0)))
+    slope = jnp.pad(slope, ((0, longest), (0, 0)))
+
+    def of_length(length):
+        def back_through(block, padded, before, slope, experts):
+            expert, start = block["expert"], block["start"]
+            real = (jnp.arange(length) < block["real"])[:, None]
+            down_slope = jnp.where(real, _cut(slope, start, length), 0)
+            activated, pull_back = jax.vjp(activation, _cut(before, start, length).reshape(length, parts, hidden))
+            # (W slopeᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
+            (up_slope,) = pull_back((experts.down[expert] @ down_slope.T).T)
+            up_slope = up_slope.reshape(length, parts * hidden)
+            rows = _cut(padded, start, length)
+            own = ExpertWeights(
+                up=_product(rows.T, up_slope).reshape(width, parts, hidden),
+                down=_product(activated.T, down_slope),
+                up_bias=None
+                if experts.up_bias is None
+                else up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden),
+                down_bias=None if experts.down_bias is None else down_slope.sum(0, dtype=jnp.float32),
+            )
+            back = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T
+            return _lengthened(back, longest), own
+
+        return back_through
 
     def one_block(i, carry):
         row_slope, weights_slope = carry
-        expert, start = plan["expert"][i], plan["start"][i]
-        real = (jnp.arange(block) < plan["real"][i])[:, None]
-        down_slope = jnp.where(real, _cut(slope, start, block), 0)
-        activated, pull_back = jax.vjp(activation, _cut(before, start, block).reshape(block, parts, hidden))
-        # (W slopeᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
-        (up_slope,) = pull_back((experts.down[expert] @ down_slope.T).T)
-        up_slope = up_slope.reshape(block, parts * hidden)
-        rows = _cut(padded, start, block)
-        new = ExpertWeights(
-            up=_product(rows.T, up_slope).reshape(width, parts, hidden),
-            down=_product(activated.T, down_slope),
-            up_bias=None if experts.up_bias is None else up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden),
-            down_bias=None if experts.down_bias is None else down_slope.sum(0, dtype=jnp.float32),
-        )
-        weights_slope = jax.tree.map(lambda total, part: total.at[expert].add(part), weights_slope, new)
-        back = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T
-        return _put(row_slope, back, start), weights_slope
+        block = jax.tree.map(lambda leaf: leaf[i], plan)
+        operands = block, padded, before, slope, experts
+        back, own = jax.lax.switch(block["length"], [*map(of_length, lengths)], *operands)
+        weights_slope = jax.tree.map(lambda total, part: total.at[block["expert"]].add(part), weights_slope, own)
+        return _put(row_slope, back, block["start"]), weights_slope
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), experts)
     row_slope, weights_slope = jax.lax.fori_loop(0, count, one_block, (jnp.zeros_like(padded), zeros))
     weights_slope = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), weights_slope, experts)
-    return row_slope[:-block], weights_slope, None
+    return row_slope[:-longest], weights_slope, None
 
 
 in_blocks.defvjp(_blocks_forward, _blocks_backward)
@@ -291,6 +319,10 @@ def _cut(x: Float[Array, "A D"], start: Int[Array, ""], size: int) -> Float[Arra
 
 def _put(x: Float[Array, "A D"], rows: Float[Array, "size D"], start: Int[Array, ""]) -> Float[Array, "A D"]:
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
+def _lengthened(x: Float[Array, "size D"], length: int) -> Float[Array, "length D"]:
+    return jnp.pad(x, ((0, length - len(x)), (0, 0)))
 
 
 def _product(a: Float[Array, "i j"], b: Float[Array, "j l"]) -> Float[Array, "i l"]:

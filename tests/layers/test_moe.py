@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
-from llmq_jax.layers.expert_dispatch import ExpertWeights, block_size, dispatch, in_blocks, slots_each
+from llmq_jax.layers.expert_dispatch import ExpertWeights, block_lengths, dispatch, in_blocks, slots_each
 from llmq_jax.layers.moe import Experts, MixtureOfExperts, experts_from, route
 
 NORMAL = nn.initializers.normal(0.3)
@@ -86,19 +86,22 @@ def test_implementations_agree_in_outputs_and_all_gradients(case, padding):
         assert not mixed[1].any() and not slope_of_x[1].any() and not slope_of_weights[1].any()
 
 
-@pytest.mark.parametrize("block", [1, 3, 16, 64])
-def test_the_size_of_a_block_changes_nothing(block):
+@pytest.mark.parametrize("lengths", [(1,), (3,), (2, 5, 7), (16, 64)], ids=str)
+def test_the_lengths_of_blocks_change_nothing(lengths):
     x, ids, _, experts = draw(1, tokens=50, count=6, top_k=1, biases=True)
     order = np.argsort(ids[:, 0], kind="stable")
     sizes = jnp.bincount(ids[:, 0], length=6)
-    mixed = jax.jit(in_blocks, static_argnums=(3, 4))(x[order], experts, sizes, activate, block)
+    mixed = jax.jit(in_blocks, static_argnums=(3, 4))(x[order], experts, sizes, activate, lengths)
     expected, _ = dispatch(x, ids, jnp.ones((50, 1)), experts, activate, "dense")
     assert_close(mixed, expected[order])
 
 
-def test_a_block_is_as_long_as_an_expert_needs_and_no_longer_than_is_good():
-    assert [block_size(4096, count) for count in (1, 8, 64, 256)] == [128, 128, 96, 32]
-    assert block_size(2, 8) == 2
+def test_blocks_are_as_long_as_an_expert_needs():
+    assert block_lengths(4096, 64) == (16, 32, 48, 64, 80, 96, 112, 128)
+    assert block_lengths(4096, 8)[::7] == (128, 1024)
+    assert block_lengths(4096, 1)[::7] == (128, 1024)
+    assert block_lengths(40, 8) == (16, 32, 40)
+    assert block_lengths(2, 8) == (2,)
 
 
 def test_rows_that_are_not_finite_stay_with_their_own_experts():
