@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from llmq_jax.errors import BadInput, did_you_mean
 
 IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
-# What "auto" takes, by backend.
+# What "auto" takes, by backend. On a CPU from one token to thousands, of 8 experts or 64 (docs/moe.md).
 AUTOMATIC = {"cpu": "blocks"}
 ELSEWHERE = "blocks"
 # Blocks come in lengths of one, two, ... up to so many steps. A step is a part of what an expert gets on average: most
