@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmq_jax.layers.moe import Experts
     from llmq_jax.models import (
         GPT2,
+        DeepSeek3,
+        DeepSeekV3Config,
         Gemma,
         Gemma2Config,
         Gemma3Config,
@@ -40,6 +42,8 @@ _HOME = {
     "BadInput": "errors",
     "Balance": "layers.expert_balance",
     "ByteTokenizer": "data",
+    "DeepSeek3": "models",
+    "DeepSeekV3Config": "models",
     "FileTokenizer": "data",
     "Experts": "layers.moe",
     "GPT2": "models",

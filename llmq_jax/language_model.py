@@ -136,6 +136,23 @@ class LanguageModel:
         """Hidden states after the final norm; arguments as in `logits`."""
         return _apply(self.model, self.variables, *self._inputs(tokens, lengths, positions, segment_ids), "hidden")
 
+    def mtp_logits(
+        self,
+        tokens: Integers,
+        lengths: Integers | None = None,
+        positions: Integers | None = None,
+        segment_ids: Integers | None = None,
+    ) -> tuple[Float[Array, "B _ V"], ...]:
+        """What the modules of multi-token prediction say: of the k-th, for k from 1 on, logits [B, T - k, V] in
+        float32, at place i those of token i + k + 1. Arguments as in `logits`, which is that of k = 0."""
+        depth = getattr(self.config, "num_nextn_predict_layers", 0)
+        if not depth:
+            raise BadInput(f"this {self.config.model_type} has no modules of multi-token prediction")
+        inputs = self._inputs(tokens, lengths, positions, segment_ids)
+        if inputs[0].shape[1] <= depth:
+            raise BadInput(f"{depth} modules of multi-token prediction need more than {depth} tokens in a row")
+        return _apply(self.model, self.variables, *inputs, "mtp_logits")
+
     def _inputs(self, tokens, lengths, positions, segment_ids) -> tuple[np.ndarray, Any, Any]:
         tokens = _integers("tokens", tokens, 2)
         vocab_size, longest = self.config.vocab_size, self.config.max_position_embeddings
@@ -301,7 +318,7 @@ def _check_fit(path: Path, variables: dict, config: Any):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _apply(model: Decoder, variables: dict, tokens, positions, segment_ids, method: str | None) -> jax.Array:
+def _apply(model: Decoder, variables: dict, tokens, positions, segment_ids, method: str | None) -> Any:
     return model.apply(variables, tokens, positions, segment_ids, method=method)
 
 

@@ -88,6 +88,39 @@ def packed_rows(
     return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
 
 
+def multi_token_rows(
+    sequences: Sequence[TokenList], depth: int, end_id: int, *, shrink: bool = False, longest: int | None = None
+) -> dict[str, np.ndarray]:
+    """Documents for multi-token prediction as the original repository batches them, one in a row, each with an end.
+
+    Each of the streams, the main one and those of the modules 1 to `depth`, learns the end of its document. `tokens`,
+    `targets`, `mask`, `segment_ids` [B, T]; `ahead_tokens`, `ahead_targets` and `ahead_mask` [B, depth, T]. Documents
+    of `depth` tokens and fewer are left out; others are cut to `longest`.
+
+    shrink: every stream reads just the n - depth tokens that leave all modules a real one to see, and then has the end
+    as its target, in the middle of the text though it may be; otherwise the k-th reads as many as there are.
+    """
+    if depth < 1:
+        raise BadInput(f"depth={depth} must be at least 1: of the modules that look ahead")
+    rows = [np.asarray(sequence, np.int32)[:longest] for sequence in sequences]
+    length = max(map(len, rows), default=0)
+    rows = [row for row in rows if len(row) > depth]
+    shape = (len(rows), depth + 1, length)
+    tokens, targets, mask = (
+        np.full(shape, end_id, np.int32),
+        np.full(shape, end_id, np.int32),
+        np.zeros(shape, np.int32),
+    )
+    for row, sequence in enumerate(rows):
+        for stream in range(depth + 1):
+            count = len(sequence) - (depth if shrink else stream)
+            tokens[row, stream, :count] = sequence[stream : stream + count]
+            targets[row, stream, : count - 1] = sequence[stream + 1 : stream + count]
+            mask[row, stream, :count] = 1
+    main = {"tokens": tokens[:, 0], "targets": targets[:, 0], "mask": mask[:, 0], "segment_ids": mask[:, 0]}
+    return main | {"ahead_tokens": tokens[:, 1:], "ahead_targets": targets[:, 1:], "ahead_mask": mask[:, 1:]}
+
+
 def _check_lengths(lengths: np.ndarray, limit: int) -> None:
     if len(lengths) and lengths.max() > limit:
         index = int(np.argmax(lengths > limit))

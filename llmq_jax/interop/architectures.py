@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import gemma, gpt2, llama3, mixtral
+from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mixtral
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import WeightTable
 from llmq_jax.models import override
@@ -28,6 +28,7 @@ TABLES = {
     "mixtral": Tables(
         mixtral.LAYOUTS, mixtral.CONFIG, mixtral.derive, underivable=("num_attention_heads", "num_experts_per_tok")
     ),
+    "deepseek_v3": Tables(deepseek3.LAYOUTS, deepseek3.CONFIG, deepseek3.derive, deepseek3.UNDERIVABLE),
     "gemma2": Tables(gemma.GEMMA2_LAYOUTS, gemma.GEMMA2_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
     "gemma3_text": Tables(gemma.GEMMA3_LAYOUTS, gemma.GEMMA3_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
 }

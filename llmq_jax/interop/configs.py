@@ -13,6 +13,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import has_type, type_name
+from llmq_jax.interop.float8 import without_blocks
 
 # Fields of every config.json that do not change what a decoder computes.
 _HARMLESS = """
@@ -79,6 +80,8 @@ class ConfigTable:
     """Special tokens that transformers assumes where config.json names none."""
     own: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """{our field that transformers does not compute: (the value that it computes with, what to do with another)}."""
+    training: frozenset[str] = frozenset()
+    """Our fields that training alone reads; config.json has no place for them, and they are not exported."""
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Brings all spellings of a config.json to one, before anything else is read."""
     write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values
@@ -86,7 +89,7 @@ class ConfigTable:
 
     def from_hf(self, values: Mapping[str, Any]) -> Any:
         """Our config; fields that are absent take transformers' defaults, which ours are too."""
-        values = self.read(values)
+        values = self.read(without_blocks(values))
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
             if value != supported and (supported or value is not None):
@@ -95,7 +98,7 @@ class ConfigTable:
         for name, hint in typing.get_type_hints(self.config_class).items():
             theirs = self.renamed.get(name, name)
             key = theirs if theirs in values else name
-            if typing.get_origin(hint) is typing.ClassVar or name in self.own or key not in values:
+            if typing.get_origin(hint) is typing.ClassVar or name in {*self.own, *self.training} or key not in values:
                 continue
             if not has_type(values[key], hint):
                 raise BadInput(f"{key}={values[key]!r} is not of the type {type_name(hint)}")
@@ -117,7 +120,7 @@ class ConfigTable:
         fields = {
             self.renamed.get(entry.name, entry.name): getattr(config, entry.name)
             for entry in dataclasses.fields(config)
-            if entry.name not in self.own
+            if entry.name not in {*self.own, *self.training}
         }
         values = {
             "architectures": [self.architecture],

@@ -25,6 +25,7 @@ from llmq_jax.interop.architectures import (
     resolve_config,
     weight_table,
 )
+from llmq_jax.interop.float8 import block_size, dequantised
 from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
@@ -74,8 +75,11 @@ def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = Non
     """
     folder = path.parent if path.is_file() else path
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    state = open_weights(path)
+    state: Mapping[str, Any] = open_weights(path)
     try:
+        block = block_size(values)
+        if block is not None:
+            state = dequantised(state, block)
         config = resolve_config(config, _stored_config(folder, values, config), state, layout)
         variables = from_state_dict(state, config, layout, dtype)
     except BadInput as error:

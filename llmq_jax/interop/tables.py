@@ -27,7 +27,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput
-from llmq_jax.models import abstract_variables, layer_slots
+from llmq_jax.models import abstract_variables, module_slots
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
@@ -139,6 +139,8 @@ class WeightTable:
     """{a prefix of our part's names in files of a larger model: what stands in its place in files of the part alone}"""
     beside: tuple[str, ...] = ()
     """Prefixes of the names of that model's other parts, which are left out with a warning."""
+    select: Callable[[Mapping[str, Any], Any], Mapping[str, Any]] = lambda state, config: state
+    """(a state, a config) to what of the state the config speaks of."""
     spellings: tuple["WeightTable", ...] = ()
     """Tables of other names that files of this layout may have instead, from the first tensor to the last; they are
     read and never written."""
@@ -151,7 +153,7 @@ class WeightTable:
     def placements(self, config: Any) -> list[Placement]:
         """The rules written out for a config: layer by layer, in a layer in the order of the rules, experts in turn."""
         leaves = flatten_dict(abstract_variables(config), sep="/")
-        slots = [(f"{group}/{block}", repeat) for (group, block), repeat in layer_slots(config)]
+        slots = [(f"{group}/{block}", repeat) for (group, block), repeat in module_slots(config)]
         placements = []
         for in_layers, rules in itertools.groupby(self.rules, lambda entry: "{block}" in entry.path):
             run = tuple(rules)
@@ -165,7 +167,7 @@ class WeightTable:
         """`state` as our variables, in its own types unless `dtype` says otherwise; see `interop.from_state_dict`."""
         leaves = flatten_dict(abstract_variables(config))
         placements = self.placements(config)
-        state = self._own_part(state)
+        state = self.select(self._own_part(state), config)
         names = self._names(state, placements)
         problems = self._problems(state, names, placements, leaves, config)
         if problems:

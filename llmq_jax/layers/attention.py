@@ -86,14 +86,14 @@ def visible(
 def attend(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
     mask: Bool[Array, "B T S"],
     *,
     scale: float,
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-) -> Float[Array, "B N T H"]:
+) -> Float[Array, "B N T V"]:
     """Softmax(Q Kᵀ · scale) V over the visible keys: the reference form. The softmax runs in float32.
 
     `softcap` c bounds the scores: c · tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2).
@@ -110,11 +110,11 @@ def attend(
 def lean_attend(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
     mask: Bool[Array, "B T S"],
     scale: float,
     softcap: float | None = None,
-) -> Float[Array, "B N T H"]:
+) -> Float[Array, "B N T V"]:
     """`attend` without dropout, in fewer passes over [T, S], forward and back.
 
     The sum of the exponentials divides the mixed values, not the weights. And the softmax's gradient needs for each
@@ -164,13 +164,13 @@ def _over_queries(x: Float[Array, "B K G T H"], weights: Float[Array, "B K G T S
 lean_attend.defvjp(_lean_forward, _lean_backward)
 
 
-def _in_groups(query: Float[Array, "B N T H"], key: Float[Array, "B K S H"]) -> Float[Array, "B K G T H"]:
+def _in_groups(query: Float[Array, "B N T H"], key: Float[Array, "B K S _"]) -> Float[Array, "B K G T H"]:
     """Query heads by the key's head that they share."""
     batch, num_heads, length, width = query.shape
     return query.reshape(batch, key.shape[1], num_heads // key.shape[1], length, width)
 
 
-def _heads(grouped: Float[Array, "B K G T H"]) -> Float[Array, "B N T H"]:
+def _heads(grouped: Float[Array, "B K G T V"]) -> Float[Array, "B N T V"]:
     return grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
 
 
@@ -184,7 +184,7 @@ def _scores(query, key, mask, scale, softcap=None) -> Float[Array, "B K G T S"]:
 def self_attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
+    value: Float[Array, "B K T V"],
     context: Context,
     *,
     scale: float,
@@ -192,7 +192,7 @@ def self_attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-) -> Float[Array, "B N T H"]:
+) -> Float[Array, "B N T V"]:
     """Causal attention of a sequence to itself, as `context.implementation` says.
 
     Tokens of a segment must stand in the order of their positions, and as many positions apart as places or more, as
@@ -207,6 +207,7 @@ def self_attention(
         length=length,
         window=window,
         head_dim=query.shape[3],
+        value_dim=value.shape[3],
         dtype=query.dtype,
         softcap=softcap,
         dropout=dropout_key is not None,
@@ -235,6 +236,7 @@ def choose(
     window: int | None,
     head_dim: int,
     dtype: Dtype,
+    value_dim: int | None = None,
     softcap: float | None = None,
     dropout: bool = False,
     segmented: bool = False,
@@ -249,7 +251,8 @@ def choose(
         if dropout and window is None:
             name = "masked"
     if name == "fused":
-        obstacle = _fused_obstacle(device, length, head_dim, dtype, softcap, dropout, segmented)
+        widths = head_dim, head_dim if value_dim is None else value_dim
+        obstacle = _fused_obstacle(device, length, widths, dtype, softcap, dropout, segmented)
         if obstacle is not None and not automatic:
             raise BadInput(f"attention='fused' cannot run: {obstacle}; take 'blocked' or 'auto'")
         name = "fused" if obstacle is None else "blocked"
@@ -259,13 +262,13 @@ def choose(
 def query_blocks(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
+    value: Float[Array, "B K T V"],
     context: Context,
     block: int,
     window: int | None = None,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
     **options,
-) -> Float[Array, "B N T H"]:
+) -> Float[Array, "B N T V"]:
     """Blocks of queries that skip the keys after them, written out: the upper triangle of scores is never computed."""
     length = query.shape[2]
     outputs = []
@@ -292,13 +295,13 @@ def window_block(window: int) -> int:
 def window_blocks(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
+    value: Float[Array, "B K T V"],
     context: Context,
     block: int,
     window: int,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
     **options,
-) -> Float[Array, "B N T H"]:
+) -> Float[Array, "B N T V"]:
     """A loop over blocks of queries, each of which meets its own keys and those of the blocks that its window reaches.
 
     The backward pass forms the scores of a block anew: those of one block at a time are all that is ever held. The
@@ -364,7 +367,7 @@ def _fused(query, key, value, context, scale, window):
     return mixed.swapaxes(1, 2)
 
 
-def _fused_obstacle(device, length, head_dim, dtype, softcap, dropout, segmented) -> str | None:
+def _fused_obstacle(device, length, widths, dtype, softcap, dropout, segmented) -> str | None:
     """Why cuDNN's kernel cannot run, if it cannot (`jax.nn.dot_product_attention`, implementation="cudnn")."""
     generation = str(getattr(device, "compute_capability", "")).partition(".")[0]
     if not generation.isdigit() or int(generation) < 8:
@@ -376,6 +379,9 @@ def _fused_obstacle(device, length, head_dim, dtype, softcap, dropout, segmented
         return "it has no softcap on the scores"
     if dropout:
         return "it has no dropout with our keys"
+    head_dim, value_dim = widths
+    if value_dim != head_dim:
+        return f"its values are as wide as its keys, and here {value_dim} features beside {head_dim}"
     if head_dim % 8 or head_dim > widest:
         return f"its heads have a multiple of 8 features, here at most {widest}, not {head_dim}"
     if segmented and length % 2:
@@ -386,7 +392,7 @@ def _fused_obstacle(device, length, head_dim, dtype, softcap, dropout, segmented
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
     context: Context,
     cache: Any = None,
     *,
@@ -395,7 +401,7 @@ def attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-) -> tuple[Float[Array, "B T N H"], Any]:
+) -> tuple[Float[Array, "B T N V"], Any]:
     """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache)."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
     if cache is None or cache.empty:

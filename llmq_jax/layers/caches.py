@@ -66,6 +66,39 @@ class FullCache:
 
 
 @struct.dataclass
+class LatentCache:
+    """What all heads make their keys and values of (multi-head latent attention); slot = position.
+
+    For each token its latent and, beside it, the rotated key that all heads share: C features in all, once in place of
+    once for each head.
+    """
+
+    latents: Float[Array, "*L B S C"]
+    empty: bool = struct.field(pytree_node=False, default=False)
+
+    @classmethod
+    def create(cls, batch: int, length: int, width: int, dtype: Dtype) -> "LatentCache":
+        return cls(jnp.zeros((batch, length, width), dtype), empty=True)
+
+    def write(
+        self,
+        latents: Float[Array, "B T C"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> "LatentCache":
+        slots = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, NOWHERE)
+        rows = jnp.arange(len(latents))[:, None]
+        return LatentCache(self.latents.at[rows, slots].set(latents.astype(self.latents.dtype), mode="drop"))
+
+    def read(self) -> tuple[Float[Array, "B S C"], Int[Array, "B S"]]:
+        batch, length, _ = self.latents.shape
+        return self.latents, jnp.broadcast_to(jnp.arange(length), (batch, length))
+
+    def extend(self, length: int) -> "LatentCache":
+        return self.replace(latents=_lengthen(self.latents, -2, length))
+
+
+@struct.dataclass
 class RingCache:
     """Keys and values of the last positions, for a layer with a window; slot = position modulo the number of slots.
 
@@ -165,7 +198,7 @@ def _put(
     )
 
 
-def _lengthen(held: Float[Array, "*L B K _ _"], axis: int, slots: int) -> Float[Array, "*L B K _ _"]:
+def _lengthen(held: Float[Array, "..."], axis: int, slots: int) -> Float[Array, "..."]:
     more = [(0, 0)] * held.ndim
     more[axis] = (0, slots - held.shape[axis])
     return jnp.pad(held, more)

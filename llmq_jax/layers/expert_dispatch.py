@@ -286,9 +286,7 @@ def _blocks_backward(activation, lengths, saved, slope):
             own = ExpertWeights(
                 up=_product(rows.T, up_slope).reshape(width, parts, hidden),
                 down=_product(activated.T, down_slope),
-                up_bias=None
-                if experts.up_bias is None
-                else up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden),
+                up_bias=None if experts.up_bias is None else up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden),
                 down_bias=None if experts.down_bias is None else down_slope.sum(0, dtype=jnp.float32),
             )
             back = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T

@@ -11,7 +11,12 @@ from jaxtyping import Array, Float
 
 KERNEL, KERNEL_BY_OUTPUT, KERNELS_BY_OUTPUT = "kernel", "kernel_by_output", "kernels_by_output"
 # Layers of one input, under the names that attention and feed-forward networks give them.
-SIDE_BY_SIDE = (("query", "key", "value"), ("gate", "up"))
+SIDE_BY_SIDE = (
+    ("query", "key", "value"),
+    ("query", "latent_down"),
+    ("query_down", "latent_down"),
+    ("gate", "up"),
+)
 
 
 class Linear(nn.Module):
@@ -87,6 +92,11 @@ def by_output(variables: dict) -> dict:
             kernels = [tree[name].pop(KERNEL_BY_OUTPUT) for name in names]
             tree[names[0]][KERNELS_BY_OUTPUT] = jnp.concatenate(kernels)
     return tree
+
+
+def flat_by_output(params: dict) -> Float[Array, "out D"]:
+    """The kernel of a `Linear`'s parameters, however they hold it."""
+    return params[KERNEL_BY_OUTPUT] if KERNEL_BY_OUTPUT in params else _transposed(params[KERNEL])
 
 
 @jax.jit

@@ -12,8 +12,9 @@ from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import has_type, type_name
-from llmq_jax.models import gemma, gpt2, llama3, mixtral
+from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mixtral
 from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
@@ -29,11 +30,18 @@ ARCHITECTURES = {
     "gpt2": Architecture(GPT2Config, GPT2),
     "llama": Architecture(Llama3Config, Llama3),
     "mixtral": Architecture(MixtralConfig, Mixtral),
+    "deepseek_v3": Architecture(DeepSeekV3Config, DeepSeek3),
     "gemma2": Architecture(Gemma2Config, Gemma),
     "gemma3_text": Architecture(Gemma3Config, Gemma),
 }
 
-PRESETS: dict[str, Any] = {**gpt2.PRESETS, **llama3.PRESETS, **mixtral.PRESETS, **gemma.PRESETS}
+PRESETS: dict[str, Any] = {
+    **gpt2.PRESETS,
+    **llama3.PRESETS,
+    **mixtral.PRESETS,
+    **deepseek3.PRESETS,
+    **gemma.PRESETS,
+}
 
 
 def preset(name: str, **overrides) -> Any:
@@ -103,6 +111,6 @@ def abstract_variables(config: Any) -> dict:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
 
 
-def layer_slots(config: Any) -> tuple[tuple[tuple[str, str], int], ...]:
-    """For each layer in order: ((group, block), repetition), where its parameters stand."""
-    return build(config).layer_slots()
+def module_slots(config: Any) -> tuple[tuple[tuple[str, str], int], ...]:
+    """For all that checkpoints number as layers, in order: ((group, block), repetition), where its parameters stand."""
+    return build(config).module_slots()

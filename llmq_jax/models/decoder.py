@@ -10,7 +10,7 @@ A block is a module `block(x, context, cache) -> (x, cache, counts)` with a meth
 that a training step collects from it ({"router": a RouterReport} of experts), an empty dict where there are none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +60,8 @@ class Output:
 
     hidden: Float[Array, "B T D"]
     """Hidden states after the final norm."""
+    before_norm: Float[Array, "B T D"]
+    """And before it."""
     caches: Any = None
     """By group, then by block of its pattern: the caches of all repetitions, stacked. None where none were given."""
     counts: Any = None
@@ -140,24 +142,24 @@ class Decoder(nn.Module):
 
     def make_groups(self) -> list[nn.Module]:
         """A stack of modules for each of `layer_groups`."""
+        check_implementation(self.attention)
+        return [self.stacked(Pattern, group.repeats)(group.blocks) for group in self.layer_groups()]
+
+    @nn.nowrap
+    def stacked(self, module: type[nn.Module], repeats: int) -> Callable[..., nn.Module]:
+        """The constructor of a loop over so many modules, called as `(x, what each is given, what all are given)`."""
         if self.remat not in REMAT_POLICIES:
             raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
-        check_implementation(self.attention)
-        pattern = Pattern
         if self.remat != "none":
-            pattern = nn.remat(Pattern, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
-        groups = []
-        for group in self.layer_groups():
-            stack = nn.scan(
-                pattern,
-                variable_axes={"params": 0, "router": 0, "lora": 0},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(0, nn.broadcast),
-                length=group.repeats,
-                unroll=1 if self.scan_layers else group.repeats,
-            )
-            groups.append(stack(group.blocks))
-        return groups
+            module = nn.remat(module, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        return nn.scan(
+            module,
+            variable_axes={"params": 0, "router": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=repeats,
+            unroll=1 if self.scan_layers else repeats,
+        )
 
     def forward(
         self,
@@ -176,7 +178,7 @@ class Decoder(nn.Module):
         for i in range(len(self.layer_groups())):
             name = f"group_{i}"
             x, (new_caches[name], counts[name]) = getattr(self, name)(x, caches and caches[name], context)
-        return Output(self.normalise(x), caches and new_caches, counts)
+        return Output(self.normalise(x), x, caches and new_caches, counts)
 
     def hidden(
         self,
@@ -209,6 +211,11 @@ class Decoder(nn.Module):
         )
 
     @nn.nowrap
+    def module_slots(self) -> tuple[tuple[tuple[str, str], int], ...]:
+        """The same of all that checkpoints number as layers: of an architecture that has more than its layers."""
+        return self.layer_slots()
+
+    @nn.nowrap
     def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict:
         """Empty caches for `length` positions in all layers, in the structure of `Output.caches`.
 
@@ -235,7 +242,8 @@ class Decoder(nn.Module):
         for make in (make for group in self.layer_groups() for make in group.blocks):
             cache = make(parent=None).create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # which a layer's cache knows
-            facts = {"length": length, "window": window, "head_dim": cache.values.shape[-1], "dtype": dtype}
+            facts = {"length": length, "window": window, "dtype": dtype}
+            facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
             names[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
         parts = [f"{name} in windows of {window}" for window, name in names.items() if window is not None]
         if None in names:
@@ -243,26 +251,22 @@ class Decoder(nn.Module):
         return f"attention: {', '.join(parts)}"
 
     @nn.nowrap
+    def head_widths(self, cache: Any) -> tuple[int, int]:
+        """Features of a head's queries and keys, and of its values, in the layer that has such a cache."""
+        width = cache.values.shape[-1]
+        return width, width
+
+    @nn.nowrap
     def slice_layers(
         self, variables: dict, arrange: Callable[[dict], dict] = lambda tree: tree
     ) -> tuple[dict, tuple[dict, ...]]:
-        """(variables outside the layers, variables of each layer in order), each as `arrange` returns it."""
-        groups = {group for (group, _), _ in self.layer_slots()}
+        """(variables outside of `module_slots`, variables of each layer in order), each as `arrange` returns it."""
+        groups = {group for (group, _), _ in self.module_slots()}
         outside = {
             collection: {name: leaf for name, leaf in tree.items() if name not in groups}
             for collection, tree in variables.items()
         }
-        layers = tuple(
-            arrange(
-                {
-                    collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
-                    for collection, tree in variables.items()
-                    if block in tree.get(group, {})
-                }
-            )
-            for (group, block), repeat in self.layer_slots()
-        )
-        return arrange(outside), layers
+        return arrange(outside), slice_modules(variables, self.layer_slots(), arrange)
 
     @nn.nowrap
     def slice_caches(self, caches: dict) -> tuple[Any, ...]:
@@ -295,6 +299,24 @@ class Decoder(nn.Module):
             x, cache, _ = blocks[path].apply(layer, x, context, cache)
             new_caches.append(cache)
         return self.apply(outside, x, method="normalise"), tuple(new_caches)
+
+
+def slice_modules(
+    variables: dict,
+    slots: Sequence[tuple[tuple[str, str], int]],
+    arrange: Callable[[dict], dict] = lambda tree: tree,
+) -> tuple[dict, ...]:
+    """The variables of the module at each slot, as `arrange` returns them."""
+    return tuple(
+        arrange(
+            {
+                collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
+                for collection, tree in variables.items()
+                if block in tree.get(group, {})
+            }
+        )
+        for (group, block), repeat in slots
+    )
 
 
 def default_positions(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:

@@ -7,10 +7,12 @@ then simply add: accumulation, padding and data parallelism cannot change the re
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from llmq_jax.layers.moe import Experts
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy
 from llmq_jax.objectives.expert_balance import balance_terms
@@ -23,8 +25,8 @@ class NextToken:
 
     model: Decoder
 
-    def weights(self, batch: dict[str, Array]) -> dict[str, Float[Array, ""]]:
-        """The number of targets that count."""
+    def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
+        """The number of targets that count. `step` is that of training; no term here depends on it."""
         return {"loss": batch["mask"].astype(jnp.float32).sum()}
 
     def loss(
@@ -42,18 +44,36 @@ class NextToken:
             method="forward",
             rngs=None if rng is None else {"dropout": rng},
         )
-        head = self.model.head_variables(variables)
-        unembed = partial(_unembed, self.model)
         mask = batch["mask"].astype(jnp.float32)
-        total = chunked_cross_entropy(unembed, head, output.hidden, batch["targets"], mask)
-        # A batch without a single target has weight 0 and loss 0, not NaN.
-        weight = jnp.maximum(weights["loss"], jnp.finfo(jnp.float32).tiny)
-        loss, metrics = total / weight, {}
-        if rng is not None:  # in training
-            penalty, metrics = balance_terms(self.model.experts, output.counts, share=mask.sum() / weight)
-            if metrics:
-                loss, metrics = loss + penalty, {"next_token_loss": loss, **metrics}
-        return loss, metrics, output.counts
+        loss = mean(head_loss(self.model, variables, output.hidden, batch["targets"], mask), weights["loss"])
+        if rng is None:
+            return loss, {}, output.counts
+        total, metrics = with_balance(loss, self.model.experts, output.counts, mean(mask.sum(), weights["loss"]))
+        return total, {"next_token_loss": loss, **metrics} if metrics else {}, output.counts
+
+
+def head_loss(
+    model: Decoder,
+    variables: dict,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    """Sum over tokens of mask · (-log p(target)), by the model's head."""
+    return chunked_cross_entropy(partial(_unembed, model), model.head_variables(variables), hidden, targets, mask)
+
+
+def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
+    """A sum over a micro-batch, divided by the weight of the whole batch: where nothing counts 0, not NaN."""
+    return total / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+
+
+def with_balance(
+    loss: Float[Array, ""], experts: Experts | None, counts: dict, share: Float[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """(the loss and the balance losses of experts, metrics of these), for a micro-batch's `share` of the batch."""
+    penalty, metrics = balance_terms(experts, counts, share)
+    return loss + penalty, metrics
 
 
 def _unembed(model: Decoder, head: dict, hidden: Array) -> Array:

@@ -20,7 +20,7 @@ class Objective(Protocol):
 
     model: Any
 
-    def weights(self, batch: dict) -> dict: ...
+    def weights(self, batch: dict, step: Any = None) -> dict: ...
 
     def loss(self, variables: dict, batch: dict, weights: dict, rng: Any) -> tuple[jax.Array, dict, dict]: ...
 
@@ -40,7 +40,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         frozen = {name: tree for name, tree in state.variables.items() if name != state.trainable}
         trained = state.variables[state.trainable]
-        weights = objective.weights(batch)
+        weights = objective.weights(batch, state.step)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss(trained, microbatch, rng):
@@ -94,13 +94,14 @@ def _accumulated(gradients: Callable, microbatches: dict, parts: int):
 
 def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, dict]]:
     """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout: over batches both simply add, and
-    Σ sums / Σ weights is the mean over all of them, however ragged."""
+    Σ sums / Σ weights is the mean over all of them, however ragged. Of the loss and of every metric that the objective
+    gives when it is given no random key."""
 
     def eval_step(variables: dict, batch: dict) -> tuple[dict, dict]:
         weights = objective.weights(batch)
         ones = jax.tree.map(jnp.ones_like, weights)
-        value, _, _ = objective.loss(variables, batch, ones, None)
-        return {"loss": value}, weights
+        value, metrics, _ = objective.loss(variables, batch, ones, None)
+        return {"loss": value, **metrics}, weights
 
     return jax.jit(eval_step)
 

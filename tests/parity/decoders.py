@@ -112,7 +112,14 @@ def assert_same_loss_and_gradients(pair, kind="plain"):
     }
     loss, gradients = loss_and_gradients(ours.model, ours.variables, batch)
     assert abs(float(loss) - expected.item()) < LOSS
-    found = to_state_dict(gradients, ours.config)
+    assert_same_gradients_by_name(gradients, ours.config, theirs)
+
+
+def assert_same_gradients_by_name(gradients, config, theirs):
+    """Ours as a tree of variables; what is a buffer of theirs has none."""
+    found = to_state_dict(gradients, config)
+    for name in [name for name, _ in theirs.named_buffers() if name in found]:
+        assert not found.pop(name).any()
     assert_same_gradients(found, numpy_gradients(theirs, found))
 
 
@@ -204,7 +211,7 @@ class SameAsTransformers:
     def test_the_dtype_of_the_file_is_computed_in(self, pair):
         """bfloat16 on both sides: compared as distributions, since single logits are good to two or three digits."""
         theirs, ours = pair
-        tokens = draw_tokens(ours)
+        tokens = draw_tokens(ours, batch=24)  # many: a router's near-tie, decided otherwise, moves a row by as much
         narrow = ours.replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ours.variables))
         hidden = jax.eval_shape(lambda: narrow.model.apply(narrow.variables, jnp.asarray(tokens), method="hidden"))
         assert hidden.dtype == jnp.bfloat16

@@ -76,7 +76,7 @@ def test_only_the_trainable_collection_moves():
     class Sum:
         model = build(CONFIG)
 
-        def weights(self, batch):
+        def weights(self, batch, step=None):
             return {"loss": jnp.ones(())}
 
         def loss(self, variables, batch, weights, rng):

@@ -1,0 +1,154 @@
+"""Multi-head latent attention (MLA; DeepSeek-AI 2024, "DeepSeek-V2", arXiv:2405.04434, section 2.1).
+
+Keys and values of all heads are made of one short latent vector per token, and that is all a cache keeps of them:
+
+    c_t = norm(W_down x_t)            latent, R features                             eq. 9
+    [k_t; v_t] = W_up c_t             each head's keys and values                    eq. 10, 11
+    r_t = RoPE(W_rotary x_t)          one rotated key, which all heads share         eq. 15
+    q_t = [content; RoPE(rotary)]     queries, of x_t or of a latent of their own    eq. 12 to 14
+
+A head's score is q · [k; r]. RoPE has features of its own because what is turned by position could not be absorbed:
+
+- expanded (training, prompts): keys and values are formed, and attention is that of any other model;
+- absorbed (decoding): q · W_up c = (W_upᵀ q) · c, and the mixed values W_up Σ w c = Σ w (W_up c). So queries meet the
+  latents themselves, as the one head of keys and values of multi-query attention, and nothing is expanded (section
+  2.1.2).
+
+The down projection gives [c; r] at once, as in DeepSeek's checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float
+
+from llmq_jax.layers.attention import Context, self_attention, visible
+from llmq_jax.layers.caches import LatentCache
+from llmq_jax.layers.linear import Linear, flat_by_output, side_by_side
+from llmq_jax.layers.norms import RMSNorm
+
+
+@dataclass(frozen=True)
+class LatentSizes:
+    """What latent attention is made of."""
+
+    num_heads: int
+    query_rank: int | None
+    """Features of the latent that queries are made of; None makes them of x."""
+    latent_rank: int
+    """Features of the latent that keys and values are made of."""
+    content_width: int
+    """Features of a head's queries and keys that are not rotated."""
+    rotary_width: int
+    """Those that are."""
+    value_width: int
+
+    @property
+    def key_width(self) -> int:
+        return self.content_width + self.rotary_width
+
+    @property
+    def cached_width(self) -> int:
+        """Features that a cache keeps of a token."""
+        return self.latent_rank + self.rotary_width
+
+
+class LatentAttention(nn.Module):
+    """Biases: `use_bias` of the down projections and the output, `up_bias` of those that make heads."""
+
+    sizes: LatentSizes
+    scale: float
+    """What scores are multiplied by."""
+    interleaved: bool
+    """Whether RoPE's pairs are neighbours (DeepSeek), or stand half a head apart."""
+    use_bias: bool
+    up_bias: bool
+    epsilon: float
+    """Of the norms of the latents."""
+    kernel_init: Initializer
+    dropout_rate: float = 0.0
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+        s, turn = self.sizes, context.rotation.apply
+
+        def linear(features, name, use_bias):
+            return Linear(features, use_bias, self.kernel_init, self.dtype, name=name)
+
+        latent_down = linear(s.cached_width, "latent_down", self.use_bias)
+        heads = (s.num_heads, s.key_width)
+        if s.query_rank is None:
+            query, down = side_by_side(x, linear(heads, "query", self.up_bias), latent_down)
+        else:
+            query, down = side_by_side(x, linear(s.query_rank, "query_down", self.use_bias), latent_down)
+            query = RMSNorm(self.epsilon, name="query_norm")(query)
+            query = linear(heads, "query_up", self.up_bias)(query)
+        content, rotary = jnp.split(query, [s.content_width], axis=-1)
+        rotary = turn(rotary, self.interleaved)
+        latent, shared_key = jnp.split(down, [s.latent_rank], axis=-1)
+        latent = RMSNorm(self.epsilon, name="latent_norm")(latent)
+        shared_key = turn(shared_key[:, :, None], self.interleaved)  # [B, T, 1, rotary]
+
+        if cache is not None:
+            stored = jnp.concatenate([latent, shared_key[:, :, 0]], axis=-1)
+            was_empty, cache = cache.empty, cache.write(stored, context.positions, context.segment_ids)
+        if cache is None or was_empty:
+            expanded = linear((s.num_heads, s.content_width + s.value_width), "latent_up", self.up_bias)(latent)
+            keys, values = jnp.split(expanded, [s.content_width], axis=-1)
+            shared_key = jnp.broadcast_to(shared_key, (*keys.shape[:3], s.rotary_width))
+            mixed = self_attention(
+                *(
+                    heads.swapaxes(1, 2)  # heads before positions
+                    for heads in (
+                        jnp.concatenate([content, rotary], axis=-1),
+                        jnp.concatenate([keys, shared_key], axis=-1),
+                        values,
+                    )
+                ),
+                context,
+                scale=self.scale,
+                dropout_rate=self.dropout_rate,
+                dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
+            ).swapaxes(1, 2)
+        else:
+            mixed = self.absorbed(content, rotary, context, cache)
+        mixed = mixed.reshape(*x.shape[:2], s.num_heads * s.value_width)
+        return linear(x.shape[-1], "out", self.use_bias)(mixed), cache
+
+    def absorbed(
+        self, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context, cache: LatentCache
+    ) -> Float[Array, "B T N V"]:
+        """Attention to the latents in a cache, without the keys' bias: it adds the same to all scores of a query."""
+        s = self.sizes
+        up = self.variables["params"]["latent_up"]
+        kernel = flat_by_output(up).astype(content.dtype).reshape(s.num_heads, -1, s.latent_rank)
+        to_keys, to_values = jnp.split(kernel, [s.content_width], axis=1)  # [N, width, R]
+        latent_query = jnp.einsum("btnh,nhr->btnr", content, to_keys)
+        latents, places = cache.read()
+        mixed = attend_to_latents(
+            jnp.concatenate([latent_query, rotary], axis=-1),
+            latents,
+            visible(context.positions, places),
+            self.scale,
+        )
+        values = jnp.einsum("btnr,nvr->btnv", mixed[..., : s.latent_rank], to_values)
+        return values + up["bias"][:, s.content_width :].astype(values.dtype) if self.up_bias else values
+
+
+def attend_to_latents(
+    query: Float[Array, "B T N C"], latents: Float[Array, "B S C"], mask: Bool[Array, "B T S"], scale: float
+) -> Float[Array, "B T N C"]:
+    """Multi-query attention in which keys and values are the same: of the result, the part of values is meant."""
+    batch, length, heads, width = query.shape
+    rows = query.reshape(batch, length * heads, width)
+    # (C qᵀ)ᵀ: of the two transposes that a product with Cᵀ may cost, the small ones.
+    scores = jnp.einsum("bsc,bmc->bsm", latents, rows, preferred_element_type=jnp.float32).mT
+    scores = jnp.where(mask[:, :, None], scores.reshape(batch, length, heads, -1) * scale, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(latents.dtype).reshape(batch, length * heads, -1)
+    return jnp.einsum("bms,bsc->bmc", weights, latents).reshape(query.shape)

@@ -1,0 +1,500 @@
+"""DeepSeek V3 and R1 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv:2412.19437).
+
+What it has in place of what Llama has:
+- multi-head latent attention in place of grouped-query attention: a short latent per token in place of keys and values
+  of every head (section 2.1.1; `layers.latent_attention`)
+- fine-grained experts and a shared one in place of the feed-forward network, from the fourth layer on: sigmoid scores,
+  a bias for selection that keeps the load even without a loss, groups of experts of which a token sees few
+  (section 2.1.2; `layers.moe`)
+- a second objective, multi-token prediction: behind the last layer D small modules, each a block, look one token
+  further ahead each (section 2.2; `objectives.multi_token`). They can draft for the model itself when it generates
+- YaRN with its temperature in the scale of the scores
+
+Reference: transformers' `DeepseekV3ForCausalLM` and `MtpModel`, and DeepSeek's own code. Deviations: none by default.
+The paper's modules see the first T - k tokens; here they run over all T, and what has no token to see counts nowhere.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from llmq_jax.layers.activations import ACTIVATIONS
+from llmq_jax.layers.attention import Context
+from llmq_jax.layers.caches import LatentCache
+from llmq_jax.layers.embedding import Embedding
+from llmq_jax.layers.expert_balance import Balance
+from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
+from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.moe import Experts, experts_from, feed_forward
+from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
+from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
+from llmq_jax.models.config import require
+from llmq_jax.models.decoder import Decoder, LayerGroup, Output, Tokens, default_positions, dense_then_experts
+
+MTP = "mtp"
+BLOCK = "block_0"
+# Of the norms inside of latent attention, whatever rms_norm_eps says (as in transformers and DeepSeek's own code).
+LATENT_EPSILON = 1e-6
+# What a module of multi-token prediction is fed of the model, or of the module before it.
+MTP_HIDDEN = ("after_norm", "before_norm")
+# Section 4.2: the speed of the bias for selection, and the coefficient of the sequence-wise balance loss.
+PAPER_BALANCE = Balance(bias_rate=0.001, sequence=0.0001)
+DEFAULT_ROPE = Rope()
+
+
+@dataclass(frozen=True)
+class DeepSeekV3Config:
+    """Fields bear transformers' names and defaults (V3); the sizes people use are presets."""
+
+    model_type: ClassVar[str] = "deepseek_v3"
+
+    vocab_size: int = 129280
+    max_position_embeddings: int = 4096
+    """Longest sequence."""
+    hidden_size: int = 7168
+    num_hidden_layers: int = 61
+    """Layers, those of multi-token prediction not counted."""
+    num_attention_heads: int = 128
+    q_lora_rank: int | None = 1536
+    """Features of the latent that queries are made of; None makes them of the hidden state."""
+    kv_lora_rank: int = 512
+    """Features of the latent that keys and values are made of."""
+    qk_nope_head_dim: int = 128
+    """Features of a head's queries and keys that RoPE leaves alone."""
+    qk_rope_head_dim: int = 64
+    """Those that it turns."""
+    v_head_dim: int = 128
+    intermediate_size: int = 18432
+    """Width of the feed-forward networks of the first layers."""
+    first_k_dense_replace: int = 3
+    """Layers before the first with experts."""
+    n_routed_experts: int = 256
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 2048
+    """Width of an expert."""
+    n_shared_experts: int = 1
+    """Experts that all tokens pass through."""
+    n_group: int | None = 8
+    """Groups of experts; None is one."""
+    topk_group: int | None = 4
+    """Groups that a token's experts are in; None is one."""
+    norm_topk_prob: bool = True
+    """Whether the weights of a token's experts add up to `routed_scaling_factor`."""
+    routed_scaling_factor: float = 2.5
+    num_nextn_predict_layers: int = 1
+    """Modules of multi-token prediction."""
+    mtp_hidden: str = "after_norm"
+    """What these are fed: the hidden state "after_norm", as transformers does, or "before_norm"."""
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Rope | dict = DEFAULT_ROPE
+    """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
+    rope_interleave: bool = True
+    """Whether RoPE's pairs are neighbours; False is half-split."""
+    attention_bias: bool = False
+    """Whether the down projections and attention's output have biases."""
+    attention_up_bias: bool = False
+    """Whether the projections that make heads have, too. With it, with `attention_bias` and without `rope_interleave`
+    this is the original repository's attention."""
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    norm: str = "rms_norm"
+    """"rms_norm", "layer_norm" or "dyt"."""
+    balance: Balance | dict | None = PAPER_BALANCE
+    """What keeps the load of experts even in training."""
+    experts: Experts | dict | None = None
+    """Experts in place of those that the fields above tell; they have their own `balance`."""
+
+    def __post_init__(self):
+        for name in ("n_group", "topk_group"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, 1)
+        for name in (
+            "vocab_size",
+            "max_position_embeddings",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "v_head_dim",
+            "intermediate_size",
+            "moe_intermediate_size",
+        ):
+            require(getattr(self, name) > 0, self, name, "must be at least 1")
+        for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
+            require(getattr(self, name) >= 0, self, name, "must be at least 0")
+        rank = self.q_lora_rank
+        require(
+            rank is None or rank > 0, self, "q_lora_rank", "must be at least 1; None makes queries without a latent"
+        )
+        width = self.qk_rope_head_dim
+        require(width > 0 and width % 2 == 0, self, "qk_rope_head_dim", "must be even and above 0: RoPE turns pairs")
+        require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"must be one of {', '.join(ACTIVATIONS)}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            require(getattr(self, name) > 0, self, name, "must be positive")
+        require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
+        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
+        require(self.mtp_hidden in MTP_HIDDEN, self, "mtp_hidden", f"must be one of {', '.join(MTP_HIDDEN)}")
+        rope = rope_from(self.rope_parameters, width, self.max_position_embeddings)
+        object.__setattr__(self, "rope_parameters", rope)
+        if isinstance(self.balance, dict):
+            object.__setattr__(self, "balance", Experts(selection_bias=True, balance=self.balance).balance)
+        object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
+        sizes = (self.n_routed_experts, self.num_experts_per_tok)
+        require(
+            self.experts is None or (self.experts.num_experts, self.experts.top_k) == sizes,
+            self,
+            "experts",
+            f"must have num_experts and top_k as n_routed_experts and num_experts_per_tok say: {sizes}",
+        )
+        _ = self.fine_grained_experts  # which checks the rest
+
+    @property
+    def fine_grained_experts(self) -> Experts | None:
+        """The experts that the fields tell; None where all layers are dense."""
+        if self.first_k_dense_replace >= self.num_hidden_layers:
+            return None
+        return Experts(
+            num_experts=self.n_routed_experts,
+            top_k=self.num_experts_per_tok,
+            intermediate_size=self.moe_intermediate_size,
+            first_layer=self.first_k_dense_replace,
+            num_shared=self.n_shared_experts,
+            score="sigmoid",
+            renormalise=self.norm_topk_prob,
+            scaling_factor=self.routed_scaling_factor,
+            selection_bias=True,
+            num_groups=self.n_group,
+            top_groups=self.topk_group,
+            balance=self.balance,
+        )
+
+    @property
+    def latent_sizes(self) -> LatentSizes:
+        return LatentSizes(
+            self.num_attention_heads,
+            self.q_lora_rank,
+            self.kv_lora_rank,
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.v_head_dim,
+        )
+
+    @property
+    def score_scale(self) -> float:
+        """What attention's scores are multiplied by: 1 / sqrt(width of keys), and YaRN's temperature.
+
+        DeepSeek has the temperature here and not in the length of queries and keys: theirs is mscale / mscale_all_dim,
+        which is 1.
+        """
+        rope, scale = self.rope_parameters, self.latent_sizes.key_width**-0.5
+        if isinstance(rope, YarnRope) and rope.mscale_all_dim:
+            scale *= yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
+        return scale
+
+
+PRESETS = {
+    "deepseek-v3": DeepSeekV3Config(
+        max_position_embeddings=163840,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    # Of DeepSeek-V2-Lite's size: 16 billion parameters, 3 of which are active.
+    "moonlight-16b": DeepSeekV3Config(
+        vocab_size=163840,
+        max_position_embeddings=8192,
+        hidden_size=2048,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        q_lora_rank=None,
+        intermediate_size=11264,
+        first_k_dense_replace=1,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        n_shared_experts=2,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.446,
+        num_nextn_predict_layers=0,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 50000.0},
+    ),
+    # To train from bytes, on a laptop.
+    "deepseek-10m": DeepSeekV3Config(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        intermediate_size=768,
+        first_k_dense_replace=1,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
+        moe_intermediate_size=192,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+    ),
+}
+
+
+@struct.dataclass
+class Ahead:
+    """What the modules of multi-token prediction give, stacked over their depths 1 to D."""
+
+    hidden: Float[Array, "D B T M"]
+    """At place i of depth k what predicts token i + k + 1, after the module's norm."""
+    caches: Any = None
+    counts: Any = None
+
+
+class DeepSeek3(Decoder):
+    """Token embeddings, dense blocks, blocks of experts, final norm, head; beside them the modules that look ahead."""
+
+    config: DeepSeekV3Config
+
+    def setup(self):
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
+        if c.norm == "dyt":
+            self.embedding_scale = EmbeddingScale()
+        self.set_groups()
+        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
+        if c.num_nextn_predict_layers:
+            self.mtp = self.stacked(Depth, c.num_nextn_predict_layers)(self.prediction_module)
+
+    @property
+    def experts(self) -> Experts | None:
+        return self.config.fine_grained_experts if self.config.experts is None else self.config.experts
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        c = self.config
+        return dense_then_experts(partial(DeepSeekBlock, c, self.dtype), c.num_hidden_layers, self.experts)
+
+    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.token_embedding(tokens)
+        return self.embedding_scale(x) if self.config.norm == "dyt" else x
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        c = self.config
+        rotation = c.rope_parameters.rotation(positions, c.qk_rope_head_dim, segment_ids)
+        return Context(positions, segment_ids, rotation)
+
+    @nn.nowrap
+    def head_widths(self, cache: LatentCache) -> tuple[int, int]:
+        return self.config.latent_sizes.key_width, self.config.v_head_dim
+
+    def __call__(
+        self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
+    ) -> Float[Array, "B T V"]:
+        if self.is_initializing() and self.config.num_nextn_predict_layers:
+            self.look_ahead(self.forward(tokens, positions, segment_ids), tokens, positions, segment_ids)
+        return super().__call__(tokens, positions, segment_ids)
+
+    # Multi-token prediction.
+
+    @property
+    def prediction_module(self):
+        return partial(PredictionModule, self.config, self.dtype, self.experts)
+
+    def look_ahead(
+        self,
+        output: Output,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        seen: Int[Array, "B D T"] | None = None,
+        real: Num[Array, "B D T"] | None = None,
+        caches: Any = None,
+    ) -> Ahead:
+        """The modules, on what `forward` gave for the same tokens (eq. 21 to 23).
+
+        What the k-th of them sees beside are the tokens k places further on, unless it is given: `seen`, and `real`,
+        which is 0 where there is nothing to see.
+        """
+        tokens, positions, segment_ids = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
+        if positions is None:
+            positions = default_positions(tokens, segment_ids)
+        context = self.context(positions, segment_ids).replace(implementation=self.attention)
+        depths = range(1, self.config.num_nextn_predict_layers + 1)
+        if seen is None:
+            embedded = self.embed(tokens, positions)
+            embedded = jnp.stack([jnp.roll(embedded, -k, axis=1) for k in depths])
+            real = jnp.stack([has_token_ahead(tokens, segment_ids, k) for k in depths])
+        else:
+            embedded = jnp.stack([self.embed(seen[:, k - 1], positions) for k in depths])
+            real = real.swapaxes(0, 1) != 0
+        segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
+        fed = output.hidden if self.config.mtp_hidden == "after_norm" else output.before_norm
+        _, (hidden, new_caches, counts) = self.mtp(fed, (embedded, segments, caches), context)
+        return Ahead(hidden, new_caches, counts)
+
+    def forward_and_ahead(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        seen: Int[Array, "B D T"] | None = None,
+        real: Num[Array, "B D T"] | None = None,
+    ) -> tuple[Output, Ahead]:
+        """The model and its modules in one pass; the counts of both stand in the former's."""
+        output = self.forward(tokens, positions, segment_ids)
+        ahead = self.look_ahead(output, tokens, positions, segment_ids, seen, real)
+        return output.replace(counts={**output.counts, MTP: ahead.counts}), ahead
+
+    def mtp_logits(
+        self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
+    ) -> tuple[Float[Array, "B _ V"], ...]:
+        """Of each depth k from 1 on, logits [B, T - k, V] in float32: at place i those of token i + k + 1."""
+        _, ahead = self.forward_and_ahead(tokens, positions, segment_ids)
+        return tuple(self.unembed(hidden[:, :-k]) for k, hidden in enumerate(ahead.hidden, start=1))
+
+    @nn.nowrap
+    def module_slots(self) -> tuple[tuple[tuple[str, str], int], ...]:
+        ahead = tuple(((MTP, BLOCK), depth) for depth in range(self.config.num_nextn_predict_layers))
+        return (*self.layer_slots(), *ahead)
+
+    @nn.nowrap
+    def create_ahead_caches(self, batch: int, length: int, dtype: Dtype) -> tuple[LatentCache, ...]:
+        """Empty caches, one for each module."""
+        module = self.prediction_module(parent=None)
+        return tuple(module.create_cache(batch, length, dtype) for _ in range(self.config.num_nextn_predict_layers))
+
+    @nn.nowrap
+    def decode_ahead(
+        self,
+        outside: dict,
+        module: dict,
+        fed: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: LatentCache,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], LatentCache]:
+        """One module on its sliced variables: (hidden state to unembed, what the next one is fed, cache).
+
+        `fed` at the given positions comes from the model or from the module before; `tokens` stand k places further on.
+        """
+        context = self.context(positions, segment_ids).replace(implementation=self.attention)
+        seen = self.apply(outside, tokens, positions, method="embed")
+        hidden, fed, cache, _ = self.prediction_module(parent=None).apply(module, fed, seen, context, cache)
+        return hidden, fed, cache
+
+
+def has_token_ahead(
+    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, distance: int
+) -> Bool[Array, "B T"]:
+    """Whether the token so many places further on is in the row, and of the same document."""
+    length = tokens.shape[1]
+    inside = jnp.broadcast_to(jnp.arange(length) < length - distance, tokens.shape)
+    if segment_ids is None:
+        return inside
+    return inside & (segment_ids != 0) & (jnp.roll(segment_ids, -distance, axis=1) == segment_ids)
+
+
+class DeepSeekBlock(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    config: DeepSeekV3Config
+    dtype: Dtype | None = None
+    experts: Experts | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None):
+        c = self.config
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        normal = nn.initializers.normal(c.initializer_range)
+        attention = LatentAttention(
+            c.latent_sizes,
+            scale=c.score_scale,
+            interleaved=c.rope_interleave,
+            use_bias=c.attention_bias,
+            up_bias=c.attention_up_bias,
+            epsilon=LATENT_EPSILON,
+            kernel_init=normal,
+            dropout_rate=c.attention_dropout,
+            dtype=self.dtype,
+            name="attention",
+        )
+        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
+        x = x + mixed
+        update, counts = feed_forward(
+            norm("mlp_norm")(x),
+            context,
+            self.experts,
+            intermediate_size=c.intermediate_size,
+            gated=True,
+            activation=c.hidden_act,
+            use_bias=False,
+            kernel_init=normal,
+            down_init=normal,
+            dtype=self.dtype,
+        )
+        return x + update, cache, counts
+
+    @nn.nowrap
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> LatentCache:
+        return LatentCache.create(batch, length, self.config.latent_sizes.cached_width, dtype)
+
+
+class PredictionModule(DeepSeekBlock):
+    """A block on the hidden state at i and the embedding of token i + k, each normalised, side by side (eq. 21, 22).
+
+    DeepSeek's checkpoints have the embedding first; the paper writes it second.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        fed: Float[Array, "B T D"],
+        seen: Float[Array, "B T D"],
+        context: Context,
+        cache: LatentCache | None = None,
+    ):
+        """(hidden state to unembed, what the next module is fed, cache, counts)."""
+        c = self.config
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        normal = nn.initializers.normal(c.initializer_range)
+        both = jnp.concatenate([norm("embedding_norm")(seen), norm("hidden_norm")(fed)], axis=-1)
+        x = Linear(c.hidden_size, False, normal, self.dtype, name="projection")(both)
+        x, cache, counts = super().__call__(x, context, cache)
+        hidden = norm("final_norm")(x)
+        return hidden, hidden if c.mtp_hidden == "after_norm" else x, cache, counts
+
+
+class Depth(nn.Module):
+    """One depth of multi-token prediction, as a loop over them takes it."""
+
+    module: Any
+
+    @nn.compact
+    def __call__(self, fed, ahead, context):
+        seen, segment_ids, caches = ahead
+        context = context.replace(segment_ids=segment_ids)
+        hidden, fed, cache, counts = self.module(name=BLOCK)(fed, seen, context, caches)
+        return fed, (hidden, cache, {BLOCK: counts})
