@@ -2,3 +2,5 @@
 
 TEMPERATURE = 0.8
 TOP_P = 0.95
+MTP = "mtp"
+"""In place of a draft model: the model's own modules of multi-token prediction."""

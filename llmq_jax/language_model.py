@@ -26,7 +26,7 @@ from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.linear import by_output
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
-from llmq_jax.models.decoder import Decoder, default_positions
+from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.weight_type import weight_type
 
 Integers = ArrayLike | Sequence
@@ -60,6 +60,12 @@ class LanguageModel:
             arrange = {"arrange": by_output} if one_row else {}
             self._sliced[one_row] = self.model.slice_layers(self.variables, **arrange)
         return self._sliced[one_row]
+
+    @functools.cached_property
+    def sliced_ahead(self) -> tuple[dict, ...]:
+        """Variables of each module of multi-token prediction: what drafting by them reads."""
+        slots = self.model.module_slots()[len(self.model.layer_slots()) :]
+        return slice_modules(self.variables, slots)
 
     @functools.cached_property
     def _sliced(self) -> dict[bool, tuple[dict, tuple[dict, ...]]]:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmq_jax.command_line import default_is, run, use_device
+from llmq_jax.command_line import default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput, did_you_mean
 from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
 from train.texts import LIBRARY_FRACTION, fingerprint, token_streams
 
 SAMPLE_TOKENS = 120
+MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class TextAndModel:
     """Other fields of the model's config: norm=dyt intermediate_size=512."""
     dropout: Annotated[float | None, default_is("the model's")] = None
     """Part of embeddings, attention weights and residual branches that is dropped in training."""
+
+    mtp_coefficient: Annotated[float | None, default_is("0.3")] = None
+    """Weight of the loss of multi-token prediction, in models that have its modules."""
+    mtp_coefficient_end: Annotated[float | None, default_is("the same")] = None
+    """The same at the last step, reached along a straight line."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,6 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import LanguageModel, TextFiles, load
     from llmq_jax.models import build, init
-    from llmq_jax.objectives import NextToken
     from llmq_jax.training import engine, step
     from llmq_jax.training.optimizer import adamw, warmup_cosine
     from llmq_jax.training.run_options import RunOptions
@@ -154,6 +159,12 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         text_field="text",
         sample_prompt="def " if options.data is None else "\n",
     )
+    refuse_idle(options, ((name, not modules(config), "on a model without modules of it") for name in MTP_OPTIONS))
+    if options.context <= modules(config):
+        raise BadInput(
+            f"--context {options.context} leaves nothing to predict for {modules(config)} modules of multi-token "
+            "prediction; choose a longer one"
+        )
     if options.context > config.max_position_embeddings:
         longest = config.max_position_embeddings
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
@@ -176,7 +187,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     )
     b1, b2 = options.betas
     optimizer = adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
-    objective = NextToken(model)
+    objective = objective_of(options, model)
     train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
     eval_step = step.make_eval_step(objective)
     variables = source.variables if options.init_from else init(config, options.seed)
@@ -221,6 +232,27 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         tokens_per_step=options.batch_size * options.context,
         next_commands=tuple(next_commands(config)),
     )
+
+
+def modules(config: Any) -> int:
+    """Of multi-token prediction, in a model of this config."""
+    return getattr(config, "num_nextn_predict_layers", 0)
+
+
+def objective_of(options: Options, model: Any) -> Any:
+    """The next token, and as many further ones as the model has modules for."""
+    import optax
+
+    from llmq_jax.objectives import MultiToken, NextToken
+
+    if not modules(model.config):
+        return NextToken(model)
+    start = MTP_COEFFICIENT if options.mtp_coefficient is None else options.mtp_coefficient
+    end = start if options.mtp_coefficient_end is None else options.mtp_coefficient_end
+    for name, value in zip(MTP_OPTIONS, (start, end), strict=True):
+        if value < 0:
+            raise BadInput(f"{option_name(name)} is {value} and must not be negative")
+    return MultiToken(model, optax.linear_schedule(start, end, options.steps) if end != start else start)
 
 
 def check(options: Options) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Positional, Repeated, default_is, use_device
-from llmq_jax.defaults import TEMPERATURE, TOP_P
+from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
 
 SEEDS = 2**32
@@ -26,6 +26,11 @@ class DrawingOptions:
     """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
     stop: Repeated = ()
     """Stop before this text appears; may be given several times."""
+    draft: Annotated[str | None, default_is("none")] = None
+    """A smaller model of the same vocabulary, whose proposals the model checks several at a time; mtp for the model's
+    own modules of multi-token prediction. Likeliest tokens stay what they are, and drawn ones as likely as they are."""
+    draft_tokens: Annotated[int | None, default_is("4")] = None
+    """Tokens that a draft model proposes at a time."""
     seed: Annotated[int | None, default_is("0")] = None
     """The same seed draws the same text."""
     dtype: Annotated[
@@ -50,9 +55,12 @@ class DrawingOptions:
         sampler = lq.Sampler(temperature=self.temperature, top_k=self.top_k, top_p=top_p, min_p=self.min_p)
         # XLA's CPU backend computes in float32 whatever the weights are, and converts all of them into a copy for every
         # token: SmolLM2 takes as much memory in bfloat16 and 4.7 times as long.
-        lm = lq.load(self.model, dtype=self.dtype or ("float32" if jax.default_backend() == "cpu" else None))
+        dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
+        lm = lq.load(self.model, dtype=dtype)
         lm.require_tokenizer(self.model)
-        return lm, {"sampler": sampler, "stop": list(self.stop) or None}
+        draft = self.draft if self.draft in (None, MTP) else lq.load(self.draft, dtype=dtype)
+        drafting = {"draft": draft, "draft_tokens": self.draft_tokens}
+        return lm, {"sampler": sampler, "stop": list(self.stop) or None, **drafting}
 
     def seed_of(self, number: int) -> int:
         """The seed of one of several texts, numbered from 0."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from llmq_jax.generation.sampling import Sampler, sample
-from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.weight_type import weight_type
 
 
@@ -35,7 +35,7 @@ class DecodeState:
     caches: tuple[Any, ...]
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "length", "new_tokens", "end_tokens", "pad"))
+@partial(jax.jit, static_argnames=("model", "sampler", "length", "new_tokens", "end_tokens", "pad", "lookahead"))
 def prefill(
     model: Decoder,
     variables: dict,
@@ -48,14 +48,14 @@ def prefill(
     new_tokens: int,
     end_tokens: tuple[int, ...],
     pad: int,
-) -> DecodeState:
-    """Read the prompts [B, P] into caches of `length` slots, with room for `new_tokens`, and draw the first token."""
+    lookahead: int = 0,
+) -> tuple[DecodeState, Output]:
+    """Read the prompts [B, P] into caches of `length` slots, with room for `new_tokens`, and draw the first token.
+
+    `lookahead` is the number of tokens that may be taken back.
+    """
     batch = prompts.shape[0]
-    dtype = model.dtype or weight_type(jax.tree.leaves(variables["params"]))
-    caches = model.create_caches(batch, prompts.shape[1], dtype)
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    real = (positions < prompt_lengths[:, None]).astype(jnp.int32)
-    output = model.apply(variables, prompts, positions, real, caches, method="forward")
+    output, caches = read_prompts(model, variables, prompts, prompt_lengths, length, lookahead)
     last = jnp.take_along_axis(output.hidden, prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
     state = DecodeState(
         step=jnp.zeros((), jnp.int32),
@@ -66,10 +66,22 @@ def prefill(
         positions=prompt_lengths - 1,
         newest=jnp.zeros(batch, jnp.int32),
         keys=jax.vmap(jax.random.key)(seeds),
-        caches=tuple(cache.extend(length) for cache in model.slice_caches(output.caches)),
+        caches=caches,
     )
     logits = model.apply(variables, last, method="unembed")
-    return _append(state, logits, sampler, end_tokens)
+    return _append(state, logits, sampler, end_tokens), output.replace(caches=None, counts=None)
+
+
+def read_prompts(
+    model: Decoder, variables: dict, prompts: jax.Array, prompt_lengths: jax.Array, length: int, lookahead: int
+) -> tuple[Output, tuple[Any, ...]]:
+    """A pass over the prompts: (what it gives, the caches of each layer, of `length` slots)."""
+    dtype = model.dtype or weight_type(jax.tree.leaves(variables["params"]))
+    caches = model.create_caches(*prompts.shape, dtype, lookahead)
+    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+    real = (positions < prompt_lengths[:, None]).astype(jnp.int32)
+    output = model.apply(variables, prompts, positions, real, caches, method="forward")
+    return output, tuple(cache.extend(length) for cache in model.slice_caches(output.caches))
 
 
 @partial(jax.jit, static_argnames=("model", "sampler", "end_tokens"), donate_argnames=("state",))

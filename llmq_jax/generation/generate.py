@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.data.text_stream import TextStream
+from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
 from llmq_jax.generation.sampling import DEFAULT, Sampler
+from llmq_jax.generation.speculative import Draft, ModelDraft, MultiTokenDraft, advance_by_drafts, start_draft
 
 # Lengths are rounded up, so that requests of similar length share compiled programs. Prompts to a power of two, long
 # ones to a multiple of the second number: what is added is computed, too.
@@ -27,6 +29,9 @@ SHORTEST_PROMPT, LONGEST_PROMPT_STEP = 32, 512
 SHORTEST_CACHE = 256
 # Token ids, or seeds: lists and arrays of integers.
 Ids = Sequence[SupportsIndex] | np.ndarray
+
+# What a draft model proposes at a time.
+DRAFT_TOKENS = 4
 
 # Stop strings are looked for between stretches of this many tokens.
 STRETCH = 16
@@ -44,6 +49,10 @@ class Generation:
     """float32 [B, max_new_tokens]: log-probability of each new token at the temperature; 0 in the padding."""
     text: list[str] | None
     """The new tokens decoded, without special tokens and stop string; None for a model without a tokenizer."""
+    drafted: int = 0
+    """Tokens that a draft proposed, over all rows."""
+    accepted: int = 0
+    """Those of them that are in the rows."""
 
 
 def generate(
@@ -54,6 +63,8 @@ def generate(
     sampler: Sampler | None = None,
     stop: Sequence[Any] | SupportsIndex | str | None = None,
     seed: SupportsIndex | Ids = 0,
+    draft: Any = None,
+    draft_tokens: int | None = None,
 ) -> Generation:
     """Continue every prompt (one string, or several strings or lists of token ids) by up to `max_new_tokens` tokens.
 
@@ -61,9 +72,20 @@ def generate(
     for the end tokens of the model's generation config, which stop strings add to and stop tokens replace; () stops at
     nothing. Row r draws from seed + r, or from the r-th of a list of seeds. Without a sampler, temperature 0.8 and
     top_p 0.95. Raises BadInput where a prompt and its new tokens do not fit the model's context.
+
+    `draft` proposes tokens that the model then checks several at a time (`generation.speculative`): another
+    LanguageModel of the same vocabulary, which proposes `draft_tokens` (4), or "mtp", the model's own modules of
+    multi-token prediction. Greedy tokens stay what they are; sampled ones are other draws of the same distribution.
     """
     request = Request.create(
-        lm, [prompts] if isinstance(prompts, str) else prompts, max_new_tokens, sampler, stop, seed
+        lm,
+        [prompts] if isinstance(prompts, str) else prompts,
+        max_new_tokens,
+        sampler,
+        stop,
+        seed,
+        draft,
+        draft_tokens,
     )
     state = request.start()
     if not request.stop_strings:
@@ -84,6 +106,8 @@ def stream(
     sampler: Sampler | None = None,
     stop: Sequence[Any] | SupportsIndex | str | None = None,
     seed: SupportsIndex = 0,
+    draft: Any = None,
+    draft_tokens: int | None = None,
 ) -> Iterator[str]:
     """Yield the text of one continuation as it comes; the pieces join to what `generate` gives.
 
@@ -92,18 +116,23 @@ def stream(
     if lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
     # Checked now, not when the first piece is asked for.
-    return _pieces(Request.create(lm, [prompt], max_new_tokens, sampler, stop, seed))
+    return _pieces(Request.create(lm, [prompt], max_new_tokens, sampler, stop, seed, draft, draft_tokens))
 
 
 def _pieces(request: "Request") -> Iterator[str]:
     decoder, text, shown = TextStream(request.lm.tokenizer, skip_special_tokens=True), "", 0
-    state = request.start()
-    for count in range(1, request.max_new_tokens + 1):
-        newest = int(state.newest[0])
-        if newest not in request.end_tokens:
-            text += decoder.push(newest)
-        stopped = request.stop_position(text)
-        finished = bool(state.done[0]) or stopped is not None or count == request.max_new_tokens
+    state, seen, finished = request.start(), 0, False
+    while not finished:
+        tokens, length, done = jax.device_get((state.tokens[0], state.lengths[0], state.done[0]))
+        stopped = None
+        for token in tokens[seen:length].tolist():
+            if token not in request.end_tokens:
+                text += decoder.push(token)
+            stopped = request.stop_position(text)
+            if stopped is not None:
+                break
+        seen = int(length)
+        finished = bool(done) or stopped is not None or seen == request.max_new_tokens
         if finished and stopped is None:
             text += decoder.finish()
             stopped = request.stop_position(text)
@@ -111,9 +140,8 @@ def _pieces(request: "Request") -> Iterator[str]:
         if text[shown:end]:
             yield text[shown:end]
             shown = len(text[:end])
-        if finished:
-            return
-        state = request.advance(state, count + 1)
+        if not finished:
+            state = request.advance(state, seen + 1)
 
 
 @dataclass(frozen=True)
@@ -129,9 +157,14 @@ class Request:
     stop_strings: tuple[str, ...]
     seeds: np.ndarray
     pad: int
+    draft: Draft | None = None
+    draft_lm: Any = None
+    """The model whose variables the draft reads."""
 
     @classmethod
-    def create(cls, lm, prompts, max_new_tokens, sampler, stop, seed) -> "Request":
+    def create(
+        cls, lm, prompts, max_new_tokens, sampler, stop, seed, draft: Any = None, draft_tokens: int | None = None
+    ) -> "Request":
         rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(prompts)]
         if not rows:
             raise BadInput("no prompt was given; pass at least one")
@@ -160,12 +193,14 @@ class Request:
         pad = lm.generation.pad_token_id
         if pad is None:
             pad = end_tokens[0] if end_tokens else 0
-        return cls(lm, padded, lengths, max_new_tokens, sampler or DEFAULT, end_tokens, stop_strings, seeds, pad)
+        drafting = _drafting(lm, draft, draft_tokens, int(lengths.max()) + max_new_tokens)
+        sampler = sampler or DEFAULT
+        return cls(lm, padded, lengths, max_new_tokens, sampler, end_tokens, stop_strings, seeds, pad, *drafting)
 
     def start(self) -> DecodeState:
         needed = int(self.prompt_lengths.max()) + self.max_new_tokens
         length = min(max(SHORTEST_CACHE, _power_of_two(needed)), self.lm.config.max_position_embeddings)
-        return prefill(
+        state, output = prefill(
             self.lm.model,
             self.lm.variables,
             self.prompts,
@@ -176,11 +211,27 @@ class Request:
             new_tokens=length,  # more than enough, and no second length to compile for
             end_tokens=self.end_tokens,
             pad=self.pad,
+            lookahead=0 if self.draft is None else self.draft.count + 1,
         )
+        if self.draft is None:
+            return state
+        prompts = jnp.asarray(self.prompts), jnp.asarray(self.prompt_lengths)
+        return start_draft(self.draft, self.draft_lm.variables, state, output, *prompts, length=length)
 
     def advance(self, state: DecodeState, until: int) -> DecodeState:
-        outside, layers = self.lm.sliced(len(self.prompts))
-        return advance(self.lm.model, outside, layers, state, until, sampler=self.sampler, end_tokens=self.end_tokens)
+        rows = len(self.prompts)
+        options = {"sampler": self.sampler, "end_tokens": self.end_tokens}
+        if self.draft is None:
+            outside, layers = self.lm.sliced(rows)
+            return advance(self.lm.model, outside, layers, state, until, **options)
+        outside, layers = self.lm.sliced(rows * (self.draft.count + 1))
+        if isinstance(self.draft, MultiTokenDraft):
+            of_draft = outside, self.lm.sliced_ahead
+        else:
+            of_draft = self.draft_lm.sliced(rows)
+        return advance_by_drafts(
+            self.lm.model, self.draft, outside, layers, of_draft, state, until, self.max_new_tokens, **options
+        )
 
     def stop_at_strings(self, state: DecodeState) -> DecodeState:
         """Mark the rows whose text holds a stop string as done, their length up to the token that completed it."""
@@ -211,7 +262,8 @@ class Request:
         if self.lm.tokenizer is not None:
             text = [self._decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
             text = [t[: self.stop_position(t)] for t in text]
-        return Generation(tokens, lengths, logprobs, text)
+        counts = (0, 0) if self.draft is None else (int(state.drafted.sum()), int(state.accepted.sum()))
+        return Generation(tokens, lengths, logprobs, text, *counts)
 
     def certain(self, text: str) -> int:
         """How much of an unfinished text cannot be the beginning of a stop string."""
@@ -231,6 +283,32 @@ class Request:
         """Where the first stop string begins."""
         found = [text.find(string) for string in self.stop_strings]
         return min((at for at in found if at >= 0), default=None)
+
+
+def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draft | None, Any]:
+    """(the draft, the model whose variables it reads)."""
+    if draft is None:
+        if count is not None:
+            raise BadInput(f"draft_tokens={count} has no effect without a draft; name one, or leave it out")
+        return None, None
+    if isinstance(draft, str):
+        if draft != MTP:
+            raise BadInput(f"draft={draft!r} is neither a loaded model nor {MTP!r}")
+        if not getattr(lm.config, "num_nextn_predict_layers", 0):
+            raise BadInput(f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction")
+        if count is not None:
+            raise BadInput(f"draft_tokens={count} has no effect beside draft={MTP!r}: each module drafts one token")
+        return MultiTokenDraft(lm.model), lm
+    count = DRAFT_TOKENS if count is None else count
+    if count < 1:
+        raise BadInput(f"draft_tokens={count} must be at least 1")
+    theirs, ours = draft.config.vocab_size, lm.config.vocab_size
+    if theirs != ours:
+        raise BadInput(f"the draft has a vocabulary of {theirs} ids and the model one of {ours}; take one of the same")
+    if needed > draft.config.max_position_embeddings:
+        longest = draft.config.max_position_embeddings
+        raise BadInput(f"prompt and new tokens are {needed} in all, more than the draft's context of {longest}")
+    return ModelDraft(draft.model, count), draft
 
 
 def _prompt_width(longest: int, context: int) -> int:

@@ -96,7 +96,7 @@ def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[
     return tokens, logprobs
 
 
-def first_largest(scores: Float[Array, "B V"]) -> Int[Array, " B"]:
+def first_largest(scores: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
     """`jnp.argmax` over the last axis, five times as fast on a CPU: two passes that vectorise instead of one."""
     last = scores.shape[-1] - 1
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)

@@ -277,15 +277,15 @@ class Decoder(nn.Module):
         )
 
     @nn.nowrap
-    def decode(
+    def decode_output(
         self,
         outside: dict,
         layers: tuple[dict, ...],
         tokens: Tokens,
         positions: Tokens,
         caches: tuple[Any, ...],
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """A pass over sliced layers with one cache a layer: (hidden states after the final norm, caches)."""
+    ) -> Output:
+        """A pass over sliced layers with one cache a layer, and such caches in what it gives."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         context = self.context(positions).replace(implementation=self.attention)
         x = self.apply(outside, tokens, positions, method="embed")
@@ -298,7 +298,20 @@ class Decoder(nn.Module):
         for (path, _), layer, cache in zip(self.layer_slots(), layers, caches, strict=True):
             x, cache, _ = blocks[path].apply(layer, x, context, cache)
             new_caches.append(cache)
-        return self.apply(outside, x, method="normalise"), tuple(new_caches)
+        return Output(self.apply(outside, x, method="normalise"), x, tuple(new_caches))
+
+    @nn.nowrap
+    def decode(
+        self,
+        outside: dict,
+        layers: tuple[dict, ...],
+        tokens: Tokens,
+        positions: Tokens,
+        caches: tuple[Any, ...],
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """The same: (hidden states after the final norm, caches)."""
+        output = self.decode_output(outside, layers, tokens, positions, caches)
+        return output.hidden, output.caches
 
 
 def slice_modules(

@@ -1,0 +1,234 @@
+"""Drafts change how fast tokens come, not which."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.errors import BadInput
+from llmq_jax.generation.sampling import filter_logits
+from llmq_jax.generation.speculative import accept
+
+GREEDY = lq.Sampler(temperature=0.0)
+SIZES = {"vocab_size": 50, "max_position_embeddings": 64, "hidden_size": 16, "num_attention_heads": 2}
+CONFIGS = {
+    "llama": lq.Llama3Config(**SIZES, num_hidden_layers=2, num_key_value_heads=1, intermediate_size=24),
+    # Rings of 6 + lookahead slots, from which drafts are taken back.
+    "gemma": lq.Gemma3Config(
+        **SIZES, num_hidden_layers=3, num_key_value_heads=1, head_dim=8, intermediate_size=24, sliding_window=6
+    ),
+}
+DEEPSEEK = lq.DeepSeekV3Config(
+    **SIZES,
+    num_hidden_layers=2,
+    q_lora_rank=None,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    first_k_dense_replace=1,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+)
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [1, 8, 2, 8]]
+
+
+def draw(config, seed=0, scale=8.0, eos=()):
+    """A model whose choices are clear."""
+    variables = lq.init(config, seed)
+    params = jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 2 else leaf, variables["params"])
+    return lq.LanguageModel(
+        config, lq.build(config), variables | {"params": params}, generation=lq.GenerationConfig(eos_token_id=eos)
+    )
+
+
+def similar(lm, amount=0.03):
+    """A draft that is right often, and wrong often."""
+    rng = np.random.default_rng(0)
+    noise = jax.tree.map(
+        lambda leaf: leaf + amount * jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) * jnp.std(leaf),
+        lm.variables,
+    )
+    return lm.replace(variables=noise)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def target(request):
+    return draw(CONFIGS[request.param])
+
+
+def assert_same(found, expected):
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.lengths, expected.lengths)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_greedy_tokens_are_those_of_plain_decoding(target, count):
+    plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
+    found = lq.generate(
+        target, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft=similar(target, 0.1), draft_tokens=count
+    )
+    assert_same(found, plain)
+    assert 0 < found.accepted < found.drafted
+    itself = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft=target, draft_tokens=count)
+    assert_same(itself, plain)
+    # What is drafted past the last token is not accepted.
+    assert itself.drafted - itself.accepted < 3 * count
+
+
+def test_a_draft_of_another_architecture():
+    target = draw(CONFIGS["llama"])
+    plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
+    for draft in (draw(CONFIGS["gemma"]), draw(DEEPSEEK)):
+        assert_same(lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft=draft), plain)
+
+
+def test_end_tokens_and_limits(target):
+    plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
+    end = int(plain.tokens[0, 6])
+    for new_tokens in (1, 2, 30):
+        options = {"max_new_tokens": new_tokens, "sampler": GREEDY, "stop": [end]}
+        assert_same(lq.generate(target, PROMPTS, draft=target, **options), lq.generate(target, PROMPTS, **options))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("fed", ["after_norm", "before_norm"])
+def test_modules_of_multi_token_prediction_draft_for_their_own_model(depth, fed):
+    lm = draw(dataclasses.replace(DEEPSEEK, num_nextn_predict_layers=depth, mtp_hidden=fed))
+    plain = lq.generate(lm, PROMPTS, max_new_tokens=30, sampler=GREEDY)
+    found = lq.generate(lm, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft="mtp")
+    assert_same(found, plain)
+    assert found.drafted % depth == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_modules_draft_is_what_they_say_of_the_whole_text(depth):
+    """Caches that are filled window by window, with drafts corrected, against one pass over everything."""
+    lm = draw(dataclasses.replace(DEEPSEEK, num_nextn_predict_layers=depth))
+    prompt = PROMPTS[0]
+    found = lq.generate(lm, [prompt], max_new_tokens=30, sampler=GREEDY, draft="mtp")
+    text = np.concatenate([prompt, found.tokens[0]])[None]
+    said = [np.asarray(logits)[0].argmax(-1) for logits in lm.mtp_logits(text)]
+    # After each pass the newest token is at `place`, and module k drafts token place + k.
+    place, drafted, accepted = len(prompt), 0, 0
+    while place < text.shape[1] - 1:
+        guess, right = list(text[0]), 0
+        for k in range(1, depth + 1):
+            if place + k >= text.shape[1]:
+                break
+            # What module k saw past the newest token were drafts: right ones, or there is nothing more to accept.
+            guess[place + k] = int(said[k - 1][place - 1])
+            if guess[place + k] != text[0, place + k]:
+                break
+            right += 1
+        drafted, accepted = drafted + depth, accepted + right
+        place += right + 1
+    assert (found.drafted, found.accepted) == (drafted, accepted)
+
+
+def sharpened(variables):
+    """Logits that are far apart."""
+    head = jax.tree.map(lambda leaf: 6 * leaf, variables["params"]["lm_head"])
+    return variables | {"params": {**variables["params"], "lm_head": head}}
+
+
+SAMPLERS = {
+    "whole": lq.Sampler(temperature=1.0),
+    "nucleus": lq.Sampler(temperature=0.7, top_p=0.8),
+    "top-k": lq.Sampler(top_k=2),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_drawn_is_distributed_as_the_model_alone_draws(name):
+    """Three tokens after one prompt, 4,000 times: the chi-squared statistic against the model's own probabilities."""
+    sizes = {"vocab_size": 4, "max_position_embeddings": 8, "hidden_size": 8, "num_attention_heads": 2}
+    config = lq.Llama3Config(**sizes, num_hidden_layers=1, num_key_value_heads=1, intermediate_size=8)
+    target, draft = (lm.replace(variables=sharpened(lm.variables)) for lm in (draw(config, 0), draw(config, 1)))
+    count, sampler = 4000, SAMPLERS[name]
+    found = lq.generate(
+        target, [[1, 2]] * count, max_new_tokens=3, sampler=sampler, draft=draft, draft_tokens=2, seed=3
+    )
+    assert 0.1 < found.accepted / found.drafted < 0.9
+    texts = np.stack(np.meshgrid(*[np.arange(4)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    logits = target.logits(np.concatenate([np.tile([1, 2], (64, 1)), texts], axis=1))[:, 1:4]
+    allowed = filter_logits(jnp.asarray(logits).reshape(-1, 4), sampler).reshape(64, 3, 4)
+    each = np.take_along_axis(np.asarray(jax.nn.softmax(allowed)), texts[..., None], axis=2)[..., 0]
+    expected = count * each.prod(1)
+    seen = np.bincount(found.tokens @ [16, 4, 1], minlength=64)
+    assert not seen[expected < 1e-3].any()
+    frequent = expected > 5
+    statistic = ((seen - expected)[frequent] ** 2 / expected[frequent]).sum()
+    degrees = frequent.sum() - 1
+    # A good generator exceeds this once in some 30,000 times, and the seed is fixed.
+    assert statistic < degrees + 4 * np.sqrt(2 * degrees) + 4
+
+
+def test_acceptance_of_a_single_draft():
+    """At q = p nothing is rejected; where p has nothing everything is, and what is drawn instead is p's."""
+    p = jnp.log(jnp.asarray([[0.5, 0.5, 1e-30], [0.25, 0.75, 1e-30]]))[None]
+    keys = jax.vmap(jax.random.key)(jnp.arange(1))
+    tokens, accepted = accept(p, jnp.asarray([[1]]), p[:, :1], keys, lq.Sampler())
+    assert accepted[0] == 1 and tokens[0, 0] == 1 and tokens[0, 1] < 2
+    q = jnp.log(jnp.asarray([[[1e-30, 1e-30, 1.0]]]))
+    tokens, accepted = accept(p, jnp.asarray([[2]]), q, keys, lq.Sampler())
+    assert accepted[0] == 0 and tokens[0, 0] < 2
+
+
+def test_a_row_depends_on_its_own_seed_only(target):
+    options = {"max_new_tokens": 12, "sampler": lq.Sampler(), "draft": similar(target), "draft_tokens": 2}
+    together = lq.generate(target, PROMPTS, seed=[3, 7, 3], **options)
+    alone = lq.generate(target, [PROMPTS[1]], seed=7, **options)
+    np.testing.assert_array_equal(together.tokens[1], alone.tokens[0])
+
+
+def test_streams_and_stop_strings():
+    config = dataclasses.replace(CONFIGS["llama"], vocab_size=257)
+    lm = dataclasses.replace(draw(config), tokenizer=lq.ByteTokenizer())
+    options = {"max_new_tokens": 40, "sampler": GREEDY, "stop": ()}
+    whole = lq.generate(lm, "hello", **options).text[0]
+    assert "".join(lq.stream(lm, "hello", draft=lm, draft_tokens=3, **options)) == whole
+    cut = whole[10:13]
+    options["stop"] = cut
+    expected = lq.generate(lm, "hello", **options).text[0]
+    assert expected == whole[: whole.index(cut)]
+    assert lq.generate(lm, "hello", draft=lm, draft_tokens=3, **options).text[0] == expected
+    assert "".join(lq.stream(lm, "hello", draft=lm, draft_tokens=3, **options)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "mtp"}, "this llama has no modules of multi-token prediction"),
+        ({"draft": "gpt2"}, "draft='gpt2' is neither a loaded model nor 'mtp'"),
+        ({"draft_tokens": 2}, "draft_tokens=2 has no effect without a draft"),
+        ({"draft": "itself", "draft_tokens": 0}, "draft_tokens=0 must be at least 1"),
+        ({"draft": "vocabulary"}, "the draft has a vocabulary of 51 ids and the model one of 50"),
+        ({"draft": "context"}, "are 28 in all, more than the draft's context of 20"),
+    ],
+)
+def test_bad_input(options, message):
+    config = CONFIGS["llama"]
+    lm = draw(config)
+    others = {
+        "itself": config,
+        "vocabulary": dataclasses.replace(config, vocab_size=51),
+        "context": dataclasses.replace(config, max_position_embeddings=20),
+    }
+    if options.get("draft") in others:
+        options = options | {"draft": draw(others[options["draft"]])}
+    with pytest.raises(BadInput, match=message):
+        lq.generate(lm, PROMPTS, max_new_tokens=20, sampler=GREEDY, **options)
+
+
+def test_a_module_drafts_one_token():
+    with pytest.raises(BadInput, match="draft_tokens=2 has no effect beside draft='mtp'"):
+        lq.generate(draw(DEEPSEEK), PROMPTS, max_new_tokens=2, draft="mtp", draft_tokens=2)
