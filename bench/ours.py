@@ -16,7 +16,7 @@ from bench.worker import Side
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
-from llmq_jax.models import ARCHITECTURES
+from llmq_jax.models import ARCHITECTURES, abstract_variables
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
 from llmq_jax.training.host_memory import keep_freed_memory
 
@@ -214,6 +214,14 @@ class ExpertsSide(OurSide):
         return products_of(self.exact, *self.arguments)
 
 
+def chosen_experts_alone(row: Any) -> tuple[Any, dict]:
+    """(a model with just as many experts as a token passes through, shapes of its variables): the work of a token."""
+    count = row.fields["num_experts_per_tok"]
+    config = replace(row_config(row), n_routed_experts=count, n_group=1, topk_group=1)
+    config = replace(config, experts=replace(lq.build(config).experts, dispatch="dense"))
+    return lq.build(config), abstract_variables(config)
+
+
 class GenerationSide(OurSide):
     def build(self) -> dict[str, Any]:
         config = row_config(self.row)
@@ -238,9 +246,13 @@ class GenerationSide(OurSide):
 
     def find_products(self) -> list[Product]:
         """Those of one decoding pass, as often as there are new tokens; where there is one, of the prompt's pass."""
-        outside, layers = self.lm.sliced(self.row.batch)
         batch, length = self.row.batch, self.row.prompt + self.row.new_tokens
         model = self.lm.model
+        if model.experts is not None:
+            model, variables = chosen_experts_alone(self.row)
+            outside, layers = jax.eval_shape(model.slice_layers, variables)
+        else:
+            outside, layers = self.lm.sliced(batch)
         if self.row.new_tokens == 1:
             prompts = jnp.asarray(self.prompts)
             return products_of(lambda prompts: model.apply(self.lm.variables, prompts, method="hidden"), prompts)

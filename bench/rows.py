@@ -207,8 +207,9 @@ Row = TrainStep | CrossEntropy | WindowedAttention | ExpertNetworks | Generation
 def _model(row: Any) -> str:
     fields = row.fields
     experts = ""
-    if "num_local_experts" in fields:
-        experts = f"{fields['num_experts_per_tok']} of {fields['num_local_experts']} experts, "
+    for name in ("num_local_experts", "n_routed_experts"):
+        if name in fields:
+            experts = f"{fields['num_experts_per_tok']} of {fields[name]} experts, "
     return (
         f"{row.model_type} with {fields['num_hidden_layers']} layers, {fields['num_attention_heads']} heads, "
         f"width {fields['hidden_size']}, {experts}vocabulary {fields['vocab_size']:,}"
@@ -265,6 +266,28 @@ MIXTRAL = {
     "max_position_embeddings": 256,
     "vocab_size": 257,
 }
+DEEPSEEK = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "hidden_size": 256,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "intermediate_size": 768,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 192,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_nextn_predict_layers": 0,
+    "balance": None,  # which transformers does not compute
+    "max_position_embeddings": 256,
+    "vocab_size": 257,
+}
 WITHOUT_PLAIN = ("ours", "ours, scanned", "transformers, eager", "transformers, compiled")
 SMOLLM2_SIDES = ("ours", "transformers, eager", "plain torch, eager")
 SMALL = gpt2(6, 6, 384, 256, 50257)
@@ -293,6 +316,15 @@ ROWS: dict[str, Row] = {
             sides=WITHOUT_PLAIN,
             at_least=1.3,
         ),
+        TrainStep(
+            "deepseek-step-1024",
+            DEEPSEEK,
+            batch=4,
+            context=256,
+            model_type="deepseek_v3",
+            sides=WITHOUT_PLAIN,
+            at_least=1.3,
+        ),
         CrossEntropy("cross-entropy-128256", vocab_size=128256, width=576, tokens=2048),
         WindowedAttention("window-attention-4096", length=4096, window=256),
         ExpertNetworks("experts-2048", tokens=2048, width=384, intermediate_size=512),
@@ -310,6 +342,7 @@ ROWS: dict[str, Row] = {
             sides=SMOLLM2_SIDES,
             at_least=1.0,
         ),
+        Generation("deepseek-generate-1", DEEPSEEK, 1, model_type="deepseek_v3", at_least=3.0),
         Start("gpt2-first-step", "step", SMALL),
         Start("gpt2-first-token", "token", SMALL, below_seconds=5.0),
     )

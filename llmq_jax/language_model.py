@@ -293,10 +293,11 @@ def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> Languag
         if isinstance(config, Mapping):
             config = override(_config(path, loaded.config), **config)
         _check_fit(path, variables, config)
-    if dtype is not None:
-        variables = jax.tree.map(
-            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, variables
+    if dtype is not None:  # that of parameters: a router's bias keeps its own
+        params = jax.tree.map(
+            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, variables["params"]
         )
+        variables = {**variables, "params": params}
     files = TextFiles(None, GenerationConfig())
     if loaded.tokenizer_folder:
         files = TextFiles.read(loaded.tokenizer_folder, path.resolve().name)

@@ -44,6 +44,8 @@ class DrawingOptions:
         """(the model, what `lq.generate` and `lq.stream` take beside prompt, length and seed)."""
         if self.seed is not None and self.temperature == 0:
             raise BadInput("--seed has no effect at temperature 0, where nothing is drawn; leave it out")
+        if self.draft_tokens is not None and self.draft in (None, MTP):
+            raise BadInput("--draft-tokens has no effect without a draft model; leave it out, or name one with --draft")
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
         use_device(self.device)

@@ -1,6 +1,6 @@
 """Text to batches: tokenizers, readers of files, splits, windows over a stream of tokens, padding and packing."""
 
-from llmq_jax.data.batching import pack, packed_rows, pad
+from llmq_jax.data.batching import multi_token_rows, pack, packed_rows, pad
 from llmq_jax.data.python_library import python_library_documents, split_modules
 from llmq_jax.data.sources import has_fields, iterate_documents, read_documents
 from llmq_jax.data.splits import split_documents, split_tokens
@@ -38,6 +38,7 @@ __all__ = [
     "has_fields",
     "iterate_documents",
     "load_tokenizer",
+    "multi_token_rows",
     "pack",
     "packed_rows",
     "pad",

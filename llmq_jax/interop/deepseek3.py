@@ -85,7 +85,7 @@ def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[st
     left_out = tuple(f"{LAYER.format(layer=layer)}." for layer in range(first + wanted, first + held))
     if not left_out:
         return state
-    warnings.warn(f"{len(left_out)} modules of multi-token prediction are left out", stacklevel=5)
+    warnings.warn(f"modules of multi-token prediction are left out: {len(left_out)}", stacklevel=5)
     return {name: state[name] for name in state if not name.startswith(left_out)}
 
 
@@ -167,8 +167,12 @@ def derive(
     compressed = f"{attention}/query_up/kernel" in shapes
     queries = shapes[f"{attention}/query_up/kernel" if compressed else f"{attention}/query/kernel"][0]
     content = queries // heads - rotary
-    width = shapes[f"{moe}/down_kernel"][-1]
     dense = shapes.get("params/{block}/mlp/down/kernel")
+    sparse = {}
+    if f"{moe}/router/kernel" in shapes:
+        width, shared = shapes[f"{moe}/down_kernel"][-1], shapes.get(f"{moe}/shared/down/kernel", (0,))[-1]
+        sparse = {"n_routed_experts": shapes[f"{moe}/router/kernel"][0], "moe_intermediate_size": width}
+        sparse["n_shared_experts"] = shared // width
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -179,9 +183,7 @@ def derive(
         "qk_rope_head_dim": rotary,
         "v_head_dim": shapes[f"{attention}/latent_up/kernel"][0] // heads - content,
         "attention_bias": f"{attention}/out/bias" in shapes,
-        "n_routed_experts": shapes[f"{moe}/router/kernel"][0],
-        "moe_intermediate_size": width,
-        "n_shared_experts": shapes[f"{moe}/shared/down/kernel"][-1] // width,
+        **sparse,
         **({"intermediate_size": dense[-1]} if dense else {}),
         "tie_word_embeddings": tied,
     }

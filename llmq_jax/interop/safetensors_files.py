@@ -3,6 +3,8 @@
 Files are read with pread, not mapped into memory: what has been read counts once, as the array it became.
 """
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
+# Types of which the safetensors library makes no numpy arrays.
+READ_AS_BYTES = ("F8_E4M3", "F8_E5M2")
 
 
 def is_safetensors(path: Path) -> bool:
@@ -95,14 +99,23 @@ def _open(path: Path) -> Any:
 
 def _lazy(path: Path, file: Any, name: str) -> LazyTensor:
     entry = file.get_slice(name)
-    dtype = entry.get_dtype()
+    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
     if dtype not in DTYPES:
         raise BadInput(f"{path}: {name} has the type {dtype}, which is not supported")
 
     def read() -> np.ndarray:
         try:
-            return file.get_tensor(name)
+            return _from_bytes(path, name, shape) if dtype in READ_AS_BYTES else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{path}: {name} cannot be read ({error}); get the file again") from error
 
-    return LazyTensor(tuple(entry.get_shape()), DTYPES[dtype], read)
+    return LazyTensor(shape, DTYPES[dtype], read)
+
+
+def _from_bytes(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of a file that has been opened, which checked its header: 8 bytes of its length, it, then the data."""
+    with path.open("rb") as file:
+        entry = json.loads(file.read(int.from_bytes(file.read(8), "little")))[name]
+        start, end = entry["data_offsets"]
+        file.seek(start, os.SEEK_CUR)
+        return np.frombuffer(file.read(end - start), DTYPES[entry["dtype"]]).reshape(shape)

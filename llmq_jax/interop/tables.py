@@ -31,6 +31,8 @@ from llmq_jax.models import abstract_variables, module_slots
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
+PARAMS = "params"
+"""The collection of what is trained."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,11 @@ class WeightTable:
         return placements
 
     def from_state_dict(self, state: Mapping[str, Any], config: Any, dtype: Any = None) -> dict:
-        """`state` as our variables, in its own types unless `dtype` says otherwise; see `interop.from_state_dict`."""
+        """`state` as our variables, in its own types unless `dtype` says otherwise; see `interop.from_state_dict`.
+
+        `dtype` is that of parameters. Other collections keep their types: a router's bias moves in steps too small for
+        half precision.
+        """
         leaves = flatten_dict(abstract_variables(config))
         placements = self.placements(config)
         state = self.select(self._own_part(state), config)
@@ -181,7 +187,7 @@ class WeightTable:
             present = [tensors[part.key] for part in parts if part.key in tensors]
             # A leaf whose tensors are all absent takes the type of the others.
             types = [tensor.dtype for tensor in present or tensors.values()]
-            leaf_type = _widest(types) if dtype is None else dtype
+            leaf_type = _widest(types) if dtype is None or path[0] != PARAMS else dtype
             leaf = _aligned_empty(leaves[path].shape, jax.dtypes.canonicalize_dtype(leaf_type))
             for part in parts:
                 if part.key in tensors:
@@ -193,7 +199,10 @@ class WeightTable:
         return unflatten_dict(filled)
 
     def lazy_state_dict(self, variables: dict, config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
-        """Our variables, or any tree of that structure, under their names; tensors are made when asked for."""
+        """Our variables, or any tree of that structure, under their names; tensors are made when asked for.
+
+        `dtype` is that of parameters, as in `from_state_dict`.
+        """
         expected = flatten_dict(abstract_variables(config))
         leaves = flatten_dict(variables)
         placements = self.placements(config)
@@ -210,7 +219,9 @@ class WeightTable:
         ]
         if problems:
             raise BadInput(f"the variables do not fit {type(config).__name__}: {'; '.join(problems)}")
-        tensors = {part.key: _theirs(part, leaves[part.path], dtype) for part in placements}
+        tensors = {
+            part.key: _theirs(part, leaves[part.path], dtype if part.path[0] == PARAMS else None) for part in placements
+        }
         if self.writes_tied:
             tensors |= {key: tensors[source] for key, source in self.tied.items() if key not in tensors}
         return tensors

@@ -25,6 +25,7 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from llmq_jax.field_types import create
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import LatentCache
@@ -147,7 +148,7 @@ class DeepSeekV3Config:
         rope = rope_from(self.rope_parameters, width, self.max_position_embeddings)
         object.__setattr__(self, "rope_parameters", rope)
         if isinstance(self.balance, dict):
-            object.__setattr__(self, "balance", Experts(selection_bias=True, balance=self.balance).balance)
+            object.__setattr__(self, "balance", create(Balance, self.balance))
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         sizes = (self.n_routed_experts, self.num_experts_per_tok)
         require(
@@ -156,6 +157,18 @@ class DeepSeekV3Config:
             "experts",
             f"must have num_experts and top_k as n_routed_experts and num_experts_per_tok say: {sizes}",
         )
+        if self.first_k_dense_replace < self.num_hidden_layers:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor"):
+            require(getattr(self, name) > 0, self, name, "must be above 0")
+        experts, groups = self.n_routed_experts, self.n_group
+        require(experts % groups == 0, self, "n_group", f"must divide n_routed_experts={experts}")
+        require(self.topk_group <= groups, self, "topk_group", f"is more than n_group={groups}")
+        seen = self.topk_group * experts // groups
+        rule = f"is more than the {seen} experts of topk_group={self.topk_group} groups"
+        require(self.num_experts_per_tok <= seen, self, "num_experts_per_tok", rule)
         _ = self.fine_grained_experts  # which checks the rest
 
     @property

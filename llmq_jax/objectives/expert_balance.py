@@ -40,12 +40,17 @@ def load_metrics(experts: Experts | None, counts: dict) -> dict[str, Array]:
 
 
 def move_biases(experts: Experts | None, router: dict, counts: dict) -> dict:
-    """The collection "router" after a step: every layer's bias for selection, moved against its load."""
+    """The collection "router" after a step: every layer's bias for selection, moved against its load.
+
+    What took no part in the step, as modules of multi-token prediction need not, keeps its bias.
+    """
     if experts is None or experts.balance is None or not experts.balance.bias_rate:
         return router
 
     def moved(path, bias):
         group, block = (entry.key for entry in path[:2])
+        if group not in counts:
+            return bias
         return moved_bias(bias, counts[group][block]["router"].assigned, experts.balance)
 
     return jax.tree_util.tree_map_with_path(moved, router)

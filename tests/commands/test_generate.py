@@ -38,6 +38,12 @@ def test_sampling_options_reach_the_sampler(llmq, model_folder, tiny_model):
     assert all(llmq("generate", model_folder, "--prompt", "ab", "--max-new-tokens", 20, *o)[1] != out for o in others)
 
 
+def test_a_draft_changes_no_greedy_text(llmq, model_folder, tiny_model):
+    plain = llmq("generate", model_folder, "--prompt", "ab", "--max-new-tokens", 20, "--temperature", 0)
+    options = ["--max-new-tokens", 20, "--temperature", 0, "--draft", model_folder, "--draft-tokens", 3]
+    assert llmq("generate", model_folder, "--prompt", "ab", *options) == plain
+
+
 def test_without_a_length_it_fills_the_context(llmq, model_folder, tiny_model):
     code, out, _ = llmq("generate", model_folder, "--prompt", "x" * 30, "--temperature", 0)
     expected = lq.generate(tiny_model, "x" * 30, max_new_tokens=2, sampler=lq.Sampler(temperature=0.0)).text[0]
@@ -117,6 +123,8 @@ BAD = {
     "idle jsonl": (["MODEL", "--prompt", "x", "--jsonl"], "--jsonl has no effect without --prompt-file; leave it out"),
     "no new token": (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
     "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
+    "idle draft": (["MODEL", "--prompt", "x", "--draft-tokens", "3"], "--draft-tokens has no effect without a draft"),
+    "no modules": (["MODEL", "--prompt", "x", "--draft", "mtp"], "this gpt2 has no modules of multi-token prediction"),
     "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at temperature 0"),
     "idle seed": (
         ["MODEL", "--prompt", "x", "--temperature", "0", "--seed", "0"],

@@ -1,11 +1,13 @@
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmq_jax.data import pack, packed_rows, pad
+from llmq_jax.data import multi_token_rows, pack, packed_rows, pad
 from llmq_jax.errors import BadInput
 
 
@@ -68,3 +70,53 @@ def test_packing_many_is_fast():
     plan = pack(lengths, 1024)
     assert time.perf_counter() - started < 10
     assert len(plan) < 1.005 * lengths.sum() / 1024
+
+
+# Documents for multi-token prediction.
+
+GOLDEN = json.loads((Path(__file__).parent / "multi_token_collators.json").read_text())
+"""What the original repository's two collators give, computed by its own code."""
+END, IGNORED = 50256, -100
+
+
+@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("name", ["collate_function_mtp", "collate_function_mtp_experimental"])
+def test_rows_for_multi_token_prediction_are_the_original_s(name, case):
+    inputs, theirs = GOLDEN["inputs"][case], GOLDEN[name][case]
+    options = {"shrink": name.endswith("experimental"), "longest": inputs["custom_max_len"]}
+    batch = multi_token_rows(inputs["batch"], inputs["k"], END, **options)
+    assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
+    assert batch["tokens"].tolist() == theirs["x"]
+    assert batch["ahead_tokens"].swapaxes(0, 1).tolist() == theirs["shifted_x"]
+    targets = np.where(batch["mask"], batch["targets"], IGNORED)
+    assert targets.tolist() == theirs["y"]
+    ahead = np.where(batch["ahead_mask"], batch["ahead_targets"], IGNORED)
+    assert ahead.swapaxes(0, 1).tolist() == theirs["shifted_y"]
+    # What is read counts, and nothing else: the others are filled with ends that no loss sees.
+    assert (batch["targets"][batch["mask"] == 0] == END).all()
+    np.testing.assert_array_equal(batch["segment_ids"], batch["mask"])
+
+
+def test_documents_too_short_for_multi_token_prediction_are_left_out():
+    batch = multi_token_rows([[1, 2], [3], [4, 5, 6]], 2, 0)
+    assert batch["tokens"].tolist() == [[4, 5, 6]] and batch["ahead_tokens"].tolist() == [[[5, 6, 0], [6, 0, 0]]]
+    # The rows are as long as the longest of all.
+    empty = multi_token_rows([[1, 2], [3]], 2, 0)
+    assert empty["tokens"].shape == (0, 2) and empty["ahead_mask"].shape == (0, 2, 2)
+    assert multi_token_rows([], 1, 0)["targets"].shape == (0, 0)
+    with pytest.raises(BadInput, match="depth=0 must be at least 1"):
+        multi_token_rows([[1, 2]], 0, 0)
+
+
+@given(st.lists(st.integers(0, 12), max_size=8), st.integers(1, 4), st.booleans())
+def test_every_stream_learns_one_end_of_each_document(lengths, depth, shrink):
+    documents = [list(range(1, length + 1)) for length in lengths]
+    batch = multi_token_rows(documents, depth, 0, shrink=shrink)
+    kept = [length for length in lengths if length > depth]
+    assert len(batch["tokens"]) == len(kept)
+    streams = {0: (batch["targets"], batch["mask"])}
+    streams |= {k: (batch["ahead_targets"][:, k - 1], batch["ahead_mask"][:, k - 1]) for k in range(1, depth + 1)}
+    for k, (targets, mask) in streams.items():
+        for length, row, counts in zip(kept, targets, mask, strict=True):
+            read = length - (depth if shrink else k)
+            assert row[counts == 1].tolist() == [*range(k + 2, k + read + 1), 0]
