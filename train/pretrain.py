@@ -252,7 +252,7 @@ def objective_of(options: Options, model: Any) -> Any:
     for name, value in zip(MTP_OPTIONS, (start, end), strict=True):
         if value < 0:
             raise BadInput(f"{option_name(name)} is {value} and must not be negative")
-    return MultiToken(model, optax.linear_schedule(start, end, options.steps) if end != start else start)
+    return MultiToken(model, optax.linear_schedule(start, end, max(1, options.steps - 1)) if end != start else start)
 
 
 def check(options: Options) -> None:

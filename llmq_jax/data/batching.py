@@ -94,7 +94,7 @@ def multi_token_rows(
     """Documents for multi-token prediction as the original repository batches them, one in a row, each with an end.
 
     Each of the streams, the main one and those of the modules 1 to `depth`, learns the end of its document. `tokens`,
-    `targets`, `mask`, `segment_ids` [B, T]; `ahead_tokens`, `ahead_targets` and `ahead_mask` [B, depth, T]. Documents
+    `targets`, `mask`, `segment_ids` [B, T], and the same of the modules, `ahead_tokens`, ..., [B, depth, T]. Documents
     of `depth` tokens and fewer are left out; others are cut to `longest`.
 
     shrink: every stream reads just the n - depth tokens that leave all modules a real one to see, and then has the end
@@ -102,6 +102,8 @@ def multi_token_rows(
     """
     if depth < 1:
         raise BadInput(f"depth={depth} must be at least 1: of the modules that look ahead")
+    if longest is not None and longest < 1:
+        raise BadInput(f"longest={longest} must be at least 1 token")
     rows = [np.asarray(sequence, np.int32)[:longest] for sequence in sequences]
     length = max(map(len, rows), default=0)
     rows = [row for row in rows if len(row) > depth]
@@ -118,7 +120,8 @@ def multi_token_rows(
             targets[row, stream, : count - 1] = sequence[stream + 1 : stream + count]
             mask[row, stream, :count] = 1
     main = {"tokens": tokens[:, 0], "targets": targets[:, 0], "mask": mask[:, 0], "segment_ids": mask[:, 0]}
-    return main | {"ahead_tokens": tokens[:, 1:], "ahead_targets": targets[:, 1:], "ahead_mask": mask[:, 1:]}
+    ahead = {"tokens": tokens, "targets": targets, "mask": mask, "segment_ids": mask}
+    return main | {f"ahead_{name}": array[:, 1:] for name, array in ahead.items()}
 
 
 def _check_lengths(lengths: np.ndarray, limit: int) -> None:

@@ -32,6 +32,8 @@ Ids = Sequence[SupportsIndex] | np.ndarray
 
 # What a draft model proposes at a time.
 DRAFT_TOKENS = 4
+# Two tokenizers that agree on it are taken for the same.
+PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tÀ bientôt, 東京!"
 
 # Stop strings are looked for between stretches of this many tokens.
 STRETCH = 16
@@ -52,7 +54,7 @@ class Generation:
     drafted: int = 0
     """Tokens that a draft proposed, over all rows."""
     accepted: int = 0
-    """Those of them that are in the rows."""
+    """Those of them that the model took, before a stop string cut a row."""
 
 
 def generate(
@@ -75,7 +77,8 @@ def generate(
 
     `draft` proposes tokens that the model then checks several at a time (`generation.speculative`): another
     LanguageModel of the same vocabulary, which proposes `draft_tokens` (4), or "mtp", the model's own modules of
-    multi-token prediction. Greedy tokens stay what they are; sampled ones are other draws of the same distribution.
+    multi-token prediction. Greedy tokens stay what they are (in half precision but for near-ties, which a pass over
+    several tokens may round the other way); sampled ones are other draws of the same distribution.
     """
     request = Request.create(
         lm,
@@ -227,6 +230,8 @@ class Request:
         outside, layers = self.lm.sliced(rows * (self.draft.count + 1))
         if isinstance(self.draft, MultiTokenDraft):
             of_draft = outside, self.lm.sliced_ahead
+        elif self.draft_lm is self.lm:
+            of_draft = outside, layers
         else:
             of_draft = self.draft_lm.sliced(rows)
         return advance_by_drafts(
@@ -291,9 +296,9 @@ def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draf
         if count is not None:
             raise BadInput(f"draft_tokens={count} has no effect without a draft; name one, or leave it out")
         return None, None
+    if draft != MTP and not hasattr(draft, "variables"):
+        raise BadInput(f"draft={draft!r} is neither a loaded model nor {MTP!r}")
     if isinstance(draft, str):
-        if draft != MTP:
-            raise BadInput(f"draft={draft!r} is neither a loaded model nor {MTP!r}")
         if not getattr(lm.config, "num_nextn_predict_layers", 0):
             raise BadInput(f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction")
         if count is not None:
@@ -305,6 +310,8 @@ def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draf
     theirs, ours = draft.config.vocab_size, lm.config.vocab_size
     if theirs != ours:
         raise BadInput(f"the draft has a vocabulary of {theirs} ids and the model one of {ours}; take one of the same")
+    if None not in (draft.tokenizer, lm.tokenizer) and draft.tokenizer.encode(PROBE) != lm.tokenizer.encode(PROBE):
+        raise BadInput("the draft's tokenizer gives other ids than the model's; take a draft of the same tokenizer")
     if needed > draft.config.max_position_embeddings:
         longest = draft.config.max_position_embeddings
         raise BadInput(f"prompt and new tokens are {needed} in all, more than the draft's context of {longest}")

@@ -248,7 +248,10 @@ def accept(
     accepted = _leading(chance * q < p)
     # After the last draft there is nothing that was proposed: what is left is p itself.
     left = jnp.maximum(wanted - jnp.pad(proposed, ((0, 0), (0, 1), (0, 0))), 0.0)
-    left = jnp.take_along_axis(left, accepted[:, None, None], axis=1)[:, 0]
+    at = accepted[:, None, None]
+    left = jnp.take_along_axis(left, at, axis=1)[:, 0]
+    # Rounding may leave nothing where the two are all but the same.
+    left = jnp.where(left.sum(-1, keepdims=True) > 0, left, jnp.take_along_axis(wanted, at, axis=1)[:, 0])
     noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, RESIDUAL), left.shape[-1:]))(keys)
     own = first_largest(jnp.log(left) + noise)
     drafts = jnp.pad(drafts, ((0, 0), (0, 1)))

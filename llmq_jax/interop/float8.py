@@ -2,7 +2,7 @@
 
 A matrix (out, in) in float8 (E4M3) has beside it `<name>_scale_inv` in float32, one number for each block of 128 x 128
 (arXiv:2412.19437, section 3.3.2); the last blocks of a row or a column may be cut short. The matrix is their product,
-which is rounded to bfloat16, as DeepSeek's own conversion does. Tensors without such a scale are as they are.
+which is rounded to bfloat16, as DeepSeek's own conversion does. Tensors of other types are as they are.
 """
 
 import math
@@ -17,6 +17,7 @@ from llmq_jax.interop.tables import LazyTensor
 
 SCALE = "_scale_inv"
 QUANTIZATION = "quantization_config"
+FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
 def block_size(values: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -44,6 +45,9 @@ def dequantised(state: Mapping[str, Any], block: tuple[int, int]) -> dict[str, A
     if missing:
         raise BadInput(f"{missing[0]} is the scale of a matrix that is not there")
     tensors = {name: tensor for name, tensor in state.items() if name not in scales}
+    unscaled = [name for name in tensors if tensors[name].dtype in FLOAT8 and f"{name}{SCALE}" not in scales]
+    if unscaled:
+        raise BadInput(f"{unscaled[0]} is in float8, and its scale {unscaled[0]}{SCALE} is not there; get it again")
     return tensors | {matrix: _product(matrix, state[matrix], state[name], block) for name, matrix in scales.items()}
 
 

@@ -16,6 +16,7 @@ With the division by k the loss is 1 where the load is even, without it k. Gradi
 counts nowhere.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,8 @@ class Balance:
     router_z: float = 0.0
     """Of the mean square of the logits' logsumexp (ST-MoE, arXiv:2202.08906, eq. 5), averaged over layers."""
     sequence: float = 0.0
-    """Of E Σ f P within each row (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20), averaged over rows and layers."""
+    """Of E Σ f P within each row, f = c / (k n) (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20), averaged over rows and
+    layers."""
     device: float = 0.0
     """Of D Σ f P over groups of experts, one for each of `devices` (DeepSeekMoE, eq. 15), averaged over layers."""
     devices: int = 1
@@ -54,8 +56,8 @@ class Balance:
 
     def __post_init__(self):
         for name in ("load_balance", "router_z", "sequence", "device", "bias_rate"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"balance: {name}={getattr(self, name)} must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"balance: {name}={getattr(self, name)} must be at least 0, and finite")
         if self.bias_update not in BIAS_UPDATES:
             raise BadInput(f"balance: bias_update={self.bias_update!r}; {did_you_mean(self.bias_update, BIAS_UPDATES)}")
         default = Balance.__dataclass_fields__

@@ -87,10 +87,13 @@ def dispatch(
             raise BadInput("dispatch='dense' has no exchange: every device would need every expert; take 'blocks'")
         return _dense(x, ids, weights, experts, activation), jnp.zeros((), jnp.int32)
 
+    assignments = ids.size
+
     def through(rows, ids, sizes):
         """Rows sorted by our own experts, through them: (rows, the number of dropped ones)."""
         if name == "blocks":
-            lengths = block_lengths(len(rows), len(sizes))
+            # As many assignments as are ours come to our experts, on average, of all that devices have room for.
+            lengths = block_lengths(assignments, len(sizes))
             return in_blocks(rows, experts, sizes, activation, lengths), jnp.zeros((), jnp.int32)
         if name == "ragged":
             return _ragged(rows, ids, experts, sizes, activation), jnp.zeros((), jnp.int32)

@@ -33,18 +33,19 @@ from llmq_jax.layers.norms import RMSNorm
 
 @dataclass(frozen=True)
 class LatentSizes:
-    """What latent attention is made of."""
+    """What latent attention is made of; transformers' names in brackets."""
 
     num_heads: int
     query_rank: int | None
-    """Features of the latent that queries are made of; None makes them of x."""
+    """Features of the latent that queries are made of; None makes them of x (q_lora_rank)."""
     latent_rank: int
-    """Features of the latent that keys and values are made of."""
+    """Features of the latent that keys and values are made of (kv_lora_rank)."""
     content_width: int
-    """Features of a head's queries and keys that are not rotated."""
+    """Features of a head's queries and keys that are not rotated (qk_nope_head_dim)."""
     rotary_width: int
-    """Those that are."""
+    """Those that are (qk_rope_head_dim)."""
     value_width: int
+    """v_head_dim."""
 
     @property
     def key_width(self) -> int:

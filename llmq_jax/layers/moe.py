@@ -8,7 +8,7 @@ Any decoder takes experts in place of its feed-forward networks: `config.experts
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -61,8 +61,8 @@ class Experts:
     scaling_factor: float = 1.0
     """What the weights are multiplied by."""
     selection_bias: bool = False
-    """Whether a bias is added to the scores to choose by, not to weigh by: the collection "router". A
-    `balance.bias_rate` moves it in training."""
+    """Whether a bias is added to the scores to choose by, not to weigh by (DeepSeek's e_score_correction_bias): the
+    collection "router". A `balance.bias_rate` moves it in training."""
     num_groups: int = 1
     """Groups of neighbours; only experts of the best `top_groups` of them can be chosen."""
     top_groups: int = 1
@@ -119,10 +119,11 @@ class Experts:
             raise BadInput(f"experts: {name}={getattr(self, name)!r} {rule}")
 
 
-def experts_from(given: Any, layers: int) -> Experts | None:
-    """The `experts` of a config: None, Experts, or a dict as a file or a command line gives it."""
+def experts_from(given: Any, layers: int, default: Experts | None = None) -> Experts | None:
+    """The `experts` of a config: None, Experts, or a dict as a file or a command line gives it, of what differs from
+    `default`."""
     if isinstance(given, dict):
-        given = create(Experts, given)
+        given = create(Experts, (asdict(default) if default else {}) | given)
     if given is not None and given.first_layer >= layers:
         raise BadInput(f"experts: first_layer={given.first_layer} leaves no expert in {layers} layers")
     return given

@@ -287,7 +287,10 @@ class Decoder(nn.Module):
     ) -> Output:
         """A pass over sliced layers with one cache a layer, and such caches in what it gives."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        context = self.context(positions).replace(implementation=self.attention)
+        # Some scalings of RoPE go by the length of the document. For each token that ends with it: of tokens that come
+        # together, the first must not see by its frequencies that others follow, which may be drafts.
+        alone = jnp.broadcast_to(jnp.arange(1, tokens.shape[1] + 1), tokens.shape)
+        context = self.context(positions, alone).replace(segment_ids=None, implementation=self.attention)
         x = self.apply(outside, tokens, positions, method="embed")
         blocks = {
             (f"group_{g}", f"block_{b}"): make(parent=None)

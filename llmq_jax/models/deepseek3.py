@@ -10,8 +10,9 @@ What it has in place of what Llama has:
   further ahead each (section 2.2; `objectives.multi_token`). They can draft for the model itself when it generates
 - YaRN with its temperature in the scale of the scores
 
-Reference: transformers' `DeepseekV3ForCausalLM` and `MtpModel`, and DeepSeek's own code. Deviations: none by default.
-The paper's modules see the first T - k tokens; here they run over all T, and what has no token to see counts nowhere.
+Reference: transformers' `DeepseekV3ForCausalLM` and `MtpModel`, and DeepSeek's own code. Deviations: none in what is
+computed from given weights; in training the balance loss is a mean over layers (docs/departures.md). The paper's
+modules see the first T - k tokens; here they run over all T, and what has no token to see counts nowhere.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.field_types import create
 from llmq_jax.layers.activations import ACTIVATIONS
@@ -36,7 +37,7 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
-from llmq_jax.models.config import require
+from llmq_jax.models.config import require, require_at_least, require_positive
 from llmq_jax.models.decoder import Decoder, LayerGroup, Output, Tokens, default_positions, dense_then_experts
 
 MTP = "mtp"
@@ -45,7 +46,8 @@ BLOCK = "block_0"
 LATENT_EPSILON = 1e-6
 # What a module of multi-token prediction is fed of the model, or of the module before it.
 MTP_HIDDEN = ("after_norm", "before_norm")
-# Section 4.2: the speed of the bias for selection, and the coefficient of the sequence-wise balance loss.
+# Section 4.2: the speed of the bias for selection, and the coefficient of the sequence-wise balance loss, which here is
+# the mean over layers.
 PAPER_BALANCE = Balance(bias_rate=0.001, sequence=0.0001)
 DEFAULT_ROPE = Rope()
 
@@ -112,13 +114,16 @@ class DeepSeekV3Config:
     balance: Balance | dict | None = PAPER_BALANCE
     """What keeps the load of experts even in training."""
     experts: Experts | dict | None = None
-    """Experts in place of those that the fields above tell; they have their own `balance`."""
+    """A dict changes what the fields above tell of the experts: {"dispatch": "ragged"}; `Experts` tell all of it anew,
+    `balance` too."""
 
     def __post_init__(self):
         for name in ("n_group", "topk_group"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, 1)
-        for name in (
+        require_at_least(
+            1,
+            self,
             "vocab_size",
             "max_position_embeddings",
             "hidden_size",
@@ -129,10 +134,8 @@ class DeepSeekV3Config:
             "v_head_dim",
             "intermediate_size",
             "moe_intermediate_size",
-        ):
-            require(getattr(self, name) > 0, self, name, "must be at least 1")
-        for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
-            require(getattr(self, name) >= 0, self, name, "must be at least 0")
+        )
+        require_at_least(0, self, "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
         rank = self.q_lora_rank
         require(
             rank is None or rank > 0, self, "q_lora_rank", "must be at least 1; None makes queries without a latent"
@@ -140,8 +143,7 @@ class DeepSeekV3Config:
         width = self.qk_rope_head_dim
         require(width > 0 and width % 2 == 0, self, "qk_rope_head_dim", "must be even and above 0: RoPE turns pairs")
         require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"must be one of {', '.join(ACTIVATIONS)}")
-        for name in ("rms_norm_eps", "initializer_range"):
-            require(getattr(self, name) > 0, self, name, "must be positive")
+        require_positive(self, "rms_norm_eps", "initializer_range")
         require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         require(self.mtp_hidden in MTP_HIDDEN, self, "mtp_hidden", f"must be one of {', '.join(MTP_HIDDEN)}")
@@ -149,7 +151,13 @@ class DeepSeekV3Config:
         object.__setattr__(self, "rope_parameters", rope)
         if isinstance(self.balance, dict):
             object.__setattr__(self, "balance", create(Balance, self.balance))
-        object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
+        sparse = self.first_k_dense_replace < self.num_hidden_layers
+        if sparse:
+            self._check_experts()
+        given = experts_from(self.experts, self.num_hidden_layers, self.fine_grained_experts)
+        object.__setattr__(self, "experts", given)
+        idle = not sparse and given is None and self.balance not in (None, PAPER_BALANCE)
+        require(not idle, self, "balance", "has no effect on a model without experts")
         sizes = (self.n_routed_experts, self.num_experts_per_tok)
         require(
             self.experts is None or (self.experts.num_experts, self.experts.top_k) == sizes,
@@ -157,12 +165,10 @@ class DeepSeekV3Config:
             "experts",
             f"must have num_experts and top_k as n_routed_experts and num_experts_per_tok say: {sizes}",
         )
-        if self.first_k_dense_replace < self.num_hidden_layers:
-            self._check_experts()
 
     def _check_experts(self) -> None:
-        for name in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor"):
-            require(getattr(self, name) > 0, self, name, "must be above 0")
+        require_at_least(1, self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+        require_positive(self, "routed_scaling_factor")
         experts, groups = self.n_routed_experts, self.n_group
         require(experts % groups == 0, self, "n_group", f"must divide n_routed_experts={experts}")
         require(self.topk_group <= groups, self, "topk_group", f"is more than n_group={groups}")
@@ -206,8 +212,8 @@ class DeepSeekV3Config:
     def score_scale(self) -> float:
         """What attention's scores are multiplied by: 1 / sqrt(width of keys), and YaRN's temperature.
 
-        DeepSeek has the temperature here and not in the length of queries and keys: theirs is mscale / mscale_all_dim,
-        which is 1.
+        DeepSeek has the temperature here; the length of queries and keys is scaled by mscale / mscale_all_dim alone,
+        which in its models is 1.
         """
         rope, scale = self.rope_parameters, self.latent_sizes.key_width**-0.5
         if isinstance(rope, YarnRope) and rope.mscale_all_dim:
@@ -342,13 +348,13 @@ class DeepSeek3(Decoder):
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
         seen: Int[Array, "B D T"] | None = None,
-        real: Num[Array, "B D T"] | None = None,
+        seen_segment_ids: Int[Array, "B D T"] | None = None,
         caches: Any = None,
     ) -> Ahead:
         """The modules, on what `forward` gave for the same tokens (eq. 21 to 23).
 
-        What the k-th of them sees beside are the tokens k places further on, unless it is given: `seen`, and `real`,
-        which is 0 where there is nothing to see.
+        What the k-th of them sees beside are the tokens k places further on, unless it is given: `seen`, and the
+        documents that these are of, `seen_segment_ids`, 0 where there is nothing to see.
         """
         tokens, positions, segment_ids = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
         if positions is None:
@@ -359,10 +365,10 @@ class DeepSeek3(Decoder):
             embedded = self.embed(tokens, positions)
             embedded = jnp.stack([jnp.roll(embedded, -k, axis=1) for k in depths])
             real = jnp.stack([has_token_ahead(tokens, segment_ids, k) for k in depths])
+            segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
         else:
             embedded = jnp.stack([self.embed(seen[:, k - 1], positions) for k in depths])
-            real = real.swapaxes(0, 1) != 0
-        segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
+            segments = seen_segment_ids.swapaxes(0, 1)
         fed = output.hidden if self.config.mtp_hidden == "after_norm" else output.before_norm
         _, (hidden, new_caches, counts) = self.mtp(fed, (embedded, segments, caches), context)
         return Ahead(hidden, new_caches, counts)
@@ -373,11 +379,11 @@ class DeepSeek3(Decoder):
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
         seen: Int[Array, "B D T"] | None = None,
-        real: Num[Array, "B D T"] | None = None,
+        seen_segment_ids: Int[Array, "B D T"] | None = None,
     ) -> tuple[Output, Ahead]:
         """The model and its modules in one pass; the counts of both stand in the former's."""
         output = self.forward(tokens, positions, segment_ids)
-        ahead = self.look_ahead(output, tokens, positions, segment_ids, seen, real)
+        ahead = self.look_ahead(output, tokens, positions, segment_ids, seen, seen_segment_ids)
         return output.replace(counts={**output.counts, MTP: ahead.counts}), ahead
 
     def mtp_logits(
@@ -442,18 +448,7 @@ class DeepSeekBlock(nn.Module):
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         normal = nn.initializers.normal(c.initializer_range)
-        attention = LatentAttention(
-            c.latent_sizes,
-            scale=c.score_scale,
-            interleaved=c.rope_interleave,
-            use_bias=c.attention_bias,
-            up_bias=c.attention_up_bias,
-            epsilon=LATENT_EPSILON,
-            kernel_init=normal,
-            dropout_rate=c.attention_dropout,
-            dtype=self.dtype,
-            name="attention",
-        )
+        attention = latent_attention(c, self.dtype, name="attention")
         mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + mixed
         update, counts = feed_forward(
@@ -473,6 +468,22 @@ class DeepSeekBlock(nn.Module):
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> LatentCache:
         return LatentCache.create(batch, length, self.config.latent_sizes.cached_width, dtype)
+
+
+def latent_attention(config: DeepSeekV3Config, dtype: Dtype | None = None, name: str | None = None) -> LatentAttention:
+    """A layer of it, as the config says."""
+    return LatentAttention(
+        config.latent_sizes,
+        scale=config.score_scale,
+        interleaved=config.rope_interleave,
+        use_bias=config.attention_bias,
+        up_bias=config.attention_up_bias,
+        epsilon=LATENT_EPSILON,
+        kernel_init=nn.initializers.normal(config.initializer_range),
+        dropout_rate=config.attention_dropout,
+        dtype=dtype,
+        name=name,
+    )
 
 
 class PredictionModule(DeepSeekBlock):

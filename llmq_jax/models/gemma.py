@@ -33,7 +33,7 @@ from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
-from llmq_jax.models.config import require
+from llmq_jax.models.config import require, require_at_least, require_positive
 from llmq_jax.models.decoder import Decoder, LayerGroup
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -86,7 +86,9 @@ class Gemma2Config:
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
 
     def __post_init__(self):
-        for name in (
+        require_at_least(
+            1,
+            self,
             "vocab_size",
             "max_position_embeddings",
             "hidden_size",
@@ -96,8 +98,7 @@ class Gemma2Config:
             "intermediate_size",
             "sliding_window",
             "query_pre_attn_scalar",
-        ):
-            require(getattr(self, name) > 0, self, name, "must be at least 1")
+        )
         require(
             self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0,
             self,
@@ -118,8 +119,7 @@ class Gemma2Config:
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             cap = getattr(self, name)
             require(cap is None or cap > 0, self, name, "must be positive, or None")
-        for name in ("rms_norm_eps", "initializer_range"):
-            require(getattr(self, name) > 0, self, name, "must be positive")
+        require_positive(self, "rms_norm_eps", "initializer_range")
         require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         self._set_rope("rope_parameters")

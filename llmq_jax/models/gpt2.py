@@ -28,7 +28,7 @@ from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
-from llmq_jax.models.config import require
+from llmq_jax.models.config import require, require_at_least
 from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
 
 
@@ -60,8 +60,7 @@ class GPT2Config:
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"):
-            require(getattr(self, name) > 0, self, name, "must be at least 1")
+        require_at_least(1, self, "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
         require(self.mlp_width > 0, self, "intermediate_size", "must be at least 1")
         require(
             self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0,

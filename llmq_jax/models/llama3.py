@@ -29,7 +29,7 @@ from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
-from llmq_jax.models.config import require
+from llmq_jax.models.config import require, require_at_least, require_positive
 from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
 
 DEFAULT_ROPE = Rope()
@@ -70,15 +70,16 @@ class Llama3Config:
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
 
     def __post_init__(self):
-        for name in (
+        require_at_least(
+            1,
+            self,
             "vocab_size",
             "max_position_embeddings",
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
-        ):
-            require(getattr(self, name) > 0, self, name, "must be at least 1")
+        )
         # What a field says by default, it says by None: equal models have equal configs, and another number of heads
         # or width takes these along.
         for name, default in (
@@ -105,8 +106,7 @@ class Llama3Config:
             width > 0 and width % 2 == 0, self, "head_dim", f"gives heads of {width} features, but RoPE turns pairs"
         )
         require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"must be one of {', '.join(ACTIVATIONS)}")
-        for name in ("rms_norm_eps", "initializer_range"):
-            require(getattr(self, name) > 0, self, name, "must be positive")
+        require_positive(self, "rms_norm_eps", "initializer_range")
         require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         rope = self.rope_parameters

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmq_jax.layers.expert_balance import Balance
-from llmq_jax.layers.moe import Experts
+from llmq_jax.layers.moe import Experts, experts_from
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import require
 from llmq_jax.models.llama3 import Llama3, Llama3Config
@@ -37,12 +37,14 @@ class MixtralConfig(Llama3Config):
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001
-    """Coefficient of the load-balancing loss, which training adds. `experts`, where they are given, have their own."""
+    """Coefficient of the load-balancing loss, which training adds. `experts` may have another `balance`: a dict changes
+    what these fields tell, `Experts` tell all of it anew."""
 
     def __post_init__(self):
         require(self.router_aux_loss_coef >= 0, self, "router_aux_loss_coef", "must be at least 0")
+        given = experts_from(self.experts, self.num_hidden_layers, self.classic_experts)
+        object.__setattr__(self, "experts", given)
         super().__post_init__()
-        given = self.experts
         sizes = (self.num_local_experts, self.num_experts_per_tok)
         require(
             given is None or (given.num_experts, given.top_k) == sizes,
@@ -50,7 +52,6 @@ class MixtralConfig(Llama3Config):
             "experts",
             f"must have num_experts and top_k as num_local_experts and num_experts_per_tok say: {sizes}",
         )
-        _ = self.classic_experts  # which checks the rest
 
     @property
     def classic_experts(self) -> Experts:

@@ -22,7 +22,8 @@ from llmq_jax.objectives.next_token import head_loss, mean, with_balance
 @dataclass(frozen=True)
 class MultiToken:
     """Batches are those of `NextToken`. The k-th module then sees the tokens k places further on, and has the targets
-    k places further on; or it is given its own: `ahead_tokens`, `ahead_targets` and `ahead_mask` [B, D, T].
+    k places further on; or it is given its own: `ahead_tokens`, `ahead_targets`, `ahead_mask` and `ahead_segment_ids`
+    [B, D, T].
 
     Evaluation takes the main loss alone, so that it compares with models that have no such modules, and reports each
     module's beside it: `mtp_1_loss`, ...
@@ -35,6 +36,8 @@ class MultiToken:
     def __post_init__(self):
         if not self.depth:
             raise BadInput("multi-token prediction needs a model with num_nextn_predict_layers of at least 1")
+        if not callable(self.coefficient) and self.coefficient < 0:
+            raise BadInput(f"coefficient={self.coefficient} of multi-token prediction must not be negative")
 
     @property
     def depth(self) -> int:
@@ -47,6 +50,9 @@ class MultiToken:
             raise BadInput(
                 f"rows of {length} tokens leave nothing to predict for {self.depth} modules; take longer ones"
             )
+        streams = batch["ahead_targets"].shape[1] if "ahead_targets" in batch else self.depth
+        if streams != self.depth:
+            raise BadInput(f"the batch has targets for {streams} modules of multi-token prediction, not {self.depth}")
         counts = {name: mask.sum() for name, (_, mask) in self.targets(batch).items()}
         if step is None:
             return counts
@@ -76,7 +82,7 @@ class MultiToken:
             batch.get("positions"),
             batch.get("segment_ids"),
             batch.get("ahead_tokens"),
-            batch.get("ahead_mask"),
+            batch.get("ahead_segment_ids"),
             method="forward_and_ahead",
             rngs=None if rng is None else {"dropout": rng},
         )

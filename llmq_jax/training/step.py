@@ -115,4 +115,5 @@ def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, fl
     if totals is None:
         raise BadInput("nothing to evaluate: there is no batch")
     sums, weights = jax.device_get(totals)
-    return {name: float(sums[name] / weights[name]) for name in sums}
+    # Of the terms beside the loss one may have had nothing to count, as the second token ahead in rows of two.
+    return {name: float(sums[name] / weights[name]) for name in sums if name == "loss" or weights[name] > 0}

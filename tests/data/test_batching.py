@@ -104,6 +104,8 @@ def test_documents_too_short_for_multi_token_prediction_are_left_out():
     empty = multi_token_rows([[1, 2], [3]], 2, 0)
     assert empty["tokens"].shape == (0, 2) and empty["ahead_mask"].shape == (0, 2, 2)
     assert multi_token_rows([], 1, 0)["targets"].shape == (0, 0)
+    with pytest.raises(BadInput, match="longest=0 must be at least 1 token"):
+        multi_token_rows([[1, 2]], 1, 0, longest=0)
     with pytest.raises(BadInput, match="depth=0 must be at least 1"):
         multi_token_rows([[1, 2]], 0, 0)
 

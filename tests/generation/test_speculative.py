@@ -21,6 +21,13 @@ CONFIGS = {
         **SIZES, num_hidden_layers=3, num_key_value_heads=1, head_dim=8, intermediate_size=24, sliding_window=6
     ),
 }
+# Their frequencies go by the length of the document: what a draft makes it must not matter.
+LONG = {"original_max_position_embeddings": 12, "factor": 4.0}
+for name, rope in (
+    ("dynamic", {"rope_type": "dynamic", **LONG}),
+    ("longrope", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 3.0, 4.0], **LONG}),
+):
+    CONFIGS[name] = dataclasses.replace(CONFIGS["llama"], rope_parameters=rope)
 DEEPSEEK = lq.DeepSeekV3Config(
     **SIZES,
     num_hidden_layers=2,
@@ -109,6 +116,17 @@ def test_modules_of_multi_token_prediction_draft_for_their_own_model(depth, fed)
     assert found.drafted % depth == 0
 
 
+def test_modules_draft_up_to_an_end_and_in_a_stream():
+    lm = draw(dataclasses.replace(DEEPSEEK, vocab_size=257))
+    lm = dataclasses.replace(lm, tokenizer=lq.ByteTokenizer())
+    options = {"max_new_tokens": 30, "sampler": GREEDY}
+    whole = lq.generate(lm, ["hello", "a"], **options)
+    end = [int(whole.tokens[0, 9]), int(whole.tokens[1, 4])]
+    plain = lq.generate(lm, ["hello", "a"], stop=end, **options)
+    assert_same(lq.generate(lm, ["hello", "a"], stop=end, draft="mtp", **options), plain)
+    assert "".join(lq.stream(lm, "hello", stop=(), draft="mtp", **options)) == whole.text[0]
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_what_modules_draft_is_what_they_say_of_the_whole_text(depth):
     """Caches that are filled window by window, with drafts corrected, against one pass over everything."""
@@ -147,16 +165,10 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_what_is_drawn_is_distributed_as_the_model_alone_draws(name):
+def assert_drawn_as_by_the_model_alone(target, sampler, **draft):
     """Three tokens after one prompt, 4,000 times: the chi-squared statistic against the model's own probabilities."""
-    sizes = {"vocab_size": 4, "max_position_embeddings": 8, "hidden_size": 8, "num_attention_heads": 2}
-    config = lq.Llama3Config(**sizes, num_hidden_layers=1, num_key_value_heads=1, intermediate_size=8)
-    target, draft = (lm.replace(variables=sharpened(lm.variables)) for lm in (draw(config, 0), draw(config, 1)))
-    count, sampler = 4000, SAMPLERS[name]
-    found = lq.generate(
-        target, [[1, 2]] * count, max_new_tokens=3, sampler=sampler, draft=draft, draft_tokens=2, seed=3
-    )
+    count = 4000
+    found = lq.generate(target, [[1, 2]] * count, max_new_tokens=3, sampler=sampler, seed=3, **draft)
     assert 0.1 < found.accepted / found.drafted < 0.9
     texts = np.stack(np.meshgrid(*[np.arange(4)] * 3, indexing="ij"), -1).reshape(-1, 3)
     logits = target.logits(np.concatenate([np.tile([1, 2], (64, 1)), texts], axis=1))[:, 1:4]
@@ -170,6 +182,22 @@ def test_what_is_drawn_is_distributed_as_the_model_alone_draws(name):
     degrees = frequent.sum() - 1
     # A good generator exceeds this once in some 30,000 times, and the seed is fixed.
     assert statistic < degrees + 4 * np.sqrt(2 * degrees) + 4
+
+
+FEW = {"vocab_size": 4, "max_position_embeddings": 8, "hidden_size": 8, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_drawn_is_distributed_as_the_model_alone_draws(name):
+    config = lq.Llama3Config(**FEW, num_hidden_layers=1, num_key_value_heads=1, intermediate_size=8)
+    target, draft = (lm.replace(variables=sharpened(lm.variables)) for lm in (draw(config, 0), draw(config, 1)))
+    assert_drawn_as_by_the_model_alone(target, SAMPLERS[name], draft=draft, draft_tokens=2)
+
+
+def test_what_modules_draft_is_distributed_as_the_model_alone_draws():
+    lm = draw(dataclasses.replace(DEEPSEEK, **FEW, num_nextn_predict_layers=2))
+    lm = lm.replace(variables=sharpened(lm.variables))
+    assert_drawn_as_by_the_model_alone(lm, SAMPLERS["whole"], draft="mtp")
 
 
 def test_acceptance_of_a_single_draft():
@@ -204,11 +232,18 @@ def test_streams_and_stop_strings():
     assert "".join(lq.stream(lm, "hello", draft=lm, draft_tokens=3, **options)) == expected
 
 
+class Backwards(lq.ByteTokenizer):
+    def encode(self, text, **options):
+        return super().encode(text, **options)[::-1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"draft": "mtp"}, "this llama has no modules of multi-token prediction"),
         ({"draft": "gpt2"}, "draft='gpt2' is neither a loaded model nor 'mtp'"),
+        ({"draft": 5}, "draft=5 is neither a loaded model nor 'mtp'"),
+        ({"draft": "tokenizer"}, "the draft's tokenizer gives other ids than the model's"),
         ({"draft_tokens": 2}, "draft_tokens=2 has no effect without a draft"),
         ({"draft": "itself", "draft_tokens": 0}, "draft_tokens=0 must be at least 1"),
         ({"draft": "vocabulary"}, "the draft has a vocabulary of 51 ids and the model one of 50"),
@@ -225,6 +260,9 @@ def test_bad_input(options, message):
     }
     if options.get("draft") in others:
         options = options | {"draft": draw(others[options["draft"]])}
+    if options.get("draft") == "tokenizer":
+        lm = dataclasses.replace(lm, tokenizer=lq.ByteTokenizer())
+        options = options | {"draft": dataclasses.replace(lm, tokenizer=Backwards())}
     with pytest.raises(BadInput, match=message):
         lq.generate(lm, PROMPTS, max_new_tokens=20, sampler=GREEDY, **options)
 

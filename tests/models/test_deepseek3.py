@@ -136,7 +136,9 @@ def test_the_experts_are_those_of_the_fields():
     )
     own = lq.Experts(6, 2, dispatch="dense")
     assert build(override(TINY, experts=own)).experts == own
-    assert build(override(TINY, experts={"num_experts": 6, "dispatch": "dense"})).experts == own
+    # A dict changes what the fields tell.
+    changed = build(override(TINY, experts={"dispatch": "dense"})).experts
+    assert changed == dataclasses.replace(build(TINY).experts, dispatch="dense")
     fields = fields_from_text(DeepSeekV3Config, ['balance={"device": 0.1, "devices": 3}', "n_group=null"])
     config = override(TINY, **fields, topk_group=None)
     assert config.balance == lq.Balance(device=0.1, devices=3)
@@ -152,6 +154,8 @@ def test_without_a_layer_of_experts_all_are_dense():
     blocks = [shapes["params"][group]["block_0"] for group in ("group_0", "mtp")]
     assert all("mlp" in block and "moe" not in block for block in blocks)
     assert override(config, n_group=5).n_group == 5  # of what there is not, nothing is checked
+    with pytest.raises(BadInput, match=r"balance=.* has no effect on a model without experts"):
+        override(config, balance={"load_balance": 0.1})
 
 
 def test_initialisation():
@@ -337,13 +341,13 @@ def test_dynamic_tanh_in_the_place_of_the_norm():
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
         ({"n_group": 4}, "n_group=4 must divide n_routed_experts=6"),
-        ({"n_group": 0}, "n_group=0 must be above 0"),
+        ({"n_group": 0}, "n_group=0 must be at least 1"),
         ({"topk_group": 4}, "topk_group=4 is more than n_group=3"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than the 4 experts of topk_group=2 groups"),
-        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be above 0"),
-        ({"n_routed_experts": 0}, "n_routed_experts=0 must be above 0"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must be at least 1"),
+        ({"n_routed_experts": 0}, "n_routed_experts=0 must be at least 1"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1 must be at least 0"),
-        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor=0.0 must be above 0"),
+        ({"routed_scaling_factor": 0.0}, "routed_scaling_factor=0.0 must be positive"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1 must be at least 0"),
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1 must be at least 0"),
         ({"mtp_hidden": "norm"}, "mtp_hidden='norm' must be one of after_norm, before_norm"),
@@ -353,7 +357,7 @@ def test_dynamic_tanh_in_the_place_of_the_norm():
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive"),
         ({"rope_parameters": {"rope_type": "yarm"}}, "rope_parameters.rope_type='yarm' is unknown"),
         (
-            {"experts": {"num_experts": 4}},
+            {"experts": {"num_experts": 12}},
             "must have num_experts and top_k as n_routed_experts and num_experts_per_tok",
         ),
         ({"experts": {"num_experts": 6, "first_layer": 3}}, "first_layer=3 leaves no expert in 3 layers"),

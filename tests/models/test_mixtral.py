@@ -42,6 +42,12 @@ def test_the_experts_are_those_of_transformers_fields():
     assert build(override(TINY, experts=own)).experts == own
 
 
+def test_a_dict_changes_what_the_fields_tell():
+    config = override(TINY, router_aux_loss_coef=0.5, experts={"dispatch": "ragged", "num_shared": 1})
+    expected = dataclasses.replace(override(TINY, router_aux_loss_coef=0.5).classic_experts, dispatch="ragged")
+    assert build(config).experts == dataclasses.replace(expected, num_shared=1)
+
+
 def test_the_sizes_of_mixtral_8x7b():
     shapes = jax.eval_shape(lambda: init(preset("mixtral-8x7b")))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 46_702_792_704

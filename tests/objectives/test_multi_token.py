@@ -280,7 +280,29 @@ def test_given_streams_train(shrink):
         assert metrics["expert_load"].sum(1).tolist() == [2 * (4 + 1 + 3)] * 3
 
 
+def test_what_does_not_count_is_seen_all_the_same():
+    """A mask of the loss hides no token from the modules, as it hides none from the model."""
+    batch = multi_token_rows(DOCUMENTS, DEPTH, end_id=0)
+    part = {**batch, "ahead_mask": batch["ahead_mask"].copy()}
+    part["ahead_mask"][:, :, 0] = 0
+    whole, rest = (compute(variables(), b, weights_of(b, 0)) for b in (batch, part))
+    only = {**batch, "ahead_mask": batch["ahead_mask"] - part["ahead_mask"]}
+    first = compute(variables(), only, weights_of(only, 0))
+
+    def totals(values, b):
+        counts = weights_of(b)
+        return [float(values[1][name] * counts[name]) for name in TERMS[1:]]
+
+    parts = [totals(*pair) for pair in ((rest, part), (first, only))]
+    np.testing.assert_allclose(np.sum(parts, axis=0), totals(whole, batch), rtol=1e-5)
+
+
 def test_bad_input():
+    two = multi_token_rows(DOCUMENTS, DEPTH - 1, end_id=0)
+    with pytest.raises(BadInput, match="targets for 1 modules of multi-token prediction, not 2"):
+        weights_of(two)
+    with pytest.raises(BadInput, match=r"coefficient=-1\.0 of multi-token prediction must not be negative"):
+        MultiToken(MODEL, -1.0)
     with pytest.raises(BadInput, match="needs a model with num_nextn_predict_layers of at least 1"):
         MultiToken(build(override(CONFIG, num_nextn_predict_layers=0)))
     short = {name: array[:, :2] for name, array in plain().items()}

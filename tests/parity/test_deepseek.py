@@ -233,10 +233,26 @@ def test_modules_see_no_further_than_their_document(with_modules):
 
 
 def test_hidden_states_before_the_norm(with_modules):
-    _, _, ours = with_modules
+    """transformers' modules, fed by hand with what stands before each norm."""
+    main, modules, ours = with_modules
     tokens = draw_tokens(ours)
+    ids, before = torch.tensor(tokens), []
+    norms = [main.base_model.norm, *(layer.post_norm for layer in modules.layers)]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0])) for norm in norms]
+    with torch.no_grad():
+        main.base_model(input_ids=ids)
+        expected = []
+        for k in range(1, DEPTH + 1):
+            count = ids.shape[1] - k
+            positions = torch.arange(k, ids.shape[1])[None].expand(len(ids), -1)
+            fed = before[-1][:, :count]
+            expected.append(main.lm_head(modules.forward_layer(k - 1, fed, positions, None, input_ids=ids[:, k:])))
+    for hook in hooks:
+        hook.remove()
     other = ours.replace(config=override(ours.config, mtp_hidden="before_norm"))
     np.testing.assert_array_equal(other.logits(tokens), ours.logits(tokens))
+    for found, theirs in zip(other.mtp_logits(tokens), expected, strict=True):
+        np.testing.assert_allclose(found, theirs.numpy(), rtol=0, atol=LOGITS)
     assert np.abs(other.mtp_logits(tokens)[0] - ours.mtp_logits(tokens)[0]).max() > 100 * LOGITS
 
 

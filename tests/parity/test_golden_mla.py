@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import LatentCache
-from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
 from llmq_jax.layers.positions import Rope, Rotation
+from llmq_jax.models.deepseek3 import DeepSeekV3Config, latent_attention
 
 DATA = Path(__file__).parent / "data"
 TOLERANCE = 3e-4
@@ -31,15 +30,19 @@ class Golden:
         self.meta = meta = json.loads(str(self.arrays["meta"]))
         self.heads, self.rotary = meta["num_heads"], meta["decoup_head_dim"]
         self.width = meta["d_out"] // self.heads
-        sizes = LatentSizes(self.heads, meta["q_rank"], meta["kv_rank"], self.width, self.rotary, self.width)
-        self.layer = LatentAttention(
-            sizes,
-            scale=sizes.key_width**-0.5,
-            interleaved=False,
-            use_bias=True,
-            up_bias=True,
-            epsilon=1e-6,
-            kernel_init=nn.initializers.normal(0.02),
+        self.layer = latent_attention(
+            DeepSeekV3Config(
+                num_attention_heads=self.heads,
+                q_lora_rank=meta["q_rank"],
+                kv_lora_rank=meta["kv_rank"],
+                qk_nope_head_dim=self.width,
+                qk_rope_head_dim=self.rotary,
+                v_head_dim=self.width,
+                # The names of its layout.
+                rope_interleave=False,
+                attention_bias=True,
+                attention_up_bias=True,
+            )
         )
         self.x = jnp.asarray(self.arrays["in/x"])
 

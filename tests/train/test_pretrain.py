@@ -62,6 +62,56 @@ def test_fields_of_the_models_config(pretrain):
     assert (lm.config.norm, lm.config.intermediate_size) == ("dyt", 24) and "embedding_scale" in lm.params
 
 
+DEEPSEEK = (
+    "--preset=deepseek-10m",
+    "--num-hidden-layers=2",
+    "--hidden-size=16",
+    "--num-attention-heads=2",
+    "--sample-every=0",
+    "--config",
+    "q_lora_rank=8",
+    "kv_lora_rank=8",
+    "qk_nope_head_dim=4",
+    "qk_rope_head_dim=4",
+    "v_head_dim=8",
+    "intermediate_size=16",
+    "moe_intermediate_size=8",
+    "n_routed_experts=4",
+    "n_group=1",
+    "topk_group=1",
+)
+
+
+def test_multi_token_prediction(pretrain):
+    """Its coefficient goes from one value to the other, which the last step has."""
+    coefficients = ("--mtp-coefficient", 0.5, "--mtp-coefficient-end", 0.1)
+    code, _, err = pretrain("--data", "TEXT", "--out", "run", *DEEPSEEK, *coefficients, "--log-every", 1)
+    assert (code, err) == (0, "")
+    records = [record for record in metrics("run") if "loss" in record]
+    weight = 0.0001  # of the sequence-wise balance loss
+    for record, coefficient in zip((records[0], records[-1]), (0.5, 0.1), strict=True):
+        terms = record["next_token_loss"] + coefficient * record["mtp_1_loss"] + weight * record["sequence_loss"]
+        assert record["loss"] == pytest.approx(terms, abs=1e-5)
+    assert metrics("run")[-1]["validation_mtp_1_loss"] > 0
+    assert lq.load("run").mtp_logits([[1, 2, 3]])[0].shape == (1, 2, 257)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mtp-coefficient", 0.3], "--mtp-coefficient has no effect on a model without modules of it"),
+        ([*DEEPSEEK, "--mtp-coefficient-end", -1], "--mtp-coefficient-end is -1.0 and must not be negative"),
+        (
+            [*DEEPSEEK, "num_nextn_predict_layers=16"],
+            "--context 16 leaves nothing to predict for 16 modules of multi-token prediction",
+        ),
+    ],
+)
+def test_bad_options_of_multi_token_prediction(pretrain, options, message):
+    code, _, err = pretrain("--data", "TEXT", "--out", "run", *options)
+    assert code == 2 and err.count("\n") == 1 and message in err and not Path("run").exists()
+
+
 def test_the_help_says_what_a_field_looks_like(pretrain):
     _, out, _ = pretrain("--help")
     assert "--config FIELD=VALUE ..." in out
