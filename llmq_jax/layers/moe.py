@@ -76,8 +76,7 @@ class Experts:
     """Losses and the bias that keep the load even; None is without."""
 
     def __post_init__(self):
-        if isinstance(self.balance, dict):
-            object.__setattr__(self, "balance", create(Balance, self.balance))
+        object.__setattr__(self, "balance", balance_from(self.balance))
         for name in ("num_experts", "top_k", "num_groups", "top_groups"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("first_layer", "num_shared"):
@@ -119,11 +118,22 @@ class Experts:
             raise BadInput(f"experts: {name}={getattr(self, name)!r} {rule}")
 
 
+def balance_from(given: Any) -> Balance | None:
+    """The `balance` of experts: None, a Balance, or a dict as a file or a command line gives it."""
+    if isinstance(given, dict):
+        return create(Balance, given)
+    if not isinstance(given, Balance | None):
+        raise BadInput(f"balance={given!r} is neither a Balance nor an object of its fields")
+    return given
+
+
 def experts_from(given: Any, layers: int, default: Experts | None = None) -> Experts | None:
     """The `experts` of a config: None, Experts, or a dict as a file or a command line gives it, of what differs from
     `default`."""
     if isinstance(given, dict):
         given = create(Experts, (asdict(default) if default else {}) | given)
+    if not isinstance(given, Experts | None):
+        raise BadInput(f"experts={given!r} is neither Experts nor an object of their fields")
     if given is not None and given.first_layer >= layers:
         raise BadInput(f"experts: first_layer={given.first_layer} leaves no expert in {layers} layers")
     return given

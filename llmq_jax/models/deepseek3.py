@@ -26,7 +26,6 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.field_types import create
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import LatentCache
@@ -34,7 +33,7 @@ from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.moe import Experts, experts_from, feed_forward
+from llmq_jax.layers.moe import Experts, balance_from, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_positive
@@ -149,8 +148,7 @@ class DeepSeekV3Config:
         require(self.mtp_hidden in MTP_HIDDEN, self, "mtp_hidden", f"must be one of {', '.join(MTP_HIDDEN)}")
         rope = rope_from(self.rope_parameters, width, self.max_position_embeddings)
         object.__setattr__(self, "rope_parameters", rope)
-        if isinstance(self.balance, dict):
-            object.__setattr__(self, "balance", create(Balance, self.balance))
+        object.__setattr__(self, "balance", balance_from(self.balance))
         sparse = self.first_k_dense_replace < self.num_hidden_layers
         if sparse:
             self._check_experts()

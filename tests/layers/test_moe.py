@@ -10,7 +10,7 @@ from flax import linen as nn
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
 from llmq_jax.layers.expert_dispatch import ExpertWeights, block_lengths, dispatch, in_blocks, slots_each
-from llmq_jax.layers.moe import Experts, MixtureOfExperts, experts_from, route
+from llmq_jax.layers.moe import Experts, MixtureOfExperts, balance_from, experts_from, route
 
 NORMAL = nn.initializers.normal(0.3)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -306,3 +306,10 @@ def test_bad_input(fields, message):
     with pytest.raises(BadInput, match=re.escape(message)) as error:
         experts_from(fields, layers=4)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_description_of_experts():
+    with pytest.raises(BadInput, match="experts=3 is neither Experts nor an object of their fields"):
+        experts_from(3, 2)
+    with pytest.raises(BadInput, match="balance=3 is neither a Balance nor an object of its fields"):
+        balance_from(3)
