@@ -107,11 +107,10 @@ class Experts:
         self._require(not given or self.capacity_factor > 0, "capacity_factor", "must be positive, or all is dropped")
         balance = self.balance
         if balance is not None:
-            moves = bool(balance.bias_rate)
-            self._require(self.selection_bias or not moves, "balance", "moves a bias that needs selection_bias=true")
-            self._require(
-                self.num_experts % balance.devices == 0, "balance", f"devices must divide {self.num_experts} experts"
-            )
+            if balance.bias_rate and not self.selection_bias:
+                raise BadInput(f"balance: bias_rate={balance.bias_rate} moves a bias that needs selection_bias=true")
+            if self.num_experts % balance.devices:
+                raise BadInput(f"balance: devices={balance.devices} must divide {self.num_experts} experts")
 
     def _require(self, condition: bool, name: str, rule: str) -> None:
         if not condition:

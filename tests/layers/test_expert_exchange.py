@@ -35,7 +35,9 @@ shared = P("expert")
 
 def layer(name, x, ids, weights, experts):
     def on_a_device(x, ids, weights, experts):
-        return dispatch(x, ids, weights, experts, activate, name, exchange=Exchange(DEVICES, swap))[0]
+        exchange = Exchange(DEVICES, swap)
+        capacity = 2 * TOKENS if name == "capacity" else None  # room for all
+        return dispatch(x, ids, weights, experts, activate, name, capacity, exchange)[0]
 
     return jax.shard_map(on_a_device, mesh=mesh, in_specs=shared, out_specs=shared, check_vma=False)(
         x, ids, weights, experts
@@ -47,7 +49,7 @@ def loss(mix):
 
 
 expected = loss(lambda *inputs: dispatch(*inputs, activate, "dense")[0])(x, weights, experts)
-for name in ("blocks", "ragged"):
+for name in ("blocks", "ragged", "capacity"):
     compiled = loss(partial(layer, name)).lower(x, weights, experts).compile()
     found = compiled(x, weights, experts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
@@ -64,7 +66,7 @@ def test_experts_on_eight_devices():
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    for name in ("blocks", "ragged"):
+    for name in ("blocks", "ragged", "capacity"):
         # Rows there and back with the loads, and the gradients of rows there and back.
         assert int(facts[f"{name} exchanges"]) >= 4
         assert facts[f"{name} all experts"] == "0"

@@ -362,7 +362,7 @@ def test_dynamic_tanh_in_the_place_of_the_norm():
         ),
         ({"experts": {"num_experts": 6, "first_layer": 3}}, "first_layer=3 leaves no expert in 3 layers"),
         ({"balance": {"bias_speed": 0.1}}, "balance: there is no field 'bias_speed'"),
-        ({"balance": {"device": 0.1, "devices": 4}}, "devices must divide 6 experts"),
+        ({"balance": {"device": 0.1, "devices": 4}}, "balance: devices=4 must divide 6 experts"),
     ],
     ids=str,
 )
