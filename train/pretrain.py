@@ -11,6 +11,7 @@ the defaults that the preset sets.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -61,7 +62,7 @@ class TextAndModel:
     """Part of embeddings, attention weights and residual branches that is dropped in training."""
 
     mtp_coefficient: Annotated[float | None, default_is("0.3")] = None
-    """Weight of the loss of multi-token prediction, in models that have its modules."""
+    """Weight of multi-token prediction: of the mean loss of the model's modules for it (num_nextn_predict_layers)."""
     mtp_coefficient_end: Annotated[float | None, default_is("the same")] = None
     """The same at the last step, reached along a straight line."""
 
@@ -159,7 +160,9 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         text_field="text",
         sample_prompt="def " if options.data is None else "\n",
     )
-    refuse_idle(options, ((name, not modules(config), "on a model without modules of it") for name in MTP_OPTIONS))
+    refuse_idle(
+        options, ((name, not modules(config), "on a model without num_nextn_predict_layers") for name in MTP_OPTIONS)
+    )
     if options.context <= modules(config):
         raise BadInput(
             f"--context {options.context} leaves nothing to predict for {modules(config)} modules of multi-token "
@@ -250,8 +253,8 @@ def objective_of(options: Options, model: Any) -> Any:
     start = MTP_COEFFICIENT if options.mtp_coefficient is None else options.mtp_coefficient
     end = start if options.mtp_coefficient_end is None else options.mtp_coefficient_end
     for name, value in zip(MTP_OPTIONS, (start, end), strict=True):
-        if value < 0:
-            raise BadInput(f"{option_name(name)} is {value} and must not be negative")
+        if not 0 <= value < math.inf:
+            raise BadInput(f"{option_name(name)} is {value} and must be at least 0, and finite")
     return MultiToken(model, optax.linear_schedule(start, end, max(1, options.steps - 1)) if end != start else start)
 
 

@@ -27,7 +27,7 @@ def main(options: Options) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmq_jax.training.plots import curve, plot_comparison, read_run
+    from llmq_jax.training.plots import curve, plot_comparison, read_run, training_curve
 
     runs = (options.run, *options.others)
     names = [Path(run).absolute().name for run in runs]
@@ -46,7 +46,7 @@ def main(options: Options) -> None:
         table.add_column(title, justify="right")
     for name, run in zip(names, runs, strict=True):
         records = read_run(Path(run))
-        training, validation = curve(records, "loss"), curve(records, "validation_loss")
+        training, validation = training_curve(records), curve(records, "validation_loss")
         at_step, lowest = min(validation, key=lambda point: point[1], default=(None, None))
         speeds = [speed for _, speed in curve(records, "tokens_per_second")]
         table.add_row(

@@ -27,10 +27,11 @@ class DrawingOptions:
     stop: Repeated = ()
     """Stop before this text appears; may be given several times."""
     draft: Annotated[str | None, default_is("none")] = None
-    """A smaller model of the same vocabulary, whose proposals the model checks several at a time; mtp for the model's
-    own modules of multi-token prediction. Likeliest tokens stay what they are, and drawn ones as likely as they are."""
+    """Speculative decoding, for large models: a small model of the same tokenizer (run, folder, hub id, GGUF) that
+    guesses ahead, or mtp for the model's own modules of multi-token prediction. The text at temperature 0 stays the
+    same; at others a seed draws another text, no less likely."""
     draft_tokens: Annotated[int | None, default_is("4")] = None
-    """Tokens that a draft model proposes at a time."""
+    """Tokens that a draft model guesses at a time; of mtp each module guesses one."""
     seed: Annotated[int | None, default_is("0")] = None
     """The same seed draws the same text."""
     dtype: Annotated[
@@ -44,8 +45,12 @@ class DrawingOptions:
         """(the model, what `lq.generate` and `lq.stream` take beside prompt, length and seed)."""
         if self.seed is not None and self.temperature == 0:
             raise BadInput("--seed has no effect at temperature 0, where nothing is drawn; leave it out")
-        if self.draft_tokens is not None and self.draft in (None, MTP):
+        if self.draft_tokens is not None and self.draft is None:
             raise BadInput("--draft-tokens has no effect without a draft model; leave it out, or name one with --draft")
+        if self.draft_tokens is not None and self.draft == MTP:
+            raise BadInput(
+                "--draft-tokens has no effect beside --draft mtp: each module drafts one token; leave it out"
+            )
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
         use_device(self.device)

@@ -20,7 +20,7 @@ LONGEST = 2048
 @dataclass(frozen=True)
 class Options:
     model: Positional[str]
-    """The model: a run folder or checkpoint of this project, a Hugging Face folder, or a hub id."""
+    """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     file: Positional[str]
     """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
     text_field: Annotated[str | None, default_is("text")] = None

@@ -297,7 +297,7 @@ def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draf
             raise BadInput(f"draft_tokens={count} has no effect without a draft; name one, or leave it out")
         return None, None
     if draft != MTP and not hasattr(draft, "variables"):
-        raise BadInput(f"draft={draft!r} is neither a loaded model nor {MTP!r}")
+        raise BadInput(f"draft={draft!r} is neither a loaded model (lq.load) nor {MTP!r}")
     if isinstance(draft, str):
         if not getattr(lm.config, "num_nextn_predict_layers", 0):
             raise BadInput(f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction")

@@ -79,8 +79,8 @@ def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[st
         held += 1
     if held < wanted:
         raise BadInput(
-            f"num_nextn_predict_layers={wanted}, and of modules of multi-token prediction the weights hold {held}; "
-            f'load them with config={{"num_nextn_predict_layers": {held}}}'
+            f"num_nextn_predict_layers={wanted} announces modules of multi-token prediction, of which the weights hold "
+            f'{held}; set it to {held} in config.json, or load them with config={{"num_nextn_predict_layers": {held}}}'
         )
     left_out = tuple(f"{LAYER.format(layer=layer)}." for layer in range(first + wanted, first + held))
     if not left_out:

@@ -138,6 +138,15 @@ def experts_from(given: Any, layers: int, default: Experts | None = None) -> Exp
     return given
 
 
+def require_same_sizes(given: Experts | None, sizes: tuple[int, int], config: object, names: str) -> None:
+    """BadInput where experts are not as many, in all and for each token, as other fields of their config say."""
+    if given is not None and (given.num_experts, given.top_k) != sizes:
+        raise BadInput(
+            f"{type(config).__name__}.experts has num_experts={given.num_experts} and top_k={given.top_k}, and {names} "
+            f"say {sizes[0]} and {sizes[1]}; change these"
+        )
+
+
 def route(
     logits: Float[Array, "*batch E"], experts: Experts, bias: Float[Array, " E"] | None = None
 ) -> tuple[Int[Array, "*batch k"], Float[Array, "*batch k"], Float[Array, "*batch E"]]:

@@ -33,7 +33,7 @@ from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.moe import Experts, balance_from, experts_from, feed_forward
+from llmq_jax.layers.moe import Experts, balance_from, experts_from, feed_forward, require_same_sizes
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_positive
@@ -135,6 +135,11 @@ class DeepSeekV3Config:
             "moe_intermediate_size",
         )
         require_at_least(0, self, "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+        rule = (
+            f"must be below max_position_embeddings={self.max_position_embeddings}: each module looks a token further"
+        )
+        fits = self.num_nextn_predict_layers < self.max_position_embeddings
+        require(fits, self, "num_nextn_predict_layers", rule)
         rank = self.q_lora_rank
         require(
             rank is None or rank > 0, self, "q_lora_rank", "must be at least 1; None makes queries without a latent"
@@ -157,12 +162,7 @@ class DeepSeekV3Config:
         idle = not sparse and given is None and self.balance not in (None, PAPER_BALANCE)
         require(not idle, self, "balance", "has no effect on a model without experts")
         sizes = (self.n_routed_experts, self.num_experts_per_tok)
-        require(
-            self.experts is None or (self.experts.num_experts, self.experts.top_k) == sizes,
-            self,
-            "experts",
-            f"must have num_experts and top_k as n_routed_experts and num_experts_per_tok say: {sizes}",
-        )
+        require_same_sizes(given, sizes, self, "n_routed_experts and num_experts_per_tok")
 
     def _check_experts(self) -> None:
         require_at_least(1, self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")

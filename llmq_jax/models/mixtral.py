@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmq_jax.layers.expert_balance import Balance
-from llmq_jax.layers.moe import Experts, experts_from
+from llmq_jax.layers.moe import Experts, experts_from, require_same_sizes
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import require
 from llmq_jax.models.llama3 import Llama3, Llama3Config
@@ -46,12 +46,7 @@ class MixtralConfig(Llama3Config):
         object.__setattr__(self, "experts", given)
         super().__post_init__()
         sizes = (self.num_local_experts, self.num_experts_per_tok)
-        require(
-            given is None or (given.num_experts, given.top_k) == sizes,
-            self,
-            "experts",
-            f"must have num_experts and top_k as num_local_experts and num_experts_per_tok say: {sizes}",
-        )
+        require_same_sizes(given, sizes, self, "num_local_experts and num_experts_per_tok")
 
     @property
     def classic_experts(self) -> Experts:

@@ -7,6 +7,7 @@ p_k is what the k-th of the model's modules gives, by the head that all share. W
 token i + k + 1, there is nothing to predict: it counts neither above nor below the line.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,8 @@ class MultiToken:
     def __post_init__(self):
         if not self.depth:
             raise BadInput("multi-token prediction needs a model with num_nextn_predict_layers of at least 1")
-        if not callable(self.coefficient) and self.coefficient < 0:
-            raise BadInput(f"coefficient={self.coefficient} of multi-token prediction must not be negative")
+        if not callable(self.coefficient) and not 0 <= self.coefficient < math.inf:
+            raise BadInput(f"coefficient={self.coefficient} of multi-token prediction must be at least 0, and finite")
 
     @property
     def depth(self) -> int:
@@ -97,4 +98,5 @@ class MultiToken:
         share = mean(batch["mask"].astype(jnp.float32).sum(), weights["loss"])
         total, metrics = with_balance(loss, self.model.experts, output.counts, share)
         total += weights["coefficient"] / self.depth * sum(losses.values())
+        metrics |= {"mtp_coefficient": share * weights["coefficient"]}
         return total, {"next_token_loss": loss, **losses, **metrics}, output.counts

@@ -24,7 +24,7 @@ from llmq_jax.training.checkpoints import Checkpoints, config_dict
 from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
-from llmq_jax.training.metrics import METRICS, read_metrics
+from llmq_jax.training.metrics import METRICS, NEXT_TOKEN_LOSS, read_metrics, shown_loss
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.progress import Status
@@ -198,7 +198,7 @@ class _Loop:
         metrics = self.folder.path / METRICS
         for record in read_metrics(metrics) if metrics.exists() else []:
             if record["step"] <= self.step:
-                self.loss = record.get("loss", self.loss)
+                self.loss = shown_loss(record) if "loss" in record else self.loss
                 if record.get("validation_loss") is not None:
                     self.validation[record["step"]] = record["validation_loss"]
         say(f"resuming {self.folder.path} from step {self.step}")
@@ -229,13 +229,13 @@ class _Loop:
     def read(self, done: _Step) -> None:
         """Wait for a step, check it, and log it where that is due."""
         options = self.options
-        names = [name for name in ("loss", "grad_norm") if name in done.metrics]
+        names = [name for name in ("loss", NEXT_TOKEN_LOSS, "grad_norm") if name in done.metrics]
         values = jax.device_get([done.metrics[name] for name in names])
         checked = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in checked.items():
             if not math.isfinite(value):
                 raise self.broken(done.step, f"{name.replace('_', ' ')} is {value}")
-        self.loss = checked["loss"]
+        self.loss = shown_loss(checked)
         self.pace.finished(done.step, done.tokens)
         rate = {} if self.learning_rates is None else {"learning_rate": float(self.learning_rates[done.step - 1])}
         record = None
@@ -244,7 +244,7 @@ class _Loop:
             record = {
                 "step": done.step,
                 "tokens": done.tokens,
-                "loss": self.loss,
+                "loss": checked["loss"],
                 **rate,
                 **checked,
                 "tokens_per_second": self.pace.since_mark(),

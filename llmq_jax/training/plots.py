@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.metrics import METRICS, Record, read_metrics
+from llmq_jax.training.metrics import METRICS, Record, read_metrics, shown_loss
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
@@ -19,7 +19,7 @@ def plot_losses(folder: str | Path) -> Path:
     `losses.png`, from metrics.jsonl."""
     folder = Path(folder)
     records = read_run(folder)
-    training, validation = curve(records, "loss"), curve(records, "validation_loss")
+    training, validation = training_curve(records), curve(records, "validation_loss")
 
     figure, axes = blank_axes(folder.absolute().name, [records])
     if training:
@@ -38,7 +38,7 @@ def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     validated = all(curve(records, "validation_loss") for records in runs.values())
     figure, axes = blank_axes("validation loss" if validated else "training loss", list(runs.values()))
     for index, (name, records) in enumerate(runs.items()):
-        points = curve(records, "validation_loss" if validated else "loss")
+        points = curve(records, "validation_loss") if validated else training_curve(records)
         _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], name)
     axes.legend(frameon=False)
     figure.savefig(path)
@@ -57,6 +57,11 @@ def read_run(folder: Path) -> list[Record]:
 
 def curve(records: list[Record], name: str) -> Points:
     return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+
+
+def training_curve(records: list[Record]) -> Points:
+    """The training losses, as they are shown."""
+    return [(record["step"], loss) for record in records if (loss := shown_loss(record)) is not None]
 
 
 def blank_figure(size: tuple[float, float] = (8, 4.8)) -> Any:

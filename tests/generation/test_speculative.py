@@ -241,8 +241,8 @@ class Backwards(lq.ByteTokenizer):
     ("options", "message"),
     [
         ({"draft": "mtp"}, "this llama has no modules of multi-token prediction"),
-        ({"draft": "gpt2"}, "draft='gpt2' is neither a loaded model nor 'mtp'"),
-        ({"draft": 5}, "draft=5 is neither a loaded model nor 'mtp'"),
+        ({"draft": "gpt2"}, r"draft='gpt2' is neither a loaded model \(lq.load\) nor 'mtp'"),
+        ({"draft": 5}, "draft=5 is neither a loaded model"),
         ({"draft": "tokenizer"}, "the draft's tokenizer gives other ids than the model's"),
         ({"draft_tokens": 2}, "draft_tokens=2 has no effect without a draft"),
         ({"draft": "itself", "draft_tokens": 0}, "draft_tokens=0 must be at least 1"),

@@ -279,11 +279,11 @@ def test_modules_that_the_config_leaves_out():
 def test_modules_that_are_not_there():
     message = refused(from_state_dict, state_of(PLAIN), AHEAD)
     assert message == (
-        "num_nextn_predict_layers=2, and of modules of multi-token prediction the weights hold 0; load them with "
-        'config={"num_nextn_predict_layers": 0}'
+        "num_nextn_predict_layers=2 announces modules of multi-token prediction, of which the weights hold 0; set it "
+        'to 0 in config.json, or load them with config={"num_nextn_predict_layers": 0}'
     )
     message = refused(from_state_dict, state_of(override(PLAIN, num_nextn_predict_layers=1)), AHEAD)
-    assert message.endswith('the weights hold 1; load them with config={"num_nextn_predict_layers": 1}')
+    assert message.endswith('or load them with config={"num_nextn_predict_layers": 1}')
 
 
 # Folders.
@@ -365,7 +365,7 @@ def test_a_config_that_announces_modules_which_the_folder_lacks(theirs, tmp_path
     theirs.save_pretrained(tmp_path)
     edit(tmp_path, num_nextn_predict_layers=1)
     message = refused(lq.load, tmp_path)
-    assert message.startswith(f"{tmp_path}: num_nextn_predict_layers=1, and of modules")
+    assert message.startswith(f"{tmp_path}: num_nextn_predict_layers=1 announces modules")
     assert message.endswith('load them with config={"num_nextn_predict_layers": 0}')
     assert lq.load(tmp_path, config={"num_nextn_predict_layers": 0}).config == PLAIN
 

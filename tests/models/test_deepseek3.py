@@ -358,7 +358,7 @@ def test_dynamic_tanh_in_the_place_of_the_norm():
         ({"rope_parameters": {"rope_type": "yarm"}}, "rope_parameters.rope_type='yarm' is unknown"),
         (
             {"experts": {"num_experts": 12}},
-            "must have num_experts and top_k as n_routed_experts and num_experts_per_tok",
+            "experts has num_experts=12 and top_k=2, and n_routed_experts and num_experts_per_tok say 6 and 2; change",
         ),
         ({"experts": {"num_experts": 6, "first_layer": 3}}, "first_layer=3 leaves no expert in 3 layers"),
         ({"balance": {"bias_speed": 0.1}}, "balance: there is no field 'bias_speed'"),

@@ -98,7 +98,10 @@ def test_experts_from_the_command_line():
     [
         ({"num_experts_per_tok": 9}, "top_k=9 is more than num_experts=8"),
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1 must be at least 0"),
-        ({"experts": {"num_experts": 4}}, r"must have num_experts and top_k as .* say: \(8, 2\)"),
+        (
+            {"experts": {"num_experts": 4}},
+            "experts has num_experts=4 and top_k=2, and num_local_experts .* say 8 and 2; change these",
+        ),
         ({"experts": {"first_layer": 40}}, "first_layer=40 leaves no expert in 32 layers"),
     ],
 )

@@ -301,7 +301,7 @@ def test_bad_input():
     two = multi_token_rows(DOCUMENTS, DEPTH - 1, end_id=0)
     with pytest.raises(BadInput, match="targets for 1 modules of multi-token prediction, not 2"):
         weights_of(two)
-    with pytest.raises(BadInput, match=r"coefficient=-1\.0 of multi-token prediction must not be negative"):
+    with pytest.raises(BadInput, match=r"coefficient=-1\.0 of multi-token prediction must be at least 0"):
         MultiToken(MODEL, -1.0)
     with pytest.raises(BadInput, match="needs a model with num_nextn_predict_layers of at least 1"):
         MultiToken(build(override(CONFIG, num_nextn_predict_layers=0)))

@@ -85,13 +85,16 @@ DEEPSEEK = (
 def test_multi_token_prediction(pretrain):
     """Its coefficient goes from one value to the other, which the last step has."""
     coefficients = ("--mtp-coefficient", 0.5, "--mtp-coefficient-end", 0.1)
-    code, _, err = pretrain("--data", "TEXT", "--out", "run", *DEEPSEEK, *coefficients, "--log-every", 1)
+    code, out, err = pretrain("--data", "TEXT", "--out", "run", *DEEPSEEK, *coefficients, "--log-every", 1)
     assert (code, err) == (0, "")
     records = [record for record in metrics("run") if "loss" in record]
     weight = 0.0001  # of the sequence-wise balance loss
     for record, coefficient in zip((records[0], records[-1]), (0.5, 0.1), strict=True):
         terms = record["next_token_loss"] + coefficient * record["mtp_1_loss"] + weight * record["sequence_loss"]
         assert record["loss"] == pytest.approx(terms, abs=1e-5)
+        assert record["mtp_coefficient"] == pytest.approx(coefficient)
+    # What people are shown is the loss that compares.
+    assert f"training loss {records[-1]['next_token_loss']:.4f}" in out
     assert metrics("run")[-1]["validation_mtp_1_loss"] > 0
     assert lq.load("run").mtp_logits([[1, 2, 3]])[0].shape == (1, 2, 257)
 
@@ -99,11 +102,11 @@ def test_multi_token_prediction(pretrain):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mtp-coefficient", 0.3], "--mtp-coefficient has no effect on a model without modules of it"),
-        ([*DEEPSEEK, "--mtp-coefficient-end", -1], "--mtp-coefficient-end is -1.0 and must not be negative"),
+        (["--mtp-coefficient", 0.3], "--mtp-coefficient has no effect on a model without num_nextn_predict_layers"),
+        ([*DEEPSEEK, "--mtp-coefficient-end", -1], "--mtp-coefficient-end is -1.0 and must be at least 0"),
         (
             [*DEEPSEEK, "num_nextn_predict_layers=16"],
-            "--context 16 leaves nothing to predict for 16 modules of multi-token prediction",
+            "num_nextn_predict_layers=16 must be below max_position_embeddings=16",
         ),
     ],
 )
