@@ -11,11 +11,27 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import gc
+import sys
+
 from jaxtyping import install_import_hook
 
 install_import_hook("llmq_jax", "beartype.beartype")
 
 import pytest
+
+MAPPINGS = Path("/proc/self/maps")
+MANY = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_compiled_programs():
+    """Linux lets a process have 65,530 pieces of memory, and each compiled program takes several: beyond, LLVM aborts.
+    What is dropped here is compiled again from the cache on disk."""
+    yield
+    if "jax" in sys.modules and MAPPINGS.exists() and len(MAPPINGS.read_bytes().splitlines()) > MANY:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(hookwrapper=True)
