@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, sample
 from llmq_jax.models.decoder import Decoder, Output
@@ -49,10 +50,11 @@ def prefill(
     end_tokens: tuple[int, ...],
     pad: int,
     lookahead: int = 0,
-) -> tuple[DecodeState, Output]:
+) -> tuple[DecodeState, Output | None]:
     """Read the prompts [B, P] into caches of `length` slots, with room for `new_tokens`, and draw the first token.
 
-    `lookahead` is the number of tokens that may be taken back.
+    `lookahead` is the number of tokens that may be taken back. Where there are any, what the model gave for the prompts
+    comes with the state: a draft may read it.
     """
     batch = prompts.shape[0]
     output, caches = read_prompts(model, variables, prompts, prompt_lengths, length, lookahead)
@@ -69,7 +71,8 @@ def prefill(
         caches=caches,
     )
     logits = model.apply(variables, last, method="unembed")
-    return _append(state, logits, sampler, end_tokens), output.replace(caches=None, counts=None)
+    read = output.replace(caches=None, counts=None) if lookahead else None
+    return _append(state, logits, sampler, end_tokens), read
 
 
 def read_prompts(
@@ -113,7 +116,7 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
     drawn, logprobs = sample(logits, keys, sampler)
     live = ~state.done
-    ended = (drawn[:, None] == jnp.asarray(end_tokens, jnp.int32)[None]).any(axis=1)
+    ended = is_end(drawn, end_tokens)
     return state.replace(
         step=state.step + 1,
         tokens=state.tokens.at[:, state.step].set(jnp.where(live, drawn, state.tokens[:, state.step])),
@@ -123,3 +126,7 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
         positions=jnp.where(live, state.positions + 1, state.positions),
         newest=jnp.where(live, drawn, state.newest),
     )
+
+
+def is_end(tokens: Int[Array, "*batch"], end_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:
+    return (tokens[..., None] == jnp.asarray(end_tokens, jnp.int32)).any(-1)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.generation.decoding import DecodeState, read_prompts
+from llmq_jax.generation.decoding import DecodeState, is_end, read_prompts
 from llmq_jax.generation.sampling import Sampler, filter_logits, first_largest, sample
 from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.models.deepseek3 import DeepSeek3
@@ -208,7 +208,7 @@ def advance_by_drafts(
         kept = _kept(tokens, accepted, end_tokens) & (index < (limit - state.lengths)[:, None]) & live[:, None]
         gained = kept.sum(axis=1)
         state = _append(state, logits, tokens, kept, sampler)
-        ended = (kept & _is_end(tokens, end_tokens)).any(axis=1)
+        ended = (kept & is_end(tokens, end_tokens)).any(axis=1)
         return state.replace(
             caches=output.caches,
             done=state.done | ended | (state.lengths >= limit),
@@ -263,13 +263,9 @@ def _leading(holds: Array) -> Int[Array, " B"]:
     return jnp.cumprod(holds.astype(jnp.int32), axis=1).sum(axis=1)
 
 
-def _is_end(tokens: Int[Array, "B K1"], end_tokens: tuple[int, ...]) -> Bool[Array, "B K1"]:
-    return (tokens[..., None] == jnp.asarray(end_tokens, jnp.int32)).any(-1)
-
-
 def _kept(tokens: Int[Array, "B K1"], accepted: Int[Array, " B"], end_tokens: tuple[int, ...]) -> Bool[Array, "B K1"]:
     """The accepted drafts and one token more, up to an end token."""
-    ends = _is_end(tokens, end_tokens)
+    ends = is_end(tokens, end_tokens)
     before = jnp.cumsum(ends, axis=1) - ends
     return (before == 0) & (jnp.arange(tokens.shape[1]) <= accepted[:, None])
 

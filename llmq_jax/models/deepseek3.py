@@ -29,15 +29,15 @@ from jaxtyping import Array, Bool, Float, Int
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import LatentCache
-from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, balance_from, experts_from, feed_forward, require_same_sizes
-from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
+from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_positive
-from llmq_jax.models.decoder import Decoder, LayerGroup, Output, Tokens, default_positions, dense_then_experts
+from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, dense_then_experts
+from llmq_jax.models.llama3 import Llama3
 
 MTP = "mtp"
 BLOCK = "block_0"
@@ -286,23 +286,15 @@ class Ahead:
     counts: Any = None
 
 
-class DeepSeek3(Decoder):
-    """Token embeddings, dense blocks, blocks of experts, final norm, head; beside them the modules that look ahead."""
+class DeepSeek3(Llama3):
+    """Llama with other blocks, and beside its layers the modules that look ahead."""
 
     config: DeepSeekV3Config
 
     def setup(self):
-        c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
-        if c.norm == "dyt":
-            self.embedding_scale = EmbeddingScale()
-        self.set_groups()
-        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
-        if c.num_nextn_predict_layers:
-            self.mtp = self.stacked(Depth, c.num_nextn_predict_layers)(self.prediction_module)
+        super().setup()
+        if self.config.num_nextn_predict_layers:
+            self.mtp = self.stacked(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
 
     @property
     def experts(self) -> Experts | None:
@@ -311,10 +303,6 @@ class DeepSeek3(Decoder):
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
         return dense_then_experts(partial(DeepSeekBlock, c, self.dtype), c.num_hidden_layers, self.experts)
-
-    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = self.token_embedding(tokens)
-        return self.embedding_scale(x) if self.config.norm == "dyt" else x
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
