@@ -27,9 +27,7 @@ class DrawingOptions:
     stop: Repeated = ()
     """Stop before this text appears; may be given several times."""
     draft: Annotated[str | None, default_is("none")] = None
-    """Speculative decoding, for large models: a small model of the same tokenizer (run, folder, hub id, GGUF) that
-    guesses ahead, or mtp for the model's own modules of multi-token prediction. The text at temperature 0 stays the
-    same; at others a seed draws another text, no less likely."""
+    """A small model (same tokenizer) that guesses ahead; mtp: the model's own modules. Greedy text stays the same."""
     draft_tokens: Annotated[int | None, default_is("4")] = None
     """Tokens that a draft model guesses at a time; of mtp each module guesses one."""
     seed: Annotated[int | None, default_is("0")] = None
