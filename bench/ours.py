@@ -12,7 +12,9 @@ import llmq_jax as lq
 from bench.bandwidth import read_bandwidth
 from bench.inputs import attention_inputs, cross_entropy_inputs, experts_inputs, prompts, train_batch
 from bench.products import Product, products_of, time_in_jax
+from bench.rows import ADAPTER, FULL
 from bench.worker import Side
+from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
@@ -63,14 +65,22 @@ class TrainStepSide(OurSide):
         model = lq.build(config, scan_layers=self.name.endswith("scanned"))
         optimizer = lq.training.adamw(1e-3)
         self.step = lq.training.make_train_step(lq.objectives.NextToken(model), optimizer)
-        self.state = lq.training.create_state(variables, optimizer)
+        trainable = "params"
+        if self.row.adapters is not None:
+            adapted = lq.lora(LanguageModel(config, model, variables), rank=self.row.adapters)
+            if not (self.folder / ADAPTER).exists():
+                lq.save_adapter(adapted, self.folder / ADAPTER)
+            if FULL not in self.name:
+                variables, trainable = adapted.variables, "lora"
+        self.state = lq.training.create_state(variables, optimizer, trainable=trainable)
         self.batches = [train_batch(self.row, index) for index in range(4)]
         self.done, self.losses = 0, []
         return {}
 
     def prepare(self) -> dict[str, Any]:
         facts = super().prepare()
-        return {**facts, "losses": [float(loss) for loss in self.losses[:3]]}
+        same = self.row.adapters is None or FULL not in self.name
+        return {**facts, "losses": [float(loss) for loss in self.losses[:3]]} if same else facts
 
     def repeat(self, count: int) -> None:
         for _ in range(count):

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bench.measure import Measured, Result
-from bench.rows import ROWS
+from bench.rows import FULL, ROWS
 
 SHARE = 0.8
 """Of the roofline: where it is reached, a ratio cannot ask for more."""
@@ -164,6 +164,9 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
     row = result.row
     if row.kind == "train" and result.best_peer:
         ratio = result.ratio(result.best_peer)
+        if row.adapters is not None:
+            measured = f"{_times(ratio)} times {result.best_peer}"
+            return [(f"{row.at_least:g} times PEFT", measured, ratio[0] >= row.at_least)]
         share = result.floor / result.ours.median if result.floor else 0.0
         wanted = f"{row.at_least:g} times the best PyTorch, or {SHARE:.0%} of the roofline"
         measured = f"{_times(ratio)} times {result.best_peer}, {share:.0%} of the roofline"
@@ -246,6 +249,8 @@ def _tokens(row: Any, name: str) -> int | None:
 
 def _has_our_products(row: Any, name: str) -> bool:
     """Whether the row's roofline is that of this side too: as many tokens and weights."""
+    if row.kind == "train" and row.adapters is not None and FULL in name:
+        return False
     if row.kind == "experts" and row.experts_of(name) != row.num_experts:
         return False
     return _tokens(row, name) == _tokens(row, "ours")

@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 
 OUR_ALLOCATOR = "our allocator"
 """In the name of a PyTorch side that gets the setting of the C allocator that our training loop has."""
+ADAPTER = "adapter"
+"""The folder of the adapters that all sides start from, beside the weights."""
+FULL = "full"
+"""In the name of a side that trains all weights where others train adapters."""
 TRAIN_SIDES = (
     "ours",
     "ours, scanned",
@@ -35,6 +39,9 @@ class TrainStep:
     sides: tuple[str, ...] = TRAIN_SIDES
     at_least: float = 1.15
     """Times as fast as the better of eager and compiled PyTorch that we want to be."""
+    adapters: int | None = None
+    """Rank of the adapters at all linear layers that train in place of the weights; sides that are called *full* train
+    the weights."""
     kind: ClassVar[str] = "train"
     unit: ClassVar[str] = "step"
 
@@ -44,7 +51,8 @@ class TrainStep:
 
     @property
     def about(self) -> str:
-        return f"{_model(self)}, {self.batch} x {self.context} tokens: forward, backward, clipping, AdamW"
+        adapters = "" if self.adapters is None else f" of adapters of rank {self.adapters} at all linear layers"
+        return f"{_model(self)}, {self.batch} x {self.context} tokens: forward, backward, clipping, AdamW{adapters}"
 
 
 @dataclass(frozen=True)
@@ -324,6 +332,16 @@ ROWS: dict[str, Row] = {
             model_type="deepseek_v3",
             sides=WITHOUT_PLAIN,
             at_least=1.3,
+        ),
+        TrainStep(
+            "smollm2-lora-step-512",
+            SMOLLM2,
+            batch=4,
+            context=128,
+            model_type="llama",
+            sides=("ours, scanned", "ours, full, scanned", "PEFT, eager", "PEFT, compiled"),
+            at_least=1.3,
+            adapters=8,
         ),
         CrossEntropy("cross-entropy-128256", vocab_size=128256, width=576, tokens=2048),
         WindowedAttention("window-attention-4096", length=4096, window=256),

@@ -14,7 +14,7 @@ from torch.nn import functional
 from bench import plain_gpt, plain_llama
 from bench.inputs import attention_inputs, cross_entropy_inputs, experts_inputs, prompts, train_batch
 from bench.products import Product, time_in_torch
-from bench.rows import OUR_ALLOCATOR
+from bench.rows import ADAPTER, OUR_ALLOCATOR
 from bench.worker import Side
 from llmq_jax.training.host_memory import keep_freed_memory
 
@@ -51,6 +51,10 @@ class TorchSide(Side):
         wrong = {name: keys for name, keys in told.items() if keys}
         if wrong:
             raise RuntimeError(f"weights do not fit transformers: {wrong}")
+        if self.name.startswith("PEFT"):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.folder / ADAPTER, is_trainable=True)
         return model
 
 
@@ -69,7 +73,7 @@ class WithLoss(nn.Module):
 class TrainStepSide(TorchSide):
     def build(self) -> None:
         model = self.load_model().train()
-        parameters = list(model.parameters())
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(
             [
@@ -81,7 +85,7 @@ class TrainStepSide(TorchSide):
             eps=1e-8,
             fused=True,
         )
-        self.loss = self.compiled(WithLoss(model, self.name.startswith("transformers")))
+        self.loss = self.compiled(WithLoss(model, not self.name.startswith("plain")))
         batches = (train_batch(self.row, index) for index in range(4))
         self.batches = [tuple(torch.from_numpy(b[key]).long() for key in ("tokens", "targets")) for b in batches]
         self.done, self.losses = 0, []

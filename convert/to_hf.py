@@ -1,9 +1,10 @@
-"""Export a model as a Hugging Face folder, which transformers loads with `from_pretrained`."""
+"""Export a model as a Hugging Face folder, for transformers' `from_pretrained`, or its adapters for PEFT."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, Positional, default_is, run
+from llmq_jax.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,36 @@ class Options:
     """Split larger weights into files of at most this size."""
     overwrite: Flag = False
     """Replace the target where it is an earlier export."""
+    adapter: Flag = False
+    """Write the model's adapters alone, as a folder for PEFT; without this they are merged into the weights."""
+    base: Annotated[str | None, default_is("none")] = None
+    """With --adapter: the path or hub id, for PEFT to remember, of the model that the adapters belong to."""
 
 
 def main(options: Options) -> None:
     from llmq_jax.interop.huggingface import save_hf
     from llmq_jax.language_model import load
 
+    if options.base is not None and not options.adapter:
+        raise BadInput("--base has no effect without --adapter; leave it out")
     lm = load(options.source)
+    if options.adapter:
+        write_adapter(lm, options)
+        return
     folder = save_hf(lm, options.target, options.dtype, options.max_shard_size, options.overwrite)
     print(f"{folder}: {lm}")
-    print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{folder}")')
+    kind = "CausalLM" if lm.config.labels is None else "SequenceClassification"
+    print(f'next: transformers.AutoModelFor{kind}.from_pretrained("{folder}")')
+
+
+def write_adapter(lm: Any, options: Options) -> None:
+    from llmq_jax.adapters import save_adapter
+
+    if options.dtype is not None:
+        raise BadInput("--dtype has no effect with --adapter, which are written in float32; leave it out")
+    folder = save_adapter(lm, options.target, base=options.base or "", overwrite=options.overwrite)
+    print(f"{folder}: the adapters of {lm}")
+    print(f'next: peft.PeftModel.from_pretrained(base, "{folder}")')
 
 
 if __name__ == "__main__":

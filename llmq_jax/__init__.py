@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmq_jax import data, generation, interop, layers, models, objectives, training
+    from llmq_jax.adapters import load_adapter, lora, merge, save_adapter, unmerge
     from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, load_tokenizer
     from llmq_jax.errors import BadInput
     from llmq_jax.generation import Generation, Sampler, generate, stream
     from llmq_jax.interop.generation_config import GenerationConfig
     from llmq_jax.interop.huggingface import save_hf
-    from llmq_jax.language_model import LanguageModel, load, save
+    from llmq_jax.language_model import LanguageModel, load, save, with_classifier
     from llmq_jax.layers.expert_balance import Balance
+    from llmq_jax.layers.lora import LoRA
     from llmq_jax.layers.moe import Experts
     from llmq_jax.models import (
         GPT2,
@@ -59,16 +61,23 @@ _HOME = {
     "Generation": "generation",
     "GenerationConfig": "interop.generation_config",
     "LanguageModel": "language_model",
+    "LoRA": "layers.lora",
     "Sampler": "generation",
     "build": "models",
     "generate": "generation",
     "init": "models",
     "load": "language_model",
+    "load_adapter": "adapters",
     "load_tokenizer": "data",
+    "lora": "adapters",
+    "merge": "adapters",
     "preset": "models",
     "save": "language_model",
+    "save_adapter": "adapters",
     "save_hf": "interop.huggingface",
     "stream": "generation",
+    "unmerge": "adapters",
+    "with_classifier": "language_model",
 }
 _PACKAGES = ("data", "generation", "interop", "layers", "models", "objectives", "training")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
@@ -25,8 +26,10 @@ from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.linear import by_output
+from llmq_jax.layers.lora import LORA, LORA_FIXED, spread
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
+from llmq_jax.models.heads import SCORE, shown
 from llmq_jax.weight_type import weight_type
 
 Integers = ArrayLike | Sequence
@@ -65,7 +68,7 @@ class LanguageModel:
     def sliced_ahead(self) -> tuple[dict, ...]:
         """Variables of each module of multi-token prediction: what drafting by them reads."""
         slots = self.model.module_slots()[len(self.model.layer_slots()) :]
-        return slice_modules(self.variables, slots)
+        return slice_modules(spread(self.variables), slots)
 
     @functools.cached_property
     def _sliced(self) -> dict[bool, tuple[dict, tuple[dict, ...]]]:
@@ -83,6 +86,31 @@ class LanguageModel:
         if template is None:
             raise BadInput(f"{source} has no chat template, so it cannot converse; use generate with a plain prompt")
         return template
+
+    def require_labels(self, source: str) -> tuple[str, ...]:
+        """The names of a classifier's classes; BadInput for a language model."""
+        if self.config.labels is None:
+            raise BadInput(
+                f"{source} is a language model, which knows no classes; give it a head by lq.with_classifier(lm, "
+                "labels), and train it: python -m train.classifier"
+            )
+        return self.config.labels
+
+    def require_language_model(self, source: str) -> None:
+        """BadInput for a classifier."""
+        if self.config.labels is not None:
+            raise BadInput(
+                f"{source} is a classifier ({shown(self.config.labels)}) and gives no token; use llmq classify (in "
+                "Python: lm.classify)"
+            )
+
+    def require_no_adapters(self, source: str) -> None:
+        """BadInput for a model with adapters."""
+        if LORA in self.variables:
+            raise BadInput(
+                f"{source} has adapters, which go on with --train lora alone; merge them first: python -m convert.to_hf "
+                f"{source} FOLDER"
+            )
 
     def chat(
         self,
@@ -130,6 +158,7 @@ class LanguageModel:
         `positions` [B, T] default to 0, 1, ... in each segment. Inputs are checked on the host, so this cannot be
         called under jit: transformations take `lm.model.apply`. BadInput: an id outside the vocabulary, a row too long.
         """
+        self.require_language_model("this model")
         return _apply(self.model, self.variables, *self._inputs(tokens, lengths, positions, segment_ids), None)
 
     def hidden(
@@ -151,6 +180,7 @@ class LanguageModel:
     ) -> tuple[Float[Array, "B _ V"], ...]:
         """What the modules of multi-token prediction say: of the k-th, for k from 1 on, logits [B, T - k, V] in
         float32, at place i those of token i + k + 1. Arguments as in `logits`, which is that of k = 0."""
+        self.require_language_model("this model")
         depth = getattr(self.config, "num_nextn_predict_layers", 0)
         if not depth:
             raise BadInput(f"this {self.config.model_type} has no modules of multi-token prediction")
@@ -158,6 +188,62 @@ class LanguageModel:
         if inputs[0].shape[1] <= depth:
             raise BadInput(f"{depth} modules of multi-token prediction need more than {depth} tokens in a row")
         return _apply(self.model, self.variables, *inputs, "mtp_logits")
+
+    def classify(
+        self,
+        tokens: Integers | str | Sequence[str],
+        lengths: Integers | None = None,
+        positions: Integers | None = None,
+        segment_ids: Integers | None = None,
+    ) -> Float[Array, "B C"] | Float[np.ndarray, "B C"]:
+        """Logits of a classifier's classes for each row, in float32: those of its last real token, wherever the padding
+        stands. Arguments as in `logits`, or texts, as `class_tokens` and `classify_rows` take them."""
+        self.require_labels("this model")
+        if isinstance(tokens, str) or (isinstance(tokens, Sequence) and len(tokens) and isinstance(tokens[0], str)):
+            if not (lengths is None and positions is None and segment_ids is None):
+                raise BadInput("lengths, positions and segment_ids are those of token ids; give texts alone")
+            return self.classify_rows(self.class_tokens([tokens] if isinstance(tokens, str) else tokens))
+        tokens, positions, segment_ids = self._inputs(tokens, lengths, positions, segment_ids)
+        if segment_ids is not None:
+            for number, row in enumerate(segment_ids):
+                documents = len(np.unique(row[row != 0]))
+                if documents != 1:
+                    what = f"holds {documents} documents" if documents else "is empty"
+                    raise BadInput(f"row {number} {what}; a classifier takes one text a row")
+        return _apply(self.model, self.variables, tokens, positions, segment_ids, "classify")
+
+    def class_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Texts as a classifier reads them: with whatever tokens the tokenizer's own template adds, as transformers
+        gives them to the exported model; an empty text as the token that ends documents."""
+        tokenizer = self.require_tokenizer("this model")
+        end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+        rows = [tokenizer.encode(text, add_special_tokens=True) or end for text in texts]
+        for number, row in enumerate(rows):
+            if not row:
+                raise BadInput(f"text {number} is empty; there is nothing to classify")
+        return rows
+
+    def classify_rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        batch_size: int = 16,
+        watch: Callable[[Sequence[list[int]]], Iterable[list[int]]] = iter,
+    ) -> Float[np.ndarray, "B C"]:
+        """`classify` of rows of any number and length, `batch_size` of similar length at a time, which changes nothing.
+
+        `watch` is handed the batches, as lists of places, and passes them on: to show how far it has come.
+        """
+        labels, longest = self.require_labels("this model"), self.config.max_position_embeddings
+        for number, row in enumerate(rows):
+            if not 0 < len(row) <= longest:
+                raise BadInput(f"text {number} has {len(row)} tokens, and the model takes 1 to {longest}; cut it")
+        logits = np.zeros((len(rows), len(labels)), np.float32)
+        batch_size = min(batch_size, len(rows))
+        for places in watch(by_length([len(row) for row in rows], max(1, batch_size))):
+            batch = padded_rows(rows, places, batch_size, longest)
+            inputs = self._inputs(batch["tokens"], batch["lengths"], None, None)
+            logits[places] = _apply(self.model, self.variables, *inputs, "classify")[: len(places)]
+        return logits
 
     def _inputs(self, tokens, lengths, positions, segment_ids) -> tuple[np.ndarray, Any, Any]:
         tokens = _integers("tokens", tokens, 2)
@@ -193,6 +279,21 @@ class LanguageModel:
         count, dtype = sum(leaf.size for leaf in params), weight_type(params)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
         return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}, {tokenizer})"
+
+
+def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> LanguageModel:
+    """The model with a fresh head that tells these classes apart, in place of its own head and its modules of
+    multi-token prediction; all else as it is. One label is a scalar head."""
+    config = override(lm.config, labels=labels if isinstance(labels, str) else tuple(labels))
+    expected = abstract_variables(config)["params"]
+    variables = {
+        collection: {name: leaf for name, leaf in tree.items() if name in expected and name != SCORE}
+        for collection, tree in lm.variables.items()
+    }
+    kernel = expected[SCORE]["kernel"]
+    fresh = config.initializer_range * jax.random.normal(jax.random.key(seed), kernel.shape, kernel.dtype)
+    variables["params"][SCORE] = {"kernel": fresh.astype(weight_type(jax.tree.leaves(lm.params)))}
+    return lm.replace(config=config, variables=variables)
 
 
 def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
@@ -284,9 +385,10 @@ class TextFiles:
 
 def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> LanguageModel:
     from llmq_jax.training.checkpoints import load_checkpoint_variables
+    from llmq_jax.training.parts import whole
 
     loaded = load_checkpoint_variables(path)
-    variables = loaded.variables
+    variables = whole(loaded.variables)
     if config is None:
         config = _config(path, loaded.config)
     else:
@@ -317,7 +419,8 @@ def _config(path: Path, fields: dict) -> Any:
 
 
 def _check_fit(path: Path, variables: dict, config: Any):
-    expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), variables))
+    own = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
+    expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), own))
     for name in sorted(expected.keys() | found.keys()):
         ours, theirs = (list(tree[name].shape) if name in tree else "absent" for tree in (expected, found))
         if ours != theirs:

@@ -146,6 +146,8 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     # The model and its tokenizer: fresh, or whatever can be loaded.
     if options.init_from:
         source = load(options.init_from, dtype="float32")  # the masters
+        source.require_language_model(options.init_from)
+        source.require_no_adapters(options.init_from)
         tokenizer = source.require_tokenizer(options.init_from)
         config = with_dropout(source.config, options.dropout)
     else:

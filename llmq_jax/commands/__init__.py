@@ -8,6 +8,7 @@ from llmq_jax import command_line
 VERBS = {
     "generate": "llmq_jax.commands.generate",
     "chat": "llmq_jax.commands.chat",
+    "classify": "llmq_jax.commands.classify",
     "evaluate": "llmq_jax.commands.evaluate",
     "compare": "llmq_jax.commands.compare",
     "models": "llmq_jax.commands.models",

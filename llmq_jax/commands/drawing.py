@@ -62,6 +62,7 @@ class DrawingOptions:
         # token: SmolLM2 takes as much memory in bfloat16 and 4.7 times as long.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         lm = lq.load(self.model, dtype=dtype)
+        lm.require_language_model(self.model)
         lm.require_tokenizer(self.model)
         draft = self.draft if self.draft in (None, MTP) else lq.load(self.draft, dtype=dtype)
         drafting = {"draft": draft, "draft_tokens": self.draft_tokens}

@@ -49,6 +49,7 @@ def main(options: Options) -> None:
     from llmq_jax.training.step import evaluate, make_eval_step
 
     lm = lq.load(options.model, dtype=options.dtype)
+    lm.require_language_model(options.model)
     tokenizer = lm.require_tokenizer(options.model)
     limit = lm.config.max_position_embeddings
     context = min(limit, LONGEST) if options.context is None else options.context

@@ -1,7 +1,20 @@
-"""Text to batches: tokenizers, readers of files, splits, windows over a stream of tokens, padding and packing."""
+"""Text to batches: tokenizers, readers of files, splits, windows over a stream of tokens, padding and packing;
+labelled texts and conversations for fine-tuning."""
 
 from llmq_jax.data.batching import multi_token_rows, pack, packed_rows, pad
+from llmq_jax.data.conversations import Conversation, read_conversations
+from llmq_jax.data.instruction_batches import (
+    Example,
+    Examples,
+    InstructionBatches,
+    instruction_batches,
+    tokenize,
+    tokenize_conversations,
+)
+from llmq_jax.data.labelled import Deduplicated, LabelledTexts, read_labelled
+from llmq_jax.data.prompt_templates import Rendered, alpaca_prompt, default_template, render
 from llmq_jax.data.python_library import python_library_documents, split_modules
+from llmq_jax.data.records import Record, read_records
 from llmq_jax.data.sources import has_fields, iterate_documents, read_documents
 from llmq_jax.data.splits import split_documents, split_tokens
 from llmq_jax.data.text_stream import TextStream
@@ -26,16 +39,27 @@ from llmq_jax.data.windows import (
 __all__ = [
     "Batch",
     "ByteTokenizer",
+    "Conversation",
+    "Deduplicated",
     "EvaluationBatches",
+    "Example",
+    "Examples",
     "FileTokenizer",
     "GPT2Tokenizer",
+    "InstructionBatches",
+    "LabelledTexts",
+    "Record",
+    "Rendered",
     "TextStream",
     "Tokenizer",
     "TrainingBatches",
+    "alpaca_prompt",
     "check_vocabulary",
+    "default_template",
     "encode_documents",
     "evaluation_batches",
     "has_fields",
+    "instruction_batches",
     "iterate_documents",
     "load_tokenizer",
     "multi_token_rows",
@@ -43,10 +67,16 @@ __all__ = [
     "packed_rows",
     "pad",
     "python_library_documents",
+    "read_conversations",
     "read_documents",
+    "read_labelled",
+    "read_records",
+    "render",
     "split_documents",
     "split_modules",
     "split_tokens",
+    "tokenize",
+    "tokenize_conversations",
     "tokenizer_in",
     "training_batches",
 ]

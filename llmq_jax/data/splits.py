@@ -24,9 +24,7 @@ def split_documents(
     if len(documents) < 2:
         raise BadInput(f"holding out whole documents needs at least 2 of them, found {len(documents)}")
     count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
-    # A seeded sort of random words, not Generator.permutation, whose stream numpy may change between versions.
-    words = np.random.SeedSequence(seed).generate_state(len(documents), np.uint64)
-    held_out = set(np.argsort(words, kind="stable")[:count].tolist())
+    held_out = set(seeded_order(len(documents), seed)[:count].tolist())
     training = [document for index, document in enumerate(documents) if index not in held_out]
     return training, [documents[index] for index in sorted(held_out)]
 
@@ -44,6 +42,13 @@ def split_tokens(
     if cut < 1 or cut >= len(tokens):
         raise BadInput(f"{len(tokens)} tokens are too few to hold out a fraction of {fraction}")
     return tokens[:cut], tokens[cut:]
+
+
+def seeded_order(count: int, seed: int | Sequence[int]) -> Integer[np.ndarray, " count"]:
+    """A permutation of `range(count)` that depends on the two arguments alone."""
+    # A seeded sort of random words, not Generator.permutation, whose stream numpy may change between versions.
+    words = np.random.SeedSequence(seed).generate_state(count, np.uint64)
+    return np.argsort(words, kind="stable")
 
 
 def _check_fraction(fraction: float) -> None:

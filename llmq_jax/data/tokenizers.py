@@ -21,6 +21,7 @@ from typing import SupportsIndex
 import numpy as np
 import tiktoken
 import tokenizers as hf_tokenizers
+from jaxtyping import Int
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
 from llmq_jax.data.chat_template import ChatTemplate
@@ -34,6 +35,7 @@ from llmq_jax.data.gpt2_vocabulary import (
     vocabulary_files,
 )
 from llmq_jax.data.long_documents import cut_at_line_breaks, may_cut_at_line_breaks
+from llmq_jax.data.offsets import byte_offsets
 from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput
 
@@ -58,6 +60,16 @@ class Tokenizer(ABC):
         allow_special: special tokens spelled out in the text become their ids (otherwise they are plain text).
         add_special_tokens: add the beginning and end tokens of the tokenizer's template, if it has one.
         Raises BadInput for text that is not valid Unicode (half a surrogate pair).
+        """
+
+    @abstractmethod
+    def encode_with_offsets(
+        self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False
+    ) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+        """The ids that `encode` gives, and each token's characters [start, end) in the text.
+
+        Spaces that a token holds are among its characters; tokens that hold parts of one character all have it; tokens
+        that were added have none (start = end).
         """
 
     @abstractmethod
@@ -108,6 +120,12 @@ class ByteTokenizer(Tokenizer):
             ids.append(self.end_of_text)
             ids.extend(_utf8(other))
         return ids
+
+    def encode_with_offsets(
+        self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False
+    ) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+        ids = self.encode(text, allow_special=allow_special)
+        return ids, byte_offsets(text, [len(self._pieces[i]) for i in ids])
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         end = self.end_of_text if skip_special_tokens else self.vocab_size
@@ -168,6 +186,12 @@ class GPT2Tokenizer(Tokenizer):
         if allow_special:
             return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
+
+    def encode_with_offsets(
+        self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False
+    ) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+        ids = self.encode(text, allow_special=allow_special)
+        return ids, byte_offsets(text, [len(piece) for piece in self._encoding.decode_tokens_bytes(ids)])
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         shown = self._ordinary_ids if skip_special_tokens else self._known_ids
@@ -245,6 +269,15 @@ class FileTokenizer(Tokenizer):
         """A second instance that finds special tokens in text: the setting belongs to the instance, not to the call."""
         return self._load(special_is_text=False)
 
+    # The last step of byte-level tokenizers, where tokens are added too, may take spaces out of the offsets.
+    @cached_property
+    def _plain_untouched(self) -> hf_tokenizers.Tokenizer:
+        return _without_last_step(self._load(special_is_text=True))
+
+    @cached_property
+    def _special_untouched(self) -> hf_tokenizers.Tokenizer:
+        return _without_last_step(self._load(special_is_text=False))
+
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
         """The template that came with its files."""
@@ -263,6 +296,19 @@ class FileTokenizer(Tokenizer):
         _utf8(text)
         tokenizer = self._special if allow_special else self._plain
         return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_with_offsets(
+        self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False
+    ) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
+        _utf8(text)
+        encoding = (self._special_untouched if allow_special else self._plain_untouched).encode(text)
+        whole = self._plain.post_process(encoding, add_special_tokens=add_special_tokens)
+        offsets = np.zeros((len(whole.ids), 2), np.int64)
+        added = np.array(whole.special_tokens_mask, bool)  # special tokens that the text spells out are not among them
+        offsets[~added] = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        # The text's end is where tokens that were added behind it stand.
+        offsets[np.logical_and.accumulate(added[::-1])[::-1]] = len(text)
+        return whole.ids, offsets
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         known = [i for i in _plain_ints(ids) if 0 <= i < self.vocab_size]  # tokenizers itself drops ids in gaps
@@ -364,6 +410,11 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadInput(f"text is not valid Unicode: half a surrogate pair at character {error.start}") from None
+
+
+def _without_last_step(tokenizer: hf_tokenizers.Tokenizer) -> hf_tokenizers.Tokenizer:
+    tokenizer.post_processor = None
+    return tokenizer
 
 
 def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.Tokenizer:

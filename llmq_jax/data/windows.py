@@ -99,7 +99,7 @@ def training_batches(
         end_of_text=end_of_text if separate_documents else None,
         windows=windows,
         batch_size=batch_size,
-        rows=_rows_of(process_index, process_count, batch_size),
+        rows=rows_of(process_index, process_count, batch_size),
         _shuffled=grain.MapDataset.range(windows).shuffle(seed=shuffle_seed),
     )
 
@@ -158,7 +158,7 @@ def evaluation_batches(
         context=context,
         end_of_text=end_of_text if separate_documents else None,
         batch_size=batch_size,
-        rows=_rows_of(process_index, process_count, batch_size),
+        rows=rows_of(process_index, process_count, batch_size),
     )
 
 
@@ -192,7 +192,8 @@ def _with_documents(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, e
     return batch
 
 
-def _rows_of(process_index: int, process_count: int, batch_size: int) -> range:
+def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
+    """The rows of a batch that one of several processes reads. BadInput: they cannot be shared out evenly."""
     if batch_size % process_count:
         raise BadInput(f"a batch of {batch_size} rows cannot be divided among {process_count} processes")
     share = batch_size // process_count

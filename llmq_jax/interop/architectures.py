@@ -8,8 +8,9 @@ import numpy as np
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mixtral
 from llmq_jax.interop.configs import ConfigTable
-from llmq_jax.interop.tables import WeightTable
+from llmq_jax.interop.tables import SCORE, WeightTable
 from llmq_jax.models import override
+from llmq_jax.models.heads import numbered_labels
 
 
 class Tables(NamedTuple):
@@ -56,9 +57,12 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
     table = weight_table(config.model_type, layout).spelling(state)
     try:
         return table.from_state_dict(state, config, dtype)
-    except BadInput:
+    except BadInput as error:
         _check_layout(state, config.model_type, layout)
-        raise
+        advice = _advice_on_head(state, config)
+        if advice is None:
+            raise
+        raise BadInput(f"{error}; {advice}") from error
 
 
 def to_state_dict(variables: dict, config: Any, layout: str = "hf") -> dict[str, np.ndarray]:
@@ -102,6 +106,8 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
         derived = tables.derive(shapes, layers, table.is_tied(state), layout, fields)
     except (KeyError, ValueError, ZeroDivisionError) as error:
         raise BadInput(f"the weights are not those of {model_type} in the layout {layout!r}: no config fits") from error
+    if SCORE.path in shapes:
+        derived["labels"] = numbered_labels(shapes[SCORE.path][0])
     return override(tables.config.config_class(), **derived | fields)
 
 
@@ -164,3 +170,15 @@ def _check_layout(state: Mapping[str, Any], model_type: str, layout: str) -> Non
             f"{fitting[layout]} of {len(state)} names are those of layout={layout!r}, and {fitting[closest]} those of "
             f"layout={closest!r}; pass that (--layout {closest})"
         )
+
+
+def _advice_on_head(state: Mapping[str, Any], config: Any) -> str | None:
+    """What to do with a classifier's weights for a language model, and the other way round."""
+    if config.labels is None and SCORE.key in state:
+        return 'these are the weights of a classifier: name its classes in the config, config={"labels": [...]}'
+    if config.labels is not None and SCORE.key not in state:
+        return (
+            "these are the weights of a language model, which knows no labels: load it without, then give it a head by "
+            "lq.with_classifier(lm, labels)"
+        )
+    return None

@@ -7,13 +7,14 @@ is named in a warning.
 import dataclasses
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import has_type, type_name
 from llmq_jax.interop.float8 import without_blocks
+from llmq_jax.models.heads import numbered_labels
 
 # Fields of every config.json that do not change what a decoder computes.
 _HARMLESS = """
@@ -61,6 +62,39 @@ def require_whole_heads(config: Any) -> None:
         )
 
 
+CLASSIFIER = "ForSequenceClassification"
+"""What the names of transformers' classifiers end in."""
+ONE_CLASS_A_TEXT = (None, "single_label_classification", "regression")
+CLASSIFIER_FIELDS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
+"""The fields of config.json that say so."""
+
+
+def read_labels(values: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The names of the classes that a config.json's model tells apart; None where it is no classifier."""
+    if not any(str(name).endswith(CLASSIFIER) for name in values.get("architectures") or ()):
+        return None
+    problem = values.get("problem_type")
+    if problem not in ONE_CLASS_A_TEXT:
+        raise BadInput(f"problem_type={problem!r} is not supported: a text has one of the classes, not several")
+    named = values.get("id2label")
+    if named is None:  # transformers' default
+        return numbered_labels(values.get("num_labels") or 2)
+    by_number = {str(number): label for number, label in named.items()} if isinstance(named, Mapping) else {}
+    if not by_number or set(by_number) != {str(i) for i in range(len(by_number))}:
+        raise BadInput(f"id2label={named!r} does not number the classes 0, 1, ...")
+    return tuple(by_number[str(i)] for i in range(len(by_number)))
+
+
+def write_labels(labels: Sequence[str] | None) -> dict[str, Any]:
+    """What config.json says of these classes."""
+    if labels is None:
+        return {}
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+
+
 @dataclass(frozen=True)
 class ConfigTable:
     """The config of one architecture, on both sides."""
@@ -68,6 +102,8 @@ class ConfigTable:
     config_class: type
     architecture: str
     """transformers' class, written as "architectures"."""
+    classifier: str
+    """The same of a model with labels."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """{our field: their field} where the names differ; both are read, theirs is written."""
     aliases: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
@@ -89,6 +125,7 @@ class ConfigTable:
 
     def from_hf(self, values: Mapping[str, Any]) -> Any:
         """Our config; fields that are absent take transformers' defaults, which ours are too."""
+        labels = read_labels(values)
         values = self.read(without_blocks(values))
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
@@ -98,7 +135,7 @@ class ConfigTable:
         for name, hint in typing.get_type_hints(self.config_class).items():
             theirs = self.renamed.get(name, name)
             key = theirs if theirs in values else name
-            if typing.get_origin(hint) is typing.ClassVar or name in {*self.own, *self.training} or key not in values:
+            if typing.get_origin(hint) is typing.ClassVar or name in self._elsewhere or key not in values:
                 continue
             if not has_type(values[key], hint):
                 raise BadInput(f"{key}={values[key]!r} is not of the type {type_name(hint)}")
@@ -108,7 +145,7 @@ class ConfigTable:
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(f"config.json: unknown fields are ignored: {', '.join(unknown)}", stacklevel=4)
-        return self.config_class(**fields)
+        return self.config_class(**fields, labels=labels)
 
     def to_hf(self, config: Any) -> dict[str, Any]:
         """`config.json` as a dict, without the fields that belong to weights (`dtype`) and special tokens."""
@@ -120,13 +157,19 @@ class ConfigTable:
         fields = {
             self.renamed.get(entry.name, entry.name): getattr(config, entry.name)
             for entry in dataclasses.fields(config)
-            if entry.name not in {*self.own, *self.training}
+            if entry.name not in self._elsewhere
         }
         values = {
-            "architectures": [self.architecture],
+            "architectures": [self.architecture if config.labels is None else self.classifier],
+            **write_labels(config.labels),
             "model_type": config.model_type,
             "use_cache": True,
             **self.fixed,
             **fields,
         }
         return self.write(config, values)
+
+    @property
+    def _elsewhere(self) -> set[str]:
+        """Our fields that are not fields of config.json."""
+        return {*self.own, *self.training, "labels"}

@@ -18,7 +18,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
 from llmq_jax.interop.mixtral import GATE, UP
 from llmq_jax.interop.rope import read_rope, write_rope
-from llmq_jax.interop.tables import Shape, WeightTable, as_is, experts_out_in, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, experts_out_in, out_in, rule, vector
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 
 LAYER = "model.layers.{layer}"
@@ -59,6 +59,7 @@ def table(*experts) -> WeightTable:
             rule(f"{LAYER}.shared_head.norm.weight", "{block}/final_norm/scale", vector),
             rule("model.norm.weight", "final_norm/scale", vector),
             rule("lm_head.weight", "lm_head/kernel", out_in),
+            SCORE,
         ),
         ignorable=(
             f"{ATTENTION}.rotary_emb.inv_freq",
@@ -129,6 +130,7 @@ def write_fields(config: DeepSeekV3Config, values: dict[str, Any]) -> dict[str, 
 CONFIG = ConfigTable(
     config_class=DeepSeekV3Config,
     architecture="DeepseekV3ForCausalLM",
+    classifier="DeepseekV3ForSequenceClassification",
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable, require_whole_heads
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, CLASSIFIER_FIELDS, KEEP, ConfigTable, require_whole_heads
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
-from llmq_jax.interop.tables import Shape, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
 
 GEMMA3 = WeightTable(
@@ -41,6 +41,7 @@ GEMMA3 = WeightTable(
         rule("model.layers.{layer}.post_feedforward_layernorm.weight", "{block}/post_mlp_norm/scale", vector),
         rule("model.norm.weight", "final_norm/scale", vector),
         rule("lm_head.weight", "lm_head/kernel", out_in),
+        SCORE,
     ),
     ignorable=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
     tied={"lm_head.weight": "model.embed_tokens.weight"},
@@ -73,8 +74,10 @@ def read_multimodal(values: Mapping[str, Any]) -> dict[str, Any]:
     text = values.get("text_config") or {}
     if not isinstance(text, Mapping):
         raise BadInput(f"text_config={text!r} is not an object of fields")
-    # The head of the whole model is the text part's; whether it is tied, the whole model's config says.
-    return {**text, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    # The head of the whole model is the text part's; what it tells apart and whether it is tied, the whole model's
+    # config says.
+    head = {name: values.get(name) for name in CLASSIFIER_FIELDS}
+    return {**text, **head, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def write_gemma2(config: Gemma2Config, values: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +102,7 @@ IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"
 GEMMA2_CONFIG = ConfigTable(
     config_class=Gemma2Config,
     architecture="Gemma2ForCausalLM",
+    classifier="Gemma2ForSequenceClassification",
     aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     fixed={"use_bidirectional_attention": False},
     own=OWN,
@@ -110,6 +114,7 @@ GEMMA2_CONFIG = ConfigTable(
 GEMMA3_CONFIG = ConfigTable(
     config_class=Gemma3Config,
     architecture="Gemma3ForCausalLM",
+    classifier="Gemma3TextForSequenceClassification",
     aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     # transformers has the field, and nothing reads it: it computes as if it were null.
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
-from llmq_jax.interop.tables import Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
 from llmq_jax.models.gpt2 import GPT2Config
 
 # Where queries, keys and values are in our leaves, kernel [D, 3, N, H] and bias [3, N, H].
@@ -46,6 +46,7 @@ LAYOUTS = {
             rule("transformer.ln_f.weight", "final_norm/scale", vector),
             rule("transformer.ln_f.bias", "final_norm/bias", vector),
             rule("lm_head.weight", "lm_head/kernel", out_in),
+            SCORE,
         ),
         ignorable=("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
         optional_prefix="transformer.",
@@ -132,6 +133,7 @@ LAYOUTS = {
 CONFIG = ConfigTable(
     config_class=GPT2Config,
     architecture="GPT2LMHeadModel",
+    classifier="GPT2ForSequenceClassification",
     renamed={
         "max_position_embeddings": "n_positions",
         "hidden_size": "n_embd",

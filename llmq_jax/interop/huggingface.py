@@ -6,7 +6,7 @@ What is read here is what transformers writes (`save_pretrained`), and what is w
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safet
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
 from llmq_jax.interop.whole_folders import whole_folder
+from llmq_jax.layers.lora import merge, spread
 from llmq_jax.weight_type import weight_type
 
 CONFIG = "config.json"
@@ -103,15 +104,17 @@ def save_hf(
     """Write a model as a Hugging Face folder that transformers loads; returns the folder.
 
     `lm` is a `LanguageModel`. The weights are written in their own type, or as `dtype`; in shards where they exceed
-    `max_shard_size`. The folder must not exist or be empty; `overwrite=True` replaces one that holds nothing but an
-    earlier export. It appears complete or not at all.
+    `max_shard_size`. Adapters are merged into them; `save_adapter` writes them alone. The folder must not exist or be
+    empty; `overwrite=True` replaces one that holds nothing but an earlier export. It appears complete or not at all.
     """
     folder = Path(folder).expanduser().resolve()
     dtype = float_type(dtype)
     config = config_to_hf(lm.config)
-    tensors = weight_table(lm.config.model_type).lazy_state_dict(lm.variables, lm.config, dtype)
+    tensors = weight_table(lm.config.model_type).lazy_state_dict(merge(spread(lm.variables)), lm.config, dtype)
     config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
-    _check_target(folder, overwrite)
+    if lm.config.labels is not None:
+        config["pad_token_id"] = padding_token(lm)
+    check_target(folder, overwrite)
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, config)
         write_json(partial / GENERATION_CONFIG, lm.generation.to_hf())
@@ -119,6 +122,20 @@ def save_hf(
         if lm.tokenizer is not None:
             lm.tokenizer.save(partial)
     return folder
+
+
+def padding_token(lm: Any) -> int:
+    """The token that a classifier's rows are padded with in transformers, which reads the last token that is another:
+    it must be one that ends no text."""
+    tokens = (lm.generation.pad_token_id, lm.tokenizer and lm.tokenizer.end_of_text, *lm.generation.eos_token_id)
+    last = lm.tokenizer.encode("a", add_special_tokens=True)[-1] if lm.tokenizer else None
+    fitting = [token for token in tokens if token not in (None, last) and token < lm.config.vocab_size]
+    if not fitting:
+        raise BadInput(
+            "transformers pads the rows of a classifier with a token that ends no text, and this model names none; "
+            "give it one: lm.replace(generation=lm.generation.replace(pad_token_id=...))"
+        )
+    return fitting[0]
 
 
 def find(name: str | os.PathLike) -> Path:
@@ -199,7 +216,9 @@ def _read_generation_config(folder: Path, values: Mapping[str, Any], config: Any
         raise BadInput(f"{path if path.is_file() else folder / CONFIG}: {error}") from error
 
 
-def _check_target(folder: Path, overwrite: bool):
+def check_target(folder: Path, overwrite: bool, needed: str = CONFIG, exported: Collection[str] = EXPORTED) -> None:
+    """BadInput unless an export may go to a folder: a new or empty one or, with `overwrite`, an earlier export, which
+    has a file `needed` and none but `exported`."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file; name a folder that does not exist")
     if not folder.exists() or not any(folder.iterdir()):
@@ -210,7 +229,7 @@ def _check_target(folder: Path, overwrite: bool):
             "overwrite=True)"
         )
     names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in EXPORTED)]
-    if foreign or CONFIG not in names:
-        odd = f"holds {foreign[0]}" if foreign else f"has no {CONFIG}"
+    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in exported)]
+    if foreign or needed not in names:
+        odd = f"holds {foreign[0]}" if foreign else f"has no {needed}"
         raise BadInput(f"{folder}: {odd}, so it is no earlier export and is not overwritten")

@@ -18,7 +18,7 @@ import numpy as np
 
 from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable, require_whole_heads
 from llmq_jax.interop.rope import read_rope, write_rope
-from llmq_jax.interop.tables import Shape, Transform, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
 
 
@@ -61,6 +61,7 @@ LAYOUTS = {
             rule("model.layers.{layer}.mlp.down_proj.bias", "{block}/mlp/down/bias", vector),
             rule("model.norm.weight", "final_norm/scale", vector),
             rule("lm_head.weight", "lm_head/kernel", out_in),
+            SCORE,
         ),
         ignorable=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
         tied={"lm_head.weight": "model.embed_tokens.weight"},
@@ -130,6 +131,7 @@ def write_sizes(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
 CONFIG = ConfigTable(
     config_class=Llama3Config,
     architecture="LlamaForCausalLM",
+    classifier="LlamaForSequenceClassification",
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),

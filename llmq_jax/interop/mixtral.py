@@ -50,6 +50,7 @@ LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
 CONFIG = ConfigTable(
     config_class=MixtralConfig,
     architecture="MixtralForCausalLM",
+    classifier="MixtralForSequenceClassification",
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0, "sliding_window": None},
     own={

@@ -110,6 +110,10 @@ def rule(
     return Rule(key, f"{collection}/{path}", transform, at, optional)
 
 
+SCORE = rule("score.weight", "score/kernel", out_in)
+"""A classifier's head, which is the same in all of transformers' `...ForSequenceClassification`."""
+
+
 class Placement(NamedTuple):
     """A rule in one place: their tensor `key` is `leaf[slot]` of ours."""
 

@@ -52,6 +52,10 @@ class ExpertWeights:
     """[E, P, F], or None."""
     down_bias: Any = None
     """[E, D], or None."""
+    up_low_rank: Any = None
+    """Adapters (A [E, D, R], B [E, R, P, F]), whose product is added to `up`, which then gets no gradient; or None."""
+    down_low_rank: Any = None
+    """(A [E, F, R], B [E, R, D]), or None."""
 
 
 Activation = Callable[[Float[Array, "*rows P F"]], Float[Array, "*rows F"]]
@@ -163,9 +167,14 @@ def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
 
 def _dense(x, ids, weights, experts, activation):
     up = jnp.einsum("md,edpf->empf", x, experts.up)
+    if experts.up_low_rank is not None:
+        up += jnp.einsum("md,edr,erpf->empf", x, *experts.up_low_rank)
     if experts.up_bias is not None:
         up += experts.up_bias[:, None]
-    down = jnp.einsum("emf,efd->emd", activation(up), experts.down)
+    activated = activation(up)
+    down = jnp.einsum("emf,efd->emd", activated, experts.down)
+    if experts.down_low_rank is not None:
+        down += jnp.einsum("emf,efr,erd->emd", activated, *experts.down_low_rank)
     if experts.down_bias is not None:
         down += experts.down_bias[:, None]
     chosen = jax.nn.one_hot(ids, experts.up.shape[0], dtype=down.dtype)  # all zeros for the id E
@@ -248,10 +257,16 @@ def _blocks_forward(rows, experts, sizes, activation, lengths):
     def of_length(length):
         def through(block, padded, experts):
             expert, start = block["expert"], block["start"]
-            up = _cut(padded, start, length) @ experts.up[expert].reshape(width, parts * hidden)
+            rows = _cut(padded, start, length)
+            up = rows @ experts.up[expert].reshape(width, parts * hidden)
+            if experts.up_low_rank is not None:
+                up += _through(rows, experts.up_low_rank, expert)
             if experts.up_bias is not None:
                 up += experts.up_bias[expert].reshape(-1)
-            down = activation(up.reshape(length, parts, hidden)) @ experts.down[expert]
+            activated = activation(up.reshape(length, parts, hidden))
+            down = activated @ experts.down[expert]
+            if experts.down_low_rank is not None:
+                down += _through(activated, experts.down_low_rank, expert)
             if experts.down_bias is not None:
                 down += experts.down_bias[expert]
             return _lengthened(up, longest), _lengthened(down, longest)
@@ -283,17 +298,26 @@ def _blocks_backward(activation, lengths, saved, slope):
             down_slope = jnp.where(real, _cut(slope, start, length), 0)
             activated, pull_back = jax.vjp(activation, _cut(before, start, length).reshape(length, parts, hidden))
             # (W slopeᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
-            (up_slope,) = pull_back((experts.down[expert] @ down_slope.T).T)
-            up_slope = up_slope.reshape(length, parts * hidden)
+            activated_slope = (experts.down[expert] @ down_slope.T).T
+            own: dict[str, Any] = {}
+            if experts.down_low_rank is None:
+                own["down"] = _product(activated.T, down_slope)
+            else:
+                own["down_low_rank"], back = _back_through(activated, down_slope, experts.down_low_rank, expert)
+                activated_slope += back
+            if experts.down_bias is not None:
+                own["down_bias"] = down_slope.sum(0, dtype=jnp.float32)
+            up_slope = pull_back(activated_slope)[0].reshape(length, parts * hidden)
             rows = _cut(padded, start, length)
-            own = ExpertWeights(
-                up=_product(rows.T, up_slope).reshape(width, parts, hidden),
-                down=_product(activated.T, down_slope),
-                up_bias=None if experts.up_bias is None else up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden),
-                down_bias=None if experts.down_bias is None else down_slope.sum(0, dtype=jnp.float32),
-            )
-            back = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T
-            return _lengthened(back, longest), own
+            row_slope = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T
+            if experts.up_low_rank is None:
+                own["up"] = _product(rows.T, up_slope).reshape(width, parts, hidden)
+            else:
+                own["up_low_rank"], back = _back_through(rows, up_slope, experts.up_low_rank, expert)
+                row_slope += back
+            if experts.up_bias is not None:
+                own["up_bias"] = up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden)
+            return _lengthened(row_slope, longest), own
 
         return back_through
 
@@ -305,10 +329,15 @@ def _blocks_backward(activation, lengths, saved, slope):
         weights_slope = jax.tree.map(lambda total, part: total.at[block["expert"]].add(part), weights_slope, own)
         return _put(row_slope, back, block["start"]), weights_slope
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), experts)
+    learning = {
+        name: leaf
+        for name in ("up", "down", "up_bias", "down_bias", "up_low_rank", "down_low_rank")
+        if (leaf := getattr(experts, name)) is not None and getattr(experts, f"{name}_low_rank", None) is None
+    }
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), learning)
     row_slope, weights_slope = jax.lax.fori_loop(0, count, one_block, (jnp.zeros_like(padded), zeros))
-    weights_slope = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), weights_slope, experts)
-    return row_slope[:-longest], weights_slope, None
+    weights_slope = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), weights_slope, learning)
+    return row_slope[:-longest], ExpertWeights(**{"up": None, "down": None} | weights_slope), None
 
 
 in_blocks.defvjp(_blocks_forward, _blocks_backward)
@@ -326,20 +355,48 @@ def _lengthened(x: Float[Array, "size D"], length: int) -> Float[Array, "length 
     return jnp.pad(x, ((0, length - len(x)), (0, 0)))
 
 
+def _through(rows: Float[Array, "M D"], pair: tuple[Array, Array], expert: Int[Array, ""]) -> Float[Array, "M F"]:
+    """Rows through the adapter of an expert."""
+    first, last = (leaf[expert] for leaf in pair)
+    return (rows @ first) @ last.reshape(last.shape[0], -1)
+
+
+def _back_through(
+    rows: Float[Array, "M D"], slope: Float[Array, "M F"], pair: tuple[Array, Array], expert: Int[Array, ""]
+) -> tuple[tuple[Array, Array], Float[Array, "M D"]]:
+    """The gradients of an expert's adapter, and of the rows that went through it."""
+    first, last = (leaf[expert] for leaf in pair)
+    low_slope = slope @ last.reshape(last.shape[0], -1).T
+    own = _product(rows.T, low_slope), _product((rows @ first).T, slope).reshape(last.shape)
+    return own, low_slope @ first.T
+
+
 def _product(a: Float[Array, "i j"], b: Float[Array, "j l"]) -> Float[Array, "i l"]:
     """In float32: the gradients of many blocks add up."""
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
 def _ragged(rows, ids, experts, sizes, activation):
-    count, width, parts, hidden = experts.up.shape
+    count, _, parts, hidden = experts.up.shape
     real = ids < count
     ids = jnp.minimum(ids, count - 1)
-    up = jax.lax.ragged_dot(rows, experts.up.reshape(count, width, parts * hidden), sizes).reshape(-1, parts, hidden)
+
+    def product(rows, *matrices):
+        for matrix in matrices:  # Rows of no expert may hold anything.
+            rows = jnp.where(real[:, None], jax.lax.ragged_dot(rows, matrix.reshape(*matrix.shape[:2], -1), sizes), 0)
+        return rows
+
+    up = product(rows, experts.up)
+    if experts.up_low_rank is not None:
+        up += product(rows, *experts.up_low_rank)
+    up = up.reshape(-1, parts, hidden)
     if experts.up_bias is not None:
         up += experts.up_bias[ids]
-    up = jnp.where(real[:, None, None], up, 0)  # Rows of no expert may hold anything.
-    down = jax.lax.ragged_dot(activation(up), experts.down, sizes)
+    up = jnp.where(real[:, None, None], up, 0)
+    activated = activation(up)
+    down = product(activated, experts.down)
+    if experts.down_low_rank is not None:
+        down += product(activated, *experts.down_low_rank)
     if experts.down_bias is not None:
         down += experts.down_bias[ids]
     return jnp.where(real[:, None], down, 0)
@@ -359,9 +416,14 @@ def _in_slots(rows, ids, experts, sizes, activation, capacity):
     index = jnp.where(held, starts[:, None] + jnp.arange(capacity), 0)
     slots = jnp.where(held[..., None], rows[index], 0)
     up = jnp.einsum("ecd,edpf->ecpf", slots, experts.up)
+    if experts.up_low_rank is not None:
+        up += jnp.einsum("ecd,edr,erpf->ecpf", slots, *experts.up_low_rank)
     if experts.up_bias is not None:
         up += experts.up_bias[:, None]
-    down = jnp.einsum("ecf,efd->ecd", activation(up), experts.down)
+    activated = activation(up)
+    down = jnp.einsum("ecf,efd->ecd", activated, experts.down)
+    if experts.down_low_rank is not None:
+        down += jnp.einsum("ecf,efr,erd->ecd", activated, *experts.down_low_rank)
     if experts.down_bias is not None:
         down += experts.down_bias[:, None]
     mixed = down[jnp.minimum(ids, count - 1), jnp.where(kept, place, 0)]

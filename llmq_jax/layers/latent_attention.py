@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 from llmq_jax.layers.attention import Context, self_attention, visible
 from llmq_jax.layers.caches import LatentCache
 from llmq_jax.layers.linear import Linear, flat_by_output, side_by_side
+from llmq_jax.layers.lora import merge
 from llmq_jax.layers.norms import RMSNorm
 
 
@@ -127,7 +128,7 @@ class LatentAttention(nn.Module):
     ) -> Float[Array, "B T N V"]:
         """Attention to the latents in a cache, without the keys' bias: it adds the same to all scores of a query."""
         s = self.sizes
-        up = self.variables["params"]["latent_up"]
+        up = merge(dict(self.variables))["params"]["latent_up"]
         kernel = flat_by_output(up).astype(content.dtype).reshape(s.num_heads, -1, s.latent_rank)
         to_keys, to_values = jnp.split(kernel, [s.content_width], axis=1)  # [N, width, R]
         latent_query = jnp.einsum("btnh,nhr->btnr", content, to_keys)

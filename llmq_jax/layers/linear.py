@@ -9,6 +9,8 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
+from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
+
 KERNEL, KERNEL_BY_OUTPUT, KERNELS_BY_OUTPUT = "kernel", "kernel_by_output", "kernels_by_output"
 # Layers of one input, under the names that attention and feed-forward networks give them.
 SIDE_BY_SIDE = (
@@ -25,7 +27,8 @@ class Linear(nn.Module):
     `features` may have several axes: attention asks for (3, N, H) and gets queries, keys and values apart and split
     into heads without a reshape, so that heads stay an axis that can be sharded.
 
-    Parameters from `by_output` hold the kernel as (out, in), for a single row of x.
+    Parameters from `by_output` hold the kernel as (out, in), for a single row of x; they have no adapters, which are
+    merged into them before (`lora.merge`).
     """
 
     features: int | tuple[int, ...]
@@ -51,6 +54,11 @@ class Linear(nn.Module):
             )
             y = _product(x, kernel, 0, self.dtype)
         y = y.reshape(-1, *features)
+        if self.has_variable(LORA_FIXED, KERNEL):
+            adapter = {name: self.get_variable(name, KERNEL) for name in (LORA, LORA_FIXED)}
+            key = self.make_rng("dropout") if self.has_rng("dropout") else None
+            rows = x.reshape(-1, width)
+            y = adapted(rows, y, self.get_variable("params", KERNEL), adapter[LORA], adapter[LORA_FIXED], key)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features)
             y = y + bias.astype(y.dtype)

@@ -25,6 +25,7 @@ from llmq_jax.layers.expert_balance import Balance, RouterReport, report
 from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation, dispatch, slots_each
 from llmq_jax.layers.feedforward import MLP, GatedMLP
 from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
 
 SCORES = ("softmax", "sigmoid")
 # A group of experts is as good as its best two (DeepSeek-V3, section 2.1.2).
@@ -257,11 +258,19 @@ class MixtureOfExperts(nn.Module):
             leaf = self.param(name, nn.initializers.zeros, shape)
             return leaf.astype(self.dtype or leaf.dtype)
 
+        def low_rank(name):
+            if not self.has_variable(LORA_FIXED, name):
+                return None
+            pair = factors(*(self.get_variable(collection, name) for collection in (LORA, LORA_FIXED)))
+            return tuple(leaf.astype(self.dtype or self.get_variable("params", name).dtype) for leaf in pair)
+
         return ExpertWeights(
             up=kernel("up_kernel", self.kernel_init, (e.num_experts, width, parts, hidden)),
             down=kernel("down_kernel", self.down_init, (e.num_experts, hidden, width)),
             up_bias=bias("up_bias", (e.num_experts, parts, hidden)),
             down_bias=bias("down_bias", (e.num_experts, width)),
+            up_low_rank=low_rank("up_kernel"),
+            down_low_rank=low_rank("down_kernel"),
         )
 
     def shared(self, gated: bool) -> nn.Module:

@@ -25,7 +25,10 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Context, check_implementation, choose
+from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
+from llmq_jax.models.heads import LM_HEAD, SCORE, last_hidden, shown
 
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -83,7 +86,7 @@ class Pattern(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model. Pure: `model.apply(variables, tokens) -> logits`.
+    """A decoder-only language model, or a classifier made of one. Pure: `model.apply(variables, tokens) -> logits`.
 
     Dropout acts when, and only when, a "dropout" key is passed in `rngs`.
     """
@@ -97,6 +100,13 @@ class Decoder(nn.Module):
     """Run a group's layers as a compiled loop; False writes them out (longer to compile, at times faster)."""
     attention: str = "auto"
     """How a sequence attends to itself: "masked", "blocked" or "fused"; "auto" takes what suits the backend."""
+    frozen_layers: int = 0
+    """Where a stack of layers is cut in two, so that the lower ones need not train: see `training.parts`."""
+
+    @nn.nowrap
+    def apply(self, variables: dict, *args: Any, **kwargs: Any) -> Any:
+        """flax's `apply`; numbers that adapters share are spread over the layers first."""
+        return super().apply(spread(variables), *args, **kwargs)
 
     # What an architecture provides.
 
@@ -111,13 +121,24 @@ class Decoder(nn.Module):
         """The experts of the layers that have them."""
         return self.config.experts
 
-    # What all share, from the modules `token_embedding`, `final_norm` and, unless it is tied, `lm_head`.
+    # What all share, from the modules `token_embedding`, `final_norm` and a head: `lm_head`, unless it is tied, or the
+    # `score` of a classifier.
 
     @nn.nowrap
     def set_groups(self) -> None:
         """The layers, as `self.group_0`, ...: for `setup`."""
-        for i, group in enumerate(self.make_groups()):
-            setattr(self, f"group_{i}", group)
+        for name, group in self.make_groups().items():
+            setattr(self, name, group)
+
+    @nn.nowrap
+    def set_head(self) -> None:
+        """The head, unless it is tied: for `setup`."""
+        c = self.config
+        head = partial(Linear, use_bias=False, kernel_init=nn.initializers.normal(c.initializer_range))
+        if c.labels is not None:
+            self.score = head(len(c.labels), dtype=self.dtype)
+        elif not c.tie_word_embeddings:
+            self.lm_head = head(c.vocab_size, dtype=self.dtype)
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
@@ -129,21 +150,55 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits, in float32."""
-        tied = self.config.tie_word_embeddings
+        """Logits of a language model, in float32."""
+        labels, tied = self.config.labels, self.config.tie_word_embeddings
+        if labels is not None:
+            raise BadInput(f"this model is a classifier ({shown(labels)}) and gives no token; classify with it")
         logits = self.token_embedding.attend(hidden) if tied else self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
+    def class_logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
+        """Logits of a classifier's classes, in float32."""
+        if self.config.labels is None:
+            raise BadInput("this model is a language model and knows no classes; give it a head by with_classifier")
+        return self.score(hidden).astype(jnp.float32)
+
+    def classify(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+    ) -> Float[Array, "B C"]:
+        """Logits of the classes of each row, by its last token that is not padding (segment 0), in float32."""
+        hidden = self.hidden(tokens, positions, segment_ids)
+        return self.class_logits(last_hidden(hidden, None if segment_ids is None else jnp.asarray(segment_ids)))
+
     @nn.nowrap
     def head_variables(self, variables: dict) -> dict:
-        """The part of the variables that `unembed` reads."""
-        head = "token_embedding" if self.config.tie_word_embeddings else "lm_head"
-        return {name: {head: tree[head]} for name, tree in variables.items() if head in tree}
+        """The part of the variables that `unembed` or `class_logits` reads."""
+        head = "token_embedding" if self.config.tie_word_embeddings else LM_HEAD
+        head = head if self.config.labels is None else SCORE
+        return {name: {head: tree[head]} for name, tree in spread(variables).items() if head in tree}
 
-    def make_groups(self) -> list[nn.Module]:
-        """A stack of modules for each of `layer_groups`."""
+    def make_groups(self) -> dict[str, nn.Module]:
+        """A stack of modules for each of `layer_groups`, or two where the group is cut."""
         check_implementation(self.attention)
-        return [self.stacked(Pattern, group.repeats)(group.blocks) for group in self.layer_groups()]
+        return {name: self.stacked(Pattern, group.repeats)(group.blocks) for name, group in self.stacks().items()}
+
+    @nn.nowrap
+    def stacks(self) -> dict[str, LayerGroup]:
+        """The layers in the stacks that they run in, by name."""
+        stacks = {}
+        below = self.frozen_layers
+        for i, group in enumerate(self.layer_groups()):
+            name, repeats = f"group_{i}", max(below, 0) // len(group.blocks)
+            below -= group.repeats * len(group.blocks)
+            if 0 < repeats < group.repeats:
+                stacks[name] = LayerGroup(group.blocks, repeats)
+                stacks[upper_part(name)] = LayerGroup(group.blocks, group.repeats - repeats)
+            else:
+                stacks[name] = group
+        return stacks
 
     @nn.nowrap
     def stacked(self, module: type[nn.Module], repeats: int) -> Callable[..., nn.Module]:
@@ -154,7 +209,7 @@ class Decoder(nn.Module):
             module = nn.remat(module, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
         return nn.scan(
             module,
-            variable_axes={"params": 0, "router": 0, "lora": 0},
+            variable_axes={"params": 0, "router": 0, LORA: 0, LORA_FIXED: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=repeats,
@@ -175,8 +230,7 @@ class Decoder(nn.Module):
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         x = self.embed(tokens, positions)
         new_caches, counts = {}, {}
-        for i in range(len(self.layer_groups())):
-            name = f"group_{i}"
+        for name in self.stacks():
             x, (new_caches[name], counts[name]) = getattr(self, name)(x, caches and caches[name], context)
         return Output(self.normalise(x), x, caches and new_caches, counts)
 
@@ -194,8 +248,11 @@ class Decoder(nn.Module):
         tokens: Tokens,
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Logits in float32. A training loss should not call this but `hidden`, and unembed in chunks."""
+    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
+        """Logits in float32, of tokens or of a classifier's classes. A training loss should not call this but `hidden`,
+        and unembed in chunks."""
+        if self.config.labels is not None:
+            return self.classify(tokens, positions, segment_ids)
         return self.unembed(self.hidden(tokens, positions, segment_ids))
 
     # Decoding: layers sliced once, run one after another.
@@ -260,13 +317,15 @@ class Decoder(nn.Module):
     def slice_layers(
         self, variables: dict, arrange: Callable[[dict], dict] = lambda tree: tree
     ) -> tuple[dict, tuple[dict, ...]]:
-        """(variables outside of `module_slots`, variables of each layer in order), each as `arrange` returns it."""
+        """(variables outside of `module_slots`, variables of each layer in order), each as `arrange` returns it, with
+        adapters merged into it."""
+        variables = spread(variables)
         groups = {group for (group, _), _ in self.module_slots()}
         outside = {
             collection: {name: leaf for name, leaf in tree.items() if name not in groups}
             for collection, tree in variables.items()
         }
-        return arrange(outside), slice_modules(variables, self.layer_slots(), arrange)
+        return arrange(merge(outside)), slice_modules(variables, self.layer_slots(), arrange)
 
     @nn.nowrap
     def slice_caches(self, caches: dict) -> tuple[Any, ...]:
@@ -322,17 +381,24 @@ def slice_modules(
     slots: Sequence[tuple[tuple[str, str], int]],
     arrange: Callable[[dict], dict] = lambda tree: tree,
 ) -> tuple[dict, ...]:
-    """The variables of the module at each slot, as `arrange` returns them."""
+    """The variables of the module at each slot, as `arrange` returns them, with adapters merged into them."""
     return tuple(
         arrange(
-            {
-                collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
-                for collection, tree in variables.items()
-                if block in tree.get(group, {})
-            }
+            merge(
+                {
+                    collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
+                    for collection, tree in variables.items()
+                    if block in tree.get(group, {})
+                }
+            )
         )
         for (group, block), repeat in slots
     )
+
+
+def upper_part(group: str) -> str:
+    """The name of the upper of two stacks that a group is cut into."""
+    return f"{group}_upper"
 
 
 def default_positions(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:

@@ -37,6 +37,7 @@ from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_positive
 from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, dense_then_experts
+from llmq_jax.models.heads import Labels, set_labels
 from llmq_jax.models.llama3 import Llama3
 
 MTP = "mtp"
@@ -115,8 +116,14 @@ class DeepSeekV3Config:
     experts: Experts | dict | None = None
     """A dict changes what the fields above tell of the experts: {"dispatch": "ragged"}; `Experts` tell all of it anew,
     `balance` too."""
+    labels: Labels = None
+    """Names of the classes that the head tells apart; None is a language model. A classifier looks at no token ahead:
+    it has no modules of multi-token prediction, whatever num_nextn_predict_layers says."""
 
     def __post_init__(self):
+        set_labels(self)
+        if self.labels is not None:
+            object.__setattr__(self, "num_nextn_predict_layers", 0)
         for name in ("n_group", "topk_group"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, 1)
@@ -316,7 +323,7 @@ class DeepSeek3(Llama3):
 
     def __call__(
         self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
-    ) -> Float[Array, "B T V"]:
+    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
         if self.is_initializing() and self.config.num_nextn_predict_layers:
             self.look_ahead(self.forward(tokens, positions, segment_ids), tokens, positions, segment_ids)
         return super().__call__(tokens, positions, segment_ids)

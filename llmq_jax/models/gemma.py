@@ -35,6 +35,7 @@ from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require, require_at_least, require_positive
 from llmq_jax.models.decoder import Decoder, LayerGroup
+from llmq_jax.models.heads import Labels, set_labels
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """The kinds of layers, by transformers' names."""
@@ -84,6 +85,8 @@ class Gemma2Config:
     """"zero_centred_rms_norm" (Gemma's), "rms_norm", "layer_norm" or "dyt"."""
     experts: Experts | dict | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
+    labels: Labels = None
+    """Names of the classes that the head tells apart; None is a language model."""
 
     def __post_init__(self):
         require_at_least(
@@ -124,6 +127,7 @@ class Gemma2Config:
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
         self._set_rope("rope_parameters")
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
+        set_labels(self)
 
     def _set_layer_types(self) -> None:
         if self.layer_types is None:
@@ -292,8 +296,7 @@ class Gemma(Decoder):
             self.embedding_scale = EmbeddingScale()
         self.set_groups()
         self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
+        self.set_head()
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config

@@ -30,6 +30,7 @@ from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.models.config import require, require_at_least
 from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
+from llmq_jax.models.heads import Labels, set_labels
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class GPT2Config:
     """"layer_norm", "rms_norm" or "dyt" (Dynamic Tanh)."""
     experts: Experts | dict | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
+    labels: Labels = None
+    """Names of the classes that the head tells apart; None is a language model."""
 
     def __post_init__(self):
         require_at_least(1, self, "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
@@ -80,6 +83,7 @@ class GPT2Config:
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             require(0.0 <= getattr(self, name) < 1.0, self, name, "must be at least 0 and below 1")
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
+        set_labels(self)
 
     @property
     def head_dim(self) -> int:
@@ -115,8 +119,7 @@ class GPT2(Decoder):
             self.embedding_scale = EmbeddingScale()
         self.set_groups()
         self.final_norm = norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
-        if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
+        self.set_head()
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config

@@ -31,6 +31,7 @@ from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require, require_at_least, require_positive
 from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
+from llmq_jax.models.heads import Labels, set_labels
 
 DEFAULT_ROPE = Rope()
 
@@ -68,6 +69,8 @@ class Llama3Config:
     """"rms_norm", "layer_norm" or "dyt"."""
     experts: Experts | dict | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
+    labels: Labels = None
+    """Names of the classes that the head tells apart; None is a language model."""
 
     def __post_init__(self):
         require_at_least(
@@ -116,6 +119,7 @@ class Llama3Config:
         rope = rope_from(rope, self.head_width, self.max_position_embeddings)
         object.__setattr__(self, "rope_parameters", rope)
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
+        set_labels(self)
 
     @property
     def head_width(self) -> int:
@@ -222,8 +226,7 @@ class Llama3(Decoder):
             self.embedding_scale = EmbeddingScale()
         self.set_groups()
         self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.vocab_size, use_bias=False, kernel_init=normal, dtype=self.dtype)
+        self.set_head()
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config

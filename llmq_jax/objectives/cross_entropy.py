@@ -36,7 +36,7 @@ def chunked_cross_entropy(
     """Sum over tokens of mask · (-log p(target)), in nats.
 
     `unembed(head, rows)` gives the logits [M, V] of rows [M, D]; `head` are the variables it reads. Gradients flow to
-    `head` and `hidden`. `chunk_size` is in tokens; None chooses it from V.
+    `hidden` and to what of `head` is differentiated. `chunk_size` is in tokens; None chooses it from V.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     count = rows.shape[0]
@@ -66,10 +66,21 @@ def _summed_loss(unembed, head, hidden, targets, mask):
 
 
 def _forward(unembed, head, hidden, targets, mask):
+    # Each comes as (value, whether a gradient is wanted): a head that stays as it is costs none.
+    leaves, structure = jax.tree.flatten(head, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    learns = [leaf.perturbed for leaf in leaves]
+    fixed = [leaf.value for leaf in leaves if not leaf.perturbed]
+    head = [leaf.value for leaf in leaves if leaf.perturbed]
+    hidden, targets, mask = hidden.value, targets.value, mask.value
+
+    def whole(learning):
+        learning, others = iter(learning), iter(fixed)
+        return jax.tree.unflatten(structure, [next(learning if learn else others) for learn in learns])
+
     def add(carry, chunk):
         total, head_gradient = carry
         rows, target, weight = chunk
-        logits, pull_back = jax.vjp(unembed, head, rows)
+        logits, pull_back = jax.vjp(lambda head, rows: unembed(whole(head), rows), head, rows)
         losses = token_losses(logits, target)
         # d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t)
         onehot = target[:, None] == jnp.arange(logits.shape[-1])
@@ -79,6 +90,8 @@ def _forward(unembed, head, hidden, targets, mask):
 
     start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, head))
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, (hidden, targets, mask))
+    each = iter(head_gradient)
+    head_gradient = jax.tree.unflatten(structure, [next(each) if learn else None for learn in learns])
     return total, (head_gradient, hidden_gradient)
 
 
@@ -87,4 +100,4 @@ def _backward(unembed, gradients, slope):
     return head_gradient, hidden_gradient, None, None
 
 
-_summed_loss.defvjp(_forward, _backward)
+_summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -24,7 +24,7 @@ from llmq_jax.training.checkpoints import Checkpoints, config_dict
 from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
-from llmq_jax.training.metrics import METRICS, NEXT_TOKEN_LOSS, read_metrics, shown_loss
+from llmq_jax.training.metrics import METRICS, OWN_LOSSES, read_metrics, shown_loss
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.progress import Status
@@ -70,7 +70,7 @@ def run(
     * `schedule(i)` is the learning rate of update i, here only for the log.
     * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
       a text to show, the same one for the same arguments.
-    * `tokens_per_step` is counted from the batch's masks where not given.
+    * `tokens_per_step` is counted from each batch where not given.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).
 
@@ -114,7 +114,10 @@ def run(
 
 
 def count_tokens(batch: dict) -> int:
-    """Targets that count: the ones in `mask` or, in batches of several parts, in every `..._mask`."""
+    """Tokens that are no padding: those of `segment_ids`; without, the ones in `mask` or, in batches of several parts,
+    in every `..._mask`."""
+    if "segment_ids" in batch:
+        return int(np.count_nonzero(batch["segment_ids"]))
     masks = [array for name, array in batch.items() if name == "mask" or name.endswith("_mask")]
     return sum(int(np.count_nonzero(mask)) for mask in masks) if masks else int(np.size(batch.get("tokens", ())))
 
@@ -229,7 +232,7 @@ class _Loop:
     def read(self, done: _Step) -> None:
         """Wait for a step, check it, and log it where that is due."""
         options = self.options
-        names = [name for name in ("loss", NEXT_TOKEN_LOSS, "grad_norm") if name in done.metrics]
+        names = [name for name in ("loss", *OWN_LOSSES, "grad_norm") if name in done.metrics]
         values = jax.device_get([done.metrics[name] for name in names])
         checked = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in checked.items():

@@ -16,7 +16,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.training.atomic_files import write_atomically
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
-NEXT_TOKEN_LOSS = "next_token_loss"
+OWN_LOSSES = ("next_token_loss", "classification_loss")
 """The loss without what an objective adds to it: balance losses of experts, further tokens."""
 TIME_FIELDS = ("tokens_per_second",)
 """Fields that may differ between equal runs."""
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 def shown_loss(record: Record) -> float | None:
     """The training loss that people are shown, which compares with the validation loss and between runs; `loss` itself
     is what is minimised."""
-    return record.get(NEXT_TOKEN_LOSS, record.get("loss"))
+    return next((record[name] for name in OWN_LOSSES if name in record), record.get("loss"))
 
 
 class MetricsFile:

@@ -18,6 +18,11 @@ ROLES = {
     "scale": "norm",
     "bias": "bias",
     "alpha": "norm",  # of DyT
+    "A": "kernel",  # of adapters
+    "B": "kernel",
+    "R": "kernel",
+    "v": "kernel",
+    "magnitude": "norm",
 }
 
 

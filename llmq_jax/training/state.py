@@ -18,19 +18,28 @@ class TrainState:
     optimizer_state: Any
     key: Any
     """uint32 [2]: step s draws its dropout from fold_in(key, s)."""
-    trainable: str = struct.field(pytree_node=False, default="params")
-    """The collection that gradients and the optimizer see."""
+    trainable: tuple[str, ...] = struct.field(pytree_node=False, default=("params",))
+    """The collections that gradients and the optimizer see."""
+
+    @property
+    def trained(self) -> dict:
+        return {name: self.variables[name] for name in self.trainable}
 
 
 def create_state(
-    variables: dict, optimizer: optax.GradientTransformation, *, seed: int = 0, trainable: str = "params"
+    variables: dict,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    trainable: str | tuple[str, ...] = ("params",),
 ) -> TrainState:
     """State of step 0. What trains is held in float32, whatever type it came in."""
-    trained = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[trainable])
+    names = (trainable,) if isinstance(trainable, str) else trainable
+    trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in names}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        variables={**variables, trainable: trained},
+        variables={**variables, **trained},
         optimizer_state=optimizer.init(trained),
         key=jax.random.key_data(jax.random.key(seed)),
-        trainable=trainable,
+        trainable=names,
     )

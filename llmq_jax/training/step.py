@@ -9,6 +9,7 @@ import optax
 
 from llmq_jax.errors import BadInput
 from llmq_jax.objectives.expert_balance import load_metrics, move_biases
+from llmq_jax.training.parts import as_read
 from llmq_jax.training.state import TrainState
 
 ROUTER = "router"
@@ -38,13 +39,13 @@ def make_train_step(
     experts = objective.model.experts
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        frozen = {name: tree for name, tree in state.variables.items() if name != state.trainable}
-        trained = state.variables[state.trainable]
+        trained = state.trained
+        others = {name: tree for name, tree in state.variables.items() if name not in trained}
         weights = objective.weights(batch, state.step)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss(trained, microbatch, rng):
-            value, metrics, counts = objective.loss({**frozen, state.trainable: trained}, microbatch, weights, rng)
+            value, metrics, counts = objective.loss(as_read({**others, **trained}), microbatch, weights, rng)
             return value, (metrics, counts)
 
         def gradients(index, microbatch):
@@ -61,11 +62,11 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, trained)
         trained = optax.apply_updates(trained, updates)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics, **load_metrics(experts, counts)}
-        if ROUTER in frozen:
-            frozen[ROUTER] = move_biases(experts, frozen[ROUTER], counts)
+        if ROUTER in others:
+            others[ROUTER] = move_biases(experts, others[ROUTER], counts)
         state = state.replace(
             step=state.step + 1,
-            variables={**frozen, state.trainable: trained},
+            variables={**others, **trained},
             optimizer_state=optimizer_state,
         )
         return state, metrics
@@ -100,7 +101,7 @@ def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, d
     def eval_step(variables: dict, batch: dict) -> tuple[dict, dict]:
         weights = objective.weights(batch)
         ones = jax.tree.map(jnp.ones_like, weights)
-        value, metrics, _ = objective.loss(variables, batch, ones, None)
+        value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
         return {"loss": value, **metrics}, weights
 
     return jax.jit(eval_step)

@@ -8,7 +8,7 @@ import pytest
 
 from bench import measure, report
 from bench.products import Product, products_of, time_in_jax, time_in_torch
-from bench.rows import MIXTRAL, ROWS, ExpertNetworks, TrainStep, WindowedAttention, gpt2
+from bench.rows import MIXTRAL, ROWS, SMOLLM2, ExpertNetworks, TrainStep, WindowedAttention, gpt2
 
 pytestmark = pytest.mark.slow  # every side starts a process of its own
 
@@ -85,6 +85,19 @@ def test_a_step_of_a_model_with_experts():
     # Forward, of each layer's experts: what goes in and what comes out, each having 2 * 16 / 4 tokens.
     shapes = {(product.batch, product.m, product.k, product.n) for product in result.products}
     assert {(4, 8, 16, 48), (4, 8, 24, 16)} <= shapes
+
+
+def test_a_step_of_adapters():
+    sides = ("ours, scanned", "ours, full, scanned", "PEFT, eager")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    fields = SMOLLM2 | sizes | {"num_hidden_layers": 2, "vocab_size": 31}
+    row = TrainStep("lora", fields, 2, 8, "llama", sides=sides, at_least=1.3, adapters=4)
+    assert "AdamW of adapters of rank 4" in row.about
+    result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
+    theirs = result.sides["PEFT, eager"].facts["losses"]
+    assert theirs == pytest.approx(result.ours.facts["losses"], rel=1e-4)
+    assert "losses" not in result.sides["ours, full, scanned"].facts
+    assert [wanted for wanted, *_ in report.verdicts(result)] == ["1.3 times PEFT"]
 
 
 def test_sides_that_disagree_are_refused():

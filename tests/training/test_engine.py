@@ -405,5 +405,6 @@ def test_report_shows_figures_files_and_next_commands(tmp_path):
 def test_tokens_are_counted_from_the_masks():
     ones, some = jnp.ones((2, 3)), np.array([[1, 0, 0], [1, 1, 0]])
     assert count_tokens({"tokens": ones, "mask": some}) == 3
+    assert count_tokens({"tokens": ones, "mask": some, "segment_ids": np.array([[1, 1, 2], [1, 2, 0]])}) == 5
     assert count_tokens({"chosen_mask": some, "rejected_mask": np.ones((2, 3))}) == 9
     assert count_tokens({"tokens": ones}) == 6

@@ -1,0 +1,67 @@
+"""Adapters of a language model: made, merged, read from and written to PEFT's folders.
+
+    learner = lq.lora(lm, rank=16, targets="attention")      fresh ones, which change nothing yet
+    lq.save_adapter(learner, "folder")                       PEFT loads it onto the base
+    other = lq.load_adapter(lm, "folder")                    several adapters, one base: its arrays are shared
+    lq.save_hf(lq.merge(other), "model")                     a model like any other
+
+Models are immutable: each of these functions leaves the one it is given as it was.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.huggingface import find
+from llmq_jax.interop.peft import is_adapter, module_names
+from llmq_jax.interop.peft_reader import read_adapter
+from llmq_jax.interop.peft_writer import write_adapter
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.layers import lora as low_rank
+from llmq_jax.layers.lora import LORA, LoRA
+
+
+def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields: Any) -> LanguageModel:
+    """The model with fresh adapters in float32. `fields` are those of `LoRA`: rank, alpha, targets, layers, variant,
+    use_rslora, dropout, ...
+
+    Matrices go by our names (query, mlp/up) or by transformers' (q_proj, mlp.up_proj), with the wildcards of shells.
+    """
+    if spec is not None and fields:
+        raise BadInput("give a LoRA or its fields, not both")
+    spec = LoRA(**fields) if spec is None else spec
+    variables = low_rank.add(lm.variables, lm.model.layer_slots(), spec, module_names(lm.config), seed)
+    return lm.replace(variables=variables)
+
+
+def merge(lm: LanguageModel) -> LanguageModel:
+    """The same model without adapters: they are added to their matrices, which keep their type."""
+    return lm.replace(variables=low_rank.merge(low_rank.spread(lm.variables)))
+
+
+def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
+    """The way back, to rounding: the adapters of `adapted` are taken out of the matrices of `merged` and stand beside
+    them."""
+    return merged.replace(variables=low_rank.unmerge(merged.variables, low_rank.spread(adapted.variables)))
+
+
+def load_adapter(lm: LanguageModel, folder: str | os.PathLike) -> LanguageModel:
+    """The model with the adapters in a folder, or a hub id, of PEFT's; those that it had are left out."""
+    path = find(folder)
+    if not path.is_dir() or not is_adapter(path):
+        raise BadInput(f"{folder}: holds no adapter_config.json; give a folder that PEFT or lq.save_adapter wrote")
+    return lm.replace(variables=read_adapter(path, lm.config, base_variables(lm)))
+
+
+def save_adapter(lm: LanguageModel, folder: str | os.PathLike, *, base: str = "", overwrite: bool = False) -> Path:
+    """Write the adapters as a folder that PEFT loads; `base` is the name that it remembers of the model without them.
+
+    What goes there and what replaces an earlier one is as in `save_hf`.
+    """
+    return write_adapter(low_rank.spread(lm.variables), lm.config, folder, base, overwrite)
+
+
+def base_variables(lm: LanguageModel) -> dict:
+    """Its variables without adapters."""
+    return {name: tree for name, tree in lm.variables.items() if name not in (LORA, low_rank.LORA_FIXED)}

@@ -1,0 +1,147 @@
+"""Conversations to learn from, in the forms that people keep them in. A record's fields tell which form it has:
+
+    instruction, input, output    Alpaca's; `input` may be missing or empty
+    messages                      [{"role": "system", "user" or "assistant", "content": text}, ...]
+    prompt, completion            two strings, or two lists of messages
+    text                          all in one, for training on all of it
+
+How they become text is in prompt_templates.py, how tokens and batches in instruction_batches.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.data.records import Record, checked_text, no_field, read_records
+from llmq_jax.errors import BadInput
+
+Message = dict[str, str]
+"""{"role": ..., "content": ...}"""
+
+ROLES = ("system", "user", "assistant")
+FORMS = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+"""{form: the fields that it must have}, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    where: str
+    """The file and the row, for messages."""
+    form: str
+    """One of FORMS."""
+    messages: tuple[Message, ...]
+    """All messages, whatever the form: a prompt is the user's, what answers it the assistant's."""
+    given: int = 0
+    """So many messages at the beginning are the prompt, and what the assistant says in them is not learned."""
+    input: str = ""
+    """Alpaca's, which belongs to the first message."""
+
+    def chat(self) -> list[Message]:
+        """The messages as a chat has them, the input in the instruction."""
+        first, *others = self.messages
+        if self.input:
+            first = {**first, "content": f"{first['content']}\n\n{self.input}"}
+        return [first, *others]
+
+    def single_turn(self, template: str) -> tuple[str, str]:
+        """(the user's text without the input, the answer), for a template that has room for no more."""
+        if [message["role"] for message in self.messages] != ["user", "assistant"]:
+            roles = ", ".join(message["role"] for message in self.messages)
+            raise BadInput(
+                f"{self.where}: the template {template!r} takes one message of the user and one answer, not {roles}: "
+                "use the model's chat template (chat)"
+            )
+        prompt, answer = self.messages
+        return prompt["content"], answer["content"]
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """The conversations of a file of records (see `read_records`), all of one form.
+
+    Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or no text, and
+    an empty answer.
+    """
+    conversations = [as_conversation(record) for record in read_records(path)]
+    first = conversations[0]
+    for other in conversations:
+        if other.form != first.form:
+            raise BadInput(
+                f"{other.where} has the fields of the form {other.form!r} and {first.where} those of {first.form!r}: "
+                "keep them in different files"
+            )
+    return conversations
+
+
+def as_conversation(record: Record) -> Conversation:
+    """A record in any of the forms. BadInput as for `read_conversations`."""
+    # A table of several forms has nothing (null) in the fields of the others.
+    record = Record(record.where, {name: value for name, value in record.fields.items() if value is not None})
+    where, fields = record
+    form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
+    if form is None:
+        names = ", ".join(fields) or "none"
+        forms = "; ".join(", ".join(needed) for needed in FORMS.values())
+        raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
+    if form == "messages":
+        return Conversation(where, form, _messages(record, "messages"))
+    if form == "prompt":
+        return _prompt_and_completion(record)
+    if form == "alpaca":
+        given = record.text("input") if "input" in fields else ""
+        messages = (
+            {"role": "user", "content": record.text("instruction")},
+            {"role": "assistant", "content": _answer(record.text("output"), f"{where}: field 'output'")},
+        )
+        return Conversation(where, form, messages, given=1, input=given)
+    return Conversation(where, form, ({"role": "assistant", "content": _answer(record.text("text"), where)},))
+
+
+def _prompt_and_completion(record: Record) -> Conversation:
+    kinds = [isinstance(record.fields[name], str) for name in ("prompt", "completion")]
+    if all(kinds):
+        messages = (
+            {"role": "user", "content": record.text("prompt")},
+            {"role": "assistant", "content": _answer(record.text("completion"), f"{record.where}: field 'completion'")},
+        )
+        return Conversation(record.where, "prompt", messages, given=1)
+    if any(kinds):
+        raise BadInput(f"{record.where}: prompt and completion must both be strings, or both be lists of messages")
+    prompt, completion = _messages(record, "prompt"), _messages(record, "completion")
+    return Conversation(record.where, "messages", (*prompt, *completion), given=len(prompt))
+
+
+def _messages(record: Record, name: str) -> tuple[Message, ...]:
+    value = record.fields[name]
+    where = f"{record.where}: field {name!r}"
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise BadInput(f'{where} must be a list of {{"role": ..., "content": ...}}, not {_shown(value)}')
+    return tuple(_message(message, f"{record.where}: {name}[{index}]") for index, message in enumerate(value))
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')
+    for key in ("role", "content"):
+        if key not in message:
+            raise BadInput(no_field(where, key, message))
+    role, content = message["role"], checked_text(message["content"], f"{where}: content")
+    if role not in ROLES:
+        raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
+    return {"role": role, "content": _answer(content, where) if role == "assistant" else content}
+
+
+def _answer(text: str, where: str) -> str:
+    if not text or text.isspace():
+        raise BadInput(f"{where}: the response is empty, so there is nothing to learn: remove the row, or fill it in")
+    return text
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,256 @@
+"""Conversations to batches for instruction tuning: tokens, which of them are learned, rows, batches.
+
+The whole text of a conversation becomes tokens at once, and a token is learned if it holds at least one character of
+what is to be learned. A merge across the end of the prompt thus can neither shift the mask nor change the tokens.
+
+Rows hold one conversation each, padded to one of a few lengths, or several that do not see each other (packing). Either
+way a batch is a pure function of (conversations, seed, step), and an epoch has every conversation once: the rows that
+its last batch lacks are empty.
+
+Shapes: n tokens in a conversation, B rows of a batch, T tokens of a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from llmq_jax.data.batching import pack, packed_rows
+from llmq_jax.data.conversations import Conversation
+from llmq_jax.data.offsets import overlaps
+from llmq_jax.data.prompt_templates import Rendered, TrainOn, check_train_on, render
+from llmq_jax.data.tokenizers import Tokenizer
+from llmq_jax.data.windows import Batch, rows_of
+from llmq_jax.errors import BadInput
+
+TooLong = Literal["truncate", "drop", "error"]
+ROW_LENGTHS = 4
+"""How many lengths padded rows have, hence how many programs are compiled."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A conversation as tokens."""
+
+    tokens: Int32[np.ndarray, " n"]
+    learned: Bool[np.ndarray, " n"]
+    """Which of them are targets. The first one never is: nothing stands before it."""
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What there is to learn from, and what became of conversations that did not fit."""
+
+    examples: list[Example]
+    truncated: int
+    """Conversations cut to the context."""
+    dropped: int
+    """Conversations left out: too long, or without anything to learn once they were cut."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.tokens) for example in self.examples)
+
+    @property
+    def learned_tokens(self) -> int:
+        return sum(int(example.learned[1:].sum()) for example in self.examples)
+
+
+def tokenize_conversations(
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    context: int,
+    train_on: TrainOn = "response",
+    too_long: str = "truncate",
+) -> Examples:
+    """Conversations, written by a template (see prompt_templates.py), as examples of at most `context` tokens.
+
+    too_long: what becomes of a longer conversation. "truncate" keeps its beginning, "drop" leaves it out, "error" is
+    BadInput, which names it. One that has nothing to learn left is dropped, too.
+    Raises BadInput where nothing is left at all.
+    """
+    check_train_on(train_on)
+    if too_long not in ("truncate", "drop", "error"):
+        raise BadInput(f'too_long must be "truncate", "drop" or "error", not {too_long!r}')
+    if context < 2:
+        raise BadInput(f"a context of {context} leaves nothing to learn: it needs at least 2 tokens")
+    examples: list[Example] = []
+    truncated = dropped = 0
+    for conversation in conversations:
+        example = tokenize(render(conversation, template, tokenizer.chat_template), tokenizer, train_on)
+        length = len(example.tokens)
+        if length > context:
+            if too_long == "error":
+                raise BadInput(
+                    f"{example.where} has {length} tokens and the context {context}: shorten it, choose a longer "
+                    "context, or let such conversations be truncated or dropped"
+                )
+            if too_long == "drop":
+                dropped += 1
+                continue
+            example = Example(example.tokens[:context], example.learned[:context], example.where)
+        if not example.learned[1:].any():
+            dropped += 1
+            continue
+        truncated += length > context
+        examples.append(example)
+    if not examples:
+        raise BadInput(
+            f"none of the {len(conversations)} conversations has anything to learn within the context of {context} "
+            "tokens: choose a longer one"
+        )
+    return Examples(examples, truncated, dropped)
+
+
+def tokenize(rendered: Rendered, tokenizer: Tokenizer, train_on: TrainOn = "response") -> Example:
+    """A whole conversation as tokens. Texts without the end of turn of a chat template get the end of text, learned
+    with the last answer, and the beginning that the tokenizer puts before a text, if it does.
+
+    Raises BadInput for an answer that is not there, and for a tokenizer without the end of text that is needed.
+    """
+    spans = rendered.chosen(train_on)
+    ids, offsets = tokenizer.encode_with_offsets(
+        rendered.text, allow_special=rendered.is_chat, add_special_tokens=not rendered.is_chat
+    )
+    learned = overlaps(offsets, spans)
+    if not rendered.is_chat:
+        if tokenizer.end_of_text is None:
+            raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to end an answer with")
+        # Some tokenizers put it there themselves.
+        if not ids or ids[-1] != tokenizer.end_of_text:
+            ids, learned = [*ids, tokenizer.end_of_text], np.append(learned, False)
+        learned[-1] = spans[-1][1] == len(rendered.text)
+    return Example(np.array(ids, np.int32), learned, rendered.where)
+
+
+@dataclass(frozen=True, eq=False)
+class InstructionBatches:
+    """`batches[step]` for any step >= 0, in any order, and `len(batches)` steps are an epoch. Without a seed there is
+    one epoch, in order, and `for batch in batches` has everything once. Made by `instruction_batches`.
+
+    A batch is a dict of `tokens`, `targets`, `segment_ids`, `positions` int32 [B, T] and `mask` float32 [B, T], as for
+    windows of text; conversations are numbered 1, 2, ... in their row and are each other's neither context nor target.
+    """
+
+    examples: Sequence[Example]
+    groups: tuple["_Group", ...]
+    """Rows of one length each; a batch is from one group."""
+    batch_size: int
+    """Rows of a batch over all processes."""
+    rows: range
+    """Those of this process."""
+    seed: int | None
+    _order: Any = field(repr=False)
+    """Index over all epochs -> batch in the epoch."""
+
+    def __len__(self) -> int:
+        return sum(group.batches(self.batch_size) for group in self.groups)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, step: int) -> Batch:
+        if step < 0 or (self.seed is None and step >= len(self)):
+            raise IndexError(f"batch {step} of {len(self)}")
+        epoch, number = step // len(self), int(self._order[step])
+        for group in self.groups:
+            if number < group.batches(self.batch_size):
+                break
+            number -= group.batches(self.batch_size)
+        places = [number * self.batch_size + row for row in self.rows]
+        plan = [group.row(epoch, place) if place < len(group.plan) else [] for place in places]
+        return conversation_rows(self.examples, plan, group.length)
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    length: int
+    plan: list[list[int]]
+    """The examples of each row."""
+    order: Any = field(repr=False)
+    """Index over all epochs -> row."""
+
+    def batches(self, batch_size: int) -> int:
+        return -(-len(self.plan) // batch_size)
+
+    def row(self, epoch: int, place: int) -> list[int]:
+        return self.plan[int(self.order[epoch * len(self.plan) + place])]
+
+
+def instruction_batches(
+    examples: Sequence[Example],
+    *,
+    context: int,
+    batch_size: int,
+    packing: bool = True,
+    seed: int | None = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> InstructionBatches:
+    """Batches of conversations, each of at most `context` tokens.
+
+    packing: several conversations in rows of `context` tokens; the plan stays, the order of the rows is another one in
+        each epoch. Otherwise one in a row, padded to the first of a few lengths that holds it: the longest one's, its
+        half, its quarter, its eighth. Batches have one length, and their order is drawn anew too.
+    batch_size: rows over all processes; process `process_index` of `process_count` gets its share of consecutive rows.
+    seed: of all that is shuffled; None leaves everything in order, for evaluation.
+    """
+    if context < 1 or batch_size < 1:
+        raise BadInput(f"context ({context}) and batch size ({batch_size}) must be at least 1")
+    if not examples:
+        raise BadInput("there is no conversation to make batches of")
+    if seed is not None and seed < 0:
+        raise BadInput(f"the seed must not be negative, got {seed}")
+    lengths = [len(example.tokens) for example in examples]
+    for example, length in zip(examples, lengths, strict=True):
+        if length > context:
+            raise BadInput(f"{example.where} has {length} tokens and a row {context}: truncate or drop it")
+    if packing:
+        plans = {context: pack(lengths, context)}
+    else:
+        plans = {-(-max(lengths) // 2**halvings): [] for halvings in reversed(range(ROW_LENGTHS))}
+        for index, length in enumerate(lengths):
+            plans[next(row_length for row_length in plans if length <= row_length)].append([index])
+    groups = tuple(
+        _Group(length, plan, _shuffled(len(plan), seed, number + 1))
+        for number, (length, plan) in enumerate(plans.items())
+        if plan
+    )
+    count = sum(group.batches(batch_size) for group in groups)
+    rows = rows_of(process_index, process_count, batch_size)
+    return InstructionBatches(examples, groups, batch_size, rows, seed, _shuffled(count, seed, 0))
+
+
+def conversation_rows(examples: Sequence[Example], plan: Sequence[Sequence[int]], length: int) -> Batch:
+    """A batch of rows of `length` tokens; `plan` has the examples of each row, none for an empty one."""
+    chosen = [examples[index] for indices in plan for index in indices]
+    numbers = iter(range(len(chosen)))
+    plan = [[next(numbers) for _ in indices] for indices in plan]
+    batch = packed_rows([example.tokens for example in chosen], plan, length)
+    learned = packed_rows([example.learned for example in chosen], plan, length)["tokens"]
+    segments = batch["segment_ids"]
+    # What follows the last token of a conversation is another one, or nothing.
+    follows = np.zeros(segments.shape, bool)
+    follows[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    targets, mask = (np.where(follows, np.roll(rows, -1, axis=1), 0) for rows in (batch["tokens"], learned))
+    return {**batch, "targets": targets.astype(np.int32), "mask": mask.astype(np.float32)}
+
+
+def _shuffled(count: int, seed: int | None, stream: int) -> Any:
+    """Index over all epochs -> index in the epoch: another permutation in each, or, without a seed, the same order."""
+    import grain  # takes a second
+
+    dataset = grain.MapDataset.range(count)
+    if seed is None:
+        return dataset
+    # grain shuffles epoch e with seed + e, so that neighbouring seeds share their epochs, shifted by one. A hashed seed
+    # does not.
+    return dataset.shuffle(seed=int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]))

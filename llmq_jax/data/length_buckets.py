@@ -1,0 +1,115 @@
+"""Texts of unequal length in batches of few shapes: neighbours in length share a batch, widths are rounded up.
+
+What is padded is computed for nothing, and every new width is compiled anew: rows of similar length together, at widths
+32, 64, 96, 128, 192, 256, 384, ..., keep both small.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmq_jax.data.batching import pad
+from llmq_jax.data.splits import seeded_order
+from llmq_jax.errors import BadInput
+
+SHORTEST = 32
+# Batches that are sorted by length together: more of them pad less, and mix the lengths of a batch less.
+POOL = 32
+
+Batch = dict[str, np.ndarray]
+
+
+def bucket_width(length: int, longest: int) -> int:
+    """The width that a row of this length is padded to, at most `longest`: the next power of two from 32 on or, above
+    64, one and a half times one."""
+    power = max(SHORTEST, 1 << (max(length, 1) - 1).bit_length())
+    between = power * 3 // 4
+    return min(between if between >= length and between > 2 * SHORTEST else power, longest)
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches, the shortest first: for passes whose order does not matter."""
+    order = np.argsort(np.asarray(lengths), kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def padded_rows(rows: Sequence[Sequence[int]], indices: Sequence[int], batch_size: int, longest: int) -> Batch:
+    """`tokens` [batch_size, width], `lengths` and `mask` [batch_size] of the rows at these indices; what is lacking is
+    filled up with rows of length 0 under mask 0."""
+    chosen = [rows[index] for index in indices]
+    width = bucket_width(max(map(len, chosen)), longest)
+    tokens, lengths = pad([*chosen, *[()] * (batch_size - len(chosen))], width)
+    return {"tokens": tokens, "lengths": lengths, "mask": (np.arange(batch_size) < len(chosen)).astype(np.float32)}
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatches:
+    """Batch i of training, counted from 0, from (rows, seed, i) alone: each epoch goes once over all rows, in an order
+    of its own. `tokens` [B, T], `lengths`, `labels` and `mask` [B]."""
+
+    rows: Sequence[Sequence[int]]
+    """Token ids of each text."""
+    labels: Sequence[int]
+    """The number of its class."""
+    batch_size: int
+    longest: int
+    """The greatest width."""
+    seed: int = 0
+    _plans: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if not self.rows:
+            raise BadInput("there is no text to train on; give more data")
+        if self.batch_size < 1:
+            raise BadInput(f"batch_size is {self.batch_size} and must be at least 1")
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches that all rows make."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch not in self._plans:
+            self._plans.clear()
+            self._plans[epoch] = self._plan(epoch)
+        return labelled_batch(self.rows, self.labels, self._plans[epoch][place], self.batch_size, self.longest)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        """The indices of each batch of an epoch: shuffled, then sorted by length in stretches, whose batches are
+        shuffled again."""
+        order = seeded_order(len(self.rows), [self.seed, epoch, 0]).tolist()
+        size = POOL * self.batch_size
+        batches = []
+        for start in range(0, len(order), size):
+            stretch = order[start : start + size]
+            sorted_places = by_length([len(self.rows[index]) for index in stretch], self.batch_size)
+            batches += [[stretch[place] for place in places] for places in sorted_places]
+        return [batches[place] for place in seeded_order(len(batches), [self.seed, epoch, 1])]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledEvaluation:
+    """All rows once, in batches of the same fields."""
+
+    rows: Sequence[Sequence[int]]
+    labels: Sequence[int]
+    batch_size: int
+    longest: int
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for indices in by_length([len(row) for row in self.rows], self.batch_size):
+            yield labelled_batch(self.rows, self.labels, indices, self.batch_size, self.longest)
+
+
+def labelled_batch(
+    rows: Sequence[Sequence[int]], labels: Sequence[int], indices: Sequence[int], batch_size: int, longest: int
+) -> Batch:
+    """`padded_rows` with the `labels` [batch_size] of their classes, 0 where there is no row."""
+    numbers = np.zeros(batch_size, np.int32)
+    numbers[: len(indices)] = [labels[index] for index in indices]
+    return {**padded_rows(rows, indices, batch_size, longest), "labels": numbers}

@@ -1,0 +1,146 @@
+"""Prompt templates: a conversation as the one text that a model reads, and where in it the answers stand.
+
+    alpaca    Stanford Alpaca's headings, for one instruction and its response; always its wording without an input
+    chat      the chat template that comes with the model
+    plain     prompt and completion as they are, one right after the other
+
+An answer goes from where the template lets the assistant begin to where the next message begins: the end of turn that
+the template writes belongs to it, and is learned with it. (alpaca and plain write none; the tokenizer's end of text,
+which is no text, takes its place.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, get_args
+
+from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.data.conversations import Conversation
+from llmq_jax.data.offsets import Span
+from llmq_jax.data.tokenizers import Tokenizer
+from llmq_jax.errors import BadInput
+
+Template = Literal["alpaca", "chat", "plain"]
+TrainOn = str | tuple[int, ...]
+"""What is learned: "response" (every answer), "last" (the last one), "all" (the prompts too), or the answers of these
+numbers, from 0 on; from the last, which is -1, backwards."""
+TRAIN_ON = ("response", "last", "all")
+
+DAY = datetime(2024, 7, 26)
+"""What chat templates that tell the date (Llama 3.1's) are told: batches may not depend on the day of training."""
+
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    where: str
+    text: str
+    answers: tuple[Span | None, ...]
+    """The characters of each answer that may be learned, in order; None for one that the template writes in another way
+    when messages follow, as templates do that leave out earlier reasoning: where it ends cannot be told."""
+    is_chat: bool
+    """Whether special tokens that the text spells out are tokens: a chat template writes them. So they are in messages,
+    too, as everywhere that chat templates are used."""
+
+    def chosen(self, train_on: TrainOn) -> tuple[Span, ...]:
+        """The characters to learn. BadInput: an answer that is not there."""
+        if train_on == "all":
+            return ((0, len(self.text)),)
+        if not self.answers:
+            raise BadInput(f"{self.where} has no answer to a prompt: train on all of it, or remove the row")
+        count = len(self.answers)
+        numbers = range(count) if train_on == "response" else (-1,) if train_on == "last" else train_on
+        for number in numbers:
+            if not -count <= number < count:
+                raise BadInput(f"{self.where} has {count} answers, numbered from 0, and none with the number {number}")
+        spans = tuple(self.answers[number] for number in sorted({number % count for number in numbers}))
+        if None in spans:
+            raise BadInput(
+                f"{self.where}: the chat template writes an answer in another way when messages follow, so it cannot "
+                "be learned there: train on the last one only"
+            )
+        return spans
+
+
+def check_train_on(train_on: TrainOn) -> None:
+    """BadInput for what is no choice of answers."""
+    numbers = isinstance(train_on, tuple) and train_on and all(isinstance(number, int) for number in train_on)
+    if not numbers and train_on not in TRAIN_ON:
+        raise BadInput(f"train_on must be {', '.join(TRAIN_ON)} or numbers of answers, not {train_on!r}")
+
+
+def default_template(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> str:
+    """The model's chat template where it has one and the data are questions and answers; else what fits the data."""
+    form = conversations[0].form
+    if form in ("prompt", "text"):
+        return "plain"
+    return "chat" if form == "messages" or tokenizer.chat_template is not None else "alpaca"
+
+
+def render(conversation: Conversation, template: str, chat_template: ChatTemplate | None = None) -> Rendered:
+    """A conversation by one of the templates; chat is written by `chat_template`.
+
+    Raises BadInput, which names the row, where the template has no place for what the conversation holds.
+    """
+    where, form = conversation.where, conversation.form
+    if template not in get_args(Template):
+        raise BadInput(f"unknown template {template!r}: choose from {', '.join(get_args(Template))}")
+    if form == "text":
+        if template != "plain":
+            raise BadInput(f"{where} holds a text without a prompt, for which there is only the template 'plain'")
+        return Rendered(where, conversation.messages[0]["content"], (), is_chat=False)
+    if template == "chat":
+        if chat_template is None:
+            raise BadInput(f"{where}: the model has no chat template: use the template 'alpaca', or another model")
+        return _chat(conversation, chat_template)
+    if template == "plain" and form != "prompt":
+        raise BadInput(f"{where}: the template 'plain' is for records with a prompt and a completion, both strings")
+    prompt, answer = conversation.single_turn(template)
+    if template == "alpaca":
+        prompt = alpaca_prompt(prompt, conversation.input)
+    text = prompt + answer
+    return Rendered(where, text, ((len(prompt), len(text)),), is_chat=False)
+
+
+def alpaca_prompt(instruction: str, given: str = "") -> str:
+    """Alpaca's text up to the response."""
+    section = f"### Input:\n{given}\n\n" if given else ""
+    return f"{PREAMBLE}\n\n### Instruction:\n{instruction}\n\n{section}### Response:\n"
+
+
+def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
+    """Where answers begin and end is found by writing the conversation's beginnings too."""
+    messages, where = conversation.chat(), conversation.where
+
+    def written(count: int, *, opens_answer: bool = False) -> str:
+        try:
+            return template.render(messages[:count], add_generation_prompt=opens_answer, strftime_now=DAY.strftime)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+
+    text = written(len(messages))
+    answers = []
+    for index in range(conversation.given, len(messages)):
+        if messages[index]["role"] != "assistant":
+            continue
+        if index == 0:
+            raise BadInput(f"{where} begins with the assistant, which answers nothing: put a prompt before it")
+        opening, after = written(index, opens_answer=True), written(index + 1)
+        # What opens an answer may be more than stands before one that was given, such as an empty thought: but the
+        # messages before it are the same.
+        start = _common_start(opening, text)
+        if start < _common_start(written(index), opening) or not text.startswith(after):
+            answers.append(None)
+            continue
+        if messages[index]["content"].split()[-1] not in text[start : len(after)]:
+            raise BadInput(f"{where}: the chat template leaves out what messages[{index}] says: use another template")
+        answers.append((start, len(after)))
+    return Rendered(where, text, tuple(answers), is_chat=True)
+
+
+def _common_start(a: str, b: str) -> int:
+    """How many characters the two begin with in common."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

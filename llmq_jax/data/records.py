@@ -1,0 +1,274 @@
+"""Readers of records: rows of named fields from .csv, .tsv, .json, .jsonl and .parquet.
+
+The readers are strict: whatever is not as it should be raises BadInput with the file and the row, line or byte. A
+reader that skips bad rows trains on something else than the user believes.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmq_jax.errors import BadInput
+
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+class Record(NamedTuple):
+    """One row of a file."""
+
+    where: str
+    """ "file: line 3" or, where rows have no lines, "file: row 3"; both count from 1."""
+    fields: dict[str, Any]
+
+    def text(self, name: str, option: str | None = None) -> str:
+        """The text in a field. BadInput: there is no such field (`option` is the one that chooses another), or it holds
+        no text."""
+        if name not in self.fields:
+            raise BadInput(no_field(self.where, name, self.fields, option))
+        return checked_text(self.fields[name], f"{self.where}: field {name!r}")
+
+
+def read_records(path: str | Path, columns: Sequence[str] | None = None) -> list[Record]:
+    """All rows of a file, in order; raises BadInput when there is none.
+
+    .json holds a list of objects, or one object; .jsonl one a line; .csv and .tsv have a header; .parquet has columns;
+    all but Parquet may be gzipped (.gz). In .tsv no character quotes: every tab separates, every line is a row.
+
+    columns: names for a .csv or .tsv without a header, whose first line is a row then.
+    """
+    records = list(iterate_records(path, columns))
+    if not records:
+        raise BadInput(f"{path} holds no record")
+    return records
+
+
+def iterate_records(
+    path: str | Path, columns: Sequence[str] | None = None, texts: Collection[str] | None = None
+) -> Iterator[Record]:
+    """The rows of a file one by one, as `read_records`, for data that does not fit into memory.
+
+    texts: the fields that matter, all of them text: a table that lacks one is refused before its first row, and Parquet
+    reads no others.
+    """
+    path = Path(path)
+    kind = format_of(path)
+    if kind not in FORMATS:
+        raise BadInput(f"{path} holds no records: give a file that ends in {', '.join(FORMATS)}")
+    if columns is not None and kind not in (".csv", ".tsv"):
+        raise BadInput(f"{path} has names for its fields already; names of columns are for .csv and .tsv")
+    if not path.is_file():
+        raise BadInput(f"there is no file {path}" if not path.exists() else f"{path} is not a file")
+    if path.stat().st_size == 0:
+        raise BadInput(f"{path} is empty")
+    if kind in (".json", ".jsonl"):
+        for where, value in json_rows(path):
+            if not isinstance(value, dict):
+                raise BadInput(f"{where} must be an object with fields, not {_type_name(value)}")
+            yield Record(where, value)
+    elif kind == ".parquet":
+        yield from _parquet_rows(path, texts)
+    else:
+        yield from _table_rows(path, kind, columns, texts or ())
+
+
+def format_of(path: Path) -> str:
+    """The suffix that names the format: `.jsonl` for `x.jsonl` and for `x.jsonl.gz`."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+# Fields
+
+
+def checked_text(value: object, where: str) -> str:
+    """The value, if it is valid text; `where` is what errors call its place."""
+    if not isinstance(value, str):
+        raise BadInput(f"{where} must be a string, not {_type_name(value)}")
+    # JSON can spell half of a surrogate pair (\ud800), which is no character.
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadInput(f"{where}: half a surrogate pair at character {error.start}: not valid Unicode") from None
+    return value
+
+
+def no_field(where: str, name: str, found: Iterable[object], option: str | None = None) -> str:
+    """What to say of a field that is not there: `option` chooses another one."""
+    names = ", ".join(str(name) for name in list(found)[:20]) or "none"
+    advice = f": choose one with {option}" if option else ""
+    return f"{where} has no field {name!r} (fields found: {names}){advice}"
+
+
+def _type_name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+# Bytes and lines
+
+
+class FileBytes:
+    """A file's bytes, unzipped if its name ends in .gz; trouble in reading becomes BadInput."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __enter__(self) -> io.BufferedIOBase:
+        try:
+            opener = gzip.open if self._path.suffix.lower() == ".gz" else open
+            self._stream = opener(self._path, "rb")
+        except OSError as error:
+            raise BadInput(f"{self._path} cannot be read ({error.strerror})") from None
+        return self._stream
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._stream.close()
+        if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
+            raise BadInput(f"{self._path} is damaged or cut short ({error}): fetch or compress it again") from None
+        if isinstance(error, OSError):
+            raise BadInput(f"{self._path} cannot be read ({error})") from None
+
+
+def _decode(content: bytes, path: Path, offset: int = 0) -> str:
+    """UTF-8 text without a byte order mark. offset: where in the file the content begins."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise BadInput(f"{path}: byte {at} (0x{content[error.start]:02x}) is not UTF-8: convert it to UTF-8") from None
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its line break) without reading the whole file at once."""
+    with FileBytes(path) as stream:
+        offset = 0
+        for number, line in enumerate(stream, start=1):
+            yield number, _decode(line, path, offset)
+            offset += len(line)
+
+
+def read_text(path: str | Path) -> str:
+    """The whole of a UTF-8 file, whatever its name ends in (but for .gz, which is unzipped)."""
+    with FileBytes(Path(path)) as stream:
+        return _decode(stream.read(), Path(path))
+
+
+# JSON
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of everything in a .json file's list, or on the lines of a .jsonl file."""
+    if format_of(path) == ".jsonl":
+        yield from ((f"{path}: line {number}", value) for number, value in json_lines(path))
+        return
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        hint = ": name it .jsonl if every line is a record" if error.msg == "Extra data" else ""
+        where = f"line {error.lineno}, column {error.colno}"
+        raise BadInput(f"{path}: broken JSON at {where} ({error.msg}){hint}") from None
+    except RecursionError:
+        raise BadInput(f"{path}: JSON is nested too deeply") from None
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        raise BadInput(f"{path} must hold a list of objects or strings, or one object, not {_type_name(content)}")
+    yield from ((f"{path}: row {number}", value) for number, value in enumerate(content, start=1))
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line of a .jsonl file that is not blank."""
+    return json_values(_lines(Path(path)), str(path))
+
+
+def json_values(lines: Iterable[tuple[int, str]], source: str) -> Iterator[tuple[int, Any]]:
+    """The same of numbered lines; `source` is what errors call the place that they come from."""
+    for number, line in lines:
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{source}: broken JSON at line {number}, column {error.colno} ({error.msg})") from None
+        except RecursionError:
+            raise BadInput(f"{source}: line {number}: JSON is nested too deeply") from None
+        yield number, record
+
+
+# Tables
+
+
+def _table_rows(path: Path, kind: str, columns: Sequence[str] | None, texts: Collection[str]) -> Iterator[Record]:
+    rows = _csv_rows(path) if kind == ".csv" else _tsv_rows(path)
+    if columns is None:
+        _, _, names = next(rows, (1, 1, []))
+        whose = f"the header {len(names)}"
+    else:
+        names, whose = list(columns), f"{len(columns)} columns were named"
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise BadInput(f"{path}: two columns are called {repeated[0]!r}; give each its own name")
+    for name in texts:
+        if name not in names:
+            raise BadInput(no_field(f"{path}: the header", name, names, "--text-field"))
+    for start, end, values in rows:
+        if len(values) != len(names):
+            hint = "quote text that holds the delimiter" if kind == ".csv" else "a text may not hold a tab"
+            raise BadInput(f"{path}: the row that ends at line {end} has {len(values)} fields and {whose}: {hint}")
+        yield Record(f"{path}: line {start}", dict(zip(names, values, strict=True)))
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
+    """(first line, last line, values) of every row that is not blank."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses fields above 128 KiB
+    rows = csv.reader((line for _, line in _lines(path)), strict=True)
+    end = 0
+    try:
+        for row in rows:
+            start, end = end + 1, rows.line_num
+            if row:
+                yield start, end, row
+    except csv.Error as error:
+        raise BadInput(f"{path}: broken CSV at line {rows.line_num} ({error})") from None
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
+    """The same: what people write with tabs has quotation marks of its own, which quote nothing."""
+    for number, line in _lines(path):
+        if line := line.rstrip("\r\n"):
+            yield number, number, line.split("\t")
+
+
+def _parquet_rows(path: Path, texts: Collection[str] | None) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            for name in texts or ():
+                if name not in schema.names:
+                    raise BadInput(no_field(str(path), name, schema.names, "--text-field"))
+                kind = schema.field(name).type
+                value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+                if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
+                    raise BadInput(f"{path}: column {name!r} must hold strings, not {kind}")
+            for batch in file.iter_batches(batch_size=1024, columns=None if texts is None else list(texts)):
+                for fields in batch.to_pylist():
+                    row += 1
+                    for name in texts or ():
+                        if fields[name] is None:
+                            raise BadInput(f"{path}: row {row}: column {name!r} must be a string, not null")
+                    yield Record(f"{path}: row {row}", fields)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path} is no Parquet file or is damaged ({reason})") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: row {row + 1} or one soon after holds text that is not UTF-8") from None

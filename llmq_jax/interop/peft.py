@@ -1,0 +1,80 @@
+"""PEFT's names for adapters, in its folders of `adapter_config.json` and `adapter_model.safetensors`.
+
+A matrix `model.layers.0.self_attn.q_proj.weight` of transformers has its adapter at
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), DoRA's magnitude
+at `.lora_magnitude_vector` (out): the names follow from the weight tables. Experts, which transformers keep in two
+parameters of one module, have A (E·r, in), expert by expert, and B (out, r·E), rank by rank; of a module with adapters
+at both, `base_layer` is the one at `gate_up_proj`. TinyLoRA keeps `tinylora_A`, `_B` and `_P` where its matrices are,
+and `base_model.tinylora_v.G` for each group of matrices that share their numbers.
+
+LoRA-XS has no form of its own there: it is written as the LoRA that it equals, B' = R B.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmq_jax.interop.architectures import weight_table
+from llmq_jax.interop.tables import Placement, WeightTable, experts_out_in, in_out, out_in
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EXPERTS_INNER = ".base_layer"
+
+
+class Site(NamedTuple):
+    """A matrix that may have an adapter, on both sides."""
+
+    module: str
+    """PEFT's name, without "base_model.model."."""
+    placement: Placement
+
+    @property
+    def of_experts(self) -> bool:
+        return self.placement.transform is experts_out_in
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is no module of its own in transformers, but a parameter of one: experts, routers."""
+        return self.of_experts or "router" in self.placement.path
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def module_names(config: Any) -> dict[str, set[str]]:
+    """{the last part of a module's name: paths of our matrices inside a block, or outside of the blocks}."""
+    names: dict[str, set[str]] = {}
+    for site in sites_of(config):
+        path = site.placement.path
+        inside = path[3:-1] if path[1].startswith("group_") else path[1:-1]
+        inside = (*inside, path[-1]) if site.of_experts else inside
+        parts = site.module.split(".")
+        for name in (parts[-1], ".".join(parts[-2:])):
+            names.setdefault(name, set()).add("/".join(inside))
+    return names
+
+
+def sites_of(config: Any) -> list[Site]:
+    """All matrices that may have an adapter, in the order of their modules."""
+    sites = []
+    for part in memory_table(config).placements(config):
+        is_linear = part.path[-1] == "kernel" and part.transform in (in_out, out_in)
+        if is_linear or part.transform is experts_out_in:
+            sites.append(Site(part.key.removesuffix(".weight"), part))
+    return sites
+
+
+def experts_module(site: Site, found: Mapping) -> str:
+    """The module of an expert's parameter: the one that comes first is inside, where the other has an adapter too."""
+    module = site.module.rpartition(".")[0]
+    path = site.placement.path[1:]
+    inner = path[-1] == "up_kernel" and (*path[:-1], "down_kernel") in found
+    return f"{module}{EXPERTS_INNER}" if inner else module
+
+
+def memory_table(config: Any) -> WeightTable:
+    """The table of the names that modules have in memory, where experts are not apart."""
+    table = weight_table(config.model_type)
+    return next((t for t in (table, *table.spellings) if not any("{expert}" in entry.key for entry in t.rules)), table)

@@ -1,0 +1,165 @@
+"""Adapters written as PEFT's folders; the names are in `interop.peft`."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.huggingface import check_target
+from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
+from llmq_jax.interop.tables import in_out
+from llmq_jax.interop.tensor_files import write_json
+from llmq_jax.interop.whole_folders import whole_folder
+from llmq_jax.layers.lora import DROPOUT, MAGNITUDE, NUMBERS, PROJECTIONS, SCALE, A, B, adapters, factors
+
+PEFT_VERSION = "0.21.2"  # whose folders these are
+
+
+def write_adapter(
+    variables: dict, config: Any, folder: str | os.PathLike, base: str = "", overwrite: bool = False
+) -> Path:
+    """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them.
+
+    A classifier's head is written whole, as PEFT's `modules_to_save` has it. BadInput where there are no adapters, or
+    one where PEFT has none.
+    """
+    found = adapters(variables)
+    if not found:
+        raise BadInput("this model has no adapters to write; add some with lq.lora, or save the whole model")
+    sites = [site for site in sites_of(config) if site.placement.path[1:] in found]
+    homeless = found.keys() - {site.placement.path[1:] for site in sites}
+    if homeless:
+        raise BadInput(f"PEFT has no adapter at {'/'.join(min(homeless))}; merge it (lq.merge) and save the model")
+    tiny = any(NUMBERS in trained for trained, _ in found.values())
+    for site in sites:
+        if site.is_parameter and (tiny or MAGNITUDE in found[site.placement.path[1:]][0]):
+            raise BadInput(f"PEFT has plain LoRA alone at {site.module}; merge it (lq.merge) and save the model")
+    tensors, values = _tiny(sites, found) if tiny else _low_rank(sites, found, sites_of(config))
+    if config.labels is not None:
+        score = np.asarray(variables["params"]["score"]["kernel"])
+        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
+    values |= {
+        "task_type": "CAUSAL_LM" if config.labels is None else "SEQ_CLS",
+        "base_model_name_or_path": base or None,
+        "bias": "none",
+        "fan_in_fan_out": any(site.placement.transform is in_out for site in sites),
+        "inference_mode": True,
+        "modules_to_save": None if config.labels is None else ["score"],
+        "layers_to_transform": None,
+        "peft_version": PEFT_VERSION,
+    }
+    folder = Path(folder).expanduser().resolve()
+    check_target(folder, overwrite, CONFIG, (CONFIG, WEIGHTS, "README.md"))
+    with whole_folder(folder) as partial:
+        write_json(partial / CONFIG, values)
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def _low_rank(
+    sites: list[Site], found: Mapping, everywhere: list[Site]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, fields of the config) of LoRA, DoRA and LoRA-XS."""
+    tensors: dict[str, np.ndarray] = {}
+    alphas, ranks = {}, {}
+    linears: list[str] = []
+    parameters: list[str] = []
+    dropouts: set[float] = set()
+    for site in sites:
+        trained, fixed = found[site.placement.path[1:]]
+        slot = site.placement.slot
+        scale = float(np.asarray(fixed[SCALE])[slot])
+        if scale == 0 and not site.is_parameter:  # A layer without an adapter. Parameters have one in all layers.
+            continue
+        if DROPOUT in fixed:
+            dropouts.add(round(float(np.asarray(fixed[DROPOUT])[slot]), 6))
+        unscaled = {**fixed, SCALE: jnp.ones_like(fixed[SCALE])}
+        first, last = (np.asarray(leaf)[slot] for leaf in factors(trained, unscaled))
+        rank = first.shape[-1]
+        last = last.reshape(*last.shape[: first.ndim - 1], -1)
+        if site.of_experts:  # A [E, D, R], B [E, R, F]
+            name = f"{PREFIX}{experts_module(site, found)}"
+            first, last = first.swapaxes(1, 2).reshape(-1, first.shape[1]), last.transpose(2, 1, 0)
+            last = last.reshape(last.shape[0], -1)
+            parameters.append(site.module)
+        else:
+            name, first, last = f"{PREFIX}{site.module}", first.T, last.T
+            if site.is_parameter:
+                parameters.append(f"{site.module}.weight")
+            else:
+                linears.append(site.module)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(np.ascontiguousarray, (first, last))
+        if MAGNITUDE in trained:
+            tensors[f"{name}.lora_magnitude_vector"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
+        alphas[site.module], ranks[site.module] = scale * rank, rank
+    if len(dropouts) > 1:
+        raise BadInput(
+            f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"
+        )
+    rank, alpha = _most(ranks), _most(alphas)
+    return tensors, {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(dropouts, default=0.0),
+        "target_modules": _short_names(linears, [site.module for site in everywhere if not site.is_parameter]),
+        "target_parameters": sorted({".".join(name.split(".")[3:]) for name in parameters}) or None,
+        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "use_dora": any(MAGNITUDE in trained for trained, _ in found.values()),
+        "init_lora_weights": True,
+    }
+
+
+def _tiny(sites: list[Site], found: Mapping) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The same of TinyLoRA, each matrix with numbers of its own; the scale goes into its projections."""
+    tensors: dict[str, np.ndarray] = {}
+    targets = []
+    for site in sites:
+        trained, fixed = found[site.placement.path[1:]]
+        leaves = {name: np.asarray(leaf)[site.placement.slot] for name, leaf in (trained | fixed).items()}
+        if leaves[SCALE] == 0:
+            continue
+        name = f"{PREFIX}{site.module}.tinylora"
+        last = leaves[B].reshape(leaves[B].shape[0], -1)
+        projections = leaves[SCALE] * leaves[PROJECTIONS].swapaxes(1, 2)
+        for suffix, leaf in (("A", leaves[A].T), ("B", last.T), ("P", projections)):
+            tensors[f"{name}_{suffix}"] = np.ascontiguousarray(leaf)
+        tensors[f"base_model.tinylora_v.{len(targets)}"] = leaves[NUMBERS]
+        targets.append(site.module)
+    return tensors, {
+        "peft_type": "TINYLORA",
+        "r": leaves[A].shape[-1],
+        "u": leaves[NUMBERS].shape[-1],
+        "weight_tying": 0.0,
+        "projection_seed": 42,
+        "save_projection": True,
+        "tinylora_dropout": 0.0,
+        "target_modules": targets,
+        "init_weights": True,
+    }
+
+
+def _short_names(modules: list[str], everywhere: list[str]) -> list[str]:
+    """Modules by the ends of their names, where all modules whose names end so are meant; else by their whole names."""
+    names: set[str] = set()
+    for module in modules:
+        parts = module.split(".")
+        ends = (".".join(parts[-count:]) for count in (1, 2, len(parts)))
+        alike = {end: [name for name in everywhere if f".{name}".endswith(f".{end}")] for end in ends}
+        names.add(next(end for end, others in alike.items() if set(others) <= set(modules)))
+    return sorted(names)
+
+
+def _most(values: Mapping[str, Any]) -> Any:
+    """The most frequent value."""
+    counted = list(values.values())
+    value = max(counted, key=counted.count)
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,172 @@
+"""How well a classifier classifies: accuracy, precision, recall and F1, the confusion matrix, the worst errors.
+
+Of a class, precision is the part of its predictions that are right, recall the part of its texts that are found, F1
+their harmonic mean, 2PR / (P + R); each is 0 where it would be 0 / 0. Macro is the plain mean over classes, which small
+classes weigh on as much as large ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from llmq_jax.training.plots import INK, blank_figure
+
+SCORES = ("precision", "recall", "f1")
+WORST = 20
+
+
+@dataclass(frozen=True, eq=False)
+class ClassificationReport:
+    """The figures of one set of texts."""
+
+    labels: tuple[str, ...]
+    confusion: Int[np.ndarray, "C C"]
+    """How many texts of each class (row) were taken for each class (column)."""
+    loss: float
+    """Mean of -log p(label), in nats; no class weighs more than another."""
+
+    @property
+    def accuracy(self) -> float:
+        return _ratio(np.trace(self.confusion), self.confusion.sum())
+
+    def scores(self, number: int) -> dict[str, float]:
+        """Precision, recall and F1 of a class, and its number of texts."""
+        right = self.confusion[number, number]
+        taken, there = self.confusion[:, number].sum(), self.confusion[number].sum()
+        figures = (_ratio(right, taken), _ratio(right, there), _ratio(2 * right, taken + there))
+        return {**dict(zip(SCORES, figures, strict=True)), "texts": int(there)}
+
+    def macro(self) -> dict[str, float]:
+        """Precision, recall and F1, each the mean over classes."""
+        classes = [self.scores(number) for number in range(len(self.labels))]
+        return {name: float(np.mean([scores[name] for scores in classes])) for name in SCORES}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON holds it."""
+        return {
+            "texts": int(self.confusion.sum()),
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "macro": self.macro(),
+            "classes": {label: self.scores(number) for number, label in enumerate(self.labels)},
+            "confusion": {"labels": list(self.labels), "rows_true_columns_predicted": self.confusion.tolist()},
+        }
+
+    def text(self) -> str:
+        """The figures and the confusion matrix as tables."""
+        figures = [["", *SCORES, "texts"]]
+        for number, label in enumerate(self.labels):
+            scores = self.scores(number)
+            figures.append([label, *(f"{scores[name]:.4f}" for name in SCORES), f"{scores['texts']:,}"])
+        figures.append(["macro", *(f"{value:.4f}" for value in self.macro().values()), f"{self.confusion.sum():,}"])
+        confusion = [["true \\ predicted", *self.labels]]
+        confusion += [
+            [label, *(f"{count:,}" for count in row)] for label, row in zip(self.labels, self.confusion, strict=True)
+        ]
+        first = f"accuracy {self.accuracy:.4f}, loss {self.loss:.4f}"
+        return "\n".join([first, "", *_aligned(figures), "", *_aligned(confusion)])
+
+
+def classification_report(
+    labels: Sequence[str], logits: Float[np.ndarray, "N C"], classes: Sequence[int]
+) -> ClassificationReport:
+    """The report of texts whose classes are known, from the logits that a classifier gave them."""
+    confusion = np.zeros((len(labels), len(labels)), np.int64)
+    np.add.at(confusion, (np.asarray(classes), logits.argmax(axis=1)), 1)
+    return ClassificationReport(tuple(labels), confusion, float(losses(logits, classes).mean()))
+
+
+def losses(logits: Float[np.ndarray, "N C"], classes: Sequence[int]) -> Float[np.ndarray, " N"]:
+    """-log p(label) of each text, in float64."""
+    logits = logits.astype(np.float64)
+    return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(logits)), np.asarray(classes)]
+
+
+def worst_errors(
+    labels: Sequence[str],
+    texts: Sequence[str],
+    logits: Float[np.ndarray, "N C"],
+    classes: Sequence[int],
+    count: int = WORST,
+) -> list[dict[str, Any]]:
+    """The texts that were taken for another class, the most confident mistakes first: at most `count` of them, each
+    with its label, the predicted one, the probability given to it, and the loss."""
+    each, predicted = losses(logits, classes), logits.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != np.asarray(classes))
+    chosen = wrong[np.argsort(-each[wrong], kind="stable")][:count]
+    chances = probabilities(logits)
+    return [
+        {
+            "loss": float(each[i]),
+            "label": labels[classes[i]],
+            "predicted": labels[predicted[i]],
+            "probability": float(chances[i, predicted[i]]),
+            "text": texts[i],
+        }
+        for i in chosen
+    ]
+
+
+def probabilities(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
+    """Softmax over classes, in float64."""
+    logits = logits.astype(np.float64)
+    return np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+
+
+def prediction(labels: Sequence[str], text: str, logits: Float[np.ndarray, " C"]) -> dict[str, Any]:
+    """What is said of a text: the likeliest label and the probability of each; of a scalar head its number."""
+    if len(labels) == 1:
+        return {"text": text, labels[0]: float(logits[0])}
+    chances = probabilities(logits[None])[0]
+    by_label = {label: float(chance) for label, chance in zip(labels, chances, strict=True)}
+    return {"text": text, "label": labels[chances.argmax()], "probabilities": by_label}
+
+
+def prediction_line(said: dict[str, Any], width: int = 80, most: int = 5) -> str:
+    """The same for people: the likeliest labels first, then the text, shortened."""
+    text = " ".join(said["text"].split())
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    figures = said.get("probabilities") or {name: value for name, value in said.items() if name != "text"}
+    likeliest = sorted(figures.items(), key=lambda pair: -pair[1])[:most]
+    return "  ".join([*(f"{label} {figure:.4f}" for label, figure in likeliest), text])
+
+
+def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:
+    """Draw the confusion matrix as a PNG: counts in the cells, coloured by the part of the row's class."""
+    size = max(3.6, 0.7 * len(report.labels) + 2.2)
+    figure = blank_figure((size + 0.8, size))
+    axes = figure.add_subplot()
+    parts = report.confusion / np.maximum(report.confusion.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(parts, vmin=0.0, vmax=1.0, cmap="Blues")
+    places = np.arange(len(report.labels))
+    axes.set_xticks(places, report.labels, rotation=30 if len(report.labels) > 3 else 0)
+    axes.set_yticks(places, report.labels)
+    axes.set_xlabel("predicted", color=INK)
+    axes.set_ylabel("true", color=INK)
+    axes.set_title(f"accuracy {report.accuracy:.4f}", loc="left", color=INK, fontweight="bold")
+    for (row, column), count in np.ndenumerate(report.confusion):
+        colour = "white" if parts[row, column] > 0.5 else INK
+        axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
+    figure.colorbar(image, label="part of the class")
+    figure.savefig(path)
+    return Path(path)
+
+
+def _ratio(part: Any, whole: Any) -> float:
+    return float(part) / float(whole) if whole else 0.0
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

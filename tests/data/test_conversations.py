@@ -1,0 +1,216 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmq_jax.data import ByteTokenizer, FileTokenizer, default_template, read_conversations, render
+from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.errors import BadInput
+
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Leaves the thought out of all answers but the last, and opens an answer with an empty one.
+FORGETFUL = (
+    "{% for m in messages %}[{{ m['role'] }}]"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def read(tmp_path, *records):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return read_conversations(path)
+
+
+def learned(rendered, train_on="response"):
+    return [rendered.text[start:end] for start, end in rendered.chosen(train_on)]
+
+
+ALPACA = {"instruction": "Say it.", "input": "x 😀", "output": "x."}
+CHAT = {"messages": [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("c"), assistant("d\n")]}
+PROMPT = {"prompt": "1 + 1 =", "completion": " 2"}
+LISTS = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
+
+
+def test_alpaca(tmp_path):
+    full, bare, null = read(tmp_path, ALPACA, {**ALPACA, "input": ""}, {**ALPACA, "input": None, "id": 7})
+    opening = f"{PREAMBLE}\n\n### Instruction:\nSay it.\n\n"
+    rendered = render(full, "alpaca")
+    assert rendered.text == opening + "### Input:\nx 😀\n\n### Response:\nx."
+    assert learned(rendered) == ["x."]
+    for conversation in (bare, null):
+        assert render(conversation, "alpaca").text == opening + "### Response:\nx."
+    rendered = render(full, "chat", ChatTemplate(CHATML))
+    assert "<|im_start|>user\nSay it.\n\nx 😀<|im_end|>\n" in rendered.text
+    assert learned(rendered) == ["x.<|im_end|>\n"]
+
+
+def test_messages(tmp_path):
+    (conversation,) = read(tmp_path, CHAT)
+    template = ChatTemplate(CHATML)
+    rendered = render(conversation, "chat", template)
+    assert rendered.text == template.render(CHAT["messages"], add_generation_prompt=False)
+    first, last = "b<|im_end|>\n", "d\n<|im_end|>\n"
+    assert learned(rendered) == [first, last]
+    assert learned(rendered, "last") == learned(rendered, (1,)) == learned(rendered, (-1, 1)) == [last]
+    assert learned(rendered, (0,)) == [first]
+    assert learned(rendered, (1, 0)) == [first, last]
+    assert learned(rendered, "all") == [rendered.text]
+    with pytest.raises(BadInput, match=r"data\.jsonl: line 1 has 2 answers, numbered from 0, and none with .* 2"):
+        rendered.chosen((2,))
+
+
+def test_prompt_and_completion(tmp_path):
+    (conversation,) = read(tmp_path, PROMPT)
+    rendered = render(conversation, "plain")
+    assert (rendered.text, learned(rendered)) == ("1 + 1 = 2", [" 2"])
+    assert learned(render(conversation, "chat", ChatTemplate(CHATML))) == [" 2<|im_end|>\n"]
+    assert render(conversation, "alpaca").text.endswith("### Instruction:\n1 + 1 =\n\n### Response:\n 2")
+    (conversation,) = read(tmp_path, LISTS)
+    rendered = render(conversation, "chat", ChatTemplate(CHATML))
+    assert learned(rendered) == ["d<|im_end|>\n"], "an answer in the prompt is given"
+
+
+def test_text(tmp_path):
+    (conversation,) = read(tmp_path, {"text": "all of it"})
+    rendered = render(conversation, "plain")
+    assert learned(rendered, "all") == ["all of it"]
+    with pytest.raises(BadInput, match="has no answer to a prompt: train on all of it"):
+        rendered.chosen("response")
+    with pytest.raises(BadInput, match="only the template 'plain'"):
+        render(conversation, "alpaca")
+
+
+def test_a_template_that_rewrites_answers(tmp_path):
+    """What opens an answer need not stand before one that was given; where a rewritten one ends, nobody knows."""
+    (conversation,) = read(tmp_path, CHAT)
+    rendered = render(conversation, "chat", ChatTemplate(FORGETFUL))
+    assert rendered.text == "[system]S</s>[user]a</s>[assistant]b</s>[user]c</s>[assistant]<think></think>d\n</s>"
+    assert learned(rendered, "last") == ["</think>d\n</s>"]
+    with pytest.raises(BadInput, match=r"line 1: the chat template writes an answer in another way.*last one only"):
+        rendered.chosen("response")
+
+
+def test_a_template_that_ends_what_opens_no_answer(tmp_path):
+    """As Phi-3's: the prompt that an answer follows is another beginning than the prompt alone."""
+    ending = CHATML.replace("{% endif %}", "{% else %}<|endoftext|>{% endif %}")
+    (conversation,) = read(tmp_path, CHAT)
+    rendered = render(conversation, "chat", ChatTemplate(ending))
+    assert learned(rendered, "last") == ["d\n<|im_end|>\n<|endoftext|>"]
+    with pytest.raises(BadInput, match="train on the last one only"):
+        rendered.chosen("response")
+
+
+def test_a_template_that_leaves_out_the_answer(tmp_path):
+    """As those for images do with plain text."""
+    (conversation,) = read(tmp_path, CHAT)
+    with pytest.raises(BadInput, match=r"line 1: the chat template leaves out what messages\[2\] says"):
+        render(conversation, "chat", ChatTemplate("{% for m in messages %}[{{ m['role'] }}]{% endfor %}"))
+
+
+def test_batches_do_not_depend_on_the_day(tmp_path):
+    (conversation,) = read(tmp_path, CHAT)
+    rendered = render(conversation, "chat", ChatTemplate("{{ strftime_now('%d %b %Y') }}" + CHATML))
+    assert rendered.text.startswith("26 Jul 2024<|im_start|>system")
+
+
+def test_other_files(tmp_path):
+    pq.write_table(pa.Table.from_pylist([CHAT, CHAT]), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text('instruction,input,output\nSay it.,"x 😀",x.\n')
+    (tmp_path / "a.json").write_text(json.dumps([ALPACA]))
+    first, second = read_conversations(tmp_path / "a.parquet")
+    assert [dict(message) for message in first.messages] == CHAT["messages"]
+    assert second.where.endswith("a.parquet: row 2")
+    csv, js = (read_conversations(tmp_path / name)[0] for name in ("a.csv", "a.json"))
+    assert render(csv, "alpaca").text == render(js, "alpaca").text
+
+
+def test_default_template(tmp_path):
+    (tmp_path / "chat").mkdir()
+    ByteTokenizer().save(tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(CHATML)
+    plain, chat = ByteTokenizer(), FileTokenizer(tmp_path / "chat")
+    for record, without, with_template in (
+        (ALPACA, "alpaca", "chat"),
+        (CHAT, "chat", "chat"),
+        (LISTS, "chat", "chat"),
+        (PROMPT, "plain", "plain"),
+        ({"text": "x"}, "plain", "plain"),
+    ):
+        conversations = read(tmp_path, record)
+        assert (default_template(conversations, plain), default_template(conversations, chat)) == (
+            without,
+            with_template,
+        )
+
+
+BAD = [
+    (
+        {"question": "x", "answer": "y"},
+        r"is no conversation \(fields found: question, answer\): it needs .*; prompt, c",
+    ),
+    ({**ALPACA, "output": " \n"}, r"field 'output': the response is empty"),
+    ({**ALPACA, "output": 5}, r"field 'output' must be a string, not a number"),
+    ({**ALPACA, "input": ["x"]}, r"field 'input' must be a string, not a list"),
+    ({**PROMPT, "completion": ""}, r"field 'completion': the response is empty"),
+    ({**PROMPT, "completion": [assistant("x")]}, r"prompt and completion must both be strings, or both"),
+    ({"messages": "hello"}, r"field 'messages' must be a list of .*, not 'hello'"),
+    ({"messages": []}, r"field 'messages' must be a list"),
+    ({"messages": [user("x"), "y"]}, r"messages\[1\] must be \{\"role\""),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\] has no field 'content' \(fields found: role\)"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] has the role 'tool': choose from system, user"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\] has the role \['user'\]"),
+    ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content must be a string, not null"),
+    ({"messages": [user("x"), assistant(" ")]}, r"messages\[1\]: the response is empty"),
+    ({"messages": [user("\ud800")]}, r"messages\[0\]: content: half a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD)
+def test_bad_records(tmp_path, record, message):
+    with pytest.raises(BadInput, match=rf"data\.jsonl: line 2.*{message}") as caught:
+        read(tmp_path, PROMPT, record)
+    assert "\n" not in str(caught.value)
+
+
+def test_forms_are_not_mixed(tmp_path):
+    with pytest.raises(BadInput, match=r"line 2 has the fields of the form 'alpaca' and .*line 1 those of 'prompt'"):
+        read(tmp_path, PROMPT, ALPACA)
+
+
+@pytest.mark.parametrize(
+    ("record", "template", "message"),
+    [
+        (CHAT, "alpaca", r"takes one message of the user and one answer, not system, user, assistant, user, assistant"),
+        (CHAT, "plain", r"is for records with a prompt and a completion"),
+        (ALPACA, "plain", r"is for records with a prompt and a completion"),
+        (CHAT, "chat", r"the model has no chat template"),
+        (CHAT, "llama", r"unknown template 'llama': choose from alpaca, chat, plain"),
+    ],
+)
+def test_templates_without_a_place(tmp_path, record, template, message):
+    (conversation,) = read(tmp_path, record)
+    with pytest.raises(BadInput, match=message):
+        render(conversation, template)
+
+
+def test_what_a_chat_template_refuses_names_the_row(tmp_path):
+    (conversation,) = read(tmp_path, CHAT)
+    with pytest.raises(BadInput, match=r"data\.jsonl: line 1: the chat template refused .*no system"):
+        render(conversation, "chat", ChatTemplate("{{ raise_exception('no system') }}"))
+    (conversation,) = read(tmp_path, {"messages": [assistant("hello"), user("x"), assistant("y")]})
+    with pytest.raises(BadInput, match=r"line 1 begins with the assistant"):
+        render(conversation, "chat", ChatTemplate(CHATML))

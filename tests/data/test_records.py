@@ -1,0 +1,114 @@
+import gzip
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmq_jax.data import Record, read_records
+from llmq_jax.data.records import iterate_records
+from llmq_jax.errors import BadInput
+
+ROWS = [{"text": 'a "quoted" one', "label": "ham"}, {"text": "zwei, drî 😀", "label": "spam"}]
+
+
+def write(path, content):
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def csv_line(row):
+    return ",".join('"' + value.replace('"', '""') + '"' for value in row.values()) + "\n"
+
+
+FILES = {
+    "a.csv": ("text,label\n" + "".join(map(csv_line, ROWS)), ["line 2", "line 3"]),
+    "a.tsv": ("text\tlabel\n" + "".join("\t".join(row.values()) + "\n" for row in ROWS), ["line 2", "line 3"]),
+    "a.json": (json.dumps(ROWS), ["row 1", "row 2"]),
+    "a.jsonl": ("\n" + "\n\n".join(map(json.dumps, ROWS)), ["line 2", "line 4"]),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("name", FILES)
+def test_formats(tmp_path, name, suffix):
+    content, places = FILES[name]
+    path = write(tmp_path / (name + suffix), content)
+    assert read_records(path) == [Record(f"{path}: {place}", row) for place, row in zip(places, ROWS, strict=True)]
+
+
+def test_parquet_with_columns_of_several_types(tmp_path):
+    path = tmp_path / "a.parquet"
+    messages = [[{"role": "user", "content": "x"}], [{"role": "user", "content": "y"}]]
+    rows = [{"text": "a", "label": 1, "messages": messages[0]}, {"text": None, "label": 0, "messages": messages[1]}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert read_records(path) == [Record(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def test_rows_of_several_lines_are_named_by_their_first(tmp_path):
+    path = write(tmp_path / "a.csv", 'id,text\n1,"two\nlines"\n\n2,x\n')
+    assert [record.where for record in read_records(path)] == [f"{path}: line 2", f"{path}: line 5"]
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_columns_of_a_file_without_header(tmp_path, name, separator):
+    path = write(tmp_path / name, f"ham{separator}x\nspam{separator}y\n")
+    records = read_records(path, columns=["label", "text"])
+    assert [record.fields for record in records] == [{"label": "ham", "text": "x"}, {"label": "spam", "text": "y"}]
+    assert records[0].where == f"{path}: line 1"
+    with pytest.raises(BadInput, match=r"line 1 has 2 fields and 3 columns were named"):
+        read_records(path, columns=["a", "b", "c"])
+
+
+def test_the_text_of_a_field():
+    record = Record("a.csv: line 3", {"text": "x", "number": 5})
+    assert record.text("text") == "x"
+    with pytest.raises(BadInput, match=r"^a\.csv: line 3: field 'number' must be a string, not a number$"):
+        record.text("number")
+    expected = r"^a\.csv: line 3 has no field 'body' \(fields found: text, number\): choose one with --text-field$"
+    with pytest.raises(BadInput, match=expected):
+        record.text("body", "--text-field")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("a.txt", "x", None, r"a\.txt holds no records: give a file that ends in \.json, "),
+        ("a.json", "[]", None, r"a\.json holds no record"),
+        ("a.json", '["x"]', None, r"row 1 must be an object with fields, not a string"),
+        ("a.json", '[{"x": 1}]', ["x"], r"a\.json has names for its fields already"),
+        ("a.jsonl", '{"x": 1}\n5', None, r"line 2 must be an object with fields, not a number"),
+        ("a.tsv", "a\tb\n1\n", None, r"line 2 has 1 fields and the header 2"),
+        ("a.tsv", "a\ta\n1\t2\n", None, r"two columns are called 'a'"),
+        ("a.csv", "a,b\n", None, r"holds no record"),
+        ("a.csv", "", None, r"is empty"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, columns, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        read_records(write(tmp_path / name, content), columns)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(BadInput, match=r"there is no file .*a\.csv"):
+        read_records(tmp_path / "a.csv")
+    with pytest.raises(BadInput, match="is not a file"):
+        (tmp_path / "b.csv").mkdir()
+        read_records(tmp_path / "b.csv")
+
+
+def test_records_come_one_by_one(tmp_path):
+    records = iterate_records(write(tmp_path / "a.csv", "id,text\n" + "1,x\n" * 3 + "1\n"))
+    assert [next(records).fields["id"] for _ in range(3)] == ["1"] * 3
+    with pytest.raises(BadInput, match="line 5"):
+        next(records)
+
+
+def test_any_text_without_tabs_and_line_breaks_survives_tsv(tmp_path):
+    pieces = ['"', '""', "'", ",", ";", "\\", "\\t", " ", "x", "😀", "\u2028", "\x85", "\x0b"]
+    draw = random.Random(0)
+    texts = ["x" + "".join(draw.choices(pieces, k=draw.randint(0, 8))) for _ in range(300)]
+    path = write(tmp_path / "a.tsv", "".join(f"{text}\t{text}\n" for text in texts))
+    assert [record.fields["b"] for record in read_records(path, ["a", "b"])] == texts

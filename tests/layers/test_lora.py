@@ -1,0 +1,303 @@
+"""Adapters: what they compute, where they go, what they merge to, and that nothing of a matrix's size is formed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.peft import module_names
+from llmq_jax.layers import lora
+from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
+from llmq_jax.layers.lora import LoRA
+from llmq_jax.models import DeepSeekV3Config, Gemma3Config, GPT2Config, Llama3Config, MixtralConfig, build, init
+from llmq_jax.objectives import NextToken
+
+SIZES = {
+    "vocab_size": 61,
+    "max_position_embeddings": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 28,
+}
+CONFIGS = {
+    "gpt2": GPT2Config(**SIZES | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}),
+    "llama": Llama3Config(**SIZES, num_key_value_heads=2),
+    "gemma": Gemma3Config(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=("sliding_attention", "sliding_attention", "full_attention"),
+    ),
+    "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+    "deepseek": DeepSeekV3Config(
+        **SIZES,
+        q_lora_rank=12,
+        kv_lora_rank=10,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=12,
+        num_nextn_predict_layers=0,
+    ),
+}
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 12)).astype(np.int32)
+VARIANTS = {
+    "lora": LoRA(rank=3),
+    "rslora on some layers": LoRA(rank=4, alpha=5.0, use_rslora=True, layers=(0, 2)),
+    "dora": LoRA(rank=2, variant="dora", layers=(1, 2), targets=("attention",)),
+    "lora-xs": LoRA(rank=4, variant="lora-xs"),
+    "tinylora": LoRA(rank=2, variant="tinylora", numbers=5),
+    "tied tinylora": LoRA(rank=2, variant="tinylora", numbers=5, tied=True),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def base(request):
+    config = CONFIGS[request.param]
+    return build(config), init(config)
+
+
+def moved(variables, seed=1, size=0.3):
+    """The same with other adapters than fresh ones."""
+    leaves, structure = jax.tree.flatten(variables["lora"])
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return {**variables, "lora": jax.tree.unflatten(structure, jax.tree.map(jnp.add, leaves, noise))}
+
+
+def largest_difference(a, b):
+    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, name):
+    model, variables = base
+    logits = jax.jit(model.apply)
+    fresh = lora.add(variables, model.layer_slots(), VARIANTS[name])
+    reference = logits(variables, TOKENS)
+    # A DoRA divides by the norms that it multiplies with, which rounds; everything else adds zeros.
+    tolerance = 1e-6 if name == "dora" else 0.0
+    assert np.abs(logits(fresh, TOKENS) - reference).max() <= tolerance
+
+    adapted = moved(fresh)
+    expected = logits(adapted, TOKENS)
+    assert np.abs(expected - reference).max() > 0.01
+    merged = lora.merge(lora.spread(adapted))
+    assert merged.keys() == variables.keys()
+    np.testing.assert_allclose(logits(merged, TOKENS), expected, atol=5e-6, rtol=0)
+    if name == "dora":
+        with pytest.raises(BadInput, match="keep the base"):
+            lora.unmerge(merged, adapted)
+    else:
+        parted = lora.unmerge(merged, lora.spread(adapted))
+        assert largest_difference(parted["params"], variables["params"]) < 1e-6
+        assert largest_difference(parted["lora"], lora.spread(adapted)["lora"]) == 0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_and_modules_have_the_adapters_too(base, name):
+    model, variables = base
+    adapted = moved(lora.add(variables, model.layer_slots(), VARIANTS[name]))
+    expected = jax.jit(model.apply)(adapted, TOKENS)
+    outside, layers = model.slice_layers(adapted)
+    caches = model.slice_caches(model.create_caches(2, 16, jnp.float32))
+    decode = jax.jit(model.decode)
+    for place in range(6):
+        hidden, caches = decode(outside, layers, TOKENS[:, [place]], np.full((2, 1), place), caches)
+        logits = model.apply(outside, hidden, method="unembed")[:, 0]
+        np.testing.assert_allclose(logits, expected[:, place], atol=3e-5, rtol=0)
+
+
+def test_layers_that_were_not_chosen_get_no_gradient(base):
+    model, variables = base
+    for spec in (LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), variant="dora", targets="attention")):
+        adapted = moved(lora.add(variables, model.layer_slots(), spec))
+
+        def loss(trained, adapted=adapted):
+            return jnp.square(model.apply({**adapted, "lora": trained}, TOKENS)).mean()
+
+        slots = dict(enumerate(model.layer_slots()))
+        gradients = flatten_dict(jax.jit(jax.grad(loss))(adapted["lora"]))
+        assert gradients
+        for path, gradient in gradients.items():
+            for block, repeat in slots.values():
+                if path[:2] == block:
+                    layer = next(i for i, slot in slots.items() if slot == (block, repeat))
+                    assert np.any(gradient[repeat]) == (layer == 1), path
+
+
+def products(jaxpr):
+    """The shapes of all matrix products in a program, those of its loops and branches among them."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield from (tuple(out.aval.shape) for out in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)
+
+
+def matrices_formed(base, spec):
+    """How many products of the shapes of weight matrices the gradient of a loss takes."""
+    model, variables = base
+    if spec is not None:
+        variables = lora.add(variables, model.layer_slots(), spec)
+    trained = "params" if spec is None else "lora"
+    objective = NextToken(model)
+    batch = {"tokens": jnp.array(TOKENS), "targets": jnp.array(TOKENS), "mask": jnp.ones(TOKENS.shape)}
+
+    def loss(tree):
+        return objective.loss({**variables, trained: tree}, batch, {"loss": jnp.float32(24)}, None)[0]
+
+    names = ("kernel", "up_kernel", "down_kernel", "embedding")
+    shapes = set()
+    for path, leaf in flatten_dict(variables["params"]).items():
+        if path[-1] in names and "router" not in path:
+            stack = path[0].startswith("group_") + (path[-1] in names[1:3])
+            flat = leaf.shape[stack], int(np.prod(leaf.shape[stack + 1 :]))
+            shapes |= {flat, flat[::-1], leaf.shape[stack:]}
+    return sum(shape in shapes for shape in products(jax.make_jaxpr(jax.grad(loss))(variables[trained]).jaxpr))
+
+
+def test_no_gradient_of_a_matrix_is_formed(base):
+    assert matrices_formed(base, LoRA(rank=3)) == 0
+    assert matrices_formed(base, None) >= 4  # the same count sees those of full training
+
+
+def test_the_linear_layer_drops_the_adapters_input_alone():
+    model, variables = build(CONFIGS["llama"]), init(CONFIGS["llama"])
+    fresh = lora.add(variables, model.layer_slots(), LoRA(rank=3, dropout=0.5))
+    apply = jax.jit(lambda variables, key: model.apply(variables, TOKENS, rngs={"dropout": key}))
+    first, second = jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(apply(fresh, first), model.apply(variables, TOKENS))
+    adapted = moved(fresh)
+    assert np.abs(apply(adapted, first) - apply(adapted, second)).max() > 1e-3
+    plain = jax.jit(model.apply)
+    np.testing.assert_array_equal(plain(adapted, TOKENS), plain(adapted, TOKENS))
+    # On average over masks, a linear layer gives what it gives without dropout.
+    x, kernel = jnp.ones((1, 8)), jnp.zeros((8, 5))
+    factors = {"A": jnp.ones((8, 2)), "B": jnp.ones((2, 5))}
+    fixed = {"scale": jnp.float32(1), "dropout": jnp.float32(0.25)}
+    keys = jax.random.split(jax.random.key(2), 2000)
+    mean = jax.vmap(lambda key: lora.adapted(x, x @ kernel, kernel, factors, fixed, key))(keys).mean(0)
+    np.testing.assert_allclose(mean, lora.adapted(x, x @ kernel, kernel, factors, fixed), rtol=0.02)
+
+
+@pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "capacity"])
+@pytest.mark.parametrize("sides", [("up",), ("down",), ("up", "down")])
+def test_experts_with_adapters_are_the_same_however_tokens_come_to_them(capacity_or_name, sides):
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    tokens, experts, width, hidden, rank = 37, 5, 8, 6, 3
+
+    def draw(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    x, ids = draw(tokens, width), jax.random.randint(next(keys), (tokens, 2), 0, experts + 1)
+    weights = jax.nn.softmax(draw(tokens, 2))
+    low_rank = {
+        "up": (draw(experts, width, rank), draw(experts, rank, 2, hidden)),
+        "down": (draw(experts, hidden, rank), draw(experts, rank, width)),
+    }
+    frozen = {"up": draw(experts, width, 2, hidden), "down": draw(experts, hidden, width)}
+    biases = {"up_bias": draw(experts, 2, hidden), "down_bias": draw(experts, width)}
+    learning = biases | {f"{side}_low_rank": low_rank[side] for side in sides}
+    learning |= {name: leaf for name, leaf in frozen.items() if name not in sides}
+
+    def loss(learning, x, name):
+        weights_of_experts = ExpertWeights(**frozen | learning)
+        mixed, _ = dispatch(
+            x, ids, weights, weights_of_experts, lambda parts: jax.nn.silu(parts[..., 0, :]) * parts[..., 1, :],
+            name, 2 * tokens if name == "capacity" else None,
+        )  # fmt: skip
+        return jnp.sin(mixed).sum(), mixed
+
+    value = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    (_, expected), reference = value(learning, x, "dense")
+    (_, mixed), gradients = value(learning, x, capacity_or_name)
+    np.testing.assert_allclose(mixed, expected, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), gradients, reference)
+
+
+def test_factors_of_the_largest_singular_values():
+    rng = np.random.default_rng(0)
+    for shape in ((2, 9, 6), (2, 6, 9)):
+        w = rng.normal(size=shape).astype(np.float32)
+        left, values, right = lora._largest_singular(w, 3)
+        np.testing.assert_allclose(values, np.linalg.svd(w, compute_uv=False)[:, :3], rtol=1e-6)
+        u, s, vt = np.linalg.svd(w)
+        best = (u[..., :3] * s[:, None, :3]) @ vt[:, :3]
+        np.testing.assert_allclose((left * values[:, None]) @ right, best, atol=1e-5)
+
+
+def test_targets_are_named_by_groups_our_names_or_those_of_transformers():
+    model, variables = build(CONFIGS["deepseek"]), init(CONFIGS["deepseek"])
+    aliases = module_names(CONFIGS["deepseek"])
+
+    def inside(*targets):
+        found = lora.adapters(lora.add(variables, model.layer_slots(), LoRA(rank=1, targets=targets), aliases))
+        return {"/".join(path[2:] if path[-1] != "kernel" else path[2:-1]) or path[0] for path in found}
+
+    attention = {f"attention/{name}" for name in ("query_down", "query_up", "latent_down", "latent_up", "out")}
+    dense, shared = ({f"{where}/{name}" for name in ("gate", "up", "down")} for where in ("mlp", "moe/shared"))
+    experts = {"moe/up_kernel", "moe/down_kernel"}
+    assert inside("attention") == attention
+    assert inside("mlp") == dense | shared | experts
+    assert inside("all-linear") == attention | dense | shared | experts
+    assert inside("kv_b_proj", "lm_head") == {"attention/latent_up", "lm_head"}
+    assert inside("mlp.down_proj") == {"mlp/down"}
+    assert inside("down_proj") == {"mlp/down", "moe/shared/down", "moe/down_kernel"}
+    assert inside("latent_*", "router") == {"attention/latent_down", "attention/latent_up", "moe/router"}
+
+
+def test_what_trains_is_counted_in_the_layers_that_have_it():
+    model, variables = build(CONFIGS["llama"]), init(CONFIGS["llama"])
+
+    def count(**fields):
+        return lora.trained_numbers(lora.add(variables, model.layer_slots(), LoRA(**fields)))
+
+    assert count(rank=2, targets="query") == 3 * 2 * (16 + 16)
+    assert count(rank=2, targets="query", layers=(1,)) == 2 * (16 + 16)
+    assert count(rank=2, targets="query", variant="dora") == 3 * (2 * (16 + 16) + 16)
+    assert count(rank=2, variant="lora-xs") == 3 * 7 * 2 * 2
+    assert count(rank=2, variant="tinylora", numbers=5) == 3 * 7 * 5
+    assert count(rank=2, variant="tinylora", numbers=5, tied=True) == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"alpha": 0.0}, "alpha=0.0 must be positive"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"variant": "lorax"}, "variant='lorax' is unknown"),
+        ({"tied": True}, "tied=True has no effect but on tinylora"),
+        ({"targets": "querry"}, "'querry' matches no matrix; there are all-linear, attention, mlp, attention/key"),
+        ({"layers": (3,)}, "layer 3 does not exist; the model has layers 0 to 2"),
+        ({"rank": 17}, "rank=17 is above that of group_0/block_0/attention/out/kernel, a matrix of rank 16"),
+        ({"dropout": 0.1, "targets": "moe/*"}, "dropout=0.1 does not act on stacked experts"),
+        ({"variant": "dora"}, "variant='dora' does not act on stacked experts"),
+    ],
+)
+def test_bad_adapters_are_refused_in_one_line(fields, message):
+    config = CONFIGS["mixtral"]
+    with pytest.raises(BadInput) as error:
+        lora.add(init(config), build(config).layer_slots(), LoRA(**fields))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_with_adapters_takes_no_others():
+    model, variables = build(CONFIGS["llama"]), init(CONFIGS["llama"])
+    adapted = lora.add(variables, model.layer_slots(), LoRA())
+    with pytest.raises(BadInput, match="has adapters already"):
+        lora.add(adapted, model.layer_slots(), LoRA())

@@ -1,0 +1,247 @@
+"""Classifiers of all architectures against transformers' `...ForSequenceClassification`: logits, gradients, folders.
+
+transformers finds the last real token by its id: rows are padded with a token that stands in no text. Ours goes by
+lengths or segments.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llmq_jax.interop import config_from_hf, config_to_hf, from_state_dict, to_state_dict
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.huggingface import save_hf
+from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.models import build
+from llmq_jax.objectives.classification import Classification
+from tests.parity.decoders import LOGITS, LOSS
+from tests.parity.references import assert_same_gradients, numpy_gradients, numpy_state, randomise
+
+LABELS = ("ham", "spam", "it's complicated")
+PAD, LENGTH = 0, 24
+LENGTHS = np.array([LENGTH, 9, 1, 17])
+CLASSES = np.array([2, 0, 1, 1])
+SIZES = {
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 56,
+}
+FIELDS = {
+    "gpt2": {"vocab_size": 101, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "llama": SIZES | {"num_key_value_heads": 2},
+    "mixtral": SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "final_logit_softcapping": 0.1},
+    "gemma3_text": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
+    "deepseek_v3": SIZES
+    | {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    | {"moe_intermediate_size": 20, "num_key_value_heads": 4},
+}
+CLASSES_OF_TRANSFORMERS = {
+    "gpt2": transformers.GPT2ForSequenceClassification,
+    "llama": transformers.LlamaForSequenceClassification,
+    "mixtral": transformers.MixtralForSequenceClassification,
+    "gemma2": transformers.Gemma2ForSequenceClassification,
+    "gemma3_text": transformers.Gemma3TextForSequenceClassification,
+    "deepseek_v3": transformers.DeepseekV3ForSequenceClassification,
+}
+
+
+def their_config(model_type, labels=LABELS):
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return transformers.AutoConfig.for_model(
+        model_type, **FIELDS[model_type], **names, bos_token_id=1, eos_token_id=2, pad_token_id=PAD
+    )
+
+
+def their_model(model_type, labels=LABELS):
+    config = their_config(model_type, labels)
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    assert type(model) is CLASSES_OF_TRANSFORMERS[model_type]
+    randomise(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=FIELDS)
+def pair(request):
+    """(transformers' model with random weights, ours with the same)."""
+    theirs = their_model(request.param)
+    config = config_from_hf(theirs.config.to_dict() | {"architectures": [type(theirs).__name__]})
+    lm = LanguageModel(config, build(config), from_state_dict(numpy_state(theirs), config))
+    return theirs, lm
+
+
+def rows(side="right", seed=0):
+    """(tokens, whether each is real): texts of unequal length, none of which holds the padding's token."""
+    rng = np.random.default_rng(seed)
+    tokens = np.full((len(LENGTHS), LENGTH), PAD)
+    for row, length in zip(tokens, LENGTHS, strict=True):
+        start = 0 if side == "right" else LENGTH - length
+        row[start : start + length] = rng.integers(1, 101, length)
+    return tokens, tokens != PAD
+
+
+def their_inputs(tokens, real):
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    inputs = {"input_ids": tokens, "attention_mask": real.astype(int), "position_ids": positions}
+    return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in inputs.items()}
+
+
+def their_logits(model, tokens, real):
+    with torch.no_grad():
+        return model(**their_inputs(tokens, real), use_cache=False).logits.float().numpy()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits(pair, side):
+    theirs, ours = pair
+    tokens, real = rows(side)
+    expected = their_logits(theirs, tokens, real)
+    assert expected.std() > 0.5, "logits this flat would hide a fault"
+    found = ours.classify(tokens, segment_ids=real.astype(int))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=LOGITS)
+
+
+def test_the_side_and_the_tokens_of_padding_change_nothing(pair):
+    _, ours = pair
+    (right, real), (left, real_left) = rows("right"), rows("left")
+    expected = ours.classify(right, lengths=LENGTHS)
+    np.testing.assert_allclose(ours.classify(left, segment_ids=real_left.astype(int)), expected, rtol=0, atol=5e-5)
+    np.testing.assert_array_equal(ours.classify(np.where(real, right, 77), lengths=LENGTHS), expected)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(ours.classify(right[row : row + 1, :length])[0], expected[row], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("class_weights", [None, (0.5, 3.0, 1.25)])
+def test_loss_and_gradients(pair, class_weights):
+    """By class weights as torch's CrossEntropyLoss has them; rows that do not count are as if not there."""
+    theirs, ours = pair
+    tokens, real = rows()
+    theirs.zero_grad()
+    logits = theirs(**their_inputs(tokens, real), use_cache=False).logits
+    weight = None if class_weights is None else torch.tensor(class_weights)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(CLASSES), weight=weight)
+    expected.backward()
+
+    batch = {
+        "tokens": np.append(tokens, tokens[::-1], axis=0).astype(np.int32),
+        "lengths": np.append(LENGTHS, [0, 3, 3, 3]).astype(np.int32),
+        "labels": np.append(CLASSES, [0, 1, 2, 0]).astype(np.int32),
+        "mask": np.array([1, 1, 1, 1, 0, 0, 0, 0], np.float32),
+    }
+    objective = Classification(ours.model, class_weights)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_and_gradients(variables, batch):
+        return objective.loss(variables, batch, objective.weights(batch))[0]
+
+    loss, gradients = loss_and_gradients(ours.variables, batch)
+    assert abs(float(loss) - expected.item()) < LOSS
+    found = to_state_dict(gradients, ours.config)
+    for name in [name for name, _ in theirs.named_buffers() if name in found]:
+        assert not found.pop(name).any()
+    assert_same_gradients(found, numpy_gradients(theirs, found))
+
+
+def test_their_own_loss(pair):
+    theirs, ours = pair
+    tokens, real = rows()
+    with torch.no_grad():
+        expected = theirs(**their_inputs(tokens, real), labels=torch.tensor(CLASSES), use_cache=False).loss.item()
+    batch = {"tokens": tokens, "lengths": LENGTHS, "labels": CLASSES, "mask": np.ones(4)}
+    batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
+    objective = Classification(ours.model)
+    loss, metrics, _ = objective.loss(ours.variables, batch, objective.weights(batch))
+    assert abs(float(loss) - expected) < LOSS
+    right = (their_logits(theirs, tokens, real).argmax(-1) == CLASSES).mean()
+    assert float(metrics["accuracy"]) == pytest.approx(right)
+
+
+def test_a_folder_of_transformers_is_loaded(pair, tmp_path):
+    theirs, _ = pair
+    theirs.save_pretrained(tmp_path)
+    lm = load(tmp_path)
+    assert lm.config.labels == LABELS and lm.generation.pad_token_id == PAD
+    tokens, real = rows()
+    expected = their_logits(theirs, tokens, real)
+    np.testing.assert_allclose(lm.classify(tokens, lengths=LENGTHS), expected, rtol=0, atol=LOGITS)
+
+
+def test_a_folder_of_ours_is_loaded_by_transformers(pair, tmp_path):
+    theirs, ours = pair
+    save_hf(ours.replace(generation=GenerationConfig(pad_token_id=PAD)), tmp_path / "ours")
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
+    assert type(model) is type(theirs)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.id2label == dict(enumerate(LABELS)) and model.config.num_labels == 3
+    assert model.config.label2id == {label: i for i, label in enumerate(LABELS)}
+    assert model.config.pad_token_id == PAD
+    # A batch, padded, which transformers refuses where there is no token for padding.
+    tokens, real = rows()
+    np.testing.assert_array_equal(their_logits(model.eval(), tokens, real), their_logits(theirs, tokens, real))
+    # And back.
+    again = load(tmp_path / "ours")
+    assert again.config == ours.config
+    jax.tree.map(np.testing.assert_array_equal, again.variables, ours.variables)
+
+
+@pytest.mark.parametrize("model_type", FIELDS)
+def test_a_scalar_head(model_type, tmp_path):
+    theirs = their_model(model_type, labels=("reward",))
+    theirs.save_pretrained(tmp_path)
+    lm = load(tmp_path)
+    tokens, real = rows()
+    found = lm.classify(tokens, lengths=LENGTHS)
+    assert lm.config.labels == ("reward",) and found.shape == (4, 1)
+    np.testing.assert_allclose(found, their_logits(theirs, tokens, real), rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("model_type", FIELDS)
+def test_exported_fields_are_those_of_transformers(model_type):
+    config = config_from_hf(their_config(model_type).to_dict() | {"architectures": ["AForSequenceClassification"]})
+    values = json.loads(json.dumps(config_to_hf(config)))
+    assert values["architectures"] == [CLASSES_OF_TRANSFORMERS[model_type].__name__]
+    theirs = transformers.AutoConfig.for_model(**values)
+    assert set(values) <= set(theirs.to_dict())
+    assert config_from_hf(theirs.to_dict()) == config
+
+
+def test_unnamed_classes_have_the_names_of_transformers(tmp_path):
+    config = transformers.LlamaConfig(**FIELDS["llama"], num_labels=4, pad_token_id=PAD)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    assert (
+        load(tmp_path).config.labels == tuple(config.id2label.values()) == ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")
+    )
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["id2label"], values["label2id"]
+    assert config_from_hf(values).labels == ("LABEL_0", "LABEL_1")  # as in files of the default two
+
+
+def test_the_classifier_of_a_multimodal_model(tmp_path):
+    """Its text part is read, with its head."""
+    text = transformers.Gemma3TextConfig(**FIELDS["gemma3_text"], pad_token_id=PAD)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **names)
+    theirs = transformers.Gemma3ForSequenceClassification(config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="tensors of other parts are ignored"):
+        lm = load(tmp_path)
+    assert lm.config.labels == LABELS
+    tokens, real = rows()
+    expected = their_logits(theirs, tokens, real)
+    np.testing.assert_allclose(lm.classify(tokens, lengths=LENGTHS), expected, rtol=0, atol=LOGITS)

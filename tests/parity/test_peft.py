@@ -1,0 +1,334 @@
+"""Adapters against PEFT, on disk both ways: logits, gradients, what is refused."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import llmq_jax as lq
+from llmq_jax.errors import BadInput
+from llmq_jax.interop import config_from_hf, from_state_dict
+from llmq_jax.interop.peft import PREFIX, experts_module, sites_of
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.layers import lora
+from llmq_jax.models import build
+from llmq_jax.objectives import NextToken
+from tests.parity.decoders import LOGITS, LOSS, draw_tokens, make_pair, their_logits
+from tests.parity.references import numpy_state, randomise
+
+SIZES = {
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+}
+FIELDS = {
+    "gpt2": {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "llama": SIZES | {"num_key_value_heads": 2, "attention_bias": True},
+    "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
+    "gemma3_text": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
+    "mixtral": SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": SIZES
+    | {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    | {"moe_intermediate_size": 20, "num_key_value_heads": 4, "num_nextn_predict_layers": 0},
+}
+SOME = {
+    "gpt2": ["attn.c_attn", "c_fc"],
+    "deepseek_v3": ["q_b_proj", "kv_b_proj"],
+    "mixtral": ["q_proj", "o_proj"],
+}
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+def peft_config(kind, model_type):
+    """What PEFT is asked for; everything starts random, so that it changes something."""
+    some = SOME.get(model_type, ["q_proj", "down_proj"])
+    common = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+    if kind == "all":
+        experts = EXPERTS if model_type in ("mixtral", "deepseek_v3") else {}
+        return peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **experts, **common)
+    if kind == "some layers, rslora, dora":
+        fields = {"use_dora": True, "use_rslora": True, "layers_to_transform": [0, 2]}
+        return peft.LoraConfig(r=4, target_modules=some, **fields, **common)
+    if kind == "patterns":
+        patterns = {"rank_pattern": {some[0]: 5}, "alpha_pattern": {some[1]: 20, f"2.*{some[0]}": 3}}
+        return peft.LoraConfig(r=2, target_modules=some, **patterns, **common)
+    assert kind == "tinylora"
+    start = {"init_weights": "uniform", "init_v_bound": 0.7}
+    return peft.TinyLoraConfig(r=2, u=5, weight_tying=0.6, target_modules="all-linear", task_type="CAUSAL_LM", **start)
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory):
+    @functools.cache
+    def make(model_type):
+        theirs, lm = make_pair(model_type, FIELDS[model_type])
+        folder = tmp_path_factory.mktemp("base")
+        theirs.save_pretrained(folder)
+        return lambda: type(theirs).from_pretrained(folder, attn_implementation="eager").eval(), lm
+
+    return make
+
+
+@pytest.fixture(scope="module", params=FIELDS)
+def pair(request, pair_of):
+    """(a function that gives transformers' model anew, ours)."""
+    return pair_of(request.param)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "mixtral"])
+def two(request, pair_of):
+    """The same of two that differ most: Conv1D, and experts."""
+    return pair_of(request.param)
+
+
+KINDS = ("all", "some layers, rslora, dora", "patterns", "tinylora")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_peft_and_back(pair, kind, tmp_path):
+    anew, lm = pair
+    adapted = peft.get_peft_model(anew(), peft_config(kind, lm.config.model_type)).eval()
+    adapted.save_pretrained(tmp_path / "theirs")
+    tokens = draw_tokens(lm)
+    expected = their_logits(adapted, tokens)
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    assert np.abs(expected - lm.logits(tokens)).max() > 0.05
+    np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(lq.merge(ours).logits(tokens), expected, atol=LOGITS, rtol=0)
+
+    lq.save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
+    np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+    again, first = (jax.tree.leaves(lora.merge(x.variables)) for x in (lq.load_adapter(lm, tmp_path / "ours"), ours))
+    assert max(np.abs(a - b).max() for a, b in zip(again, first, strict=True)) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank": 3, "alpha": 7.0},
+        {"rank": 4, "use_rslora": True, "dropout": 0.25, "targets": "attention"},
+        {"rank": 2, "layers": (1,)},
+        {"rank": 2, "variant": "dora", "targets": "attention"},
+        {"rank": 3, "variant": "lora-xs", "targets": "attention"},
+        {"rank": 2, "variant": "tinylora", "numbers": 4, "tied": True, "targets": "attention"},
+    ],
+)
+def test_adapters_of_ours_load_in_peft(two, fields, tmp_path):
+    anew, lm = two
+    ours = moved(lq.lora(lm, **fields))
+    lq.save_adapter(ours, tmp_path / "ours", base="org/base")
+    with (tmp_path / "ours" / "adapter_config.json").open() as file:
+        written = json.load(file)
+    assert written["base_model_name_or_path"] == "org/base"
+    if written["peft_type"] == "LORA":
+        assert written["lora_dropout"] == fields.get("dropout", 0.0)
+    loaded = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
+    tokens = draw_tokens(lm)
+    expected = ours.logits(tokens)
+    assert np.abs(expected - lm.logits(tokens)).max() > 0.005
+    np.testing.assert_allclose(their_logits(loaded, tokens), expected, atol=LOGITS, rtol=0)
+
+
+def moved(lm, size=0.05):
+    """The same with other adapters than fresh ones."""
+    leaves, structure = jax.tree.flatten(lm.variables["lora"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [leaf + size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return lm.replace(variables={**lm.variables, "lora": jax.tree.unflatten(structure, noise)})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["all", "some layers, rslora, dora"])
+def test_loss_and_gradients_are_those_of_peft(pair, kind, tmp_path):
+    anew, lm = pair
+    adapted = peft.get_peft_model(anew(), peft_config(kind, lm.config.model_type)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens = draw_tokens(lm)
+    loss = adapted(input_ids=torch.tensor(tokens), labels=torch.tensor(tokens), use_cache=False).loss
+    loss.backward()
+
+    ours = lq.load_adapter(lm, tmp_path / "adapter")
+    objective = NextToken(ours.model)
+    targets = jnp.roll(jnp.asarray(tokens, jnp.int32), -1, axis=1)
+    mask = jnp.ones(tokens.shape).at[:, -1].set(0)
+    batch = {"tokens": jnp.asarray(tokens, jnp.int32), "targets": targets, "mask": mask}
+
+    def our_loss(trained):
+        variables = {**ours.variables, "lora": trained}
+        return objective.loss(variables, batch, objective.weights(batch), None)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(our_loss))(ours.variables["lora"])
+    np.testing.assert_allclose(value, loss.item(), atol=LOSS, rtol=0)
+
+    # Gradients are written like adapters, and read by PEFT's names: with the scale 1, as tensors they are the same.
+    theirs = {name.replace(".default", ""): p.grad.numpy() for name, p in adapted.named_parameters() if p.requires_grad}
+    as_saved(ours, gradients, theirs)
+
+
+def as_saved(ours, gradients, theirs):
+    """Every gradient of theirs against the part of ours that it belongs to."""
+    found = lora.adapters({**ours.variables, "lora": gradients})
+    compared = 0
+    for site in sites_of(ours.config):
+        pair = found.get(site.placement.path[1:])
+        module = experts_module(site, found) if site.of_experts else site.module
+        for name, leaf in (pair[0] if pair else {}).items():
+            key = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}.get(name)
+            if key is None or f"{PREFIX}{module}.{key}" not in theirs:
+                continue
+            expected = theirs.pop(f"{PREFIX}{module}.{key}")
+            part = np.asarray(leaf)[site.placement.slot]
+            if name == "A":  # [D, R], of experts [E, D, R]
+                part = part.swapaxes(-1, -2).reshape(-1, part.shape[-2])
+                part = part[: len(expected)] if not site.of_experts else part
+            elif name == "B" and site.of_experts:
+                part = part.reshape(*part.shape[:2], -1).transpose(2, 1, 0).reshape(expected.shape)
+            elif name == "B":
+                part = part.reshape(len(part), -1).T[:, : expected.shape[1]]
+            else:
+                part = part.reshape(-1)
+            largest = np.abs(expected).max()
+            np.testing.assert_allclose(part, expected, atol=1e-4 * largest + 1e-9, rtol=0, err_msg=f"{module} {name}")
+            compared += 1
+    assert not theirs, sorted(theirs)
+    assert compared
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_classifiers_head_goes_along(tmp_path):
+    fields = FIELDS["llama"] | {"num_labels": 3, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model("llama", **fields)
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "base")
+    our_config = config_from_hf(config.to_dict() | {"architectures": ["LlamaForSequenceClassification"]})
+    lm = LanguageModel(our_config, build(our_config), from_state_dict(numpy_state(theirs), our_config))
+    spec = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    adapted = peft.get_peft_model(theirs, spec).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(1, 61, (3, 9))
+    with torch.no_grad():
+        expected = adapted(input_ids=torch.tensor(tokens)).logits.numpy()
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    np.testing.assert_allclose(ours.classify(tokens), expected, atol=LOGITS, rtol=0)
+    lq.save_adapter(ours, tmp_path / "ours")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    back = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(back(input_ids=torch.tensor(tokens)).logits, expected, atol=LOGITS, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """(ours, a folder with an adapter for it)."""
+    theirs, lm = make_pair("llama", FIELDS["llama"])
+    folder = tmp_path_factory.mktemp("adapter")
+    spec = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(theirs, spec).save_pretrained(folder)
+    return lm, folder
+
+
+def test_several_adapters_share_their_base(llama, tmp_path):
+    lm, folder = llama
+    first, second = lq.load_adapter(lm, folder), lq.lora(lm, rank=2)
+    for other in (first, second):
+        assert all(a is b for a, b in zip(jax.tree.leaves(other.params), jax.tree.leaves(lm.params), strict=True))
+    tokens = draw_tokens(lm)
+    np.testing.assert_array_equal(second.logits(tokens), lm.logits(tokens))
+    assert np.abs(first.logits(tokens) - lm.logits(tokens)).max() > 0.01
+    # Another adapter takes the place of the one that was there.
+    np.testing.assert_array_equal(lq.load_adapter(second, folder).logits(tokens), first.logits(tokens))
+    # What generates has it, and so has what is saved.
+    greedy = lq.Sampler(temperature=0.0)
+    prompt = [list(tokens[0, :4])]
+    expected = lq.generate(lq.merge(first), prompt, max_new_tokens=8, sampler=greedy).tokens
+    np.testing.assert_array_equal(lq.generate(first, prompt, max_new_tokens=8, sampler=greedy).tokens, expected)
+    loaded = lq.load(lq.save_hf(first, tmp_path / "merged"))
+    np.testing.assert_allclose(loaded.logits(tokens), first.logits(tokens), atol=LOGITS, rtol=0)
+    lq.language_model.save(first, tmp_path / "own")
+    np.testing.assert_array_equal(lq.load(tmp_path / "own").logits(tokens), first.logits(tokens))
+
+
+def changed(folder, target, config=None, tensors=None):
+    """A copy of an adapter with other fields, or with tensors that `tensors` makes of its own."""
+    target.mkdir()
+    values = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
+    (target / "adapter_config.json").write_text(json.dumps(values))
+    state = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors(state) if tensors else state, target / "adapter_model.safetensors")
+    return target
+
+
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"peft_type": "VERA"}, None, "peft_type='VERA' is not supported; LORA and TINYLORA are"),
+        ({"bias": "all"}, None, "bias='all' is not supported, only 'none'"),
+        ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' changed the base"),
+        (
+            {"base_model_name_or_path": "org/other"},
+            lambda state: state | {NAME: np.zeros((3, 48), np.float32)},
+            f"{NAME} is [3, 48] instead of [r, 32]: it is an adapter of another base (org/other)",
+        ),
+        ({}, lambda state: state | {"base_model.model.odd": np.zeros(3)}, "base_model.model.odd has no place in this"),
+        (
+            {},
+            lambda state: state | {NAME.replace("layers.0", "layers.7"): np.zeros((3, 32))},
+            "layers.7.self_attn.q_proj.lora_A.weight has no place in this llama",
+        ),
+        (
+            {},
+            lambda state: state | {"base_model.model.score.weight": np.zeros((2, 32))},
+            "it is a classifier's: load it onto one (lq.with_classifier)",
+        ),
+        (
+            {},
+            lambda state: {name: x for name, x in state.items() if name != NAME.replace("lora_A", "lora_B")},
+            "lora_A.weight and no lora_B",
+        ),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, config, tensors, message):
+    lm, folder = llama
+    with pytest.raises(BadInput) as error:
+        lq.load_adapter(lm, changed(folder, tmp_path / "changed", config, tensors))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_adapter_is_refused(llama, tmp_path):
+    lm, folder = llama
+    with pytest.raises(BadInput, match=r"holds no adapter_config\.json"):
+        lq.load_adapter(lm, tmp_path)
+    with pytest.raises(BadInput, match="has no adapters to write"):
+        lq.save_adapter(lm, tmp_path / "new")
+    ours = lq.load_adapter(lm, folder)
+    with pytest.raises(BadInput, match="is not empty"):
+        lq.save_adapter(ours, folder)
+    lq.save_adapter(ours, tmp_path / "kept")
+    lq.save_adapter(ours, tmp_path / "kept", overwrite=True)
+    (tmp_path / "kept" / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match=r"holds notes\.txt"):
+        lq.save_adapter(ours, tmp_path / "kept", overwrite=True)

@@ -1,0 +1,216 @@
+"""The recipe on two classes that a tiny model tells apart: it learns, leaves its figures, resumes, refuses."""
+
+import json
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.command_line import run
+from llmq_jax.data import ByteTokenizer
+from llmq_jax.language_model import LanguageModel, load, save, with_classifier
+from llmq_jax.models import build, init
+from train.classifier import main
+
+WORDS = {"ham": ["noon", "lunch", "see you", "ok"], "spam": ["WIN", "PRIZE", "CALL", "FREE"]}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A language model that knows nothing."""
+    config = lq.Llama3Config(
+        vocab_size=257,
+        max_position_embeddings=48,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        initializer_range=0.1,
+    )
+    lm = LanguageModel(config, build(config), init(config, seed=1), ByteTokenizer())
+    return save(lm, tmp_path_factory.mktemp("base") / "lm")
+
+
+@pytest.fixture(scope="session")
+def messages(tmp_path_factory):
+    """60 ham and 30 spam, and five that come twice."""
+    path = tmp_path_factory.mktemp("data") / "messages.csv"
+    draw = random.Random(0)
+    rows = [
+        ("ham" if i % 3 else "spam", f"{i} " + " ".join(draw.choices(WORDS["ham" if i % 3 else "spam"], k=4)))
+        for i in range(90)
+    ]
+    path.write_text("label,text\n" + "".join(f"{label},{text}\n" for label, text in rows + rows[:5]))
+    return path
+
+
+TINY = ["--train=all", "--learning-rate=2e-2", "--batch-size=8", "--log-every=1", "--sample-every=0", "--device=cpu"]
+
+
+@pytest.fixture
+def classifier(capsys, monkeypatch, tmp_path, base, messages):
+    """`classifier(*options)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options, data=messages, model=base, tiny=TINY):
+        arguments = [f"--data={data}", f"--init-from={model}", "--out=run", *tiny, *map(str, options)]
+        with pytest.raises(SystemExit) as exit:
+            run(main, arguments, program="python -m train.classifier")
+        return exit.value.code, *capsys.readouterr()
+
+    return call
+
+
+def records():
+    return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(classifier):
+    code, out, err = classifier("--epochs", 5, "--sample-every", 20, "--evaluate-every", 20)
+    assert (code, err) == (0, "")
+    assert "95 texts in" in out and "5 duplicates removed" in out
+    assert "training:   63 texts (42 ham, 21 spam)" in out
+    assert "validation: 9 texts (6 ham, 3 spam)" in out
+    assert "test:       18 texts (12 ham, 6 spam)" in out
+    assert "classes: ham, spam; the head is fresh" in out
+    assert json.loads(Path("run/config.json").read_text())["options"]["steps"] == 40  # 5 times 8 batches
+    first, last = records()[0], [r for r in records() if "accuracy" in r][-1]
+    assert last["loss"] < 0.2 < first["loss"]
+    assert [r["step"] for r in records() if "validation_accuracy" in r] == [20, 40]
+
+    figures = json.loads(Path("run/test.json").read_text())
+    assert figures["texts"] == 18 and figures["accuracy"] > 0.9
+    assert np.sum(figures["confusion"]["rows_true_columns_predicted"]) == 18
+    assert set(figures["classes"]["spam"]) == {"precision", "recall", "f1", "texts"}
+    assert f"test on 18 texts: accuracy {figures['accuracy']:.4f}" in out and "true \\ predicted" in out
+    errors = [json.loads(line) for line in Path("run/errors.jsonl").read_text().splitlines()]
+    assert len(errors) == 18 - round(18 * figures["accuracy"])
+    assert Path("run/confusion.png").exists() and Path("run/losses.png").exists()
+    assert "spam 0." in Path("run/samples.txt").read_text() or "ham 0." in Path("run/samples.txt").read_text()
+
+    lm = load("run")
+    assert lm.config.labels == ("ham", "spam")
+    assert lm.classify(["WIN A PRIZE CALL"])[0].argmax() == 1 and lm.classify(["see you at noon"])[0].argmax() == 0
+    # The same command again finds it finished, and tests again.
+    code, again, _ = classifier("--epochs", 5, "--sample-every", 20, "--evaluate-every", 20)
+    assert code == 0 and "is finished already" in again and "test on 18 texts" in again
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(classifier, monkeypatch):
+    options = ("--steps", 10, "--checkpoint-every", 4, "--evaluate-every", 5)
+    classifier(*options)
+    whole, figures = load("run").variables, json.loads(Path("run/test.json").read_text())
+    losses = [r["loss"] for r in records() if "loss" in r]
+
+    from llmq_jax.data.length_buckets import LabelledBatches
+
+    get = LabelledBatches.__getitem__
+
+    def fail_at_seven(self, index):
+        if index == 7:
+            raise KeyboardInterrupt
+        return get(self, index)
+
+    Path("run").rename("whole")
+    monkeypatch.setattr(LabelledBatches, "__getitem__", fail_at_seven)
+    assert classifier(*options)[0] == 130
+    monkeypatch.setattr(LabelledBatches, "__getitem__", get)
+    code, out, _ = classifier(*options)
+    assert code == 0 and "resuming run from step" in out
+    jax.tree.map(np.testing.assert_array_equal, load("run").variables, whole)
+    assert [r["loss"] for r in records() if "loss" in r] == losses
+    assert json.loads(Path("run/test.json").read_text()) == figures
+
+
+@pytest.mark.parametrize("train", ["head", "blocks", "lora"])
+def test_parts_of_the_model_train(classifier, train):
+    code, out, err = classifier("--steps", 4, "--sample-every", 2, f"--train={train}")
+    assert (code, err) == (0, "") and f"parameters ({train})" in out
+    lm = load("run")
+    assert lm.config.labels == ("ham", "spam") and lm.classify(["a", "bb"]).shape == (2, 2)
+    figures = json.loads(Path("run/test.json").read_text())
+    assert figures["texts"] == 18
+
+
+def test_classes_may_be_balanced_or_weighed(classifier):
+    _, out, _ = classifier("--steps", 1, "--balance")
+    assert "balanced to 60" in out and "training:   42 texts (21 ham, 21 spam)" in out
+    Path("run").rename("balanced")
+    code, out, _ = classifier("--steps", 1, "--class-weights")
+    assert code == 0 and "training:   63 texts (42 ham, 21 spam)" in out
+
+
+def test_splits_follow_their_seed_alone(classifier):
+    def digests(*options):
+        classifier("--steps", 1, *options)
+        config = json.loads(Path("run/config.json").read_text())
+        for path in sorted(Path("run").rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        Path("run").rmdir()
+        return [config[f"{name}_sha256"] for name in ("training", "validation", "test")]
+
+    first = digests()
+    assert digests("--seed", 3) == first and digests("--split-seed", 3) != first
+    assert digests("--validation-fraction", 0.2)[2] != digests("--max-length", 4)[2]
+
+
+def test_files_of_their_own_for_validation_and_test(classifier, tmp_path):
+    """Texts that are in them too are not learned."""
+    (tmp_path / "validation.csv").write_text("label,text\nspam,WIN\nham,ok\n")
+    (tmp_path / "test.csv").write_text("label,text\nspam,PRIZE\nham,noon\nham,lunch\n")
+    (tmp_path / "all.csv").write_text("label,text\n" + "".join(f"ham,a{i}\nspam,b{i}\n" for i in range(9)) + "ham,ok\n")
+    files = ("--validation-data", "validation.csv", "--test-data", "test.csv")
+    code, out, _ = classifier("--steps", 2, *files, data="all.csv")
+    assert code == 0 and "1 that are in the other files removed" in out
+    assert "training:   18 texts (9 ham, 9 spam)" in out and "test:       3 texts (2 ham, 1 spam)" in out
+
+
+def test_columns_without_a_header(classifier, tmp_path):
+    (tmp_path / "m.tsv").write_text("".join(f"ham\ta{i}\nspam\tb{i}\n" for i in range(10)))
+    code, out, _ = classifier("--steps", 1, "--columns", "label,text", data="m.tsv")
+    assert code == 0 and "20 texts in m.tsv" in out
+
+
+def test_a_classifier_goes_on_with_its_head_and_its_order(classifier, base, tmp_path):
+    save(with_classifier(load(base), ["spam", "ham"]), tmp_path / "started")
+    code, out, _ = classifier("--steps", 1, model="started")
+    assert code == 0 and "classes: spam, ham; the head goes on" in out
+    assert load("run").config.labels == ("spam", "ham")
+
+
+def test_long_texts_are_cut_and_counted(classifier):
+    _, out, _ = classifier("--steps", 1, "--max-length", 5)
+    assert "training: 63 of 63 texts are cut to 5 tokens (--max-length)" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", 2, "--steps", 3], "--epochs has no effect beside --steps"),
+        (["--epochs", 0], "--epochs is 0.0 and must be positive"),
+        (["--balance", "--class-weights"], "--class-weights has no effect beside --balance"),
+        (["--max-length", 49], "--max-length 49 exceeds the model's context, 48"),
+        (["--max-length", 0], "--max-length is 0 and must be at least 1"),
+        (["--validation-fraction", 0.6, "--test-fraction", 0.5], "must be positive and leave texts to learn"),
+        (["--test-fraction", 0], "must be positive and leave texts to learn"),
+        (["--test-data", "x.csv", "--test-fraction", 0.1], "--test-fraction has no effect beside --test-data"),
+        (["--label-field", "class"], "has no field 'class' (fields found: label, text): choose one with --label-field"),
+        (["--text-field", "body"], "has no field 'body'"),
+        (["--lora-rank", 4], "--lora-rank has no effect without --train lora"),
+        (["--sample-prompt", "a"], "--sample-prompt has no effect with --sample-every 0"),
+        (["--split-seed", -1], "--split-seed is -1 and must not be negative"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(classifier, options, message):
+    code, _, err = classifier(*options)
+    assert code == 2 and err.count("\n") == 1 and message in err and not Path("run").exists()
+
+
+def test_a_model_without_a_tokenizer(classifier, base, tmp_path):
+    save(load(base).replace(tokenizer=None), tmp_path / "mute")
+    code, _, err = classifier(model="mute")
+    assert code == 2 and err.count("\n") == 1 and "holds no tokenizer" in err

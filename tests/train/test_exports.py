@@ -1,0 +1,136 @@
+"""What fine-tuning leaves behind, in transformers and PEFT: whole models, and adapters on their base."""
+
+import json
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import llmq_jax as lq
+from convert.to_hf import main as to_hf
+from llmq_jax.command_line import run
+from llmq_jax.data import ByteTokenizer
+from llmq_jax.generation import Sampler
+from llmq_jax.language_model import LanguageModel
+from train.classifier import main as classifier
+from train.instruct import main as instruct
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Hugging Face folder of a tiny language model."""
+    config = lq.Llama3Config(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        initializer_range=0.1,
+    )
+    lm = LanguageModel(config, lq.build(config), lq.init(config, seed=1), ByteTokenizer())
+    return lq.save_hf(lm, tmp_path_factory.mktemp("base") / "lm")
+
+
+def call(main, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        run(main, list(map(str, arguments)), program="program")
+    return exit.value.code
+
+
+TINY = ("--steps=4", "--learning-rate=0.05", "--batch-size=2", "--sample-every=0", "--lora-rank=2", "--device=cpu")
+
+
+def test_adapters_that_were_instructed(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("a", "b", "ab", "ba", "abc")]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert call(instruct, "--data=data.json", f"--init-from={base}", "--out=run", *TINY) == 0
+    assert "training 928 of" in capsys.readouterr().out
+    lm = lq.load("run")
+    expected = lm.logits(TOKENS)
+    assert np.abs(expected - lq.load(base).logits(TOKENS)).max() > 0.01
+
+    assert call(to_hf, "run", "adapter", "--adapter", f"--base={base}") == 0
+    assert "next: peft.PeftModel.from_pretrained(base" in capsys.readouterr().out
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert call(to_hf, "run", "whole") == 0
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        for model in (theirs, whole):
+            np.testing.assert_allclose(model(torch.tensor(TOKENS)).logits, expected, atol=1e-4)
+    # The run is a model like any other, and goes on as one.
+    assert len(lq.generate(lm, "a", max_new_tokens=3, sampler=Sampler(temperature=0.0)).text) == 1
+    assert call(instruct, "--data=data.json", "--init-from=run", "--out=on", *TINY[:-2], "--device=cpu") == 0
+    assert call(instruct, "--data=data.json", "--init-from=run", "--out=no", *TINY) == 2
+    assert "--init-from has adapters already" in capsys.readouterr().err
+
+    assert call(to_hf, base, "none", "--adapter") == 2
+    assert "this model has no adapters to write" in capsys.readouterr().err
+    assert call(to_hf, "run", "none", "--base=x") == 2
+    assert "--base has no effect without --adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--train=lora", "--lora-targets=q_proj,v_proj"), ("--train=head",)])
+def test_classifiers_of_which_a_part_was_trained(base, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(10) for word in ("ham", "spam")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny = TINY if "lora" in options[0] else (*TINY[:-2], "--device=cpu")
+    assert call(classifier, "--data=data.jsonl", f"--init-from={base}", "--out=run", *tiny, *options) == 0
+    lm = lq.load("run")
+    tokens, lengths = np.where(np.arange(9) < np.array([[9], [4]]), TOKENS, 256), [9, 4]
+    expected = lm.classify(tokens, lengths)
+    assert call(to_hf, "run", "whole") == 0
+    theirs = [transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()]
+    assert theirs[0].config.id2label == {0: "ham", 1: "spam"}
+    if "lora" in options[0]:
+        assert call(to_hf, "run", "adapter", "--adapter", f"--base={base}") == 0
+        adapted = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2).eval()
+        adapted.config.pad_token_id = 256
+        theirs.append(adapted)
+    with torch.no_grad():
+        for model in theirs:
+            found = model(torch.tensor(tokens), attention_mask=torch.tensor(tokens != 256)).logits
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--train=all", "--lora-rank=4"), "--lora-rank has no effect without --train lora; leave it out"),
+        (("--lora-numbers=4",), "--lora-numbers has no effect without --lora-variant tinylora; leave it out"),
+        (("--blocks=2",), "--blocks has no effect without --train blocks; leave it out"),
+        (("--train=blocks", "--blocks=3"), "3 blocks cannot train: the model has 2"),
+        (("--train=head",), "--train head: this model's head is its embedding; choose blocks, lora or all"),
+        (("--lora-targets=q_prj",), "LoRA: 'q_prj' matches no matrix; there are all-linear"),
+        (("--lora-rank=99",), "LoRA: rank=99 is above that of"),
+        (("--lora-layers=0-7",), "LoRA: layer 2 does not exist; the model has layers 0 to 1"),
+        (("--lora-layers=first",), "--lora-layers 'first' is no list of layers; write 0,1,2 or 20-29"),
+    ],
+)
+def test_what_cannot_train_is_refused_in_one_line(base, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    config = lq.load(base).config
+    lm = lq.load(base).replace(config=config)
+    if "--train=head" in options:
+        lm = tied(lm)
+    lq.save(lm, "lm")
+    rows = [{"prompt": "a", "completion": "b"}] * 3
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert call(instruct, "--data=data.json", "--init-from=lm", "--out=run", "--steps=1", "--device=cpu", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def tied(lm):
+    """The same with the embedding for a head."""
+    params = {name: leaf for name, leaf in lm.params.items() if name != "lm_head"}
+    config = lq.models.override(lm.config, tie_word_embeddings=True)
+    return lm.replace(config=config, variables={"params": params})

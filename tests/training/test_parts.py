@@ -1,0 +1,130 @@
+"""Training a part of a model: the same gradients as of the whole there, nothing elsewhere, and one model in the end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.language_model import load
+from llmq_jax.models import Gemma3Config, GPT2Config, Llama3Config, build, init
+from llmq_jax.objectives import NextToken
+from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.parts import FROZEN, as_read, freeze_all_but, whole
+from llmq_jax.training.state import create_state
+from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+
+SIZES = {
+    "vocab_size": 29,
+    "max_position_embeddings": 16,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+}
+GEMMA = Gemma3Config(
+    **SIZES,
+    num_key_value_heads=1,
+    head_dim=8,
+    sliding_window=4,
+    layer_types=("sliding_attention", "full_attention") * 2,
+)
+CASES = {
+    "gpt2": (GPT2Config(**SIZES | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}), 1),
+    "llama": (Llama3Config(**SIZES, num_key_value_heads=1, tie_word_embeddings=False), 3),
+    "all blocks": (Llama3Config(**SIZES, num_key_value_heads=1), 4),
+    "the head alone": (Llama3Config(**SIZES, num_key_value_heads=1, tie_word_embeddings=False), 0),
+    "a pattern": (GEMMA, 2),
+    "dense layers, then experts": (
+        Llama3Config(**SIZES, num_key_value_heads=1, experts={"num_experts": 4, "first_layer": 1}),
+        2,
+    ),
+}
+
+
+def batch():
+    tokens = np.random.default_rng(0).integers(0, 29, (2, 9)).astype(np.int32)
+    return {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "mask": np.ones((2, 9), np.float32)}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    config, blocks = CASES[request.param]
+    return build(config), init(config), blocks
+
+
+def test_what_trains_gets_the_gradient_that_it_gets_in_the_whole_model(case):
+    model, variables, blocks = case
+    parted_model, parted = freeze_all_but(model, variables, blocks, ("lm_head",))
+    jax.tree.map(np.testing.assert_array_equal, whole(parted), variables)
+
+    objective, parted_objective = NextToken(model), NextToken(parted_model)
+    rows = jax.tree.map(jnp.asarray, batch())
+
+    def gradients(objective, variables):
+        def loss(trained):
+            read = as_read({**variables, "params": trained})
+            return objective.loss(read, rows, objective.weights(rows), None)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+    value, expected = gradients(objective, variables)
+    parted_value, found = gradients(parted_objective, parted)
+    np.testing.assert_allclose(parted_value, value, rtol=1e-6)
+    layers = model.layer_slots()
+    assert found.keys() & {"token_embedding", "position_embedding"} == set()
+    for name, gradient in found.items():
+        group = name.removesuffix("_upper")
+        below = sum(block[0] == group for block, _ in layers[: len(layers) - blocks])
+        patterns = len({block for block, _ in layers if block[0] == group}) or 1
+        reference = jax.tree.map(lambda x, n=below // patterns: x[n:], expected[group]) if below else expected[name]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, reference)
+
+
+def test_the_rest_stays_as_it_is_and_the_checkpoint_is_one_model(case, tmp_path):
+    model, variables, blocks = case
+    parted_model, parted = freeze_all_but(model, variables, blocks, ("lm_head",))
+    if not parted["params"]:
+        pytest.skip("this model's head is its embedding")
+    step = make_train_step(NextToken(parted_model), optax.sgd(0.1))
+    before = jax.tree.map(np.array, parted[FROZEN])
+    state, _ = step(create_state(parted, optax.sgd(0.1)), batch())
+    jax.tree.map(np.testing.assert_array_equal, state.variables[FROZEN], before)
+    moved = whole(state.variables)
+    assert jax.tree.structure(moved) == jax.tree.structure(variables)
+
+    # Evaluation is of the parted model, and the same as that of the whole one.
+    parted_loss = evaluate(make_eval_step(NextToken(parted_model)), state.variables, [batch()])["loss"]
+    loss = evaluate(make_eval_step(NextToken(model)), moved, [batch()])["loss"]
+    np.testing.assert_allclose(parted_loss, loss, rtol=1e-6)
+
+    Checkpoints(tmp_path / "checkpoints").save(1, state, model_config=model.config)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path).variables, moved)
+
+
+def test_no_time_goes_to_the_layers_below():
+    """Of the gradient's program for one block of many: no loop over the others but the forward one."""
+    config = Llama3Config(**SIZES | {"num_hidden_layers": 8}, num_key_value_heads=1)
+    model, variables = freeze_all_but(build(config), init(config), 1, ())
+    objective, rows = NextToken(model), jax.tree.map(jnp.asarray, batch())
+
+    def loss(trained):
+        read = as_read({**variables, "params": trained})
+        return objective.loss(read, rows, objective.weights(rows), None)[0]
+
+    lengths = [
+        equation.params["length"]
+        for equation in jax.make_jaxpr(jax.grad(loss))(variables["params"]).jaxpr.eqns
+        if equation.primitive.name == "scan"
+    ]
+    assert lengths.count(7) == 1
+    assert lengths.count(1) >= 2
+
+
+def test_bad_numbers_of_blocks():
+    model, variables = build(GEMMA), init(GEMMA)
+    with pytest.raises(BadInput, match="the model has 4"):
+        freeze_all_but(model, variables, 5, ())
+    with pytest.raises(BadInput, match="cut through a pattern of 2 layers"):
+        freeze_all_but(model, variables, 1, ())

@@ -1,0 +1,340 @@
+"""Train a classifier: a language model learns to tell the classes of labelled texts apart.
+
+    python -m train.classifier --data spam.tsv --columns label,text --init-from gpt2 --out runs/spam
+    python -m train.classifier --data reviews.csv --init-from model.gguf --out runs/reviews --class-weights
+    python -m train.classifier --data a.jsonl --test-data b.jsonl --init-from gpt2 --out runs/mine --train all
+
+The data are cleared of duplicates, then parted into texts to learn, to validate and to test, each class by the same
+fractions. At the end the texts of the test are classified: test.json, confusion.png, errors.jsonl. The same command
+again resumes a run that was stopped.
+"""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from llmq_jax.command_line import Flag, default_is, run, use_device
+from llmq_jax.errors import BadInput
+from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
+from train.pretrain import exports
+from train.texts import fingerprint
+from train.what_trains import WhatTrains, check_what_trains, prepared
+
+EPOCHS = 3.0
+VALIDATION, TEST = 0.1, 0.2
+SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    # What to learn from, and where it goes.
+    data: str
+    """Texts with a label each: .csv, .tsv, .json, .jsonl or .parquet."""
+    init_from: str
+    """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
+    out: str
+    """Run folder: options, metrics, samples, loss curves, checkpoints, and the figures of the test."""
+    columns: Annotated[str | None, default_is("those of the header")] = None
+    """Names of the columns of .csv and .tsv without a header, with commas between them: label,text."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    label_field: str = "label"
+    """Field or column that holds the label, a string or a whole number."""
+    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    """Texts to measure the validation loss and accuracy on."""
+    test_data: Annotated[str | None, default_is("a part of --data")] = None
+    """Texts to test on, once, at the end."""
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION}")] = None
+    """Part of each class held out for validation."""
+    test_fraction: Annotated[float | None, default_is(f"{TEST}")] = None
+    """Part of each class held out for the test."""
+    split_seed: Annotated[int | None, default_is("0")] = None
+    """Of the choice of what is held out, and of what --balance keeps."""
+    balance: Flag = False
+    """Keep as many texts of each class as the smallest has, before anything is held out."""
+    class_weights: Flag = False
+    """Weigh each class in the loss by how rare it is."""
+    max_length: Annotated[int | None, default_is("the model's context")] = None
+    """Tokens of a text that are read; what is longer is cut."""
+    epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
+    """Times that every text is learned, in place of --steps."""
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions, WhatTrains, LabelledData):  # dataclasses collect the fields from right to left
+    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
+    """Updates in the whole run."""
+    batch_size: int = 8
+    """Texts in a batch."""
+    learning_rate: float = 1e-4
+    """The peak, reached after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moment."""
+    weight_decay: float = 0.01
+    """AdamW's decay of kernels and embeddings."""
+    sample_every: Annotated[int | None, default_is("ten times in the run")] = None
+    """Steps between two samples, the predictions of a few texts; 0: never."""
+    sample_prompt: Annotated[str | None, default_is("the first that are held out")] = None
+    """A text to classify in the samples."""
+
+
+def main(options: Options) -> None:
+    classifier(options)
+
+
+def classifier(options: Options) -> Any:
+    """The whole recipe; returns the engine's RunResult."""
+    check(options)
+    use_device(options.device)
+
+    # JAX has its device; what imports it may follow.
+    from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
+    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.models import build
+    from llmq_jax.objectives.classification import Classification
+    from llmq_jax.training import engine, step
+    from llmq_jax.training.classification_report import prediction, prediction_line
+    from llmq_jax.training.optimizer import adamw, warmup_cosine
+    from llmq_jax.training.parts import whole
+    from llmq_jax.training.run_options import RunOptions
+    from llmq_jax.training.state import create_state
+
+    # The texts, parted, and the model with a head for their classes.
+    source = load(options.init_from, dtype="float32")  # the masters
+    source.require_tokenizer(options.init_from)
+    options, parts = split_data(options, source.config.labels)
+    source, head = with_head(source, parts["training"].names, options.seed)
+    config = source.config
+    options = dataclasses.replace(options, max_length=options.max_length or config.max_position_embeddings)
+    if options.max_length > config.max_position_embeddings:
+        longest = config.max_position_embeddings
+        raise BadInput(
+            f"--max-length {options.max_length} exceeds the model's context, {longest}; choose a shorter one"
+        )
+    rows = {name: token_rows(options, source, name, part.texts) for name, part in parts.items()}
+
+    # Batches of texts of similar length.
+    size, longest = options.batch_size, options.max_length
+    training, validation = parts["training"], parts["validation"]
+    batches = LabelledBatches(rows["training"], training.labels, size, longest, options.seed)
+    held_out = LabelledEvaluation(rows["validation"], validation.labels, size, longest)
+    options = with_steps(options, batches.per_epoch)
+
+    # What trains, of a model that computes as the options say.
+    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    learner = prepared(source.replace(model=model), options)
+
+    # AdamW with warm-up and cosine.
+    schedule = warmup_cosine(
+        peak=options.learning_rate,
+        steps=options.steps,
+        warmup_steps=options.warmup_steps,
+        initial=options.initial_learning_rate,
+        minimum=options.minimum_learning_rate,
+    )
+    b1, b2 = options.betas
+    optimizer = adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
+    weights = tuple(training.class_weights().tolist()) if options.class_weights else None
+    objective = Classification(learner.model, weights)
+    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    eval_step = step.make_eval_step(objective)
+
+    def evaluate(variables):
+        return step.evaluate(eval_step, variables, held_out)
+
+    samples = validation.texts[:SAMPLES] if options.sample_prompt is None else [options.sample_prompt]
+    sample_rows = token_rows(options, source, None, samples)
+
+    def sample(variables, at_step):
+        logits = source.replace(variables=whole(variables)).classify_rows(sample_rows)
+        said = (prediction(config.labels, *pair) for pair in zip(samples, logits, strict=True))
+        return "\n".join(map(prediction_line, said))
+
+    print(f"{head}\n{learner.described}\n{model.attention_choice(longest, training=True)}", flush=True)
+    run_options = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
+    own = {k: v for k, v in dataclasses.asdict(options).items() if k not in (*run_options, "out", "device")}
+    own |= {f"{name}_sha256": fingerprint(numbered(rows[name], part.labels)) for name, part in parts.items()}
+    result = engine.run(
+        create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+        train_step,
+        batches,
+        RunOptions(**{name: getattr(options, name) for name in run_options}),
+        folder=options.out,
+        config={"recipe": "train.classifier", **own},
+        may_change=["sample_prompt"],
+        model_config=config,
+        tokenizer=TextFiles(source.tokenizer, source.generation),
+        schedule=schedule,
+        evaluate=evaluate,
+        sample=sample,
+        # Batches have lengths of their own: the mean.
+        tokens_per_step=round(sum(map(len, rows["training"])) / batches.per_epoch),
+        next_commands=tuple(next_commands(options, config)),
+    )
+    if result.state is not None:
+        test(options, source.replace(variables=whole(result.state.variables)), parts["test"], rows["test"])
+    return result
+
+
+def check(options: Options) -> None:
+    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
+    check_what_trains(options)
+    if options.epochs is not None and not 0 < options.epochs < math.inf:
+        raise BadInput(f"--epochs is {options.epochs} and must be positive")
+    if options.max_length is not None and options.max_length < 1:
+        raise BadInput(f"--max-length is {options.max_length} and must be at least 1")
+    if options.split_seed is not None and options.split_seed < 0:
+        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
+    if options.balance and options.class_weights:
+        raise BadInput("--class-weights has no effect beside --balance, which makes all classes equal; leave one out")
+    files = options.validation_data and options.test_data
+    refuse_idle(
+        options,
+        (
+            ("epochs", options.steps is not None, "beside --steps"),
+            ("validation_fraction", options.validation_data, "beside --validation-data"),
+            ("test_fraction", options.test_data, "beside --test-data"),
+            ("split_seed", files and not options.balance, "beside --validation-data and --test-data"),
+            ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
+            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
+            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
+        ),
+    )
+
+
+def split_data(options: Options, known: Sequence[str] | None) -> tuple[Options, dict[str, Any]]:
+    """(the options with what they leave open, {"training", "validation" and "test": labelled texts}); says what was
+    found. `known` are the classes of the model that goes on: theirs is the order, if the data have just these."""
+    from llmq_jax.data import read_labelled
+
+    columns = None if options.columns is None else tuple(name.strip() for name in options.columns.split(","))
+
+    def read(path: str, names: Sequence[str] | None = None) -> Any:
+        return read_labelled(path, options.text_field, options.label_field, columns, names)
+
+    found = read(options.data)
+    if known is not None and set(known) == set(found.names):
+        found = read(options.data, known)
+    given = {"validation": options.validation_data, "test": options.test_data}
+    parts = {name: read(path, found.names) for name, path in given.items() if path}
+    options = completed_fractions(options)
+
+    everything = found.without_duplicates()
+    lines = [f"{len(found):,} texts in {options.data}"]
+    lines += [f"{everything.repeated:,} duplicates removed"] if everything.repeated else []
+    lines += [f"{everything.contradictory:,} under several labels removed"] if everything.contradictory else []
+    kept = everything.kept
+    elsewhere = {text for part in parts.values() for text in part.texts}
+    apart = [index for index, text in enumerate(kept.texts) if text not in elsewhere]
+    if len(apart) < len(kept):
+        lines.append(f"{len(kept) - len(apart):,} that are in the other files removed")
+        kept = kept.take(apart)
+    if options.balance:
+        kept = kept.balanced(options.split_seed)
+        lines.append(f"balanced to {len(kept):,}")
+
+    fractions = {"validation": options.validation_fraction, "test": options.test_fraction}
+    fractions = {name: fraction for name, fraction in fractions.items() if name not in parts}
+    if fractions:
+        shares = (1 - sum(fractions.values()), *fractions.values())
+        names = ("training", *fractions)
+        parts |= dict(zip(names, kept.stratified_split(shares, options.split_seed), strict=True))
+    else:
+        parts["training"] = kept
+    print("; ".join(lines))
+    for name in ("training", "validation", "test"):
+        counts = ", ".join(f"{count:,} {label}" for label, count in zip(found.names, parts[name].counts(), strict=True))
+        print(f"{name + ':':12}{len(parts[name]):,} texts ({counts})")
+    return options, parts
+
+
+def completed_fractions(options: Options) -> Options:
+    """The options with the fractions that they leave open, which leave something to learn."""
+    defaults = {"validation_fraction": VALIDATION, "test_fraction": TEST}
+    idle = {"validation_fraction": options.validation_data, "test_fraction": options.test_data}
+    values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
+    options = dataclasses.replace(options, **values, split_seed=options.split_seed or 0)
+    held_out = [getattr(options, name) or 0.0 for name in defaults]
+    if min(held_out) < 0 or sum(held_out) >= 1 or any(getattr(options, name) == 0 for name in defaults):
+        raise BadInput(
+            f"--validation-fraction {held_out[0]} and --test-fraction {held_out[1]} must be positive and leave texts "
+            "to learn"
+        )
+    return options
+
+
+def with_head(source: Any, names: tuple[str, ...], seed: int) -> tuple[Any, str]:
+    """(the model with a head for these classes, what head that is): its own, if it has one for just these."""
+    from llmq_jax.language_model import with_classifier
+    from llmq_jax.models.heads import shown
+
+    if source.config.labels == names:
+        return source, f"classes: {shown(names)}; the head goes on"
+    return with_classifier(source, names, seed), f"classes: {shown(names)}; the head is fresh"
+
+
+def token_rows(options: Options, source: Any, part: str | None, texts: Sequence[str]) -> list[list[int]]:
+    """Texts as the model reads them, cut to --max-length; says of a part how many were cut."""
+    import numpy as np
+
+    from llmq_jax.data import check_vocabulary
+
+    rows = source.class_tokens(texts)
+    cut = sum(len(row) > options.max_length for row in rows)
+    if part is not None and cut:
+        print(f"{part}: {cut:,} of {len(rows):,} texts are cut to {options.max_length} tokens (--max-length)")
+    rows = [row[: options.max_length] for row in rows]
+    for row in rows:
+        check_vocabulary(np.asarray(row), source.config.vocab_size, options.data)
+    return rows
+
+
+def with_steps(options: Options, steps_in_an_epoch: int) -> Options:
+    """The options with a number of steps, and what follows from it."""
+    if options.steps is None:
+        epochs = EPOCHS if options.epochs is None else options.epochs
+        options = dataclasses.replace(options, steps=max(1, round(epochs * steps_in_an_epoch)), epochs=epochs)
+    refuse_idle(options, [("initial_learning_rate", warmup_steps(options) == 0, "without warm-up")])
+    return completed(options)
+
+
+def numbered(rows: Sequence[list[int]], labels: Sequence[int]) -> Any:
+    """Token rows and their labels as one array, to be told from others by."""
+    import numpy as np
+
+    return np.concatenate([[len(row), label, *row] for row, label in zip(rows, labels, strict=True)]).astype(np.int64)
+
+
+def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> None:
+    """Classify the texts of the test; show the figures, and write them into the run folder."""
+    from llmq_jax.training.atomic_files import write_atomically, write_json_atomically
+    from llmq_jax.training.classification_report import classification_report, plot_confusion, worst_errors
+
+    logits = lm.classify_rows(rows, options.batch_size)
+    report = classification_report(part.names, logits, part.labels)
+    errors = worst_errors(part.names, part.texts, logits, part.labels)
+    folder = Path(options.out)
+    plot_confusion(report, folder / "confusion.png")
+    lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
+    write_atomically(folder / "errors.jsonl", lines.encode())
+    write_json_atomically(folder / "test.json", report.to_json())
+    print(f"\ntest on {len(part):,} texts: {report.text()}\n")
+    print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
+
+
+def next_commands(options: Options, config: Any) -> Iterator[str]:
+    out = shlex.quote(options.out)
+    yield f'llmq classify {out} --text "..."'
+    yield f"llmq classify {out} --data FILE --output classified.jsonl"
+    if exports(config):
+        yield f"python -m convert.to_hf {out} {shlex.quote(options.out + '-hf')}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,401 @@
+"""Instruction tuning: teach a model to answer, from conversations; only the answers are learned.
+
+    python -m train.instruct --data alpaca.json --init-from gpt2 --out runs/mine             Alpaca's instructions
+    python -m train.instruct --data chats.jsonl --init-from model.gguf --out runs/chat       a chat model's own template
+    python -m train.instruct --data chats.jsonl --init-from model.gguf --out runs/chat --preview
+                                                     look at a batch first, and at what of it is learned
+
+Records have instruction, input and output; or messages; or prompt and completion. The same command again resumes a run
+that was stopped, and says so when it is finished.
+"""
+
+import dataclasses
+import itertools
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from llmq_jax.command_line import Flag, default_is, run, use_device
+from llmq_jax.errors import BadInput
+from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
+from train.pretrain import exports
+from train.texts import fingerprint
+from train.what_trains import WhatTrains, check_what_trains, prepared
+
+SAMPLE_TOKENS = 120
+LONGEST_ROW = 1024
+EPOCHS = 3.0
+LORA_RATE, FULL_RATE = 2e-4, 2e-5
+
+
+@dataclass(frozen=True)
+class Instructions:
+    # What to learn from, and where it goes.
+    data: str
+    """Conversations: .json, .jsonl, .csv, .tsv or .parquet; instruction and output, messages, or prompt and
+    completion."""
+    init_from: str
+    """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
+    out: str
+    """Run folder: options, metrics, samples, loss curves and checkpoints."""
+    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    """Conversations to measure the validation loss on, that of the answers."""
+    validation_fraction: Annotated[float | None, default_is("0.1")] = None
+    """Part of the conversations held out for validation."""
+
+    # How a conversation becomes tokens, and which are learned.
+    template: Annotated[
+        Literal["alpaca", "chat", "plain"] | None, default_is("the model's for chats, plain for prompts, else alpaca")
+    ] = None
+    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and completion as they are."""
+    train_on: str = "response"
+    """What is learned: response (every answer), last (the last one), all (prompts too), or numbers of answers: 0,2."""
+    pack: bool = True
+    """Several conversations in a row, which do not see each other; otherwise each has a row of its own, padded."""
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_ROW}")] = None
+    """Tokens in a row, and in the longest conversation."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a longer conversation: its beginning is kept, it is left out, or the run ends."""
+    epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
+    """Times that every conversation is learned, in place of --steps."""
+    preview: Flag = False
+    """Show a batch, with what is learned of it, and end."""
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions, WhatTrains, Instructions):  # dataclasses collect the fields from right to left
+    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
+    """Updates in the whole run."""
+    batch_size: int = 8
+    """Rows in a batch."""
+    learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
+    """The peak, reached after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moment."""
+    weight_decay: float = 0.0
+    """AdamW's decay of kernels and embeddings."""
+    sample_prompt: Annotated[str | None, default_is("the first that is held out")] = None
+    """An instruction for the samples to answer."""
+
+
+def main(options: Options) -> None:
+    instruct(options)
+
+
+def instruct(options: Options) -> Any:
+    """The whole recipe; returns the engine's RunResult, None for a preview."""
+    if options.learning_rate is None:
+        rate = LORA_RATE if options.train == "lora" else FULL_RATE
+        options = dataclasses.replace(options, learning_rate=rate)
+    check(options)
+    use_device(options.device)
+
+    # JAX has its device; what imports it may follow.
+    from llmq_jax.data import default_template, instruction_batches
+    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.models import build
+    from llmq_jax.objectives.next_token import NextToken
+    from llmq_jax.training import engine, step
+    from llmq_jax.training.optimizer import adamw, warmup_cosine
+    from llmq_jax.training.parts import whole
+    from llmq_jax.training.run_options import RunOptions
+    from llmq_jax.training.state import create_state
+
+    # The model and the conversations, some of them held out.
+    source = load(options.init_from, dtype="float32")  # the masters
+    source.require_language_model(options.init_from)
+    tokenizer, config = source.require_tokenizer(options.init_from), source.config
+    training, validation = conversations(options)
+    options = dataclasses.replace(
+        options,
+        context=options.context or min(config.max_position_embeddings, LONGEST_ROW),
+        template=options.template or default_template(training, tokenizer),
+    )
+    if options.context > config.max_position_embeddings:
+        longest = config.max_position_embeddings
+        raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
+    if options.template == "chat":
+        source.require_chat_template(options.init_from)
+    learned, held_out = (examples(options, part, tokenizer, config) for part in (training, validation))
+
+    # Rows of several conversations, or of one. Training takes them shuffled, validation all of them in order.
+    rows = {"context": options.context, "batch_size": options.batch_size, "packing": options.pack}
+    batches = instruction_batches(learned.examples, **rows, seed=options.seed)
+    held_out_batches = instruction_batches(held_out.examples, **rows, seed=None)
+    if options.preview:
+        print(described(options, learned, held_out, len(batches)))
+        return show(batches[0], tokenizer)
+    options = with_steps(options, len(batches))
+
+    # What trains, of a model that computes as the options say, and learns to end what it writes.
+    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    generation = ending_with(end_of_answer(learned, tokenizer), source.generation)
+    source = source.replace(model=model, generation=generation)
+    learner = prepared(source, options)
+
+    # AdamW with warm-up and cosine.
+    schedule = warmup_cosine(
+        peak=options.learning_rate,
+        steps=options.steps,
+        warmup_steps=options.warmup_steps,
+        initial=options.initial_learning_rate,
+        minimum=options.minimum_learning_rate,
+    )
+    b1, b2 = options.betas
+    optimizer = adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
+    objective = NextToken(learner.model)
+    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    eval_step = step.make_eval_step(objective)
+
+    def evaluate(variables):
+        return step.evaluate(eval_step, variables, held_out_batches)
+
+    ask = questioner(options, source, validation)
+
+    def sample(variables, at_step):
+        return ask(whole(variables))
+
+    print(
+        f"{learner.described}\n{described(options, learned, held_out, len(batches))}\n"
+        f"{model.attention_choice(options.context, training=True)}",
+        flush=True,
+    )
+    if options.sample_every != 0 and not Path(options.out).exists():
+        print(f"before training:\n{ask(source.variables)}", flush=True)
+    run_options = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
+    own = {k: v for k, v in dataclasses.asdict(options).items() if k not in (*run_options, "out", "device", "preview")}
+    parts = {"training": learned, "validation": held_out}
+    own |= {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
+    return engine.run(
+        create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+        train_step,
+        batches,
+        RunOptions(**{name: getattr(options, name) for name in run_options}),
+        folder=options.out,
+        config={"recipe": "train.instruct", **own},
+        may_change=["sample_prompt"],
+        model_config=config,
+        tokenizer=TextFiles(tokenizer, generation),
+        schedule=schedule,
+        evaluate=evaluate,
+        sample=sample,
+        next_commands=tuple(next_commands(options, config)),
+    )
+
+
+def check(options: Options) -> None:
+    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    train_on(options)
+    check_what_trains(options)
+    check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
+    if options.context is not None and options.context < 2:
+        raise BadInput(f"--context is {options.context} and must be at least 2")
+    if options.epochs is not None and not 0 < options.epochs < math.inf:
+        raise BadInput(f"--epochs is {options.epochs} and must be positive")
+    refuse_idle(
+        options,
+        (
+            ("epochs", options.steps is not None, "beside --steps"),
+            ("validation_fraction", options.validation_data, "beside --validation-data"),
+            ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
+            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
+            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
+        ),
+    )
+
+
+def train_on(options: Options) -> str | tuple[int, ...]:
+    """The option as the data have it."""
+    from llmq_jax.data.prompt_templates import TRAIN_ON
+
+    if options.train_on in TRAIN_ON:
+        return options.train_on
+    try:
+        return tuple(int(number) for number in options.train_on.split(","))
+    except ValueError:
+        raise BadInput(
+            f"--train-on is {options.train_on!r} and must be {', '.join(TRAIN_ON)} or numbers of answers, such as 0,2"
+        ) from None
+
+
+def conversations(options: Options) -> tuple[list, list]:
+    """(training, validation) conversations."""
+    from llmq_jax.data import read_conversations, split_documents
+
+    everything = read_conversations(options.data)
+    if options.validation_data:
+        return everything, read_conversations(options.validation_data)
+    if len(everything) < 2:
+        raise BadInput(f"{options.data} holds one conversation, and some are held out: give more, or --validation-data")
+    fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
+    return split_documents(everything, fraction)
+
+
+def examples(options: Options, part: list, tokenizer: Any, config: Any) -> Any:
+    """Conversations as tokens, all of which the model knows."""
+    import numpy as np
+
+    from llmq_jax.data import check_vocabulary, tokenize_conversations
+
+    result = tokenize_conversations(
+        part,
+        tokenizer,
+        template=options.template,
+        context=options.context,
+        train_on=train_on(options),
+        too_long=options.too_long,
+    )
+    for example in result.examples:
+        check_vocabulary(np.asarray(example.tokens), config.vocab_size, example.where)
+    return result
+
+
+def tokens_and_masks(part: Any) -> Any:
+    import numpy as np
+
+    return np.concatenate([np.stack([example.tokens, example.learned], axis=1) for example in part.examples])
+
+
+def with_steps(options: Options, steps_in_an_epoch: int) -> Options:
+    """The options with a number of steps, and what follows from it."""
+    if options.steps is None:
+        epochs = EPOCHS if options.epochs is None else options.epochs
+        options = dataclasses.replace(options, steps=max(1, round(epochs * steps_in_an_epoch)), epochs=epochs)
+    refuse_idle(options, [("initial_learning_rate", warmup_steps(options) == 0, "without warm-up")])
+    return completed(options)
+
+
+def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:
+    """What there is to learn, and what of it did not fit."""
+    kind = f"packed into rows of {options.context} tokens" if options.pack else "one in a row"
+    text = (
+        f"{len(learned):,} conversations to learn, {len(held_out):,} held out (template: {options.template})\n"
+        f"{learned.learned_tokens:,} of {learned.tokens:,} tokens are learned; {kind}, {steps_in_an_epoch:,} steps are "
+        "an epoch"
+    )
+    truncated, dropped = learned.truncated + held_out.truncated, learned.dropped + held_out.dropped
+    if truncated or dropped:
+        text += (
+            f"\nlonger than the context of {options.context} tokens: {truncated:,} conversations truncated, "
+            f"{dropped:,} left out; choose a longer --context for all of them"
+        )
+    return text
+
+
+def end_of_answer(learned: Any, tokenizer: Any) -> int | None:
+    """The special token that ends answers; None where a chat template writes none."""
+    for example in learned.examples:  # those that are cut off have none
+        ids = reversed(example.tokens[example.learned].tolist())
+        last = next(token for token in ids if tokenizer.decode([token]).strip())
+        if not tokenizer.decode([last], skip_special_tokens=True):
+            return last
+    return None
+
+
+def ending_with(end: int | None, generation: Any) -> Any:
+    """The generation config with one end token more."""
+    if end is None or end in generation.eos_token_id:
+        return generation
+    return dataclasses.replace(generation, eos_token_id=(*generation.eos_token_id, end))
+
+
+def questioner(options: Options, lm: Any, held_out: list) -> Any:
+    """`ask(variables)` -> an instruction and the model's answer to it, the likeliest one.
+
+    BadInput where there is none that leaves room for an answer, before the run begins.
+    """
+    from llmq_jax.data.conversations import as_conversation
+    from llmq_jax.data.records import Record
+    from llmq_jax.generation import Sampler, generate
+
+    longest = lm.config.max_position_embeddings
+    if options.sample_prompt is not None:
+        record = Record("--sample-prompt", {"prompt": options.sample_prompt, "completion": "."})
+        held_out = [as_conversation(record)]
+    prompts = ((prompt_tokens(conversation, options, lm.tokenizer), conversation) for conversation in held_out)
+    prompt, conversation = next((pair for pair in prompts if 0 < len(pair[0]) < longest), (None, None))
+    if prompt is None:
+        if options.sample_every == 0:
+            return None
+        which = "--sample-prompt" if options.sample_prompt is not None else "every conversation that is held out"
+        raise BadInput(
+            f"{which} leaves no room for an answer within the model's {longest} tokens: give a shorter "
+            "--sample-prompt, or --sample-every 0"
+        )
+
+    def ask(variables):
+        tokens = min(SAMPLE_TOKENS, longest - len(prompt))
+        learner = lm.replace(variables=variables)
+        answer = generate(learner, [prompt], max_new_tokens=tokens, sampler=Sampler(temperature=0.0)).text[0]
+        return f"{question(conversation) or lm.tokenizer.decode(prompt)}\n-> {answer.strip()}"
+
+    return ask
+
+
+def question(conversation: Any) -> str | None:
+    """What a conversation's last answer answers; None where it has none."""
+    pairs = itertools.pairwise(conversation.chat())
+    asked = [before["content"] for before, after in pairs if after["role"] == "assistant"]
+    return asked[-1] if asked else None
+
+
+def prompt_tokens(conversation: Any, options: Options, tokenizer: Any) -> list[int]:
+    """What a conversation's last answer follows; where it has none, its first few tokens."""
+    from llmq_jax.data import render, tokenize
+
+    rendered = render(conversation, options.template, tokenizer.chat_template)
+    if question(conversation) is None:
+        return tokenize(rendered, tokenizer, "all").tokens[:16].tolist()
+    example = tokenize(rendered, tokenizer, "last")
+    return example.tokens[: int(example.learned.argmax())].tolist()
+
+
+def show(batch: dict, tokenizer: Any) -> None:
+    """Print a batch: what is learned in colour or, where there is none, in brackets."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    how = "in colour" if console.is_terminal else "between ⟦ and ⟧"
+    console.print(f"a batch of {len(batch['tokens'])} rows; what is learned stands {how}")
+    for row, (tokens, segments, mask) in enumerate(
+        zip(batch["tokens"], batch["segment_ids"], batch["mask"], strict=True), start=1
+    ):
+        for segment in range(1, segments.max() + 1):
+            (places,) = (segments == segment).nonzero()
+            learned = [False, *(mask[places[:-1]] > 0)]
+            console.print(f"\nrow {row}, conversation {segment}: {sum(learned)} of {len(places)} tokens are learned")
+            text = Text()
+            for ids, is_learned in runs(tokens[places], learned):
+                piece = tokenizer.decode(ids)
+                if not console.is_terminal:
+                    piece = f"⟦{piece}⟧" if is_learned else piece
+                text.append(piece, style="bold green" if is_learned else "")
+            console.print(text)
+
+
+def runs(tokens: Any, learned: list[bool]) -> Iterator[tuple[list[int], bool]]:
+    """Neighbouring tokens that share a fate."""
+    for fate, group in itertools.groupby(zip(tokens, learned, strict=True), key=lambda pair: bool(pair[1])):
+        yield [int(token) for token, _ in group], fate
+
+
+def next_commands(options: Options, config: Any) -> Iterator[str]:
+    from llmq_jax.data import alpaca_prompt
+
+    if options.template == "chat":
+        yield f"llmq chat {shlex.quote(options.out)}"
+    elif options.template == "alpaca":
+        prompt = alpaca_prompt("Name a colour.").replace("\n", r"\n")
+        yield f"llmq generate {shlex.quote(options.out)} --prompt $'{prompt}'"
+    else:
+        yield f"llmq generate {shlex.quote(options.out)} --prompt The"
+    if exports(config):
+        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,136 @@
+"""Which part of a model learns in fine-tuning: all of it, its last blocks, its head, or adapters beside it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+from llmq_jax.command_line import Flag, default_is, option_name
+from llmq_jax.errors import BadInput
+
+LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
+
+
+@dataclass(frozen=True)
+class WhatTrains:
+    # What trains.
+    train: Literal["lora", "all", "blocks", "head"] = "lora"
+    """lora: low-rank adapters; all: every parameter; blocks: the last --blocks layers, the final norm and the head;
+    head: the head alone. A classifier's head always trains."""
+    blocks: Annotated[int | None, default_is("1")] = None
+    """Layers that train with --train blocks, counted from the last."""
+    lora_rank: Annotated[int | None, default_is("8")] = None
+    """Rank of the adapters."""
+    lora_alpha: Annotated[float | None, default_is("twice the rank")] = None
+    """The adapters' part is multiplied by alpha / rank."""
+    lora_targets: Annotated[str | None, default_is("all-linear")] = None
+    """Matrices with adapters: all-linear, attention, mlp, or names with commas between them (q_proj,v_proj)."""
+    lora_layers: Annotated[str | None, default_is("all")] = None
+    """Layers with adapters, from 0 on: 0,1,2 or 20-29."""
+    lora_dropout: Annotated[float | None, default_is("0")] = None
+    """Part of the input that adapters do not see in training."""
+    lora_variant: Annotated[Literal["lora", "dora", "lora-xs", "tinylora"] | None, default_is("lora")] = None
+    """dora also learns the length of each column; lora-xs learns rank x rank numbers between fixed factors; tinylora
+    learns --lora-numbers numbers that mix random matrices there."""
+    lora_rslora: Flag = False
+    """Divide alpha by the root of the rank."""
+    lora_numbers: Annotated[int | None, default_is("64")] = None
+    """TinyLoRA's numbers."""
+    lora_tied: Flag = False
+    """Whether all matrices share TinyLoRA's numbers."""
+
+
+class Prepared(NamedTuple):
+    """What a run trains."""
+
+    model: Any
+    """To train and to evaluate on a state's variables; what samples wants `training.parts.whole` of these."""
+    variables: dict
+    trainable: tuple[str, ...]
+    """The collections that train."""
+    described: str
+    """One line for the start of the run."""
+
+
+def check_what_trains(options: WhatTrains) -> None:
+    """BadInput for an option that would have no effect."""
+    cases = [("blocks", options.train != "blocks", "without --train blocks")]
+    cases += [(f"lora_{name}", options.train != "lora", "without --train lora") for name in LORA_OPTIONS]
+    cases += [
+        (f"lora_{name}", options.lora_variant != "tinylora", "without --lora-variant tinylora")
+        for name in ("numbers", "tied")
+    ]
+    for name, idle, why in cases:
+        if idle and getattr(options, name) not in (None, False):
+            raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
+
+
+def prepared(lm: Any, options: WhatTrains) -> Prepared:
+    """The model and its variables, parted into what trains and what stays as it is."""
+    from llmq_jax.interop.peft import module_names
+    from llmq_jax.layers import lora
+    from llmq_jax.models.heads import SCORE
+    from llmq_jax.training.parts import FROZEN, PARAMS, freeze_all_but
+
+    model, variables = lm.model, lm.variables
+    if options.train != "lora":
+        lm.require_no_adapters(options.init_from)
+    if options.train == "all":
+        return Prepared(model, variables, (PARAMS,), f"training all {_count(variables[PARAMS]):,} parameters")
+    classifier = lm.config.labels is not None
+    if options.train == "lora":
+        if lora.LORA not in variables:
+            spec = _spec(options)
+            variables = lora.add(variables, model.layer_slots(), spec, module_names(lm.config), options.seed)
+        elif any(getattr(options, f"lora_{name}") not in (None, False) for name in LORA_OPTIONS):
+            raise BadInput("--init-from has adapters already, which go on as they are; leave out the options of LoRA")
+        numbers = lora.trained_numbers(variables)
+        trainable = (lora.LORA,)
+        if classifier:
+            model, variables = freeze_all_but(model, variables, 0, (SCORE,))
+            trainable = (PARAMS, lora.LORA)
+            numbers += _count(variables[PARAMS])
+    else:
+        blocks = 0 if options.train == "head" else 1 if options.blocks is None else options.blocks
+        head = SCORE if classifier else "lm_head"
+        if options.train == "head" and head not in variables[PARAMS]:
+            raise BadInput("--train head: this model's head is its embedding; choose blocks, lora or all")
+        model, variables = freeze_all_but(model, variables, blocks, (head,))
+        trainable = (PARAMS,)
+        numbers = _count(variables[PARAMS])
+    total = sum(_count(tree) for name, tree in variables.items() if name in (PARAMS, FROZEN, lora.LORA))
+    return Prepared(model, variables, trainable, f"training {numbers:,} of {total:,} parameters ({options.train})")
+
+
+def _spec(options: WhatTrains) -> Any:
+    from llmq_jax.layers.lora import LoRA
+
+    rank = LoRA.rank if options.lora_rank is None else options.lora_rank
+    targets = LoRA.targets if options.lora_targets is None else tuple(options.lora_targets.split(","))
+    return LoRA(
+        rank=rank,
+        alpha=2.0 * rank if options.lora_alpha is None else options.lora_alpha,
+        targets=targets,
+        layers=None if options.lora_layers is None else _layers(options.lora_layers),
+        variant=options.lora_variant or LoRA.variant,
+        use_rslora=options.lora_rslora,
+        dropout=LoRA.dropout if options.lora_dropout is None else options.lora_dropout,
+        numbers=LoRA.numbers if options.lora_numbers is None else options.lora_numbers,
+        tied=options.lora_tied,
+    )
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """(0, 1, 5) of "0-1,5"."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            layers += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise BadInput(f"--lora-layers {text!r} is no list of layers; write 0,1,2 or 20-29") from None
+    return tuple(layers)
+
+
+def _count(tree: Any) -> int:
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
