@@ -108,8 +108,8 @@ class LanguageModel:
         """BadInput for a model with adapters."""
         if LORA in self.variables:
             raise BadInput(
-                f"{source} has adapters, which go on with --train lora alone; merge them first: python -m convert.to_hf "
-                f"{source} FOLDER"
+                f"{source} has adapters, which go on with --train lora alone; merge them first: "
+                f"python -m convert.to_hf {source} FOLDER"
             )
 
     def chat(
