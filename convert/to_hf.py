@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, default_is, run
+from llmq_jax.command_line import Flag, Positional, default_is, option_name, run
 from llmq_jax.errors import BadInput
 
 
@@ -15,7 +15,7 @@ class Options:
     """The folder to write; it must not exist or be empty."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the model")] = None
     """Type to write the weights in."""
-    max_shard_size: str = "5GB"
+    max_shard_size: Annotated[str | None, default_is("5GB")] = None
     """Split larger weights into files of at most this size."""
     overwrite: Flag = False
     """Replace the target where it is an earlier export."""
@@ -35,7 +35,7 @@ def main(options: Options) -> None:
     if options.adapter:
         write_adapter(lm, options)
         return
-    folder = save_hf(lm, options.target, options.dtype, options.max_shard_size, options.overwrite)
+    folder = save_hf(lm, options.target, options.dtype, options.max_shard_size or "5GB", options.overwrite)
     print(f"{folder}: {lm}")
     kind = "CausalLM" if lm.config.labels is None else "SequenceClassification"
     print(f'next: transformers.AutoModelFor{kind}.from_pretrained("{folder}")')
@@ -44,8 +44,9 @@ def main(options: Options) -> None:
 def write_adapter(lm: Any, options: Options) -> None:
     from llmq_jax.adapters import save_adapter
 
-    if options.dtype is not None:
-        raise BadInput("--dtype has no effect with --adapter, which are written in float32; leave it out")
+    for name in ("dtype", "max_shard_size"):
+        if getattr(options, name) is not None:
+            raise BadInput(f"{option_name(name)} has no effect with --adapter, one file in float32; leave it out")
     folder = save_adapter(lm, options.target, base=options.base or "", overwrite=options.overwrite)
     print(f"{folder}: the adapters of {lm}")
     print(f'next: peft.PeftModel.from_pretrained(base, "{folder}")')

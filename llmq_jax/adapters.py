@@ -15,11 +15,12 @@ from typing import Any
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.huggingface import find
 from llmq_jax.interop.peft import is_adapter, module_names
-from llmq_jax.interop.peft_reader import read_adapter
+from llmq_jax.interop.peft_reader import base_of, read_adapter
 from llmq_jax.interop.peft_writer import write_adapter
-from llmq_jax.language_model import LanguageModel
+from llmq_jax.language_model import LanguageModel, load, with_classifier
 from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.lora import LORA, LoRA
+from llmq_jax.models.heads import numbered_labels
 
 
 def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields: Any) -> LanguageModel:
@@ -47,11 +48,25 @@ def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
 
 
 def load_adapter(lm: LanguageModel, folder: str | os.PathLike) -> LanguageModel:
-    """The model with the adapters in a folder, or a hub id, of PEFT's; those that it had are left out."""
+    """The model with the adapters in a folder, or a hub id, of PEFT's; those that it had are left out.
+
+    A classifier's head, which PEFT keeps with them, takes the place of the one that was there.
+    """
     path = find(folder)
     if not path.is_dir() or not is_adapter(path):
         raise BadInput(f"{folder}: holds no adapter_config.json; give a folder that PEFT or lq.save_adapter wrote")
     return lm.replace(variables=read_adapter(path, lm.config, base_variables(lm)))
+
+
+def load_with_base(folder: Path, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
+    """The base that a folder of PEFT's names, with its adapters; see `load`."""
+    base, classes = base_of(folder)
+    if not base:
+        raise BadInput(f"{folder}: is an adapter that names no base; load that, then lq.load_adapter(lm, folder)")
+    lm = load(base, layout, config, dtype)
+    if classes and lm.config.labels is None:
+        lm = with_classifier(lm, numbered_labels(classes))
+    return load_adapter(lm, folder)
 
 
 def save_adapter(lm: LanguageModel, folder: str | os.PathLike, *, base: str = "", overwrite: bool = False) -> Path:
@@ -59,7 +74,7 @@ def save_adapter(lm: LanguageModel, folder: str | os.PathLike, *, base: str = ""
 
     What goes there and what replaces an earlier one is as in `save_hf`.
     """
-    return write_adapter(low_rank.spread(lm.variables), lm.config, folder, base, overwrite)
+    return write_adapter(lm.variables, lm.config, folder, base, overwrite)
 
 
 def base_variables(lm: LanguageModel) -> dict:

@@ -23,10 +23,11 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
+from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.linear import by_output
-from llmq_jax.layers.lora import LORA, LORA_FIXED, spread
+from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, spread, trained_numbers
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
@@ -108,7 +109,7 @@ class LanguageModel:
         """BadInput for a model with adapters."""
         if LORA in self.variables:
             raise BadInput(
-                f"{source} has adapters, which go on with --train lora alone; merge them first: "
+                f"{source} has adapters, beside which the weights do not train; merge them first: "
                 f"python -m convert.to_hf {source} FOLDER"
             )
 
@@ -199,10 +200,14 @@ class LanguageModel:
         """Logits of a classifier's classes for each row, in float32: those of its last real token, wherever the padding
         stands. Arguments as in `logits`, or texts, as `class_tokens` and `classify_rows` take them."""
         self.require_labels("this model")
-        if isinstance(tokens, str) or (isinstance(tokens, Sequence) and len(tokens) and isinstance(tokens[0], str)):
+        if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "UO":
+            tokens = tokens.tolist()
+        if isinstance(tokens, str):
+            tokens = [tokens]
+        if isinstance(tokens, Sequence) and any(isinstance(text, str) for text in tokens):
             if not (lengths is None and positions is None and segment_ids is None):
                 raise BadInput("lengths, positions and segment_ids are those of token ids; give texts alone")
-            return self.classify_rows(self.class_tokens([tokens] if isinstance(tokens, str) else tokens))
+            return self.classify_rows(self.class_tokens(tokens)[0])
         tokens, positions, segment_ids = self._inputs(tokens, lengths, positions, segment_ids)
         if segment_ids is not None:
             for number, row in enumerate(segment_ids):
@@ -212,16 +217,26 @@ class LanguageModel:
                     raise BadInput(f"row {number} {what}; a classifier takes one text a row")
         return _apply(self.model, self.variables, tokens, positions, segment_ids, "classify")
 
-    def class_tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts as a classifier reads them: with whatever tokens the tokenizer's own template adds, as transformers
-        gives them to the exported model; an empty text as the token that ends documents."""
+    def class_tokens(self, texts: Sequence, longest: int | None = None) -> tuple[list[list[int]], int]:
+        """(texts as a classifier reads them, how many were cut to `longest` tokens): with whatever tokens the
+        tokenizer's own template adds, as transformers gives them to the exported model. These are never cut off: what
+        goes is the end of the text itself.
+
+        Special tokens that a text spells out are text, and no tokens; transformers takes them for the tokens.
+        """
         tokenizer = self.require_tokenizer("this model")
-        end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-        rows = [tokenizer.encode(text, add_special_tokens=True) or end for text in texts]
-        for number, row in enumerate(rows):
-            if not row:
+        rows, cut = [], 0
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise BadInput(f"text {number} must be a string, not {type(text).__name__}")
+            if not text or text.isspace():
                 raise BadInput(f"text {number} is empty; there is nothing to classify")
-        return rows
+            row = tokenizer.encode(text, add_special_tokens=True)
+            if longest is not None and len(row) > longest:
+                row = _shortened(row, tokenizer.encode(text), longest)
+                cut += 1
+            rows.append(row)
+        return rows, cut
 
     def classify_rows(
         self,
@@ -234,12 +249,14 @@ class LanguageModel:
         `watch` is handed the batches, as lists of places, and passes them on: to show how far it has come.
         """
         labels, longest = self.require_labels("this model"), self.config.max_position_embeddings
+        if batch_size < 1:
+            raise BadInput(f"batch_size is {batch_size} and must be at least 1")
         for number, row in enumerate(rows):
             if not 0 < len(row) <= longest:
                 raise BadInput(f"text {number} has {len(row)} tokens, and the model takes 1 to {longest}; cut it")
         logits = np.zeros((len(rows), len(labels)), np.float32)
-        batch_size = min(batch_size, len(rows))
-        for places in watch(by_length([len(row) for row in rows], max(1, batch_size))):
+        batch_size = min(batch_size, max(1, len(rows)))
+        for places in watch(by_length([len(row) for row in rows], batch_size)):
             batch = padded_rows(rows, places, batch_size, longest)
             inputs = self._inputs(batch["tokens"], batch["lengths"], None, None)
             logits[places] = _apply(self.model, self.variables, *inputs, "classify")[: len(places)]
@@ -278,7 +295,19 @@ class LanguageModel:
         params = jax.tree.leaves(self.params)
         count, dtype = sum(leaf.size for leaf in params), weight_type(params)
         tokenizer = "no tokenizer" if self.tokenizer is None else f"tokenizer {self.tokenizer.name}"
-        return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}, {tokenizer})"
+        adapters = f", adapters of {trained_numbers(self.variables):,}" if LORA in self.variables else ""
+        return f"LanguageModel({self.config.model_type}, {count:,} parameters in {dtype}{adapters}, {tokenizer})"
+
+
+def _shortened(row: list[int], content: list[int], longest: int) -> list[int]:
+    """A row of at most `longest` tokens: its content is cut, and what a template put around it stays."""
+    added = len(row) - len(content)
+    if added >= longest:
+        raise BadInput(
+            f"{longest} tokens of a text leave no room beside the {added} that the tokenizer adds; take more"
+        )
+    start = next(place for place in range(added + 1) if row[place : place + len(content)] == content)
+    return [*row[:start], *content[: longest - added], *row[start + len(content) :]]
 
 
 def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> LanguageModel:
@@ -287,7 +316,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     config = override(lm.config, labels=labels if isinstance(labels, str) else tuple(labels))
     expected = abstract_variables(config)["params"]
     variables = {
-        collection: {name: leaf for name, leaf in tree.items() if name in expected and name != SCORE}
+        collection: {name: leaf for name, leaf in tree.items() if name in (*expected, TIED) and name != SCORE}
         for collection, tree in lm.variables.items()
     }
     kernel = expected[SCORE]["kernel"]
@@ -303,6 +332,8 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
     the weights in a folder or file: "hf", for GPT-2 also "book" and "original". `config` takes the place of the one
     stored with the weights. A dict changes just some of its fields; for weights that come without one it says what
     their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
+
+    A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another.
     """
     from llmq_jax.training.checkpoints import find_checkpoint
 
@@ -314,6 +345,10 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
         if layout != "hf":
             raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
         return _load_checkpoint(source, config, dtype)
+    if is_adapter(source):
+        from llmq_jax.adapters import load_with_base
+
+        return load_with_base(source, layout, config, dtype)
     if is_hf(source):
         contents = read_hf(source, layout, config, dtype)
     elif is_openai(source):

@@ -11,7 +11,6 @@ again resumes a run that was stopped.
 
 import dataclasses
 import json
-import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,16 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, run, use_device
 from llmq_jax.errors import BadInput
-from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
+from train.options import (
+    TrainingOptions,
+    check_epochs,
+    check_ranges,
+    optimizer_of,
+    own_options,
+    refuse_idle,
+    run_options,
+    with_steps,
+)
 from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
@@ -40,7 +48,7 @@ class LabelledData:
     out: str
     """Run folder: options, metrics, samples, loss curves, checkpoints, and the figures of the test."""
     columns: Annotated[str | None, default_is("those of the header")] = None
-    """Names of the columns of .csv and .tsv without a header, with commas between them: label,text."""
+    """Names of the columns of .csv and .tsv files without a header, with commas between them: label,text."""
     text_field: str = "text"
     """Field or column that holds the text."""
     label_field: str = "label"
@@ -58,7 +66,7 @@ class LabelledData:
     balance: Flag = False
     """Keep as many texts of each class as the smallest has, before anything is held out."""
     class_weights: Flag = False
-    """Weigh each class in the loss by how rare it is."""
+    """Weigh each class by how rare it is, in the loss of training and of validation."""
     max_length: Annotated[int | None, default_is("the model's context")] = None
     """Tokens of a text that are read; what is longer is cut."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
@@ -99,15 +107,14 @@ def classifier(options: Options) -> Any:
     from llmq_jax.objectives.classification import Classification
     from llmq_jax.training import engine, step
     from llmq_jax.training.classification_report import prediction, prediction_line
-    from llmq_jax.training.optimizer import adamw, warmup_cosine
     from llmq_jax.training.parts import whole
-    from llmq_jax.training.run_options import RunOptions
     from llmq_jax.training.state import create_state
 
     # The texts, parted, and the model with a head for their classes.
+    found = read_data(options)
     source = load(options.init_from, dtype="float32")  # the masters
     source.require_tokenizer(options.init_from)
-    options, parts = split_data(options, source.config.labels)
+    options, parts = split_data(options, found, source.config.labels)
     source, head = with_head(source, parts["training"].names, options.seed)
     config = source.config
     options = dataclasses.replace(options, max_length=options.max_length or config.max_position_embeddings)
@@ -123,22 +130,13 @@ def classifier(options: Options) -> Any:
     training, validation = parts["training"], parts["validation"]
     batches = LabelledBatches(rows["training"], training.labels, size, longest, options.seed)
     held_out = LabelledEvaluation(rows["validation"], validation.labels, size, longest)
-    options = with_steps(options, batches.per_epoch)
+    options = with_steps(options, batches.per_epoch, EPOCHS)
 
     # What trains, of a model that computes as the options say.
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
     learner = prepared(source.replace(model=model), options)
 
-    # AdamW with warm-up and cosine.
-    schedule = warmup_cosine(
-        peak=options.learning_rate,
-        steps=options.steps,
-        warmup_steps=options.warmup_steps,
-        initial=options.initial_learning_rate,
-        minimum=options.minimum_learning_rate,
-    )
-    b1, b2 = options.betas
-    optimizer = adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
+    schedule, optimizer = optimizer_of(options)
     weights = tuple(training.class_weights().tolist()) if options.class_weights else None
     objective = Classification(learner.model, weights)
     train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
@@ -152,28 +150,27 @@ def classifier(options: Options) -> Any:
 
     def sample(variables, at_step):
         logits = source.replace(variables=whole(variables)).classify_rows(sample_rows)
-        said = (prediction(config.labels, *pair) for pair in zip(samples, logits, strict=True))
-        return "\n".join(map(prediction_line, said))
+        pairs = zip(samples, logits, strict=True)
+        return "\n".join(prediction_line(text, prediction(config.labels, row)) for text, row in pairs)
 
+    if weights is not None:
+        each = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(config.labels, weights, strict=True))
+        head += f"\nclass weights: {each}; losses are weighted by them, in training and validation"
     print(f"{head}\n{learner.described}\n{model.attention_choice(longest, training=True)}", flush=True)
-    run_options = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
-    own = {k: v for k, v in dataclasses.asdict(options).items() if k not in (*run_options, "out", "device")}
-    own |= {f"{name}_sha256": fingerprint(numbered(rows[name], part.labels)) for name, part in parts.items()}
+    digests = {f"{name}_sha256": fingerprint(numbered(rows[name], part.labels)) for name, part in parts.items()}
     result = engine.run(
         create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
         train_step,
         batches,
-        RunOptions(**{name: getattr(options, name) for name in run_options}),
+        run_options(options),
         folder=options.out,
-        config={"recipe": "train.classifier", **own},
+        config={"recipe": "train.classifier", **own_options(options), **digests},
         may_change=["sample_prompt"],
         model_config=config,
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,
         evaluate=evaluate,
         sample=sample,
-        # Batches have lengths of their own: the mean.
-        tokens_per_step=round(sum(map(len, rows["training"])) / batches.per_epoch),
         next_commands=tuple(next_commands(options, config)),
     )
     if result.state is not None:
@@ -183,21 +180,26 @@ def classifier(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    from llmq_jax.data import is_table
+
     check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
     check_what_trains(options)
-    if options.epochs is not None and not 0 < options.epochs < math.inf:
-        raise BadInput(f"--epochs is {options.epochs} and must be positive")
+    check_epochs(options)
     if options.max_length is not None and options.max_length < 1:
         raise BadInput(f"--max-length is {options.max_length} and must be at least 1")
     if options.split_seed is not None and options.split_seed < 0:
         raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
     if options.balance and options.class_weights:
         raise BadInput("--class-weights has no effect beside --balance, which makes all classes equal; leave one out")
+    if options.sample_prompt is not None and not options.sample_prompt.strip():
+        raise BadInput("--sample-prompt holds no text; give one to classify, or leave it out")
     files = options.validation_data and options.test_data
+    tables = [path for path in (options.data, options.validation_data, options.test_data) if path and is_table(path)]
     refuse_idle(
         options,
         (
             ("epochs", options.steps is not None, "beside --steps"),
+            ("columns", not tables, "without a .csv or .tsv file"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("test_fraction", options.test_data, "beside --test-data"),
             ("split_seed", files and not options.balance, "beside --validation-data and --test-data"),
@@ -208,50 +210,70 @@ def check(options: Options) -> None:
     )
 
 
-def split_data(options: Options, known: Sequence[str] | None) -> tuple[Options, dict[str, Any]]:
-    """(the options with what they leave open, {"training", "validation" and "test": labelled texts}); says what was
-    found. `known` are the classes of the model that goes on: theirs is the order, if the data have just these."""
-    from llmq_jax.data import read_labelled
+def read_data(options: Options) -> dict[str, list]:
+    """{"training" and, where they have files of their own, "validation" and "test": rows of a text and a label}."""
+    from llmq_jax.data import class_names, is_table, read_rows
 
     columns = None if options.columns is None else tuple(name.strip() for name in options.columns.split(","))
+    paths = {"training": options.data, "validation": options.validation_data, "test": options.test_data}
+    rows = {
+        name: read_rows(path, options.text_field, options.label_field, columns if is_table(path) else None)
+        for name, path in paths.items()
+        if path
+    }
+    class_names(rows["training"], options.data)
+    return rows
 
-    def read(path: str, names: Sequence[str] | None = None) -> Any:
-        return read_labelled(path, options.text_field, options.label_field, columns, names)
 
-    found = read(options.data)
-    if known is not None and set(known) == set(found.names):
-        found = read(options.data, known)
-    given = {"validation": options.validation_data, "test": options.test_data}
-    parts = {name: read(path, found.names) for name, path in given.items() if path}
+def split_data(options: Options, rows: dict[str, list], known: Sequence[str] | None) -> tuple[Options, dict[str, Any]]:
+    """(the options with what they leave open, {"training", "validation" and "test": labelled texts}); says what was
+    found. No text is in two parts, or twice in one. `known` are the classes of the model that goes on: they are those
+    of the data, in their order, if the data have no others."""
+    from llmq_jax.data import class_names
+
+    found = class_names(rows["training"], options.data)
+    names = tuple(known) if known is not None and set(found) <= set(known) else found
     options = completed_fractions(options)
-
-    everything = found.without_duplicates()
-    lines = [f"{len(found):,} texts in {options.data}"]
-    lines += [f"{everything.repeated:,} duplicates removed"] if everything.repeated else []
-    lines += [f"{everything.contradictory:,} under several labels removed"] if everything.contradictory else []
-    kept = everything.kept
-    elsewhere = {text for part in parts.values() for text in part.texts}
-    apart = [index for index, text in enumerate(kept.texts) if text not in elsewhere]
-    if len(apart) < len(kept):
-        lines.append(f"{len(kept) - len(apart):,} that are in the other files removed")
-        kept = kept.take(apart)
+    parts, elsewhere = {}, set()
+    for name, path in (("test", options.test_data), ("validation", options.validation_data)):
+        if path:
+            parts[name] = distinct(path, rows[name], names, elsewhere)
+            elsewhere |= {row.text for row in rows[name]}
+    kept = distinct(options.data, rows["training"], names, elsewhere)
+    if gone := [label for label in found if not kept.counts()[names.index(label)]]:
+        raise BadInput(f"{options.data}: no text of class {gone[0]!r} is left to learn; give some, or leave it out")
     if options.balance:
         kept = kept.balanced(options.split_seed)
-        lines.append(f"balanced to {len(kept):,}")
+        print(f"balanced to {len(kept):,}")
 
     fractions = {"validation": options.validation_fraction, "test": options.test_fraction}
     fractions = {name: fraction for name, fraction in fractions.items() if name not in parts}
     if fractions:
         shares = (1 - sum(fractions.values()), *fractions.values())
-        names = ("training", *fractions)
-        parts |= dict(zip(names, kept.stratified_split(shares, options.split_seed), strict=True))
+        parts |= dict(zip(("training", *fractions), kept.stratified_split(shares, options.split_seed), strict=True))
     else:
         parts["training"] = kept
-    print("; ".join(lines))
     for name in ("training", "validation", "test"):
-        counts = ", ".join(f"{count:,} {label}" for label, count in zip(found.names, parts[name].counts(), strict=True))
+        counts = ", ".join(f"{count:,} {label}" for label, count in zip(names, parts[name].counts(), strict=True))
         print(f"{name + ':':12}{len(parts[name]):,} texts ({counts})")
     return options, parts
+
+
+def distinct(path: str, rows: list, names: Sequence[str], elsewhere: set[str]) -> Any:
+    """The texts of a file, each once, without those `elsewhere`; says how many went."""
+    from llmq_jax.data import labelled_texts
+
+    kept, repeated, contradictory = labelled_texts(rows, names).without_duplicates()
+    apart = kept.without(elsewhere)
+    counts = (
+        (repeated, "duplicates"),
+        (contradictory, "under several labels"),
+        (len(kept) - len(apart), "that are in the other files"),
+    )
+    print("; ".join([f"{len(rows):,} texts in {path}", *(f"{n:,} {what} removed" for n, what in counts if n)]))
+    if not len(apart):
+        raise BadInput(f"{path}: no text is left; give texts that are not in the other files, under one label each")
+    return apart
 
 
 def completed_fractions(options: Options) -> Options:
@@ -274,34 +296,29 @@ def with_head(source: Any, names: tuple[str, ...], seed: int) -> tuple[Any, str]
     from llmq_jax.language_model import with_classifier
     from llmq_jax.models.heads import shown
 
-    if source.config.labels == names:
+    known = source.config.labels
+    if known == names:
         return source, f"classes: {shown(names)}; the head goes on"
-    return with_classifier(source, names, seed), f"classes: {shown(names)}; the head is fresh"
+    instead = "" if known is None else f"; the one for {shown(known)} is discarded"
+    return with_classifier(source, names, seed), f"classes: {shown(names)}; the head is fresh{instead}"
 
 
 def token_rows(options: Options, source: Any, part: str | None, texts: Sequence[str]) -> list[list[int]]:
-    """Texts as the model reads them, cut to --max-length; says of a part how many were cut."""
+    """The texts of a part as the model reads them, cut to --max-length; says how many were cut. Without a part, those
+    of the samples."""
     import numpy as np
 
     from llmq_jax.data import check_vocabulary
 
-    rows = source.class_tokens(texts)
-    cut = sum(len(row) > options.max_length for row in rows)
+    where = {"validation": options.validation_data, "test": options.test_data}.get(part) or options.data
+    if part is None and options.sample_prompt is not None:
+        where = "--sample-prompt"
+    rows, cut = source.class_tokens(texts, options.max_length)
     if part is not None and cut:
         print(f"{part}: {cut:,} of {len(rows):,} texts are cut to {options.max_length} tokens (--max-length)")
-    rows = [row[: options.max_length] for row in rows]
     for row in rows:
-        check_vocabulary(np.asarray(row), source.config.vocab_size, options.data)
+        check_vocabulary(np.asarray(row), source.config.vocab_size, where)
     return rows
-
-
-def with_steps(options: Options, steps_in_an_epoch: int) -> Options:
-    """The options with a number of steps, and what follows from it."""
-    if options.steps is None:
-        epochs = EPOCHS if options.epochs is None else options.epochs
-        options = dataclasses.replace(options, steps=max(1, round(epochs * steps_in_an_epoch)), epochs=epochs)
-    refuse_idle(options, [("initial_learning_rate", warmup_steps(options) == 0, "without warm-up")])
-    return completed(options)
 
 
 def numbered(rows: Sequence[list[int]], labels: Sequence[int]) -> Any:
@@ -320,18 +337,19 @@ def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> Non
     report = classification_report(part.names, logits, part.labels)
     errors = worst_errors(part.names, part.texts, logits, part.labels)
     folder = Path(options.out)
-    plot_confusion(report, folder / "confusion.png")
     lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
     write_atomically(folder / "errors.jsonl", lines.encode())
     write_json_atomically(folder / "test.json", report.to_json())
+    plot_confusion(report, folder / "confusion.png")
     print(f"\ntest on {len(part):,} texts: {report.text()}\n")
     print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
 
 
 def next_commands(options: Options, config: Any) -> Iterator[str]:
     out = shlex.quote(options.out)
-    yield f'llmq classify {out} --text "..."'
-    yield f"llmq classify {out} --data FILE --output classified.jsonl"
+    cut = "" if options.max_length == config.max_position_embeddings else f" --max-length {options.max_length}"
+    yield f'llmq classify {out}{cut} --text "..."'
+    yield f"llmq classify {out}{cut} --data FILE --out classified.jsonl"
     if exports(config):
         yield f"python -m convert.to_hf {out} {shlex.quote(options.out + '-hf')}"
 

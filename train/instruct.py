@@ -2,8 +2,7 @@
 
     python -m train.instruct --data alpaca.json --init-from gpt2 --out runs/mine             Alpaca's instructions
     python -m train.instruct --data chats.jsonl --init-from model.gguf --out runs/chat       a chat model's own template
-    python -m train.instruct --data chats.jsonl --init-from model.gguf --out runs/chat --preview
-                                                     look at a batch first, and at what of it is learned
+    python -m train.instruct --data chats.jsonl --init-from model.gguf --preview             look at a batch first
 
 Records have instruction, input and output; or messages; or prompt and completion. The same command again resumes a run
 that was stopped, and says so when it is finished.
@@ -11,7 +10,7 @@ that was stopped, and says so when it is finished.
 
 import dataclasses
 import itertools
-import math
+import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,16 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, run, use_device
 from llmq_jax.errors import BadInput
-from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
+from train.options import (
+    TrainingOptions,
+    check_epochs,
+    check_ranges,
+    optimizer_of,
+    own_options,
+    refuse_idle,
+    run_options,
+    with_steps,
+)
 from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
@@ -28,6 +36,10 @@ from train.what_trains import WhatTrains, check_what_trains, prepared
 SAMPLE_TOKENS = 120
 LONGEST_ROW = 1024
 EPOCHS = 3.0
+IDLE_IN_PREVIEW = (
+    *("steps", "epochs", "learning_rate", "minimum_learning_rate", "initial_learning_rate", "warmup_steps"),
+    *("evaluate_every", "sample_every", "sample_prompt", "checkpoint_every", "keep_last", "wandb"),
+)
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 
@@ -39,16 +51,19 @@ class Instructions:
     completion."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
-    out: str
+    out: Annotated[str | None, default_is("none, for --preview alone")] = None
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Conversations to measure the validation loss on, that of the answers."""
     validation_fraction: Annotated[float | None, default_is("0.1")] = None
-    """Part of the conversations held out for validation."""
+    """Part of the conversations held out for validation; what equals one of them is not learned."""
+    split_seed: Annotated[int | None, default_is("0")] = None
+    """Of the choice of what is held out."""
 
     # How a conversation becomes tokens, and which are learned.
     template: Annotated[
-        Literal["alpaca", "chat", "plain"] | None, default_is("the model's for chats, plain for prompts, else alpaca")
+        Literal["alpaca", "chat", "plain"] | None,
+        default_is("plain for prompts and texts; else chat or, where the model has none, alpaca"),
     ] = None
     """How it is written: with Alpaca's headings, by the model's chat template, or prompt and completion as they are."""
     train_on: str = "response"
@@ -62,7 +77,7 @@ class Instructions:
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
     """Times that every conversation is learned, in place of --steps."""
     preview: Flag = False
-    """Show a batch, with what is learned of it, and end."""
+    """Show a batch, with what is learned of it, and end; no model is trained."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,7 @@ def main(options: Options) -> None:
 
 def instruct(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
+    check_preview(options)
     if options.learning_rate is None:
         rate = LORA_RATE if options.train == "lora" else FULL_RATE
         options = dataclasses.replace(options, learning_rate=rate)
@@ -99,18 +115,17 @@ def instruct(options: Options) -> Any:
     from llmq_jax.models import build
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
-    from llmq_jax.training.optimizer import adamw, warmup_cosine
     from llmq_jax.training.parts import whole
-    from llmq_jax.training.run_options import RunOptions
     from llmq_jax.training.state import create_state
 
-    # The model and the conversations, some of them held out.
-    source = load(options.init_from, dtype="float32")  # the masters
+    # The conversations, some of them held out, and the model.
+    training, validation = conversations(options)
+    source = load(options.init_from, dtype=None if options.preview else "float32")  # the masters
     source.require_language_model(options.init_from)
     tokenizer, config = source.require_tokenizer(options.init_from), source.config
-    training, validation = conversations(options)
     options = dataclasses.replace(
         options,
+        split_seed=None if options.validation_data else options.split_seed or 0,
         context=options.context or min(config.max_position_embeddings, LONGEST_ROW),
         template=options.template or default_template(training, tokenizer),
     )
@@ -126,9 +141,9 @@ def instruct(options: Options) -> Any:
     batches = instruction_batches(learned.examples, **rows, seed=options.seed)
     held_out_batches = instruction_batches(held_out.examples, **rows, seed=None)
     if options.preview:
-        print(described(options, learned, held_out, len(batches)))
+        print(described(options, learned, held_out, len(batches), config))
         return show(batches[0], tokenizer)
-    options = with_steps(options, len(batches))
+    options = with_steps(options, len(batches), EPOCHS)
 
     # What trains, of a model that computes as the options say, and learns to end what it writes.
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
@@ -136,16 +151,7 @@ def instruct(options: Options) -> Any:
     source = source.replace(model=model, generation=generation)
     learner = prepared(source, options)
 
-    # AdamW with warm-up and cosine.
-    schedule = warmup_cosine(
-        peak=options.learning_rate,
-        steps=options.steps,
-        warmup_steps=options.warmup_steps,
-        initial=options.initial_learning_rate,
-        minimum=options.minimum_learning_rate,
-    )
-    b1, b2 = options.betas
-    optimizer = adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
+    schedule, optimizer = optimizer_of(options)
     objective = NextToken(learner.model)
     train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
     eval_step = step.make_eval_step(objective)
@@ -159,23 +165,24 @@ def instruct(options: Options) -> Any:
         return ask(whole(variables))
 
     print(
-        f"{learner.described}\n{described(options, learned, held_out, len(batches))}\n"
+        f"{learner.described}\n{described(options, learned, held_out, len(batches), config)}\n"
         f"{model.attention_choice(options.context, training=True)}",
         flush=True,
     )
-    if options.sample_every != 0 and not Path(options.out).exists():
-        print(f"before training:\n{ask(source.variables)}", flush=True)
-    run_options = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
-    own = {k: v for k, v in dataclasses.asdict(options).items() if k not in (*run_options, "out", "device", "preview")}
+    if not Path(options.out).exists():  # a new run: what it starts from
+        if options.evaluate_every != 0:
+            print(f"before training: validation loss {evaluate(learner.variables)['loss']:.4f}", flush=True)
+        if options.sample_every != 0:
+            print(ask(source.variables), flush=True)
     parts = {"training": learned, "validation": held_out}
-    own |= {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
+    digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     return engine.run(
         create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
         train_step,
         batches,
-        RunOptions(**{name: getattr(options, name) for name in run_options}),
+        run_options(options),
         folder=options.out,
-        config={"recipe": "train.instruct", **own},
+        config={"recipe": "train.instruct", **own_options(options, "preview"), **digests},
         may_change=["sample_prompt"],
         model_config=config,
         tokenizer=TextFiles(tokenizer, generation),
@@ -186,6 +193,14 @@ def instruct(options: Options) -> Any:
     )
 
 
+def check_preview(options: Options) -> None:
+    """BadInput for a run that has no folder, and for options of a run beside --preview, which is none."""
+    if options.preview:
+        refuse_idle(options, ((name, True, "beside --preview") for name in IDLE_IN_PREVIEW))
+    elif options.out is None:
+        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
+
+
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
     train_on(options)
@@ -193,13 +208,17 @@ def check(options: Options) -> None:
     check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
     if options.context is not None and options.context < 2:
         raise BadInput(f"--context is {options.context} and must be at least 2")
-    if options.epochs is not None and not 0 < options.epochs < math.inf:
-        raise BadInput(f"--epochs is {options.epochs} and must be positive")
+    check_epochs(options)
+    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
+        raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
+    if options.split_seed is not None and options.split_seed < 0:
+        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
     refuse_idle(
         options,
         (
             ("epochs", options.steps is not None, "beside --steps"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
+            ("split_seed", options.validation_data, "beside --validation-data"),
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
@@ -222,16 +241,35 @@ def train_on(options: Options) -> str | tuple[int, ...]:
 
 
 def conversations(options: Options) -> tuple[list, list]:
-    """(training, validation) conversations."""
+    """(training, validation) conversations, none of which is in both; says how many are not learned for that."""
     from llmq_jax.data import read_conversations, split_documents
+
+    def said(conversation):
+        return json.dumps([conversation.messages, conversation.given, conversation.input])
 
     everything = read_conversations(options.data)
     if options.validation_data:
-        return everything, read_conversations(options.validation_data)
-    if len(everything) < 2:
-        raise BadInput(f"{options.data} holds one conversation, and some are held out: give more, or --validation-data")
-    fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
-    return split_documents(everything, fraction)
+        validation = read_conversations(options.validation_data)
+        learned_once = len(everything)
+    else:
+        distinct = {}
+        for conversation in everything:
+            distinct.setdefault(said(conversation), conversation)
+        if len(distinct) < 2:
+            raise BadInput(
+                f"{options.data} holds no two different conversations, and some are held out: give more, or "
+                "--validation-data"
+            )
+        fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
+        _, validation = split_documents(list(distinct.values()), fraction, options.split_seed or 0)
+        learned_once = len(everything) - len(validation)
+    held_out = set(map(said, validation))
+    training = [conversation for conversation in everything if said(conversation) not in held_out]
+    if not training:
+        raise BadInput(f"{options.data}: every conversation is in {options.validation_data} too; give others to learn")
+    if len(training) < learned_once:
+        print(f"{learned_once - len(training):,} conversations that are held out too are not learned")
+    return training, validation
 
 
 def examples(options: Options, part: list, tokenizer: Any, config: Any) -> Any:
@@ -259,38 +297,31 @@ def tokens_and_masks(part: Any) -> Any:
     return np.concatenate([np.stack([example.tokens, example.learned], axis=1) for example in part.examples])
 
 
-def with_steps(options: Options, steps_in_an_epoch: int) -> Options:
-    """The options with a number of steps, and what follows from it."""
-    if options.steps is None:
-        epochs = EPOCHS if options.epochs is None else options.epochs
-        options = dataclasses.replace(options, steps=max(1, round(epochs * steps_in_an_epoch)), epochs=epochs)
-    refuse_idle(options, [("initial_learning_rate", warmup_steps(options) == 0, "without warm-up")])
-    return completed(options)
-
-
-def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:
+def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: int, config: Any) -> str:
     """What there is to learn, and what of it did not fit."""
     kind = f"packed into rows of {options.context} tokens" if options.pack else "one in a row"
-    text = (
-        f"{len(learned):,} conversations to learn, {len(held_out):,} held out (template: {options.template})\n"
+    lines = [
+        f"{len(learned):,} conversations to learn, {len(held_out):,} held out (template: {options.template})",
         f"{learned.learned_tokens:,} of {learned.tokens:,} tokens are learned; {kind}, {steps_in_an_epoch:,} steps are "
-        "an epoch"
-    )
-    truncated, dropped = learned.truncated + held_out.truncated, learned.dropped + held_out.dropped
-    if truncated or dropped:
-        text += (
-            f"\nlonger than the context of {options.context} tokens: {truncated:,} conversations truncated, "
-            f"{dropped:,} left out; choose a longer --context for all of them"
-        )
-    return text
+        "an epoch",
+    ]
+    longer = options.context < config.max_position_embeddings
+    advice = "choose a longer --context for all of them" if longer else "--too-long says what becomes of them"
+    for name, part in (("to learn", learned), ("held out", held_out)):
+        if part.truncated or part.dropped:
+            lines.append(
+                f"{name}, longer than the context of {options.context} tokens: {part.truncated:,} truncated, "
+                f"{part.dropped:,} left out; {advice}"
+            )
+    return "\n".join(lines)
 
 
 def end_of_answer(learned: Any, tokenizer: Any) -> int | None:
     """The special token that ends answers; None where a chat template writes none."""
-    for example in learned.examples:  # those that are cut off have none
+    for example in learned.examples:
         ids = reversed(example.tokens[example.learned].tolist())
-        last = next(token for token in ids if tokenizer.decode([token]).strip())
-        if not tokenizer.decode([last], skip_special_tokens=True):
+        last = next((token for token in ids if tokenizer.decode([token]).strip()), None)
+        if not example.cut and last is not None and not tokenizer.decode([last], skip_special_tokens=True):
             return last
     return None
 

@@ -1,6 +1,7 @@
 """Options that recipes share, by name and meaning, and what can be said of them without the recipe."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -79,6 +80,12 @@ def check_ranges(options: TrainingOptions) -> None:
             raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must {rule}")
 
 
+def check_epochs(options: Any) -> None:
+    """BadInput for a number of epochs that no training can mean."""
+    if options.epochs is not None and not 0 < options.epochs < math.inf:
+        raise BadInput(f"--epochs is {options.epochs} and must be positive")
+
+
 def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
     """BadInput for an option that is given where it can do nothing. Cases: (field, whether it is idle, why)."""
     for name, idle, why in cases:
@@ -99,3 +106,42 @@ def completed(options: Any, **values: Any) -> Any:
 
 def warmup_steps(options: TrainingOptions) -> int:
     return min(100, options.steps // 20) if options.warmup_steps is None else options.warmup_steps
+
+
+def with_steps(options: Any, steps_in_an_epoch: int, epochs: float) -> Any:
+    """The options with a number of steps, by default as many as these epochs have, and what follows from it."""
+    if options.steps is None:
+        epochs = epochs if options.epochs is None else options.epochs
+        options = dataclasses.replace(options, steps=max(1, round(epochs * steps_in_an_epoch)), epochs=epochs)
+    refuse_idle(options, [("initial_learning_rate", warmup_steps(options) == 0, "without warm-up")])
+    return completed(options)
+
+
+def optimizer_of(options: TrainingOptions) -> tuple[Any, Any]:
+    """(schedule, optimizer): AdamW with warm-up and cosine."""
+    from llmq_jax.training.optimizer import adamw, warmup_cosine
+
+    schedule = warmup_cosine(
+        peak=options.learning_rate,
+        steps=options.steps,
+        warmup_steps=options.warmup_steps,
+        initial=options.initial_learning_rate,
+        minimum=options.minimum_learning_rate,
+    )
+    b1, b2 = options.betas
+    return schedule, adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
+
+
+def run_options(options: TrainingOptions) -> Any:
+    """What of the options is the engine's."""
+    from llmq_jax.training.run_options import RunOptions
+
+    names = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
+    return RunOptions(**{name: getattr(options, name) for name in names})
+
+
+def own_options(options: TrainingOptions, *without: str) -> dict[str, Any]:
+    """The others, which are a recipe's own, for config.json; but for where it runs and goes, and `without`."""
+    theirs = {field.name for field in dataclasses.fields(run_options(options))}
+    values = dataclasses.asdict(options)
+    return {name: value for name, value in values.items() if name not in {*theirs, "out", "device", *without}}

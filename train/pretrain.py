@@ -18,7 +18,16 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput, did_you_mean
-from train.options import TrainingOptions, check_ranges, completed, refuse_idle, warmup_steps
+from train.options import (
+    TrainingOptions,
+    check_ranges,
+    completed,
+    optimizer_of,
+    own_options,
+    refuse_idle,
+    run_options,
+    warmup_steps,
+)
 from train.texts import LIBRARY_FRACTION, fingerprint, token_streams
 
 SAMPLE_TOKENS = 120
@@ -139,8 +148,6 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     from llmq_jax.language_model import LanguageModel, TextFiles, load
     from llmq_jax.models import build, init
     from llmq_jax.training import engine, step
-    from llmq_jax.training.optimizer import adamw, warmup_cosine
-    from llmq_jax.training.run_options import RunOptions
     from llmq_jax.training.state import create_state
 
     # The model and its tokenizer: fresh, or whatever can be loaded.
@@ -182,16 +189,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     batches = training_batches(training, **windows, seed=options.seed)
     held_out = evaluation_batches(validation, **windows)
 
-    # AdamW with warm-up and cosine.
-    schedule = warmup_cosine(
-        peak=options.learning_rate,
-        steps=options.steps,
-        warmup_steps=options.warmup_steps,
-        initial=options.initial_learning_rate,
-        minimum=options.minimum_learning_rate,
-    )
-    b1, b2 = options.betas
-    optimizer = adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
+    schedule, optimizer = optimizer_of(options)
     objective = objective_of(options, model)
     train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
     eval_step = step.make_eval_step(objective)
@@ -218,15 +216,13 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         f"(tokenizer: {tokenizer.name})\n{model.attention_choice(options.context, training=True)}",
         flush=True,
     )
-    run_options = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
-    described = {k: v for k, v in dataclasses.asdict(options).items() if k not in (*run_options, "out", "device")}
     return engine.run(
         create_state(variables, optimizer, seed=options.seed),
         train_step,
         batches,
-        RunOptions(**{name: getattr(options, name) for name in run_options}),
+        run_options(options),
         folder=options.out,
-        config={"recipe": "train.pretrain", **described, **text},
+        config={"recipe": "train.pretrain", **own_options(options), **text},
         may_change=["sample_prompt"],
         model_config=config,
         # What was loaded keeps its own end tokens.

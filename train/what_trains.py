@@ -13,8 +13,8 @@ LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rsl
 class WhatTrains:
     # What trains.
     train: Literal["lora", "all", "blocks", "head"] = "lora"
-    """lora: low-rank adapters; all: every parameter; blocks: the last --blocks layers, the final norm and the head;
-    head: the head alone. A classifier's head always trains."""
+    """lora: low-rank adapters, and a classifier's head; all: every parameter; blocks: the last --blocks layers, the
+    final norm and the head, unless that is the embedding; head: the head alone."""
     blocks: Annotated[int | None, default_is("1")] = None
     """Layers that train with --train blocks, counted from the last."""
     lora_rank: Annotated[int | None, default_is("8")] = None
@@ -28,14 +28,14 @@ class WhatTrains:
     lora_dropout: Annotated[float | None, default_is("0")] = None
     """Part of the input that adapters do not see in training."""
     lora_variant: Annotated[Literal["lora", "dora", "lora-xs", "tinylora"] | None, default_is("lora")] = None
-    """dora also learns the length of each column; lora-xs learns rank x rank numbers between fixed factors; tinylora
-    learns --lora-numbers numbers that mix random matrices there."""
+    """dora: learn the length of each column, too; lora-xs: learn only rank x rank numbers between fixed factors;
+    tinylora: only --lora-numbers numbers, which mix random matrices there."""
     lora_rslora: Flag = False
     """Divide alpha by the root of the rank."""
     lora_numbers: Annotated[int | None, default_is("64")] = None
     """TinyLoRA's numbers."""
     lora_tied: Flag = False
-    """Whether all matrices share TinyLoRA's numbers."""
+    """All matrices share TinyLoRA's numbers."""
 
 
 class Prepared(NamedTuple):
@@ -68,7 +68,7 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
     from llmq_jax.models.heads import SCORE
-    from llmq_jax.training.parts import FROZEN, PARAMS, freeze_all_but
+    from llmq_jax.training.parts import FROZEN, PARAMS, freeze_all_but, train_adapters
 
     model, variables = lm.model, lm.variables
     if options.train != "lora":
@@ -83,11 +83,8 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
         elif any(getattr(options, f"lora_{name}") not in (None, False) for name in LORA_OPTIONS):
             raise BadInput("--init-from has adapters already, which go on as they are; leave out the options of LoRA")
         numbers = lora.trained_numbers(variables)
-        trainable = (lora.LORA,)
-        if classifier:
-            model, variables = freeze_all_but(model, variables, 0, (SCORE,))
-            trainable = (PARAMS, lora.LORA)
-            numbers += _count(variables[PARAMS])
+        model, variables, trainable = train_adapters(model, variables, (SCORE,) if classifier else ())
+        numbers += _count(variables[PARAMS]) if PARAMS in trainable else 0
     else:
         blocks = 0 if options.train == "head" else 1 if options.blocks is None else options.blocks
         head = SCORE if classifier else "lm_head"
@@ -104,16 +101,20 @@ def _spec(options: WhatTrains) -> Any:
     from llmq_jax.layers.lora import LoRA
 
     rank = LoRA.rank if options.lora_rank is None else options.lora_rank
-    targets = LoRA.targets if options.lora_targets is None else tuple(options.lora_targets.split(","))
+    targets = (
+        LoRA.targets
+        if options.lora_targets is None
+        else tuple(name.strip() for name in options.lora_targets.split(","))
+    )
     return LoRA(
         rank=rank,
-        alpha=2.0 * rank if options.lora_alpha is None else options.lora_alpha,
+        alpha=options.lora_alpha,
         targets=targets,
         layers=None if options.lora_layers is None else _layers(options.lora_layers),
         variant=options.lora_variant or LoRA.variant,
         use_rslora=options.lora_rslora,
         dropout=LoRA.dropout if options.lora_dropout is None else options.lora_dropout,
-        numbers=LoRA.numbers if options.lora_numbers is None else options.lora_numbers,
+        numbers=options.lora_numbers,
         tied=options.lora_tied,
     )
 
@@ -124,9 +125,12 @@ def _layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
-            layers += range(int(first), int(last or first) + 1)
+            found = range(int(first), int(last or first) + 1)
         except ValueError:
-            raise BadInput(f"--lora-layers {text!r} is no list of layers; write 0,1,2 or 20-29") from None
+            found = ()
+        if not found:
+            raise BadInput(f"--lora-layers {text!r} is no list of layers; write 0,1,2 or 20-29")
+        layers += found
     return tuple(layers)
 
 

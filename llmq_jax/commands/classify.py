@@ -1,7 +1,11 @@
 """Classify texts with a trained classifier: the probability of each class.
 
-llmq classify runs/spam --text "You have won a prize" --text "See you at noon"
-llmq classify runs/spam --data messages.csv --output classified.jsonl
+    llmq classify runs/spam --text "You have won a prize" --text "See you at noon"
+    llmq classify runs/spam --data messages.csv --out classified.jsonl
+    llmq classify runs/spam --data messages.tsv --columns id,text --out classified.jsonl           without a header
+
+Of a file, the same records come out, one a line, with "label" (the likeliest) and "probabilities" added; of a model
+with a single label, which is a number, with "scores".
 """
 
 import json
@@ -11,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, Repeated, default_is, use_device
+from llmq_jax.command_line import Flag, Positional, Repeated, default_is, option_name, use_device
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
+
+ADDED = ("label", "probabilities")
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,10 @@ class Options:
     """Texts: .json, .jsonl, .csv, .tsv or .parquet with a text field, or a text file, which is one text."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
-    output: Annotated[str | None, default_is("the terminal")] = None
-    """File to write, a line of JSON for each text: .jsonl."""
+    columns: Annotated[str | None, default_is("those of the header")] = None
+    """Names of the columns of a .csv or .tsv without a header, with commas between them: id,text."""
+    out: Annotated[str | None, default_is("the terminal")] = None
+    """A new file, a line of JSON for each text: .jsonl; it appears complete or not at all."""
     max_length: Annotated[int | None, default_is("the model's context")] = None
     """Tokens of a text that are read; what is longer is cut, and counted."""
     batch_size: int = 16
@@ -42,13 +50,11 @@ class Options:
 
 def main(options: Options) -> None:
     check(options)
-    from llmq_jax.data import read_documents
-
-    texts = list(options.text)
-    if options.data is not None:
-        texts = read_documents(options.data, options.text_field or "text")
+    records = read(options)
+    texts = [record.fields[options.text_field or "text"] for record in records]
     use_device(options.device)
     import llmq_jax as lq
+    from llmq_jax.training.atomic_files import write_atomically
     from llmq_jax.training.classification_report import prediction, prediction_line
 
     lm = lq.load(options.model, dtype=options.dtype)
@@ -57,49 +63,79 @@ def main(options: Options) -> None:
     longest = lm.config.max_position_embeddings
     if options.max_length is not None and not 0 < options.max_length <= longest:
         raise BadInput(f"--max-length {options.max_length} must lie between 1 and the model's {longest}")
-    rows = lm.class_tokens(texts)
+    for record in records:
+        if taken := [name for name in (("scores",) if len(labels) == 1 else ADDED) if name in record.fields]:
+            raise BadInput(
+                f"{record.where} has a field {taken[0]!r} already, which the result would replace; rename it"
+            )
     wanted = options.max_length or longest
-    cut = sum(len(row) > wanted for row in rows)
+    rows, cut = lm.class_tokens(texts, wanted)
     if cut:
         print(f"{cut} of {len(rows)} texts are cut to {wanted} tokens", file=sys.stderr)
-    logits = lm.classify_rows(
-        [row[:wanted] for row in rows],
-        options.batch_size,
-        watch=lambda batches: with_progress(batches, "classifying"),
-    )
+    logits = lm.classify_rows(rows, options.batch_size, watch=lambda batches: with_progress(batches, "classifying"))
 
-    results = [prediction(labels, text, row) for text, row in zip(texts, logits, strict=True)]
-    if options.output is not None:
-        lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in results)
-        Path(options.output).write_text(lines, encoding="utf-8")
-        print(f"written: {options.output}, {summary(labels, results)}")
+    results = [prediction(labels, row) for row in logits]
+    lines = [as_json({**record.fields, **said}) for record, said in zip(records, results, strict=True)]
+    if options.out is not None:
+        write_atomically(Path(options.out), "".join(line + "\n" for line in lines).encode())
+        print(f"written: {options.out}, {summary(labels, results)}")
     elif options.json:
-        for each in results:
-            print(json.dumps(each, ensure_ascii=False))
+        print("\n".join(lines))
     else:
-        for each in results:
-            print(prediction_line(each))
+        for text, said in zip(texts, results, strict=True):
+            print(prediction_line(text, said))
 
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read."""
-    from llmq_jax.data import has_fields
+    from llmq_jax.commands.generate import check_out
+    from llmq_jax.data import has_fields, is_table
 
     if bool(options.text) == (options.data is not None):
         raise BadInput("give texts: --text TEXT, once or several times, or --data FILE, one of the two")
-    if options.text_field is not None and (options.data is None or not has_fields(options.data)):
-        where = "without --data" if options.data is None else f"on {options.data}, which has no fields"
-        raise BadInput(f"--text-field has no effect {where}; leave it out")
+    for name, fits, kind in (
+        ("text_field", has_fields, "which has no fields"),
+        ("columns", is_table, "which is no .csv or .tsv file"),
+    ):
+        if getattr(options, name) is not None and (options.data is None or not fits(options.data)):
+            where = "without --data" if options.data is None else f"on {options.data}, {kind}"
+            raise BadInput(f"{option_name(name)} has no effect {where}; leave it out")
     if options.batch_size < 1:
         raise BadInput(f"--batch-size is {options.batch_size} and must be at least 1")
-    if options.output is None:
+    if options.out is None:
         return
     if options.json:
-        raise BadInput("--json has no effect beside --output, which is JSON; leave it out")
-    if not options.output.endswith(".jsonl"):
-        raise BadInput(f"--output {options.output}: has a line of JSON for each text; give it a name ending in .jsonl")
-    if not Path(options.output).absolute().parent.is_dir():
-        raise BadInput(f"--output {options.output}: there is no folder {Path(options.output).parent}; make it first")
+        raise BadInput("--json has no effect beside --out, which is JSON; leave it out")
+    if not options.out.endswith(".jsonl"):
+        raise BadInput(f"--out {options.out}: has a line of JSON for each text; give it a name ending in .jsonl")
+    check_out(Path(options.out))
+
+
+def read(options: Options) -> list[Any]:
+    """The records with the texts, none of which is empty."""
+    from llmq_jax.data import Record, has_fields, read_documents, read_records, text_to_classify
+
+    name = options.text_field or "text"
+    if options.data is None:
+        records = [Record(f"--text number {number}", {name: text}) for number, text in enumerate(options.text, start=1)]
+    elif has_fields(options.data) and not Path(options.data).is_dir():
+        columns = None if options.columns is None else [column.strip() for column in options.columns.split(",")]
+        records = read_records(options.data, columns, {name: "--text-field"}, string_field=name)
+    else:
+        documents = read_documents(options.data, name)
+        records = [Record(f"{options.data}: text {number}", {name: text}) for number, text in enumerate(documents, 1)]
+    for record in records:
+        text_to_classify(record, name)
+        try:
+            as_json(record.fields).encode()
+        except UnicodeEncodeError:  # JSON can spell it (\ud800)
+            raise BadInput(f"{record.where} holds half a surrogate pair, which is not valid Unicode") from None
+    return records
+
+
+def as_json(fields: dict[str, Any]) -> str:
+    """One line; what JSON has no form for, such as Parquet's dates, is written as text."""
+    return json.dumps(fields, ensure_ascii=False, default=str)
 
 
 def summary(labels: Sequence[str], results: Sequence[dict[str, Any]]) -> str:

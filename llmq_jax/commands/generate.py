@@ -143,7 +143,7 @@ def _continue_file(options: Options) -> None:
     if size < 1:
         raise BadInput(f"--batch-size {size} must be at least 1")
     if options.out is not None:
-        _check_out(Path(options.out))
+        check_out(Path(options.out))
     numbers, records = _read_records(options)
     if options.chat and not any("prompt" in record for record in records):
         raise BadInput(f"--chat has no effect on {options.source}, where all are messages already; leave it out")
@@ -181,8 +181,8 @@ def _continue_file(options: Options) -> None:
     _tell_time(start)
 
 
-def _check_out(out: Path) -> None:
-    """Now, not after hours."""
+def check_out(out: Path) -> None:
+    """BadInput for a file that cannot be written anew: now, not after hours."""
     if out.exists():
         raise BadInput(f"--out {out} is there already; name a new file")
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):

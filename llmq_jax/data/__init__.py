@@ -11,10 +11,19 @@ from llmq_jax.data.instruction_batches import (
     tokenize,
     tokenize_conversations,
 )
-from llmq_jax.data.labelled import Deduplicated, LabelledTexts, read_labelled
+from llmq_jax.data.labelled import (
+    Deduplicated,
+    LabelledRow,
+    LabelledTexts,
+    class_names,
+    labelled_texts,
+    read_labelled,
+    read_rows,
+    text_to_classify,
+)
 from llmq_jax.data.prompt_templates import Rendered, alpaca_prompt, default_template, render
 from llmq_jax.data.python_library import python_library_documents, split_modules
-from llmq_jax.data.records import Record, read_records
+from llmq_jax.data.records import Record, is_table, read_records
 from llmq_jax.data.sources import has_fields, iterate_documents, read_documents
 from llmq_jax.data.splits import split_documents, split_tokens
 from llmq_jax.data.text_stream import TextStream
@@ -47,6 +56,7 @@ __all__ = [
     "FileTokenizer",
     "GPT2Tokenizer",
     "InstructionBatches",
+    "LabelledRow",
     "LabelledTexts",
     "Record",
     "Rendered",
@@ -55,12 +65,15 @@ __all__ = [
     "TrainingBatches",
     "alpaca_prompt",
     "check_vocabulary",
+    "class_names",
     "default_template",
     "encode_documents",
     "evaluation_batches",
     "has_fields",
     "instruction_batches",
+    "is_table",
     "iterate_documents",
+    "labelled_texts",
     "load_tokenizer",
     "multi_token_rows",
     "pack",
@@ -71,10 +84,12 @@ __all__ = [
     "read_documents",
     "read_labelled",
     "read_records",
+    "read_rows",
     "render",
     "split_documents",
     "split_modules",
     "split_tokens",
+    "text_to_classify",
     "tokenize",
     "tokenize_conversations",
     "tokenizer_in",

@@ -86,7 +86,7 @@ def as_conversation(record: Record) -> Conversation:
     form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
     if form is None:
         names = ", ".join(fields) or "none"
-        forms = "; ".join(", ".join(needed) for needed in FORMS.values())
+        forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
         raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
     if form == "messages":
         return Conversation(where, form, _messages(record, "messages"))
@@ -121,10 +121,11 @@ def _messages(record: Record, name: str) -> tuple[Message, ...]:
     where = f"{record.where}: field {name!r}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadInput(f'{where} must be a list of {{"role": ..., "content": ...}}, not {_shown(value)}')
-    return tuple(_message(message, f"{record.where}: {name}[{index}]") for index, message in enumerate(value))
+    given = name == "prompt"
+    return tuple(_message(message, f"{record.where}: {name}[{index}]", given) for index, message in enumerate(value))
 
 
-def _message(message: Any, where: str) -> Message:
+def _message(message: Any, where: str, given: bool) -> Message:
     if not isinstance(message, Mapping):
         raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')
     for key in ("role", "content"):
@@ -133,6 +134,8 @@ def _message(message: Any, where: str) -> Message:
     role, content = message["role"], checked_text(message["content"], f"{where}: content")
     if role not in ROLES:
         raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
+    if role == "assistant" and given and not content.strip():
+        raise BadInput(f"{where}: the assistant says nothing: remove the message, or fill it in")
     return {"role": role, "content": _answer(content, where) if role == "assistant" else content}
 
 

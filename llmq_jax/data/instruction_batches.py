@@ -38,6 +38,8 @@ class Example:
     learned: Bool[np.ndarray, " n"]
     """Which of them are targets. The first one never is: nothing stands before it."""
     where: str
+    cut: bool = False
+    """Whether its end is missing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +93,12 @@ def tokenize_conversations(
             if too_long == "error":
                 raise BadInput(
                     f"{example.where} has {length} tokens and the context {context}: shorten it, choose a longer "
-                    "context, or let such conversations be truncated or dropped"
+                    "--context, or let such conversations be truncated or dropped (--too-long)"
                 )
             if too_long == "drop":
                 dropped += 1
                 continue
-            example = Example(example.tokens[:context], example.learned[:context], example.where)
+            example = Example(example.tokens[:context], example.learned[:context], example.where, cut=True)
         if not example.learned[1:].any():
             dropped += 1
             continue

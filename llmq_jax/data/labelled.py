@@ -3,7 +3,7 @@
 Everything random is chosen by a seed and by the number of examples of each class alone, whatever the version of numpy.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,10 @@ class LabelledTexts:
         indices = list(indices)
         return LabelledTexts([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.names)
 
+    def without(self, texts: Collection[str]) -> "LabelledTexts":
+        """The examples of other texts than these."""
+        return self.take(index for index, text in enumerate(self.texts) if text not in texts)
+
     def counts(self) -> list[int]:
         """Examples of each class."""
         return np.bincount(self.labels, minlength=len(self.names)).tolist() if self.labels else [0] * len(self.names)
@@ -61,8 +65,11 @@ class LabelledTexts:
         return Deduplicated(kept, len(self) - len(kept) - contradictory, contradictory)
 
     def balanced(self, seed: int = 0) -> "LabelledTexts":
-        """As many examples of each class as the smallest has, chosen by the seed, in their order."""
-        least = self._least()
+        """As many examples of each class as the smallest has, chosen by the seed, in their order. A class without any
+        example stays without."""
+        least = min((count for _, count in self._counted() if count), default=0)
+        if not least:
+            raise BadInput("there is no example to balance; give some")
         chosen = [self._of_class(label)[seeded_order(count, [seed, label])[:least]] for label, count in self._counted()]
         return self.take(np.sort(np.concatenate(chosen)).tolist())
 
@@ -71,12 +78,15 @@ class LabelledTexts:
     ) -> tuple["LabelledTexts", ...]:
         """Parts that each hold their fraction of every class, and at least one example; each in its order.
 
-        Raises BadInput for fractions that do not add up to 1, and for a class with too few examples.
+        A class without any example stays without. Raises BadInput for fractions that do not add up to 1, and for a
+        class with too few examples.
         """
         if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise BadInput(f"the fractions of a split must be positive and add up to 1, not {list(fractions)}")
         parts: list[list[int]] = [[] for _ in fractions]
         for label, count in self._counted():
+            if count == 0:
+                continue
             # The first part, that to learn from, takes what rounding leaves over.
             others = [max(1, round(fraction * count)) for fraction in fractions[1:]]
             if count <= sum(others):
@@ -91,9 +101,10 @@ class LabelledTexts:
         return tuple(self.take(sorted(part)) for part in parts)
 
     def class_weights(self) -> Float[np.ndarray, " classes"]:
-        """Weights inverse to the frequency of each class, 1 on average over the examples."""
-        self._least()
-        return (len(self) / (len(self.names) * np.array(self.counts()))).astype(np.float32)
+        """Weights inverse to the frequency of each class, 1 on average over the examples; 1 for a class without any."""
+        counts = np.array(self.counts())
+        there = counts > 0
+        return np.where(there, len(self) / (there.sum() * np.maximum(counts, 1)), 1).astype(np.float32)
 
     def _of_class(self, label: int) -> np.ndarray:
         return np.flatnonzero(np.array(self.labels) == label)
@@ -101,11 +112,12 @@ class LabelledTexts:
     def _counted(self) -> Iterable[tuple[int, int]]:
         return enumerate(self.counts())
 
-    def _least(self) -> int:
-        counts = self.counts()
-        if min(counts) == 0:
-            raise BadInput(f"class {self.names[counts.index(0)]!r} has no example: give some, or leave the class out")
-        return min(counts)
+
+class LabelledRow(NamedTuple):
+    where: str
+    """The file and the row, for messages."""
+    text: str
+    label: str
 
 
 class Deduplicated(NamedTuple):
@@ -125,26 +137,46 @@ def read_labelled(
 ) -> LabelledTexts:
     """The examples of a file of records (see `read_records`, which also says what `columns` is for), in order.
 
-    Labels are strings or whole numbers; the classes are in the order of the numbers, or of the alphabet. `names` gives
-    classes and order instead, as for a second file: a label that is none of them is refused.
+    Labels are strings or whole numbers, without the white space around them; the classes are in the order of the
+    numbers, or of the alphabet. `names` gives classes and order instead, as for a second file: a label that is none of
+    them is refused.
     Raises BadInput for an empty text or label, and for fewer than two classes.
     """
-    records = read_records(path, columns)
-    texts = [_text(record, text_field) for record in records]
-    labels = [_label(record, label_field) for record in records]
-    if names is None:
-        found = set(labels)
-        names = sorted(found, key=int) if all(map(_is_number, found)) else sorted(found)
-    if len(names) < 2:
-        raise BadInput(f"{path}: every label is {names[0]!r}, and a classifier tells classes apart: give two or more")
+    rows = read_rows(path, text_field, label_field, columns)
+    return labelled_texts(rows, class_names(rows, path) if names is None else names)
+
+
+def read_rows(
+    path: str | Path, text_field: str = "text", label_field: str = "label", columns: Sequence[str] | None = None
+) -> list[LabelledRow]:
+    """The same before the classes are numbered."""
+    records = read_records(path, columns, {text_field: "--text-field", label_field: "--label-field"})
+    return [
+        LabelledRow(record.where, text_to_classify(record, text_field), _label(record, label_field))
+        for record in records
+    ]
+
+
+def class_names(rows: Sequence[LabelledRow], path: str | Path) -> tuple[str, ...]:
+    """The classes of a file's rows, in order. BadInput for fewer than two."""
+    found = {row.label for row in rows}
+    if len(found) < 2:
+        only = rows[0].label
+        raise BadInput(f"{path}: every label is {only!r}, and a classifier tells classes apart: give two or more")
+    return tuple(sorted(found, key=int) if all(map(_is_number, found)) else sorted(found))
+
+
+def labelled_texts(rows: Sequence[LabelledRow], names: Sequence[str]) -> LabelledTexts:
+    """Rows whose labels are among these names."""
     numbers = {name: number for number, name in enumerate(names)}
-    for record, label in zip(records, labels, strict=True):
-        if label not in numbers:
-            raise BadInput(f"{record.where}: label {label!r} is none of the classes {', '.join(names)}")
-    return LabelledTexts(texts, [numbers[label] for label in labels], tuple(names))
+    for row in rows:
+        if row.label not in numbers:
+            raise BadInput(f"{row.where}: label {row.label!r} is none of the classes {', '.join(names)}")
+    return LabelledTexts([row.text for row in rows], [numbers[row.label] for row in rows], tuple(names))
 
 
-def _text(record: Record, name: str) -> str:
+def text_to_classify(record: Record, name: str) -> str:
+    """The text in a field. BadInput where there is none."""
     text = record.text(name, "--text-field")
     if not text or text.isspace():
         raise BadInput(f"{record.where}: field {name!r} holds no text: remove the row, or fill it in")
@@ -158,7 +190,7 @@ def _label(record: Record, name: str) -> str:
     label = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(label, str) or not label or label.isspace():
         raise BadInput(f"{record.where}: field {name!r} is {value!r} and must be a label: a string or a whole number")
-    return label
+    return label.strip()
 
 
 def _is_number(label: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmq_jax.data.batching import pad
 from llmq_jax.data.splits import seeded_order
+from llmq_jax.data.windows import rows_of
 from llmq_jax.errors import BadInput
 
 SHORTEST = 32
@@ -46,16 +47,20 @@ def padded_rows(rows: Sequence[Sequence[int]], indices: Sequence[int], batch_siz
 @dataclass(frozen=True, eq=False)
 class LabelledBatches:
     """Batch i of training, counted from 0, from (rows, seed, i) alone: each epoch goes once over all rows, in an order
-    of its own. `tokens` [B, T], `lengths`, `labels` and `mask` [B]."""
+    of its own. `tokens` [B, T], `lengths`, `labels` and `mask` [B]; of several processes each gets its share of the
+    rows, at the width of the whole batch."""
 
     rows: Sequence[Sequence[int]]
     """Token ids of each text."""
     labels: Sequence[int]
     """The number of its class."""
     batch_size: int
+    """Rows over all processes."""
     longest: int
     """The greatest width."""
     seed: int = 0
+    process_index: int = 0
+    process_count: int = 1
     _plans: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -63,6 +68,7 @@ class LabelledBatches:
             raise BadInput("there is no text to train on; give more data")
         if self.batch_size < 1:
             raise BadInput(f"batch_size is {self.batch_size} and must be at least 1")
+        rows_of(self.process_index, self.process_count, self.batch_size)
 
     @property
     def per_epoch(self) -> int:
@@ -74,7 +80,9 @@ class LabelledBatches:
         if epoch not in self._plans:
             self._plans.clear()
             self._plans[epoch] = self._plan(epoch)
-        return labelled_batch(self.rows, self.labels, self._plans[epoch][place], self.batch_size, self.longest)
+        batch = labelled_batch(self.rows, self.labels, self._plans[epoch][place], self.batch_size, self.longest)
+        share = rows_of(self.process_index, self.process_count, self.batch_size)
+        return {name: array[share.start : share.stop] for name, array in batch.items()}
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """The indices of each batch of an epoch: shuffled, then sorted by length in stretches, whose batches are

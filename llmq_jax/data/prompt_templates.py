@@ -29,6 +29,13 @@ TRAIN_ON = ("response", "last", "all")
 DAY = datetime(2024, 7, 26)
 """What chat templates that tell the date (Llama 3.1's) are told: batches may not depend on the day of training."""
 
+REWRITTEN = (
+    "has an answer that the chat template writes in another way when messages follow, as those do that leave out "
+    "earlier reasoning, so that where it ends cannot be told: train on the last one only"
+)
+UNASKED = "begins with the assistant, which answers nothing: put a prompt before it, or train on the last answer only"
+"""Why answers cannot be learned."""
+
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
@@ -38,9 +45,8 @@ class Rendered:
 
     where: str
     text: str
-    answers: tuple[Span | None, ...]
-    """The characters of each answer that may be learned, in order; None for one that the template writes in another way
-    when messages follow, as templates do that leave out earlier reasoning: where it ends cannot be told."""
+    answers: tuple[Span | str, ...]
+    """The characters of each answer that is not given, in order; or why it cannot be learned."""
     is_chat: bool
     """Whether special tokens that the text spells out are tokens: a chat template writes them. So they are in messages,
     too, as everywhere that chat templates are used."""
@@ -57,11 +63,9 @@ class Rendered:
             if not -count <= number < count:
                 raise BadInput(f"{self.where} has {count} answers, numbered from 0, and none with the number {number}")
         spans = tuple(self.answers[number] for number in sorted({number % count for number in numbers}))
-        if None in spans:
-            raise BadInput(
-                f"{self.where}: the chat template writes an answer in another way when messages follow, so it cannot "
-                "be learned there: train on the last one only"
-            )
+        for span in spans:
+            if isinstance(span, str):
+                raise BadInput(f"{self.where} {span}")
         return spans
 
 
@@ -127,20 +131,34 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
         if messages[index]["role"] != "assistant":
             continue
         if index == 0:
-            raise BadInput(f"{where} begins with the assistant, which answers nothing: put a prompt before it")
-        opening, after = written(index, opens_answer=True), written(index + 1)
+            answers.append(UNASKED)
+            continue
+        opening, before, after = written(index, opens_answer=True), written(index), written(index + 1)
         # What opens an answer may be more than stands before one that was given, such as an empty thought: but the
         # messages before it are the same.
         start = _common_start(opening, text)
-        if start < _common_start(written(index), opening) or not text.startswith(after):
-            answers.append(None)
+        if start < _common_start(before, opening) or not text.startswith(after):
+            answers.append(REWRITTEN)
             continue
-        if messages[index]["content"].split()[-1] not in text[start : len(after)]:
-            raise BadInput(f"{where}: the chat template leaves out what messages[{index}] says: use another template")
+        opened = text[_common_start(before, text) : start]
+        if not _holds(opened, text[start : len(after)], messages[index]["content"]):
+            raise BadInput(
+                f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
+            )
         answers.append((start, len(after)))
     return Rendered(where, text, tuple(answers), is_chat=True)
 
 
+def _holds(opened: str, answer: str, content: str) -> bool:
+    """Whether an answer is what a message says, whose beginning may stand in what opens it. Templates trim and indent:
+    white space does not count."""
+    opened, answer, content = ("".join(text.split()) for text in (opened, answer, content))
+    place = (opened + answer).rfind(content)
+    return place >= 0 and place + len(content) > len(opened)
+
+
 def _common_start(a: str, b: str) -> int:
     """How many characters the two begin with in common."""
+    if b.startswith(a):
+        return len(a)
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

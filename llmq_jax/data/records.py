@@ -10,13 +10,15 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmq_jax.errors import BadInput
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+TABLES = (".csv", ".tsv")
+SHOWN_NAMES, SHOWN_CHARACTERS = 20, 30
 
 
 class Record(NamedTuple):
@@ -34,22 +36,34 @@ class Record(NamedTuple):
         return checked_text(self.fields[name], f"{self.where}: field {name!r}")
 
 
-def read_records(path: str | Path, columns: Sequence[str] | None = None) -> list[Record]:
+def read_records(
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    needed: Mapping[str, str] | None = None,
+    string_field: str | None = None,
+) -> list[Record]:
     """All rows of a file, in order; raises BadInput when there is none.
 
     .json holds a list of objects, or one object; .jsonl one a line; .csv and .tsv have a header; .parquet has columns;
-    all but Parquet may be gzipped (.gz). In .tsv no character quotes: every tab separates, every line is a row.
+    all but Parquet may be gzipped (.gz). In .tsv no character quotes: every tab separates, every line is a row. White
+    space around the names in a header is no part of them.
 
     columns: names for a .csv or .tsv without a header, whose first line is a row then.
+    needed: {field: the option that chooses another one}; a table without such a column is refused before its first row.
+    string_field: the field that a string stands for where JSON has one in place of an object; without, it is refused.
     """
-    records = list(iterate_records(path, columns))
+    records = list(iterate_records(path, columns, needed=needed, string_field=string_field))
     if not records:
         raise BadInput(f"{path} holds no record")
     return records
 
 
 def iterate_records(
-    path: str | Path, columns: Sequence[str] | None = None, texts: Collection[str] | None = None
+    path: str | Path,
+    columns: Sequence[str] | None = None,
+    texts: Collection[str] | None = None,
+    needed: Mapping[str, str] | None = None,
+    string_field: str | None = None,
 ) -> Iterator[Record]:
     """The rows of a file one by one, as `read_records`, for data that does not fit into memory.
 
@@ -60,7 +74,7 @@ def iterate_records(
     kind = format_of(path)
     if kind not in FORMATS:
         raise BadInput(f"{path} holds no records: give a file that ends in {', '.join(FORMATS)}")
-    if columns is not None and kind not in (".csv", ".tsv"):
+    if columns is not None and kind not in TABLES:
         raise BadInput(f"{path} has names for its fields already; names of columns are for .csv and .tsv")
     if not path.is_file():
         raise BadInput(f"there is no file {path}" if not path.exists() else f"{path} is not a file")
@@ -68,13 +82,20 @@ def iterate_records(
         raise BadInput(f"{path} is empty")
     if kind in (".json", ".jsonl"):
         for where, value in json_rows(path):
+            if isinstance(value, str) and string_field is not None:
+                value = {string_field: value}
             if not isinstance(value, dict):
                 raise BadInput(f"{where} must be an object with fields, not {_type_name(value)}")
             yield Record(where, value)
     elif kind == ".parquet":
-        yield from _parquet_rows(path, texts)
+        yield from _parquet_rows(path, texts, needed or {})
     else:
-        yield from _table_rows(path, kind, columns, texts or ())
+        yield from _table_rows(path, kind, columns, texts or (), needed or {})
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether a file has columns that may lack names: .csv, .tsv."""
+    return format_of(Path(path)) in TABLES
 
 
 def format_of(path: Path) -> str:
@@ -100,9 +121,16 @@ def checked_text(value: object, where: str) -> str:
 
 def no_field(where: str, name: str, found: Iterable[object], option: str | None = None) -> str:
     """What to say of a field that is not there: `option` chooses another one."""
-    names = ", ".join(str(name) for name in list(found)[:20]) or "none"
     advice = f": choose one with {option}" if option else ""
-    return f"{where} has no field {name!r} (fields found: {names}){advice}"
+    return f"{where} has no field {name!r} (fields found: {_shown_names(found)}){advice}"
+
+
+def _shown_names(names: Iterable[object]) -> str:
+    """Names of fields in a message: what is taken for a header may be a row of long texts."""
+    names = [" ".join(str(name).split()) for name in names]
+    short = [name if len(name) <= SHOWN_CHARACTERS else f"{name[: SHOWN_CHARACTERS - 1]}…" for name in names]
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(short[:SHOWN_NAMES]) + more or "none"
 
 
 def _type_name(value: object) -> str:
@@ -205,23 +233,43 @@ def json_values(lines: Iterable[tuple[int, str]], source: str) -> Iterator[tuple
 # Tables
 
 
-def _table_rows(path: Path, kind: str, columns: Sequence[str] | None, texts: Collection[str]) -> Iterator[Record]:
+def _table_rows(
+    path: Path, kind: str, columns: Sequence[str] | None, texts: Collection[str], needed: Mapping[str, str]
+) -> Iterator[Record]:
     rows = _csv_rows(path) if kind == ".csv" else _tsv_rows(path)
     if columns is None:
         _, _, names = next(rows, (1, 1, []))
+        names = [name.strip() for name in names]
         whose = f"the header {len(names)}"
     else:
         names, whose = list(columns), f"{len(columns)} columns were named"
+        rows = _without_header(rows, path, names)
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise BadInput(f"{path}: two columns are called {repeated[0]!r}; give each its own name")
     for name in texts:
         if name not in names:
             raise BadInput(no_field(f"{path}: the header", name, names, "--text-field"))
+    for name, option in needed.items():
+        if name not in names:
+            if columns is not None:
+                raise BadInput(no_field(f"--columns {','.join(columns)}", name, names, option))
+            advice = "or, if the file has no header, name its columns: --columns label,text"
+            raise BadInput(f"{no_field(f'{path}: the header', name, names, option)} {advice}")
     for start, end, values in rows:
         if len(values) != len(names):
             hint = "quote text that holds the delimiter" if kind == ".csv" else "a text may not hold a tab"
             raise BadInput(f"{path}: the row that ends at line {end} has {len(values)} fields and {whose}: {hint}")
         yield Record(f"{path}: line {start}", dict(zip(names, values, strict=True)))
+
+
+def _without_header(
+    rows: Iterator[tuple[int, int, list[str]]], path: Path, columns: list[str]
+) -> Iterator[tuple[int, int, list[str]]]:
+    """The rows, the first of which is no header of these columns."""
+    for number, row in enumerate(rows):
+        if number == 0 and sorted(value.strip().lower() for value in row[2]) == sorted(map(str.lower, columns)):
+            raise BadInput(f"{path}: line {row[0]} is a header; leave out --columns")
+        yield row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
@@ -245,7 +293,7 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
             yield number, number, line.split("\t")
 
 
-def _parquet_rows(path: Path, texts: Collection[str] | None) -> Iterator[Record]:
+def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str, str]) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -253,6 +301,9 @@ def _parquet_rows(path: Path, texts: Collection[str] | None) -> Iterator[Record]
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
+            for name, option in needed.items():
+                if name not in schema.names:
+                    raise BadInput(no_field(str(path), name, schema.names, option))
             for name in texts or ():
                 if name not in schema.names:
                     raise BadInput(no_field(str(path), name, schema.names, "--text-field"))

@@ -2,8 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import tokenizers as hf_tokenizers
 
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.errors import BadInput
@@ -50,6 +53,28 @@ class TokenizerFiles:
                 if name in NAMED_TOKENS and isinstance(content, str):
                     named[name] = content
         return named
+
+    def naming(self, name: str, token: str) -> dict[str, bytes]:
+        """The files that give one of these names to a token, in which they are other than now."""
+        changed = {"tokenizer_config.json": self._json("tokenizer_config.json") | {name: token}}
+        others = self._json("special_tokens_map.json")
+        if name in others:
+            changed["special_tokens_map.json"] = others | {name: token}
+        return {
+            file: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode() for file, values in changed.items()
+        }
+
+    def token_id(self, token: str | None) -> int | None:
+        """The number of a token by its spelling in tokenizer.json; None where there is none."""
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def token(self, number: int) -> str | None:
+        """The spelling of a token by its number."""
+        return self._tokenizer.id_to_token(number)
+
+    @cached_property
+    def _tokenizer(self) -> hf_tokenizers.Tokenizer:
+        return hf_tokenizers.Tokenizer.from_buffer(self.contents["tokenizer.json"])
 
     def chat_template(self) -> ChatTemplate | None:
         """That of `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`; None where none has one."""

@@ -76,6 +76,16 @@ def read_labels(values: Mapping[str, Any]) -> tuple[str, ...] | None:
     problem = values.get("problem_type")
     if problem not in ONE_CLASS_A_TEXT:
         raise BadInput(f"problem_type={problem!r} is not supported: a text has one of the classes, not several")
+    labels = _named_labels(values)
+    if problem == "regression" and len(labels) > 1:
+        raise BadInput(
+            f"problem_type='regression' with {len(labels)} labels is not supported: they are numbers, not classes; a "
+            "model of one label gives a number"
+        )
+    return labels
+
+
+def _named_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
     named = values.get("id2label")
     if named is None:  # transformers' default
         return numbered_labels(values.get("num_labels") or 2)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from llmq_jax.data.tokenizer_files import COMPANION_FILES
+from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.interop.architectures import (
@@ -45,7 +45,7 @@ EXPORTED = (
     *COMPANION_FILES,
 )
 """All that an export may consist of."""
-DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin",)
 
 
@@ -112,8 +112,9 @@ def save_hf(
     config = config_to_hf(lm.config)
     tensors = weight_table(lm.config.model_type).lazy_state_dict(merge(spread(lm.variables)), lm.config, dtype)
     config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
+    changed_files: dict[str, bytes] = {}
     if lm.config.labels is not None:
-        config["pad_token_id"] = padding_token(lm)
+        config["pad_token_id"], changed_files = padding(lm)
     check_target(folder, overwrite)
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, config)
@@ -121,21 +122,36 @@ def save_hf(
         write_safetensors(partial, tensors, max_shard_size)
         if lm.tokenizer is not None:
             lm.tokenizer.save(partial)
+        for name, content in changed_files.items():
+            (partial / name).write_bytes(content)
     return folder
 
 
-def padding_token(lm: Any) -> int:
-    """The token that a classifier's rows are padded with in transformers, which reads the last token that is another:
-    it must be one that ends no text."""
-    tokens = (lm.generation.pad_token_id, lm.tokenizer and lm.tokenizer.end_of_text, *lm.generation.eos_token_id)
+def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
+    """(the token that a classifier's rows are padded with in transformers, those files of the tokenizer that must be
+    others for it to pad with just this one).
+
+    transformers reads the last token that is another: it must be one that ends no text.
+    """
+    files = None if lm.tokenizer is None else TokenizerFiles(lm.tokenizer.files(), lm.tokenizer.name)
+    own = None if files is None else files.token_id(files.named_tokens().get("pad_token"))
+    end = lm.tokenizer and lm.tokenizer.end_of_text
     last = lm.tokenizer.encode("a", add_special_tokens=True)[-1] if lm.tokenizer else None
-    fitting = [token for token in tokens if token not in (None, last) and token < lm.config.vocab_size]
-    if not fitting:
+    tokens = [
+        token
+        for token in (own, lm.generation.pad_token_id, end, *lm.generation.eos_token_id)
+        if token not in (None, last) and token < lm.config.vocab_size
+    ]
+    if files is not None:
+        tokens = [token for token in tokens if files.token(token) is not None]
+    if not tokens:
         raise BadInput(
             "transformers pads the rows of a classifier with a token that ends no text, and this model names none; "
             "give it one: lm.replace(generation=lm.generation.replace(pad_token_id=...))"
         )
-    return fitting[0]
+    if files is None or tokens[0] == own:
+        return tokens[0], {}
+    return tokens[0], files.naming("pad_token", files.token(tokens[0]))
 
 
 def find(name: str | os.PathLike) -> Path:
@@ -164,7 +180,7 @@ def download(name: str) -> Path:
     try:
         # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
         folder = snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
-        if not is_safetensors(Path(folder)):
+        if not is_safetensors(Path(folder)) and not (Path(folder) / "adapter_model.safetensors").is_file():
             patterns = list(DOWNLOADED_WITHOUT_SAFETENSORS)
             folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
     except LocalEntryNotFoundError as error:

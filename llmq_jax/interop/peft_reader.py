@@ -8,15 +8,27 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, memory_table, sites_of
+from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
 from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tensor_files import read_json
-from llmq_jax.layers.lora import DROPOUT, MAGNITUDE, NUMBERS, PROJECTIONS, SCALE, A, B, from_adapters
+from llmq_jax.layers.lora import (
+    DROPOUT,
+    LORA,
+    MAGNITUDE,
+    NUMBERS,
+    PROJECTIONS,
+    SCALE,
+    TIED,
+    A,
+    B,
+    from_adapters,
+)
 from llmq_jax.models import abstract_variables
 
+HEAD = f"{PREFIX}score.weight"
 # Fields of adapter_config.json with which an adapter would compute something else.
 PLAIN = {
     "bias": "none",
@@ -54,7 +66,17 @@ def read_adapter(folder: Path, config: Any, variables: dict) -> dict:
     reader.check_all_read()
     if not found:
         raise BadInput(f"{folder / WEIGHTS}: holds no adapter")
-    return {**variables, **from_adapters(found)}
+    trees = from_adapters(found)
+    if reader.shared is not None:
+        trees[LORA] = {TIED: {NUMBERS: jnp.asarray(reader.shared)}}
+    return {**variables, **trees}
+
+
+def base_of(folder: Path) -> tuple[str, int]:
+    """(the name of the base in a folder of PEFT's, or "", the number of classes if it is a classifier's)."""
+    base = read_json(folder / CONFIG).get("base_model_name_or_path") or ""
+    score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
+    return base, 0 if score is None else score.shape[0]
 
 
 def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
@@ -75,6 +97,8 @@ class _Reader:
     def __init__(self, folder: Path, values: Mapping[str, Any], state: dict[str, np.ndarray], config: Any):
         self.folder, self.values, self.state, self.config = folder, values, dict(state), config
         self.sites = sites_of(config)
+        self.shared: np.ndarray | None = None
+        """The numbers of a TinyLoRA that all matrices share."""
         self.shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(config)).items()}
 
     def low_rank(self) -> dict:
@@ -93,7 +117,8 @@ class _Reader:
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def tiny(self) -> dict:
-        """Matrices in their order share the numbers of a group, as many as `weight_tying` says."""
+        """Matrices in their order share the numbers of a group, as many as `weight_tying` says; in training they go on
+        together only where there is one group."""
         names = [site for site in self.sites if f"{PREFIX}{site.module}.tinylora_A" in self.state]
         tying = self.values.get("weight_tying", 0.0)
         groups = max(1, round(len(names) * (1.0 - tying)))
@@ -106,42 +131,46 @@ class _Reader:
                 raise BadInput(f"{self.folder / WEIGHTS}: holds no projections; save the adapter with save_projection")
             width, features = self._widths(site)
             first = self._take(site, f"{name}_A", (None, width)).T
-            last = self._take(site, f"{name}_B", (features, first.shape[1])).T
+            last = self._take(site, f"{name}_B", (features, first.shape[1]))
             projections = self._take(site, f"{name}_P", (None, first.shape[1], first.shape[1])).swapaxes(1, 2)
             key = f"base_model.tinylora_v.{min(index // size, groups - 1)}"
-            if key not in self.state:
-                raise BadInput(f"{self.folder / WEIGHTS}: has no {key}, the numbers of {site.module}")
+            if last is None or key not in self.state or self.state[key].shape != projections.shape[:1]:
+                raise BadInput(f"{self.folder / WEIGHTS}: {name}_B or {key} is missing or of another length")
+            last = last.T
             used.add(key)
             fixed = {A: first, B: last, PROJECTIONS: projections, SCALE: np.float32(1)}
             parts.setdefault(site.placement.path[1:], []).append((site, {NUMBERS: self.state[key]}, fixed))
+        if names and groups == 1 and len(names) > 1:
+            self.shared = self.state["base_model.tinylora_v.0"]
         for key in used:
             del self.state[key]
         dropout = self.values.get("tinylora_dropout") or 0.0
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def whole_matrices(self, variables: dict) -> dict:
-        """Variables with the matrices that the folder holds whole (`modules_to_save`) in place of theirs."""
-        placements = {part.key: part for part in memory_table(self.config).placements(self.config)}
-        params = dict(flatten_dict(variables["params"]))
-        for name in [name for name in self.state if name.removeprefix(PREFIX) in placements]:
-            part = placements[name.removeprefix(PREFIX)]
-            leaf = np.array(params[part.path[1:]])
-            shape = part.our_shape(leaf.shape)
-            theirs = part.transform.their_shape(shape)
-            tensor = self.state.pop(name)
-            if tensor.shape != theirs:
-                raise self._other_base(name, tensor.shape, theirs)
-            leaf[part.slot] = part.transform.to_ours(tensor, shape)
-            params[part.path[1:]] = jnp.asarray(leaf)
-        return {**variables, "params": unflatten_dict(params)}
+        """Variables with a classifier's head that the folder holds (`modules_to_save`) in place of theirs."""
+        head = self.state.get(HEAD)
+        if head is None or self.config.labels is None:
+            return variables
+        kernel = variables["params"]["score"]["kernel"]
+        if head.shape != kernel.shape[::-1]:
+            raise self._other_base(HEAD, head.shape, kernel.shape[::-1])
+        del self.state[HEAD]
+        params = {**variables["params"], "score": {"kernel": jnp.asarray(head.T, kernel.dtype)}}
+        return {**variables, "params": params}
 
     def check_all_read(self) -> None:
         if self.state:
             some = sorted(self.state)
             more = f" and {len(some) - 1} more" if len(some) > 1 else ""
             hint = ""
-            if any(name == f"{PREFIX}score.weight" for name in some) and self.config.labels is None:
+            whole = self.values.get("modules_to_save") or ()
+            if HEAD in some:
                 hint = "; it is a classifier's: load it onto one (lq.with_classifier)"
+            elif any(some[0].startswith(f"{PREFIX}{name}.") for name in whole):
+                hint = f"; modules_to_save={whole} are not supported but for a classifier's head: merge them in PEFT"
+            elif "lora_" in some[0]:
+                hint = ": it is an adapter of another base" + (f" ({base})" if (base := self._base()) else "")
             raise BadInput(
                 f"{self.folder / WEIGHTS}: {some[0]}{more} has no place in this {self.config.model_type}{hint}"
             )
@@ -166,7 +195,9 @@ class _Reader:
         first = self._take(site, f"{PREFIX}{module}.lora_A.weight", (None, width))
         if first is None:
             return None
-        rank = len(first) // count
+        rank = self._pattern("rank_pattern", site, self.values.get("r", 8))
+        if len(first) != rank * count:
+            raise self._other_base(f"{PREFIX}{module}.lora_A.weight", first.shape, (rank * count, width))
         last = self._take(site, f"{PREFIX}{module}.lora_B.weight", (features, rank * count))
         return (
             first.reshape(count, rank, width).swapaxes(1, 2),
@@ -197,19 +228,24 @@ class _Reader:
 
     def _other_base(self, name: str, found: tuple, wanted: tuple) -> BadInput:
         shown = ", ".join("r" if size is None else str(size) for size in wanted)
-        base = self.values.get("base_model_name_or_path")
+        base = self._base()
         return BadInput(
             f"{self.folder / WEIGHTS}: {name} is {list(found)} instead of [{shown}]: it is an adapter of another base"
             + (f" ({base})" if base else "")
         )
 
+    def _base(self) -> str | None:
+        return self.values.get("base_model_name_or_path")
+
     def _scale(self, site: Site, rank: int) -> np.float32:
-        alpha = self.values.get("lora_alpha", 8)
-        for pattern, other in (self.values.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", site.module):
-                alpha = other
-                break
+        alpha = self._pattern("alpha_pattern", site, self.values.get("lora_alpha", 8))
         return np.float32(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
+
+    def _pattern(self, name: str, site: Site, default: Any) -> Any:
+        """What the first pattern says that matches the end of a module's name."""
+        patterns = self.values.get(name) or {}
+        ends = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", site.module))
+        return next(ends, default)
 
     def _stacked(self, path: tuple, entries: list, dropout: float) -> tuple[dict, dict]:
         """Leaves over all layers of a stack, zero where a layer has no adapter, and up to the largest rank."""

@@ -16,7 +16,20 @@ from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module,
 from llmq_jax.interop.tables import in_out
 from llmq_jax.interop.tensor_files import write_json
 from llmq_jax.interop.whole_folders import whole_folder
-from llmq_jax.layers.lora import DROPOUT, MAGNITUDE, NUMBERS, PROJECTIONS, SCALE, A, B, adapters, factors
+from llmq_jax.layers.lora import (
+    DROPOUT,
+    LORA,
+    MAGNITUDE,
+    NUMBERS,
+    PROJECTIONS,
+    SCALE,
+    TIED,
+    A,
+    B,
+    adapters,
+    factors,
+    spread,
+)
 
 PEFT_VERSION = "0.21.2"  # whose folders these are
 
@@ -29,7 +42,8 @@ def write_adapter(
     A classifier's head is written whole, as PEFT's `modules_to_save` has it. BadInput where there are no adapters, or
     one where PEFT has none.
     """
-    found = adapters(variables)
+    tied = TIED in variables.get(LORA, {})
+    found = adapters(spread(variables))
     if not found:
         raise BadInput("this model has no adapters to write; add some with lq.lora, or save the whole model")
     sites = [site for site in sites_of(config) if site.placement.path[1:] in found]
@@ -38,9 +52,14 @@ def write_adapter(
         raise BadInput(f"PEFT has no adapter at {'/'.join(min(homeless))}; merge it (lq.merge) and save the model")
     tiny = any(NUMBERS in trained for trained, _ in found.values())
     for site in sites:
-        if site.is_parameter and (tiny or MAGNITUDE in found[site.placement.path[1:]][0]):
-            raise BadInput(f"PEFT has plain LoRA alone at {site.module}; merge it (lq.merge) and save the model")
-    tensors, values = _tiny(sites, found) if tiny else _low_rank(sites, found, sites_of(config))
+        trained, fixed = found[site.placement.path[1:]]
+        if site.is_parameter and (tiny or MAGNITUDE in trained or DROPOUT in fixed):
+            raise BadInput(
+                f"PEFT has plain LoRA without dropout alone at {site.module}; merge it (lq.merge) and save the model"
+            )
+        if site.module == "score":
+            raise BadInput("PEFT keeps a classifier's head whole; merge the adapter at score and save the model")
+    tensors, values = _tiny(sites, found, tied) if tiny else _low_rank(sites, found, sites_of(config))
     if config.labels is not None:
         score = np.asarray(variables["params"]["score"]["kernel"])
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
@@ -75,8 +94,10 @@ def _low_rank(
         trained, fixed = found[site.placement.path[1:]]
         slot = site.placement.slot
         scale = float(np.asarray(fixed[SCALE])[slot])
-        if scale == 0 and not site.is_parameter:  # A layer without an adapter. Parameters have one in all layers.
-            continue
+        if scale == 0:  # A layer without an adapter. Parameters have one in all layers, here of zeros.
+            if not site.is_parameter:
+                continue
+            scale = float(np.abs(fixed[SCALE]).max())
         if DROPOUT in fixed:
             dropouts.add(round(float(np.asarray(fixed[DROPOUT])[slot]), 6))
         unscaled = {**fixed, SCALE: jnp.ones_like(fixed[SCALE])}
@@ -97,7 +118,7 @@ def _low_rank(
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(np.ascontiguousarray, (first, last))
         if MAGNITUDE in trained:
             tensors[f"{name}.lora_magnitude_vector"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
-        alphas[site.module], ranks[site.module] = scale * rank, rank
+        alphas[site.module], ranks[site.module] = round(scale * rank, 6), rank
     if len(dropouts) > 1:
         raise BadInput(
             f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"
@@ -118,8 +139,9 @@ def _low_rank(
     }
 
 
-def _tiny(sites: list[Site], found: Mapping) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The same of TinyLoRA, each matrix with numbers of its own; the scale goes into its projections."""
+def _tiny(sites: list[Site], found: Mapping, tied: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The same of TinyLoRA, each matrix with numbers of its own or all with the same; the scale goes into its
+    projections."""
     tensors: dict[str, np.ndarray] = {}
     targets = []
     for site in sites:
@@ -132,16 +154,16 @@ def _tiny(sites: list[Site], found: Mapping) -> tuple[dict[str, np.ndarray], dic
         projections = leaves[SCALE] * leaves[PROJECTIONS].swapaxes(1, 2)
         for suffix, leaf in (("A", leaves[A].T), ("B", last.T), ("P", projections)):
             tensors[f"{name}_{suffix}"] = np.ascontiguousarray(leaf)
-        tensors[f"base_model.tinylora_v.{len(targets)}"] = leaves[NUMBERS]
+        tensors[f"base_model.tinylora_v.{0 if tied else len(targets)}"] = np.array(leaves[NUMBERS])
         targets.append(site.module)
     return tensors, {
         "peft_type": "TINYLORA",
         "r": leaves[A].shape[-1],
         "u": leaves[NUMBERS].shape[-1],
-        "weight_tying": 0.0,
+        "weight_tying": float(tied),
         "projection_seed": 42,
         "save_projection": True,
-        "tinylora_dropout": 0.0,
+        "tinylora_dropout": round(float(leaves.get(DROPOUT, 0.0)), 6),
         "target_modules": targets,
         "init_weights": True,
     }

@@ -14,7 +14,7 @@ expert (padding): such assignments are sorted last, cost nothing and give zero.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -53,11 +53,12 @@ class ExpertWeights:
     down_bias: Any = None
     """[E, D], or None."""
     up_low_rank: Any = None
-    """Adapters (A [E, D, R], B [E, R, P, F]), whose product is added to `up`, which then gets no gradient; or None."""
+    """Adapters (A [E, D, R], B [E, R, P, F]), whose product is added to `up`; or None."""
     down_low_rank: Any = None
     """(A [E, F, R], B [E, R, D]), or None."""
 
 
+WEIGHTS = tuple(field.name for field in fields(ExpertWeights))
 Activation = Callable[[Float[Array, "*rows P F"]], Float[Array, "*rows F"]]
 
 
@@ -227,7 +228,7 @@ def in_blocks(
     That block reads on into the next expert's rows, and all write on there, to the greatest length: it is overwritten,
     since blocks go by in order. Weights are read block by block, and those of experts without a row never.
     """
-    return _blocks_forward(rows, experts, sizes, activation, lengths)[0]
+    return _through_blocks(rows, experts, sizes, activation, lengths)[0]
 
 
 def _plan(sizes: Int[Array, " E"], rows: int, lengths: tuple[int, ...]) -> tuple[Array, dict[str, Array]]:
@@ -249,6 +250,24 @@ def _plan(sizes: Int[Array, " E"], rows: int, lengths: tuple[int, ...]) -> tuple
 
 
 def _blocks_forward(rows, experts, sizes, activation, lengths):
+    """What is differentiated comes marked as such: of weights that stay as they are no gradient is formed."""
+    learns = {
+        name: getattr(experts, name)
+        for name in WEIGHTS
+        if any(leaf.perturbed for leaf in jax.tree.leaves(getattr(experts, name), is_leaf=_is_marked))
+    }
+    rows, experts, sizes, learns = jax.tree.map(
+        lambda leaf: leaf.value, (rows, experts, sizes, learns), is_leaf=_is_marked
+    )
+    mixed, saved = _through_blocks(rows, experts, sizes, activation, lengths)
+    return mixed, (*saved, learns)
+
+
+def _is_marked(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _through_blocks(rows, experts, sizes, activation, lengths):
     count, plan = _plan(sizes, len(rows), lengths)
     longest = lengths[-1]
     padded = jnp.pad(rows, ((0, longest), (0, 0)))
@@ -286,10 +305,10 @@ def _blocks_forward(rows, experts, sizes, activation, lengths):
 
 
 def _blocks_backward(activation, lengths, saved, slope):
-    padded, before, experts, count, plan = saved
+    padded, before, experts, count, plan, learns = saved
     longest = lengths[-1]
     width, parts, hidden = experts.up.shape[1:]
-    slope = jnp.pad(slope, ((0, longest), (0, 0)))
+    slope = jnp.zeros_like(padded) if _is_zero(slope) else jnp.pad(slope, ((0, longest), (0, 0)))
 
     def of_length(length):
         def back_through(block, padded, before, slope, experts):
@@ -300,24 +319,24 @@ def _blocks_backward(activation, lengths, saved, slope):
             # (W slopeᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
             activated_slope = (experts.down[expert] @ down_slope.T).T
             own: dict[str, Any] = {}
-            if experts.down_low_rank is None:
+            if "down" in learns:
                 own["down"] = _product(activated.T, down_slope)
-            else:
+            if experts.down_low_rank is not None:
                 own["down_low_rank"], back = _back_through(activated, down_slope, experts.down_low_rank, expert)
                 activated_slope += back
-            if experts.down_bias is not None:
+            if "down_bias" in learns:
                 own["down_bias"] = down_slope.sum(0, dtype=jnp.float32)
             up_slope = pull_back(activated_slope)[0].reshape(length, parts * hidden)
             rows = _cut(padded, start, length)
             row_slope = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T
-            if experts.up_low_rank is None:
+            if "up" in learns:
                 own["up"] = _product(rows.T, up_slope).reshape(width, parts, hidden)
-            else:
+            if experts.up_low_rank is not None:
                 own["up_low_rank"], back = _back_through(rows, up_slope, experts.up_low_rank, expert)
                 row_slope += back
-            if experts.up_bias is not None:
+            if "up_bias" in learns:
                 own["up_bias"] = up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden)
-            return _lengthened(row_slope, longest), own
+            return _lengthened(row_slope, longest), {name: own[name] for name in learns}
 
         return back_through
 
@@ -329,18 +348,17 @@ def _blocks_backward(activation, lengths, saved, slope):
         weights_slope = jax.tree.map(lambda total, part: total.at[block["expert"]].add(part), weights_slope, own)
         return _put(row_slope, back, block["start"]), weights_slope
 
-    learning = {
-        name: leaf
-        for name in ("up", "down", "up_bias", "down_bias", "up_low_rank", "down_low_rank")
-        if (leaf := getattr(experts, name)) is not None and getattr(experts, f"{name}_low_rank", None) is None
-    }
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), learning)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), learns)
     row_slope, weights_slope = jax.lax.fori_loop(0, count, one_block, (jnp.zeros_like(padded), zeros))
-    weights_slope = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), weights_slope, learning)
-    return row_slope[:-longest], ExpertWeights(**{"up": None, "down": None} | weights_slope), None
+    weights_slope = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), weights_slope, learns)
+    return row_slope[:-longest], ExpertWeights(**dict.fromkeys(WEIGHTS) | weights_slope), None
 
 
-in_blocks.defvjp(_blocks_forward, _blocks_backward)
+in_blocks.defvjp(_blocks_forward, _blocks_backward, symbolic_zeros=True)
+
+
+def _is_zero(slope: Any) -> bool:
+    return isinstance(slope, jax.custom_derivatives.SymbolicZero)
 
 
 def _cut(x: Float[Array, "A D"], start: Int[Array, ""], size: int) -> Float[Array, "size D"]:

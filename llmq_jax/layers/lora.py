@@ -3,15 +3,15 @@
     y = x W + s · x A B           LoRA: A [D, R], B [R, F] train              Hu et al. 2021, arXiv:2106.09685, eq. 3
     s = alpha / R                 alpha / √R with rsLoRA                      Kalajdzievski 2023, arXiv:2312.03732
     y = m · x V / ‖V‖             DoRA: m [F] trains, too; V = W + s A B      Liu et al. 2024, arXiv:2402.09353, eq. 5
-    y = x W + s · x A R B         LoRA-XS: R [R, R] alone trains              Bałazy et al. 2024, arXiv:2405.17604
+    y = x W + s · x A M B         LoRA-XS: M [R, R] alone trains              Bałazy et al. 2024, arXiv:2405.17604
                                   A = U Σ, B = Vᵀ, of the largest singular values of W = U Σ Vᵀ
-    R = Σᵢ vᵢ Pᵢ                  TinyLoRA: v alone trains, Pᵢ are random     Morris et al. 2026, arXiv:2602.04118
+    M = Σᵢ vᵢ Pᵢ                  TinyLoRA: v alone trains, Pᵢ are random     Morris et al. 2026, arXiv:2602.04118
                                   A = U √Σ, B = √Σ Vᵀ
 
-All of it is a transformation of a model's variables, which no model file knows of. Two collections mirror the paths of
-`params`, with a dict of factors where a matrix is: `lora` holds what trains, `lora_fixed` what does not (the scale s,
-the rate of dropout, fixed factors). The linear layer adds the product when it finds them at its path, and so do stacked
-experts (`expert_dispatch`): W gets no gradient, and nothing of its size is formed.
+All of it is a transformation of a model's variables, which no architecture's file knows of. Two collections mirror the
+paths of `params`, with a dict of factors where a matrix is: `lora` holds what trains, `lora_fixed` what does not (the
+scale s, the rate of dropout, fixed factors). The linear layer adds the product when it finds them at its path, and so
+do stacked experts (`expert_dispatch`): W gets no gradient, and no product of its size is formed.
 
 Factors of stacked layers are stacked like their matrices; layers without an adapter have the scale 0 there.
 """
@@ -30,9 +30,10 @@ from jaxtyping import Array, Float
 from llmq_jax.errors import BadInput
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
-A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "R", "v", "P", "magnitude", "scale", "dropout"
+A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
 TIED = "tied"
 """Where `lora` keeps the numbers v that all matrices share."""
+NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 
 
@@ -42,8 +43,8 @@ class LoRA:
 
     rank: int = 8
     """R (r)."""
-    alpha: float = 16.0
-    """The update is multiplied by alpha / rank (lora_alpha). LoRA-XS and TinyLoRA are, too."""
+    alpha: float | None = None
+    """The update is multiplied by alpha / rank (lora_alpha), in all variants; None is twice the rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """"all-linear" (attention and feed-forward networks, experts too), "attention", "mlp", or patterns of names
     (target_modules)."""
@@ -54,8 +55,8 @@ class LoRA:
     """Divide alpha by the root of the rank."""
     dropout: float = 0.0
     """Part of the features of x that the update does not see in training (lora_dropout)."""
-    numbers: int = 64
-    """TinyLoRA: length of v (u)."""
+    numbers: int | None = None
+    """TinyLoRA: length of v (u); None is 64."""
     tied: bool = False
     """TinyLoRA: whether all matrices share one v (weight_tying=1)."""
 
@@ -65,16 +66,26 @@ class LoRA:
                 raise BadInput(f"LoRA: {name}={getattr(self, name)!r} {rule}")
 
         require(self.rank >= 1, "rank", "must be at least 1")
-        require(self.alpha > 0, "alpha", "must be positive")
+        require(self.alpha is None or self.alpha > 0, "alpha", "must be positive")
         require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
         require(self.variant in ("lora", "dora", "lora-xs", "tinylora"), "variant", "is unknown")
-        require(self.numbers >= 1, "numbers", "must be at least 1")
-        require(not self.tied or self.variant == "tinylora", "tied", "has no effect but on tinylora")
-        require(self.layers is None or len(self.layers), "layers", "names no layer")
+        require(self.numbers is None or self.numbers >= 1, "numbers", "must be at least 1")
+        tiny = self.variant == "tinylora"
+        require(self.numbers is None or tiny, "numbers", "has no effect but on tinylora")
+        require(not self.tied or tiny, "tied", "has no effect but on tinylora")
+        require(self.targets, "targets", "names no matrix")
+        require(self.layers is None or isinstance(self.layers, Sequence), "layers", "must be a sequence: (0, 1)")
+        require(self.layers is None or self.layers, "layers", "names no layer")
 
     @property
     def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    @property
+    def length(self) -> int:
+        """Of v."""
+        return NUMBERS_BY_DEFAULT if self.numbers is None else self.numbers
 
 
 # What a layer computes.
@@ -102,7 +113,7 @@ def adapted(
 
 
 def factors(trained: dict, fixed: dict) -> tuple[Float[Array, "*stack D R"], Array]:
-    """(A [*stack, D, R], s R B [*stack, R, *features]): the two matrices whose product is added to W."""
+    """(A [*stack, D, R], s M B [*stack, R, *features]): the two matrices whose product is added to W."""
     first, last = (trained.get(name, fixed.get(name)) for name in (A, B))
     scale = fixed[SCALE]
     scaled = scale.reshape(scale.shape + (1,) * (last.ndim - scale.ndim)) * last
@@ -127,7 +138,7 @@ def _stretch(kernel: Array, first: Array, last: Array, trained: dict, fixed: dic
 
 
 def _column_norms(kernel: Array, first: Array, last: Array) -> Float[Array, "*stack F"]:
-    """‖W + A B‖ of each column. ‖w + A b‖² = ‖w‖² + 2 (Aᵀ w) · b + b · (Aᵀ A b): nothing of W's size is formed."""
+    """‖W + A B‖ of each column. ‖w + A b‖² = ‖w‖² + 2 (Aᵀ w) · b + b · (Aᵀ A b), without the product A B."""
     stack = first.ndim - 2
     w, a = _matrices(kernel, stack), first.astype(jnp.float32)
     b = _matrices(last, stack)
@@ -161,8 +172,9 @@ def from_adapters(found: dict[Path, tuple[dict, dict]]) -> dict:
 
 
 def merge(variables: dict) -> dict:
-    """The same model without adapters: W + s A B in W's place, formed in float32 and kept in W's type."""
-    return _moved(variables, adapters(variables), _merged)
+    """The same model without adapters: W + s A B in W's place, formed in float32 and rounded to W's type, which in
+    bfloat16 may be a good part of a small update."""
+    return _moved(variables, adapters(variables))
 
 
 def unmerge(variables: dict, adapted: dict) -> dict:
@@ -173,15 +185,16 @@ def unmerge(variables: dict, adapted: dict) -> dict:
     found = adapters(adapted)
     if any(MAGNITUDE in trained for trained, _ in found.values()):
         raise BadInput("a merged DoRA cannot be unmerged: it does not tell how long its columns were; keep the base")
-    return {**_moved(variables, found, _unmerged), **(from_adapters(found) if found else {})}
+    taken_out = {path: (trained, {**fixed, SCALE: -fixed[SCALE]}) for path, (trained, fixed) in found.items()}
+    return {**_moved(variables, taken_out), **(from_adapters(found) if found else {})}
 
 
-def _moved(variables: dict, found: dict, change: Any) -> dict:
+def _moved(variables: dict, found: dict) -> dict:
     params = flatten_dict(variables["params"]) if found else {}
     missing = [path for path in found if path not in params]
     if missing:
         raise BadInput(f"adapters at {'/'.join(missing[0])}, where this model has no matrix; load those of this model")
-    params |= {path: change(params[path], *pair) for path, pair in found.items()}
+    params |= {path: _merged(params[path], *pair) for path, pair in found.items()}
     rest = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     return {**rest, "params": unflatten_dict(params)} if found else rest
 
@@ -195,14 +208,6 @@ def _merged(kernel: Array, trained: dict, fixed: dict) -> Array:
     if MAGNITUDE in trained:
         total *= jnp.expand_dims(_stretch(kernel, first, last, trained, fixed), stack)
     return total.astype(kernel.dtype)
-
-
-@jax.jit
-def _unmerged(kernel: Array, trained: dict, fixed: dict) -> Array:
-    first, last = factors(trained, fixed)
-    stack = first.ndim - 2
-    update = first.astype(jnp.float32) @ _matrices(last, stack)
-    return (_matrices(kernel, stack) - update).reshape(kernel.shape).astype(kernel.dtype)
 
 
 # Where new ones come from.
@@ -229,7 +234,7 @@ def add(
         trained[path], fixed[path] = _fresh(params[path], path, np.array(in_layer), spec, key)
     trees = from_adapters({path: (trained[path], fixed[path]) for path in chosen})
     if spec.tied:
-        trees[LORA] = {TIED: {NUMBERS: jnp.zeros(spec.numbers)}}
+        trees[LORA] = {TIED: {NUMBERS: jnp.zeros(spec.length)}}
     return {**variables, **trees}
 
 
@@ -249,7 +254,7 @@ def spread(variables: dict) -> dict:
 def trained_numbers(variables: dict) -> int:
     """Numbers that train in the layers that have adapters."""
     total = sum(leaf.size for leaf in jax.tree.leaves(variables[LORA].get(TIED, {})))
-    for path, (trained, fixed) in adapters({**variables, LORA: variables[LORA]}).items():
+    for path, (trained, fixed) in adapters(variables).items():
         if path != (TIED,) and trained:
             share = np.count_nonzero(fixed[SCALE]) / fixed[SCALE].size
             total += round(share * sum(leaf.size for leaf in trained.values()))
@@ -258,7 +263,7 @@ def trained_numbers(variables: dict) -> int:
 
 ALL_LINEAR, ATTENTION, MLP = "all-linear", "attention", "mlp"
 EXPERT_KERNELS = ("up_kernel", "down_kernel")
-SPARSE = ("router", "noise")
+CHOOSERS = ("router", "noise")
 """Layers of a mixture of experts that "all-linear" does not mean: what chooses stays as it is."""
 
 
@@ -283,23 +288,22 @@ def _chosen(
     wanted: set[Path] = set()
     for pattern in patterns:
         found = {path for path, name in matrices.items() if _means(pattern, path, name, aliases)}
+        in_layers = {path for path in found if any(places.get(path[:2], [True]))}
+        if found and not in_layers:
+            raise BadInput(f"LoRA: layers {', '.join(map(str, layers))} have no {pattern}; leave it out")
         if not found:
             names = sorted(set(matrices.values()))
             raise BadInput(
                 f"LoRA: {pattern!r} matches no matrix; there are {ALL_LINEAR}, {ATTENTION}, {MLP}, {', '.join(names)}"
                 + (f", or by their other names {', '.join(sorted(aliases))}" if aliases else "")
             )
-        wanted |= found
-    chosen = {path: places.get(path[:2], [True]) for path in sorted(wanted)}
-    chosen = {path: in_layer for path, in_layer in chosen.items() if any(in_layer)}
-    if not chosen:
-        raise BadInput(f"LoRA: layers {', '.join(map(str, layers))} have no {', '.join(patterns)}")
-    return chosen
+        wanted |= in_layers
+    return {path: places.get(path[:2], [True]) for path in sorted(wanted)}
 
 
 def _means(pattern: str, path: Path, name: str, aliases: Mapping[str, Collection[str]]) -> bool:
     in_block, parts = len(path) > 2, name.split("/")
-    ordinary = in_block and not any(part in SPARSE for part in parts)
+    ordinary = in_block and not any(part in CHOOSERS for part in parts)
     if pattern == ALL_LINEAR:
         return ordinary
     if pattern in (ATTENTION, MLP):
@@ -341,20 +345,15 @@ def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Arr
             trained[MAGNITUDE] = _column_norms(kernel, trained[A], trained[B]).reshape(*lead, *features)
         return trained, fixed
     left, values, right = _largest_singular(np.asarray(_matrices(kernel, stack)), spec.rank)
-    if spec.variant == "lora-xs":
-        fixed |= {
-            A: jnp.asarray(left * values[..., None, :]),
-            B: jnp.asarray(right.reshape(*lead, spec.rank, *features)),
-        }
+    tiny = spec.variant == "tinylora"
+    before, after = (np.sqrt(values), np.sqrt(values)) if tiny else (values, np.ones_like(values))
+    fixed[A] = jnp.asarray(left * before[..., None, :])
+    fixed[B] = jnp.asarray(after[..., None] * right).reshape(*lead, spec.rank, *features)
+    if not tiny:
         return {MIDDLE: jnp.zeros((*lead, spec.rank, spec.rank))}, fixed
-    root = np.sqrt(values)
-    projections = jax.random.normal(key, (*lead, spec.numbers, spec.rank, spec.rank)) / spec.rank**0.5
-    fixed |= {
-        A: left * root[..., None, :],
-        B: (root[..., None] * right).reshape(*lead, spec.rank, *features),
-        PROJECTIONS: projections,
-    }
-    return {NUMBERS: jnp.zeros((*lead, spec.numbers))}, {name: jnp.asarray(leaf) for name, leaf in fixed.items()}
+    # Normal with the variance 1 / R, as PEFT; the paper does not say.
+    fixed[PROJECTIONS] = jax.random.normal(key, (*lead, spec.length, spec.rank, spec.rank)) / spec.rank**0.5
+    return {NUMBERS: jnp.zeros((*lead, spec.length))}, fixed
 
 
 def _largest_singular(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -368,8 +367,10 @@ def _largest_singular(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.n
             return right.T, values, left.T
         size = len(w)
         squares, left = eigh(w @ w.T, subset_by_index=(size - rank, size - 1))
-        left, values = left[:, ::-1], np.sqrt(np.maximum(squares[::-1], np.finfo(np.float64).tiny))
-        return left, values, (left / values).T @ w
+        left, values = left[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0))
+        real = values > values[0] * np.finfo(np.float32).eps  # what is less is rounding, of a matrix of lower rank
+        values = np.where(real, values, 0)
+        return left, values, np.where(real, left / np.where(real, values, 1), 0).T @ w
 
     stack = matrices.shape[:-2]
     parts = [of_one(w) for w in matrices.astype(np.float64).reshape(-1, *matrices.shape[-2:])]

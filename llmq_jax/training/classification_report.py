@@ -117,21 +117,20 @@ def probabilities(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
     return np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
 
 
-def prediction(labels: Sequence[str], text: str, logits: Float[np.ndarray, " C"]) -> dict[str, Any]:
+def prediction(labels: Sequence[str], logits: Float[np.ndarray, " C"]) -> dict[str, Any]:
     """What is said of a text: the likeliest label and the probability of each; of a scalar head its number."""
     if len(labels) == 1:
-        return {"text": text, labels[0]: float(logits[0])}
+        return {"scores": {labels[0]: float(logits[0])}}
     chances = probabilities(logits[None])[0]
     by_label = {label: float(chance) for label, chance in zip(labels, chances, strict=True)}
-    return {"text": text, "label": labels[chances.argmax()], "probabilities": by_label}
+    return {"label": labels[chances.argmax()], "probabilities": by_label}
 
 
-def prediction_line(said: dict[str, Any], width: int = 80, most: int = 5) -> str:
+def prediction_line(text: str, said: dict[str, Any], width: int = 80, most: int = 5) -> str:
     """The same for people: the likeliest labels first, then the text, shortened."""
-    text = " ".join(said["text"].split())
+    text = " ".join(text.split())
     text = text if len(text) <= width else text[: width - 1] + "…"
-    figures = said.get("probabilities") or {name: value for name, value in said.items() if name != "text"}
-    likeliest = sorted(figures.items(), key=lambda pair: -pair[1])[:most]
+    likeliest = sorted((said.get("probabilities") or said["scores"]).items(), key=lambda pair: -pair[1])[:most]
     return "  ".join([*(f"{label} {figure:.4f}" for label, figure in likeliest), text])
 
 
@@ -143,8 +142,9 @@ def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:
     parts = report.confusion / np.maximum(report.confusion.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(parts, vmin=0.0, vmax=1.0, cmap="Blues")
     places = np.arange(len(report.labels))
-    axes.set_xticks(places, report.labels, rotation=30 if len(report.labels) > 3 else 0)
-    axes.set_yticks(places, report.labels)
+    # A dollar in a label begins no formula.
+    axes.set_xticks(places, report.labels, rotation=30 if len(report.labels) > 3 else 0, parse_math=False)
+    axes.set_yticks(places, report.labels, parse_math=False)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     axes.set_title(f"accuracy {report.accuracy:.4f}", loc="left", color=INK, fontweight="bold")

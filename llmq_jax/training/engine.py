@@ -114,8 +114,10 @@ def run(
 
 
 def count_tokens(batch: dict) -> int:
-    """Tokens that are no padding: those of `segment_ids`; without, the ones in `mask` or, in batches of several parts,
-    in every `..._mask`."""
+    """Tokens that are no padding: as many as `lengths` say, or those of `segment_ids`; without, the ones in `mask` or,
+    in batches of several parts, in every `..._mask`."""
+    if "lengths" in batch:
+        return int(np.sum(batch["lengths"]))
     if "segment_ids" in batch:
         return int(np.count_nonzero(batch["segment_ids"]))
     masks = [array for name, array in batch.items() if name == "mask" or name.endswith("_mask")]

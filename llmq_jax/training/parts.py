@@ -3,6 +3,9 @@
 What stays as it is stands in a collection of its own, `frozen`, beside `params`, which train. Where a stack of layers
 is cut in two, its upper layers are another stack, `group_0_upper` beside `group_0`, which the model runs after it
 (`Decoder.frozen_layers`): gradients end there, and neither time nor memory goes to the layers below.
+
+    {"params": {"group_0_upper", "final_norm"}, "frozen": {"token_embedding", "group_0"}}     the last blocks
+    {"params": {...}, "lora": {"group_0_upper"}, "lora_fixed": {...}}                         adapters of the last ones
 """
 
 from collections.abc import Collection
@@ -10,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.lora import LORA, LORA_FIXED, SCALE, adapters
 from llmq_jax.models.decoder import Decoder, upper_part
 
 FROZEN, PARAMS = "frozen", "params"
@@ -27,56 +32,104 @@ def as_read(variables: dict) -> dict:
 
 def whole(variables: dict) -> dict:
     """The same for the model as it was: the layers that stood apart are one stack again."""
-    return {name: _joined(tree) for name, tree in as_read(variables).items()}
+    variables = as_read(variables)
+    return {name: _joined(tree, variables[PARAMS]) for name, tree in variables.items()}
 
 
-def _joined(tree: dict) -> dict:
-    uppers = {upper_part(name): name for name in tree if upper_part(name) in tree}
-    joined = {name: leaf for name, leaf in tree.items() if name not in uppers}
-    for upper, lower in uppers.items():
-        joined[lower] = jax.tree.map(lambda low, up: jnp.concatenate([low, up]), tree[lower], tree[upper])
+def _joined(tree: dict, params: dict) -> dict:
+    """A collection with stacks that were cut as one. Adapters have no lower part, but there they are zeros."""
+    joined = dict(tree)
+    for lower in params:
+        upper = joined.pop(upper_part(lower), None)
+        if upper is None:
+            continue
+        below = len(jax.tree.leaves(params[lower])[0])
+        low = tree.get(lower) or jax.tree.map(lambda x, n=below: jnp.zeros((n, *x.shape[1:]), x.dtype), upper)
+        joined[lower] = jax.tree.map(lambda low, up: jnp.concatenate([low, up]), low, upper)
     return joined
+
+
+def cut(model: Decoder, variables: dict, blocks: int) -> tuple[Decoder, dict, set[str]]:
+    """(the model, variables, names of the stacks below) with the last `blocks` layers in stacks of their own."""
+    layers = len(model.layer_slots())
+    if not 0 <= blocks <= layers:
+        raise BadInput(f"{blocks} blocks cannot train: the model has {layers}")
+    model = model.clone(frozen_layers=layers - blocks)
+    stacks = model.stacks()
+    below, at = set(), 0
+    for name, group in stacks.items():
+        at += group.repeats * len(group.blocks)
+        if at <= layers - blocks:
+            below.add(name)
+        elif at - group.repeats * len(group.blocks) < layers - blocks:
+            raise BadInput(
+                f"{blocks} blocks cut through a pattern of {len(group.blocks)} layers, which stand together; choose a "
+                f"number that leaves a multiple of {len(group.blocks)} below"
+            )
+
+    def divided(tree: dict) -> dict:
+        parts: dict[str, Any] = {}
+        for name, leaf in tree.items():
+            if upper_part(name) in stacks:
+                count = stacks[name].repeats
+                parts[name] = jax.tree.map(lambda x, n=count: x[:n], leaf)
+                parts[upper_part(name)] = jax.tree.map(lambda x, n=count: x[n:], leaf)
+            else:
+                parts[name] = leaf
+        return parts
+
+    return model, {name: divided(tree) for name, tree in variables.items()}, below
 
 
 def freeze_all_but(model: Decoder, variables: dict, blocks: int, heads: Collection[str]) -> tuple[Decoder, dict]:
     """(the model, variables) of which the last `blocks` layers, the final norm and `heads` train; with 0 blocks the
     heads alone. Names of `heads` that the model lacks are passed over."""
-    layers = model.layer_slots()
-    if not 0 <= blocks <= len(layers):
-        raise BadInput(f"{blocks} blocks cannot train: the model has {len(layers)}")
-    frozen_layers = len(layers) - blocks
-    trained = {*heads, *(("final_norm",) if blocks else ())}
-    cut: dict[str, int] = {}
-    at = 0
-    for i, group in enumerate(model.layer_groups()):
-        size = group.repeats * len(group.blocks)
-        below = min(max(frozen_layers - at, 0), size)
-        at += size
-        if below % len(group.blocks):
-            raise BadInput(
-                f"{blocks} blocks cut through a pattern of {len(group.blocks)} layers, which stand together; "
-                f"choose a number that leaves a multiple of them below"
-            )
-        if below == 0:
-            trained.add(f"group_{i}")
-        elif below < size:
-            cut[f"group_{i}"] = below // len(group.blocks)
-
-    def divided(tree: dict) -> dict:
-        parts: dict[str, Any] = {}
-        for name, leaf in tree.items():
-            if name in cut:
-                parts[name] = jax.tree.map(lambda x, n=cut[name]: x[:n], leaf)
-                parts[upper_part(name)] = jax.tree.map(lambda x, n=cut[name]: x[n:], leaf)
-            else:
-                parts[name] = leaf
-        return parts
-
-    variables = {name: divided(tree) for name, tree in variables.items()}
-    trained |= set(map(upper_part, cut))
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(variables[PARAMS])} - {"float32"}
+    if types and model.dtype is None:
+        raise BadInput(
+            f"parameters in {', '.join(types)} stay so where they are frozen, and those that train are float32: say "
+            "what to compute in, lq.build(config, dtype=...), or load them in float32"
+        )
+    model, variables, below = cut(model, variables, blocks)
+    trained = {*heads, *((set(model.stacks()) - below | {"final_norm"}) if blocks else ())}
     params = variables.pop(PARAMS)
     parts = {
         PARAMS: {name: leaf for name, leaf in params.items() if name in trained},
         FROZEN: {name: leaf for name, leaf in params.items() if name not in trained},
     }
-    return model.clone(frozen_layers=frozen_layers if cut else 0), {**variables, **parts}
+    return model, {**variables, **parts}
+
+
+def train_adapters(model: Decoder, variables: dict, heads: Collection[str] = ()) -> tuple[Decoder, dict, tuple]:
+    """(the model, variables, the collections that train): the adapters and `heads`. Below the first layer that has an
+    adapter there is nothing to train, and no gradient goes there."""
+    found = adapters(variables)
+    slots = model.layer_slots()
+
+    def adapts(layer: int) -> bool:
+        block, repeat = slots[layer]
+        return any(path[:2] == block and np.asarray(fixed[SCALE])[repeat] for path, (_, fixed) in found.items())
+
+    first = next((layer for layer in range(len(slots)) if adapts(layer)), len(slots))
+    # A pattern of layers stands together.
+    while first and not _between_patterns(model, first):
+        first -= 1
+    model, variables, below = cut(model, variables, len(slots) - first)
+    for name in (LORA, LORA_FIXED):
+        variables[name] = {stack: tree for stack, tree in variables[name].items() if stack not in below}
+    trained = {name: leaf for name, leaf in variables[PARAMS].items() if name in heads}
+    if not trained:
+        return model, variables, (LORA,)
+    frozen = {name: leaf for name, leaf in variables[PARAMS].items() if name not in heads}
+    return model, {**variables, PARAMS: trained, FROZEN: frozen}, (PARAMS, LORA)
+
+
+def _between_patterns(model: Decoder, layer: int) -> bool:
+    """Whether a pattern ends right before a layer."""
+    at = 0
+    for group in model.layer_groups():
+        size = group.repeats * len(group.blocks)
+        if layer <= at + size:
+            return (layer - at) % len(group.blocks) == 0
+        at += size
+    return True

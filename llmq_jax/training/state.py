@@ -23,7 +23,16 @@ class TrainState:
 
     @property
     def trained(self) -> dict:
-        return {name: self.variables[name] for name in self.trainable}
+        """What the optimizer sees: the collection that trains, or a dict of several."""
+        return one_or_all({name: self.variables[name] for name in self.trainable})
+
+    def with_trained(self, trained: dict) -> dict:
+        """The variables with this in its place."""
+        return {**self.variables, **({self.trainable[0]: trained} if len(self.trainable) == 1 else trained)}
+
+
+def one_or_all(trees: dict) -> dict:
+    return next(iter(trees.values())) if len(trees) == 1 else trees
 
 
 def create_state(
@@ -39,7 +48,7 @@ def create_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables={**variables, **trained},
-        optimizer_state=optimizer.init(trained),
+        optimizer_state=optimizer.init(one_or_all(trained)),
         key=jax.random.key_data(jax.random.key(seed)),
         trainable=names,
     )

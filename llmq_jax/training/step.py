@@ -9,7 +9,7 @@ import optax
 
 from llmq_jax.errors import BadInput
 from llmq_jax.objectives.expert_balance import load_metrics, move_biases
-from llmq_jax.training.parts import as_read
+from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.state import TrainState
 
 ROUTER = "router"
@@ -40,12 +40,12 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         trained = state.trained
-        others = {name: tree for name, tree in state.variables.items() if name not in trained}
         weights = objective.weights(batch, state.step)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss(trained, microbatch, rng):
-            value, metrics, counts = objective.loss(as_read({**others, **trained}), microbatch, weights, rng)
+            variables = as_read(state.with_trained(trained))
+            value, metrics, counts = objective.loss(variables, microbatch, weights, rng)
             return value, (metrics, counts)
 
         def gradients(index, microbatch):
@@ -62,11 +62,14 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, trained)
         trained = optax.apply_updates(trained, updates)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics, **load_metrics(experts, counts)}
-        if ROUTER in others:
-            others[ROUTER] = move_biases(experts, others[ROUTER], counts)
+        variables = state.with_trained(trained)
+        if ROUTER in variables and PARAMS in state.trainable:  # A router's bias learns where the router does.
+            router = variables[ROUTER]
+            learning = {name: tree for name, tree in router.items() if name in variables[PARAMS]}
+            variables[ROUTER] = {**router, **move_biases(experts, learning, counts)}
         state = state.replace(
             step=state.step + 1,
-            variables={**others, **trained},
+            variables=variables,
             optimizer_state=optimizer_state,
         )
         return state, metrics

@@ -1,6 +1,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import llmq_jax as lq
@@ -50,13 +52,69 @@ def test_json(llmq, classifier, folder):
 def test_a_file(llmq, classifier, folder, batch_size, tmp_path):
     data, output = tmp_path / "texts.csv", tmp_path / "out.jsonl"
     data.write_text("id,message\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(TEXTS)))
-    options = ("--data", data, "--text-field", "message", "--output", output, "--batch-size", batch_size)
+    options = ("--data", data, "--text-field", "message", "--out", output, "--batch-size", batch_size)
     code, out, err = llmq("classify", folder, *options)
     assert (code, err) == (0, "") and f"written: {output}, 3 texts: " in out
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["text"] for row in rows] == TEXTS
+    assert [(row["id"], row["message"]) for row in rows] == list(zip("012", TEXTS, strict=True))
     for row in rows:
-        assert row["probabilities"] == pytest.approx(expected(classifier, row["text"]), abs=1e-5)
+        assert list(row) == ["id", "message", "label", "probabilities"]
+        assert row["probabilities"] == pytest.approx(expected(classifier, row["message"]), abs=1e-5)
+    code, _, err = llmq("classify", folder, *options)
+    assert code == 2 and f"--out {output} is there already; name a new file" in err
+
+
+@pytest.mark.parametrize("kind", ["tsv", "headless.tsv", "jsonl", "json", "parquet", "txt"])
+def test_kinds_of_files(llmq, classifier, folder, kind, tmp_path):
+    """Whatever stands beside the text comes back with it."""
+    data = tmp_path / f"texts.{kind}"
+    records = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    options, texts = (), TEXTS
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), data)
+    elif kind == "txt":
+        data.write_text(TEXTS[0])
+        records, texts = [{"text": TEXTS[0]}], TEXTS[:1]
+    elif kind == "jsonl":
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif kind == "json":
+        records[1] = {"text": TEXTS[1]}
+        data.write_text(json.dumps([records[0], TEXTS[1], records[2]]))  # a string is a text
+    else:
+        header = "id\ttext\n" if kind == "tsv" else ""
+        options = () if header else ("--columns", "id, text")
+        data.write_text(header + "".join(f"{i}\t{text}\n" for i, text in enumerate(TEXTS)))
+        records = [{**record, "id": str(record["id"])} for record in records]
+    code, out, err = llmq("classify", folder, "--data", data, "--json", *options)
+    assert (code, err) == (0, "")
+    for line, record, text in zip(out.splitlines(), records, texts, strict=True):
+        chances = expected(classifier, text)
+        said = {"label": max(chances, key=chances.get), "probabilities": pytest.approx(chances, abs=1e-5)}
+        assert json.loads(line) == {**record, **said}
+
+
+BAD_FILES = [
+    ("a.jsonl", '{"text": "x"}\n{"text": " "}', [], "a.jsonl: line 2: field 'text' holds no text"),
+    ("a.jsonl", '{"text": "x", "label": "ham"}', [], "line 1 has a field 'label' already, which the result would"),
+    ("a.jsonl", '{"text": "x", "id": "\\ud800"}', [], "line 1 holds half a surrogate pair"),
+    ("a.csv", "id,body\n1,x\n", [], "the header has no field 'text' (fields found: id, body): choose one with --text-"),
+    ("a.csv", "id,text\n1,x\n", ["--columns", "id,text"], "line 1 is a header; leave out --columns"),
+    (
+        "a.jsonl",
+        '{"text": "x"}',
+        ["--columns", "id,text"],
+        "--columns has no effect on a.jsonl, which is no .csv or .ts",
+    ),
+    ("a.txt", " ", [], "a.txt holds no text"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "options", "message"), BAD_FILES)
+def test_bad_files(llmq, folder, name, content, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(content)
+    code, out, err = llmq("classify", folder, "--data", name, *options)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and message in err
 
 
 def test_long_texts_are_cut_and_counted(llmq, classifier, folder):
@@ -70,7 +128,10 @@ def test_a_scalar_head_gives_a_number(llmq, tiny_model, tmp_path):
     lm = with_classifier(tiny_model, ["reward"])
     lq.save_hf(lm, tmp_path / "reward")
     _, out, _ = llmq("classify", tmp_path / "reward", "--text", "ab", "--json")
-    assert json.loads(out) == {"text": "ab", "reward": pytest.approx(float(lm.classify(["ab"])[0, 0]), abs=1e-6)}
+    score = pytest.approx(float(lm.classify(["ab"])[0, 0]), abs=1e-6)
+    assert json.loads(out) == {"text": "ab", "scores": {"reward": score}}
+    _, out, _ = llmq("classify", tmp_path / "reward", "--text", "ab")
+    assert out.startswith("reward ") and out.endswith("  ab\n")
 
 
 @pytest.mark.parametrize(
@@ -82,15 +143,22 @@ def test_a_scalar_head_gives_a_number(llmq, tiny_model, tmp_path):
         (["--data", "a.txt", "--text-field", "b"], "--text-field has no effect on a.txt, which has no fields"),
         (["--text", "a", "--batch-size", 0], "--batch-size is 0 and must be at least 1"),
         (["--text", "a", "--max-length", 33], "--max-length 33 must lie between 1 and the model's 32"),
-        (["--text", "a", "--output", "a.csv"], "give it a name ending in .jsonl"),
-        (["--text", "a", "--output", "nowhere/a.jsonl"], "there is no folder nowhere"),
-        (["--text", "a", "--output", "a.jsonl", "--json"], "--json has no effect beside --output"),
+        (["--text", "a", "--columns", "b"], "--columns has no effect without --data"),
+        (["--text", "a", "--text", ""], "--text number 2: field 'text' holds no text"),
+        (["--text", "a", "--out", "a.csv"], "give it a name ending in .jsonl"),
+        (["--text", "a", "--out", "nowhere/a.jsonl"], "nothing can be written to the folder nowhere"),
+        (["--text", "a", "--out", "a.jsonl", "--json"], "--json has no effect beside --out"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(llmq, folder, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = llmq("classify", folder, *options)
     assert (code, out) == (2, "") and err.count("\n") == 1 and message in err
+
+
+def test_the_help_shows_commands_as_they_are_typed(llmq):
+    _, out, _ = llmq("classify", "--help")
+    assert '\n    llmq classify runs/spam --text "You have won a prize" --text "See you at noon"\n' in out
 
 
 def test_a_language_model_classifies_nothing(llmq, model_folder):

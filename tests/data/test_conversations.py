@@ -100,7 +100,7 @@ def test_a_template_that_rewrites_answers(tmp_path):
     rendered = render(conversation, "chat", ChatTemplate(FORGETFUL))
     assert rendered.text == "[system]S</s>[user]a</s>[assistant]b</s>[user]c</s>[assistant]<think></think>d\n</s>"
     assert learned(rendered, "last") == ["</think>d\n</s>"]
-    with pytest.raises(BadInput, match=r"line 1: the chat template writes an answer in another way.*last one only"):
+    with pytest.raises(BadInput, match=r"line 1 has an answer that the chat template writes in another way.*last one"):
         rendered.chosen("response")
 
 
@@ -117,8 +117,32 @@ def test_a_template_that_ends_what_opens_no_answer(tmp_path):
 def test_a_template_that_leaves_out_the_answer(tmp_path):
     """As those for images do with plain text."""
     (conversation,) = read(tmp_path, CHAT)
-    with pytest.raises(BadInput, match=r"line 1: the chat template leaves out what messages\[2\] says"):
+    with pytest.raises(BadInput, match=r"line 1: the chat template leaves out a part of what messages\[2\] says"):
         render(conversation, "chat", ChatTemplate("{% for m in messages %}[{{ m['role'] }}]{% endfor %}"))
+
+
+THOUGHT = {"messages": [user("a"), assistant("<think>\nlong  ago\n</think>\n\n b ")]}
+
+
+def test_a_template_that_leaves_out_a_part_of_the_answer(tmp_path):
+    """As DeepSeek-R1's, which drops the thought of every answer: the last word is there all the same."""
+    (conversation,) = read(tmp_path, THOUGHT)
+    forgetful = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    with pytest.raises(BadInput, match=r"line 1: the chat template leaves out a part of what messages\[1\] says"):
+        render(conversation, "chat", ChatTemplate(forgetful))
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, "<think>\nlong  ago\n</think>\n\n b <|im_end|>\n"),
+        (CHATML.replace("m['content']", "m['content'] | trim"), "<think>\nlong  ago\n</think>\n\n b<|im_end|>\n"),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), "long  ago\n</think>\n\n b <|im_end|>\n"),
+    ],
+)
+def test_an_answer_may_be_trimmed_and_its_beginning_open_it(tmp_path, template, expected):
+    (conversation,) = read(tmp_path, THOUGHT)
+    assert learned(render(conversation, "chat", ChatTemplate(template))) == [expected]
 
 
 def test_batches_do_not_depend_on_the_day(tmp_path):
@@ -160,7 +184,7 @@ def test_default_template(tmp_path):
 BAD = [
     (
         {"question": "x", "answer": "y"},
-        r"is no conversation \(fields found: question, answer\): it needs .*; prompt, c",
+        r"is no conversation \(fields found: question, answer\): it needs .*; or prompt, c",
     ),
     ({**ALPACA, "output": " \n"}, r"field 'output': the response is empty"),
     ({**ALPACA, "output": 5}, r"field 'output' must be a string, not a number"),
@@ -175,6 +199,10 @@ BAD = [
     ({"messages": [{"role": ["user"], "content": "x"}]}, r"messages\[0\] has the role \['user'\]"),
     ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]: content must be a string, not null"),
     ({"messages": [user("x"), assistant(" ")]}, r"messages\[1\]: the response is empty"),
+    (
+        {"prompt": [user("x"), assistant(""), user("y")], "completion": [assistant("z")]},
+        r"prompt\[1\]: the assistant says nothing",
+    ),
     ({"messages": [user("\ud800")]}, r"messages\[0\]: content: half a surrogate pair"),
 ]
 
@@ -211,6 +239,12 @@ def test_what_a_chat_template_refuses_names_the_row(tmp_path):
     (conversation,) = read(tmp_path, CHAT)
     with pytest.raises(BadInput, match=r"data\.jsonl: line 1: the chat template refused .*no system"):
         render(conversation, "chat", ChatTemplate("{{ raise_exception('no system') }}"))
+
+
+def test_who_begins_answers_nothing(tmp_path):
     (conversation,) = read(tmp_path, {"messages": [assistant("hello"), user("x"), assistant("y")]})
-    with pytest.raises(BadInput, match=r"line 1 begins with the assistant"):
-        render(conversation, "chat", ChatTemplate(CHATML))
+    rendered = render(conversation, "chat", ChatTemplate(CHATML))
+    for train_on in ("response", (0,)):
+        with pytest.raises(BadInput, match=r"line 1 begins with the assistant"):
+            rendered.chosen(train_on)
+    assert learned(rendered, "last") == ["y<|im_end|>\n"] and learned(rendered, "all") == [rendered.text]

@@ -134,9 +134,10 @@ def test_too_long():
     assert [len(example.tokens) for example in cut.examples] == [6, 12, 12]
     assert cut.tokens == 30 and cut.learned_tokens == 2 + 8 + 8
     assert not cut.examples[2].tokens.tolist().count(END)
+    assert [example.cut for example in cut.examples] == [False, False, True]
     left = tokenized(several, context=12, too_long="drop")
     assert (len(left), left.truncated, left.dropped) == (2, 0, 1)
-    with pytest.raises(BadInput, match=r"a\.json: row 3 has 25 tokens and the context 12"):
+    with pytest.raises(BadInput, match=r"row 3 has 25 tokens and the context 12: .* --context, .*\(--too-long\)"):
         tokenized(several, context=12, too_long="error")
 
 

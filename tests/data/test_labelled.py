@@ -20,6 +20,20 @@ def test_reading(tmp_path):
     assert (read.labels, read.names) == ([1, 0], ("9", "10")), "numbers are sorted as numbers"
 
 
+def test_white_space_around_a_label_is_no_part_of_it(tmp_path):
+    (tmp_path / "a.csv").write_text("label, text\nham ,x\nham,y\n spam,z\n")
+    read = read_labelled(tmp_path / "a.csv")
+    assert (read.labels, read.names) == ([0, 0, 1], ("ham", "spam"))
+
+
+def test_a_class_without_examples_stays_without():
+    """As when a classifier goes on that knows more classes than the data."""
+    assert labelled([0] * 3 + [2]).balanced().counts() == [1, 0, 1]
+    np.testing.assert_allclose(labelled([0] * 3 + [2]).class_weights(), [2 / 3, 1, 2])
+    parts = labelled([0] * 10 + [2] * 10).stratified_split()
+    assert [part.counts() for part in parts] == [[7, 0, 7], [1, 0, 1], [2, 0, 2]]
+
+
 def test_names_of_another_file(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\nx,b\ny,b\n")
     assert read_labelled(tmp_path / "a.csv", names=("c", "b", "a")) == LabelledTexts(
@@ -106,9 +120,8 @@ def test_bad_splits():
     for fractions in ((), (1.5, -0.5), (0.5, 0.4)):
         with pytest.raises(BadInput, match="add up to 1"):
             texts.stratified_split(fractions)
-    for method in ("balanced", "class_weights"):
-        with pytest.raises(BadInput, match="class 'c' has no example"):
-            getattr(labelled([0, 1]), method)()
+    with pytest.raises(BadInput, match="there is no example to balance"):
+        labelled([]).balanced()
 
 
 @given(st.lists(st.integers(0, 2), max_size=30))

@@ -59,6 +59,16 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert any((one[i]["lengths"] != one[i + one.per_epoch]["lengths"]).any() for i in range(3))
 
 
+def test_processes_share_the_rows_of_a_batch():
+    shares = [batches(process_index=index, process_count=4) for index in range(4)]
+    for step in (0, 3, batches().per_epoch - 1):
+        whole = batches()[step]
+        for name in FIELDS:
+            np.testing.assert_array_equal(np.concatenate([share[step][name] for share in shares]), whole[name])
+    with pytest.raises(BadInput, match="8 rows cannot be divided among 3 processes"):
+        batches(process_count=3)
+
+
 def test_shapes_are_few_and_little_is_padding():
     found = [batches()[i] for i in range(batches().per_epoch)]
     assert len({batch["tokens"].shape for batch in found}) <= 4

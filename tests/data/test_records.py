@@ -61,6 +61,43 @@ def test_columns_of_a_file_without_header(tmp_path, name, separator):
         read_records(path, columns=["a", "b", "c"])
 
 
+@pytest.mark.parametrize("header", ["label,text", "text,label", "Label, text "])
+def test_a_header_beside_columns_is_no_row(tmp_path, header):
+    path = write(tmp_path / "a.csv", f"{header}\nham,x\n")
+    with pytest.raises(BadInput, match=r"a\.csv: line 1 is a header; leave out --columns"):
+        read_records(path, columns=["label", "text"])
+
+
+def test_white_space_around_names_of_a_header(tmp_path):
+    (record,) = read_records(write(tmp_path / "a.csv", "label, text \nham, x\n"))
+    assert record.fields == {"label": "ham", "text": " x"}
+
+
+NEEDED = {"text": "--text-field", "label": "--label-field"}
+
+
+def test_a_table_without_a_needed_column_is_refused_at_its_header(tmp_path):
+    """Also where the "header" is a row of long texts: the message stays short."""
+    path = write(tmp_path / "a.tsv", "\t".join(["ham", "See you " * 300, *map(str, range(30))]) + "\nspam\n")
+    with pytest.raises(BadInput) as caught:
+        read_records(path, needed=NEEDED)
+    assert len(str(caught.value)) < 350 + len(str(path))
+    assert str(caught.value).startswith(f"{path}: the header has no field 'text' (fields found: ham, See you See you S")
+    assert "…, 0, 1, " in str(caught.value) and ", 17 and 12 more): choose one with --text-field" in str(caught.value)
+    assert "if the file has no header, name its columns: --columns label,text" in str(caught.value)
+    with pytest.raises(BadInput, match=r"^--columns body,label has no field 'text' .*: choose one with --text-field$"):
+        read_records(write(tmp_path / "b.csv", "x,y\n"), ["body", "label"], NEEDED)
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "c.parquet")
+    with pytest.raises(BadInput, match=r"c\.parquet has no field 'label' .*: choose one with --label-field$"):
+        read_records(tmp_path / "c.parquet", needed=NEEDED)
+
+
+def test_strings_in_json_may_stand_for_a_field(tmp_path):
+    path = write(tmp_path / "a.json", '["x", {"text": "y", "id": 1}]')
+    records = read_records(path, string_field="text")
+    assert [record.fields for record in records] == [{"text": "x"}, {"text": "y", "id": 1}]
+
+
 def test_the_text_of_a_field():
     record = Record("a.csv: line 3", {"text": "x", "number": 5})
     assert record.text("text") == "x"

@@ -65,10 +65,17 @@ def test_config_json():
         ({"id2label": {}}, "does not number the classes"),
         ({"id2label": ["a", "b"]}, "does not number the classes"),
         ({"id2label": {"0": "a", "1": "a"}}, "names 'a' twice"),
+        ({"problem_type": "regression"}, "problem_type='regression' with 2 labels is not supported"),
+        ({"problem_type": "regression", "id2label": None, "num_labels": 3}, "with 3 labels is not supported"),
     ],
 )
 def test_config_json_that_is_refused(changes, message):
     assert message in refused(config_from_hf, config_to_hf(CONFIG) | changes)
+
+
+def test_a_regression_of_one_number_is_a_scalar_head():
+    values = config_to_hf(CONFIG) | {"id2label": {"0": "reward"}, "problem_type": "regression"}
+    assert config_from_hf(values).labels == ("reward",)
 
 
 def test_numbers_may_be_in_any_order():
@@ -109,9 +116,18 @@ def test_padding_is_no_token_that_ends_texts(tmp_path):
     """transformers would take it for padding, and read the token before."""
     generation = GenerationConfig(eos_token_id=(256, 5), pad_token_id=256)
     lm = model(tokenizer=EndingTokenizer(), generation=generation)
-    assert lm.class_tokens(["a"]) == [[97, 256]]
+    assert lm.class_tokens(["a"]) == ([[97, 256]], 0)
     save_hf(lm, tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["pad_token_id"] == 5
+
+
+def test_what_a_template_adds_is_not_cut_off():
+    lm = model(tokenizer=EndingTokenizer())
+    assert lm.class_tokens(["abcdef", "ab", "abcd"], longest=4) == (
+        [[97, 98, 99, 256], [97, 98, 256], [97, 98, 99, 256]],
+        2,
+    )
+    assert "1 tokens of a text leave no room beside the 1" in refused(lm.class_tokens, ["ab"], longest=1)
 
 
 def test_without_a_token_for_padding_nothing_is_exported(tmp_path):

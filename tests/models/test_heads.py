@@ -101,13 +101,14 @@ def test_padding_changes_nothing(classifier):
 
 
 def test_texts_in_batches_are_what_each_is_alone(classifier):
-    texts = ["Win a prize!", "See you at noon, " * 3, "", "ok", "Ü"]
+    texts = ["Win a prize!", "See you at noon, " * 3, "ok", "Ü"]
     together = classifier.classify(texts)
-    assert together.shape == (5, 2)
+    assert together.shape == (4, 2)
+    np.testing.assert_array_equal(classifier.classify(np.array(texts)), together)
     for text, expected in zip(texts, together, strict=True):
         np.testing.assert_allclose(classifier.classify(text)[0], expected, atol=1e-4)
-    rows = classifier.class_tokens(texts)
-    assert rows[2] == [256]  # nothing is the end of a document
+    rows, cut = classifier.class_tokens(texts)
+    assert cut == 0
     for size in (1, 2, 100):
         np.testing.assert_allclose(classifier.classify_rows(rows, batch_size=size), together, atol=1e-4)
     np.testing.assert_allclose(classifier.classify([rows[0]])[0], together[0], atol=1e-4)
@@ -177,3 +178,9 @@ def test_rows_that_cannot_be_classified():
     assert "give texts alone" in refused(lm.classify, ["a"], lengths=[1])
     assert "text 1 has 65 tokens, and the model takes 1 to 64" in refused(lm.classify, ["a", "a" * 65])
     assert "holds no tokenizer" in refused(lm.replace(tokenizer=None).classify, ["a"])
+    assert "text 1 must be a string, not list" in refused(lm.classify, ["a", [1, 2]])
+    assert "text 0 must be a string, not list" in refused(lm.classify, [[1, 2], "a"])
+    for empty in ("", " \n"):
+        assert "text 1 is empty" in refused(lm.classify, ["a", empty])
+    assert "batch_size is 0 and must be at least 1" in refused(lm.classify_rows, [[1]], batch_size=0)
+    assert lm.classify_rows([]).shape == (0, 2)

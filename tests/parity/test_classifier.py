@@ -4,6 +4,7 @@ transformers finds the last real token by its id: rows are padded with a token t
 lengths or segments.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -17,7 +18,7 @@ from llmq_jax.interop import config_from_hf, config_to_hf, from_state_dict, to_s
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load
-from llmq_jax.models import build
+from llmq_jax.models import build, init
 from llmq_jax.objectives.classification import Classification
 from tests.parity.decoders import LOGITS, LOSS
 from tests.parity.references import assert_same_gradients, numpy_gradients, numpy_state, randomise
@@ -245,3 +246,63 @@ def test_the_classifier_of_a_multimodal_model(tmp_path):
     tokens, real = rows()
     expected = their_logits(theirs, tokens, real)
     np.testing.assert_allclose(lm.classify(tokens, lengths=LENGTHS), expected, rtol=0, atol=LOGITS)
+
+
+def padding_tokenizer(folder, pad_token, template):
+    """Bytes with the special tokens <pad> and <s>; `pad_token` is what the files name, if anything."""
+    import tokenizers
+
+    from llmq_jax.data import ByteTokenizer, FileTokenizer
+
+    ByteTokenizer().save(folder)
+    loaded = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    loaded.add_special_tokens(["<pad>", "<s>"])
+    if template is not None:
+        loaded.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 258), ("<|endoftext|>", 256)]
+        )
+    loaded.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if pad_token is not None:
+        config["pad_token"] = pad_token
+        (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": pad_token}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return FileTokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("pad_token", "template", "chosen"),
+    [
+        ("<pad>", None, 257),  # not that of the model's generation config
+        (None, None, 256),
+        ("<|endoftext|>", "$A <|endoftext|>", 258),  # which ends every text
+        ("<pad>", "<s> $A <|endoftext|>", 257),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_texts_go_the_whole_way_through_transformers(model_type, pad_token, template, chosen, tmp_path):
+    """Their tokenizer pads with the token that their model takes for padding, and cuts as ours."""
+    config = config_from_hf(their_config(model_type).to_dict() | {"architectures": ["AForSequenceClassification"]})
+    config = dataclasses.replace(config, vocab_size=259)
+    (tmp_path / "files").mkdir()
+    tokenizer = padding_tokenizer(tmp_path / "files", pad_token, template)
+    ends = GenerationConfig(pad_token_id=256 if chosen != 258 else None, eos_token_id=(256, 258))
+    lm = LanguageModel(config, build(config), init(config, seed=3), tokenizer, ends)
+    score = 50 * lm.params["score"]["kernel"]
+    lm = lm.replace(variables={**lm.variables, "params": {**lm.params, "score": {"kernel": score}}})
+    folder = save_hf(lm, tmp_path / "ours")
+
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert theirs.pad_token_id == model.config.pad_token_id == chosen
+    texts = ["ok", "See you at ten", "Win!"]
+    for longest in (None, 6):
+        batch = theirs(texts, padding=True, truncation=longest is not None, max_length=longest, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.numpy()
+        rows, cut = lm.class_tokens(texts, longest)
+        whole, _ = lm.class_tokens(texts)
+        assert expected.std() > 0.3 and cut == sum(len(row) > (longest or 99) for row in whole)
+        np.testing.assert_allclose(lm.classify_rows(rows), expected, rtol=0, atol=LOGITS)
+    again = load(folder)
+    np.testing.assert_allclose(again.classify(texts), lm.classify(texts), atol=1e-5)

@@ -91,7 +91,7 @@ def folder(request, tmp_path_factory):
     return folder
 
 
-def both(folder, tmp_path, records, chat_template, train_on, template):
+def both(folder, tmp_path, records, chat_template, train_on, template, **arguments):
     """(TRL's trainer, our examples, our model) of the same records."""
     (folder / "chat_template.jinja").write_text(chat_template or "")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -101,7 +101,7 @@ def both(folder, tmp_path, records, chat_template, train_on, template):
         args=trl.SFTConfig(
             output_dir=str(tmp_path / "trl"),
             max_length=CONTEXT,
-            completion_only_loss=train_on != "all",
+            **{"completion_only_loss": train_on != "all", **arguments},
             per_device_train_batch_size=len(records),
             report_to="none",
             use_cpu=True,
@@ -152,6 +152,38 @@ def test_tokens_labels_and_loss(folder, tmp_path, case, caplog):
         batches = instruction_batches(ours.examples, context=CONTEXT, batch_size=2, packing=packing, seed=None)
         loss = evaluate(make_eval_step(NextToken(lm.model)), lm.variables, batches)["loss"]
         assert loss == pytest.approx(expected, abs=1e-5)
+
+
+# The answers and their ends of turn are marked, as transformers' masks of assistant tokens want it.
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SEVERAL_TURNS = [
+    {"messages": [turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "a?"), turn("assistant", "b, c.")]},
+    {"messages": [turn("system", "S"), turn("user", "x"), turn("assistant", "y\nz"), turn("user", "never answered")]},
+]
+
+
+def test_all_answers_of_several_turns(folder, tmp_path, caplog):
+    """`assistant_only_loss`, whose mask comes from the template's own marks."""
+    caplog.set_level(logging.ERROR)
+    options = {"completion_only_loss": None, "assistant_only_loss": True}
+    trainer, ours, lm = both(folder, tmp_path, SEVERAL_TURNS, MARKED, "response", "chat", **options)
+    theirs = trainer.data_collator(list(trainer.train_dataset))
+    assert len(ours) == len(theirs["input_ids"]) == 2
+    for example, tokens, labels, real in zip(
+        ours.examples, theirs["input_ids"], theirs["labels"], theirs["attention_mask"].bool(), strict=True
+    ):
+        np.testing.assert_array_equal(example.tokens, tokens[real])
+        np.testing.assert_array_equal(np.where(example.learned, example.tokens, -100), labels[real])
+        assert 0 < example.learned.sum() < len(example.tokens)
+    with torch.no_grad():
+        expected = trainer.compute_loss(trainer.model.eval(), dict(theirs)).item()
+    batches = instruction_batches(ours.examples, context=CONTEXT, batch_size=2, seed=None)
+    loss = evaluate(make_eval_step(NextToken(lm.model)), lm.variables, batches)["loss"]
+    assert loss == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_one_difference(tmp_path, folder):

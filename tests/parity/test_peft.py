@@ -268,6 +268,50 @@ def test_several_adapters_share_their_base(llama, tmp_path):
     np.testing.assert_array_equal(lq.load(tmp_path / "own").logits(tokens), first.logits(tokens))
 
 
+def test_numbers_that_matrices_share_stay_shared(llama, tmp_path):
+    lm, _ = llama
+    tied = moved(lq.lora(lm, rank=2, variant="tinylora", numbers=5, tied=True, dropout=0.25), size=0.3)
+    lq.save_adapter(tied, tmp_path / "tied")
+    with (tmp_path / "tied" / "adapter_config.json").open() as file:
+        written = json.load(file)
+    assert (written["weight_tying"], written["tinylora_dropout"]) == (1.0, 0.25)
+    loaded = lq.load_adapter(lm, tmp_path / "tied")
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables["lora"], tied.variables["lora"])
+    tokens = draw_tokens(lm)
+    np.testing.assert_allclose(loaded.logits(tokens), tied.logits(tokens), atol=1e-6, rtol=0)
+    assert f"adapters of {5:,}" in repr(loaded)
+    classifier = lq.with_classifier(loaded, ("a", "b"))
+    assert np.abs(classifier.hidden(tokens) - lq.with_classifier(lm, ("a", "b")).hidden(tokens)).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path):
+    lm, folder = llama
+    base = lq.save_hf(lm, tmp_path / "base")
+    named = changed(folder, tmp_path / "named", {"base_model_name_or_path": str(base)})
+    tokens = draw_tokens(lm)
+    np.testing.assert_allclose(lq.load(named).logits(tokens), lq.load_adapter(lm, folder).logits(tokens), atol=1e-6)
+    with pytest.raises(BadInput, match="names no base; load that, then"):
+        lq.load(changed(folder, tmp_path / "nameless", {"base_model_name_or_path": None}))
+    # A classifier's tells how many classes there are.
+    ours = moved(lq.lora(lq.with_classifier(lm, ("a", "b", "c")), rank=2))
+    lq.save_adapter(ours, tmp_path / "classifier", base=str(base))
+    loaded = lq.load(tmp_path / "classifier")
+    assert loaded.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    np.testing.assert_allclose(loaded.classify(tokens), ours.classify(tokens), atol=1e-5)
+
+
+def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
+    _, lm = pair_of("mixtral")
+    more = lq.models.override(lm.config, num_local_experts=8)
+    wide = LanguageModel(more, lq.build(more), lq.init(more))
+    lq.save_adapter(lq.lora(wide, rank=2), tmp_path / "eight")
+    with pytest.raises(BadInput, match=r"is \[16, 32\] instead of \[8, 32\]: it is an adapter of another base"):
+        lq.load_adapter(lm, tmp_path / "eight")
+    with pytest.raises(BadInput, match="plain LoRA without dropout alone"):
+        lq.save_adapter(lq.lora(lm, rank=2, targets=("attention", "router"), dropout=0.1), tmp_path / "router")
+
+
 def changed(folder, target, config=None, tensors=None):
     """A copy of an adapter with other fields, or with tensors that `tensors` makes of its own."""
     target.mkdir()
@@ -296,12 +340,17 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (
             {},
             lambda state: state | {NAME.replace("layers.0", "layers.7"): np.zeros((3, 32))},
-            "layers.7.self_attn.q_proj.lora_A.weight has no place in this llama",
+            "layers.7.self_attn.q_proj.lora_A.weight has no place in this llama: it is an adapter of another base",
         ),
         (
             {},
             lambda state: state | {"base_model.model.score.weight": np.zeros((2, 32))},
             "it is a classifier's: load it onto one (lq.with_classifier)",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            lambda state: state | {"base_model.model.lm_head.weight": np.zeros((61, 32))},
+            "modules_to_save=['lm_head'] are not supported but for a classifier's head: merge them in PEFT",
         ),
         (
             {},

@@ -10,7 +10,7 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.command_line import run
-from llmq_jax.data import ByteTokenizer
+from llmq_jax.data import ByteTokenizer, read_labelled
 from llmq_jax.language_model import LanguageModel, load, save, with_classifier
 from llmq_jax.models import build, init
 from train.classifier import main
@@ -100,8 +100,9 @@ def test_a_run_learns_and_leaves_what_it_promises(classifier):
     assert code == 0 and "is finished already" in again and "test on 18 texts" in again
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(classifier, monkeypatch):
-    options = ("--steps", 10, "--checkpoint-every", 4, "--evaluate-every", 5)
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(classifier, monkeypatch, train):
+    options = ("--steps", 10, "--checkpoint-every", 4, "--evaluate-every", 5, f"--train={train}")
     classifier(*options)
     whole, figures = load("run").variables, json.loads(Path("run/test.json").read_text())
     losses = [r["loss"] for r in records() if "loss" in r]
@@ -136,6 +137,38 @@ def test_parts_of_the_model_train(classifier, train):
     assert figures["texts"] == 18
 
 
+ARCHITECTURES = {
+    "gpt2": lq.GPT2Config(
+        vocab_size=257, max_position_embeddings=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    ),
+    "mixtral": lq.MixtralConfig(
+        vocab_size=257,
+        max_position_embeddings=48,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        num_local_experts=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures(classifier, architecture, tmp_path):
+    """By what is the default: adapters, on experts too."""
+    config = ARCHITECTURES[architecture]
+    lm = LanguageModel(config, build(config), init(config, seed=1), ByteTokenizer())
+    save(lm, tmp_path / "other")
+    code, out, err = classifier("--steps", 3, model="other", tiny=[option for option in TINY if "train" not in option])
+    assert (code, err) == (0, "") and "(lora)" in out
+    assert json.loads(Path("run/test.json").read_text())["texts"] == 18
+    trained = load("run")
+    assert "lora" in trained.variables and trained.config.model_type == architecture
+    before = with_classifier(lm, ("ham", "spam"), seed=0).params["score"]["kernel"]
+    assert np.abs(np.asarray(trained.params["score"]["kernel"]) - before).max() > 1e-3
+
+
 def test_classes_may_be_balanced_or_weighed(classifier):
     _, out, _ = classifier("--steps", 1, "--balance")
     assert "balanced to 60" in out and "training:   42 texts (21 ham, 21 spam)" in out
@@ -165,14 +198,51 @@ def test_files_of_their_own_for_validation_and_test(classifier, tmp_path):
     (tmp_path / "all.csv").write_text("label,text\n" + "".join(f"ham,a{i}\nspam,b{i}\n" for i in range(9)) + "ham,ok\n")
     files = ("--validation-data", "validation.csv", "--test-data", "test.csv")
     code, out, _ = classifier("--steps", 2, *files, data="all.csv")
-    assert code == 0 and "1 that are in the other files removed" in out
+    assert code == 0 and "19 texts in all.csv; 1 that are in the other files removed" in out
     assert "training:   18 texts (9 ham, 9 spam)" in out and "test:       3 texts (2 ham, 1 spam)" in out
+
+
+def test_no_text_is_in_two_parts_or_twice_in_one(classifier, tmp_path):
+    (tmp_path / "validation.csv").write_text("label,text\nspam,WIN\nham,ok\nham,ok\nham,noon\nspam,x\nham,x\n")
+    (tmp_path / "test.csv").write_text("label,text\nspam,PRIZE\nham,noon\nham,noon\n")
+    rows = "".join(f"ham,a{i}\nspam,b{i}\n" for i in range(9))
+    (tmp_path / "all.csv").write_text(f"label,text\n{rows}ham,ok\nspam,x\nham,a1\n")
+    files = ("--validation-data", "validation.csv", "--test-data", "test.csv")
+    code, out, _ = classifier("--steps", 1, *files, data="all.csv")
+    assert code == 0 and "3 texts in test.csv; 1 duplicates removed\n" in out
+    removed = "1 duplicates removed; 2 under several labels removed; 1 that are in the other files removed"
+    assert f"6 texts in validation.csv; {removed}\n" in out
+    assert "21 texts in all.csv; 1 duplicates removed; 2 that are in the other files removed\n" in out
+    assert "training:   18 texts (9 ham, 9 spam)" in out and "validation: 2 texts (1 ham, 1 spam)" in out
+    code, _, err = classifier("--steps", 1, "--test-data", "all.csv", "--out=other", data="all.csv")
+    assert code == 2 and "all.csv: no text is left; give texts that are not in the other files" in err
+    (tmp_path / "few.csv").write_text("label,text\nham,ok then\nham,b\nspam,PRIZE\n")
+    code, _, err = classifier("--steps", 1, "--test-data", "test.csv", "--out=other", data="few.csv")
+    assert code == 2 and "few.csv: no text of class 'spam' is left to learn; give some, or leave it out" in err
 
 
 def test_columns_without_a_header(classifier, tmp_path):
     (tmp_path / "m.tsv").write_text("".join(f"ham\ta{i}\nspam\tb{i}\n" for i in range(10)))
     code, out, _ = classifier("--steps", 1, "--columns", "label,text", data="m.tsv")
     assert code == 0 and "20 texts in m.tsv" in out
+    # Names are for the tables among the files.
+    (tmp_path / "t.jsonl").write_text('{"text": "c", "label": "ham"}\n{"text": "d", "label": "spam"}\n')
+    options = ("--steps", 1, "--columns", "label, text", "--test-data", "t.jsonl", "--out=other")
+    code, out, _ = classifier(*options, data="m.tsv")
+    assert code == 0 and "2 texts in t.jsonl" in out
+
+
+def test_a_file_without_a_header_and_names_for_it(classifier, tmp_path):
+    (tmp_path / "m.tsv").write_text("".join(f"ham\t{'long ' * 500}a{i}\nspam\tb{i}\n" for i in range(10)))
+    code, _, err = classifier(data="m.tsv")
+    assert code == 2 and err.count("\n") == 1 and len(err) < 300
+    assert "m.tsv: the header has no field 'text' (fields found: ham, long long" in err
+    assert "or, if the file has no header, name its columns: --columns label,text" in err
+
+
+def test_a_misspelt_column_is_found_before_the_model_is_loaded(classifier):
+    code, _, err = classifier("--text-field", "body", model="nowhere")
+    assert code == 2 and "has no field 'body'" in err
 
 
 def test_a_classifier_goes_on_with_its_head_and_its_order(classifier, base, tmp_path):
@@ -182,15 +252,67 @@ def test_a_classifier_goes_on_with_its_head_and_its_order(classifier, base, tmp_
     assert load("run").config.labels == ("spam", "ham")
 
 
+@pytest.mark.parametrize("labels", [("spam", "eggs", "ham"), ("eggs", "ham")])
+def test_a_head_is_kept_if_it_knows_all_classes(classifier, base, labels, tmp_path):
+    save(with_classifier(load(base), labels), tmp_path / "started")
+    code, out, err = classifier("--steps", 1, model="started")
+    assert (code, err) == (0, "")
+    if "spam" in labels:
+        assert "classes: spam, eggs, ham; the head goes on" in out
+        assert "training:   63 texts (21 spam, 0 eggs, 42 ham)" in out and load("run").config.labels == labels
+        code, out, _ = classifier("--steps", 1, "--class-weights", "--out=other", model="started")
+        assert code == 0 and "class weights: spam 1.5, eggs 1, ham 0.75" in out
+    else:
+        assert "classes: ham, spam; the head is fresh; the one for eggs, ham is discarded" in out
+        assert load("run").config.labels == ("ham", "spam")
+
+
 def test_long_texts_are_cut_and_counted(classifier):
     _, out, _ = classifier("--steps", 1, "--max-length", 5)
     assert "training: 63 of 63 texts are cut to 5 tokens (--max-length)" in out
+    assert 'llmq classify run --max-length 5 --text "..."\n' in out
+    assert "llmq classify run --max-length 5 --data FILE --out classified.jsonl\n" in out
+
+
+def test_tokens_are_those_of_the_texts(classifier, messages):
+    _, out, _ = classifier("--steps", 2, "--batch-size", 63)
+    assert 'llmq classify run --text "..."' in out
+    training, _, _ = read_labelled(messages).without_duplicates().kept.stratified_split((0.7, 0.1, 0.2))
+    assert records()[0]["tokens"] == sum(map(len, training.texts))
+
+
+def test_labels_may_hold_anything(classifier, tmp_path):
+    (tmp_path / "money.csv").write_text("label,text\n" + "".join(f"a$b,x{i}\n$^,y{i}\n" for i in range(9)))
+    code, out, err = classifier("--steps", 1, data="money.csv")
+    assert (code, err) == (0, "") and "classes: $^, a$b; the head is fresh" in out
+    for name in ("test.json", "errors.jsonl", "confusion.png"):
+        assert Path("run", name).exists()
+
+
+def test_the_figures_are_there_even_if_nothing_can_be_drawn(classifier, monkeypatch):
+    from llmq_jax.training import classification_report
+
+    def fail(report, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(classification_report, "plot_confusion", fail)
+    code, _, err = classifier("--steps", 1)
+    assert code == 2 and "No space left" in err
+    assert json.loads(Path("run/test.json").read_text())["texts"] == 18 and Path("run/errors.jsonl").exists()
+
+
+def test_class_weights_are_told(classifier):
+    _, out, _ = classifier("--steps", 1, "--class-weights")
+    assert "class weights: ham 0.75, spam 1.5; losses are weighted by them, in training and validation\n" in out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--epochs", 2, "--steps", 3], "--epochs has no effect beside --steps"),
+        (["--columns", "label,text"], "messages.csv: line 1 is a header; leave out --columns"),
+        (["--data", "x.jsonl", "--columns", "a,b"], "--columns has no effect without a .csv or .tsv file"),
+        (["--sample-prompt", " "], "--sample-prompt holds no text"),
         (["--epochs", 0], "--epochs is 0.0 and must be positive"),
         (["--balance", "--class-weights"], "--class-weights has no effect beside --balance"),
         (["--max-length", 49], "--max-length 49 exceeds the model's context, 48"),

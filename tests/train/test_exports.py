@@ -121,7 +121,7 @@ def test_what_cannot_train_is_refused_in_one_line(base, tmp_path, capsys, monkey
     if "--train=head" in options:
         lm = tied(lm)
     lq.save(lm, "lm")
-    rows = [{"prompt": "a", "completion": "b"}] * 3
+    rows = [{"prompt": "a", "completion": answer} for answer in "bcd"]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert call(instruct, "--data=data.json", "--init-from=lm", "--out=run", "--steps=1", "--device=cpu", *options) == 2
     error = capsys.readouterr().err

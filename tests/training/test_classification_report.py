@@ -9,6 +9,8 @@ from llmq_jax.training.classification_report import (
     classification_report,
     losses,
     plot_confusion,
+    prediction,
+    prediction_line,
     probabilities,
     worst_errors,
 )
@@ -97,6 +99,21 @@ def test_worst_errors_are_the_most_confident_mistakes():
     assert errors[0]["loss"] == pytest.approx(20, abs=1e-6) and errors[0]["probability"] == pytest.approx(1)
     assert len(worst_errors(LABELS, texts, logits, TRUE)) == 4  # mistakes alone
     assert worst_errors(LABELS, texts, logits_for(TRUE), TRUE) == []
+
+
+@pytest.mark.parametrize("labels", [("$a_", "x^$"), (r"$\frac$", "b")])
+def test_a_dollar_in_a_label_begins_no_formula(labels, tmp_path):
+    report = classification_report(labels, np.eye(2, dtype=np.float32), [0, 1])
+    assert plot_confusion(report, tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_for_people_and_for_programs():
+    said = prediction(("text", "b"), np.array([0.0, np.log(3)], np.float32))
+    assert said["label"] == "b" and said["probabilities"] == pytest.approx({"text": 0.25, "b": 0.75})
+    assert prediction_line("x\ny", said) == "b 0.7500  text 0.2500  x y"
+    # A scalar head, whatever its label is called.
+    said = prediction(("text",), np.array([1.5], np.float32))
+    assert said == {"scores": {"text": 1.5}} and prediction_line("x", said) == "text 1.5000  x"
 
 
 def test_the_confusion_matrix_is_drawn(report, tmp_path):

@@ -407,4 +407,5 @@ def test_tokens_are_counted_from_the_masks():
     assert count_tokens({"tokens": ones, "mask": some}) == 3
     assert count_tokens({"tokens": ones, "mask": some, "segment_ids": np.array([[1, 1, 2], [1, 2, 0]])}) == 5
     assert count_tokens({"chosen_mask": some, "rejected_mask": np.ones((2, 3))}) == 9
+    assert count_tokens({"tokens": ones, "mask": np.ones(2), "lengths": np.array([3, 1])}) == 4
     assert count_tokens({"tokens": ones}) == 6

@@ -8,10 +8,12 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.language_model import load
+from llmq_jax.layers import lora
+from llmq_jax.layers.lora import LoRA
 from llmq_jax.models import Gemma3Config, GPT2Config, Llama3Config, build, init
 from llmq_jax.objectives import NextToken
 from llmq_jax.training.checkpoints import Checkpoints
-from llmq_jax.training.parts import FROZEN, as_read, freeze_all_but, whole
+from llmq_jax.training.parts import FROZEN, as_read, freeze_all_but, train_adapters, whole
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
 
@@ -120,6 +122,69 @@ def test_no_time_goes_to_the_layers_below():
     ]
     assert lengths.count(7) == 1
     assert lengths.count(1) >= 2
+
+
+@pytest.mark.parametrize(("name", "layers"), [("llama", (2, 3)), ("a pattern", (3,)), ("gpt2", (0, 2))])
+def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
+    config, _ = CASES[name]
+    model = build(config)
+    adapted = lora.add(init(config), model.layer_slots(), LoRA(rank=2, layers=layers))
+    noise = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapted["lora"])
+    adapted = {**adapted, "lora": noise}
+    parted_model, parted, trainable = train_adapters(model, adapted)
+    assert trainable == ("lora",)
+    rows = jax.tree.map(jnp.asarray, batch())
+
+    def gradients(model, variables):
+        objective = NextToken(model)
+
+        def loss(trained):
+            read = as_read({**variables, "lora": trained})
+            return objective.loss(read, rows, objective.weights(rows), None)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(variables["lora"])
+
+    value, expected = gradients(model, adapted)
+    parted_value, found = gradients(parted_model, parted)
+    np.testing.assert_allclose(parted_value, value, rtol=1e-6)
+    # Layers below the first adapter have neither adapters nor a backward pass.
+    assert ("group_0_upper" in found) == (min(layers) > 0)
+    for stack, tree in found.items():
+        count = len(jax.tree.leaves(tree)[0])
+        reference = jax.tree.map(lambda x, n=count: x[-n:], expected[stack.removesuffix("_upper")])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tree, reference)
+    again = whole(parted)
+    jax.tree.map(np.testing.assert_array_equal, again["params"], adapted["params"])
+    tokens = batch()["tokens"]
+    np.testing.assert_allclose(model.apply(again, tokens), model.apply(adapted, tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("train", ["lora", "blocks", "all"])
+def test_the_bias_of_a_router_moves_where_the_router_trains(train):
+    experts = {"num_experts": 4, "selection_bias": True, "balance": {"bias_rate": 0.1}}
+    config = Llama3Config(**SIZES, num_key_value_heads=1, experts=experts)
+    model, variables = build(config), init(config)
+    trainable = ("params",)
+    if train == "lora":
+        adapted = lora.add(variables, model.layer_slots(), LoRA(rank=2, targets="attention"))
+        model, variables, trainable = train_adapters(model, adapted)
+    elif train == "blocks":
+        model, variables = freeze_all_but(model, variables, 1, ())
+    state = create_state(variables, optax.sgd(0.1), trainable=trainable)
+    state, _ = make_train_step(NextToken(model), optax.sgd(0.1))(state, batch())
+    biases = whole(state.variables)["router"]["group_0"]["block_0"]["moe"]["bias"]
+    moved = [bool(np.any(bias)) for bias in biases]
+    assert moved == {"lora": [False] * 4, "blocks": [False] * 3 + [True], "all": [True] * 4}[train]
+
+
+def test_parameters_in_half_precision_need_a_type_to_compute_in():
+    config = Llama3Config(**SIZES, num_key_value_heads=1)
+    half = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(config)["params"])}
+    with pytest.raises(BadInput, match=r"parameters in bfloat16 stay so .* lq\.build\(config, dtype=\.\.\.\)"):
+        freeze_all_but(build(config), half, 1, ())
+    model, parted = freeze_all_but(build(config, dtype="bfloat16"), half, 1, ())
+    _, metrics = make_train_step(NextToken(model), optax.sgd(0.1))(create_state(parted, optax.sgd(0.1)), batch())
+    assert np.isfinite(metrics["loss"])
 
 
 def test_bad_numbers_of_blocks():
