@@ -94,7 +94,8 @@ def _low_rank(
         trained, fixed = found[site.placement.path[1:]]
         slot = site.placement.slot
         scale = float(np.asarray(fixed[SCALE])[slot])
-        if scale == 0:  # A layer without an adapter. Parameters have one in all layers, here of zeros.
+        chosen = scale != 0
+        if not chosen:  # A layer without an adapter. Parameters have one in all layers, here of zeros.
             if not site.is_parameter:
                 continue
             scale = float(np.abs(fixed[SCALE]).max())
@@ -102,6 +103,7 @@ def _low_rank(
             dropouts.add(round(float(np.asarray(fixed[DROPOUT])[slot]), 6))
         unscaled = {**fixed, SCALE: jnp.ones_like(fixed[SCALE])}
         first, last = (np.asarray(leaf)[slot] for leaf in factors(trained, unscaled))
+        last = last if chosen else np.zeros_like(last)
         rank = first.shape[-1]
         last = last.reshape(*last.shape[: first.ndim - 1], -1)
         if site.of_experts:  # A [E, D, R], B [E, R, F]
