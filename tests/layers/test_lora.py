@@ -328,7 +328,7 @@ def test_a_pattern_that_the_chosen_layers_lack_is_refused():
 def test_a_base_in_bfloat16_keeps_its_type():
     model, variables = build(CONFIGS["mixtral"]), init(CONFIGS["mixtral"])
     variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
-    adapted = moved(lora.add(variables, model.layer_slots(), LoRA(rank=2)), size=0.05)
+    adapted = moved(lora.add(variables, model.layer_slots(), LoRA(rank=2)), size=1.0)
     expected = model.apply(adapted, TOKENS)
     merged = lora.merge(adapted)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
@@ -337,7 +337,7 @@ def test_a_base_in_bfloat16_keeps_its_type():
     moved_by = np.abs(reference - model.apply({"params": precise["params"]}, TOKENS)).max()
     for found in (expected, model.apply(merged, TOKENS)):
         assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, reference, atol=max(0.02, moved_by), rtol=0)
+        np.testing.assert_allclose(found, reference, atol=0.25 * moved_by, rtol=0)
 
 
 def test_modules_of_multi_token_prediction_stay_as_they_are():
