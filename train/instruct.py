@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, run, use_device
 from llmq_jax.errors import BadInput
+from train.answers import end_of_answer, ending_with, questioner
 from train.options import (
     TrainingOptions,
     check_epochs,
@@ -33,7 +34,6 @@ from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
-SAMPLE_TOKENS = 120
 LONGEST_ROW = 1024
 EPOCHS = 3.0
 IDLE_IN_PREVIEW = (
@@ -147,7 +147,7 @@ def instruct(options: Options) -> Any:
 
     # What trains, of a model that computes as the options say, and learns to end what it writes.
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
-    generation = ending_with(end_of_answer(learned, tokenizer), source.generation)
+    generation = ending_with(end_of_answer(learned.examples, tokenizer), source.generation)
     source = source.replace(model=model, generation=generation)
     learner = prepared(source, options)
 
@@ -314,74 +314,6 @@ def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: 
                 f"{part.dropped:,} left out; {advice}"
             )
     return "\n".join(lines)
-
-
-def end_of_answer(learned: Any, tokenizer: Any) -> int | None:
-    """The special token that ends answers; None where a chat template writes none."""
-    for example in learned.examples:
-        ids = reversed(example.tokens[example.learned].tolist())
-        last = next((token for token in ids if tokenizer.decode([token]).strip()), None)
-        if not example.cut and last is not None and not tokenizer.decode([last], skip_special_tokens=True):
-            return last
-    return None
-
-
-def ending_with(end: int | None, generation: Any) -> Any:
-    """The generation config with one end token more."""
-    if end is None or end in generation.eos_token_id:
-        return generation
-    return dataclasses.replace(generation, eos_token_id=(*generation.eos_token_id, end))
-
-
-def questioner(options: Options, lm: Any, held_out: list) -> Any:
-    """`ask(variables)` -> an instruction and the model's answer to it, the likeliest one.
-
-    BadInput where there is none that leaves room for an answer, before the run begins.
-    """
-    from llmq_jax.data.conversations import as_conversation
-    from llmq_jax.data.records import Record
-    from llmq_jax.generation import Sampler, generate
-
-    longest = lm.config.max_position_embeddings
-    if options.sample_prompt is not None:
-        record = Record("--sample-prompt", {"prompt": options.sample_prompt, "completion": "."})
-        held_out = [as_conversation(record)]
-    prompts = ((prompt_tokens(conversation, options, lm.tokenizer), conversation) for conversation in held_out)
-    prompt, conversation = next((pair for pair in prompts if 0 < len(pair[0]) < longest), (None, None))
-    if prompt is None:
-        if options.sample_every == 0:
-            return None
-        which = "--sample-prompt" if options.sample_prompt is not None else "every conversation that is held out"
-        raise BadInput(
-            f"{which} leaves no room for an answer within the model's {longest} tokens: give a shorter "
-            "--sample-prompt, or --sample-every 0"
-        )
-
-    def ask(variables):
-        tokens = min(SAMPLE_TOKENS, longest - len(prompt))
-        learner = lm.replace(variables=variables)
-        answer = generate(learner, [prompt], max_new_tokens=tokens, sampler=Sampler(temperature=0.0)).text[0]
-        return f"{question(conversation) or lm.tokenizer.decode(prompt)}\n-> {answer.strip()}"
-
-    return ask
-
-
-def question(conversation: Any) -> str | None:
-    """What a conversation's last answer answers; None where it has none."""
-    pairs = itertools.pairwise(conversation.chat())
-    asked = [before["content"] for before, after in pairs if after["role"] == "assistant"]
-    return asked[-1] if asked else None
-
-
-def prompt_tokens(conversation: Any, options: Options, tokenizer: Any) -> list[int]:
-    """What a conversation's last answer follows; where it has none, its first few tokens."""
-    from llmq_jax.data import render, tokenize
-
-    rendered = render(conversation, options.template, tokenizer.chat_template)
-    if question(conversation) is None:
-        return tokenize(rendered, tokenizer, "all").tokens[:16].tolist()
-    example = tokenize(rendered, tokenizer, "last")
-    return example.tokens[: int(example.learned.argmax())].tolist()
 
 
 def show(batch: dict, tokenizer: Any) -> None:

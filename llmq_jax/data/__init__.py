@@ -1,5 +1,5 @@
 """Text to batches: tokenizers, readers of files, splits, windows over a stream of tokens, padding and packing;
-labelled texts and conversations for fine-tuning."""
+labelled texts, conversations and preference pairs for fine-tuning."""
 
 from llmq_jax.data.batching import multi_token_rows, pack, packed_rows, pad
 from llmq_jax.data.conversations import Conversation, read_conversations
@@ -20,6 +20,17 @@ from llmq_jax.data.labelled import (
     read_labelled,
     read_rows,
     text_to_classify,
+)
+from llmq_jax.data.preference_batches import PreferenceBatches, PreferenceEvaluation
+from llmq_jax.data.preferences import (
+    Preference,
+    PreferenceExample,
+    PreferenceExamples,
+    Preferences,
+    read_preferences,
+    split_preferences,
+    tokenize_preferences,
+    without_padding,
 )
 from llmq_jax.data.prompt_templates import Rendered, alpaca_prompt, default_template, render
 from llmq_jax.data.python_library import python_library_documents, split_modules
@@ -58,6 +69,12 @@ __all__ = [
     "InstructionBatches",
     "LabelledRow",
     "LabelledTexts",
+    "Preference",
+    "PreferenceBatches",
+    "PreferenceEvaluation",
+    "PreferenceExample",
+    "PreferenceExamples",
+    "Preferences",
     "Record",
     "Rendered",
     "TextStream",
@@ -83,15 +100,19 @@ __all__ = [
     "read_conversations",
     "read_documents",
     "read_labelled",
+    "read_preferences",
     "read_records",
     "read_rows",
     "render",
     "split_documents",
     "split_modules",
+    "split_preferences",
     "split_tokens",
     "text_to_classify",
     "tokenize",
     "tokenize_conversations",
+    "tokenize_preferences",
     "tokenizer_in",
     "training_batches",
+    "without_padding",
 ]

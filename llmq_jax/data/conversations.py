@@ -80,8 +80,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
 
 def as_conversation(record: Record) -> Conversation:
     """A record in any of the forms. BadInput as for `read_conversations`."""
-    # A table of several forms has nothing (null) in the fields of the others.
-    record = Record(record.where, {name: value for name, value in record.fields.items() if value is not None})
+    record = without_nulls(record)
     where, fields = record
     form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
     if form is None:
@@ -89,34 +88,39 @@ def as_conversation(record: Record) -> Conversation:
         forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
         raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
     if form == "messages":
-        return Conversation(where, form, _messages(record, "messages"))
+        return Conversation(where, form, message_list(record, "messages"))
     if form == "prompt":
         return _prompt_and_completion(record)
     if form == "alpaca":
         given = record.text("input") if "input" in fields else ""
-        messages = (
-            {"role": "user", "content": record.text("instruction")},
-            {"role": "assistant", "content": _answer(record.text("output"), f"{where}: field 'output'")},
-        )
+        messages = ({"role": "user", "content": record.text("instruction")}, answer(record, "output"))
         return Conversation(where, form, messages, given=1, input=given)
-    return Conversation(where, form, ({"role": "assistant", "content": _answer(record.text("text"), where)},))
+    return Conversation(where, form, ({"role": "assistant", "content": _not_empty(record.text("text"), where)},))
+
+
+def without_nulls(record: Record) -> Record:
+    """A table of several forms has nothing (null) in the fields of the others."""
+    return Record(record.where, {name: value for name, value in record.fields.items() if value is not None})
+
+
+def answer(record: Record, name: str) -> Message:
+    """The text in a field as what the assistant says. BadInput: it is empty."""
+    return {"role": "assistant", "content": _not_empty(record.text(name), f"{record.where}: field {name!r}")}
 
 
 def _prompt_and_completion(record: Record) -> Conversation:
     kinds = [isinstance(record.fields[name], str) for name in ("prompt", "completion")]
     if all(kinds):
-        messages = (
-            {"role": "user", "content": record.text("prompt")},
-            {"role": "assistant", "content": _answer(record.text("completion"), f"{record.where}: field 'completion'")},
-        )
+        messages = ({"role": "user", "content": record.text("prompt")}, answer(record, "completion"))
         return Conversation(record.where, "prompt", messages, given=1)
     if any(kinds):
         raise BadInput(f"{record.where}: prompt and completion must both be strings, or both be lists of messages")
-    prompt, completion = _messages(record, "prompt"), _messages(record, "completion")
+    prompt, completion = message_list(record, "prompt"), message_list(record, "completion")
     return Conversation(record.where, "messages", (*prompt, *completion), given=len(prompt))
 
 
-def _messages(record: Record, name: str) -> tuple[Message, ...]:
+def message_list(record: Record, name: str) -> tuple[Message, ...]:
+    """The messages in a field. BadInput, which numbers them from 0, for what is none."""
     value = record.fields[name]
     where = f"{record.where}: field {name!r}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -136,10 +140,10 @@ def _message(message: Any, where: str, given: bool) -> Message:
         raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
     if role == "assistant" and given and not content.strip():
         raise BadInput(f"{where}: the assistant says nothing: remove the message, or fill it in")
-    return {"role": role, "content": _answer(content, where) if role == "assistant" else content}
+    return {"role": role, "content": _not_empty(content, where) if role == "assistant" else content}
 
 
-def _answer(text: str, where: str) -> str:
+def _not_empty(text: str, where: str) -> str:
     if not text or text.isspace():
         raise BadInput(f"{where}: the response is empty, so there is nothing to learn: remove the row, or fill it in")
     return text

@@ -6,6 +6,7 @@ What is padded is computed for nothing, and every new width is compiled anew: ro
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -45,6 +46,43 @@ def padded_rows(rows: Sequence[Sequence[int]], indices: Sequence[int], batch_siz
 
 
 @dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """`plan[i]`, the indices of the rows of batch i of training, counted from 0, from (lengths, seed, i) alone: each
+    epoch goes once over all rows, in an order of its own."""
+
+    lengths: Sequence[int]
+    """Tokens of each row."""
+    batch_size: int
+    seed: int = 0
+    _epochs: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
+    """The plan of the epoch that was asked for last."""
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches that all rows make."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __getitem__(self, index: int) -> list[int]:
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            self._epochs[epoch] = self._epoch(epoch)
+        return self._epochs[epoch][place]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """The indices of each batch of an epoch: shuffled, then sorted by length in stretches, whose batches are
+        shuffled again."""
+        order = seeded_order(len(self.lengths), [self.seed, epoch, 0]).tolist()
+        size = POOL * self.batch_size
+        batches = []
+        for start in range(0, len(order), size):
+            stretch = order[start : start + size]
+            sorted_places = by_length([self.lengths[index] for index in stretch], self.batch_size)
+            batches += [[stretch[place] for place in places] for places in sorted_places]
+        return [batches[place] for place in seeded_order(len(batches), [self.seed, epoch, 1])]
+
+
+@dataclass(frozen=True, eq=False)
 class LabelledBatches:
     """Batch i of training, counted from 0, from (rows, seed, i) alone: each epoch goes once over all rows, in an order
     of its own. `tokens` [B, T], `lengths`, `labels` and `mask` [B]; of several processes each gets its share of the
@@ -61,7 +99,6 @@ class LabelledBatches:
     seed: int = 0
     process_index: int = 0
     process_count: int = 1
-    _plans: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if not self.rows:
@@ -70,31 +107,19 @@ class LabelledBatches:
             raise BadInput(f"batch_size is {self.batch_size} and must be at least 1")
         rows_of(self.process_index, self.process_count, self.batch_size)
 
+    @cached_property
+    def _plan(self) -> EpochPlan:
+        return EpochPlan([len(row) for row in self.rows], self.batch_size, self.seed)
+
     @property
     def per_epoch(self) -> int:
         """Batches that all rows make."""
-        return -(-len(self.rows) // self.batch_size)
+        return self._plan.per_epoch
 
     def __getitem__(self, index: int) -> Batch:
-        epoch, place = divmod(index, self.per_epoch)
-        if epoch not in self._plans:
-            self._plans.clear()
-            self._plans[epoch] = self._plan(epoch)
-        batch = labelled_batch(self.rows, self.labels, self._plans[epoch][place], self.batch_size, self.longest)
+        batch = labelled_batch(self.rows, self.labels, self._plan[index], self.batch_size, self.longest)
         share = rows_of(self.process_index, self.process_count, self.batch_size)
         return {name: array[share.start : share.stop] for name, array in batch.items()}
-
-    def _plan(self, epoch: int) -> list[list[int]]:
-        """The indices of each batch of an epoch: shuffled, then sorted by length in stretches, whose batches are
-        shuffled again."""
-        order = seeded_order(len(self.rows), [self.seed, epoch, 0]).tolist()
-        size = POOL * self.batch_size
-        batches = []
-        for start in range(0, len(order), size):
-            stretch = order[start : start + size]
-            sorted_places = by_length([len(self.rows[index]) for index in stretch], self.batch_size)
-            batches += [[stretch[place] for place in places] for places in sorted_places]
-        return [batches[place] for place in seeded_order(len(batches), [self.seed, epoch, 1])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,7 +36,9 @@ class DecodeState:
     caches: tuple[Any, ...]
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "length", "new_tokens", "end_tokens", "pad", "lookahead"))
+@partial(
+    jax.jit, static_argnames=("model", "sampler", "length", "new_tokens", "end_tokens", "pad", "lookahead", "samples")
+)
 def prefill(
     model: Decoder,
     variables: dict,
@@ -50,15 +52,21 @@ def prefill(
     end_tokens: tuple[int, ...],
     pad: int,
     lookahead: int = 0,
+    samples: int = 1,
 ) -> tuple[DecodeState, Output | None]:
-    """Read the prompts [B, P] into caches of `length` slots, with room for `new_tokens`, and draw the first token.
+    """Read the prompts [P, T] into caches of `length` slots, with room for `new_tokens`, and draw the first token of
+    each row; `samples` neighbouring rows, B in all, continue each prompt.
 
     `lookahead` is the number of tokens that may be taken back. Where there are any, what the model gave for the prompts
     comes with the state: a draft may read it.
     """
-    batch = prompts.shape[0]
+    batch = prompts.shape[0] * samples
     output, caches = read_prompts(model, variables, prompts, prompt_lengths, length, lookahead)
     last = jnp.take_along_axis(output.hidden, prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
+    if samples > 1:
+        last, prompt_lengths, caches = jax.tree.map(
+            lambda leaf: jnp.repeat(leaf, samples, axis=0), (last, prompt_lengths, caches)
+        )
     state = DecodeState(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((batch, new_tokens), pad, jnp.int32),

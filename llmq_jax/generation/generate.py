@@ -67,8 +67,11 @@ def generate(
     seed: SupportsIndex | Ids = 0,
     draft: Any = None,
     draft_tokens: int | None = None,
+    samples: int = 1,
 ) -> Generation:
     """Continue every prompt (one string, or several strings or lists of token ids) by up to `max_new_tokens` tokens.
+
+    Each prompt is read once and continued `samples` times, in neighbouring rows.
 
     A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text). None stands
     for the end tokens of the model's generation config, which stop strings add to and stop tokens replace; () stops at
@@ -89,6 +92,7 @@ def generate(
         seed,
         draft,
         draft_tokens,
+        samples,
     )
     state = request.start()
     if not request.stop_strings:
@@ -163,10 +167,21 @@ class Request:
     draft: Draft | None = None
     draft_lm: Any = None
     """The model whose variables the draft reads."""
+    samples: int = 1
+    """Rows that continue each prompt."""
 
     @classmethod
     def create(
-        cls, lm, prompts, max_new_tokens, sampler, stop, seed, draft: Any = None, draft_tokens: int | None = None
+        cls,
+        lm,
+        prompts,
+        max_new_tokens,
+        sampler,
+        stop,
+        seed,
+        draft: Any = None,
+        draft_tokens: int | None = None,
+        samples: int = 1,
     ) -> "Request":
         rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(prompts)]
         if not rows:
@@ -175,6 +190,10 @@ class Request:
             raise BadInput(f"sampler={sampler!r} is not a Sampler; pass one, as Sampler(temperature=0.8)")
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if samples < 1:
+            raise BadInput(f"samples={samples} must be at least 1")
+        if draft is not None:  # which reads prompts row by row
+            rows, samples = [row for row in rows for _ in range(samples)], 1
         context = lm.config.max_position_embeddings
         for i, row in enumerate(rows):
             if len(row) + max_new_tokens > context:
@@ -187,9 +206,10 @@ class Request:
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
         end_tokens, stop_strings = _stops(lm, stop)
-        seeds = [int(seed) + i for i in range(len(rows))] if isinstance(seed, Integral) else list(seed)
-        if len(seeds) != len(rows):
-            raise BadInput(f"{len(seeds)} seeds were given for {len(rows)} prompts; give one seed, or one for each")
+        count = len(rows) * samples
+        seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
+        if len(seeds) != count:
+            raise BadInput(f"{len(seeds)} seeds were given for {count} rows; give one seed, or one for each")
         if any(not 0 <= s < 2**32 for s in seeds):
             raise BadInput(f"seed={seed!r} must lie between 0 and 2^32 - 1")
         seeds = np.array(seeds, np.uint32)
@@ -198,7 +218,9 @@ class Request:
             pad = end_tokens[0] if end_tokens else 0
         drafting = _drafting(lm, draft, draft_tokens, int(lengths.max()) + max_new_tokens)
         sampler = sampler or DEFAULT
-        return cls(lm, padded, lengths, max_new_tokens, sampler, end_tokens, stop_strings, seeds, pad, *drafting)
+        return cls(
+            lm, padded, lengths, max_new_tokens, sampler, end_tokens, stop_strings, seeds, pad, *drafting, samples
+        )
 
     def start(self) -> DecodeState:
         needed = int(self.prompt_lengths.max()) + self.max_new_tokens
@@ -215,6 +237,7 @@ class Request:
             end_tokens=self.end_tokens,
             pad=self.pad,
             lookahead=0 if self.draft is None else self.draft.count + 1,
+            samples=self.samples,
         )
         if self.draft is None:
             return state
@@ -222,7 +245,7 @@ class Request:
         return start_draft(self.draft, self.draft_lm.variables, state, output, *prompts, length=length)
 
     def advance(self, state: DecodeState, until: int) -> DecodeState:
-        rows = len(self.prompts)
+        rows = len(self.seeds)
         options = {"sampler": self.sampler, "end_tokens": self.end_tokens}
         if self.draft is None:
             outside, layers = self.lm.sliced(rows)

@@ -2,7 +2,30 @@
 
 from llmq_jax.objectives.classification import Classification
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
+from llmq_jax.objectives.grpo import GRPO, group_advantages, grpo_loss, process_advantages
+from llmq_jax.objectives.logprobs import sequence_logprobs, token_logprobs
 from llmq_jax.objectives.multi_token import MultiToken
 from llmq_jax.objectives.next_token import NextToken
+from llmq_jax.objectives.preference import DPO, dpo_loss
+from llmq_jax.objectives.reward import RewardModel, bradley_terry_loss, model_rewards, sequence_rewards, token_scores
 
-__all__ = ["Classification", "MultiToken", "NextToken", "chunked_cross_entropy", "token_losses"]
+__all__ = [
+    "DPO",
+    "GRPO",
+    "Classification",
+    "MultiToken",
+    "NextToken",
+    "RewardModel",
+    "bradley_terry_loss",
+    "chunked_cross_entropy",
+    "dpo_loss",
+    "group_advantages",
+    "grpo_loss",
+    "model_rewards",
+    "process_advantages",
+    "sequence_logprobs",
+    "sequence_rewards",
+    "token_logprobs",
+    "token_losses",
+    "token_scores",
+]

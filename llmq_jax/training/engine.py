@@ -55,6 +55,7 @@ def run(
     evaluate: Callable[[dict], dict[str, float]] | None = None,
     sample: Callable[[dict, int], str] | None = None,
     tokens_per_step: int | None = None,
+    show: Sequence[str] = (),
     next_commands: Sequence[str] = (),
     output: TextIOBase | None = None,
 ) -> RunResult:
@@ -70,7 +71,9 @@ def run(
     * `schedule(i)` is the learning rate of update i, here only for the log.
     * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
       a text to show, the same one for the same arguments.
-    * `tokens_per_step` is counted from each batch where not given.
+    * `tokens_per_step` is counted from each batch where not given, or read from a metric `tokens` of a step that draws
+      its own.
+    * `show` names metrics of a step that stand beside the loss on the console.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).
 
@@ -79,7 +82,8 @@ def run(
     Raises BadInput before anything runs; NonFiniteLoss when training breaks down; StoppedBySignal, which exits, after
     SIGTERM or SIGINT, once the state is saved (where no checkpoints are wanted, both signals act as usual).
     """
-    options = options.resolved(evaluates=evaluate is not None, samples=sample is not None, saves=folder is not None)
+    able = {"evaluates": evaluate is not None, "samples": sample is not None}
+    options = options.resolved(**able, saves=folder is not None)
     if options.wandb:
         require_wandb()
     if config is not None and not isinstance(folder, str | Path):
@@ -89,7 +93,11 @@ def run(
     output = sys.stdout if output is None else output
     keep_freed_memory()
 
-    with _open(folder, config, may_change, model_config, options) as folder:
+    if isinstance(folder, str | Path):
+        opened = open_folder(folder, options, config=config, may_change=may_change, model_config=model_config, **able)
+    else:
+        opened = contextlib.nullcontext(folder)
+    with opened as folder:
         loop = _Loop(
             state=state,
             train_step=train_step,
@@ -102,6 +110,7 @@ def run(
             evaluate=evaluate,
             sample=sample,
             tokens_per_step=tokens_per_step,
+            show=show,
         )
         if folder is not None and folder.finished:
             result = loop.finished_before()
@@ -145,6 +154,7 @@ class _Loop:
     evaluate: Callable | None
     sample: Callable | None
     tokens_per_step: int | None
+    show: Sequence[str] = ()
     step: int = 0
     tokens: int = 0
     loss: float | None = None
@@ -215,7 +225,8 @@ class _Loop:
         while self.step < options.steps:
             self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
-            self.tokens += count_tokens(batch) if self.tokens_per_step is None else self.tokens_per_step
+            drawn = metrics.pop("tokens", self.tokens_per_step)
+            self.tokens += count_tokens(batch) if drawn is None else drawn
             previous, pending = pending, _Step(self.step, self.tokens, metrics)
             # The device is at work. Meanwhile: the next batch, and the figures of the step before.
             if self.step < options.steps:
@@ -234,7 +245,7 @@ class _Loop:
     def read(self, done: _Step) -> None:
         """Wait for a step, check it, and log it where that is due."""
         options = self.options
-        names = [name for name in ("loss", *OWN_LOSSES, "grad_norm") if name in done.metrics]
+        names = [name for name in ("loss", *OWN_LOSSES, "grad_norm", *self.show) if name in done.metrics]
         values = jax.device_get([done.metrics[name] for name in names])
         checked = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in checked.items():
@@ -261,6 +272,7 @@ class _Loop:
             learning_rate=rate.get("learning_rate"),
             tokens_per_second=self.pace.tokens_per_second(),
             seconds_left=self.pace.seconds_left(),
+            shown=tuple((name, checked[name]) for name in self.show if name in checked),
         )
         self.recorder.step(status, record)
 
@@ -350,15 +362,19 @@ class _Loop:
         return RunResult(state=state, **report)
 
 
-def _open(
-    folder: str | Path | RunFolder | None,
-    config: dict | None,
-    may_change: Collection[str],
-    model_config: Any,
+def open_folder(
+    folder: str | Path,
     options: RunOptions,
-) -> contextlib.AbstractContextManager[RunFolder | None]:
-    if not isinstance(folder, str | Path):
-        return contextlib.nullcontext(folder)
+    *,
+    config: dict | None = None,
+    may_change: Collection[str] = (),
+    model_config: Any = None,
+    evaluates: bool = True,
+    samples: bool = True,
+) -> RunFolder:
+    """The folder of a run, for those who have something to do there before `run`, which takes it in place of its path;
+    arguments are those of `run`, and whether it is given the two functions."""
+    options = options.resolved(evaluates=evaluates, samples=samples, saves=True)
     described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
     return RunFolder(folder, described, may_change=[*may_change, *(f"options.{name}" for name in NEUTRAL_OPTIONS)])
 

@@ -45,6 +45,33 @@ def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     return Path(path)
 
 
+def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]]) -> Path:
+    """Draw metrics of the run in `folder` over steps as `curves.png`: panels of (title, names of metrics), of which
+    those that the run has not measured are left out."""
+    from matplotlib.ticker import MaxNLocator
+
+    folder = Path(folder)
+    records = read_metrics(folder / METRICS)
+    found = [(title, {name: points for name in names if (points := curve(records, name))}) for title, names in panels]
+    found = [(title, curves) for title, curves in found if curves]
+    columns = 2
+    rows = max(1, -(-len(found) // columns))
+    figure = blank_figure((10, 2.6 * rows))
+    for index, (title, curves) in enumerate(found):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
+        for colour, (name, points) in zip(RUN_COLOURS, curves.items(), strict=False):
+            _draw(axes, points, colour, name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["right", "top"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    path = folder / "curves.png"
+    figure.savefig(path)
+    return path
+
+
 def read_run(folder: Path) -> list[Record]:
     """The metrics of a run; BadInput where there are none."""
     if not (folder / METRICS).is_file():

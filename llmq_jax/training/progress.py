@@ -17,6 +17,8 @@ class Status:
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    shown: tuple[tuple[str, float], ...] = ()
+    """What else the run is about: (name, value)."""
 
 
 class LineProgress:
@@ -30,9 +32,10 @@ class LineProgress:
         if logged:
             width = len(str(self.steps))
             loss, rate, speed, left = _figures(status)
+            others = "".join(f"{name} {value:>7.4f}  " for name, value in status.shown)
             self.message(
                 f"step {status.step:>{width}}/{self.steps}  {100 * status.step // self.steps:>3}%  loss {loss:>7}  "
-                f"lr {rate:>8}  {speed:>5} tokens/s  ETA {left:>7}"
+                f"{others}lr {rate:>8}  {speed:>5} tokens/s  ETA {left:>7}"
             )
 
     def message(self, text: str) -> None:
@@ -81,7 +84,8 @@ class BarProgress:
         self._refreshed = time.monotonic()
         if self._status is not None:
             loss, rate, speed, left = _figures(self._status)
-            figures = f"loss {loss} lr {rate} {speed:>5} tokens/s ETA {left:>5}"
+            others = "".join(f"{name} {value:.3f} " for name, value in self._status.shown)
+            figures = f"loss {loss} {others}lr {rate} {speed:>5} tokens/s ETA {left:>5}"
             self._bar.update(self._task, completed=self._status.step, figures=figures, refresh=True)
 
 

@@ -20,7 +20,7 @@ ROLES = {
     "alpha": "norm",  # of DyT
     "A": "kernel",  # of adapters
     "B": "kernel",
-    "R": "kernel",
+    "M": "kernel",
     "v": "kernel",
     "magnitude": "norm",
 }

@@ -18,6 +18,8 @@ class TrainState:
     optimizer_state: Any
     key: Any
     """uint32 [2]: step s draws its dropout from fold_in(key, s)."""
+    carried: Any = None
+    """What a recipe keeps beside, saved with the state: the step leaves it alone."""
     trainable: tuple[str, ...] = struct.field(pytree_node=False, default=("params",))
     """The collections that gradients and the optimizer see."""
 

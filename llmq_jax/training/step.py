@@ -86,20 +86,33 @@ def _split(batch: dict, parts: int) -> dict:
 
 
 def _accumulated(gradients: Callable, microbatches: dict, parts: int):
-    """The sum over micro-batches of everything `gradients` returns."""
+    """The sum over micro-batches of everything `gradients` returns, but for metrics that are extremes."""
 
     def add(total, numbered):
-        return jax.tree.map(jnp.add, total, gradients(*numbered)), None
+        (value, (metrics, counts), grads), index = total, numbered[0]
+        next_value, (next_metrics, next_counts), next_grads = gradients(*numbered)
+        sums = jax.tree.map(jnp.add, (value, counts, grads), (next_value, next_counts, next_grads))
+        both = {
+            name: jnp.where(index == 0, new, _combined(name, metrics[name], new)) for name, new in next_metrics.items()
+        }
+        return (sums[0], (both, sums[1]), sums[2]), None
 
     first = jax.tree.map(lambda x: x[0], microbatches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, 0, first))
     return jax.lax.scan(add, zeros, (jnp.arange(parts), microbatches))[0]
 
 
+def _combined(name: str, a: Any, b: Any) -> Any:
+    """A metric of two batches: the lesser or greater one of those that are called min or max (`min_reward`,
+    `clip_ratio/high_max`), the sum of all others."""
+    words = name.rsplit("/", 1)[-1].split("_")
+    return (jnp.minimum if "min" in words else jnp.maximum if "max" in words else jnp.add)(a, b)
+
+
 def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, dict]]:
     """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout: over batches both simply add, and
     Σ sums / Σ weights is the mean over all of them, however ragged. Of the loss and of every metric that the objective
-    gives when it is given no random key."""
+    gives when it is given no random key; metrics called min or max are extremes, and have no weight."""
 
     def eval_step(variables: dict, batch: dict) -> tuple[dict, dict]:
         weights = objective.weights(batch)
@@ -114,10 +127,18 @@ def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, fl
     """Means over all of a finite sequence of batches."""
     totals = None
     for batch in batches:
-        result = eval_step(variables, batch)
-        totals = result if totals is None else jax.tree.map(jnp.add, totals, result)
+        sums, weights = eval_step(variables, batch)
+        if totals is not None:
+            sums = {name: _combined(name, totals[0][name], value) for name, value in sums.items()}
+            weights = jax.tree.map(jnp.add, totals[1], weights)
+        totals = sums, weights
     if totals is None:
         raise BadInput("nothing to evaluate: there is no batch")
     sums, weights = jax.device_get(totals)
-    # Of the terms beside the loss one may have had nothing to count, as the second token ahead in rows of two.
-    return {name: float(sums[name] / weights[name]) for name in sums if name == "loss" or weights[name] > 0}
+    # Of the terms beside the loss one may have had nothing to count, as the second token ahead in rows of two. Extremes
+    # have no weight.
+    return {
+        name: float(value / weights.get(name, 1.0))
+        for name, value in sums.items()
+        if name == "loss" or weights.get(name, 1.0) > 0
+    }

@@ -56,6 +56,34 @@ def test_a_row_depends_on_its_own_seed_only(lm):
     assert not np.array_equal(numbered.tokens, together.tokens)
 
 
+@pytest.mark.parametrize("draft", [False, True])
+def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(lm, draft):
+    repeated = [prompt for prompt in PROMPTS for _ in range(3)]
+    options = {"max_new_tokens": 12, "sampler": SAMPLER, "draft": lm if draft else None}
+    together = lq.generate(lm, PROMPTS, samples=3, seed=2, **options)
+    apart = lq.generate(lm, repeated, seed=2, **options)
+    np.testing.assert_array_equal(together.tokens, apart.tokens)
+    np.testing.assert_allclose(together.logprobs, apart.logprobs, atol=1e-4)
+    assert len({tuple(row) for row in together.tokens.tolist()}) > len(PROMPTS)
+
+
+def test_samples_share_rings_and_latents():
+    sizes = {"vocab_size": 61, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 64}
+    gemma = lq.Gemma3Config(
+        **sizes, num_hidden_layers=3, num_key_value_heads=1, head_dim=8, intermediate_size=24, sliding_window=4
+    )
+    latents = {"q_lora_rank": 10, "kv_lora_rank": 7, "qk_nope_head_dim": 5, "qk_rope_head_dim": 4, "v_head_dim": 11}
+    deepseek = lq.DeepSeekV3Config(
+        **sizes, **latents, num_hidden_layers=1, intermediate_size=20, first_k_dense_replace=1
+    )
+    for config in (gemma, deepseek):
+        lm = lq.LanguageModel(config, lq.build(config), lq.init(config), None, lq.GenerationConfig())
+        prompts, options = [[1, 2, 3, 4, 5, 6, 7], [9, 8]], {"max_new_tokens": 9, "sampler": lq.Sampler()}
+        together = lq.generate(lm, prompts, samples=2, seed=2, **options)
+        apart = lq.generate(lm, [prompts[0], prompts[0], prompts[1], prompts[1]], seed=2, **options)
+        np.testing.assert_array_equal(together.tokens, apart.tokens)
+
+
 def test_fewer_tokens_are_a_beginning_of_more(lm):
     short = lq.generate(lm, "hello", max_new_tokens=5, sampler=SAMPLER)
     long = lq.generate(lm, "hello", max_new_tokens=12, sampler=SAMPLER)
@@ -141,11 +169,12 @@ def test_bfloat16_parameters_generate_in_bfloat16(lm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"prompts": "a", "samples": 0}, "samples=0 must be at least 1"),
         ({"prompts": [[1, 999]]}, "token id 999 at position 1, outside the vocabulary of 257"),
         ({"prompts": [[]]}, "prompt 0 is empty"),
         ({"prompts": []}, "no prompt was given"),
         ({"prompts": "a", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ({"prompts": ["a", "b"], "seed": [1]}, "1 seeds were given for 2 prompts"),
+        ({"prompts": ["a", "b"], "seed": [1]}, "1 seeds were given for 2 rows"),
         ({"prompts": "a", "seed": -1}, "must lie between 0"),
         ({"prompts": "a", "stop": ""}, "a stop string is empty"),
         ({"prompts": "a", "stop": [1.5]}, "stop=1.5 is neither a string nor a token id below 257"),

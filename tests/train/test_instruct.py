@@ -11,7 +11,6 @@ import llmq_jax as lq
 from llmq_jax.data import (
     ByteTokenizer,
     Example,
-    Examples,
     FileTokenizer,
     read_conversations,
     render,
@@ -20,7 +19,7 @@ from llmq_jax.data import (
 )
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
-from train.instruct import end_of_answer
+from train.answers import end_of_answer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -323,8 +322,8 @@ def test_the_end_of_answers_is_that_of_whole_ones(chat_model):
     blank, opened = example([65, 32, 10], [False, True, True], cut=True), example([65, start], [True, True], cut=True)
     whole = example([65, 66, end, 10], [False, True, True, True])
     for examples, expected in (([blank, opened], None), ([blank, opened, whole], end), ([], None)):
-        assert end_of_answer(Examples(examples, 0, 0), tokenizer) == expected
-    assert end_of_answer(Examples([example([65, 10], [False, True])], 0, 0), tokenizer) is None
+        assert end_of_answer(examples, tokenizer) == expected
+    assert end_of_answer([example([65, 10], [False, True])], tokenizer) is None
 
 
 @pytest.mark.parametrize(("cut", "train_on"), [(24, "response"), (29, "all")])

@@ -4,9 +4,11 @@ import numpy as np
 import optax
 import pytest
 
+import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, init
 from llmq_jax.training.optimizer import adamw, decay_mask, warmup_cosine
+from llmq_jax.training.roles import roles
 
 
 def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactly():
@@ -54,3 +56,17 @@ def test_every_update_is_clipped():
     _, state = optimizer.update(gradient, state, params)
     moments = optax.tree_utils.tree_get(state, "mu")
     np.testing.assert_allclose(moments["kernel"], 0.1 * np.array([0.6, 0.8]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"variant": "dora"}, {"variant": "lora-xs"}, {"variant": "tinylora"}, {"tied": True}]
+)
+def test_adapters_of_every_kind_have_roles(fields):
+    """Or they could not be trained."""
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = lq.Llama3Config(**sizes, intermediate_size=8)
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config), None, lq.GenerationConfig())
+    fields = {"variant": "tinylora", **fields} if "tied" in fields else fields
+    adapted = lq.lora(lm, rank=2, **fields)
+    assert set(jax.tree.leaves(roles(adapted.variables["lora"]))) <= {"kernel", "norm"}
+    adamw(0.1).init(adapted.variables["lora"])

@@ -1,0 +1,299 @@
+"""Preference pairs, two answers to one prompt of which one was preferred, in the forms that people keep them in. A
+record's fields tell which form it has:
+
+    instruction, input, chosen, rejected    Alpaca's; `input` may be missing or empty, `output` is not read
+    prompt, chosen, rejected                three strings; or a list of messages and, as answers, two strings or two
+                                            lists of messages
+    chosen, rejected                        two lists of messages, whose common beginning is the prompt
+
+`margin`, a number, may say by how much the one is better. All become two conversations with the same beginning, and
+these text and tokens as conversations do: see prompt_templates.py and instruction_batches.py.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmq_jax.data.conversations import Conversation, Message, answer, message_list, without_nulls
+from llmq_jax.data.instruction_batches import Example, tokenize
+from llmq_jax.data.prompt_templates import render
+from llmq_jax.data.records import Record, read_records
+from llmq_jax.data.splits import split_documents
+from llmq_jax.data.tokenizers import Tokenizer
+from llmq_jax.errors import BadInput
+
+FORMS = {
+    "alpaca": ("instruction", "chosen", "rejected"),
+    "prompt": ("prompt", "chosen", "rejected"),
+    "messages": ("chosen", "rejected"),
+}
+"""{form: the fields that it must have}, in the order in which they are looked for."""
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Preference:
+    where: str
+    """The file and the row, for messages."""
+    chosen: Conversation
+    rejected: Conversation
+    """Both have the same prompt, of `given` messages, and then the assistant's answer."""
+    margin: float | None = None
+    """By how much the chosen one is better."""
+
+    @property
+    def prompt(self) -> str:
+        """What both answer, to tell prompts apart by."""
+        return json.dumps([self.chosen.messages[: self.chosen.given], self.chosen.input])
+
+
+@dataclass(frozen=True)
+class Preferences:
+    pairs: list[Preference]
+    equal: int
+    """Pairs left out because both answers are the same."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[Preference]:
+        return iter(self.pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceExample:
+    """A pair as tokens; `learned` of each tells its response."""
+
+    chosen: Example
+    rejected: Example
+    margin: float | None
+    where: str
+
+    def __len__(self) -> int:
+        """Tokens of the longer one."""
+        return max(len(self.chosen.tokens), len(self.rejected.tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceExamples:
+    """What there is to learn from, and what became of pairs that did not fit."""
+
+    pairs: list[PreferenceExample]
+    truncated: int
+    """Pairs of which one answer or both were cut to the context."""
+    dropped: int
+    """Pairs left out: too long, or without a response or any difference within the context."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(side.tokens) for pair in self.pairs for side in (pair.chosen, pair.rejected))
+
+
+def read_preferences(path: str | Path) -> Preferences:
+    """The pairs of a file of records (see `read_records`), all of one form; those of equal answers are counted and left
+    out.
+
+    Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or of the wrong
+    kind, an empty prompt or answer, a margin that is no number; and where no pair is left.
+    """
+    pairs = [as_preference(record) for record in read_records(path)]
+    first = pairs[0]
+    for other in pairs:
+        if other.chosen.form != first.chosen.form:
+            raise BadInput(
+                f"{other.where} has the fields of the form {other.chosen.form!r} and {first.where} those of "
+                f"{first.chosen.form!r}: keep them in different files"
+            )
+    different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
+    if not different:
+        raise BadInput(f"{path}: the chosen and the rejected answer are the same in every row: nothing is preferred")
+    return Preferences(different, len(pairs) - len(different))
+
+
+def as_preference(record: Record) -> Preference:
+    """A record in any of the forms; its answers may be equal. BadInput as for `read_preferences`."""
+    record = without_nulls(record)
+    where, fields = record
+    form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
+    if form is None:
+        names = ", ".join(map(str, fields)) or "none"
+        forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
+        raise BadInput(f"{where} is no preference pair (fields found: {names}): it needs the fields {forms}")
+    if form == "alpaca" and "prompt" in fields:
+        raise BadInput(f"{where} has both an instruction and a prompt: remove one of the two fields")
+    given = ""
+    if form == "alpaca":
+        given = record.text("input") if "input" in fields else ""
+        prompt = ({"role": "user", "content": record.text("instruction")},)
+        answers = [(answer(record, side),) for side in SIDES]
+    elif form == "prompt" and isinstance(fields["prompt"], str):
+        prompt, answers = _strings(record)
+    elif form == "prompt":
+        prompt, answers = message_list(record, "prompt"), _answers(record)
+        form = "messages"
+    else:
+        prompt, answers = _implicit_prompt(record)
+    if not given.strip() and not any(message["content"].strip() for message in prompt):
+        raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
+    for side, said in zip(SIDES, answers, strict=True):
+        _check_answer(where, side, said)
+    chosen, rejected = (Conversation(where, form, (*prompt, *said), len(prompt), given) for said in answers)
+    return Preference(where, chosen, rejected, _margin(record))
+
+
+def split_preferences(
+    pairs: Iterable[Preference], fraction: float, seed: int = 0
+) -> tuple[list[Preference], list[Preference]]:
+    """(training, held-out) pairs, each in their order; `fraction` of the prompts, at least one, is held out with all
+    its pairs, so that no prompt is in both. Raises BadInput for fewer than two prompts."""
+    pairs = list(pairs)
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    if len(prompts) < 2:
+        raise BadInput(
+            f"holding out pairs needs at least 2 different prompts, found {len(prompts)}: give more, or a file of its "
+            "own for validation"
+        )
+    held_out = set(split_documents(prompts, fraction, seed)[1])
+    training = [pair for pair in pairs if pair.prompt not in held_out]
+    return training, [pair for pair in pairs if pair.prompt in held_out]
+
+
+def tokenize_preferences(
+    preferences: Iterable[Preference],
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    context: int,
+    too_long: str = "truncate",
+) -> PreferenceExamples:
+    """Pairs, written by a template (see prompt_templates.py), as examples of at most `context` tokens each.
+
+    The response is what the assistant says after the prompt, with the end of turn or of text; `learned` marks it.
+    too_long: what becomes of a pair with a longer answer. "truncate" keeps the beginning of both, "drop" leaves the
+    pair out, "error" is BadInput, which names it. Pairs without a response on both sides, or without any difference
+    between the two, are dropped too. Raises BadInput where nothing is left at all.
+    """
+    if too_long not in ("truncate", "drop", "error"):
+        raise BadInput(f'too_long must be "truncate", "drop" or "error", not {too_long!r}')
+    if context < 2:
+        raise BadInput(f"a context of {context} leaves nothing to compare: it needs at least 2 tokens")
+    pairs: list[PreferenceExample] = []
+    truncated = dropped = 0
+    for preference in preferences:
+        chosen, rejected = (
+            tokenize(render(side, template, tokenizer.chat_template), tokenizer)
+            for side in (preference.chosen, preference.rejected)
+        )
+        pair = PreferenceExample(chosen, rejected, preference.margin, preference.where)
+        is_long = len(pair) > context
+        if is_long and too_long == "error":
+            raise BadInput(
+                f"{pair.where} has {len(pair)} tokens and the context {context}: shorten it, choose a longer "
+                "--context, or let such pairs be truncated or dropped (--too-long)"
+            )
+        if is_long:
+            pair = PreferenceExample(_cut(chosen, context), _cut(rejected, context), pair.margin, pair.where)
+        # The first token is no response: nothing stands before it.
+        responses = all(side.learned[1:].any() for side in (pair.chosen, pair.rejected))
+        differ = pair.chosen.tokens.tolist() != pair.rejected.tokens.tolist()
+        if not (responses and differ) or (is_long and too_long == "drop"):
+            dropped += 1
+            continue
+        truncated += is_long
+        pairs.append(pair)
+    if not pairs:
+        raise BadInput(
+            f"none of the {dropped} pairs differs in its responses within the context of {context} tokens: choose a "
+            "longer one"
+        )
+    return PreferenceExamples(pairs, truncated, dropped)
+
+
+def without_padding(pair: PreferenceExample, pad_id: int) -> PreferenceExample:
+    """The pair without the token `pad_id` where that ends its texts, for rewards.
+
+    A reward is read from a text's last token, which transformers, and so TRL, takes to be the last one that is not the
+    padding's. Where a model pads with its end of text, as those without another special token do, that is the token
+    before the end.
+    """
+
+    def trimmed(side: Example) -> Example:
+        (others,) = np.nonzero(side.tokens != pad_id)
+        count = int(others[-1]) + 1 if len(others) else len(side.tokens)
+        return Example(side.tokens[:count], side.learned[:count], side.where, side.cut)
+
+    return PreferenceExample(trimmed(pair.chosen), trimmed(pair.rejected), pair.margin, pair.where)
+
+
+def _strings(record: Record) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+    for side in SIDES:
+        if isinstance(record.fields[side], Sequence) and not isinstance(record.fields[side], str):
+            raise BadInput(
+                f"{record.where}: the prompt is a string and {side} a list of messages: give the prompt as messages "
+                "too, or remove it where chosen and rejected begin with it"
+            )
+    return ({"role": "user", "content": record.text("prompt")},), [(answer(record, side),) for side in SIDES]
+
+
+def _answers(record: Record) -> list[tuple[Message, ...]]:
+    """What stands after a prompt that is a list of messages."""
+    strings = [isinstance(record.fields[side], str) for side in SIDES]
+    if all(strings):
+        return [(answer(record, side),) for side in SIDES]
+    if any(strings):
+        raise BadInput(f"{record.where}: chosen and rejected must both be strings, or both be lists of messages")
+    return [message_list(record, side) for side in SIDES]
+
+
+def _implicit_prompt(record: Record) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+    where = record.where
+    if any(isinstance(record.fields[side], str) for side in SIDES):
+        raise BadInput(f"{where}: chosen and rejected are no lists of messages: give what they answer as 'prompt'")
+    chosen, rejected = (message_list(record, side) for side in SIDES)
+    common = next(
+        (place for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
+        min(len(chosen), len(rejected)),
+    )
+    if chosen == rejected:  # left out later: all but the last message are what it answers
+        common -= 1
+    if common == 0:
+        raise BadInput(f"{where}: chosen and rejected must begin with the same messages, the prompt, and do not")
+    return chosen[:common], [chosen[common:], rejected[common:]]
+
+
+def _check_answer(where: str, side: str, messages: tuple[Message, ...]) -> None:
+    if not messages:
+        raise BadInput(f"{where}: {side} has no answer after the prompt: remove the row, or fill it in")
+    for message, place in ((messages[0], "begin"), (messages[-1], "end")):
+        if message["role"] != "assistant":
+            raise BadInput(
+                f"{where}: {side}, after the prompt, must {place} with a message of the assistant, not of the "
+                f"{message['role']}"
+            )
+
+
+def _margin(record: Record) -> float | None:
+    value = record.fields.get("margin")
+    if value is None or value == "":  # nothing, in a table
+        return None
+    try:
+        # Tables hold strings.
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadInput(f"{record.where}: field 'margin' must be a finite number, not {value!r:.40}")
+    return number
+
+
+def _cut(example: Example, context: int) -> Example:
+    if len(example.tokens) <= context:
+        return example
+    return Example(example.tokens[:context], example.learned[:context], example.where, cut=True)

@@ -1,0 +1,155 @@
+"""Prompts to answer, with what else their records know, for rewards that look at more than the answer.
+
+A record has `prompt`, a string or a list of messages; or any fields at all, and a format says how a prompt is made of
+them: "Question: {question}\nAnswer:". Its other fields are columns that reward functions are given.
+"""
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmq_jax.data.conversations import message_list
+from llmq_jax.data.records import Record, checked_text, no_field, read_records
+from llmq_jax.data.splits import seeded_order
+from llmq_jax.data.tokenizers import Tokenizer
+from llmq_jax.errors import BadInput
+
+TEMPLATES = ("chat", "plain")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    where: str
+    """The file and the row, for messages."""
+    text: str
+    """As the model reads it."""
+    tokens: list[int]
+    columns: dict[str, Any]
+    """The record's fields, without the prompt."""
+
+
+def read_prompts(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    template: str | None = None,
+    prompt_format: str | None = None,
+    longest: int | None = None,
+) -> tuple[list[Prompt], int]:
+    """(the prompts of a file of records, see `read_records`; how many were left out for more than `longest` tokens).
+
+    template: "chat", the model's chat template, for which a string is what the user says; "plain", a string as it is;
+    None: chat for messages, and wherever the model has a chat template.
+
+    Raises BadInput, which names the row, for a prompt that is missing, empty or of another kind, fields that differ
+    between records, and where no prompt is short enough.
+    """
+    if template is not None and template not in TEMPLATES:
+        raise BadInput(f"unknown template {template!r} for prompts: choose from {', '.join(TEMPLATES)}")
+    records = read_records(path)
+    if prompt_format is not None:
+        _check_format(prompt_format, records[0])
+    prompts = [_prompt(record, tokenizer, template, prompt_format) for record in records]
+    for other in prompts:
+        if other.columns.keys() != prompts[0].columns.keys():
+            raise BadInput(
+                f"{other.where} has the fields {', '.join(other.columns) or 'none'} beside the prompt, and "
+                f"{prompts[0].where} {', '.join(prompts[0].columns) or 'none'}: give all the same"
+            )
+    kept = [prompt for prompt in prompts if longest is None or len(prompt.tokens) <= longest]
+    if not kept:
+        raise BadInput(f"{path}: every prompt is longer than {longest} tokens: choose a longer limit")
+    return kept, len(prompts) - len(kept)
+
+
+def columns_of(prompts: Sequence[Prompt], samples: int = 1) -> dict[str, list]:
+    """{field: its value for each row}, each prompt's `samples` times."""
+    names = prompts[0].columns
+    return {name: [prompt.columns[name] for prompt in prompts for _ in range(samples)] for name in names}
+
+
+def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_format: str | None) -> Prompt:
+    where, fields = record
+    if prompt_format is not None:
+        value: Any = prompt_format.format_map(_Fields(record))
+    elif "prompt" in fields:
+        value = fields["prompt"]
+    else:
+        raise BadInput(
+            f"{no_field(where, 'prompt', fields)}: have one, or say how it is made of others (--prompt-format)"
+        )
+    columns = {name: value for name, value in fields.items() if name != "prompt"}
+    is_text = isinstance(value, str)
+    messages = ({"role": "user", "content": checked_text(value, where)},) if is_text else message_list(record, "prompt")
+    if not any(message["content"].strip() for message in messages):
+        raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
+    chat = tokenizer.chat_template
+    if template == "plain" and not is_text:
+        raise BadInput(f"{where}: the template 'plain' is for prompts that are strings: use the chat template")
+    if template == "plain" or (template is None and is_text and chat is None):
+        return Prompt(where, value, tokenizer.encode(value, add_special_tokens=True), columns)
+    if chat is None:
+        raise BadInput(f"{where}: the model has no chat template: use strings and the template 'plain'")
+    text = chat.render(list(messages), add_generation_prompt=True)
+    return Prompt(where, text, tokenizer.encode(text, allow_special=True), columns)
+
+
+class _Fields(dict):
+    """A record's fields for a format; a missing one is told."""
+
+    def __init__(self, record: Record):
+        super().__init__(record.fields)
+        self.record = record
+
+    def __missing__(self, name: str) -> Any:
+        raise BadInput(no_field(self.record.where, name, self.record.fields, "--prompt-format"))
+
+
+def _check_format(prompt_format: str, record: Record) -> None:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(prompt_format) if name is not None]
+    except ValueError as error:
+        raise BadInput(f"the prompt format {prompt_format!r:.60} is broken ({error}): write {{{{ for a brace") from None
+    if not names:
+        known = ", ".join(record.fields)
+        raise BadInput(f"the prompt format names no field, so all prompts would be the same: use {{name}} of {known}")
+    for name in names:
+        if not name.isidentifier():
+            raise BadInput(f"the prompt format holds {{{name}}}, which is no name of a field: write {{{{ for a brace")
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatches:
+    """`batches[step]`, the places of the prompts that step asks: a pure function of (count, size, seed, step). Each
+    epoch has every prompt once, in an order of its own."""
+
+    count: int
+    size: int
+    """Prompts in a step."""
+    seed: int = 0
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        first = step * self.size
+        places = [self._place(index) for index in range(first, first + self.size)]
+        return {"step": np.asarray(step, np.int32), "prompts": np.asarray(places, np.int32)}
+
+    def _place(self, index: int) -> int:
+        epoch, place = divmod(index, self.count)
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                self._orders.clear()
+            self._orders[epoch] = seeded_order(self.count, [self.seed, epoch])
+        return int(self._orders[epoch][place])
+
+
+def row_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:
+    """A seed for each row of a step, of its own."""
+    return np.random.SeedSequence([seed, step, stream]).generate_state(rows).tolist()
+
+
+Columns = Mapping[str, Sequence[Any]]

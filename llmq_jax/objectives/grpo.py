@@ -1,0 +1,453 @@
+"""Group relative policy optimisation (GRPO; DeepSeekMath, Shao et al. 2024, arXiv:2402.03300) and its relatives.
+
+The policy answers each question several times, the answers are scored, and an answer's advantage is how much better it
+did than the others of its group: no critic is trained. Then the policy π learns from them, for one or more steps, near
+the policy π_old that they were sampled from and, where β > 0, near a reference π_ref. Of token t of answer i:
+
+    A_i = (r_i - mean(r)) / (std(r) + ε)          advantage: r are the rewards of the group        section 4.1.2
+    ρ_t = π(o_t | q, o_<t) / π_old(o_t | q, o_<t)                                                  ratio
+    D_t = π_ref/π - log(π_ref/π) - 1              distance from the reference                      eq. 4
+    loss = -average of (surrogate(ρ_t, A_i) - β D_t)                                               eq. 3, 19
+
+The relatives differ in ratio, surrogate and average. The policy gradient is Σ ρ A ∇log π (eq. 20-21) for all of them
+wherever ρ is near 1: the surrogates say what happens to tokens that have moved away.
+
+    loss type  surrogate                                    average                          source
+    grpo       min(ρ A, clip(ρ, 1 - low, 1 + high) A)       of answers, each of its tokens   DeepSeekMath
+    bnpo       as grpo                                      of the micro-batch's tokens      TRL
+    dapo       as grpo                                      of the batch's tokens            DAPO, 2503.14476
+    dr_grpo    as grpo                                      Σ / (answers · max_length)       Dr. GRPO, 2503.20783
+    gspo       as grpo, with one ratio an answer:           as grpo                          GSPO, 2507.18071
+               ρ = exp(mean_t log ρ_t)
+    sapo       4/τ σ(τ (ρ - 1)) A, τ by the sign of A       as grpo                          SAPO, 2511.20347
+    cispo      sg[min(ρ, high)] A log π, sg: no gradient    as dapo                          MiniMax-M1, 2506.13585
+
+In the first step after sampling ρ = 1 everywhere. The loss of `grpo` is then minus the mean of the advantages, which is
+0: a loss of 0 is nothing to worry about, its gradient is not 0.
+
+An objective as `next_token` describes it, but for two terms that TRL defines on a micro-batch: the average of `bnpo`,
+and the entropy bonus. They depend on how the batch is cut, as balance losses of experts do.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.models.decoder import Decoder
+from llmq_jax.objectives.logprobs import completion_logprobs
+from llmq_jax.objectives.next_token import mean, with_balance
+
+Mask = Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"]
+Advantages = Float[Array, " B"] | Float[Array, "B C"]
+
+SCALES = ("group", "batch", "none")
+ESTIMATORS = ("k1", "k2", "k3")
+# The options that each loss type reads beside those of all, with their defaults; clip_high None is clip_low.
+_CLIPPED = {"clip_low": 0.2, "clip_high": None}
+OPTIONS = {
+    "grpo": _CLIPPED,
+    "bnpo": _CLIPPED,
+    "dapo": _CLIPPED,
+    "dr_grpo": {**_CLIPPED, "max_length": None},
+    "gspo": _CLIPPED,
+    "sapo": {"sapo_temperature_positive": 1.0, "sapo_temperature_negative": 1.05},
+    "cispo": {"clip_high": 5.0},
+}
+TOKEN_AVERAGES = ("dapo", "cispo")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def group_advantages(
+    rewards: Float[Array, " B"], group_size: int, *, scale: str = "group", epsilon: float = 1e-4
+) -> Float[Array, " B"]:
+    """How much better each answer did than its group: A_i = (r_i - mean(r)) / (std(r) + ε).
+
+    Answers to the same question are neighbours, `group_size` of them. `scale`: what is divided by, the unbiased
+    standard deviation of the rewards of the "group" (DeepSeekMath, section 4.1.2) or of the whole "batch", or "none"
+    (Dr. GRPO: a division by the group's favours questions that are too easy or too hard). The mean is always the
+    group's. Where all answers of a group did equally well, the advantages are exactly 0.
+    """
+    groups = _groups(rewards, group_size, scale)
+    if scale == "group" and group_size == 1:
+        raise BadInput("a group of one answer has no spread to divide by; sample group_size=2 or more, or scale='none'")
+    return _standardised(groups, jnp.ones_like(groups), scale, epsilon).reshape(-1)
+
+
+def process_advantages(
+    step_rewards: Float[Array, "B C"], step_ends: Mask, group_size: int, *, scale: str = "group", epsilon: float = 1e-4
+) -> Float[Array, "B C"]:
+    """Advantages of tokens where the steps of an answer are rewarded, not its outcome (DeepSeekMath, section 4.1.3).
+
+    `step_ends` is 1 on the last token of each step, where `step_rewards` has the step's reward. The rewards are
+    compared as those of `group_advantages`, with the mean and the standard deviation of all steps of all answers of
+    the group; a token's advantage is the sum over the steps that end with it or after it. After the last step it is 0.
+    """
+    groups, counted = _groups(step_rewards, group_size, scale), _groups(step_ends != 0, group_size, scale)
+    relative = _standardised(groups, counted.astype(jnp.float32), scale, epsilon).reshape(step_rewards.shape)
+    return jnp.cumsum(relative[:, ::-1], axis=1)[:, ::-1]
+
+
+def _groups(values: Array, group_size: int, scale: str) -> Array:
+    """[B, ...] to [groups, all values of a group]."""
+    if scale not in SCALES:
+        raise BadInput(f"scale={scale!r} of advantages is unknown; {did_you_mean(scale, SCALES)}")
+    if group_size < 1 or len(values) % group_size:
+        raise BadInput(f"{len(values)} answers are no whole number of groups of {group_size}; change one of the two")
+    return values.reshape(len(values) // group_size, -1)
+
+
+def _standardised(rewards: Array, counted: Array, scale: str, epsilon: float) -> Array:
+    """(r - mean of its group) / (spread + ε) where `counted` is 1, 0 elsewhere: [groups, N] all of them."""
+    centred, deviation = _centred(rewards, counted, axis=1)
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        _, deviation = _centred(rewards, counted, axis=None)
+    # Without spread and without ε: 0, not NaN.
+    return centred / jnp.maximum(deviation + epsilon, jnp.finfo(jnp.float32).tiny)
+
+
+def _centred(rewards: Array, counted: Array, axis: int | None) -> tuple[Array, Array]:
+    """(r - mean(r), unbiased standard deviation) along an axis, or of all.
+
+    Rewards are first measured from the lowest: the mean of zeros is 0. That of equal numbers need not be that number
+    (three times 1.7 in float32), and a division by ε would make an advantage of the rounding.
+    """
+    lowest = jnp.where(counted > 0, rewards, jnp.inf).min(axis=axis, keepdims=True)
+    above = jnp.where(counted > 0, rewards - lowest, 0.0)
+    number = counted.sum(axis=axis, keepdims=True)
+    centred = (above - above.sum(axis=axis, keepdims=True) / jnp.maximum(number, 1)) * counted
+    variance = (centred**2).sum(axis=axis, keepdims=True) / jnp.maximum(number - 1, 1)
+    return centred, jnp.sqrt(variance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The options of `grpo_loss` and of the objective. None: the loss type's own default, where it has the option;
+    an option that the loss type ignores is refused."""
+
+    loss_type: str = "grpo"
+    """grpo, bnpo, dapo, dr_grpo, gspo, sapo or cispo."""
+    clip_low: float | None = None
+    """How far below 1 the ratio may fall before a bad answer no longer pushes it down; 0.2. For gspo, whose ratio is a
+    mean over tokens, its paper has 3e-4, and 4e-4 above."""
+    clip_high: float | None = None
+    """How far above 1 it may rise before a good answer no longer pushes it up; as clip_low, in DAPO 0.28. For cispo the
+    greatest ratio itself; 5.0."""
+    beta: float = 0.0
+    """What the distance from the reference costs. 0: no reference is read."""
+    kl: str | None = None
+    """The estimator of this distance, see `kl_estimate`; k3."""
+    max_length: int | None = None
+    """For dr_grpo: the longest that an answer may be, in tokens, the same for all batches."""
+    entropy_coefficient: float = 0.0
+    """What the entropy of the policy earns, per nat: keeps it exploring."""
+    sapo_temperature_positive: float | None = None
+    """For sapo: how fast a token's gradient fades as its ratio leaves 1, where the advantage is positive; 1.0."""
+    sapo_temperature_negative: float | None = None
+    """And where it is not; 1.05."""
+
+    def __post_init__(self):
+        if self.loss_type not in OPTIONS:
+            raise BadInput(f"loss_type={self.loss_type!r} is unknown; {did_you_mean(self.loss_type, OPTIONS)}")
+        for name in ("clip_low", "clip_high", "max_length", "sapo_temperature_positive", "sapo_temperature_negative"):
+            if getattr(self, name) is not None and name not in OPTIONS[self.loss_type]:
+                readers = ", ".join(loss_type for loss_type in OPTIONS if name in OPTIONS[loss_type])
+                raise BadInput(
+                    f"{name}={getattr(self, name)} has no effect with loss_type={self.loss_type!r}, only with {readers}"
+                    "; leave it out"
+                )
+        for name in ("clip_low", "clip_high", "beta"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise BadInput(f"{name}={value} must be at least 0, and finite")
+        if self.clip_low is not None and self.clip_low > 1:
+            raise BadInput(f"clip_low={self.clip_low} must be at most 1: a ratio is never below 0")
+        if not math.isfinite(self.entropy_coefficient):
+            raise BadInput(f"entropy_coefficient={self.entropy_coefficient} must be finite")
+        for name in ("sapo_temperature_positive", "sapo_temperature_negative"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise BadInput(f"{name}={value} must be positive")
+        if self.loss_type == "dr_grpo" and (self.max_length is None or self.max_length < 1):
+            raise BadInput(f"loss_type='dr_grpo' divides by max_length={self.max_length}; give the longest answer's")
+        if self.kl is not None and not self.beta:
+            raise BadInput(f"kl={self.kl!r} has no effect with beta=0; leave it out, or give a beta")
+        if self.kl is not None and self.kl not in ESTIMATORS:
+            raise BadInput(f"kl={self.kl!r} is unknown; {did_you_mean(self.kl, ESTIMATORS)}")
+
+    def value(self, name: str) -> Any:
+        """What was given, or the loss type's default."""
+        given = getattr(self, name)
+        return OPTIONS[self.loss_type][name] if given is None else given
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest ratio of the clipped surrogate."""
+        low, high = self.value("clip_low"), self.value("clip_high")
+        return 1 - low, 1 + (low if high is None else high)
+
+
+def grpo_loss(
+    logprobs: Float[Array, "B C"],
+    old_logprobs: Float[Array, "B C"],
+    reference_logprobs: Float[Array, "B C"] | None,
+    advantages: Advantages,
+    mask: Mask,
+    *,
+    loss_type: str = "grpo",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    beta: float = 0.0,
+    kl: str | None = None,
+    max_length: int | None = None,
+    entropies: Float[Array, "B C"] | None = None,
+    entropy_coefficient: float = 0.0,
+    sapo_temperature_positive: float | None = None,
+    sapo_temperature_negative: float | None = None,
+    weights: dict[str, Float[Array, ""]] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """(loss, metrics) of B answers of up to C tokens, from the log-probabilities of their tokens, in nats.
+
+    `logprobs` are the policy's, `old_logprobs` those it had when it sampled the answers, `reference_logprobs` the
+    reference's: given if and only if beta > 0. `mask` is 1 on the tokens that count; what the others hold, be it NaN,
+    is not read. Gradients flow to `logprobs` and `entropies`. For the other options see `LossOptions`.
+
+    `weights`: where these are a micro-batch, `loss_weights` of the mask of the whole batch. Losses, gradients and
+    metrics of micro-batches then add up to the batch's, but for those called min and max. Value and gradient are TRL's.
+
+    Metrics, named as TRL's: `kl` (if beta), `entropy` (if given), `clip_ratio/low_mean`, `.../high_mean` and
+    `.../region_mean`, the part of the tokens (gspo: answers) that is clipped below, above and at all, and of the
+    answers the least, `clip_ratio/low_min`, and the greatest, `clip_ratio/high_max`; for cispo `cispo_clip_ratio`; with
+    an entropy bonus `policy_loss`, the loss without it.
+    """
+    options = LossOptions(
+        loss_type=loss_type,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        beta=beta,
+        kl=kl,
+        max_length=max_length,
+        entropy_coefficient=entropy_coefficient,
+        sapo_temperature_positive=sapo_temperature_positive,
+        sapo_temperature_negative=sapo_temperature_negative,
+    )
+    if beta and reference_logprobs is None:
+        raise BadInput(f"beta={beta} needs the log-probabilities of the reference model; give them, or beta=0")
+    if not beta and reference_logprobs is not None:
+        raise BadInput("log-probabilities of a reference model have no effect with beta=0; leave them out")
+    if entropy_coefficient and entropies is None:
+        raise BadInput(f"entropy_coefficient={entropy_coefficient} needs the entropies; give them, or leave it out")
+    weights = loss_weights(mask) if weights is None else weights
+    mask = mask.astype(jnp.float32)
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    logprobs = jnp.where(mask > 0, logprobs.astype(jnp.float32), 0.0)
+    old_logprobs = _constant(old_logprobs, mask)
+
+    ratio = policy_ratio(logprobs, old_logprobs, mask, sequence=loss_type == "gspo")
+    losses = -surrogate(ratio, logprobs, advantages, options)
+    metrics = clip_metrics(ratio, advantages, mask, options, weights)
+    if beta:
+        distance = kl_estimate(logprobs, _constant(reference_logprobs, mask), kl or "k3")
+        losses += beta * distance
+        metrics["kl"] = mean((mask * distance).sum(), weights["tokens"])
+    loss = averaged(losses, mask, options, weights)
+    if entropies is not None:
+        entropies = jnp.where(mask > 0, entropies, 0.0)
+        metrics["entropy"] = mean((mask * entropies).sum(), weights["tokens"])
+    if entropy_coefficient:
+        metrics["policy_loss"] = loss
+        loss -= entropy_coefficient * _share(mask, weights) * mean((mask * entropies).sum(), mask.sum())
+    return loss, metrics
+
+
+def loss_weights(mask: Mask) -> dict[str, Float[Array, ""]]:
+    """What the sums over a batch are divided by: its number of answers, `rows`, and of tokens that count, `tokens`.
+    An answer without any counts as one of loss 0."""
+    return {"rows": jnp.asarray(float(len(mask))), "tokens": mask.astype(jnp.float32).sum()}
+
+
+def policy_ratio(
+    logprobs: Float[Array, "B C"], old_logprobs: Float[Array, "B C"], mask: Float[Array, "B C"], *, sequence: bool
+) -> Float[Array, "B C"] | Float[Array, "B 1"]:
+    """π / π_old of each token; or of each answer, exp(mean over its tokens of log(π / π_old)) (GSPO)."""
+    log_ratio = logprobs - old_logprobs
+    if sequence:
+        log_ratio = _row_means(log_ratio, mask)[:, None]
+    return jnp.exp(log_ratio)
+
+
+def surrogate(ratio: Array, logprobs: Float[Array, "B C"], advantages: Array, options: LossOptions) -> Array:
+    """What the policy is to make large, of each token: the second column of the table above. [B, C], or [B, 1]."""
+    if options.loss_type == "cispo":
+        # The clip bounds how much a token weighs; unlike the others' it never takes its gradient away.
+        return jax.lax.stop_gradient(jnp.minimum(ratio, options.value("clip_high"))) * advantages * logprobs
+    if options.loss_type == "sapo":
+        positive, negative = options.value("sapo_temperature_positive"), options.value("sapo_temperature_negative")
+        temperature = jnp.where(advantages > 0, positive, negative)
+        return 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
+    # The lesser of the two: only a ratio that moved too far in the direction of its advantage loses its gradient.
+    return jnp.minimum(ratio * advantages, jnp.clip(ratio, *options.bounds) * advantages)
+
+
+def kl_estimate(
+    logprobs: Float[Array, "B C"], reference_logprobs: Float[Array, "B C"], estimator: str = "k3"
+) -> Float[Array, "B C"]:
+    """An estimate of KL(π || π_ref) at each token, which was sampled from π (Schulman 2020, "Approximating KL
+    divergence"). With d = log(π_ref / π):
+
+        k1 = -d              unbiased, of either sign
+        k2 = d² / 2          biased, positive, of less variance
+        k3 = exp(d) - d - 1  unbiased, positive, of less variance: DeepSeekMath, eq. 4
+
+    In a loss the gradients matter, not the values. On average that of k1 is 0, as it is ∇log π whatever the reference
+    is; that of k2 is the gradient of KL(π || π_ref), that of k3 the gradient of KL(π_ref || π).
+    """
+    if estimator not in ESTIMATORS:
+        raise BadInput(f"kl={estimator!r} is unknown; {did_you_mean(estimator, ESTIMATORS)}")
+    difference = reference_logprobs - logprobs
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference**2 / 2
+    return jnp.exp(difference) - difference - 1
+
+
+def averaged(
+    losses: Array, mask: Float[Array, "B C"], options: LossOptions, weights: dict[str, Float[Array, ""]]
+) -> Float[Array, ""]:
+    """A micro-batch's part of the batch's average over tokens: the third column of the table above."""
+    if options.loss_type in TOKEN_AVERAGES:
+        return mean((losses * mask).sum(), weights["tokens"])
+    if options.loss_type == "bnpo":
+        return _share(mask, weights) * mean((losses * mask).sum(), mask.sum())
+    if options.loss_type == "dr_grpo":
+        return mean((losses * mask).sum(), weights["rows"] * options.max_length)
+    return mean(_row_means(losses, mask).sum(), weights["rows"])
+
+
+def clip_metrics(
+    ratio: Array,
+    advantages: Array,
+    mask: Float[Array, "B C"],
+    options: LossOptions,
+    weights: dict[str, Float[Array, ""]],
+) -> dict[str, Float[Array, ""]]:
+    """Where the ratio has left its bounds in the direction of the advantage, so that clipping acts; see `grpo_loss`."""
+    if options.loss_type == "sapo":
+        return {}
+    if options.loss_type == "cispo":
+        clipped = (ratio > options.value("clip_high")) & (advantages > 0)
+        return {"cispo_clip_ratio": mean((clipped * mask).sum(), weights["tokens"])}
+    lower, upper = options.bounds
+    low, high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages > 0)
+    number = weights["tokens"]
+    if options.loss_type == "gspo" and advantages.shape[1] == 1:  # one ratio and one advantage an answer
+        mask, number = jnp.ones_like(ratio), weights["rows"]
+    # An answer without tokens, which is none of them, is given what changes neither extreme.
+    tokens = mask.sum(axis=-1)
+    low_rows = jnp.where(tokens > 0, _row_means(low, mask), 1.0)
+    high_rows = jnp.where(tokens > 0, _row_means(high, mask), 0.0)
+    return {
+        "clip_ratio/low_mean": mean((low * mask).sum(), number),
+        "clip_ratio/low_min": low_rows.min(),
+        "clip_ratio/high_mean": mean((high * mask).sum(), number),
+        "clip_ratio/high_max": high_rows.max(),
+        "clip_ratio/region_mean": mean(((low | high) * mask).sum(), number),
+    }
+
+
+def _constant(logprobs: Array, mask: Float[Array, "B C"]) -> Array:
+    return jax.lax.stop_gradient(jnp.where(mask > 0, logprobs.astype(jnp.float32), 0.0))
+
+
+def _row_means(values: Array, mask: Float[Array, "B C"]) -> Float[Array, " B"]:
+    """Of the tokens that count; 0 where none does."""
+    return (values * mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1.0)
+
+
+def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+    """A micro-batch's part of the batch."""
+    return mean(jnp.asarray(float(len(mask))), weights["rows"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+@dataclass(frozen=True)
+class GRPO(LossOptions):
+    """Batches hold `tokens` [B, T], prompts with their completions, padded on the right to `lengths` [B];
+    `prompt_lengths` [B]; and of the completions, aligned on the left: `completion_mask` [B, C], which is 1 on the
+    tokens that count, the end token included, `old_logprobs` [B, C], `advantages` [B] or [B, C], and if and only if
+    beta > 0 `reference_logprobs` [B, C].
+
+    Evaluation reports the loss without the entropy bonus.
+    """
+
+    model: Decoder
+    temperature: float = field(default=1.0, kw_only=True)
+    """Of sampling: the policy that learns is the one that answered, with its logits divided by the temperature."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise BadInput(f"temperature={self.temperature} of GRPO must be positive")
+
+    def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
+        """The numbers of answers and of tokens that count, and which of them the loss and each metric have."""
+        weights = loss_weights(batch["completion_mask"])
+        rows, tokens = weights["rows"], weights["tokens"]
+        clipped = rows if self.loss_type == "gspo" and batch["advantages"].ndim == 1 else tokens
+        return {
+            **weights,
+            "loss": tokens if self.loss_type in TOKEN_AVERAGES else rows,
+            **{f"clip_ratio/{name}_mean": clipped for name in ("low", "high", "region")},
+            **dict.fromkeys(("cispo_clip_ratio", "kl", "entropy"), tokens),
+        }
+
+    def loss(
+        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        """(loss, metrics that add over micro-batches, those called min and max apart, counts).
+
+        `rng` is given in training: dropout acts, and the entropy bonus and balance losses of experts are added.
+        """
+        mask = batch["completion_mask"]
+        logprobs, entropies, counts = completion_logprobs(
+            self.model,
+            variables,
+            batch["tokens"],
+            batch["lengths"],
+            batch["prompt_lengths"],
+            mask.shape[1],
+            temperature=self.temperature,
+            rngs=None if rng is None else {"dropout": rng},
+        )
+        options = self if rng is not None else replace(self, entropy_coefficient=0.0)
+        loss, metrics = grpo_loss(
+            logprobs,
+            batch["old_logprobs"],
+            batch.get("reference_logprobs"),
+            batch["advantages"],
+            mask,
+            entropies=entropies,
+            weights=weights,
+            **{option.name: getattr(options, option.name) for option in fields(LossOptions)},
+        )
+        if rng is None:
+            return loss, metrics, counts
+        total, balance = with_balance(loss, self.model.experts, counts, _share(mask, weights))
+        return total, {"policy_loss": loss, **metrics, **balance} if balance else metrics, counts

@@ -1,0 +1,145 @@
+"""Log-probabilities of given tokens, log p(token | tokens before it): what preference and reinforcement learning are
+made of. Never [B, T, V].
+
+The tokens that count go by in chunks, each through the head and back to one number a token; the backward pass makes a
+chunk's logits anew. Tokens that do not count, prompts and padding, are not unembedded: those that do come first, and
+chunks without any are skipped.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llmq_jax.models.decoder import Decoder
+
+# Logits of a chunk, in elements. Smaller chunks skip more of what does not count; the head's gradient is read and
+# written for each of them.
+CHUNK_ELEMENTS = 2**24
+SHORTEST_CHUNK = 64
+
+
+def token_logprobs(
+    model: Decoder,
+    variables: dict,
+    tokens: Int[Array, "B T"],
+    mask: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    temperature: float = 1.0,
+    rngs: dict | None = None,
+) -> Float[Array, "B T-1"]:
+    """log p(token t+1 | tokens up to t) in nats, for t = 0 ... T-2, times the mask of token t+1 (None: all count).
+
+    Rows are padded on the right to `lengths`. `temperature` divides the logits, as where the tokens were sampled.
+    """
+    return logprobs_and_counts(model, variables, tokens, mask, lengths=lengths, temperature=temperature, rngs=rngs)[0]
+
+
+def sequence_logprobs(
+    model: Decoder,
+    variables: dict,
+    tokens: Int[Array, "B T"],
+    mask: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+) -> Float[Array, " B"]:
+    """log p(response | prompt) in nats: the sum of the log-probabilities of the tokens in the mask, those of the
+    response and its end token."""
+    return token_logprobs(model, variables, tokens, mask, lengths=lengths).sum(axis=-1)
+
+
+def logprobs_and_counts(
+    model: Decoder,
+    variables: dict,
+    tokens: Int[Array, "B T"],
+    mask: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    temperature: float = 1.0,
+    rngs: dict | None = None,
+) -> tuple[Float[Array, "B T-1"], dict]:
+    """`token_logprobs`, and the counts of the pass, which balance losses of experts are made of."""
+    tokens = jnp.asarray(tokens)
+    output = _forward(model, variables, tokens, lengths, rngs)
+    counted = jnp.ones(tokens.shape) if mask is None else jnp.asarray(mask, jnp.float32)
+    if lengths is not None:
+        counted *= jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]
+    logprobs, _ = _scores(model, variables, output.hidden[:, :-1], tokens[:, 1:], counted[:, 1:], temperature)
+    return logprobs, output.counts
+
+
+def completion_logprobs(
+    model: Decoder,
+    variables: dict,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    prompt_lengths: Int[Array, " B"],
+    count: int,
+    *,
+    temperature: float = 1.0,
+    rngs: dict | None = None,
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"], dict]:
+    """(log-probability, entropy of the prediction, counts) of the `count` tokens from each row's `prompt_lengths` on.
+
+    Rows hold a prompt and its completion, `lengths` tokens in all, padded on the right; beyond them both are 0.
+    """
+    output = _forward(model, variables, tokens, lengths, rngs)
+    places = prompt_lengths[:, None] + jnp.arange(count)
+    counted = (places < lengths[:, None]).astype(jnp.float32)
+    places = jnp.minimum(places, tokens.shape[1] - 1)
+    hidden = jnp.take_along_axis(output.hidden, places[..., None] - 1, axis=1)
+    targets = jnp.take_along_axis(tokens, places, axis=1)
+    return *_scores(model, variables, hidden, targets, counted, temperature), output.counts
+
+
+def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array | None, rngs: dict | None) -> Any:
+    segment_ids = None
+    if lengths is not None:
+        segment_ids = (jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
+    return model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs)
+
+
+def _scores(
+    model: Decoder,
+    variables: dict,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    mask: Float[Array, "B T"],
+    temperature: float,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """(log p(target), entropy -Σ p log p of the prediction), both times the mask."""
+    head = model.head_variables(variables)
+    shape = mask.shape
+    hidden, targets, mask = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1)
+    chunk_size = chunk_size or max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size)
+    chunks = -(-len(mask) // chunk_size)
+    size = -(-len(mask) // chunks)
+
+    # What counts comes first, in its order.
+    order = jnp.argsort(mask == 0, stable=True)
+    back = jnp.argsort(order)
+
+    def split(x: Array) -> Array:
+        x = x[order]
+        return jnp.pad(x, [(0, chunks * size - len(x))] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
+
+    @jax.checkpoint  # keeps no logits for the backward pass
+    def of_rows(rows: Array, target: Array) -> tuple[Array, Array]:
+        logits = model.apply(head, rows, method="unembed") / temperature
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, target[:, None], axis=-1)[:, 0]
+        return chosen, -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
+
+    def nothing(rows: Array, target: Array) -> tuple[Array, Array]:
+        return jnp.zeros(len(rows)), jnp.zeros(len(rows))
+
+    def chunk(_: None, rows_targets_mask: tuple) -> tuple[None, tuple[Array, Array]]:
+        rows, target, counted = rows_targets_mask
+        return None, jax.lax.cond((counted != 0).any(), of_rows, nothing, rows, target)
+
+    _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), split(mask)))
+    logprobs, entropies = ((score.reshape(-1)[back] * mask).reshape(shape) for score in scores)
+    return logprobs, entropies

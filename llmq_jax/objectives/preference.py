@@ -1,0 +1,152 @@
+"""Direct preference optimisation: learn from pairs of answers of which one is preferred, without a reward model.
+
+DPO (Rafailov et al. 2023, arXiv:2305.18290): the policy's own log-probabilities, compared with those of a frozen
+reference, are the reward, r(x, y) = beta · log(pi(y|x) / pi_ref(y|x)) (eq. 5), and the Bradley-Terry model of it is
+learned. With the difference of the two log-ratios
+
+    delta = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x))
+
+    sigmoid    -log sigma(beta · delta)                                        eq. 7
+    cDPO       -(1-e) log sigma(beta · delta) - e log sigma(-beta · delta)     sigmoid with label smoothing: labels are
+                                                                               wrong with probability e
+    robust     (-(1-e) log sigma(beta · delta) + e log sigma(-beta · delta)) / (1 - 2e)
+                                                                               unbiased by such labels, arXiv:2403.00409
+    hinge      max(0, 1 - beta · delta)                                        arXiv:2305.10425
+    ipo        (delta - 1 / (2 beta))^2                                        arXiv:2310.12036, eq. 17
+
+An answer's log-probability is the sum over its tokens, the end token included, so that long answers weigh more; `ipo`
+is defined on means over tokens, and the others can be, by `normalise`. An objective as `next_token` describes it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from llmq_jax.errors import BadInput
+from llmq_jax.models.decoder import Decoder
+from llmq_jax.objectives.logprobs import logprobs_and_counts
+from llmq_jax.objectives.next_token import mean, with_balance
+
+LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
+SMOOTHED = ("sigmoid", "robust")
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+LOGPROBS = ("logps/chosen", "logps/rejected")
+
+
+def dpo_loss(
+    policy_chosen: Float[Array, " B"],
+    policy_rejected: Float[Array, " B"],
+    reference_chosen: Float[Array, " B"],
+    reference_rejected: Float[Array, " B"],
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
+    """(loss, metrics) of each pair, from log-probabilities of the answers: sums over tokens, for "ipo" means.
+
+    Metrics are TRL's: `rewards/chosen` and `rewards/rejected` (beta · log-ratio), `rewards/margins`,
+    `rewards/accuracies` (ties count one half).
+    """
+    check_dpo(beta, label_smoothing, loss_type)
+    chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
+    delta = chosen - rejected
+    right, wrong = -jax.nn.log_sigmoid(beta * delta), -jax.nn.log_sigmoid(-beta * delta)
+    e = label_smoothing
+    if loss_type == "sigmoid":
+        loss = (1 - e) * right + e * wrong
+    elif loss_type == "robust":
+        loss = ((1 - e) * right - e * wrong) / (1 - 2 * e)
+    elif loss_type == "hinge":
+        loss = jax.nn.relu(1 - beta * delta)
+    else:
+        loss = (delta - 1 / (2 * beta)) ** 2
+    return loss, rewards_of(chosen, rejected, beta)
+
+
+def rewards_of(chosen: Float[Array, " B"], rejected: Float[Array, " B"], beta: float) -> dict[str, Float[Array, " B"]]:
+    """The metrics of `dpo_loss`, from log-ratios of the policy to its reference."""
+    delta = chosen - rejected
+    accuracies = (delta > 0) + 0.5 * (delta == 0)
+    return dict(zip(REWARDS, (beta * chosen, beta * rejected, beta * delta, accuracies), strict=True))
+
+
+def check_dpo(beta: float, label_smoothing: float, loss_type: str) -> None:
+    """BadInput for options that mean nothing, or that the loss ignores."""
+    if loss_type not in LOSS_TYPES:
+        raise BadInput(f"loss_type={loss_type!r} is unknown; choose from {', '.join(LOSS_TYPES)}")
+    if not 0 < beta < float("inf"):
+        raise BadInput(f"beta={beta} must be positive")
+    if not 0 <= label_smoothing < 0.5:
+        raise BadInput(
+            f"label_smoothing={label_smoothing} must be at least 0 and below 0.5: it is how often the labels are wrong"
+        )
+    if label_smoothing and loss_type not in SMOOTHED:
+        raise BadInput(f"label_smoothing has no effect with loss_type={loss_type!r}; leave it out")
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Batches hold pairs, chosen before rejected: `tokens` [B, 2, T], padded on the right to `lengths` [B, 2],
+    `response_mask` [B, 2, T], which is 1 on the tokens of the answers, `reference_logprobs` [B, 2], the answers'
+    log-probabilities (sums) under the reference, and `mask` [B], which is 1 where a pair counts."""
+
+    model: Decoder
+    beta: float = 0.1
+    """How much the distance from the reference costs."""
+    label_smoothing: float = 0.0
+    loss_type: str = "sigmoid"
+    normalise: bool = False
+    """Compare means over tokens in place of sums; "ipo" always does."""
+
+    def __post_init__(self):
+        check_dpo(self.beta, self.label_smoothing, self.loss_type)
+        if self.normalise and self.loss_type == "ipo":
+            raise BadInput("normalise has no effect with loss_type='ipo', which always compares means; leave it out")
+
+    def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
+        """The number of pairs that count: of the loss and of each metric."""
+        pairs = batch["mask"].astype(jnp.float32).sum()
+        return dict.fromkeys(("loss", *REWARDS, *LOGPROBS), pairs)
+
+    def loss(
+        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        """(loss a pair, metrics that add over micro-batches, counts).
+
+        `rng` is given in training: dropout acts, and the balance losses of experts are added.
+        """
+        mask = batch["mask"].astype(jnp.float32)
+        policy, counts = pair_logprobs(self.model, variables, batch, None if rng is None else {"dropout": rng})
+        reference = batch["reference_logprobs"]
+        means = self.normalise or self.loss_type == "ipo"
+        tokens = jnp.maximum(batch["response_mask"].sum(axis=-1), 1) if means else jnp.ones_like(reference)
+        losses, _ = dpo_loss(
+            *(policy / tokens).T,
+            *(reference / tokens).T,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            loss_type=self.loss_type,
+        )
+        metrics = rewards_of(*(policy - reference).T, self.beta)
+        metrics |= dict(zip(LOGPROBS, policy.T, strict=True))
+        metrics = {name: mean((mask * value).sum(), weights["loss"]) for name, value in metrics.items()}
+        loss = mean((mask * losses).sum(), weights["loss"])
+        if rng is None:
+            return loss, metrics, counts
+        total, balance = with_balance(loss, self.model.experts, counts, mean(mask.sum(), weights["loss"]))
+        return total, {**metrics, **({"preference_loss": loss, **balance} if balance else {})}, counts
+
+
+def pair_logprobs(
+    model: Decoder, variables: dict, batch: dict[str, Array], rngs: dict | None = None
+) -> tuple[Float[Array, "B 2"], dict]:
+    """(log p(answer | prompt) of both answers of each pair, counts of the pass): one pass for all of them."""
+    rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}
+    logprobs, counts = logprobs_and_counts(
+        model, variables, rows["tokens"], rows["response_mask"], lengths=rows["lengths"], rngs=rngs
+    )
+    return logprobs.sum(axis=-1).reshape(-1, 2), counts

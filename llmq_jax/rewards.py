@@ -1,0 +1,240 @@
+r"""Rewards that a rule can check: what reinforcement learning learns from where no reward model is needed.
+
+A reward function is called as `f(prompts=..., completions=..., **columns)`, all of them lists with one entry a
+completion; `columns` are those of the data, by name: a function names what it needs and leaves the others to `**_`. It
+returns a list of numbers, with None where it has nothing to say about a completion. TRL's functions of texts have the
+same form.
+"""
+
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from llmq_jax.errors import BadInput, did_you_mean
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The right number
+
+# A minus after a word, a number or a bracket is no sign ("7-3", "step-3"); a comma separates thousands or numbers.
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)", re.ASCII)
+# "####" is a heading where no number follows; braces in \boxed{} may be nested once.
+_MARKED = re.compile(
+    rf"####\W{{0,20}}?({_NUMBER.pattern})|<answer>([\s\S]*?)</answer>|\\boxed{{((?:[^{{}}]|{{[^{{}}]*}})*)}}", re.ASCII
+)
+
+
+def numeric_answer(
+    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any], **_: Any
+) -> list[float | None]:
+    r"""1 where the completion's final number is that of the column `answer`, else 0; None where that holds no number.
+
+    The final number of a text is the one that its last mark tells: "#### 1,234" (the form of GSM8K, whose `answer` ends
+    so), <answer>...</answer> or \boxed{...}, of which the last number counts; a mark without a number is no answer. A
+    text without marks answers with its last number. Thousands' commas, $, %, a leading + and a trailing dot do not
+    matter, and 3.0 is 3.
+    """
+    rewards = []
+    for completion, reference in zip(completions, answer, strict=True):
+        expected = None if reference is None else final_number(str(reference))
+        rewards.append(None if expected is None else float(final_number(completion) == expected))
+    return rewards
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number that a text arrives at, as `numeric_answer` tells; None where there is none."""
+    marks = list(_MARKED.finditer(text))
+    region = marks[-1][marks[-1].lastindex] if marks else text
+    numbers = _NUMBER.findall(region)
+    if not numbers:
+        return None
+    return Decimal(numbers[-1].replace(",", "").replace("$", "").replace("−", "-"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The form
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def think_answer_format(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+    """How far a completion has the form <think>...</think><answer>...</answer>, from 0 to 1 in eighths:
+
+    1/8 for each of the four tags that occurs exactly once; 1/4 if all four do, in this order; and then 1/4 if nothing
+    but white space stands before, between and after the two parts. Where a prompt ends with <think>, as some chat
+    templates have it, the completion goes on from there.
+    """
+    return [_format(_opened(prompt) + text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def _opened(prompt: Any) -> str:
+    return _TAGS[0] if isinstance(prompt, str) and prompt.rstrip().endswith(_TAGS[0]) else ""
+
+
+def _format(text: str) -> float:
+    once = sum(text.count(tag) == 1 for tag in _TAGS) / 8
+    places = [text.find(tag) for tag in _TAGS]
+    if once < 1 / 2 or places != sorted(places):
+        return once
+    think, end_think, answer, end_answer = places
+    outside = text[:think] + text[end_think + len(_TAGS[1]) : answer] + text[end_answer + len(_TAGS[3]) :]
+    return once + (1 / 4 if outside.strip() else 1 / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The length
+
+
+def length(most: int) -> RewardFunction:
+    """A reward function: 1 for completions of up to `most` characters, from there falling linearly to 0 at twice as
+    many. The soft punishment of overlong answers of DAPO (arXiv:2503.14476, eq. 13), one higher and in characters."""
+    if most < 1:
+        raise BadInput(f"a reward for completions of at most {most} characters makes no sense; give 1 or more")
+
+    def length_reward(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+        return [min(1.0, max(0.0, 2 - len(completion) / most)) for completion in completions]
+
+    return length_reward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By name
+
+_BUILT_IN = {"answer": numeric_answer, "format": think_answer_format}
+_NAMES = "answer, format, length:CHARACTERS or path/to/file.py:function"
+
+
+def find(name: str) -> RewardFunction:
+    """The reward function of a name: "answer" (`numeric_answer`), "format" (`think_answer_format`), "length:400"
+    (`length`), or "path/to/file.py:function", for one's own. Raises BadInput where there is none."""
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    before, colon, after = name.rpartition(":")
+    if before.endswith(".py"):
+        return _from_file(Path(before), after)
+    if before == "length" and after.isascii() and after.isdigit():
+        return length(int(after))
+    if "length" in (before, name):
+        raise BadInput(f"the reward {name!r} needs a number of characters, as length:400")
+    if not colon and name.endswith(".py"):
+        raise BadInput(f"the reward {name!r} is a file; add the name of a function in it, as {name}:reward")
+    raise BadInput(f"there is no reward {name!r}; choose from {_NAMES}")
+
+
+def _from_file(path: Path, name: str) -> RewardFunction:
+    if not path.is_file():
+        raise BadInput(f"there is no file {path} to read the reward {name!r} from")
+    # Under a name of its own, where classes that the file defines look up their module.
+    module_name = f"_reward_file_{path.resolve().as_posix()}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise BadInput(f"{path}, which holds the reward {name!r}, cannot be run: {_told(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        hint = did_you_mean(name, known) if known else "it has no function at all"
+        raise BadInput(f"{path} has no function {name!r} for a reward; {hint}")
+    return function
+
+
+def _told(error: Exception) -> str:
+    """One line of an error: its type and what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several at once
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Reward functions, each with a name and a weight."""
+
+    names: tuple[str, ...]
+    functions: tuple[RewardFunction, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self):
+        if not self.names or not len(self.names) == len(self.functions) == len(self.weights):
+            counts = f"{len(self.names)} names, {len(self.functions)} functions and {len(self.weights)} weights"
+            raise BadInput(f"rewards need one name, function and weight each, and at least one; there are {counts}")
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if self.names.count(name) > 1:
+                raise BadInput(f"there are {self.names.count(name)} rewards called {name!r}; give them different names")
+            if not math.isfinite(weight):
+                raise BadInput(f"the weight of the reward {name!r} is {weight}; give a finite number")
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> tuple[Float[np.ndarray, " B"], dict[str, Float[np.ndarray, " B"]]]:
+        """(Σ weight · reward, the rewards by name) of each completion, in float32.
+
+        Where a function returned None its reward is nan, and it has no part in the sum. Raises BadInput, with the name
+        of the function, for one that fails or does not return a finite number or None for each completion, and for a
+        completion that no function had anything to say about: 0 would be as good as any other reward.
+        """
+        values = {
+            name: _called(name, function, prompts, completions, columns)
+            for name, function in zip(self.names, self.functions, strict=True)
+        }
+        table = np.stack(list(values.values()), axis=1)
+        silent = np.isnan(table).all(axis=1)
+        if silent.any():
+            row = int(silent.argmax())
+            raise BadInput(
+                f"no reward of completion {row} ({_shown(prompts[row])}): all functions ({', '.join(self.names)}) "
+                "returned None; drop such records, or add a function that has a reward for each"
+            )
+        total = np.nansum(table * np.asarray(self.weights), axis=1)
+        return total.astype(np.float32), {name: column.astype(np.float32) for name, column in values.items()}
+
+
+def _called(
+    name: str, function: RewardFunction, prompts: Sequence, completions: Sequence, columns: Mapping
+) -> Float[np.ndarray, " B"]:
+    """What one function returns, checked, with nan for None."""
+    try:
+        returned = function(prompts=prompts, completions=completions, **columns)
+        values = list(returned)
+    except Exception as error:
+        given = (
+            f"; the columns of the data are {', '.join(columns)}" if columns and isinstance(error, TypeError) else ""
+        )
+        raise BadInput(f"the reward {name!r} failed with {_told(error)}{given}") from error
+    if len(values) != len(completions):
+        raise BadInput(f"the reward {name!r} returned {len(values)} values for {len(completions)} completions")
+    return np.asarray([_number(name, row, value) for row, value in enumerate(values)], np.float64)
+
+
+def _number(name: str, row: int, value: Any) -> float:
+    if value is None:
+        return math.nan
+    try:
+        # float() would also read a number from a text.
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= float(np.finfo(np.float32).max):
+        raise BadInput(
+            f"the reward {name!r} returned {_shown(value)} for completion {row}; it must return a finite number or None"
+        )
+    return number
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,265 @@
+"""Preference pairs in all the forms that people keep them in, as text, tokens and masks; and what is refused."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmq_jax.data import (
+    ByteTokenizer,
+    FileTokenizer,
+    GPT2Tokenizer,
+    default_template,
+    read_preferences,
+    split_preferences,
+    tokenize_preferences,
+    without_padding,
+)
+from llmq_jax.errors import BadInput
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ALPACA = {"instruction": "Say it.", "input": "x 😀", "output": "ignored", "chosen": "x.", "rejected": "No!"}
+STRINGS = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3, é"}
+LISTS = {
+    "prompt": [user("a"), assistant("b"), user("c")],
+    "chosen": [assistant("d")],
+    "rejected": [assistant("e"), user("f"), assistant("g")],
+}
+MIXED = {**LISTS, "chosen": "d", "rejected": "e"}
+IMPLICIT = {side: LISTS["prompt"] + LISTS[side] for side in ("chosen", "rejected")}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(*records):
+        path = tmp_path / "pairs.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return read_preferences(path)
+
+    return read
+
+
+@pytest.fixture
+def chat(tmp_path):
+    (tmp_path / "chat").mkdir()
+    ByteTokenizer().save(tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(CHATML)
+    return FileTokenizer(tmp_path / "chat")
+
+
+def parts(tokenizer, preferences, template, **arguments):
+    """[(prompt and what else is no response, response) of the chosen and of the rejected side] of each pair."""
+    found = tokenize_preferences(preferences, tokenizer, template=template, **{"context": 500, **arguments})
+    return [
+        [
+            tuple(tokenizer.decode(side.tokens[mask].tolist()) for mask in (~side.learned, side.learned))
+            for side in (pair.chosen, pair.rejected)
+        ]
+        for pair in found.pairs
+    ]
+
+
+END = "<|endoftext|>"
+
+
+def test_alpaca(read, chat):
+    pairs = read(ALPACA, {**ALPACA, "input": None})
+    ((chosen, rejected), (bare, _)) = parts(ByteTokenizer(), pairs, "alpaca")
+    assert chosen[0].endswith("### Instruction:\nSay it.\n\n### Input:\nx 😀\n\n### Response:\n")
+    assert chosen[1] == "x." + END and rejected == (chosen[0], "No!" + END)
+    assert bare[0].endswith("### Instruction:\nSay it.\n\n### Response:\n")
+    by_chat = "<|im_start|>user\nSay it.\n\nx 😀<|im_end|>\n<|im_start|>assistant\n"
+    assert parts(chat, pairs, "chat")[0] == [(by_chat, "x.<|im_end|>\n"), (by_chat, "No!<|im_end|>\n")]
+
+
+def test_strings(read):
+    assert parts(ByteTokenizer(), read(STRINGS), "plain") == [[("1 + 1 =", " 2" + END), ("1 + 1 =", " 3, é" + END)]]
+
+
+@pytest.mark.parametrize("record", [LISTS, IMPLICIT], ids=["prompt", "implicit prompt"])
+def test_messages(read, chat, record):
+    """The assistant's part of what follows the prompt is the response."""
+    ((chosen, rejected),) = parts(chat, read(record), "chat")
+    opened = "<|im_start|>assistant\n"
+    prompt = f"<|im_start|>user\na<|im_end|>\n{opened}b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n{opened}"
+    assert chosen == (prompt, "d<|im_end|>\n")
+    assert rejected == (f"{prompt}<|im_start|>user\nf<|im_end|>\n{opened}", "e<|im_end|>\ng<|im_end|>\n")
+
+
+def test_answers_to_messages_may_be_strings(read, chat):
+    ((chosen, rejected),) = parts(chat, read(MIXED), "chat")
+    assert chosen[0] == rejected[0] and (chosen[1], rejected[1]) == ("d<|im_end|>\n", "e<|im_end|>\n")
+
+
+def test_pairs_of_equal_answers_are_counted(read):
+    beginning = LISTS["prompt"][:2]
+    found = read(IMPLICIT, dict.fromkeys(IMPLICIT, IMPLICIT["chosen"]), dict.fromkeys(IMPLICIT, beginning))
+    assert (len(found), found.equal) == (1, 2)
+    found = read(STRINGS, {**STRINGS, "rejected": " 2"}, {**STRINGS, "rejected": " 2 "})
+    assert (len(found), found.equal) == (2, 1) and [pair.where[-6:] for pair in found] == ["line 1", "line 3"]
+    with pytest.raises(BadInput, match=r"pairs\.jsonl: the chosen and the rejected answer are the same in every row"):
+        read({**STRINGS, "rejected": " 2"})
+
+
+def test_margins(read, tmp_path):
+    found = read(STRINGS, {**STRINGS, "margin": 2}, {**STRINGS, "margin": -0.5}, {**STRINGS, "margin": None})
+    assert [pair.margin for pair in found] == [None, 2.0, -0.5, None]
+    examples = tokenize_preferences(found, ByteTokenizer(), template="plain", context=50)
+    assert [pair.margin for pair in examples.pairs] == [None, 2.0, -0.5, None]
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,margin\na,b,c,0.25\na,b,d,\n")
+    assert [pair.margin for pair in read_preferences(tmp_path / "a.csv")] == [0.25, None]
+
+
+def test_other_files(tmp_path):
+    pq.write_table(pa.Table.from_pylist([LISTS, LISTS]), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps([LISTS]))
+    one, other = read_preferences(tmp_path / "a.parquet"), read_preferences(tmp_path / "a.json")
+    assert one.pairs[0].chosen.messages == other.pairs[0].chosen.messages
+    assert one.pairs[1].where.endswith("a.parquet: row 2")
+
+
+def test_default_template(read, chat):
+    for record, without, with_template in (
+        (ALPACA, "alpaca", "chat"),
+        (STRINGS, "plain", "plain"),
+        (LISTS, "chat", "chat"),
+        (MIXED, "chat", "chat"),
+        (IMPLICIT, "chat", "chat"),
+    ):
+        chosen = [pair.chosen for pair in read(record)]
+        assert [default_template(chosen, tokenizer) for tokenizer in (ByteTokenizer(), chat)] == [
+            without,
+            with_template,
+        ]
+
+
+def test_too_long(read):
+    """ "1 + 1 =" are 7 tokens, the answers 2 and 4 with what ends them 3 and 5 more."""
+    short, long = STRINGS, {**STRINGS, "rejected": " 30 or 40"}
+    pairs, tokenizer = read(short, long), ByteTokenizer()
+    assert "é" in short["rejected"]  # two bytes
+    found = tokenize_preferences(pairs, tokenizer, template="plain", context=15)
+    assert (len(found), found.truncated, found.dropped) == (2, 1, 0)
+    assert tokenizer.decode(found.pairs[1].rejected.tokens.tolist()) == "1 + 1 = 30 or 4"
+    assert found.pairs[1].rejected.cut and not found.pairs[1].chosen.cut
+    assert found.tokens == 10 + 14 + 10 + 15 and [len(pair) for pair in found.pairs] == [14, 15]
+    found = tokenize_preferences(pairs, tokenizer, template="plain", context=15, too_long="drop")
+    assert (len(found), found.truncated, found.dropped) == (1, 0, 1)
+    with pytest.raises(BadInput, match=r"line 2 has 17 tokens and the context 15: shorten it, .*--too-long"):
+        tokenize_preferences(pairs, tokenizer, template="plain", context=15, too_long="error")
+
+
+def test_what_nothing_is_left_of_is_dropped(read):
+    """Both sides need a response, and a difference, within the context."""
+    pairs, tokenizer = read(STRINGS, {**STRINGS, "prompt": "1"}), ByteTokenizer()
+    found = tokenize_preferences(pairs, tokenizer, template="plain", context=7)
+    assert (len(found), found.truncated, found.dropped) == (1, 1, 1)
+    # Nine tokens: "1 + 1 = 2" and "1 + 1 = 3"; eight: the same on both sides.
+    assert tokenize_preferences(pairs, tokenizer, template="plain", context=9).dropped == 0
+    assert tokenize_preferences(pairs, tokenizer, template="plain", context=8).dropped == 1
+    # "1", " Saying", end; "1", " Say", " no", end: of the second one nothing but the prompt is within two tokens.
+    merged = read({"prompt": "1 Say", "chosen": "ing", "rejected": " no"}, {**STRINGS, "prompt": "1"})
+    found = tokenize_preferences(merged, GPT2Tokenizer(), template="plain", context=3)
+    assert [len(side.tokens) for side in (found.pairs[0].chosen, found.pairs[0].rejected)] == [3, 3]
+    found = tokenize_preferences(merged, GPT2Tokenizer(), template="plain", context=2)
+    assert (len(found), found.dropped) == (1, 1) and found.pairs[0].where.endswith("line 2")
+    with pytest.raises(BadInput, match="none of the 1 pairs differs in its responses within the context of 7 tokens"):
+        tokenize_preferences(read(STRINGS), tokenizer, template="plain", context=7)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [({"context": 1}, "at least 2"), ({"too_long": "cut"}, "too_long")])
+def test_arguments(read, arguments, message):
+    with pytest.raises(BadInput, match=message):
+        tokenize_preferences(read(STRINGS), ByteTokenizer(), **{"template": "plain", "context": 9, **arguments})
+
+
+def test_no_prompt_is_in_both_parts(read):
+    records = [{**STRINGS, "prompt": f"{i % 7}", "rejected": f"{i}"} for i in range(30)]
+    pairs = read(*records)
+    training, held_out = split_preferences(pairs, 0.3, seed=1)
+    prompts = [{pair.prompt for pair in part} for part in (training, held_out)]
+    assert len(training) + len(held_out) == 30 and not prompts[0] & prompts[1] and len(prompts[1]) == 2
+    numbers = [int(pair.where.split()[-1]) for pair in held_out]
+    assert numbers == sorted(numbers)
+    assert split_preferences(pairs, 0.3, seed=1)[1] == held_out and split_preferences(pairs, 0.3, seed=2)[1] != held_out
+    with pytest.raises(BadInput, match="needs at least 2 different prompts, found 1"):
+        split_preferences(read(STRINGS, {**STRINGS, "chosen": "x"}), 0.5)
+    # An input is part of the prompt; what is an answer is none.
+    assert len({pair.prompt for pair in read(ALPACA, {**ALPACA, "input": "y"}, {**ALPACA, "chosen": "y"})}) == 2
+    assert len({pair.prompt for pair in read(LISTS, IMPLICIT, {**LISTS, "prompt": [user("a")]})}) == 2
+
+
+BAD = [
+    ({"question": "x"}, r"is no preference pair \(fields found: question\): it needs the fields instruction, chosen"),
+    ({**STRINGS, "rejected": None}, r"is no preference pair \(fields found: prompt, chosen\)"),
+    ({**ALPACA, "prompt": "x"}, "has both an instruction and a prompt"),
+    ({**ALPACA, "chosen": " \n"}, "field 'chosen': the response is empty"),
+    ({**ALPACA, "rejected": 5}, "field 'rejected' must be a string, not a number"),
+    ({**ALPACA, "chosen": [assistant("x")]}, "field 'chosen' must be a string, not a list"),
+    ({**ALPACA, "instruction": " ", "input": ""}, "the prompt is empty, so there is nothing to answer"),
+    ({**STRINGS, "prompt": "\n"}, "the prompt is empty"),
+    ({**STRINGS, "rejected": ""}, "field 'rejected': the response is empty"),
+    ({**STRINGS, "rejected": [assistant("x")]}, "the prompt is a string and rejected a list of messages: give the"),
+    ({**STRINGS, "chosen": 5}, "field 'chosen' must be a string, not a number"),
+    ({**LISTS, "prompt": []}, "field 'prompt' must be a list of"),
+    ({**LISTS, "prompt": [user(" ")]}, "the prompt is empty"),
+    ({**LISTS, "chosen": "d"}, "chosen and rejected must both be strings, or both be lists"),
+    ({**LISTS, "chosen": [assistant(" ")]}, r"chosen\[0\]: the response is empty"),
+    ({**LISTS, "chosen": [user("d")]}, "chosen, after the prompt, must begin with a message of the assistant, not of"),
+    ({**LISTS, "rejected": [assistant("e"), user("d")]}, "rejected, after the prompt, must end with a message of the"),
+    ({**LISTS, "rejected": [{"role": "tool", "content": "x"}]}, r"rejected\[0\] has the role 'tool'"),
+    ({"chosen": "x", "rejected": "y"}, "chosen and rejected are no lists of messages: give what they answer as"),
+    ({"chosen": [assistant("x")], "rejected": [assistant("y")]}, "must begin with the same messages, the prompt"),
+    ({"chosen": IMPLICIT["chosen"], "rejected": LISTS["prompt"]}, "rejected has no answer after the prompt"),
+    ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}, "must begin with the same"),
+    ({**STRINGS, "margin": "much"}, "field 'margin' must be a finite number, not 'much'"),
+    ({**STRINGS, "margin": float("nan")}, "field 'margin' must be a finite number, not nan"),
+    ({**STRINGS, "margin": True}, "field 'margin' must be a finite number, not True"),
+    ({**STRINGS, "margin": [1]}, r"field 'margin' must be a finite number, not \[1\]"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_what_is_refused(read, record, message):
+    good = ALPACA if "instruction" in record else STRINGS if isinstance(record.get("prompt"), str) else LISTS
+    with pytest.raises(BadInput, match=message) as error:
+        read(good, record)
+    assert "pairs.jsonl: line 2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_form_a_file(read):
+    with pytest.raises(BadInput, match=r"line 2 has the fields of the form 'alpaca' and .*line 1 those of 'prompt'"):
+        read(STRINGS, ALPACA)
+
+
+def test_masks_are_those_of_tokens(read):
+    (pair,) = tokenize_preferences(read(STRINGS), ByteTokenizer(), template="plain", context=50).pairs
+    np.testing.assert_array_equal(pair.chosen.learned, [False] * 7 + [True] * 3)
+    np.testing.assert_array_equal(pair.rejected.learned, [False] * 7 + [True] * 7)
+
+
+def test_texts_without_what_pads_them(read):
+    """At their ends alone, and with their masks."""
+    (pair,) = tokenize_preferences(read(STRINGS), ByteTokenizer(), template="plain", context=12).pairs
+    assert pair.rejected.cut and pair.chosen.tokens[-1] == 256
+    found = without_padding(pair, 256)
+    assert (len(found.chosen.tokens), len(found.rejected.tokens)) == (9, 12) and found.rejected.cut
+    np.testing.assert_array_equal(found.chosen.learned, [False] * 7 + [True] * 2)
+    assert (found.where, found.margin) == (pair.where, pair.margin)
+    within = without_padding(pair, ord("1"))  # which begins the prompt
+    assert [len(side.tokens) for side in (within.chosen, within.rejected)] == [10, 12]

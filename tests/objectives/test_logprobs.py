@@ -1,0 +1,125 @@
+"""Log-probabilities of tokens, against the plain form; what does not count is not computed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.objectives import logprobs
+from llmq_jax.objectives.logprobs import completion_logprobs, sequence_logprobs, token_logprobs
+
+CONFIG = lq.Llama3Config(
+    vocab_size=61,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=24,
+    max_position_embeddings=32,
+)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def lm(request):
+    config = lq.models.override(CONFIG, tie_word_embeddings=request.param)
+    return lq.build(config), lq.init(config, seed=3)
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 61, (3, 20)), jnp.int32)
+    lengths = jnp.asarray([20, 7, 13], jnp.int32)
+    mask = jnp.asarray(rng.random((3, 20)) > 0.4, jnp.float32)
+    return tokens, mask, lengths
+
+
+def plain(model, variables, tokens, temperature=1.0):
+    """(log p(token), entropy) of all tokens but the first, with all logits at once."""
+    logits = model.apply(variables, tokens)[:, :-1] / temperature
+    all_logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(all_logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+    return chosen, -(jnp.exp(all_logprobs) * all_logprobs).sum(-1)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Four tokens at a time."""
+    monkeypatch.setattr(logprobs, "SHORTEST_CHUNK", 4)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_are_those_of_the_plain_form(lm, small_chunks, temperature):
+    model, variables = lm
+    tokens, mask, lengths = rows()
+    counted = (mask * (jnp.arange(20) < lengths[:, None]))[:, 1:]
+    slopes = jnp.asarray(np.random.default_rng(1).standard_normal((3, 19)), jnp.float32)
+
+    def ours(variables):
+        values = token_logprobs(model, variables, tokens, mask, lengths=lengths, temperature=temperature)
+        return (slopes * values).sum(), values
+
+    def expected(variables):
+        values = plain(model, variables, tokens, temperature)[0] * counted
+        return (slopes * values).sum(), values
+
+    (_, values), gradients = jax.value_and_grad(ours, has_aux=True)(variables)
+    (_, wanted), wanted_gradients = jax.value_and_grad(expected, has_aux=True)(variables)
+    assert 10 < (values != 0).sum() < 57
+    np.testing.assert_allclose(values, wanted, atol=1e-6, rtol=0)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), gradients, wanted_gradients)
+    sums = sequence_logprobs(model, variables, tokens, mask, lengths=lengths)
+    if temperature == 1.0:
+        np.testing.assert_allclose(sums, wanted.sum(-1), atol=1e-5, rtol=0)
+    everything = token_logprobs(model, variables, tokens, temperature=temperature)
+    np.testing.assert_allclose(everything, plain(model, variables, tokens, temperature)[0], atol=1e-6, rtol=0)
+
+
+def test_completions_have_their_part_of_the_row(lm):
+    model, variables = lm
+    tokens, _, lengths = rows()
+    prompts = jnp.asarray([4, 2, 9], jnp.int32)
+    values, entropies, counts = completion_logprobs(model, variables, tokens, lengths, prompts, 16)
+    wanted, wanted_entropies = plain(model, variables, tokens)
+    assert values.shape == entropies.shape == (3, 16)
+    assert counts == {"group_0": {"block_0": {}}}
+    for row, (start, end) in enumerate(zip(prompts, lengths, strict=True)):
+        count = int(end - start)
+        np.testing.assert_allclose(values[row, :count], wanted[row, start - 1 : end - 1], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(
+            entropies[row, :count], wanted_entropies[row, start - 1 : end - 1], atol=1e-5, rtol=0
+        )
+        assert not values[row, count:].any()
+        assert not entropies[row, count:].any()
+
+
+def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
+    model, variables = lm
+    tokens, _, _ = rows()
+    mask = jnp.zeros((3, 20)).at[1, 5:9].set(1)
+    unembedded = []
+
+    class Counting(lq.Llama3):
+        def unembed(self, hidden):
+            jax.debug.callback(lambda: unembedded.append(len(hidden)))
+            return super().unembed(hidden)
+
+    values = jax.jit(lambda: token_logprobs(Counting(model.config), variables, tokens, mask))()
+    jax.effects_barrier()
+    assert (values != 0).sum() == 4
+    assert unembedded == [4]
+
+
+def test_no_logits_of_all_tokens_exist(lm, small_chunks):
+    model, variables = lm
+    tokens, mask, lengths = rows()
+
+    def loss(variables):
+        return token_logprobs(model, variables, tokens, mask, lengths=lengths).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(variables))
+    assert "f32[4,61]" in program
+    assert not any(shape in program for shape in ("f32[3,19,61]", "f32[3,20,61]", "f32[57,61]", "f32[15,4,61]"))

@@ -1,0 +1,153 @@
+"""DPO against TRL's DPOTrainer: tokens, loss, metrics and gradients of one batch."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import llmq_jax as lq
+from llmq_jax.data import ByteTokenizer
+from llmq_jax.interop import to_state_dict
+from llmq_jax.objectives.preference import DPO, pair_logprobs
+from tests.parity.references import assert_same_gradients, numpy_gradients, randomise
+
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
+
+CONTEXT = 96
+PAIRS = [
+    {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or 6, who knows"},
+    {"prompt": "Name a city in Japan (日本):", "chosen": " Kyoto, the old capital 😀", "rejected": " Rome"},
+    {"prompt": "Count:\n", "chosen": "1, 2, 3, 4, 5, 6, 7", "rejected": "1"},
+    {"prompt": "Say no.", "chosen": " No.", "rejected": " Yes."},
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(policy, reference) of transformers with random weights."""
+    tokenizer = ByteTokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size + 1,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=tokenizer.end_of_text,
+        bos_token_id=tokenizer.end_of_text,
+    )
+    folders = []
+    for seed, name in enumerate(("policy", "reference")):
+        model = transformers.LlamaForCausalLM(config)
+        randomise(model, seed)
+        folders.append(tmp_path_factory.mktemp(name))
+        model.save_pretrained(folders[-1])
+        tokenizer.save(folders[-1])
+        file = folders[-1] / "tokenizer_config.json"
+        named = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+        file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    return folders
+
+
+def their_trainer(folders, tmp_path, **arguments):
+    policy, reference = folders
+    return trl.DPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(policy),
+        ref_model=transformers.AutoModelForCausalLM.from_pretrained(reference),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            max_length=CONTEXT,
+            per_device_train_batch_size=len(PAIRS),
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            **arguments,
+        ),
+        train_dataset=datasets.Dataset.from_list(PAIRS),
+        processing_class=transformers.AutoTokenizer.from_pretrained(policy),
+    )
+
+
+def our_batch(theirs, reference):
+    """TRL's batch, chosen rows before rejected ones, as ours."""
+
+    def paired(name):
+        return np.stack(np.split(theirs[name].numpy(), 2), axis=1)
+
+    batch = {
+        "tokens": paired("input_ids").astype(np.int32),
+        "lengths": paired("attention_mask").sum(-1).astype(np.int32),
+        "response_mask": paired("completion_mask").astype(np.float32),
+        "mask": np.ones(len(PAIRS), np.float32),
+    }
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
+    logprobs, _ = pair_logprobs(reference.model, reference.variables, batch)
+    return batch | {"reference_logprobs": logprobs}
+
+
+CASES = {
+    "sigmoid": ({"loss_type": ["sigmoid"]}, {}),
+    "sigmoid, sharper": ({"loss_type": ["sigmoid"], "beta": 0.7}, {"beta": 0.7}),
+    "normalised": ({"loss_type": ["sigmoid_norm"], "beta": 0.7}, {"beta": 0.7, "normalise": True}),
+    "ipo": ({"loss_type": ["ipo"], "beta": 0.4}, {"loss_type": "ipo", "beta": 0.4}),
+    "hinge": ({"loss_type": ["hinge"]}, {"loss_type": "hinge"}),
+    "robust": (
+        {"loss_type": ["robust"], "label_smoothing": 0.2},
+        {"loss_type": "robust", "label_smoothing": 0.2},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_loss_metrics_and_gradients(folders, tmp_path, case, caplog):
+    caplog.set_level(logging.ERROR)
+    theirs, ours = CASES[case]
+    trainer = their_trainer(folders, tmp_path, **theirs)
+    inputs = trainer.data_collator(list(trainer.train_dataset))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+
+    policy, reference = map(lq.load, folders)
+    batch = our_batch(inputs, reference)
+    objective = DPO(policy.model, **ours)
+
+    def our_loss(params):
+        value, metrics, _ = objective.loss({"params": params}, batch, objective.weights(batch))
+        return value, metrics
+
+    (value, metrics), gradients = jax.jit(jax.value_and_grad(our_loss, has_aux=True))(policy.params)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    for name, found in metrics.items():
+        np.testing.assert_allclose(found, logged[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    gradients = to_state_dict({"params": gradients}, policy.config)
+    assert_same_gradients(gradients, numpy_gradients(trainer.model, gradients))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_conservative_dpo(folders, tmp_path, caplog):
+    """TRL's sigmoid ignores label smoothing; its "aot" of one pair is cDPO."""
+    caplog.set_level(logging.ERROR)
+    trainer = their_trainer(folders, tmp_path, loss_type=["aot"], label_smoothing=0.2, beta=0.3)
+    policy, reference = map(lq.load, folders)
+    objective = DPO(policy.model, beta=0.3, label_smoothing=0.2)
+    rows = list(trainer.train_dataset)
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            losses.append(trainer.compute_loss(trainer.model, trainer.data_collator([row])).item())
+    batch = our_batch(trainer.data_collator(rows), reference)
+    value, _, _ = objective.loss(policy.variables, batch, objective.weights(batch))
+    np.testing.assert_allclose(value, np.mean(losses), rtol=1e-5)
+    plain = DPO(policy.model, beta=0.3).loss(policy.variables, batch, objective.weights(batch))[0]
+    assert jnp.abs(value - plain) > 0.01

@@ -1,0 +1,212 @@
+"""GRPO's loss, gradients and metrics against TRL's GRPOTrainer, and its advantages: the trainer's own code is given our
+log-probabilities in place of a model's."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from llmq_jax.objectives.grpo import OPTIONS, TOKEN_AVERAGES, group_advantages, grpo_loss, loss_weights
+
+pytest.importorskip("trl")
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import nanstd
+
+ROWS, LENGTH, MAX_LENGTH = 8, 6, 9
+CLIPS = {
+    "sapo": {"sapo_temperature_positive": 0.8, "sapo_temperature_negative": 1.3},
+    "cispo": {"clip_high": 1.1},
+    "gspo": {"clip_low": 0.1, "clip_high": 0.15},
+    "dr_grpo": {"clip_low": 0.2, "max_length": MAX_LENGTH},
+}
+
+
+def some_answers(advantages_of="answers", seed=1):
+    """Ratios inside and outside of the bounds, advantages of both signs, answers of different lengths, one of none."""
+    rng = np.random.default_rng(seed)
+    shape = (ROWS, LENGTH)
+    logprobs = rng.uniform(-3, -0.1, shape)
+    lengths = np.array([6, 2, 5, 1, 3, 0, 4, 6])
+    arrays = {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs + rng.normal(0, 0.4, shape),
+        "reference_logprobs": logprobs + rng.normal(0, 0.5, shape),
+        "entropies": rng.uniform(0.1, 2, shape),
+        "advantages": rng.normal(0, 1, ROWS if advantages_of == "answers" else shape),
+        "mask": np.arange(LENGTH) < lengths[:, None],
+    }
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def theirs(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, items=None, steps_per_generation=None):
+    """(loss, gradients, metrics) that TRL accumulates over micro-batches; metrics are means over these."""
+    clips = {"clip_low": 0.2} | CLIPS.get(loss_type, {})
+    low = clips["clip_low"]
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    for name in ("logprobs", "entropies"):
+        tensors[name].requires_grad_()
+    trainer = SimpleNamespace(
+        loss_type="grpo" if loss_type == "gspo" else loss_type,
+        importance_sampling_level="sequence" if loss_type == "gspo" else "token",
+        epsilon_low=low,
+        epsilon_high=clips.get("clip_high", low),
+        beta=beta,
+        max_completion_length=MAX_LENGTH,
+        entropy_coef=entropy_coefficient,
+        _entropy_bonus_enabled=entropy_coefficient != 0,
+        args=SimpleNamespace(
+            delta=None,
+            use_bias_correction_kl=False,
+            sapo_temperature_pos=clips.get("sapo_temperature_positive"),
+            sapo_temperature_neg=clips.get("sapo_temperature_negative"),
+            steps_per_generation=steps_per_generation or parts,
+        ),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=False
+        ),
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=parts,
+        aux_loss_enabled=False,
+        use_adaptive_entropy=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        _metrics={"train": defaultdict(list)},
+    )
+    total = 0.0
+    for rows in np.split(np.arange(ROWS), parts):
+        part = {name: tensor[rows] for name, tensor in tensors.items()}
+        trainer._get_per_token_logps_and_entropies = lambda *a, part=part, **k: (
+            part["logprobs"],
+            part["entropies"],
+            None,
+        )
+        inputs = {
+            "prompt_ids": torch.zeros(len(rows), 1, dtype=torch.long),
+            "prompt_mask": torch.ones(len(rows), 1, dtype=torch.long),
+            "completion_ids": torch.zeros(len(rows), LENGTH, dtype=torch.long),
+            "completion_mask": part["mask"].long(),
+            "old_per_token_logps": part["old_logprobs"],
+            "advantages": part["advantages"],
+            "num_items_in_batch": tensors["mask"].sum() if items is None else torch.tensor(items),
+        }
+        if beta:
+            inputs["ref_per_token_logps"] = part["reference_logprobs"]
+        total = total + GRPOTrainer._compute_loss(trainer, None, inputs)
+    total.backward()
+    gradients = [tensors[name].grad for name in ("logprobs", "entropies")]
+    gradients = [np.zeros((ROWS, LENGTH)) if gradient is None else gradient.numpy() for gradient in gradients]
+    return total.item(), gradients, trainer._metrics["train"]
+
+
+def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=None):
+    """The same, as sums over micro-batches."""
+    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
+    weights = loss_weights(arrays["mask"])
+    if tokens is not None:
+        weights["tokens"] = jnp.asarray(tokens)
+
+    @jax.jit
+    def loss(logprobs, entropies, part):
+        return grpo_loss(
+            logprobs,
+            part["old_logprobs"],
+            part["reference_logprobs"] if beta else None,
+            part["advantages"],
+            part["mask"],
+            loss_type=loss_type,
+            beta=beta,
+            entropies=entropies,
+            entropy_coefficient=entropy_coefficient,
+            weights=weights if parts > 1 or tokens is not None else None,
+            **CLIPS.get(loss_type, {}),
+        )
+
+    total, gradients, metrics = 0.0, ([], []), []
+    for rows in np.split(np.arange(ROWS), parts):
+        part = {name: array[rows] for name, array in arrays.items()}
+        differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        (value, found), slopes = differentiated(part["logprobs"], part["entropies"], part)
+        total += float(value)
+        metrics.append(found)
+        for collected, slope in zip(gradients, slopes, strict=True):
+            collected.append(slope)
+    return total, [np.concatenate(gradient) for gradient in gradients], metrics
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss_type", OPTIONS)
+def test_loss_gradients_and_metrics(loss_type, beta):
+    arrays = some_answers()
+    expected, slopes, reported = theirs(arrays, 1, loss_type, beta)
+    loss, gradients, (metrics,) = ours(arrays, 1, loss_type, beta)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(gradients[0], slopes[0], atol=1e-6)
+    assert np.abs(slopes[0]).max() > 0.01
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {name: values[0] for name, values in reported.items()}, abs=1e-6
+    )
+    if loss_type not in ("sapo", "cispo"):
+        assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_max"] > 0
+
+
+@pytest.mark.parametrize("advantages_of", ["answers", "tokens"])
+@pytest.mark.parametrize("loss_type", OPTIONS)
+def test_micro_batches_with_an_entropy_bonus(loss_type, advantages_of):
+    arrays = some_answers(advantages_of, seed=2)
+    expected, slopes, reported = theirs(arrays, 4, loss_type, 0.3, 0.2)
+    loss, gradients, metrics = ours(arrays, 4, loss_type, 0.3, 0.2)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        np.testing.assert_allclose(gradient, slope, atol=1e-6)
+        assert np.abs(slope).max() > 0.01
+    # Theirs is a mean over micro-batches; for dapo and cispo of parts of one mean.
+    scale = 4 if loss_type in TOKEN_AVERAGES else 1
+    policy = sum(float(found["policy_loss"]) for found in metrics)
+    assert policy == pytest.approx(scale * np.mean(reported["policy_loss"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", TOKEN_AVERAGES)
+def test_several_steps_on_one_round_of_answers(loss_type):
+    """TRL then divides a step by its share of the tokens of all of them: ours by what `weights` says."""
+    arrays, items = some_answers(), 71.0
+    expected, slopes, _ = theirs(arrays, 2, loss_type, items=items, steps_per_generation=6)
+    loss, gradients, _ = ours(arrays, 2, loss_type, tokens=items * 2 / 6)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(gradients[0], slopes[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_advantages(scale):
+    """TRL's standard deviation."""
+    rewards = torch.tensor([1.0, 4.0, 1.0, 4.0, 0.2, 0.1, -3.0, 0.7])
+    groups = rewards.view(2, 4)
+    spread = nanstd(groups, dim=1).repeat_interleave(4) if scale == "group" else nanstd(rewards)
+    expected = (rewards - groups.mean(dim=1).repeat_interleave(4)) / (spread + 1e-4)
+    found = group_advantages(jnp.asarray(rewards.numpy()), 4, scale=scale)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "scale", "expected"),
+    [("grpo", "group", 0.0), ("dapo", "group", 0.018425), ("bnpo", "group", 0.018425), ("dr_grpo", "none", 0.03125)],
+)
+def test_the_first_step_of_a_run_of_trl(loss_type, scale, expected):
+    """Measured in TRL: the first answer is rewarded 1, the second 4, and is one token shorter."""
+    advantages = group_advantages(jnp.asarray([1.0, 4.0, 1.0, 4.0]), 4, scale=scale)
+    size = 1.5 if scale == "none" else 0.866
+    np.testing.assert_allclose(advantages, [-size, size, -size, size], atol=1e-4)
+    mask = jnp.asarray(np.arange(12) < np.array([12, 11, 12, 12])[:, None])
+    logprobs = jnp.full((4, 12), -1.0)
+    options = {"max_length": 12} if loss_type == "dr_grpo" else {}
+
+    def loss(policy):
+        return grpo_loss(policy, logprobs, None, advantages, mask, loss_type=loss_type, **options)[0]
+
+    value, gradient = jax.value_and_grad(loss)(logprobs)
+    assert float(value) == pytest.approx(expected, abs=1e-6)
+    assert float(jnp.abs(gradient).max()) > 0.01

@@ -1,0 +1,214 @@
+"""Rewards by rules: what they give, where they have nothing to say, and what names itself when it fails."""
+
+import numpy as np
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.rewards import Rewards, final_number, find, length, numeric_answer, think_answer_format
+
+# (completion, reference, reward)
+ANSWERS = [
+    ("She makes 9 * 2 = $<<9*2=18>>18 every day.\n#### 18", "16 - 3 - 4 = <<16-3-4=9>>9 eggs.\n#### 18", 1.0),
+    ("#### 1,080", "that is\n#### 1080", 1.0),
+    ("The answer is $1,234.50.", "#### 1234.5", 1.0),
+    ("so 50% of them.", "50", 1.0),
+    ("in all 3.0", 3, 1.0),
+    ("+7", "7", 1.0),
+    ("it is -7", "7", 0.0),
+    ("it loses $-5, or -$5", "#### -5", 1.0),
+    ("the sum is −4", "-4", 1.0),
+    ("10-3", "3", 1.0),  # a difference, no negative number
+    ("GPT-4", "4", 1.0),
+    ("it costs $.50", "0.5", 1.0),
+    ("the roots are 1,2", "2", 1.0),  # two numbers, not thousands
+    ("1,234,567", "1234567", 1.0),
+    ("1,2345", "2345", 1.0),
+    ("12.", "12", 1.0),
+    ("0.1", "0.10000000000000001", 0.0),  # compared as written, not in floating point
+    ("9007199254740993", "9007199254740992", 0.0),
+    # marks: the last decides
+    ("<answer>6 * 3 = 18 dollars</answer> for 7 days", "18", 1.0),
+    ("<answer>7</answer> no: <answer>8</answer>", "8", 1.0),
+    ("<answer>8</answer> no:\n#### 9 (of 10)", "9", 1.0),
+    (r"so \boxed{\text{it is } 42} of 99", "42", 1.0),
+    (r"<answer>\boxed{5}</answer>", "5", 1.0),
+    ("####   $ 70,000 is it, not 5", "70000", 1.0),
+    ("#### **18**", "18", 1.0),
+    ("#### Step 2\nIt is 18", "18", 1.0),  # a heading
+    ("12 of them <answer>none</answer>", "12", 0.0),
+    ("<answer>12", "12", 1.0),
+    ("I do not know", "12", 0.0),
+    ("", "12", 0.0),
+    # a reference without a number
+    ("12", "none", None),
+    ("12", None, None),
+]
+
+
+@pytest.mark.parametrize(("completion", "reference", "reward"), ANSWERS)
+def test_numeric_answers(completion, reference, reward):
+    assert numeric_answer(prompts=["?"], completions=[completion], answer=[reference], question=["?"]) == [reward]
+
+
+def test_digits_of_other_scripts_are_no_numbers():
+    assert final_number("١٢") is None and final_number("#### ١٢") is None
+
+
+# (completion, prompt, reward in eighths)
+FORMS = [
+    ("<think>2 + 2</think><answer>4</answer>", "?", 8),
+    ("\n<think>\n2\n</think>\n\n<answer>\n4\n</answer>\n", "?", 8),
+    ("<think></think><answer></answer>", "?", 8),
+    ("Sure! <think>2</think><answer>4</answer>", "?", 6),
+    ("<think>2</think> so <answer>4</answer>", "?", 6),
+    ("<think>2</think><answer>4</answer> bye", "?", 6),
+    ("<answer>4</answer><think>2</think>", "?", 4),
+    ("<think>2<answer>4</think></answer>", "?", 4),
+    ("<think>2</think><answer>4", "?", 3),
+    ("<think>2</think><think>3</think><answer>4</answer>", "?", 2),
+    ("<answer>4</answer>", "?", 2),
+    ("<think>2", "?", 1),
+    ("the answer is 4", "?", 0),
+    ("", "?", 0),
+    ("2</think><answer>4</answer>", "?<think>\n", 8),
+    ("<think>2</think><answer>4</answer>", "?<think>\n", 3),
+    ("2</think><answer>4</answer>", [{"role": "user", "content": "?"}], 3),
+]
+
+
+@pytest.mark.parametrize(("completion", "prompt", "eighths"), FORMS)
+def test_forms(completion, prompt, eighths):
+    assert think_answer_format(prompts=[prompt], completions=[completion], answer=[None]) == [eighths / 8]
+
+
+def test_lengths():
+    texts = ["", "x" * 400, "x" * 500, "x" * 800, "x" * 2000]
+    assert length(400)(prompts=texts, completions=texts, answer=texts) == [1.0, 1.0, 0.75, 0.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several at once
+
+
+def one_of(value):
+    return lambda prompts, completions, **_: [value(text) for text in completions]
+
+
+def test_the_weighted_sum_leaves_out_what_has_nothing_to_say():
+    rewards = Rewards(
+        ("digits", "answer"), (one_of(lambda text: len(text) if text.isdigit() else None), numeric_answer), (0.5, -2.0)
+    )
+    total, by_name = rewards(["a", "b", "c"], ["12", "345", "no"], {"answer": ["12", "?", "7"], "question": "abc"})
+    np.testing.assert_array_equal(total, [0.5 * 2 - 2.0 * 1, 0.5 * 3, 0.0])
+    np.testing.assert_array_equal(by_name["digits"], [2, 3, np.nan])
+    np.testing.assert_array_equal(by_name["answer"], [1, np.nan, 0])
+    assert list(by_name) == ["digits", "answer"] and total.dtype == np.float32
+
+
+def test_numbers_of_any_type():
+    values = iter([True, np.float32(0.5), np.int64(3), np.asarray(2.0)])
+    total, _ = Rewards(("any",), (one_of(lambda text: next(values)),), (1.0,))(["?"] * 4, ["x"] * 4, {})
+    np.testing.assert_array_equal(total, [1.0, 0.5, 3.0, 2.0])
+
+
+def failing(prompts, completions, **_):
+    raise ValueError("no\nsuch thing")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (failing, "the reward 'mine' failed with ValueError: no such thing"),
+        (numeric_answer, "argument: 'answer'; the columns of the data are question"),
+        (lambda prompts, completions, **_: None, "the reward 'mine' failed with TypeError: 'NoneType' object"),
+        (lambda prompts, completions, **_: [1.0], "the reward 'mine' returned 1 values for 2 completions"),
+        (one_of(lambda text: float("nan")), "the reward 'mine' returned nan for completion 0; it must return a finite"),
+        (one_of(lambda text: 1.0 if text == "x" else float("-inf")), "returned -inf for completion 1"),
+        (one_of(lambda text: 1e39), "returned 1e+39 for completion 0"),  # more than float32 holds
+        (one_of(lambda text: "1.0"), "returned '1.0' for completion 0"),
+        (one_of(lambda text: np.zeros((2, 2))), "returned array([[0., 0.], [0., 0.]]) for completion 0"),
+        (one_of(lambda text: 1.0 if text == "x" else None), "no reward of completion 1 ('b'): all functions (mine)"),
+    ],
+)
+def test_a_function_that_fails_names_itself(function, message):
+    with pytest.raises(BadInput) as error:
+        Rewards(("mine",), (function,), (1.0,))(["a", "b"], ["x", "y"], {"question": ["a", "b"]})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_error_that_a_function_raised_is_kept():
+    with pytest.raises(BadInput) as error:
+        Rewards(("mine",), (failing,), (1.0,))(["a"], ["x"], {})
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        ((), (), "and at least one; there are 0 names, 0 functions and 0 weights"),
+        (("a", "b"), (1.0,), "there are 2 names, 2 functions and 1 weights"),
+        (("a", "a"), (1.0, 1.0), "there are 2 rewards called 'a'"),
+        (("a",), (float("inf"),), "the weight of the reward 'a' is inf"),
+    ],
+)
+def test_rewards_that_cannot_be(names, weights, message):
+    with pytest.raises(BadInput) as error:
+        Rewards(names, (numeric_answer,) * len(names), weights)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By name
+
+FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Scale:
+    by: float = 2.0
+
+def by_words(completions, **columns):
+    return [Scale().by * len(text.split()) for text in completions]
+
+number = 3
+"""
+
+
+def test_names(tmp_path):
+    assert find("answer") is numeric_answer and find("format") is think_answer_format
+    assert find("length:4")(prompts=["?"], completions=["x" * 5]) == [0.75]
+    file = tmp_path / "my:rewards.py"
+    file.write_text(FILE)
+    assert find(f"{file}:by_words")(prompts=["?"], completions=["a b c"], answer=["?"]) == [6.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "anwser",
+            "there is no reward 'anwser'; choose from answer, format, length:CHARACTERS or path/to/file.py:func",
+        ),
+        ("length", "the reward 'length' needs a number of characters, as length:400"),
+        ("length:-4", "the reward 'length:-4' needs a number of characters"),
+        ("length:0", "a reward for completions of at most 0 characters makes no sense"),
+        ("FOLDER/missing.py:reward", "there is no file FOLDER/missing.py to read the reward 'reward' from"),
+        ("FOLDER/mine.py", "the reward 'FOLDER/mine.py' is a file; add the name of a function in it"),
+        ("FOLDER/mine.py:by_word", "mine.py has no function 'by_word' for a reward; did you mean by_words?"),
+        ("FOLDER/mine.py:number", "mine.py has no function 'number' for a reward"),
+        ("FOLDER/empty.py:reward", "empty.py has no function 'reward' for a reward; it has no function at all"),
+        (
+            "FOLDER/broken.py:reward",
+            "which holds the reward 'reward', cannot be run: ZeroDivisionError: division by zero",
+        ),
+        ("FOLDER/not_python.py:reward", "cannot be run: SyntaxError:"),
+    ],
+)
+def test_names_of_nothing(name, message, tmp_path):
+    files = {"mine": FILE, "empty": "", "broken": "1 / 0", "not_python": "def def"}
+    for stem, text in files.items():
+        (tmp_path / f"{stem}.py").write_text(text)
+    with pytest.raises(BadInput) as error:
+        find(name.replace("FOLDER", str(tmp_path)))
+    assert message.replace("FOLDER", str(tmp_path)) in str(error.value) and "\n" not in str(error.value)

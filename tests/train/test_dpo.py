@@ -1,0 +1,139 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.data import ByteTokenizer
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.training.metrics import read_metrics
+
+SIZES = {
+    "max_position_embeddings": 256,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+}
+WORDS = ["ab", "ba", "aa", "bb", "abab", "a", "b", "bab", "aba", "bba", "aab", "abb"]
+
+
+def make_model(folder, seed=0, **fields):
+    tokenizer = ByteTokenizer()
+    config = lq.Llama3Config(**{"vocab_size": tokenizer.vocab_size, **SIZES, **fields})
+    ends = GenerationConfig(eos_token_id=(tokenizer.end_of_text,))
+    lq.save(LanguageModel(config, lq.build(config), lq.init(config, seed=seed), tokenizer, ends), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """{name in a command: path}"""
+    folder = tmp_path_factory.mktemp("files")
+    pairs = [{"prompt": f"say {word}:", "chosen": f" {word}.", "rejected": f" {word}?"} for word in WORDS]
+    path = folder / "pairs.json"
+    path.write_text(json.dumps([*pairs, {"prompt": "x", "chosen": "same", "rejected": "same"}]))
+    return {
+        "MODEL": make_model(folder / "model"),
+        "OTHER": make_model(folder / "other", seed=5),
+        "WIDE": make_model(folder / "wide", vocab_size=300),
+        "PAIRS": path,
+    }
+
+
+TINY = ("--data=PAIRS", "--init-from=MODEL", "--steps=8", "--batch-size=4", "--log-every=1", "--out=run")
+
+
+@pytest.fixture
+def dpo(capsys, monkeypatch, tmp_path, files):
+    """`dpo(*options)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder."""
+    from llmq_jax.command_line import run
+    from train.dpo import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*options, tiny=TINY):
+        arguments = []
+        for option in (*tiny, *options):
+            name, _, value = option.partition("=")
+            arguments.append(f"{name}={files.get(value, value)}" if value else option)
+        monkeypatch.setattr("sys.argv", ["train.dpo", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            run(main)
+            raise SystemExit(0)
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_what_is_preferred_becomes_likelier(dpo, tmp_path):
+    code, output, _ = dpo("--train=all", "--learning-rate=3e-3", "--steps=30", "--sample-every=10")
+    assert code == 0, output
+    assert "12 pairs in" in output
+    assert "1 of two equal answers left out" in output
+    assert "before training: accuracy 0.5000, margin 0.000" in output
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    first, last = records[0], [record for record in records if "loss" in record][-1]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["rewards/accuracies"] == 0.5
+    assert last["rewards/margins"] > 0.05
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "grad_norm"} <= last.keys()
+    held_out = [record for record in records if "validation_loss" in record][-1]
+    assert held_out["validation_rewards/accuracies"] == 1.0
+    assert "KL to the reference on" in output
+    assert float(output.split("sampled answers: ")[1].split()[0]) > 0
+    assert lq.load(tmp_path / "run").tokenizer is not None
+
+
+def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
+    """A killed run goes on bit for bit; the reference is not asked again."""
+    options = (
+        "--checkpoint-every=4",
+        "--reference=OTHER",
+        "--label-smoothing=0.1",
+        "--lora-rank=2",
+        "--sample-every=0",
+    )
+    assert dpo(*options)[0] == 0
+    whole = (tmp_path / "run" / "metrics.jsonl").read_text()
+    (tmp_path / "run" / "finished.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
+    code, output, _ = dpo(*options)
+    assert code == 0
+    assert "resuming run from step" in output
+    assert "both answers" not in output
+
+    def without_times(text):
+        return [
+            {name: value for name, value in json.loads(line).items() if name != "tokens_per_second"}
+            for line in text.splitlines()
+        ]
+
+    again = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert without_times(again) == without_times(whole)
+    first = json.loads(whole.splitlines()[0])
+    assert first["rewards/margins"] != 0  # the reference is another model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--label-smoothing=0.5"], "--label-smoothing is 0.5 and must be at least 0 and below 0.5"),
+        (["--label-smoothing=0.1", "--loss=hinge"], "--label-smoothing has no effect with --loss hinge; leave it out"),
+        (["--normalise", "--loss=ipo"], "--normalise has no effect with --loss ipo"),
+        (["--beta=0"], "--beta is 0.0 and must be positive"),
+        (["--reference=WIDE"], "has a vocabulary of 300 ids and the model one of 257; take one of the same"),
+        (["--evaluate-batches=0"], "--evaluate-batches is 0 and must be at least 1"),
+        (["--epochs=2"], "--epochs has no effect beside --steps; leave it out"),
+        (["--template=chat"], "has no chat template"),
+    ],
+)
+def test_bad_input_is_one_line(dpo, tmp_path, options, message):
+    code, _, errors = dpo(*options)
+    assert code == 2
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

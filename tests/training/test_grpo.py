@@ -1,0 +1,354 @@
+"""The loop of GRPO: rollouts, rewards, references, process supervision, a reward model that learns on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.data.prompts import Prompt, PromptBatches
+from llmq_jax.errors import BadInput
+from llmq_jax.generation import Sampler
+from llmq_jax.generation.decoding import advance, prefill
+from llmq_jax.objectives.grpo import GRPO
+from llmq_jax.objectives.logprobs import completion_logprobs
+from llmq_jax.objectives.reward import RewardModel, token_scores
+from llmq_jax.rewards import Rewards
+from llmq_jax.training.grpo import (
+    REFERENCE,
+    REWARD_MODEL,
+    Loop,
+    ModelReward,
+    RewardLearner,
+    Rollout,
+    Scores,
+    TextRewards,
+    roll_out,
+    step_ends,
+)
+from llmq_jax.training.optimizer import adamw
+from llmq_jax.training.state import create_state
+from llmq_jax.training.step import make_train_step
+
+GROUP, NEW = 4, 6
+SAMPLER = Sampler(temperature=1.3)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    config = lq.Llama3Config(
+        vocab_size=257,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    tokenizer = lq.ByteTokenizer()
+    ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text, *range(0, 256, 16)))
+    return lq.LanguageModel(config, lq.build(config), lq.init(config, seed=2), tokenizer, ends)
+
+
+@pytest.fixture(scope="module")
+def reward_lm(lm):
+    return lq.with_classifier(lm, ["reward"], seed=7)
+
+
+def prompts(count=5):
+    texts = [f"say {index}" * (1 + index % 2) for index in range(count)]
+    return [Prompt(f"row {i}", text, list(text.encode()), {"best": i}) for i, text in enumerate(texts)]
+
+
+def bytes_of(completions, best, **_):
+    """A reward that differs between answers: the mean byte."""
+    return [float(np.mean([ord(c) for c in text] or [0])) / 100 for text in completions]
+
+
+def text_rewards(function=bytes_of):
+    return TextRewards(Rewards(("bytes",), (function,), (1.0,)))
+
+
+def make_loop(lm, score=None, *, beta=0.0, trainable=("params",), loop=None, **options):
+    objective = GRPO(lm.model, beta=beta, temperature=SAMPLER.temperature)
+    optimizer = adamw(lambda step: 0.01, weight_decay=0.0)
+    update = make_train_step(objective, optimizer)
+    made = Loop(lm, objective, update, prompts(), score or text_rewards(), GROUP, NEW, SAMPLER, **options)
+    variables = jax.tree.map(jnp.copy, lm.variables)  # which a step consumes
+    return made, made.start(create_state(variables, optimizer, trainable=trainable))
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_answers_follow_their_prompts_and_keep_their_logprobs(lm):
+    rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(2 * GROUP))
+    assert len(rollout) == 2 * GROUP
+    for row in range(len(rollout)):
+        prompt = rollout.prompts[row // GROUP].tokens
+        assert rollout.tokens[row, : len(prompt)].tolist() == prompt
+        assert rollout.prompt_lengths[row] == len(prompt)
+        answer = rollout.tokens[row, len(prompt) : rollout.lengths[row]].tolist()
+        assert rollout.answer_mask[row].sum() == len(answer) == rollout.response_mask()[row].sum()
+        assert rollout.terminated[row] == (answer[-1] in lm.generation.eos_token_id)
+        assert rollout.terminated[row] or len(answer) == NEW
+        assert not rollout.tokens[row, rollout.lengths[row] :].any()
+    arrays = (jnp.asarray(x) for x in (rollout.tokens, rollout.lengths, rollout.prompt_lengths))
+    logprobs, _, _ = completion_logprobs(lm.model, lm.variables, *arrays, NEW, temperature=SAMPLER.temperature)
+    np.testing.assert_allclose(logprobs, rollout.logprobs, atol=1e-4)
+    assert len(set(rollout.completions)) > 4
+
+
+def test_a_step_raises_the_reward_of_its_answers(lm):
+    """What was better than its group becomes likelier, what was worse less so."""
+    loop, state = make_loop(lm, iterations=2)
+    batch = PromptBatches(5, 2)[0]
+    before, _, _ = loop.answered(state, batch)
+    state, metrics = loop.step(state, batch)
+    rewards = loop.score(before).rewards
+    advantages = loop.advantages(loop.score(before))
+    arrays = (jnp.asarray(x) for x in (before.tokens, before.lengths, before.prompt_lengths))
+    after, _, _ = completion_logprobs(lm.model, state.variables, *arrays, NEW, temperature=SAMPLER.temperature)
+    change = np.asarray((after - before.logprobs).sum(1))
+    assert (change * advantages).sum() > 0.1
+    np.testing.assert_allclose(metrics["reward"], rewards.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/bytes/mean"], rewards.mean(), rtol=1e-6)
+    spreads = rewards.reshape(2, GROUP).std(axis=1, ddof=1)
+    np.testing.assert_allclose(metrics["reward_std"], spreads.mean(), rtol=1e-5)
+    assert metrics["frac_reward_zero_std"] == 0
+    assert metrics["completions/clipped_ratio"] == pytest.approx(1 - before.terminated.mean())
+    assert metrics["completions/mean_length"] == before.answer_lengths.mean()
+    assert metrics["tokens"] == before.lengths.sum()
+    assert {
+        "entropy",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_max",
+        "rollout_seconds",
+        "update_seconds",
+    } <= metrics.keys()
+    assert state.step == 2
+
+
+def test_equal_steps_are_equal(lm):
+    batch = PromptBatches(5, 2)[3]
+    loop, state = make_loop(lm)
+    again, same_state = make_loop(lm)
+    state, _ = loop.step(state, batch)
+    same_state, _ = again.step(same_state, batch)
+    assert same(state.variables, same_state.variables)
+
+
+def test_a_run_compiles_a_handful_of_programs(lm):
+    loop, state = make_loop(lm, beta=0.1)
+    batches = PromptBatches(5, 2)
+    state, _ = loop.step(state, batches[0])
+    state, _ = loop.step(state, batches[1])
+    programs = loop.update, prefill, advance
+    before = [program._cache_size() for program in programs]
+    for step in range(2, 6):
+        state, _ = loop.step(state, batches[step])
+    assert [program._cache_size() for program in programs] == before
+    assert before[0] == 1
+
+
+@pytest.mark.parametrize(("reference", "moves"), [("iteration", [0, 2, 4]), ("start", [0])])
+def test_the_reference_is_refreshed(lm, reference, moves):
+    loop, state = make_loop(lm, beta=0.1, reference=reference, steps_per_iteration=2)
+    start = jax.tree.map(np.asarray, state.carried[REFERENCE])
+    for number in range(5):
+        policy = jax.tree.map(np.asarray, state.variables["params"])
+        state, metrics = loop.step(state, PromptBatches(5, 2)[number])
+        found = state.carried[REFERENCE]["params"]
+        assert same(found, policy) == (number in moves)
+        if reference == "start":
+            assert same(found, start["params"])
+        # Where the reference is the policy itself, there is no distance yet.
+        assert (abs(metrics["kl"]) < 1e-6) == (number in moves)
+
+
+def test_the_old_policy_may_be_the_reference(lm):
+    """The original repository's experimental variant: nothing is carried, and the first update has no distance."""
+    loop, state = make_loop(lm, beta=0.1, reference="old", iterations=2)
+    assert state.carried is None
+    for number in range(2):
+        state, metrics = loop.step(state, PromptBatches(5, 2)[number])
+        assert 0 < metrics["kl"] < 1
+
+
+def test_without_beta_there_is_no_reference(lm):
+    loop, state = make_loop(lm)
+    assert state.carried is None
+    _, metrics = loop.step(state, PromptBatches(5, 2)[0])
+    assert "kl" not in metrics
+
+
+def test_adapters_have_a_reference_of_their_own_size(lm):
+    adapted = lq.lora(lm, rank=2)
+    loop, state = make_loop(adapted, beta=0.1, trainable=("lora",))
+    assert state.carried[REFERENCE].keys() == {"lora"}
+    state, metrics = loop.step(state, PromptBatches(5, 2)[0])
+    assert abs(metrics["kl"]) < 1e-6
+    assert same(state.variables["params"], lm.variables["params"])
+
+
+def test_groups_without_spread_teach_nothing_and_say_so(lm):
+    said = []
+    loop, state = make_loop(lm, text_rewards(lambda completions, **_: [1.5] * len(completions)), say=said.append)
+    before = jax.tree.map(np.asarray, state.variables)
+    for number in range(2):
+        state, metrics = loop.step(state, PromptBatches(5, 2)[number])
+    assert metrics["frac_reward_zero_std"] == 1
+    assert metrics["loss"] == 0
+    assert metrics["grad_norm"] == 0
+    assert same(state.variables, before)
+    assert len(said) == 1
+    assert "the answers of every group have the same reward (1.5 in the first)" in said[0]
+
+
+def test_groups_without_spread_are_replaced(lm):
+    """Only prompts whose number is even have answers of unequal worth."""
+
+    def graded(completions, best, **_):
+        return [len(text) + place if best[place] % 2 == 0 else 1.0 for place, text in enumerate(completions)]
+
+    loop, state = make_loop(lm, text_rewards(graded), dynamic_sampling=True)
+    for number in range(3):
+        rollout, scores, _ = loop.answered(state, PromptBatches(5, 3)[number])
+        assert len(rollout.prompts) == 3
+        assert rollout.tokens.shape[0] == 3 * GROUP == len(scores.rewards)
+        assert (loop.spreads(scores.rewards) > 0).sum() >= 2
+        assert len(rollout.completions) == 3 * GROUP
+    plain, state = make_loop(lm, text_rewards(graded))
+    _, scores, _ = plain.answered(state, {"step": 0, "prompts": [1, 3]})
+    assert (plain.spreads(scores.rewards) == 0).all()
+    _, scores, _ = loop.answered(state, {"step": 0, "prompts": [1, 3]})
+    assert (loop.spreads(scores.rewards) > 0).any()
+
+
+def test_answers_that_were_cut_may_be_masked(lm):
+    loop, state = make_loop(lm, mask_truncated=True)
+    rollout, scores, _ = loop.answered(state, PromptBatches(5, 2)[0])
+    mask = loop.rows(state, rollout, loop.advantages(scores))["completion_mask"]
+    np.testing.assert_array_equal(mask.any(axis=1), rollout.terminated)
+    assert 0 < rollout.terminated.sum() < len(rollout)
+
+
+def test_rewards_of_a_model(lm, reward_lm):
+    rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(8))
+    scores, _ = token_scores(
+        reward_lm.model, reward_lm.variables, jnp.asarray(rollout.tokens), jnp.asarray(rollout.lengths)
+    )
+    rows = np.arange(len(rollout))
+    np.testing.assert_allclose(ModelReward(reward_lm)(rollout).rewards, scores[rows, rollout.lengths - 1], atol=1e-5)
+    means = (scores * rollout.response_mask()).sum(1) / rollout.answer_lengths
+    np.testing.assert_allclose(ModelReward(reward_lm, "mean")(rollout).rewards, means, atol=1e-5)
+
+
+def test_an_end_that_the_reward_model_takes_for_padding_is_not_read(lm, reward_lm):
+    rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(8))
+    last = rollout.tokens[np.arange(8), rollout.lengths - 1]
+    ended = np.flatnonzero(rollout.terminated & (rollout.answer_lengths > 1))[0]
+    padded = reward_lm.replace(generation=lq.GenerationConfig(pad_token_id=int(last[ended])))
+    trimmed = (last == last[ended]) & (rollout.answer_lengths > 1)
+    np.testing.assert_array_equal(ModelReward(padded).lengths(rollout), rollout.lengths - trimmed)
+    scores, _ = token_scores(
+        reward_lm.model, reward_lm.variables, jnp.asarray(rollout.tokens), jnp.asarray(rollout.lengths)
+    )
+    found = ModelReward(padded)(rollout).rewards[ended]
+    np.testing.assert_allclose(found, scores[ended, rollout.lengths[ended] - 2], atol=1e-5)
+
+
+def test_steps_end_at_separators_and_with_the_answer(lm):
+    text = "x=1\nab\n\nc"
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, : 3 + len(text)] = list(b"say" + text.encode())
+    rollout = Rollout(
+        prompts(1),
+        1,
+        tokens,
+        np.array([3 + len(text)]),
+        np.array([3]),
+        np.zeros((1, 12), np.float32),
+        np.ones((1, 12), np.float32),
+        np.array([True]),
+        [text],
+    )
+    found = np.flatnonzero(step_ends(rollout, rollout.lengths, lm.tokenizer, "\n")[0]).tolist()
+    assert found == [3, 6, 7, 8]
+
+
+def test_process_supervision_rewards_later_steps(lm, reward_lm):
+    loop, state = make_loop(lm, ModelReward(reward_lm, process=True, separator="�"))
+    _, scores, _ = loop.answered(state, PromptBatches(5, 2)[0])
+    advantages = loop.advantages(scores)
+    assert advantages.shape == (2 * GROUP, NEW)
+    # Normalised over all steps of a group; a token has the sum of the steps from its own on (4.1.3).
+    for group in range(2):
+        rows = slice(group * GROUP, (group + 1) * GROUP)
+        ends, steps = scores.step_ends[rows] > 0, scores.steps[rows]
+        normal = np.where(ends, (steps - steps[ends].mean()) / (steps[ends].std(ddof=1) + 1e-4), 0)
+        np.testing.assert_allclose(advantages[rows], normal[:, ::-1].cumsum(1)[:, ::-1], atol=1e-4)
+    state, metrics = loop.step(state, PromptBatches(5, 2)[0])
+    assert np.isfinite(metrics["loss"])
+
+
+def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
+    """After each iteration, from the pairs of all its steps and from old ones; what is kept is in the state."""
+    width = 32
+    old = {
+        "tokens": np.ones((1, 2, 8), np.int32),
+        "lengths": np.full((1, 2), 8, np.int32),
+        "response_mask": np.ones((1, 2, 8), np.float32),
+        "mask": np.ones(1, np.float32),
+    }
+    seen = []
+    optimizer = adamw(lambda step: 0.01, weight_decay=0.0)
+    update = make_train_step(RewardModel(reward_lm.model), optimizer)
+
+    def watched(state, batch):
+        seen.append(jax.tree.map(np.asarray, batch))
+        return update(state, batch)
+
+    variables = jax.tree.map(jnp.copy, reward_lm.variables)
+    learner = RewardLearner(create_state(variables, optimizer), watched, text_rewards(), [old] * 9, 2, 2, width)
+    loop, state = make_loop(lm, ModelReward(reward_lm), steps_per_iteration=2, reward_learner=learner)
+    begin = jax.tree.map(np.asarray, state.carried[REWARD_MODEL].variables)
+    batches = PromptBatches(5, 2)
+    first, _, _ = loop.answered(state, batches[0])
+    state, _ = loop.step(state, batches[0])
+    assert same(state.carried[REWARD_MODEL].variables, begin)
+    assert not seen
+    state, _ = loop.step(state, batches[1])
+    assert not same(state.carried[REWARD_MODEL].variables, begin)
+    assert [batch["tokens"].shape for batch in seen] == [(3, 2, width)] * 2
+    judged = np.asarray(bytes_of(first.completions, None)).reshape(2, GROUP)
+    for group in range(2):
+        best, worst = judged[group].argmax(), judged[group].argmin()
+        for side, answer in enumerate((best, worst)):
+            row = group * GROUP + answer
+            length = first.lengths[row]
+            assert seen[0]["lengths"][group, side] == length
+            np.testing.assert_array_equal(seen[0]["tokens"][group, side, :length], first.tokens[row, :length])
+    np.testing.assert_array_equal(seen[0]["tokens"][2, :, :8], old["tokens"][0])
+    # What it has learned, it scores by.
+    rollout, scores, _ = loop.answered(state, batches[2])
+    learned = ModelReward(reward_lm)(rollout, state.carried[REWARD_MODEL].variables)
+    np.testing.assert_array_equal(scores.rewards, learned.rewards)
+
+
+def test_a_group_of_one_is_refused(lm):
+    with pytest.raises(BadInput, match="group_size=1: an answer alone has no others to be better than"):
+        Loop(lm, GRPO(lm.model), lambda state, batch: (state, {}), prompts(), text_rewards(), 1, NEW, SAMPLER)
+
+
+def test_rewards_that_are_not_finite_are_refused(lm, reward_lm):
+    params = jax.tree.map(lambda leaf: leaf * jnp.nan, reward_lm.params)
+    rollout = roll_out(lm, prompts(1), group_size=2, max_new_tokens=NEW, sampler=SAMPLER, seeds=[0, 1])
+    with pytest.raises(BadInput, match="the reward model gave nan; train it anew"):
+        ModelReward(reward_lm.replace(variables={"params": params}))(rollout)
+
+
+def test_scores_default_to_outcomes():
+    assert Scores(np.zeros(2, np.float32), {}).steps is None

@@ -1,0 +1,78 @@
+"""Answers in training: how they end, and what a model that learns says to a question."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from llmq_jax.errors import BadInput
+
+SAMPLE_TOKENS = 120
+
+
+def end_of_answer(examples: Iterable[Any], tokenizer: Any) -> int | None:
+    """The special token that ends answers; None where a chat template writes none."""
+    for example in examples:
+        ids = reversed(example.tokens[example.learned].tolist())
+        last = next((token for token in ids if tokenizer.decode([token]).strip()), None)
+        if not example.cut and last is not None and not tokenizer.decode([last], skip_special_tokens=True):
+            return last
+    return None
+
+
+def ending_with(end: int | None, generation: Any) -> Any:
+    """The generation config with one end token more."""
+    if end is None or end in generation.eos_token_id:
+        return generation
+    return dataclasses.replace(generation, eos_token_id=(*generation.eos_token_id, end))
+
+
+def questioner(options: Any, lm: Any, held_out: list) -> Any:
+    """`ask(variables)` -> an instruction and the model's answer to it, the likeliest one.
+
+    BadInput where there is none that leaves room for an answer, before the run begins.
+    """
+    from llmq_jax.data.conversations import as_conversation
+    from llmq_jax.data.records import Record
+    from llmq_jax.generation import Sampler, generate
+
+    longest = lm.config.max_position_embeddings
+    if options.sample_prompt is not None:
+        record = Record("--sample-prompt", {"prompt": options.sample_prompt, "completion": "."})
+        held_out = [as_conversation(record)]
+    prompts = ((prompt_tokens(conversation, options, lm.tokenizer), conversation) for conversation in held_out)
+    prompt, conversation = next((pair for pair in prompts if 0 < len(pair[0]) < longest), (None, None))
+    if prompt is None:
+        if options.sample_every == 0:
+            return None
+        which = "--sample-prompt" if options.sample_prompt is not None else "every conversation that is held out"
+        raise BadInput(
+            f"{which} leaves no room for an answer within the model's {longest} tokens: give a shorter "
+            "--sample-prompt, or --sample-every 0"
+        )
+
+    def ask(variables):
+        tokens = min(SAMPLE_TOKENS, longest - len(prompt))
+        learner = lm.replace(variables=variables)
+        answer = generate(learner, [prompt], max_new_tokens=tokens, sampler=Sampler(temperature=0.0)).text[0]
+        return f"{question(conversation) or lm.tokenizer.decode(prompt)}\n-> {answer.strip()}"
+
+    return ask
+
+
+def question(conversation: Any) -> str | None:
+    """What a conversation's last answer answers; None where it has none."""
+    pairs = itertools.pairwise(conversation.chat())
+    asked = [before["content"] for before, after in pairs if after["role"] == "assistant"]
+    return asked[-1] if asked else None
+
+
+def prompt_tokens(conversation: Any, options: Any, tokenizer: Any) -> list[int]:
+    """What a conversation's last answer follows; where it has none, its first few tokens."""
+    from llmq_jax.data import render, tokenize
+
+    rendered = render(conversation, options.template, tokenizer.chat_template)
+    if question(conversation) is None:
+        return tokenize(rendered, tokenizer, "all").tokens[:16].tolist()
+    example = tokenize(rendered, tokenizer, "last")
+    return example.tokens[: int(example.learned.argmax())].tolist()

@@ -1,0 +1,308 @@
+"""Direct preference optimisation: teach a model to answer as people prefer, from pairs of answers alone.
+
+    python -m train.dpo --data prefs.json --init-from runs/mine --out runs/dpo
+    python -m train.dpo --data chats.jsonl --init-from model.gguf --out runs/cdpo --label-smoothing 0.1
+    python -m train.dpo --data prefs.json --init-from gpt2 --out runs/ipo --loss ipo --beta 0.2 --train all
+
+Records have instruction, input, chosen and rejected; or prompt, chosen and rejected, as strings or messages; or chosen
+and rejected as messages that begin with the prompt. Prompts are held out with all their pairs. The reference, which is
+the model as it comes or another one, is asked once, before training: no second model is in memory. The same command
+again resumes a run that was stopped.
+"""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from llmq_jax.command_line import Flag, default_is, run, use_device
+from llmq_jax.errors import BadInput
+from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
+from train.options import TrainingOptions, optimizer_of, own_options, refuse_idle, run_options, with_steps
+from train.preferences import (
+    EPOCHS,
+    PreferenceData,
+    check_preference_options,
+    described,
+    numbered,
+    pair_tokens,
+    read_pairs,
+    with_text_options,
+)
+from train.pretrain import exports
+from train.texts import fingerprint
+from train.what_trains import WhatTrains, prepared
+
+LORA_RATE, FULL_RATE = 5e-5, 1e-6
+REFERENCE_FILE = "reference_logprobs.npz"
+ANSWERS, ANSWER_TOKENS = 32, 64
+
+
+@dataclass(frozen=True)
+class Preference:
+    # What is learned from a pair.
+    loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
+    """sigmoid: DPO or, with --label-smoothing, cDPO; robust: unbiased by wrong labels; hinge; ipo: a fixed margin."""
+    beta: float = 0.1
+    """How much the distance from the reference costs."""
+    label_smoothing: Annotated[float | None, default_is("0")] = None
+    """How often the labels are thought to be wrong, for sigmoid and robust."""
+    normalise: Flag = False
+    """Compare mean log-probabilities of tokens in place of sums, so that length counts for nothing; ipo always does."""
+    reference: Annotated[str | None, default_is("the model of --init-from")] = None
+    """The model that the policy is compared with, of the same vocabulary."""
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions, WhatTrains, Preference, PreferenceData):  # fields are collected from right to left
+    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
+    """Updates in the whole run."""
+    batch_size: int = 8
+    """Pairs in a batch."""
+    learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
+    """The peak, reached after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moment."""
+    weight_decay: float = 0.0
+    """AdamW's decay of kernels and embeddings."""
+    sample_prompt: Annotated[str | None, default_is("the first that is held out")] = None
+    """An instruction for the samples to answer."""
+
+
+def main(options: Options) -> None:
+    dpo(options)
+
+
+def dpo(options: Options) -> Any:
+    """The whole recipe; returns the engine's RunResult."""
+    check(options)
+    if options.learning_rate is None:
+        rate = LORA_RATE if options.train == "lora" else FULL_RATE
+        options = dataclasses.replace(options, learning_rate=rate)
+    use_device(options.device)
+
+    # JAX has its device; what imports it may follow.
+    from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
+    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.models import build
+    from llmq_jax.objectives.preference import DPO
+    from llmq_jax.training import engine, step
+    from llmq_jax.training.parts import whole
+    from llmq_jax.training.state import create_state
+
+    # The pairs, some of them held out, and the model.
+    training, validation = read_pairs(options)
+    source = load(options.init_from, dtype="float32")  # the masters
+    source.require_language_model(options.init_from)
+    options = with_text_options(options, training, source)
+    learned, held_out = (pair_tokens(options, part, source) for part in (training, validation))
+    config, tokenizer = source.config, source.tokenizer
+    options = with_steps(options, -(-len(learned) // options.batch_size), EPOCHS)
+
+    # What trains, of a model that computes as the options say, and learns to end what it writes.
+    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    end = end_of_answer([pair.chosen for pair in learned.pairs], tokenizer)
+    source = source.replace(model=model, generation=ending_with(end, source.generation))
+    learner = prepared(source, options)
+    schedule, optimizer = optimizer_of(options)
+    objective = DPO(learner.model, options.beta, options.label_smoothing or 0.0, options.loss, options.normalise)
+    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    eval_step = step.make_eval_step(objective)
+    ask = questioner(options, source, [pair.chosen for pair in validation])
+
+    steps_in_an_epoch = -(-len(learned) // options.batch_size)
+    print(
+        f"{learner.described}\n{described(options, learned, held_out, steps_in_an_epoch)}\n"
+        f"{model.attention_choice(options.context, training=True)}",
+        flush=True,
+    )
+    parts = {"training": learned, "validation": held_out}
+    digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    settings = {
+        "config": {"recipe": "train.dpo", **own_options(options), **digests},
+        "may_change": ["sample_prompt"],
+        "model_config": config,
+    }
+    with engine.open_folder(options.out, run_options(options), **settings) as folder:
+        reference = reference_logprobs(options, source, parts, folder.path / REFERENCE_FILE)
+        columns = {name: {"reference_logprobs": logprobs} for name, logprobs in reference.items()}
+        size, longest = options.batch_size, options.context
+        batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"])
+
+        def held_out_batches(count):
+            return PreferenceEvaluation(held_out.pairs, size, longest, count, columns["validation"])
+
+        some = held_out_batches(options.evaluate_batches)
+
+        def evaluate(variables):
+            return step.evaluate(eval_step, variables, some)
+
+        def sample(variables, at_step):
+            return ask(whole(variables))
+
+        if not folder.resumed and options.evaluate_every != 0:
+            print(f"before training: {figures(evaluate(learner.variables))}", flush=True)
+        if not folder.resumed and options.sample_every != 0:
+            print(ask(source.variables), flush=True)
+        result = engine.run(
+            create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+            train_step,
+            batches,
+            run_options(options),
+            folder=folder,
+            model_config=config,
+            tokenizer=TextFiles(tokenizer, source.generation),
+            schedule=schedule,
+            evaluate=evaluate,
+            sample=sample,
+            show=("rewards/accuracies", "rewards/margins"),
+            next_commands=tuple(next_commands(options, config)),
+        )
+        if result.state is not None:
+            means = step.evaluate(eval_step, result.state.variables, held_out_batches(None))
+            print(f"\n{len(held_out):,} pairs held out: {figures(means)}")
+            policy = source.replace(variables=whole(result.state.variables))
+            print(distance(options, policy, validation), flush=True)
+    return result
+
+
+def check(options: Options) -> None:
+    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    from llmq_jax.objectives.preference import SMOOTHED
+
+    check_preference_options(options, FULL_RATE)
+    if not 0 < options.beta < float("inf"):
+        raise BadInput(f"--beta is {options.beta} and must be positive")
+    if not 0 <= (options.label_smoothing or 0) < 0.5:
+        raise BadInput(f"--label-smoothing is {options.label_smoothing} and must be at least 0 and below 0.5")
+    idle = options.loss not in SMOOTHED
+    refuse_idle(options, [("label_smoothing", idle, f"with --loss {options.loss}")])
+    if options.normalise and options.loss == "ipo":
+        raise BadInput("--normalise has no effect with --loss ipo, which always compares means; leave it out")
+
+
+def reference_logprobs(options: Options, source: Any, parts: dict[str, Any], path: Path) -> dict:
+    """{part: float32 [N, 2]}, log-probabilities of both answers of each of its pairs under the reference; what an
+    earlier start of this run left in `path` is taken from there."""
+    import numpy as np
+
+    from llmq_jax.training.atomic_files import write_atomically
+
+    if path.exists():
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in parts}
+    reference = source if options.reference is None else other_reference(options, source)
+    began = time.monotonic()
+    found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}
+    count = sum(len(part) for part in parts.values())
+    print(f"reference: both answers of {count:,} pairs in {time.monotonic() - began:.0f} s", flush=True)
+    write_atomically(path, npz_bytes(found))
+    return found
+
+
+def npz_bytes(arrays: dict[str, Any]) -> bytes:
+    import io
+
+    import numpy as np
+
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def other_reference(options: Options, source: Any) -> Any:
+    """The model of --reference, which must read the policy's tokens."""
+    from llmq_jax.language_model import load
+    from llmq_jax.models import build
+
+    reference = load(options.reference)
+    reference.require_language_model(options.reference)
+    theirs, ours = reference.config.vocab_size, source.config.vocab_size
+    if theirs != ours:
+        raise BadInput(
+            f"--reference {options.reference} has a vocabulary of {theirs:,} ids and the model one of {ours:,}; take "
+            "one of the same"
+        )
+    longest = reference.config.max_position_embeddings
+    if options.context > longest:
+        raise BadInput(f"--context {options.context} exceeds that of --reference, {longest}; choose a shorter one")
+    return reference.replace(model=build(reference.config, dtype=options.dtype))
+
+
+def logprobs_of(lm: Any, pairs: Sequence[Any], options: Options) -> Any:
+    """float32 [N, 2]: log p(answer | prompt) of both answers of each pair."""
+    import jax
+    import numpy as np
+
+    from llmq_jax.commands.progress import with_progress
+    from llmq_jax.data import PreferenceEvaluation
+    from llmq_jax.objectives.preference import pair_logprobs
+
+    @jax.jit
+    def of_batch(variables, batch):
+        return pair_logprobs(lm.model, variables, batch)[0]
+
+    numbers = {"place": np.arange(len(pairs))}
+    result = np.zeros((len(pairs), 2), np.float32)
+    batches = PreferenceEvaluation(pairs, options.batch_size, options.context, None, numbers)
+    for batch in with_progress(batches, "reference"):
+        real = batch["mask"] > 0
+        result[batch.pop("place")[real]] = jax.device_get(of_batch(lm.variables, batch))[real]
+    return result
+
+
+def figures(means: dict[str, float]) -> str:
+    """Means of an evaluation in words."""
+    return (
+        f"accuracy {means['rewards/accuracies']:.4f}, margin {means['rewards/margins']:.3f}, rewards "
+        f"{means['rewards/chosen']:+.3f} chosen and {means['rewards/rejected']:+.3f} rejected, loss {means['loss']:.4f}"
+    )
+
+
+def distance(options: Options, policy: Any, validation: list) -> str:
+    """How far the policy went from the reference: the KL divergence, on answers that the policy draws to prompts that
+    are held out, E[log policy(answer) - log reference(answer)]."""
+    import jax
+    import numpy as np
+
+    from llmq_jax.data.batching import pad
+    from llmq_jax.generation import Sampler, generate
+    from llmq_jax.language_model import load
+    from llmq_jax.objectives.logprobs import sequence_logprobs
+
+    longest = policy.config.max_position_embeddings - ANSWER_TOKENS
+    prompts = [prompt_tokens(pair.chosen, options, policy.tokenizer) for pair in validation]
+    prompts = [prompt for prompt in prompts if 0 < len(prompt) <= longest][:ANSWERS]
+    if not prompts:
+        return "KL to the reference: no prompt leaves room for an answer"
+    drawn = generate(policy, prompts, max_new_tokens=ANSWER_TOKENS, sampler=Sampler(), seed=options.seed)
+    answers = [row[:length].tolist() for row, length in zip(drawn.tokens, drawn.lengths, strict=True)]
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens, lengths = pad(rows, max(map(len, rows)))
+    mask = np.arange(tokens.shape[1]) >= np.array([[len(prompt)] for prompt in prompts])
+    reference = load(options.reference or options.init_from, dtype="float32")
+
+    def logprobs(lm):
+        model = lm.model.clone(dtype=options.dtype)
+        of_rows = jax.jit(lambda variables, *rows: sequence_logprobs(model, variables, *rows[:2], lengths=rows[2]))
+        return np.asarray(of_rows(lm.variables, tokens, mask, lengths))
+
+    ratios = logprobs(policy) - logprobs(reference)
+    return (
+        f"KL to the reference on {len(rows)} sampled answers: {ratios.mean():.3f} nats an answer, "
+        f"{ratios.sum() / drawn.lengths.sum():.4f} a token"
+    )
+
+
+def next_commands(options: Options, config: Any) -> Iterator[str]:
+    verb = f"llmq chat {shlex.quote(options.out)}" if options.template == "chat" else None
+    yield verb or f"llmq generate {shlex.quote(options.out)} --prompt The"
+    if exports(config):
+        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,152 @@
+"""What recipes that learn from preference pairs have in common: the options of the data, and the way to tokens."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from llmq_jax.command_line import default_is
+from llmq_jax.errors import BadInput
+from train.options import TrainingOptions, check_epochs, check_ranges, refuse_idle
+from train.what_trains import check_what_trains
+
+EPOCHS = 1.0
+VALIDATION = 0.1
+LONGEST_ROW = 1024
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    # What to learn from, and where it goes.
+    data: str
+    """Pairs of answers: .json, .jsonl, .csv, .tsv or .parquet; chosen and rejected, with what they answer."""
+    init_from: str
+    """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
+    out: str
+    """Run folder: options, metrics, samples, loss curves and checkpoints."""
+    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    """Pairs to measure the validation loss and accuracy on; their prompts are not learned."""
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION}")] = None
+    """Part of the prompts held out for validation, with all their pairs."""
+    split_seed: Annotated[int | None, default_is("0")] = None
+    """Of the choice of what is held out."""
+    evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
+    """Batches that the validation loss is measured on during the run; at its end it is all of them."""
+    epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
+    """Times that every pair is learned, in place of --steps."""
+
+    # How a pair becomes tokens.
+    template: Annotated[
+        Literal["alpaca", "chat", "plain"] | None,
+        default_is("plain for strings; else chat or, where the model has none, alpaca"),
+    ] = None
+    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_ROW}")] = None
+    """Tokens of the longest text."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a pair with a longer one: the beginnings are kept, it is left out, or the run ends."""
+
+
+def check_preference_options(options: TrainingOptions, rate: float) -> None:
+    """BadInput for what cannot be, or would have no effect. `rate` stands for a learning rate that is left open."""
+    known = {"steps": 1 if options.steps is None else options.steps}
+    known["learning_rate"] = rate if options.learning_rate is None else options.learning_rate
+    check_ranges(dataclasses.replace(options, **known))
+    check_what_trains(options)
+    check_epochs(options)
+    if options.context is not None and options.context < 2:
+        raise BadInput(f"--context is {options.context} and must be at least 2")
+    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
+        raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
+    if options.split_seed is not None and options.split_seed < 0:
+        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
+    if options.evaluate_batches is not None and options.evaluate_batches < 1:
+        raise BadInput(f"--evaluate-batches is {options.evaluate_batches} and must be at least 1")
+    refuse_idle(
+        options,
+        (
+            ("epochs", options.steps is not None, "beside --steps"),
+            ("validation_fraction", options.validation_data, "beside --validation-data"),
+            ("split_seed", options.validation_data, "beside --validation-data"),
+            ("evaluate_batches", options.evaluate_every == 0, "with --evaluate-every 0"),
+            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
+            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
+        ),
+    )
+
+
+def read_pairs(options: PreferenceData) -> tuple[list, list]:
+    """(training, validation) pairs; says what was found. No prompt is in both."""
+    from llmq_jax.data import read_preferences, split_preferences
+
+    everything = read_preferences(options.data)
+    equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
+    print(f"{len(everything):,} pairs in {options.data}{equal}")
+    if not options.validation_data:
+        fraction = VALIDATION if options.validation_fraction is None else options.validation_fraction
+        return split_preferences(everything.pairs, fraction, options.split_seed or 0)
+    validation = read_preferences(options.validation_data)
+    prompts = {pair.prompt for pair in validation}
+    training = [pair for pair in everything if pair.prompt not in prompts]
+    if not training:
+        raise BadInput(f"{options.data}: every prompt is in {options.validation_data} too; give others to learn")
+    if len(training) < len(everything):
+        print(f"{len(everything) - len(training):,} pairs whose prompts are held out too are not learned")
+    return training, validation.pairs
+
+
+def with_text_options(options: Any, training: list, source: Any) -> Any:
+    """The options with what they leave open of how pairs become tokens, which the model can read."""
+    from llmq_jax.data import default_template
+
+    longest = source.config.max_position_embeddings
+    tokenizer = source.require_tokenizer(options.init_from)
+    options = dataclasses.replace(
+        options,
+        split_seed=None if options.validation_data else options.split_seed or 0,
+        context=options.context or min(longest, LONGEST_ROW),
+        template=options.template or default_template([pair.chosen for pair in training], tokenizer),
+    )
+    if options.context > longest:
+        raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
+    if options.template == "chat":
+        source.require_chat_template(options.init_from)
+    return options
+
+
+def pair_tokens(options: PreferenceData, part: list, source: Any) -> Any:
+    """Pairs as tokens, all of which the model knows."""
+    from llmq_jax.data import check_vocabulary, tokenize_preferences
+
+    found = tokenize_preferences(
+        part, source.tokenizer, template=options.template, context=options.context, too_long=options.too_long
+    )
+    for pair in found.pairs:
+        for side in (pair.chosen, pair.rejected):
+            check_vocabulary(side.tokens, source.config.vocab_size, pair.where)
+    return found
+
+
+def numbered(part: Any) -> Any:
+    """All that is learned of the pairs as one array, to be told from others by."""
+    import numpy as np
+
+    sides = [side for pair in part.pairs for side in (pair.chosen, pair.rejected)]
+    texts = np.concatenate([np.stack([side.tokens, side.learned], axis=1).ravel() for side in sides])
+    lengths = [len(side.tokens) for side in sides]
+    margins = np.array([pair.margin or 0.0 for pair in part.pairs], np.float64).view(np.int64)
+    return np.concatenate([texts.astype(np.int64), np.array(lengths, np.int64), margins])
+
+
+def described(options: PreferenceData, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:
+    """What there is to learn, and what of it did not fit."""
+    lines = [
+        f"{len(learned):,} pairs to learn, {len(held_out):,} held out (template: {options.template}); "
+        f"{steps_in_an_epoch:,} steps are an epoch"
+    ]
+    for name, part in (("to learn", learned), ("held out", held_out)):
+        if part.truncated or part.dropped:
+            lines.append(
+                f"{name}, within the context of {options.context} tokens: {part.truncated:,} pairs truncated, "
+                f"{part.dropped:,} left out (--context, --too-long)"
+            )
+    return "\n".join(lines)

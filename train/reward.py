@@ -1,0 +1,226 @@
+"""Train a reward model: a language model learns which of two answers people prefer.
+
+    python -m train.reward --data prefs.json --init-from runs/mine --out runs/reward
+    python -m train.reward --data chats.jsonl --init-from model.gguf --out runs/reward --train all
+    python -m train.reward --data prefs.json --init-from gpt2 --out runs/mean --pooling mean --center 0.01
+
+Records have instruction, input, chosen and rejected; or prompt, chosen and rejected, as strings or messages; or chosen
+and rejected as messages that begin with the prompt. Prompts are held out with all their pairs. The same command again
+resumes a run that was stopped.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from llmq_jax.command_line import default_is, run, use_device
+from llmq_jax.errors import BadInput
+from train.options import TrainingOptions, optimizer_of, own_options, run_options, with_steps
+from train.preferences import (
+    EPOCHS,
+    PreferenceData,
+    check_preference_options,
+    described,
+    numbered,
+    pair_tokens,
+    read_pairs,
+    with_text_options,
+)
+from train.pretrain import exports
+from train.texts import fingerprint
+from train.what_trains import WhatTrains, prepared
+
+LORA_RATE, FULL_RATE = 1e-4, 1e-5
+SAMPLES = 3
+WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Rewards:
+    # How tokens become a reward.
+    pooling: Literal["last", "mean"] = "last"
+    """The reward of a text: that of its last token, or the mean over the tokens of its response."""
+    center: float = 0.0
+    """Keep rewards near zero: what the square of a pair's sum of rewards is multiplied by; 0.01 suits most."""
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions, WhatTrains, Rewards, PreferenceData):  # fields are collected from right to left
+    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
+    """Updates in the whole run."""
+    batch_size: int = 8
+    """Pairs in a batch."""
+    learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
+    """The peak, reached after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moment."""
+    weight_decay: float = 0.0
+    """AdamW's decay of kernels and embeddings."""
+    sample_every: Annotated[int | None, default_is("ten times in the run")] = None
+    """Steps between two samples, the rewards of a few pairs that are held out; 0: never."""
+    sample_prompt: None = field(default=None, init=False)  # there is nothing to go on from
+
+
+def main(options: Options) -> None:
+    reward(options)
+
+
+def reward(options: Options) -> Any:
+    """The whole recipe; returns the engine's RunResult."""
+    check(options)
+    if options.learning_rate is None:
+        rate = LORA_RATE if options.train == "lora" else FULL_RATE
+        options = dataclasses.replace(options, learning_rate=rate)
+    use_device(options.device)
+
+    # JAX has its device; what imports it may follow.
+    from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
+    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.models import build
+    from llmq_jax.objectives.reward import RewardModel
+    from llmq_jax.training import engine, step
+    from llmq_jax.training.parts import whole
+    from llmq_jax.training.state import create_state
+
+    # The pairs, some of them held out, and the model with a head that gives one number.
+    training, validation = read_pairs(options)
+    source = load(options.init_from, dtype="float32")  # the masters
+    options = with_text_options(options, training, source)
+    source, head = with_scalar_head(source, options.seed)
+    config = source.config
+    learned, held_out = (examples(options, part, source) for part in (training, validation))
+
+    # Batches of pairs of similar length.
+    size, longest = options.batch_size, options.context
+    batches = PreferenceBatches(learned.pairs, size, longest, options.seed)
+    some = PreferenceEvaluation(held_out.pairs, size, longest, options.evaluate_batches)
+    options = with_steps(options, batches.per_epoch, EPOCHS)
+
+    # What trains, of a model that computes as the options say.
+    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    learner = prepared(source.replace(model=model), options)
+
+    schedule, optimizer = optimizer_of(options)
+    objective = RewardModel(learner.model, options.pooling, options.center)
+    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    eval_step = step.make_eval_step(objective)
+    shown = sampler(options, model, held_out.pairs, validation)
+
+    def evaluate(variables):
+        return step.evaluate(eval_step, variables, some)
+
+    def sample(variables, at_step):
+        return shown(whole(variables))
+
+    print(
+        f"{head}\n{learner.described}\n{described(options, learned, held_out, batches.per_epoch)}\n"
+        f"{model.attention_choice(longest, training=True)}",
+        flush=True,
+    )
+    parts = {"training": learned, "validation": held_out}
+    digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    result = engine.run(
+        create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+        train_step,
+        batches,
+        run_options(options),
+        folder=options.out,
+        config={"recipe": "train.reward", **own_options(options, "sample_prompt"), **digests},
+        model_config=config,
+        tokenizer=TextFiles(source.tokenizer, source.generation),
+        schedule=schedule,
+        evaluate=evaluate,
+        sample=sample,
+        next_commands=tuple(next_commands(options, config)),
+    )
+    if result.state is not None:
+        figures = step.evaluate(eval_step, result.state.variables, PreferenceEvaluation(held_out.pairs, size, longest))
+        print(
+            f"\n{len(held_out):,} pairs held out: accuracy {figures['accuracy']:.4f}, margin {figures['margin']:.4f}, "
+            f"loss {figures['loss']:.4f}; rewards from {figures['min_reward']:.3f} to {figures['max_reward']:.3f}, "
+            f"{figures['mean_reward']:.3f} in the mean",
+            flush=True,
+        )
+    return result
+
+
+def check(options: Options) -> None:
+    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    check_preference_options(options, FULL_RATE)
+    if not 0 <= options.center < float("inf"):
+        raise BadInput(f"--center is {options.center} and must not be negative (0 does not centre)")
+
+
+def with_scalar_head(source: Any, seed: int) -> tuple[Any, str]:
+    """(the model with a head that gives one number, what head that is): its own, if it has one.
+
+    Its generation config names the token that transformers will pad with: see `without_padding`.
+    """
+    from llmq_jax.interop.huggingface import padding
+    from llmq_jax.language_model import with_classifier
+    from llmq_jax.models.heads import shown
+
+    known = source.config.labels
+    if known is not None and len(known) == 1:
+        said = f"a scalar head ({shown(known)}), which goes on"
+    else:
+        source = with_classifier(source, ["reward"], seed)
+        said = "a fresh scalar head" + ("" if known is None else f"; the one for {shown(known)} is discarded")
+    pad, _ = padding(source)
+    return source.replace(generation=source.generation.replace(pad_token_id=pad)), said
+
+
+def examples(options: Options, part: list, source: Any) -> Any:
+    """Pairs as tokens, up to the one that a reward is read from."""
+    from llmq_jax.data import without_padding
+
+    found, pad = pair_tokens(options, part, source), source.generation.pad_token_id
+    return dataclasses.replace(found, pairs=[without_padding(pair, pad) for pair in found.pairs])
+
+
+def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
+    """`shown(variables)` -> a few pairs that are held out, each answer with its reward."""
+    import jax
+
+    from llmq_jax.data import PreferenceEvaluation
+    from llmq_jax.objectives.reward import model_rewards
+
+    by_place = {pair.where: pair for pair in validation}
+    pairs = pairs[:SAMPLES]
+    (batch,) = PreferenceEvaluation(pairs, len(pairs), options.context)
+    order = [index for _, index in sorted((len(pair), index) for index, pair in enumerate(pairs))]  # the batch's
+    rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}
+
+    @jax.jit
+    def rewards(variables, tokens, lengths, response_mask):
+        found, _ = model_rewards(model, variables, tokens, lengths, response_mask, options.pooling)
+        return found.reshape(-1, 2)
+
+    def shown(variables):
+        lines = []
+        for index, found in zip(order, jax.device_get(rewards(variables, **rows)), strict=True):
+            pair = by_place[pairs[index].where]
+            lines.append(short(pair.chosen.chat()[pair.chosen.given - 1]["content"]))
+            for reward, side, name in zip(found, (pair.chosen, pair.rejected), ("chosen", "rejected"), strict=True):
+                lines.append(f"  {reward:+8.3f} {name:8} {short(side.messages[-1]['content'])}")
+        return "\n".join(lines)
+
+    return shown
+
+
+def short(text: str) -> str:
+    """A text on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+
+
+def next_commands(options: Options, config: Any) -> Iterator[str]:
+    # transformers and `llmq classify` read the last token's reward.
+    if options.pooling == "last" and exports(config):
+        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+
+
+if __name__ == "__main__":
+    run(main)
