@@ -179,7 +179,13 @@ def check(options: Options) -> None:
     if not 0 <= (options.label_smoothing or 0) < 0.5:
         raise BadInput(f"--label-smoothing is {options.label_smoothing} and must be at least 0 and below 0.5")
     idle = options.loss not in SMOOTHED
-    refuse_idle(options, [("label_smoothing", idle, f"with --loss {options.loss}")])
+    refuse_idle(
+        options,
+        (
+            ("label_smoothing", idle, f"with --loss {options.loss}"),
+            ("lora_dropout", True, "in DPO, which compares with a reference without dropout"),
+        ),
+    )
     if options.normalise and options.loss == "ipo":
         raise BadInput("--normalise has no effect with --loss ipo, which always compares means; leave it out")
 
@@ -195,10 +201,10 @@ def reference_logprobs(options: Options, source: Any, parts: dict[str, Any], pat
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in parts}
     reference = source if options.reference is None else other_reference(options, source)
-    began = time.monotonic()
+    began, count = time.monotonic(), sum(len(part) for part in parts.values())
+    print(f"asking the reference for both answers of {count:,} pairs", flush=True)
     found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}
-    count = sum(len(part) for part in parts.values())
-    print(f"reference: both answers of {count:,} pairs in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"asked in {time.monotonic() - began:.0f} s", flush=True)
     write_atomically(path, npz_bytes(found))
     return found
 

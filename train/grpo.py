@@ -1,4 +1,4 @@
-"""Group relative policy optimisation: a model learns by trying, from rewards for its own answers.
+r"""Group relative policy optimisation: a model learns by trying, from rewards for its own answers.
 
     python -m train.grpo --data sums.jsonl --init-from runs/sft --out runs/grpo --reward answer
     python -m train.grpo --data gsm8k.jsonl --init-from model.gguf --out runs/gsm --reward answer,format \
@@ -12,6 +12,7 @@ FILE.py:FUNCTION, or a reward model of train.reward. The same command again resu
 """
 
 import dataclasses
+import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,17 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput
-from train.options import TrainingOptions, check_ranges, completed, own_options, refuse_idle, run_options
+from train.options import (
+    TrainingOptions,
+    check_ranges,
+    completed,
+    own_options,
+    refuse_idle,
+    run_options,
+    warmup_steps,
+)
 from train.pretrain import exports
+from train.rewards import REWARD_RATE, names, reward_functions, reward_learner, reward_models, rewards
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
@@ -125,7 +135,7 @@ class Algorithm:
     """The pairs that the reward model learned from before."""
     replay: Annotated[float | None, default_is("0.1")] = None
     """Their share of what it goes on learning from."""
-    reward_learning_rate: Annotated[float | None, default_is(f"{FULL_RATE * 10:g}")] = None
+    reward_learning_rate: Annotated[float | None, default_is(f"{REWARD_RATE:g}")] = None
     """Of the reward model."""
 
 
@@ -151,22 +161,23 @@ def main(options: Options) -> None:
 
 def grpo(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
-    options = resolved(options)
     check(options)
+    options = resolved(options)
     use_device(options.device)
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data.prompts import PromptBatches
     from llmq_jax.generation import Sampler
-    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.language_model import TextFiles, load, save
     from llmq_jax.models import build
     from llmq_jax.objectives.grpo import GRPO
     from llmq_jax.training import engine, step
-    from llmq_jax.training.grpo import Loop
+    from llmq_jax.training.grpo import REWARD_MODEL, Loop, ModelReward
     from llmq_jax.training.optimizer import adamw, warmup_cosine
     from llmq_jax.training.plots import plot_panels
     from llmq_jax.training.state import create_state
 
+    functions, judge = reward_functions(options)
     source = load(options.init_from, dtype="float32")  # the masters
     source.require_language_model(options.init_from)
     source.require_tokenizer(options.init_from)
@@ -204,7 +215,8 @@ def grpo(options: Options) -> Any:
         entropy_coefficient=options.entropy_coefficient,
         temperature=options.temperature,
     )
-    score = rewards(options, source)
+    longest = max(len(prompt.tokens) for prompt in (*training, *validation)) + options.max_new_tokens
+    score = rewards(options, source, functions, longest)
     loop = Loop(
         source,
         objective,
@@ -221,7 +233,7 @@ def grpo(options: Options) -> Any:
         options.mask_truncated,
         options.dynamic_sampling,
         options.seed,
-        reward_learner(options, source, score),
+        reward_learner(options, source, score, judge, longest),
     )
     rows = options.prompts_per_step * options.group_size
     print(
@@ -259,6 +271,11 @@ def grpo(options: Options) -> Any:
     )
     if options.log_every:
         print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
+    learned = Path(options.out) / REWARD_MODEL
+    if loop.reward_learner is not None and result.state is not None and not learned.exists():
+        model = score if isinstance(score, ModelReward) else score.model
+        save(model.lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
+        print(f"the reward model, which went on learning: {learned}", flush=True)
     return result
 
 
@@ -278,10 +295,12 @@ def resolved(options: Options) -> Options:
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingOptions)}
+    shared["learning_rate"] = FULL_RATE if options.learning_rate is None else options.learning_rate
     check_ranges(TrainingOptions(**{**shared, "batch_size": max(options.accumulate, 1)}))
     check_what_trains(options)
-    for name in ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration"):
-        if getattr(options, name) < 1:
+    counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
+    for name in (*counts, "max_prompt", "validation_prompts"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must be at least 1")
     if options.group_size == 1:
         raise BadInput("--group-size is 1, and an answer alone has no others to be better than; choose 2 or more")
@@ -293,20 +312,36 @@ def check(options: Options) -> None:
         )
     if not 0 < options.temperature < math.inf:
         raise BadInput(f"--temperature is {options.temperature} and must be positive: equal answers teach nothing")
-    for name in ("max_prompt", "validation_prompts"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must be at least 1")
-    if options.replay is not None and not 0 <= options.replay < 1:
-        raise BadInput(f"--replay is {options.replay} and must be at least 0 and below 1")
+    for name in ("beta", "clip_low", "clip_high", "top_k", "split_seed"):
+        if getattr(options, name) is not None and not 0 <= getattr(options, name) < math.inf:
+            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must not be negative")
+    if options.clip_low is not None and options.clip_low > 1:
+        raise BadInput(f"--clip-low is {options.clip_low} and must be at most 1: a ratio is never below 0")
+    if not 0 < options.top_p <= 1:
+        raise BadInput(f"--top-p is {options.top_p} and must be above 0 and at most 1")
+    if not math.isfinite(options.entropy_coefficient):
+        raise BadInput(f"--entropy-coefficient is {options.entropy_coefficient} and must be finite")
+    if options.reward_learning_rate is not None and not 0 < options.reward_learning_rate < math.inf:
+        raise BadInput(f"--reward-learning-rate is {options.reward_learning_rate} and must be positive")
+    if options.replay is not None and not 0 < options.replay < 1:
+        raise BadInput(f"--replay is {options.replay} and must lie between 0 and 1")
     if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
         raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
+    if options.reward is not None and not names(options.reward):
+        raise BadInput("--reward names no reward; leave it out for answer")
     no_model = not reward_models(options)
+    moves_once = options.judge is None and (options.beta == 0 or options.reference in ("start", "old"))
     refuse_idle(
         options,
         (
+            ("clip_low", options.loss in ("sapo", "cispo"), f"with --loss {options.loss}"),
+            ("clip_high", options.loss == "sapo", "with --loss sapo"),
+            ("lora_dropout", True, "in GRPO, whose policy learns as it answers, without dropout"),
             ("kl", options.beta == 0, "with --beta 0"),
             ("reference", options.beta == 0, "with --beta 0"),
+            ("steps_per_iteration", moves_once, "without a reference that moves (--beta) or --judge"),
             ("reward_pooling", no_model, "without a reward model in --reward"),
+            ("reward_pooling", options.supervision == "process", "with --supervision process"),
             ("judge", no_model, "without a reward model in --reward"),
             ("step_separator", options.supervision != "process", "without --supervision process"),
             ("replay_data", options.judge is None, "without --judge"),
@@ -317,22 +352,18 @@ def check(options: Options) -> None:
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_prompts", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
+            ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),
     )
     if options.judge is not None and options.replay_data is None:
         raise BadInput("--judge needs --replay-data, the pairs that the reward model learned from before")
+    if options.judge is not None and not (options.steps_per_iteration or options.steps) < options.steps:
+        raise BadInput(
+            f"--judge has no effect unless the reward model learns before the last of the {options.steps} steps; give "
+            "--steps-per-iteration, a smaller number"
+        )
     if options.supervision == "process" and (no_model or len(names(options.reward)) > 1):
         raise BadInput("--supervision process takes one reward model and nothing else: --reward FOLDER")
-
-
-def names(given: str | None) -> list[str]:
-    return [name.strip() for name in (given or "").split(",") if name.strip()]
-
-
-def reward_models(options: Options) -> list[str]:
-    """Those of --reward that are models: whatever exists and is no Python file."""
-    found = [name for name in names(options.reward) if Path(name.rpartition(":")[0] or name).suffix != ".py"]
-    return [name for name in found if Path(name).exists()]
 
 
 def with_longest_prompt(options: Options, config: Any) -> Options:
@@ -386,91 +417,9 @@ def questions(options: Options, source: Any) -> tuple[list, list]:
     return training, validation[: options.validation_prompts]
 
 
-def rewards(options: Options, source: Any) -> Any:
-    """What scores a rollout: functions of texts, a reward model, or both."""
-    from llmq_jax.language_model import load
-    from llmq_jax.rewards import Rewards, find
-    from llmq_jax.training.grpo import ModelReward, SummedRewards, TextRewards
-
-    given, models = names(options.reward), reward_models(options)
-    weights = [1.0] * len(given)
-    if options.reward_weights is not None:
-        try:
-            weights = [float(weight) for weight in names(options.reward_weights)]
-        except ValueError:
-            raise BadInput(f"--reward-weights is {options.reward_weights!r} and must be numbers: 1,0.5") from None
-    if len(weights) != len(given):
-        raise BadInput(f"--reward-weights has {len(weights)} numbers for {len(given)} rewards; give one for each")
-    if len(models) > 1:
-        raise BadInput(f"--reward names {len(models)} reward models ({', '.join(models)}); give one")
-    texts = [(name, find(name), weight) for name, weight in zip(given, weights, strict=True) if name not in models]
-    functions = TextRewards(Rewards(*(tuple(column) for column in zip(*texts, strict=True)))) if texts else None
-    if not models:
-        return functions
-    lm = load(models[0], dtype="float32")
-    if lm.config.labels is None or len(lm.config.labels) != 1:
-        raise BadInput(f"{models[0]} is no reward model: it needs one label, as python -m train.reward gives it")
-    if lm.config.vocab_size != source.config.vocab_size:
-        theirs, ours = lm.config.vocab_size, source.config.vocab_size
-        raise BadInput(
-            f"the reward model {models[0]} has a vocabulary of {theirs:,} ids and the policy one of {ours:,}; take one "
-            "of the same"
-        )
-    scorer = ModelReward(
-        lm,
-        options.reward_pooling or "last",
-        process=options.supervision == "process",
-        separator="\n" if options.step_separator is None else options.step_separator,
-    )
-    weight = weights[given.index(models[0])]
-    if functions is None and weight == 1.0:
-        return scorer
-    if functions is None:
-        raise BadInput("--reward-weights has no effect with a reward model alone; leave it out")
-    return SummedRewards(functions, scorer, weight)
-
-
-def reward_learner(options: Options, source: Any, score: Any) -> Any:
-    """What lets the reward model go on learning; None where it stays."""
-    from llmq_jax.data import PreferenceBatches, default_template, read_preferences, tokenize_preferences
-    from llmq_jax.data.length_buckets import bucket_width
-    from llmq_jax.objectives.reward import RewardModel
-    from llmq_jax.rewards import Rewards, find
-    from llmq_jax.training import step
-    from llmq_jax.training.grpo import ModelReward, RewardLearner, TextRewards
-    from llmq_jax.training.optimizer import adamw
-    from llmq_jax.training.state import create_state
-
-    if options.judge is None:
-        return None
-    model = score if isinstance(score, ModelReward) else score.model
-    judges = names(options.judge)
-    judge = TextRewards(Rewards(tuple(judges), tuple(find(name) for name in judges), (1.0,) * len(judges)))
-    share = 0.1 if options.replay is None else options.replay
-    longest = source.config.max_position_embeddings
-    pairs = read_preferences(options.replay_data).pairs
-    template = options.template or default_template([pair.chosen for pair in pairs], source.tokenizer)
-    old = tokenize_preferences(pairs, source.tokenizer, template=template, context=longest)
-    width = max(bucket_width(longest, longest), max(map(len, old.pairs)))
-    count = max(1, round(options.prompts_per_step * share / (1 - share))) if share else 0
-    if not count:
-        raise BadInput("--replay 0 with --replay-data has no effect; leave both out, or choose a share above 0")
-    rate = FULL_RATE * 10 if options.reward_learning_rate is None else options.reward_learning_rate
-    optimizer = adamw(lambda update: rate, weight_decay=0.0, clip=options.clip or None)
-    objective = RewardModel(model.lm.model, model.pooling)
-    return RewardLearner(
-        create_state(model.lm.variables, optimizer, seed=options.seed, trainable="params"),
-        step.make_train_step(objective, optimizer),
-        judge,
-        PreferenceBatches(old.pairs, count, width, options.seed),
-        options.prompts_per_step,
-        options.steps_per_iteration,
-        width,
-    )
-
-
 def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> dict[str, float]:
-    """The mean reward of the likeliest answer to each prompt that is held out, by function too."""
+    """The mean reward of the likeliest answer to each prompt that is held out, by function too; of a reward model as it
+    was at first, which all of a run is measured by."""
     import numpy as np
 
     from llmq_jax.generation import Sampler
@@ -498,13 +447,14 @@ def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> 
 
 
 def table(loop: Any, variables: dict, batch: dict) -> str:
-    """A few answers to a prompt of the step, drawn anew, with their rewards and advantages."""
+    """A few answers to a prompt of the step, drawn anew, with their rewards (of a reward model as it was at first) and
+    advantages."""
     from llmq_jax.data.prompts import row_seeds
 
     prompt = loop.prompts[batch["prompts"][0]]
     seeds = row_seeds(loop.seed, int(batch["step"]), loop.group_size, stream=100)
     answers = loop.sample(loop.policy(variables), [prompt], seeds)
-    scores = loop.score(answers) if loop.latest is None else loop.scored(loop.latest, answers)
+    scores = loop.score(answers)
     advantages = loop.advantages(scores)
     advantages = (
         advantages if advantages.ndim == 1 else (advantages * answers.answer_mask).sum(1) / answers.answer_lengths
@@ -526,10 +476,12 @@ def shortened(text: str) -> str:
 
 
 def numbered(prompts: Sequence[Any]) -> Any:
-    """All prompts as one array, to be told from others by."""
+    """All prompts, and what else rewards know of them, as one array, to be told from others by."""
     import numpy as np
 
-    return np.concatenate([np.asarray([len(prompt.tokens), *prompt.tokens], np.int64) for prompt in prompts])
+    columns = json.dumps([prompt.columns for prompt in prompts], default=str).encode()
+    rows = [np.asarray([len(prompt.tokens), *prompt.tokens], np.int64) for prompt in prompts]
+    return np.concatenate([*rows, np.frombuffer(columns, np.uint8).astype(np.int64)])
 
 
 def next_commands(options: Options, config: Any) -> Iterator[str]:

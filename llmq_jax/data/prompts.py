@@ -62,7 +62,11 @@ def read_prompts(
             )
     kept = [prompt for prompt in prompts if longest is None or len(prompt.tokens) <= longest]
     if not kept:
-        raise BadInput(f"{path}: every prompt is longer than {longest} tokens: choose a longer limit")
+        shortest = min(len(prompt.tokens) for prompt in prompts)
+        raise BadInput(
+            f"{path}: every prompt is longer than {longest} tokens, the shortest has {shortest}: choose a greater "
+            "--max-prompt, or fewer --max-new-tokens where they leave no more"
+        )
     return kept, len(prompts) - len(kept)
 
 
@@ -75,7 +79,7 @@ def columns_of(prompts: Sequence[Prompt], samples: int = 1) -> dict[str, list]:
 def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_format: str | None) -> Prompt:
     where, fields = record
     if prompt_format is not None:
-        value: Any = prompt_format.format_map(_Fields(record))
+        value: Any = _formatted(prompt_format, record)
     elif "prompt" in fields:
         value = fields["prompt"]
     else:
@@ -83,8 +87,15 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
             f"{no_field(where, 'prompt', fields)}: have one, or say how it is made of others (--prompt-format)"
         )
     columns = {name: value for name, value in fields.items() if name != "prompt"}
+    for name in ("prompts", "completions"):
+        if name in columns:
+            raise BadInput(f"{where} has a field {name!r}, which reward functions are given already: rename the field")
     is_text = isinstance(value, str)
+    if not is_text and not isinstance(value, list):
+        raise BadInput(f"{where}: the prompt must be a string or a list of messages, not {value!r:.40}")
     messages = ({"role": "user", "content": checked_text(value, where)},) if is_text else message_list(record, "prompt")
+    if messages[-1]["role"] == "assistant":
+        raise BadInput(f"{where}: the prompt ends with a message of the assistant: end it with what is to be answered")
     if not any(message["content"].strip() for message in messages):
         raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
     chat = tokenizer.chat_template
@@ -98,20 +109,28 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
     return Prompt(where, text, tokenizer.encode(text, allow_special=True), columns)
 
 
-class _Fields(dict):
-    """A record's fields for a format; a missing one is told."""
+def _formatted(prompt_format: str, record: Record) -> str:
+    for name in _names(prompt_format):
+        if name not in record.fields:
+            raise BadInput(no_field(record.where, name, record.fields, "--prompt-format"))
+        if not isinstance(record.fields[name], str | int | float):
+            raise BadInput(
+                f"{record.where}: field {name!r} must be a string or a number to stand in a prompt, not "
+                f"{record.fields[name]!r:.40}"
+            )
+    try:
+        return prompt_format.format_map(record.fields)
+    except (ValueError, TypeError, LookupError) as error:
+        raise BadInput(f"{record.where}: the prompt format {prompt_format!r:.60} cannot be filled: {error}") from None
 
-    def __init__(self, record: Record):
-        super().__init__(record.fields)
-        self.record = record
 
-    def __missing__(self, name: str) -> Any:
-        raise BadInput(no_field(self.record.where, name, self.record.fields, "--prompt-format"))
+def _names(prompt_format: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(prompt_format) if name is not None]
 
 
 def _check_format(prompt_format: str, record: Record) -> None:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(prompt_format) if name is not None]
+        names = _names(prompt_format)
     except ValueError as error:
         raise BadInput(f"the prompt format {prompt_format!r:.60} is broken ({error}): write {{{{ for a brace") from None
     if not names:

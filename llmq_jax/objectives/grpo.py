@@ -423,7 +423,8 @@ class GRPO(LossOptions):
     ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
         """(loss, metrics that add over micro-batches, those called min and max apart, counts).
 
-        `rng` is given in training: dropout acts, and the entropy bonus and balance losses of experts are added.
+        `rng` is given in training: the entropy bonus and balance losses of experts are added. Dropout never acts: the
+        old policy answered without it.
         """
         mask = batch["completion_mask"]
         logprobs, entropies, counts = completion_logprobs(
@@ -434,7 +435,6 @@ class GRPO(LossOptions):
             batch["prompt_lengths"],
             mask.shape[1],
             temperature=self.temperature,
-            rngs=None if rng is None else {"dropout": rng},
         )
         options = self if rng is not None else replace(self, entropy_coefficient=0.0)
         loss, metrics = grpo_loss(

@@ -28,13 +28,12 @@ def token_logprobs(
     *,
     lengths: Int[Array, " B"] | None = None,
     temperature: float = 1.0,
-    rngs: dict | None = None,
 ) -> Float[Array, "B T-1"]:
     """log p(token t+1 | tokens up to t) in nats, for t = 0 ... T-2, times the mask of token t+1 (None: all count).
 
     Rows are padded on the right to `lengths`. `temperature` divides the logits, as where the tokens were sampled.
     """
-    return logprobs_and_counts(model, variables, tokens, mask, lengths=lengths, temperature=temperature, rngs=rngs)[0]
+    return logprobs_and_counts(model, variables, tokens, mask, lengths=lengths, temperature=temperature)[0]
 
 
 def sequence_logprobs(
@@ -58,11 +57,10 @@ def logprobs_and_counts(
     *,
     lengths: Int[Array, " B"] | None = None,
     temperature: float = 1.0,
-    rngs: dict | None = None,
 ) -> tuple[Float[Array, "B T-1"], dict]:
     """`token_logprobs`, and the counts of the pass, which balance losses of experts are made of."""
     tokens = jnp.asarray(tokens)
-    output = _forward(model, variables, tokens, lengths, rngs)
+    output = _forward(model, variables, tokens, lengths)
     counted = jnp.ones(tokens.shape) if mask is None else jnp.asarray(mask, jnp.float32)
     if lengths is not None:
         counted *= jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]
@@ -79,13 +77,12 @@ def completion_logprobs(
     count: int,
     *,
     temperature: float = 1.0,
-    rngs: dict | None = None,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"], dict]:
     """(log-probability, entropy of the prediction, counts) of the `count` tokens from each row's `prompt_lengths` on.
 
     Rows hold a prompt and its completion, `lengths` tokens in all, padded on the right; beyond them both are 0.
     """
-    output = _forward(model, variables, tokens, lengths, rngs)
+    output = _forward(model, variables, tokens, lengths)
     places = prompt_lengths[:, None] + jnp.arange(count)
     counted = (places < lengths[:, None]).astype(jnp.float32)
     places = jnp.minimum(places, tokens.shape[1] - 1)
@@ -94,11 +91,11 @@ def completion_logprobs(
     return *_scores(model, variables, hidden, targets, counted, temperature), output.counts
 
 
-def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array | None, rngs: dict | None) -> Any:
+def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array | None) -> Any:
     segment_ids = None
     if lengths is not None:
         segment_ids = (jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
-    return model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs)
+    return model.apply(variables, tokens, None, segment_ids, method="forward")
 
 
 def _scores(

@@ -117,10 +117,11 @@ class DPO:
     ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
         """(loss a pair, metrics that add over micro-batches, counts).
 
-        `rng` is given in training: dropout acts, and the balance losses of experts are added.
+        `rng` is given in training: the balance losses of experts are added. Dropout never acts: the reference was asked
+        without it, and what it did to a log-probability would be taken for a distance.
         """
         mask = batch["mask"].astype(jnp.float32)
-        policy, counts = pair_logprobs(self.model, variables, batch, None if rng is None else {"dropout": rng})
+        policy, counts = pair_logprobs(self.model, variables, batch)
         reference = batch["reference_logprobs"]
         means = self.normalise or self.loss_type == "ipo"
         tokens = jnp.maximum(batch["response_mask"].sum(axis=-1), 1) if means else jnp.ones_like(reference)
@@ -141,12 +142,10 @@ class DPO:
         return total, {**metrics, **({"preference_loss": loss, **balance} if balance else {})}, counts
 
 
-def pair_logprobs(
-    model: Decoder, variables: dict, batch: dict[str, Array], rngs: dict | None = None
-) -> tuple[Float[Array, "B 2"], dict]:
+def pair_logprobs(model: Decoder, variables: dict, batch: dict[str, Array]) -> tuple[Float[Array, "B 2"], dict]:
     """(log p(answer | prompt) of both answers of each pair, counts of the pass): one pass for all of them."""
     rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}
     logprobs, counts = logprobs_and_counts(
-        model, variables, rows["tokens"], rows["response_mask"], lengths=rows["lengths"], rngs=rngs
+        model, variables, rows["tokens"], rows["response_mask"], lengths=rows["lengths"]
     )
     return logprobs.sum(axis=-1).reshape(-1, 2), counts

@@ -80,10 +80,11 @@ class Rollout:
         """The prompt of each row."""
         return [prompt.text for prompt in self.prompts for _ in range(self.group_size)]
 
-    def response_mask(self) -> np.ndarray:
-        """float32 [B, T]: 1 on the answers' tokens."""
+    def response_mask(self, lengths: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B, T]: 1 on the answers' tokens, or on those of them before other `lengths`."""
         places = np.arange(self.tokens.shape[1])
-        inside = (places >= self.prompt_lengths[:, None]) & (places < self.lengths[:, None])
+        lengths = self.lengths if lengths is None else lengths
+        inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
         return inside.astype(np.float32)
 
     def groups(self, chosen: Sequence[int]) -> "Rollout":
@@ -204,10 +205,10 @@ class ModelReward:
         """`variables`: others than the model's, of a reward model that learns."""
         variables = self.lm.variables if variables is None else variables
         lengths = self.lengths(rollout)
-        mask = rollout.response_mask() * (np.arange(rollout.tokens.shape[1]) < lengths[:, None])
-        rewards, by_token = _model_rewards(
-            self.lm.model, variables, rollout.tokens, lengths, mask.astype(np.float32), pooling=self.pooling
-        )
+        # It may read fewer tokens than the policy, and rows are padded.
+        tokens = rollout.tokens[:, : self.lm.config.max_position_embeddings]
+        mask = rollout.response_mask(lengths)[:, : tokens.shape[1]]
+        rewards, by_token = _model_rewards(self.lm.model, variables, tokens, lengths, mask, pooling=self.pooling)
         rewards = np.asarray(rewards)
         if not np.isfinite(rewards).all():
             raise BadInput(f"the reward model gave {rewards[~np.isfinite(rewards)][0]}; train it anew")
@@ -215,7 +216,7 @@ class ModelReward:
             return Scores(rewards, {self.name: rewards})
         places = rollout.prompt_lengths[:, None] + np.arange(rollout.logprobs.shape[1])
         ends = step_ends(rollout, lengths, self.lm.tokenizer, self.separator)
-        by_token = np.take_along_axis(np.asarray(by_token), np.minimum(places, rollout.tokens.shape[1] - 1), axis=1)
+        by_token = np.take_along_axis(np.asarray(by_token), np.minimum(places, tokens.shape[1] - 1), axis=1)
         return Scores(rewards, {self.name: rewards}, by_token * ends, ends)
 
     def lengths(self, rollout: Rollout) -> np.ndarray:
@@ -284,8 +285,6 @@ class Loop:
     """Lets the reward model learn on."""
     say: Callable[[str], None] = print
     silent_before: bool = field(default=False, init=False)
-    latest: TrainState | None = field(default=None, init=False)
-    """As the last step left it, until the next one consumes it."""
 
     def __post_init__(self):
         if self.group_size < 2:
@@ -314,7 +313,6 @@ class Loop:
         metrics |= {"rollout_seconds": np.float32(seconds)}
         metrics |= {"scoring_seconds": np.float32(scored - begin - seconds)}
         metrics |= {"update_seconds": np.float32(time.monotonic() - scored)}
-        self.latest = state
         return state, metrics
 
     @property
@@ -488,6 +486,8 @@ class RewardLearner:
     steps_per_iteration: int
     width: int
     """T of a pair's rows: no prompt with an answer is longer."""
+    lengths: Callable[[Rollout], np.ndarray] = lambda rollout: rollout.lengths
+    """int32 [B]: tokens that the reward model reads, see `ModelReward.lengths`."""
 
     def start(self, state: TrainState) -> TrainState:
         shape = (self.steps_per_iteration, self.new_pairs)
@@ -518,11 +518,12 @@ class RewardLearner:
         best, worst = judged.argmax(axis=1), judged.argmin(axis=1)
         first = np.arange(len(judged)) * rollout.group_size
         rows = np.stack([first + best, first + worst], axis=1)  # [P, 2]
-        rolled = self.widened({"tokens": rollout.tokens, "response_mask": rollout.response_mask()})
+        lengths = self.lengths(rollout)
+        rolled = self.widened({"tokens": rollout.tokens, "response_mask": rollout.response_mask(lengths)})
         different = np.take_along_axis(judged, best[:, None], 1) > np.take_along_axis(judged, worst[:, None], 1)
         return {
             "tokens": rolled["tokens"][rows],
-            "lengths": rollout.lengths[rows],
+            "lengths": lengths[rows],
             "response_mask": rolled["response_mask"][rows],
             "mask": different[:, 0].astype(np.float32),
         }
@@ -531,6 +532,7 @@ class RewardLearner:
         """With rows of `width` tokens."""
 
         def wide(array: np.ndarray) -> np.ndarray:
-            return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, self.width - array.shape[-1])])
+            missing = max(self.width - array.shape[-1], 0)
+            return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])[..., : self.width]
 
         return {name: wide(x) if name in ("tokens", "response_mask") else x for name, x in batch.items()}

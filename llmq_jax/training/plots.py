@@ -56,7 +56,7 @@ def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]])
     found = [(title, curves) for title, curves in found if curves]
     columns = 2
     rows = max(1, -(-len(found) // columns))
-    figure = blank_figure((10, 2.6 * rows))
+    figure = blank_figure((10.0, 2.6 * rows))
     for index, (title, curves) in enumerate(found):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")

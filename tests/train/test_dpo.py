@@ -104,7 +104,7 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     code, output, _ = dpo(*options)
     assert code == 0
     assert "resuming run from step" in output
-    assert "both answers" not in output
+    assert "asking the reference" not in output
 
     def without_times(text):
         return [

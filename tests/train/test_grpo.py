@@ -1,0 +1,365 @@
+"""The recipe on rewards that a tiny model can earn: it learns, tells, resumes bit for bit, refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.command_line import run
+from llmq_jax.data import ByteTokenizer
+from llmq_jax.language_model import LanguageModel, with_classifier
+from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
+from train.grpo import main
+
+SIZES = {
+    "max_position_embeddings": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "initializer_range": 0.1,
+}
+# Of another architecture, which reads fewer tokens than the policy's rows are padded to.
+NARROW = lq.GPT2Config(
+    vocab_size=257, max_position_embeddings=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+)
+REWARDS = """
+def small(prompts, completions, **_):
+    return [sum(byte < 128 for byte in text.encode()) / max(len(text.encode()), 1) for text in completions]
+
+def expected(prompts, completions, answer, **_):
+    return [float(number in text) for number, text in zip(answer, completions)]
+
+def equal(prompts, completions, **_):
+    return [1.0] * len(completions)
+
+def broken(prompts, completions, **_):
+    raise RuntimeError("no such\\nlab")
+
+def short(prompts, completions, **_):
+    return [1.0]
+
+def infinite(prompts, completions, **_):
+    return [float("inf")] * len(completions)
+"""
+
+
+def save_model(folder, seed=1, labels=None, config=None, **fields):
+    tokenizer = ByteTokenizer()
+    config = config or lq.Llama3Config(**{"vocab_size": tokenizer.vocab_size, **SIZES, **fields})
+    ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text, *range(0, 128, 16)))
+    lm = LanguageModel(config, lq.build(config), lq.init(config, seed=seed), tokenizer, ends)
+    if labels is not None:  # as train.reward writes it: rewards are read from the token before the end of text
+        lm = with_classifier(lm, labels, seed=seed)
+        lm = lm.replace(generation=ends.replace(pad_token_id=tokenizer.end_of_text))
+    lq.save(lm, folder)
+    return folder
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """{name in a command: path}"""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "rewards.py").write_text(REWARDS)
+    pairs = [{"prompt": f"{i}:", "chosen": f" {i} yes", "rejected": f" no {i}"} for i in range(6)]
+    return {
+        "MODEL": save_model(folder / "model"),
+        "JUDGED": save_model(folder / "judged", seed=3, labels=["reward"]),
+        "WIDE": save_model(folder / "wide", labels=["reward"], vocab_size=300),
+        "SHORT": save_model(folder / "short", labels=["reward"], max_position_embeddings=8),
+        "NARROW": save_model(folder / "narrow", seed=4, labels=["reward"], config=NARROW),
+        "SPAM": save_model(folder / "spam", labels=["ham", "spam"]),
+        "PAIRS": write(folder / "pairs.jsonl", pairs),
+        "DATA": write(folder / "prompts.jsonl", [{"prompt": f"say {i}:", "answer": str(i)} for i in range(10)]),
+        "EMPTY": write(folder / "empty.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": " ", "answer": "1"}]),
+        "ONE": write(folder / "one.jsonl", [{"prompt": "a", "answer": "1"}]),
+        "LONG": write(folder / "long.jsonl", [{"prompt": "abc" * 10, "answer": "1"}] * 2),
+        "RW": folder / "rewards.py",
+    }
+
+
+TINY = {
+    "--data": "DATA",
+    "--init-from": "MODEL",
+    "--out": "run",
+    "--reward": "RW:small",
+    "--train": "all",
+    "--learning-rate": "1e-2",
+    "--prompts-per-step": "2",
+    "--group-size": "4",
+    "--max-new-tokens": "5",
+    "--steps": "4",
+    "--sample-every": "0",
+    "--device": "cpu",
+}
+
+
+@pytest.fixture
+def grpo(capsys, monkeypatch, tmp_path, files):
+    """`grpo(option=value)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def named(value):
+        for name, path in files.items():
+            value = value.replace(name, str(path))
+        return value
+
+    def call(**options):
+        given = TINY | {"--" + name.replace("_", "-"): value for name, value in options.items()}
+        arguments = [
+            name if value is True else f"{name}={named(str(value))}"
+            for name, value in given.items()
+            if value is not None
+        ]
+        with pytest.raises(SystemExit) as stop:
+            run(main, arguments, program="python -m train.grpo")
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def records():
+    return read_metrics(Path("run/metrics.jsonl"))
+
+
+def without_times():
+    return [{name: value for name, value in record.items() if name not in TIME_FIELDS} for record in records()]
+
+
+def test_what_is_rewarded_becomes_likelier(grpo):
+    code, out, err = grpo(steps=30, group_size=8, prompts_per_step=4, sample_every=15, evaluate_every=15)
+    assert (code, err) == (0, "")
+    assert "9 prompts to learn from, 1 held out; 4 prompts x 8 answers = 32 rows a step" in out
+    assert "before training: reward" in out
+    steps = [record for record in records() if "reward" in record]
+    assert len(steps) == 30
+    rewards = [record["reward"] for record in steps]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
+    assert {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/small/mean",
+        "rewards/small/std",
+        "entropy",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
+        "clip_ratio/region_mean",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "completions/mean_terminated_length",
+        "rollout_seconds",
+        "scoring_seconds",
+        "update_seconds",
+    } <= steps[0].keys()
+    assert "kl" not in steps[0]
+    assert steps[0]["rewards/small/mean"] == steps[0]["reward"]
+    # The ratio is 1 in the only update on its answers: nothing is clipped, and the advantages cancel.
+    assert abs(steps[0]["loss"]) < 1e-5 < steps[0]["grad_norm"]
+    assert all(record["clip_ratio/region_mean"] == 0 for record in steps)
+    held_out = [record for record in records() if "validation_reward" in record]
+    assert [record["step"] for record in held_out] == [15, 30]
+    assert held_out[0].keys() >= {"validation_rewards/small/mean", "validation_completions/mean_length"}
+    samples = Path("run/samples.txt").read_text()
+    assert samples.count("-> reward ") == 2 * 4
+    assert "(small " in samples and "advantage +" in samples and "advantage -" in samples and "say " in samples
+    assert Path("run/curves.png").stat().st_size > 10_000
+    assert lq.load("run").tokenizer is not None
+    # The same command again finds it finished.
+    assert (
+        "is finished already" in grpo(steps=30, group_size=8, prompts_per_step=4, sample_every=15, evaluate_every=15)[1]
+    )
+
+
+def stopped_at(step):
+    """As a kill leaves a run: no end, and no checkpoint after this step."""
+    Path("run/finished.json").unlink()
+    for folder in Path("run/checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > step:
+            shutil.rmtree(folder)
+
+
+RESUMED = {
+    "a reference that moves": {
+        "beta": 0.1,
+        "steps_per_iteration": 2,
+        "iterations": 2,
+        "reward": "RW:small,RW:expected",
+    },
+    "adapters": {"beta": 0.1, "train": "lora", "lora_rank": 2, "reference": "start", "dynamic_sampling": True},
+    "a reward model that learns": {
+        "reward": "NARROW",
+        "judge": "RW:small",
+        "replay_data": "PAIRS",
+        "steps_per_iteration": 2,
+        "reward_learning_rate": 0.01,
+        "beta": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(grpo, case):
+    """The reference, the reward model and the pairs that it will learn from come from the checkpoint."""
+    options = {
+        **RESUMED[case],
+        "steps": 4,
+        "checkpoint_every": 2,
+        "keep_last": 9,
+        "sample_every": 2,
+        "evaluate_every": 2,
+    }
+    code, out, err = grpo(**options)
+    assert (code, err) == (0, ""), err
+    whole, samples, variables = without_times(), Path("run/samples.txt").read_text(), lq.load("run").variables
+    assert all(record["kl"] >= 0 for record in whole if "reward" in record)
+    assert abs(whole[0]["kl"]) < (1e-6 if "iterations" not in options else 1)
+    stopped_at(2)
+    code, out, _ = grpo(**options)
+    assert code == 0
+    assert "resuming run from step 2" in out and "before training" not in out
+    assert without_times() == whole
+    assert Path("run/samples.txt").read_text() == samples
+    jax.tree.map(np.testing.assert_array_equal, lq.load("run").variables, variables)
+
+
+def test_a_reward_model_that_learns_changes_what_is_rewarded(grpo):
+    """From the second iteration on; validation goes on measuring by what it was at first."""
+    learning = {"judge": "RW:small", "replay_data": "PAIRS", "steps_per_iteration": 2, "reward_learning_rate": 0.01}
+    rewards = []
+    for options in ({}, learning):
+        assert grpo(reward="JUDGED", evaluate_every=4, **options)[0] == 0
+        rewards.append([record["reward"] for record in records() if "reward" in record])
+        assert Path("run/reward_model").exists() == (options is learning)
+        if options is learning:  # what it became is a model like any other
+            assert lq.load("run/reward_model").config.labels == ("reward",)
+        shutil.rmtree("run")
+    assert rewards[0][:2] == rewards[1][:2]
+    assert rewards[0][2] != rewards[1][2]
+
+
+def test_steps_of_answers_are_rewarded(grpo):
+    code, _, err = grpo(reward="NARROW", supervision="process", step_separator="�", sample_every=4)
+    assert (code, err) == (0, "")
+    assert all(np.isfinite(record["loss"]) for record in records() if "loss" in record)
+    assert "(model " in Path("run/samples.txt").read_text()
+
+
+def test_functions_and_a_model_are_weighed(grpo):
+    code, _, err = grpo(reward="RW:small, NARROW", reward_weights="2,0.5", reward_pooling="mean", steps=1)
+    assert (code, err) == (0, "")
+    first = records()[0]
+    expected = 2 * first["rewards/small/mean"] + 0.5 * first["rewards/model/mean"]
+    assert first["reward"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_rewards_without_spread_are_told(grpo):
+    code, out, _ = grpo(reward="RW:equal", steps=2)
+    assert code == 0
+    assert out.count("the answers of every group have the same reward (1 in the first)") == 1
+    assert [record["grad_norm"] for record in records() if "loss" in record] == [0, 0]
+
+
+@pytest.mark.parametrize("loss", ["dr_grpo", "sapo"])
+def test_every_loss_runs(grpo, loss):
+    code, _, err = grpo(loss=loss, steps=1, evaluate_every=0, iterations=2, mask_truncated=True)
+    assert (code, err) == (0, "")
+    assert np.isfinite(records()[0]["loss"])
+
+
+def test_changed_answers_are_other_data(grpo, files):
+    """What rewards know of a prompt belongs to the run."""
+    lines = [json.loads(line) for line in files["DATA"].read_text().splitlines()]
+    here = write(Path("mine.jsonl"), lines)
+    assert grpo(data=here, reward="RW:expected", steps=1)[0] == 0
+    write(here, [{**line, "answer": "x"} for line in lines])
+    code, _, err = grpo(data=here, reward="RW:expected", steps=1)
+    assert code == 2 and "training_sha256" in err
+
+
+JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps_per_iteration": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # The algorithm.
+        ({"group_size": 1}, "--group-size is 1, and an answer alone has no others to be better than; choose 2 or more"),
+        ({"prompts_per_step": 0}, "--prompts-per-step is 0 and must be at least 1"),
+        ({"accumulate": 3}, "--accumulate is 3 and must divide the 8 rows of a step"),
+        ({"temperature": 0}, "--temperature is 0.0 and must be positive"),
+        ({"top_p": 0}, "--top-p is 0.0 and must be above 0 and at most 1"),
+        ({"beta": -1}, "--beta is -1.0 and must not be negative"),
+        ({"clip_low": 2}, "--clip-low is 2.0 and must be at most 1"),
+        ({"clip_low": 0.1, "loss": "sapo"}, "--clip-low has no effect with --loss sapo; leave it out"),
+        ({"clip_high": 0.1, "loss": "sapo"}, "--clip-high has no effect with --loss sapo; leave it out"),
+        ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
+        ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
+        ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),
+        ({"steps_per_iteration": 2}, "--steps-per-iteration has no effect without a reference that moves"),
+        ({"initial_learning_rate": 0}, "--initial-learning-rate has no effect without warm-up; leave it out"),
+        # Prompts.
+        ({"data": "EMPTY"}, "empty.jsonl: line 2: the prompt is empty, so there is nothing to answer"),
+        ({"data": "ONE"}, "holds one prompt, and some are held out: give more, or --validation-data"),
+        ({"data": "LONG"}, "long.jsonl: every prompt is longer than 27 tokens, the shortest has 30"),
+        ({"max_prompt": 30}, "--max-prompt 30 and --max-new-tokens 5 exceed the model's context, 32; choose fewer"),
+        ({"max_new_tokens": 32}, "--max-new-tokens 32 leaves no room in the model's context, 32"),
+        ({"template": "chat"}, "the model has no chat template: use strings and the template 'plain'"),
+        ({"validation_data": "DATA"}, "every prompt is in"),
+        ({"validation_data": "DATA", "evaluate_every": 0}, "--validation-data has no effect with --evaluate-every 0"),
+        ({"init_from": "JUDGED"}, "is a classifier"),
+        # Rewards.
+        ({"reward": "anser"}, "there is no reward 'anser'; choose from answer, format"),
+        ({"reward": "runs/none"}, "--reward runs/none: there is no such folder, for a reward model"),
+        ({"reward": "RW:smal"}, "has no function 'smal' for a reward; did you mean"),
+        ({"reward": "RW:small,RW:small"}, "names a reward twice"),
+        ({"reward": ","}, "--reward names no reward"),
+        ({"reward": "RW:broken"}, "the reward 'broken' failed with RuntimeError: no such lab"),
+        ({"reward": "RW:short", "validation_fraction": 0.3}, "the reward 'short' returned 1 values for 3 completions"),
+        ({"reward": "RW:infinite"}, "the reward 'infinite' returned inf for completion 0"),
+        ({"reward_weights": "1,2"}, "--reward-weights has 2 numbers for 1 rewards; give one for each"),
+        ({"reward_weights": "much"}, "--reward-weights is 'much' and must be numbers: 1,0.5"),
+        ({"reward": "JUDGED", "reward_weights": "2"}, "--reward-weights has no effect with a reward model alone"),
+        ({"reward": "JUDGED,SPAM"}, "--reward names 2 reward models"),
+        ({"reward": "WIDE"}, "has a vocabulary of 300 ids and the policy one of 257; take one of the same"),
+        (
+            {"reward": "SHORT"},
+            "reads 8 tokens, and the longest prompt with --max-new-tokens 5 has 11; choose a smaller",
+        ),
+        ({"reward": "SPAM"}, "is no reward model: it needs one label, as python -m train.reward gives it"),
+        ({"reward_pooling": "mean"}, "--reward-pooling has no effect without a reward model in --reward"),
+        ({"step_separator": "x"}, "--step-separator has no effect without --supervision process"),
+        ({"supervision": "process"}, "--supervision process takes one reward model and nothing else"),
+        # A reward model that learns.
+        ({"judge": "RW:small"}, "--judge has no effect without a reward model in --reward"),
+        ({"reward": "JUDGED", "replay": 0.2}, "--replay has no effect without --judge"),
+        ({**JUDGE, "replay_data": None}, "--judge needs --replay-data"),
+        (
+            {**JUDGE, "steps_per_iteration": None},
+            "--judge has no effect unless the reward model learns before the last",
+        ),
+        ({**JUDGE, "judge": "anser"}, "there is no reward 'anser'"),
+        ({**JUDGE, "replay": 1}, "--replay is 1.0 and must lie between 0 and 1"),
+    ],
+)
+def test_bad_input_is_one_line(grpo, options, message):
+    code, _, errors = grpo(**options)
+    assert code == 2
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert not Path("run/metrics.jsonl").exists()

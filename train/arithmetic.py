@@ -1,0 +1,135 @@
+"""Reinforcement learning in a few minutes: a model learns to add by trying, from nothing but right or wrong.
+
+    python -m train.arithmetic --out runs/arithmetic
+
+A small Llama sees sums with their answers until it gets a part of other sums right. Then it is told no answer any more:
+GRPO (train.grpo) rewards what it tries. The sums that are counted at the end were in neither part.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmq_jax.command_line import run, use_device
+from train.grpo import Options as GRPOOptions
+from train.grpo import grpo
+
+HELD_OUT, WATCHED = 600, 200
+ENOUGH = 0.25
+"""Of the watched sums: here the warm-up ends."""
+WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE, WATCH_EVERY = 2000, 256, 1e-3, 10
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 384,
+    "max_position_embeddings": 16,
+}
+ANSWER_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    out: str
+    """Folder for the sums, the model after its warm-up, and the run."""
+    seed: int = 0
+    """Of the split, the model and the run."""
+    steps: int = 150
+    """Steps of GRPO."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to compute; auto takes the fastest that JAX finds."""
+
+
+def main(options: Options) -> None:
+    use_device(options.device)
+    folder = Path(options.out)
+    training, watched, held_out = sums(options.seed)
+    for name, part in (("sums", training), ("held-out", held_out)):
+        write_records(folder / f"{name}.jsonl", part)
+    model = folder / "warm"
+    if not model.exists():
+        warm_up(training, watched, options.seed, model)
+    grpo(
+        dataclasses.replace(
+            GRPOOptions(data=str(folder / "sums.jsonl"), init_from=str(model), out=str(folder / "run")),
+            validation_data=str(folder / "held-out.jsonl"),
+            train="all",
+            template="plain",
+            prompts_per_step=64,
+            group_size=8,
+            max_new_tokens=ANSWER_TOKENS,
+            steps=options.steps,
+            learning_rate=1e-4,
+            seed=options.seed,
+            device=options.device,
+        )
+    )
+
+
+def sums(seed: int) -> tuple[list, list, list]:
+    """(training, watched, held-out) pairs of numbers from 0 to 99, each pair in one of them."""
+    from llmq_jax.data.splits import seeded_order
+
+    pairs = [divmod(int(index), 100) for index in seeded_order(100 * 100, seed)]
+    return pairs[HELD_OUT + WATCHED :], pairs[HELD_OUT : HELD_OUT + WATCHED], pairs[:HELD_OUT]
+
+
+def prompt(a: int, b: int) -> str:
+    return f"{a:02}+{b:02}="
+
+
+def write_records(path: Path, pairs: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"prompt": prompt(a, b), "answer": str(a + b)}) + "\n" for a, b in pairs))
+
+
+def warm_up(training: list, watched: list, seed: int, folder: Path) -> None:
+    """Learn sums with their answers until a part of the watched ones is right; the model goes to `folder`."""
+    import numpy as np
+
+    import llmq_jax as lq
+    from llmq_jax.language_model import LanguageModel, save
+    from llmq_jax.objectives.next_token import NextToken
+    from llmq_jax.training.optimizer import adamw
+    from llmq_jax.training.state import create_state
+    from llmq_jax.training.step import make_train_step
+
+    tokenizer = lq.ByteTokenizer()
+    config = lq.Llama3Config(vocab_size=tokenizer.vocab_size, **SIZES)
+    ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text,))
+    lm = LanguageModel(config, lq.build(config), lq.init(config, seed=seed), tokenizer, ends)
+    texts = [tokenizer.encode(f"{prompt(a, b)}{a + b:03}") for a, b in training]
+    rows = np.array([[*ids, tokenizer.end_of_text] for ids in texts], np.int32)
+    answers = np.arange(1, rows.shape[1]) >= len(prompt(0, 0))
+    mask = np.broadcast_to(answers.astype(np.float32), (WARM_UP_BATCH, rows.shape[1] - 1))
+
+    optimizer = adamw(lambda step: WARM_UP_RATE, weight_decay=0.0)
+    state = create_state(lm.variables, optimizer, seed=seed)
+    train_step = make_train_step(NextToken(lm.model), optimizer)
+    rng = np.random.default_rng(seed)
+    for step in range(1, WARM_UP_STEPS + 1):
+        batch = rows[rng.integers(0, len(rows), WARM_UP_BATCH)]
+        state, _ = train_step(state, {"tokens": batch[:, :-1], "targets": batch[:, 1:], "mask": mask})
+        if step % WATCH_EVERY == 0:
+            learner = lm.replace(variables=state.variables)
+            right = exact(learner, watched)
+            if right >= ENOUGH:
+                break
+    print(f"warm-up: {step} steps of {WARM_UP_BATCH} sums, {right:.1%} of {len(watched)} others right", flush=True)
+    save(learner, folder)
+
+
+def exact(lm: Any, pairs: list) -> float:
+    """The part of sums whose likeliest answer is right."""
+    from llmq_jax.generation import Sampler, generate
+
+    prompts = [prompt(a, b) for a, b in pairs]
+    found = generate(lm, prompts, max_new_tokens=ANSWER_TOKENS, sampler=Sampler(temperature=0.0)).text
+    return sum(text == f"{a + b:03}" for text, (a, b) in zip(found, pairs, strict=True)) / len(pairs)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,151 @@
+"""What answers are worth, by the options of train.grpo: functions of texts, a reward model, and how it learns on."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.errors import BadInput
+
+REWARD_RATE = 1e-5
+
+
+def names(given: str | None) -> list[str]:
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
+
+
+def reward_models(options: Any) -> list[str]:
+    """Those of --reward that are models: whatever exists, and is neither a Python file nor a name that is taken."""
+    found = [name for name in names(options.reward) if Path(name.rpartition(":")[0] or name).suffix != ".py"]
+    return [name for name in found if name not in ("answer", "format") and Path(name).exists()]
+
+
+def reward_functions(options: Any) -> tuple[Any, Any]:
+    """(functions of texts in --reward, those of --judge), None where there are none, before a model is loaded."""
+    given, models = names(options.reward), reward_models(options)
+    if len(models) > 1:
+        raise BadInput(f"--reward names {len(models)} reward models ({', '.join(models)}); give one")
+    weights = dict(zip(given, reward_weights(options), strict=True))
+    texts = [name for name in given if name not in models]
+    if not texts and options.reward_weights is not None:
+        raise BadInput("--reward-weights has no effect with a reward model alone; leave it out")
+    judges = names(options.judge)
+    return (
+        text_rewards(texts, [weights[name] for name in texts], "--reward"),
+        text_rewards(judges, [1.0] * len(judges), "--judge"),
+    )
+
+
+def reward_weights(options: Any) -> list[float]:
+    given = names(options.reward)
+    if len(set(given)) < len(given):
+        raise BadInput(f"--reward {options.reward} names a reward twice; give each once")
+    if options.reward_weights is None:
+        return [1.0] * len(given)
+    try:
+        weights = [float(weight) for weight in names(options.reward_weights)]
+    except ValueError:
+        weights = [math.nan]
+    if not all(map(math.isfinite, weights)):
+        raise BadInput(f"--reward-weights is {options.reward_weights!r} and must be numbers: 1,0.5")
+    if len(weights) != len(given):
+        raise BadInput(f"--reward-weights has {len(weights)} numbers for {len(given)} rewards; give one for each")
+    return weights
+
+
+def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
+    """Functions of texts by their names, None for none. One of a file is called by its own name, if no other is."""
+    from llmq_jax.rewards import Rewards, find
+    from llmq_jax.training.grpo import TextRewards
+
+    if not given:
+        return None
+    for name in given:
+        if "/" in name and Path(name.rpartition(":")[0] or name).suffix != ".py":
+            raise BadInput(f"{option} {name}: there is no such folder, for a reward model, and no such function")
+    functions = tuple(find(name) for name in given)
+    short = [name.rpartition(":")[2] if ".py:" in name else name for name in given]
+    called = given if len(set(short)) < len(short) else short
+    return TextRewards(Rewards(tuple(called), functions, tuple(weights)))
+
+
+def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
+    """What scores a rollout, whose rows have up to `longest` tokens: functions of texts, a reward model, or both."""
+    from llmq_jax.language_model import load
+    from llmq_jax.training.grpo import ModelReward, SummedRewards
+
+    models = reward_models(options)
+    if not models:
+        return functions
+    (folder,) = models
+    lm = load(folder, dtype="float32")
+    if lm.config.labels is None or len(lm.config.labels) != 1:
+        raise BadInput(f"{folder} is no reward model: it needs one label, as python -m train.reward gives it")
+    theirs, ours = lm.config.vocab_size, source.config.vocab_size
+    if theirs != ours:
+        raise BadInput(
+            f"the reward model {folder} has a vocabulary of {theirs:,} ids and the policy one of {ours:,}; take one of "
+            "the same"
+        )
+    if longest > lm.config.max_position_embeddings:
+        raise BadInput(
+            f"the reward model {folder} reads {lm.config.max_position_embeddings:,} tokens, and the longest prompt "
+            f"with --max-new-tokens {options.max_new_tokens} has {longest:,}; choose a smaller --max-prompt, or fewer "
+            "new tokens"
+        )
+    lm.require_tokenizer(folder)
+    scorer = ModelReward(
+        lm,
+        options.reward_pooling or "last",
+        process=options.supervision == "process",
+        separator="\n" if options.step_separator is None else options.step_separator,
+    )
+    if functions is None:
+        return scorer
+    return SummedRewards(functions, scorer, reward_weights(options)[names(options.reward).index(folder)])
+
+
+def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: int) -> Any:
+    """What lets the reward model go on learning; None where it stays."""
+    if judge is None:
+        return None
+    import jax
+    import jax.numpy as jnp
+
+    from llmq_jax.data import (
+        PreferenceBatches,
+        default_template,
+        read_preferences,
+        tokenize_preferences,
+        without_padding,
+    )
+    from llmq_jax.data.length_buckets import bucket_width
+    from llmq_jax.objectives.reward import RewardModel
+    from llmq_jax.training import step
+    from llmq_jax.training.grpo import ModelReward, RewardLearner
+    from llmq_jax.training.optimizer import adamw
+    from llmq_jax.training.state import create_state
+
+    model = score if isinstance(score, ModelReward) else score.model
+    context = model.lm.config.max_position_embeddings
+    pairs = read_preferences(options.replay_data).pairs
+    template = options.template or default_template([pair.chosen for pair in pairs], source.tokenizer)
+    old = tokenize_preferences(pairs, source.tokenizer, template=template, context=context).pairs
+    pad_token = model.lm.generation.pad_token_id
+    old = old if pad_token is None else [without_padding(pair, pad_token) for pair in old]
+    share = 0.1 if options.replay is None else options.replay
+    count = max(1, round(options.prompts_per_step * share / (1 - share)))
+    width = bucket_width(max(longest, *map(len, old)), context)
+    rate = REWARD_RATE if options.reward_learning_rate is None else options.reward_learning_rate
+    optimizer = adamw(lambda update: rate, weight_decay=0.0, clip=options.clip or None)
+    objective = RewardModel(model.lm.model, model.pooling)
+    variables = jax.tree.map(jnp.copy, model.lm.variables)  # its updates consume them, and what is held out wants them
+    return RewardLearner(
+        create_state(variables, optimizer, seed=options.seed, trainable="params"),
+        step.make_train_step(objective, optimizer),
+        judge,
+        PreferenceBatches(old, count, width, options.seed),
+        options.prompts_per_step,
+        options.steps_per_iteration,
+        width,
+        model.lengths,
+    )
