@@ -6,7 +6,6 @@ A small Llama sees sums with their answers until it gets a part of other sums ri
 GRPO (train.grpo) rewards what it tries. The sums that are counted at the end were in neither part.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,16 @@ SIZES = {
     "max_position_embeddings": 16,
 }
 ANSWER_TOKENS = 4
+SETTINGS = {
+    "train": "all",
+    "template": "plain",
+    "prompts_per_step": 64,
+    "group_size": 8,
+    "max_new_tokens": ANSWER_TOKENS,
+    "learning_rate": 2e-4,
+    "minimum_learning_rate": 2e-4,
+}
+"""Of GRPO."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +61,17 @@ def main(options: Options) -> None:
     model = folder / "warm"
     if not model.exists():
         warm_up(training, watched, options.seed, model)
-    grpo(
-        dataclasses.replace(
-            GRPOOptions(data=str(folder / "sums.jsonl"), init_from=str(model), out=str(folder / "run")),
-            validation_data=str(folder / "held-out.jsonl"),
-            train="all",
-            template="plain",
-            prompts_per_step=64,
-            group_size=8,
-            max_new_tokens=ANSWER_TOKENS,
-            steps=options.steps,
-            learning_rate=1e-4,
-            seed=options.seed,
-            device=options.device,
-        )
+    files = {"data": folder / "sums.jsonl", "validation_data": folder / "held-out.jsonl"}
+    run_options = GRPOOptions(
+        init_from=str(model),
+        out=str(folder / "run"),
+        steps=options.steps,
+        seed=options.seed,
+        device=options.device,
+        **{name: str(path) for name, path in files.items()},
+        **SETTINGS,
     )
+    grpo(run_options)
 
 
 def sums(seed: int) -> tuple[list, list, list]:

@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+import pytest
+
+import llmq_jax as lq
+from train import arithmetic
+
+
+def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
+    """Everything at the size of a moment: the files, the parts that share no sum, and a run that uses them."""
+    from llmq_jax.command_line import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arithmetic, "WATCHED", 8)
+    monkeypatch.setattr(arithmetic, "ENOUGH", 0.0)
+    monkeypatch.setattr(arithmetic, "WARM_UP_BATCH", 4)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    monkeypatch.setattr(arithmetic, "SIZES", {**arithmetic.SIZES, **sizes, "intermediate_size": 16})
+    settings = {**arithmetic.SETTINGS, "prompts_per_step": 2, "group_size": 2, "validation_prompts": 4}
+    monkeypatch.setattr(arithmetic, "SETTINGS", settings)
+
+    def call():
+        with pytest.raises(SystemExit) as stop:
+            run(arithmetic.main, ["--out", "runs/add", "--steps", "2"], program="arithmetic")
+        assert stop.value.code == 0
+
+    call()
+    out = capsys.readouterr().out
+    assert "warm-up: 10 steps of 4 sums" in out
+    assert "before training: reward" in out
+    training, watched, held_out = arithmetic.sums(0)
+    assert len({*training, *watched, *held_out}) == len(training) + len(watched) + len(held_out) == 10_000
+    record = json.loads(Path("runs/add/held-out.jsonl").read_text().splitlines()[0])
+    a, b = map(int, record["prompt"].rstrip("=").split("+"))
+    assert record["answer"] == str(a + b) and (a, b) in held_out
+    assert lq.load("runs/add/run").config == lq.load("runs/add/warm").config
+    # Again: the model that was warmed up stays, and the run is finished.
+    call()
+    assert "finished already" in capsys.readouterr().out
