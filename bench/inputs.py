@@ -1,5 +1,6 @@
 """Random inputs, the same for every side of a row. Only NumPy: both worlds import it."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -49,3 +50,11 @@ def experts_inputs(row: Any, num_experts: int) -> tuple[np.ndarray, ...]:
 def prompts(row: Any) -> list[list[int]]:
     """Token ids, [B, P]."""
     return np.random.default_rng(0).integers(row.fields["vocab_size"], size=(row.batch, row.prompt)).tolist()
+
+
+def prompts_of_words(row: Any, tokenizer: Any) -> list[str]:
+    """Texts of that many tokens each, which are words: whoever encodes them again gets the same tokens."""
+    known = min(row.fields["vocab_size"], tokenizer.vocab_size)
+    words = [word for word in map(tokenizer.decode, ([i] for i in range(known))) if re.fullmatch(" [a-z]{4,}", word)]
+    drawn = np.random.default_rng(0).integers(len(words), size=(row.batch, row.prompt))
+    return ["".join(words[index] for index in each) for each in drawn]

@@ -10,16 +10,26 @@ import jax.numpy as jnp
 
 import llmq_jax as lq
 from bench.bandwidth import read_bandwidth
-from bench.inputs import attention_inputs, cross_entropy_inputs, experts_inputs, prompts, train_batch
+from bench.inputs import (
+    attention_inputs,
+    cross_entropy_inputs,
+    experts_inputs,
+    prompts,
+    prompts_of_words,
+    train_batch,
+)
 from bench.products import Product, products_of, time_in_jax
-from bench.rows import ADAPTER, FULL
+from bench.rows import ADAPTER, FULL, PROMPTS
 from bench.worker import Side
+from llmq_jax.data.prompts import Prompt, PromptBatches
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
 from llmq_jax.models import ARCHITECTURES, abstract_variables
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
+from llmq_jax.rewards import Rewards
+from llmq_jax.training.grpo import Loop, TextRewards
 from llmq_jax.training.host_memory import keep_freed_memory
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -280,7 +290,106 @@ class GenerationSide(OurSide):
         ]
 
 
+class RolloutSide(GenerationSide):
+    def prepare(self) -> dict[str, Any]:
+        return OurSide.prepare(self)  # drawn tokens are no two sides' own
+
+    def build(self) -> dict[str, Any]:
+        facts = super().build()
+        self.done = 0
+        self.next_tokens = jax.jit(self._next_tokens)
+        return facts
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.done += 1
+            if self.name.endswith("without a cache"):
+                self.read_again()
+                continue
+            lq.generate(
+                self.lm,
+                self.prompts,
+                samples=self.row.group,
+                max_new_tokens=self.row.new_tokens,
+                sampler=lq.Sampler(),
+                stop=(),
+                seed=self.done,
+            )
+
+    def read_again(self) -> None:
+        """The whole text for each token, at the width of the longest: one program."""
+        rows = self.row.batch * self.row.group
+        tokens = jnp.zeros((rows, self.row.prompt + self.row.new_tokens), jnp.int32)
+        tokens = tokens.at[:, : self.row.prompt].set(jnp.repeat(jnp.asarray(self.prompts), self.row.group, axis=0))
+        for length in range(self.row.prompt, tokens.shape[1]):
+            tokens = self.next_tokens(self.lm.variables, tokens, length, jax.random.key(self.done))
+        tokens.block_until_ready()
+
+    def _next_tokens(self, variables: dict, tokens: jax.Array, length: int, key: jax.Array) -> jax.Array:
+        model = self.lm.model
+        hidden = model.apply(variables, tokens, method="hidden")
+        last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
+        logits = model.apply(variables, last, method="unembed")
+        drawn = jax.random.categorical(jax.random.fold_in(key, length), logits)
+        return jax.lax.dynamic_update_index_in_dim(tokens, drawn.astype(jnp.int32), length, axis=1)
+
+    def find_products(self) -> list[Product]:
+        """Those of the passes over one token of each row; that over the prompts comes on top."""
+        answers = replace(self.row, batch=self.row.batch * self.row.group)
+        side = GenerationSide(answers, self.folder, self.name)
+        side.lm = self.lm
+        return side.find_products()
+
+
+class GRPOStepSide(RolloutSide):
+    def build(self) -> dict[str, Any]:
+        config = row_config(self.row)
+        variables = lq.init(config, seed=0)
+        write_weights(variables, config, self.folder)
+        tokenizer = lq.GPT2Tokenizer()
+        texts = prompts_of_words(self.row, tokenizer)
+        if not (self.folder / PROMPTS).exists():
+            tokenizer.save(self.folder)
+            (self.folder / PROMPTS).write_text(json.dumps(texts))
+        self.lm = lq.LanguageModel(config, lq.build(config), variables, tokenizer)
+        optimizer = lq.training.adamw(1e-6)
+        objective = lq.objectives.GRPO(self.lm.model)
+        self.loop = Loop(
+            self.lm,
+            objective,
+            lq.training.make_train_step(objective, optimizer),
+            [Prompt(f"row {i}", text, tokenizer.encode(text), {}) for i, text in enumerate(texts)],
+            TextRewards(Rewards(("length",), (length_of,), (1.0,))),
+            self.row.group,
+            self.row.new_tokens,
+            lq.Sampler(),
+        )
+        self.state = self.loop.start(lq.training.create_state(variables, optimizer))
+        self.batches, self.done = PromptBatches(self.row.batch, self.row.batch), 0
+        return {"bandwidth": read_bandwidth()}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.state, _ = self.loop.step(self.state, self.batches[self.done])
+            self.done += 1
+        jax.block_until_ready(self.state.variables)
+
+    def find_products(self) -> list[Product]:
+        """Those of the passes over one token of each row, and of the update."""
+        self.lm = self.loop.policy(self.state.variables)
+        rollout, scores, _ = self.loop.answered(self.state, self.batches[0])
+        rows = self.loop.rows(self.state, rollout, self.loop.advantages(scores))
+        return super().find_products() + products_of(self.loop.update, self.state, rows)
+
+
+def length_of(completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs between answers."""
+    return [float(len(text)) for text in completions]
+
+
 SIDES = {
+    "rollout": RolloutSide,
+    "grpo": GRPOStepSide,
     "train": TrainStepSide,
     "cross_entropy": CrossEntropySide,
     "attention": WindowedAttentionSide,

@@ -12,6 +12,8 @@ OUR_ALLOCATOR = "our allocator"
 """In the name of a PyTorch side that gets the setting of the C allocator that our training loop has."""
 ADAPTER = "adapter"
 """The folder of the adapters that all sides start from, beside the weights."""
+PROMPTS = "prompts.json"
+"""The file of the texts that all sides answer, beside the weights."""
 FULL = "full"
 """In the name of a side that trains all weights where others train adapters."""
 TRAIN_SIDES = (
@@ -188,6 +190,54 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """Answers of a group: several to each prompt, drawn at temperature 1, of which none ends early."""
+
+    name: str
+    fields: Mapping[str, Any]
+    batch: int = 1
+    """Prompts."""
+    group: int = 8
+    """Answers to each."""
+    prompt: int = 128
+    new_tokens: int = 128
+    model_type: str = "llama"
+    sides: tuple[str, ...] = ("ours", "ours, without a cache", "transformers, eager")
+    at_least: float = 2.0
+    """Times as fast as transformers' `generate` that we want to be."""
+    at_least_cached: float = 8.0
+    """Times as fast as reading the whole text again for each token."""
+    kind: ClassVar[str] = "rollout"
+    unit: ClassVar[str] = "rollout"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.group * self.new_tokens
+
+    @property
+    def about(self) -> str:
+        return (
+            f"{_model(self)}: {self.group} answers of {self.new_tokens} tokens to each of {self.batch} prompts of "
+            f"{self.prompt}"
+        )
+
+
+@dataclass(frozen=True)
+class GRPOStep(Rollout):
+    """A whole step of GRPO on them: answers, a reward by length, advantages, one update of AdamW."""
+
+    sides: tuple[str, ...] = ("ours", "TRL")
+    at_least: float = 3.0
+    """Times as fast as TRL's GRPOTrainer that we want to be."""
+    kind: ClassVar[str] = "grpo"
+    unit: ClassVar[str] = "step"
+
+    @property
+    def about(self) -> str:
+        return f"a step of GRPO: {super().about}"
+
+
+@dataclass(frozen=True)
 class Start:
     """A whole process, from its start to the first training step or the first token."""
 
@@ -209,7 +259,7 @@ class Start:
         return f"{_model(self)}: process start to {end}"
 
 
-Row = TrainStep | CrossEntropy | WindowedAttention | ExpertNetworks | Generation | Start
+Row = TrainStep | CrossEntropy | WindowedAttention | ExpertNetworks | Generation | Rollout | Start
 
 
 def _model(row: Any) -> str:
@@ -361,6 +411,8 @@ ROWS: dict[str, Row] = {
             at_least=1.0,
         ),
         Generation("deepseek-generate-1", DEEPSEEK, 1, model_type="deepseek_v3", at_least=3.0),
+        Rollout("smollm2-rollout-8", SMOLLM2),
+        GRPOStep("smollm2-grpo-step-8", SMOLLM2),
         Start("gpt2-first-step", "step", SMALL),
         Start("gpt2-first-token", "token", SMALL, below_seconds=5.0),
     )

@@ -14,7 +14,7 @@ from torch.nn import functional
 from bench import plain_gpt, plain_llama
 from bench.inputs import attention_inputs, cross_entropy_inputs, experts_inputs, prompts, train_batch
 from bench.products import Product, time_in_torch
-from bench.rows import ADAPTER, OUR_ALLOCATOR
+from bench.rows import ADAPTER, OUR_ALLOCATOR, PROMPTS
 from bench.worker import Side
 from llmq_jax.training.host_memory import keep_freed_memory
 
@@ -218,7 +218,79 @@ class GenerationSide(TorchSide):
         )
 
 
+class RolloutSide(GenerationSide):
+    def prepare(self) -> dict[str, Any]:
+        return TorchSide.prepare(self)  # drawn tokens are no two sides' own
+
+    def generate(self) -> torch.Tensor:
+        return self.model.generate(
+            self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=self.row.group,
+            max_new_tokens=self.row.new_tokens,
+            pad_token_id=0,
+            use_cache=True,
+        )
+
+
+class GRPOStepSide(TorchSide):
+    """TRL's trainer, driven step by step as its loop does it."""
+
+    def build(self) -> None:
+        import datasets
+        import trl
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer.pad_token = tokenizer.eos_token
+        rows = self.row.batch * self.row.group
+        texts = json.loads((self.folder / PROMPTS).read_text())
+        self.trainer = trl.GRPOTrainer(
+            model=self.load_model(),
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            args=trl.GRPOConfig(
+                output_dir=str(self.folder / "trl"),
+                per_device_train_batch_size=rows,
+                num_generations=self.row.group,
+                max_completion_length=self.row.new_tokens,
+                loss_type="grpo",
+                top_k=0,
+                learning_rate=1e-6,
+                max_grad_norm=1.0,
+                max_steps=10_000,
+                gradient_checkpointing=False,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in texts]),
+            processing_class=tokenizer,
+        )
+        self.trainer.create_optimizer_and_scheduler(10_000)
+        self.batches = iter(self.trainer.get_train_dataloader())
+        self.trainer.current_gradient_accumulation_steps = 1
+
+    def repeat(self, count: int) -> None:
+        trainer = self.trainer
+        for _ in range(count):
+            inputs = next(self.batches, None)
+            if inputs is None:
+                self.batches = iter(trainer.get_train_dataloader())
+                inputs = next(self.batches)
+            trainer.training_step(trainer.model, inputs, None)
+            nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.state.global_step += 1
+
+
 SIDES = {
+    "rollout": RolloutSide,
+    "grpo": GRPOStepSide,
     "train": TrainStepSide,
     "cross_entropy": CrossEntropySide,
     "attention": WindowedAttentionSide,
