@@ -36,6 +36,10 @@ from llmq_jax.weight_type import weight_type
 Integers = ArrayLike | Sequence
 
 
+# Two tokenizers that agree on it are taken for the same.
+PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tÀ bientôt, 東京!"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LanguageModel:
     """A model and all that it takes to use it. Immutable: `lm.replace(variables=...)` gives another one."""
@@ -80,6 +84,16 @@ class LanguageModel:
         if self.tokenizer is None:
             raise BadInput(f"{source} holds no tokenizer, so text means nothing to it; put its tokenizer.json there")
         return self.tokenizer
+
+    def require_same_vocabulary(self, other: "LanguageModel", name: str) -> None:
+        """BadInput, which calls the other model by `name`, where its token ids mean something else than this one's."""
+        theirs, ours = other.config.vocab_size, self.config.vocab_size
+        if theirs != ours:
+            raise BadInput(f"{name} has a vocabulary of {theirs} ids and the model one of {ours}; take one of the same")
+        if None not in (other.tokenizer, self.tokenizer) and other.tokenizer.encode(PROBE) != self.tokenizer.encode(
+            PROBE
+        ):
+            raise BadInput(f"{name}'s tokenizer gives other ids than the model's; take one of the same tokenizer")
 
     def require_chat_template(self, source: str) -> ChatTemplate:
         """The tokenizer's chat template, likewise."""

@@ -58,7 +58,7 @@ def main(options: Options) -> None:
     training, watched, held_out = sums(options.seed)
     for name, part in (("sums", training), ("held-out", held_out)):
         write_records(folder / f"{name}.jsonl", part)
-    model = folder / "warm"
+    model = folder / f"warm-{options.seed}"
     if not model.exists():
         warm_up(training, watched, options.seed, model)
     files = {"data": folder / "sums.jsonl", "validation_data": folder / "held-out.jsonl"}

@@ -85,6 +85,9 @@ def dpo(options: Options) -> Any:
     use_device(options.device)
 
     # JAX has its device; what imports it may follow.
+    import jax
+    import numpy as np
+
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.language_model import TextFiles, load
     from llmq_jax.models import build
@@ -147,6 +150,10 @@ def dpo(options: Options) -> Any:
             print(f"before training: {figures(evaluate(learner.variables))}", flush=True)
         if not folder.resumed and options.sample_every != 0:
             print(ask(source.variables), flush=True)
+        # Where a part of the model trains, what it was at first is all that it takes to have the reference again.
+        began = None
+        if options.train != "all" and options.reference is None:
+            began = {name: jax.tree.map(np.asarray, learner.variables[name]) for name in learner.trainable}
         result = engine.run(
             create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
             train_step,
@@ -165,7 +172,8 @@ def dpo(options: Options) -> Any:
             means = step.evaluate(eval_step, result.state.variables, held_out_batches(None))
             print(f"\n{len(held_out):,} pairs held out: {figures(means)}")
             policy = source.replace(variables=whole(result.state.variables))
-            print(distance(options, policy, validation), flush=True)
+            start = None if began is None else source.replace(variables=whole({**result.state.variables, **began}))
+            print(distance(options, policy, start, validation), flush=True)
     return result
 
 
@@ -226,12 +234,7 @@ def other_reference(options: Options, source: Any) -> Any:
 
     reference = load(options.reference)
     reference.require_language_model(options.reference)
-    theirs, ours = reference.config.vocab_size, source.config.vocab_size
-    if theirs != ours:
-        raise BadInput(
-            f"--reference {options.reference} has a vocabulary of {theirs:,} ids and the model one of {ours:,}; take "
-            "one of the same"
-        )
+    source.require_same_vocabulary(reference, f"--reference {options.reference}")
     longest = reference.config.max_position_embeddings
     if options.context > longest:
         raise BadInput(f"--context {options.context} exceeds that of --reference, {longest}; choose a shorter one")
@@ -268,9 +271,9 @@ def figures(means: dict[str, float]) -> str:
     )
 
 
-def distance(options: Options, policy: Any, validation: list) -> str:
+def distance(options: Options, policy: Any, reference: Any, validation: list) -> str:
     """How far the policy went from the reference: the KL divergence, on answers that the policy draws to prompts that
-    are held out, E[log policy(answer) - log reference(answer)]."""
+    are held out, E[log policy(answer) - log reference(answer)]. Without a reference at hand it is loaded again."""
     import jax
     import numpy as np
 
@@ -289,14 +292,16 @@ def distance(options: Options, policy: Any, validation: list) -> str:
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     tokens, lengths = pad(rows, max(map(len, rows)))
     mask = np.arange(tokens.shape[1]) >= np.array([[len(prompt)] for prompt in prompts])
-    reference = load(options.reference or options.init_from, dtype="float32")
 
     def logprobs(lm):
         model = lm.model.clone(dtype=options.dtype)
         of_rows = jax.jit(lambda variables, *rows: sequence_logprobs(model, variables, *rows[:2], lengths=rows[2]))
-        return np.asarray(of_rows(lm.variables, tokens, mask, lengths))
+        return np.array(of_rows(lm.variables, tokens, mask, lengths))
 
-    ratios = logprobs(policy) - logprobs(reference)
+    ratios = logprobs(policy)
+    if reference is None:
+        reference = load(options.reference or options.init_from, dtype="float32")
+    ratios -= logprobs(reference)
     return (
         f"KL to the reference on {len(rows)} sampled answers: {ratios.mean():.3f} nats an answer, "
         f"{ratios.sum() / drawn.lengths.sum():.4f} a token"

@@ -22,10 +22,12 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput
+from train.answers import one_line
 from train.options import (
     TrainingOptions,
     check_ranges,
     completed,
+    optimizer_of,
     own_options,
     refuse_idle,
     run_options,
@@ -173,7 +175,6 @@ def grpo(options: Options) -> Any:
     from llmq_jax.objectives.grpo import GRPO
     from llmq_jax.training import engine, step
     from llmq_jax.training.grpo import REWARD_MODEL, Loop, ModelReward
-    from llmq_jax.training.optimizer import adamw, warmup_cosine
     from llmq_jax.training.plots import plot_panels
     from llmq_jax.training.state import create_state
 
@@ -188,22 +189,7 @@ def grpo(options: Options) -> Any:
     source = source.replace(model=model)
     learner = prepared(source, options)
 
-    # A step makes several updates, and the schedule is that of steps.
-    schedule = warmup_cosine(
-        peak=options.learning_rate,
-        steps=options.steps,
-        warmup_steps=options.warmup_steps,
-        initial=options.initial_learning_rate,
-        minimum=options.minimum_learning_rate,
-    )
-    b1, b2 = options.betas
-    optimizer = adamw(
-        lambda update: schedule(update // options.iterations),
-        b1=b1,
-        b2=b2,
-        weight_decay=options.weight_decay,
-        clip=options.clip or None,
-    )
+    schedule, optimizer = optimizer_of(options, options.iterations)
     objective = GRPO(
         learner.model,
         loss_type=options.loss,
@@ -223,17 +209,17 @@ def grpo(options: Options) -> Any:
         step.make_train_step(objective, optimizer, accumulate=options.accumulate),
         training,
         score,
-        options.group_size,
-        options.max_new_tokens,
-        Sampler(options.temperature, options.top_k, options.top_p),
-        options.scale,
-        options.iterations,
-        options.steps_per_iteration,
-        options.reference or "iteration",
-        options.mask_truncated,
-        options.dynamic_sampling,
-        options.seed,
-        reward_learner(options, source, score, judge, longest),
+        group_size=options.group_size,
+        max_new_tokens=options.max_new_tokens,
+        sampler=Sampler(options.temperature, options.top_k, options.top_p),
+        scale=options.scale,
+        iterations=options.iterations,
+        steps_per_iteration=options.steps_per_iteration,
+        reference=options.reference or "iteration",
+        mask_truncated=options.mask_truncated,
+        dynamic_sampling=options.dynamic_sampling,
+        seed=options.seed,
+        reward_learner=reward_learner(options, source, score, judge, longest),
     )
     rows = options.prompts_per_step * options.group_size
     print(
@@ -280,8 +266,12 @@ def grpo(options: Options) -> Any:
 
 
 def resolved(options: Options) -> Options:
-    """The options with what they leave open."""
-    values: dict[str, Any] = {}
+    r"""The options with what they leave open; \n and \t, which a shell leaves as they are, become what they mean."""
+    values: dict[str, Any] = {
+        name: text.replace(r"\n", "\n").replace(r"\t", "\t")
+        for name in ("prompt_format", "step_separator")
+        if (text := getattr(options, name)) is not None
+    }
     if options.learning_rate is None:
         values["learning_rate"] = LORA_RATE if options.train == "lora" else FULL_RATE
     if options.reward is None:
@@ -329,13 +319,18 @@ def check(options: Options) -> None:
         raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
     if options.reward is not None and not names(options.reward):
         raise BadInput("--reward names no reward; leave it out for answer")
+    if options.step_separator == "":
+        raise BadInput("--step-separator is empty and must be what ends a step")
     no_model = not reward_models(options)
+    one_update = options.iterations == 1
     moves_once = options.judge is None and (options.beta == 0 or options.reference in ("start", "old"))
     refuse_idle(
         options,
         (
             ("clip_low", options.loss in ("sapo", "cispo"), f"with --loss {options.loss}"),
             ("clip_high", options.loss == "sapo", "with --loss sapo"),
+            ("clip_low", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
+            ("clip_high", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
             ("lora_dropout", True, "in GRPO, whose policy learns as it answers, without dropout"),
             ("kl", options.beta == 0, "with --beta 0"),
             ("reference", options.beta == 0, "with --beta 0"),
@@ -351,10 +346,17 @@ def check(options: Options) -> None:
             ("split_seed", options.validation_data, "beside --validation-data"),
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_prompts", options.evaluate_every == 0, "with --evaluate-every 0"),
+            ("validation_fraction", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
             ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),
     )
+    still = options.reference == "old" or (options.steps_per_iteration == 1 and options.reference != "start")
+    if options.beta and one_update and still:
+        raise BadInput(
+            "--beta has no effect where the reference is the policy that learns, in the first update of every step: "
+            "give more --iterations, or another --reference"
+        )
     if options.judge is not None and options.replay_data is None:
         raise BadInput("--judge needs --replay-data, the pairs that the reward model learned from before")
     if options.judge is not None and not (options.steps_per_iteration or options.steps) < options.steps:
@@ -402,6 +404,8 @@ def questions(options: Options, source: Any) -> tuple[list, list]:
         return found
 
     everything = read(options.data)
+    if options.evaluate_every == 0:
+        return everything, []
     if options.validation_data:
         validation = read(options.validation_data)
     else:
@@ -443,7 +447,8 @@ def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> 
         means["completions/mean_length"] = answers.answer_lengths
         for name, values in means.items():
             found.setdefault(name, []).append(values)
-    return {name: float(np.nanmean(np.concatenate(values))) for name, values in found.items()}
+    told = {name: np.concatenate(values) for name, values in found.items()}
+    return {name: float(np.nanmean(values)) for name, values in told.items() if not np.isnan(values).all()}
 
 
 def table(loop: Any, variables: dict, batch: dict) -> str:
@@ -459,20 +464,15 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
     advantages = (
         advantages if advantages.ndim == 1 else (advantages * answers.answer_mask).sum(1) / answers.answer_lengths
     )
-    lines = [shortened(prompt.text)]
+    lines = [one_line(prompt.text, WIDTH)]
     for row in range(min(SAMPLES, len(answers))):
         each = " ".join(f"{name} {values[row]:.3g}" for name, values in scores.by_name.items())
         cut = "" if answers.terminated[row] else ", cut"
         lines.append(
             f"-> reward {scores.rewards[row]:.3f} ({each}), advantage {advantages[row]:+.3f}, "
-            f"{answers.answer_lengths[row]} tokens{cut}: {shortened(answers.completions[row])}"
+            f"{answers.answer_lengths[row]} tokens{cut}: {one_line(answers.completions[row], WIDTH)}"
         )
     return "\n".join(lines)
-
-
-def shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
 def numbered(prompts: Sequence[Any]) -> Any:

@@ -117,8 +117,8 @@ def with_steps(options: Any, steps_in_an_epoch: int, epochs: float) -> Any:
     return completed(options)
 
 
-def optimizer_of(options: TrainingOptions) -> tuple[Any, Any]:
-    """(schedule, optimizer): AdamW with warm-up and cosine."""
+def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[Any, Any]:
+    """(schedule of steps, optimizer): AdamW with warm-up and cosine."""
     from llmq_jax.training.optimizer import adamw, warmup_cosine
 
     schedule = warmup_cosine(
@@ -129,7 +129,8 @@ def optimizer_of(options: TrainingOptions) -> tuple[Any, Any]:
         minimum=options.minimum_learning_rate,
     )
     b1, b2 = options.betas
-    return schedule, adamw(schedule, b1=b1, b2=b2, weight_decay=options.weight_decay, clip=options.clip or None)
+    fields = {"b1": b1, "b2": b2, "weight_decay": options.weight_decay, "clip": options.clip or None}
+    return schedule, adamw(lambda update: schedule(update // updates_per_step), **fields)
 
 
 def run_options(options: TrainingOptions) -> Any:

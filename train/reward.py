@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is, run, use_device
 from llmq_jax.errors import BadInput
+from train.answers import one_line
 from train.options import TrainingOptions, optimizer_of, own_options, run_options, with_steps
 from train.preferences import (
     EPOCHS,
@@ -202,18 +203,12 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
         lines = []
         for index, found in zip(order, jax.device_get(rewards(variables, **rows)), strict=True):
             pair = by_place[pairs[index].where]
-            lines.append(short(pair.chosen.chat()[pair.chosen.given - 1]["content"]))
+            lines.append(one_line(pair.chosen.chat()[pair.chosen.given - 1]["content"], WIDTH))
             for reward, side, name in zip(found, (pair.chosen, pair.rejected), ("chosen", "rejected"), strict=True):
-                lines.append(f"  {reward:+8.3f} {name:8} {short(side.messages[-1]['content'])}")
+                lines.append(f"  {reward:+8.3f} {name:8} {one_line(side.messages[-1]['content'], WIDTH)}")
         return "\n".join(lines)
 
     return shown
-
-
-def short(text: str) -> str:
-    """A text on one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
 def next_commands(options: Options, config: Any) -> Iterator[str]:

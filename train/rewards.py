@@ -47,6 +47,8 @@ def reward_weights(options: Any) -> list[float]:
         weights = [math.nan]
     if not all(map(math.isfinite, weights)):
         raise BadInput(f"--reward-weights is {options.reward_weights!r} and must be numbers: 1,0.5")
+    if not any(weights):
+        raise BadInput(f"--reward-weights {options.reward_weights} leaves no reward; give one that is not 0")
     if len(weights) != len(given):
         raise BadInput(f"--reward-weights has {len(weights)} numbers for {len(given)} rewards; give one for each")
     return weights
@@ -80,19 +82,14 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
     lm = load(folder, dtype="float32")
     if lm.config.labels is None or len(lm.config.labels) != 1:
         raise BadInput(f"{folder} is no reward model: it needs one label, as python -m train.reward gives it")
-    theirs, ours = lm.config.vocab_size, source.config.vocab_size
-    if theirs != ours:
-        raise BadInput(
-            f"the reward model {folder} has a vocabulary of {theirs:,} ids and the policy one of {ours:,}; take one of "
-            "the same"
-        )
+    lm.require_tokenizer(folder)
+    source.require_same_vocabulary(lm, f"the reward model {folder}")
     if longest > lm.config.max_position_embeddings:
         raise BadInput(
             f"the reward model {folder} reads {lm.config.max_position_embeddings:,} tokens, and the longest prompt "
             f"with --max-new-tokens {options.max_new_tokens} has {longest:,}; choose a smaller --max-prompt, or fewer "
             "new tokens"
         )
-    lm.require_tokenizer(folder)
     scorer = ModelReward(
         lm,
         options.reward_pooling or "last",
@@ -101,6 +98,8 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
     )
     if functions is None:
         return scorer
+    if scorer.name in functions.rewards.names:
+        raise BadInput(f"--reward names a function {scorer.name!r}, as the reward model is called; rename it")
     return SummedRewards(functions, scorer, reward_weights(options)[names(options.reward).index(folder)])
 
 
@@ -111,6 +110,7 @@ def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: i
     import jax
     import jax.numpy as jnp
 
+    from llmq_jax.adapters import merge
     from llmq_jax.data import (
         PreferenceBatches,
         default_template,
@@ -138,7 +138,9 @@ def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: i
     rate = REWARD_RATE if options.reward_learning_rate is None else options.reward_learning_rate
     optimizer = adamw(lambda update: rate, weight_decay=0.0, clip=options.clip or None)
     objective = RewardModel(model.lm.model, model.pooling)
-    variables = jax.tree.map(jnp.copy, model.lm.variables)  # its updates consume them, and what is held out wants them
+    # All its weights learn: adapters become a part of them. Its updates consume what they are given, and what is held
+    # out wants the model as it was.
+    variables = jax.tree.map(jnp.copy, merge(model.lm).variables)
     return RewardLearner(
         create_state(variables, optimizer, seed=options.seed, trainable="params"),
         step.make_train_step(objective, optimizer),

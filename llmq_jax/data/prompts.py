@@ -5,7 +5,7 @@ them: "Question: {question}\nAnswer:". Its other fields are columns that reward 
 """
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,3 @@ class PromptBatches:
 def row_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:
     """A seed for each row of a step, of its own."""
     return np.random.SeedSequence([seed, step, stream]).generate_state(rows).tolist()
-
-
-Columns = Mapping[str, Sequence[Any]]

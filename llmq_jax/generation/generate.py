@@ -32,8 +32,6 @@ Ids = Sequence[SupportsIndex] | np.ndarray
 
 # What a draft model proposes at a time.
 DRAFT_TOKENS = 4
-# Two tokenizers that agree on it are taken for the same.
-PROBE = "The quick brown fox jumps over 13 lazy dogs.\n\tÀ bientôt, 東京!"
 
 # Stop strings are looked for between stretches of this many tokens.
 STRETCH = 16
@@ -330,11 +328,7 @@ def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draf
     count = DRAFT_TOKENS if count is None else count
     if count < 1:
         raise BadInput(f"draft_tokens={count} must be at least 1")
-    theirs, ours = draft.config.vocab_size, lm.config.vocab_size
-    if theirs != ours:
-        raise BadInput(f"the draft has a vocabulary of {theirs} ids and the model one of {ours}; take one of the same")
-    if None not in (draft.tokenizer, lm.tokenizer) and draft.tokenizer.encode(PROBE) != lm.tokenizer.encode(PROBE):
-        raise BadInput("the draft's tokenizer gives other ids than the model's; take a draft of the same tokenizer")
+    lm.require_same_vocabulary(draft, "the draft")
     if needed > draft.config.max_position_embeddings:
         longest = draft.config.max_position_embeddings
         raise BadInput(f"prompt and new tokens are {needed} in all, more than the draft's context of {longest}")

@@ -71,8 +71,8 @@ def run(
     * `schedule(i)` is the learning rate of update i, here only for the log.
     * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
       a text to show, the same one for the same arguments.
-    * `tokens_per_step` is counted from each batch where not given, or read from a metric `tokens` of a step that draws
-      its own.
+    * `tokens_per_step` is counted from each batch where not given; a step that draws its own tokens tells how many by a
+      metric `tokens`.
     * `show` names metrics of a step that stand beside the loss on the console.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).

@@ -32,7 +32,8 @@ import numpy as np
 
 from llmq_jax.data.batching import pad
 from llmq_jax.data.length_buckets import bucket_width
-from llmq_jax.data.prompts import Prompt, PromptBatches, columns_of, row_seeds
+from llmq_jax.data.prompts import Prompt, columns_of, row_seeds
+from llmq_jax.data.splits import seeded_order
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler, generate
@@ -42,6 +43,7 @@ from llmq_jax.objectives.reward import model_rewards, token_scores
 from llmq_jax.rewards import Rewards
 from llmq_jax.training.parts import as_read, whole
 from llmq_jax.training.state import TrainState
+from llmq_jax.training.step import ROUTER, combined, is_extreme
 
 REFERENCE, REWARD_MODEL, PAIRS = "reference", "reward_model", "pairs"
 """What a state carries."""
@@ -87,9 +89,13 @@ class Rollout:
         inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
         return inside.astype(np.float32)
 
+    def rows_of(self, groups: Sequence[int]) -> np.ndarray:
+        """The rows of these groups."""
+        return np.concatenate([np.arange(g * self.group_size, (g + 1) * self.group_size) for g in groups])
+
     def groups(self, chosen: Sequence[int]) -> "Rollout":
         """These groups alone."""
-        rows = np.concatenate([np.arange(g * self.group_size, (g + 1) * self.group_size) for g in chosen])
+        rows = self.rows_of(chosen)
         arrays = {
             name: getattr(self, name)[rows]
             for name in ("tokens", "lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
@@ -129,23 +135,6 @@ def roll_out(
     )
 
 
-def joined(rollouts: Sequence[Rollout]) -> Rollout:
-    """The groups of several rollouts as one."""
-    width = max(rollout.tokens.shape[1] for rollout in rollouts)
-    arrays = {
-        name: np.concatenate([getattr(rollout, name) for rollout in rollouts])
-        for name in ("lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
-    }
-    tokens = [np.pad(rollout.tokens, ((0, 0), (0, width - rollout.tokens.shape[1]))) for rollout in rollouts]
-    return Rollout(
-        [prompt for rollout in rollouts for prompt in rollout.prompts],
-        rollouts[0].group_size,
-        tokens=np.concatenate(tokens),
-        completions=[text for rollout in rollouts for text in rollout.completions],
-        **arrays,
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Rewards
 
@@ -162,6 +151,11 @@ class Scores:
     """float32 [B, C], for process supervision: the reward of each step of an answer, where the step ends."""
     step_ends: np.ndarray | None = None
     """float32 [B, C]: 1 there."""
+
+    def rows(self, chosen: np.ndarray) -> "Scores":
+        """Those of some answers."""
+        steps, ends = (None if x is None else x[chosen] for x in (self.steps, self.step_ends))
+        return Scores(self.rewards[chosen], {name: x[chosen] for name, x in self.by_name.items()}, steps, ends)
 
 
 @dataclass(frozen=True)
@@ -239,17 +233,54 @@ def step_ends(rollout: Rollout, lengths: np.ndarray, tokenizer: Any, separator: 
     """float32 [B, C]: 1 on the token that completes a separator, and on the last token of the row, of `lengths` [B]."""
     ends = np.zeros(rollout.logprobs.shape, np.float32)
     for row, (start, length) in enumerate(zip(rollout.prompt_lengths, lengths, strict=True)):
-        stream, text, found = TextStream(tokenizer, skip_special_tokens=True), "", 0
+        stream, open_end = TextStream(tokenizer, skip_special_tokens=True), ""
         for place, token in enumerate(rollout.tokens[row, start:length].tolist()):
-            text += stream.push(token)
-            if text.count(separator) > found:
-                found, ends[row, place] = text.count(separator), 1.0
+            open_end += stream.push(token)
+            if separator in open_end:
+                ends[row, place] = 1.0
+                open_end = open_end.rpartition(separator)[2]
         ends[row, length - start - 1] = 1.0
     return ends
 
 
+def _part(rollout: Rollout, scores: Scores, groups: list[int]) -> tuple[Rollout, Scores]:
+    return rollout.groups(groups), scores.rows(rollout.rows_of(groups))
+
+
+def _joined(parts: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
+    """The groups of several rollouts as one."""
+    rollouts, scores = zip(*parts, strict=True)
+    width = max(rollout.tokens.shape[1] for rollout in rollouts)
+
+    def together(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    names = ("lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
+    rollout = Rollout(
+        [prompt for rollout in rollouts for prompt in rollout.prompts],
+        rollouts[0].group_size,
+        np.concatenate([np.pad(x.tokens, ((0, 0), (0, width - x.tokens.shape[1]))) for x in rollouts]),
+        completions=[text for rollout in rollouts for text in rollout.completions],
+        **{name: together([getattr(rollout, name) for rollout in rollouts]) for name in names},
+    )
+    by_name = {name: together([each.by_name[name] for each in scores]) for name in scores[0].by_name}
+    rewards, steps, ends = (together([getattr(x, name) for x in scores]) for name in ("rewards", "steps", "step_ends"))
+    return rollout, Scores(rewards, by_name, steps, ends)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What it took to get a step's answers."""
+
+    seconds: float
+    tokens: int
+    """Of all rows that were drawn, those that were replaced too."""
+    silent: float
+    """The part of the first groups whose answers were all worth the same."""
 
 
 @dataclass(eq=False)
@@ -297,7 +328,7 @@ class Loop:
         first_of_iteration = number % self.steps_per_iteration == 0
         if self.keeps_reference and self.reference == "iteration" and first_of_iteration:
             state = with_reference(state)  # line 3
-        rollout, scores, seconds = self.answered(state, batch)  # lines 5 to 8
+        rollout, scores, asked = self.answered(state, batch)  # lines 5 to 8
         advantages = self.advantages(scores)  # line 9
         rows = self.rows(state, rollout, advantages)
         scored = time.monotonic()
@@ -305,14 +336,16 @@ class Loop:
         for _ in range(self.iterations):  # lines 10 and 11
             state, metrics = self.update(state, rows)
             updates.append(metrics)
+        metrics = over_updates(jax.device_get(updates))
+        learned = time.monotonic()
         if self.reward_learner is not None:  # line 12
             last = (number + 1) % self.steps_per_iteration == 0
             state = self.reward_learner.step(state, rollout, number % self.steps_per_iteration, last)
-        metrics = {name: np.mean([jax.device_get(each[name]) for each in updates], axis=0) for name in updates[0]}
-        metrics |= self.figures(rollout, scores)
-        metrics |= {"rollout_seconds": np.float32(seconds)}
-        metrics |= {"scoring_seconds": np.float32(scored - begin - seconds)}
-        metrics |= {"update_seconds": np.float32(time.monotonic() - scored)}
+            metrics |= {"reward_model_seconds": np.float32(time.monotonic() - learned)}
+        metrics |= self.figures(asked, rollout, scores, rows["completion_mask"])
+        metrics |= {"rollout_seconds": np.float32(asked.seconds)}
+        metrics |= {"scoring_seconds": np.float32(scored - begin - asked.seconds)}
+        metrics |= {"update_seconds": np.float32(learned - scored)}
         return state, metrics
 
     @property
@@ -330,35 +363,44 @@ class Loop:
         """The model that answers, with the variables of a state."""
         return self.lm.replace(variables=whole(variables))
 
-    def answered(self, state: TrainState, batch: dict) -> tuple[Rollout, Scores, float]:
-        """(answers of the policy as it is, what they are worth, seconds that answering took)."""
+    def answered(self, state: TrainState, batch: dict) -> tuple[Rollout, Scores, "Asked"]:
+        """(answers of the policy as it is, what they are worth, what asking took)."""
         number, count = int(batch["step"]), len(batch["prompts"])
-        policy, seconds = self.policy(state.variables), 0.0
-        kept: list[Rollout] = []
-        needed, places = count, batch["prompts"]
+        begin = time.monotonic()
+        policy = self.policy(state.variables)
+        seconds, drawn, places, seen = time.monotonic() - begin, 0, list(batch["prompts"]), set()
+        kept: list[tuple[Rollout, Scores]] = []
+        needed, spare = count, None
         for attempt in range(ROUNDS if self.dynamic_sampling else 1):
             begin = time.monotonic()
             seeds = row_seeds(self.seed, number, count * self.group_size, attempt)
             rollout = self.sample(policy, [self.prompts[place] for place in places], seeds)
-            seconds += time.monotonic() - begin
+            seconds, drawn = seconds + time.monotonic() - begin, drawn + int(rollout.lengths.sum())
             scores = self.scored(state, rollout)
-            spread = np.flatnonzero(self.spreads(scores.rewards) > 0).tolist()
-            if attempt == 0 and len(spread) == count:
-                return rollout, scores, seconds
-            if spread:
-                kept.append(rollout.groups(spread[:needed]))
-                needed -= len(spread[:needed])
+            teaches = self.teaches(scores)
+            if attempt == 0:
+                silent = float(1 - teaches.mean())
+            if not self.dynamic_sampling or (attempt == 0 and teaches.all()):
+                return rollout, scores, Asked(seconds, drawn, silent)
+            useful = np.flatnonzero(teaches).tolist()[:needed]
+            kept += [_part(rollout, scores, useful)] if useful else []
+            needed -= len(useful)
+            idle = np.flatnonzero(~teaches).tolist()
+            spare = (rollout, scores, idle) if idle else spare
+            seen |= set(places)
             if not needed:
                 break
-            others = PromptBatches(len(self.prompts), count, row_seeds(self.seed, number, 1, attempt + ROUNDS)[0])
-            places = others[0]["prompts"]
-        if not self.dynamic_sampling:
-            return rollout, scores, seconds
-        if needed:  # No others were found: those without spread teach nothing, and keep the shape.
-            spare = [group for group in range(count) if group not in spread]
-            kept.append(rollout.groups((spare or list(range(count)))[:needed]))
-        rollout = joined(kept)
-        return rollout, self.scored(state, rollout), seconds
+            places = self.other_prompts(number, attempt, count, seen)
+        if needed:  # No others were found: those that teach nothing keep the shape.
+            rollout, scores, idle = spare
+            kept.append(_part(rollout, scores, [idle[index % len(idle)] for index in range(needed)]))
+        return *_joined(kept), Asked(seconds, drawn, silent)
+
+    def other_prompts(self, step: int, attempt: int, count: int, seen: set[int]) -> list[int]:
+        """Prompts that this step has not asked yet and, where too few are left, some that it has."""
+        order = seeded_order(len(self.prompts), [self.seed, step, attempt]).tolist()
+        order = [place for place in order if place not in seen] + [place for place in order if place in seen]
+        return [order[index % len(order)] for index in range(count)]
 
     def sample(self, policy: Any, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Rollout:
         return roll_out(
@@ -379,6 +421,10 @@ class Loop:
         """The standard deviation of each group's rewards; 0 where all are equal."""
         groups = rewards.reshape(-1, self.group_size)
         return np.where(np.ptp(groups, axis=1) == 0, 0.0, groups.std(axis=1, ddof=1))
+
+    def teaches(self, scores: Scores) -> np.ndarray:
+        """bool [P]: whether any answer of a group has an advantage."""
+        return (self.advantages(scores) != 0).reshape(len(scores.rewards) // self.group_size, -1).any(axis=1)
 
     def advantages(self, scores: Scores) -> np.ndarray:
         """[B] by the answers' rewards or, where there are rewards of steps, [B, C]."""
@@ -415,23 +461,33 @@ class Loop:
             _completion_logprobs(self.objective.model, variables, *arrays, count=count, temperature=temperature)
         )
 
-    def figures(self, rollout: Rollout, scores: Scores) -> dict[str, Any]:
-        """What is told of a step's answers, by TRL's names."""
-        spreads = self.spreads(scores.rewards)
-        lengths, terminated = rollout.answer_lengths, rollout.terminated
-        silent = not np.any(spreads > 0)
-        if silent and not self.silent_before and scores.steps is None:
-            self.say(
+    def tell(self, scores: Scores, mask: np.ndarray) -> None:
+        """Say once, until it changes, that a step teaches nothing, and why."""
+        why = None
+        if not self.teaches(scores).any():
+            why = (
                 f"the answers of every group have the same reward ({scores.rewards[0]:.4g} in the first): such a step "
                 "teaches nothing; look at the samples, or grade the reward"
             )
-        self.silent_before = silent
+        elif not mask.any():
+            why = (
+                "every answer was cut and is masked: such a step teaches nothing; allow more new tokens, or do without "
+                "the mask"
+            )
+        if why is not None and not self.silent_before:
+            self.say(why)
+        self.silent_before = why is not None
+
+    def figures(self, asked: Asked, rollout: Rollout, scores: Scores, mask: np.ndarray) -> dict[str, Any]:
+        """What is told of a step's answers, by TRL's names."""
+        lengths, terminated = rollout.answer_lengths, rollout.terminated
+        self.tell(scores, mask)
         ended = lengths[terminated] if terminated.any() else np.zeros(1)
         figures = {
-            "tokens": int(rollout.lengths.sum()),
+            "tokens": asked.tokens,
             "reward": scores.rewards.mean(),
-            "reward_std": spreads.mean(),
-            "frac_reward_zero_std": (spreads == 0).mean(),
+            "reward_std": self.spreads(scores.rewards).mean(),
+            "frac_reward_zero_std": asked.silent,
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
@@ -448,14 +504,23 @@ class Loop:
         return {name: value if name == "tokens" else np.float32(value) for name, value in figures.items()}
 
 
+def over_updates(updates: Sequence[dict]) -> dict[str, Any]:
+    """The metrics of several updates as one: means, and of extremes the extreme."""
+    metrics = updates[0]
+    for other in updates[1:]:
+        metrics = {name: combined(name, value, other[name]) for name, value in metrics.items()}
+    return {name: value if is_extreme(name) else np.float32(value / len(updates)) for name, value in metrics.items()}
+
+
 def with_reference(state: TrainState) -> TrainState:
-    """The state whose reference is its policy as it is: a copy of what trains, and of nothing else."""
-    copy = {name: jax.tree.map(jnp.copy, state.variables[name]) for name in state.trainable}
+    """The state whose reference is its policy as it is: a copy of what changes in training, and of nothing else."""
+    changes = [name for name in (*state.trainable, ROUTER) if name in state.variables]
+    copy = {name: jax.tree.map(jnp.copy, state.variables[name]) for name in changes}
     return state.replace(carried={**(state.carried or {}), REFERENCE: copy})
 
 
 def reference_variables(state: TrainState) -> dict:
-    """The variables of the reference; what does not train it has in common with the policy."""
+    """The variables of the reference; what does not change it has in common with the policy."""
     return as_read({**state.variables, **state.carried[REFERENCE]})
 
 
@@ -508,8 +573,9 @@ class RewardLearner:
             for number in range(self.steps_per_iteration):
                 old = self.widened(self.replay[int(learner.step)])
                 batch = {name: np.concatenate([array[number], old[name]]) for name, array in pairs.items()}
-                if batch["mask"].sum():
-                    learner, _ = self.update(learner, batch)
+                if "margins" in old:  # the judge has none to tell
+                    batch["margins"] = np.concatenate([np.zeros(self.new_pairs, np.float32), old["margins"]])
+                learner, _ = self.update(learner, batch)
         return state.replace(carried={**state.carried, REWARD_MODEL: learner, PAIRS: pairs})
 
     def pairs(self, rollout: Rollout) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from llmq_jax.training.atomic_files import write_atomically
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 OWN_LOSSES = ("next_token_loss", "classification_loss", "reward_loss", "preference_loss", "policy_loss")
 """The loss without what an objective adds to it: balance losses of experts, further tokens."""
-TIME_FIELDS = ("tokens_per_second", "rollout_seconds", "scoring_seconds", "update_seconds")
+TIME_FIELDS = ("tokens_per_second", "rollout_seconds", "scoring_seconds", "update_seconds", "reward_model_seconds")
 """Fields that may differ between equal runs."""
 
 Record = dict[str, Any]

@@ -93,7 +93,7 @@ def _accumulated(gradients: Callable, microbatches: dict, parts: int):
         next_value, (next_metrics, next_counts), next_grads = gradients(*numbered)
         sums = jax.tree.map(jnp.add, (value, counts, grads), (next_value, next_counts, next_grads))
         both = {
-            name: jnp.where(index == 0, new, _combined(name, metrics[name], new)) for name, new in next_metrics.items()
+            name: jnp.where(index == 0, new, combined(name, metrics[name], new)) for name, new in next_metrics.items()
         }
         return (sums[0], (both, sums[1]), sums[2]), None
 
@@ -102,11 +102,20 @@ def _accumulated(gradients: Callable, microbatches: dict, parts: int):
     return jax.lax.scan(add, zeros, (jnp.arange(parts), microbatches))[0]
 
 
-def _combined(name: str, a: Any, b: Any) -> Any:
-    """A metric of two batches: the lesser or greater one of those that are called min or max (`min_reward`,
-    `clip_ratio/high_max`), the sum of all others."""
-    words = name.rsplit("/", 1)[-1].split("_")
-    return (jnp.minimum if "min" in words else jnp.maximum if "max" in words else jnp.add)(a, b)
+def combined(name: str, a: Any, b: Any) -> Any:
+    """A metric of two batches: the lesser or greater one of those that are extremes, the sum of all others."""
+    if is_extreme(name):
+        return (jnp.minimum if "min" in _words(name) else jnp.maximum)(a, b)
+    return jnp.add(a, b)
+
+
+def is_extreme(name: str) -> bool:
+    """Whether a metric is called min or max: `min_reward`, `clip_ratio/high_max`."""
+    return not {"min", "max"}.isdisjoint(_words(name))
+
+
+def _words(name: str) -> list[str]:
+    return name.rsplit("/", 1)[-1].split("_")
 
 
 def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, dict]]:
@@ -129,7 +138,7 @@ def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, fl
     for batch in batches:
         sums, weights = eval_step(variables, batch)
         if totals is not None:
-            sums = {name: _combined(name, totals[0][name], value) for name, value in sums.items()}
+            sums = {name: combined(name, totals[0][name], value) for name, value in sums.items()}
             weights = jax.tree.map(jnp.add, totals[1], weights)
         totals = sums, weights
     if totals is None:
@@ -137,8 +146,5 @@ def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, fl
     sums, weights = jax.device_get(totals)
     # Of the terms beside the loss one may have had nothing to count, as the second token ahead in rows of two. Extremes
     # have no weight.
-    return {
-        name: float(value / weights.get(name, 1.0))
-        for name, value in sums.items()
-        if name == "loss" or weights.get(name, 1.0) > 0
-    }
+    weights |= {name: 1.0 for name in sums if is_extreme(name)}
+    return {name: float(value / weights[name]) for name, value in sums.items() if name == "loss" or weights[name] > 0}

@@ -34,7 +34,7 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
     record = json.loads(Path("runs/add/held-out.jsonl").read_text().splitlines()[0])
     a, b = map(int, record["prompt"].rstrip("=").split("+"))
     assert record["answer"] == str(a + b) and (a, b) in held_out
-    assert lq.load("runs/add/run").config == lq.load("runs/add/warm").config
+    assert lq.load("runs/add/run").config == lq.load("runs/add/warm-0").config
     # Again: the model that was warmed up stays, and the run is finished.
     call()
     assert "finished already" in capsys.readouterr().out

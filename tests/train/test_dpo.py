@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -118,12 +119,27 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     assert first["rewards/margins"] != 0  # the reference is another model
 
 
+@pytest.mark.parametrize("part", [("--train=blocks", "--blocks=1"), ("--train=lora", "--lora-layers=1")])
+def test_a_part_may_train(dpo, tmp_path, files, part):
+    """The reference is the model as it was, of which a part was kept: nothing is loaded again to measure how far the
+    policy went."""
+    code, output, _ = dpo("--learning-rate=1e-2", *part)
+    assert code == 0
+    policy, reference = lq.load(tmp_path / "run"), lq.load(files["MODEL"])
+    assert "KL to the reference on 1 sampled answers" in output
+    told = float(output.split("sampled answers: ")[1].split()[0])
+    assert told != 0
+    below = [jax.tree.map(lambda leaf: leaf[0], lm.params["group_0"]) for lm in (policy, reference)]
+    jax.tree.map(np.testing.assert_array_equal, *below)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--label-smoothing=0.5"], "--label-smoothing is 0.5 and must be at least 0 and below 0.5"),
         (["--label-smoothing=0.1", "--loss=hinge"], "--label-smoothing has no effect with --loss hinge; leave it out"),
         (["--normalise", "--loss=ipo"], "--normalise has no effect with --loss ipo"),
+        (["--lora-dropout=0.1"], "--lora-dropout has no effect in DPO"),
         (["--beta=0"], "--beta is 0.0 and must be positive"),
         (["--reference=WIDE"], "has a vocabulary of 300 ids and the model one of 257; take one of the same"),
         (["--evaluate-batches=0"], "--evaluate-batches is 0 and must be at least 1"),

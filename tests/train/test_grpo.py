@@ -13,7 +13,7 @@ from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
-from train.grpo import main
+from train.grpo import Options, main, resolved
 
 SIZES = {
     "max_position_embeddings": 32,
@@ -202,6 +202,7 @@ RESUMED = {
         "reward": "RW:small,RW:expected",
     },
     "adapters": {"beta": 0.1, "train": "lora", "lora_rank": 2, "reference": "start", "dynamic_sampling": True},
+    "the last block": {"beta": 0.1, "train": "blocks", "blocks": 1, "reference": "start"},
     "a reward model that learns": {
         "reward": "NARROW",
         "judge": "RW:small",
@@ -282,6 +283,12 @@ def test_every_loss_runs(grpo, loss):
     assert np.isfinite(records()[0]["loss"])
 
 
+def test_breaks_that_a_shell_leaves_alone_are_breaks():
+    options = Options("data", "model", "run", prompt_format=r"Q: {q}\nA:", step_separator=r"\n\n")
+    assert resolved(options).prompt_format == "Q: {q}\nA:"
+    assert resolved(options).step_separator == "\n\n"
+
+
 def test_changed_answers_are_other_data(grpo, files):
     """What rewards know of a prompt belongs to the run."""
     lines = [json.loads(line) for line in files["DATA"].read_text().splitlines()]
@@ -308,6 +315,16 @@ JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps
         ({"clip_low": 2}, "--clip-low is 2.0 and must be at most 1"),
         ({"clip_low": 0.1, "loss": "sapo"}, "--clip-low has no effect with --loss sapo; leave it out"),
         ({"clip_high": 0.1, "loss": "sapo"}, "--clip-high has no effect with --loss sapo; leave it out"),
+        ({"clip_high": 0.3}, "--clip-high has no effect with --iterations 1, whose only update begins at the ratio 1"),
+        ({"beta": 0.1, "reference": "old"}, "--beta has no effect where the reference is the policy that learns"),
+        ({"beta": 0.1, "steps_per_iteration": 1}, "--beta has no effect where the reference is the policy that learns"),
+        ({"reward_weights": "0"}, "--reward-weights 0 leaves no reward; give one that is not 0"),
+        ({"step_separator": ""}, "--step-separator is empty and must be what ends a step"),
+        ({"lora_dropout": 0.1, "train": "lora"}, "--lora-dropout has no effect in GRPO"),
+        (
+            {"validation_fraction": 0.2, "evaluate_every": 0},
+            "--validation-fraction has no effect with --evaluate-every 0",
+        ),
         ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
         ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
         ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),
@@ -336,7 +353,7 @@ JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps
         ({"reward_weights": "much"}, "--reward-weights is 'much' and must be numbers: 1,0.5"),
         ({"reward": "JUDGED", "reward_weights": "2"}, "--reward-weights has no effect with a reward model alone"),
         ({"reward": "JUDGED,SPAM"}, "--reward names 2 reward models"),
-        ({"reward": "WIDE"}, "has a vocabulary of 300 ids and the policy one of 257; take one of the same"),
+        ({"reward": "WIDE"}, "has a vocabulary of 300 ids and the model one of 257; take one of the same"),
         (
             {"reward": "SHORT"},
             "reads 8 tokens, and the longest prompt with --max-new-tokens 5 has 11; choose a smaller",

@@ -21,8 +21,8 @@ from llmq_jax.training.grpo import (
     ModelReward,
     RewardLearner,
     Rollout,
-    Scores,
     TextRewards,
+    reference_variables,
     roll_out,
     step_ends,
 )
@@ -208,23 +208,36 @@ def test_groups_without_spread_teach_nothing_and_say_so(lm):
 
 
 def test_groups_without_spread_are_replaced(lm):
-    """Only prompts whose number is even have answers of unequal worth."""
+    """Only prompts whose number is even have answers of unequal worth, and each answer is scored once."""
+    scored = []
 
     def graded(completions, best, **_):
+        scored.extend(best[::GROUP])
         return [len(text) + place if best[place] % 2 == 0 else 1.0 for place, text in enumerate(completions)]
 
-    loop, state = make_loop(lm, text_rewards(graded), dynamic_sampling=True)
-    for number in range(3):
-        rollout, scores, _ = loop.answered(state, PromptBatches(5, 3)[number])
-        assert len(rollout.prompts) == 3
-        assert rollout.tokens.shape[0] == 3 * GROUP == len(scores.rewards)
-        assert (loop.spreads(scores.rewards) > 0).sum() >= 2
-        assert len(rollout.completions) == 3 * GROUP
+    batch = {"step": 0, "prompts": [1, 3, 4]}
     plain, state = make_loop(lm, text_rewards(graded))
-    _, scores, _ = plain.answered(state, {"step": 0, "prompts": [1, 3]})
-    assert (plain.spreads(scores.rewards) == 0).all()
-    _, scores, _ = loop.answered(state, {"step": 0, "prompts": [1, 3]})
-    assert (loop.spreads(scores.rewards) > 0).any()
+    _, scores, asked = plain.answered(state, batch)
+    assert plain.teaches(scores).tolist() == [False, False, True]
+    assert asked.silent == pytest.approx(2 / 3)
+
+    scored.clear()
+    loop, state = make_loop(lm, text_rewards(graded), dynamic_sampling=True)
+    rollout, scores, asked = loop.answered(state, batch)
+    assert rollout.prompts[0].columns["best"] == 4
+    assert {prompt.columns["best"] for prompt in rollout.prompts} == {0, 2, 4}
+    assert loop.teaches(scores).all()
+    assert len(scored) == 6 and scored[:3] == [1, 3, 4] and {0, 2} <= set(scored[3:])  # those not yet asked come first
+    assert asked.silent == pytest.approx(2 / 3)
+    assert asked.tokens > rollout.lengths.sum()
+    assert rollout.tokens.shape[0] == 3 * GROUP == len(scores.rewards) == len(rollout.completions)
+    expected = graded(rollout.completions, [p.columns["best"] for p in rollout.prompts for _ in range(GROUP)])
+    assert [reward > 1 for reward in scores.rewards] == [reward > 1 for reward in expected]
+
+    # Where nothing has spread, what was asked stays, and says nothing.
+    equal, state = make_loop(lm, text_rewards(lambda completions, **_: [2.0] * len(completions)), dynamic_sampling=True)
+    rollout, scores, asked = equal.answered(state, batch)
+    assert not equal.teaches(scores).any() and len(rollout) == 3 * GROUP and asked.silent == 1
 
 
 def test_answers_that_were_cut_may_be_masked(lm):
@@ -233,6 +246,32 @@ def test_answers_that_were_cut_may_be_masked(lm):
     mask = loop.rows(state, rollout, loop.advantages(scores))["completion_mask"]
     np.testing.assert_array_equal(mask.any(axis=1), rollout.terminated)
     assert 0 < rollout.terminated.sum() < len(rollout)
+
+    said = []
+    never = lm.replace(generation=lq.GenerationConfig())
+    loop, state = make_loop(never, mask_truncated=True, say=said.append)
+    for number in range(2):
+        state, metrics = loop.step(state, PromptBatches(5, 2)[number])
+    assert metrics["loss"] == 0
+    assert len(said) == 1 and "every answer was cut and is masked" in said[0]
+
+
+def test_the_reference_of_a_router_is_its_own():
+    """A router's bias moves without gradients, and belongs to what the reference was."""
+    sizes = {"vocab_size": 257, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 0}
+    config = lq.DeepSeekV3Config(
+        **sizes, **latent, **experts, n_group=1, topk_group=1, intermediate_size=8, max_position_embeddings=64
+    )
+    tokenizer = lq.ByteTokenizer()
+    ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text,))
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config, seed=2), tokenizer, ends)
+    loop, state = make_loop(lm, beta=0.1, reference="start")
+    begin = jax.tree.map(np.asarray, state.variables["router"])
+    state, _ = loop.step(state, PromptBatches(5, 2)[0])
+    assert not same(state.variables["router"], begin)
+    assert same(reference_variables(state)["router"], begin)
 
 
 def test_rewards_of_a_model(lm, reward_lm):
@@ -348,7 +387,3 @@ def test_rewards_that_are_not_finite_are_refused(lm, reward_lm):
     rollout = roll_out(lm, prompts(1), group_size=2, max_new_tokens=NEW, sampler=SAMPLER, seeds=[0, 1])
     with pytest.raises(BadInput, match="the reward model gave nan; train it anew"):
         ModelReward(reward_lm.replace(variables={"params": params}))(rollout)
-
-
-def test_scores_default_to_outcomes():
-    assert Scores(np.zeros(2, np.float32), {}).steps is None
