@@ -43,7 +43,7 @@ from llmq_jax.objectives.reward import model_rewards, token_scores
 from llmq_jax.rewards import Rewards
 from llmq_jax.training.parts import as_read, whole
 from llmq_jax.training.state import TrainState
-from llmq_jax.training.step import ROUTER, combined, is_extreme
+from llmq_jax.training.step import EXTREMES, ROUTER, combined
 
 REFERENCE, REWARD_MODEL, PAIRS = "reference", "reward_model", "pairs"
 """What a state carries."""
@@ -509,7 +509,7 @@ def over_updates(updates: Sequence[dict]) -> dict[str, Any]:
     metrics = updates[0]
     for other in updates[1:]:
         metrics = {name: combined(name, value, other[name]) for name, value in metrics.items()}
-    return {name: value if is_extreme(name) else np.float32(value / len(updates)) for name, value in metrics.items()}
+    return {name: value if name in EXTREMES else np.float32(value / len(updates)) for name, value in metrics.items()}
 
 
 def with_reference(state: TrainState) -> TrainState:

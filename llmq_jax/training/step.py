@@ -13,6 +13,13 @@ from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.state import TrainState
 
 ROUTER = "router"
+EXTREMES = {
+    "min_reward": jnp.minimum,
+    "max_reward": jnp.maximum,
+    "clip_ratio/low_min": jnp.minimum,
+    "clip_ratio/high_max": jnp.maximum,
+}
+"""Metrics that do not add over batches, but are the least or the greatest of them."""
 
 
 @runtime_checkable
@@ -103,25 +110,14 @@ def _accumulated(gradients: Callable, microbatches: dict, parts: int):
 
 
 def combined(name: str, a: Any, b: Any) -> Any:
-    """A metric of two batches: the lesser or greater one of those that are extremes, the sum of all others."""
-    if is_extreme(name):
-        return (jnp.minimum if "min" in _words(name) else jnp.maximum)(a, b)
-    return jnp.add(a, b)
-
-
-def is_extreme(name: str) -> bool:
-    """Whether a metric is called min or max: `min_reward`, `clip_ratio/high_max`."""
-    return not {"min", "max"}.isdisjoint(_words(name))
-
-
-def _words(name: str) -> list[str]:
-    return name.rsplit("/", 1)[-1].split("_")
+    """A metric of two batches: the lesser or greater one of EXTREMES, the sum of all others."""
+    return EXTREMES.get(name, jnp.add)(a, b)
 
 
 def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, dict]]:
     """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout: over batches both simply add, and
     Σ sums / Σ weights is the mean over all of them, however ragged. Of the loss and of every metric that the objective
-    gives when it is given no random key; metrics called min or max are extremes, and have no weight."""
+    gives when it is given no random key; EXTREMES have no weight."""
 
     def eval_step(variables: dict, batch: dict) -> tuple[dict, dict]:
         weights = objective.weights(batch)
@@ -146,5 +142,5 @@ def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, fl
     sums, weights = jax.device_get(totals)
     # Of the terms beside the loss one may have had nothing to count, as the second token ahead in rows of two. Extremes
     # have no weight.
-    weights |= {name: 1.0 for name in sums if is_extreme(name)}
+    weights |= {name: 1.0 for name in sums if name in EXTREMES}
     return {name: float(value / weights[name]) for name, value in sums.items() if name == "loss" or weights[name] > 0}
