@@ -103,7 +103,8 @@ def dpo(options: Options) -> Any:
     options = with_text_options(options, training, source)
     learned, held_out = (pair_tokens(options, part, source) for part in (training, validation))
     config, tokenizer = source.config, source.tokenizer
-    options = with_steps(options, -(-len(learned) // options.batch_size), EPOCHS)
+    steps_in_an_epoch = -(-len(learned) // options.batch_size)
+    options = with_steps(options, steps_in_an_epoch, EPOCHS)
 
     # What trains, of a model that computes as the options say, and learns to end what it writes.
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
@@ -116,7 +117,6 @@ def dpo(options: Options) -> Any:
     eval_step = step.make_eval_step(objective)
     ask = questioner(options, source, [pair.chosen for pair in validation])
 
-    steps_in_an_epoch = -(-len(learned) // options.batch_size)
     print(
         f"{learner.described}\n{described(options, learned, held_out, steps_in_an_epoch)}\n"
         f"{model.attention_choice(options.context, training=True)}",
