@@ -4,6 +4,9 @@
 
 A small Llama sees sums with their answers until it gets a part of other sums right. Then it is told no answer any more:
 GRPO (train.grpo) rewards what it tries. The sums that are counted at the end were in neither part.
+
+Answers are written with the units first, 12+34=640, as one adds by hand: each digit then needs no more than a carry of
+those before it (Lee et al. 2023, arXiv:2307.03381).
 """
 
 import json
@@ -86,9 +89,13 @@ def prompt(a: int, b: int) -> str:
     return f"{a:02}+{b:02}="
 
 
+def answer(a: int, b: int) -> str:
+    return f"{a + b:03}"[::-1]
+
+
 def write_records(path: Path, pairs: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"prompt": prompt(a, b), "answer": str(a + b)}) + "\n" for a, b in pairs))
+    path.write_text("".join(json.dumps({"prompt": prompt(a, b), "answer": answer(a, b)}) + "\n" for a, b in pairs))
 
 
 def warm_up(training: list, watched: list, seed: int, folder: Path) -> None:
@@ -106,7 +113,7 @@ def warm_up(training: list, watched: list, seed: int, folder: Path) -> None:
     config = lq.Llama3Config(vocab_size=tokenizer.vocab_size, **SIZES)
     ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text,))
     lm = LanguageModel(config, lq.build(config), lq.init(config, seed=seed), tokenizer, ends)
-    texts = [tokenizer.encode(f"{prompt(a, b)}{a + b:03}") for a, b in training]
+    texts = [tokenizer.encode(prompt(a, b) + answer(a, b)) for a, b in training]
     rows = np.array([[*ids, tokenizer.end_of_text] for ids in texts], np.int32)
     answers = np.arange(1, rows.shape[1]) >= len(prompt(0, 0))
     mask = np.broadcast_to(answers.astype(np.float32), (WARM_UP_BATCH, rows.shape[1] - 1))
@@ -133,7 +140,7 @@ def exact(lm: Any, pairs: list) -> float:
 
     prompts = [prompt(a, b) for a, b in pairs]
     found = generate(lm, prompts, max_new_tokens=ANSWER_TOKENS, sampler=Sampler(temperature=0.0)).text
-    return sum(text == f"{a + b:03}" for text, (a, b) in zip(found, pairs, strict=True)) / len(pairs)
+    return sum(text == answer(a, b) for text, (a, b) in zip(found, pairs, strict=True)) / len(pairs)
 
 
 if __name__ == "__main__":

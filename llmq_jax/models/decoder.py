@@ -382,18 +382,20 @@ def slice_modules(
     arrange: Callable[[dict], dict] = lambda tree: tree,
 ) -> tuple[dict, ...]:
     """The variables of the module at each slot, as `arrange` returns them, with adapters merged into them."""
-    return tuple(
-        arrange(
-            merge(
-                {
-                    collection: jax.tree.map(lambda leaf, i=repeat: leaf[i], tree[group][block])
-                    for collection, tree in variables.items()
-                    if block in tree.get(group, {})
-                }
-            )
-        )
-        for (group, block), repeat in slots
-    )
+    variables = merge(variables)  # of whole stacks: a few products in place of some for each layer
+
+    def module(block: tuple[str, str], repeat: int) -> dict:
+        group, name = block
+        stack = {key: tree[group][name] for key, tree in variables.items() if name in tree.get(group, {})}
+        return _slice_of(stack, repeat)
+
+    return tuple(arrange(module(*slot)) for slot in slots)
+
+
+# One program for all layers: slices taken one leaf at a time take three times as long.
+@jax.jit
+def _slice_of(stack: dict, index: Int[Array, ""]) -> dict:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
 
 
 def upper_part(group: str) -> str:

@@ -64,7 +64,8 @@ def logprobs_and_counts(
     counted = jnp.ones(tokens.shape) if mask is None else jnp.asarray(mask, jnp.float32)
     if lengths is not None:
         counted *= jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]
-    logprobs, _ = _scores(model, variables, output.hidden[:, :-1], tokens[:, 1:], counted[:, 1:], temperature)
+    rows = output.hidden[:, :-1], tokens[:, 1:], counted[:, 1:]
+    (logprobs,) = _scores(model, variables, *rows, temperature, entropies=False)
     return logprobs, output.counts
 
 
@@ -77,8 +78,10 @@ def completion_logprobs(
     count: int,
     *,
     temperature: float = 1.0,
-) -> tuple[Float[Array, "B C"], Float[Array, "B C"], dict]:
-    """(log-probability, entropy of the prediction, counts) of the `count` tokens from each row's `prompt_lengths` on.
+    entropies: bool = True,
+) -> tuple:
+    """(log-probability [B, C], entropy of the prediction [B, C] if asked for, counts) of the `count` tokens from each
+    row's `prompt_lengths` on.
 
     Rows hold a prompt and its completion, `lengths` tokens in all, padded on the right; beyond them both are 0.
     """
@@ -88,7 +91,7 @@ def completion_logprobs(
     places = jnp.minimum(places, tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(output.hidden, places[..., None] - 1, axis=1)
     targets = jnp.take_along_axis(tokens, places, axis=1)
-    return *_scores(model, variables, hidden, targets, counted, temperature), output.counts
+    return *_scores(model, variables, hidden, targets, counted, temperature, entropies), output.counts
 
 
 def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array | None) -> Any:
@@ -105,13 +108,13 @@ def _scores(
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
     temperature: float,
-    chunk_size: int | None = None,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """(log p(target), entropy -Σ p log p of the prediction), both times the mask."""
+    entropies: bool,
+) -> tuple[Float[Array, "B T"], ...]:
+    """(log p(target), entropy -Σ p log p of the prediction if asked for), both times the mask."""
     head = model.head_variables(variables)
     shape = mask.shape
     hidden, targets, mask = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1)
-    chunk_size = chunk_size or max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size)
+    chunk_size = max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size)
     chunks = -(-len(mask) // chunk_size)
     size = -(-len(mask) // chunks)
 
@@ -124,19 +127,18 @@ def _scores(
         return jnp.pad(x, [(0, chunks * size - len(x))] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
     @jax.checkpoint  # keeps no logits for the backward pass
-    def of_rows(rows: Array, target: Array) -> tuple[Array, Array]:
+    def of_rows(rows: Array, target: Array) -> tuple[Array, ...]:
         logits = model.apply(head, rows, method="unembed") / temperature
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(logprobs, target[:, None], axis=-1)[:, 0]
-        return chosen, -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
+        return (chosen, -(jnp.exp(logprobs) * logprobs).sum(axis=-1)) if entropies else (chosen,)
 
-    def nothing(rows: Array, target: Array) -> tuple[Array, Array]:
-        return jnp.zeros(len(rows)), jnp.zeros(len(rows))
+    def nothing(rows: Array, target: Array) -> tuple[Array, ...]:
+        return (jnp.zeros(len(rows)),) * (2 if entropies else 1)
 
-    def chunk(_: None, rows_targets_mask: tuple) -> tuple[None, tuple[Array, Array]]:
+    def chunk(_: None, rows_targets_mask: tuple) -> tuple[None, tuple[Array, ...]]:
         rows, target, counted = rows_targets_mask
         return None, jax.lax.cond((counted != 0).any(), of_rows, nothing, rows, target)
 
     _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), split(mask)))
-    logprobs, entropies = ((score.reshape(-1)[back] * mask).reshape(shape) for score in scores)
-    return logprobs, entropies
+    return tuple((score.reshape(-1)[back] * mask).reshape(shape) for score in scores)

@@ -526,7 +526,8 @@ def reference_variables(state: TrainState) -> dict:
 
 @partial(jax.jit, static_argnames=("model", "count", "temperature"))
 def _completion_logprobs(model, variables, tokens, lengths, prompt_lengths, *, count, temperature):
-    return completion_logprobs(model, variables, tokens, lengths, prompt_lengths, count, temperature=temperature)[0]
+    rows = tokens, lengths, prompt_lengths
+    return completion_logprobs(model, variables, *rows, count, temperature=temperature, entropies=False)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
     assert len({*training, *watched, *held_out}) == len(training) + len(watched) + len(held_out) == 10_000
     record = json.loads(Path("runs/add/held-out.jsonl").read_text().splitlines()[0])
     a, b = map(int, record["prompt"].rstrip("=").split("+"))
-    assert record["answer"] == str(a + b) and (a, b) in held_out
+    assert record["answer"][::-1] == f"{a + b:03}" and (a, b) in held_out  # units first
     assert lq.load("runs/add/run").config == lq.load("runs/add/warm-0").config
     # Again: the model that was warmed up stays, and the run is finished.
     call()
