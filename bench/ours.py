@@ -297,7 +297,7 @@ class RolloutSide(GenerationSide):
     def build(self) -> dict[str, Any]:
         facts = super().build()
         self.done = 0
-        self.next_tokens = jax.jit(self._next_tokens)
+        self.next_tokens = jax.jit(self._next_tokens, static_argnames="width")
         return facts
 
     def repeat(self, count: int) -> None:
@@ -317,17 +317,17 @@ class RolloutSide(GenerationSide):
             )
 
     def read_again(self) -> None:
-        """The whole text for each token, at the width of the longest: one program."""
-        rows = self.row.batch * self.row.group
+        """The whole text for each token, padded to a multiple of 32: a few programs."""
+        rows, key = self.row.batch * self.row.group, jax.random.key(self.done)
         tokens = jnp.zeros((rows, self.row.prompt + self.row.new_tokens), jnp.int32)
         tokens = tokens.at[:, : self.row.prompt].set(jnp.repeat(jnp.asarray(self.prompts), self.row.group, axis=0))
         for length in range(self.row.prompt, tokens.shape[1]):
-            tokens = self.next_tokens(self.lm.variables, tokens, length, jax.random.key(self.done))
+            tokens = self.next_tokens(self.lm.variables, tokens, length, key, width=-(-length // 32) * 32)
         tokens.block_until_ready()
 
-    def _next_tokens(self, variables: dict, tokens: jax.Array, length: int, key: jax.Array) -> jax.Array:
+    def _next_tokens(self, variables: dict, tokens: jax.Array, length: int, key: jax.Array, *, width: int) -> jax.Array:
         model = self.lm.model
-        hidden = model.apply(variables, tokens, method="hidden")
+        hidden = model.apply(variables, tokens[:, :width], method="hidden")
         last = jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False)
         logits = model.apply(variables, last, method="unembed")
         drawn = jax.random.categorical(jax.random.fold_in(key, length), logits)

@@ -228,16 +228,10 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
             (f"{row.at_least:g} times transformers", f"{_times(ratio)} times", ratio[0] >= row.at_least),
             (f"compiled in {row.compile_below:g} s", f"{seconds:.1f} s", seconds < row.compile_below),
         ]
-    if row.kind == "rollout":
-        ratio, cached = result.ratio("transformers, eager"), result.ratio("ours, without a cache")
-        again = f"{row.at_least_cached:g} times reading the text again for each token"
-        return [
-            (f"{row.at_least:g} times transformers", f"{_times(ratio)} times", ratio[0] >= row.at_least),
-            (again, f"{_times(cached)} times", cached[0] >= row.at_least_cached),
-        ]
-    if row.kind == "grpo":
-        ratio = result.ratio("TRL")
-        return [(f"{row.at_least:g} times TRL", f"{_times(ratio)} times", ratio[0] >= row.at_least)]
+    if row.kind in ("rollout", "grpo"):
+        other = row.sides[1]
+        ratio = result.ratio(other)
+        return [(f"{row.at_least:g} times {other}", f"{_times(ratio)} times", ratio[0] >= row.at_least)]
     if row.kind == "start" and row.below_seconds is not None:
         median = result.ours.median
         return [(f"a second start below {row.below_seconds:g} s", f"{median:.1f} s", median < row.below_seconds)]

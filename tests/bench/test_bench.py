@@ -8,7 +8,18 @@ import pytest
 
 from bench import measure, report
 from bench.products import Product, products_of, time_in_jax, time_in_torch
-from bench.rows import MIXTRAL, ROWS, SMOLLM2, ExpertNetworks, GRPOStep, Rollout, TrainStep, WindowedAttention, gpt2
+from bench.rows import (
+    CACHED_SIDES,
+    MIXTRAL,
+    ROWS,
+    SMOLLM2,
+    ExpertNetworks,
+    GRPOStep,
+    Rollout,
+    TrainStep,
+    WindowedAttention,
+    gpt2,
+)
 
 pytestmark = pytest.mark.slow  # every side starts a process of its own
 
@@ -103,11 +114,12 @@ def test_a_step_of_adapters():
 def test_rollouts_and_a_step_on_them():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     fields = SMOLLM2 | sizes | {"num_hidden_layers": 1, "vocab_size": 50257}
-    for kind, wanted in ((Rollout, 2), (GRPOStep, 1)):
-        row = kind("tiny", fields, batch=1, group=2, prompt=8, new_tokens=4)
+    for kind, sides in ((Rollout, CACHED_SIDES), (GRPOStep, ("ours", "TRL"))):
+        row = kind("tiny", fields, batch=1, group=2, prompt=8, new_tokens=4, sides=sides)
         assert "2 answers of 4 tokens to each of 1 prompts of 8" in row.about
         result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
-        assert len(report.verdicts(result)) == wanted
+        ((wanted, *_),) = report.verdicts(result)
+        assert wanted.endswith(sides[1])
         assert result.floor > 0
 
 
