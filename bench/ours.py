@@ -29,8 +29,9 @@ from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
 from llmq_jax.models import ARCHITECTURES, abstract_variables
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
 from llmq_jax.rewards import Rewards
-from llmq_jax.training.grpo import Loop, TextRewards
+from llmq_jax.training.grpo import Loop
 from llmq_jax.training.host_memory import keep_freed_memory
+from llmq_jax.training.rollout_scores import TextRewards
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 

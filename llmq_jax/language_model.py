@@ -347,8 +347,16 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
     stored with the weights. A dict changes just some of its fields; for weights that come without one it says what
     their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
 
-    A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another.
+    A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The
+    variables are divided over the mesh that is set, if one is (`training.sharding`).
     """
+    from llmq_jax.training.sharding import place
+
+    lm = _load(path, layout, config, dtype)
+    return lm.replace(variables=place(lm.variables))
+
+
+def _load(path: str | os.PathLike, layout: str, config: Any, dtype: Any) -> LanguageModel:
     from llmq_jax.training.checkpoints import find_checkpoint
 
     dtype = float_type(dtype)

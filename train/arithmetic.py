@@ -2,7 +2,7 @@
 
     python -m train.arithmetic --out runs/arithmetic
 
-A small Llama sees sums with their answers until it gets a part of other sums right. Then it is told no answer any more:
+A small GPT-2 sees sums with their answers until it gets a part of other sums right. Then it is told no answer any more:
 GRPO (train.grpo) rewards what it tries. The sums that are counted at the end were in neither part.
 
 Answers are written with the units first, 12+34=640, as one adds by hand: each digit then needs no more than a carry of
@@ -21,14 +21,14 @@ from train.grpo import grpo
 HELD_OUT, WATCHED = 600, 200
 ENOUGH = 0.25
 """Of the watched sums: here the warm-up ends."""
-WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE, WATCH_EVERY = 2000, 256, 1e-3, 10
+WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE, WATCH_EVERY = 2000, 256, 5e-4, 5
 SIZES = {
     "hidden_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "intermediate_size": 384,
     "max_position_embeddings": 16,
+    "initializer_range": 0.09,  # of a width of 128: five times as few steps as with 0.02
+    **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
 }
 ANSWER_TOKENS = 4
 SETTINGS = {
@@ -110,7 +110,7 @@ def warm_up(training: list, watched: list, seed: int, folder: Path) -> None:
     from llmq_jax.training.step import make_train_step
 
     tokenizer = lq.ByteTokenizer()
-    config = lq.Llama3Config(vocab_size=tokenizer.vocab_size, **SIZES)
+    config = lq.GPT2Config(vocab_size=tokenizer.vocab_size, **SIZES)
     ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text,))
     lm = LanguageModel(config, lq.build(config), lq.init(config, seed=seed), tokenizer, ends)
     texts = [tokenizer.encode(prompt(a, b) + answer(a, b)) for a, b in training]

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, run, use_device
+from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.options import (
     TrainingOptions,
     check_epochs,
+    check_mesh,
     check_ranges,
+    on_devices,
     optimizer_of,
     own_options,
     refuse_idle,
@@ -95,10 +97,10 @@ def main(options: Options) -> None:
     classifier(options)
 
 
+@on_devices
 def classifier(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
-    use_device(options.device)
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
@@ -135,6 +137,7 @@ def classifier(options: Options) -> Any:
     # What trains, of a model that computes as the options say.
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
     learner = prepared(source.replace(model=model), options)
+    check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
     weights = tuple(training.class_weights().tolist()) if options.class_weights else None

@@ -18,10 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, run, use_device
+from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
-from train.options import TrainingOptions, optimizer_of, own_options, refuse_idle, run_options, with_steps
+from train.options import (
+    TrainingOptions,
+    check_mesh,
+    on_devices,
+    optimizer_of,
+    own_options,
+    refuse_idle,
+    run_options,
+    with_steps,
+)
 from train.preferences import (
     EPOCHS,
     PreferenceData,
@@ -76,13 +85,13 @@ def main(options: Options) -> None:
     dpo(options)
 
 
+@on_devices
 def dpo(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     if options.learning_rate is None:
         rate = LORA_RATE if options.train == "lora" else FULL_RATE
         options = dataclasses.replace(options, learning_rate=rate)
-    use_device(options.device)
 
     # JAX has its device; what imports it may follow.
     import jax
@@ -111,6 +120,7 @@ def dpo(options: Options) -> Any:
     end = end_of_answer([pair.chosen for pair in learned.pairs], tokenizer)
     source = source.replace(model=model, generation=ending_with(end, source.generation))
     learner = prepared(source, options)
+    check_mesh(options, learner.variables, options.batch_size)
     schedule, optimizer = optimizer_of(options)
     objective = DPO(learner.model, options.beta, options.label_smoothing or 0.0, options.loss, options.normalise)
     train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)

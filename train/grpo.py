@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, option_name, run, use_device
+from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.options import (
     TrainingOptions,
+    check_mesh,
     check_ranges,
     completed,
+    on_devices,
     optimizer_of,
     own_options,
     refuse_idle,
@@ -161,11 +163,11 @@ def main(options: Options) -> None:
     grpo(options)
 
 
+@on_devices
 def grpo(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     options = resolved(options)
-    use_device(options.device)
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data.prompts import PromptBatches
@@ -174,8 +176,10 @@ def grpo(options: Options) -> Any:
     from llmq_jax.models import build
     from llmq_jax.objectives.grpo import GRPO
     from llmq_jax.training import engine, step
-    from llmq_jax.training.grpo import REWARD_MODEL, Loop, ModelReward
+    from llmq_jax.training.grpo import Loop
     from llmq_jax.training.plots import plot_panels
+    from llmq_jax.training.reward_learner import REWARD_MODEL
+    from llmq_jax.training.rollout_scores import ModelReward
     from llmq_jax.training.state import create_state
 
     functions, judge = reward_functions(options)
@@ -188,6 +192,7 @@ def grpo(options: Options) -> Any:
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
     source = source.replace(model=model)
     learner = prepared(source, options)
+    check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
 
     schedule, optimizer = optimizer_of(options, options.iterations)
     objective = GRPO(
@@ -427,7 +432,7 @@ def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> 
     import numpy as np
 
     from llmq_jax.generation import Sampler
-    from llmq_jax.training.grpo import roll_out
+    from llmq_jax.training.rollouts import roll_out
 
     policy = loop.policy(variables)
     found: dict[str, list] = {}

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, run, use_device
+from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
 from train.options import (
     TrainingOptions,
     check_epochs,
+    check_mesh,
     check_ranges,
+    on_devices,
     optimizer_of,
     own_options,
     refuse_idle,
@@ -100,6 +102,7 @@ def main(options: Options) -> None:
     instruct(options)
 
 
+@on_devices
 def instruct(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
     check_preview(options)
@@ -107,7 +110,6 @@ def instruct(options: Options) -> Any:
         rate = LORA_RATE if options.train == "lora" else FULL_RATE
         options = dataclasses.replace(options, learning_rate=rate)
     check(options)
-    use_device(options.device)
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import default_template, instruction_batches
@@ -150,6 +152,7 @@ def instruct(options: Options) -> Any:
     generation = ending_with(end_of_answer(learned.examples, tokenizer), source.generation)
     source = source.replace(model=model, generation=generation)
     learner = prepared(source, options)
+    check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
     objective = NextToken(learner.model)

@@ -1,12 +1,13 @@
 """Options that recipes share, by name and meaning, and what can be said of them without the recipe."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is, option_name
+from llmq_jax.command_line import Flag, default_is, option_name, use_device
 from llmq_jax.errors import BadInput
 
 
@@ -39,6 +40,10 @@ class TrainingOptions:
     # How to compute.
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
+    mesh: Annotated[str | None, default_is("none: one device")] = None
+    """Devices along the axes data, fsdp, expert and tensor, as data=2,fsdp=4: see docs/scaling.md."""
+    layout: Flag = False
+    """Show where --mesh puts each parameter, and stop there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and of products; weights and optimizer stay in float32."""
     remat: Literal["none", "dots", "full"] = "none"
@@ -84,6 +89,37 @@ def check_epochs(options: Any) -> None:
     """BadInput for a number of epochs that no training can mean."""
     if options.epochs is not None and not 0 < options.epochs < math.inf:
         raise BadInput(f"--epochs is {options.epochs} and must be positive")
+
+
+def on_devices(recipe: Callable) -> Callable:
+    """A recipe, a function of its options, on the device that they ask for, or on a mesh of all that there are."""
+
+    @functools.wraps(recipe)
+    def run(options: TrainingOptions, *arguments: Any) -> Any:
+        use_device(options.device)
+        if options.mesh is None or options.layout:  # which needs no devices
+            return recipe(options, *arguments)
+        import jax
+
+        from llmq_jax.training.sharding import make_mesh
+
+        with jax.set_mesh(make_mesh(options.mesh)):
+            return recipe(options, *arguments)
+
+    return run
+
+
+def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
+    """BadInput where --mesh does not fit these variables (or their shapes) or batches of so many rows; with --layout,
+    the table, and the end."""
+    from llmq_jax.training import sharding
+
+    sizes = sharding.mesh_sizes(options.mesh or "data=1")
+    sharding.check_mesh(sizes, variables)
+    sharding.check_rows(rows, options.accumulate, sizes)
+    if options.layout:
+        print(sharding.layout_text(variables, sizes), flush=True)
+        raise SystemExit(0)
 
 
 def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
@@ -145,4 +181,8 @@ def own_options(options: TrainingOptions, *without: str) -> dict[str, Any]:
     """The others, which are a recipe's own, for config.json; but for where it runs and goes, and `without`."""
     theirs = {field.name for field in dataclasses.fields(run_options(options))}
     values = dataclasses.asdict(options)
-    return {name: value for name, value in values.items() if name not in {*theirs, "out", "device", *without}}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in {*theirs, "out", "device", "mesh", "layout", *without}
+    }

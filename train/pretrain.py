@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmq_jax.command_line import default_is, option_name, run, use_device
+from llmq_jax.command_line import default_is, option_name, run
 from llmq_jax.errors import BadInput, did_you_mean
 from train.options import (
     TrainingOptions,
+    check_mesh,
     check_ranges,
     completed,
+    on_devices,
     optimizer_of,
     own_options,
     refuse_idle,
@@ -137,16 +139,16 @@ def main(options: Options) -> None:
     pretrain(options, next_commands)
 
 
+@on_devices
 def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = lambda config: ()) -> Any:
     """The whole recipe; returns the engine's RunResult. `next_commands` of the model's config are shown at the end."""
     check(options)
-    use_device(options.device)
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import evaluation_batches, load_tokenizer, training_batches
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import LanguageModel, TextFiles, load
-    from llmq_jax.models import build, init
+    from llmq_jax.models import abstract_variables, build, init
     from llmq_jax.training import engine, step
     from llmq_jax.training.state import create_state
 
@@ -182,6 +184,8 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
     prompt_tokens = prompt_length(options, tokenizer, config)
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+
+    check_mesh(options, abstract_variables(config), options.batch_size)
 
     # Two streams of tokens, cut into windows. Training takes them shuffled, validation all of them in order.
     training, validation = token_streams(options, tokenizer, config)

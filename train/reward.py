@@ -15,10 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is, run, use_device
+from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
-from train.options import TrainingOptions, optimizer_of, own_options, run_options, with_steps
+from train.options import (
+    TrainingOptions,
+    check_mesh,
+    on_devices,
+    optimizer_of,
+    own_options,
+    run_options,
+    with_steps,
+)
 from train.preferences import (
     EPOCHS,
     PreferenceData,
@@ -68,13 +76,13 @@ def main(options: Options) -> None:
     reward(options)
 
 
+@on_devices
 def reward(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     if options.learning_rate is None:
         rate = LORA_RATE if options.train == "lora" else FULL_RATE
         options = dataclasses.replace(options, learning_rate=rate)
-    use_device(options.device)
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
@@ -102,6 +110,7 @@ def reward(options: Options) -> Any:
     # What trains, of a model that computes as the options say.
     model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
     learner = prepared(source.replace(model=model), options)
+    check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
     objective = RewardModel(learner.model, options.pooling, options.center)

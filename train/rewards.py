@@ -57,7 +57,7 @@ def reward_weights(options: Any) -> list[float]:
 def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
     """Functions of texts by their names, None for none. One of a file is called by its own name, if no other is."""
     from llmq_jax.rewards import Rewards, find
-    from llmq_jax.training.grpo import TextRewards
+    from llmq_jax.training.rollout_scores import TextRewards
 
     if not given:
         return None
@@ -73,7 +73,7 @@ def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
 def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
     """What scores a rollout, whose rows have up to `longest` tokens: functions of texts, a reward model, or both."""
     from llmq_jax.language_model import load
-    from llmq_jax.training.grpo import ModelReward, SummedRewards
+    from llmq_jax.training.rollout_scores import ModelReward, SummedRewards
 
     models = reward_models(options)
     if not models:
@@ -121,8 +121,9 @@ def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: i
     from llmq_jax.data.length_buckets import bucket_width
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import step
-    from llmq_jax.training.grpo import ModelReward, RewardLearner
     from llmq_jax.training.optimizer import adamw
+    from llmq_jax.training.reward_learner import RewardLearner
+    from llmq_jax.training.rollout_scores import ModelReward
     from llmq_jax.training.state import create_state
 
     model = score if isinstance(score, ModelReward) else score.model

@@ -6,6 +6,8 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
+from llmq_jax.layers.axes import placed
+
 
 class Embedding(nn.Module):
     """A table [V, D]: `__call__` looks ids up, `attend` scores vectors against every row (the tied head)."""
@@ -22,7 +24,8 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        rows = self.embedding[ids]
+        # Of whole vectors, or a mesh would look parts of them up and put them together.
+        rows = placed(self.embedding, "vocabulary")[ids]
         if self.scale is not None:
             rows = rows * jnp.asarray(self.scale, rows.dtype)
         return rows.astype(self.dtype or rows.dtype)

@@ -22,7 +22,8 @@ from llmq_jax.field_types import create
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.expert_balance import Balance, RouterReport, report
-from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation, dispatch, slots_each
+from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation
+from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.feedforward import MLP, GatedMLP
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
@@ -208,17 +209,14 @@ class MixtureOfExperts(nn.Module):
             return first * parts[..., 1, :] if gated else first
 
         rows = x.astype(self.dtype or kernels.up.dtype).reshape(-1, x.shape[-1])
-        slots = None
-        if e.capacity_factor is not None:
-            slots = slots_each(e.capacity_factor, ids.size, e.num_experts)
-        mixed, dropped = dispatch(
+        mixed, dropped = dispatch_on_mesh(
             rows,
             jnp.where(real[..., None], ids, e.num_experts).reshape(-1, e.top_k),
             weights.reshape(-1, e.top_k),
             kernels,
             activate,
             e.dispatch,
-            slots,
+            e.capacity_factor,
         )
         mixed = mixed.reshape(x.shape)
         if e.num_shared:

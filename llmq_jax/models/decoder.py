@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Context, check_implementation, choose
+from llmq_jax.layers.axes import placed
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
@@ -82,6 +83,7 @@ class Pattern(nn.Module):
         for i, make in enumerate(self.blocks):
             name = f"block_{i}"
             x, new_caches[name], counts[name] = make(name=name)(x, context, caches and caches[name])
+            x = placed(x, "batch")
         return x, (caches and new_caches, counts)
 
 
@@ -228,7 +230,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = default_positions(tokens, segment_ids)
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
-        x = self.embed(tokens, positions)
+        x = placed(self.embed(tokens, positions), "batch")
         new_caches, counts = {}, {}
         for name in self.stacks():
             x, (new_caches[name], counts[name]) = getattr(self, name)(x, caches and caches[name], context)
@@ -412,3 +414,8 @@ def default_positions(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] 
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
     )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def segments_of(lengths: Int[Array, " B"] | Int[np.ndarray, " B"], width: int) -> Int[Array, "B T"]:
+    """Segment ids of rows with one document each: 1 on its `lengths` tokens, 0 on the padding after them."""
+    return (jnp.arange(width) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
-from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
 from llmq_jax.objectives.cross_entropy import token_losses
 from llmq_jax.objectives.next_token import mean, with_balance
@@ -49,7 +49,7 @@ class Classification:
         `rng` is given in training: dropout acts, and the balance losses of experts are added.
         """
         tokens, mask = batch["tokens"], batch["mask"].astype(jnp.float32)
-        segment_ids = (jnp.arange(tokens.shape[1]) < batch["lengths"][:, None]).astype(jnp.int32)
+        segment_ids = segments_of(batch["lengths"], tokens.shape[1])
         rngs = None if rng is None else {"dropout": rng}
         output = self.model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs)
         logits = self.model.apply(variables, last_hidden(output.hidden, segment_ids), method="class_logits", rngs=rngs)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.decoder import Decoder, segments_of
 
 # Logits of a chunk, in elements. Smaller chunks skip more of what does not count; the head's gradient is read and
 # written for each of them.
@@ -63,7 +63,7 @@ def logprobs_and_counts(
     output = _forward(model, variables, tokens, lengths)
     counted = jnp.ones(tokens.shape) if mask is None else jnp.asarray(mask, jnp.float32)
     if lengths is not None:
-        counted *= jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]
+        counted *= segments_of(lengths, tokens.shape[1])
     rows = output.hidden[:, :-1], tokens[:, 1:], counted[:, 1:]
     (logprobs,) = _scores(model, variables, *rows, temperature, entropies=False)
     return logprobs, output.counts
@@ -95,9 +95,7 @@ def completion_logprobs(
 
 
 def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array | None) -> Any:
-    segment_ids = None
-    if lengths is not None:
-        segment_ids = (jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
+    segment_ids = None if lengths is None else segments_of(lengths, tokens.shape[1])
     return model.apply(variables, tokens, None, segment_ids, method="forward")
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from llmq_jax.errors import BadInput
-from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
 from llmq_jax.objectives.next_token import mean, with_balance
 
@@ -170,5 +170,5 @@ def _check_pooling(pooling: str) -> None:
 
 
 def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array, rngs: dict | None) -> tuple[Any, Array]:
-    segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+    segment_ids = segments_of(lengths, tokens.shape[1])
     return model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs), segment_ids

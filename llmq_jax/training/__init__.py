@@ -7,6 +7,7 @@ from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.report import RunResult
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.sharding import make_mesh
 from llmq_jax.training.signals import StoppedBySignal
 from llmq_jax.training.state import TrainState, create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
@@ -25,6 +26,7 @@ __all__ = [
     "find_checkpoint",
     "load_checkpoint_variables",
     "make_eval_step",
+    "make_mesh",
     "make_train_step",
     "plot_losses",
     "run",

@@ -21,7 +21,7 @@ Shapes: P prompts in a step, G answers each, B = P·G rows, T tokens of a row, C
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -30,246 +30,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmq_jax.data.batching import pad
-from llmq_jax.data.length_buckets import bucket_width
-from llmq_jax.data.prompts import Prompt, columns_of, row_seeds
+from llmq_jax.data.prompts import Prompt, row_seeds
 from llmq_jax.data.splits import seeded_order
-from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
-from llmq_jax.generation import Sampler, generate
+from llmq_jax.generation import Sampler
 from llmq_jax.objectives.grpo import GRPO, group_advantages, process_advantages
 from llmq_jax.objectives.logprobs import completion_logprobs
-from llmq_jax.objectives.reward import model_rewards, token_scores
-from llmq_jax.rewards import Rewards
 from llmq_jax.training.parts import as_read, whole
+from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
+from llmq_jax.training.rollout_scores import Scores
+from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.state import TrainState
 from llmq_jax.training.step import EXTREMES, ROUTER, combined
 
-REFERENCE, REWARD_MODEL, PAIRS = "reference", "reward_model", "pairs"
+REFERENCE = "reference"
 """What a state carries."""
 ROUNDS = 3
 """So often at most are other questions asked in place of those without spread."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """Answers that a policy gave: `group_size` neighbouring rows answer the same prompt."""
-
-    prompts: list[Prompt]
-    group_size: int
-    tokens: np.ndarray
-    """int32 [B, T]: prompt and answer, padded on the right."""
-    lengths: np.ndarray
-    """int32 [B]"""
-    prompt_lengths: np.ndarray
-    """int32 [B]"""
-    logprobs: np.ndarray
-    """float32 [B, C]: of the answers' tokens, at the temperature that they were drawn at."""
-    answer_mask: np.ndarray
-    """float32 [B, C]: 1 on the answers' tokens, the end token included."""
-    terminated: np.ndarray
-    """bool [B]: whether an answer came to an end, and was not cut."""
-    completions: list[str]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def answer_lengths(self) -> np.ndarray:
-        return self.lengths - self.prompt_lengths
-
-    def texts(self) -> list[str]:
-        """The prompt of each row."""
-        return [prompt.text for prompt in self.prompts for _ in range(self.group_size)]
-
-    def response_mask(self, lengths: np.ndarray | None = None) -> np.ndarray:
-        """float32 [B, T]: 1 on the answers' tokens, or on those of them before other `lengths`."""
-        places = np.arange(self.tokens.shape[1])
-        lengths = self.lengths if lengths is None else lengths
-        inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
-        return inside.astype(np.float32)
-
-    def rows_of(self, groups: Sequence[int]) -> np.ndarray:
-        """The rows of these groups."""
-        return np.concatenate([np.arange(g * self.group_size, (g + 1) * self.group_size) for g in groups])
-
-    def groups(self, chosen: Sequence[int]) -> "Rollout":
-        """These groups alone."""
-        rows = self.rows_of(chosen)
-        arrays = {
-            name: getattr(self, name)[rows]
-            for name in ("tokens", "lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
-        }
-        completions = [self.completions[row] for row in rows]
-        return Rollout([self.prompts[g] for g in chosen], self.group_size, completions=completions, **arrays)
-
-
-def roll_out(
-    lm: Any, prompts: Sequence[Prompt], *, group_size: int, max_new_tokens: int, sampler: Sampler, seeds: Sequence[int]
-) -> Rollout:
-    """`group_size` answers of a model to each prompt, of at most `max_new_tokens` tokens; row r draws by seed r."""
-    drawn = generate(
-        lm,
-        [prompt.tokens for prompt in prompts],
-        samples=group_size,
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        seed=list(seeds),
-    )
-    answers = [row[:length].tolist() for row, length in zip(drawn.tokens, drawn.lengths, strict=True)]
-    asked = [prompt.tokens for prompt in prompts for _ in range(group_size)]
-    rows = [[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)]
-    # One of a few widths: for each, all that reads the rows is compiled.
-    tokens, lengths = pad(rows, bucket_width(max(map(len, rows)), lm.config.max_position_embeddings))
-    ends = set(lm.generation.eos_token_id)
-    return Rollout(
-        list(prompts),
-        group_size,
-        tokens,
-        lengths,
-        np.array([len(prompt) for prompt in asked], np.int32),
-        drawn.logprobs,
-        (np.arange(max_new_tokens) < drawn.lengths[:, None]).astype(np.float32),
-        np.array([answer[-1] in ends for answer in answers]),
-        drawn.text,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a rollout's answers are worth."""
-
-    rewards: np.ndarray
-    """float32 [B]"""
-    by_name: Mapping[str, np.ndarray]
-    """float32 [B] of each reward function, nan where it had none to give."""
-    steps: np.ndarray | None = None
-    """float32 [B, C], for process supervision: the reward of each step of an answer, where the step ends."""
-    step_ends: np.ndarray | None = None
-    """float32 [B, C]: 1 there."""
-
-    def rows(self, chosen: np.ndarray) -> "Scores":
-        """Those of some answers."""
-        steps, ends = (None if x is None else x[chosen] for x in (self.steps, self.step_ends))
-        return Scores(self.rewards[chosen], {name: x[chosen] for name, x in self.by_name.items()}, steps, ends)
-
-
-@dataclass(frozen=True)
-class TextRewards:
-    """Rewards by functions of texts."""
-
-    rewards: Rewards
-
-    def __call__(self, rollout: Rollout, variables: dict | None = None) -> Scores:
-        columns = columns_of(rollout.prompts, rollout.group_size)
-        return Scores(*self.rewards(rollout.texts(), rollout.completions, columns))
-
-
-@dataclass(frozen=True)
-class SummedRewards:
-    """Functions of texts and a reward model, which has a weight of its own."""
-
-    texts: TextRewards
-    model: "ModelReward"
-    weight: float
-
-    def __call__(self, rollout: Rollout, variables: dict | None = None) -> Scores:
-        texts, model = self.texts(rollout), self.model(rollout, variables)
-        return Scores(texts.rewards + self.weight * model.rewards, {**texts.by_name, **model.by_name})
-
-
-@dataclass(frozen=True, eq=False)
-class ModelReward:
-    """Rewards by a model with a scalar head."""
-
-    lm: Any
-    pooling: str = "last"
-    """The reward of an answer: that of its last token, or the mean over its tokens."""
-    name: str = "model"
-    process: bool = False
-    """Reward each step of an answer where it ends, in place of the answer (DeepSeekMath, 4.1.3)."""
-    separator: str = "\n"
-    """What ends a step; the last one ends with the answer."""
-
-    def __call__(self, rollout: Rollout, variables: dict | None = None) -> Scores:
-        """`variables`: others than the model's, of a reward model that learns."""
-        variables = self.lm.variables if variables is None else variables
-        lengths = self.lengths(rollout)
-        # It may read fewer tokens than the policy, and rows are padded.
-        tokens = rollout.tokens[:, : self.lm.config.max_position_embeddings]
-        mask = rollout.response_mask(lengths)[:, : tokens.shape[1]]
-        rewards, by_token = _model_rewards(self.lm.model, variables, tokens, lengths, mask, pooling=self.pooling)
-        rewards = np.asarray(rewards)
-        if not np.isfinite(rewards).all():
-            raise BadInput(f"the reward model gave {rewards[~np.isfinite(rewards)][0]}; train it anew")
-        if not self.process:
-            return Scores(rewards, {self.name: rewards})
-        places = rollout.prompt_lengths[:, None] + np.arange(rollout.logprobs.shape[1])
-        ends = step_ends(rollout, lengths, self.lm.tokenizer, self.separator)
-        by_token = np.take_along_axis(np.asarray(by_token), np.minimum(places, tokens.shape[1] - 1), axis=1)
-        return Scores(rewards, {self.name: rewards}, by_token * ends, ends)
-
-    def lengths(self, rollout: Rollout) -> np.ndarray:
-        """int32 [B]: tokens that the reward model reads. An end token that is its padding too is none: see
-        `data.without_padding`."""
-        pad_token = self.lm.generation.pad_token_id
-        last = rollout.tokens[np.arange(len(rollout)), rollout.lengths - 1]
-        trimmed = (last == pad_token) & (rollout.answer_lengths > 1) if pad_token is not None else 0
-        return (rollout.lengths - trimmed).astype(np.int32)
-
-
-@partial(jax.jit, static_argnames=("model", "pooling"))
-def _model_rewards(model, variables, tokens, lengths, response_mask, *, pooling):
-    variables = as_read(variables)
-    rewards, _ = model_rewards(model, variables, tokens, lengths, response_mask, pooling)
-    return rewards, token_scores(model, variables, tokens, lengths)[0]
-
-
-def step_ends(rollout: Rollout, lengths: np.ndarray, tokenizer: Any, separator: str) -> np.ndarray:
-    """float32 [B, C]: 1 on the token that completes a separator, and on the last token of the row, of `lengths` [B]."""
-    ends = np.zeros(rollout.logprobs.shape, np.float32)
-    for row, (start, length) in enumerate(zip(rollout.prompt_lengths, lengths, strict=True)):
-        stream, open_end = TextStream(tokenizer, skip_special_tokens=True), ""
-        for place, token in enumerate(rollout.tokens[row, start:length].tolist()):
-            open_end += stream.push(token)
-            if separator in open_end:
-                ends[row, place] = 1.0
-                open_end = open_end.rpartition(separator)[2]
-        ends[row, length - start - 1] = 1.0
-    return ends
-
-
-def _part(rollout: Rollout, scores: Scores, groups: list[int]) -> tuple[Rollout, Scores]:
-    return rollout.groups(groups), scores.rows(rollout.rows_of(groups))
-
-
-def _joined(parts: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
-    """The groups of several rollouts as one."""
-    rollouts, scores = zip(*parts, strict=True)
-    width = max(rollout.tokens.shape[1] for rollout in rollouts)
-
-    def together(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    names = ("lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
-    rollout = Rollout(
-        [prompt for rollout in rollouts for prompt in rollout.prompts],
-        rollouts[0].group_size,
-        np.concatenate([np.pad(x.tokens, ((0, 0), (0, width - x.tokens.shape[1]))) for x in rollouts]),
-        completions=[text for rollout in rollouts for text in rollout.completions],
-        **{name: together([getattr(rollout, name) for rollout in rollouts]) for name in names},
-    )
-    by_name = {name: together([each.by_name[name] for each in scores]) for name in scores[0].by_name}
-    rewards, steps, ends = (together([getattr(x, name) for x in scores]) for name in ("rewards", "steps", "step_ends"))
-    return rollout, Scores(rewards, by_name, steps, ends)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
 
 
 @dataclass(frozen=True)
@@ -312,7 +89,7 @@ class Loop:
     dynamic_sampling: bool = False
     """Groups whose answers are all worth the same are replaced by others (DAPO)."""
     seed: int = 0
-    reward_learner: "RewardLearner | None" = None
+    reward_learner: RewardLearner | None = None
     """Lets the reward model learn on."""
     say: Callable[[str], None] = print
     silent_before: bool = field(default=False, init=False)
@@ -530,76 +307,26 @@ def _completion_logprobs(model, variables, tokens, lengths, prompt_lengths, *, c
     return completion_logprobs(model, variables, *rows, count, temperature=temperature, entropies=False)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A reward model that keeps learning
+def _part(rollout: Rollout, scores: Scores, groups: list[int]) -> tuple[Rollout, Scores]:
+    return rollout.groups(groups), scores.rows(rollout.rows_of(groups))
 
 
-@dataclass(eq=False)
-class RewardLearner:
-    """Line 12: the reward model goes on learning, from the policy's own answers, which a judge ranks, and from a share
-    of the pairs that it had learned before (DeepSeekMath, 4.1.4: 10% of historical data)."""
+def _joined(parts: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
+    """The groups of several rollouts as one."""
+    rollouts, scores = zip(*parts, strict=True)
+    width = max(rollout.tokens.shape[1] for rollout in rollouts)
 
-    state: TrainState
-    """Of the reward model, as the run begins."""
-    update: Callable[[TrainState, dict], tuple[TrainState, dict]]
-    """A training step of `objectives.reward.RewardModel`."""
-    judge: Callable[[Rollout], Scores]
-    """Tells better answers from worse ones: of each group, its best and its worst become a pair."""
-    replay: Any
-    """`replay[i]`, i >= 0: a batch of old pairs."""
-    new_pairs: int
-    """P, pairs that a step's answers can make."""
-    steps_per_iteration: int
-    width: int
-    """T of a pair's rows: no prompt with an answer is longer."""
-    lengths: Callable[[Rollout], np.ndarray] = lambda rollout: rollout.lengths
-    """int32 [B]: tokens that the reward model reads, see `ModelReward.lengths`."""
+    def together(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        return None if arrays[0] is None else np.concatenate(arrays)
 
-    def start(self, state: TrainState) -> TrainState:
-        shape = (self.steps_per_iteration, self.new_pairs)
-        pairs = {
-            "tokens": jnp.zeros((*shape, 2, self.width), jnp.int32),
-            "lengths": jnp.zeros((*shape, 2), jnp.int32),
-            "response_mask": jnp.zeros((*shape, 2, self.width), jnp.float32),
-            "mask": jnp.zeros(shape, jnp.float32),
-        }
-        return state.replace(carried={**(state.carried or {}), REWARD_MODEL: self.state, PAIRS: pairs})
-
-    def step(self, state: TrainState, rollout: Rollout, place: int, last: bool) -> TrainState:
-        """Keep the pairs of a step, the iteration's `place`-th; with the `last` one the reward model learns."""
-        new = self.pairs(rollout)
-        pairs = {name: array.at[place].set(new[name]) for name, array in state.carried[PAIRS].items()}
-        learner = state.carried[REWARD_MODEL]
-        if last:
-            for number in range(self.steps_per_iteration):
-                old = self.widened(self.replay[int(learner.step)])
-                batch = {name: np.concatenate([array[number], old[name]]) for name, array in pairs.items()}
-                if "margins" in old:  # the judge has none to tell
-                    batch["margins"] = np.concatenate([np.zeros(self.new_pairs, np.float32), old["margins"]])
-                learner, _ = self.update(learner, batch)
-        return state.replace(carried={**state.carried, REWARD_MODEL: learner, PAIRS: pairs})
-
-    def pairs(self, rollout: Rollout) -> dict[str, np.ndarray]:
-        """The best and the worst answer of each group; under mask 0 where the judge sees no difference."""
-        judged = self.judge(rollout).rewards.reshape(-1, rollout.group_size)
-        best, worst = judged.argmax(axis=1), judged.argmin(axis=1)
-        first = np.arange(len(judged)) * rollout.group_size
-        rows = np.stack([first + best, first + worst], axis=1)  # [P, 2]
-        lengths = self.lengths(rollout)
-        rolled = self.widened({"tokens": rollout.tokens, "response_mask": rollout.response_mask(lengths)})
-        different = np.take_along_axis(judged, best[:, None], 1) > np.take_along_axis(judged, worst[:, None], 1)
-        return {
-            "tokens": rolled["tokens"][rows],
-            "lengths": lengths[rows],
-            "response_mask": rolled["response_mask"][rows],
-            "mask": different[:, 0].astype(np.float32),
-        }
-
-    def widened(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """With rows of `width` tokens."""
-
-        def wide(array: np.ndarray) -> np.ndarray:
-            missing = max(self.width - array.shape[-1], 0)
-            return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])[..., : self.width]
-
-        return {name: wide(x) if name in ("tokens", "response_mask") else x for name, x in batch.items()}
+    names = ("lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
+    rollout = Rollout(
+        [prompt for rollout in rollouts for prompt in rollout.prompts],
+        rollouts[0].group_size,
+        np.concatenate([np.pad(x.tokens, ((0, 0), (0, width - x.tokens.shape[1]))) for x in rollouts]),
+        completions=[text for rollout in rollouts for text in rollout.completions],
+        **{name: together([getattr(rollout, name) for rollout in rollouts]) for name in names},
+    )
+    by_name = {name: together([each.by_name[name] for each in scores]) for name in scores[0].by_name}
+    rewards, steps, ends = (together([getattr(x, name) for x in scores]) for name in ("rewards", "steps", "step_ends"))
+    return rollout, Scores(rewards, by_name, steps, ends)

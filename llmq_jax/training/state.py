@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from llmq_jax.training.sharding import place
+
 
 @struct.dataclass
 class TrainState:
@@ -44,13 +46,16 @@ def create_state(
     seed: int = 0,
     trainable: str | tuple[str, ...] = ("params",),
 ) -> TrainState:
-    """State of step 0. What trains is held in float32, whatever type it came in."""
+    """State of step 0. What trains is held in float32, whatever type it came in. On a mesh (`training.sharding`) every
+    device gets its part."""
     names = (trainable,) if isinstance(trainable, str) else trainable
     trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in names}
-    return TrainState(
+    variables = place({**variables, **trained})
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
-        variables={**variables, **trained},
-        optimizer_state=optimizer.init(one_or_all(trained)),
+        variables=variables,
+        optimizer_state=optimizer.init(one_or_all({name: variables[name] for name in names})),
         key=jax.random.key_data(jax.random.key(seed)),
         trainable=names,
     )
+    return place(state)

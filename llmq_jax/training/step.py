@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import in_place
 from llmq_jax.objectives.expert_balance import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
+from llmq_jax.training.sharding import place_batch
 from llmq_jax.training.state import TrainState
 
 ROUTER = "router"
@@ -74,14 +76,20 @@ def make_train_step(
             router = variables[ROUTER]
             learning = {name: tree for name, tree in router.items() if name in variables[PARAMS]}
             variables[ROUTER] = {**router, **move_biases(experts, learning, counts)}
-        state = state.replace(
-            step=state.step + 1,
-            variables=variables,
-            optimizer_state=optimizer_state,
-        )
-        return state, metrics
+        state = state.replace(step=state.step + 1, variables=variables, optimizer_state=optimizer_state)
+        return in_place(state), metrics  # where it was: or the next step would be another program
 
-    return jax.jit(train_step, donate_argnums=0)
+    return _with_batch_in_place(jax.jit(train_step, donate_argnums=0), accumulate)
+
+
+def _with_batch_in_place(compiled: Callable, parts: int | None = None) -> Callable:
+    """A compiled function of something and a batch, whose rows go to the devices of the mesh that is set."""
+
+    def call(first: Any, batch: dict) -> Any:
+        return compiled(first, place_batch(batch, parts))
+
+    call.program = compiled
+    return call
 
 
 def _split(batch: dict, parts: int) -> dict:
@@ -125,7 +133,7 @@ def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, d
         value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
         return {"loss": value, **metrics}, weights
 
-    return jax.jit(eval_step)
+    return _with_batch_in_place(jax.jit(eval_step))
 
 
 def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, float]:

@@ -14,19 +14,11 @@ from llmq_jax.objectives.grpo import GRPO
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.reward import RewardModel, token_scores
 from llmq_jax.rewards import Rewards
-from llmq_jax.training.grpo import (
-    REFERENCE,
-    REWARD_MODEL,
-    Loop,
-    ModelReward,
-    RewardLearner,
-    Rollout,
-    TextRewards,
-    reference_variables,
-    roll_out,
-    step_ends,
-)
+from llmq_jax.training.grpo import REFERENCE, Loop, reference_variables
 from llmq_jax.training.optimizer import adamw
+from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
+from llmq_jax.training.rollout_scores import ModelReward, TextRewards, step_ends
+from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
 
@@ -145,7 +137,7 @@ def test_a_run_compiles_a_handful_of_programs(lm):
     batches = PromptBatches(5, 2)
     state, _ = loop.step(state, batches[0])
     state, _ = loop.step(state, batches[1])
-    programs = loop.update, prefill, advance
+    programs = loop.update.program, prefill, advance
     before = [program._cache_size() for program in programs]
     for step in range(2, 6):
         state, _ = loop.step(state, batches[step])

@@ -1,0 +1,122 @@
+"""Which devices hold which part of an array: one table for the parameters of every architecture, and for activations.
+
+A mesh of devices has four axes, of which most have one device:
+
+    data      other rows of the batch, and all parameters
+    fsdp      other rows, and a part of each parameter, which is gathered where it is used (Rajbhandari et al. 2020,
+              arXiv:1910.02054, stage 3)
+    expert    other rows, and other experts, which tokens travel to (Lepikhin et al. 2020, arXiv:2006.16668)
+    tensor    the same rows, and other heads and hidden units of each layer (Shoeybi et al. 2019, arXiv:1909.08053)
+
+Dimensions have names, and a name is divided by an axis. What a parameter's dimensions are is told by the module that
+holds it, never by its rank. Models name the dimensions of activations (`placed`) and know no axes; without a mesh
+(`jax.set_mesh`) names do nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
+MESH_AXES = (DATA, FSDP, EXPERT, TENSOR)
+
+AXES = {
+    "batch": (DATA, FSDP, EXPERT),
+    "embed": (FSDP,),  # of parameters; activations have all of it
+    "latent": (FSDP,),
+    "heads": (TENSOR,),
+    "hidden": (TENSOR,),
+    "vocabulary": (TENSOR,),
+    "expert": (EXPERT,),
+}
+
+# The dimensions of a kernel or an embedding, by the module that holds it; a bias has all but the first.
+MODULES = {
+    "token_embedding": ("vocabulary", "embed"),
+    "position_embedding": (None, "embed"),
+    "qkv": ("embed", None, "heads", None),
+    "query": ("embed", "heads", None),
+    "key": ("embed", "heads", None),
+    "value": ("embed", "heads", None),
+    "query_down": ("embed", None),
+    "query_up": ("latent", "heads", None),
+    "latent_down": ("embed", None),
+    "latent_up": ("latent", "heads", None),
+    "out": ("heads", "embed"),
+    "gate": ("embed", "hidden"),
+    "up": ("embed", "hidden"),
+    "down": ("hidden", "embed"),
+    "router": ("embed", None),
+    "noise": ("embed", None),
+    "projection": (None, "embed"),
+    "lm_head": ("embed", "vocabulary"),
+    "score": ("embed", None),
+}
+# Of what stands stacked over experts, by its own name.
+EXPERTS = {
+    "up_kernel": ("expert", "embed", None, "hidden"),
+    "up_bias": ("expert", None, "hidden"),
+    "down_kernel": ("expert", "hidden", "embed"),
+    "down_bias": ("expert", None),
+}
+
+
+def dimensions(path: Sequence[str]) -> tuple[str | None, ...] | None:
+    """The names of a parameter's dimensions, the stacks in front of them left out; () for what every device has whole:
+    norms, adapters, and whatever else is small. None where the path is a matrix's that no table knows."""
+    module, name = ("", *path)[-2:]
+    if name in EXPERTS:
+        return EXPERTS[name]
+    if name in ("kernel", "embedding"):
+        return MODULES.get(module)
+    return MODULES[module][1:] if name == "bias" and module in MODULES else ()
+
+
+def division(
+    path: Sequence[str], shape: Sequence[int], sizes: dict[str, int], names: Sequence[str | None] | None = None
+) -> PartitionSpec:
+    """How a parameter, or an array whose last dimensions have these `names`, is divided by the axes of a mesh, of these
+    sizes. A dimension that its axes do not divide stays whole."""
+    names = (dimensions(path) or ()) if names is None else names
+    stacked = len(shape) - len(names)
+    axes = [*(None,) * stacked, *(_axes_of(name, n, sizes) for name, n in zip(names, shape[stacked:], strict=True))]
+    while axes and axes[-1] is None:  # as the compiler writes it: the same program for what it gave
+        axes.pop()
+    return PartitionSpec(*axes)
+
+
+def _axes_of(name: str | None, size: int, sizes: dict[str, int]) -> Any:
+    axes = tuple(axis for axis in AXES.get(name, ()) if sizes.get(axis, 1) > 1)
+    devices = 1
+    for axis in axes:
+        devices *= sizes[axis]
+    return None if not axes or size % devices else axes if len(axes) > 1 else axes[0]
+
+
+def placed(x: Array, *names: str | None) -> Array:
+    """An activation, whose dimensions have these names, where the mesh wants it. Names at the end may be left out."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    if not sizes:
+        return x
+    spec = PartitionSpec(*(_axes_of(name, size, sizes) for name, size in zip(names, x.shape, strict=False)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def in_place(tree: Any) -> Any:
+    """A tree that holds parameters, or what goes along with them as an optimizer's moments do, divided as they are."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    if not sizes:
+        return tree
+
+    def place(path: tuple[Any, ...], leaf: Array) -> Array:
+        return jax.lax.with_sharding_constraint(leaf, division(path_names(path), leaf.shape, sizes))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A key path of jax.tree_util as strings."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -1,0 +1,73 @@
+"""Experts on a mesh: each device sorts its own tokens, and sends them to the devices that have their experts.
+
+Without the compiler's help, by `jax.shard_map`: left to itself it would sort the tokens of all devices on each.
+"""
+
+from functools import partial
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, division
+from llmq_jax.layers.expert_dispatch import WEIGHTS, Activation, Exchange, ExpertWeights, choose, dispatch, slots_each
+
+# Adapters of experts, as (A, B): of what they add to, the dimensions that they have; the low rank is whole.
+_LOW_RANK = {
+    "up_low_rank": (("expert", None, None), ("expert", None, None, "hidden")),
+    "down_low_rank": (("expert", "hidden", None), ("expert", None, None)),
+}
+
+
+def dispatch_on_mesh(
+    x: Float[Array, "M D"],
+    ids: Int[Array, "M k"],
+    weights: Float[Array, "M k"],
+    experts: ExpertWeights,
+    activation: Activation,
+    implementation: str = "auto",
+    capacity_factor: float | None = None,
+) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
+    """`dispatch` on whatever mesh is set, and without one; equal on all, but for what "capacity" drops: a device's
+    experts have slots by the tokens that come from the devices along the axis of experts."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    count = experts.up.shape[0]
+
+    def slots(assignments: int) -> int | None:
+        return None if capacity_factor is None else slots_each(capacity_factor, assignments, count)
+
+    if not sizes or choose(implementation) == "dense":  # dense is products alone, which the compiler can divide
+        return dispatch(x, ids, weights, experts, activation, implementation, slots(ids.size))
+    rows = division(("rows",), x.shape[:1], sizes, names=("batch",))
+    shared = EXPERT if count % sizes[EXPERT] == 0 and sizes[EXPERT] > 1 else None
+    specs = ExpertWeights(**{name: _spec(name, getattr(experts, name), sizes) for name in WEIGHTS})
+    divided = TENSOR in jax.tree.leaves(tuple(specs.up))  # then each has a part of what experts give
+    devices = sizes[EXPERT] if shared else 1
+
+    def on_a_device(x, ids, weights, experts):
+        exchange = None
+        if shared:
+            swap = partial(jax.lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
+            exchange = Exchange(devices, swap)
+        if divided and experts.down_bias is not None:
+            experts = experts.replace(down_bias=experts.down_bias / sizes[TENSOR])
+        room = slots(ids.size * devices)
+        mixed, dropped = dispatch(x, ids, weights, experts, activation, implementation, room, exchange)
+        mixed = jax.lax.psum(mixed, TENSOR) if divided else mixed
+        return mixed, jax.lax.psum(dropped, AXES["batch"])
+
+    specs_in = (rows, rows, rows, specs)
+    return jax.shard_map(on_a_device, in_specs=specs_in, out_specs=(rows, PartitionSpec()), check_vma=False)(
+        x, ids, weights, experts
+    )
+
+
+def _spec(name: str, leaf: object, sizes: dict[str, int]) -> object:
+    """Of weights where they meet their tokens: whole along "embed", which was divided to save memory."""
+    if leaf is None:
+        return None
+    if name in _LOW_RANK:
+        return tuple(division((), x.shape, sizes, names=dims) for x, dims in zip(leaf, _LOW_RANK[name], strict=True))
+    path = name if name.endswith("bias") else f"{name}_kernel"
+    names = tuple(None if dimension == "embed" else dimension for dimension in EXPERTS[path])
+    return division((), leaf.shape, sizes, names=names)

@@ -1,0 +1,86 @@
+"""A reward model that keeps learning while a policy learns from it (DeepSeekMath, arXiv:2402.03300, section 4.1.4)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmq_jax.training.rollout_scores import Scores
+from llmq_jax.training.rollouts import Rollout
+from llmq_jax.training.state import TrainState
+
+REWARD_MODEL, PAIRS = "reward_model", "pairs"
+"""What a state carries."""
+
+
+@dataclass(eq=False)
+class RewardLearner:
+    """Line 12: the reward model goes on learning, from the policy's own answers, which a judge ranks, and from a share
+    of the pairs that it had learned before (DeepSeekMath, 4.1.4: 10% of historical data)."""
+
+    state: TrainState
+    """Of the reward model, as the run begins."""
+    update: Callable[[TrainState, dict], tuple[TrainState, dict]]
+    """A training step of `objectives.reward.RewardModel`."""
+    judge: Callable[[Rollout], Scores]
+    """Tells better answers from worse ones: of each group, its best and its worst become a pair."""
+    replay: Any
+    """`replay[i]`, i >= 0: a batch of old pairs."""
+    new_pairs: int
+    """P, pairs that a step's answers can make."""
+    steps_per_iteration: int
+    width: int
+    """T of a pair's rows: no prompt with an answer is longer."""
+    lengths: Callable[[Rollout], np.ndarray] = lambda rollout: rollout.lengths
+    """int32 [B]: tokens that the reward model reads, see `ModelReward.lengths`."""
+
+    def start(self, state: TrainState) -> TrainState:
+        shape = (self.steps_per_iteration, self.new_pairs)
+        pairs = {
+            "tokens": jnp.zeros((*shape, 2, self.width), jnp.int32),
+            "lengths": jnp.zeros((*shape, 2), jnp.int32),
+            "response_mask": jnp.zeros((*shape, 2, self.width), jnp.float32),
+            "mask": jnp.zeros(shape, jnp.float32),
+        }
+        return state.replace(carried={**(state.carried or {}), REWARD_MODEL: self.state, PAIRS: pairs})
+
+    def step(self, state: TrainState, rollout: Rollout, place: int, last: bool) -> TrainState:
+        """Keep the pairs of a step, the iteration's `place`-th; with the `last` one the reward model learns."""
+        new = self.pairs(rollout)
+        pairs = {name: array.at[place].set(new[name]) for name, array in state.carried[PAIRS].items()}
+        learner = state.carried[REWARD_MODEL]
+        if last:
+            for number in range(self.steps_per_iteration):
+                old = self.widened(self.replay[int(learner.step)])
+                batch = {name: np.concatenate([array[number], old[name]]) for name, array in pairs.items()}
+                if "margins" in old:  # the judge has none to tell
+                    batch["margins"] = np.concatenate([np.zeros(self.new_pairs, np.float32), old["margins"]])
+                learner, _ = self.update(learner, batch)
+        return state.replace(carried={**state.carried, REWARD_MODEL: learner, PAIRS: pairs})
+
+    def pairs(self, rollout: Rollout) -> dict[str, np.ndarray]:
+        """The best and the worst answer of each group; under mask 0 where the judge sees no difference."""
+        judged = self.judge(rollout).rewards.reshape(-1, rollout.group_size)
+        best, worst = judged.argmax(axis=1), judged.argmin(axis=1)
+        first = np.arange(len(judged)) * rollout.group_size
+        rows = np.stack([first + best, first + worst], axis=1)  # [P, 2]
+        lengths = self.lengths(rollout)
+        rolled = self.widened({"tokens": rollout.tokens, "response_mask": rollout.response_mask(lengths)})
+        different = np.take_along_axis(judged, best[:, None], 1) > np.take_along_axis(judged, worst[:, None], 1)
+        return {
+            "tokens": rolled["tokens"][rows],
+            "lengths": lengths[rows],
+            "response_mask": rolled["response_mask"][rows],
+            "mask": different[:, 0].astype(np.float32),
+        }
+
+    def widened(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """With rows of `width` tokens."""
+
+        def wide(array: np.ndarray) -> np.ndarray:
+            missing = max(self.width - array.shape[-1], 0)
+            return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])[..., : self.width]
+
+        return {name: wide(x) if name in ("tokens", "response_mask") else x for name, x in batch.items()}

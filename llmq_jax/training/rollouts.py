@@ -1,0 +1,99 @@
+"""Answers that a policy draws, in rows of tokens.
+
+Shapes: P prompts, G answers each, B = P·G rows, T tokens of a row, C tokens of an answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmq_jax.data.batching import pad
+from llmq_jax.data.length_buckets import bucket_width
+from llmq_jax.data.prompts import Prompt
+from llmq_jax.generation import Sampler, generate
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Answers that a policy gave: `group_size` neighbouring rows answer the same prompt."""
+
+    prompts: list[Prompt]
+    group_size: int
+    tokens: np.ndarray
+    """int32 [B, T]: prompt and answer, padded on the right."""
+    lengths: np.ndarray
+    """int32 [B]"""
+    prompt_lengths: np.ndarray
+    """int32 [B]"""
+    logprobs: np.ndarray
+    """float32 [B, C]: of the answers' tokens, at the temperature that they were drawn at."""
+    answer_mask: np.ndarray
+    """float32 [B, C]: 1 on the answers' tokens, the end token included."""
+    terminated: np.ndarray
+    """bool [B]: whether an answer came to an end, and was not cut."""
+    completions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        return self.lengths - self.prompt_lengths
+
+    def texts(self) -> list[str]:
+        """The prompt of each row."""
+        return [prompt.text for prompt in self.prompts for _ in range(self.group_size)]
+
+    def response_mask(self, lengths: np.ndarray | None = None) -> np.ndarray:
+        """float32 [B, T]: 1 on the answers' tokens, or on those of them before other `lengths`."""
+        places = np.arange(self.tokens.shape[1])
+        lengths = self.lengths if lengths is None else lengths
+        inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
+        return inside.astype(np.float32)
+
+    def rows_of(self, groups: Sequence[int]) -> np.ndarray:
+        """The rows of these groups."""
+        return np.concatenate([np.arange(g * self.group_size, (g + 1) * self.group_size) for g in groups])
+
+    def groups(self, chosen: Sequence[int]) -> "Rollout":
+        """These groups alone."""
+        rows = self.rows_of(chosen)
+        arrays = {
+            name: getattr(self, name)[rows]
+            for name in ("tokens", "lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")
+        }
+        completions = [self.completions[row] for row in rows]
+        return Rollout([self.prompts[g] for g in chosen], self.group_size, completions=completions, **arrays)
+
+
+def roll_out(
+    lm: Any, prompts: Sequence[Prompt], *, group_size: int, max_new_tokens: int, sampler: Sampler, seeds: Sequence[int]
+) -> Rollout:
+    """`group_size` answers of a model to each prompt, of at most `max_new_tokens` tokens; row r draws by seed r."""
+    drawn = generate(
+        lm,
+        [prompt.tokens for prompt in prompts],
+        samples=group_size,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=list(seeds),
+    )
+    answers = [row[:length].tolist() for row, length in zip(drawn.tokens, drawn.lengths, strict=True)]
+    asked = [prompt.tokens for prompt in prompts for _ in range(group_size)]
+    rows = [[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)]
+    # One of a few widths: for each, all that reads the rows is compiled.
+    tokens, lengths = pad(rows, bucket_width(max(map(len, rows)), lm.config.max_position_embeddings))
+    ends = set(lm.generation.eos_token_id)
+    return Rollout(
+        list(prompts),
+        group_size,
+        tokens,
+        lengths,
+        np.array([len(prompt) for prompt in asked], np.int32),
+        drawn.logprobs,
+        (np.arange(max_new_tokens) < drawn.lengths[:, None]).astype(np.float32),
+        np.array([answer[-1] in ends for answer in answers]),
+        drawn.text,
+    )

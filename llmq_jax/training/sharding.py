@@ -1,0 +1,159 @@
+"""Training and generation on many devices: the mesh, and what lies where on it.
+
+    with jax.set_mesh(make_mesh("data=2,tensor=4")):
+        state = create_state(init(config), optimizer)       made in parts, each on its own device
+        state, metrics = train_step(state, place_batch(batch))
+
+Which dimension goes to which axis stands in `layers.axes`. The compiler does the rest: it divides the products and puts
+the exchanges between devices in (axes are of type Auto: with Explicit ones Linen's modules cannot run).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.layers.axes import AXES, MESH_AXES, dimensions, division, path_names
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Devices along each axis, of a text like "data=2,fsdp=4"; 1 along those that it leaves out."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    given = set()
+    for part in text.split(","):
+        name, equals, size = (piece.strip() for piece in part.partition("="))
+        if name not in sizes:
+            raise BadInput(f"mesh {text!r}: unknown axis {name!r}: {did_you_mean(name, MESH_AXES)}")
+        if name in given:
+            raise BadInput(f"mesh {text!r}: {name} is there twice")
+        if not equals or not size.isdecimal() or int(size) < 1:
+            raise BadInput(f"mesh {text!r}: {part.strip()!r} is no size; write {name}=2")
+        given.add(name)
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that a text like "data=2,fsdp=4" describes, of all devices or of these."""
+    sizes = mesh_sizes(text)
+    devices = jax.devices() if devices is None else devices
+    wanted = math.prod(sizes.values())
+    if wanted != len(devices):
+        product = " x ".join(str(size) for size in sizes.values() if size > 1) or "1"
+        raise BadInput(
+            f"mesh {text!r} is for {product} = {wanted} devices, and here are {len(devices)}; sizes multiply to the "
+            "number of devices"
+        )
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def check_mesh(sizes: Mapping[str, int], variables: dict) -> None:
+    """BadInput where an axis divides no parameter: its devices would all do the same."""
+    leaves = [(path_names(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)]
+    for axis in ("fsdp", "expert", "tensor"):
+        if sizes[axis] == 1 or any(axis in jax.tree.leaves(tuple(division(*leaf, sizes))) for leaf in leaves):
+            continue
+        names = [name for name, axes in AXES.items() if axis in axes and name != "batch"]
+        for path, shape in leaves:
+            for name, size in zip(reversed(dimensions(path) or ()), reversed(shape), strict=False):
+                if name in names:
+                    raise BadInput(
+                        f"mesh axis {axis}={sizes[axis]} divides no parameter: {'/'.join(path)} {list(shape)} has "
+                        f"{size} along {name!r}; choose a divisor"
+                    )
+        raise BadInput(
+            f"mesh axis {axis}={sizes[axis]} has no effect: this model has nothing along {names}; leave it out"
+        )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """For each leaf of a tree of arrays or shapes, of variables or of a whole state, where it lies."""
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, division(path_names(path), leaf.shape, dict(mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def place(tree: Any) -> Any:
+    """The tree with its arrays divided over the mesh that is set; as it is where none is."""
+    mesh = jax.sharding.get_mesh()
+    return tree if mesh.empty else jax.device_put(tree, shardings(tree, mesh))
+
+
+def place_batch(batch: dict, parts: int | None = None) -> dict:
+    """A batch with its rows divided over the mesh that is set; as it is where none is. With `parts`, micro-batches that
+    are made of it, each of these must be divided too; without, rows that cannot be go to all devices."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return batch
+    devices = row_devices(mesh.shape)
+
+    def put(array: Any) -> Any:
+        rows = len(array)
+        if parts is not None:
+            check_rows(rows, parts, mesh.shape)
+        spec = PartitionSpec(AXES["batch"]) if rows % devices == 0 else PartitionSpec()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    return {name: put(array) for name, array in batch.items()}
+
+
+def check_rows(rows: int, parts: int, sizes: Mapping[str, int]) -> None:
+    """BadInput where a batch, or each of its `parts`, cannot be divided among devices."""
+    devices = row_devices(sizes)
+    if rows % (parts * devices):
+        each = "" if parts == 1 else f" in {parts} parts"
+        product = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES["batch"] if sizes[axis] > 1)
+        raise BadInput(
+            f"a batch of {rows} rows{each} cannot be divided among {devices} devices ({product}); choose a multiple of "
+            f"{parts * devices}"
+        )
+
+
+def row_devices(sizes: Mapping[str, int]) -> int:
+    """How many parts the axes of a mesh cut a batch into."""
+    return math.prod(sizes[axis] for axis in AXES["batch"])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parameter on a mesh."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: str
+    """For each dimension the axes that divide it, or a dot."""
+    bytes_per_device: int
+
+
+def layout(variables: dict, sizes: Mapping[str, int]) -> list[Layout]:
+    """Where each parameter lies, of arrays or of shapes."""
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        spec = division(path_names(path), leaf.shape, dict(sizes))
+        whole = (None,) * (len(leaf.shape) - len(spec))
+        axes = [() if part is None else (part,) if isinstance(part, str) else part for part in (*spec, *whole)]
+        devices = math.prod(sizes[axis] for part in axes for axis in part)
+        shown = " ".join("+".join(part) or "." for part in axes)
+        rows.append(Layout("/".join(path_names(path)), leaf.shape, shown, leaf.size * leaf.dtype.itemsize // devices))
+    return rows
+
+
+def layout_text(variables: dict, sizes: Mapping[str, int]) -> str:
+    """A table of `layout`, with totals."""
+    rows = layout(variables, sizes)
+    names = max(len(row.name) for row in rows)
+    shapes = max(len(str(list(row.shape))) for row in rows)
+    axes = max(len(row.axes) for row in rows)
+    lines = [f"{'parameter':{names}}  {'shape':{shapes}}  {'axes':{axes}}  bytes per device"]
+    for row in rows:
+        lines.append(f"{row.name:{names}}  {list(row.shape)!s:{shapes}}  {row.axes:{axes}}  {row.bytes_per_device:16,}")
+    devices, total = math.prod(sizes.values()), sum(row.bytes_per_device for row in rows)
+    lines.append(f"{devices} devices, {total:,} bytes of parameters on each")
+    return "\n".join(lines)

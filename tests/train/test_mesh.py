@@ -1,0 +1,74 @@
+"""A recipe on 8 virtual devices, which a process must ask for before JAX starts, from its options to its samples."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SIZES = "--num-hidden-layers 2 --hidden-size 16 --num-attention-heads 2 --context 16 --batch-size 8 --steps 12"
+TELLS = "--log-every 1 --evaluate-every 6 --sample-every 12 --checkpoint-every 6"
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    text = folder / "text.txt"
+    text.write_text("To be, or not to be, that is the question. " * 60)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+
+    def run(out, *options):
+        words = [*SIZES.split(), *TELLS.split(), "--data", str(text), "--out", str(folder / out), *options]
+        command = [sys.executable, "-m", "train.pretrain", *words]
+        return folder / out, subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    return run
+
+
+def records(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(row["step"], name): row[name] for row in found for name in ("loss", "validation_loss") if name in row}
+
+
+@pytest.fixture(scope="module")
+def alone(train):
+    folder, done = train("alone")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_a_run_on_a_mesh_equals_one_on_a_device_and_goes_on_on_another(train, alone):
+    folder, done = train("mesh", "--mesh", "data=2,fsdp=2,tensor=2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert records(folder) == pytest.approx(records(alone), rel=2e-5)  # Adam makes more of rounding
+    assert (folder / "samples.txt").read_text() == (alone / "samples.txt").read_text()
+    # As if it had been killed after step 6.
+    (folder / "finished.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "00000012")
+    _, done = train("mesh", "--mesh", "data=8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resuming" in done.stdout and "from step 6" in done.stdout
+    assert records(folder) == pytest.approx(records(alone), rel=2e-5)
+
+
+def test_what_cannot_be_is_told_in_a_line(train):
+    for options, why in (
+        (("--mesh", "data=3"), "is for 3 = 3 devices, and here are 8"),
+        (("--mesh", "data=8", "--accumulate", "2"), "a batch of 8 rows in 2 parts cannot be divided among 8 devices"),
+        (("--mesh", "expert=8"), "expert=8 has no effect: this model has nothing along"),
+    ):
+        folder, done = train("refused", *options)
+        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not folder.exists()
+
+
+def test_the_layout_needs_no_devices(train):
+    folder, done = train("layout", "--mesh", "fsdp=4,tensor=2", "--batch-size", "12", "--layout")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if "mlp/up/kernel" in line)
+    assert row.split() == ["params/group_0/block_0/mlp/up/kernel", "[2,", "16,", "64]", ".", "fsdp", "tensor", "1,024"]
+    assert not folder.exists()

@@ -1,0 +1,109 @@
+"""Meshes of 8 virtual devices, in processes of their own (`tests.mesh_program`), and what needs no devices."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import llmq_jax as lq
+from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import MODULES, dimensions, division, path_names
+from llmq_jax.layers.linear import KERNEL
+from llmq_jax.models import PRESETS, abstract_variables
+from llmq_jax.training import sharding
+
+DENSE = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
+EXPERTS = ("data=8", "data=2,expert=4", "data=2,fsdp=2,expert=2", "expert=2,fsdp=2,tensor=2")
+MESHES = {"gpt2": DENSE, "llama3": DENSE, "gemma3": DENSE, "mixtral": EXPERTS, "deepseek3": EXPERTS}
+
+
+@pytest.mark.parametrize("architecture", MESHES)
+def test_every_mesh_trains_as_one_device(architecture):
+    meshes = MESHES[architecture]
+    command = [sys.executable, "-m", "tests.mesh_program", architecture, *meshes]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = {line["mesh"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert tuple(facts) == meshes
+    for mesh, found in facts.items():
+        sizes = sharding.mesh_sizes(mesh)
+        assert found["losses"] < 1e-5, mesh  # of 20 steps, relative
+        assert found["gradient"] < 1e-5, mesh
+        assert found["params"] < 1e-6 or (architecture == "gemma3" and found["params"] < 3e-6), mesh
+        assert found["programs"] == 1, mesh
+        assert (found["exchanges"] >= 4) == (sizes["expert"] > 1), mesh  # there and back, and their gradients
+        if sizes["fsdp"] * sizes["tensor"] > 1:
+            assert found["bytes"] < 1.4 / (sizes["fsdp"] * sizes["tensor"]), mesh
+        if architecture in ("gpt2", "llama3", "gemma3"):
+            assert found["flops"] < 1.6 / 8, mesh  # each device does its share of the products
+
+
+@pytest.mark.parametrize("name", ["gpt2-124m", "smollm2-135m", "gemma3-1b", "mixtral-8x7b", "deepseek-v3"])
+def test_every_parameter_has_its_dimensions(name):
+    variables = abstract_variables(PRESETS[name])["params"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        names = dimensions(path_names(path))
+        assert names is not None and len(names) <= len(leaf.shape), path
+        # All that is large is divided by something.
+        assert leaf.size < 5e5 * leaf.shape[0] or any(names), path
+
+
+def test_a_parameter_is_divided_by_what_divides_it():
+    sizes = sharding.mesh_sizes("data=2,fsdp=4,tensor=3")
+    path = ("group_0", "block_0", "attention", "query", KERNEL)
+    assert division(path, (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
+    assert division(path, (30, 576, 8, 64), sizes) == P(None, "fsdp")
+    assert division(("token_embedding", "embedding"), (50257, 768), sizes) == P(None, "fsdp")
+    assert division(("final_norm", "scale"), (576,), sizes) == P()
+    # Of an optimizer, whose moments lie as their parameters do.
+    assert division(("1", "mu", *path), (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
+    assert division(("group_0", "block_0", "moe", "up_kernel"), (2, 4, 64, 2, 6), sizes) == P(
+        None, None, "fsdp", None, "tensor"
+    )
+    assert set(MODULES) >= {"out", "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("data=2,model=4", "unknown axis 'model'"),
+        ("data=2,data=4", "data is there twice"),
+        ("data", "is no size; write data=2"),
+        ("data=0", "is no size"),
+        ("data=3", "is for 3 = 3 devices, and here are 1"),
+        ("data=2,tensor=4", "is for 2 x 4 = 8 devices, and here are 1"),
+    ],
+)
+def test_meshes_that_cannot_be(text, why):
+    with pytest.raises(BadInput, match=why):
+        sharding.make_mesh(text, jax.devices()[:1])
+
+
+def test_an_axis_that_divides_nothing():
+    variables = abstract_variables(lq.preset("smollm2-135m"))
+    sharding.check_mesh(sharding.mesh_sizes("tensor=3"), variables)
+    with pytest.raises(BadInput, match=r"tensor=7 divides no parameter: .*kernel \[30, .* has \d+ along"):
+        sharding.check_mesh(sharding.mesh_sizes("tensor=7"), variables)
+    with pytest.raises(BadInput, match="expert=2 has no effect"):
+        sharding.check_mesh(sharding.mesh_sizes("expert=2"), variables)
+
+
+def test_rows_that_cannot_be_divided():
+    sizes = sharding.mesh_sizes("data=2,fsdp=2,tensor=2")
+    sharding.check_rows(12, 3, sizes)
+    with pytest.raises(BadInput, match=r"12 rows in 2 parts cannot be divided among 4 devices \(data=2 x fsdp=2\)"):
+        sharding.check_rows(12, 2, sizes)
+
+
+def test_layout():
+    variables = abstract_variables(lq.preset("llama3.2-1b"))
+    rows = sharding.layout(variables, sharding.mesh_sizes("fsdp=4,tensor=2"))
+    found = {row.name: row for row in rows}["params/group_0/block_0/attention/query/kernel"]
+    assert (found.shape, found.axes) == ((16, 2048, 32, 64), ". fsdp tensor .")
+    assert found.bytes_per_device == 16 * 2048 * 32 * 64 * 4 // 8
+    text = sharding.layout_text(variables, sharding.mesh_sizes("fsdp=4,tensor=2"))
+    assert text.splitlines()[-1].startswith("8 devices, ")
