@@ -15,8 +15,8 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(arithmetic, "WATCHED", 8)
     monkeypatch.setattr(arithmetic, "ENOUGH", 0.0)
     monkeypatch.setattr(arithmetic, "WARM_UP_BATCH", 4)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    monkeypatch.setattr(arithmetic, "SIZES", {**arithmetic.SIZES, **sizes, "intermediate_size": 16})
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(arithmetic, "SIZES", {**arithmetic.SIZES, **sizes})
     settings = {**arithmetic.SETTINGS, "prompts_per_step": 2, "group_size": 2, "validation_prompts": 4}
     monkeypatch.setattr(arithmetic, "SETTINGS", settings)
 
@@ -27,7 +27,7 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
 
     call()
     out = capsys.readouterr().out
-    assert "warm-up: 10 steps of 4 sums" in out
+    assert "warm-up: 5 steps of 4 sums" in out
     assert "before training: reward" in out
     training, watched, held_out = arithmetic.sums(0)
     assert len({*training, *watched, *held_out}) == len(training) + len(watched) + len(held_out) == 10_000

@@ -3,6 +3,7 @@
 python tiny_run.py FOLDER [KILL]      KILL is "step:7", "torn:6", "orbax:8", ... : a point and the step it lies in
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -109,7 +110,8 @@ def arm(point, step):
 
     def rmtree_half(path, **options):
         if ".deleting-" in str(path):
-            os.remove(os.path.join(path, "manifest.json"))
+            with contextlib.suppress(FileNotFoundError):  # of one that an earlier kill left half deleted
+                os.remove(os.path.join(path, "manifest.json"))
             die()
         rmtree(path, **options)
 
