@@ -81,17 +81,24 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any) -> Any:
-    """The tree with its arrays divided over the mesh that is set; as it is where none is."""
-    mesh = jax.sharding.get_mesh()
-    return tree if mesh.empty else jax.device_put(tree, shardings(tree, mesh))
+    """The tree with its arrays divided over the mesh that is set; as it is where none is, and while a function is
+    traced, which makes no arrays."""
+    if not _can_place(tree):
+        return tree
+    return jax.device_put(tree, shardings(tree, jax.sharding.get_mesh()))
+
+
+def _can_place(tree: Any) -> bool:
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return not traced and not jax.sharding.get_abstract_mesh().empty
 
 
 def place_batch(batch: dict, parts: int | None = None) -> dict:
     """A batch with its rows divided over the mesh that is set; as it is where none is. With `parts`, micro-batches that
     are made of it, each of these must be divided too; without, rows that cannot be go to all devices."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
+    if not _can_place(batch):
         return batch
+    mesh = jax.sharding.get_mesh()
     devices = row_devices(mesh.shape)
 
     def put(array: Any) -> Any:
