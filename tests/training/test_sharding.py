@@ -107,3 +107,16 @@ def test_layout():
     assert found.bytes_per_device == 16 * 2048 * 32 * 64 * 4 // 8
     text = sharding.layout_text(variables, sharding.mesh_sizes("fsdp=4,tensor=2"))
     assert text.splitlines()[-1].startswith("8 devices, ")
+
+
+def test_a_step_can_be_part_of_another_program():
+    config = lq.Llama3Config(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    optimizer = lq.training.adamw(1e-3)
+    step = lq.training.make_train_step(lq.objectives.NextToken(lq.build(config)), optimizer)
+    state = jax.eval_shape(lambda: lq.training.create_state(lq.init(config), optimizer))
+    tokens = jax.ShapeDtypeStruct((2, 4), "int32")
+    batch = {"tokens": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct((2, 4), "float32")}
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert after.step.shape == metrics["loss"].shape == ()
