@@ -13,6 +13,7 @@ holds it, never by its rank. Models name the dimensions of activations (`placed`
 (`jax.set_mesh`) names do nothing.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,10 +91,9 @@ def division(
 
 def _axes_of(name: str | None, size: int, sizes: dict[str, int]) -> Any:
     axes = tuple(axis for axis in AXES.get(name, ()) if sizes.get(axis, 1) > 1)
-    devices = 1
-    for axis in axes:
-        devices *= sizes[axis]
-    return None if not axes or size % devices else axes if len(axes) > 1 else axes[0]
+    if not axes or size % math.prod(sizes[axis] for axis in axes):
+        return None
+    return axes if len(axes) > 1 else axes[0]
 
 
 def placed(x: Array, *names: str | None) -> Array:

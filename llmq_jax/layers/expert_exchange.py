@@ -39,9 +39,8 @@ def dispatch_on_mesh(
     if not sizes or choose(implementation) == "dense":  # dense is products alone, which the compiler can divide
         return dispatch(x, ids, weights, experts, activation, implementation, slots(ids.size))
     rows = division(("rows",), x.shape[:1], sizes, names=("batch",))
-    shared = EXPERT if count % sizes[EXPERT] == 0 and sizes[EXPERT] > 1 else None
     specs = ExpertWeights(**{name: _spec(name, getattr(experts, name), sizes) for name in WEIGHTS})
-    divided = TENSOR in jax.tree.leaves(tuple(specs.up))  # then each has a part of what experts give
+    shared, divided = EXPERT in specs.up, TENSOR in specs.up  # divided: each device has a part of what experts give
     devices = sizes[EXPERT] if shared else 1
 
     def on_a_device(x, ids, weights, experts):

@@ -27,6 +27,7 @@ import jax
 from flax import traverse_util
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import path_names
 from llmq_jax.training.atomic_files import json_bytes, sync_folder
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
 
@@ -241,7 +242,7 @@ def _named_leaves(tree: Any) -> dict[tuple[str, ...], Any]:
     """Every leaf by its path: names of dataclass fields and dict keys, indices of tuples. On disk the state is this
     nested dict, so that readers need not know the optimizer's classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+    return {path_names(path): leaf for path, leaf in leaves}
 
 
 def _saved_arrays(checkpointer: Any, folder: Path) -> dict[tuple[str, ...], Any]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import MODULES, dimensions, division, path_names
+from llmq_jax.layers.axes import dimensions, division, path_names
 from llmq_jax.layers.linear import KERNEL
 from llmq_jax.models import PRESETS, abstract_variables
 from llmq_jax.training import sharding
@@ -64,7 +64,6 @@ def test_a_parameter_is_divided_by_what_divides_it():
     assert division(("group_0", "block_0", "moe", "up_kernel"), (2, 4, 64, 2, 6), sizes) == P(
         None, None, "fsdp", None, "tensor"
     )
-    assert set(MODULES) >= {"out", "lm_head"}
 
 
 @pytest.mark.parametrize(
