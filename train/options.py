@@ -40,7 +40,7 @@ class TrainingOptions:
     # How to compute.
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
-    mesh: Annotated[str | None, default_is("none: one device")] = None
+    mesh: Annotated[str | None, default_is("one device")] = None
     """Devices along the axes data, fsdp, expert and tensor, as data=2,fsdp=4: see docs/scaling.md."""
     layout: Flag = False
     """Show where --mesh puts each parameter, and stop there."""

@@ -21,6 +21,8 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from llmq_jax.errors import BadInput
+
 DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
 MESH_AXES = (DATA, FSDP, EXPERT, TENSOR)
 
@@ -65,14 +67,16 @@ EXPERTS = {
 }
 
 
-def dimensions(path: Sequence[str]) -> tuple[str | None, ...] | None:
+def dimensions(path: Sequence[str]) -> tuple[str | None, ...]:
     """The names of a parameter's dimensions, the stacks in front of them left out; () for what every device has whole:
-    norms, adapters, and whatever else is small. None where the path is a matrix's that no table knows."""
+    norms, adapters, and whatever else is small. BadInput where the path is a matrix's that no table knows."""
     module, name = ("", *path)[-2:]
     if name in EXPERTS:
         return EXPERTS[name]
     if name in ("kernel", "embedding"):
-        return MODULES.get(module)
+        if module not in MODULES:
+            raise BadInput(f"{'/'.join(path)} has no named dimensions; give {module!r} some in {__name__}.MODULES")
+        return MODULES[module]
     return MODULES[module][1:] if name == "bias" and module in MODULES else ()
 
 
@@ -81,7 +85,7 @@ def division(
 ) -> PartitionSpec:
     """How a parameter, or an array whose last dimensions have these `names`, is divided by the axes of a mesh, of these
     sizes. A dimension that its axes do not divide stays whole."""
-    names = (dimensions(path) or ()) if names is None else names
+    names = dimensions(path) if names is None else names
     stacked = len(shape) - len(names)
     axes = [*(None,) * stacked, *(_axes_of(name, n, sizes) for name, n in zip(names, shape[stacked:], strict=True))]
     while axes and axes[-1] is None:  # as the compiler writes it: the same program for what it gave

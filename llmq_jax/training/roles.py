@@ -1,10 +1,9 @@
 """What a parameter is, by its name: never by the rank of its array, since stacked norms are two-dimensional."""
 
-from typing import Any
-
 import jax
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import path_names
 
 # The last part of a parameter's path.
 ROLES = {
@@ -35,9 +34,4 @@ def role(path: tuple[str, ...]) -> str:
 
 def roles(params: dict) -> dict:
     """The same tree with each parameter's role in its place."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: role(names(path)), params)
-
-
-def names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A key path of jax.tree_util as strings."""
-    return tuple(entry.key for entry in path)
+    return jax.tree_util.tree_map_with_path(lambda path, _: role(path_names(path)), params)

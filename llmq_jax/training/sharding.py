@@ -60,7 +60,7 @@ def check_mesh(sizes: Mapping[str, int], variables: dict) -> None:
             continue
         names = [name for name, axes in AXES.items() if axis in axes and name != "batch"]
         for path, shape in leaves:
-            for name, size in zip(reversed(dimensions(path) or ()), reversed(shape), strict=False):
+            for name, size in zip(reversed(dimensions(path)), reversed(shape), strict=False):
                 if name in names:
                     raise BadInput(
                         f"mesh axis {axis}={sizes[axis]} divides no parameter: {'/'.join(path)} {list(shape)} has "

@@ -47,7 +47,7 @@ def test_every_parameter_has_its_dimensions(name):
     variables = abstract_variables(PRESETS[name])["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         names = dimensions(path_names(path))
-        assert names is not None and len(names) <= len(leaf.shape), path
+        assert len(names) <= len(leaf.shape), path
         # All that is large is divided by something.
         assert leaf.size < 5e5 * leaf.shape[0] or any(names), path
 
