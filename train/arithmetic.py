@@ -34,11 +34,11 @@ ANSWER_TOKENS = 4
 SETTINGS = {
     "train": "all",
     "template": "plain",
-    "prompts_per_step": 64,
+    "prompts_per_step": 128,  # fewer, or slower: the answers lose their variety before they are right
     "group_size": 8,
     "max_new_tokens": ANSWER_TOKENS,
-    "learning_rate": 2e-4,
-    "minimum_learning_rate": 2e-4,
+    "learning_rate": 6e-4,
+    "minimum_learning_rate": 6e-4,
 }
 """Of GRPO."""
 
@@ -49,7 +49,7 @@ class Options:
     """Folder for the sums, the model after its warm-up, and the run."""
     seed: int = 0
     """Of the split, the model and the run."""
-    steps: int = 150
+    steps: int = 350
     """Steps of GRPO."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""

@@ -29,6 +29,7 @@ from train.options import (
     own_options,
     refuse_idle,
     run_options,
+    train_step_of,
     with_steps,
 )
 from train.pretrain import exports
@@ -110,6 +111,7 @@ def classifier(options: Options) -> Any:
     from llmq_jax.training import engine, step
     from llmq_jax.training.classification_report import prediction, prediction_line
     from llmq_jax.training.parts import whole
+    from llmq_jax.training.sharding import own_rows, row_share
     from llmq_jax.training.state import create_state
 
     # The texts, parted, and the model with a head for their classes.
@@ -130,7 +132,7 @@ def classifier(options: Options) -> Any:
     # Batches of texts of similar length.
     size, longest = options.batch_size, options.max_length
     training, validation = parts["training"], parts["validation"]
-    batches = LabelledBatches(rows["training"], training.labels, size, longest, options.seed)
+    batches = LabelledBatches(rows["training"], training.labels, size, longest, options.seed, **row_share())
     held_out = LabelledEvaluation(rows["validation"], validation.labels, size, longest)
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
@@ -142,11 +144,11 @@ def classifier(options: Options) -> Any:
     schedule, optimizer = optimizer_of(options)
     weights = tuple(training.class_weights().tolist()) if options.class_weights else None
     objective = Classification(learner.model, weights)
-    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    train_step = train_step_of(options, objective, optimizer)
     eval_step = step.make_eval_step(objective)
 
     def evaluate(variables):
-        return step.evaluate(eval_step, variables, held_out)
+        return step.evaluate(eval_step, variables, map(own_rows, held_out))
 
     samples = validation.texts[:SAMPLES] if options.sample_prompt is None else [options.sample_prompt]
     sample_rows = token_rows(options, source, None, samples)
@@ -335,8 +337,11 @@ def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> Non
     """Classify the texts of the test; show the figures, and write them into the run folder."""
     from llmq_jax.training.atomic_files import write_atomically, write_json_atomically
     from llmq_jax.training.classification_report import classification_report, plot_confusion, worst_errors
+    from llmq_jax.training.processes import first
 
     logits = lm.classify_rows(rows, options.batch_size)
+    if not first():
+        return
     report = classification_report(part.names, logits, part.labels)
     errors = worst_errors(part.names, part.texts, logits, part.labels)
     folder = Path(options.out)

@@ -29,6 +29,7 @@ from train.options import (
     own_options,
     refuse_idle,
     run_options,
+    train_step_of,
     with_steps,
 )
 from train.preferences import (
@@ -95,6 +96,7 @@ def dpo(options: Options) -> Any:
 
     # JAX has its device; what imports it may follow.
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
@@ -103,6 +105,7 @@ def dpo(options: Options) -> Any:
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, step
     from llmq_jax.training.parts import whole
+    from llmq_jax.training.sharding import own_rows, row_share
     from llmq_jax.training.state import create_state
 
     # The pairs, some of them held out, and the model.
@@ -123,7 +126,7 @@ def dpo(options: Options) -> Any:
     check_mesh(options, learner.variables, options.batch_size)
     schedule, optimizer = optimizer_of(options)
     objective = DPO(learner.model, options.beta, options.label_smoothing or 0.0, options.loss, options.normalise)
-    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    train_step = train_step_of(options, objective, optimizer)
     eval_step = step.make_eval_step(objective)
     ask = questioner(options, source, [pair.chosen for pair in validation])
 
@@ -143,7 +146,7 @@ def dpo(options: Options) -> Any:
         reference = reference_logprobs(options, source, parts, folder.path / REFERENCE_FILE)
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in reference.items()}
         size, longest = options.batch_size, options.context
-        batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"])
+        batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"], **row_share())
 
         def held_out_batches(count):
             return PreferenceEvaluation(held_out.pairs, size, longest, count, columns["validation"])
@@ -151,7 +154,7 @@ def dpo(options: Options) -> Any:
         some = held_out_batches(options.evaluate_batches)
 
         def evaluate(variables):
-            return step.evaluate(eval_step, variables, some)
+            return step.evaluate(eval_step, variables, map(own_rows, some))
 
         def sample(variables, at_step):
             return ask(whole(variables))
@@ -163,7 +166,8 @@ def dpo(options: Options) -> Any:
         # Where a part of the model trains, what it was at first is all that it takes to have the reference again.
         began = None
         if options.train != "all" and options.reference is None:
-            began = {name: jax.tree.map(np.asarray, learner.variables[name]) for name in learner.trainable}
+            kept = np.asarray if jax.process_count() == 1 else jnp.copy  # no process alone has all of an array
+            began = {name: jax.tree.map(kept, learner.variables[name]) for name in learner.trainable}
         result = engine.run(
             create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
             train_step,
@@ -179,7 +183,7 @@ def dpo(options: Options) -> Any:
             next_commands=tuple(next_commands(options, config)),
         )
         if result.state is not None:
-            means = step.evaluate(eval_step, result.state.variables, held_out_batches(None))
+            means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
             print(f"\n{len(held_out):,} pairs held out: {figures(means)}")
             policy = source.replace(variables=whole(result.state.variables))
             start = None if began is None else source.replace(variables=whole({**result.state.variables, **began}))
@@ -214,6 +218,7 @@ def reference_logprobs(options: Options, source: Any, parts: dict[str, Any], pat
     import numpy as np
 
     from llmq_jax.training.atomic_files import write_atomically
+    from llmq_jax.training.processes import first
 
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
@@ -223,7 +228,8 @@ def reference_logprobs(options: Options, source: Any, parts: dict[str, Any], pat
     print(f"asking the reference for both answers of {count:,} pairs", flush=True)
     found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}
     print(f"asked in {time.monotonic() - began:.0f} s", flush=True)
-    write_atomically(path, npz_bytes(found))
+    if first():
+        write_atomically(path, npz_bytes(found))
     return found
 
 
@@ -258,11 +264,12 @@ def logprobs_of(lm: Any, pairs: Sequence[Any], options: Options) -> Any:
 
     from llmq_jax.commands.progress import with_progress
     from llmq_jax.data import PreferenceEvaluation
+    from llmq_jax.layers.axes import everywhere
     from llmq_jax.objectives.preference import pair_logprobs
 
     @jax.jit
     def of_batch(variables, batch):
-        return pair_logprobs(lm.model, variables, batch)[0]
+        return everywhere(pair_logprobs(lm.model, variables, batch)[0])
 
     numbers = {"place": np.arange(len(pairs))}
     result = np.zeros((len(pairs), 2), np.float32)

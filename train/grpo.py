@@ -33,6 +33,7 @@ from train.options import (
     own_options,
     refuse_idle,
     run_options,
+    train_step_of,
     warmup_steps,
 )
 from train.pretrain import exports
@@ -175,9 +176,10 @@ def grpo(options: Options) -> Any:
     from llmq_jax.language_model import TextFiles, load, save
     from llmq_jax.models import build
     from llmq_jax.objectives.grpo import GRPO
-    from llmq_jax.training import engine, step
+    from llmq_jax.training import engine
     from llmq_jax.training.grpo import Loop
     from llmq_jax.training.plots import plot_panels
+    from llmq_jax.training.processes import first
     from llmq_jax.training.reward_learner import REWARD_MODEL
     from llmq_jax.training.rollout_scores import ModelReward
     from llmq_jax.training.state import create_state
@@ -211,7 +213,7 @@ def grpo(options: Options) -> Any:
     loop = Loop(
         source,
         objective,
-        step.make_train_step(objective, optimizer, accumulate=options.accumulate),
+        train_step_of(options, objective, optimizer),
         training,
         score,
         group_size=options.group_size,
@@ -260,7 +262,7 @@ def grpo(options: Options) -> Any:
         show=SHOWN,
         next_commands=tuple(next_commands(options, config)),
     )
-    if options.log_every:
+    if options.log_every and first():
         print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
     learned = Path(options.out) / REWARD_MODEL
     if loop.reward_learner is not None and result.state is not None and not learned.exists():

@@ -30,6 +30,7 @@ from train.options import (
     own_options,
     refuse_idle,
     run_options,
+    train_step_of,
     with_steps,
 )
 from train.pretrain import exports
@@ -118,6 +119,7 @@ def instruct(options: Options) -> Any:
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
     from llmq_jax.training.parts import whole
+    from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
 
     # The conversations, some of them held out, and the model.
@@ -139,7 +141,7 @@ def instruct(options: Options) -> Any:
     learned, held_out = (examples(options, part, tokenizer, config) for part in (training, validation))
 
     # Rows of several conversations, or of one. Training takes them shuffled, validation all of them in order.
-    rows = {"context": options.context, "batch_size": options.batch_size, "packing": options.pack}
+    rows = {"context": options.context, "batch_size": options.batch_size, "packing": options.pack, **row_share()}
     batches = instruction_batches(learned.examples, **rows, seed=options.seed)
     held_out_batches = instruction_batches(held_out.examples, **rows, seed=None)
     if options.preview:
@@ -156,7 +158,7 @@ def instruct(options: Options) -> Any:
 
     schedule, optimizer = optimizer_of(options)
     objective = NextToken(learner.model)
-    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    train_step = train_step_of(options, objective, optimizer)
     eval_step = step.make_eval_step(objective)
 
     def evaluate(variables):

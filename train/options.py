@@ -1,9 +1,10 @@
 """Options that recipes share, by name and meaning, and what can be said of them without the recipe."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,8 @@ class TrainingOptions:
     """AdamW's decay of kernels and embeddings."""
     clip: float = 1.0
     """Greatest global norm of the gradient; 0 does not clip."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type that AdamW keeps the gradient's moments in; bfloat16 wants --betas of at most 0.99."""
     seed: int = 0
     """Of initial weights, order of the data and dropout; equal options give equal runs."""
 
@@ -42,10 +45,18 @@ class TrainingOptions:
     """Where to compute; auto takes the fastest that JAX finds."""
     mesh: Annotated[str | None, default_is("one device")] = None
     """Devices along the axes data, fsdp, expert and tensor, as data=2,fsdp=4: see docs/scaling.md."""
+    pmap: Flag = False
+    """All devices by jax.pmap, each with everything and its part of the batch, in place of --mesh."""
+    coordinator: Annotated[str | None, default_is("what SLURM or Kubernetes tells")] = None
+    """Address of process 0, HOST:PORT, where several processes run this command."""
+    processes: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 1")] = None
+    """How many run it."""
+    process: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 0")] = None
+    """Which of them this is, from 0."""
     layout: Flag = False
     """Show where --mesh puts each parameter, and stop there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and of products; weights and optimizer stay in float32."""
+    """Type of activations and of products; weights stay in float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """Recompute in the backward pass, to save memory: nothing, all but products with weights, or whole layers."""
     scan_layers: bool = True
@@ -66,6 +77,8 @@ class TrainingOptions:
     """Checkpoints to keep, besides the one of lowest validation loss."""
     wandb: Annotated[str | None, default_is("none")] = None
     """Project at Weights & Biases to log to."""
+    profile: Annotated[str | None, default_is("none", metavar="FIRST:LAST")] = None
+    """Steps to trace with JAX's profiler, counted from 1, both included, as 10:15; see docs/training.md."""
 
 
 def check_ranges(options: TrainingOptions) -> None:
@@ -96,25 +109,94 @@ def on_devices(recipe: Callable) -> Callable:
 
     @functools.wraps(recipe)
     def run(options: TrainingOptions, *arguments: Any) -> Any:
-        use_device(options.device)
-        if options.mesh is None or options.layout:  # which needs no devices
-            return recipe(options, *arguments)
         import jax
 
+        from llmq_jax.training.processes import joined, one_speaks
+        from llmq_jax.training.profile import profiled_steps
         from llmq_jax.training.sharding import make_mesh
 
-        with jax.set_mesh(make_mesh(options.mesh)):
+        if options.profile is not None:
+            profiled_steps(options.profile, options.steps, "--profile")
+        with joined(options.coordinator, options.processes, options.process), contextlib.ExitStack() as stack:
+            use_device(options.device)
+            stack.enter_context(one_speaks())
+            mesh = None if options.layout else mesh_of(options)  # the layout needs no devices
+            if mesh:
+                stack.enter_context(jax.set_mesh(make_mesh(mesh)))
+            stack.enter_context(advice_on_memory(options))
             return recipe(options, *arguments)
 
     return run
 
 
+def mesh_of(options: TrainingOptions) -> str | None:
+    """The mesh that the options ask for: of several processes all devices, however they are used."""
+    import jax
+
+    if options.pmap and options.mesh:
+        raise BadInput("--mesh has no effect with --pmap; leave one of them out")
+    if jax.process_count() == 1 or options.mesh:
+        return options.mesh
+    if options.pmap:
+        raise BadInput(f"--pmap is for one process, and here are {jax.process_count()}; use --mesh in its place")
+    return f"data={jax.device_count()}"
+
+
+@contextlib.contextmanager
+def advice_on_memory(options: TrainingOptions) -> Iterator[None]:
+    """BadInput for memory that has run out, with what to change."""
+    from llmq_jax.training.out_of_memory import ERRORS, OutOfMemory, placed, shortage
+
+    try:
+        yield
+    except OutOfMemory as error:
+        raise BadInput(f"{error}; to need less, change {', '.join(less_memory(options))}") from error
+    except ERRORS as error:
+        if shortage(error) is None:
+            raise
+        raise BadInput(
+            f"out of memory outside the steps, as in making the model and its state ({shortage(error)}), beside "
+            f"{placed()} of arrays; to need less, change {', '.join(less_memory(options, in_steps=False))}"
+        ) from error
+
+
+def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
+    """Three options at most by which steps need less memory, or a state does, from what they are to what they could be;
+    none that is used up."""
+    import jax
+
+    from llmq_jax.training.sharding import mesh_sizes, row_devices
+
+    sizes = mesh_sizes(options.mesh or "data=1")
+    changes = []
+    if in_steps:
+        # The rows of a batch, or of a GRPO step, and a way to take fewer of them at once.
+        of_prompts = hasattr(options, "prompts_per_step")
+        name = "prompts_per_step" if of_prompts else "batch_size"
+        count, each = getattr(options, name), options.group_size if of_prompts else 1
+        devices, parts = row_devices(sizes), options.accumulate
+        more = next((n for n in range(parts + 1, count * each + 1) if count * each % (n * devices) == 0), None)
+        halves = count % 2 == 0 and count // 2 * each % (parts * devices) == 0
+        fewer = [f"{option_name(name)} {count} -> {count // 2}"] if halves else []
+        fewer += [f"--accumulate {parts} -> {more} (the same result)"] if more else []
+        changes += [" or ".join(fewer)] if fewer else []
+        changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
+        changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []
+    changes += ["--train all -> lora"] if getattr(options, "train", None) == "all" else []
+    here = jax.device_count()
+    fsdp = here if sizes["fsdp"] < here else 2 * here
+    changes += [f"--mesh {options.mesh or 'none'} -> fsdp={fsdp}" + (f" on {fsdp} devices" if fsdp > here else "")]
+    return [*changes, "the model to a smaller one"][:3]
+
+
 def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
     """BadInput where --mesh does not fit these variables (or their shapes) or batches of so many rows; with --layout,
     the table, and the end."""
+    import jax
+
     from llmq_jax.training import sharding
 
-    sizes = sharding.mesh_sizes(options.mesh or "data=1")
+    sizes = sharding.mesh_sizes((f"data={jax.device_count()}" if options.pmap else mesh_of(options)) or "data=1")
     sharding.check_mesh(sizes, variables)
     sharding.check_rows(rows, options.accumulate, sizes)
     if options.layout:
@@ -166,7 +248,15 @@ def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[A
     )
     b1, b2 = options.betas
     fields = {"b1": b1, "b2": b2, "weight_decay": options.weight_decay, "clip": options.clip or None}
+    fields["moments"] = options.moments
     return schedule, adamw(lambda update: schedule(update // updates_per_step), **fields)
+
+
+def train_step_of(options: TrainingOptions, objective: Any, optimizer: Any) -> Any:
+    """The step that the options ask for."""
+    from llmq_jax.training.step import make_train_step
+
+    return make_train_step(objective, optimizer, accumulate=options.accumulate, pmap=options.pmap)
 
 
 def run_options(options: TrainingOptions) -> Any:
@@ -177,12 +267,12 @@ def run_options(options: TrainingOptions) -> Any:
     return RunOptions(**{name: getattr(options, name) for name in names})
 
 
+PLACES = ("out", "device", "mesh", "pmap", "layout", "coordinator", "processes", "process")
+"""Options of where a run goes and what it runs on, which it may leave for others."""
+
+
 def own_options(options: TrainingOptions, *without: str) -> dict[str, Any]:
     """The others, which are a recipe's own, for config.json; but for where it runs and goes, and `without`."""
     theirs = {field.name for field in dataclasses.fields(run_options(options))}
     values = dataclasses.asdict(options)
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in {*theirs, "out", "device", "mesh", "layout", *without}
-    }
+    return {name: value for name, value in values.items() if name not in {*theirs, *PLACES, *without}}

@@ -28,6 +28,7 @@ from train.options import (
     own_options,
     refuse_idle,
     run_options,
+    train_step_of,
     warmup_steps,
 )
 from train.texts import LIBRARY_FRACTION, fingerprint, token_streams
@@ -150,6 +151,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     from llmq_jax.language_model import LanguageModel, TextFiles, load
     from llmq_jax.models import abstract_variables, build, init
     from llmq_jax.training import engine, step
+    from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
 
     # The model and its tokenizer: fresh, or whatever can be loaded.
@@ -189,13 +191,13 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
 
     # Two streams of tokens, cut into windows. Training takes them shuffled, validation all of them in order.
     training, validation = token_streams(options, tokenizer, config)
-    windows = {"context": options.context, "batch_size": options.batch_size}
+    windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}
     batches = training_batches(training, **windows, seed=options.seed)
     held_out = evaluation_batches(validation, **windows)
 
     schedule, optimizer = optimizer_of(options)
     objective = objective_of(options, model)
-    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    train_step = train_step_of(options, objective, optimizer)
     eval_step = step.make_eval_step(objective)
     variables = source.variables if options.init_from else init(config, options.seed)
 

@@ -25,6 +25,7 @@ from train.options import (
     optimizer_of,
     own_options,
     run_options,
+    train_step_of,
     with_steps,
 )
 from train.preferences import (
@@ -91,6 +92,7 @@ def reward(options: Options) -> Any:
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
     from llmq_jax.training.parts import whole
+    from llmq_jax.training.sharding import own_rows, row_share
     from llmq_jax.training.state import create_state
 
     # The pairs, some of them held out, and the model with a head that gives one number.
@@ -103,7 +105,7 @@ def reward(options: Options) -> Any:
 
     # Batches of pairs of similar length.
     size, longest = options.batch_size, options.context
-    batches = PreferenceBatches(learned.pairs, size, longest, options.seed)
+    batches = PreferenceBatches(learned.pairs, size, longest, options.seed, **row_share())
     some = PreferenceEvaluation(held_out.pairs, size, longest, options.evaluate_batches)
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
@@ -114,12 +116,12 @@ def reward(options: Options) -> Any:
 
     schedule, optimizer = optimizer_of(options)
     objective = RewardModel(learner.model, options.pooling, options.center)
-    train_step = step.make_train_step(objective, optimizer, accumulate=options.accumulate)
+    train_step = train_step_of(options, objective, optimizer)
     eval_step = step.make_eval_step(objective)
     shown = sampler(options, model, held_out.pairs, validation)
 
     def evaluate(variables):
-        return step.evaluate(eval_step, variables, some)
+        return step.evaluate(eval_step, variables, map(own_rows, some))
 
     def sample(variables, at_step):
         return shown(whole(variables))
@@ -146,7 +148,8 @@ def reward(options: Options) -> Any:
         next_commands=tuple(next_commands(options, config)),
     )
     if result.state is not None:
-        figures = step.evaluate(eval_step, result.state.variables, PreferenceEvaluation(held_out.pairs, size, longest))
+        everything = PreferenceEvaluation(held_out.pairs, size, longest)
+        figures = step.evaluate(eval_step, result.state.variables, map(own_rows, everything))
         print(
             f"\n{len(held_out):,} pairs held out: accuracy {figures['accuracy']:.4f}, margin {figures['margin']:.4f}, "
             f"loss {figures['loss']:.4f}; rewards from {figures['min_reward']:.3f} to {figures['max_reward']:.3f}, "
@@ -195,6 +198,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     import jax
 
     from llmq_jax.data import PreferenceEvaluation
+    from llmq_jax.layers.axes import everywhere
     from llmq_jax.objectives.reward import model_rewards
 
     by_place = {pair.where: pair for pair in validation}
@@ -206,7 +210,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     @jax.jit
     def rewards(variables, tokens, lengths, response_mask):
         found, _ = model_rewards(model, variables, tokens, lengths, response_mask, options.pooling)
-        return found.reshape(-1, 2)
+        return everywhere(found.reshape(-1, 2))
 
     def shown(variables):
         lines = []

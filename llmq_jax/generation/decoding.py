@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, sample
+from llmq_jax.layers.axes import everywhere
 from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.weight_type import weight_type
 
@@ -80,7 +81,7 @@ def prefill(
     )
     logits = model.apply(variables, last, method="unembed")
     read = output.replace(caches=None, counts=None) if lookahead else None
-    return _append(state, logits, sampler, end_tokens), read
+    return readable(_append(state, logits, sampler, end_tokens)), read
 
 
 def read_prompts(
@@ -116,7 +117,7 @@ def advance(
         logits = model.apply(outside, hidden[:, 0], method="unembed")
         return _append(state.replace(caches=caches), logits, sampler, end_tokens)
 
-    return jax.lax.while_loop(unfinished, next_token, state)
+    return readable(jax.lax.while_loop(unfinished, next_token, state))
 
 
 def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens: tuple[int, ...]) -> DecodeState:
@@ -134,6 +135,12 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
         positions=jnp.where(live, state.positions + 1, state.positions),
         newest=jnp.where(live, drawn, state.newest),
     )
+
+
+def readable(state: DecodeState) -> DecodeState:
+    """The state with what the caller reads whole on every device of a mesh, of other processes too."""
+    names = ("step", "tokens", "logprobs", "lengths", "done")
+    return state.replace(**everywhere({name: getattr(state, name) for name in names}))
 
 
 def is_end(tokens: Int[Array, "*batch"], end_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.generation.decoding import DecodeState, is_end, read_prompts
+from llmq_jax.generation.decoding import DecodeState, is_end, read_prompts, readable
 from llmq_jax.generation.sampling import Sampler, filter_logits, first_largest, sample
 from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.models.deepseek3 import DeepSeek3
@@ -217,7 +217,7 @@ def advance_by_drafts(
             accepted=state.accepted + jnp.minimum(accepted, gained),
         )
 
-    return jax.lax.while_loop(unfinished, one_pass, state)
+    return readable(jax.lax.while_loop(unfinished, one_pass, state))
 
 
 def accept(

@@ -100,9 +100,15 @@ def _axes_of(name: str | None, size: int, sizes: dict[str, int]) -> Any:
     return axes if len(axes) > 1 else axes[0]
 
 
+def axis_sizes() -> dict[str, int]:
+    """Devices along each axis of the mesh that is set; {} without one, and among the replicas of `jax.pmap`, whose mesh
+    is not ours."""
+    return {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if name in MESH_AXES}
+
+
 def placed(x: Array, *names: str | None) -> Array:
     """An activation, whose dimensions have these names, where the mesh wants it. Names at the end may be left out."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    sizes = axis_sizes()
     if not sizes:
         return x
     spec = PartitionSpec(*(_axes_of(name, size, sizes) for name, size in zip(names, x.shape, strict=False)))
@@ -111,7 +117,7 @@ def placed(x: Array, *names: str | None) -> Array:
 
 def in_place(tree: Any) -> Any:
     """A tree that holds parameters, or what goes along with them as an optimizer's moments do, divided as they are."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    sizes = axis_sizes()
     if not sizes:
         return tree
 
@@ -119,6 +125,13 @@ def in_place(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(leaf, division(path_names(path), leaf.shape, sizes))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def everywhere(tree: Any) -> Any:
+    """A tree of small arrays, whole on every device of the mesh: any process can read them."""
+    if not axis_sizes():
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, division
+from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, axis_sizes, division
 from llmq_jax.layers.expert_dispatch import WEIGHTS, Activation, Exchange, ExpertWeights, choose, dispatch, slots_each
 
 # Adapters of experts, as (A, B): of what they add to, the dimensions that they have; the low rank is whole.
@@ -30,7 +30,7 @@ def dispatch_on_mesh(
 ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
     """`dispatch` on whatever mesh is set, and without one; equal on all, but for what "capacity" drops: a device's
     experts have slots by the tokens that come from the devices along the axis of experts."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    sizes = axis_sizes()
     count = experts.up.shape[0]
 
     def slots(assignments: int) -> int | None:

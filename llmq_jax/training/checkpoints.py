@@ -30,6 +30,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import path_names
 from llmq_jax.training.atomic_files import json_bytes, sync_folder
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
+from llmq_jax.training.processes import first, wait_for_all
 
 VERSION = 1
 STATE, CONFIG, TOKENIZER, INFO = "state", "config.json", "tokenizer", "checkpoint.json"
@@ -111,15 +112,15 @@ class Checkpoints:
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
-        if _writes():
+        if first():
             shutil.rmtree(saving, ignore_errors=True)
             saving.mkdir(parents=True)
-        _wait_for_all("checkpoint folder")
+        wait_for_all("checkpoint folder")
         try:
             with _orbax() as (ocp, checkpointer):
                 tree = traverse_util.unflatten_dict(_named_leaves(state))
                 checkpointer.save(saving.absolute() / STATE, args=ocp.args.PyTreeSave(tree))
-            if _writes():
+            if first():
                 known = validation_loss is not None and math.isfinite(validation_loss)
                 loss = float(validation_loss) if known else None
                 info = CheckpointInfo(step=step, tokens=tokens, validation_loss=loss)
@@ -132,13 +133,13 @@ class Checkpoints:
                 self._delete(target)  # there is one only where a damaged checkpoint is saved anew
                 os.rename(saving, target)
         except Exception:
-            if _writes():
+            if first():
                 shutil.rmtree(saving, ignore_errors=True)
             raise
-        if _writes():
+        if first():
             sync_folder(self.folder)
             self._delete_old()
-        _wait_for_all("checkpoint committed")
+        wait_for_all("checkpoint committed")
         return target
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
@@ -165,18 +166,21 @@ class Checkpoints:
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process left: half-saved and half-deleted checkpoints. For the owner of the run only."""
-        for name in os.listdir(self.folder) if self.folder.is_dir() else []:
+        for name in os.listdir(self.folder) if first() and self.folder.is_dir() else []:
             if name.startswith((SAVING, DELETING)):
                 shutil.rmtree(self.folder / name)
+        wait_for_all("leftovers removed")
 
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints newer than `step`, `00000300` to `damaged-00000300`: a run that went back to `step` does
         not count them any more, and leaves it to the user to delete them."""
-        for newer in self.steps():
+        wait_for_all("checkpoint chosen")
+        for newer in self.steps() if first() else []:
             if newer > step:
                 aside = self.folder / f"{DAMAGED}{self.path(newer).name}"
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(self.path(newer), aside)
+        wait_for_all("newer ones set aside")
 
     def _restore(self, example: Any, step: int) -> Restored:
         folder = self.path(step)
@@ -301,17 +305,6 @@ def config_dict(config: Any) -> dict:
     if dataclasses.is_dataclass(config):
         return {"model_type": config.model_type, **dataclasses.asdict(config)}
     return config or {}
-
-
-def _writes() -> bool:
-    return jax.process_index() == 0
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager

@@ -20,19 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training import processes
 from llmq_jax.training.checkpoints import Checkpoints, config_dict
 from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, OWN_LOSSES, read_metrics, shown_loss
+from llmq_jax.training.out_of_memory import ERRORS, OutOfMemory, shortage, usage
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import plot_losses
+from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
 from llmq_jax.training.progress import Status
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
 from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import NEUTRAL_OPTIONS, RunOptions
+from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
+from llmq_jax.training.time_spent import TimeSpent
 from llmq_jax.training.trackers import require_wandb
 
 
@@ -79,8 +84,8 @@ def run(
 
     Under Linux the process's malloc is told to keep freed memory, for good: see host_memory.py.
 
-    Raises BadInput before anything runs; NonFiniteLoss when training breaks down; StoppedBySignal, which exits, after
-    SIGTERM or SIGINT, once the state is saved (where no checkpoints are wanted, both signals act as usual).
+    Raises BadInput before anything runs; NonFiniteLoss when training breaks down; OutOfMemory; StoppedBySignal, which
+    exits, after SIGTERM or SIGINT, once the state is saved (without checkpoints, both signals act as usual).
     """
     able = {"evaluates": evaluate is not None, "samples": sample is not None}
     options = options.resolved(**able, saves=folder is not None)
@@ -118,7 +123,8 @@ def run(
         else:
             result = loop.train(output)
         usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
-        print(report_text(result, folder and folder.path, next_commands if usable else ()), file=output, flush=True)
+        report = report_text(result, folder and folder.path, loop.profile.text(), next_commands if usable else ())
+        print(report, file=output, flush=True)
         return result
 
 
@@ -157,6 +163,8 @@ class _Loop:
     show: Sequence[str] = ()
     step: int = 0
     tokens: int = 0
+    batch: Any = None
+    """Of the step that is handed over next."""
     loss: float | None = None
     validation: dict[int, float] = dataclasses.field(default_factory=dict)
     """Validation loss by step."""
@@ -165,7 +173,10 @@ class _Loop:
 
     def __post_init__(self):
         self.step = int(self.state.step)
+        self.shares = row_share()["process_count"]  # of a batch; this process counts the tokens of its own
         self.pace = Pace(self.options.steps)
+        self.time = TimeSpent()
+        self.profile = Profile()
         self.checkpoints = None
         if self.folder is not None:
             self.checkpoints = Checkpoints(self.folder.checkpoints, self.options.keep_last, self.options.keep_best)
@@ -178,17 +189,29 @@ class _Loop:
 
         if self.folder is not None:
             self.resume(say)
-        first = jax.process_index() == 0
+        first = processes.first()
         self.recorder = Recorder(self.folder if first else None, self.options, self.step, output)
+        if self.options.profile and first:
+            steps = profiled_steps(self.options.profile, self.options.steps)
+            self.profile = Profile(steps, self.folder.path / PROFILE, self.step)
+            if steps[1] <= self.step:
+                self.recorder.message(f"no profile: steps {self.options.profile} were before the run was resumed")
+        self.time = TimeSpent()
         # Without checkpoints there is nothing to wait for: the signals then act as they did before.
-        signals = StopSignals() if self.options.checkpoint_every else contextlib.nullcontext(StopSignals())
+        stops = StopSignals if jax.process_count() == 1 else processes.AgreedStop
+        signals = stops() if self.options.checkpoint_every else contextlib.nullcontext(StopSignals())
         try:
             with signals as stop:
                 if self.saved is not None and self.options.due(self.options.sample_every, self.step):
                     # The checkpoint resumed from came before its step's sample, which may be missing or torn.
                     self.write_sample()
                 self.loop(stop)
+        except ERRORS as error:
+            if shortage(error) is None:
+                raise
+            raise self.out_of_memory(error) from error
         finally:
+            self.profile.close()
             self.recorder.close()
         result = self.result()
         if self.folder is not None and first:
@@ -216,21 +239,32 @@ class _Loop:
                 self.loss = shown_loss(record) if "loss" in record else self.loss
                 if record.get("validation_loss") is not None:
                     self.validation[record["step"]] = record["validation_loss"]
+        processes.wait_for_all("metrics read")
         say(f"resuming {self.folder.path} from step {self.step}")
 
     def loop(self, stop: StopSignals) -> None:
         options = self.options
         pending = None
-        batch = self.batches[self.step] if self.step < options.steps else None
+        if self.step < options.steps:
+            self.make_batch()
         while self.step < options.steps:
-            self.state, metrics = self.train_step(self.state, batch)
+            if self.profile.begins_with(self.step + 1):
+                jax.block_until_ready(self.state)
+                self.profile.start()
+            with self.time.on("step", self.step + 1), self.profile.mark(self.step + 1):
+                self.state, metrics = self.train_step(self.state, self.batch)
             self.step += 1
+            stop.after(self.step)
             drawn = metrics.pop("tokens", self.tokens_per_step)
-            self.tokens += count_tokens(batch) if drawn is None else drawn
+            self.tokens += count_tokens(self.batch) * self.shares if drawn is None else drawn
             previous, pending = pending, _Step(self.step, self.tokens, metrics)
+            if self.profile.ends_with(self.step):
+                jax.block_until_ready(self.state)
+                with self.pace.pause():
+                    self.recorder.message(self.profile.stop())
             # The device is at work. Meanwhile: the next batch, and the figures of the step before.
             if self.step < options.steps:
-                batch = self.batches[self.step]
+                self.make_batch(metrics["loss"])
             if previous:
                 self.read(previous)
             intervals = (options.evaluate_every, options.sample_every, options.checkpoint_every)
@@ -242,11 +276,17 @@ class _Loop:
         if pending:
             self.read(pending)
 
+    def make_batch(self, under_way: Any = None) -> None:
+        with self.time.on("input", self.step + 1, under_way):
+            self.batch = self.batches[self.step]
+
     def read(self, done: _Step) -> None:
         """Wait for a step, check it, and log it where that is due."""
         options = self.options
         names = [name for name in ("loss", *OWN_LOSSES, "grad_norm", *self.show) if name in done.metrics]
-        values = jax.device_get([done.metrics[name] for name in names])
+        with self.time.on("step", done.step):
+            values = jax.device_get([done.metrics[name] for name in names])
+        self.time.started()
         checked = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in checked.items():
             if not math.isfinite(value):
@@ -264,6 +304,7 @@ class _Loop:
                 **rate,
                 **checked,
                 "tokens_per_second": self.pace.since_mark(),
+                **self.time.since_mark(),
                 **others,
             }
         status = Status(
@@ -282,13 +323,16 @@ class _Loop:
         options, step = self.options, self.step
         new_best = False
         if options.due(options.evaluate_every, step):
-            means = {f"validation_{name}": float(value) for name, value in self.evaluate(self.state.variables).items()}
+            with self.time.on("evaluation", step):
+                found = self.evaluate(self.state.variables)
+                means = {f"validation_{name}": float(value) for name, value in found.items()}
             if "validation_loss" in means:
                 new_best = self.validated(means["validation_loss"])
             self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
         best_to_keep = new_best and options.keep_best and options.checkpoint_every > 0
         if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
-            self.save()
+            with self.time.on("checkpoints", step):
+                self.save()
             self.recorder.message(f"step {step}: checkpoint saved")
         if stop.received and step < options.steps:
             self.recorder.message(
@@ -308,7 +352,9 @@ class _Loop:
         return lowest
 
     def write_sample(self) -> None:
-        self.recorder.sample(self.step, self.sample(self.state.variables, self.step))
+        with self.time.on("samples", self.step):
+            text = self.sample(self.state.variables, self.step)
+        self.recorder.sample(self.step, text)
 
     def save(self) -> None:
         if not _all_finite(self.state.variables):
@@ -327,10 +373,21 @@ class _Loop:
 
     def broken(self, step: int, what: str, look_at: str = "the batch of this step") -> NonFiniteLoss:
         advice = f"lower the learning rate or look at {look_at}"
+        return NonFiniteLoss(f"stopped at step {step}: {what}; {self.last_saved('good checkpoint')}; {advice}")
+
+    def out_of_memory(self, error: BaseException) -> OutOfMemory:
+        # What could not be compiled is not tried again.
+        train_step = None if "compil" in str(error).lower() else self.train_step
+        needed = usage(self.state, self.batch, train_step)
+        saved = self.last_saved()
+        if self.saved is None and self.folder is not None:
+            saved += f", so remove {self.folder.path} before you run it with other options"
+        return OutOfMemory(f"out of memory in {self.time.place} ({shortage(error)}): {needed}; {saved}")
+
+    def last_saved(self, name: str = "checkpoint") -> str:
         if self.saved is None:
-            return NonFiniteLoss(f"stopped at step {step}: {what}; no checkpoint was saved before it; {advice}")
-        path = self.checkpoints.path(self.saved)
-        return NonFiniteLoss(f"stopped at step {step}: {what}; the last good checkpoint is {path}; {advice}")
+            return "no checkpoint was saved before it"
+        return f"the last {name} is {self.checkpoints.path(self.saved)}"
 
     def result(self) -> RunResult:
         best = min(self.validation, key=self.validation.get, default=None)
@@ -343,6 +400,7 @@ class _Loop:
             best_validation_loss=self.validation.get(best),
             best_step=best,
             seconds=self.pace.seconds(),
+            time=self.time.total(),
             tokens_per_second=self.pace.tokens_per_second(),
             peak_memory_bytes=peak_memory_bytes(),
         )

@@ -34,12 +34,14 @@ from llmq_jax.data.prompts import Prompt, row_seeds
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
+from llmq_jax.layers.axes import everywhere
 from llmq_jax.objectives.grpo import GRPO, group_advantages, process_advantages
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.training.parts import as_read, whole
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout, roll_out
+from llmq_jax.training.sharding import own_rows
 from llmq_jax.training.state import TrainState
 from llmq_jax.training.step import EXTREMES, ROUTER, combined
 
@@ -111,7 +113,7 @@ class Loop:
         scored = time.monotonic()
         updates = []
         for _ in range(self.iterations):  # lines 10 and 11
-            state, metrics = self.update(state, rows)
+            state, metrics = self.update(state, own_rows(rows))
             updates.append(metrics)
         metrics = over_updates(jax.device_get(updates))
         learned = time.monotonic()
@@ -304,7 +306,7 @@ def reference_variables(state: TrainState) -> dict:
 @partial(jax.jit, static_argnames=("model", "count", "temperature"))
 def _completion_logprobs(model, variables, tokens, lengths, prompt_lengths, *, count, temperature):
     rows = tokens, lengths, prompt_lengths
-    return completion_logprobs(model, variables, *rows, count, temperature=temperature, entropies=False)[0]
+    return everywhere(completion_logprobs(model, variables, *rows, count, temperature=temperature, entropies=False)[0])
 
 
 def _part(rollout: Rollout, scores: Scores, groups: list[int]) -> tuple[Rollout, Scores]:

@@ -1,7 +1,8 @@
 """metrics.jsonl and samples.txt: what a run writes down, line by line, so that any moment's kill leaves both readable.
 
-A record of training has `step`, `tokens` (seen so far), `loss`, `learning_rate`, `grad_norm`, `tokens_per_second` and
-the objective's own figures; a record of evaluation `step`, `tokens`, `validation_loss` and further `validation_...`.
+A record of training has `step`, `tokens` (seen so far), `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, the
+objective's own figures, and what the time since the last one went to (`step_seconds`, `input_seconds`, ...: see
+time_spent.py); a record of evaluation `step`, `tokens`, `validation_loss` and further `validation_...`.
 Equal runs write equal records, `TIME_FIELDS` apart. After a kill both files are cut back to the checkpoint's step.
 """
 
@@ -14,11 +15,19 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.atomic_files import write_atomically
+from llmq_jax.training.time_spent import SECONDS
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 OWN_LOSSES = ("next_token_loss", "classification_loss", "reward_loss", "preference_loss", "policy_loss")
 """The loss without what an objective adds to it: balance losses of experts, further tokens."""
-TIME_FIELDS = ("tokens_per_second", "rollout_seconds", "scoring_seconds", "update_seconds", "reward_model_seconds")
+TIME_FIELDS = (
+    "tokens_per_second",
+    *SECONDS.values(),
+    "rollout_seconds",
+    "scoring_seconds",
+    "update_seconds",
+    "reward_model_seconds",
+)
 """Fields that may differ between equal runs."""
 
 Record = dict[str, Any]

@@ -1,6 +1,7 @@
 """AdamW and its learning rate (Loshchilov & Hutter 2019, arXiv:1711.05101; cosine: arXiv:1608.03983)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +45,42 @@ def adamw(
     epsilon: float = 1e-8,
     weight_decay: float = 0.1,
     clip: float | None = 1.0,
+    moments: str = "float32",
 ) -> optax.GradientTransformation:
     """AdamW with the gradient's global norm clipped to `clip` (None: not at all) before every update.
 
     Decay acts on kernels and embeddings by role and is scaled by the learning rate, as in torch.optim.AdamW.
+
+    `moments` is the type that both are kept in between updates, "float32" or "bfloat16" (as DeepSeek-V3 has them,
+    arXiv:2412.19437, section 3.3.2). BadInput for decays so near 1 that bfloat16, of 8 bits, would lose every change.
     """
+    if moments != "float32":
+        for name, decay in (("b1", b1), ("b2", b2)):
+            if 1 - decay < 2**-7:
+                raise BadInput(
+                    f"{name}={decay} with moments in {moments}: what one update changes is rounded away; choose "
+                    f"{name}=0.99 or less, or moments in float32"
+                )
+    scale = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
     return optax.chain(
         optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon),
+        scale if moments == "float32" else _kept_in(scale, jnp.dtype(moments)),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _kept_in(scale: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """The transformation with its floating state rounded to `dtype` between updates, which are made in float32."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = scale.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(scale.init(params), dtype), update)
 
 
 def decay_mask(params: dict) -> dict:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from llmq_jax.training.progress import clock
+from llmq_jax.training.time_spent import time_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class RunResult:
     best_step: int | None = None
     seconds: float | None = None
     """Spent training, without compiling, evaluation, samples and checkpoints."""
+    time: dict[str, float] | None = None
+    """Seconds of all of it, by what they went to: see time_spent.py."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     """On the accelerator, or of the process where there is none."""
@@ -46,7 +49,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def report_text(result: RunResult, folder: Path | None, next_commands: Sequence[str] = ()) -> str:
+def report_text(result: RunResult, folder: Path | None, profile: str = "", next_commands: Sequence[str] = ()) -> str:
     parts = [f"{result.step:,} steps, {result.tokens:,} tokens"]
     if result.seconds is not None:
         parts.append(f"{clock(result.seconds)} of training")
@@ -55,6 +58,7 @@ def report_text(result: RunResult, folder: Path | None, next_commands: Sequence[
     if result.peak_memory_bytes is not None:
         parts.append(f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB")
     lines = ["", "finished: " + ", ".join(parts)]
+    lines += [time_text(result.time)] if result.time else []
     losses = [] if result.loss is None else [f"training loss {result.loss:.4f}"]
     if result.validation_loss is not None:
         best = f" (best {result.best_validation_loss:.4f} at step {result.best_step:,})" if result.best_step else ""
@@ -64,6 +68,7 @@ def report_text(result: RunResult, folder: Path | None, next_commands: Sequence[
         names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "run.lock")
         shown = [f"{name}/" if (folder / name).is_dir() else name for name in names]
         lines.append(f"files in {folder}: {', '.join(shown)}")
+    lines += [profile] if profile else []
     if next_commands:
         lines += ["next:", *(f"  {command}" for command in next_commands)]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import numpy as np
 from llmq_jax.data.prompts import columns_of
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import everywhere
 from llmq_jax.objectives.reward import model_rewards, token_scores
 from llmq_jax.rewards import Rewards
 from llmq_jax.training.parts import as_read
@@ -107,7 +108,7 @@ class ModelReward:
 def _model_rewards(model, variables, tokens, lengths, response_mask, *, pooling):
     variables = as_read(variables)
     rewards, _ = model_rewards(model, variables, tokens, lengths, response_mask, pooling)
-    return rewards, token_scores(model, variables, tokens, lengths)[0]
+    return everywhere((rewards, token_scores(model, variables, tokens, lengths)[0]))
 
 
 def step_ends(rollout: Rollout, lengths: np.ndarray, tokenizer: Any, separator: str) -> np.ndarray:

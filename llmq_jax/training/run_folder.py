@@ -18,6 +18,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.atomic_files import json_bytes, write_json_atomically
+from llmq_jax.training.processes import first, same, share, together
 
 CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
 MARK = "run_format"
@@ -33,6 +34,8 @@ class RunFolder:
     where the folder is anything else. Fields named in `may_change` ("device", or "options.keep_last" for nested ones)
     do not change results and may differ; config.json keeps what the run began with.
 
+    With several processes (training.processes) all open it together: process 0 writes and locks.
+
     Also a context manager, which unlocks at its end. A killed process leaves no lock behind.
     """
 
@@ -40,6 +43,11 @@ class RunFolder:
         self.path = Path(path)
         self.config = {MARK: FORMAT, **json.loads(json_bytes(config))}
         self._lock: int | None = None
+        same(self.config, lambda old, new: _differences(old, new, may_change))
+        together(lambda: self._open(may_change) if first() else None)
+        self.resumed = share(str(first() and self.resumed)) == str(True)
+
+    def _open(self, may_change: Collection[str]) -> None:
         self._check(may_change)
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()

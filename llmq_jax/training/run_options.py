@@ -3,10 +3,20 @@
 import dataclasses
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training.profile import profiled_steps
 
 TIMES_A_RUN = 10
 
-NEUTRAL_OPTIONS = ("sample_every", "checkpoint_every", "keep_last", "keep_best", "tensorboard", "wandb", "plot")
+NEUTRAL_OPTIONS = (
+    "sample_every",
+    "checkpoint_every",
+    "keep_last",
+    "keep_best",
+    "tensorboard",
+    "wandb",
+    "plot",
+    "profile",
+)
 """Options that change neither metrics nor weights: a run may be resumed with others."""
 
 
@@ -32,6 +42,8 @@ class RunOptions:
     """Project at Weights & Biases to log to."""
     plot: bool = True
     """Draw losses.png at the end."""
+    profile: str | None = None
+    """Steps to trace, the first and the last: "10:15"."""
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0)):
@@ -40,6 +52,8 @@ class RunOptions:
         for name in ("evaluate_every", "sample_every", "checkpoint_every"):
             if (getattr(self, name) or 0) < 0:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 (0: never)")
+        if self.profile is not None:
+            profiled_steps(self.profile, self.steps)
 
     def resolved(self, *, evaluates: bool, samples: bool, saves: bool) -> "RunOptions":
         """The same with every interval a number. BadInput where one is asked for that could do nothing."""
@@ -53,8 +67,9 @@ class RunOptions:
             if every and not able:
                 raise BadInput(f"{name} is {every}, but the run has no {lacking}; give it one, or leave it out")
             intervals[name] = (max(1, self.steps // TIMES_A_RUN) if able else 0) if every is None else every
-        if self.wandb and not saves:
-            raise BadInput("wandb is asked for, but the run has no folder; give it one, or leave it out")
+        for name in ("wandb", "profile"):
+            if getattr(self, name) is not None and not saves:
+                raise BadInput(f"{name} is asked for, but the run has no folder; give it one, or leave it out")
         return dataclasses.replace(self, **intervals)
 
     def due(self, every: int, step: int) -> bool:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.layers.axes import AXES, MESH_AXES, dimensions, division, path_names
+from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, division, path_names
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -90,25 +91,60 @@ def place(tree: Any) -> Any:
 
 def _can_place(tree: Any) -> bool:
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-    return not traced and not jax.sharding.get_abstract_mesh().empty
+    return not traced and bool(axis_sizes())
 
 
 def place_batch(batch: dict, parts: int | None = None) -> dict:
     """A batch with its rows divided over the mesh that is set; as it is where none is. With `parts`, micro-batches that
-    are made of it, each of these must be divided too; without, rows that cannot be go to all devices."""
+    are made of it, each of these must be divided too; without, rows that cannot be go to all devices. With several
+    processes each gives `own_rows` of it."""
     if not _can_place(batch):
         return batch
     mesh = jax.sharding.get_mesh()
     devices = row_devices(mesh.shape)
+    shares = row_share()["process_count"]
 
     def put(array: Any) -> Any:
-        rows = len(array)
+        rows = len(array) * shares
         if parts is not None:
             check_rows(rows, parts, mesh.shape)
         spec = PartitionSpec(AXES["batch"]) if rows % devices == 0 else PartitionSpec()
-        return jax.device_put(array, NamedSharding(mesh, spec))
+        sharding = NamedSharding(mesh, spec)
+        if shares == 1:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(array), (rows, *array.shape[1:]))
 
     return {name: put(array) for name, array in batch.items()}
+
+
+def row_share() -> dict[str, int]:
+    """Which part of a batch's rows this process makes, on the mesh that is set: `process_index` of `process_count`
+    equal ones. Processes that divide layers alone among them make the same rows."""
+    if jax.process_count() == 1 or not axis_sizes():
+        return {"process_index": 0, "process_count": 1}
+    mesh = jax.sharding.get_mesh()
+    devices = row_devices(mesh.shape)
+    rows = NamedSharding(mesh, PartitionSpec(AXES["batch"])).devices_indices_map((devices,))
+    own = [rows[device][0].indices(devices)[0] for device in rows if device.process_index == jax.process_index()]
+    held = max(own) - min(own) + 1
+    if held != len(set(own)) or devices % held or min(own) % held:
+        raise BadInput(
+            f"a process's {jax.local_device_count()} devices have rows apart on mesh {dict(mesh.shape)}; choose sizes "
+            "that keep them together"
+        )
+    return {"process_index": min(own) // held, "process_count": devices // held}
+
+
+def own_rows(batch: dict) -> dict:
+    """Of a batch that every process has whole, the rows that `row_share` says."""
+    index, count = row_share().values()
+
+    def part(array: Any) -> Any:
+        if len(array) % count:
+            raise BadInput(f"a batch of {len(array)} rows cannot be divided among {count} processes")
+        return array[index * len(array) // count : (index + 1) * len(array) // count]
+
+    return {name: part(array) for name, array in batch.items()}
 
 
 def check_rows(rows: int, parts: int, sizes: Mapping[str, int]) -> None:

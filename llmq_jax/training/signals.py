@@ -30,6 +30,9 @@ class StopSignals:
             number, handler = self._before.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def after(self, step: int) -> None:
+        """Called after each step."""
+
     def _receive(self, number: int, frame) -> None:
         self.received = signal.Signals(number)
         self.__exit__()

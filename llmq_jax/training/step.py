@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import in_place
+from llmq_jax.layers.axes import everywhere, in_place
 from llmq_jax.objectives.expert_balance import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import place_batch
@@ -22,6 +22,9 @@ EXTREMES = {
     "clip_ratio/high_max": jnp.maximum,
 }
 """Metrics that do not add over batches, but are the least or the greatest of them."""
+REPLICAS = "replicas"
+COLLECTIVES = {name: jax.lax.pmin if pick is jnp.minimum else jax.lax.pmax for name, pick in EXTREMES.items()}
+COLLECTIVES["coefficient"] = jax.lax.pmax  # a weight that is the same in every part of a batch
 
 
 @runtime_checkable
@@ -36,21 +39,32 @@ class Objective(Protocol):
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1
+    objective: Objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1, pmap: bool = False
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """`train_step(state, batch) -> (state, metrics)`, compiled; the state given to it is consumed (donated).
 
     `accumulate` cuts the batch into that many micro-batches whose gradients add up: the same loss and gradients in
     less memory. Metrics are on the device: `loss`, `grad_norm` (before clipping), the objective's own, and the load of
     experts, against which the collection "router" moves.
+
+    `pmap`: the same step by `jax.pmap`, where no mesh is set: every device has all of the state and its part of the
+    rows. Terms of a whole batch (the balance losses of experts) are then those of the parts, as with `accumulate`.
     """
 
     experts = objective.model.experts
 
+    def over_replicas(tree: Any, combine: Callable = jax.lax.psum) -> Any:
+        return combine(tree, REPLICAS) if pmap else tree
+
+    def each_over_replicas(named: dict) -> dict:
+        return {name: over_replicas(value, COLLECTIVES.get(name, jax.lax.psum)) for name, value in named.items()}
+
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         trained = state.trained
-        weights = objective.weights(batch, state.step)
+        weights = each_over_replicas(objective.weights(batch, state.step))
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        if pmap:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(REPLICAS))
 
         def loss(trained, microbatch, rng):
             variables = as_read(state.with_trained(trained))
@@ -67,6 +81,8 @@ def make_train_step(
             value, (metrics, counts), grads = gradients(0, batch)
         else:
             value, (metrics, counts), grads = _accumulated(gradients, _split(batch, accumulate), accumulate)
+        value, counts, grads = over_replicas((value, counts, grads))
+        metrics = each_over_replicas(metrics)
 
         updates, optimizer_state = optimizer.update(grads, state.optimizer_state, trained)
         trained = optax.apply_updates(trained, updates)
@@ -77,9 +93,33 @@ def make_train_step(
             learning = {name: tree for name, tree in router.items() if name in variables[PARAMS]}
             variables[ROUTER] = {**router, **move_biases(experts, learning, counts)}
         state = state.replace(step=state.step + 1, variables=variables, optimizer_state=optimizer_state)
-        return in_place(state), metrics  # where it was: or the next step would be another program
+        return in_place(state), everywhere(metrics)  # where it was: or the next step would be another program
 
+    if pmap:
+        return _on_replicas(train_step, accumulate)
     return _with_batch_in_place(jax.jit(train_step, donate_argnums=0), accumulate)
+
+
+def _on_replicas(train_step: Callable, parts: int) -> Callable:
+    """A step of equal replicas, one on each device, which see other rows and add up what they find."""
+    compiled = jax.pmap(train_step, axis_name=REPLICAS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+
+    def call(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        devices = jax.local_device_count()
+
+        def divided(array: Any) -> Any:
+            if len(array) % (devices * parts):
+                each = "" if parts == 1 else f" in {parts} parts"
+                raise BadInput(
+                    f"a batch of {len(array)} rows{each} cannot be divided among {devices} devices; choose a multiple "
+                    f"of {devices * parts}"
+                )
+            return array.reshape(devices, len(array) // devices, *array.shape[1:])
+
+        return compiled(state, {name: divided(array) for name, array in batch.items()})
+
+    call.program = compiled
+    return call
 
 
 def _with_batch_in_place(compiled: Callable, parts: int | None = None) -> Callable:
@@ -131,7 +171,7 @@ def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, d
         weights = objective.weights(batch)
         ones = jax.tree.map(jnp.ones_like, weights)
         value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
-        return {"loss": value, **metrics}, weights
+        return everywhere(({"loss": value, **metrics}, weights))
 
     return _with_batch_in_place(jax.jit(eval_step))
 

@@ -9,7 +9,7 @@ import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
-from llmq_jax.training.metrics import read_metrics
+from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 
 SIZES = {
     "max_position_embeddings": 256,
@@ -109,7 +109,7 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
 
     def without_times(text):
         return [
-            {name: value for name, value in json.loads(line).items() if name != "tokens_per_second"}
+            {name: value for name, value in json.loads(line).items() if name not in TIME_FIELDS}
             for line in text.splitlines()
         ]
 

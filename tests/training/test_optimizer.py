@@ -70,3 +70,36 @@ def test_adapters_of_every_kind_have_roles(fields):
     adapted = lq.lora(lm, rank=2, **fields)
     assert set(jax.tree.leaves(roles(adapted.variables["lora"]))) <= {"kernel", "norm"}
     adamw(0.1).init(adapted.variables["lora"])
+
+
+def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
+    rng = np.random.default_rng(0)
+    target = jnp.asarray(rng.normal(size=64), jnp.float32)
+
+    def trained(**options):
+        optimizer = adamw(0.03, b1=0.9, b2=0.95, weight_decay=0.0, **options)
+        params = {"kernel": jnp.zeros(64)}
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(params, state):
+            gradient = jax.grad(lambda params: jnp.square(params["kernel"] - target).sum())(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(200):
+            params, state = step(params, state)
+        return params["kernel"], state
+
+    (whole, in_float32), (rounded, in_bfloat16) = trained(), trained(moments="bfloat16")
+    for name in ("mu", "nu"):
+        assert optax.tree_utils.tree_get(in_float32, name)["kernel"].dtype == jnp.float32
+        assert optax.tree_utils.tree_get(in_bfloat16, name)["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(rounded, target, atol=0.02)
+    np.testing.assert_allclose(rounded, whole, atol=0.02)
+    assert not np.array_equal(rounded, whole)
+
+
+def test_decays_that_bfloat16_would_lose_are_refused():
+    with pytest.raises(BadInput, match=r"b2=0\.999 with moments in bfloat16: .* choose b2=0\.99 or less"):
+        adamw(1e-3, moments="bfloat16")

@@ -1,0 +1,179 @@
+"""Several processes that train one model: each runs the same command on its own devices, and JAX joins them.
+
+    python -m train.pretrain ... --coordinator 10.0.0.1:9911 --processes 2 --process 0      on the first machine
+    python -m train.pretrain ... --coordinator 10.0.0.1:9911 --processes 2 --process 1      on the second
+
+Under SLURM and Kubernetes nothing need be said. Every process runs every line, in the same order: what only one of them
+did would leave the others waiting. Process 0 alone writes and speaks.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmq_jax.command_line import BAD_INPUT
+from llmq_jax.errors import BadInput
+from llmq_jax.training.signals import StopSignals
+
+CLUSTERS = {"SLURM": "SLURM_STEP_NODELIST", "Kubernetes": "JOB_COMPLETION_INDEX"}
+"""What each sets in the environment of a process that may have others beside it."""
+PATIENCE_SECONDS = 120
+"""Until all processes must have come."""
+
+
+@contextlib.contextmanager
+def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
+    """Join the processes of this command, by the address that process 0 listens at, or by what a cluster tells; alone
+    where neither is there, or where `processes` is 1. Before JAX's first use."""
+    if not _join(coordinator, processes, process):
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):  # others may have gone already, and JAX counts them
+            jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def one_speaks() -> Iterator[None]:
+    """Of several processes only the first one's standard output is seen."""
+    with contextlib.ExitStack() as stack:
+        if not first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None) -> bool:
+    """Whether there may be others, which have then come."""
+    if coordinator is None:
+        if process is not None or (processes or 1) > 1:
+            raise BadInput(
+                "--processes and --process have no effect without --coordinator; give its address, HOST:PORT"
+            )
+        cluster = next((name for name, variable in CLUSTERS.items() if variable in os.environ), None)
+        if cluster is None or processes == 1 or os.environ.get("SLURM_NTASKS") == "1":
+            return False
+        arguments: dict[str, Any] = {}
+        where = f"the coordinator that {cluster} tells of"
+    else:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise BadInput(f"--coordinator is {coordinator!r} and must be the address of process 0, HOST:PORT")
+        if processes is None or process is None:
+            raise BadInput("--coordinator needs --processes, how many there are, and --process, which one this is")
+        if processes < 2:
+            raise BadInput(f"--processes is {processes}, and one needs no --coordinator; leave it out")
+        if not 0 <= process < processes:
+            raise BadInput(f"--process is {process} and must be from 0 to {processes - 1}, one less than --processes")
+        arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        where = f"the coordinator at {coordinator}"
+    with _patience(where):
+        try:
+            jax.distributed.initialize(**arguments, initialization_timeout=10 * PATIENCE_SECONDS)
+        except (RuntimeError, ValueError) as error:  # as where a cluster does not tell all
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise BadInput(
+                f"processes cannot be joined: {said}; give --coordinator, --processes and --process, or --processes 1"
+            ) from None
+    return True
+
+
+@contextlib.contextmanager
+def _patience(where: str) -> Iterator[None]:
+    """The end of the process if this takes too long: JAX itself would end it by a signal, with a trace of its C++."""
+
+    def give_up() -> None:
+        print(
+            f"error: {where} did not bring the processes together within {PATIENCE_SECONDS} s; look whether all are "
+            "running, with the same --processes and each its own --process, and whether they can reach it",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(BAD_INPUT)
+
+    timer = threading.Timer(PATIENCE_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process is here; `name` tells which place that is."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def share(text: str) -> str:
+    """What process 0 gives, on all of them."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    buffer = np.resize(content, size) if first() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer), np.uint8)).decode()
+
+
+def together(action: Callable[[], Any]) -> Any:
+    """Run on each process; where it is BadInput on one, all raise it, the first one's words."""
+    if jax.process_count() == 1:
+        return action()
+    from jax.experimental import multihost_utils
+
+    result, fault = None, ""
+    try:
+        result = action()
+    except BadInput as error:
+        fault = str(error)
+    faults = np.asarray(multihost_utils.process_allgather(np.int32(bool(fault))))
+    if not faults.any():
+        return result
+    content = np.frombuffer(fault.encode()[:2000].ljust(2000), np.uint8)
+    said = bytes(multihost_utils.process_allgather(content)[int(faults.argmax())]).decode(errors="replace").strip()
+    raise BadInput(said if faults[0] else f"process {int(faults.argmax())}: {said}")
+
+
+def same(config: dict, differences: Callable[[dict, dict], list[str]]) -> None:
+    """BadInput on all processes where one has other options or other data than process 0."""
+    if jax.process_count() == 1:
+        return
+    theirs = json.loads(share(json.dumps(config)))
+
+    def compare() -> None:
+        if found := differences(theirs, config):
+            raise BadInput(f"has other options or data than process 0: {', '.join(found)}; give all the same")
+
+    together(compare)
+
+
+class AgreedStop(StopSignals):
+    """SIGTERM to any process stops all of them after the same step."""
+
+    def __enter__(self) -> "AgreedStop":
+        return self  # JAX listens for SIGTERM itself since the processes joined
+
+    def after(self, step: int) -> None:
+        from jax.experimental import multihost_utils
+
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM

@@ -1,0 +1,66 @@
+"""A trace of some steps by JAX's profiler: what device and host did, and for how long."""
+
+from pathlib import Path
+
+import jax
+
+from llmq_jax.errors import BadInput
+
+PROFILE = "profile"
+
+
+def profiled_steps(text: str, steps: int | None, name: str = "profile") -> tuple[int, int]:
+    """The first and the last step of a text like "10:15". BadInput where a run of so many steps has no such steps."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) <= (steps or int(last))):
+        among = f" of {steps}" if steps else ""
+        raise BadInput(f"{name} is {text!r} and must be a first and a last step{among}, counted from 1, as 10:15")
+    return int(first), int(last)
+
+
+class Profile:
+    """Of these steps, the first and the last, into a folder, in a run that goes on after step `start`; of none."""
+
+    def __init__(self, steps: tuple[int, int] = (0, 0), folder: Path | None = None, start: int = 0):
+        self.first, self.last = max(steps[0], start + 1), steps[1]
+        self.folder = folder
+        self.running = self.done = False
+
+    def begins_with(self, step: int) -> bool:
+        return step == self.first <= self.last
+
+    def ends_with(self, step: int) -> bool:
+        return self.running and step == self.last
+
+    def mark(self, step: int) -> jax.profiler.StepTraceAnnotation:
+        """A context that shows a step in the trace; without one it does nothing."""
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def start(self) -> None:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # a million calls, of compiling a step, would leave no room for what follows
+        jax.profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
+        self.running = True
+
+    def stop(self) -> str:
+        """Write it; what to say of it."""
+        self.running = False
+        jax.profiler.stop_trace()
+        self.done = True
+        return f"step {self.last}: profile saved"
+
+    def close(self) -> None:
+        """The run ends, in the middle of the trace or not."""
+        if self.running:
+            self.stop()
+
+    def text(self) -> str:
+        """How to look at it; "" where there is none."""
+        if not self.done:
+            return ""
+        newest = max((self.folder / "plugins" / "profile").iterdir())
+        return (
+            f"profile of steps {self.first} to {self.last}: {self.folder}; to look at it, one of\n"
+            f"  xprof --port 8791 {self.folder}    (pip install xprof; with TensorBoard: tensorboard --logdir)\n"
+            f"  https://ui.perfetto.dev    (open {newest / 'perfetto_trace.json.gz'} there)"
+        )

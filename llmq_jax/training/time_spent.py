@@ -1,0 +1,69 @@
+"""Where a run's time goes.
+
+JAX computes a step while Python goes on, and no step is waited for to be measured: what is counted is the time of the
+loop, by what it does and where it waits anyway.
+
+    first step   until this process's first step is done: compiling it, most of all
+    step         handing steps over and waiting for them
+    input        making the next batch, if the device ran out of work before the batch was there: at most so much was
+                 lost. Otherwise the batch cost nothing, and its time counts as that of the step under way
+    evaluation, samples, checkpoints   all of each, with what they compile
+    other        metrics, the terminal, a profile
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+PARTS = ("first step", "step", "input", "evaluation", "samples", "checkpoints")
+SECONDS = {part: f"{part.replace(' ', '_')}_seconds" for part in PARTS}
+"""What records call them."""
+
+
+class TimeSpent:
+    """Seconds of each part, from the making of this object on."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._began = now()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._marked = dict(self._seconds)
+        self._started = False
+        self.place = "the beginning"
+        """What the loop is at; after an error, what it was at."""
+
+    @contextlib.contextmanager
+    def on(self, part: str, step: int, under_way: Any = None) -> Iterator[None]:
+        """`under_way`: a result of the step that the device may still be at when this part is done."""
+        self.place = f"step {step}" if part == "step" else f"the {part} of step {step}"
+        began = self._now()
+        with jax.profiler.TraceAnnotation(part):  # shown in a profile, if one is made
+            yield
+        if isinstance(under_way, jax.Array) and not under_way.is_ready():
+            part = "step"
+        self._seconds["first step" if part == "step" and not self._started else part] += self._now() - began
+
+    def started(self) -> None:
+        """A step is done: those that follow are compiled."""
+        self._started = True
+
+    def since_mark(self) -> dict[str, float]:
+        """Fields of a record: what each part took since the last call, if anything."""
+        before, self._marked = self._marked, dict(self._seconds)
+        return {SECONDS[part]: spent for part in PARTS if (spent := round(self._marked[part] - before[part], 6))}
+
+    def total(self) -> dict[str, float]:
+        """Of all parts, and of what else there was."""
+        other = self._now() - self._began - sum(self._seconds.values())
+        return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": other}.items()}
+
+
+def time_text(seconds: dict[str, float]) -> str:
+    """ "time: step 81% (40.5 s), evaluation 12% (6.0 s), ...": the greatest first, as far as they can be seen."""
+    whole = sum(seconds.values()) or 1.0
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    told = [part for part in parts if part[1] >= 0.05] or parts[:1]
+    return "time: " + ", ".join(f"{name} {100 * spent / whole:.0f}% ({spent:,.1f} s)" for name, spent in told)

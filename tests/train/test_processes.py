@@ -1,0 +1,157 @@
+"""A recipe in two processes on this machine, with 4 virtual devices each, joined over loopback."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SIZES = "--num-hidden-layers 2 --hidden-size 16 --num-attention-heads 2 --context 16 --batch-size 8 --steps 12"
+TELLS = "--log-every 1 --evaluate-every 6 --sample-every 12 --checkpoint-every 6"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "text.txt").write_text("To be, or not to be, that is the question. " * 60)
+    return folder
+
+
+@pytest.fixture
+def begin(folder):
+    """`begin(out, *options)` starts a process with 4 or so many devices; none outlives its test."""
+    begun = []
+
+    def begin(out, *options, devices=4, **variables):
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            **variables,
+        }
+        data = () if "--data" in options else ("--data", str(folder / "text.txt"))
+        words = [*SIZES.split(), *TELLS.split(), *data, "--out", str(folder / out), *options]
+        command = [sys.executable, "-m", "train.pretrain", *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        begun.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def two(begin, out, *options, other=None):
+    """Two processes with these options, the second with `other` ones."""
+    where = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
+    return [begin(out, *where, "--process", str(i), *(other if i and other else options)) for i in range(2)]
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def ended(processes):
+    """(exit code, standard output, standard error) of each."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def records(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(row["step"], name): row[name] for row in found for name in ("loss", "validation_loss") if name in row}
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    words = [*SIZES.split(), *TELLS.split(), "--data", str(folder / "text.txt"), "--out", str(folder / "alone")]
+    done = subprocess.run([sys.executable, "-m", "train.pretrain", *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "alone"
+
+
+def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(begin, folder, alone):
+    first, second = ended(two(begin, "pair", "--mesh", "data=2,fsdp=2,tensor=2"))
+    assert first[0] == second[0] == 0, first[2][-2000:] + second[2][-2000:]
+    assert "finished: 12 steps, 1,536 tokens" in first[1] and "step" not in second[1]  # one speaks
+    run = folder / "pair"
+    assert records(run) == pytest.approx(records(alone), rel=2e-5)  # Adam makes more of rounding
+    assert (run / "samples.txt").read_text() == (alone / "samples.txt").read_text()
+    # As if they had been killed after step 6.
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "00000012")
+    code, said, fault = ended([begin("pair", "--mesh", "fsdp=2", devices=2)])[0]
+    assert code == 0 and "from step 6" in said, fault[-2000:]
+    assert records(run) == pytest.approx(records(alone), rel=2e-5)
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(begin, folder):
+    processes = two(begin, "stopped", "--steps", "100000", "--checkpoint-every", "100000", "--evaluate-every", "0")
+    metrics = folder / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_bytes()) < 2000:
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = ended(processes)
+    assert first[0] == second[0] == 128 + signal.SIGTERM, first[2][-2000:] + second[2][-2000:]
+    assert "stopped by SIGTERM after step" in first[1]
+    (saved,) = (folder / "stopped" / "checkpoints").iterdir()
+    assert f"after step {int(saved.name)}, which is saved" in first[1]
+
+
+def test_processes_that_disagree_stop_at_the_start(begin, folder):
+    other = folder / "other.txt"
+    other.write_text("Whether 'tis nobler in the mind to suffer the slings and arrows. " * 60)
+    both = ended(two(begin, "apart", other=("--data", str(other), "--learning-rate", "0.1")))
+    for code, _, fault in both:
+        assert code == 2 and fault.count("error:") == 1, fault[-2000:]
+        assert "process 1: has other options or data than process 0" in fault
+        assert "learning_rate" in fault and "training_sha256" in fault
+    assert not (folder / "apart").exists()
+
+
+def test_a_cluster_is_found_and_what_cannot_be_is_told(begin, folder):
+    slurm = {
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    processes = [begin("slurm", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in range(2)]
+    for wrong, why in (
+        (("--processes", "2", "--process", "0"), "have no effect without --coordinator"),
+        (("--coordinator", "here"), "must be the address of process 0, HOST:PORT"),
+        (("--coordinator", "here:1"), "needs --processes, how many there are, and --process"),
+        (("--coordinator", "here:1", "--processes", "2", "--process", "2"), "--process is 2 and must be from 0 to 1"),
+        (("--pmap", "--mesh", "data=4"), "--mesh has no effect with --pmap"),
+        (("--pmap", "--accumulate", "4"), "a batch of 8 rows in 4 parts cannot be divided among 4 devices"),
+    ):
+        ((code, _, fault),) = ended([begin("refused", *wrong)])
+        assert code == 2 and why in fault and len(fault.splitlines()) == 1, fault
+    first, second = ended(processes)
+    assert first[0] == second[0] == 0, first[2][-2000:] + second[2][-2000:]
+    assert "finished: 12 steps" in first[1]
+    assert not (folder / "refused").exists()
+
+
+def test_a_coordinator_that_does_not_answer():
+    lonely = f"'127.0.0.1:{free_port()}', 2, 1"
+    program = (
+        "from llmq_jax.training import processes\n"
+        "processes.PATIENCE_SECONDS = 3\n"
+        f"with processes.joined({lonely}): pass"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and "did not bring the processes together within 3 s" in done.stderr, done.stderr
+    assert done.stderr.count("error:") == 1

@@ -1,0 +1,115 @@
+"""Memory runs out for real: a petabyte is more than a process can address."""
+
+import io
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_run
+from tiny_run import OPTIONS, Batches
+
+from llmq_jax.training import engine
+from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.metrics import read_metrics
+from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size
+
+PETABYTE = (2**24, 2**24)
+PLAIN = replace(OPTIONS, evaluate_every=0, sample_every=0)
+
+
+@jax.jit
+def too_much(x):
+    return jnp.sort(x * jnp.arange(PETABYTE[0])[:, None] * jnp.ones(PETABYTE), 0)[0, 0]
+
+
+def step_that_fails(at, fails):
+    def step(state, batch):
+        number = int(state.step) + 1
+        state, metrics = tiny_run.train_step(state, batch)
+        return state, {**metrics, "loss": fails(metrics["loss"])} if number == at else metrics
+
+    return step
+
+
+def out_of_python(x):
+    raise MemoryError("Unable to allocate 2.98 GiB for an array")
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (too_much, "Out of memory allocating 1,048,576.0 GiB"),  # when the loss is read
+        (lambda loss: loss + jnp.zeros(PETABYTE), "Out of memory allocating 1,048,576.0 GiB"),  # in the call
+        (out_of_python, "Unable to allocate 2.98 GiB for an array"),
+    ],
+)
+def test_a_step_without_memory_ends_the_run_in_a_line(fails, said, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(OutOfMemory) as error:
+        engine.run(
+            tiny_run.new_state(),
+            step_that_fails(7, fails),
+            Batches(),
+            PLAIN,
+            folder=folder,
+            output=io.StringIO(),
+        )
+    told = str(error.value)
+    assert told.startswith(f"out of memory in step 7 ({said}): a device holds parameters of 256 bytes, ")
+    # Adam's two moments and two counts; 4 x 6 tokens, targets and a mask of 4 bytes each.
+    assert "an optimizer state of 520 bytes and a batch of 288 bytes; a step adds gradients of 256 bytes, and" in told
+    assert told.endswith(f"; the last checkpoint is {folder}/checkpoints/00000004")
+    assert "\n" not in told
+    assert Checkpoints(folder / "checkpoints").latest_step() == 4
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] in (4, 6)
+    assert not (folder / "finished.json").exists()
+
+
+def test_the_place_is_named(tmp_path):
+    with pytest.raises(OutOfMemory, match=r"out of memory in the evaluation of step 4 .*; no checkpoint was saved"):
+        tiny_run.run(tmp_path / "run", output=io.StringIO(), evaluate=lambda variables: {"loss": jnp.zeros(PETABYTE)})
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    def wrong(x):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such device")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no such device"):
+        options = replace(PLAIN, checkpoint_every=0)
+        engine.run(tiny_run.new_state(), step_that_fails(2, wrong), Batches(), options, output=io.StringIO())
+
+
+def test_the_compilers_figure_is_told_where_it_is_at_hand():
+    from llmq_jax.training.out_of_memory import usage
+
+    state = tiny_run.new_state()
+    compiled = jax.jit(lambda state, batch: jnp.sort(state.variables["params"]["dense"]["kernel"] @ jnp.ones((8, 999))))
+
+    def step(state, batch):
+        return compiled(state, batch)
+
+    step.program = compiled
+    assert "; a step adds 3" in usage(state, Batches()[0], step)  # a product of 8 x 999 floats
+    assert "; a step adds gradients of 256 bytes, and activations" in usage(state, Batches()[0], None)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3221225472 bytes.\nx"),
+         "Out of memory while trying to allocate 3.0 GiB"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Failed: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), "out of memory"),
+        (jax.errors.JaxRuntimeError("INTERNAL: std::bad_alloc"), "std::bad_alloc"),
+        (MemoryError(), "no memory is left for Python"),
+        (jax.errors.JaxRuntimeError("INTERNAL: something else"), None),
+        (RuntimeError("out of memory"), None),
+    ],
+)  # fmt: skip
+def test_shortages_are_told_from_other_errors(error, told):
+    assert shortage(error) == told
+
+
+def test_sizes():
+    assert [size(count) for count in (12, 2048, 3 * 2**19, 5 * 2**30)] == ["12 bytes", "2.0 KiB", "1.5 MiB", "5.0 GiB"]
+    assert bytes_on_a_device({"a": jnp.ones((3, 4)), "b": None, "c": [2.5]}) == 48
