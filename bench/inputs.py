@@ -1,6 +1,7 @@
 """Random inputs, the same for every side of a row. Only NumPy: both worlds import it."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,13 @@ def experts_inputs(row: Any, num_experts: int) -> tuple[np.ndarray, ...]:
 def prompts(row: Any) -> list[list[int]]:
     """Token ids, [B, P]."""
     return np.random.default_rng(0).integers(row.fields["vocab_size"], size=(row.batch, row.prompt)).tolist()
+
+
+def pairs_of_words(row: Any, tokenizer: Any) -> list[dict[str, str]]:
+    """Prompts with two answers, of `row.prompt` such tokens each."""
+    texts = prompts_of_words(replace(row, batch=3 * row.batch), tokenizer)
+    names = ("prompt", "chosen", "rejected")
+    return [dict(zip(names, texts[i : i + 3], strict=True)) for i in range(0, len(texts), 3)]
 
 
 def prompts_of_words(row: Any, tokenizer: Any) -> list[str]:

@@ -168,6 +168,8 @@ def _time_products(result: Result, workers: dict[str, Worker]) -> list[tuple[flo
     """Of each product: (JAX, PyTorch)."""
     answer = next(iter(workers.values())).ask("products")
     result.products = [Product(**product) for product in answer["products"]]
+    if not result.products:
+        return []
     peer = next(worker for name, worker in workers.items() if not name.startswith("ours"))
     return list(zip(answer["seconds"], peer.ask("time_products", products=answer["products"]), strict=True))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import llmq_jax as lq
 from bench.bandwidth import read_bandwidth
@@ -14,6 +15,7 @@ from bench.inputs import (
     attention_inputs,
     cross_entropy_inputs,
     experts_inputs,
+    pairs_of_words,
     prompts,
     prompts_of_words,
     train_batch,
@@ -28,6 +30,7 @@ from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
 from llmq_jax.models import ARCHITECTURES, abstract_variables
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
+from llmq_jax.objectives.preference import pair_logprobs
 from llmq_jax.rewards import Rewards
 from llmq_jax.training.grpo import Loop
 from llmq_jax.training.host_memory import keep_freed_memory
@@ -110,6 +113,24 @@ class TrainStepSide(OurSide):
             even = replace(config, experts=replace(experts, dispatch="capacity", capacity_factor=1.0))
             step = lq.training.make_train_step(lq.objectives.NextToken(lq.build(even)), lq.training.adamw(1e-3))
         return products_of(step, self.state, self.batches[0])
+
+
+class CompilationSide(OurSide):
+    def build(self) -> dict[str, Any]:
+        config = replace(row_config(self.row), num_hidden_layers=self.row.layers_of(self.name))
+        optimizer = lq.training.adamw(1e-3)
+        step = lq.training.make_train_step(lq.objectives.NextToken(lq.build(config)), optimizer)
+        state = jax.eval_shape(lambda: lq.training.create_state(lq.init(config), optimizer))
+        self.step, self.arguments = step.program, (state, train_batch(self.row, 0))
+        return {}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            jax.clear_caches()
+            self.step.lower(*self.arguments).compile()
+
+    def products(self) -> dict[str, Any]:
+        return {"products": [], "seconds": []}
 
 
 class CrossEntropySide(OurSide):
@@ -383,6 +404,51 @@ class GRPOStepSide(RolloutSide):
         return super().find_products() + products_of(self.loop.update, self.state, rows)
 
 
+class DPOStepSide(OurSide):
+    def build(self) -> dict[str, Any]:
+        config = row_config(self.row)
+        variables = lq.init(config, seed=0)
+        write_weights(variables, config, self.folder)
+        tokenizer = lq.GPT2Tokenizer()
+        pairs = pairs_of_words(self.row, tokenizer)
+        if not (self.folder / PROMPTS).exists():
+            tokenizer.save(self.folder)
+            (self.folder / PROMPTS).write_text(json.dumps(pairs))
+        end = [tokenizer.end_of_text]
+        rows = [
+            [tokenizer.encode(pair["prompt"] + pair[side]) + end for side in ("chosen", "rejected")] for pair in pairs
+        ]
+        tokens = np.array(rows, np.int32)
+        answers = np.arange(tokens.shape[2]) >= self.row.prompt
+        batch = {
+            "tokens": tokens,
+            "lengths": np.full(tokens.shape[:2], tokens.shape[2], np.int32),
+            "response_mask": np.broadcast_to(answers, tokens.shape).astype(np.float32),
+            "mask": np.ones(len(pairs), np.float32),
+        }
+        model = lq.build(config, scan_layers=self.name.endswith("scanned"))
+        logprobs, _ = jax.jit(lambda variables: pair_logprobs(model, variables, batch))(variables)
+        self.batch = batch | {"reference_logprobs": np.asarray(logprobs)}
+        optimizer = lq.training.adamw(1e-6)
+        self.step = lq.training.make_train_step(lq.objectives.DPO(model), optimizer)
+        self.state, self.losses = lq.training.create_state(variables, optimizer), []
+        return {}
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        return {**facts, "losses": [float(loss) for loss in self.losses[:3]]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.state, metrics = self.step(self.state, self.batch)
+            if len(self.losses) < 3:
+                self.losses.append(metrics["loss"])
+        jax.block_until_ready((self.state, metrics))
+
+    def find_products(self) -> list[Product]:
+        return products_of(self.step, self.state, self.batch)
+
+
 def length_of(completions: list[str], **_: Any) -> list[float]:
     """A reward that differs between answers."""
     return [float(len(text)) for text in completions]
@@ -391,7 +457,9 @@ def length_of(completions: list[str], **_: Any) -> list[float]:
 SIDES = {
     "rollout": RolloutSide,
     "grpo": GRPOStepSide,
+    "dpo": DPOStepSide,
     "train": TrainStepSide,
+    "compile": CompilationSide,
     "cross_entropy": CrossEntropySide,
     "attention": WindowedAttentionSide,
     "experts": ExpertsSide,

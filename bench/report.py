@@ -228,8 +228,12 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
             (f"{row.at_least:g} times transformers", f"{_times(ratio)} times", ratio[0] >= row.at_least),
             (f"compiled in {row.compile_below:g} s", f"{seconds:.1f} s", seconds < row.compile_below),
         ]
-    if row.kind in ("rollout", "grpo"):
-        other = row.sides[1]
+    if row.kind == "compile":
+        ratio = result.ratio(row.deeper)
+        wanted = f"{row.layers_of(row.deeper)} layers at most {row.at_most:g} times as long as {row.layers_of('ours')}"
+        return [(wanted, f"{_times(ratio)} times", ratio[0] <= row.at_most)]
+    if row.kind in ("rollout", "grpo", "dpo"):
+        other = row.sides[-1] if row.kind == "dpo" else row.sides[1]
         ratio = result.ratio(other)
         return [(f"{row.at_least:g} times {other}", f"{_times(ratio)} times", ratio[0] >= row.at_least)]
     if row.kind == "start" and row.below_seconds is not None:

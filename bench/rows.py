@@ -237,6 +237,35 @@ class GRPOStep(Rollout):
 
 
 @dataclass(frozen=True)
+class DPOStep:
+    """A step of DPO on pairs whose log-probabilities under the reference are known: loss, AdamW. Prompts and answers
+    have `prompt` tokens each, and answers an end."""
+
+    name: str
+    fields: Mapping[str, Any]
+    batch: int = 2
+    """Pairs."""
+    prompt: int = 64
+    model_type: str = "llama"
+    sides: tuple[str, ...] = ("ours", "ours, scanned", "TRL")
+    at_least: float = 1.15
+    """Times as fast as TRL's DPOTrainer that we want to be."""
+    kind: ClassVar[str] = "dpo"
+    unit: ClassVar[str] = "step"
+
+    @property
+    def tokens(self) -> int:
+        return 2 * self.batch * (2 * self.prompt + 1)
+
+    @property
+    def about(self) -> str:
+        return (
+            f"a step of DPO: {_model(self)}: {self.batch} pairs of answers of {self.prompt} tokens to prompts of "
+            f"{self.prompt}"
+        )
+
+
+@dataclass(frozen=True)
 class Start:
     """A whole process, from its start to the first training step or the first token."""
 
@@ -258,7 +287,41 @@ class Start:
         return f"{_model(self)}: process start to {end}"
 
 
-Row = TrainStep | CrossEntropy | WindowedAttention | ExpertNetworks | Generation | Rollout | Start
+@dataclass(frozen=True)
+class Compilation:
+    """Compiling a train step that loops over its layers, without any cache, beside one of several times the layers."""
+
+    name: str
+    fields: Mapping[str, Any]
+    times: int = 4
+    """As many layers."""
+    batch: int = 8
+    context: int = 64
+    model_type: str = "gpt2"
+    at_most: float = 1.3
+    """Times as long."""
+    kind: ClassVar[str] = "compile"
+    unit: ClassVar[str] = "compilation"
+
+    @property
+    def deeper(self) -> str:
+        return f"ours, {self.layers_of('deeper')} layers"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("ours", self.deeper)
+
+    def layers_of(self, side: str) -> int:
+        return self.fields["num_hidden_layers"] * (1 if side == "ours" else self.times)
+
+    @property
+    def about(self) -> str:
+        return f"{_model(self)}: tracing and compiling a train step"
+
+
+Row = (
+    TrainStep | CrossEntropy | WindowedAttention | ExpertNetworks | Generation | Rollout | DPOStep | Compilation | Start
+)
 
 
 def _model(row: Any) -> str:
@@ -366,6 +429,7 @@ ROWS: dict[str, Row] = {
         TrainStep("gpt2-step-50257", SMALL, batch=8, context=256),
         TrainStep("gpt2-step-256", gpt2(6, 6, 384, 256, 256), batch=8, context=256),
         TrainStep("nanogpt-shakespeare-cpu-step", gpt2(4, 4, 128, 64, 257), batch=12, context=64),
+        TrainStep("smollm2-step-512", SMOLLM2, batch=1, context=512, model_type="llama"),
         TrainStep(
             "gemma3-step-2048",
             GEMMA3,
@@ -382,7 +446,7 @@ ROWS: dict[str, Row] = {
             context=256,
             model_type="mixtral",
             sides=WITHOUT_PLAIN,
-            at_least=1.3,
+            at_least=1.5,
         ),
         TrainStep(
             "deepseek-step-1024",
@@ -391,7 +455,7 @@ ROWS: dict[str, Row] = {
             context=256,
             model_type="deepseek_v3",
             sides=WITHOUT_PLAIN,
-            at_least=1.3,
+            at_least=1.5,
         ),
         TrainStep(
             "smollm2-lora-step-512",
@@ -421,9 +485,11 @@ ROWS: dict[str, Row] = {
             at_least=1.0,
         ),
         Generation("deepseek-generate-1", DEEPSEEK, 1, model_type="deepseek_v3", at_least=3.0),
+        DPOStep("smollm2-dpo-step-2", SMOLLM2),
         Rollout("llama-rollout-8", LLAMA, sides=CACHED_SIDES, at_least=8.0),
         Rollout("smollm2-rollout-8", SMOLLM2),
         GRPOStep("smollm2-grpo-step-8", SMOLLM2),
+        Compilation("gpt2-compile-48", gpt2(12, 6, 384, 64, 257)),
         Start("gpt2-first-step", "step", SMALL),
         Start("gpt2-first-token", "token", SMALL, below_seconds=5.0),
     )

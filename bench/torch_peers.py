@@ -288,9 +288,60 @@ class GRPOStepSide(TorchSide):
             trainer.state.global_step += 1
 
 
+class DPOStepSide(TorchSide):
+    """TRL's trainer, as above."""
+
+    def build(self) -> None:
+        import datasets
+        import trl
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        tokenizer.pad_token = tokenizer.eos_token
+        self.trainer = trl.DPOTrainer(
+            model=self.load_model(),
+            args=trl.DPOConfig(
+                output_dir=str(self.folder / "trl"),
+                per_device_train_batch_size=self.row.batch,
+                precompute_ref_log_probs=True,
+                learning_rate=1e-6,
+                weight_decay=0.1,
+                max_steps=10_000,
+                gradient_checkpointing=False,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=datasets.Dataset.from_list(json.loads((self.folder / PROMPTS).read_text())),
+            processing_class=tokenizer,
+        )
+        self.trainer.create_optimizer_and_scheduler(10_000)
+        self.inputs = next(iter(self.trainer.get_train_dataloader()))
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.losses = []
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        return {**facts, "losses": self.losses[:3]}
+
+    def repeat(self, count: int) -> None:
+        trainer = self.trainer
+        for _ in range(count):
+            loss = trainer.training_step(trainer.model, dict(self.inputs), None)
+            nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            trainer.state.global_step += 1
+            if len(self.losses) < 3:
+                self.losses.append(loss.item())
+
+
 SIDES = {
     "rollout": RolloutSide,
     "grpo": GRPOStepSide,
+    "dpo": DPOStepSide,
     "train": TrainStepSide,
     "cross_entropy": CrossEntropySide,
     "attention": WindowedAttentionSide,

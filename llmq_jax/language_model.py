@@ -1,5 +1,6 @@
 """LanguageModel: config, model, variables and tokenizer together; `load` and `save`."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -26,6 +27,7 @@ from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.interop.whole_folders import whole_folder
+from llmq_jax.layers.axes import everywhere
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, spread, trained_numbers
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
@@ -339,7 +341,9 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     return lm.replace(config=config, variables=variables)
 
 
-def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
+def load(
+    path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype: Any = None, mesh: Any = None
+) -> LanguageModel:
     """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, OpenAI's GPT-2, or a run of ours.
 
     Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
@@ -348,12 +352,15 @@ def load(path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype:
     their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
 
     A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The
-    variables are divided over the mesh that is set, if one is (`training.sharding`).
+    variables are divided over `mesh`, a text as "fsdp=4,tensor=2" or of `training.make_mesh`, else over the one that
+    is set, if one is.
     """
-    from llmq_jax.training.sharding import place
+    from llmq_jax.training.sharding import make_mesh, place
 
-    lm = _load(path, layout, config, dtype)
-    return lm.replace(variables=place(lm.variables))
+    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        lm = _load(path, layout, config, dtype)
+        return lm.replace(variables=place(lm.variables))
 
 
 def _load(path: str | os.PathLike, layout: str, config: Any, dtype: Any) -> LanguageModel:
@@ -486,7 +493,8 @@ def _check_fit(path: Path, variables: dict, config: Any):
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def _apply(model: Decoder, variables: dict, tokens, positions, segment_ids, method: str | None) -> Any:
-    return model.apply(variables, tokens, positions, segment_ids, method=method)
+    output = model.apply(variables, tokens, positions, segment_ids, method=method)
+    return everywhere(output) if method == "classify" else output  # a few numbers a text, for whoever asks
 
 
 def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -184,6 +184,8 @@ def grpo(options: Options) -> Any:
     from llmq_jax.training.rollout_scores import ModelReward
     from llmq_jax.training.state import create_state
 
+    if options.judge is not None and jax.process_count() > 1:
+        raise BadInput("--judge is for one process: a reward model that learns is saved by one; leave it out")
     functions, judge = reward_functions(options)
     source = load(options.init_from, dtype="float32")  # the masters
     source.require_language_model(options.init_from)

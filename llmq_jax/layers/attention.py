@@ -354,8 +354,10 @@ def _mix(query, key, value, mask, dropout_key, *, scale, softcap, dropout_rate):
 
 
 def _fused(query, key, value, context, scale, window):
-    """cuDNN's flash attention. Its window counts places in the row, which in a segment is as good as positions."""
-    segments = context.segment_ids
+    """cuDNN's flash attention. Its window counts places in the row, which in a segment is as good as positions. Its
+    values are as wide as its keys: narrower ones (MLA's) are filled up with zeros, which mix to zeros."""
+    segments, width = context.segment_ids, value.shape[-1]
+    value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
     mixed = jax.nn.dot_product_attention(
         *(x.swapaxes(1, 2) for x in (query, key, value)),
         mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
@@ -364,7 +366,7 @@ def _fused(query, key, value, context, scale, window):
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
-    return mixed.swapaxes(1, 2)
+    return mixed[..., :width].swapaxes(1, 2)
 
 
 def _fused_obstacle(device, length, widths, dtype, softcap, dropout, segmented) -> str | None:
@@ -380,8 +382,8 @@ def _fused_obstacle(device, length, widths, dtype, softcap, dropout, segmented) 
     if dropout:
         return "it has no dropout with our keys"
     head_dim, value_dim = widths
-    if value_dim != head_dim:
-        return f"its values are as wide as its keys, and here {value_dim} features beside {head_dim}"
+    if value_dim > head_dim:
+        return f"its values are no wider than its keys, and here {value_dim} features beside {head_dim}"
     if head_dim % 8 or head_dim > widest:
         return f"its heads have a multiple of 8 features, here at most {widest}, not {head_dim}"
     if segmented and length % 2:

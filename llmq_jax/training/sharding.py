@@ -86,7 +86,16 @@ def place(tree: Any) -> Any:
     traced, which makes no arrays."""
     if not _can_place(tree):
         return tree
-    return jax.device_put(tree, shardings(tree, jax.sharding.get_mesh()))
+    wanted = shardings(tree, jax.sharding.get_mesh())
+    return jax.device_put(tree, wanted) if jax.process_count() == 1 else jax.tree.map(_place_own_part, tree, wanted)
+
+
+def _place_own_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that each of several processes has whole, which is not compared, or one that lies on all of them."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def _can_place(tree: Any) -> bool:

@@ -13,6 +13,8 @@ from bench.rows import (
     MIXTRAL,
     ROWS,
     SMOLLM2,
+    Compilation,
+    DPOStep,
     ExpertNetworks,
     GRPOStep,
     Rollout,
@@ -121,6 +123,27 @@ def test_rollouts_and_a_step_on_them():
         ((wanted, *_),) = report.verdicts(result)
         assert wanted.endswith(sides[1])
         assert result.floor > 0
+
+
+def test_a_step_of_dpo():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    row = DPOStep("tiny", SMOLLM2 | sizes | {"num_hidden_layers": 1, "vocab_size": 50257}, prompt=6)
+    result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
+    losses = {name: side.facts["losses"] for name, side in result.sides.items()}
+    assert losses["TRL"] == pytest.approx(losses["ours"], rel=1e-4) and losses["ours"][0] == pytest.approx(
+        0.6931, abs=1e-3
+    )
+    ((wanted, *_),) = report.verdicts(result)
+    assert wanted == "1.15 times TRL" and result.floor > 0
+
+
+def test_compilation_of_more_layers():
+    row = Compilation("compile", gpt2(1, 1, 8, 8, 31), batch=1, context=8)
+    result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
+    ((wanted, measured, _),) = report.verdicts(result)
+    assert wanted == "4 layers at most 1.3 times as long as 1" and measured.endswith("times")
+    assert min(result.ours.seconds) > 0.05  # compiled anew each time
+    assert report.cells(result)[0][:3] == ["", "time a compilation", "ratio"]
 
 
 def test_sides_that_disagree_are_refused():

@@ -305,6 +305,25 @@ def test_what_the_fused_kernel_is_asked_for(kind, window, monkeypatch):
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
 
 
+def test_narrow_values_are_filled_up_for_the_fused_kernel(monkeypatch):
+    """As MLA's are; the call with another implementation in the kernel's place."""
+    context = jax.tree.map(lambda fact: fact[:, :36], long_rows("plain"))
+    query, key, value = (x.swapaxes(1, 2).astype(jnp.bfloat16) for x in draw(8, length=36))
+    narrow = value[..., : value.shape[-1] // 2]
+    expected, _ = attention(query, key, narrow, context.replace(implementation="masked"), scale=0.4)
+    kernel, widths = jax.nn.dot_product_attention, []
+
+    def other(*args, implementation, **options):
+        widths.append([x.shape[-1] for x in args])
+        return kernel(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", other)
+    found, _ = attention(query, key, narrow, context.replace(implementation="fused"), scale=0.4)
+    assert widths == [[query.shape[-1]] * 3] and found.shape == expected.shape
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
+
+
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, monkeypatch):
     """Forward and back, with its window; lowered here, not run."""

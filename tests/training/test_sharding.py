@@ -1,6 +1,8 @@
 """Meshes of 8 virtual devices, in processes of their own (`tests.mesh_program`), and what needs no devices."""
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import dimensions, division, path_names
+from llmq_jax.layers.axes import MESH_AXES, dimensions, division, path_names
 from llmq_jax.layers.linear import KERNEL
 from llmq_jax.models import PRESETS, abstract_variables
 from llmq_jax.training import sharding
@@ -22,25 +24,38 @@ EXPERTS = ("data=8", "data=2,expert=4", "data=2,fsdp=2,expert=2", "expert=2,fsdp
 MESHES = {"gpt2": DENSE, "llama3": DENSE, "gemma3": DENSE, "mixtral": EXPERTS, "deepseek3": EXPERTS}
 
 
-@pytest.mark.parametrize("architecture", MESHES)
-def test_every_mesh_trains_as_one_device(architecture):
-    meshes = MESHES[architecture]
+def compared(architecture, meshes):
+    """What training on each of these meshes gave beside one device. Losses, gradients and parameters are near."""
     command = [sys.executable, "-m", "tests.mesh_program", architecture, *meshes]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     facts = {line["mesh"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert tuple(facts) == meshes
+    assert tuple(facts) == tuple(meshes)
     for mesh, found in facts.items():
-        sizes = sharding.mesh_sizes("data=8" if mesh == PMAP else mesh)
         assert found["losses"] < 1e-5, mesh  # of 20 steps, relative
         assert found["gradient"] < 1e-5, mesh
         assert found["params"] < 1e-6 or (architecture == "gemma3" and found["params"] < 3e-6), mesh
+    return facts
+
+
+@pytest.mark.parametrize("architecture", MESHES)
+def test_every_mesh_trains_as_one_device(architecture):
+    for mesh, found in compared(architecture, MESHES[architecture]).items():
+        sizes = sharding.mesh_sizes("data=8" if mesh == PMAP else mesh)
         assert found["programs"] == 1, mesh
         assert (found["exchanges"] >= 4) == (sizes["expert"] > 1), mesh  # there and back, and their gradients
         if sizes["fsdp"] * sizes["tensor"] > 1:
             assert found["bytes"] < 1.4 / (sizes["fsdp"] * sizes["tensor"]), mesh
         if architecture in ("gpt2", "llama3", "gemma3") and mesh != PMAP:
             assert found["flops"] < 1.6 / 8, mesh  # each device does its share of the products
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", MESHES)
+def test_every_shape_of_mesh_trains_as_one_device(architecture):
+    axes = [axis for axis in MESH_AXES if axis != "expert" or MESHES[architecture] is EXPERTS]
+    shapes = (sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(axes)) if math.prod(sizes) == 8)
+    compared(architecture, [",".join(map("{}={}".format, axes, sizes)) for sizes in shapes])
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "smollm2-135m", "gemma3-1b", "mixtral-8x7b", "deepseek-v3"])
@@ -120,3 +135,13 @@ def test_a_step_can_be_part_of_another_program():
     batch = {"tokens": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct((2, 4), "float32")}
     after, metrics = jax.eval_shape(step, state, batch)
     assert after.step.shape == metrics["loss"].shape == ()
+
+
+def test_a_model_is_loaded_onto_a_mesh(tmp_path):
+    config = lq.GPT2Config(vocab_size=11, hidden_size=4, num_hidden_layers=1, num_attention_heads=2)
+    lq.save_hf(lq.LanguageModel(config, lq.build(config), lq.init(config)), tmp_path / "model")
+    mesh = sharding.make_mesh("data=1", jax.devices()[:1])
+    for leaf in jax.tree.leaves(lq.load(tmp_path / "model", mesh=mesh).variables):
+        assert leaf.sharding.mesh == mesh
+    with pytest.raises(BadInput, match="unknown axis 'model'"):
+        lq.load(tmp_path / "model", mesh="model=2")
