@@ -1,0 +1,215 @@
+"""What a program makes one device of a mesh hold in memory, told from its trace: nothing is compiled or run.
+
+How arrays are divided, and what is sent, is found by `training.partitioner`. What lives at the same time is found in
+the order of the trace. What is computed element by element lives nowhere, unless a product, a loop or another operation
+of `IN_MEMORY` reads it: the compiler fuses it into its readers. A loop's stacked results are there from its first
+round; what it carries is overwritten in place; a round's gradients are summed over devices at its end, all together.
+
+That is how XLA's CPU backend does it, within a quarter in all that was tried (tests/training/test_plan.py), but for two
+things that are not followed here: it turns the operands of products in bfloat16 into float32, which may double what is
+needed; and where a stack has a single layer it undoes recomputation. An accelerator's backend may fuse more, and sum in
+smaller groups.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from llmq_jax.training.partitioner import (
+    BACKWARD,
+    FORWARD,
+    LOGITS,
+    Operation,
+    Partitioner,
+    Spec,
+    Value,
+    size_of,
+)
+
+CALLS = ("jit", "custom_vjp_call", "custom_jvp_call", "remat2", "checkpoint", "closed_call")
+LOOPS = ("scan", "while", "cond", "shard_map")
+# Operations that read their operands from memory, ...
+IN_MEMORY = (
+    *(*LOOPS, "dot_general", "ragged_dot_general", "sort", "top_k", "scatter", "scatter-add", "all_to_all", "psum"),
+    *("cumsum", "cummax"),
+)
+# ... those that write their results there, ...
+MADE = (*IN_MEMORY, "gather", "concatenate", "stack", "dynamic_update_slice", "argmax", "all-gather", "random_bits")
+# ... those that are too costly to be made for each reader anew, ...
+COSTLY = (
+    *("exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "erf", "erf_inv", "pow", "div", "rem", "sqrt"),
+    *("rsqrt", "cbrt", "sin", "cos", "tan", "atan2"),
+)
+# ... and those whose results are the same bytes, or parts of them.
+SAME = ("reshape", "squeeze", "transpose", "name", "reshard", "stop_gradient", "copy", "sharding_constraint")
+
+GRADIENTS, KEPT, COPIES = "gradients", "activations kept for the backward pass", "weights in lower precision"
+UNSUMMED, WORKING = "gradients of a layer before their sum", "working memory"
+LOSS, UPDATE = "loss", "update"
+
+
+class Device(Partitioner):
+    """Read `sent` after `run`. With `passes` = 2 the outermost loop goes over micro-batches."""
+
+    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple], vocabulary: int, passes: int = 1):
+        super().__init__(sizes, weights, vocabulary)
+        self.passes, self.depth = passes, 0
+
+    def run(self, program: core.Jaxpr, specs: Sequence[Spec]) -> dict[str, Counter]:
+        """By part of the step, what lives beside the arguments when most does. Results take the arguments' place."""
+        inputs = [Value(v.aval, spec) for v, spec in zip(program.invars, specs, strict=True)]
+        return self.scope(program, inputs)[1]
+
+    def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter]]:
+        """(results, by part of the step what lives beside the inputs) of a program or of a loop's body."""
+        given, outputs = flat(program, inputs)
+        self.depth += 1
+        operations: list[Operation] = []
+        copies: dict[tuple, Value] = {}
+        for operation in given:
+            self.divide(operation, operations, copies)
+            operations.append(operation)
+        self.depth -= 1
+        self.place_random_numbers(operations)
+        return outputs, self.lives(operations, inputs, outputs)
+
+    def place_random_numbers(self, operations: list[Operation]) -> None:
+        """They are made where what they meet lies. Threefry keeps two words for each, and has copies of both."""
+        for op in reversed(operations):
+            for out in op.outputs:
+                if out.spec is None:
+                    alike = [v for v in op.inputs if v.aval.shape == out.aval.shape]
+                    for v in alike:
+                        v.wanted = v.wanted or out.wanted
+            if op.name == "random_bits":
+                bits = op.outputs[0]
+                bits.spec = bits.wanted or ((),) * len(bits.aval.shape)
+                bits.words = 2
+                op.inside = {"": Counter({WORKING: self.bytes(bits)})}
+
+    def lives(self, operations: list[Operation], inputs: list[Value], outputs: list[Value]) -> dict[str, Counter]:
+        place_in_memory(operations, inputs, outputs, overwritten=self.depth == 0)
+        last = {root: i for i, op in enumerate(operations) for v in (*op.inputs, *op.outputs) for root in v.roots}
+        ends = defaultdict(list)
+        for root, i in last.items():
+            ends[i].append(root)
+        live: dict[Value, int] = {}
+        unsummed = summed = 0
+        most: dict[str, Counter] = {}
+
+        def measure(part: str, more: Counter) -> None:
+            found = Counter({UNSUMMED: unsummed} if unsummed else {}) + more
+            for value, size in live.items():
+                found[self.label(value, value in crossing)] += size
+            if found.total() > most.get(part, Counter()).total():
+                most[part] = found
+
+        def drop(roots: Iterable[Value]) -> None:
+            for root in roots:
+                live.pop(root, None)
+
+        parts = self.parts_of_step(operations)
+        born = {v: part for op, part in zip(operations, parts, strict=True) for v in op.outputs}
+        crossing = {root for root, i in last.items() if root in born and born[root] != parts[i]}
+        for i, (op, part) in enumerate(zip(operations, parts, strict=True)):
+            live.update({v: self.bytes(v) for v in op.inputs if v.sliced and v.made and v not in live})
+            ending = [root for root in ends[i] if root not in op.outputs]
+            # In place of what is read last: element by element, or what a loop carries.
+            drop(ending if op.name not in IN_MEMORY else {r for v in carried(op) for r in v.roots} & set(ending))
+            live.update({v: self.bytes(v) for v in op.outputs if v.made})
+            if op.unsummed:
+                unsummed, summed = unsummed + op.unsummed, summed + self.bytes(op.outputs[0])
+            for inner, more in (op.inside or {"": Counter()}).items():
+                measure(inner or part, more)
+            drop([*ending, *(v for v in op.outputs if last.get(v, -1) <= i)])
+            if self.depth < self.passes:
+                unsummed = 0
+        if unsummed:
+            measure("", Counter({UNSUMMED: summed}))
+        return most
+
+    def label(self, value: Value, kept: bool) -> str:
+        """`kept`: for another part of the step."""
+        if value.label:
+            return value.label
+        if self.is_weight(value) and self.depth < self.passes:
+            return GRADIENTS if value.aval.dtype == "float32" else COPIES
+        if value.aval.shape[-1:] == (self.vocabulary,) and not self.is_weight(value):
+            return LOGITS
+        return KEPT if kept else WORKING
+
+    def parts_of_step(self, operations: list[Operation]) -> list[str]:
+        """Of each operation; inside of loops there are none."""
+        if self.depth >= self.passes:
+            return [""] * len(operations)
+        losses = [i for i, op in enumerate(operations) if op.loss]
+        first, end = (losses[0], losses[-1]) if losses else (-1, -1)
+        loops = [i for i, op in enumerate(operations) if op.name == "scan"]
+        final = loops[-1] if loops and self.depth == 0 else len(operations)
+        return [
+            FORWARD if i < first else LOSS if i <= end and op.loss else UPDATE if i > final else BACKWARD
+            for i, op in enumerate(operations)
+        ]
+
+
+def flat(program: core.Jaxpr, inputs: Sequence[Value]) -> tuple[list[Operation], list[Value]]:
+    """(operations, results) of a program, with calls written out."""
+    operations: list[Operation] = []
+
+    def call(program: core.Jaxpr, inputs: Sequence[Value]) -> list[Value]:
+        values = dict(zip(program.invars, inputs, strict=True)) | {v: Value(v.aval) for v in program.constvars}
+
+        def read(v: Any) -> Value:
+            return Value(v.aval) if isinstance(v, core.Literal) else values[v]
+
+        for equation in program.eqns:
+            given, name = [read(v) for v in equation.invars], equation.primitive.name
+            if name in CALLS:
+                inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+                results = call(getattr(inner, "jaxpr", inner), given)
+            else:
+                results = [Value(v.aval) for v in equation.outvars]
+                operations.append(Operation(name, given, results, equation.params))
+            values.update(zip(equation.outvars, results, strict=True))
+        return [read(v) for v in program.outvars]
+
+    return operations, call(program, inputs)
+
+
+def place_in_memory(operations: list[Operation], inputs: list[Value], outputs: list[Value], overwritten: bool) -> None:
+    """Decide what lies in memory of its own, and what is computed where it is read. `overwritten`: the results take the
+    arguments' place."""
+    numbers = set(range(len(outputs)))  # of the results
+    needed: set[Value] = set()  # in memory, by what reads it
+    readers: dict[Value, set[Any]] = defaultdict(set)  # what reads it in the end
+    for i, v in enumerate(outputs):
+        readers[v].add(i)
+    for op in reversed(operations):
+        reshaped = op.name == "broadcast_in_dim" and size_of(op.outputs[0].aval) == size_of(op.inputs[0].aval)
+        same = op.name in SAME or reshaped
+        makes = op.name in MADE or op.name.startswith("reduce_")
+        for v in op.outputs:
+            large = {x for x in op.inputs if x.spec is not None and size_of(x.aval) >= size_of(v.aval)}
+            shared = len(readers[v]) > 1 and not same and (op.name in COSTLY or len(large) > 1)
+            v.made = v.spec is not None and (makes or shared or (v in needed and not same))
+            if overwritten and op.name not in MADE:  # what only makes results is made leaf by leaf
+                v.made &= not readers[v] <= numbers
+        if op.name in IN_MEMORY or (same and op.outputs[0] in needed):
+            needed.update(op.inputs)
+        for v in op.inputs:
+            readers[v].update({op} if makes or any(out.made for out in op.outputs) else readers[op.outputs[0]])
+    for v in inputs:
+        v.made = v.sliced and v in needed
+        v.roots = frozenset([v] if v.made else [])
+    for op in operations:
+        for v in op.outputs:
+            v.roots = frozenset([v]) if v.made else frozenset().union(*(x.roots for x in op.inputs))
+
+
+def carried(op: Operation) -> list[Value]:
+    """What a loop overwrites."""
+    if op.name == "scan":
+        return op.inputs[op.params["num_consts"] :][: op.params["num_carry"]]
+    return op.inputs[op.params["cond_nconsts"] + op.params["body_nconsts"] :] if op.name == "while" else []

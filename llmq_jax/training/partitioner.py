@@ -1,0 +1,394 @@
+"""How a program divides its arrays among the devices of a mesh, and what these exchange for it: read off its trace.
+
+A trace (`jax.make_jaxpr`) has global shapes. As the compiler's partitioner does, `Partitioner` carries the division of
+the arguments on from operation to operation:
+
+- what is divided along one dimension in one operand, and along another in the other, is gathered: weights under "fsdp",
+  whose axis divides rows too. All-gather of S bytes over n devices: each sends S (n-1)/n;
+- a sum over a divided dimension is partial, and added up: all-reduce, 2 S (n-1)/n; where it is a gradient that stays
+  divided by "fsdp", reduce-scatter of that part, S (n-1)/n, and all-reduce of what is left among the other axes;
+- inside of `shard_map` exchanges stand written: all-to-all, S (n-1)/n, and sums.
+
+Ring algorithms send that much; what a device sends it receives as well. Loops count as often as they run; sums in a
+loop are made in each of its rounds. Weights and their gradients are known by their shapes.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+from llmq_jax.layers.axes import DATA, FSDP, TENSOR
+
+# For each dimension the axes that divide it. None: made of constants alone, which are wherever they are wanted.
+Spec = tuple[tuple[str, ...], ...] | None
+
+CONSTANTS = ("iota", "random_bits", "random_wrap", "random_unwrap", "random_split", "random_fold_in", "random_clone")
+FORWARD, BACKWARD = "forward", "backward"
+GATHERED, LOGITS = "gathered weights", "logits of a chunk"
+
+
+@dataclass(eq=False)
+class Value:
+    """An array of the program."""
+
+    aval: Any
+    spec: Spec = None
+    label: str | None = None
+    sliced: bool = False
+    """Whether it is a round's slice of what a loop goes over."""
+    wanted: Spec = None
+    """Of constants: the division of what they meet."""
+    gradient: bool = False
+    source: Any = None
+    """What it has the numbers of, in another type."""
+    words: int = 1
+    """Arrays of this size that it takes."""
+    made: bool = False
+    """Whether it lies in memory of its own; otherwise it is computed where it is read, from its `roots`."""
+    roots: frozenset = frozenset()
+
+
+@dataclass(eq=False)
+class Operation:
+    name: str
+    inputs: list[Value]
+    outputs: list[Value]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    inside: dict[str, Counter] = field(default_factory=dict)
+    """What a loop needs inside, by part of the step."""
+    unsummed: int = 0
+    loss: bool = False
+
+
+class Partitioner:
+    """`sizes` are those of the mesh; `weights` the shapes of parameters and how they are divided."""
+
+    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple], vocabulary: int):
+        self.sizes, self.vocabulary = sizes, vocabulary
+        self.weights: dict[tuple, int | None] = {}  # shape, in any order: the size of the dimension that fsdp divides
+        for shape, spec in weights:
+            for front in range(min(2, len(shape))):  # with and without its stack
+                divided = [n for n, axes in zip(shape[front:], spec[front:], strict=True) if FSDP in axes]
+                self.weights.setdefault(tuple(sorted(shape[front:])), divided[0] if divided else None)
+        self.sent: Counter = Counter()
+        """Bytes by (kind, axes)."""
+        self.rounds, self.backward = 1, False
+
+    def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter]]:
+        """(results, what lives inside) of a loop's body: see `Device`."""
+        raise NotImplementedError
+
+    def bytes(self, value: Value, spec: Spec = None) -> int:
+        """Of a device's part."""
+        return size_of(value.aval) * value.words // self.parts(axes_in(spec or value.spec))
+
+    def parts(self, axes: Sequence[str]) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def send(self, kind: str, axes: Sequence[str], whole: int | float) -> None:
+        """`whole` (n-1)/n bytes, in each round."""
+        n = self.parts(axes)
+        if n > 1:
+            names = "+".join(axis for axis, size in self.sizes.items() if axis in axes and size > 1)
+            self.sent[kind, names] += whole * (n - 1) / n * self.rounds
+
+    def is_weight(self, value: Value) -> bool:
+        return tuple(sorted(value.aval.shape)) in self.weights
+
+    def divide(self, op: Operation, before: list[Operation], copies: dict[tuple, Value]) -> None:
+        """The specs of its results. What has to be gathered is, in an operation before it."""
+        rule = getattr(self, "rule_" + op.name.replace("-", "_"), None)
+        if rule is not None:
+            wanted = rule(op) or {}
+            for k, spec in wanted.items():
+                op.inputs[k] = self.gathered(op.inputs[k], spec, before, copies)
+        elif op.name in CONSTANTS or all(v.spec is None for v in op.inputs):
+            pass  # stay where they are wanted
+        elif (op.name.startswith("reduce_") and op.name != "reduce_precision") or op.name == "argmax":
+            self.reduce(op)
+        else:
+            self.element_by_element(op)
+        if op.name in ("convert_element_type", "name", "copy"):
+            op.outputs[0].source = op.inputs[0].source or op.inputs[0]
+
+    def gathered(self, value: Value, spec: Spec, before: list[Operation], copies: dict[tuple, Value]) -> Value:
+        """A copy that is divided by `spec` alone; one for all that read it."""
+        key = value.source or value, str(value.aval.dtype), value.aval.shape, spec
+        if key not in copies:
+            label = GATHERED if self.is_weight(value) and not value.gradient else None
+            whole = Value(value.aval, spec, label)
+            axes = [axis for axis in axes_in(value.spec) if axis not in axes_in(spec)]
+            of = f"weights, {BACKWARD if self.backward else FORWARD}" if self.is_weight(value) else "activations"
+            of = "gradients" if value.gradient else of
+            self.send(f"all-gather of {of}", axes, self.bytes(whole))
+            before.append(Operation("all-gather", [value], [whole]))
+            copies[key] = whole
+        return copies[key]
+
+    def summed(self, op: Operation, out: Value, axes: Sequence[str]) -> None:
+        """Partial sums over these axes are added up. A gradient ends divided as its weight is."""
+        whole = now = self.bytes(out)
+        out.gradient = self.is_weight(out) and not {DATA, FSDP} & set(axes_in(out.spec))
+        if out.gradient:
+            self.divide_as_weight(out)
+            if FSDP in axes and FSDP in axes_in(out.spec):
+                self.send("reduce-scatter of gradients", (FSDP,), whole)
+                now, axes = self.bytes(out), [axis for axis in axes if axis != FSDP]
+                op.unsummed = whole
+            elif axes and len(out.aval.shape) > 1:
+                op.unsummed = whole
+        self.send(f"all-reduce of {'gradients' if out.gradient else 'activations'}", axes, 2 * now)
+
+    def divide_as_weight(self, out: Value) -> None:
+        size = self.weights[tuple(sorted(out.aval.shape))]
+        k = next((k for k, n in enumerate(out.aval.shape) if n == size and not out.spec[k]), None)
+        if k is not None:
+            out.spec = (*out.spec[:k], (FSDP,), *out.spec[k + 1 :])
+
+    def element_by_element(self, op: Operation) -> None:
+        for out in op.outputs:
+            rank = len(out.aval.shape)
+            near = [fitted(v, out.aval.shape) for v in op.inputs if v.spec is not None and len(v.aval.shape) == rank]
+            out.spec = merged(near, rank)
+            for v in op.inputs:
+                if v.spec is None and v.aval.shape == out.aval.shape:
+                    v.wanted = v.wanted or out.spec
+
+    def reduce(self, op: Operation) -> None:
+        over = op.params["axes"]
+        for x, out in zip(op.inputs, op.outputs, strict=True):
+            out.spec = tuple(axes for i, axes in enumerate(x.spec) if i not in over)
+            self.summed(op, out, [axis for i in over for axis in x.spec[i]])
+
+    def rule_broadcast_in_dim(self, op: Operation) -> None:
+        x, out = op.inputs[0], op.outputs[0]
+        if x.spec is None or not x.aval.shape:
+            return
+        spec = [()] * len(out.aval.shape)
+        for i, j in enumerate(op.params["broadcast_dimensions"]):
+            spec[j] = x.spec[i] if x.aval.shape[i] == out.aval.shape[j] else ()
+        out.spec = tuple(spec)
+
+    def rule_reshape(self, op: Operation) -> None:
+        """Dimensions that become others together: the first that the axes divide takes them."""
+        x, out = op.inputs[0], op.outputs[0]
+        if x.spec is None:
+            return
+        spec = [()] * len(out.aval.shape)
+        for old, new in groups(x.aval.shape, out.aval.shape):
+            axes = tuple(axis for i in old for axis in x.spec[i])
+            takes = [j for j in new if out.aval.shape[j] % self.parts(axes) == 0 and out.aval.shape[j] > 1]
+            if axes and takes:
+                spec[takes[0]] = axes
+        out.spec = tuple(spec)
+
+    def rule_squeeze(self, op: Operation) -> None:
+        x = op.inputs[0]
+        op.outputs[0].spec = without(x.spec, op.params["dimensions"])
+
+    def rule_transpose(self, op: Operation) -> None:
+        x = op.inputs[0]
+        op.outputs[0].spec = None if x.spec is None else tuple(x.spec[i] for i in op.params["permutation"])
+
+    def rule_stack(self, op: Operation) -> None:
+        axis, known = op.params["axis"], [v.spec for v in op.inputs if v.spec is not None]
+        if known:
+            spec = merged(known, len(known[0]))
+            op.outputs[0].spec = (*spec[:axis], (), *spec[axis:])
+
+    def rule_unstack(self, op: Operation) -> None:
+        for out in op.outputs:
+            out.spec = without(op.inputs[0].spec, (op.params["axis"],))
+
+    def rule_dot_general(self, op: Operation) -> dict[int, Spec]:
+        (over, over_b), (batch, batch_b) = op.params["dimension_numbers"]
+        a, b = op.inputs
+        specs = [list(v.spec or [()] * len(v.aval.shape)) for v in (a, b)]
+        # Where an axis divides a dimension of one, and another dimension of the other, the lesser is gathered.
+        less = 0 if size_of(a.aval) < size_of(b.aval) else 1
+        pairs = dict(zip((*over, *batch), (*over_b, *batch_b), strict=True))
+        partner = pairs if less == 0 else {j: i for i, j in pairs.items()}
+        wanted = {}
+        for k, axes in enumerate(specs[less]):
+            elsewhere = axes_in([other for m, other in enumerate(specs[1 - less]) if m != partner.get(k)])
+            specs[less][k] = tuple(axis for axis in axes if axis not in elsewhere)
+            if specs[less][k] != axes:
+                wanted = {less: specs[less]}
+        wanted = {k: tuple(spec) for k, spec in wanted.items()}
+        first, second = specs
+        out = op.outputs[0]
+        out.spec = (
+            *(first[i] or second[j] for i, j in zip(batch, batch_b, strict=True)),
+            *without(first, (*over, *batch)),
+            *without(second, (*over_b, *batch_b)),
+        )
+        partial = [axis for i, j in zip(over, over_b, strict=True) for axis in dict.fromkeys((*first[i], *second[j]))]
+        self.summed(op, out, partial)
+        op.loss = out.aval.shape[-1:] == (self.vocabulary,) and not self.is_weight(out)
+        return wanted
+
+    def rule_gather(self, op: Operation) -> None:
+        x, index = op.inputs
+        if x.spec is None and index.spec is None:
+            return
+        numbers, out = op.params["dimension_numbers"], op.outputs[0]
+        spec = [()] * len(out.aval.shape)
+        rows = [k for k in range(len(spec)) if k not in numbers.offset_dims]
+        for k, axes in zip(rows, (index.spec or [()] * len(index.aval.shape))[:-1], strict=True):
+            spec[k] = axes
+        gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+        taken = [k for k in range(len(x.aval.shape)) if k not in gone]
+        for k, m in zip(taken, numbers.offset_dims, strict=True):
+            if x.spec is not None and op.params["slice_sizes"][k] == x.aval.shape[k]:
+                spec[m] = tuple(axis for axis in x.spec[k] if axis not in axes_in(spec))
+        out.spec = tuple(spec)
+        # Each device looks up what it has, and all add up.
+        if x.spec is not None:
+            self.summed(op, out, axes_in([x.spec[k] for k in numbers.collapsed_slice_dims]))
+
+    def rule_scatter_add(self, op: Operation) -> None:
+        x, _, updates = op.inputs
+        numbers, out = op.params["dimension_numbers"], op.outputs[0]
+        out.spec = x.spec or ((),) * len(out.aval.shape)
+        if updates.spec is not None and not numbers.operand_batching_dims:
+            self.summed(op, out, axes_in(without(updates.spec, numbers.update_window_dims)))
+
+    def rule_sharding_constraint(self, op: Operation) -> dict[int, Spec]:
+        x, out = op.inputs[0], op.outputs[0]
+        out.spec = spec_of(op.params["sharding"].spec, len(out.aval.shape), self.sizes)
+        lost = x.spec is not None and set(axes_in(x.spec)) - set(axes_in(out.spec))
+        return {0: out.spec} if lost else {}
+
+    # Loops, and programs of one device.
+
+    def rule_scan(self, op: Operation) -> None:
+        body, consts, count = op.params["jaxpr"].jaxpr, op.params["num_consts"], op.params["num_carry"]
+        outside = self.rounds, self.backward
+        self.rounds, self.backward = self.rounds * op.params["length"], self.backward or op.params["reverse"]
+        for v in op.inputs[consts + count :]:
+            if v.spec:  # Whose slice is it? All need it.
+                self.send("all-gather of activations", v.spec[0], self.bytes(v, ((), *v.spec[1:])) / v.aval.shape[0])
+        carry = [v.spec for v in op.inputs[consts : consts + count]]
+        settled = False
+        while not settled:
+            sent = self.sent.copy()
+            given = [v.spec for v in op.inputs[:consts]] + carry
+            given += [v.spec and v.spec[1:] for v in op.inputs[consts + count :]]
+            inner = [Value(v.aval, spec) for v, spec in zip(body.invars, given, strict=True)]
+            for v in inner[consts + count :]:
+                v.sliced = True
+            results, lives = self.scope(body, inner)
+            found = [
+                spec if out.spec is None else merged([s for s in (spec, out.spec) if s is not None], len(out.spec))
+                for spec, out in zip(carry, results, strict=False)
+            ]
+            settled = found == carry
+            if not settled:
+                carry, self.sent = found, sent
+        self.rounds, self.backward = outside
+        stacked = [((), *(out.spec or out.wanted or ((),) * len(out.aval.shape))) for out in results[count:]]
+        self.close(op, [*carry, *stacked], lives)
+
+    def rule_while(self, op: Operation) -> None:
+        body, skipped = op.params["body_jaxpr"].jaxpr, op.params["cond_nconsts"]
+        inner = [Value(v.aval, o.spec) for v, o in zip(body.invars, op.inputs[skipped:], strict=True)]
+        results, lives = self.scope(body, inner)
+        self.close(op, [v.spec for v in results], lives)
+
+    def rule_cond(self, op: Operation) -> None:
+        ends = []
+        for branch in op.params["branches"]:
+            inner = [Value(v.aval, o.spec) for v, o in zip(branch.jaxpr.invars, op.inputs[1:], strict=True)]
+            ends.append(self.scope(branch.jaxpr, inner))
+        results, lives = max(ends, key=lambda end: sum(found.total() for found in end[1].values()))
+        self.close(op, [v.spec for v in results], lives)
+
+    def rule_shard_map(self, op: Operation) -> dict[int, Spec]:
+        specs = [
+            spec_of(s, len(v.aval.shape), self.sizes) for s, v in zip(op.params["in_specs"], op.inputs, strict=True)
+        ]
+        body = op.params["jaxpr"]
+        results, lives = self.scope(body, [Value(v.aval, ((),) * len(v.aval.shape)) for v in body.invars])
+        given = [
+            spec_of(s, len(v.aval.shape), self.sizes) for s, v in zip(op.params["out_specs"], op.outputs, strict=True)
+        ]
+        self.close(op, given, lives)
+        for inner, out in zip(results, op.outputs, strict=True):
+            if inner.spec is None:
+                out.spec = None  # zeros that are only handed out
+            elif self.is_weight(out) and FSDP not in axes_in(out.spec):
+                op.unsummed += self.bytes(out)  # a gradient, of which each device goes on with its part
+                self.divide_as_weight(out)
+        pairs = enumerate(zip(op.inputs, specs, strict=True))
+        return {k: spec for k, (v, spec) in pairs if v.spec is not None and set(axes_in(v.spec)) - set(axes_in(spec))}
+
+    def close(self, op: Operation, specs: Sequence[Spec], lives: dict[str, Counter]) -> None:
+        """A loop's results are in memory."""
+        for out, spec in zip(op.outputs, specs, strict=True):
+            out.spec = ((),) * len(out.aval.shape) if spec is None else spec
+        op.loss = any(LOGITS in found for found in lives.values())
+        op.inside = lives
+
+    def rule_psum(self, op: Operation) -> None:
+        self.element_by_element(op)
+        of = "activations" if TENSOR in op.params["axes"] else "gradients"
+        self.send(f"all-reduce of {of}", op.params["axes"], 2 * sum(size_of(v.aval) for v in op.inputs))
+
+    def rule_all_to_all(self, op: Operation) -> None:
+        self.element_by_element(op)
+        names = op.params["axis_name"]
+        self.send("all-to-all of tokens", (names,) if isinstance(names, str) else names, size_of(op.inputs[0].aval))
+
+
+def spec_of(partition: PartitionSpec, rank: int, sizes: Mapping[str, int]) -> Spec:
+    """Of the axes that divide anything."""
+    names = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in partition]
+    return tuple(tuple(a for a in axes if sizes[a] > 1) for axes in [*names, *[()] * (rank - len(names))])
+
+
+def size_of(aval: Any) -> int:
+    """In bytes; a random key is two words."""
+    return aval.size * getattr(aval.dtype, "itemsize", 8)
+
+
+def axes_in(spec: Any) -> list[str]:
+    return [axis for axes in spec or () for axis in axes]
+
+
+def without(spec: Any, gone: Sequence[int]) -> Spec:
+    return None if spec is None else tuple(axes for i, axes in enumerate(spec) if i not in gone)
+
+
+def fitted(value: Value, shape: Sequence[int]) -> Spec:
+    """A value's division, of those dimensions that are as long as the result's."""
+    return tuple(axes if n == m else () for axes, n, m in zip(value.spec, value.aval.shape, shape, strict=True))
+
+
+def merged(specs: Sequence[Spec], rank: int) -> Spec:
+    """Of operands that meet element by element; the first that divides a dimension decides, and an axis divides one."""
+    result = [()] * rank
+    for spec in specs:
+        for k, axes in enumerate(spec):
+            if axes and not result[k] and not set(axes) & set(axes_in(result)):
+                result[k] = axes
+    return tuple(result)
+
+
+def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
+    """The runs of dimensions, from the first on, that a reshape turns into each other."""
+    runs, i, j = [], 0, 0
+    while i < len(before) and j < len(after):
+        first, second, a, b = i, j, before[i], after[j]
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a, i = a * before[i], i + 1
+            else:
+                b, j = b * after[j], j + 1
+        runs.append((range(first, i), range(second, j)))
+    return runs

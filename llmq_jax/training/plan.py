@@ -1,0 +1,278 @@
+"""Whether a training step fits a mesh, and what its devices exchange, before there is a device or a weight.
+
+A step is traced on shapes alone (`jax.eval_shape`, an abstract mesh) and read as one device of the mesh runs it
+(`training.device_program`). Per device, of P parameters in float32, on a mesh that divides them by n:
+
+    parameters, gradients       4 P/n bytes each
+    moments                     8 P/n, in bfloat16 4 P/n
+    gathered weights            of the layer that runs, its parameters undivided by fsdp, in the type of products
+    activations kept            as the trace says: by `remat`, layer by layer
+    logits                      of a chunk of tokens (objectives/cross_entropy.py)
+
+and sent, with S the bytes that a device has of what is gathered or summed, over n devices along an axis (rings):
+
+    fsdp      all-gather of each layer's weights, forward and again backward: S (n-1)/n each;
+              reduce-scatter of their gradients: S (n-1)/n
+    data      all-reduce of gradients: 2 S (n-1)/n
+    tensor    all-reduce of activations: forward of what attention and the network give, backward of the gradients that
+              the products with divided outputs give their inputs, one for each: 2 S (n-1)/n
+    expert    all-to-all of tokens to their experts and back, forward and backward: S (n-1)/n. A device sends as much
+              room as all its tokens need at each other one
+
+all of it once for each of `accumulate` micro-batches. A plan knows nothing of the allocator's gaps, of what the
+runtime itself takes, or of buffers that exchanges and fused kernels keep: leave a tenth of the memory free.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import AXES, MESH_AXES, division, path_names
+from llmq_jax.models import build, init
+from llmq_jax.objectives import MultiToken, NextToken
+from llmq_jax.training.device_program import COPIES, GRADIENTS, KEPT, LOSS, UNSUMMED, UPDATE, WORKING, Device
+from llmq_jax.training.optimizer import adamw
+from llmq_jax.training.partitioner import BACKWARD, FORWARD, GATHERED, LOGITS, Spec, axes_in, size_of, spec_of
+from llmq_jax.training.sharding import check_mesh, check_rows, row_devices
+from llmq_jax.training.state import TrainState, create_state
+from llmq_jax.training.step import make_train_step
+
+PARTS = (FORWARD, LOSS, BACKWARD, UPDATE)
+PARAMETERS, OPTIMIZER, BATCH = "parameters", "optimizer's moments", "batch and rest"
+ROWS = (
+    *(PARAMETERS, OPTIMIZER, BATCH, GRADIENTS, COPIES, KEPT),
+    *(LOGITS, GATHERED, UNSUMMED, WORKING),
+)
+GROWTH = (2, 4, 8, 16, 32)  # of the number of devices, where nothing else helps
+WORTH = 0.97  # A change that leaves more of the total than this is none.
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned."""
+
+    config: Any
+    sizes: Mapping[str, int]
+    batch_size: int
+    context: int
+    accumulate: int = 1
+    dtype: str = "float32"
+    remat: str = "none"
+    moments: str = "float32"
+    attention: str = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    run: Run
+    held: Counter
+    """Bytes on a device all the time."""
+    parts: dict[str, Counter]
+    """Bytes beside them when a part of the step needs most."""
+    sent: Counter
+    """Bytes that a device sends in a step, by (kind, axes)."""
+
+    @cached_property
+    def total(self) -> int:
+        return self.held.total() + max(part.total() for part in self.parts.values())
+
+    @property
+    def least(self) -> int:
+        """Bytes of parameters, moments and gradients, in whatever way the step is run."""
+        return self.held.total() + self.held[PARAMETERS]
+
+
+def plan(run: Run) -> Plan:
+    """BadInput for a mesh or a batch that cannot be."""
+    check_mesh(run.sizes, _abstract_state(run.config, run.moments).variables)
+    check_rows(run.batch_size, run.accumulate, run.sizes)
+    longest = run.config.max_position_embeddings
+    if run.context > longest:
+        raise BadInput(f"a context of {run.context} exceeds the model's, {longest}; choose a shorter one")
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(run.sizes.values()), MESH_AXES, axis_types=auto)):
+        step, state, batch = abstract_step(run)
+        program = jax.make_jaxpr(step)(state, batch)
+
+    leaves = [(path_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path((state, batch))]
+    specs = [_division(run, names, leaf) for names, leaf in leaves]
+    weights = [(leaf.shape, spec) for (names, leaf), spec in zip(leaves, specs, strict=True) if "params" in names]
+    held: Counter = Counter()
+    device = Device(run.sizes, weights, run.config.vocab_size, passes=1 if run.accumulate == 1 else 2)
+    for (names, leaf), spec in zip(leaves, specs, strict=True):
+        kind = PARAMETERS if "params" in names else OPTIMIZER if "optimizer_state" in names else BATCH
+        held[kind] += size_of(leaf) // device.parts(axes_in(spec))
+    parts = device.run(program.jaxpr, specs)
+    return Plan(run, held, parts, device.sent)
+
+
+def abstract_step(run: Run) -> tuple[Any, TrainState, dict]:
+    """(the compiled step, its state and its batch as shapes), on the mesh that is set."""
+    model = build(run.config, dtype=run.dtype, remat=run.remat, attention=run.attention)
+    ahead = getattr(run.config, "num_nextn_predict_layers", 0)
+    objective = MultiToken(model) if ahead else NextToken(model)
+    state = _abstract_state(run.config, run.moments)
+    tokens = jax.ShapeDtypeStruct((run.batch_size, run.context), "int32")
+    batch = {"tokens": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct(tokens.shape, "float32")}
+    return make_train_step(objective, _optimizer(run.moments), accumulate=run.accumulate).program, state, batch
+
+
+@cache
+def _abstract_state(config: Any, moments: str) -> TrainState:
+    return jax.eval_shape(lambda: create_state(init(config), _optimizer(moments)))
+
+
+def _optimizer(moments: str) -> optax.GradientTransformation:
+    return adamw(1e-3, b2=0.95, moments=moments)
+
+
+def _division(run: Run, names: tuple[str, ...], leaf: Any) -> Spec:
+    of_batch = names[0] == "1"  # of (state, batch)
+    spec = PartitionSpec(AXES["batch"]) if of_batch else division(names, leaf.shape, run.sizes)
+    return spec_of(spec, len(leaf.shape), run.sizes)
+
+
+# What to change where a run does not fit.
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options as one would write them, and the plan with them."""
+
+    words: str
+    plan: Plan
+
+
+def changes(given: Plan, memory: int) -> list[Change]:
+    """Single changes by which the run fits, of each option the least; or a combination, if that does; or none."""
+    single = [_first_that_fits(runs, given, memory) for runs in _variants(given.run)]
+    return [change for change in single if change] or _combined(given, memory)
+
+
+def _variants(run: Run) -> list[list[Run]]:
+    """For each option the runs that differ by it, from the least difference on; more devices come last."""
+    remats = ("none", "dots", "full")
+    rows = run.batch_size // row_devices(run.sizes)
+    data, fsdp = run.sizes["data"], run.sizes["fsdp"]
+    return [
+        [replace(run, remat=remat) for remat in remats[remats.index(run.remat) + 1 :]],
+        [replace(run, accumulate=n) for n in range(run.accumulate + 1, rows + 1) if rows % n == 0],
+        [replace(run, dtype="bfloat16")] if run.dtype == "float32" else [],
+        [replace(run, moments="bfloat16")] if run.moments == "float32" else [],
+        [
+            replace(run, sizes={**run.sizes, "data": data // n, "fsdp": fsdp * n})
+            for n in range(2, data + 1)
+            if data % n == 0
+        ],
+        # As many rows on each.
+        [replace(run, sizes={**run.sizes, "fsdp": fsdp * n}, batch_size=run.batch_size * n) for n in GROWTH],
+    ]
+
+
+def _first_that_fits(runs: list[Run], given: Plan, memory: int) -> Change | None:
+    for run in runs:
+        same_state = (run.sizes, run.moments) == (given.run.sizes, given.run.moments)
+        # Of the state and of what lives beside it, one stays as it is.
+        if (given.least if same_state else given.total - given.least) > memory:
+            return None
+        found = _planned(run)
+        if found and found.total <= memory:
+            return Change(words(given.run, run), found)
+    return None
+
+
+def _planned(run: Run) -> Plan | None:
+    """None where rows or dimensions cannot be divided so."""
+    try:
+        return plan(run)
+    except BadInput:
+        return None
+
+
+def _combined(given: Plan, memory: int) -> list[Change]:
+    """One option after another, as far as it goes, until it fits; then without those that it fits without."""
+    best, options = given, len(_variants(given.run))
+    for option in range(options):
+        runs = _variants(best.run)[option]
+        for run in runs if option == options - 1 else runs[-1:]:
+            found = _planned(run)
+            if found and found.total < WORTH * best.total:
+                best = found
+            if best.total <= memory:
+                break
+        if best.total <= memory:
+            break
+    else:
+        return []
+    for name in ("moments", "dtype", "accumulate", "remat"):
+        if getattr(best.run, name) != getattr(given.run, name):
+            found = _planned(replace(best.run, **{name: getattr(given.run, name)}))
+            best = found if found and found.total <= memory else best
+    return [Change(words(given.run, best.run), best)]
+
+
+def words(before: Run, after: Run) -> str:
+    """The options that differ, as one would write them."""
+    options = [
+        f"--{name} {getattr(after, name)}"
+        for name in ("remat", "accumulate", "dtype", "moments")
+        if getattr(after, name) != getattr(before, name)
+    ]
+    if after.batch_size != before.batch_size:
+        options.append(f"--batch-size {after.batch_size}")
+    if after.sizes != before.sizes:
+        devices = math.prod(after.sizes.values())
+        more = f" ({devices:,} devices)" if devices != math.prod(before.sizes.values()) else ""
+        options.append(f"--mesh {mesh_text(after.sizes)}{more}")
+    return " ".join(options)
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "data=1"
+
+
+# As text.
+
+
+def plan_text(found: Plan, memory: int) -> str:
+    """Tables of memory and of what is sent, in GiB of a device, and whether it fits."""
+    run = found.run
+    unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
+    parts = [part for part in PARTS if part in found.parts]
+    table = {row: [found.held[row] or found.parts[part][row] for part in parts] for row in ROWS}
+    width = max(map(len, (*ROWS, *(kind for kind, _ in found.sent))))
+    lines = [f"{f'{name} on a device while most is needed in':{width}}  " + "".join(f"{part:>10}" for part in parts)]
+    width = max(width, len(lines[0]) - 2 - 10 * len(parts))
+
+    def line(label: str, sizes: list[int]) -> str:
+        return f"{label:{width}}  " + "".join(f"{size / unit:10.2f}" for size in sizes)
+
+    lines += [line(row, sizes) for row, sizes in table.items() if max(sizes) > unit / 200]
+    lines.append(line("total", [found.held.total() + found.parts[part].total() for part in parts]))
+    if found.sent:
+        lines += ["", f"{f'{name} that a device sends in a step':{width}}{'along':>12}"]
+        sent = [(of, axes, size) for (of, axes), size in found.sent.most_common() if size > unit / 200]
+        lines += [f"{of:{width}}{axes:>12}{size / unit:10.2f}" for of, axes, size in sent]
+        lines.append(f"{'total':{width}}{'':12}{found.sent.total() / unit:10.2f}")
+    devices = math.prod(run.sizes.values())
+    fits = "fits" if found.total <= memory else "does not fit"
+    where = f"each of {devices:,} devices" if devices > 1 else "the device"
+    lines += ["", f"{found.total / unit:.2f} {name} on {where}: {fits} {memory / 2**30:g} GiB"]
+    return "\n".join(lines)
+
+
+def changes_text(given: Plan, memory: int) -> str:
+    """What to change, one line each."""
+    found = changes(given, memory)
+    if not found:
+        return f"no change that was tried makes it fit, nor all of them on {GROWTH[-1]} times the devices"
+    lines = ["what makes it fit, each alone:" if len(found) > 1 else "what makes it fit:"]
+    return "\n".join([*lines, *(f"  {change.words}: {change.plan.total / 2**30:.2f} GiB" for change in found)])

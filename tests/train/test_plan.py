@@ -1,0 +1,62 @@
+"""The command on models of a size that plans in a moment, and on those that need a thousand devices."""
+
+import pytest
+
+from llmq_jax.command_line import run
+from train.plan import main
+
+
+@pytest.fixture
+def planned(capsys):
+    """`planned(*words)` -> (exit code, stdout, stderr)."""
+
+    def call(*words):
+        with pytest.raises(SystemExit) as end:
+            run(main, [str(word) for word in words], "python -m train.plan")
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_a_plan_without_devices(planned):
+    code, out, err = planned("--preset", "llama-10m", "--mesh", "data=2,fsdp=4", "--dtype", "bfloat16")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split()[-4:] == ["forward", "loss", "backward", "update"]
+    *rows, total = ([float(word) for word in line.split()[-4:]] for line in lines[1 : lines.index("")])
+    for column in range(4):  # what is shown adds up, but for rounding
+        assert sum(row[column] for row in rows) == pytest.approx(total[column], abs=0.1)
+    assert any(line.startswith("all-gather of weights, forward") and " fsdp " in line for line in lines)
+    assert lines[-1].endswith("on each of 8 devices: fits 80 GiB")
+
+
+def test_what_to_change(planned):
+    code, out, _ = planned("--preset", "llama-10m", "--batch-size", 4, "--device-memory", 0.4)
+    assert code == 1
+    assert "on the device: does not fit 0.4 GiB" in out
+    assert "\nwhat makes it fit, each alone:\n  --remat dots: 0." in out
+    assert "\n  --accumulate " in out
+
+
+def test_thousands_of_devices(planned):
+    code, out, _ = planned("--preset", "mixtral-8x7b", "--mesh", "fsdp=32,tensor=8,expert=8", "--context", 1024)
+    assert code == 0
+    assert "all-to-all of tokens" in out and "on each of 2,048 devices: fits 80 GiB" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--preset", "llama-10n"), "unknown preset 'llama-10n'; did you mean llama-10m"),
+        (("--preset", "llama-10m", "--mesh", "fsdb=2"), "unknown axis 'fsdb': did you mean fsdp"),
+        (("--preset", "llama-10m", "--mesh", "tensor=7"), "tensor=7 divides no parameter"),
+        (("--preset", "llama-10m", "--mesh", "data=8", "--batch-size", 12), "12 rows cannot be divided among 8"),
+        (("--preset", "llama-10m", "--batch-size", 2, "--accumulate", 4), "a batch of 2 rows in 4 parts"),
+        (("--preset", "llama-10m", "--context", 0), "--context is 0 and must be positive"),
+        (("--preset", "llama-10m", "--config", "hidden=3"), "Llama3Config has no field 'hidden'"),
+        ((), "missing --preset"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(planned, words, why):
+    code, out, err = planned(*words)
+    assert (code, out) == (2, "") and why in err and len(err.splitlines()) == 1

@@ -1,0 +1,236 @@
+"""Plans beside what XLA's CPU backend says of the same steps, compiled for 8 virtual devices, never run; and by hand.
+
+A process must ask for devices before JAX starts, hence a program of its own:
+
+    python -m tests.training.test_plan llama3 none:1:data=8 full:2:fsdp=4,tensor=2
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+if __name__ == "__main__":
+    import tests.mesh_program  # noqa: F401  which asks for the devices
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import llmq_jax as lq
+from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import AXES
+from llmq_jax.models import abstract_variables, override
+from llmq_jax.training import sharding
+from llmq_jax.training.partitioner import groups, merged
+from llmq_jax.training.plan import Run, abstract_step, changes, changes_text, plan, plan_text
+
+GIB = 2**30
+ROWS, TOKENS = 16, 128
+# Large enough for activations to matter, and each size its own: an array is known by its shape.
+SIZES = {"vocab_size": 640, "hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": TOKENS}
+LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+LAYERS = ("sliding_attention", "full_attention") * 2
+CONFIGS = {
+    "gpt2": {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
+    "llama3": {"intermediate_size": 384},
+    "gemma3": {"intermediate_size": 384, "head_dim": 32, "sliding_window": 64, "layer_types": LAYERS},
+    "mixtral": {"intermediate_size": 256},
+    # Two layers of each kind: in a stack of one the CPU's compiler undoes remat.
+    "deepseek3": {
+        **LATENT,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 2,
+        "num_nextn_predict_layers": 2,
+    },
+}
+DENSE = ("none:1:data=8", "none:1:data=2,fsdp=4", "none:1:data=2,fsdp=2,tensor=2", "full:1:fsdp=4,tensor=2")
+EXPERTS = (
+    "none:1:data=8",
+    "none:1:data=2,expert=4",
+    "full:1:data=2,fsdp=2,expert=2",
+    "none:1:expert=2,fsdp=2,tensor=2",
+)
+CASES = {
+    "gpt2": (*DENSE, "dots:1:data=2,fsdp=4"),
+    "llama3": (*DENSE, "dots:2:data=2,fsdp=4", "full:2:data=4,tensor=2"),
+    "gemma3": DENSE,
+    "mixtral": EXPERTS,
+    "deepseek3": EXPERTS,
+}
+
+
+def run_of(architecture: str, case: str) -> Run:
+    from tests.mesh_program import CONFIGS as TINY
+
+    remat, accumulate, mesh = case.split(":")
+    config = override(TINY[architecture](), **SIZES, **CONFIGS[architecture])
+    return Run(config, sharding.mesh_sizes(mesh), ROWS, TOKENS, int(accumulate), remat=remat)
+
+
+def compiled_bytes(run: Run) -> dict:
+    """What the compiler says of a device: bytes of arguments, and of all that lives at the peak."""
+    mesh = sharding.make_mesh(",".join(f"{axis}={size}" for axis, size in run.sizes.items()))
+    with jax.set_mesh(mesh):
+        step, state, batch = abstract_step(run)
+        rows = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
+        places = sharding.shardings(state, mesh), dict.fromkeys(batch, rows)
+        placed = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (state, batch), places
+        )
+        found = step.lower(*placed).compile().memory_analysis()
+    arguments = found.argument_size_in_bytes
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"arguments": arguments, "peak": arguments + found.temp_size_in_bytes + results}
+
+
+def deviations(architecture: str, *cases: str) -> dict:
+    """Of plans from the compiler's words, relative: {case: (of arguments, of the peak)}."""
+    command = [sys.executable, "-m", "tests.training.test_plan", architecture, *cases]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    apart = {}
+    for line in map(json.loads, done.stdout.splitlines()):
+        found = plan(run_of(architecture, line["case"]))
+        apart[line["case"]] = found.held.total() / line["arguments"] - 1, found.total / line["peak"] - 1
+    assert tuple(apart) == cases
+    return apart
+
+
+def check(architecture: str, *cases: str) -> None:
+    for case, (arguments, peak) in deviations(architecture, *cases).items():
+        print(f"{architecture:10} {case:32} arguments {arguments:+.2%} peak {peak:+.1%}")
+        assert abs(arguments) < 0.01, case
+        assert abs(peak) < 0.3, case
+
+
+FAST = {
+    "llama3": ("dots:2:data=2,fsdp=4", "none:1:data=2,fsdp=2,tensor=2"),
+    "mixtral": ("none:1:expert=2,fsdp=2,tensor=2",),
+}
+
+
+@pytest.mark.parametrize("architecture", FAST)
+def test_a_plan_needs_what_the_compiler_needs(architecture):
+    check(architecture, *FAST[architecture])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CASES)
+def test_plans_need_what_the_compiler_needs(architecture):
+    check(architecture, *CASES[architecture])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return plan(
+        Run(lq.preset("llama3.1-8b"), sharding.mesh_sizes("fsdp=8"), 8, 4096, dtype="bfloat16", attention="masked")
+    )
+
+
+def test_llama_by_hand(llama):
+    heads, width, hidden, layers, vocabulary = 32, 4096, 14336, 32, 128256
+    layer = width * 128 * (heads + 2 * 8) + heads * 128 * width + 3 * width * hidden
+    parameters = layers * layer + 2 * vocabulary * width
+    assert parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert llama.held["parameters"] == pytest.approx(4 * parameters / 8, rel=1e-3)  # 4.0 GB
+    assert llama.held["optimizer's moments"] == pytest.approx(8 * parameters / 8, rel=1e-3)
+    assert llama.held["parameters"] / GIB == pytest.approx(3.74, abs=0.01)
+    gathered = 2 * layers * layer * 7 / 8  # in bfloat16, once a pass
+    table = 4 * vocabulary * width * 7 / 8  # the embedding, which is looked up in as it is
+    assert llama.sent["all-gather of weights, backward", "fsdp"] == pytest.approx(gathered, rel=1e-3)
+    assert gathered < llama.sent["all-gather of weights, forward", "fsdp"] < 1.01 * (gathered + 2 * table)
+    assert 2 * layers * layer * 7 / 8 < llama.sent["reduce-scatter of gradients", "fsdp"] < 2 * (gathered + table)
+    # A row of 4,096 tokens: every layer keeps its scores, of 32 heads, and its copies of weights.
+    kept = llama.parts["backward"]["activations kept for the backward pass"]
+    assert kept > 2 * layers * heads * 4096**2
+    assert llama.parts["backward"]["weights in lower precision"] == pytest.approx(2 * layers * layer / 8, rel=0.01)
+    full = plan(replace(llama.run, remat="full"))
+    kept = full.parts["backward"]["activations kept for the backward pass"]
+    assert kept == pytest.approx(2 * layers * 4096 * width, rel=0.05)  # the input of every layer
+
+
+def test_sums_by_hand():
+    config = lq.preset("llama-10m")
+    alone = plan(Run(config, sharding.mesh_sizes("data=1"), 8, 32))
+    assert not alone.sent
+    along = plan(Run(config, sharding.mesh_sizes("data=4"), 8, 32)).sent["all-reduce of gradients", "data"]
+    table = 4 * 257 * 384  # read twice, at both ends, and summed for each
+    assert along == pytest.approx(2 * (alone.held["parameters"] + table) * 3 / 4, rel=0.001)
+    # Of 8 x 32 vectors: forward two, backward one for each of query, key, value, gate and up. The vocabulary is odd.
+    along = plan(Run(config, sharding.mesh_sizes("tensor=2"), 8, 32)).sent["all-reduce of activations", "tensor"]
+    assert along == pytest.approx(2 * (2 + 5) * 6 * 8 * 32 * 384 * 4 / 2, rel=0.001)
+
+
+def test_deepseek_by_hand():
+    found = plan(Run(lq.preset("deepseek-v3"), sharding.mesh_sizes("fsdp=32,tensor=8,expert=8"), 256, 4096))
+    layers, experts = 58 + 1, 256 * 3 * 7168 * 2048  # one of them looks a token ahead
+    divided = 4 * layers * experts / 2048
+    assert divided < found.held["parameters"] < 1.4 * divided  # the rest: attention, dense layers, embeddings
+    rows = sharding.layout(abstract_variables(found.run.config)["params"], found.run.sizes)
+    assert found.held["parameters"] == sum(row.bytes_per_device for row in rows)
+    # 4,096 tokens on a device, 8 experts each, room for all of them at each of 8 devices; there and back, each way.
+    room = 4 * 4096 * 8 * 8 * 7168
+    assert found.sent["all-to-all of tokens", "expert"] == pytest.approx(4 * layers * room * 7 / 8, rel=1e-3)
+
+
+def test_micro_batches_keep_less_and_send_more(llama):
+    config, sizes = lq.preset("llama-10m"), sharding.mesh_sizes("data=2,fsdp=4")
+    once, twice = (plan(Run(config, sizes, 16, 256, accumulate)) for accumulate in (1, 2))
+    kept = "activations kept for the backward pass"
+    assert twice.parts["backward"][kept] == pytest.approx(once.parts["backward"][kept] / 2, rel=0.05)
+    for name in (("all-gather of weights, backward", "fsdp"), ("all-reduce of gradients", "data")):
+        assert twice.sent[name] == pytest.approx(2 * once.sent[name], rel=0.01)
+
+
+def test_a_change_that_is_enough(llama):
+    memory = 40 * GIB
+    (change,) = changes(llama, memory)  # More devices would leave each as many activations.
+    assert change.words == "--remat dots" and change.plan.total <= memory < llama.total
+    assert f"--remat dots: {change.plan.total / GIB:.2f} GiB" in changes_text(llama, memory)
+    text = plan_text(llama, memory)
+    assert f"{llama.total / GIB:.2f} GiB on each of 8 devices: does not fit 40 GiB" in text
+
+
+def test_no_single_change_is_enough():
+    alone = plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes("data=1"), 2, 256))
+    assert alone.least == pytest.approx(16 * 9.54e6, rel=0.01)  # masters, moments and gradients
+    memory = min(alone.least, alone.total - alone.least) // 2
+    (change,) = changes(alone, memory)
+    assert "--remat " in change.words and " devices)" in change.words
+    assert change.plan.total <= memory
+
+
+def test_no_change_is_enough(monkeypatch):
+    monkeypatch.setattr("llmq_jax.training.plan.GROWTH", (2,))
+    options = {"accumulate": 2, "dtype": "bfloat16", "remat": "full", "moments": "bfloat16"}
+    least = plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes("data=1"), 2, 256, **options))
+    assert changes_text(least, 1000).endswith("nor all of them on 2 times the devices")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "context", "why"),
+    [
+        ("tensor=7", 8, 64, "tensor=7 divides no parameter"),
+        ("expert=2", 8, 64, "expert=2 has no effect"),
+        ("fsdp=4", 6, 64, "a batch of 6 rows cannot be divided among 4 devices"),
+        ("fsdp=4", 8, 512, "a context of 512 exceeds the model's, 256"),
+    ],
+)
+def test_what_cannot_be_planned(mesh, rows, context, why):
+    with pytest.raises(BadInput, match=why):
+        plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes(mesh), rows, context))
+
+
+def test_dimensions_that_become_others():
+    assert groups((16, 128, 4, 32), (2048, 128)) == [(range(2), range(1)), (range(2, 4), range(1, 2))]
+    assert groups((2048, 128), (1, 2048, 128)) == [(range(1), range(2)), (range(1, 2), range(2, 3))]
+    assert merged([(("data",), ()), (("fsdp",), ("data",)), ((), ("tensor",))], 2) == (("data",), ("tensor",))
+
+
+if __name__ == "__main__":
+    for case in sys.argv[2:]:
+        print(json.dumps({"case": case, **compiled_bytes(run_of(sys.argv[1], case))}), flush=True)

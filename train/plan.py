@@ -1,0 +1,80 @@
+"""Plan a run on many devices: what each must hold and send, and what to change where that is too much.
+
+    python -m train.plan --preset llama3.1-8b --mesh fsdp=8 --context 4096 --dtype bfloat16
+    python -m train.plan --preset deepseek-v3 --mesh fsdp=32,tensor=8,expert=8 --context 4096 --remat full
+
+No weight is made, and the devices need not be there. Options are those of train.pretrain. Exit code 1: it does not fit.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from llmq_jax.command_line import default_is, run, use_device
+from llmq_jax.errors import BadInput
+from train.options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class Options:
+    preset: str
+    """A model size (see llmq models)."""
+    config: Annotated[tuple[str, ...], default_is("the preset's", metavar="FIELD=VALUE ...")] = ()
+    """Fields of the model's config: num_hidden_layers=4 vocab_size=257."""
+    mesh: str = "data=1"
+    """Devices along the axes data, fsdp, expert and tensor, as data=2,fsdp=4: see docs/scaling.md."""
+    batch_size: Annotated[int | None, default_is("one window a device and micro-batch")] = None
+    """Windows in a batch."""
+    context: Annotated[int | None, default_is("the model's")] = None
+    """Tokens in a window."""
+    accumulate: int = TrainingOptions.accumulate
+    """Cut each batch into this many parts, whose gradients add up."""
+    dtype: Literal["float32", "bfloat16"] = TrainingOptions.dtype
+    """Type of activations and of products; weights and gradients stay in float32."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type that AdamW keeps the gradient's moments in."""
+    remat: Literal["none", "dots", "full"] = TrainingOptions.remat
+    """Recompute in the backward pass: nothing, all but products with weights, or whole layers."""
+    attention: Annotated[Literal["masked", "blocked"] | None, default_is("masked; blocked in models with windows")] = (
+        None
+    )
+    """How a sequence attends to itself, see docs/attention.md: with all scores at once, or block by block."""
+    device_memory: float = 80.0
+    """GiB of a device."""
+
+
+def main(options: Options) -> int:
+    for name in ("accumulate", "batch_size", "context", "device_memory"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} is {value} and must be positive")
+
+    use_device("cpu")
+    from llmq_jax.models import fields_from_text, override, preset
+    from llmq_jax.training.plan import Run, changes_text, plan, plan_text
+    from llmq_jax.training.sharding import mesh_sizes, row_devices
+
+    config = preset(options.preset)
+    config = override(config, **fields_from_text(type(config), options.config))
+    sizes = mesh_sizes(options.mesh)
+    given = Run(
+        config,
+        sizes,
+        batch_size=options.batch_size or options.accumulate * row_devices(sizes),
+        context=options.context or config.max_position_embeddings,
+        accumulate=options.accumulate,
+        dtype=options.dtype,
+        remat=options.remat,
+        moments=options.moments,
+        attention=options.attention or ("blocked" if hasattr(config, "sliding_window") else "masked"),
+    )
+    found, memory = plan(given), int(options.device_memory * 2**30)
+    print(plan_text(found, memory), flush=True)
+    if found.total <= memory:
+        return 0
+    print(changes_text(found, memory))
+    return 1
+
+
+if __name__ == "__main__":
+    run(main)
