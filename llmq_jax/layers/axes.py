@@ -14,7 +14,7 @@ holds it, never by its rank. Models name the dimensions of activations (`placed`
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -115,6 +115,26 @@ def placed(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def row_groups(rows: int) -> int:
+    """In how many equal parts so many rows of a batch lie on the mesh: 1 where none is set, or they lie everywhere."""
+    sizes = axis_sizes()
+    groups = math.prod(sizes[axis] for axis in AXES["batch"]) if sizes else 1
+    return groups if rows % groups == 0 else 1
+
+
+def by_group(function: Callable) -> Callable:
+    """The function of arrays that have `row_groups` in front, for each group alone: what it sums over rows stays apart,
+    on the devices that have these rows. One group takes the function as it is."""
+
+    def apply(*arrays: Any) -> Any:
+        if len(jax.tree.leaves(arrays)[0]) > 1:
+            return jax.vmap(function)(*arrays)
+        alone = function(*jax.tree.map(lambda x: x[0], arrays))
+        return jax.tree.map(lambda x: x[None], alone)
+
+    return apply
+
+
 def in_place(tree: Any) -> Any:
     """A tree that holds parameters, or what goes along with them as an optimizer's moments do, divided as they are."""
     sizes = axis_sizes()
@@ -125,6 +145,27 @@ def in_place(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(leaf, division(path_names(path), leaf.shape, sizes))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def where_used(tree: Any) -> Any:
+    """Parameters as products take them: whole along what is divided to save memory alone. Before a loop, once. Their
+    gradients are divided as they are themselves."""
+    sizes = axis_sizes()
+    if not sizes:
+        return tree
+
+    def gather(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = [None if AXES.get(name) == (FSDP,) else name for name in dimensions(path_names(path))]
+        used, kept = (division((), leaf.shape, sizes, names=each) for each in (names, dimensions(path_names(path))))
+
+        @jax.custom_vjp
+        def gathered(x: Array) -> Array:
+            return jax.lax.with_sharding_constraint(x, used)
+
+        gathered.defvjp(lambda x: (gathered(x), None), lambda _, g: (jax.lax.with_sharding_constraint(g, kept),))
+        return gathered(leaf)
+
+    return jax.tree_util.tree_map_with_path(gather, tree)
 
 
 def everywhere(tree: Any) -> Any:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llmq_jax.layers.axes import by_group, placed, row_groups, where_used
+
 # Logits of a chunk, in elements: every chunk adds to the whole of the head's gradient, so there should be few of them.
 CHUNK_ELEMENTS = 2**25
 
@@ -38,31 +40,36 @@ def chunked_cross_entropy(
     `unembed(head, rows)` gives the logits [M, V] of rows [M, D]; `head` are the variables it reads. Gradients flow to
     `hidden` and to what of `head` is differentiated. `chunk_size` is in tokens; None chooses it from V.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    count = rows.shape[0]
+    # On a mesh a chunk has as many rows of each group of devices, which stay there.
+    groups = row_groups(len(hidden))
+    count = mask.size // groups
     if chunk_size is None:
-        vocabulary = jax.eval_shape(unembed, head, rows).shape[-1]
+        vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
         chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
     chunks = -(-count // chunk_size)
     size = -(-count // chunks)
     padding = chunks * size - count
 
     def split(x):
-        x = x.reshape(count, *x.shape[2:])
-        return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
+        x = x.reshape(groups, count, *x.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return placed(x.reshape(groups, chunks, size, *x.shape[2:]).swapaxes(0, 1), None, "batch")
 
-    return _summed_loss(unembed, head, split(hidden), split(targets), split(mask))
+    return _summed_loss(unembed, where_used(head), split(hidden), split(targets), split(mask))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed_loss(unembed, head, hidden, targets, mask):
-    """The forward pass when nothing is differentiated: evaluation."""
+    """The forward pass when nothing is differentiated: evaluation. Arrays are [chunks, groups, M, ...]."""
+
+    @by_group
+    def loss(rows, target, weight):
+        return jnp.sum(weight * token_losses(unembed(head, rows), target))
 
     def add(total, chunk):
-        rows, target, weight = chunk
-        return total + jnp.sum(weight * token_losses(unembed(head, rows), target)), None
+        return total + loss(*chunk), None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (hidden, targets, mask))[0]
+    return jax.lax.scan(add, jnp.zeros(mask.shape[1], jnp.float32), (hidden, targets, mask))[0].sum()
 
 
 def _forward(unembed, head, hidden, targets, mask):
@@ -77,22 +84,27 @@ def _forward(unembed, head, hidden, targets, mask):
         learning, others = iter(learning), iter(fixed)
         return jax.tree.unflatten(structure, [next(learning if learn else others) for learn in learns])
 
-    def add(carry, chunk):
-        total, head_gradient = carry
-        rows, target, weight = chunk
+    @by_group
+    def gradients(rows, target, weight):
         logits, pull_back = jax.vjp(lambda head, rows: unembed(whole(head), rows), head, rows)
         losses = token_losses(logits, target)
         # d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t)
         onehot = target[:, None] == jnp.arange(logits.shape[-1])
         slope = (jax.nn.softmax(logits.astype(jnp.float32)) - onehot) * weight[:, None]
-        head_slope, row_slope = pull_back(slope.astype(logits.dtype))
-        return (total + jnp.sum(weight * losses), jax.tree.map(jnp.add, head_gradient, head_slope)), row_slope
+        return jnp.sum(weight * losses), *pull_back(slope.astype(logits.dtype))
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, head))
+    def add(carry, chunk):
+        total, head_gradient = carry
+        loss, head_slope, row_slope = gradients(*chunk)
+        return (total + loss, jax.tree.map(jnp.add, head_gradient, head_slope)), row_slope
+
+    # Groups add up at the end, once: in the loop they would do so for every chunk.
+    groups = mask.shape[1]
+    start = (jnp.zeros(groups, jnp.float32), [jnp.zeros((groups, *x.shape), x.dtype) for x in head])
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, (hidden, targets, mask))
-    each = iter(head_gradient)
+    each = iter(x.sum(0) for x in head_gradient)
     head_gradient = jax.tree.unflatten(structure, [next(each) if learn else None for learn in learns])
-    return total, (head_gradient, hidden_gradient)
+    return total.sum(), (head_gradient, hidden_gradient)
 
 
 def _backward(unembed, gradients, slope):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from llmq_jax.layers.axes import by_group, placed, row_groups, where_used
 from llmq_jax.models.decoder import Decoder, segments_of
 
 # Logits of a chunk, in elements. Smaller chunks skip more of what does not count; the head's gradient is read and
@@ -109,34 +110,46 @@ def _scores(
     entropies: bool,
 ) -> tuple[Float[Array, "B T"], ...]:
     """(log p(target), entropy -Σ p log p of the prediction if asked for), both times the mask."""
-    head = model.head_variables(variables)
     shape = mask.shape
-    hidden, targets, mask = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1)
+    # On a mesh a chunk has as many rows of each group of devices, which stay there; so do sums over them, of the head's
+    # gradient, until the end.
+    groups = row_groups(len(mask))
+    head = where_used(model.head_variables(variables))
+    heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, *x.shape)), head)
+    count = mask.size // groups
     chunk_size = max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size)
-    chunks = -(-len(mask) // chunk_size)
-    size = -(-len(mask) // chunks)
+    chunks = -(-count // chunk_size)
+    size = -(-count // chunks)
 
     # What counts comes first, in its order.
-    order = jnp.argsort(mask == 0, stable=True)
-    back = jnp.argsort(order)
+    order = jnp.argsort(mask.reshape(groups, count) == 0, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    sorted_by = by_group(lambda x, order: x[order])
 
     def split(x: Array) -> Array:
-        x = x[order]
-        return jnp.pad(x, [(0, chunks * size - len(x))] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
+        x = sorted_by(x.reshape(groups, count, *x.shape[2:]), order)
+        x = jnp.pad(x, [(0, 0), (0, chunks * size - count)] + [(0, 0)] * (x.ndim - 2))
+        return placed(x.reshape(groups, chunks, size, *x.shape[2:]).swapaxes(0, 1), None, "batch")
 
+    @by_group
     @jax.checkpoint  # keeps no logits for the backward pass
-    def of_rows(rows: Array, target: Array) -> tuple[Array, ...]:
+    def of_rows(head: dict, rows: Array, target: Array) -> tuple[Array, ...]:
         logits = model.apply(head, rows, method="unembed") / temperature
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         chosen = jnp.take_along_axis(logprobs, target[:, None], axis=-1)[:, 0]
         return (chosen, -(jnp.exp(logprobs) * logprobs).sum(axis=-1)) if entropies else (chosen,)
 
-    def nothing(rows: Array, target: Array) -> tuple[Array, ...]:
-        return (jnp.zeros(len(rows)),) * (2 if entropies else 1)
+    def nothing(heads: dict, rows: Array, target: Array) -> tuple[Array, ...]:
+        return (jnp.zeros(target.shape),) * (2 if entropies else 1)
 
-    def chunk(_: None, rows_targets_mask: tuple) -> tuple[None, tuple[Array, ...]]:
-        rows, target, counted = rows_targets_mask
-        return None, jax.lax.cond((counted != 0).any(), of_rows, nothing, rows, target)
+    def chunk(_: None, rows_targets_counts: tuple) -> tuple[None, tuple[Array, ...]]:
+        rows, target, counts = rows_targets_counts
+        return None, jax.lax.cond(counts, of_rows, nothing, heads, rows, target)
 
-    _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), split(mask)))
-    return tuple((score.reshape(-1)[back] * mask).reshape(shape) for score in scores)
+    counts = (split(mask) != 0).any(axis=(1, 2))
+    _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), counts))
+
+    def unsplit(score: Array) -> Array:
+        return sorted_by(score.swapaxes(0, 1).reshape(groups, chunks * size), back).reshape(shape) * mask
+
+    return tuple(map(unsplit, scores))
