@@ -51,11 +51,12 @@ def test_every_mesh_trains_as_one_device(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", MESHES)
+@pytest.mark.parametrize("architecture", ["llama3", "mixtral"])
 def test_every_shape_of_mesh_trains_as_one_device(architecture):
     axes = [axis for axis in MESH_AXES if axis != "expert" or MESHES[architecture] is EXPERTS]
     shapes = (sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(axes)) if math.prod(sizes) == 8)
-    compared(architecture, [",".join(map("{}={}".format, axes, sizes)) for sizes in shapes])
+    texts = (",".join(f"{axis}={n}" for axis, n in zip(axes, sizes, strict=True) if n > 1) for sizes in shapes)
+    compared(architecture, [text for text in texts if text not in MESHES[architecture]])
 
 
 @pytest.mark.parametrize("name", ["gpt2-124m", "smollm2-135m", "gemma3-1b", "mixtral-8x7b", "deepseek-v3"])
