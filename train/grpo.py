@@ -171,6 +171,8 @@ def grpo(options: Options) -> Any:
     options = resolved(options)
 
     # JAX has its device; what imports it may follow.
+    import jax
+
     from llmq_jax.data.prompts import PromptBatches
     from llmq_jax.generation import Sampler
     from llmq_jax.language_model import TextFiles, load, save
