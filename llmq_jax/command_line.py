@@ -28,7 +28,7 @@ from typing import Any, Literal, NoReturn
 
 import tyro
 
-from llmq_jax.errors import BadInput, close_names, did_you_mean
+from llmq_jax.errors import BAD_INPUT, BadInput, close_names, did_you_mean
 
 Positional = tyro.conf.Positional
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -36,7 +36,6 @@ Flag = tyro.conf.FlagCreatePairsOff[bool]
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 """Strings, one for each time that the option is given."""
 
-BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+BAD_INPUT = 2
+"""The exit code of a command whose input was bad."""
+
 
 class BadInput(ValueError):
     """Something the user gave cannot be used.

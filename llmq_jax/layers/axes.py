@@ -14,7 +14,7 @@ holds it, never by its rank. Models name the dimensions of activations (`placed`
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,10 +115,15 @@ def placed(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def row_devices(sizes: Mapping[str, int]) -> int:
+    """How many parts the axes of a mesh cut a batch into."""
+    return math.prod(sizes[axis] for axis in AXES["batch"])
+
+
 def row_groups(rows: int) -> int:
     """In how many equal parts so many rows of a batch lie on the mesh: 1 where none is set, or they lie everywhere."""
     sizes = axis_sizes()
-    groups = math.prod(sizes[axis] for axis in AXES["batch"]) if sizes else 1
+    groups = row_devices(sizes) if sizes else 1
     return groups if rows % groups == 0 else 1
 
 

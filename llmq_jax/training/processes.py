@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmq_jax.command_line import BAD_INPUT
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BAD_INPUT, BadInput
 from llmq_jax.training.signals import StopSignals
 
 CLUSTERS = {"SLURM": "SLURM_STEP_NODELIST", "Kubernetes": "JOB_COMPLETION_INDEX"}

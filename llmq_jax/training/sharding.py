@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, division, path_names
+from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, division, path_names, row_devices
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -166,11 +166,6 @@ def check_rows(rows: int, parts: int, sizes: Mapping[str, int]) -> None:
             f"a batch of {rows} rows{each} cannot be divided among {devices} devices ({product}); choose a multiple of "
             f"{parts * devices}"
         )
-
-
-def row_devices(sizes: Mapping[str, int]) -> int:
-    """How many parts the axes of a mesh cut a batch into."""
-    return math.prod(sizes[axis] for axis in AXES["batch"])
 
 
 @dataclass(frozen=True)
