@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import by_group, placed, row_groups, where_used
+from llmq_jax.layers.axes import by_group, where_used
+from llmq_jax.objectives.chunks import Chunks
 
 # Logits of a chunk, in elements: every chunk adds to the whole of the head's gradient, so there should be few of them.
 CHUNK_ELEMENTS = 2**25
@@ -40,22 +41,12 @@ def chunked_cross_entropy(
     `unembed(head, rows)` gives the logits [M, V] of rows [M, D]; `head` are the variables it reads. Gradients flow to
     `hidden` and to what of `head` is differentiated. `chunk_size` is in tokens; None chooses it from V.
     """
-    # On a mesh a chunk has as many rows of each group of devices, which stay there.
-    groups = row_groups(len(hidden))
-    count = mask.size // groups
     if chunk_size is None:
         vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
         chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
-    chunks = -(-count // chunk_size)
-    size = -(-count // chunks)
-    padding = chunks * size - count
-
-    def split(x):
-        x = x.reshape(groups, count, *x.shape[2:])
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return placed(x.reshape(groups, chunks, size, *x.shape[2:]).swapaxes(0, 1), None, "batch")
-
-    return _summed_loss(unembed, where_used(head), split(hidden), split(targets), split(mask))
+    chunks = Chunks.of(len(hidden), mask.size, chunk_size)
+    split = (chunks.split(chunks.by_group(x)) for x in (hidden, targets, mask))
+    return _summed_loss(unembed, where_used(head), *split)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

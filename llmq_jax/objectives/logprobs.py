@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.layers.axes import by_group, placed, row_groups, where_used
+from llmq_jax.layers.axes import by_group, where_used
 from llmq_jax.models.decoder import Decoder, segments_of
+from llmq_jax.objectives.chunks import Chunks
 
 # Logits of a chunk, in elements. Smaller chunks skip more of what does not count; the head's gradient is read and
 # written for each of them.
@@ -110,26 +111,18 @@ def _scores(
     entropies: bool,
 ) -> tuple[Float[Array, "B T"], ...]:
     """(log p(target), entropy -Σ p log p of the prediction if asked for), both times the mask."""
-    shape = mask.shape
-    # On a mesh a chunk has as many rows of each group of devices, which stay there; so do sums over them, of the head's
-    # gradient, until the end.
-    groups = row_groups(len(mask))
+    chunks = Chunks.of(len(mask), mask.size, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
+    # A head for each group: sums of its gradient over their rows stay apart until the end.
     head = where_used(model.head_variables(variables))
-    heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, *x.shape)), head)
-    count = mask.size // groups
-    chunk_size = max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size)
-    chunks = -(-count // chunk_size)
-    size = -(-count // chunks)
+    heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)
 
     # What counts comes first, in its order.
-    order = jnp.argsort(mask.reshape(groups, count) == 0, axis=1, stable=True)
+    order = jnp.argsort(chunks.by_group(mask) == 0, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     sorted_by = by_group(lambda x, order: x[order])
 
     def split(x: Array) -> Array:
-        x = sorted_by(x.reshape(groups, count, *x.shape[2:]), order)
-        x = jnp.pad(x, [(0, 0), (0, chunks * size - count)] + [(0, 0)] * (x.ndim - 2))
-        return placed(x.reshape(groups, chunks, size, *x.shape[2:]).swapaxes(0, 1), None, "batch")
+        return chunks.split(sorted_by(chunks.by_group(x), order))
 
     @by_group
     @jax.checkpoint  # keeps no logits for the backward pass
@@ -150,6 +143,6 @@ def _scores(
     _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), counts))
 
     def unsplit(score: Array) -> Array:
-        return sorted_by(score.swapaxes(0, 1).reshape(groups, chunks * size), back).reshape(shape) * mask
+        return sorted_by(chunks.join(score), back).reshape(mask.shape) * mask
 
     return tuple(map(unsplit, scores))

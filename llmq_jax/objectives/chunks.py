@@ -1,0 +1,43 @@
+"""Tokens in chunks, so that the logits of few of them exist at a time; on a mesh a chunk has as many of each group of
+devices (`layers.axes.row_groups`), which stay there."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from llmq_jax.layers.axes import placed, row_groups
+
+
+@dataclass(frozen=True)
+class Chunks:
+    groups: int
+    count: int
+    """Tokens of a group."""
+    chunks: int
+
+    @classmethod
+    def of(cls, rows: int, tokens: int, longest: int) -> "Chunks":
+        """Of so many rows with so many tokens in all: chunks of at most `longest` tokens of each group."""
+        groups = row_groups(rows)
+        count = tokens // groups
+        return cls(groups, count, -(-count // longest))
+
+    @property
+    def size(self) -> int:
+        """Tokens of a group in a chunk."""
+        return -(-self.count // self.chunks)
+
+    def by_group(self, x: Array) -> Array:
+        """[B, T, ...] to [groups, count, ...]."""
+        return x.reshape(self.groups, self.count, *x.shape[2:])
+
+    def split(self, x: Array) -> Array:
+        """[groups, count, ...], filled up with zeros, to [chunks, groups, size, ...]."""
+        filled = jnp.pad(x, [(0, 0), (0, self.chunks * self.size - self.count)] + [(0, 0)] * (x.ndim - 2))
+        parts = filled.reshape(self.groups, self.chunks, self.size, *x.shape[2:])
+        return placed(parts.swapaxes(0, 1), None, "batch")
+
+    def join(self, x: Array) -> Array:
+        """[chunks, groups, size] to [groups, chunks · size], what filled up at the end."""
+        return x.swapaxes(0, 1).reshape(self.groups, self.chunks * self.size)
