@@ -233,7 +233,7 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
         wanted = f"{row.layers_of(row.deeper)} layers at most {row.at_most:g} times as long as {row.layers_of('ours')}"
         return [(wanted, f"{_times(ratio)} times", ratio[0] <= row.at_most)]
     if row.kind in ("rollout", "grpo", "dpo"):
-        other = row.sides[-1] if row.kind == "dpo" else row.sides[1]
+        other = row.sides[1]
         ratio = result.ratio(other)
         return [(f"{row.at_least:g} times {other}", f"{_times(ratio)} times", ratio[0] >= row.at_least)]
     if row.kind == "start" and row.below_seconds is not None:

@@ -247,7 +247,7 @@ class DPOStep:
     """Pairs."""
     prompt: int = 64
     model_type: str = "llama"
-    sides: tuple[str, ...] = ("ours", "ours, scanned", "TRL")
+    sides: tuple[str, ...] = ("ours", "TRL", "ours, scanned")
     at_least: float = 1.15
     """Times as fast as TRL's DPOTrainer that we want to be."""
     kind: ClassVar[str] = "dpo"

@@ -4,8 +4,9 @@ They have fused AdamW, fused attention, and gradients set to None between steps.
 on the sides that say so: those show what the setting of our training loop (`keep_freed_memory`) would do for PyTorch.
 """
 
+import itertools
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -235,44 +236,34 @@ class RolloutSide(GenerationSide):
         )
 
 
-class GRPOStepSide(TorchSide):
-    """TRL's trainer, driven step by step as its loop does it."""
+class TRLSide(TorchSide):
+    """One of TRL's trainers, driven step by step as its loop does it."""
+
+    CONFIG: ClassVar = {
+        "learning_rate": 1e-6,
+        "weight_decay": 0.1,
+        "max_steps": 10_000,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
 
     def build(self) -> None:
-        import datasets
-        import trl
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         tokenizer.pad_token = tokenizer.eos_token
-        rows = self.row.batch * self.row.group
-        texts = json.loads((self.folder / PROMPTS).read_text())
-        self.trainer = trl.GRPOTrainer(
-            model=self.load_model(),
-            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-            args=trl.GRPOConfig(
-                output_dir=str(self.folder / "trl"),
-                per_device_train_batch_size=rows,
-                num_generations=self.row.group,
-                max_completion_length=self.row.new_tokens,
-                loss_type="grpo",
-                top_k=0,
-                learning_rate=1e-6,
-                max_grad_norm=1.0,
-                max_steps=10_000,
-                gradient_checkpointing=False,
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in texts]),
-            processing_class=tokenizer,
-        )
-        self.trainer.create_optimizer_and_scheduler(10_000)
-        self.batches = iter(self.trainer.get_train_dataloader())
+        config = {**self.CONFIG, "output_dir": str(self.folder / "trl")}
+        self.trainer = self.create(config, json.loads((self.folder / PROMPTS).read_text()), tokenizer)
+        self.trainer.create_optimizer_and_scheduler(self.CONFIG["max_steps"])
         self.trainer.current_gradient_accumulation_steps = 1
+        self.batches, self.losses = iter(()), []
+
+    def create(self, config: dict[str, Any], texts: list, tokenizer: Any) -> Any:
+        raise NotImplementedError
 
     def repeat(self, count: int) -> None:
         trainer = self.trainer
@@ -281,61 +272,56 @@ class GRPOStepSide(TorchSide):
             if inputs is None:
                 self.batches = iter(trainer.get_train_dataloader())
                 inputs = next(self.batches)
-            trainer.training_step(trainer.model, inputs, None)
-            nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad(set_to_none=True)
-            trainer.state.global_step += 1
-
-
-class DPOStepSide(TorchSide):
-    """TRL's trainer, as above."""
-
-    def build(self) -> None:
-        import datasets
-        import trl
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        tokenizer.pad_token = tokenizer.eos_token
-        self.trainer = trl.DPOTrainer(
-            model=self.load_model(),
-            args=trl.DPOConfig(
-                output_dir=str(self.folder / "trl"),
-                per_device_train_batch_size=self.row.batch,
-                precompute_ref_log_probs=True,
-                learning_rate=1e-6,
-                weight_decay=0.1,
-                max_steps=10_000,
-                gradient_checkpointing=False,
-                report_to="none",
-                use_cpu=True,
-                bf16=False,
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            train_dataset=datasets.Dataset.from_list(json.loads((self.folder / PROMPTS).read_text())),
-            processing_class=tokenizer,
-        )
-        self.trainer.create_optimizer_and_scheduler(10_000)
-        self.inputs = next(iter(self.trainer.get_train_dataloader()))
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.losses = []
-
-    def prepare(self) -> dict[str, Any]:
-        facts = super().prepare()
-        return {**facts, "losses": self.losses[:3]}
-
-    def repeat(self, count: int) -> None:
-        trainer = self.trainer
-        for _ in range(count):
-            loss = trainer.training_step(trainer.model, dict(self.inputs), None)
+            loss = trainer.training_step(trainer.model, inputs, None)
             nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
             trainer.optimizer.step()
             trainer.optimizer.zero_grad(set_to_none=True)
             trainer.state.global_step += 1
             if len(self.losses) < 3:
                 self.losses.append(loss.item())
+
+
+class GRPOStepSide(TRLSide):
+    def create(self, config: dict[str, Any], texts: list, tokenizer: Any) -> Any:
+        import datasets
+        import trl
+
+        return trl.GRPOTrainer(
+            model=self.load_model(),
+            reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+            args=trl.GRPOConfig(
+                per_device_train_batch_size=self.row.batch * self.row.group,
+                num_generations=self.row.group,
+                max_completion_length=self.row.new_tokens,
+                loss_type="grpo",
+                top_k=0,
+                **config,
+            ),
+            train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in texts]),
+            processing_class=tokenizer,
+        )
+
+
+class DPOStepSide(TRLSide):
+    def build(self) -> None:
+        super().build()
+        inputs = next(iter(self.trainer.get_train_dataloader()))
+        self.batches = (dict(inputs) for _ in itertools.count())  # as on our side, made once
+
+    def create(self, config: dict[str, Any], texts: list, tokenizer: Any) -> Any:
+        import datasets
+        import trl
+
+        return trl.DPOTrainer(
+            model=self.load_model(),
+            args=trl.DPOConfig(per_device_train_batch_size=self.row.batch, precompute_ref_log_probs=True, **config),
+            train_dataset=datasets.Dataset.from_list(texts),
+            processing_class=tokenizer,
+        )
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        return {**facts, "losses": self.losses}
 
 
 SIDES = {
