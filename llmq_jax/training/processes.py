@@ -121,16 +121,16 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def share(text: str) -> str:
-    """What process 0 gives, on all of them."""
+def share(value: Any) -> Any:
+    """What process 0 gives, which JSON can hold, on all of them."""
     if jax.process_count() == 1:
-        return text
+        return value
     from jax.experimental import multihost_utils
 
-    content = np.frombuffer(text.encode(), np.uint8)
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     buffer = np.resize(content, size) if first() else np.zeros(size, np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer), np.uint8)).decode()
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer), np.uint8)))
 
 
 def together(action: Callable[[], Any]) -> Any:
@@ -156,7 +156,7 @@ def same(config: dict, differences: Callable[[dict, dict], list[str]]) -> None:
     """BadInput on all processes where one has other options or other data than process 0."""
     if jax.process_count() == 1:
         return
-    theirs = json.loads(share(json.dumps(config)))
+    theirs = share(config)
 
     def compare() -> None:
         if found := differences(theirs, config):

@@ -45,7 +45,7 @@ class RunFolder:
         self._lock: int | None = None
         same(self.config, lambda old, new: _differences(old, new, may_change))
         together(lambda: self._open(may_change) if first() else None)
-        self.resumed = share(str(first() and self.resumed)) == str(True)
+        self.resumed = share(first() and self.resumed)
 
     def _open(self, may_change: Collection[str]) -> None:
         self._check(may_change)

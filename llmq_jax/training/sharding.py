@@ -8,6 +8,7 @@ Which dimension goes to which axis stands in `layers.axes`. The compiler does th
 the exchanges between devices in (axes are of type Auto: with Explicit ones Linen's modules cannot run).
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,12 @@ def row_share() -> dict[str, int]:
     equal ones. Processes that divide layers alone among them make the same rows."""
     if jax.process_count() == 1 or not axis_sizes():
         return {"process_index": 0, "process_count": 1}
-    mesh = jax.sharding.get_mesh()
+    index, count = _row_share(jax.sharding.get_mesh())
+    return {"process_index": index, "process_count": count}
+
+
+@functools.cache
+def _row_share(mesh: Mesh) -> tuple[int, int]:
     devices = row_devices(mesh.shape)
     rows = NamedSharding(mesh, PartitionSpec(AXES["batch"])).devices_indices_map((devices,))
     own = [rows[device][0].indices(devices)[0] for device in rows if device.process_index == jax.process_index()]
@@ -141,7 +147,7 @@ def row_share() -> dict[str, int]:
             f"a process's {jax.local_device_count()} devices have rows apart on mesh {dict(mesh.shape)}; choose sizes "
             "that keep them together"
         )
-    return {"process_index": min(own) // held, "process_count": devices // held}
+    return min(own) // held, devices // held
 
 
 def own_rows(batch: dict) -> dict:

@@ -11,7 +11,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import everywhere, in_place
 from llmq_jax.objectives.expert_balance import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
-from llmq_jax.training.sharding import place_batch
+from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
 from llmq_jax.training.state import TrainState
 
 ROUTER = "router"
@@ -23,8 +23,11 @@ EXTREMES = {
 }
 """Metrics that do not add over batches, but are the least or the greatest of them."""
 REPLICAS = "replicas"
-COLLECTIVES = {name: jax.lax.pmin if pick is jnp.minimum else jax.lax.pmax for name, pick in EXTREMES.items()}
-COLLECTIVES["coefficient"] = jax.lax.pmax  # a weight that is the same in every part of a batch
+COLLECTIVES = {
+    **{name: jax.lax.pmin if pick is jnp.minimum else jax.lax.pmax for name, pick in EXTREMES.items()},
+    "coefficient": jax.lax.pmax,  # a weight that is the same in every part of a batch
+}
+"""Of what does not add up over replicas."""
 
 
 @runtime_checkable
@@ -108,12 +111,7 @@ def _on_replicas(train_step: Callable, parts: int) -> Callable:
         devices = jax.local_device_count()
 
         def divided(array: Any) -> Any:
-            if len(array) % (devices * parts):
-                each = "" if parts == 1 else f" in {parts} parts"
-                raise BadInput(
-                    f"a batch of {len(array)} rows{each} cannot be divided among {devices} devices; choose a multiple "
-                    f"of {devices * parts}"
-                )
+            check_rows(len(array), parts, mesh_sizes(f"data={devices}"))
             return array.reshape(devices, len(array) // devices, *array.shape[1:])
 
         return compiled(state, {name: divided(array) for name, array in batch.items()})

@@ -1,6 +1,5 @@
 """A recipe in two processes on this machine, with 4 virtual devices each, joined over loopback."""
 
-import json
 import os
 import shutil
 import signal
@@ -8,13 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SIZES = "--num-hidden-layers 2 --hidden-size 16 --num-attention-heads 2 --context 16 --batch-size 8 --steps 12"
-TELLS = "--log-every 1 --evaluate-every 6 --sample-every 12 --checkpoint-every 6"
+from tests.train.test_mesh import ROOT, SIZES, TELLS, records
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +61,6 @@ def ended(processes):
     """(exit code, standard output, standard error) of each."""
     outputs = [process.communicate(timeout=300) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
-
-
-def records(run):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {(row["step"], name): row[name] for row in found for name in ("loss", "validation_loss") if name in row}
 
 
 @pytest.fixture(scope="module")
