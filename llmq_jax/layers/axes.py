@@ -152,6 +152,11 @@ def in_place(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def in_use(names: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The dimensions of a parameter that stay divided where it meets activations: not those that only save memory."""
+    return tuple(None if AXES.get(name) == (FSDP,) else name for name in names)
+
+
 def where_used(tree: Any) -> Any:
     """Parameters as products take them: whole along what is divided to save memory alone. Before a loop, once. Their
     gradients are divided as they are themselves."""
@@ -160,8 +165,8 @@ def where_used(tree: Any) -> Any:
         return tree
 
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
-        names = [None if AXES.get(name) == (FSDP,) else name for name in dimensions(path_names(path))]
-        used, kept = (division((), leaf.shape, sizes, names=each) for each in (names, dimensions(path_names(path))))
+        names = dimensions(path_names(path))
+        used, kept = (division((), leaf.shape, sizes, names=each) for each in (in_use(names), names))
 
         @jax.custom_vjp
         def gathered(x: Array) -> Array:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, axis_sizes, division
+from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, axis_sizes, division, in_use
 from llmq_jax.layers.expert_dispatch import WEIGHTS, Activation, Exchange, ExpertWeights, choose, dispatch, slots_each
 
 # Adapters of experts, as (A, B): of what they add to, the dimensions that they have; the low rank is whole.
@@ -68,5 +68,4 @@ def _spec(name: str, leaf: object, sizes: dict[str, int]) -> object:
     if name in _LOW_RANK:
         return tuple(division((), x.shape, sizes, names=dims) for x, dims in zip(leaf, _LOW_RANK[name], strict=True))
     path = name if name.endswith("bias") else f"{name}_kernel"
-    names = tuple(None if dimension == "embed" else dimension for dimension in EXPERTS[path])
-    return division((), leaf.shape, sizes, names=names)
+    return division((), leaf.shape, sizes, names=in_use(EXPERTS[path]))
