@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 if __name__ == "__main__":
-    import tests.mesh_program  # noqa: F401  which asks for the devices
+    import tests.eight_devices  # noqa: F401
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
