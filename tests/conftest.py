@@ -12,7 +12,18 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import gc
+import subprocess
 import sys
+
+# Tests compile thousands of programs and run each once or twice: what they wait for is the compiler. With these flags
+# it takes a quarter of its time, for slower programs. An XLA that does not know one of them does not start, so they are
+# tried first.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+if "PYTEST_XDIST_WORKER" not in os.environ and os.environ.get("OPTIMIZED_TESTS") != "true":
+    quick = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    if subprocess.run(command, env=quick, capture_output=True).returncode == 0:
+        os.environ["XLA_FLAGS"] = quick["XLA_FLAGS"]
 
 from jaxtyping import install_import_hook
 

@@ -5,11 +5,14 @@ starts, hence a program of its own:
 """
 
 import json
+import os
 import re
 import sys
 
+from tests.devices import with_devices
+
 if __name__ == "__main__":
-    import tests.eight_devices  # noqa: F401
+    os.environ.update(with_devices(8))
 
 import jax
 import jax.numpy as jnp

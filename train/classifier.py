@@ -338,6 +338,7 @@ def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> Non
     from llmq_jax.training.atomic_files import write_atomically, write_json_atomically
     from llmq_jax.training.classification_report import classification_report, plot_confusion, worst_errors
     from llmq_jax.training.processes import first
+    from llmq_jax.training.report_page import write_report_page
 
     logits = lm.classify_rows(rows, options.batch_size)
     if not first():
@@ -349,6 +350,7 @@ def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> Non
     write_atomically(folder / "errors.jsonl", lines.encode())
     write_json_atomically(folder / "test.json", report.to_json())
     plot_confusion(report, folder / "confusion.png")
+    write_report_page(folder)
     print(f"\ntest on {len(part):,} texts: {report.text()}\n")
     print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
 

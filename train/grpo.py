@@ -182,6 +182,7 @@ def grpo(options: Options) -> Any:
     from llmq_jax.training.grpo import Loop
     from llmq_jax.training.plots import plot_panels
     from llmq_jax.training.processes import first
+    from llmq_jax.training.report_page import write_report_page
     from llmq_jax.training.reward_learner import REWARD_MODEL
     from llmq_jax.training.rollout_scores import ModelReward
     from llmq_jax.training.state import create_state
@@ -268,6 +269,7 @@ def grpo(options: Options) -> Any:
     )
     if options.log_every and first():
         print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
+        write_report_page(options.out)
     learned = Path(options.out) / REWARD_MODEL
     if loop.reward_learner is not None and result.state is not None and not learned.exists():
         model = score if isinstance(score, ModelReward) else score.model

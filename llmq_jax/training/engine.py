@@ -33,6 +33,7 @@ from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
 from llmq_jax.training.progress import Status
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
+from llmq_jax.training.report_page import write_report_page
 from llmq_jax.training.run_folder import FINISHED, RunFolder
 from llmq_jax.training.run_options import NEUTRAL_OPTIONS, RunOptions
 from llmq_jax.training.sharding import row_share
@@ -219,6 +220,8 @@ class _Loop:
                 plot_losses(self.folder.path)
                 plot_experts(self.folder.path)
             self.folder.mark_finished(result.figures())
+            if self.options.plot:
+                write_report_page(self.folder.path)
         return result
 
     def resume(self, say: Callable[[str], None]) -> None:

@@ -104,6 +104,13 @@ class SamplesFile:
         self._file.close()
 
 
+def read_samples(path: str | Path) -> list[tuple[int, str]]:
+    """All (step, text), in order; what a kill tore is left out."""
+    data = Path(path).read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"^step (\d+)\n((?:  .*\n)+)\n", data, re.MULTILINE)
+    return [(int(step), re.sub(r"^  ", "", body, flags=re.MULTILINE).removesuffix("\n")) for step, body in found]
+
+
 def drop_samples_after(path: str | Path, step: int) -> None:
     """Cut the file back to samples of `step` and before, atomically."""
     path = Path(path)

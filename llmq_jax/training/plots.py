@@ -48,16 +48,21 @@ def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
 def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]]) -> Path:
     """Draw metrics of the run in `folder` over steps as `curves.png`: panels of (title, names of metrics), of which
     those that the run has not measured are left out."""
-    from matplotlib.ticker import MaxNLocator
-
     folder = Path(folder)
     records = read_metrics(folder / METRICS)
     found = [(title, {name: points for name in names if (points := curve(records, name))}) for title, names in panels]
-    found = [(title, curves) for title, curves in found if curves]
-    columns = 2
-    rows = max(1, -(-len(found) // columns))
-    figure = blank_figure((10.0, 2.6 * rows))
-    for index, (title, curves) in enumerate(found):
+    path = folder / "curves.png"
+    draw_panels([(title, curves) for title, curves in found if curves]).savefig(path)
+    return path
+
+
+def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 2) -> Any:
+    """A figure of panels of (title, curves by name); a curve that is named by the title needs no legend."""
+    from matplotlib.ticker import MaxNLocator
+
+    rows = max(1, -(-len(panels) // columns))
+    figure = blank_figure((10.0, 5.2 / columns * rows))
+    for index, (title, curves) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
         for colour, (name, points) in zip(RUN_COLOURS, curves.items(), strict=False):
@@ -66,10 +71,9 @@ def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]])
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["right", "top"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    path = folder / "curves.png"
-    figure.savefig(path)
-    return path
+        if list(curves) != [title]:
+            axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def read_run(folder: Path) -> list[Record]:

@@ -3,9 +3,10 @@
 Devices are virtual, which a process must ask for before JAX starts: hence the other process.
 """
 
-import os
 import subprocess
 import sys
+
+from tests.devices import with_devices
 
 PROGRAM = """
 from functools import partial
@@ -62,8 +63,7 @@ for name in ("blocks", "ragged", "capacity"):
 
 
 def test_experts_on_eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=with_devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
     for name in ("blocks", "ragged", "capacity"):

@@ -1,11 +1,12 @@
 """Chunked losses on 8 virtual devices, for which a process must ask before JAX starts: a program of its own."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.devices import with_devices
 
 MESHES = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
 EXCHANGE = r" (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)(?:-start)?\("
@@ -73,9 +74,8 @@ def program() -> None:
 
 
 def test_every_device_goes_through_its_own_rows():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.objectives.test_loss_on_mesh"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=with_devices(8))
     assert done.returncode == 0, done.stderr[-3000:]
     found = list(map(json.loads, done.stdout.splitlines()))
     assert [facts["mesh"] for facts in found] == [*MESHES, *MESHES]

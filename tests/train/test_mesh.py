@@ -1,13 +1,14 @@
 """A recipe on 8 virtual devices, which a process must ask for before JAX starts, from its options to its samples."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.devices import with_devices
 
 ROOT = Path(__file__).parents[2]
 SIZES = "--num-hidden-layers 2 --hidden-size 16 --num-attention-heads 2 --context 16 --batch-size 8 --steps 12"
@@ -19,12 +20,11 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mesh")
     text = folder / "text.txt"
     text.write_text("To be, or not to be, that is the question. " * 60)
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 
     def run(out, *options):
         words = [*SIZES.split(), *TELLS.split(), "--data", str(text), "--out", str(folder / out), *options]
         command = [sys.executable, "-m", "train.pretrain", *words]
-        return folder / out, subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        return folder / out, subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=with_devices(8))
 
     return run
 

@@ -1,6 +1,5 @@
 """A recipe in two processes on this machine, with 4 virtual devices each, joined over loopback."""
 
-import os
 import shutil
 import signal
 import socket
@@ -10,6 +9,7 @@ import time
 
 import pytest
 
+from tests.devices import with_devices
 from tests.train.test_mesh import ROOT, SIZES, TELLS, records
 
 
@@ -26,12 +26,7 @@ def begin(folder):
     begun = []
 
     def begin(out, *options, devices=4, **variables):
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_PLATFORMS": "cpu",
-            **variables,
-        }
+        environment = {**with_devices(devices), **variables}
         data = () if "--data" in options else ("--data", str(folder / "text.txt"))
         words = [*SIZES.split(), *TELLS.split(), *data, "--out", str(folder / out), *options]
         command = [sys.executable, "-m", "train.pretrain", *words]

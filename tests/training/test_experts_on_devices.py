@@ -3,9 +3,10 @@
 Devices are virtual, which a process must ask for before JAX starts: hence the other process.
 """
 
-import os
 import subprocess
 import sys
+
+from tests.devices import with_devices
 
 PROGRAM = """
 import jax
@@ -38,7 +39,6 @@ print("moved", np.abs(bias).max() > 0.01, "devices", len(jax.devices()))
 
 
 def test_a_batch_over_eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=with_devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[0] == "moved True devices 8"

@@ -6,6 +6,7 @@ A process must ask for devices before JAX starts, hence a program of its own:
 """
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.devices import with_devices
+
 if __name__ == "__main__":
-    import tests.eight_devices  # noqa: F401
+    os.environ.update(with_devices(8))
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec

@@ -1,0 +1,215 @@
+"""A run as one HTML page that needs nothing else: figures, curves, experts, samples, times, checkpoints and options.
+
+    write_report_page("runs/mine")  # runs/mine/report.html
+
+Pictures are inside it, no script runs and nothing is fetched, so that it can be mailed, and read in ten years.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.atomic_files import write_atomically
+from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
+from llmq_jax.training.plots import draw_panels
+from llmq_jax.training.progress import clock
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK
+
+PAGE = "report.html"
+SHOWN_SAMPLES = 5
+PICTURES = {
+    "losses.png": "Loss",
+    "curves.png": "What it learned",
+    "confusion.png": "Confusion on the test",
+    "expert-load.png": "Load of the experts",
+    "balance.png": "Balance of the experts",
+}
+"""Those that a run may have drawn, and what stands above each."""
+BESIDE = ("step", "tokens", "loss", "validation_loss")
+"""In losses.png already."""
+STYLE = """
+:root { color-scheme: light dark; --ink: #24292f; --soft: #667085; --line: #d9dee5; --paper: #fff; --bar: #2f6fb0 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #dfe5ec; --soft: #94a0b0; --line: #384250; --paper: #14181d; --bar: #5b9bd8 }
+}
+body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.2rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { margin: 0; font-size: 1.7rem } h2 { margin: 2.4rem 0 .8rem; font-size: 1.15rem }
+p.about { margin: .2rem 0 1.6rem; color: var(--soft) }
+dl.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; margin: 0 }
+dl.figures div { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
+dl.figures dt { color: var(--soft); font-size: .82rem } dl.figures dd { margin: 0; font-size: 1.15rem }
+img { max-width: 100%; border-radius: .5rem; background: #fff }
+pre { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; overflow-x: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: .85rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: anywhere } th { color: var(--soft); font-weight: 500 }
+.bar { display: inline-block; height: .7rem; background: var(--bar); border-radius: .2rem }
+summary { cursor: pointer; color: var(--soft) }
+"""
+
+
+def write_report_page(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a run, finished or not, and return its path. BadInput where it is no
+    run's."""
+    folder = Path(folder)
+    path = folder / PAGE
+    write_atomically(path, report_page(folder).encode())
+    return path
+
+
+def report_page(folder: Path) -> str:
+    """The page, as text."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        config = {}
+    if not isinstance(config, dict) or MARK not in config:
+        raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
+    records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    finished = json.loads((folder / FINISHED).read_bytes()) if (folder / FINISHED).is_file() else None
+    name = folder.absolute().name
+    done = f"finished after {finished['step']:,} steps" if finished else f"not finished: {_reached(records)}"
+    about = " · ".join(filter(None, (str(config.get("recipe", "")), _model_name(config), done)))
+    parts = [
+        f"<h1>{html.escape(name)}</h1>\n<p class=about>{html.escape(about)}</p>",
+        _figures(finished or {}, records),
+        *(_section(title, _picture(folder / file)) for file, title in PICTURES.items() if (folder / file).is_file()),
+        *_curves(records),
+        *_samples(folder / SAMPLES),
+        *_times((finished or {}).get("time")),
+        *_checkpoints(Checkpoints(folder / "checkpoints"), records),
+        _section("Options", _options(config)),
+    ]
+    title = html.escape(name)
+    return (
+        f'<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n<meta name=viewport content="width=device-width">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+    )
+
+
+def _reached(records: Sequence[Mapping[str, Any]]) -> str:
+    return f"step {records[-1]['step']:,} is the last that it told of" if records else "nothing measured yet"
+
+
+def _model_name(config: dict) -> str:
+    model = config.get("model")
+    return str(model.get("model_type", "")) if isinstance(model, dict) else ""
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>\n{body}"
+
+
+def _figures(finished: dict, records: Sequence[Mapping[str, Any]]) -> str:
+    last = {name: value for record in records for name, value in record.items() if isinstance(value, int | float)}
+    found = {**last, **{name: value for name, value in finished.items() if value is not None}}
+    shown = {
+        "steps": _number(found.get("step")),
+        "tokens": _number(found.get("tokens")),
+        "loss": _number(found.get("loss")),
+        "validation loss": _number(found.get("validation_loss")),
+        "best validation loss": _number(found.get("best_validation_loss")),
+        "reward": _number(found.get("reward")),
+        "validation reward": _number(found.get("validation_reward")),
+        "accuracy": _number(found.get("validation_accuracy")),
+        "training": clock(found["seconds"]) if "seconds" in found else None,
+        "tokens/s": _number(found.get("tokens_per_second"), "{:,.0f}"),
+        "peak memory": _number(found.get("peak_memory_bytes", 0) / 2**20 or None, "{:,.0f} MiB"),
+    }
+    boxes = (f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in shown.items() if text is not None)
+    return f"<dl class=figures>{''.join(boxes)}</dl>"
+
+
+def _number(value: Any, form: str = "") -> str | None:
+    if value is None:
+        return None
+    return form.format(value) if form else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _picture(path: Path) -> str:
+    return _image(path.read_bytes(), path.stem)
+
+
+def _image(png: bytes, name: str) -> str:
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A panel for each number that was measured at more than one step."""
+    names = dict.fromkeys(name for record in records for name in record if name not in BESIDE)
+    found = {name: [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)] for name in names}
+    panels = [(name, {name: points}) for name, points in found.items() if len(points) > 1]
+    if panels:
+        png = io.BytesIO()
+        draw_panels(panels, columns=3).savefig(png, format="png")
+        yield _section("Everything measured", _image(png.getvalue(), "metrics"))
+
+
+def _samples(path: Path) -> Iterator[str]:
+    samples = read_samples(path) if path.is_file() else []
+    if not samples:
+        return
+    texts = [f"<p>Step {step:,}</p>\n<pre>{html.escape(printable(text))}</pre>" for step, text in samples]
+    body = "\n".join(reversed(texts[-SHOWN_SAMPLES:]))
+    if earlier := texts[:-SHOWN_SAMPLES]:
+        folded = "\n".join(reversed(earlier))
+        body += f"\n<details><summary>{len(earlier)} earlier</summary>\n{folded}\n</details>"
+    yield _section("Samples, the newest first", body)
+
+
+def _times(times: Mapping[str, float] | None) -> Iterator[str]:
+    total = sum((times or {}).values())
+    if not total:
+        return
+    rows = []
+    for name, seconds in sorted(times.items(), key=lambda item: -item[1]):
+        bar = f'<span class=bar style="width: {20 * seconds / total:.2f}rem"></span>'
+        rows.append((name, clock(seconds), f"{seconds / total:.1%}", bar))
+    yield _section("Where the time went", _table(("part", "time", "share", ""), rows, ready=(3,)))
+
+
+def _checkpoints(checkpoints: Checkpoints, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    rows = [
+        (f"{step:,}", _number(losses.get(step)) or "", f"{_bytes_in(checkpoints.path(step)) / 2**20:,.1f} MiB")
+        for step in checkpoints.steps()
+    ]
+    if rows:
+        yield _section("Checkpoints", _table(("step", "validation loss", "size"), rows))
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _options(config: dict) -> str:
+    """Those of the recipe, then, folded, the loop's and the model's."""
+    own = {name: value for name, value in config.items() if not isinstance(value, dict) and name != MARK}
+    body = _table(("option", "value"), _pairs(own))
+    for name in (name for name, value in config.items() if isinstance(value, dict)):
+        table = _table((name, "value"), _pairs(config[name]))
+        body += f"\n<details><summary>{html.escape(name)}</summary>{table}</details>"
+    return body
+
+
+def _pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if value is not None:
+            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], ready: Sequence[int] = ()) -> str:
+    """Cells as text, but for the columns in `ready`, which are HTML."""
+    first = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    lines = (
+        "".join(f"<td>{cell if i in ready else html.escape(cell)}</td>" for i, cell in enumerate(row)) for row in rows
+    )
+    return f"<table><tr>{first}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -1,0 +1,130 @@
+"""A run as one HTML page: all of it inside, nothing of it live, and readable in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.metrics import SamplesFile, read_samples
+from llmq_jax.training.report_page import write_report_page
+
+BROWSER = next(
+    (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
+)
+HOSTILE = "<script>alert(1)</script> & <img src=http://example.org/x.png>"
+
+
+class Reader(HTMLParser):
+    """What a browser would see: text outside of style, tags, and what it would fetch."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.text, self.tags, self.fetched, self._open = "", [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self._open.append(tag)
+        self.fetched += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" not in self._open:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "my run"
+    tiny_run.run(folder)
+    samples = SamplesFile(folder / "samples.txt")
+    samples.write(20, HOSTILE)
+    samples.close()
+    return folder
+
+
+def test_a_run_writes_its_page_at_its_end(folder):
+    page = (folder / "report.html").read_text()
+    assert "finished after 20 steps" in page and "validation loss" in page
+
+
+def test_everything_is_inside_and_nothing_is_live(folder):
+    page = write_report_page(folder).read_text()
+    found = Reader(page)
+    assert "script" not in found.tags and "link" not in found.tags
+    assert found.fetched and all(value.startswith("data:image/png;base64,") for value in found.fetched)
+    assert not re.search(r"url\(|@import", page)
+    assert HOSTILE in found.text  # as text
+    for part in ("Loss", "Everything measured", "Where the time went", "Checkpoints", "checkpoint_every"):
+        assert part in found.text, part
+
+
+def test_a_run_under_way_has_a_page_too(folder, tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(folder / name, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:10])  # torn
+    step = json.loads(lines[2])["step"]
+    assert f"not finished: step {step}" in Reader(write_report_page(tmp_path).read_text()).text
+    (tmp_path / "metrics.jsonl").unlink()
+    assert "nothing measured yet" in write_report_page(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"model_type": "gpt2"}'])
+def test_what_is_no_run(config, tmp_path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BadInput, match="not the folder of a run"):
+        write_report_page(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    texts = [(4, "one\n\n  two\n"), (8, ""), (12, "step 3\n")]
+    file = SamplesFile(tmp_path / "samples.txt")
+    for step, text in texts:
+        file.write(step, text)
+    file.close()
+    whole = (tmp_path / "samples.txt").read_bytes()
+    assert read_samples(tmp_path / "samples.txt") == texts
+    (tmp_path / "samples.txt").write_bytes(whole[:-3])
+    assert read_samples(tmp_path / "samples.txt") == texts[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+def test_in_a_real_browser(folder, tmp_path):
+    """Without a network; what it shows is what it was given, and its pictures are drawn."""
+    path = write_report_page(folder)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    script = (
+        "<script>document.title = [...document.images].map(i => i.naturalWidth > 100 && i.complete).join()</script>"
+    )
+    probed = tmp_path / "probed.html"
+    probed.write_text(path.read_text().replace("</body>", f"<img src=data:broken>{script}</body>"))
+    done = subprocess.run([*command, probed.absolute().as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    title = re.search(r"<title>(.*?)</title>", done.stdout)[1].split(",")
+    assert title == ["true", "true", "false"]  # the last one is broken on purpose
+    assert "Everything measured" in Reader(done.stdout).text
+
+
+def test_the_command(folder, capsys):
+    from llmq_jax.command_line import run
+    from train.report import main
+
+    (folder / "report.html").unlink()
+    with pytest.raises(SystemExit) as ended:
+        run(main, [str(folder)], program="python -m train.report")
+    assert ended.value.code == 0
+    assert Path(capsys.readouterr().out.strip()) == folder / "report.html"
+    assert (folder / "report.html").is_file()

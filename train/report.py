@@ -1,0 +1,26 @@
+"""A run as one HTML page that needs nothing else, to be read offline: figures, curves, samples, times and options.
+
+    python -m train.report runs/mine
+
+A run writes it at its end as report.html; this writes it of a run that is under way, was stopped, or is older.
+"""
+
+from dataclasses import dataclass
+
+from llmq_jax.command_line import Positional, run
+
+
+@dataclass(frozen=True)
+class Options:
+    run: Positional[str]
+    """Run folder."""
+
+
+def main(options: Options) -> None:
+    from llmq_jax.training.report_page import write_report_page
+
+    print(write_report_page(options.run))
+
+
+if __name__ == "__main__":
+    run(main)
