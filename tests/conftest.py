@@ -31,16 +31,14 @@ install_import_hook("llmq_jax", "beartype.beartype")
 
 import pytest
 
-MAPPINGS = Path("/proc/self/maps")
-MANY = 25_000
-
 
 @pytest.fixture(autouse=True, scope="module")
-def room_for_compiled_programs():
-    """Linux lets a process have 65,530 pieces of memory, and each compiled program takes several: beyond, LLVM aborts.
-    What is dropped here is compiled again from the cache on disk."""
+def programs_of_one_module():
+    """JAX keeps each program with its MLIR context, and the more of them live, the slower a new one is made: after a
+    thousand tests an addition takes seconds. (And Linux lets a process have 65,530 pieces of memory, of which a program
+    takes several.) What is dropped here comes again from the cache on disk."""
     yield
-    if "jax" in sys.modules and MAPPINGS.exists() and len(MAPPINGS.read_bytes().splitlines()) > MANY:
+    if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
 
