@@ -37,7 +37,7 @@ from train.options import (
     warmup_steps,
 )
 from train.pretrain import exports
-from train.rewards import REWARD_RATE, names, reward_functions, reward_learner, reward_models, rewards
+from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
@@ -252,6 +252,7 @@ def grpo(options: Options) -> Any:
         print(f"before training: {', '.join(f'{name} {value:.4f}' for name, value in means.items())}", flush=True)
     parts = {"training": training, "validation": validation}
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests |= reward_digests(options, score)
     result = engine.run(
         loop.start(create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable)),
         loop.step,

@@ -75,6 +75,8 @@ class TrainingOptions:
     """Steps between two checkpoints, besides those of a new lowest validation loss; 0: no checkpoints at all."""
     keep_last: Annotated[int | None, default_is("3")] = None
     """Checkpoints to keep, besides the one of lowest validation loss."""
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """Where there is no room for a checkpoint: stop, or warn and go on until the next one."""
     wandb: Annotated[str | None, default_is("none")] = None
     """Project at Weights & Biases to log to."""
     profile: Annotated[str | None, default_is("none", metavar="FIRST:LAST")] = None

@@ -1,5 +1,6 @@
 """What answers are worth, by the options of train.grpo: functions of texts, a reward model, and how it learns on."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,33 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
     if scorer.name in functions.rewards.names:
         raise BadInput(f"--reward names a function {scorer.name!r}, as the reward model is called; rename it")
     return SummedRewards(functions, scorer, reward_weights(options)[names(options.reward).index(folder)])
+
+
+def reward_digests(options: Any, score: Any) -> dict[str, Any]:
+    """SHA-256 of what rewards come from besides the options, which a run that resumes must find again: Python files, a
+    reward model's weights, the pairs that it goes on learning from."""
+    import jax
+    import numpy as np
+
+    from llmq_jax.training.rollout_scores import ModelReward
+
+    given = [name.rpartition(":")[0] or name for name in (*names(options.reward), *names(options.judge))]
+    files = sorted({name for name in given if Path(name).suffix == ".py"})
+    digests: dict[str, Any] = {"reward_sha256": {name: file_digest(name) for name in files}} if files else {}
+    if reward_models(options):
+        model = score if isinstance(score, ModelReward) else score.model
+        weights = hashlib.sha256()
+        for leaf in jax.tree.leaves(model.lm.variables):
+            weights.update(np.asarray(leaf).tobytes())
+        digests["reward_model_sha256"] = weights.hexdigest()
+    if options.replay_data is not None:
+        digests["replay_sha256"] = file_digest(options.replay_data)
+    return digests
+
+
+def file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: int) -> Any:

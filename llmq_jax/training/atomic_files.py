@@ -1,7 +1,10 @@
-"""Files that are either whole or not there, whenever the process or the machine stops."""
+"""Files that are either whole or not there, whenever the process or the machine stops, or the disk is full."""
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,53 @@ from typing import Any
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path`: readers, and whoever comes after a crash, see the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with _naming(path), open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except Exception:
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+class AppendedFile:
+    """A file that grows by whole pieces, each handed to the system at once. A piece for which there is no room is left
+    out as a whole, and waits to be written with the next one."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._waiting = b""
+
+    def append(self, piece: bytes = b"") -> None:
+        self._waiting += piece
+        end = os.fstat(self._file.fileno()).st_size
+        written = 0
+        try:
+            with _naming(self.path):
+                while written < len(self._waiting):
+                    written += self._file.write(self._waiting[written:])
+        except BaseException:
+            self._file.truncate(end)
+            raise
+        self._waiting = b""
+
+    def cut(self, size: int) -> None:
+        """Drop what comes after so many bytes."""
+        self._file.truncate(size)
+
+    def sync(self) -> None:
+        """Put everything on the disk, what waits too."""
+        self.append()
+        with _naming(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """What waits is lost."""
+        self._file.close()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
@@ -33,3 +77,26 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+"""What the system says where there is no room: on the disk, in the user's quota, in a file."""
+
+
+def full_disk(error: BaseException) -> str | None:
+    """Which of these the error says, and of which file, if it does. Libraries in other languages repeat the system's
+    words in errors of their own."""
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{FULL[error.errno]}{where}" if error.errno in FULL else None
+    return next((words for words in FULL.values() if words in str(error)), None)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of writing name the file, which the system does only where it cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

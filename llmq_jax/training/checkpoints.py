@@ -13,12 +13,15 @@ the process is killed at, a folder with a plain number is a whole checkpoint.
 
 import contextlib
 import dataclasses
+import errno
+import io
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +33,12 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import path_names
 from llmq_jax.training.atomic_files import json_bytes, sync_folder
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
-from llmq_jax.training.processes import first, wait_for_all
+from llmq_jax.training.processes import first, share, wait_for_all
 
 VERSION = 1
 STATE, CONFIG, TOKENIZER, INFO = "state", "config.json", "tokenizer", "checkpoint.json"
 SAVING, DELETING, DAMAGED = ".saving-", ".deleting-", "damaged-"
+MARGIN = 2**20  # bytes beside the arrays: their metadata, the tokenizer, records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +111,17 @@ class Checkpoints:
     ) -> Path:
         """Commit the state, any pytree of arrays, as the checkpoint of `step`; then delete what need not be kept.
 
-        `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`. A save that fails
-        leaves nothing behind.
+        `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`. A save that fails, as
+        where there is no room, leaves nothing behind.
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
         if first():
-            shutil.rmtree(saving, ignore_errors=True)
-            saving.mkdir(parents=True)
+            _discard(saving)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        _check_room(self.folder, state)
+        if first():
+            saving.mkdir()
         wait_for_all("checkpoint folder")
         try:
             with _orbax() as (ocp, checkpointer):
@@ -134,7 +141,7 @@ class Checkpoints:
                 os.rename(saving, target)
         except Exception:
             if first():
-                shutil.rmtree(saving, ignore_errors=True)
+                _discard(saving)
             raise
         if first():
             sync_folder(self.folder)
@@ -205,6 +212,24 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError):
             os.rename(checkpoint, hidden)
             shutil.rmtree(hidden)
+
+
+def _check_room(folder: Path, state: Any) -> None:
+    """OSError, in all processes, where the disk has too little room for the state: Orbax would write until the disk is
+    full, for others too, and then complain in several places at once."""
+    arrays = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
+    free = share(shutil.disk_usage(folder).free if first() else None)
+    if free < arrays + max(arrays // 20, MARGIN):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _discard(folder: Path) -> None:
+    """Delete a save that failed, into which a thread of Orbax's may still write."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.1)
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
@@ -312,14 +337,22 @@ def _orbax() -> Iterator[tuple[Any, Any]]:
     """`orbax.checkpoint` (imported here: it takes a third of a second) and a synchronous checkpointer.
 
     Without compression, which saves 8% on float32 weights and makes saving and restoring three times as slow.
+    Where Orbax fails, its threads go on for a moment, and each tells of its own error; the one that is raised says it.
     """
     import orbax.checkpoint as ocp
 
     log = logging.getLogger("absl")
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(logging.CRITICAL)
     try:
-        with ocp.PyTreeCheckpointer(use_compression=False, use_zarr3=True) as checkpointer:
-            yield ocp, checkpointer
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                with ocp.PyTreeCheckpointer(use_compression=False, use_zarr3=True) as checkpointer:
+                    yield ocp, checkpointer
+            except Exception as error:
+                if not isinstance(error, BadInput):
+                    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # futures complain when they are collected
+                    time.sleep(0.5)
+                raise
     finally:
         log.setLevel(level)

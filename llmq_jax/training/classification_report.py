@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from llmq_jax.training.plots import INK, blank_figure
+from llmq_jax.training.plots import INK, blank_figure, save_figure
 
 SCORES = ("precision", "recall", "f1")
 WORST = 20
@@ -152,8 +152,7 @@ def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:
         colour = "white" if parts[row, column] > 0.5 else INK
         axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
     figure.colorbar(image, label="part of the class")
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def _ratio(part: Any, whole: Any) -> float:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from io import TextIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import processes
+from llmq_jax.training.atomic_files import full_disk
 from llmq_jax.training.checkpoints import Checkpoints, config_dict
 from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory
@@ -44,6 +45,10 @@ from llmq_jax.training.trackers import require_wandb
 
 class NonFiniteLoss(BadInput):
     """Training broke down. The message names the step and the checkpoint to go on from."""
+
+
+class DiskFull(BadInput):
+    """There is no room for a checkpoint or a record. The message names the checkpoint to go on from."""
 
 
 def run(
@@ -85,7 +90,8 @@ def run(
 
     Under Linux the process's malloc is told to keep freed memory, for good: see host_memory.py.
 
-    Raises BadInput before anything runs; NonFiniteLoss when training breaks down; OutOfMemory; StoppedBySignal, which
+    Raises BadInput before anything runs; NonFiniteLoss when training breaks down; OutOfMemory; DiskFull, unless
+    the options have the run go on and the checkpoint without room is not its last; StoppedBySignal, which
     exits, after SIGTERM or SIGINT, once the state is saved (without checkpoints, both signals act as usual).
     """
     able = {"evaluates": evaluate is not None, "samples": sample is not None}
@@ -96,6 +102,8 @@ def run(
         raise BadInput(
             "config has no effect: without a folder nothing is saved, and a RunFolder has its own; leave it out"
         )
+    if options.on_full_disk == "continue" and jax.process_count() > 1:
+        raise BadInput("on_full_disk is continue, which is for one process; leave it out")
     output = sys.stdout if output is None else output
     keep_freed_memory()
 
@@ -122,7 +130,8 @@ def run(
             result = loop.finished_before()
             print(f"{folder.path} is finished already; nothing to do", file=output)
         else:
-            result = loop.train(output)
+            with loop.full_disk_told():
+                result = loop.train(output)
         usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
         report = report_text(result, folder and folder.path, loop.profile.text(), next_commands if usable else ())
         print(report, file=output, flush=True)
@@ -207,6 +216,7 @@ class _Loop:
                     # The checkpoint resumed from came before its step's sample, which may be missing or torn.
                     self.write_sample()
                 self.loop(stop)
+            self.recorder.sync()
         except ERRORS as error:
             if shortage(error) is None:
                 raise
@@ -334,9 +344,11 @@ class _Loop:
             self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
         best_to_keep = new_best and options.keep_best and options.checkpoint_every > 0
         if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
+            goes_on = options.on_full_disk == "continue" and step < options.steps and not stop.received
             with self.time.on("checkpoints", step):
-                self.save()
-            self.recorder.message(f"step {step}: checkpoint saved")
+                why = self.save(goes_on)
+            said = f"warning: {why}; going on" if why else f"step {step}: checkpoint saved"
+            self.recorder.message(said)
         if stop.received and step < options.steps:
             self.recorder.message(
                 f"stopped by {stop.received.name} after step {step}, which is saved; "
@@ -359,20 +371,42 @@ class _Loop:
             text = self.sample(self.state.variables, self.step)
         self.recorder.sample(self.step, text)
 
-    def save(self) -> None:
+    def save(self, goes_on: bool) -> str | None:
+        """Save the checkpoint of this step. Where there is no room and the run `goes_on`: what to say."""
         if not _all_finite(self.state.variables):
             raise self.broken(self.step, "the update made parameters that are not finite")
-        # The checkpoint promises all records up to its step.
-        self.recorder.sync()
-        self.checkpoints.save(
-            self.step,
-            self.state,
-            model_config=self.model_config,
-            tokenizer=self.tokenizer,
-            validation_loss=self.validation.get(self.step),
-            tokens=self.tokens,
-        )
+        try:
+            # The checkpoint promises all records up to its step.
+            self.recorder.sync()
+            self.checkpoints.save(
+                self.step,
+                self.state,
+                model_config=self.model_config,
+                tokenizer=self.tokenizer,
+                validation_loss=self.validation.get(self.step),
+                tokens=self.tokens,
+            )
+        except Exception as error:
+            why = full_disk(error)
+            if why is None or not goes_on:
+                raise
+            return f"step {self.step}: checkpoint not saved: {why}; {self.last_saved('good checkpoint')}"
         self.saved = self.step
+        return None
+
+    @contextlib.contextmanager
+    def full_disk_told(self) -> Iterator[None]:
+        """DiskFull for whatever found no room."""
+        try:
+            yield
+        except Exception as error:
+            why = full_disk(error)
+            if why is None or isinstance(error, BadInput):
+                raise
+            saved = self.last_saved("good checkpoint")
+            raise DiskFull(
+                f"stopped at {self.time.place}: {why}; {saved}; make room, and give the same command again"
+            ) from error
 
     def broken(self, step: int, what: str, look_at: str = "the batch of this step") -> NonFiniteLoss:
         advice = f"lower the learning rate or look at {look_at}"

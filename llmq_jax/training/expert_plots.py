@@ -7,7 +7,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import Record
-from llmq_jax.training.plots import INK, RUN_COLOURS, blank_axes, blank_figure, curve, read_run
+from llmq_jax.training.plots import INK, RUN_COLOURS, blank_axes, blank_figure, curve, read_run, save_figure
 
 # A heat map shows the mean over this part of the records, the last ones.
 LAST_PART = 0.2
@@ -32,8 +32,7 @@ def plot_expert_load(folders: Sequence[str | Path], path: str | Path) -> Path:
         axes.set_yticks(np.arange(0, load.shape[0], max(1, load.shape[0] // 8)))
     panels[0].set_ylabel("layer with experts", color=INK)
     figure.colorbar(image, ax=panels, label="load, as a multiple of the mean", extend="max")
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def plot_balance(folders: Sequence[str | Path], path: str | Path) -> Path:
@@ -48,8 +47,7 @@ def plot_balance(folders: Sequence[str | Path], path: str | Path) -> Path:
         axes.plot(*zip(*points, strict=True), color=RUN_COLOURS[index % len(RUN_COLOURS)], linewidth=1.4, label=name)
     axes.set_ylim(bottom=0.0)
     axes.legend(frameon=False)
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def plot_experts(folder: str | Path) -> list[Path]:

@@ -8,13 +8,12 @@ Equal runs write equal records, `TIME_FIELDS` apart. After a kill both files are
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.atomic_files import write_atomically
+from llmq_jax.training.atomic_files import AppendedFile, write_atomically
 from llmq_jax.training.time_spent import SECONDS
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
@@ -39,26 +38,16 @@ def shown_loss(record: Record) -> float | None:
     return next((record[name] for name in OWN_LOSSES if name in record), record.get("loss"))
 
 
-class MetricsFile:
-    """Append records to `path`, one JSON object a line, each handed to the system at once. A last line that a kill tore
-    is cut off first."""
+class MetricsFile(AppendedFile):
+    """Append records to `path`, one JSON object a line. A last line that a kill tore is cut off first."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
-        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+        super().__init__(path)
+        self.cut(self.path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, record: Record) -> None:
         """A figure that is not finite becomes null, which every JSON reader takes."""
-        self._file.write(json.dumps({name: _plain(value) for name, value in record.items()}).encode() + b"\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Put all records on the disk: before a checkpoint, which makes them due."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+        self.append(json.dumps({name: _plain(value) for name, value in record.items()}).encode() + b"\n")
 
 
 def read_metrics(path: str | Path) -> list[Record]:
@@ -85,23 +74,12 @@ def drop_metrics_after(path: str | Path, step: int) -> None:
         write_atomically(path, b"".join(json.dumps(record).encode() + b"\n" for record in kept))
 
 
-class SamplesFile:
+class SamplesFile(AppendedFile):
     """Append samples to `path`: a heading for each, and the text indented below it, so that no text looks like one."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
 
     def write(self, step: int, text: str) -> None:
         body = "".join(f"  {line}\n" for line in printable(text).split("\n"))
-        self._file.write(f"step {step}\n{body}\n".encode())
-        self._file.flush()
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+        self.append(f"step {step}\n{body}\n".encode())
 
 
 def read_samples(path: str | Path) -> list[tuple[int, str]]:

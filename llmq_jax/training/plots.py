@@ -1,11 +1,13 @@
 """Loss curves as PNG: of one run, and of several beside one another."""
 
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training.atomic_files import write_atomically
 from llmq_jax.training.metrics import METRICS, Record, read_metrics, shown_loss
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
@@ -27,9 +29,7 @@ def plot_losses(folder: str | Path) -> Path:
     if validation:
         _draw(axes, validation, VALIDATION, "validation")
     axes.legend(frameon=False)
-    path = folder / "losses.png"
-    figure.savefig(path)
-    return path
+    return save_figure(figure, folder / "losses.png")
 
 
 def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
@@ -41,8 +41,7 @@ def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
         points = curve(records, "validation_loss") if validated else training_curve(records)
         _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], name)
     axes.legend(frameon=False)
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]]) -> Path:
@@ -51,9 +50,7 @@ def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]])
     folder = Path(folder)
     records = read_metrics(folder / METRICS)
     found = [(title, {name: points for name in names if (points := curve(records, name))}) for title, names in panels]
-    path = folder / "curves.png"
-    draw_panels([(title, curves) for title, curves in found if curves]).savefig(path)
-    return path
+    return save_figure(draw_panels([(title, curves) for title, curves in found if curves]), folder / "curves.png")
 
 
 def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 2) -> Any:
@@ -93,6 +90,14 @@ def curve(records: list[Record], name: str) -> Points:
 def training_curve(records: list[Record]) -> Points:
     """The training losses, as they are shown."""
     return [(record["step"], loss) for record in records if (loss := shown_loss(record)) is not None]
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write the figure as a whole: in the format of the file's name."""
+    path, image = Path(path), io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix(".") or "png")
+    write_atomically(path, image.getvalue())
+    return path
 
 
 def blank_figure(size: tuple[float, float] = (8, 4.8)) -> Any:

@@ -1,11 +1,13 @@
 """Everything a run tells the world: files in its folder, trackers, and the terminal."""
 
 import dataclasses
+from collections.abc import Callable
 from io import TextIOBase
 from typing import Any
 
 import numpy as np
 
+from llmq_jax.training.atomic_files import full_disk
 from llmq_jax.training.metrics import (
     METRICS,
     SAMPLES,
@@ -28,6 +30,8 @@ class Recorder:
 
     def __init__(self, folder: RunFolder | None, options: RunOptions, start: int, output: TextIOBase):
         self._metrics = self._samples = None
+        self._goes_on = options.on_full_disk == "continue"
+        self._told = False
         self._trackers = []
         if folder is not None:
             drop_metrics_after(folder.path / METRICS, start)
@@ -60,16 +64,17 @@ class Recorder:
         indented = printable(text).replace("\n", "\n  ")
         self._progress.message(f"step {step}: sample\n  {indented}")
         if self._samples:
-            self._samples.write(step, text)
+            self._keep(self._samples.write, step, text)
 
     def message(self, text: str) -> None:
         self._progress.message(text)
 
     def sync(self) -> None:
-        """Put metrics and samples on the disk."""
+        """Put metrics and samples on the disk, those too that found no room there before."""
         for file in (self._metrics, self._samples):
             if file:
                 file.sync()
+        self._told = False
 
     def close(self) -> None:
         self._progress.close()
@@ -80,7 +85,19 @@ class Recorder:
 
     def _write(self, record: Record) -> None:
         if self._metrics:
-            self._metrics.write(record)
+            self._keep(self._metrics.write, record)
         figures = {name: value for name, value in record.items() if np.ndim(value) == 0}
         for tracker in self._trackers:
-            tracker.write(figures)
+            self._keep(tracker.write, figures)
+
+    def _keep(self, write: Callable[..., None], *what: Any) -> None:
+        """Write, or warn once where there is no room and the run goes on: what is written then waits in its file."""
+        try:
+            write(*what)
+        except OSError as error:
+            why = full_disk(error)
+            if why is None or not self._goes_on:
+                raise
+            if not self._told:
+                self._progress.message(f"warning: {why}; going on, and writing it later")
+            self._told = True

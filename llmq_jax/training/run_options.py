@@ -1,6 +1,7 @@
 """When a run logs, evaluates, samples and saves."""
 
 import dataclasses
+from typing import Literal
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.profile import profiled_steps
@@ -16,6 +17,7 @@ NEUTRAL_OPTIONS = (
     "wandb",
     "plot",
     "profile",
+    "on_full_disk",
 )
 """Options that change neither metrics nor weights: a run may be resumed with others."""
 
@@ -44,6 +46,8 @@ class RunOptions:
     """Draw losses.png at the end."""
     profile: str | None = None
     """Steps to trace, the first and the last: "10:15"."""
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """Where there is no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0)):
@@ -52,6 +56,8 @@ class RunOptions:
         for name in ("evaluate_every", "sample_every", "checkpoint_every"):
             if (getattr(self, name) or 0) < 0:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 (0: never)")
+        if self.on_full_disk not in ("stop", "continue"):
+            raise BadInput(f"on_full_disk is {self.on_full_disk!r}; it must be stop or continue")
         if self.profile is not None:
             profiled_steps(self.profile, self.steps)
 

@@ -4,29 +4,53 @@ Both are copies. What counts is metrics.jsonl, which alone is cut back exactly w
 """
 
 import importlib.util
+import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training.atomic_files import AppendedFile
 from llmq_jax.training.metrics import Record
 
 
 class TensorBoard:
-    """Event files in `folder`; events of steps after `resume_step`, from before a kill, are purged."""
+    """Event files in `folder`; events of steps after `resume_step`, from before a kill, are purged.
+
+    tensorboardX has the format. Its writers have a thread each, which a full disk ends without the run's knowing; the
+    run would then wait for it for ever.
+    """
 
     def __init__(self, folder: str | Path, resume_step: int = 0):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         # Also where a run killed before its first checkpoint starts again from step 0.
-        purges = resume_step > 0 or any(Path(folder).glob("events.*"))
-        self._writer = _summary_writer()(str(folder), purge_step=resume_step + 1 if purges else None)
+        purges = resume_step > 0 or any(folder.glob("events.*"))
+        self._format = _tensorboard_format()
+        self._file = AppendedFile(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}")
+        self._append(file_version="brain.Event:2")
+        if purges:
+            start = self._format.SessionLog(status=self._format.SessionLog.START)
+            self._append(step=resume_step + 1, session_log=start)
 
     def write(self, record: Record) -> None:
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                group = "validation" if name.startswith("validation_") else "training"
-                self._writer.add_scalar(f"{group}/{name.removeprefix('validation_')}", value, record["step"])
+        values = [
+            self._format.Summary.Value(tag=_tag(name), simple_value=float(value))
+            for name, value in record.items()
+            if name != "step" and value is not None
+        ]
+        self._append(step=record["step"], summary=self._format.Summary(value=values))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, **fields) -> None:
+        """One event: its length, it, and checksums of both."""
+        event = self._format.Event(wall_time=time.time(), **fields).SerializeToString()
+        length = len(event).to_bytes(8, "little")
+        checks = [self._format.masked_crc32c(part).to_bytes(4, "little") for part in (length, event)]
+        self._file.append(length + checks[0] + event + checks[1])
 
 
 class WeightsAndBiases:
@@ -58,15 +82,22 @@ def require_wandb() -> None:
         raise BadInput("wandb is not installed; pip install 'llmq_jax[wandb]', or leave the wandb option out")
 
 
-def _summary_writer() -> type:
-    """tensorboardX's writer. On import it loads PyTorch where there is one, for features unused here: a second of time
-    and a second set of compute threads. Marked as absent, PyTorch stays out."""
+def _tag(name: str) -> str:
+    group = "validation" if name.startswith("validation_") else "training"
+    return f"{group}/{name.removeprefix('validation_')}"
+
+
+def _tensorboard_format() -> SimpleNamespace:
+    """TensorBoard's messages and their checksum. On import tensorboardX loads PyTorch where there is one, for features
+    unused here: a second of time and a second set of compute threads. Marked as absent, PyTorch stays out."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import masked_crc32c
     finally:
         if hidden:
             del sys.modules["torch"]
-    return SummaryWriter
+    return SimpleNamespace(Event=Event, SessionLog=SessionLog, Summary=Summary, masked_crc32c=masked_crc32c)

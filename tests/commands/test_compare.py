@@ -42,7 +42,7 @@ def test_training_losses_where_a_run_has_no_others(llmq, run, tmp_path, monkeypa
     from matplotlib.figure import Figure
 
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_: figures.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
     assert llmq("compare", run("a", 3.0), run("b", training=4.0), "--out", tmp_path / "x.png")[0] == 0
     (axes,) = figures[0].axes
     assert axes.get_title(loc="left") == "training loss"

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
-from llmq_jax.training.engine import NonFiniteLoss, count_tokens
+from llmq_jax.training.engine import DiskFull, NonFiniteLoss, count_tokens
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
@@ -409,3 +410,47 @@ def test_tokens_are_counted_from_the_masks():
     assert count_tokens({"chosen_mask": some, "rejected_mask": np.ones((2, 3))}) == 9
     assert count_tokens({"tokens": ones, "mask": np.ones(2), "lengths": np.array([3, 1])}) == 4
     assert count_tokens({"tokens": ones}) == 6
+
+
+def full_at(monkeypatch, *steps):
+    """There is no room for the checkpoints of these steps."""
+    save = Checkpoints.save
+
+    def saving(checkpoints, step, *arguments, **named):
+        if step in steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(checkpoints, step, *arguments, **named)
+
+    monkeypatch.setattr(Checkpoints, "save", saving)
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_once_there_is_room(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        full_at(patched, 8)
+        with pytest.raises(DiskFull) as error:
+            tiny_run.run(folder)
+    assert str(error.value) == (
+        f"stopped at the checkpoints of step 8: No space left on device; the last good checkpoint is "
+        f"{folder}/checkpoints/00000004; make room, and give the same command again"
+    )
+    tiny_run.run(folder)
+    assert_same_run(folder, whole)
+
+
+def test_a_run_may_go_on_without_a_checkpoint_but_for_the_last(whole, tmp_path, monkeypatch):
+    going_on = replace(OPTIONS, on_full_disk="continue")
+    output = io.StringIO()
+    full_at(monkeypatch, 4, 12)
+    tiny_run.run(tmp_path / "run", options=going_on, output=output)
+    warnings = [line for line in output.getvalue().splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: step 4: checkpoint not saved: No space left on device; no checkpoint was saved before it; going on",
+        f"warning: step 12: checkpoint not saved: No space left on device; the last good checkpoint is "
+        f"{tmp_path}/run/checkpoints/00000008; going on",
+    ]
+    assert_same_run(tmp_path / "run", whole)
+    full_at(monkeypatch, STEPS)
+    with pytest.raises(DiskFull, match=f"checkpoints of step {STEPS}: No space left on device; the last good .*16; "):
+        tiny_run.run(tmp_path / "last", options=going_on)
+    assert not (tmp_path / "last" / "finished.json").exists()

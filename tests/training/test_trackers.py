@@ -53,7 +53,7 @@ def test_tensorboard_does_not_load_torch():
     import subprocess
 
     code = (
-        "import sys; from llmq_jax.training.trackers import _summary_writer; _summary_writer(); "
+        "import sys; from llmq_jax.training.trackers import _tensorboard_format; _tensorboard_format(); "
         "assert 'torch' not in sys.modules; import tensorboardX"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
