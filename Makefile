@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all fuzz bench lint clean
 
 ## demo: train a small GPT-2 on this computer, generate, export it to Hugging Face (about 3 minutes)
 demo: $(CORE)
@@ -19,6 +19,10 @@ test: $(TEST)
 ## test-all: the suite, then everything slow
 test-all: test
 	$(BIN)/python -m pytest -n 2 -m slow
+
+## fuzz: every reader of files against 10,000 damaged inputs (`make test` tries 300)
+fuzz: $(TEST)
+	FUZZ_INPUTS=10000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
 ## bench: measure ourselves beside PyTorch, write docs/benchmarks.md (needs a C compiler and an idle machine)
 bench: $(TEST)

@@ -11,7 +11,15 @@ class BadInput(ValueError):
     """Something the user gave cannot be used.
 
     The message is one line: what is wrong, where, and what to do about it. Commands print it and exit with code 2.
+    Whatever it quotes from a file, it breaks no line and tells a terminal nothing.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else " " if character.isspace() else "\ufffd"
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -1,11 +1,15 @@
 """Values from JSON against the annotations of dataclass fields."""
 
+import dataclasses
 import typing
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any
 
 from llmq_jax.errors import BadInput, did_you_mean
+
+LARGEST_FLOAT = 2**1023
+"""Integers below it can be made floats."""
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -14,7 +18,13 @@ def has_type(value: Any, hint: Any) -> bool:
         return any(has_type(value, option) for option in typing.get_args(hint))
     if (kind := typing.get_origin(hint)) in (list, tuple):
         return type(value) is kind and all(has_type(item, typing.get_args(hint)[0]) for item in value)
-    return type(value) is hint or (hint is float and type(value) is int)
+    return type(value) is hint or (hint is float and type(value) is int and abs(value) < LARGEST_FLOAT)
+
+
+def as_type(value: Any, hint: Any) -> Any:
+    """A value that suits the annotation, in its type: JSON may write a float without a point."""
+    options = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return float(value) if type(value) is int and float in options and int not in options else value
 
 
 def type_name(hint: Any) -> str:
@@ -30,4 +40,7 @@ def create(kind: type, values: Mapping[str, Any]) -> Any:
             raise BadInput(f"{kind.__name__.lower()}: there is no field {name!r}; {known}")
         if not has_type(value, hints[name]):
             raise BadInput(f"{kind.__name__.lower()}: {name}={value!r} is not of the type {type_name(hints[name])}")
-    return kind(**values)
+    for entry in dataclasses.fields(kind):
+        if entry.init and entry.name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
+            raise BadInput(f"{kind.__name__.lower()}: lacks {entry.name}")
+    return kind(**{name: as_type(value, hints[name]) for name, value in values.items()})

@@ -20,6 +20,7 @@ from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import create
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
@@ -31,6 +32,7 @@ from llmq_jax.layers.axes import everywhere
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, spread, trained_numbers
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
+from llmq_jax.models.config import require_sizes
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
 from llmq_jax.weight_type import weight_type
@@ -346,6 +348,8 @@ def load(
 ) -> LanguageModel:
     """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, OpenAI's GPT-2, or a run of ours.
 
+    A hub id may name a revision, a commit or a tag, to get the same files for ever: "org/name@revision".
+
     Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
     the weights in a folder or file: "hf", for GPT-2 also "book" and "original". `config` takes the place of the one
     stored with the weights. A dict changes just some of its fields; for weights that come without one it says what
@@ -474,12 +478,13 @@ def _config(path: Path, fields: dict) -> Any:
     """A config dataclass from the dict that a checkpoint keeps."""
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise BadInput(f"{path}: model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}")
     try:
-        return ARCHITECTURES[model_type].config_class(**fields)
-    except TypeError as error:
-        raise BadInput(f"{path}: its config is of another version ({error})") from error
+        require_sizes(fields)
+        return create(ARCHITECTURES[model_type].config_class, fields)
+    except BadInput as error:
+        raise BadInput(f"{path}: its config is damaged, or of another version ({error})") from error
 
 
 def _check_fit(path: Path, variables: dict, config: Any):

@@ -1,13 +1,23 @@
 """Chat templates: a conversation as the text that a model was trained on, by the Jinja template that comes with it.
 
 The text is the one that transformers' `apply_chat_template` gives. A template is a program by whoever made the model,
-so it runs in Jinja's sandbox, and its work is counted: each call and each turn of a loop is a step, each character that
-`*` repeats is another, and neither steps nor output may exceed a bound. That ends loops and recursions that would go on
-for ever. It does not bound the memory of a single expression: a template that asks for a gigabyte of blanks gets it.
+so it runs in Jinja's sandbox, which lets it at nothing but its variables, and in bounds of its own:
+
+- time: each call and each turn of a loop is a step, each character that `*` repeats is another; steps are counted, and
+  each looks at the clock. That ends loops and recursions that would go on for ever.
+- memory: what an operator, a filter or a method of strings makes is counted too, and how much that can be is worked out
+  before it is made: `"x" | center(1000000000)` makes nothing.
+
+A template cannot be stopped within a step; what a step can make bounds how long it takes. Jinja works out constants as
+it compiles, but none that go through what is counted here.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,11 +26,23 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace, _PassArg
+from jinja2.visitor import NodeTransformer
 
 from llmq_jax.errors import BadInput
 
 MAX_STEPS = 10**6
 MAX_CHARACTERS = 2**24
+"""Of the text that a template writes."""
+MAX_MADE = 2**27
+"""Characters and items of all the values that it makes on the way, and of any one that it is about to make."""
+ITEM = 256
+"""As how many characters an item of a list counts."""
+MAX_SECONDS = 20.0
+MAX_DEPTH = 100
+"""Of values within values."""
+MAX_BITS = 2**14
+"""Of an integer."""
 
 
 class ChatTemplate:
@@ -31,11 +53,8 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens or {})
         self._sandbox = _Sandbox()
         try:
-            tree = self._sandbox.parse(source)
-            for loop in tree.find_all(nodes.For):
-                position = {"lineno": loop.lineno, "environment": self._sandbox}
-                loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, **position)
-            self._template = self._sandbox.from_string(tree)
+            self._sandbox.begin()
+            self._template = self._sandbox.from_string(_Counting().visit(self._sandbox.parse(source)))
         except TemplateSyntaxError as error:
             raise BadInput(f"the chat template is not valid Jinja: line {error.lineno}: {_one_line(error)}") from error
         except Exception as error:  # Jinja folds constants as it compiles, and nests as deep as the template does
@@ -58,7 +77,8 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         pieces: list[str] = []
-        characters = self._sandbox.steps = 0
+        characters = 0
+        self._sandbox.begin()
         try:
             for piece in self._template.generate(given):
                 characters += len(piece)
@@ -85,34 +105,184 @@ class _Generation(Extension):
         return caller()
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """What templates may use, as transformers has it, and the count of their steps."""
+class _Counting(NodeTransformer):
+    """Sends through filters what Jinja would compile to plain Python, out of the sandbox's sight."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.iter = _filtered("counted", node.iter)
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:
+        self.generic_visit(node)
+        node.nodes = [
+            child if isinstance(child, nodes.TemplateData) else _filtered("shown", child) for child in node.nodes
+        ]
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+        self.generic_visit(node)
+        return _filtered("concatenated", nodes.List(node.nodes, lineno=node.lineno, environment=node.environment))
+
+    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Filter:
+        self.generic_visit(node)
+        return _filtered("made", node)
+
+    visit_Dict = visit_List
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filtered("made", node) if node.ctx == "load" else node
+
+
+def _filtered(name: str, node: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
+
+
+class _Spent(threading.local):
+    """What a template has taken so far; two threads may render the same one."""
+
+    steps = 0
+    made = 0
+    deadline = 0.0
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """What templates may use, as transformers has it, and the count of what they take."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-        self.steps = 0
-        self.filters |= {"tojson": _to_json, "counted": _counted}
+        self.spent = _Spent()
+        self.filters |= {"tojson": _to_json}
+        for name in WEB_FILTERS:
+            del self.filters[name]
+        self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+        self.filters |= {"counted": _counted, "shown": _shown, "concatenated": _concatenated, "made": _made}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         del self.globals["lipsum"]  # writes as much blind text as it is asked for, in one step
 
+    def begin(self) -> None:
+        self.spent.steps = self.spent.made = 0
+        self.spent.deadline = time.monotonic() + MAX_SECONDS
+
     def spend(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > MAX_STEPS:
+        self.spent.steps += steps
+        if self.spent.steps > MAX_STEPS:
             raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+        if time.monotonic() > self.spent.deadline:
+            raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds")
+
+    def make(self, value: Any) -> Any:
+        """The value, counted."""
+        if isinstance(value, str | list | tuple | dict | Namespace):
+            size = _size(value)
+            self.spent.made += size if isinstance(value, str | Namespace) else 8 * len(value)
+            if self.spent.made > MAX_MADE:
+                raise SecurityError(f"it makes values of more than {MAX_MADE:,} characters in all")
+        elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise SecurityError(f"it makes an integer of more than {MAX_BITS:,} bits")
+        return value
 
     def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.spend(1)
-        return super().call(context, called, *args, **kwargs)
+        method = getattr(called, "__wrapped__", called)  # the sandbox's own version of str.format
+        if isinstance(text := getattr(method, "__self__", None), str):
+            args = _without_iterators(args)
+            _check_bound(method.__name__, (text, *args, *kwargs.values()))
+            return self.make(super().call(context, called, *args, **kwargs))
+        value = super().call(context, called, *args, **kwargs)
+        return self.make(value) if isinstance(value, dict | Namespace) else value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise SecurityError("** is not allowed")
-        for repeated, times in ((left, right), (right, left)):
+        for repeated, times in ((left, right), (right, left)) if operator == "*" else ():
             if isinstance(repeated, str | list | tuple) and isinstance(times, int):
                 self.spend(len(repeated) * max(times, 0))
-        return super().call_binop(context, operator, left, right)
+        if operator == "%" and isinstance(left, str):
+            _check_bound("%", (left, right))
+        return self.make(super().call_binop(context, operator, left, right))
+
+
+WEB_FILTERS = ("urlize", "xmlattr", "striptags", "pprint", "slice", "batch", "wordwrap", "filesizeformat")
+"""Made for web pages and of no use in a chat; some search texts in more than linear time."""
+_CHEAP = """
+    abs attr count counted d default dictsort first float int items last length list map random reject rejectattr
+    reverse round select selectattr
+"""
+CHEAP_FILTERS = frozenset(_CHEAP.split())
+"""Those that make no text, so that how much they make needs no look at what they are given."""
+FIELD = {"%": "%", "format": "{", "format_map": "{"}
+WIDTH = {
+    "%": re.compile(r"%[^%a-zA-Z]*(\*|\d{5})"),
+    "format": re.compile(r":[^{}]*(\{|\d{5})"),
+    "format_map": re.compile(r":[^{}]*(\{|\d{5})"),
+}
+"""Widths of five digits, and those that stand elsewhere."""
+
+
+def _bounded(name: str, function: Callable) -> Callable:
+    """The filter, whose result is counted, and refused beforehand if it could be too large."""
+    first = _PassArg.from_obj(function)
+
+    @pass_context  # also keeps Jinja from calling it as it compiles
+    def bounded(context: Context, *args: Any, **kwargs: Any) -> Any:
+        if name not in CHEAP_FILTERS:
+            args = _without_iterators(args)
+            _check_bound(name, (*args, *kwargs.values()))
+        given = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx}.get(first, context.environment)
+        value = function(*args, **kwargs) if first is None else function(given, *args, **kwargs)
+        return context.environment.make(value) if name not in CHEAP_FILTERS or name in ("int", "list") else value
+
+    return bounded
+
+
+def _without_iterators(values: tuple) -> tuple:
+    """What they yield as lists, whose size can be told."""
+    return tuple(list(value) if isinstance(value, Iterator) else value for value in values)
+
+
+def _check_bound(name: str, operands: tuple) -> None:
+    """Refuse what could make too large a text of these."""
+    bound, text = sum(map(_size, operands)), operands[0]
+    if name == "replace" and len(operands) > 2 and all(isinstance(operand, str) for operand in operands[:3]):
+        bound += text.count(operands[1]) * len(operands[2])
+    elif name == "join":
+        # Of the separator and the items, whichever comes first.
+        bound += math.prod(len(operand) for operand in operands[:2] if isinstance(operand, str | list | tuple | dict))
+    elif name in WIDTH:
+        if isinstance(text, str) and WIDTH[name].search(text):
+            raise SecurityError("a format with such a width is not allowed")
+        bound += 10_000 * str(text).count(FIELD[name]) + str(text).count(FIELD[name]) * bound
+    else:
+        bound *= max((abs(width) for width in operands[1:] if isinstance(width, int)), default=1) or 1
+    if bound > MAX_MADE:
+        raise SecurityError(f"{name} could make more than {MAX_MADE:,} characters")
+
+
+def _size(value: Any) -> int:
+    """About how many characters a value is as text, and its items count for in memory, as long as that is not too many:
+    where a value stands in several places it counts in each."""
+    if isinstance(value, str):
+        return len(value)
+    size, inside = 0, [iter((value,))]
+    while inside:
+        for item in inside[-1]:
+            size += len(item) if isinstance(item, str) else ITEM
+            if isinstance(item, Namespace):
+                item = item._Namespace__attrs
+            if isinstance(item, list | tuple | dict) and item:
+                inside.append(iter((*item, *item.values()) if isinstance(item, dict) else item))
+                break
+        else:
+            inside.pop()
+        if size > MAX_MADE:
+            raise SecurityError(f"it makes values of more than {MAX_MADE:,} characters")
+        if len(inside) > MAX_DEPTH:
+            raise SecurityError(f"it makes values within one another, more than {MAX_DEPTH} deep")
+    return size
 
 
 @pass_context
@@ -120,6 +290,24 @@ def _counted(context: Context, items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         context.environment.spend(1)
         yield item
+
+
+@pass_context
+def _shown(context: Context, value: Any) -> Any:
+    """What is about to be written."""
+    _size(value)
+    return value
+
+
+@pass_context
+def _concatenated(context: Context, values: list) -> str:
+    context.environment.spend(1)
+    return context.environment.make("".join(str(_shown(context, value)) for value in values))
+
+
+@pass_context
+def _made(context: Context, value: Any) -> Any:
+    return context.environment.make(value)
 
 
 def _to_json(

@@ -6,12 +6,12 @@ folders hold the same two under the names `merges.txt` and `vocab.json`.
 
 import hashlib
 import importlib.util
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -23,6 +23,9 @@ PUBLISHED_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 """OpenAI's files, as tiktoken pins them."""
+
+
+MOST_IDS = 2**31
 
 
 class Vocabulary(NamedTuple):
@@ -102,16 +105,29 @@ def read_vocabulary(vocabulary_path: Path, merges_path: Path) -> Vocabulary:
     added = vocabulary_path.parent / "added_tokens.json"
     if added.is_file():
         special |= _token_ids(added)
+    token_of: dict[int, str] = {}
+    for token, number in [*ids.items(), *special.items()]:
+        if token in special and special[token] != ids.get(token, special[token]):
+            raise BadInput(f"{added}: {token!r} has the id {special[token]} here and {ids[token]} in the vocabulary")
+        if token in special and token in characters:
+            raise BadInput(f"{added}: {token!r} is a single byte, and cannot be a special token")
+        if token_of.setdefault(number, token) != token:
+            raise BadInput(f"{vocabulary_path}: {token_of[number]!r} and {token!r} have the same id, {number}")
     return Vocabulary(ids, merges, special)
 
 
 def _token_ids(path: Path) -> dict[str, int]:
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
+        ids = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(ids, dict) or not all(isinstance(number, int) for number in ids.values()):
+    if not isinstance(ids, dict) or not all(type(number) is int for number in ids.values()):
         raise BadInput(f"{path} must hold one JSON object of token: id")
+    for token, number in ids.items():
+        if not 0 <= number < MOST_IDS:
+            raise BadInput(f"{path}: {token!r} has the id {number}, which is not from 0 to {MOST_IDS - 1:,}")
+        if not token.isascii() and any("\ud800" <= character <= "\udfff" for character in token):
+            raise BadInput(f"{path}: {token!r} holds half a surrogate pair, which is no character")
     return ids
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 TABLES = (".csv", ".tsv")
@@ -197,13 +198,13 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}: line {number}", value) for number, value in json_lines(path))
         return
     try:
-        content = json.loads(read_text(path))
+        content = parse_json(read_text(path))
     except json.JSONDecodeError as error:
         hint = ": name it .jsonl if every line is a record" if error.msg == "Extra data" else ""
         where = f"line {error.lineno}, column {error.colno}"
         raise BadInput(f"{path}: broken JSON at {where} ({error.msg}){hint}") from None
-    except RecursionError:
-        raise BadInput(f"{path}: JSON is nested too deeply") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: JSON that cannot be read: {error}") from None
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
@@ -222,11 +223,11 @@ def json_values(lines: Iterable[tuple[int, str]], source: str) -> Iterator[tuple
         if line.isspace():
             continue
         try:
-            record = json.loads(line.rstrip())
+            record = parse_json(line.rstrip())
         except json.JSONDecodeError as error:
             raise BadInput(f"{source}: broken JSON at line {number}, column {error.colno} ({error.msg})") from None
-        except RecursionError:
-            raise BadInput(f"{source}: line {number}: JSON is nested too deeply") from None
+        except ValueError as error:
+            raise BadInput(f"{source}: line {number}: JSON that cannot be read: {error}") from None
         yield number, record
 
 

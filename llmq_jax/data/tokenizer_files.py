@@ -10,6 +10,7 @@ import tokenizers as hf_tokenizers
 
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
 
 COMPANION_FILES = (
     "tokenizer_config.json",
@@ -94,7 +95,7 @@ class TokenizerFiles:
     def _json(self, name: str) -> dict:
         """What is in one of the files, {} where there is no such file."""
         try:
-            content = json.loads(self.contents.get(name, b"{}"))
+            content = parse_json(self.contents.get(name, b"{}"))
         except ValueError as error:
             raise BadInput(f"{self.source}: {name} is not a JSON object ({error})") from None
         if not isinstance(content, dict):

@@ -78,6 +78,8 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
     """The config of a `config.json`. A field that changes the computation and is not supported is BadInput."""
     if "model_type" not in values:
         raise BadInput(f"config.json has no model_type; supported: {SUPPORTED}")
+    if not isinstance(values["model_type"], str):
+        raise BadInput(f"model_type={values['model_type']!r} is no name; supported: {SUPPORTED}")
     if values["model_type"] in PARTS:
         part = PARTS[values["model_type"]]
         return config_table(part.model_type).from_hf(part.read(values))

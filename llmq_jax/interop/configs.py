@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import has_type, type_name
+from llmq_jax.field_types import as_type, has_type, type_name
 from llmq_jax.interop.float8 import without_blocks
+from llmq_jax.models.config import require_sizes
 from llmq_jax.models.heads import numbered_labels
 
 # Fields of every config.json that do not change what a decoder computes.
@@ -71,10 +72,13 @@ CLASSIFIER_FIELDS = ("architectures", "id2label", "label2id", "num_labels", "pro
 
 def read_labels(values: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The names of the classes that a config.json's model tells apart; None where it is no classifier."""
-    if not any(str(name).endswith(CLASSIFIER) for name in values.get("architectures") or ()):
+    architectures = values.get("architectures") or []
+    if not has_type(architectures, list[str]):
+        raise BadInput(f"architectures={architectures!r} is no list of names")
+    if not any(name.endswith(CLASSIFIER) for name in architectures):
         return None
     problem = values.get("problem_type")
-    if problem not in ONE_CLASS_A_TEXT:
+    if not (problem is None or isinstance(problem, str)) or problem not in ONE_CLASS_A_TEXT:
         raise BadInput(f"problem_type={problem!r} is not supported: a text has one of the classes, not several")
     labels = _named_labels(values)
     if problem == "regression" and len(labels) > 1:
@@ -88,10 +92,15 @@ def read_labels(values: Mapping[str, Any]) -> tuple[str, ...] | None:
 def _named_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
     named = values.get("id2label")
     if named is None:  # transformers' default
-        return numbered_labels(values.get("num_labels") or 2)
+        count = values.get("num_labels") or 2
+        if type(count) is not int or count < 1:
+            raise BadInput(f"num_labels={count!r} is no number of classes")
+        return numbered_labels(count)
     by_number = {str(number): label for number, label in named.items()} if isinstance(named, Mapping) else {}
     if not by_number or set(by_number) != {str(i) for i in range(len(by_number))}:
         raise BadInput(f"id2label={named!r} does not number the classes 0, 1, ...")
+    if not all(isinstance(label, str) for label in by_number.values()):
+        raise BadInput(f"id2label={named!r} has names that are no strings")
     return tuple(by_number[str(i)] for i in range(len(by_number)))
 
 
@@ -149,12 +158,13 @@ class ConfigTable:
                 continue
             if not has_type(values[key], hint):
                 raise BadInput(f"{key}={values[key]!r} is not of the type {type_name(hint)}")
-            value = values[key]
+            value = as_type(values[key], hint)
             fields[name] = self.aliases[name].get(value, value) if name in self.aliases else value
         known = {*HARMLESS, *FIXED, *self.fixed, *self.ignored, *self.renamed.values(), *fields}
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(f"config.json: unknown fields are ignored: {', '.join(unknown)}", stacklevel=4)
+        require_sizes(fields)
         return self.config_class(**fields, labels=labels)
 
     def to_hf(self, config: Any) -> dict[str, Any]:

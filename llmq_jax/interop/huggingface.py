@@ -155,7 +155,8 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
 
 
 def find(name: str | os.PathLike) -> Path:
-    """Where a model is: a path that exists, or the local copy of what the hub has under this name ("org/name").
+    """Where a model is: a path that exists, or the local copy of what the hub has under this name ("org/name", or
+    "org/name@revision" for one commit, tag or branch of it).
 
     The hub is not asked for what can only be a path: `runs/mien` where there is a folder `runs`.
     """
@@ -167,22 +168,24 @@ def find(name: str | os.PathLike) -> Path:
     if parent is not None and parent.is_dir():
         near = [str(parent / other) for other in close_names(path.name, sorted(os.listdir(parent)), count=1)]
         raise BadInput(f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else ""))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or name.startswith("."):
         raise BadInput(f"{name}: there is no such file or folder")
     return download(name)
 
 
 def download(name: str) -> Path:
-    """The local copy of a model on the Hugging Face hub ("gpt2", "org/name"), fetched unless it is there already."""
+    """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision"), fetched unless it is there
+    already. Nothing is fetched but weights, JSON and text: no program, and no pickle where there are safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    repository, _, revision = name.partition("@")
+    wanted = {"repo_id": repository, "revision": revision or None, "ignore_patterns": ["*/*"]}
     try:
         # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
-        folder = snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
+        folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED))
         if not is_safetensors(Path(folder)) and not (Path(folder) / "adapter_model.safetensors").is_file():
-            patterns = list(DOWNLOADED_WITHOUT_SAFETENSORS)
-            folder = snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
+            folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED_WITHOUT_SAFETENSORS))
     except LocalEntryNotFoundError as error:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub could not be reached (no network, or "

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import has_type, type_name
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
 from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tensor_files import read_json
@@ -29,6 +30,21 @@ from llmq_jax.layers.lora import (
 from llmq_jax.models import abstract_variables
 
 HEAD = f"{PREFIX}score.weight"
+# Fields of adapter_config.json that are read, with their types.
+FIELDS = {
+    "peft_type": str,
+    "base_model_name_or_path": str,
+    "r": int,
+    "lora_alpha": float,
+    "lora_dropout": float,
+    "tinylora_dropout": float,
+    "weight_tying": float,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "target_parameters": list[str],
+    "modules_to_save": list[str],
+    "use_rslora": bool,
+}
 # Fields of adapter_config.json with which an adapter would compute something else.
 PLAIN = {
     "bias": "none",
@@ -52,7 +68,7 @@ def read_adapter(folder: Path, config: Any, variables: dict) -> dict:
 
     Strict: BadInput names what the folder has no place for, and the shapes of what is of another base.
     """
-    values = read_json(folder / CONFIG)
+    values = _read_config(folder)
     kind = values.get("peft_type")
     if kind not in ("LORA", "TINYLORA"):
         raise BadInput(f"{folder / CONFIG}: peft_type={kind!r} is not supported; LORA and TINYLORA are")
@@ -74,9 +90,38 @@ def read_adapter(folder: Path, config: Any, variables: dict) -> dict:
 
 def base_of(folder: Path) -> tuple[str, int]:
     """(the name of the base in a folder of PEFT's, or "", the number of classes if it is a classifier's)."""
-    base = read_json(folder / CONFIG).get("base_model_name_or_path") or ""
+    base = _read_config(folder).get("base_model_name_or_path") or ""
     score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
     return base, 0 if score is None else score.shape[0]
+
+
+def _read_config(folder: Path) -> dict:
+    """`adapter_config.json` without what is null; BadInput for fields that we read and that are of another type."""
+    values = {name: value for name, value in read_json(folder / CONFIG).items() if value is not None}
+    for name, hint in FIELDS.items():
+        if name in values and not has_type(values[name], hint):
+            raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r:.60} is not of the type {type_name(hint)}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in values.get(name, {}).items():
+            if not has_type(value, int if name == "rank_pattern" else float):
+                raise BadInput(f"{folder / CONFIG}: {name} says {value!r:.60} of {pattern}, which is no number")
+            _check_pattern(folder, pattern)
+    for name in ("lora_dropout", "tinylora_dropout", "weight_tying"):
+        if not 0 <= values.get(name, 0) <= 1:
+            raise BadInput(f"{folder / CONFIG}: {name}={values[name]} is not between 0 and 1")
+    return values
+
+
+def _check_pattern(folder: Path, pattern: str) -> None:
+    """Patterns are regular expressions by whoever made the file, and some of them take for ever: those that repeat what
+    is in parentheses, or repeat more than a few times over."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadInput(f"{folder / CONFIG}: {pattern!r:.60} is no pattern of modules' names ({error})") from None
+    repeated = re.findall(r"(?<!\\)[*+{]", pattern)
+    if len(pattern) > 1000 or len(repeated) > 3 or re.search(r"\)[*+{]", pattern):
+        raise BadInput(f"{folder / CONFIG}: the pattern {pattern!r:.60} is too complicated; name the modules")
 
 
 def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:

@@ -156,8 +156,11 @@ class WeightTable:
         names = tuple(names)
         return max((self, *self.spellings), key=lambda table: sum(map(table._knows, names)))
 
-    def placements(self, config: Any) -> list[Placement]:
-        """The rules written out for a config: layer by layer, in a layer in the order of the rules, experts in turn."""
+    def placements(self, config: Any, most: int | None = None) -> list[Placement]:
+        """The rules written out for a config: layer by layer, in a layer in the order of the rules, experts in turn.
+
+        More than `most` are BadInput: a damaged config would make any number of them.
+        """
         leaves = flatten_dict(abstract_variables(config), sep="/")
         slots = [(f"{group}/{block}", repeat) for (group, block), repeat in module_slots(config)]
         placements = []
@@ -166,7 +169,10 @@ class WeightTable:
             for layer, (block, repeat) in enumerate(slots) if in_layers else [(0, ("", 0))]:
                 entries = [entry._replace(path=entry.path.format(block=block)) for entry in run]
                 held = [entry for entry in entries if entry.path in leaves]
-                placements += _expert_by_expert(held, leaves, layer, (repeat,) if in_layers else ())
+                found = _expert_by_expert(held, leaves, layer, (repeat,) if in_layers else ())
+                placements += found if most is None else itertools.islice(found, most + 1 - len(placements))
+                if most is not None and len(placements) > most:
+                    raise BadInput(f"{type(config).__name__} has more than {most:,} tensors, far more than there are")
         return placements
 
     def from_state_dict(self, state: Mapping[str, Any], config: Any, dtype: Any = None) -> dict:
@@ -176,7 +182,8 @@ class WeightTable:
         half precision.
         """
         leaves = flatten_dict(abstract_variables(config))
-        placements = self.placements(config)
+        _check_sizes(leaves)
+        placements = self.placements(config, most=10_000 + 10 * len(state))
         state = self.select(self._own_part(state), config)
         names = self._names(state, placements)
         problems = self._problems(state, names, placements, leaves, config)
@@ -385,6 +392,13 @@ def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _check_sizes(leaves: Mapping[Path, Any]) -> None:
+    """Sizes that no memory holds are from a damaged config, and more than NumPy's shapes can say."""
+    for path, leaf in leaves.items():
+        if math.prod(leaf.shape) >= 2**48:
+            raise BadInput(f"{_name(path)} would be {_shape(leaf)} by the config, which no memory holds")
 
 
 def _name(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.tables import LazyTensor
+from llmq_jax.json_text import parse_json
 
 
 class TensorFiles(Mapping[str, LazyTensor]):
@@ -70,8 +71,8 @@ def damaged(path: Path, kind: str, reason: object) -> BadInput:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; anything else is BadInput."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds no JSON object")

@@ -32,6 +32,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.field_types import LARGEST_FLOAT
 
 
 @struct.dataclass
@@ -368,6 +369,10 @@ ROPES: dict[str, type[Rope]] = {
 }
 
 
+WIDEST_HEAD = 2**16
+"""RoPE has a frequency for every two features; a config.json that says more is damaged."""
+
+
 def rope_from(parameters: Rope | Mapping[str, Any], width: int, max_position_embeddings: int) -> Rope:
     """The rope of a `rope_parameters` dict, checked against the width of heads and the longest context.
 
@@ -375,6 +380,8 @@ def rope_from(parameters: Rope | Mapping[str, Any], width: int, max_position_emb
     the two, as in transformers. BadInput: an unknown rope_type, a parameter missing, unknown to the type, of a wrong
     kind, or in contradiction to another.
     """
+    if width > WIDEST_HEAD:
+        raise BadInput(f"heads of {width:,} features are not supported; the widest are {WIDEST_HEAD:,}")
     if not isinstance(parameters, Rope):
         parameters = _read(dict(parameters), max_position_embeddings)
     parameters.check(width, max_position_embeddings)
@@ -424,4 +431,4 @@ def _as_kind(entry: dataclasses.Field, value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_FLOAT

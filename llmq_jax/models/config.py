@@ -1,5 +1,8 @@
 """Validation shared by the config dataclasses."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from llmq_jax.errors import BadInput
 
 
@@ -9,10 +12,24 @@ def require(condition: bool, config: object, field: str, rule: str):
         raise BadInput(f"{type(config).__name__}.{field}={getattr(config, field)!r} {rule}")
 
 
+LARGEST_SIZE = 2**31 - 1
+"""What arrays and tables are made by; a config.json that says more is damaged."""
+MOST_LAYERS = 10_000
+
+
 def require_at_least(bound: int, config: object, *fields: str):
-    """The same for each of these fields, none of which may be less."""
+    """The same for each of these fields, none of which may be less, or more than any model has."""
     for field in fields:
-        require(getattr(config, field) >= bound, config, field, f"must be at least {bound}")
+        value, most = getattr(config, field), MOST_LAYERS if field == "num_hidden_layers" else LARGEST_SIZE
+        require(value >= bound, config, field, f"must be at least {bound}")
+        require(value <= most, config, field, f"must be at most {most:,}")
+
+
+def require_sizes(fields: Mapping[str, Any]):
+    """Refuse the numbers of a file that are beyond all models, before anything is made by them."""
+    for name, value in fields.items():
+        if type(value) is int and abs(value) > LARGEST_SIZE:
+            raise BadInput(f"{name}={value} is beyond all models; at most {LARGEST_SIZE:,} is possible")
 
 
 def require_positive(config: object, *fields: str):

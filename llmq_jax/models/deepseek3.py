@@ -145,6 +145,7 @@ class DeepSeekV3Config:
         rule = (
             f"must be below max_position_embeddings={self.max_position_embeddings}: each module looks a token further"
         )
+        require(self.num_nextn_predict_layers <= 64, self, "num_nextn_predict_layers", "must be at most 64")
         fits = self.num_nextn_predict_layers < self.max_position_embeddings
         require(fits, self, "num_nextn_predict_layers", rule)
         rank = self.q_lora_rank

@@ -6,16 +6,19 @@ say what is padding, never by the value of a token: wherever the padding stands 
 same. A head of one class gives a scalar, a score of the text.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llmq_jax.errors import BadInput
 from llmq_jax.models.config import require
 
 LM_HEAD, SCORE = "lm_head", "score"
 """Where the parameters of the two kinds of heads are."""
+MOST_CLASSES = 2**20
 Labels = tuple[str, ...] | list[str] | None
 
 
@@ -27,13 +30,15 @@ def set_labels(config: Any) -> None:
     names = not isinstance(labels, str) and all(isinstance(label, str) and label for label in labels)
     require(names, config, "labels", 'must be the names of the classes, as ("ham", "spam")')
     require(len(labels) > 0, config, "labels", "must name at least one class; None is a language model")
-    for label in labels:
-        require(labels.count(label) == 1, config, "labels", f"names {label!r} twice")
+    for label, count in Counter(labels).items():
+        require(count == 1, config, "labels", f"names {label!r} twice")
     object.__setattr__(config, "labels", tuple(labels))
 
 
 def numbered_labels(count: int) -> tuple[str, ...]:
     """The names of classes that have none, as transformers calls them."""
+    if count > MOST_CLASSES:
+        raise BadInput(f"a head of {count:,} classes is not supported; the most are {MOST_CLASSES:,}")
     return tuple(f"LABEL_{i}" for i in range(count))
 
 

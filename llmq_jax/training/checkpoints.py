@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import errno
 import io
-import json
 import logging
 import math
 import os
@@ -30,6 +29,8 @@ import jax
 from flax import traverse_util
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import create
+from llmq_jax.json_text import parse_json
 from llmq_jax.layers.axes import path_names
 from llmq_jax.training.atomic_files import json_bytes, sync_folder
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
@@ -255,7 +256,7 @@ def load_checkpoint_variables(path: str | Path) -> LoadedCheckpoint:
     if folder is None:
         raise BadInput(f"no checkpoint in {path}; give a run folder or one of the folders in its checkpoints/")
     verify_manifest(folder)
-    config = json.loads((folder / CONFIG).read_bytes())
+    config = _read_config(folder)
     with _orbax() as (ocp, checkpointer):
         saved = _saved_arrays(checkpointer, folder)
         wanted = {name: array for name, array in saved.items() if name[0] == "variables"}
@@ -314,15 +315,28 @@ def _check_same_arrays(folder: Path, saved: dict, wanted: dict) -> None:
         )
 
 
+def _read_config(folder: Path) -> dict:
+    try:
+        config = parse_json((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {CONFIG} cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {CONFIG} holds no JSON object")
+    return config
+
+
 def _read_info(folder: Path) -> CheckpointInfo:
     try:
-        info = json.loads((folder / INFO).read_bytes())
+        info = parse_json((folder / INFO).read_bytes())
         version = info["version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {INFO} cannot be read") from None
     if version != VERSION:
         raise BadInput(f"checkpoint {folder} has format {version}; this llmq_jax reads format {VERSION}: update it")
-    return CheckpointInfo(**info)
+    try:
+        return create(CheckpointInfo, info)
+    except BadInput as error:
+        raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {INFO}: {error}") from None
 
 
 def config_dict(config: Any) -> dict:

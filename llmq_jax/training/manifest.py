@@ -5,11 +5,11 @@ anything is read from the checkpoint.
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
 from llmq_jax.training.atomic_files import json_bytes, sync_folder
 
 MANIFEST = "manifest.json"
@@ -37,16 +37,18 @@ def verify_manifest(folder: Path) -> None:
     """Compare the folder with its manifest; CorruptCheckpoint names the first file that is missing, was added, or has
     another size or content. Hidden files that were added do not count: file managers leave them wherever they look."""
     try:
-        expected = json.loads((folder / MANIFEST).read_bytes())["files"]
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in expected.items()}
+        expected = parse_json((folder / MANIFEST).read_bytes())["files"]
+        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in expected.items()}
     except FileNotFoundError:
         raise _damage(folder, f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise _damage(folder, f"{MANIFEST} cannot be read") from None
     found = _files(folder)
     for name, (size, digest) in expected.items():
         if name not in found:
             fault = "is missing"
+        elif not found[name].is_file():  # a link to a device could be read for ever
+            fault = "is no file"
         elif (now := found[name].stat().st_size) != size:
             fault = f"has {now:,} bytes instead of {size:,}"
         elif _sha256(found[name]) != digest:

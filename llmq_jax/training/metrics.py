@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import LARGEST_FLOAT
+from llmq_jax.json_text import parse_json
 from llmq_jax.training.atomic_files import AppendedFile, write_atomically
 from llmq_jax.training.time_spent import SECONDS
 
@@ -35,7 +37,15 @@ Record = dict[str, Any]
 def shown_loss(record: Record) -> float | None:
     """The training loss that people are shown, which compares with the validation loss and between runs; `loss` itself
     is what is minimised."""
-    return next((record[name] for name in OWN_LOSSES if name in record), record.get("loss"))
+    return figure(record, next((name for name in OWN_LOSSES if name in record), "loss"))
+
+
+def figure(record: Record, name: str) -> float | None:
+    """A figure of a record; None where it has none. BadInput: it is no number."""
+    value = record.get(name)
+    if value is not None and (not isinstance(value, int | float) or abs(value) >= LARGEST_FLOAT):
+        raise BadInput(f"{METRICS}: {name} of step {record['step']} is {value!r:.40}, no number; restore the file")
+    return None if value is None else float(value)
 
 
 class MetricsFile(AppendedFile):
@@ -56,8 +66,9 @@ def read_metrics(path: str | Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            record["step"]
+            record = parse_json(line)
+            if not all(type(record[name]) is int for name in ("step", "tokens") if name == "step" or name in record):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise BadInput(
                 f"{path} line {number} is not a metrics record; restore the file or remove the line"

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.atomic_files import write_atomically
-from llmq_jax.training.metrics import METRICS, Record, read_metrics, shown_loss
+from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, shown_loss
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
@@ -84,7 +84,7 @@ def read_run(folder: Path) -> list[Record]:
 
 
 def curve(records: list[Record], name: str) -> Points:
-    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return [(record["step"], value) for record in records if (value := figure(record, name)) is not None]
 
 
 def training_curve(records: list[Record]) -> Points:

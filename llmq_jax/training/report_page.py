@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
 from llmq_jax.training.atomic_files import write_atomically
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
@@ -68,13 +69,13 @@ def write_report_page(folder: str | Path) -> Path:
 def report_page(folder: Path) -> str:
     """The page, as text."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = parse_json((folder / CONFIG).read_bytes())
     except (OSError, ValueError):
         config = {}
     if not isinstance(config, dict) or MARK not in config:
         raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    finished = json.loads((folder / FINISHED).read_bytes()) if (folder / FINISHED).is_file() else None
+    finished = parse_json((folder / FINISHED).read_bytes()) if (folder / FINISHED).is_file() else None
     name = folder.absolute().name
     done = f"finished after {finished['step']:,} steps" if finished else f"not finished: {_reached(records)}"
     about = " · ".join(filter(None, (str(config.get("recipe", "")), _model_name(config), done)))

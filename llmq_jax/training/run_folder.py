@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
 from llmq_jax.training.atomic_files import json_bytes, write_json_atomically
 from llmq_jax.training.processes import first, same, share, together
 
@@ -74,7 +75,13 @@ class RunFolder:
 
     def report(self) -> dict:
         """What `mark_finished` was given."""
-        return json.loads((self.path / FINISHED).read_bytes())
+        try:
+            report = parse_json((self.path / FINISHED).read_bytes())
+        except ValueError as error:
+            raise BadInput(f"{self.path / FINISHED} is damaged ({error}); remove it and run the same again") from None
+        if not isinstance(report, dict):
+            raise BadInput(f"{self.path / FINISHED} is damaged (no JSON object); remove it and run the same again")
+        return report
 
     def close(self) -> None:
         """Unlock."""
@@ -123,7 +130,7 @@ class RunFolder:
 def _read_run_config(path: Path) -> dict | None:
     """None where this is not the config of a run."""
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) and MARK in config else None

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from llmq_jax.data.tokenizers import ByteTokenizer, GPT2Tokenizer
@@ -372,6 +373,43 @@ def test_a_hub_id_without_a_network(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unreached = "the Hugging Face hub could not be reached (no network, or offline)"
     assert refused(name) == f"{name}: there is no such file or folder, and {unreached}"
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "revision"),
+    [
+        ("gpt2", "gpt2", None),
+        ("org/tiny", "org/tiny", None),
+        ("org/tiny@v1.0", "org/tiny", "v1.0"),
+        ("org/tiny@refs/pr/1", "org/tiny", "refs/pr/1"),
+    ],
+)
+def test_the_hub_is_asked_for_a_revision_and_for_data_alone(theirs, monkeypatch, name, repository, revision):
+    asked = []
+
+    def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
+        asked.append((repo_id, revision))
+        there = [
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "merges.txt",
+            "chat_template.jinja",
+            "adapter.py",
+        ]
+        there += ["modeling_tiny.py", "pytorch_model.bin", "training_args.bin", "run.sh", "onnx/model.json", "x.pkl"]
+        wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert wanted == there[:5]
+        return str(theirs)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load(name)
+    assert asked == [(repository, revision)]
+
+
+def test_a_name_with_a_revision_that_is_none():
+    for name in ("org/tiny@", "org/tiny@a b", "@v1", "org/tiny@v1@v2"):
+        assert refused(name) == f"{name}: there is no such file or folder"
 
 
 def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):

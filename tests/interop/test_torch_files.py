@@ -110,8 +110,8 @@ def test_checkpoints_of_training_scripts(theirs, wrapper):
 def test_the_hub_is_asked_for_bin_files_only_where_there_are_no_safetensors(theirs, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(name, allow_patterns, ignore_patterns):
-        asked.append(name in ("org/old", "org/new") and "pytorch_model*.bin" in allow_patterns)
+    def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
+        asked.append(repo_id in ("org/old", "org/new") and "pytorch_model*.bin" in allow_patterns)
         return str(theirs)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
