@@ -28,13 +28,12 @@ def commands(path):
         code = line.strip().removeprefix("$ ").replace("run: ", "")
         if not COMMAND.match(code) or (path.suffix == ".py" and not line.startswith("    ")):
             continue
-        # What follows after a gap is a remark.
-        code = re.sub(r"\s{3,}(?!-)[^\"']*$|\s+#.*$| {3,}[a-z]+ .*$", "", code)
+        code = re.split(r" {3,}(?!-)|\s+# ", code)[0]  # what follows after a gap is a remark
         for _ in given:
             code = re.sub(r"\$\{?(\w+)\}?", lambda match: given.get(match[1], match[0]), code)
         words = shlex.split(code)
         redirected = next((i for i, word in enumerate(words) if word in ("<", ">", "|", ";", "&&")), len(words))
-        yield number, [word for word in words[:redirected] if word not in ("...", "&")]
+        yield number, [word for word in words[:redirected] if word != "&"]
 
 
 CASES = [
@@ -48,18 +47,16 @@ CASES = [
 def test_it_is_understood(words, capsys):
     name = VERBS[words[1]] if words[0] == "llmq" else words[2]
     module = importlib.import_module(name)
-    arguments = words[2:] if words[0] == "llmq" else words[3:]
-    seen = []
+    arguments = [word for word in words[2 if words[0] == "llmq" else 3 :] if word != "..."]
 
     def command(options):
-        seen.append(options)
+        pass
 
     command.__annotations__ = {key: hint for key, hint in get_type_hints(module.main).items() if key != "return"}
     with pytest.raises(SystemExit) as ended:
         run(command, arguments, program=" ".join(words[:3]), defaults=getattr(module, "starting_options", None))
     error = capsys.readouterr().err
-    # What is left out with "..." may be asked for.
-    assert ended.value.code == 0, error
+    assert ended.value.code == 0 or ("..." in words and error.startswith("error: missing ")), error
 
 
 def test_there_are_many():
