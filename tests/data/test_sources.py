@@ -117,7 +117,7 @@ BAD = [
     ("a.jsonl", '{"text": "x"}\n\n{"txt": "y"}', r"line 3 has no field 'text' \(fields found: txt\)"),
     ("a.jsonl", '{"text": "x"}\n{"text": "y"', r"broken JSON at line 2"),
     ("a.jsonl", '{"text": ["x"]}', r"line 1: field 'text' must be a string, not a list"),
-    ("a.jsonl", "[" * 100_000, r"line 1: JSON is nested too deeply"),
+    ("a.jsonl", "[" * 100_000, r"line 1: JSON .* nested too deeply"),
     ("a.csv", "id,body\n1,x\n", r"the header has no field 'text' \(fields found: id, body\)"),
     ("a.csv", "id,text\n1,x\n2,y,z\n", r"ends at line 3 has 3 fields and the header 2"),
     ("a.csv", 'text\n"x', r"broken CSV at line 2"),
