@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from llmq_jax.command_line import run, use_device
 from train.grpo import Options as GRPOOptions
-from train.grpo import grpo
+from train.grpo import check, grpo
 
 HELD_OUT, WATCHED = 600, 200
 ENOUGH = 0.25
@@ -56,14 +56,8 @@ class Options:
 
 
 def main(options: Options) -> None:
-    use_device(options.device)
     folder = Path(options.out)
-    training, watched, held_out = sums(options.seed)
-    for name, part in (("sums", training), ("held-out", held_out)):
-        write_records(folder / f"{name}.jsonl", part)
     model = folder / f"warm-{options.seed}"
-    if not model.exists():
-        warm_up(training, watched, options.seed, model)
     files = {"data": folder / "sums.jsonl", "validation_data": folder / "held-out.jsonl"}
     run_options = GRPOOptions(
         init_from=str(model),
@@ -74,6 +68,13 @@ def main(options: Options) -> None:
         **{name: str(path) for name, path in files.items()},
         **SETTINGS,
     )
+    check(run_options)
+    use_device(options.device)
+    training, watched, held_out = sums(options.seed)
+    for name, part in (("sums", training), ("held-out", held_out)):
+        write_records(folder / f"{name}.jsonl", part)
+    if not model.exists():
+        warm_up(training, watched, options.seed, model)
     grpo(run_options)
 
 

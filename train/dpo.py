@@ -142,9 +142,12 @@ def dpo(options: Options) -> Any:
         "may_change": ["sample_prompt"],
         "model_config": config,
     }
+    # Loaded before the folder is begun, since it may not fit; and not where an earlier start has asked it.
+    asked = (Path(options.out) / REFERENCE_FILE).exists()
+    reference = source if asked or options.reference is None else other_reference(options, source)
     with engine.open_folder(options.out, run_options(options), **settings) as folder:
-        reference = reference_logprobs(options, source, parts, folder.path / REFERENCE_FILE)
-        columns = {name: {"reference_logprobs": logprobs} for name, logprobs in reference.items()}
+        found = reference_logprobs(options, reference, parts, folder.path / REFERENCE_FILE)
+        columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}
         size, longest = options.batch_size, options.context
         batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"], **row_share())
 
@@ -212,7 +215,7 @@ def check(options: Options) -> None:
         raise BadInput("--normalise has no effect with --loss ipo, which always compares means; leave it out")
 
 
-def reference_logprobs(options: Options, source: Any, parts: dict[str, Any], path: Path) -> dict:
+def reference_logprobs(options: Options, reference: Any, parts: dict[str, Any], path: Path) -> dict:
     """{part: float32 [N, 2]}, log-probabilities of both answers of each of its pairs under the reference; what an
     earlier start of this run left in `path` is taken from there."""
     import numpy as np
@@ -223,7 +226,6 @@ def reference_logprobs(options: Options, source: Any, parts: dict[str, Any], pat
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in parts}
-    reference = source if options.reference is None else other_reference(options, source)
     began, count = time.monotonic(), sum(len(part) for part in parts.values())
     print(f"asking the reference for both answers of {count:,} pairs", flush=True)
     found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}

@@ -45,9 +45,10 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(sizes.values())
     if wanted != len(devices):
-        product = " x ".join(str(size) for size in sizes.values() if size > 1) or "1"
+        factors = [str(size) for size in sizes.values() if size > 1]
+        product = f"{' x '.join(factors)} = {wanted}" if len(factors) > 1 else wanted
         raise BadInput(
-            f"mesh {text!r} is for {product} = {wanted} devices, and here are {len(devices)}; sizes multiply to the "
+            f"mesh {text!r} is for {product} devices, and here are {len(devices)}; sizes multiply to the "
             "number of devices"
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)

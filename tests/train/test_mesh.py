@@ -57,7 +57,7 @@ def test_a_run_on_a_mesh_equals_one_on_a_device_and_goes_on_on_another(train, al
 
 def test_what_cannot_be_is_told_in_a_line(train):
     for options, why in (
-        (("--mesh", "data=3"), "is for 3 = 3 devices, and here are 8"),
+        (("--mesh", "data=3"), "is for 3 devices, and here are 8"),
         (("--mesh", "data=8", "--accumulate", "2"), "a batch of 8 rows in 2 parts cannot be divided among 8 devices"),
         (("--mesh", "expert=8"), "expert=8 has no effect: this model has nothing along"),
     ):
