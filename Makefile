@@ -6,19 +6,25 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TEST := $(VENV)/.test-installed
 
-.PHONY: demo test test-all fuzz bench lint clean
+.PHONY: demo test test-all test-golden fuzz bench lint clean
 
 ## demo: train a small GPT-2 on this computer, generate, export it to Hugging Face (about 3 minutes)
 demo: $(CORE)
 	$(BIN)/python -m train.demo
 
-## test: the suite (about an hour on two cores)
+## test: the suite (about half an hour on two cores)
 test: $(TEST)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 ## test-all: the suite, then everything slow
 test-all: test
 	$(BIN)/python -m pytest -n 2 -m slow
+
+## test-golden: without PyTorch, the arrays that the original computed; for a new Python: make test-golden PYTHON=python3.14
+test-golden:
+	$(PYTHON) -m venv $(VENV)-golden
+	$(VENV)-golden/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test-golden]'
+	$(VENV)-golden/bin/python -m pytest -n 2 tests/parity/test_golden_*.py
 
 ## fuzz: every reader of files against 10,000 damaged inputs (`make test` tries 300)
 fuzz: $(TEST)

@@ -13,7 +13,7 @@ from llmq_jax.models.decoder import Output
 from llmq_jax.objectives.logprobs import token_logprobs
 from llmq_jax.objectives.preference import DPO, dpo_loss, pair_logprobs
 from tests.parity.golden import DATA
-from tests.parity.references import assert_same_gradients
+from tests.parity.gradients import assert_same_gradients
 
 
 class GivenLogits(lq.GPT2):

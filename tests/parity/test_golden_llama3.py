@@ -7,14 +7,12 @@ its norm, which adds epsilon to the root mean square instead of its square (docs
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import linen as nn
 
-from llmq_jax.interop import config_to_hf, to_state_dict
+from llmq_jax.interop import to_state_dict
 from llmq_jax.layers.positions import ByPartsNTKRope, ByPartsRope, Rope
 from tests.parity.golden import LOGITS, Golden
-from tests.parity.references import assert_same_gradients
+from tests.parity.gradients import assert_same_gradients
 
 NAMES = ("llama3", "llama3_mqa", "llama3_mha", "llama3_bypart_only", "llama3_yarn_ntk")
 
@@ -92,18 +90,6 @@ def test_loss_and_gradients(golden, norm, loss_tolerance, tolerance, monkeypatch
     loss, ours = golden.loss_and_gradients()
     assert abs(loss - float(golden["out/loss"])) < loss_tolerance
     assert_same_gradients(ours, golden.under("grad/"), tolerance)
-
-
-def test_transformers_computes_the_same_from_our_export():
-    """With `attention_bias`, which makes its other biases zeros; the scaling goes out as `llama3` on another base."""
-    golden = Golden("llama3_yarn_ntk", fields=lambda meta: fields(meta) | {"attention_bias": True})
-    config = transformers.LlamaConfig(**config_to_hf(golden.config), bos_token_id=0, eos_token_id=0)
-    model = transformers.LlamaForCausalLM(config)
-    state = {name: torch.tensor(array) for name, array in to_state_dict(golden.lm.variables, golden.config).items()}
-    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]  # tied
-    with torch.no_grad():
-        logits = model(torch.tensor(golden["in/x"])).logits.numpy()
-    np.testing.assert_allclose(logits, golden["out/logits"], rtol=0, atol=LOGITS)
 
 
 def test_weights_go_back_as_they_came(golden):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from llmq_jax.interop import config_from_hf, config_to_hf
+from llmq_jax.interop import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.models.llama3 import Llama3Config
 from tests.parity.decoders import (
     LOGITS,
@@ -18,6 +18,9 @@ from tests.parity.decoders import (
     packed,
     their_logits,
 )
+from tests.parity.golden import LOGITS as GOLDEN_LOGITS
+from tests.parity.golden import Golden
+from tests.parity.test_golden_llama3 import fields as original_fields
 
 SIZES = {
     "vocab_size": 101,
@@ -170,3 +173,15 @@ def test_exported_config_is_understood_by_transformers(rope_type, monkeypatch):
     rotation = ours.rope_parameters.rotation(jnp.arange(40)[None], 8)
     np.testing.assert_allclose(rotation.cos, cos[..., :4], rtol=0, atol=1e-5)
     np.testing.assert_allclose(rotation.sin, sin[..., :4], rtol=0, atol=1e-5)
+
+
+def test_the_original_s_weights_go_on_to_transformers():
+    """With `attention_bias`, which makes its other biases zeros; the scaling goes out as `llama3` on another base."""
+    golden = Golden("llama3_yarn_ntk", fields=lambda meta: original_fields(meta) | {"attention_bias": True})
+    config = transformers.LlamaConfig(**config_to_hf(golden.config), bos_token_id=0, eos_token_id=0)
+    model = transformers.LlamaForCausalLM(config)
+    state = {name: torch.tensor(array) for name, array in to_state_dict(golden.lm.variables, golden.config).items()}
+    assert model.load_state_dict(state, strict=False).missing_keys == ["lm_head.weight"]  # tied
+    with torch.no_grad():
+        logits = model(torch.tensor(golden["in/x"])).logits.numpy()
+    np.testing.assert_allclose(logits, golden["out/logits"], rtol=0, atol=GOLDEN_LOGITS)
