@@ -40,7 +40,7 @@ lint: $(TEST)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-golden .cache .pytest_cache .ruff_cache build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
