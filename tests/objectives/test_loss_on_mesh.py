@@ -75,7 +75,8 @@ def program() -> None:
 
 def test_every_device_goes_through_its_own_rows():
     command = [sys.executable, "-m", "tests.objectives.test_loss_on_mesh"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=with_devices(8))
+    environment = with_devices(8, optimized=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = list(map(json.loads, done.stdout.splitlines()))
     assert [facts["mesh"] for facts in found] == [*MESHES, *MESHES]

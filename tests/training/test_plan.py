@@ -17,7 +17,7 @@ import pytest
 from tests.devices import with_devices
 
 if __name__ == "__main__":
-    os.environ.update(with_devices(8))
+    os.environ.update(with_devices(8, optimized=True))
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
