@@ -1,34 +1,57 @@
-"""Measure the perplexity of any model on any text.
+"""Measure the perplexity of any model on any text, or how well it does the tasks of the evaluation harness.
 
-The text goes by once, in consecutive windows of the model's context; every token but the first is predicted, from what
+    llmq evaluate runs/mine other.txt
+    llmq evaluate gpt2 --tasks hellaswag,arc_easy --limit 100                      pip install 'llmq_jax[eval]'
+    llmq evaluate runs/mine --tasks my_task --include-path my_tasks --out results.json
+
+A text goes by once, in consecutive windows of the model's context; every token but the first is predicted, from what
 stands before it in its window. The documents of a file with several of them are joined by the end-of-text token.
 Bits per byte are those of all predicted tokens, over all bytes of the text.
+
+Tasks are those of lm_eval (lm-evaluation-harness), read, prompted and scored by it.
 """
 
 import json
+import logging
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
-from llmq_jax.command_line import Flag, Positional, default_is, use_device
+from llmq_jax.command_line import Flag, Positional, default_is, option_name, use_device
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
 
 LONGEST = 2048
+OF_TASKS = ("limit", "num_fewshot", "include_path", "chat", "out")
+"""Options that texts have no use for."""
 
 
 @dataclass(frozen=True)
 class Options:
     model: Positional[str]
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
-    file: Positional[str]
+    file: Annotated[Positional[str | None], default_is("none")] = None
     """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column that holds the text."""
-    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST}")] = None
-    """Tokens in a window."""
+    tasks: Annotated[str | None, default_is("none")] = None
+    """In place of a text: tasks or groups of the evaluation harness, with commas between them."""
+    limit: Annotated[int | None, default_is("all")] = None
+    """Questions of each task, from its beginning."""
+    num_fewshot: Annotated[int | None, default_is("the task's own")] = None
+    """Answered questions that stand before each question."""
+    include_path: Annotated[str | None, default_is("none")] = None
+    """A folder with task files of your own, which may run Python."""
+    chat: Flag = False
+    """Write the questions of tasks as the model's chat template has messages."""
+    out: Annotated[str | None, default_is("none")] = None
+    """A new .json file for all that the harness says about the tasks."""
+    context: Annotated[int | None, default_is(f"the model's; of a text at most {LONGEST}")] = None
+    """Tokens that the model reads at a time: of a text, those in a window."""
     batch_size: int = 8
-    """Windows that go through the model at a time; it does not change the result."""
+    """Windows or questions that go through the model at a time; it does not change the result."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
     """Type to compute in and to hold the weights in."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -38,8 +61,20 @@ class Options:
 
 
 def main(options: Options) -> None:
+    if (options.file is None) == (options.tasks is None):
+        raise BadInput("give a text, as llmq evaluate MODEL FILE, or tasks, as --tasks hellaswag,arc_easy, one of them")
+    if options.tasks is not None:
+        evaluate_tasks(options)
+    else:
+        evaluate_text(options)
+
+
+def evaluate_text(options: Options) -> None:
     from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches, has_fields, read_documents
 
+    for name in OF_TASKS:
+        if getattr(options, name) not in (None, False):
+            raise BadInput(f"{option_name(name)} is for --tasks and has no effect on a text; leave it out")
     if options.text_field is not None and not has_fields(options.file):
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
     documents = read_documents(options.file, options.text_field or "text")
@@ -71,6 +106,55 @@ def main(options: Options) -> None:
         "context": context,
     }
     print(json.dumps(result) if options.json else _table(result))
+
+
+def evaluate_tasks(options: Options) -> None:
+    check_tasks(options)
+    use_device(options.device)
+    from llmq_jax.interop.evaluation_harness import HarnessModel, load_tasks, results_json, results_table, run_tasks
+    from llmq_jax.training.atomic_files import write_atomically
+
+    # Of what it warns of, most is how a task's authors wrote its file.
+    logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR"))
+    names = [name.strip() for name in options.tasks.split(",")]
+    tasks, manager = load_tasks(names, options.include_path)
+    model = HarnessModel(options.model, batch_size=options.batch_size, dtype=options.dtype)
+    if options.context is not None:
+        if not 0 < options.context <= model.max_length:
+            raise BadInput(
+                f"--context {options.context} must lie between 1 and the model's context, {model.max_length}"
+            )
+        model.max_length = options.context
+    if options.chat:
+        model.lm.require_chat_template(options.model)
+    results = run_tasks(
+        model,
+        tasks,
+        manager,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        apply_chat_template=options.chat,
+    )
+    if options.out is not None:
+        write_atomically(Path(options.out), results_json(results, indent=2).encode() + b"\n")
+    print(results_json(results["results"]) if options.json else results_table(results))
+
+
+def check_tasks(options: Options) -> None:
+    """Refuse what cannot be before the harness is imported, which takes seconds."""
+    from llmq_jax.commands.generate import check_out
+
+    if options.text_field is not None:
+        raise BadInput("--text-field is for a text and has no effect on --tasks; leave it out")
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise BadInput(f"{option_name(name)} is {value} and must be at least {least}")
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise BadInput(f"--include-path {options.include_path}: there is no such folder; name one with task files")
+    if options.out is not None:
+        if not options.out.endswith(".json"):
+            raise BadInput(f"--out {options.out}: is written as JSON; give it a name ending in .json")
+        check_out(Path(options.out))
 
 
 def _table(result: dict) -> str:

@@ -6,6 +6,7 @@ chunk's logits anew. Tokens that do not count, prompts and padding, are not unem
 chunks without any are skipped.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def logprobs_and_counts(
     if lengths is not None:
         counted *= segments_of(lengths, tokens.shape[1])
     rows = output.hidden[:, :-1], tokens[:, 1:], counted[:, 1:]
-    (logprobs,) = _scores(model, variables, *rows, temperature, entropies=False)
+    (logprobs,) = _scores(model, variables, *rows, temperature, (_of_target,))
     return logprobs, output.counts
 
 
@@ -93,7 +94,29 @@ def completion_logprobs(
     places = jnp.minimum(places, tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(output.hidden, places[..., None] - 1, axis=1)
     targets = jnp.take_along_axis(tokens, places, axis=1)
-    return *_scores(model, variables, hidden, targets, counted, temperature, entropies), output.counts
+    measures = (_of_target, _entropy) if entropies else (_of_target,)
+    return *_scores(model, variables, hidden, targets, counted, temperature, measures), output.counts
+
+
+def greedy_logprobs(
+    model: Decoder,
+    variables: dict,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    rows: Int[Array, " N"],
+    targets: Int[Array, "N T"],
+    mask: Bool[Array, "N T"],
+) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
+    """(log p(target | tokens up to its place), whether no token is likelier) of the targets in the mask; elsewhere 0
+    and False.
+
+    `rows` says which row of tokens each row of targets follows: several may follow one, which is read once. Tokens are
+    padded on the right to `lengths`.
+    """
+    hidden = _forward(model, variables, tokens, lengths).hidden[rows]
+    measures = (_of_target, _is_likeliest)
+    logprobs, greedy = _scores(model, variables, hidden, targets, mask.astype(jnp.float32), 1.0, measures)
+    return logprobs, greedy > 0
 
 
 def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array | None) -> Any:
@@ -108,9 +131,9 @@ def _scores(
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
     temperature: float,
-    entropies: bool,
+    measures: tuple[Callable[[Array, Array], Array], ...],
 ) -> tuple[Float[Array, "B T"], ...]:
-    """(log p(target), entropy -Σ p log p of the prediction if asked for), both times the mask."""
+    """What the measures make of each prediction and its target, times the mask."""
     chunks = Chunks.of(len(mask), mask.size, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
     # A head for each group: sums of its gradient over their rows stay apart until the end.
     head = where_used(model.head_variables(variables))
@@ -129,11 +152,10 @@ def _scores(
     def of_rows(head: dict, rows: Array, target: Array) -> tuple[Array, ...]:
         logits = model.apply(head, rows, method="unembed") / temperature
         logprobs = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(logprobs, target[:, None], axis=-1)[:, 0]
-        return (chosen, -(jnp.exp(logprobs) * logprobs).sum(axis=-1)) if entropies else (chosen,)
+        return tuple(measure(logprobs, target) for measure in measures)
 
     def nothing(heads: dict, rows: Array, target: Array) -> tuple[Array, ...]:
-        return (jnp.zeros(target.shape),) * (2 if entropies else 1)
+        return (jnp.zeros(target.shape),) * len(measures)
 
     def chunk(_: None, rows_targets_counts: tuple) -> tuple[None, tuple[Array, ...]]:
         rows, target, counts = rows_targets_counts
@@ -146,3 +168,16 @@ def _scores(
         return sorted_by(chunks.join(score), back).reshape(mask.shape) * mask
 
     return tuple(map(unsplit, scores))
+
+
+def _of_target(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
+    return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+
+
+def _entropy(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
+    """-Σ p log p."""
+    return -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
+
+
+def _is_likeliest(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
+    return (logprobs.argmax(axis=-1) == targets).astype(jnp.float32)

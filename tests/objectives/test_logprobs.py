@@ -9,7 +9,7 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.objectives import logprobs
-from llmq_jax.objectives.logprobs import completion_logprobs, sequence_logprobs, token_logprobs
+from llmq_jax.objectives.logprobs import completion_logprobs, greedy_logprobs, sequence_logprobs, token_logprobs
 
 CONFIG = lq.Llama3Config(
     vocab_size=61,
@@ -123,3 +123,19 @@ def test_no_logits_of_all_tokens_exist(lm, small_chunks):
     program = str(jax.make_jaxpr(jax.grad(loss))(variables))
     assert "f32[4,61]" in program
     assert not any(shape in program for shape in ("f32[3,19,61]", "f32[3,20,61]", "f32[57,61]", "f32[15,4,61]"))
+
+
+def test_several_rows_of_targets_follow_one_of_tokens(lm, small_chunks):
+    """And of each target it is told whether the model would have taken it."""
+    model, variables = lm
+    tokens, mask, lengths = rows()
+    logprobs = jax.nn.log_softmax(model.apply(variables, tokens))
+    follows = jnp.asarray([2, 0, 0, 1])
+    likeliest = logprobs.argmax(-1)[follows]
+    targets = jnp.where(jnp.arange(20) % 3 == 0, likeliest, tokens[follows])
+    counted = (mask[jnp.asarray([0, 1, 2, 0])] > 0) & (jnp.arange(20) < lengths[follows][:, None])
+    found, greedy = greedy_logprobs(model, variables, tokens, lengths, follows, targets, counted)
+    wanted = jnp.take_along_axis(logprobs[follows], targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found, wanted * counted, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(greedy, (targets == likeliest) & counted)
+    assert greedy.any()

@@ -1,0 +1,391 @@
+"""Any model as one of the Language Model Evaluation Harness (lm_eval): its tasks, prompts and metrics.
+
+    import lm_eval
+    from llmq_jax.interop.evaluation_harness import HarnessModel
+
+    results = lm_eval.simple_evaluate(HarnessModel("gpt2"), tasks=["hellaswag"])
+
+Published figures are mostly those of the harness's own backend for transformers (`HFLM`). What decides them is done as
+there: where a text is cut into context and continuation, what stands before a text without a context, what is left out
+where it does not fit, where an answer ends.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from llmq_jax.data.batching import pad
+from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.data.length_buckets import by_length, padded_rows
+from llmq_jax.data.tokenizer_files import TokenizerFiles
+from llmq_jax.errors import BadInput, close_names
+from llmq_jax.generation import Sampler, generate
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.layers.axes import everywhere
+from llmq_jax.models.decoder import Decoder
+from llmq_jax.objectives.logprobs import greedy_logprobs
+from llmq_jax.weight_type import weight_type
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        has_bos_prefix,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+    from tqdm import tqdm
+except ImportError as error:
+    raise BadInput(
+        f"the evaluation harness is not installed, or too old ({error}); pip install 'llmq_jax[eval]'"
+    ) from error
+
+# Tokens of an answer, where a task does not say.
+ANSWER_TOKENS = 256
+# What transformers draws from unless told otherwise.
+TOP_K = 50
+# Arguments of transformers' generation that tasks give, at the values that change nothing.
+NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
+# As it stands in transformers, whose templates see it too.
+END_OF_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class HarnessModel(TemplateLM):
+    """A language model, or the name of one as `lq.load` takes it, for `lm_eval.simple_evaluate`.
+
+    `batch_size` texts of similar length go through the model at a time. `max_length` is how many tokens it reads, by
+    default as many as it can; `dtype`, for a name, that of `lq.load`. Where a task draws its answers, the request at
+    place i draws from the seed + i.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | str | os.PathLike,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        dtype: Any = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        loaded = isinstance(model, LanguageModel)
+        if loaded and dtype is not None:
+            raise BadInput(f"dtype={dtype!r} has no effect on a model that is loaded; give it to lq.load")
+        self.source = "this model" if loaded else str(model)
+        self.lm = model if loaded else load(model, dtype=dtype)
+        self.lm.require_language_model(self.source)
+        self.tokenizer = self.lm.require_tokenizer(self.source)
+        longest = self.lm.config.max_position_embeddings
+        self.max_length = longest if max_length is None else max_length
+        if not 0 < self.max_length <= longest:
+            raise BadInput(f"max_length={max_length} must lie between 1 and the model's context of {longest}")
+        if batch_size < 1:
+            raise BadInput(f"batch_size={batch_size} must be at least 1")
+        self.batch_size = batch_size
+        self.seed = seed
+        files = TokenizerFiles(self.tokenizer.files(), self.source)
+        beginning = files.token_id(files.named_tokens().get("bos_token"))
+        self._prefix = self.tokenizer.end_of_text if beginning is None else beginning
+        self._prefix_text = None if self._prefix is None else self.tokenizer.decode([self._prefix])
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        if self._prefix is None:
+            raise BadInput(
+                f"{self.source} has a tokenizer with neither bos_token nor eos_token, so nothing can stand before a "
+                "text without a context; name one in its tokenizer_config.json"
+            )
+        return self._prefix
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """Special tokens that the text spells out become tokens, as in transformers; those of the tokenizer's template
+        are added, unless the text begins so already."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self._prefix_text)
+        ids = self.tokenizer.encode(string, allow_special=True, add_special_tokens=add_special_tokens)
+        vocab_size = self.lm.config.vocab_size
+        if ids and max(ids) >= vocab_size:
+            raise BadInput(
+                f"{self.source}: its tokenizer gives token id {max(ids)}, outside the model's vocabulary of "
+                f"{vocab_size}; use the model's own tokenizer"
+            )
+        return ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, whether it is the greedy one) of each continuation; requests are (texts, tokens of the
+        context, tokens of the continuation). What is too long loses the beginning of its context. Requests that differ
+        in their last token alone, such as answers of one letter, are read once."""
+        rows, counts = [], []
+        together: dict[tuple[int, ...], list[int]] = {}
+        for place, (_, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= self.max_length:
+                raise BadInput(
+                    f"a continuation has {len(continuation)} tokens, and the model takes 1 to {self.max_length}; leave "
+                    "this task out, or give the model a longer context"
+                )
+            # Spaces alone are no context either: the harness counts them to the continuation.
+            context = context or [self.prefix_token_id]
+            row = (context + continuation)[-(self.max_length + 1) :]
+            rows.append(row)
+            counts.append(len(continuation))
+            together.setdefault(tuple(row[:-1]), []).append(place)
+        inputs = list(together)
+        answers: list[Any] = [None] * len(requests)
+        for numbers, size in self._batches(inputs, "log-likelihoods", disable_tqdm):
+            batch = padded_rows(inputs, numbers, size, self.max_length)
+            owners = [(row, place) for row, number in enumerate(numbers) for place in together[inputs[number]]]
+            more = size * _power_of_two(-(-len(owners) // size)) - len(owners)  # few numbers of rows, few programs
+            targets, _ = pad([rows[place][1:] for _, place in owners] + [()] * more, batch["tokens"].shape[1])
+            of_targets = [(row, counts[place]) for row, place in owners] + [(0, 0)] * more
+            arrays = batch["tokens"], batch["lengths"], targets, *np.array(of_targets, np.int32).T
+            logprobs, greedy = jax.device_get(_continuations(self.lm.model, self.lm.variables, *arrays))
+            for number, (_, place) in enumerate(owners):
+                answers[place] = float(logprobs[number]), bool(greedy[number])
+                if (texts := requests[place][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answers[place])
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each text, in windows of the model's context in which every token is predicted once."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each context, up to the first of its stop strings; requests of equal arguments together."""
+        alike: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
+        answers = [""] * len(requests)
+        for places in alike.values():
+            contexts = [requests[place].args[0] for place in places]
+            arguments = requests[places[0]].args[1]
+            for number, answer in self._answers(contexts, places, arguments, disable_tqdm):
+                answers[places[number]] = answer
+                self.cache_hook.add_partial("generate_until", (contexts[number], arguments), answer)
+        return answers
+
+    def _answers(
+        self, contexts: Sequence[str], places: Sequence[int], arguments: dict, disable_tqdm: bool
+    ) -> Iterator[tuple[int, str]]:
+        """(number of the context, its answer)."""
+        given = dict(normalize_gen_kwargs(arguments, ANSWER_TOKENS))
+        end = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
+        until, count = handle_stop_sequences(given.pop("until"), eos=end), given.pop("max_gen_toks")
+        sampler = _sampler(given, self.lm.generation)
+        room = self.max_length - count
+        if room < 1:
+            raise BadInput(
+                f"a task asks for answers of {count} tokens, which leave nothing for the question in the model's "
+                f"{self.max_length}; leave it out, or set a smaller max_gen_toks"
+            )
+        rows = [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts]
+        stop = self._stop(until)
+        for numbers, size in self._batches(rows, "answers", disable_tqdm):
+            filled = numbers + numbers[-1:] * (size - len(numbers))  # a batch of fewer rows would compile anew
+            generation = generate(
+                self.lm,
+                [rows[number] for number in filled],
+                max_new_tokens=count,
+                sampler=sampler,
+                stop=stop,
+                seed=[self.seed + places[number] for number in filled],
+            )
+            for row, number in enumerate(numbers):
+                tokens = generation.tokens[row, : generation.lengths[row]]
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                yield number, postprocess_generated_text(text, until, None)
+
+    def _stop(self, until: Sequence[str]) -> list[int | str]:
+        """Where generation ends: the model's end tokens, and of the strings those that spell a special token, which
+        the text does not show, as that token."""
+        stop: list[int | str] = list(self.lm.generation.eos_token_id)
+        for string in until:
+            ids = self.tokenizer.encode(string, allow_special=True)
+            if len(ids) == 1 and not self.tokenizer.decode(ids, skip_special_tokens=True):
+                stop += ids
+            elif string:
+                stop.append(string)
+        return list(dict.fromkeys(stop))
+
+    def _batches(
+        self, rows: Sequence[Sequence[int]], title: str, disable_tqdm: bool
+    ) -> Iterator[tuple[list[int], int]]:
+        """(places of rows of similar length, rows to fill up to); the longest first: if memory runs out, it does now.
+
+        The bar is shown on a terminal."""
+        size = min(self.batch_size, max(1, len(rows)))
+        with tqdm(total=len(rows), desc=title, disable=disable_tqdm or None) as bar:
+            for places in reversed(by_length([len(row) for row in rows], size)):
+                yield places, size
+                bar.update(len(places))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as text, up to where the answer begins, or where the last message may go on. A template that
+        refuses them is asked again without the system's."""
+        template = self.lm.require_chat_template(self.source)
+        try:
+            return _conversation(template, chat_history, add_generation_prompt)
+        except BadInput:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            return _conversation(template, without, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's source, which the harness keeps with its results."""
+        return self.lm.require_chat_template(self.source).source if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness tells kept requests apart by."""
+        return f"{self.source}-{self.tokenizer.name}".replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes about the model into its results."""
+        parameters = jax.tree.leaves(self.lm.params)
+        count, dtype = sum(leaf.size for leaf in parameters), str(weight_type(parameters))
+        return {"model": self.source, "model_num_parameters": count, "model_dtype": dtype}
+
+
+def load_tasks(names: Sequence[str], include_path: str | os.PathLike | None = None) -> tuple[list[Any], TaskManager]:
+    """(tasks and groups of the harness, the manager that found them): what `simple_evaluate` takes. BadInput for what
+    the harness does not have, or cannot load.
+
+    `include_path` is a folder with task files of one's own. They may be programs; what runs programs that the model
+    writes is refused.
+    """
+    manager = _task_manager(names, include_path)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = close_names(name, manager.all_tasks)
+            hint = f"did you mean {' or '.join(near)}?" if near else "lm_eval ls tasks lists them all"
+            raise BadInput(f"the evaluation harness has no task {name!r}: {hint}")
+    loaded: list[Any] = []
+    for name in names:
+        try:
+            found = manager.load(name)
+        except Exception as error:  # task files and data sets can raise anything
+            raise BadInput(f"task {name} cannot be loaded: {type(error).__name__}: {error}") from error
+        for task_name, task in found["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise BadInput(f"task {task_name} runs programs that the model writes; use lm_eval's own command")
+            if getattr(task, "MULTIMODAL", False):
+                raise BadInput(f"task {task_name} shows images, which the model does not see; leave it out")
+        group = found.get("groups", {}).get(name)
+        loaded += list(found["tasks"].values()) if group is None else [group]
+    return loaded, manager
+
+
+def _task_manager(names: Sequence[str], include_path: str | os.PathLike | None) -> TaskManager:
+    """Reading the harness's own thousands of tasks takes seconds: it is left out where all are one's own."""
+    if include_path is not None:
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(names) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=None if include_path is None else str(include_path))
+
+
+def run_tasks(model: HarnessModel, tasks: Sequence[Any], manager: TaskManager, **options: Any) -> dict[str, Any]:
+    """What `simple_evaluate` finds, without a record of every question; its remarks go to stderr."""
+    # It would fork processes for its standard errors, which may hang beside JAX's threads; the numbers are the same.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    with contextlib.redirect_stdout(sys.stderr):
+        return simple_evaluate(
+            model,
+            tasks=list(tasks),
+            task_manager=manager,
+            batch_size=model.batch_size,
+            log_samples=False,
+            **options,
+        )
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """The harness's own tables: of tasks, then of groups."""
+    tables = [make_table(results, column) for column in ("results", "groups") if column in results]
+    return "\n\n".join(table.rstrip() for table in tables)
+
+
+def results_json(results: dict[str, Any], indent: int | None = None) -> str:
+    """As the harness writes them, who knows how to write functions."""
+    return json.dumps(results, indent=indent, default=handle_non_serializable, ensure_ascii=False)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _continuations(
+    model: Decoder,
+    variables: dict,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    targets: Int[Array, "N T"],
+    rows: Int[Array, " N"],
+    counts: Int[Array, " N"],
+) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
+    """(log-probability, whether all are the likeliest) of the last `counts` targets of each; `rows` says which tokens
+    they follow."""
+    places, ends = jnp.arange(tokens.shape[1]), lengths[rows][:, None]
+    scored = (places < ends) & (places >= ends - counts[:, None])
+    logprobs, greedy = greedy_logprobs(model, variables, tokens, lengths, rows, targets, scored)
+    return everywhere((logprobs.sum(axis=1), (greedy | ~scored).all(axis=1)))
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:
+    """How transformers would draw, given these arguments and the model's own `generation_config.json`."""
+    drawn, temperature = given.pop("do_sample"), float(given.pop("temperature", 0.0))
+    filters = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0}
+    for values in (generation.other, given):
+        filters |= {name: values[name] for name in filters if values.get(name) is not None}
+    for name, value in given.items():
+        if name not in filters and NEUTRAL.get(name) != value:
+            raise BadInput(
+                f"a task's generation_kwargs have {name}={value!r}, which is not supported; known are until, "
+                "max_gen_toks, do_sample, temperature, top_k, top_p and min_p"
+            )
+    return Sampler(temperature, **filters) if drawn and temperature else Sampler(temperature=0.0)
+
+
+def _conversation(template: ChatTemplate, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    """Without the beginning of an answer the last message is left open, as in transformers."""
+    if add_generation_prompt:
+        return template.render(messages)
+    *before, last = messages
+    marked = {**last, "content": last["content"] + END_OF_MESSAGE}
+    text = template.render([*before, marked], add_generation_prompt=False)
+    end = text.rfind(END_OF_MESSAGE.strip())
+    if end < 0:
+        raise BadInput("the chat template leaves out the last message, which the task wants to go on")
+    kept = text.startswith(END_OF_MESSAGE, end)
+    return text[:end] if kept else text[:end].rstrip()
