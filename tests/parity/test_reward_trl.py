@@ -182,10 +182,10 @@ def test_evaluation_is_over_pairs_where_theirs_is_over_batches(folder, tmp_path,
     with torch.no_grad():
         expected = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(rows)).item()
     found = evaluate(make_eval_step(RewardModel(lm.model)), lm.variables, PreferenceEvaluation(ours.pairs, 2, CONTEXT))
-    assert found["loss"] == pytest.approx(expected, abs=1e-5)
+    assert found["loss"] == pytest.approx(expected, rel=2e-6, abs=1e-5)
     metrics = trainer._metrics["eval"]
     assert {name: found[name] for name in found if name != "loss"} == pytest.approx(
-        {name: metrics[name][-1] for name in found if name != "loss"}, abs=1e-5
+        {name: metrics[name][-1] for name in found if name != "loss"}, rel=1e-5, abs=1e-5
     )
 
 
