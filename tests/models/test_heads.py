@@ -36,12 +36,12 @@ def language_model(model_type, **changes):
     return LanguageModel(config, build(config), init(config, seed=3), ByteTokenizer())
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def lm(request):
     return language_model(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def classifier(lm):
     return with_classifier(lm, LABELS, seed=1)
 
@@ -52,7 +52,7 @@ def test_a_classifier_has_a_head_of_its_own(lm):
     params = abstract_variables(config)["params"]
     assert params["score"]["kernel"].shape == (16, 3) and "bias" not in params["score"]
     assert "lm_head" not in params and "token_embedding" in params and "mtp" not in params
-    assert build(config).apply(init(config), np.ones((2, 5), np.int32)).shape == (2, 3)
+    assert jax.jit(build(config).apply)(init(config), np.ones((2, 5), np.int32)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -1,5 +1,7 @@
 """The classification objective against hand-computed values, and that micro-batches add up to the batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,32 +43,37 @@ def a_batch(rows=8, seed=0):
     }
 
 
-@pytest.fixture(scope="module", params=[DENSE, SPARSE], ids=["dense", "experts"])
+@functools.cache
+def made(config):
+    return build(config), init(config, seed=1)
+
+
+@pytest.fixture(params=[DENSE, SPARSE], ids=["dense", "experts"])
 def model_and_variables(request):
-    return build(request.param), init(request.param, seed=1)
+    return made(request.param)
 
 
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])
 def test_loss_and_accuracy_by_hand(model_and_variables, class_weights):
     model, variables = model_and_variables
-    batch = a_batch()
+    batch, apply = a_batch(), jax.jit(model.apply)
     total = counted = right = 0.0
     for i in range(6):
         length, label = int(batch["lengths"][i]), int(batch["labels"][i])
-        logits = np.asarray(model.apply(variables, batch["tokens"][i : i + 1, :length])[0], np.float64)
+        logits = np.asarray(apply(variables, batch["tokens"][i : i + 1, :length])[0], np.float64)
         weight = 1.0 if class_weights is None else class_weights[label]
         total += weight * (np.log(np.exp(logits).sum()) - logits[label])
         counted += weight
         right += logits.argmax() == label
     objective = Classification(model, class_weights)
-    loss, metrics, _ = objective.loss(variables, batch, objective.weights(batch))
+    loss, metrics, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch))
     assert float(loss) == pytest.approx(total / counted, abs=1e-5)
     assert float(metrics["accuracy"]) == pytest.approx(right / 6)
 
 
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])
 def test_micro_batches_add_up(class_weights):
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     objective, optimizer = Classification(model, class_weights), optax.sgd(1.0)
     results = []
     for parts in (1, 4):
@@ -78,7 +85,7 @@ def test_micro_batches_add_up(class_weights):
 
 def test_evaluation_is_the_mean_over_all_texts():
     """However the batches are cut, and with a last one that is not full."""
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     objective = Classification(model, WEIGHTS)
     whole = evaluate(make_eval_step(objective), variables, [a_batch()])
     parts = [{name: x[rows] for name, x in a_batch().items()} for rows in (slice(0, 5), slice(5, 8))]
@@ -87,20 +94,20 @@ def test_evaluation_is_the_mean_over_all_texts():
 
 
 def test_balance_losses_are_added_in_training():
-    model, variables = build(SPARSE), init(SPARSE, seed=1)
+    model, variables = made(SPARSE)
     objective, batch = Classification(model), a_batch()
-    plain, _, _ = objective.loss(variables, batch, objective.weights(batch))
-    total, metrics, _ = objective.loss(variables, batch, objective.weights(batch), jax.random.key(0))
+    plain, _, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch))
+    total, metrics, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch), jax.random.key(0))
     assert float(metrics["classification_loss"]) == pytest.approx(float(plain), abs=1e-6)
     expected = float(plain) + SPARSE.router_aux_loss_coef * float(metrics["load_balance_loss"])
     assert float(total) == pytest.approx(expected, abs=1e-6) and float(total) > float(plain)
 
 
 def test_a_batch_in_which_nothing_counts_is_no_division_by_zero():
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     objective = Classification(model)
     batch = a_batch() | {"mask": jnp.zeros(8), "lengths": jnp.zeros(8, jnp.int32)}
-    loss, _, _ = objective.loss(variables, batch, objective.weights(batch))
+    loss, _, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch))
     assert float(loss) == 0.0
 
 
