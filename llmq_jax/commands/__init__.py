@@ -13,6 +13,7 @@ VERBS = {
     "compare": "llmq_jax.commands.compare",
     "models": "llmq_jax.commands.models",
     "env": "llmq_jax.commands.env",
+    "completion": "llmq_jax.commands.completion",
 }
 
 

@@ -1,0 +1,63 @@
+"""Print what makes a shell complete commands, options and files after a tab.
+
+eval "$(llmq completion bash)"      in ~/.bashrc
+eval "$(llmq completion zsh)"       in ~/.zshrc
+"""
+
+import dataclasses
+import importlib
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+from llmq_jax.command_line import Positional, option_name
+
+BASH = """\
+_llmq() {{
+  local word="${{COMP_WORDS[COMP_CWORD]}}" known=""
+  if [ "$COMP_CWORD" -eq 1 ]; then
+    known="{verbs}"
+  elif [ "${{word#-}}" != "$word" ]; then
+    case "${{COMP_WORDS[1]}}" in
+{cases}
+    esac
+  else
+    COMPREPLY=($(compgen -f -- "$word"))
+    return
+  fi
+  COMPREPLY=($(compgen -W "$known" -- "$word"))
+}}
+complete -o filenames -F _llmq llmq
+"""
+ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    shell: Positional[Literal["bash", "zsh"]]
+    """Whose completion to print."""
+
+
+def main(options: Options) -> None:
+    print(script(options.shell), end="")
+
+
+def script(shell: Literal["bash", "zsh"]) -> str:
+    from llmq_jax.commands import VERBS
+
+    cases = "\n".join(f'      {verb}) known="{" ".join(options_of(module))}" ;;' for verb, module in VERBS.items())
+    text = BASH.format(verbs=" ".join(VERBS), cases=cases)
+    return text if shell == "bash" else ZSH + text
+
+
+def options_of(module: str) -> list[str]:
+    """The options of a verb, in the order of its help text."""
+    options = importlib.import_module(module).Options
+    hints = typing.get_type_hints(options, include_extras=True)
+    named = [field.name for field in dataclasses.fields(options) if not _is_positional(hints[field.name])]
+    return [*map(option_name, named), "--help"]
+
+
+def _is_positional(hint: typing.Any) -> bool:
+    (marker,) = Positional[str].__metadata__
+    return marker in getattr(hint, "__metadata__", ())
