@@ -16,9 +16,9 @@ demo: $(CORE)
 test: $(TEST)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-## test-all: the suite, then everything slow
+## test-all: the suite, then everything slow, in programs compiled as users have them
 test-all: test
-	$(BIN)/python -m pytest -n 2 -m slow
+	OPTIMIZED_TESTS=true $(BIN)/python -m pytest -n 2 -m slow
 
 ## test-golden: without PyTorch, the arrays that the original computed; for a new Python: make test-golden PYTHON=python3.14
 test-golden:
