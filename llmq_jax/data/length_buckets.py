@@ -22,10 +22,15 @@ POOL = 32
 Batch = dict[str, np.ndarray]
 
 
+def power_of_two(number: int) -> int:
+    """The least that is not below the number, 1 or more."""
+    return 1 << (number - 1).bit_length()
+
+
 def bucket_width(length: int, longest: int) -> int:
     """The width that a row of this length is padded to, at most `longest`: the next power of two from 32 on or, above
     64, one and a half times one."""
-    power = max(SHORTEST, 1 << (max(length, 1) - 1).bit_length())
+    power = max(SHORTEST, power_of_two(max(length, 1)))
     between = power * 3 // 4
     return min(between if between >= length and between > 2 * SHORTEST else power, longest)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmq_jax.data.length_buckets import power_of_two
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
@@ -222,7 +223,7 @@ class Request:
 
     def start(self) -> DecodeState:
         needed = int(self.prompt_lengths.max()) + self.max_new_tokens
-        length = min(max(SHORTEST_CACHE, _power_of_two(needed)), self.lm.config.max_position_embeddings)
+        length = min(max(SHORTEST_CACHE, power_of_two(needed)), self.lm.config.max_position_embeddings)
         state, output = prefill(
             self.lm.model,
             self.lm.variables,
@@ -336,13 +337,8 @@ def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draf
 
 
 def _prompt_width(longest: int, context: int) -> int:
-    step = min(max(SHORTEST_PROMPT, _power_of_two(longest)), LONGEST_PROMPT_STEP)
+    step = min(max(SHORTEST_PROMPT, power_of_two(longest)), LONGEST_PROMPT_STEP)
     return min(-(-longest // step) * step, context)
-
-
-def _power_of_two(length: int) -> int:
-    """The least that is not below."""
-    return 1 << (length - 1).bit_length()
 
 
 def _token_ids(lm: Any, prompt: Any, index: int) -> list[int]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.data.batching import pad
 from llmq_jax.data.chat_template import ChatTemplate
-from llmq_jax.data.length_buckets import by_length, padded_rows
+from llmq_jax.data.length_buckets import by_length, padded_rows, power_of_two
 from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.generation import Sampler, generate
@@ -152,7 +152,7 @@ class HarnessModel(TemplateLM):
         for numbers, size in self._batches(inputs, "log-likelihoods", disable_tqdm):
             batch = padded_rows(inputs, numbers, size, self.max_length)
             owners = [(row, place) for row, number in enumerate(numbers) for place in together[inputs[number]]]
-            more = size * _power_of_two(-(-len(owners) // size)) - len(owners)  # few numbers of rows, few programs
+            more = size * power_of_two(-(-len(owners) // size)) - len(owners)  # few numbers of rows, few programs
             targets, _ = pad([rows[place][1:] for _, place in owners] + [()] * more, batch["tokens"].shape[1])
             of_targets = [(row, counts[place]) for row, place in owners] + [(0, 0)] * more
             arrays = batch["tokens"], batch["lengths"], targets, *np.array(of_targets, np.int32).T
@@ -355,11 +355,6 @@ def _continuations(
     scored = (places < ends) & (places >= ends - counts[:, None])
     logprobs, greedy = greedy_logprobs(model, variables, tokens, lengths, rows, targets, scored)
     return everywhere((logprobs.sum(axis=1), (greedy | ~scored).all(axis=1)))
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not below."""
-    return 1 << (number - 1).bit_length()
 
 
 def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:
