@@ -14,10 +14,11 @@ demo: $(CORE)
 
 ## test: the suite (about half an hour on two cores)
 test: $(TEST)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not exhaustive"
 
-## test-all: the suite, then everything slow, in programs compiled as users have them
+## test-all: the suite, then all combinations, then everything slow, in programs compiled as users have them
 test-all: test
+	$(BIN)/python -m pytest -n 2 -m "exhaustive and not slow"
 	OPTIMIZED_TESTS=true $(BIN)/python -m pytest -n 2 -m slow
 
 ## test-golden: without PyTorch, the arrays that the original computed; for a new Python: make test-golden PYTHON=python3.14

@@ -43,6 +43,24 @@ def programs_of_one_module():
         gc.collect()
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are selected by
+def pytest_collection_modifyitems(items):
+    """Of the cases of a test marked `product`, as few go with `make test` as have each value of each parameter once;
+    the others are `exhaustive`."""
+    cases = {}
+    for item in items:
+        if item.get_closest_marker("product"):
+            values = {(name, id(value)) for name, value in item.callspec.params.items()}
+            cases.setdefault(item.nodeid.split("[")[0], {})[item] = values
+    for values_of in cases.values():
+        missing = set().union(*values_of.values())
+        while missing:
+            shown = max(values_of, key=lambda item: len(values_of[item] & missing))
+            missing -= values_of.pop(shown)
+        for item in values_of:
+            item.add_marker("exhaustive")
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """With CI=true nothing is skipped in silence: a parity test that did not run has not passed."""

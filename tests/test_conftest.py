@@ -1,6 +1,7 @@
-"""Where CI=true, what is skipped fails: single tests and whole modules."""
+"""Where CI=true, what is skipped fails; of products, each value is in a case of the quick suite."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,16 +15,53 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_skipping_fails_in_ci_alone(case, tmp_path):
+PRODUCT = """
+import pytest
+
+@pytest.fixture(params="xyz")
+def letter(request):
+    return request.param
+
+@pytest.mark.product
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(("left", "right"), [(True, 5), (False, 6)])
+def test_it(letter, number, left, right): pass
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_other(letter, number): pass
+"""
+
+
+@pytest.fixture
+def pytest_of(tmp_path):
+    """`pytest_of(source, *arguments, ci=...)` -> the finished process of a suite of this one file."""
     tests = tmp_path / "tests"
     tests.mkdir()
     shutil.copy(Path(__file__).with_name("conftest.py"), tests)
-    (tests / "test_skipped.py").write_text(CASES[case] + "def test_other(): pass\n")
 
-    def exit_code(ci):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests"]
-        return subprocess.run(command, cwd=tmp_path, env={**os.environ, "CI": ci}, capture_output=True).returncode
+    def call(source, *arguments, ci=""):
+        (tests / "test_these.py").write_text(source)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, "tests"]
+        environment = {**os.environ, "CI": ci}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    assert exit_code("true") in (1, 2)
-    assert exit_code("") in (0, 5)
+    return call
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_skipping_fails_in_ci_alone(case, pytest_of):
+    source = CASES[case] + "def test_other(): pass\n"
+    assert pytest_of(source, ci="true").returncode in (1, 2)
+    assert pytest_of(source).returncode in (0, 5)
+
+
+def test_a_product_s_quick_cases_have_every_value(pytest_of):
+    def chosen(marks):
+        listing = pytest_of(PRODUCT, "--collect-only", "-q", "-m", marks).stdout
+        return re.findall(r"test_it\[(.*)\]", listing), listing.count("test_other[")
+
+    quick, others = chosen("not exhaustive")
+    assert len(quick) == 3 and others == 6
+    assert set("-".join(quick).split("-")) == {"x", "y", "z", "1", "2", "True", "5", "False", "6"}
+    rest, others = chosen("exhaustive")
+    assert len(rest) == 9 and not set(rest) & set(quick) and others == 0
