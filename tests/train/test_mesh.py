@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import llmq_jax as lq
+from llmq_jax.language_model import LanguageModel
 from tests.devices import with_devices
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,50 @@ def test_a_run_on_a_mesh_equals_one_on_a_device_and_goes_on_on_another(train, al
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming" in done.stdout and "from step 6" in done.stdout
     assert records(folder) == pytest.approx(records(alone), rel=2e-5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.1}
+    tokenizer = lq.ByteTokenizer()
+    config = lq.Llama3Config(vocab_size=tokenizer.vocab_size, max_position_embeddings=64, intermediate_size=24, **sizes)
+    ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text,))
+    folder = tmp_path_factory.mktemp("model") / "model"
+    lq.save(LanguageModel(config, lq.build(config), lq.init(config, seed=1), tokenizer, ends), folder)
+    return folder
+
+
+# Answers that are drawn are the same ones only where rounding decides none of them, hence few and short ones.
+FINE_TUNING = {
+    "instruct": "--context 64 --batch-size 8 --learning-rate 0.01",
+    "grpo": "--reward length:4 --beta 0.1 --prompts-per-step 4 --group-size 4 --max-new-tokens 6 --learning-rate 0.01",
+    "dpo": "--context 64 --batch-size 8 --learning-rate 0.01",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", FINE_TUNING)
+def test_adapters_learn_on_a_mesh_as_on_a_device(recipe, model, tmp_path):
+    words = ("ab", "ba", "aab", "bba", "abab", "baba", "a", "b", "aa", "bb")
+    told = {"prompt": "Say {}:", "completion": "{}", "chosen": "{}", "rejected": "no {}"}
+    fields = {"instruct": ("prompt", "completion"), "grpo": ("prompt",), "dpo": ("prompt", "chosen", "rejected")}
+    rows = [{name: told[name].format(word) for name in fields[recipe]} for word in words]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
+        shared = f"--data data.jsonl --init-from {model} --out {mesh} --mesh {mesh} --steps 4 --log-every 1"
+        options = f"{shared} --lora-rank 2 --evaluate-every 2 --validation-fraction 0.2 --sample-every 4"
+        command = [sys.executable, "-m", f"train.{recipe}", *options.split(), *FINE_TUNING[recipe].split()]
+        devices = 1 if mesh == "data=1" else 8
+        environment = {**with_devices(devices), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = map(json.loads, (tmp_path / mesh / "metrics.jsonl").read_text().splitlines())
+        names = ("loss", "grad_norm", "reward", "kl", "validation_loss", "validation_reward")
+        found[mesh] = {(row["step"], name): row[name] for row in rows for name in names if name in row}
+    alone, together = found.values()
+    assert len(alone) >= 10
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
 def test_what_cannot_be_is_told_in_a_line(train):
