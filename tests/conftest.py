@@ -46,12 +46,13 @@ def programs_of_one_module():
 @pytest.hookimpl(tryfirst=True)  # before marks are selected by
 def pytest_collection_modifyitems(items):
     """Of the cases of a test marked `product`, as few go with `make test` as have each value of each parameter once;
-    the others are `exhaustive`."""
+    the others are `exhaustive`. Tests of a module with `product("a name")` share their values: each is run once."""
     cases = {}
     for item in items:
-        if item.get_closest_marker("product"):
-            values = {(name, id(value)) for name, value in item.callspec.params.items()}
-            cases.setdefault(item.nodeid.split("[")[0], {})[item] = values
+        if mark := item.get_closest_marker("product"):
+            test = item.nodeid.split("[")[0]
+            values = {("test", test), *((name, id(value)) for name, value in item.callspec.params.items())}
+            cases.setdefault((item.path, *mark.args) if mark.args else test, {})[item] = values
     for values_of in cases.values():
         missing = set().union(*values_of.values())
         while missing:

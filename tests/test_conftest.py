@@ -29,6 +29,12 @@ def test_it(letter, number, left, right): pass
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_other(letter, number): pass
+
+@pytest.mark.product("together")
+def test_one(letter): pass
+
+@pytest.mark.product("together")
+def test_two(letter): pass
 """
 
 
@@ -58,10 +64,11 @@ def test_skipping_fails_in_ci_alone(case, pytest_of):
 def test_a_product_s_quick_cases_have_every_value(pytest_of):
     def chosen(marks):
         listing = pytest_of(PRODUCT, "--collect-only", "-q", "-m", marks).stdout
-        return re.findall(r"test_it\[(.*)\]", listing), listing.count("test_other[")
+        found = (re.findall(rf"test_{name}\[(.*)\]", listing) for name in ("it", "one", "two"))
+        return *found, listing.count("test_other[")
 
-    quick, others = chosen("not exhaustive")
-    assert len(quick) == 3 and others == 6
+    quick, one, two, others = chosen("not exhaustive")
+    assert len(quick) == 3 and others == 6 and (one, two) == (["x", "z"], ["y"])
     assert set("-".join(quick).split("-")) == {"x", "y", "z", "1", "2", "True", "5", "False", "6"}
-    rest, others = chosen("exhaustive")
-    assert len(rest) == 9 and not set(rest) & set(quick) and others == 0
+    rest, one, two, others = chosen("exhaustive")
+    assert len(rest) == 9 and not set(rest) & set(quick) and others == 0 and (one, two) == (["y"], ["x", "z"])

@@ -19,7 +19,7 @@ from train.grpo import Options as GRPOOptions
 from train.grpo import check, grpo
 
 HELD_OUT, WATCHED = 600, 200
-ENOUGH = 0.25
+ENOUGH = 0.28
 """Of the watched sums: here the warm-up ends."""
 WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE, WATCH_EVERY = 2000, 256, 5e-4, 5
 SIZES = {

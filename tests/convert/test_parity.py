@@ -75,18 +75,23 @@ def test_no_difference_where_there_is_none(model):
     assert all(gradient.difference.absolute > 0 for gradient in found.gradients)
 
 
+FAULTS = [
+    ("token_embedding/embedding", "token embedding", "transformer.wte", "transformer.wte.weight"),
+    ("group_0/block_0/attention_norm/scale[1]", "layer 1, attention norm", "transformer.h.1.ln_1", None),
+    ("transformer.h.1.mlp.c_proj.weight", "layer 1, mlp down", "transformer.h.1.mlp.c_proj", None),
+    ("final_norm/bias", "final norm", "transformer.ln_f", "transformer.ln_f.bias"),
+]
+MORE_FAULTS = [
+    ("transformer.wpe.weight", "position embedding", "transformer.wpe", "transformer.wpe.weight"),
+    ("transformer.h.0.attn.c_attn.bias", "layer 0, attention qkv", "transformer.h.0.attn.c_attn", None),
+    ("transformer.h.0.attn.c_proj.bias", "layer 0, attention out", "transformer.h.0.attn.c_proj", None),
+    ("params/group_0/block_0/mlp/up/kernel[2]", "layer 2, mlp up", "transformer.h.2.mlp.c_fc", None),
+]
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize(
-    ("name", "place", "theirs", "key"),
-    [
-        ("token_embedding/embedding", "token embedding", "transformer.wte", "transformer.wte.weight"),
-        ("transformer.wpe.weight", "position embedding", "transformer.wpe", "transformer.wpe.weight"),
-        ("group_0/block_0/attention_norm/scale[1]", "layer 1, attention norm", "transformer.h.1.ln_1", None),
-        ("transformer.h.0.attn.c_attn.bias", "layer 0, attention qkv", "transformer.h.0.attn.c_attn", None),
-        ("transformer.h.0.attn.c_proj.bias", "layer 0, attention out", "transformer.h.0.attn.c_proj", None),
-        ("params/group_0/block_0/mlp/up/kernel[2]", "layer 2, mlp up", "transformer.h.2.mlp.c_fc", None),
-        ("transformer.h.1.mlp.c_proj.weight", "layer 1, mlp down", "transformer.h.1.mlp.c_proj", None),
-        ("final_norm/bias", "final norm", "transformer.ln_f", "transformer.ln_f.bias"),
-    ],
+    ("name", "place", "theirs", "key"), [*FAULTS, *(pytest.param(*fault, marks=EXHAUSTIVE) for fault in MORE_FAULTS)]
 )
 def test_an_injected_fault_is_found_where_it_is(model, name, place, theirs, key):
     found = check(model, inject=name)
@@ -153,7 +158,7 @@ def test_rounding_explains_as_much_as_other_last_bits_do(model):
     assert Difference(1.0, float("nan"), rounding=float("nan")).above(TOLERANCE)
 
 
-@pytest.mark.parametrize(("model_type", "layers"), [("gemma3_text", 7), ("gemma2", 3)])
+@pytest.mark.parametrize(("model_type", "layers"), [("gemma3_text", 7), pytest.param("gemma2", 3, marks=EXHAUSTIVE)])
 def test_gemma_by_its_weight_table_alone(model_type, layers):
     """Layers of two kinds in several groups, and norms after sub-layers.
 

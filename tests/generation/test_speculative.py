@@ -78,6 +78,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.product
 def test_greedy_tokens_are_those_of_plain_decoding(target, count):
     plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
     found = lq.generate(
@@ -98,6 +99,7 @@ def test_a_draft_of_another_architecture():
         assert_same(lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft=draft), plain)
 
 
+@pytest.mark.product("targets")
 def test_end_tokens_and_limits(target):
     plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
     end = int(plain.tokens[0, 6])
@@ -108,6 +110,7 @@ def test_end_tokens_and_limits(target):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("fed", ["after_norm", "before_norm"])
+@pytest.mark.product
 def test_modules_of_multi_token_prediction_draft_for_their_own_model(depth, fed):
     lm = draw(dataclasses.replace(DEEPSEEK, num_nextn_predict_layers=depth, mtp_hidden=fed))
     plain = lq.generate(lm, PROMPTS, max_new_tokens=30, sampler=GREEDY)
@@ -211,6 +214,7 @@ def test_acceptance_of_a_single_draft():
     assert accepted[0] == 0 and tokens[0, 0] < 2
 
 
+@pytest.mark.product("targets")
 def test_a_row_depends_on_its_own_seed_only(target):
     options = {"max_new_tokens": 12, "sampler": lq.Sampler(), "draft": similar(target), "draft_tokens": 2}
     together = lq.generate(target, PROMPTS, seed=[3, 7, 3], **options)

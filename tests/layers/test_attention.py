@@ -85,6 +85,7 @@ def test_windows_and_softcaps_equal_the_definition(window, softcap):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("block", [4, 11])
 @pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.product
 def test_lean_blocks_equal_the_reference_with_gradients(groups, block, softcap):
     mask = visible(ROWS.positions, ROWS.positions, ROWS.segment_ids, ROWS.segment_ids)
     assert_equal_with_gradients(
@@ -111,6 +112,7 @@ def long_rows(kind: str) -> Context:
     [(1, 4, 2, None), (5, 4, 1, 3.0), (16, 8, 4, None), (9, 64, 2, 3.0), (37, 8, 2, None), (50, 16, 1, None)],
 )
 @pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+@pytest.mark.product
 def test_window_blocks_equal_the_mask_with_gradients(kind, window, block, groups, softcap):
     """Any length, longer and shorter than the window. What padding sees is nobody's business."""
     context = long_rows(kind)

@@ -66,6 +66,7 @@ PIECES = {
 
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 @pytest.mark.parametrize(("window", "lookahead"), [(1, 0), (5, 0), (5, 3), (64, 2)])
+@pytest.mark.product
 def test_a_ring_equals_the_whole_sequence(sequence, pieces, window, lookahead):
     expected, cache, start = whole(sequence, window), ring(LENGTH, window, lookahead), 0
     assert cache.values.shape[2] == min(LENGTH, window + lookahead)

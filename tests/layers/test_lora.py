@@ -88,6 +88,7 @@ def largest_difference(a, b):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.product("adapters")
 def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, name):
     model, variables = base
     logits = jax.jit(model.apply)
@@ -112,6 +113,7 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, n
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.product("adapters")
 def test_decoding_and_modules_have_the_adapters_too(base, name):
     model, variables = base
     adapted = moved(lora.add(variables, model.layer_slots(), VARIANTS[name]))
@@ -204,6 +206,7 @@ def test_the_linear_layer_drops_the_adapters_input_alone():
 
 @pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "capacity"])
 @pytest.mark.parametrize("sides", [("up",), ("down",), ("up", "down")])
+@pytest.mark.product
 def test_experts_with_adapters_are_the_same_however_tokens_come_to_them(capacity_or_name, sides):
     keys = iter(jax.random.split(jax.random.key(0), 20))
     tokens, experts, width, hidden, rank = 37, 5, 8, 6, 3

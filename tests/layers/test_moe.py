@@ -70,6 +70,7 @@ CASES = {
 
 @pytest.mark.parametrize("padding", [False, True], ids=["all real", "with padding"])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.product
 def test_implementations_agree_in_outputs_and_all_gradients(case, padding):
     x, ids, weights, experts = draw(0, **CASES[case])
     if padding:

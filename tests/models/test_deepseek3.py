@@ -201,6 +201,7 @@ def test_a_model_is_kept_and_read_again(variables, tmp_path):
 
 
 @pytest.mark.parametrize("arrange", [lambda tree: tree, by_output], ids=["as they are", "by output"])
+@pytest.mark.product
 def test_absorbed_decoding_equals_the_expanded_pass(case, arrange):
     """From unequal prompts, in pieces of several tokens and of one."""
     model, variables, whole, _ = case

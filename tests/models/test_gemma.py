@@ -160,6 +160,7 @@ def test_a_local_layer_sees_its_window_and_a_global_one_everything():
 
 
 @pytest.mark.parametrize("options", [{"scan_layers": False}, {"remat": "full"}, {"attention": "masked"}])
+@pytest.mark.product
 def test_ways_to_run_the_layers_agree(config, variables, options):
     """Forward and back."""
 

@@ -140,6 +140,7 @@ class SameAsTransformers:
     def test_logits(self, pair):
         assert_same_logits(pair)
 
+    @pytest.mark.product("ways to read")
     def test_hidden_states_follow_the_final_norm(self, pair):
         theirs, ours = pair
         tokens = draw_tokens(ours)
@@ -147,6 +148,7 @@ class SameAsTransformers:
             expected = theirs.base_model(input_ids=torch.tensor(tokens)).last_hidden_state.numpy()
         assert_close(ours.hidden(tokens), expected)
 
+    @pytest.mark.product("ways to read")
     def test_right_padding(self, pair):
         theirs, ours = pair
         tokens, lengths = draw_tokens(ours), np.array([LENGTH, 13, 1])
@@ -156,6 +158,7 @@ class SameAsTransformers:
         assert np.isfinite(found).all()
         assert_close(found[real], expected[real])
 
+    @pytest.mark.product("ways to read")
     def test_left_padding(self, pair):
         """transformers needs position_ids where positions are learned: without, its logits are off by more than 1."""
         theirs, ours = pair
@@ -168,6 +171,7 @@ class SameAsTransformers:
         given = ours.logits(tokens, positions=positions, segment_ids=real.astype(int))
         assert_close(given[real], expected[real])
 
+    @pytest.mark.product("ways to read")
     def test_packed_rows(self, pair):
         theirs, ours = pair
         tokens, segment_ids, positions = packed(ours)
@@ -178,6 +182,7 @@ class SameAsTransformers:
         found = ours.logits(tokens, segment_ids=segment_ids)[1:2, 5:25]
         assert_close(found, alone)
 
+    @pytest.mark.product("ways to read")
     def test_past_a_cache(self, pair):
         """A prefix is read into the cache, the rest follows in one piece and then token by token."""
         theirs, ours = pair
@@ -210,9 +215,11 @@ class SameAsTransformers:
         assert_close(np.concatenate(found, axis=1), expected)
 
     @pytest.mark.parametrize("kind", ["plain", "right padding", "left padding", "packed"])
+    @pytest.mark.product
     def test_loss_and_gradients(self, pair, kind):
         assert_same_loss_and_gradients(pair, kind)
 
+    @pytest.mark.product("ways to read")
     def test_the_dtype_of_the_file_is_computed_in(self, pair):
         """bfloat16 on both sides: compared as distributions, since single logits are good to two or three digits."""
         theirs, ours = pair
@@ -228,6 +235,7 @@ class SameAsTransformers:
         their_own = divergence(their_logits(copy.deepcopy(theirs).bfloat16(), tokens))
         assert divergence(narrow.logits(tokens)) < max(1e-2, 1.5 * their_own)
 
+    @pytest.mark.product("ways to read")
     def test_greedy_tokens_equal_those_of_transformers(self, pair):
         """Prompts of unequal length in one batch give each what transformers gives it alone."""
         theirs, ours = pair

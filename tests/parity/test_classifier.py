@@ -103,6 +103,7 @@ def their_logits(model, tokens, real):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.product
 def test_logits(pair, side):
     theirs, ours = pair
     tokens, real = rows(side)
@@ -123,6 +124,7 @@ def test_the_side_and_the_tokens_of_padding_change_nothing(pair):
 
 
 @pytest.mark.parametrize("class_weights", [None, (0.5, 3.0, 1.25)])
+@pytest.mark.product
 def test_loss_and_gradients(pair, class_weights):
     """By class weights as torch's CrossEntropyLoss has them; rows that do not count are as if not there."""
     theirs, ours = pair

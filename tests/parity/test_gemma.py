@@ -179,6 +179,7 @@ ROPES = {
 
 @pytest.mark.parametrize("rope_type", ROPES)
 @pytest.mark.parametrize("config_class", [Gemma3Config, Gemma2Config])
+@pytest.mark.product
 def test_exported_models_are_those_of_transformers(config_class, rope_type, tmp_path):
     """Fields away from their defaults, and the logits of what transformers makes of the export."""
     local = {"local_rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}}

@@ -84,6 +84,7 @@ def test_what_remains_is_the_epsilon(golden, monkeypatch):
 @pytest.mark.parametrize(
     ("norm", "loss_tolerance", "tolerance"), [("ours", LOGITS, 1e-4), ("theirs", 1e-5, 1e-5)], ids=["ours", "theirs"]
 )
+@pytest.mark.product
 def test_loss_and_gradients(golden, norm, loss_tolerance, tolerance, monkeypatch):
     if norm == "theirs":
         monkeypatch.setattr("llmq_jax.layers.norms.RMSNorm", EpsilonOutsideTheRoot)

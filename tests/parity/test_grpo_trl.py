@@ -156,6 +156,7 @@ def test_loss_gradients_and_metrics(loss_type, beta):
 
 @pytest.mark.parametrize("advantages_of", ["answers", "tokens"])
 @pytest.mark.parametrize("loss_type", OPTIONS)
+@pytest.mark.product
 def test_micro_batches_with_an_entropy_bonus(loss_type, advantages_of):
     arrays = some_answers(advantages_of, seed=2)
     expected, slopes, reported = theirs(arrays, 4, loss_type, 0.3, 0.2)

@@ -131,6 +131,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.product
 def test_tokens_labels_and_loss(folder, tmp_path, case, caplog):
     caplog.set_level(logging.ERROR)
     records, chat_template, train_on, template = CASES[case]

@@ -71,6 +71,7 @@ def test_choices_are_spread_and_clear(pair):
 
 
 @pytest.mark.parametrize("dispatch", ["dense", "blocks", "ragged"])
+@pytest.mark.product
 def test_every_dispatch(pair, dispatch):
     theirs, ours = pair
     tokens = draw_tokens(ours)
@@ -86,6 +87,7 @@ COEFFICIENT = 0.5  # as much of the gradients as the rest
 
 
 @pytest.mark.parametrize("kind", ["plain", "right padding"])
+@pytest.mark.product
 def test_loss_and_gradients_with_the_balance_loss(pair, kind):
     theirs, ours = pair
     tokens, labels, their_inputs, our_inputs = batches(ours)[kind]

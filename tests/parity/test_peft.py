@@ -112,6 +112,7 @@ KINDS = ("all", "some layers, rslora, dora", "patterns", "tinylora")
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.product
 def test_adapters_of_peft_and_back(pair, kind, tmp_path):
     anew, lm = pair
     adapted = adapted_by(anew(), peft_config(kind, lm.config.model_type))
@@ -142,6 +143,7 @@ def test_adapters_of_peft_and_back(pair, kind, tmp_path):
         {"rank": 2, "variant": "tinylora", "numbers": 4, "tied": True, "targets": "attention"},
     ],
 )
+@pytest.mark.product
 def test_adapters_of_ours_load_in_peft(two, fields, tmp_path):
     anew, lm = two
     ours = moved(lq.lora(lm, **fields))
@@ -168,6 +170,7 @@ def moved(lm, size=0.05):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["all", "some layers, rslora, dora"])
+@pytest.mark.product
 def test_loss_and_gradients_are_those_of_peft(pair, kind, tmp_path):
     anew, lm = pair
     adapted = adapted_by(anew(), peft_config(kind, lm.config.model_type))
