@@ -16,7 +16,7 @@ demo: $(CORE)
 test: $(TEST)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not exhaustive"
 
-## test-all: the suite, then all combinations, then everything slow, in programs compiled as users have them
+## test-all: the suite, all combinations and every command of the docs, then everything slow, in programs compiled as users have them
 test-all: test
 	$(BIN)/python -m pytest -n 2 -m "exhaustive and not slow"
 	OPTIMIZED_TESTS=true $(BIN)/python -m pytest -n 2 -m slow

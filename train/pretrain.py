@@ -4,7 +4,7 @@
     python -m train.pretrain --data my.txt --out runs/mine      the same on a text of yours
     python -m train.pretrain --data docs/ --preset gpt2-124m    a published size, from scratch
     python -m train.pretrain --data my.txt --config norm=dyt    another idea: any field of the model's config
-    python -m train.pretrain --data my.txt --init-from gpt2     go on from weights: hub id, folder or run
+    python -m train.pretrain --data my.txt --init-from gpt2 --out runs/mine    go on from weights: hub id, folder or run
 
 The same command again resumes a run that was stopped, and says so when it is finished. With --help, --preset NAME shows
 the defaults that the preset sets.

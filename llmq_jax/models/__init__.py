@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import has_type, type_name
+from llmq_jax.field_types import as_type, has_type, type_name
 from llmq_jax.layers.axes import in_place
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mixtral
 from llmq_jax.models.decoder import Decoder
@@ -76,6 +76,7 @@ def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str
             fields[name] = text
         if not has_type(fields[name], hints[name]):
             raise BadInput(f"{assignment}: is not of the type {type_name(hints[name])}")
+        fields[name] = as_type(fields[name], hints[name])
     return fields
 
 

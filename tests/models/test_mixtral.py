@@ -91,6 +91,8 @@ def test_experts_from_the_command_line():
     fields = fields_from_text(lq.Llama3Config, ['experts={"num_experts": 4, "balance": {"router_z": 0.001}}'])
     config = override(preset("llama-10m"), **fields)
     assert config.experts == lq.Experts(4, balance=lq.Balance(router_z=0.001))
+    (coefficient,) = fields_from_text(lq.MixtralConfig, ["router_aux_loss_coef=0"]).values()
+    assert type(coefficient) is float  # JSON may write one without a point
 
 
 @pytest.mark.parametrize(

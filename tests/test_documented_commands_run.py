@@ -1,0 +1,264 @@
+"""Every command that the README, the docs and the help texts show is run, page by page and in their order: with all its
+options, and others after them that make it small, on stand-ins for what it names (tests/documented_disk.py)."""
+
+import contextlib
+import functools
+import gc
+import importlib
+import io
+import itertools
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import jax
+import pytest
+
+import bench.measure
+import bench.report
+import bench.rows
+from bench.rows import TrainStep, gpt2
+from llmq_jax.command_line import run
+from llmq_jax.commands import VERBS
+from llmq_jax.errors import BAD_INPUT
+from llmq_jax.interop import evaluation_harness
+from tests.devices import with_devices
+from tests.documented import PAGES, PROGRAMS, ROOT, commands
+from tests.documented_disk import MADE, write_disk
+from tests.harness_tasks import leave_out_what_takes_seconds
+from train import arithmetic
+
+pytestmark = pytest.mark.exhaustive
+
+NOT_RUN = {
+    "make demo": "trains for minutes; its program is run by tests/train/test_demo.py",
+    "make test": "is this suite",
+    "make test-all": "is this suite",
+    "make lint": "a step of its own in .ci/run",
+    "make test-golden PYTHON=python3.14": "installs packages for another Python",
+    "make fuzz": "10,000 inputs; tests/fuzz tries 300",
+    "xprof --port 8791 runs/mine/profile": "serves pages, from a package of its own",
+}
+OTHER_OUTCOMES = (
+    ("bench.gpu", 2),  # where there is no GPU
+    ("train.plan --preset llama3.1-8b", 1),  # does not fit
+    ("--inject", 1),  # a fault that is to be found
+)
+FRESH = r"train\.pretrain(?!.* --(init-from|layout))"
+SMALLER = (
+    (r"train\.pretrain(?!.* --layout)", "--steps 2 --batch-size 2 --context 16 --warmup-steps 1"),
+    (FRESH, "--hidden-size 32 --num-attention-heads 2"),
+    (rf"{FRESH}(?!.*layer_types)", "--num-hidden-layers 2"),
+    ("--preset gemma", "--context 64"),  # the window, which must not be longer
+    ("--preset deepseek", "--context 128"),  # room for what is generated then
+    ("--profile 10:15", "--steps 15"),
+    ("--mesh data=2|--coordinator", "--batch-size 8"),
+    (r"train\.grpo", "--steps 2 --prompts-per-step 2 --group-size 2 --max-new-tokens 8"),
+    ("--judge", "--steps 3 --steps-per-iteration 2"),
+    (r"train\.arithmetic", "--steps 2"),
+    (r"bench\.run", "--seconds 0.01 --rounds 1"),
+    (r"bench\.run --write", "--rounds 5"),
+    ("/shared/runs", "--out shared/runs/mine --coordinator 127.0.0.1:{port}"),
+)
+"""What the options of a command are followed by where they match; the last one counts."""
+
+
+def pages():
+    """(path, commands) of each page, and of each program those that stand on none."""
+    on_pages = set()
+    for path in PAGES:
+        found = commands(path)
+        on_pages |= {str(command) for command in found}
+        yield path, found
+    for path in PROGRAMS:
+        yield path, [command for command in commands(path) if str(command) not in on_pages]
+
+
+CASES = [pytest.param(found, id=str(path.relative_to(ROOT))) for path, found in pages() if found]
+
+
+@pytest.fixture(scope="session")
+def whole_disk(tmp_path_factory):
+    """All stand-ins and all runs that pages take for granted."""
+    disk = tmp_path_factory.mktemp("disk")
+    write_disk(disk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(disk)
+        for command, names in MADE:
+            program, *arguments = shlex.split(command)
+            assert ended(program, arguments) == 0
+            for name in names:
+                shutil.copytree(arguments[arguments.index("--out") + 1], name)
+    return disk
+
+
+@pytest.fixture
+def disk(whole_disk, tmp_path, monkeypatch):
+    """A copy of it to work in, as one's home; what no option makes small, or asks the hub, is small and local."""
+    disk = tmp_path / "disk"
+    shutil.copytree(whole_disk, disk)
+    monkeypatch.chdir(disk)
+    for name, folder in (("HOME", "."), ("XDG_CACHE_HOME", ".cache")):
+        monkeypatch.setenv(name, str(disk / folder))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    leave_out_what_takes_seconds(monkeypatch)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", disk / "datasets")
+    tasks = evaluation_harness._task_manager
+    hub = disk / "tasks_of_the_hub"
+    monkeypatch.setattr(evaluation_harness, "_task_manager", lambda names, folder: tasks(names, folder or hub))
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {"prompts_per_step": 2, "group_size": 2, "validation_prompts": 4}
+    for name, value in (
+        ("WATCHED", 8),
+        ("ENOUGH", 0.0),
+        ("WARM_UP_BATCH", 4),
+        ("SIZES", {**arithmetic.SIZES, **sizes}),
+        ("SETTINGS", {**arithmetic.SETTINGS, **settings}),
+    ):
+        monkeypatch.setattr(arithmetic, name, value)
+    yield disk
+    jax.clear_caches()
+    gc.collect()
+
+
+def ended(program, arguments):
+    """The exit code of a command in this process."""
+    if program == "llmq":
+        main, defaults = VERBS, None
+    else:
+        module = importlib.import_module(program)
+        main, defaults = module.main, getattr(module, "starting_options", None)
+        program = f"python -m {program}"
+    with pytest.raises(SystemExit) as exit:
+        run(main, arguments, program=program, defaults=defaults)
+    return exit.value.code
+
+
+def targets(command):
+    """What the command promises to leave on the disk."""
+    arguments = all_arguments(command)
+    given = options(command)
+    if {"--preview", "--layout", "--help"} & {*arguments} or command.program == "train.plan":
+        return []
+    if command.stdout:
+        return [command.stdout]
+    if command.program == "train.report":
+        return [f"{arguments[0]}/report.html"]
+    if command.program.startswith("convert.") and command.program != "convert.parity":
+        return [arguments[1]]
+    if command.program == "train.arithmetic":
+        return [f"{given['--out']}/run/finished.json"]
+    if command.program.startswith("train."):
+        profile = ["profile"] if "--profile" in given else []
+        return [f"{run_folder(command)}/{name}" for name in ("finished.json", "report.html", *profile)]
+    return [given[name] for name in ("--out", "--write") if name in given]
+
+
+def run_folder(command):
+    given = options(command)
+    return given.get("--out", f"runs/{given.get('--preset', 'demo')}")
+
+
+def options(command):
+    return {name: value for name, value in itertools.pairwise(all_arguments(command)) if name.startswith("--")}
+
+
+def all_arguments(command):
+    """The documented ones, and those that make it small."""
+    added = [word for match, words in SMALLER if re.search(match, str(command)) for word in words.split()]
+    return [*command.arguments, *added]
+
+
+def run_here(command, monkeypatch):
+    """The exit code of a command in this process, with standard input and output as the shell would give them."""
+    if "chats.jsonl" in command.words:
+        shutil.copy("conversations.jsonl" if command.program == "train.instruct" else "pairs.jsonl", "chats.jsonl")
+    if command.program == "bench.run":
+        only_tiny_rows(command, monkeypatch)
+    with contextlib.ExitStack() as stack:
+        typed = io.TextIOWrapper(io.BytesIO(b"Hello\n"))
+        stdin = stack.enter_context(open(command.stdin)) if command.stdin else typed
+        monkeypatch.setattr("sys.stdin", stdin)
+        if command.stdout:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(command.stdout, "w"))))
+        return ended(command.program, all_arguments(command))
+
+
+TINY = TrainStep("tiny", gpt2(1, 2, 16, 8, 31), batch=2, context=8, sides=("ours", "plain torch, eager"))
+measure_row = bench.measure.measure
+
+
+@functools.cache
+def measured(rounds, seconds):
+    return measure_row(TINY, rounds, seconds, print)
+
+
+def only_tiny_rows(command, monkeypatch):
+    """Of those that are named, or one, all the same: measured once."""
+    names = [name for name in bench.rows.ROWS if name in command.words] or ["gpt2-step-256"]
+    for module in (bench.rows, bench.report):
+        monkeypatch.setattr(module, "ROWS", dict.fromkeys(names, TINY))
+    monkeypatch.setattr(bench.measure, "measure", lambda row, rounds, seconds, report: measured(rounds, seconds))
+
+
+def run_apart(together):
+    """Exit codes of commands that begin at the same time, in processes of their own, with 8 devices among them."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    processes = []
+    for command in together:
+        line = [sys.executable, "-m", command.program, *(word.format(port=port) for word in all_arguments(command))]
+        processes.append(subprocess.Popen(line, env=with_devices(8 // len(together))))
+    return [process.wait(timeout=300) for process in processes]
+
+
+def groups(found):
+    """Commands that run together: several processes of one run, else each by itself."""
+    for _, group in itertools.groupby(found, key=lambda command: "--coordinator" in command.words or command.line):
+        yield list(group)
+
+
+def in_shell(command):
+    """The exit code of a tool of this repository, which is run where that is."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    line = " ".join(command.words)
+    return subprocess.run(line, shell=True, cwd=ROOT, env={**os.environ, "PATH": path}, timeout=300).returncode
+
+
+@pytest.mark.parametrize("found", CASES)
+def test_every_command_runs(found, disk, capfd, monkeypatch):
+    for together in groups([command for command in found if str(command) not in NOT_RUN]):
+        first = together[0]
+        if first.program.startswith("train.") and "--preview" not in first.words:
+            shutil.rmtree(run_folder(first), ignore_errors=True)  # pages show several ways to make one run
+        if not first.is_ours:
+            codes = [in_shell(first)]
+        elif re.search(r"--coordinator|train\.(?!plan).* --mesh (?!.* --layout)", str(first)):
+            codes = run_apart(together)
+        else:
+            codes = [run_here(first, monkeypatch)]
+        said = capfd.readouterr()
+        expected = next((code for match, code in OTHER_OUTCOMES if match in str(first)), 0)
+        assert codes == [expected] * len(together), f"{first.where}: {first}\n{said.err[-3000:]}"
+        if expected == BAD_INPUT:
+            assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+            continue
+        left = targets(first)
+        assert left or said.out, f"{first.where}: {first}: nothing came of it"
+        assert all(map(os.path.exists, left)), f"{first.where}: {first}: {left}"
+
+
+def test_the_tables_are_of_commands_that_exist():
+    shown = [str(command) for path in [*PAGES, *PROGRAMS] for command in commands(path)]
+    assert NOT_RUN.keys() <= set(shown)
+    for match in [*dict(SMALLER), *(re.escape(text) for text, _ in OTHER_OUTCOMES)]:
+        assert any(re.search(match, command) for command in shown), match
