@@ -35,13 +35,14 @@ fuzz: $(TEST)
 bench: $(TEST)
 	$(BIN)/python -m bench.run --write docs/benchmarks.md
 
-## lint: style and formatting
+## lint: style, formatting and types
 lint: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-golden .cache .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-golden .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -82,17 +82,64 @@ _HOME = {
 _PACKAGES = ("data", "generation", "interop", "layers", "models", "objectives", "training")
 
 __version__ = "0.1.0"
-__all__ = [*_HOME, *_PACKAGES]
+__all__ = [
+    "GPT2",
+    "BadInput",
+    "Balance",
+    "ByteTokenizer",
+    "DeepSeek3",
+    "DeepSeekV3Config",
+    "Experts",
+    "FileTokenizer",
+    "GPT2Config",
+    "GPT2Tokenizer",
+    "Gemma",
+    "Gemma2Config",
+    "Gemma3Config",
+    "Generation",
+    "GenerationConfig",
+    "LanguageModel",
+    "Llama3",
+    "Llama3Config",
+    "LoRA",
+    "Mixtral",
+    "MixtralConfig",
+    "Sampler",
+    "build",
+    "data",
+    "generate",
+    "generation",
+    "init",
+    "interop",
+    "layers",
+    "load",
+    "load_adapter",
+    "load_tokenizer",
+    "lora",
+    "merge",
+    "models",
+    "objectives",
+    "preset",
+    "save",
+    "save_adapter",
+    "save_hf",
+    "stream",
+    "training",
+    "unmerge",
+    "with_classifier",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(f"llmq_jax.{name}")
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"llmq_jax.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'llmq_jax' has no attribute {name!r}")
+if not TYPE_CHECKING:  # A type checker would take any name for one of ours.
+
+    def __getattr__(name: str) -> Any:
+        if name in _PACKAGES:
+            return importlib.import_module(f"llmq_jax.{name}")
+        if name in _HOME:
+            value = getattr(importlib.import_module(f"llmq_jax.{_HOME[name]}"), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'llmq_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

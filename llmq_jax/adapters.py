@@ -27,7 +27,12 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     """The model with fresh adapters in float32. `fields` are those of `LoRA`: rank, alpha, targets, layers, variant,
     use_rslora, dropout, ...
 
-    Matrices go by our names (query, mlp/up) or by transformers' (q_proj, mlp.up_proj), with the wildcards of shells.
+    Matrices go by our names (query, mlp/up) or by transformers' (q_proj, mlp.up_proj), with the wildcards of shells. A
+    matrix W [D, F] gets A [D, R], drawn by the seed, and B [R, F], zeros, and becomes W + alpha/R A B (Hu et al. 2021,
+    arXiv:2106.09685, eq. 3); variants differ.
+
+    BadInput: the model has adapters already, a target or layer that it lacks, a rank above a matrix's, fields that
+    contradict each other.
     """
     if spec is not None and fields:
         raise BadInput("give a LoRA or its fields, not both")
@@ -37,20 +42,23 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
 
 
 def merge(lm: LanguageModel) -> LanguageModel:
-    """The same model without adapters: they are added to their matrices, which keep their type."""
+    """The same model without adapters: they are added to their matrices, which keep their type. In bfloat16 that may
+    round a good part of a small update away. A model without adapters stays as it is."""
     return lm.replace(variables=low_rank.merge(low_rank.spread(lm.variables)))
 
 
 def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
     """The way back, to rounding: the adapters of `adapted` are taken out of the matrices of `merged` and stand beside
-    them."""
+    them. BadInput for DoRA, whose merged matrices do not tell how long their columns were, and for matrices that
+    `merged` lacks."""
     return merged.replace(variables=low_rank.unmerge(merged.variables, low_rank.spread(adapted.variables)))
 
 
-def load_adapter(lm: LanguageModel, folder: str | os.PathLike) -> LanguageModel:
+def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageModel:
     """The model with the adapters in a folder, or a hub id, of PEFT's; those that it had are left out.
 
-    A classifier's head, which PEFT keeps with them, takes the place of the one that was there.
+    A classifier's head, which PEFT keeps with them, takes the place of the one that was there. BadInput: no adapter is
+    there, it is damaged or of a kind that is not supported, or it is one of another base.
     """
     path = find(folder)
     if not path.is_dir() or not is_adapter(path):
@@ -69,14 +77,15 @@ def load_with_base(folder: Path, layout: str = "hf", config: Any = None, dtype: 
     return load_adapter(lm, folder)
 
 
-def save_adapter(lm: LanguageModel, folder: str | os.PathLike, *, base: str = "", overwrite: bool = False) -> Path:
+def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str = "", overwrite: bool = False) -> Path:
     """Write the adapters as a folder that PEFT loads; `base` is the name that it remembers of the model without them.
 
-    What goes there and what replaces an earlier one is as in `save_hf`.
+    Returns the folder. What goes there and what replaces an earlier one is as in `save_hf`. BadInput: the model has no
+    adapters, or one that PEFT has no form for.
     """
     return write_adapter(lm.variables, lm.config, folder, base, overwrite)
 
 
-def base_variables(lm: LanguageModel) -> dict:
+def base_variables(lm: LanguageModel) -> dict[str, Any]:
     """Its variables without adapters."""
     return {name: tree for name, tree in lm.variables.items() if name not in (LORA, low_rank.LORA_FIXED)}

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import tyro
+from tyro.conf import Positional as Positional
 
 from llmq_jax.errors import BAD_INPUT, BadInput, close_names, did_you_mean
 
-Positional = tyro.conf.Positional
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 """A bool that is off unless its option is given."""
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -44,7 +44,7 @@ KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers",
 
 
 def run(
-    command: Callable | Mapping[str, str],
+    command: Callable[..., Any] | Mapping[str, str],
     arguments: Sequence[str] | None = None,
     program: str | None = None,
     defaults: Callable[[dict[str, str]], Any] | None = None,
@@ -103,10 +103,11 @@ def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
     """
     import jax
 
+    settings: Any = jax.config
     keep_programs()
     if device == "auto":
         return
-    before = jax.config.jax_platforms
+    before = settings.jax_platforms
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
     try:
         found = jax.default_backend()
@@ -127,7 +128,8 @@ def keep_programs() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(home / "llmq_jax" / "programs" / _processor_kind()))
         jax.config.update("jax_compilation_cache_max_size", KEPT_PROGRAMS_BYTES)
@@ -150,14 +152,16 @@ def _program_name() -> str:
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
 
 
-def _choose_verb(verbs: Mapping[str, str], arguments: list[str], program: str) -> tuple[Callable, list[str], str]:
+def _choose_verb(
+    verbs: Mapping[str, str], arguments: list[str], program: str
+) -> tuple[Callable[..., Any], list[str], str]:
     """(the verb's main function, the arguments after it, the program's name with it)."""
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         print(f"usage: {program} COMMAND [OPTIONS]\n")
         width = max(map(len, verbs))
         for name, module in verbs.items():
-            print(f"  {name:{width}}  {importlib.import_module(module).__doc__.strip().splitlines()[0]}")
+            print(f"  {name:{width}}  {(importlib.import_module(module).__doc__ or '').strip().splitlines()[0]}")
         print(f"\nThe options of a command: {program} COMMAND --help")
         sys.exit(0)
     if verb == "--version":
@@ -170,9 +174,10 @@ def _choose_verb(verbs: Mapping[str, str], arguments: list[str], program: str) -
     return importlib.import_module(verbs[verb]).main, arguments[1:], f"{program} {verb}"
 
 
-def _options_class(command: Callable) -> type:
+def _options_class(command: Callable[..., Any]) -> type:
     hints = typing.get_type_hints(command)
     hints.pop("return", None)
+    options: type
     (options,) = hints.values()
     return options
 
@@ -208,7 +213,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
     return given
 
 
-def _parse(options: type, arguments: list[str], program: str, default: Any):
+def _parse(options: type, arguments: list[str], program: str, default: Any) -> Any:
     """An instance of the options from the arguments; BadInput for what cannot be understood, exit after `--help`."""
     _check_names(options, arguments, program)
     said = io.StringIO()
@@ -231,7 +236,8 @@ def _parse(options: type, arguments: list[str], program: str, default: Any):
 def _description(options: type) -> str:
     """The docstring of the options, or that of their module: without one, a dataclass shows its signature."""
     own = options.__doc__ or ""
-    return inspect.cleandoc(sys.modules[options.__module__].__doc__ if own.startswith(f"{options.__name__}(") else own)
+    of_module = sys.modules[options.__module__].__doc__ or ""
+    return inspect.cleandoc(of_module if own.startswith(f"{options.__name__}(") else own)
 
 
 def option_name(field: str) -> str:

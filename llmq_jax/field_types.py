@@ -4,9 +4,11 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any
+from typing import Any, TypeVar
 
 from llmq_jax.errors import BadInput, did_you_mean
+
+T = TypeVar("T")
 
 LARGEST_FLOAT = 2**1023
 """Integers below it can be made floats."""
@@ -16,7 +18,9 @@ def has_type(value: Any, hint: Any) -> bool:
     """Whether a JSON value suits a field's annotation: an int is a fine float, a bool is no int."""
     if isinstance(hint, UnionType):
         return any(has_type(value, option) for option in typing.get_args(hint))
-    if (kind := typing.get_origin(hint)) in (list, tuple):
+    if (kind := typing.get_origin(hint)) is dict:
+        return type(value) is dict
+    if kind in (list, tuple):
         return type(value) is kind and all(has_type(item, typing.get_args(hint)[0]) for item in value)
     return type(value) is hint or (hint is float and type(value) is int and abs(value) < LARGEST_FLOAT)
 
@@ -28,10 +32,12 @@ def as_type(value: Any, hint: Any) -> Any:
 
 
 def type_name(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " | ".join("None" if option is type(None) else type_name(option) for option in typing.get_args(hint))
     return getattr(hint, "__name__", None) or str(hint)
 
 
-def create(kind: type, values: Mapping[str, Any]) -> Any:
+def create(kind: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass of these fields; BadInput where there is no such field, or its value is of another type."""
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
@@ -40,7 +46,8 @@ def create(kind: type, values: Mapping[str, Any]) -> Any:
             raise BadInput(f"{kind.__name__.lower()}: there is no field {name!r}; {known}")
         if not has_type(value, hints[name]):
             raise BadInput(f"{kind.__name__.lower()}: {name}={value!r} is not of the type {type_name(hints[name])}")
-    for entry in dataclasses.fields(kind):
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
+    for entry in fields:
         if entry.init and entry.name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
             raise BadInput(f"{kind.__name__.lower()}: lacks {entry.name}")
     return kind(**{name: as_type(value, hints[name]) for name, value in values.items()})

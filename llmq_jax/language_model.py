@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
+from llmq_jax.generation.generate import generate
+from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
@@ -37,7 +39,7 @@ from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
 from llmq_jax.weight_type import weight_type
 
-Integers = ArrayLike | Sequence
+Integers = ArrayLike | Sequence[Any]
 
 
 # Two tokenizers that agree on it are taken for the same.
@@ -50,17 +52,19 @@ class LanguageModel:
 
     config: Any
     model: Decoder
-    variables: dict
+    variables: dict[str, Any]
     """One dict of collections, "params" among them."""
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """The tokens that end, begin and pad a text."""
 
     @property
-    def params(self) -> dict:
-        return self.variables["params"]
+    def params(self) -> dict[str, Any]:
+        """The parameters, a tree of arrays by module: the collection that trains."""
+        params: dict[str, Any] = self.variables["params"]
+        return params
 
-    def sliced(self, batch: int) -> tuple[dict, tuple[dict, ...]]:
+    def sliced(self, batch: int) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """(variables outside the layers, variables of each layer): what decoding reads, in the layout for this batch.
 
         Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked for
@@ -74,13 +78,13 @@ class LanguageModel:
         return self._sliced[one_row]
 
     @functools.cached_property
-    def sliced_ahead(self) -> tuple[dict, ...]:
+    def sliced_ahead(self) -> tuple[dict[str, Any], ...]:
         """Variables of each module of multi-token prediction: what drafting by them reads."""
         slots = self.model.module_slots()[len(self.model.layer_slots()) :]
         return slice_modules(spread(self.variables), slots)
 
     @functools.cached_property
-    def _sliced(self) -> dict[bool, tuple[dict, tuple[dict, ...]]]:
+    def _sliced(self) -> dict[bool, tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:
         return {}
 
     def require_tokenizer(self, source: str) -> Tokenizer:
@@ -94,9 +98,9 @@ class LanguageModel:
         theirs, ours = other.config.vocab_size, self.config.vocab_size
         if theirs != ours:
             raise BadInput(f"{name} has a vocabulary of {theirs} ids and the model one of {ours}; take one of the same")
-        if None not in (other.tokenizer, self.tokenizer) and other.tokenizer.encode(PROBE) != self.tokenizer.encode(
-            PROBE
-        ):
+        if other.tokenizer is None or self.tokenizer is None:
+            return
+        if other.tokenizer.encode(PROBE) != self.tokenizer.encode(PROBE):
             raise BadInput(f"{name}'s tokenizer gives other ids than the model's; take one of the same tokenizer")
 
     def require_chat_template(self, source: str) -> ChatTemplate:
@@ -108,12 +112,13 @@ class LanguageModel:
 
     def require_labels(self, source: str) -> tuple[str, ...]:
         """The names of a classifier's classes; BadInput for a language model."""
-        if self.config.labels is None:
+        labels: tuple[str, ...] | None = self.config.labels
+        if labels is None:
             raise BadInput(
                 f"{source} is a language model, which knows no classes; give it a head by lq.with_classifier(lm, "
                 "labels), and train it: python -m train.classifier"
             )
-        return self.config.labels
+        return labels
 
     def require_language_model(self, source: str) -> None:
         """BadInput for a classifier."""
@@ -136,18 +141,19 @@ class LanguageModel:
         messages: Sequence[Any],
         *,
         max_new_tokens: int = 256,
-        sampler: Any = None,
-        stop: Any = None,
+        sampler: Sampler | None = None,
+        stop: Sequence[Any] | SupportsIndex | str | None = None,
         seed: int = 0,
     ) -> str:
         """The reply to messages, each {"role": "system", "user" or "assistant", "content": text}.
 
-        The other arguments are those of `generate`, which also says what does not fit the model's context.
+        The other arguments are those of `generate`. BadInput: the model has no chat template, the template refuses the
+        messages, or they and the new tokens exceed the model's context.
         """
-        from llmq_jax.generation import generate
-
         tokens = self.chat_tokens(messages)
-        return generate(self, [tokens], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop, seed=seed).text[0]
+        reply = generate(self, [tokens], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop, seed=seed)
+        assert reply.text is not None
+        return reply.text[0]
 
     def chat_tokens(self, messages: Sequence[Any]) -> list[int]:
         """Messages as the model's chat template writes them, up to where the reply begins.
@@ -155,10 +161,11 @@ class LanguageModel:
         Special tokens that a message spells out become tokens, as in transformers.
         """
         text = self.require_chat_template("this model").render(messages, add_generation_prompt=True)
-        return self.tokenizer.encode(text, allow_special=True)
+        return self.require_tokenizer("this model").encode(text, allow_special=True)
 
-    def replace(self, **changes) -> "LanguageModel":
-        """The same with some fields changed; a new config brings its own model unless one is given."""
+    def replace(self, **changes: Any) -> "LanguageModel":
+        """The same with some fields changed; a new config brings its own model unless one is given. A field that does
+        not exist is a TypeError."""
         if "config" in changes and "model" not in changes:
             changes["model"] = dataclasses.replace(self.model, config=changes["config"])
         return dataclasses.replace(self, **changes)
@@ -178,7 +185,9 @@ class LanguageModel:
         called under jit: transformations take `lm.model.apply`. BadInput: an id outside the vocabulary, a row too long.
         """
         self.require_language_model("this model")
-        return _apply(self.model, self.variables, *self._inputs(tokens, lengths, positions, segment_ids), None)
+        inputs = self._inputs(tokens, lengths, positions, segment_ids)
+        logits: Array = _apply(self.model, self.variables, *inputs, None)
+        return logits
 
     def hidden(
         self,
@@ -187,8 +196,11 @@ class LanguageModel:
         positions: Integers | None = None,
         segment_ids: Integers | None = None,
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm; arguments as in `logits`."""
-        return _apply(self.model, self.variables, *self._inputs(tokens, lengths, positions, segment_ids), "hidden")
+        """Hidden states [B, T, D] after the final norm, in the type that the model computes in; arguments and errors as
+        in `logits`."""
+        inputs = self._inputs(tokens, lengths, positions, segment_ids)
+        hidden: Array = _apply(self.model, self.variables, *inputs, "hidden")
+        return hidden
 
     def mtp_logits(
         self,
@@ -198,7 +210,8 @@ class LanguageModel:
         segment_ids: Integers | None = None,
     ) -> tuple[Float[Array, "B _ V"], ...]:
         """What the modules of multi-token prediction say: of the k-th, for k from 1 on, logits [B, T - k, V] in
-        float32, at place i those of token i + k + 1. Arguments as in `logits`, which is that of k = 0."""
+        float32, at place i those of token i + k + 1 (DeepSeek-V3, arXiv:2412.19437, section 2.2). Arguments as in
+        `logits`, which is that of k = 0. BadInput: as there, a model without modules, or rows too short for them."""
         self.require_language_model("this model")
         depth = getattr(self.config, "num_nextn_predict_layers", 0)
         if not depth:
@@ -206,7 +219,8 @@ class LanguageModel:
         inputs = self._inputs(tokens, lengths, positions, segment_ids)
         if inputs[0].shape[1] <= depth:
             raise BadInput(f"{depth} modules of multi-token prediction need more than {depth} tokens in a row")
-        return _apply(self.model, self.variables, *inputs, "mtp_logits")
+        logits: tuple[Array, ...] = _apply(self.model, self.variables, *inputs, "mtp_logits")
+        return logits
 
     def classify(
         self,
@@ -216,7 +230,8 @@ class LanguageModel:
         segment_ids: Integers | None = None,
     ) -> Float[Array, "B C"] | Float[np.ndarray, "B C"]:
         """Logits of a classifier's classes for each row, in float32: those of its last real token, wherever the padding
-        stands. Arguments as in `logits`, or texts, as `class_tokens` and `classify_rows` take them."""
+        stands: [B, C], C the number of labels. Arguments as in `logits`, or one text or several, as `class_tokens` and
+        `classify_rows` take them. BadInput: as there, a language model, an empty text, several documents in a row."""
         self.require_labels("this model")
         if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "UO":
             tokens = tokens.tolist()
@@ -226,16 +241,17 @@ class LanguageModel:
             if not (lengths is None and positions is None and segment_ids is None):
                 raise BadInput("lengths, positions and segment_ids are those of token ids; give texts alone")
             return self.classify_rows(self.class_tokens(tokens)[0])
-        tokens, positions, segment_ids = self._inputs(tokens, lengths, positions, segment_ids)
-        if segment_ids is not None:
-            for number, row in enumerate(segment_ids):
+        ids, places, segments = self._inputs(tokens, lengths, positions, segment_ids)
+        if segments is not None:
+            for number, row in enumerate(segments):
                 documents = len(np.unique(row[row != 0]))
                 if documents != 1:
                     what = f"holds {documents} documents" if documents else "is empty"
                     raise BadInput(f"row {number} {what}; a classifier takes one text a row")
-        return _apply(self.model, self.variables, tokens, positions, segment_ids, "classify")
+        logits: Array = _apply(self.model, self.variables, ids, places, segments, "classify")
+        return logits
 
-    def class_tokens(self, texts: Sequence, longest: int | None = None) -> tuple[list[list[int]], int]:
+    def class_tokens(self, texts: Sequence[Any], longest: int | None = None) -> tuple[list[list[int]], int]:
         """(texts as a classifier reads them, how many were cut to `longest` tokens): with whatever tokens the
         tokenizer's own template adds, as transformers gives them to the exported model. These are never cut off: what
         goes is the end of the text itself.
@@ -280,7 +296,9 @@ class LanguageModel:
             logits[places] = _apply(self.model, self.variables, *inputs, "classify")[: len(places)]
         return logits
 
-    def _inputs(self, tokens, lengths, positions, segment_ids) -> tuple[np.ndarray, Any, Any]:
+    def _inputs(
+        self, tokens: Integers, lengths: Integers | None, positions: Integers | None, segment_ids: Integers | None
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
         tokens = _integers("tokens", tokens, 2)
         vocab_size, longest = self.config.vocab_size, self.config.max_position_embeddings
         outside = np.argwhere((tokens < 0) | (tokens >= vocab_size))
@@ -330,7 +348,11 @@ def _shortened(row: list[int], content: list[int], longest: int) -> list[int]:
 
 def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> LanguageModel:
     """The model with a fresh head that tells these classes apart, in place of its own head and its modules of
-    multi-token prediction; all else as it is. One label is a scalar head."""
+    multi-token prediction; all else as it is. One label is a scalar head, as reward models have.
+
+    The head's kernel [D, C] is drawn by the seed, normal with the config's `initializer_range`. BadInput for labels
+    that are none, alike, empty or no strings.
+    """
     config = override(lm.config, labels=labels if isinstance(labels, str) else tuple(labels))
     expected = abstract_variables(config)["params"]
     variables = {
@@ -344,7 +366,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
 
 
 def load(
-    path: str | os.PathLike, layout: str = "hf", config: Any = None, dtype: Any = None, mesh: Any = None
+    path: str | os.PathLike[str], layout: str = "hf", config: Any = None, dtype: Any = None, mesh: Any = None
 ) -> LanguageModel:
     """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, OpenAI's GPT-2, or a run of ours.
 
@@ -358,6 +380,9 @@ def load(
     A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The
     variables are divided over `mesh`, a text as "fsdp=4,tensor=2" or of `training.make_mesh`, else over the one that
     is set, if one is.
+
+    BadInput, which names the file: there is no model, it is damaged, an architecture or a field that changes the
+    computation is not supported, or weights and config do not fit each other.
     """
     from llmq_jax.training.sharding import make_mesh, place
 
@@ -367,7 +392,7 @@ def load(
         return lm.replace(variables=place(lm.variables))
 
 
-def _load(path: str | os.PathLike, layout: str, config: Any, dtype: Any) -> LanguageModel:
+def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) -> LanguageModel:
     from llmq_jax.training.checkpoints import find_checkpoint
 
     dtype = float_type(dtype)
@@ -412,10 +437,10 @@ def has_config(source: Path) -> bool:
     return has_file or is_gguf(source) or find_checkpoint(source) is not None
 
 
-def save(lm: LanguageModel, folder: str | os.PathLike) -> Path:
+def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
     """Save a model in our own format, which `load` and every recipe's `--init-from` read; returns the folder.
 
-    It must not exist or be empty, and appears complete or not at all.
+    It must not exist or be empty, else it is BadInput; it appears complete or not at all.
     """
     from llmq_jax.training.checkpoints import Checkpoints
 
@@ -436,9 +461,9 @@ class TextFiles:
     tokenizer: Tokenizer | None
     generation: GenerationConfig
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         if self.tokenizer is not None:
-            self.tokenizer.save(folder)
+            self.tokenizer.save(Path(folder))
         write_json(Path(folder) / GENERATION_CONFIG, self.generation.to_hf())
 
     @classmethod
@@ -474,7 +499,7 @@ def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> Languag
     return LanguageModel(config, build(config), variables, files.tokenizer, files.generation)
 
 
-def _config(path: Path, fields: dict) -> Any:
+def _config(path: Path, fields: dict[str, Any]) -> Any:
     """A config dataclass from the dict that a checkpoint keeps."""
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
@@ -487,7 +512,7 @@ def _config(path: Path, fields: dict) -> Any:
         raise BadInput(f"{path}: its config is damaged, or of another version ({error})") from error
 
 
-def _check_fit(path: Path, variables: dict, config: Any):
+def _check_fit(path: Path, variables: dict[str, Any], config: Any) -> None:
     own = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), own))
     for name in sorted(expected.keys() | found.keys()):
@@ -497,7 +522,9 @@ def _check_fit(path: Path, variables: dict, config: Any):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _apply(model: Decoder, variables: dict, tokens, positions, segment_ids, method: str | None) -> Any:
+def _apply(
+    model: Decoder, variables: dict[str, Any], tokens: Any, positions: Any, segment_ids: Any, method: str | None
+) -> Any:
     output = model.apply(variables, tokens, positions, segment_ids, method=method)
     return everywhere(output) if method == "classify" else output  # a few numbers a text, for whoever asks
 

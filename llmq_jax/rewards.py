@@ -54,7 +54,7 @@ def numeric_answer(
 def final_number(text: str) -> Decimal | None:
     """The number that a text arrives at, as `numeric_answer` tells; None where there is none."""
     marks = list(_MARKED.finditer(text))
-    region = marks[-1][marks[-1].lastindex] if marks else text
+    region = marks[-1][marks[-1].lastindex or 0] if marks else text
     numbers = _NUMBER.findall(region)
     if not numbers:
         return None
@@ -110,7 +110,7 @@ def length(most: int) -> RewardFunction:
 # ---------------------------------------------------------------------------------------------------------------------
 # By name
 
-_BUILT_IN = {"answer": numeric_answer, "format": think_answer_format}
+_BUILT_IN: dict[str, RewardFunction] = {"answer": numeric_answer, "format": think_answer_format}
 _NAMES = "answer, format, length:CHARACTERS or path/to/file.py:function"
 
 
@@ -137,13 +137,14 @@ def _from_file(path: Path, name: str) -> RewardFunction:
     # Under a name of its own, where classes that the file defines look up their module.
     module_name = f"_reward_file_{path.resolve().as_posix()}"
     spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # as of every .py file
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_name]
         raise BadInput(f"{path}, which holds the reward {name!r}, cannot be run: {_told(error)}") from error
-    function = getattr(module, name, None)
+    function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         hint = did_you_mean(name, known) if known else "it has no function at all"
@@ -168,7 +169,7 @@ class Rewards:
     functions: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.names or not len(self.names) == len(self.functions) == len(self.weights):
             counts = f"{len(self.names)} names, {len(self.functions)} functions and {len(self.weights)} weights"
             raise BadInput(f"rewards need one name, function and weight each, and at least one; there are {counts}")
@@ -204,7 +205,7 @@ class Rewards:
 
 
 def _called(
-    name: str, function: RewardFunction, prompts: Sequence, completions: Sequence, columns: Mapping
+    name: str, function: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> Float[np.ndarray, " B"]:
     """What one function returns, checked, with nan for None."""
     try:

@@ -86,6 +86,13 @@ def batches() -> list[dict]:
     return made
 
 
+def perturbed(variables: dict) -> dict:
+    """Biases and norms away from 0: of a leaf that begins there the last parameters are but gradients, and differ as
+    gradients do."""
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(leaf.dtype), variables)
+
+
 def run(config: object, pmap: bool = False) -> dict:
     """Losses, the gradient of the first step, parameters of the last, and facts of the program and its arrays: of a
     device, bytes of parameters and work (loops counted once)."""
@@ -93,7 +100,7 @@ def run(config: object, pmap: bool = False) -> dict:
     more = getattr(config, "num_nextn_predict_layers", 0)
     objective = MultiToken(model, 0.3) if more else NextToken(model)
     step = make_train_step(objective, RECORDS, accumulate=ACCUMULATE, pmap=pmap)
-    state = create_state(lq.init(config, seed=1), RECORDS)
+    state = create_state(perturbed(lq.init(config, seed=1)), RECORDS)
     # How pmap compiles is its own affair.
     compiled = None if pmap else step.program.lower(state, place_batch(batches()[0])).compile()
     held = max(

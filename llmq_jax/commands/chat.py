@@ -105,7 +105,7 @@ class Conversation:
 
     def _room(self) -> int:
         """The tokens of the longest prompt."""
-        return self.lm.config.max_position_embeddings - self.drawing["max_new_tokens"]
+        return int(self.lm.config.max_position_embeddings - self.drawing["max_new_tokens"])
 
     def _messages(self, turns: list[list[dict[str, str]]], message: str) -> list[dict[str, str]]:
         system = [] if self.options.system is None else [_message("system", self.options.system)]
@@ -161,6 +161,8 @@ def _show(pieces: Iterator[str], at_terminal: bool) -> str | None:
     except KeyboardInterrupt:
         if not at_terminal:
             raise
-        said = said or None
+        if not said:
+            print(flush=True)
+            return None
     print(flush=True)
     return said

@@ -59,5 +59,6 @@ def options_of(module: str) -> list[str]:
 
 
 def _is_positional(hint: typing.Any) -> bool:
-    (marker,) = Positional[str].__metadata__
+    positional: typing.Any = Positional[str]
+    (marker,) = positional.__metadata__
     return marker in getattr(hint, "__metadata__", ())

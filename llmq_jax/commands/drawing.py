@@ -64,7 +64,7 @@ class DrawingOptions:
         lm = lq.load(self.model, dtype=dtype)
         lm.require_language_model(self.model)
         lm.require_tokenizer(self.model)
-        draft = self.draft if self.draft in (None, MTP) else lq.load(self.draft, dtype=dtype)
+        draft = self.draft if self.draft is None or self.draft == MTP else lq.load(self.draft, dtype=dtype)
         drafting = {"draft": draft, "draft_tokens": self.draft_tokens}
         return lm, {"sampler": sampler, "stop": list(self.stop) or None, **drafting}
 

@@ -17,7 +17,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, Positional, default_is, option_name, use_device
 from llmq_jax.commands.progress import with_progress
@@ -72,6 +72,7 @@ def main(options: Options) -> None:
 def evaluate_text(options: Options) -> None:
     from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches, has_fields, read_documents
 
+    assert options.file is not None
     for name in OF_TASKS:
         if getattr(options, name) not in (None, False):
             raise BadInput(f"{option_name(name)} is for --tasks and has no effect on a text; leave it out")
@@ -109,6 +110,7 @@ def evaluate_text(options: Options) -> None:
 
 
 def evaluate_tasks(options: Options) -> None:
+    assert options.tasks is not None
     check_tasks(options)
     use_device(options.device)
     from llmq_jax.interop.evaluation_harness import HarnessModel, load_tasks, results_json, results_table, run_tasks
@@ -157,7 +159,7 @@ def check_tasks(options: Options) -> None:
         check_out(Path(options.out))
 
 
-def _table(result: dict) -> str:
+def _table(result: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"loss           {result['loss']:.4f} nats per token",

@@ -52,7 +52,7 @@ class Options(DrawingOptions, PromptOptions):  # the fields of the last class co
     @property
     def source(self) -> str:
         """What errors call the file of prompts."""
-        return "standard input" if self.prompt_file == "-" else self.prompt_file
+        return "standard input" if self.prompt_file == "-" else str(self.prompt_file)
 
 
 def main(options: Options) -> None:
@@ -93,13 +93,13 @@ def _continue_text(options: Options) -> None:
 def _text(options: Options) -> str:
     from llmq_jax.data.sources import read_text
 
-    if options.prompt not in (None, "-"):
+    if options.prompt is not None and options.prompt != "-":
         return options.prompt
     if "-" in (options.prompt, options.prompt_file):
         with standard_input() as stream:
             text = stream.read()
     else:
-        text = read_text(options.prompt_file)
+        text = read_text(options.source)
     return re.sub(r"\r?\n\Z", "", text)  # which editors and `echo` put there
 
 
@@ -111,7 +111,7 @@ def _new_tokens(options: Options, lm: Any, longest: int) -> int:
     """The new tokens of a prompt of this length; an empty one starts from the end-of-text token."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
-    return max(1, min(NEW_TOKENS, lm.config.max_position_embeddings - max(1, longest)))
+    return max(1, min(NEW_TOKENS, int(lm.config.max_position_embeddings) - max(1, longest)))
 
 
 def _stream(options: Options, lm: Any, prompt: Any, drawing: dict[str, Any]) -> Iterator[str]:
@@ -169,6 +169,7 @@ def _continue_file(options: Options) -> None:
         seeds = [options.seed_of(row) for row in rows]
         generation = lq.generate(lm, [prompts[row] for row in rows], seed=seeds, **drawing)
         for row, record in enumerate(records[first : first + size]):
+            assert generation.text is not None
             added = {"completion": generation.text[row], "tokens": int(generation.lengths[row])}
             lines.append(json.dumps({**record, **added}, ensure_ascii=False) + "\n")
         if options.out is None:
@@ -189,7 +190,7 @@ def check_out(out: Path) -> None:
         raise BadInput(f"--out {out}: nothing can be written to the folder {out.parent}; make it, or name another")
 
 
-def _read_records(options: Options) -> tuple[list[int], list[dict]]:
+def _read_records(options: Options) -> tuple[list[int], list[dict[str, Any]]]:
     """(line numbers, objects) of a .jsonl file of prompts."""
     numbers, records = [], []
     for number, record in _json_lines(options):
@@ -206,7 +207,7 @@ def _json_lines(options: Options) -> Iterator[tuple[int, Any]]:
     from llmq_jax.data.sources import json_lines, json_values
 
     if options.prompt_file != "-":
-        yield from json_lines(options.prompt_file)
+        yield from json_lines(options.source)
         return
     with standard_input() as stream:
         yield from json_values(enumerate(stream, start=1), options.source)
@@ -232,7 +233,7 @@ def _fault(record: Any) -> str | None:
     return None
 
 
-def _prompt(lm: Any, record: dict, chat: bool) -> Any:
+def _prompt(lm: Any, record: dict[str, Any], chat: bool) -> Any:
     """Token ids, or the text where it is empty."""
     if "prompt" in record and not chat:
         return lm.tokenizer.encode(record["prompt"]) or record["prompt"]

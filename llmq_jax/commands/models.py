@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from llmq_jax.command_line import Flag
 
@@ -43,7 +44,7 @@ def main(options: Options) -> None:
     Console().print(table)
 
 
-def count_parameters(config) -> int:
+def count_parameters(config: Any) -> int:
     """Parameters of a model of this config, tied ones once; from shapes alone, no array is made."""
     import jax
 

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from llmq_jax.errors import BadInput
 
@@ -14,7 +14,8 @@ def standard_input() -> Iterator[TextIO]:
 
     To be opened once: the encoding cannot be chosen any more when something was read.
     """
-    sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    stream: Any = sys.stdin
+    stream.reconfigure(encoding="utf-8", errors="strict")
     try:
         yield sys.stdin
     except UnicodeDecodeError as error:

@@ -22,10 +22,11 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg
 from jinja2.visitor import NodeTransformer
 
@@ -135,7 +136,7 @@ class _Counting(NodeTransformer):
         return _filtered("made", node) if node.ctx == "load" else node
 
 
-def _filtered(name: str, node: nodes.Expr) -> nodes.Filter:
+def _filtered(name: str, node: Any) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
 
@@ -152,7 +153,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
         self.spent = _Spent()
         self.filters |= {"tojson": _to_json}
@@ -223,7 +224,12 @@ WIDTH = {
 """Widths of five digits, and those that stand elsewhere."""
 
 
-def _bounded(name: str, function: Callable) -> Callable:
+def _sandbox_of(context: Context) -> _Sandbox:
+    assert isinstance(context.environment, _Sandbox)
+    return context.environment
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The filter, whose result is counted, and refused beforehand if it could be too large."""
     first = _PassArg.from_obj(function)
 
@@ -232,19 +238,20 @@ def _bounded(name: str, function: Callable) -> Callable:
         if name not in CHEAP_FILTERS:
             args = _without_iterators(args)
             _check_bound(name, (*args, *kwargs.values()))
-        given = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx}.get(first, context.environment)
-        value = function(*args, **kwargs) if first is None else function(given, *args, **kwargs)
-        return context.environment.make(value) if name not in CHEAP_FILTERS or name in ("int", "list") else value
+        sandbox = _sandbox_of(context)
+        passed: Mapping[Any, Any] = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx}
+        value = function(*args, **kwargs) if first is None else function(passed.get(first, sandbox), *args, **kwargs)
+        return sandbox.make(value) if name not in CHEAP_FILTERS or name in ("int", "list") else value
 
     return bounded
 
 
-def _without_iterators(values: tuple) -> tuple:
+def _without_iterators(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """What they yield as lists, whose size can be told."""
     return tuple(list(value) if isinstance(value, Iterator) else value for value in values)
 
 
-def _check_bound(name: str, operands: tuple) -> None:
+def _check_bound(name: str, operands: tuple[Any, ...]) -> None:
     """Refuse what could make too large a text of these."""
     bound, text = sum(map(_size, operands)), operands[0]
     if name == "replace" and len(operands) > 2 and all(isinstance(operand, str) for operand in operands[:3]):
@@ -288,7 +295,7 @@ def _size(value: Any) -> int:
 @pass_context
 def _counted(context: Context, items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
-        context.environment.spend(1)
+        _sandbox_of(context).spend(1)
         yield item
 
 
@@ -300,14 +307,15 @@ def _shown(context: Context, value: Any) -> Any:
 
 
 @pass_context
-def _concatenated(context: Context, values: list) -> str:
-    context.environment.spend(1)
-    return context.environment.make("".join(str(_shown(context, value)) for value in values))
+def _concatenated(context: Context, values: list[Any]) -> str:
+    sandbox = _sandbox_of(context)
+    sandbox.spend(1)
+    return str(sandbox.make("".join(str(_shown(context, value)) for value in values)))
 
 
 @pass_context
 def _made(context: Context, value: Any) -> Any:
-    return context.environment.make(value)
+    return _sandbox_of(context).make(value)
 
 
 def _to_json(

@@ -31,6 +31,8 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Conversation:
+    """One row of instruction data, in any of the forms, as messages."""
+
     where: str
     """The file and the row, for messages."""
     form: str

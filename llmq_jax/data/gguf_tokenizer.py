@@ -132,7 +132,7 @@ class _Vocabulary:
         return f"tokenizer.ggml.{name}" in self._metadata
 
     def flag(self, name: str, default: bool) -> bool:
-        return self.get(f"tokenizer.ggml.{name}", bool, default)
+        return bool(self.get(f"tokenizer.ggml.{name}", bool, default))
 
     def named_tokens(self) -> dict[str, str]:
         """{"bos_token": "<s>", ...}: those that are special; to be named makes a token so in transformers."""
@@ -162,9 +162,9 @@ class _Vocabulary:
                 merges += [(left, right) for left, right in halves if left in ordinary and right in ordinary]
         return merges
 
-    def _list(self, name: str, kind: type, length: int | None = None) -> list:
+    def _list(self, name: str, kind: type, length: int | None = None) -> list[Any]:
         key = f"tokenizer.ggml.{name}"
-        values = self.get(key, list)
+        values: list[Any] = self.get(key, list)
         if not values or not all(type(value) is kind for value in values):
             raise BadInput(f"{key} is no list of {kind.__name__}")
         if length is not None and len(values) != length:
@@ -175,7 +175,7 @@ class _Vocabulary:
         key = f"tokenizer.ggml.{name}_token_id"
         if key not in self._metadata:
             return None
-        number = self.get(key, int)
+        number: int = self.get(key, int)
         if not 0 <= number < len(self.tokens):
             raise BadInput(f"{key}={number} is outside the vocabulary of {len(self.tokens)} tokens")
         return number
@@ -215,8 +215,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    spaces = [normalizers.Replace(" ", "▁")]
-    decoding = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    decoding: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if vocabulary.flag("add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
         decoding.append(decoders.Strip(" ", 1, 0))
@@ -234,8 +234,8 @@ def _add_template(tokenizer: Tokenizer, vocabulary: _Vocabulary, add_bos: bool) 
     ends = []
     for name, default in (("bos", add_bos), ("eos", False)):
         number = vocabulary.named[f"{name}_token"]
-        wanted = vocabulary.flag(f"add_{name}_token", default) and number is not None
-        ends.append([vocabulary.tokens[number]] if wanted else [])
+        wanted = vocabulary.flag(f"add_{name}_token", default)
+        ends.append([vocabulary.tokens[number]] if wanted and number is not None else [])
     before, after = ends
     if before or after:
         first, second = ([*before, text, *after] for text in ("$A", "$B"))

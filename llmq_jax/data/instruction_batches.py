@@ -57,10 +57,12 @@ class Examples:
 
     @property
     def tokens(self) -> int:
+        """Of all conversations."""
         return sum(len(example.tokens) for example in self.examples)
 
     @property
     def learned_tokens(self) -> int:
+        """Those of them that are targets."""
         return sum(int(example.learned[1:].sum()) for example in self.examples)
 
 

@@ -24,7 +24,7 @@ class LabelledTexts:
     labels: list[int]
     names: tuple[str, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
             raise BadInput(f"there are {len(self.texts)} texts and {len(self.labels)} labels: give each text one")
         if len(self.names) < 2:
@@ -114,6 +114,8 @@ class LabelledTexts:
 
 
 class LabelledRow(NamedTuple):
+    """A text and its label, as a file has them."""
+
     where: str
     """The file and the row, for messages."""
     text: str
@@ -121,6 +123,8 @@ class LabelledRow(NamedTuple):
 
 
 class Deduplicated(NamedTuple):
+    """What `LabelledTexts.without_duplicates` gives."""
+
     kept: LabelledTexts
     repeated: int
     """Examples that went because an equal one, label included, came before."""
@@ -149,7 +153,7 @@ def read_labelled(
 def read_rows(
     path: str | Path, text_field: str = "text", label_field: str = "label", columns: Sequence[str] | None = None
 ) -> list[LabelledRow]:
-    """The same before the classes are numbered."""
+    """The rows of `read_labelled`, before the classes are numbered."""
     records = read_records(path, columns, {text_field: "--text-field", label_field: "--label-field"})
     return [
         LabelledRow(record.where, text_to_classify(record, text_field), _label(record, label_field))

@@ -105,7 +105,7 @@ class LabelledBatches:
     process_index: int = 0
     process_count: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.rows:
             raise BadInput("there is no text to train on; give more data")
         if self.batch_size < 1:

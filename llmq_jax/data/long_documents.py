@@ -8,11 +8,12 @@ tokenizers (GPT-2, Llama 3, Qwen, DeepSeek, SmolLM) always begin a new word, and
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 _LONE_LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
 
 
-def may_cut_at_line_breaks(tokenizer: dict) -> bool:
+def may_cut_at_line_breaks(tokenizer: dict[str, Any]) -> bool:
     """Whether no token of the tokenizer that this tokenizer.json describes spans a line break among letters."""
     pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])

@@ -37,7 +37,7 @@ class PreferenceBatches:
     process_index: int = 0
     process_count: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.pairs, self.batch_size, self.columns)
         rows_of(self.process_index, self.process_count, self.batch_size)
 
@@ -72,7 +72,7 @@ class PreferenceEvaluation:
     """The greatest number of batches; None: as many as there are."""
     columns: Columns = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.pairs, self.batch_size, self.columns)
         if self.batches is not None and self.batches < 1:
             raise BadInput(f"batches is {self.batches} and must be at least 1, or None for all")

@@ -37,6 +37,8 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Preference:
+    """Two answers to one prompt, of which the first was preferred."""
+
     where: str
     """The file and the row, for messages."""
     chosen: Conversation
@@ -53,6 +55,8 @@ class Preference:
 
 @dataclass(frozen=True)
 class Preferences:
+    """The pairs of a file, in its order."""
+
     pairs: list[Preference]
     equal: int
     """Pairs left out because both answers are the same."""
@@ -93,6 +97,7 @@ class PreferenceExamples:
 
     @property
     def tokens(self) -> int:
+        """Of both answers of all pairs, with their prompts."""
         return sum(len(side.tokens) for pair in self.pairs for side in (pair.chosen, pair.rejected))
 
 
@@ -129,6 +134,8 @@ def as_preference(record: Record) -> Preference:
     if form == "alpaca" and "prompt" in fields:
         raise BadInput(f"{where} has both an instruction and a prompt: remove one of the two fields")
     given = ""
+    prompt: tuple[Message, ...]
+    answers: list[tuple[Message, ...]]
     if form == "alpaca":
         given = record.text("input") if "input" in fields else ""
         prompt = ({"role": "user", "content": record.text("instruction")},)

@@ -58,15 +58,20 @@ class Rendered:
         if not self.answers:
             raise BadInput(f"{self.where} has no answer to a prompt: train on all of it, or remove the row")
         count = len(self.answers)
-        numbers = range(count) if train_on == "response" else (-1,) if train_on == "last" else train_on
+        if isinstance(train_on, str):
+            numbers: Sequence[int] = range(count) if train_on == "response" else (-1,)
+        else:
+            numbers = train_on
         for number in numbers:
             if not -count <= number < count:
                 raise BadInput(f"{self.where} has {count} answers, numbered from 0, and none with the number {number}")
-        spans = tuple(self.answers[number] for number in sorted({number % count for number in numbers}))
-        for span in spans:
+        spans: list[Span] = []
+        for number in sorted({number % count for number in numbers}):
+            span = self.answers[number]
             if isinstance(span, str):
                 raise BadInput(f"{self.where} {span}")
-        return spans
+            spans.append(span)
+        return tuple(spans)
 
 
 def check_train_on(train_on: TrainOn) -> None:
@@ -126,7 +131,7 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
             raise BadInput(f"{where}: {error}") from None
 
     text = written(len(messages))
-    answers = []
+    answers: list[Span | str] = []
     for index in range(conversation.given, len(messages)):
         if messages[index]["role"] != "assistant":
             continue

@@ -70,7 +70,7 @@ def read_prompts(
     return kept, len(prompts) - len(kept)
 
 
-def columns_of(prompts: Sequence[Prompt], samples: int = 1) -> dict[str, list]:
+def columns_of(prompts: Sequence[Prompt], samples: int = 1) -> dict[str, list[Any]]:
     """{field: its value for each row}, each prompt's `samples` times."""
     names = prompts[0].columns
     return {name: [prompt.columns[name] for prompt in prompts for _ in range(samples)] for name in names}
@@ -168,4 +168,5 @@ class PromptBatches:
 
 def row_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:
     """A seed for each row of a step, of its own."""
-    return np.random.SeedSequence([seed, step, stream]).generate_state(rows).tolist()
+    seeds: list[int] = np.random.SeedSequence([seed, step, stream]).generate_state(rows).tolist()
+    return seeds

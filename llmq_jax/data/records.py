@@ -128,9 +128,9 @@ def no_field(where: str, name: str, found: Iterable[object], option: str | None 
 
 def _shown_names(names: Iterable[object]) -> str:
     """Names of fields in a message: what is taken for a header may be a row of long texts."""
-    names = [" ".join(str(name).split()) for name in names]
-    short = [name if len(name) <= SHOWN_CHARACTERS else f"{name[: SHOWN_CHARACTERS - 1]}…" for name in names]
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    texts = [" ".join(str(name).split()) for name in names]
+    short = [text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…" for text in texts]
+    more = f" and {len(texts) - SHOWN_NAMES} more" if len(texts) > SHOWN_NAMES else ""
     return ", ".join(short[:SHOWN_NAMES]) + more or "none"
 
 
@@ -156,7 +156,7 @@ class FileBytes:
             raise BadInput(f"{self._path} cannot be read ({error.strerror})") from None
         return self._stream
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._stream.close()
         if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
             raise BadInput(f"{self._path} is damaged or cut short ({error}): fetch or compress it again") from None

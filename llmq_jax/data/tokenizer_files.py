@@ -92,7 +92,7 @@ class TokenizerFiles:
         except BadInput as error:
             raise BadInput(f"{self.source}: {error}") from error
 
-    def _json(self, name: str) -> dict:
+    def _json(self, name: str) -> dict[str, Any]:
         """What is in one of the files, {} where there is no such file."""
         try:
             content = parse_json(self.contents.get(name, b"{}"))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tiktoken
@@ -424,14 +424,14 @@ def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.To
     return tokenizer
 
 
-def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict) -> dict[str, bytes]:
+def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, bytes]:
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": _json_bytes(config, indent=2),
     }
 
 
-def _json_bytes(content: dict, indent: int | None = None) -> bytes:
+def _json_bytes(content: dict[str, Any], indent: int | None = None) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()
 
 

@@ -1,7 +1,7 @@
 """The compiled part of generation: prefill, and a `while_loop` over a state that says everything about every row."""
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.weight_type import weight_type
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """The loop's carry. Everything but `step` is by row."""
 
     step: jax.Array
@@ -37,12 +36,15 @@ class DecodeState:
     caches: tuple[Any, ...]
 
 
+State = TypeVar("State", bound=DecodeState)
+
+
 @partial(
     jax.jit, static_argnames=("model", "sampler", "length", "new_tokens", "end_tokens", "pad", "lookahead", "samples")
 )
 def prefill(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     prompts: jax.Array,
     prompt_lengths: jax.Array,
     seeds: jax.Array,
@@ -85,11 +87,17 @@ def prefill(
 
 
 def read_prompts(
-    model: Decoder, variables: dict, prompts: jax.Array, prompt_lengths: jax.Array, length: int, lookahead: int
+    model: Decoder,
+    variables: dict[str, Any],
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    length: int,
+    lookahead: int,
 ) -> tuple[Output, tuple[Any, ...]]:
     """A pass over the prompts: (what it gives, the caches of each layer, of `length` slots)."""
     dtype = model.dtype or weight_type(jax.tree.leaves(variables["params"]))
-    caches = model.create_caches(*prompts.shape, dtype, lookahead)
+    rows, width = prompts.shape
+    caches = model.create_caches(rows, width, dtype, lookahead)
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     real = (positions < prompt_lengths[:, None]).astype(jnp.int32)
     output = model.apply(variables, prompts, positions, real, caches, method="forward")
@@ -99,8 +107,8 @@ def read_prompts(
 @partial(jax.jit, static_argnames=("model", "sampler", "end_tokens"), donate_argnames=("state",))
 def advance(
     model: Decoder,
-    outside: dict,
-    layers: tuple[dict, ...],
+    outside: dict[str, Any],
+    layers: tuple[dict[str, Any], ...],
     state: DecodeState,
     until: jax.Array,
     *,
@@ -109,10 +117,10 @@ def advance(
 ) -> DecodeState:
     """Decode until `until` new tokens stand or every row is done."""
 
-    def unfinished(state):
+    def unfinished(state: DecodeState) -> Array:
         return (state.step < until) & ~state.done.all()
 
-    def next_token(state):
+    def next_token(state: DecodeState) -> DecodeState:
         hidden, caches = model.decode(outside, layers, state.newest[:, None], state.positions[:, None], state.caches)
         logits = model.apply(outside, hidden[:, 0], method="unembed")
         return _append(state.replace(caches=caches), logits, sampler, end_tokens)
@@ -137,7 +145,7 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
     )
 
 
-def readable(state: DecodeState) -> DecodeState:
+def readable(state: State) -> State:
     """The state with what the caller reads whole on every device of a mesh, of other processes too."""
     names = ("step", "tokens", "logprobs", "lengths", "done")
     return state.replace(**everywhere({name: getattr(state, name) for name in names}))

@@ -5,10 +5,10 @@ position is invisible: a row gets the tokens it would get alone. Every row draws
 do not depend on its neighbours either.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,20 @@ from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
 from llmq_jax.generation.sampling import DEFAULT, Sampler
-from llmq_jax.generation.speculative import Draft, ModelDraft, MultiTokenDraft, advance_by_drafts, start_draft
+from llmq_jax.generation.speculative import (
+    Draft,
+    ModelDraft,
+    MultiTokenDraft,
+    SpeculativeState,
+    advance_by_drafts,
+    start_draft,
+)
+from llmq_jax.models.deepseek3 import DeepSeek3
+
+if TYPE_CHECKING:
+    from llmq_jax.language_model import LanguageModel
+else:
+    LanguageModel = Any  # It imports this package.
 
 # Lengths are rounded up, so that requests of similar length share compiled programs. Prompts to a power of two, long
 # ones to a multiple of the second number: what is added is computed, too.
@@ -57,14 +70,14 @@ class Generation:
 
 
 def generate(
-    lm: Any,
+    lm: LanguageModel,
     prompts: Any,
     *,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
     stop: Sequence[Any] | SupportsIndex | str | None = None,
     seed: SupportsIndex | Ids = 0,
-    draft: Any = None,
+    draft: LanguageModel | str | None = None,
     draft_tokens: int | None = None,
     samples: int = 1,
 ) -> Generation:
@@ -75,7 +88,8 @@ def generate(
     A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text). None stands
     for the end tokens of the model's generation config, which stop strings add to and stop tokens replace; () stops at
     nothing. Row r draws from seed + r, or from the r-th of a list of seeds. Without a sampler, temperature 0.8 and
-    top_p 0.95. Raises BadInput where a prompt and its new tokens do not fit the model's context.
+    top_p 0.95. Raises BadInput where a prompt and its new tokens do not fit the model's context, for an empty prompt,
+    an id outside the vocabulary, text without a tokenizer, and options that are out of range or have no effect.
 
     `draft` proposes tokens that the model then checks several at a time (`generation.speculative`): another
     LanguageModel of the same vocabulary, which proposes `draft_tokens` (4), or "mtp", the model's own modules of
@@ -105,19 +119,20 @@ def generate(
 
 
 def stream(
-    lm: Any,
+    lm: LanguageModel,
     prompt: str | Ids,
     *,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
     stop: Sequence[Any] | SupportsIndex | str | None = None,
     seed: SupportsIndex = 0,
-    draft: Any = None,
+    draft: LanguageModel | str | None = None,
     draft_tokens: int | None = None,
 ) -> Iterator[str]:
     """Yield the text of one continuation as it comes; the pieces join to what `generate` gives.
 
-    A piece is held back while it may still change: half of a character, or the beginning of a stop string.
+    A piece is held back while it may still change: half of a character, or the beginning of a stop string. Arguments
+    and errors are those of `generate`, and errors are raised at once; BadInput also for a model without a tokenizer.
     """
     if lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
@@ -126,6 +141,7 @@ def stream(
 
 
 def _pieces(request: "Request") -> Iterator[str]:
+    assert request.lm.tokenizer is not None
     decoder, text, shown = TextStream(request.lm.tokenizer, skip_special_tokens=True), "", 0
     state, seen, finished = request.start(), 0, False
     while not finished:
@@ -154,7 +170,7 @@ def _pieces(request: "Request") -> Iterator[str]:
 class Request:
     """One call of `generate` or `stream`: its prompts padded and checked, and the compiled functions bound to them."""
 
-    lm: Any
+    lm: LanguageModel
     prompts: np.ndarray
     prompt_lengths: np.ndarray
     max_new_tokens: int
@@ -164,7 +180,7 @@ class Request:
     seeds: np.ndarray
     pad: int
     draft: Draft | None = None
-    draft_lm: Any = None
+    draft_lm: LanguageModel | None = None
     """The model whose variables the draft reads."""
     samples: int = 1
     """Rows that continue each prompt."""
@@ -172,13 +188,13 @@ class Request:
     @classmethod
     def create(
         cls,
-        lm,
-        prompts,
-        max_new_tokens,
-        sampler,
-        stop,
-        seed,
-        draft: Any = None,
+        lm: LanguageModel,
+        prompts: Iterable[Any],
+        max_new_tokens: int,
+        sampler: Any,
+        stop: Any,
+        seed: Any,
+        draft: LanguageModel | str | None = None,
         draft_tokens: int | None = None,
         samples: int = 1,
     ) -> "Request":
@@ -211,19 +227,29 @@ class Request:
             raise BadInput(f"{len(seeds)} seeds were given for {count} rows; give one seed, or one for each")
         if any(not 0 <= s < 2**32 for s in seeds):
             raise BadInput(f"seed={seed!r} must lie between 0 and 2^32 - 1")
-        seeds = np.array(seeds, np.uint32)
         pad = lm.generation.pad_token_id
         if pad is None:
             pad = end_tokens[0] if end_tokens else 0
         drafting = _drafting(lm, draft, draft_tokens, int(lengths.max()) + max_new_tokens)
         sampler = sampler or DEFAULT
         return cls(
-            lm, padded, lengths, max_new_tokens, sampler, end_tokens, stop_strings, seeds, pad, *drafting, samples
+            lm,
+            padded,
+            lengths,
+            max_new_tokens,
+            sampler,
+            end_tokens,
+            stop_strings,
+            np.array(seeds, np.uint32),
+            pad,
+            *drafting,
+            samples,
         )
 
     def start(self) -> DecodeState:
         needed = int(self.prompt_lengths.max()) + self.max_new_tokens
         length = min(max(SHORTEST_CACHE, power_of_two(needed)), self.lm.config.max_position_embeddings)
+        state: DecodeState
         state, output = prefill(
             self.lm.model,
             self.lm.variables,
@@ -241,14 +267,19 @@ class Request:
         if self.draft is None:
             return state
         prompts = jnp.asarray(self.prompts), jnp.asarray(self.prompt_lengths)
-        return start_draft(self.draft, self.draft_lm.variables, state, output, *prompts, length=length)
+        assert self.draft_lm is not None
+        begun: DecodeState = start_draft(self.draft, self.draft_lm.variables, state, output, *prompts, length=length)
+        return begun
 
     def advance(self, state: DecodeState, until: int) -> DecodeState:
         rows = len(self.seeds)
         options = {"sampler": self.sampler, "end_tokens": self.end_tokens}
+        advanced: DecodeState
         if self.draft is None:
             outside, layers = self.lm.sliced(rows)
-            return advance(self.lm.model, outside, layers, state, until, **options)
+            advanced = advance(self.lm.model, outside, layers, state, until, **options)
+            return advanced
+        assert self.draft_lm is not None
         outside, layers = self.lm.sliced(rows * (self.draft.count + 1))
         if isinstance(self.draft, MultiTokenDraft):
             of_draft = outside, self.lm.sliced_ahead
@@ -256,9 +287,10 @@ class Request:
             of_draft = outside, layers
         else:
             of_draft = self.draft_lm.sliced(rows)
-        return advance_by_drafts(
+        advanced = advance_by_drafts(
             self.lm.model, self.draft, outside, layers, of_draft, state, until, self.max_new_tokens, **options
         )
+        return advanced
 
     def stop_at_strings(self, state: DecodeState) -> DecodeState:
         """Mark the rows whose text holds a stop string as done, their length up to the token that completed it."""
@@ -289,7 +321,9 @@ class Request:
         if self.lm.tokenizer is not None:
             text = [self._decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
             text = [t[: self.stop_position(t)] for t in text]
-        counts = (0, 0) if self.draft is None else (int(state.drafted.sum()), int(state.accepted.sum()))
+        counts = (0, 0)
+        if isinstance(state, SpeculativeState):
+            counts = (int(state.drafted.sum()), int(state.accepted.sum()))
         return Generation(tokens, lengths, logprobs, text, *counts)
 
     def certain(self, text: str) -> int:
@@ -304,6 +338,7 @@ class Request:
     def _decode(self, ids: list[int]) -> str:
         if ids and ids[-1] in self.end_tokens:
             ids = ids[:-1]
+        assert self.lm.tokenizer is not None
         return self.lm.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stop_position(self, text: str) -> int | None:
@@ -312,7 +347,9 @@ class Request:
         return min((at for at in found if at >= 0), default=None)
 
 
-def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draft | None, Any]:
+def _drafting(
+    lm: LanguageModel, draft: LanguageModel | str | None, count: int | None, needed: int
+) -> tuple[Draft | None, LanguageModel | None]:
     """(the draft, the model whose variables it reads)."""
     if draft is None:
         if count is not None:
@@ -325,6 +362,7 @@ def _drafting(lm: Any, draft: Any, count: int | None, needed: int) -> tuple[Draf
             raise BadInput(f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction")
         if count is not None:
             raise BadInput(f"draft_tokens={count} has no effect beside draft={MTP!r}: each module drafts one token")
+        assert isinstance(lm.model, DeepSeek3)
         return MultiTokenDraft(lm.model), lm
     count = DRAFT_TOKENS if count is None else count
     if count < 1:
@@ -341,7 +379,7 @@ def _prompt_width(longest: int, context: int) -> int:
     return min(-(-longest // step) * step, context)
 
 
-def _token_ids(lm: Any, prompt: Any, index: int) -> list[int]:
+def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise BadInput("this model has no tokenizer; give prompts as lists of token ids")
@@ -364,7 +402,7 @@ def _token_ids(lm: Any, prompt: Any, index: int) -> list[int]:
     return ids
 
 
-def _stops(lm: Any, stop: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """(end tokens, stop strings). Stop strings alone do not switch off the model's own end tokens."""
     if stop is None:
         return tuple(lm.generation.eos_token_id), ()
@@ -372,7 +410,7 @@ def _stops(lm: Any, stop: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
     tokens = tuple(int(s) for s in stops if isinstance(s, Integral))
     strings = tuple(s for s in stops if isinstance(s, str))
     for s in stops:
-        if not isinstance(s, str) and not (isinstance(s, Integral) and 0 <= s < lm.config.vocab_size):
+        if not isinstance(s, str) and not (isinstance(s, Integral) and 0 <= int(s) < lm.config.vocab_size):
             raise BadInput(f"stop={s!r} is neither a string nor a token id below {lm.config.vocab_size}")
     if strings and lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so it cannot stop at a string; stop at token ids")

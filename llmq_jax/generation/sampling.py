@@ -25,7 +25,7 @@ class Sampler:
     min_p: float = 0.0
     """Keep tokens at least min_p times as probable as the most probable one (arXiv:2407.01082); 0 keeps all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed, rule in (
             ("temperature", 0.0 <= self.temperature < float("inf"), "must be 0 (greedy) or positive"),
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or positive"),
@@ -66,7 +66,7 @@ def nucleus_edge(probabilities: Float[Array, "B V"], top_p: float) -> Float[Arra
     """
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
 
-    def halve(_, bounds):
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low + 1) // 2
         below = jnp.where(bits < middle, probabilities, 0.0).sum(axis=-1, keepdims=True)

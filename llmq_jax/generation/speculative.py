@@ -13,6 +13,7 @@ A draft is another model of the same vocabulary (`ModelDraft`), or the model's o
 caches are rolled back as all are: by writing at an earlier position.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,8 +31,12 @@ from llmq_jax.models.deepseek3 import DeepSeek3
 # Streams of random numbers that a row draws from in one pass, beside those of its drafts 0, 1, ...
 ACCEPTANCE, RESIDUAL = 1_000_000, 1_000_001
 
+Sliced = tuple[dict[str, Any], tuple[dict[str, Any], ...]]
+"""Variables outside of what a draft runs one after another, and of each of these."""
+Draw = Callable[[Array, int], Array]
+"""A token for each row, from logits [B, V] and the index of the draft."""
 
-@struct.dataclass
+
 class SpeculativeState(DecodeState):
     """Rows advance by different numbers of tokens: each one's is `lengths`; `step` counts passes."""
 
@@ -50,18 +55,21 @@ class ModelDraft:
     model: Decoder
     count: int
 
-    @struct.dataclass
-    class State:
+    class State(struct.PyTreeNode):
         caches: tuple[Any, ...]
         recent: jax.Array
         """int32 [B, 2]: the newest token and the one before, which the model may have accepted unread by the draft."""
 
-    def start(self, variables, output, prompts, lengths, newest, length) -> State:
+    def start(
+        self, variables: dict[str, Any], output: Output, prompts: Array, lengths: Array, newest: Array, length: int
+    ) -> State:
         _, caches = read_prompts(self.model, variables, prompts, lengths, length, self.count + 1)
         before = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
         return self.State(caches, jnp.stack([before, newest], axis=1))
 
-    def propose(self, variables, state, positions, draw) -> tuple[Int[Array, "B K"], Float[Array, "B K V"], State]:
+    def propose(
+        self, variables: Sliced, state: State, positions: Array, draw: Draw
+    ) -> tuple[Int[Array, "B K"], Float[Array, "B K V"], State]:
         outside, layers = variables
         tokens, places = state.recent, positions[:, None] + jnp.arange(-1, 1)
         caches, drafts, all_logits = state.caches, [], []
@@ -73,7 +81,7 @@ class ModelDraft:
             tokens, places = drafts[-1][:, None], places[:, -1:] + 1
         return jnp.stack(drafts, 1), jnp.stack(all_logits, 1), state.replace(caches=caches)
 
-    def follow(self, state, output, tokens, gained) -> State:
+    def follow(self, state: State, output: Output, tokens: Array, gained: Array) -> State:
         """After a pass that gained so many of `tokens` [B, K + 1]."""
         return state.replace(recent=_last(jnp.concatenate([state.recent, tokens], axis=1), gained, 2))
 
@@ -88,8 +96,7 @@ class MultiTokenDraft:
 
     model: DeepSeek3
 
-    @struct.dataclass
-    class State:
+    class State(struct.PyTreeNode):
         caches: tuple[Any, ...]
         """By module."""
         fed: jax.Array
@@ -105,8 +112,10 @@ class MultiTokenDraft:
     def places(self) -> int:
         return 2 * self.count
 
-    def start(self, variables, output, prompts, lengths, newest, length) -> State:
-        caches = self.model.create_ahead_caches(*prompts.shape, output.hidden.dtype)
+    def start(
+        self, variables: dict[str, Any], output: Output, prompts: Array, lengths: Array, newest: Array, length: int
+    ) -> State:
+        caches = self.model.create_ahead_caches(len(prompts), prompts.shape[1], output.hidden.dtype)
         real = (jnp.arange(prompts.shape[1]) < lengths[:, None]).astype(jnp.int32)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
         ahead = self.model.apply(variables, output, prompts, segment_ids=real, caches=stacked, method="look_ahead")
@@ -120,7 +129,9 @@ class MultiTokenDraft:
     def fed(self, output: Output) -> Float[Array, "B T M"]:
         return output.hidden if self.model.config.mtp_hidden == "after_norm" else output.before_norm
 
-    def propose(self, variables, state, positions, draw) -> tuple[Int[Array, "B K"], Float[Array, "B K V"], State]:
+    def propose(
+        self, variables: Sliced, state: State, positions: Array, draw: Draw
+    ) -> tuple[Int[Array, "B K"], Float[Array, "B K V"], State]:
         outside, modules = variables
         places = positions[:, None] - self.places + jnp.arange(self.places)
         real = (places >= 0).astype(jnp.int32)  # A short prompt has fewer.
@@ -134,7 +145,7 @@ class MultiTokenDraft:
             seen = jnp.concatenate([seen[:, 1:], drafts[-1][:, None]], axis=1)
         return jnp.stack(drafts, 1), jnp.stack(all_logits, 1), state.replace(caches=tuple(caches))
 
-    def follow(self, state, output, tokens, gained) -> State:
+    def follow(self, state: State, output: Output, tokens: Array, gained: Array) -> State:
         return state.replace(
             fed=_last(jnp.concatenate([state.fed, self.fed(output)], axis=1), gained, self.places),
             recent=_last(jnp.concatenate([state.recent, tokens], axis=1), gained, self.places),
@@ -153,7 +164,7 @@ def _last(rows: Array, gained: Int[Array, " B"], count: int) -> Array:
 @partial(jax.jit, static_argnames=("draft", "length"))
 def start_draft(
     draft: Draft,
-    variables: dict,
+    variables: dict[str, Any],
     state: DecodeState,
     output: Output,
     prompts: jax.Array,
@@ -172,9 +183,9 @@ def start_draft(
 def advance_by_drafts(
     model: Decoder,
     draft: Draft,
-    outside: dict,
-    layers: tuple[dict, ...],
-    draft_variables: tuple[dict, tuple[dict, ...]],
+    outside: dict[str, Any],
+    layers: tuple[dict[str, Any], ...],
+    draft_variables: Sliced,
     state: SpeculativeState,
     until: jax.Array,
     limit: jax.Array,
@@ -189,15 +200,16 @@ def advance_by_drafts(
 
     index = jnp.arange(draft.count + 1)
 
-    def unfinished(state):
+    def unfinished(state: SpeculativeState) -> Array:
         return (~state.done & (state.lengths < until)).any()
 
-    def one_pass(state):
+    def one_pass(state: SpeculativeState) -> SpeculativeState:
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
 
-        def draw(logits, index):
+        def draw(logits: Array, index: int) -> Array:
             return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, index), sampler)[0]
 
+        begun: Any  # a state of this draft
         drafts, draft_logits, begun = draft.propose(draft_variables, state.draft, state.positions, draw)
         read = jnp.concatenate([state.newest[:, None], drafts], axis=1)
         places = state.positions[:, None] + index
@@ -238,7 +250,7 @@ def accept(
         accepted = _leading(drafts == own[:, :-1])
         return own, accepted
 
-    def probabilities(logits):
+    def probabilities(logits: Array) -> Array:
         flat = filter_logits(logits.reshape(-1, logits.shape[-1]), sampler)
         return jax.nn.softmax(flat, axis=-1).reshape(logits.shape)
 

@@ -47,7 +47,7 @@ PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal)}
 SUPPORTED = ", ".join([*TABLES, *PARTS])
 
 
-def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", dtype: Any = None) -> dict:
+def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", dtype: Any = None) -> dict[str, Any]:
     """The variables of a model whose PyTorch counterpart has this state dict.
 
     `state` maps names to numpy arrays, or to anything with a shape that numpy can read (torch tensors, the lazy tensors
@@ -65,17 +65,19 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
         raise BadInput(f"{error}; {advice}") from error
 
 
-def to_state_dict(variables: dict, config: Any, layout: str = "hf") -> dict[str, np.ndarray]:
+def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") -> dict[str, np.ndarray]:
     """{PyTorch name: numpy array}, the way back; also for gradients or any other tree with the variables' structure.
 
-    A tied head has a name of its own only where the layout's files give it one (`book` and `original` do).
+    A tied head has a name of its own only where the layout's files give it one (`book` and `original` do). Types are
+    kept. BadInput: a layout that the architecture does not have.
     """
     lazy = weight_table(config.model_type, layout).lazy_state_dict(variables, config)
     return {name: np.array(tensor) for name, tensor in lazy.items()}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Any:
-    """The config of a `config.json`. A field that changes the computation and is not supported is BadInput."""
+    """The config of a `config.json`, which `values` are. BadInput: an architecture that is not supported, a field that
+    changes the computation and is not, or a value of the wrong type."""
     if "model_type" not in values:
         raise BadInput(f"config.json has no model_type; supported: {SUPPORTED}")
     if not isinstance(values["model_type"], str):
@@ -87,16 +89,17 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The `config.json` of a config, as a dict."""
+    """The `config.json` of a config, as a dict. BadInput for what transformers has no form for, such as other norms."""
     return config_table(config.model_type).to_hf(config)
 
 
-def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **fields) -> Any:
+def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **fields: Any) -> Any:
     """The config of weights that come without one, from their names and shapes.
 
     `fields` are those that shapes do not tell, which are required (`num_attention_heads`), and any that are to
     differ from what is derived: the architecture and the layout decide the activation function, and the head counts as
     tied when it equals the embedding. Whatever else weights do not depend on (dropout) has the config's default.
+    BadInput: fields that shapes do not tell and that are not given, or names of no architecture in this layout.
     """
     model_type = _recognise(state, layout)
     tables, table = TABLES[model_type], weight_table(model_type, layout).spelling(state)

@@ -43,7 +43,7 @@ ACTIVATION_SPELLINGS = {
 }
 
 # Fields of every config.json that do, with the only values that we compute.
-FIXED = {
+FIXED: dict[str, Any] = {
     "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0,

@@ -27,7 +27,7 @@ ATTENTION = f"{LAYER}.self_attn"
 MTP_NORM = "enorm.weight"
 
 
-def table(*experts) -> WeightTable:
+def table(*experts: Any) -> WeightTable:
     return WeightTable(
         rules=(
             rule("model.embed_tokens.weight", "token_embedding/embedding", as_is),
@@ -124,7 +124,7 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_fields(config: DeepSeekV3Config, values: dict[str, Any]) -> dict[str, Any]:
     derived = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim}
-    return write_rope(config.rope_parameters, values | derived, config.qk_rope_head_dim)
+    return write_rope(config.rope, values | derived, config.qk_rope_head_dim)
 
 
 CONFIG = ConfigTable(

@@ -63,7 +63,7 @@ NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
 END_OF_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """A language model, or the name of one as `lq.load` takes it, for `lm_eval.simple_evaluate`.
 
     `batch_size` texts of similar length go through the model at a time. `max_length` is how many tokens it reads, by
@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        model: LanguageModel | str | os.PathLike,
+        model: LanguageModel | str | os.PathLike[str],
         *,
         batch_size: int = 8,
         max_length: int | None = None,
@@ -81,11 +81,11 @@ class HarnessModel(TemplateLM):
         seed: int = 0,
     ):
         super().__init__()
-        loaded = isinstance(model, LanguageModel)
-        if loaded and dtype is not None:
+        loaded = model if isinstance(model, LanguageModel) else None
+        if loaded is not None and dtype is not None:
             raise BadInput(f"dtype={dtype!r} has no effect on a model that is loaded; give it to lq.load")
-        self.source = "this model" if loaded else str(model)
-        self.lm = model if loaded else load(model, dtype=dtype)
+        self.source = str(model) if loaded is None else "this model"
+        self.lm = load(self.source, dtype=dtype) if loaded is None else loaded
         self.lm.require_language_model(self.source)
         self.tokenizer = self.lm.require_tokenizer(self.source)
         longest = self.lm.config.max_position_embeddings
@@ -193,7 +193,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _answers(
-        self, contexts: Sequence[str], places: Sequence[int], arguments: dict, disable_tqdm: bool
+        self, contexts: Sequence[str], places: Sequence[int], arguments: dict[str, Any], disable_tqdm: bool
     ) -> Iterator[tuple[int, str]]:
         """(number of the context, its answer)."""
         given = dict(normalize_gen_kwargs(arguments, ANSWER_TOKENS))
@@ -275,7 +275,9 @@ class HarnessModel(TemplateLM):
         return {"model": self.source, "model_num_parameters": count, "model_dtype": dtype}
 
 
-def load_tasks(names: Sequence[str], include_path: str | os.PathLike | None = None) -> tuple[list[Any], TaskManager]:
+def load_tasks(
+    names: Sequence[str], include_path: str | os.PathLike[str] | None = None
+) -> tuple[list[Any], TaskManager]:
     """(tasks and groups of the harness, the manager that found them): what `simple_evaluate` takes. BadInput for what
     the harness does not have, or cannot load.
 
@@ -304,7 +306,7 @@ def load_tasks(names: Sequence[str], include_path: str | os.PathLike | None = No
     return loaded, manager
 
 
-def _task_manager(names: Sequence[str], include_path: str | os.PathLike | None) -> TaskManager:
+def _task_manager(names: Sequence[str], include_path: str | os.PathLike[str] | None) -> TaskManager:
     """Reading the harness's own thousands of tasks takes seconds: it is left out where all are one's own."""
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
@@ -318,7 +320,7 @@ def run_tasks(model: HarnessModel, tasks: Sequence[Any], manager: TaskManager, *
     # It would fork processes for its standard errors, which may hang beside JAX's threads; the numbers are the same.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):
-        return simple_evaluate(
+        results: dict[str, Any] = simple_evaluate(
             model,
             tasks=list(tasks),
             task_manager=manager,
@@ -326,6 +328,7 @@ def run_tasks(model: HarnessModel, tasks: Sequence[Any], manager: TaskManager, *
             log_samples=False,
             **options,
         )
+    return results
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -342,7 +345,7 @@ def results_json(results: dict[str, Any], indent: int | None = None) -> str:
 @functools.partial(jax.jit, static_argnums=0)
 def _continuations(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     targets: Int[Array, "N T"],
@@ -354,13 +357,13 @@ def _continuations(
     places, ends = jnp.arange(tokens.shape[1]), lengths[rows][:, None]
     scored = (places < ends) & (places >= ends - counts[:, None])
     logprobs, greedy = greedy_logprobs(model, variables, tokens, lengths, rows, targets, scored)
-    return everywhere((logprobs.sum(axis=1), (greedy | ~scored).all(axis=1)))
+    return everywhere(logprobs.sum(axis=1)), everywhere((greedy | ~scored).all(axis=1))
 
 
 def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:
     """How transformers would draw, given these arguments and the model's own `generation_config.json`."""
     drawn, temperature = given.pop("do_sample"), float(given.pop("temperature", 0.0))
-    filters = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0}
+    filters: dict[str, Any] = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0}
     for values in (generation.other, given):
         filters |= {name: values[name] for name in filters if values.get(name) is not None}
     for name, value in given.items():

@@ -83,7 +83,7 @@ def read_multimodal(values: Mapping[str, Any]) -> dict[str, Any]:
 def write_gemma2(config: Gemma2Config, values: dict[str, Any]) -> dict[str, Any]:
     """Kinds of layers written out, as transformers writes them."""
     require_whole_heads(config)
-    return write_rope(config.rope_parameters, values | {"layer_types": list(config.layer_kinds)}, config.head_dim)
+    return write_rope(config.rope, values | {"layer_types": list(config.layer_kinds)}, config.head_dim)
 
 
 def write_gemma3(config: Gemma3Config, values: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def write_gemma3(config: Gemma3Config, values: dict[str, Any]) -> dict[str, Any]
     require_whole_heads(config)
     values = values | {"layer_types": list(config.layer_kinds)}
     del values["local_rope_parameters"]
-    return write_ropes(config.rope_parameters, config.local_rope_parameters, values, config.head_dim)
+    return write_ropes(config.rope, config.local_rope, values, config.head_dim)
 
 
 OWN = {"norm": ("zero_centred_rms_norm", KEEP), "experts": (None, KEEP)}

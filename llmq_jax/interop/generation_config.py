@@ -48,7 +48,8 @@ class GenerationConfig:
         named = {name: value for name, value in self.token_ids().items() if value is not None}
         return {**self.other, **named}
 
-    def replace(self, **changes) -> "GenerationConfig":
+    def replace(self, **changes: Any) -> "GenerationConfig":
+        """The same with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 

@@ -46,7 +46,7 @@ AT_ONCE = 2**18
 LENGTH = struct.Struct("<Q")
 """Of a string, before its bytes."""
 
-NUMBERS = {
+NUMBERS: dict[GGUFValueType, np.dtype] = {
     GGUFValueType.UINT8: np.dtype("u1"),
     GGUFValueType.INT8: np.dtype("i1"),
     GGUFValueType.UINT16: np.dtype("<u2"),
@@ -136,7 +136,8 @@ class _Header:
     def numbers(self, kind: GGUFValueType, count: int) -> np.ndarray:
         if kind not in NUMBERS:
             raise ValueError("arrays of arrays are not supported")
-        return np.frombuffer(self.take(count * NUMBERS[kind].itemsize), NUMBERS[kind])
+        numbers: np.ndarray = np.frombuffer(self.take(count * NUMBERS[kind].itemsize), NUMBERS[kind])
+        return numbers
 
     def tensor(self) -> _TensorInfo:
         name, axes = self.string(), self.integer(4)
@@ -187,7 +188,7 @@ def _is_quantised(kind: GGMLQuantizationType) -> bool:
 def _lazy(path: Path, info: _TensorInfo, start: int, file_size: int) -> LazyTensor:
     kind = GGMLQuantizationType(info.kind) if info.kind in set(GGMLQuantizationType) else None
     type_name = kind.name if kind is not None else f"number {info.kind}"
-    if type_name not in PLAIN_TYPES and not (kind is not None and _is_quantised(kind)):
+    if kind is None or (type_name not in PLAIN_TYPES and not _is_quantised(kind)):
         supported = ", ".join([*PLAIN_TYPES, *(kind.name for kind in GGMLQuantizationType if _is_quantised(kind))])
         raise BadInput(f"{path}: {info.name} has the type {type_name}; supported are {supported}")
     block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -204,7 +205,8 @@ def _lazy(path: Path, info: _TensorInfo, start: int, file_size: int) -> LazyTens
         if len(stored) != size:
             raise BadInput(f"{path}: {info.name} cannot be read; the file has changed since it was opened")
         if type_name in PLAIN_TYPES:
-            return stored.view(PLAIN_TYPES[type_name]).reshape(info.shape)
+            plain: np.ndarray = stored.view(PLAIN_TYPES[type_name]).reshape(info.shape)
+            return plain
         blocks = stored.reshape(-1, block_bytes)
         numbers = np.empty((len(blocks), block), np.float32)
         step = AT_ONCE // block

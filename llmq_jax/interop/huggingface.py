@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +34,12 @@ from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.lora import merge, spread
 from llmq_jax.weight_type import weight_type
 
+if TYPE_CHECKING:
+    from llmq_jax.language_model import LanguageModel
+else:
+    LanguageModel = Any  # It imports this module.
+
+
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 EXPORTED = (
@@ -53,7 +59,7 @@ class Contents(NamedTuple):
     """What a Hugging Face folder holds, in our terms."""
 
     config: Any
-    variables: dict
+    variables: dict[str, Any]
     tokenizer: Tokenizer | None
     generation: GenerationConfig
 
@@ -95,17 +101,20 @@ def located(path: Path, error: BadInput) -> BadInput:
 
 
 def save_hf(
-    lm: Any,
-    folder: str | os.PathLike,
+    lm: LanguageModel,
+    folder: str | os.PathLike[str],
     dtype: Any = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a Hugging Face folder that transformers loads; returns the folder.
 
-    `lm` is a `LanguageModel`. The weights are written in their own type, or as `dtype`; in shards where they exceed
-    `max_shard_size`. Adapters are merged into them; `save_adapter` writes them alone. The folder must not exist or be
-    empty; `overwrite=True` replaces one that holds nothing but an earlier export. It appears complete or not at all.
+    The weights are written in their own type, or as `dtype`; in shards where they exceed `max_shard_size`. Adapters are
+    merged into them; `save_adapter` writes them alone. The folder must not exist or be empty; `overwrite=True` replaces
+    one that holds nothing but an earlier export. It appears complete or not at all.
+
+    BadInput: a folder that may not be replaced, a `dtype` that is no floating one, or a model that transformers has no
+    form for (experts in a Llama, Dynamic Tanh, ...), which `save` keeps.
     """
     folder = Path(folder).expanduser().resolve()
     dtype = float_type(dtype)
@@ -151,10 +160,12 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
         )
     if files is None or tokens[0] == own:
         return tokens[0], {}
-    return tokens[0], files.naming("pad_token", files.token(tokens[0]))
+    spelling = files.token(tokens[0])
+    assert spelling is not None  # only such tokens are left
+    return tokens[0], files.naming("pad_token", spelling)
 
 
-def find(name: str | os.PathLike) -> Path:
+def find(name: str | os.PathLike[str]) -> Path:
     """Where a model is: a path that exists, or the local copy of what the hub has under this name ("org/name", or
     "org/name@revision" for one commit, tag or branch of it).
 
@@ -180,7 +191,7 @@ def download(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
-    wanted = {"repo_id": repository, "revision": revision or None, "ignore_patterns": ["*/*"]}
+    wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None, "ignore_patterns": ["*/*"]}
     try:
         # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
         folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED))
@@ -203,6 +214,7 @@ def float_type(dtype: Any) -> np.dtype | None:
     """A floating type from its name or any other form of it; None stays None."""
     if dtype is None:
         return None
+    known: np.dtype | None
     try:
         known = jnp.dtype(dtype)
     except TypeError:

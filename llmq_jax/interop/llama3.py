@@ -125,7 +125,7 @@ def write_fields(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]
 def write_sizes(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
     """Sizes written out, as transformers writes them: not all readers know what null stands for."""
     sizes = {"num_key_value_heads": config.key_value_heads, "head_dim": config.head_width}
-    return write_rope(config.rope_parameters, values | sizes, config.head_width)
+    return write_rope(config.rope, values | sizes, config.head_width)
 
 
 CONFIG = ConfigTable(

@@ -66,7 +66,7 @@ def sites_of(config: Any) -> list[Site]:
     return sites
 
 
-def experts_module(site: Site, found: Mapping) -> str:
+def experts_module(site: Site, found: Mapping[tuple[str, ...], Any]) -> str:
     """The module of an expert's parameter: the one that comes first is inside, where the other has an adapter too."""
     module = site.module.rpartition(".")[0]
     path = site.placement.path[1:]

@@ -63,7 +63,7 @@ PLAIN = {
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_adapter(folder: Path, config: Any, variables: dict) -> dict:
+def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> dict[str, Any]:
     """The variables with the adapters of such a folder, and with the matrices that it holds whole in place of theirs.
 
     Strict: BadInput names what the folder has no place for, and the shapes of what is of another base.
@@ -95,7 +95,7 @@ def base_of(folder: Path) -> tuple[str, int]:
     return base, 0 if score is None else score.shape[0]
 
 
-def _read_config(folder: Path) -> dict:
+def _read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json` without what is null; BadInput for fields that we read and that are of another type."""
     values = {name: value for name, value in read_json(folder / CONFIG).items() if value is not None}
     for name, hint in FIELDS.items():
@@ -136,6 +136,10 @@ def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
         )
 
 
+Found = dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]]
+"""{path of a matrix in `params`: (what trains beside it, what is fixed)}"""
+
+
 class _Reader:
     """One folder's tensors, from which those that have been read are taken."""
 
@@ -146,8 +150,8 @@ class _Reader:
         """The numbers of a TinyLoRA that all matrices share."""
         self.shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(config)).items()}
 
-    def low_rank(self) -> dict:
-        parts: dict[tuple, list] = {}
+    def low_rank(self) -> Found:
+        parts: dict[tuple[Any, ...], list[Any]] = {}
         for site in self.sites:
             pair = self._expert_pair(site) if site.of_experts else self._pair(site)
             if pair is None:
@@ -161,23 +165,27 @@ class _Reader:
         dropout = self.values.get("lora_dropout") or 0.0
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
-    def tiny(self) -> dict:
+    def tiny(self) -> Found:
         """Matrices in their order share the numbers of a group, as many as `weight_tying` says; in training they go on
         together only where there is one group."""
         names = [site for site in self.sites if f"{PREFIX}{site.module}.tinylora_A" in self.state]
         tying = self.values.get("weight_tying", 0.0)
         groups = max(1, round(len(names) * (1.0 - tying)))
         size = max(1, len(names) // groups)
-        parts: dict[tuple, list] = {}
+        parts: dict[tuple[Any, ...], list[Any]] = {}
         used = set()
         for index, site in enumerate(names):
             name = f"{PREFIX}{site.module}.tinylora"
             if f"{name}_P" not in self.state:
                 raise BadInput(f"{self.folder / WEIGHTS}: holds no projections; save the adapter with save_projection")
             width, features = self._widths(site)
-            first = self._take(site, f"{name}_A", (None, width)).T
+            first = self._take(site, f"{name}_A", (None, width))
+            assert first is not None  # it names the matrices
+            first = first.T
             last = self._take(site, f"{name}_B", (features, first.shape[1]))
-            projections = self._take(site, f"{name}_P", (None, first.shape[1], first.shape[1])).swapaxes(1, 2)
+            projections = self._take(site, f"{name}_P", (None, first.shape[1], first.shape[1]))
+            assert projections is not None
+            projections = projections.swapaxes(1, 2)
             key = f"base_model.tinylora_v.{min(index // size, groups - 1)}"
             if last is None or key not in self.state or self.state[key].shape != projections.shape[:1]:
                 raise BadInput(f"{self.folder / WEIGHTS}: {name}_B or {key} is missing or of another length")
@@ -192,7 +200,7 @@ class _Reader:
         dropout = self.values.get("tinylora_dropout") or 0.0
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
-    def whole_matrices(self, variables: dict) -> dict:
+    def whole_matrices(self, variables: dict[str, Any]) -> dict[str, Any]:
         """Variables with a classifier's head that the folder holds (`modules_to_save`) in place of theirs."""
         head = self.state.get(HEAD)
         if head is None or self.config.labels is None:
@@ -244,6 +252,8 @@ class _Reader:
         if len(first) != rank * count:
             raise self._other_base(f"{PREFIX}{module}.lora_A.weight", first.shape, (rank * count, width))
         last = self._take(site, f"{PREFIX}{module}.lora_B.weight", (features, rank * count))
+        if last is None:
+            raise BadInput(f"{self.folder / WEIGHTS}: has {module}.lora_A.weight and no lora_B; save the adapter again")
         return (
             first.reshape(count, rank, width).swapaxes(1, 2),
             last.reshape(features, rank, count).transpose(2, 1, 0),
@@ -271,7 +281,7 @@ class _Reader:
             raise self._other_base(name, tensor.shape, shape)
         return tensor.astype(np.float32)
 
-    def _other_base(self, name: str, found: tuple, wanted: tuple) -> BadInput:
+    def _other_base(self, name: str, found: tuple[Any, ...], wanted: tuple[Any, ...]) -> BadInput:
         shown = ", ".join("r" if size is None else str(size) for size in wanted)
         base = self._base()
         return BadInput(
@@ -292,7 +302,9 @@ class _Reader:
         ends = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", site.module))
         return next(ends, default)
 
-    def _stacked(self, path: tuple, entries: list, dropout: float) -> tuple[dict, dict]:
+    def _stacked(
+        self, path: tuple[Any, ...], entries: list[Any], dropout: float
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Leaves over all layers of a stack, zero where a layer has no adapter, and up to the largest rank."""
         kernel = self.shapes[("params", *path)]
         stacked = path[0].startswith("group_")
@@ -325,4 +337,5 @@ class _Reader:
             trained[MAGNITUDE] = trained[MAGNITUDE].reshape(*lead, *features)
         if dropout:
             fixed[DROPOUT] = np.full(lead[:stacked], dropout, np.float32)
-        return tuple({name: jnp.asarray(leaf) for name, leaf in tree.items()} for tree in trees)
+        learns, stays = ({name: jnp.asarray(leaf) for name, leaf in tree.items()} for tree in trees)
+        return learns, stays

@@ -35,7 +35,7 @@ PEFT_VERSION = "0.21.2"  # whose folders these are
 
 
 def write_adapter(
-    variables: dict, config: Any, folder: str | os.PathLike, base: str = "", overwrite: bool = False
+    variables: dict[str, Any], config: Any, folder: str | os.PathLike[str], base: str = "", overwrite: bool = False
 ) -> Path:
     """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them.
 
@@ -82,7 +82,7 @@ def write_adapter(
 
 
 def _low_rank(
-    sites: list[Site], found: Mapping, everywhere: list[Site]
+    sites: list[Site], found: Mapping[tuple[str, ...], Any], everywhere: list[Site]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, fields of the config) of LoRA, DoRA and LoRA-XS."""
     tensors: dict[str, np.ndarray] = {}
@@ -141,11 +141,13 @@ def _low_rank(
     }
 
 
-def _tiny(sites: list[Site], found: Mapping, tied: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _tiny(
+    sites: list[Site], found: Mapping[tuple[str, ...], Any], tied: bool
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The same of TinyLoRA, each matrix with numbers of its own or all with the same; the scale goes into its
     projections."""
     tensors: dict[str, np.ndarray] = {}
-    targets = []
+    targets: list[str] = []
     for site in sites:
         trained, fixed = found[site.placement.path[1:]]
         leaves = {name: np.asarray(leaf)[site.placement.slot] for name, leaf in (trained | fixed).items()}

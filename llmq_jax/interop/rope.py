@@ -58,7 +58,8 @@ def _warn_of_another_ratio(parameters: Mapping[str, Any], longest: Any) -> None:
     The ratio is 1 where the longest context is that of training. Llama 3.2 has factor 32 and ratio 16 by intention.
     """
     factor, trained = parameters.get("factor"), parameters.get(ORIGINAL)
-    numbers = all(type(value) in (int, float) and value > 0 for value in (factor, trained, longest))
+    given: tuple[Any, ...] = (factor, trained, longest)
+    numbers = all(type(value) in (int, float) and value > 0 for value in given)
     if parameters.get("rope_type") == "yarn" and numbers and longest / trained not in (1, factor):
         warnings.warn(
             f"rope_type 'yarn' has factor={factor}, which counts, and max_position_embeddings={longest} is "

@@ -61,11 +61,11 @@ def open_safetensors(path: Path) -> TensorFiles:
     raise BadInput(f"{path}: has neither {WEIGHTS} nor {INDEX}")
 
 
-def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int | str = "5GB"):
+def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int | str = "5GB") -> None:
     """`model.safetensors`, or shards of at most `max_shard_size` ("5GB", "500MB", bytes) and their index."""
     try:
         split = split_state_dict_into_shards_factory(
-            tensors,
+            dict(tensors),
             get_storage_size=lambda tensor: tensor.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,

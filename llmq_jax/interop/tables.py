@@ -17,7 +17,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class LazyTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.read(), dtype, copy=copy)
 
 
@@ -95,12 +95,17 @@ class Rule(NamedTuple):
     key: str
     path: str
     transform: Transform
-    at: tuple = ()
+    at: tuple[Any, ...] = ()
     optional: bool = False
 
 
 def rule(
-    key: str, path: str, transform: Transform, collection: str = "params", at: tuple = (), optional: bool = False
+    key: str,
+    path: str,
+    transform: Transform,
+    collection: str = "params",
+    at: tuple[Any, ...] = (),
+    optional: bool = False,
 ) -> Rule:
     """Their `key` is our `collection`'s leaf at `path`, or the part `at` (an index) of that leaf, under `transform`.
 
@@ -119,13 +124,14 @@ class Placement(NamedTuple):
 
     key: str
     path: Path
-    slot: tuple
+    slot: tuple[Any, ...]
     transform: Transform
     optional: bool
 
     def our_shape(self, leaf_shape: Shape) -> Shape:
         # A view of the right shape that takes no memory.
-        return np.broadcast_to(0, leaf_shape)[self.slot].shape
+        part: np.ndarray = np.broadcast_to(0, leaf_shape)[self.slot]
+        return part.shape
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class WeightTable:
         """
         leaves = flatten_dict(abstract_variables(config), sep="/")
         slots = [(f"{group}/{block}", repeat) for (group, block), repeat in module_slots(config)]
-        placements = []
+        placements: list[Placement] = []
         for in_layers, rules in itertools.groupby(self.rules, lambda entry: "{block}" in entry.path):
             run = tuple(rules)
             for layer, (block, repeat) in enumerate(slots) if in_layers else [(0, ("", 0))]:
@@ -175,7 +181,7 @@ class WeightTable:
                     raise BadInput(f"{type(config).__name__} has more than {most:,} tensors, far more than there are")
         return placements
 
-    def from_state_dict(self, state: Mapping[str, Any], config: Any, dtype: Any = None) -> dict:
+    def from_state_dict(self, state: Mapping[str, Any], config: Any, dtype: Any = None) -> dict[str, Any]:
         """`state` as our variables, in its own types unless `dtype` says otherwise; see `interop.from_state_dict`.
 
         `dtype` is that of parameters. Other collections keep their types: a router's bias moves in steps too small for
@@ -207,9 +213,10 @@ class WeightTable:
                 else:
                     leaf[part.slot] = 0
             filled[path] = jax.device_put(leaf)
-        return unflatten_dict(filled)
+        variables: dict[str, Any] = unflatten_dict(filled)
+        return variables
 
-    def lazy_state_dict(self, variables: dict, config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
+    def lazy_state_dict(self, variables: dict[str, Any], config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
         """Our variables, or any tree of that structure, under their names; tensors are made when asked for.
 
         `dtype` is that of parameters, as in `from_state_dict`.
@@ -294,7 +301,14 @@ class WeightTable:
     def _ignores(self, name: str) -> bool:
         return any(_matches(key, name) for key in self.ignorable)
 
-    def _problems(self, state, names, placements, leaves, config) -> list[str]:
+    def _problems(
+        self,
+        state: Mapping[str, Any],
+        names: Mapping[str, str],
+        placements: Sequence[Placement],
+        leaves: Mapping[Path, Any],
+        config: Any,
+    ) -> list[str]:
         wanted = {placement.key: placement for placement in placements}
         duplicates = [name for name in state if name not in names.values()]
         unread = [names[key] for key in names if key not in wanted and key not in self.tied and not self._ignores(key)]
@@ -332,7 +346,7 @@ class WeightTable:
 
 
 def _expert_by_expert(
-    entries: Iterable[Rule], leaves: Mapping[str, Any], layer: int, slot: tuple
+    entries: Iterable[Rule], leaves: Mapping[str, Any], layer: int, slot: tuple[Any, ...]
 ) -> Iterator[Placement]:
     """Rules in a layer, which is `slot` of their leaves; neighbours with `{expert}` for one expert after the other."""
     for of_experts, neighbours in itertools.groupby(entries, lambda entry: "{expert}" in entry.key):
@@ -362,11 +376,11 @@ def _equal(state: Mapping[str, Any], left: str, right: str) -> bool:
 
 
 @functools.cache
-def _pattern(key: str) -> re.Pattern:
+def _pattern(key: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\{(layer|expert)\\}", r"(?P<\1>\\d+)", re.escape(key)))
 
 
-def _matches(key: str, name: str) -> re.Match | None:
+def _matches(key: str, name: str) -> re.Match[str] | None:
     """Whether a name is a rule's key, in any layer and of any expert."""
     return _pattern(key).fullmatch(name)
 

@@ -68,7 +68,7 @@ def damaged(path: Path, kind: str, reason: object) -> BadInput:
     return BadInput(f"{path}: not {kind}, or truncated or damaged ({reason}); get it again")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; anything else is BadInput."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ Every block and every tensor carries a CRC-32C, and all are verified. Tensors ar
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import ml_dtypes
@@ -46,7 +46,7 @@ DTYPES = {
     23: np.dtype(np.uint64),
 }
 
-Message = dict[int, list]
+Message = dict[int, list[Any]]
 """A protobuf message without its schema: {field number: all its values}, integers or bytes."""
 
 
@@ -160,6 +160,7 @@ def _message(data: bytes) -> Message:
     """A protobuf message: https://protobuf.dev/programming-guides/encoding."""
     fields: Message = {}
     position = 0
+    value: int | bytes
     while position < len(data):
         tag, position = _varint(data, position)
         kind = tag & 7
@@ -207,5 +208,5 @@ def _bytes(data: bytes, position: int, length: int) -> bytes:
 
 def _checksum(content: bytes) -> int:
     """CRC-32C as TensorFlow stores it: rotated and shifted, since a checksum over data with a checksum is weak."""
-    value = google_crc32c.value(content)
+    value: int = google_crc32c.value(content)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -52,8 +52,7 @@ LINEAR_IN_LENGTH = "attention_linear_in_length"
 FEW_WINDOWS = 2
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """Where the tokens of a batch stand; the same for all layers."""
 
     positions: Int[Array, "B T"]
@@ -79,6 +78,7 @@ def visible(
     if window is not None:
         mask &= key_positions[:, None, :] > query_positions[:, :, None] - window
     if query_segments is not None:
+        assert key_segments is not None
         mask &= key_segments[:, None, :] == query_segments[:, :, None]
     return mask
 
@@ -125,7 +125,9 @@ def lean_attend(
     return _lean_forward(query, key, value, mask, scale, softcap)[0]
 
 
-def _lean_forward(query, key, value, mask, scale, softcap):
+def _lean_forward(
+    query: Array, key: Array, value: Array, mask: Array, scale: float, softcap: float | None
+) -> tuple[Array, tuple[Array, ...]]:
     query = _in_groups(query, key)
     scores = _scores(query, key, mask, scale, softcap)
     largest = scores.max(-1, keepdims=True)
@@ -137,7 +139,9 @@ def _lean_forward(query, key, value, mask, scale, softcap):
     return _heads(mixed.astype(value.dtype)), (query, key, value, exponentials, largest, total, mixed)
 
 
-def _lean_backward(scale, softcap, saved, slope):
+def _lean_backward(
+    scale: float, softcap: float | None, saved: tuple[Array, ...], slope: Array
+) -> tuple[Array, Array, Array, None]:
     query, key, value, exponentials, largest, total, mixed = saved
     slope = _in_groups(slope, key)
     sums = (slope * mixed).sum(-1, keepdims=True)  # in float32, as `mixed` is: differences are taken with them
@@ -174,7 +178,9 @@ def _heads(grouped: Float[Array, "B K G T V"]) -> Float[Array, "B N T V"]:
     return grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
 
 
-def _scores(query, key, mask, scale, softcap=None) -> Float[Array, "B K G T S"]:
+def _scores(
+    query: Array, key: Array, mask: Array, scale: float, softcap: float | None = None
+) -> Float[Array, "B K G T S"]:
     scores = jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -215,7 +221,7 @@ def self_attention(
     )
     if name == "fused":
         return _fused(query, key, value, context, scale, window)
-    options = {"scale": scale, "softcap": softcap, "dropout_rate": dropout_rate}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_rate": dropout_rate}
     if name == "masked":
         return query_blocks(query, key, value, context, length, window, dropout_key, **options)
     if window is None or length <= FEW_WINDOWS * window:
@@ -267,7 +273,7 @@ def query_blocks(
     block: int,
     window: int | None = None,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-    **options,
+    **options: Any,
 ) -> Float[Array, "B N T V"]:
     """Blocks of queries that skip the keys after them, written out: the upper triangle of scores is never computed."""
     length = query.shape[2]
@@ -300,7 +306,7 @@ def window_blocks(
     block: int,
     window: int,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-    **options,
+    **options: Any,
 ) -> Float[Array, "B N T V"]:
     """A loop over blocks of queries, each of which meets its own keys and those of the blocks that its window reaches.
 
@@ -310,17 +316,17 @@ def window_blocks(
     length, segments = query.shape[2], context.segment_ids
     count, reach = -(-length // block), -(-(window - 1) // block)
 
-    def cut(x, axis, before, fill):
+    def cut(x: Array, axis: int, before: int, fill: int) -> Array:
         """[..., T, ...] to [before + count, ..., block, ...]."""
         pad = [(0, 0)] * x.ndim
         pad[axis] = (before * block, count * block - length)
         x = jnp.pad(x, pad, constant_values=fill)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], before + count, block, *x.shape[axis + 1 :]), axis, 0)
 
-    def own(x, axis, fill=0):
+    def own(x: Array | None, axis: int, fill: int = 0) -> Array | None:
         return None if x is None else cut(x, axis, 0, fill)
 
-    def near(x, axis, fill=0):
+    def near(x: Array | None, axis: int, fill: int = 0) -> Array | None:
         """The same, each block behind those that its window reaches."""
         if x is None:
             return None
@@ -332,10 +338,10 @@ def window_blocks(
         policy=jax.checkpoint_policies.save_only_these_names(LINEAR_IN_LENGTH),
         prevent_cse=False,  # which a loop's body does not need
     )
-    def one_block(args):
-        index, queries, keys, values, places = args
+    def one_block(args: Any) -> Array:
+        index, queries, keys, values, (query_at, key_at, query_in, key_in) = args
         drop = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _mix(queries, keys, values, visible(*places, window=window), drop, **options)
+        return _mix(queries, keys, values, visible(query_at, key_at, query_in, key_in, window), drop, **options)
 
     # What fills up the row stands nowhere: no token looks there, and it sees itself.
     positions = context.positions
@@ -346,20 +352,32 @@ def window_blocks(
     return mixed.reshape(*mixed.shape[:2], count * block, mixed.shape[-1])[:, :, :length]
 
 
-def _mix(query, key, value, mask, dropout_key, *, scale, softcap, dropout_rate):
+def _mix(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    dropout_key: Array | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    dropout_rate: float,
+) -> Array:
     if dropout_key is None:
         return lean_attend(query, key, value, mask, scale, softcap)
-    options = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
     return attend(query, key, value, mask, scale=scale, **options)
 
 
-def _fused(query, key, value, context, scale, window):
+def _fused(query: Array, key: Array, value: Array, context: Context, scale: float, window: int | None) -> Array:
     """cuDNN's flash attention. Its window counts places in the row, which in a segment is as good as positions. Its
     values are as wide as its keys: narrower ones (MLA's) are filled up with zeros, which mix to zeros."""
     segments, width = context.segment_ids, value.shape[-1]
     value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
     mixed = jax.nn.dot_product_attention(
-        *(x.swapaxes(1, 2) for x in (query, key, value)),
+        query.swapaxes(1, 2),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
         mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
         scale=scale,
         is_causal=True,
@@ -369,7 +387,15 @@ def _fused(query, key, value, context, scale, window):
     return mixed[..., :width].swapaxes(1, 2)
 
 
-def _fused_obstacle(device, length, widths, dtype, softcap, dropout, segmented) -> str | None:
+def _fused_obstacle(
+    device: Any,
+    length: int,
+    widths: tuple[int, int],
+    dtype: Any,
+    softcap: float | None,
+    dropout: bool,
+    segmented: bool,
+) -> str | None:
     """Why cuDNN's kernel cannot run, if it cannot (`jax.nn.dot_product_attention`, implementation="cudnn")."""
     generation = str(getattr(device, "compute_capability", "")).partition(".")[0]
     if not generation.isdigit() or int(generation) < 8:
@@ -407,7 +433,7 @@ def attention(
     """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache)."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
     if cache is None or cache.empty:
-        options = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
         mixed = self_attention(query, key, value, context, scale=scale, window=window, **options)
         if cache is not None:
             cache = cache.write(key, value, context.positions, context.segment_ids)

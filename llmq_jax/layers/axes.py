@@ -81,7 +81,7 @@ def dimensions(path: Sequence[str]) -> tuple[str | None, ...]:
 
 
 def division(
-    path: Sequence[str], shape: Sequence[int], sizes: dict[str, int], names: Sequence[str | None] | None = None
+    path: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int], names: Sequence[str | None] | None = None
 ) -> PartitionSpec:
     """How a parameter, or an array whose last dimensions have these `names`, is divided by the axes of a mesh, of these
     sizes. A dimension that its axes do not divide stays whole."""
@@ -93,8 +93,8 @@ def division(
     return PartitionSpec(*axes)
 
 
-def _axes_of(name: str | None, size: int, sizes: dict[str, int]) -> Any:
-    axes = tuple(axis for axis in AXES.get(name, ()) if sizes.get(axis, 1) > 1)
+def _axes_of(name: str | None, size: int, sizes: Mapping[str, int]) -> Any:
+    axes = tuple(axis for axis in AXES.get(name or "", ()) if sizes.get(axis, 1) > 1)
     if not axes or size % math.prod(sizes[axis] for axis in axes):
         return None
     return axes if len(axes) > 1 else axes[0]
@@ -106,13 +106,18 @@ def axis_sizes() -> dict[str, int]:
     return {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if name in MESH_AXES}
 
 
+def _constrained(x: Array, spec: PartitionSpec) -> Array:
+    constrained: Array = jax.lax.with_sharding_constraint(x, spec)
+    return constrained
+
+
 def placed(x: Array, *names: str | None) -> Array:
     """An activation, whose dimensions have these names, where the mesh wants it. Names at the end may be left out."""
     sizes = axis_sizes()
     if not sizes:
         return x
     spec = PartitionSpec(*(_axes_of(name, size, sizes) for name, size in zip(names, x.shape, strict=False)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return _constrained(x, spec)
 
 
 def row_devices(sizes: Mapping[str, int]) -> int:
@@ -127,7 +132,7 @@ def row_groups(rows: int) -> int:
     return groups if rows % groups == 0 else 1
 
 
-def by_group(function: Callable) -> Callable:
+def by_group(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of arrays that have `row_groups` in front, for each group alone: what it sums over rows stays apart,
     on the devices that have these rows. One group takes the function as it is."""
 
@@ -147,14 +152,14 @@ def in_place(tree: Any) -> Any:
         return tree
 
     def place(path: tuple[Any, ...], leaf: Array) -> Array:
-        return jax.lax.with_sharding_constraint(leaf, division(path_names(path), leaf.shape, sizes))
+        return _constrained(leaf, division(path_names(path), leaf.shape, sizes))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def in_use(names: Sequence[str | None]) -> tuple[str | None, ...]:
     """The dimensions of a parameter that stay divided where it meets activations: not those that only save memory."""
-    return tuple(None if AXES.get(name) == (FSDP,) else name for name in names)
+    return tuple(None if AXES.get(name or "") == (FSDP,) else name for name in names)
 
 
 def where_used(tree: Any) -> Any:
@@ -170,9 +175,9 @@ def where_used(tree: Any) -> Any:
 
         @jax.custom_vjp
         def gathered(x: Array) -> Array:
-            return jax.lax.with_sharding_constraint(x, used)
+            return _constrained(x, used)
 
-        gathered.defvjp(lambda x: (gathered(x), None), lambda _, g: (jax.lax.with_sharding_constraint(g, kept),))
+        gathered.defvjp(lambda x: (gathered(x), None), lambda _, g: (_constrained(g, kept),))
         return gathered(leaf)
 
     return jax.tree_util.tree_map_with_path(gather, tree)

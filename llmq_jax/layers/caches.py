@@ -30,8 +30,7 @@ NOWHERE = int(np.iinfo(np.int32).max)
 """The position of a slot that holds nothing: after all queries."""
 
 
-@struct.dataclass
-class FullCache:
+class FullCache(struct.PyTreeNode):
     """Keys and values of all positions; slot = position."""
 
     keys: Float[Array, "*L B K H S"]
@@ -56,7 +55,9 @@ class FullCache:
         batch, _, length, _ = self.values.shape
         return self.keys.mT, self.values, jnp.broadcast_to(jnp.arange(length), (batch, length))
 
-    def update(self, keys, values, positions, segment_ids=None):
+    def update(
+        self, keys: Array, values: Array, positions: Array, segment_ids: Array | None = None
+    ) -> tuple["FullCache", tuple[Array, Array, Array]]:
         cache = self.write(keys, values, positions, segment_ids)
         return cache, cache.read()
 
@@ -65,8 +66,7 @@ class FullCache:
         return self.replace(keys=_lengthen(self.keys, -1, length), values=_lengthen(self.values, -2, length))
 
 
-@struct.dataclass
-class LatentCache:
+class LatentCache(struct.PyTreeNode):
     """What all heads make their keys and values of (multi-head latent attention); slot = position.
 
     For each token its latent and, beside it, the rotated key that all heads share: C features in all, once in place of
@@ -98,8 +98,7 @@ class LatentCache:
         return self.replace(latents=_lengthen(self.latents, -2, length))
 
 
-@struct.dataclass
-class RingCache:
+class RingCache(struct.PyTreeNode):
     """Keys and values of the last positions, for a layer with a window; slot = position modulo the number of slots.
 
     `lookahead` slots beyond the window let as many tokens be rejected: a draft written over the oldest keys must leave
@@ -145,7 +144,9 @@ class RingCache:
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
         return self.keys.mT, self.values, self.positions
 
-    def update(self, keys, values, positions, segment_ids=None):
+    def update(
+        self, keys: Array, values: Array, positions: Array, segment_ids: Array | None = None
+    ) -> tuple["RingCache", tuple[Array, Array, Array]]:
         cache = self.write(keys, values, positions, segment_ids)
         never_wraps = self.positions.shape[1] < self.window + self.lookahead
         if never_wraps or positions.shape[1] <= self.lookahead + 1:

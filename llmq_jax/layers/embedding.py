@@ -20,7 +20,7 @@ class Embedding(nn.Module):
     scale: float | None = None
     """What rows that are looked up are multiplied by, once it is rounded to the table's own type."""
 
-    def setup(self):
+    def setup(self) -> None:
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:

@@ -54,7 +54,7 @@ class Balance:
     bias_update: str = "sign"
     """By what the mean load exceeds the expert's: its "sign", or "proportional" to it, as a part of the mean."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("load_balance", "router_z", "sequence", "device", "bias_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"balance: {name}={getattr(self, name)} must be at least 0, and finite")
@@ -74,11 +74,11 @@ class Balance:
 
     @property
     def has_losses(self) -> bool:
+        """Whether any loss has a coefficient."""
         return any((self.load_balance, self.router_z, self.sequence, self.device))
 
 
-@struct.dataclass
-class RouterReport:
+class RouterReport(struct.PyTreeNode):
     """What a layer's router did with the real tokens of a batch: sums, which add over batches and devices.
 
     Layers that are run by a scan stack theirs, on a leading axis.
@@ -124,7 +124,7 @@ def report(
     )
 
 
-def all_layers(counts: dict) -> RouterReport | None:
+def all_layers(counts: dict[str, Any]) -> RouterReport | None:
     """The reports of all layers with experts, from the first to the last, of the counts of a pass through a decoder."""
     groups = []
     for blocks in counts.values():
@@ -153,16 +153,18 @@ def balance_losses(reports: RouterReport, balance: Balance, top_k: int) -> dict[
         losses["sequence"] = (reports.sequence_balance / jnp.maximum(reports.sequences, 1)).mean()
     if balance.device:
         # f' is the mean of f over a group's experts (f = E/k · c/n, 1 where even), P' the sum of its probabilities.
-        groups = [
+        assigned, probability = (
             leaf.reshape(-1, balance.devices, count // balance.devices).sum(-1)
             for leaf in (reports.assigned, reports.probability)
-        ]
-        by_layer = _frequencies_times_probabilities(*groups, reports.tokens, balance.devices)
+        )
+        by_layer = _frequencies_times_probabilities(assigned, probability, reports.tokens, balance.devices)
         losses["device"] = by_layer.mean() / top_k
     return losses
 
 
-def _frequencies_times_probabilities(assigned, probability, tokens, count) -> Float[Array, " L"]:
+def _frequencies_times_probabilities(
+    assigned: Array, probability: Array, tokens: Array, count: int
+) -> Float[Array, " L"]:
     """count · Σ f P, f not divided by k."""
     tokens = jnp.maximum(tokens, 1)[:, None]
     return count * (assigned / tokens * probability / tokens).sum(-1)

@@ -36,8 +36,7 @@ ELSEWHERE = "blocks"
 BLOCK_LENGTHS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = 8, 4, 16, 128
 
 
-@struct.dataclass
-class ExpertWeights:
+class ExpertWeights(struct.PyTreeNode):
     """Stacked over experts: two linear layers with an activation between them.
 
     P is 2 in gated experts (the gate, then what it multiplies) and 1 in plain ones.
@@ -94,7 +93,7 @@ def dispatch(
 
     assignments = ids.size
 
-    def through(rows, ids, sizes):
+    def through(rows: Array, ids: Array, sizes: Array) -> tuple[Array, Array]:
         """Rows sorted by our own experts, through them: (rows, the number of dropped ones)."""
         if name == "blocks":
             # As many assignments as are ours come to our experts, on average, of all that devices have room for.
@@ -118,7 +117,7 @@ def dispatch(
 
 
 def _elsewhere(
-    rows: Float[Array, "A D"], sizes: Int[Array, " E"], exchange: Exchange, through: Callable
+    rows: Float[Array, "A D"], sizes: Int[Array, " E"], exchange: Exchange, through: Callable[..., Any]
 ) -> tuple[Float[Array, "A D"], Int[Array, ""]]:
     """Sorted rows to the devices that own their experts, through these, and back.
 
@@ -166,7 +165,7 @@ def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(min(step * count, assignments) for count in range(1, BLOCK_LENGTHS + 1)))
 
 
-def _dense(x, ids, weights, experts, activation):
+def _dense(x: Array, ids: Array, weights: Array, experts: ExpertWeights, activation: Activation) -> Array:
     up = jnp.einsum("md,edpf->empf", x, experts.up)
     if experts.up_low_rank is not None:
         up += jnp.einsum("md,edr,erpf->empf", x, *experts.up_low_rank)
@@ -192,11 +191,11 @@ def _spread(x: Float[Array, "M D"], order: Int[Array, " A"], inverse: Int[Array,
     return x[order // k]
 
 
-def _spread_forward(x, order, inverse, k):
+def _spread_forward(x: Array, order: Array, inverse: Array, k: int) -> tuple[Array, Array]:
     return x[order // k], inverse
 
 
-def _spread_backward(k, inverse, slope):
+def _spread_backward(k: int, inverse: Array, slope: Array) -> tuple[Array, None, None]:
     return slope[inverse].reshape(-1, k, slope.shape[-1]).sum(1), None, None
 
 
@@ -249,7 +248,9 @@ def _plan(sizes: Int[Array, " E"], rows: int, lengths: tuple[int, ...]) -> tuple
     }
 
 
-def _blocks_forward(rows, experts, sizes, activation, lengths):
+def _blocks_forward(
+    rows: Any, experts: Any, sizes: Any, activation: Activation, lengths: tuple[int, ...]
+) -> tuple[Array, tuple[Any, ...]]:
     """What is differentiated comes marked as such: of weights that stay as they are no gradient is formed."""
     learns = {
         name: getattr(experts, name)
@@ -267,14 +268,16 @@ def _is_marked(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def _through_blocks(rows, experts, sizes, activation, lengths):
+def _through_blocks(
+    rows: Array, experts: ExpertWeights, sizes: Array, activation: Activation, lengths: tuple[int, ...]
+) -> tuple[Array, tuple[Any, ...]]:
     count, plan = _plan(sizes, len(rows), lengths)
     longest = lengths[-1]
     padded = jnp.pad(rows, ((0, longest), (0, 0)))
     width, parts, hidden = experts.up.shape[1:]
 
-    def of_length(length):
-        def through(block, padded, experts):
+    def of_length(length: int) -> Callable[..., Any]:
+        def through(block: dict[str, Array], padded: Array, experts: ExpertWeights) -> tuple[Array, Array]:
             expert, start = block["expert"], block["start"]
             rows = _cut(padded, start, length)
             up = rows @ experts.up[expert].reshape(width, parts * hidden)
@@ -292,7 +295,7 @@ def _through_blocks(rows, experts, sizes, activation, lengths):
 
         return through
 
-    def one_block(i, carry):
+    def one_block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         before, mixed = carry
         block = jax.tree.map(lambda leaf: leaf[i], plan)
         up, down = jax.lax.switch(block["length"], [*map(of_length, lengths)], block, padded, experts)
@@ -304,14 +307,18 @@ def _through_blocks(rows, experts, sizes, activation, lengths):
     return mixed, (padded, before, experts, count, plan)
 
 
-def _blocks_backward(activation, lengths, saved, slope):
+def _blocks_backward(
+    activation: Activation, lengths: tuple[int, ...], saved: tuple[Any, ...], slope: Any
+) -> tuple[Array, ExpertWeights, None]:
     padded, before, experts, count, plan, learns = saved
     longest = lengths[-1]
     width, parts, hidden = experts.up.shape[1:]
     slope = jnp.zeros_like(padded) if _is_zero(slope) else jnp.pad(slope, ((0, longest), (0, 0)))
 
-    def of_length(length):
-        def back_through(block, padded, before, slope, experts):
+    def of_length(length: int) -> Callable[..., Any]:
+        def back_through(
+            block: dict[str, Array], padded: Array, before: Array, slope: Array, experts: ExpertWeights
+        ) -> tuple[Array, dict[str, Any]]:
             expert, start = block["expert"], block["start"]
             real = (jnp.arange(length) < block["real"])[:, None]
             down_slope = jnp.where(real, _cut(slope, start, length), 0)
@@ -340,7 +347,7 @@ def _blocks_backward(activation, lengths, saved, slope):
 
         return back_through
 
-    def one_block(i, carry):
+    def one_block(i: Array, carry: tuple[Array, dict[str, Any]]) -> tuple[Array, dict[str, Any]]:
         row_slope, weights_slope = carry
         block = jax.tree.map(lambda leaf: leaf[i], plan)
         operands = block, padded, before, slope, experts
@@ -394,12 +401,12 @@ def _product(a: Float[Array, "i j"], b: Float[Array, "j l"]) -> Float[Array, "i 
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _ragged(rows, ids, experts, sizes, activation):
+def _ragged(rows: Array, ids: Array, experts: ExpertWeights, sizes: Array, activation: Activation) -> Array:
     count, _, parts, hidden = experts.up.shape
     real = ids < count
     ids = jnp.minimum(ids, count - 1)
 
-    def product(rows, *matrices):
+    def product(rows: Array, *matrices: Array) -> Array:
         for matrix in matrices:  # Rows of no expert may hold anything.
             rows = jnp.where(real[:, None], jax.lax.ragged_dot(rows, matrix.reshape(*matrix.shape[:2], -1), sizes), 0)
         return rows
@@ -420,7 +427,9 @@ def _ragged(rows, ids, experts, sizes, activation):
     return jnp.where(real[:, None], down, 0)
 
 
-def _in_slots(rows, ids, experts, sizes, activation, capacity):
+def _in_slots(
+    rows: Array, ids: Array, experts: ExpertWeights, sizes: Array, activation: Activation, capacity: int | None
+) -> tuple[Array, Array]:
     """(mixed rows, the number of dropped ones)."""
     if capacity is None:
         raise BadInput("dispatch='capacity' needs a capacity_factor; give one, such as 1.25")

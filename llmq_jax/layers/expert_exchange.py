@@ -3,7 +3,9 @@
 Without the compiler's help, by `jax.shard_map`: left to itself it would sort the tokens of all devices on each.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -43,7 +45,7 @@ def dispatch_on_mesh(
     shared, divided = EXPERT in specs.up, TENSOR in specs.up  # divided: each device has a part of what experts give
     devices = sizes[EXPERT] if shared else 1
 
-    def on_a_device(x, ids, weights, experts):
+    def on_a_device(x: Array, ids: Array, weights: Array, experts: ExpertWeights) -> tuple[Array, Array]:
         exchange = None
         if shared:
             swap = partial(jax.lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
@@ -56,12 +58,12 @@ def dispatch_on_mesh(
         return mixed, jax.lax.psum(dropped, AXES["batch"])
 
     specs_in = (rows, rows, rows, specs)
-    return jax.shard_map(on_a_device, in_specs=specs_in, out_specs=(rows, PartitionSpec()), check_vma=False)(
-        x, ids, weights, experts
-    )
+    everywhere = jax.shard_map(on_a_device, in_specs=specs_in, out_specs=(rows, PartitionSpec()), check_vma=False)
+    mixed, dropped = everywhere(x, ids, weights, experts)
+    return mixed, dropped
 
 
-def _spec(name: str, leaf: object, sizes: dict[str, int]) -> object:
+def _spec(name: str, leaf: Any, sizes: Mapping[str, int]) -> Any:
     """Of weights where they meet their tokens: whole along "embed", which was divided to save memory."""
     if leaf is None:
         return None

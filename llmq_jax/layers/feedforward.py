@@ -39,7 +39,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        def linear(features, name):
+        def linear(features: int, name: str) -> Linear:
             return Linear(features, self.use_bias, self.kernel_init, self.dtype, name=name)
 
         size = self.intermediate_size

@@ -78,9 +78,10 @@ class LatentAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+        assert context.rotation is not None
         s, turn = self.sizes, context.rotation.apply
 
-        def linear(features, name, use_bias):
+        def linear(features: int | tuple[int, int], name: str, use_bias: bool) -> Linear:
             return Linear(features, use_bias, self.kernel_init, self.dtype, name=name)
 
         latent_down = linear(s.cached_width, "latent_down", self.use_bias)
@@ -104,15 +105,12 @@ class LatentAttention(nn.Module):
             expanded = linear((s.num_heads, s.content_width + s.value_width), "latent_up", self.up_bias)(latent)
             keys, values = jnp.split(expanded, [s.content_width], axis=-1)
             shared_key = jnp.broadcast_to(shared_key, (*keys.shape[:3], s.rotary_width))
+            query = jnp.concatenate([content, rotary], axis=-1)
+            key = jnp.concatenate([keys, shared_key], axis=-1)
             mixed = self_attention(
-                *(
-                    heads.swapaxes(1, 2)  # heads before positions
-                    for heads in (
-                        jnp.concatenate([content, rotary], axis=-1),
-                        jnp.concatenate([keys, shared_key], axis=-1),
-                        values,
-                    )
-                ),
+                query.swapaxes(1, 2),  # heads before positions
+                key.swapaxes(1, 2),
+                values.swapaxes(1, 2),
                 context,
                 scale=self.scale,
                 dropout_rate=self.dropout_rate,

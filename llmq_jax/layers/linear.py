@@ -1,6 +1,7 @@
 """The one linear layer: every product of activations with a weight matrix goes through it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,14 @@ class Linear(nn.Module):
             y = _product(x, self.get_variable("params", KERNEL_BY_OUTPUT), 1, self.dtype)
         else:
             # Initialised as the flat matrix it is, so that initialisers see fan-in = D and fan-out = all features.
-            kernel = self.param(
+            kernel: Array = self.param(
                 KERNEL,
                 lambda key: self.kernel_init(key, (width, math.prod(features))).reshape(width, *features),
             )
             y = _product(x, kernel, 0, self.dtype)
         y = y.reshape(-1, *features)
         if self.has_variable(LORA_FIXED, KERNEL):
-            adapter = {name: self.get_variable(name, KERNEL) for name in (LORA, LORA_FIXED)}
+            adapter: dict[str, Any] = {name: self.get_variable(name, KERNEL) for name in (LORA, LORA_FIXED)}
             key = self.make_rng("dropout") if self.has_rng("dropout") else None
             rows = x.reshape(-1, width)
             y = adapted(rows, y, self.get_variable("params", KERNEL), adapter[LORA], adapter[LORA_FIXED], key)
@@ -79,13 +80,13 @@ def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[A
     first = linears[0]
     if not first.has_variable("params", KERNELS_BY_OUTPUT):
         return tuple(linear(x) for linear in linears)
-    kernel = first.get_variable("params", KERNELS_BY_OUTPUT)
+    kernel: Array = first.get_variable("params", KERNELS_BY_OUTPUT)
     ends = np.cumsum([np.prod(linear.features) for linear in linears])
     products = jnp.split(_product(x, kernel, 1, first.dtype), ends[:-1], axis=1)
     return tuple(linear(x, product) for linear, product in zip(linears, products, strict=True))
 
 
-def by_output(variables: dict) -> dict:
+def by_output(variables: dict[str, Any]) -> dict[str, Any]:
     """The same variables with every `Linear`'s kernel as (out, in): each output reads a run of memory.
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
@@ -102,9 +103,10 @@ def by_output(variables: dict) -> dict:
     return tree
 
 
-def flat_by_output(params: dict) -> Float[Array, "out D"]:
+def flat_by_output(params: dict[str, Any]) -> Float[Array, "out D"]:
     """The kernel of a `Linear`'s parameters, however they hold it."""
-    return params[KERNEL_BY_OUTPUT] if KERNEL_BY_OUTPUT in params else _transposed(params[KERNEL])
+    flat: Array = params[KERNEL_BY_OUTPUT] if KERNEL_BY_OUTPUT in params else _transposed(params[KERNEL])
+    return flat
 
 
 @jax.jit

@@ -60,8 +60,8 @@ class LoRA:
     tied: bool = False
     """TinyLoRA: whether all matrices share one v (weight_tying=1)."""
 
-    def __post_init__(self):
-        def require(condition, name, rule):
+    def __post_init__(self) -> None:
+        def require(condition: bool, name: str, rule: str) -> None:
             if not condition:
                 raise BadInput(f"LoRA: {name}={getattr(self, name)!r} {rule}")
 
@@ -73,12 +73,13 @@ class LoRA:
         tiny = self.variant == "tinylora"
         require(self.numbers is None or tiny, "numbers", "has no effect but on tinylora")
         require(not self.tied or tiny, "tied", "has no effect but on tinylora")
-        require(self.targets, "targets", "names no matrix")
+        require(len(self.targets) > 0, "targets", "names no matrix")
         require(self.layers is None or isinstance(self.layers, Sequence), "layers", "must be a sequence: (0, 1)")
-        require(self.layers is None or self.layers, "layers", "names no layer")
+        require(self.layers is None or len(self.layers) > 0, "layers", "names no layer")
 
     @property
     def scale(self) -> float:
+        """What the update is multiplied by: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)."""
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
@@ -95,8 +96,8 @@ def adapted(
     x: Float[Array, "M D"],
     y: Float[Array, "M *features"],
     kernel: Float[Array, "D *features"],
-    trained: dict,
-    fixed: dict,
+    trained: dict[str, Any],
+    fixed: dict[str, Any],
     dropout_key: Any = None,
 ) -> Float[Array, "M *features"]:
     """y = x W with what the adapter at W makes of it. A DoRA's norm is taken for a constant in gradients (section 4.3
@@ -112,9 +113,9 @@ def adapted(
     return y
 
 
-def factors(trained: dict, fixed: dict) -> tuple[Float[Array, "*stack D R"], Array]:
+def factors(trained: dict[str, Any], fixed: dict[str, Any]) -> tuple[Float[Array, "*stack D R"], Array]:
     """(A [*stack, D, R], s M B [*stack, R, *features]): the two matrices whose product is added to W."""
-    first, last = (trained.get(name, fixed.get(name)) for name in (A, B))
+    first, last = (trained[name] if name in trained else fixed[name] for name in (A, B))
     scale = fixed[SCALE]
     scaled = scale.reshape(scale.shape + (1,) * (last.ndim - scale.ndim)) * last
     if NUMBERS in trained:
@@ -128,7 +129,7 @@ def factors(trained: dict, fixed: dict) -> tuple[Float[Array, "*stack D R"], Arr
     return first, (middle @ flat).reshape(scaled.shape)
 
 
-def _stretch(kernel: Array, first: Array, last: Array, trained: dict, fixed: dict) -> Array:
+def _stretch(kernel: Array, first: Array, last: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
     """m / ‖W + A B‖ of each column, which is 1 in layers without an adapter."""
     stack = first.ndim - 2
     columns = jax.lax.stop_gradient(_column_norms(kernel, first, last))
@@ -153,31 +154,31 @@ def _matrices(leaf: Array, stack: int) -> Float[Array, "*stack D F"]:
 # What becomes of variables.
 
 
-def adapters(variables: dict) -> dict[Path, tuple[dict, dict]]:
+def adapters(variables: dict[str, Any]) -> dict[Path, tuple[dict[str, Any], dict[str, Any]]]:
     """{path of a matrix in `params`: (what trains beside it, what is fixed)}."""
-    found: dict[Path, tuple[dict, dict]] = {}
+    found: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
     for collection, place in ((LORA, 0), (LORA_FIXED, 1)):
         for path, leaf in flatten_dict(variables.get(collection, {})).items():
             found.setdefault(path[:-1], ({}, {}))[place][path[-1]] = leaf
     return found
 
 
-def from_adapters(found: dict[Path, tuple[dict, dict]]) -> dict:
+def from_adapters(found: dict[Path, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """The two collections of such adapters."""
-    trees: dict[str, dict] = {LORA: {}, LORA_FIXED: {}}
+    trees: dict[str, dict[Path, Any]] = {LORA: {}, LORA_FIXED: {}}
     for path, pair in found.items():
         for tree, leaves in zip(trees.values(), pair, strict=True):
             tree |= {(*path, name): leaf for name, leaf in leaves.items()}
     return {name: unflatten_dict(tree) for name, tree in trees.items()}
 
 
-def merge(variables: dict) -> dict:
+def merge(variables: dict[str, Any]) -> dict[str, Any]:
     """The same model without adapters: W + s A B in W's place, formed in float32 and rounded to W's type, which in
     bfloat16 may be a good part of a small update."""
     return _moved(variables, adapters(variables))
 
 
-def unmerge(variables: dict, adapted: dict) -> dict:
+def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any]:
     """The way back, to rounding: the adapters of `adapted` are taken out of `variables`, and stand beside them.
 
     BadInput for DoRA: merged matrices do not tell how long the columns of W + s A B were.
@@ -189,7 +190,7 @@ def unmerge(variables: dict, adapted: dict) -> dict:
     return {**_moved(variables, taken_out), **(from_adapters(found) if found else {})}
 
 
-def _moved(variables: dict, found: dict) -> dict:
+def _moved(variables: dict[str, Any], found: Mapping[Path, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     params = flatten_dict(variables["params"]) if found else {}
     missing = [path for path in found if path not in params]
     if missing:
@@ -200,7 +201,7 @@ def _moved(variables: dict, found: dict) -> dict:
 
 
 @jax.jit
-def _merged(kernel: Array, trained: dict, fixed: dict) -> Array:
+def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
     first, last = factors(trained, fixed)
     stack = first.ndim - 2
     total = _matrices(kernel, stack) + first.astype(jnp.float32) @ _matrices(last, stack)
@@ -214,12 +215,12 @@ def _merged(kernel: Array, trained: dict, fixed: dict) -> Array:
 
 
 def add(
-    variables: dict,
+    variables: dict[str, Any],
     slots: Sequence[tuple[tuple[str, str], int]],
     spec: LoRA,
     aliases: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
-) -> dict:
+) -> dict[str, Any]:
     """The variables with fresh adapters, which change nothing yet.
 
     `slots` are the model's `layer_slots`. `aliases` are other names of matrices: {"q_proj": {"attention/query"}}.
@@ -238,7 +239,7 @@ def add(
     return {**variables, **trees}
 
 
-def spread(variables: dict) -> dict:
+def spread(variables: dict[str, Any]) -> dict[str, Any]:
     """Variables in which numbers that matrices share stand at each of them, as a model reads them."""
     if TIED not in variables.get(LORA, {}):
         return variables
@@ -251,9 +252,9 @@ def spread(variables: dict) -> dict:
     return {**variables, LORA: unflatten_dict(each)}
 
 
-def trained_numbers(variables: dict) -> int:
+def trained_numbers(variables: dict[str, Any]) -> int:
     """Numbers that train in the layers that have adapters."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(variables[LORA].get(TIED, {})))
+    total: int = sum(leaf.size for leaf in jax.tree.leaves(variables[LORA].get(TIED, {})))
     for path, (trained, fixed) in adapters(variables).items():
         if path != (TIED,) and trained:
             share = np.count_nonzero(fixed[SCALE]) / fixed[SCALE].size
@@ -268,14 +269,14 @@ CHOOSERS = ("router", "noise")
 
 
 def _chosen(
-    params: Mapping[Path, Any], slots: Sequence, spec: LoRA, aliases: Mapping[str, Collection[str]]
+    params: Mapping[Path, Any], slots: Sequence[Any], spec: LoRA, aliases: Mapping[str, Collection[str]]
 ) -> dict[Path, list[bool]]:
     """{path of a matrix: for each layer of its stack, whether it gets an adapter}."""
     layers = range(len(slots)) if spec.layers is None else spec.layers
     outside = [layer for layer in layers if not 0 <= layer < len(slots)]
     if outside:
         raise BadInput(f"LoRA: layer {outside[0]} does not exist; the model has layers 0 to {len(slots) - 1}")
-    places = {block: [] for block, _ in slots}
+    places: dict[Path, list[bool]] = {block: [] for block, _ in slots}
     for layer, (block, _) in enumerate(slots):
         places[block].append(layer in layers)
     matrices = {
@@ -312,7 +313,9 @@ def _means(pattern: str, path: Path, name: str, aliases: Mapping[str, Collection
     return name in aliases.get(pattern, ()) or any(fnmatch(candidate, pattern) for candidate in names)
 
 
-def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Array) -> tuple[dict, dict]:
+def _fresh(
+    kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Array
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what trains, what is fixed) beside one matrix, or a stack of them, of which `in_layer` says which have it."""
     name = "/".join(path)
     stacked = path[0].startswith("group_")
@@ -330,7 +333,7 @@ def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Arr
 
     chosen = jnp.asarray(in_layer if stacked else in_layer[0])
 
-    def in_chosen(leaf):
+    def in_chosen(leaf: Array) -> Array:
         return leaf * chosen.reshape(chosen.shape + (1,) * (leaf.ndim - chosen.ndim))
 
     lead = kernel.shape[:stack]
@@ -374,4 +377,7 @@ def _largest_singular(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.n
 
     stack = matrices.shape[:-2]
     parts = [of_one(w) for w in matrices.astype(np.float64).reshape(-1, *matrices.shape[-2:])]
-    return tuple(np.stack(part).reshape(*stack, *part[0].shape).astype(np.float32) for part in zip(*parts, strict=True))
+    left, values, right = (
+        np.stack(part).reshape(*stack, *part[0].shape).astype(np.float32) for part in zip(*parts, strict=True)
+    )
+    return left, values, right

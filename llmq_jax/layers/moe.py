@@ -74,11 +74,12 @@ class Experts:
     """How tokens come to their experts: see `layers.expert_dispatch`."""
     capacity_factor: float | None = None
     """Slots of an expert, as a multiple of what each would get if all got as many; for dispatch="capacity"."""
-    balance: Balance | dict | None = None
+    balance: Balance | dict[str, Any] | None = None
     """Losses and the bias that keep the load even; None is without."""
 
-    def __post_init__(self):
-        object.__setattr__(self, "balance", balance_from(self.balance))
+    def __post_init__(self) -> None:
+        balance = balance_from(self.balance)
+        object.__setattr__(self, "balance", balance)
         for name in ("num_experts", "top_k", "num_groups", "top_groups"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("first_layer", "num_shared"):
@@ -106,8 +107,8 @@ class Experts:
         given = self.capacity_factor is not None
         self._require(given or self.dispatch != "capacity", "capacity_factor", "is needed by dispatch='capacity'")
         self._require(not given or self.dispatch == "capacity", "capacity_factor", "needs dispatch='capacity'")
-        self._require(not given or self.capacity_factor > 0, "capacity_factor", "must be positive, or all is dropped")
-        balance = self.balance
+        positive = self.capacity_factor is None or self.capacity_factor > 0
+        self._require(positive, "capacity_factor", "must be positive, or all is dropped")
         if balance is not None:
             if balance.bias_rate and not self.selection_bias:
                 raise BadInput(f"balance: bias_rate={balance.bias_rate} moves a bias that needs selection_bias=true")
@@ -241,8 +242,8 @@ class MixtureOfExperts(nn.Module):
         e = self.experts
         hidden = e.intermediate_size or self.intermediate_size
 
-        def kernel(name, initialise, shape):
-            def draw(key):  # each expert's as the flat matrix that it is
+        def kernel(name: str, initialise: Initializer, shape: tuple[int, ...]) -> Array:
+            def draw(key: Array) -> Array:  # each expert's as the flat matrix that it is
                 keys = jax.random.split(key, shape[0])
                 matrix = (shape[1], math.prod(shape[2:]))
                 return jax.vmap(lambda key: initialise(key, matrix))(keys).reshape(shape)
@@ -250,13 +251,13 @@ class MixtureOfExperts(nn.Module):
             leaf = self.param(name, draw)
             return leaf.astype(self.dtype or leaf.dtype)
 
-        def bias(name, shape):
+        def bias(name: str, shape: tuple[int, ...]) -> Array | None:
             if not (self.use_bias if e.bias is None else e.bias):
                 return None
             leaf = self.param(name, nn.initializers.zeros, shape)
             return leaf.astype(self.dtype or leaf.dtype)
 
-        def low_rank(name):
+        def low_rank(name: str) -> tuple[Array, ...] | None:
             if not self.has_variable(LORA_FIXED, name):
                 return None
             pair = factors(*(self.get_variable(collection, name) for collection in (LORA, LORA_FIXED)))

@@ -5,7 +5,6 @@ decoder takes any of them.
 """
 
 import math
-from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -108,12 +107,11 @@ class EmbeddingScale(nn.Module):
         return x * scale.astype(x.dtype)
 
 
-NormName = Literal["layer_norm", "rms_norm", "zero_centred_rms_norm", "dyt"]
 NORMS = ("layer_norm", "rms_norm", "zero_centred_rms_norm", "dyt")
 
 
 def norm_layer(
-    norm: NormName,
+    norm: str,
     epsilon: float,
     width: int,
     initializer_range: float,

@@ -35,8 +35,7 @@ from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import LARGEST_FLOAT
 
 
-@struct.dataclass
-class Rotation:
+class Rotation(struct.PyTreeNode):
     """Cosine and sine of the angle by which every pair of features turns at every position; the same for all heads."""
 
     cos: Float[Array, "B T half"]
@@ -81,7 +80,7 @@ class Rope:
     rope_theta: float = 10_000.0
     """The base: how slowly the slowest pair turns."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.require(self.rope_theta > 1, "rope_theta", "must be above 1")
 
     def frequencies(self, width: int, lengths: Int[Array, "B S"]) -> Any:
@@ -132,7 +131,7 @@ class ScaledRope(Rope):
     factor: float
     """By how much the context grows."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.factor >= 1, "factor", "must be at least 1")
 
@@ -143,7 +142,7 @@ class LinearRope(ScaledRope):
 
     rope_type: str = field(default="linear", init=False)
 
-    def frequencies(self, width, lengths):
+    def frequencies(self, width: int, lengths: Array) -> Any:
         return inverse_frequencies(float(self.rope_theta), width) / self.factor
 
 
@@ -154,10 +153,10 @@ class NTKRope(ScaledRope):
     least_width = 4
     rope_type: str = field(default="ntk", init=False)
 
-    def frequencies(self, width, lengths):
+    def frequencies(self, width: int, lengths: Array) -> Any:
         return self.exported(width).frequencies(width, lengths)
 
-    def exported(self, width):
+    def exported(self, width: int) -> Rope:
         return Rope(rope_theta=ntk_base(self.rope_theta, self.factor, width))
 
 
@@ -179,7 +178,7 @@ class DynamicRope(ScaledRope):
     original_max_position_embeddings: int
     """The length that the model was trained on."""
 
-    def frequencies(self, width, lengths):
+    def frequencies(self, width: int, lengths: Array) -> Any:
         trained = self.original_max_position_embeddings
         excess = jnp.maximum(lengths - trained, 0) / trained
         return inverse_frequencies(ntk_base(self.rope_theta, 1 + self.factor * excess, width), width)
@@ -196,13 +195,13 @@ class Llama3Rope(ScaledRope):
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.low_freq_factor > 0, "low_freq_factor", "must be positive")
         rule = f"must be above low_freq_factor={self.low_freq_factor!r}"
         self.require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", rule)
 
-    def frequencies(self, width, lengths):
+    def frequencies(self, width: int, lengths: Array) -> Any:
         plain = inverse_frequencies(float(self.rope_theta), width)
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
         # Peng et al. 2023 (YaRN), eq. 18: the ramp.
@@ -219,7 +218,7 @@ class ByPartsRope(ScaledRope):
     beta: float = 32.0
     original_max_position_embeddings: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.alpha > 0, "alpha", "must be positive")
         self.require(self.beta > self.alpha, "beta", f"must be above alpha={self.alpha!r}")
@@ -227,10 +226,10 @@ class ByPartsRope(ScaledRope):
     def base(self, width: int) -> float:
         return float(self.rope_theta)
 
-    def frequencies(self, width, lengths):
+    def frequencies(self, width: int, lengths: Array) -> Any:
         return self.exported(width).frequencies(width, lengths)
 
-    def exported(self, width):
+    def exported(self, width: int) -> Rope:
         return Llama3Rope(
             rope_theta=self.base(width),
             factor=self.factor,
@@ -249,12 +248,13 @@ class ByPartsNTKRope(ByPartsRope):
     ntk_factor: float
     """By how much the base's scaling takes the context to grow."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.ntk_factor >= 1, "ntk_factor", "must be at least 1")
 
     def base(self, width: int) -> float:
-        return ntk_base(self.rope_theta, self.ntk_factor, width)
+        base: float = ntk_base(self.rope_theta, self.ntk_factor, width)
+        return base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,13 +275,13 @@ class YarnRope(ScaledRope):
     truncate: bool = True
     """Whether the ends of the ramp are whole indices."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.beta_slow > 0, "beta_slow", "must be positive")
         self.require(self.beta_fast >= self.beta_slow, "beta_fast", f"is below beta_slow={self.beta_slow!r}")
         self.require(self.attention_factor is None or self.attention_factor > 0, "attention_factor", "must be positive")
 
-    def frequencies(self, width, lengths):
+    def frequencies(self, width: int, lengths: Array) -> Any:
         plain = inverse_frequencies(float(self.rope_theta), width)
         low, high = (self._index(turns, width) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
@@ -323,14 +323,14 @@ class LongRope(ScaledRope):
     attention_factor: float | None = None
     """The scale of queries and keys; None is sqrt(1 + ln(factor) / ln(original_max_position_embeddings))."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("short_factor", "long_factor"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             self.require(all(divisor > 0 for divisor in getattr(self, name)), name, "must be positive numbers")
         self.require(self.attention_factor is None or self.attention_factor > 0, "attention_factor", "must be positive")
 
-    def check(self, width, max_position_embeddings):
+    def check(self, width: int, max_position_embeddings: int) -> None:
         super().check(width, max_position_embeddings)
         for name in ("short_factor", "long_factor"):
             count = len(getattr(self, name))
@@ -339,7 +339,7 @@ class LongRope(ScaledRope):
                     f"rope_parameters.{name} has {count} factors; heads of {width} features take {width // 2}"
                 )
 
-    def frequencies(self, width, lengths):
+    def frequencies(self, width: int, lengths: Array) -> Any:
         plain = inverse_frequencies(float(self.rope_theta), width)
         short, long = (jnp.float32(plain / np.array(factors)) for factors in (self.short_factor, self.long_factor))
         return jnp.where(lengths[..., None] > self.original_max_position_embeddings, long, short)
@@ -413,7 +413,7 @@ def _read(values: dict[str, Any], max_position_embeddings: int) -> Rope:
     return ROPES[rope_type](**values)
 
 
-def _as_kind(entry: dataclasses.Field, value: Any) -> Any:
+def _as_kind(entry: dataclasses.Field[Any], value: Any) -> Any:
     """A parameter as JSON may have it, in the type of its field."""
     if entry.type is bool:
         good, kind = isinstance(value, bool), "true or false"

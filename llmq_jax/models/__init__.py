@@ -21,6 +21,31 @@ from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
 from llmq_jax.models.mixtral import Mixtral, MixtralConfig
 
+__all__ = [
+    "ARCHITECTURES",
+    "GPT2",
+    "PRESETS",
+    "Architecture",
+    "DeepSeek3",
+    "DeepSeekV3Config",
+    "GPT2Config",
+    "Gemma",
+    "Gemma2Config",
+    "Gemma3Config",
+    "Llama3",
+    "Llama3Config",
+    "Mixtral",
+    "MixtralConfig",
+    "abstract_variables",
+    "architecture",
+    "build",
+    "fields_from_text",
+    "init",
+    "module_slots",
+    "override",
+    "preset",
+]
+
 
 class Architecture(NamedTuple):
     config_class: type
@@ -45,14 +70,17 @@ PRESETS: dict[str, Any] = {
 }
 
 
-def preset(name: str, **overrides) -> Any:
-    """The published config of that name, with some fields changed: `preset("gpt2-124m", num_hidden_layers=4)`."""
+def preset(name: str, **overrides: Any) -> Any:
+    """The published config of that name, with some fields changed: `preset("gpt2-124m", num_hidden_layers=4)`.
+
+    BadInput: there is no such preset or field, or the fields contradict each other.
+    """
     if name not in PRESETS:
         raise BadInput(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
     return override(PRESETS[name], **overrides)
 
 
-def override(config: Any, **changes) -> Any:
+def override(config: Any, **changes: Any) -> Any:
     """The config with some fields changed; an unknown field is BadInput."""
     for field in changes:
         _require_field(type(config), field)
@@ -62,7 +90,7 @@ def override(config: Any, **changes) -> Any:
 def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str, Any]:
     """Fields of a config from words "name=value", the value as in JSON (a text may go without its quotation marks)."""
     hints = typing.get_type_hints(config_class)
-    fields = {}
+    fields: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
@@ -89,28 +117,32 @@ def _require_field(config_class: type, name: str) -> None:
 def build(
     config: Any, *, dtype: Dtype | None = None, remat: str = "none", scan_layers: bool = True, attention: str = "auto"
 ) -> Decoder:
-    """The model of a config; see `Decoder` for the options. Holds no parameters: those are `init(config)`."""
+    """The model of a config: a Flax module, of which `model.apply(variables, tokens [B, T])` gives logits [B, T, V], or
+    [B, C] of a classifier. Holds no parameters: those are `init(config)`. For the options see `Decoder`; where it first
+    runs, a `remat` or an `attention` that is unknown is BadInput."""
     dtype = None if dtype is None else jnp.dtype(dtype)
-    options = {"dtype": dtype, "remat": remat, "scan_layers": scan_layers, "attention": attention}
-    return architecture(config).model_class(config, **options)
+    model_class = architecture(config).model_class
+    return model_class(config, dtype=dtype, remat=remat, scan_layers=scan_layers, attention=attention)
 
 
 def architecture(config: Any) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def init(config: Any, seed: int = 0) -> dict:
+def init(config: Any, seed: int = 0) -> dict[str, Any]:
     """Fresh variables in float32: one dict of collections, "params" among them. On a mesh each device makes its own."""
     model = build(config)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     initialise = jax.jit(lambda key: in_place(model.init(key, jnp.zeros(tokens.shape, tokens.dtype))))
-    return initialise(jax.random.key(seed))
+    variables: dict[str, Any] = initialise(jax.random.key(seed))
+    return variables
 
 
-def abstract_variables(config: Any) -> dict:
+def abstract_variables(config: Any) -> dict[str, Any]:
     """The shapes and types of `init(config)`, without making any array."""
     model = build(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    shapes: dict[str, Any] = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return shapes
 
 
 def module_slots(config: Any) -> tuple[tuple[tuple[str, str], int], ...]:

@@ -6,7 +6,7 @@ from typing import Any
 from llmq_jax.errors import BadInput
 
 
-def require(condition: bool, config: object, field: str, rule: str):
+def require(condition: bool, config: object, field: str, rule: str) -> None:
     """Raise BadInput that names the field, its value and the rule it breaks."""
     if not condition:
         raise BadInput(f"{type(config).__name__}.{field}={getattr(config, field)!r} {rule}")
@@ -17,7 +17,7 @@ LARGEST_SIZE = 2**31 - 1
 MOST_LAYERS = 10_000
 
 
-def require_at_least(bound: int, config: object, *fields: str):
+def require_at_least(bound: int, config: object, *fields: str) -> None:
     """The same for each of these fields, none of which may be less, or more than any model has."""
     for field in fields:
         value, most = getattr(config, field), MOST_LAYERS if field == "num_hidden_layers" else LARGEST_SIZE
@@ -25,13 +25,13 @@ def require_at_least(bound: int, config: object, *fields: str):
         require(value <= most, config, field, f"must be at most {most:,}")
 
 
-def require_sizes(fields: Mapping[str, Any]):
+def require_sizes(fields: Mapping[str, Any]) -> None:
     """Refuse the numbers of a file that are beyond all models, before anything is made by them."""
     for name, value in fields.items():
         if type(value) is int and abs(value) > LARGEST_SIZE:
             raise BadInput(f"{name}={value} is beyond all models; at most {LARGEST_SIZE:,} is possible")
 
 
-def require_positive(config: object, *fields: str):
+def require_positive(config: object, *fields: str) -> None:
     for field in fields:
         require(getattr(config, field) > 0, config, field, "must be positive")

@@ -10,7 +10,7 @@ A block is a module `block(x, context, cache) -> (x, cache, counts)` with a meth
 that a training step collects from it ({"router": a RouterReport} of experts), an empty dict where there are none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,8 +58,7 @@ def dense_then_experts(block: Callable[..., nn.Module], layers: int, experts: Ex
     return (*dense, LayerGroup((partial(block, experts=experts),), layers - experts.first_layer))
 
 
-@struct.dataclass
-class Output:
+class Output(struct.PyTreeNode):
     """What a pass through the layers gives."""
 
     hidden: Float[Array, "B T D"]
@@ -78,7 +77,7 @@ class Pattern(nn.Module):
     blocks: tuple[Callable[..., nn.Module], ...]
 
     @nn.compact
-    def __call__(self, x, caches, context):
+    def __call__(self, x: Array, caches: Any, context: Context) -> tuple[Array, tuple[Any, dict[str, Any]]]:
         new_caches, counts = {}, {}
         for i, make in enumerate(self.blocks):
             name = f"block_{i}"
@@ -106,22 +105,25 @@ class Decoder(nn.Module):
     """Where a stack of layers is cut in two, so that the lower ones need not train: see `training.parts`."""
 
     @nn.nowrap
-    def apply(self, variables: dict, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """flax's `apply`; numbers that adapters share are spread over the layers first."""
-        return super().apply(spread(variables), *args, **kwargs)
+        return super().apply(spread(dict(variables)), *args, **kwargs)
 
     # What an architecture provides.
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Its layers from the first to the last, in groups of a repeating pattern."""
         raise NotImplementedError
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer is given."""
         raise NotImplementedError
 
     @property
     def experts(self) -> Experts | None:
         """The experts of the layers that have them."""
-        return self.config.experts
+        experts: Experts | None = self.config.experts
+        return experts
 
     # What all share, from the modules `token_embedding`, `final_norm` and a head: `lm_head`, unless it is tied, or the
     # `score` of a classifier.
@@ -149,7 +151,8 @@ class Decoder(nn.Module):
 
     def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm after the last layer."""
-        return self.final_norm(x)
+        normalised: Array = self.final_norm(x)
+        return normalised
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of a language model, in float32."""
@@ -176,7 +179,7 @@ class Decoder(nn.Module):
         return self.class_logits(last_hidden(hidden, None if segment_ids is None else jnp.asarray(segment_ids)))
 
     @nn.nowrap
-    def head_variables(self, variables: dict) -> dict:
+    def head_variables(self, variables: dict[str, Any]) -> dict[str, Any]:
         """The part of the variables that `unembed` or `class_logits` reads."""
         head = "token_embedding" if self.config.tie_word_embeddings else LM_HEAD
         head = head if self.config.labels is None else SCORE
@@ -226,9 +229,8 @@ class Decoder(nn.Module):
         caches: Any = None,
     ) -> Output:
         """One pass. Positions default to 0, 1, ... in each segment."""
-        tokens, positions, segment_ids = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
-        if positions is None:
-            positions = default_positions(tokens, segment_ids)
+        tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
+        positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         x = placed(self.embed(tokens, positions), "batch")
         new_caches, counts = {}, {}
@@ -275,7 +277,7 @@ class Decoder(nn.Module):
         return self.layer_slots()
 
     @nn.nowrap
-    def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict:
+    def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict[str, Any]:
         """Empty caches for `length` positions in all layers, in the structure of `Output.caches`.
 
         `lookahead` is the number of tokens that may be taken back, by writing at an earlier position.
@@ -301,7 +303,7 @@ class Decoder(nn.Module):
         for make in (make for group in self.layer_groups() for make in group.blocks):
             cache = make(parent=None).create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # which a layer's cache knows
-            facts = {"length": length, "window": window, "dtype": dtype}
+            facts: dict[str, Any] = {"length": length, "window": window, "dtype": dtype}
             facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
             names[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
         parts = [f"{name} in windows of {window}" for window, name in names.items() if window is not None]
@@ -317,8 +319,8 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def slice_layers(
-        self, variables: dict, arrange: Callable[[dict], dict] = lambda tree: tree
-    ) -> tuple[dict, tuple[dict, ...]]:
+        self, variables: dict[str, Any], arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree
+    ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """(variables outside of `module_slots`, variables of each layer in order), each as `arrange` returns it, with
         adapters merged into it."""
         variables = spread(variables)
@@ -330,7 +332,7 @@ class Decoder(nn.Module):
         return arrange(merge(outside)), slice_modules(variables, self.layer_slots(), arrange)
 
     @nn.nowrap
-    def slice_caches(self, caches: dict) -> tuple[Any, ...]:
+    def slice_caches(self, caches: dict[str, Any]) -> tuple[Any, ...]:
         """Stacked caches, as `forward` returns them, to one cache a layer."""
         return tuple(
             jax.tree.map(lambda leaf, i=repeat: leaf[i], caches[group][block])
@@ -340,8 +342,8 @@ class Decoder(nn.Module):
     @nn.nowrap
     def decode_output(
         self,
-        outside: dict,
-        layers: tuple[dict, ...],
+        outside: dict[str, Any],
+        layers: tuple[dict[str, Any], ...],
         tokens: Tokens,
         positions: Tokens,
         caches: tuple[Any, ...],
@@ -360,15 +362,16 @@ class Decoder(nn.Module):
         }
         new_caches = []
         for (path, _), layer, cache in zip(self.layer_slots(), layers, caches, strict=True):
-            x, cache, _ = blocks[path].apply(layer, x, context, cache)
+            given: Any = blocks[path].apply(layer, x, context, cache)
+            x, cache, _ = given
             new_caches.append(cache)
         return Output(self.apply(outside, x, method="normalise"), x, tuple(new_caches))
 
     @nn.nowrap
     def decode(
         self,
-        outside: dict,
-        layers: tuple[dict, ...],
+        outside: dict[str, Any],
+        layers: tuple[dict[str, Any], ...],
         tokens: Tokens,
         positions: Tokens,
         caches: tuple[Any, ...],
@@ -379,25 +382,27 @@ class Decoder(nn.Module):
 
 
 def slice_modules(
-    variables: dict,
+    variables: dict[str, Any],
     slots: Sequence[tuple[tuple[str, str], int]],
-    arrange: Callable[[dict], dict] = lambda tree: tree,
-) -> tuple[dict, ...]:
+    arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree,
+) -> tuple[dict[str, Any], ...]:
     """The variables of the module at each slot, as `arrange` returns them, with adapters merged into them."""
     variables = merge(variables)  # of whole stacks: a few products in place of some for each layer
 
-    def module(block: tuple[str, str], repeat: int) -> dict:
+    def module(block: tuple[str, str], repeat: int) -> dict[str, Any]:
         group, name = block
         stack = {key: tree[group][name] for key, tree in variables.items() if name in tree.get(group, {})}
-        return _slice_of(stack, repeat)
+        sliced: dict[str, Any] = _slice_of(stack, repeat)
+        return sliced
 
     return tuple(arrange(module(*slot)) for slot in slots)
 
 
 # One program for all layers: slices taken one leaf at a time take three times as long.
 @jax.jit
-def _slice_of(stack: dict, index: Int[Array, ""]) -> dict:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+def _slice_of(stack: dict[str, Any], index: Int[Array, ""]) -> dict[str, Any]:
+    sliced: dict[str, Any] = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+    return sliced
 
 
 def upper_part(group: str) -> str:

@@ -15,11 +15,11 @@ computed from given weights; in training the balance loss is a mean over layers 
 modules see the first T - k tokens; here they run over all T, and what has no token to see counts nowhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
@@ -97,7 +97,7 @@ class DeepSeekV3Config:
     """What these are fed: the hidden state "after_norm", as transformers does, or "before_norm"."""
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
-    rope_parameters: Rope | dict = DEFAULT_ROPE
+    rope_parameters: Rope | dict[str, Any] = DEFAULT_ROPE
     """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
     rope_interleave: bool = True
     """Whether RoPE's pairs are neighbours; False is half-split."""
@@ -111,16 +111,16 @@ class DeepSeekV3Config:
     tie_word_embeddings: bool = False
     norm: str = "rms_norm"
     """"rms_norm", "layer_norm" or "dyt"."""
-    balance: Balance | dict | None = PAPER_BALANCE
+    balance: Balance | dict[str, Any] | None = PAPER_BALANCE
     """What keeps the load of experts even in training."""
-    experts: Experts | dict | None = None
+    experts: Experts | dict[str, Any] | None = None
     """A dict changes what the fields above tell of the experts: {"dispatch": "ragged"}; `Experts` tell all of it anew,
     `balance` too."""
     labels: Labels = None
     """Names of the classes that the head tells apart; None is a language model. A classifier looks at no token ahead:
     it has no modules of multi-token prediction, whatever num_nextn_predict_layers says."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         set_labels(self)
         if self.labels is not None:
             object.__setattr__(self, "num_nextn_predict_layers", 0)
@@ -175,10 +175,10 @@ class DeepSeekV3Config:
     def _check_experts(self) -> None:
         require_at_least(1, self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
         require_positive(self, "routed_scaling_factor")
-        experts, groups = self.n_routed_experts, self.n_group
+        experts, groups, top_groups = self.n_routed_experts, self.n_group or 1, self.topk_group or 1
         require(experts % groups == 0, self, "n_group", f"must divide n_routed_experts={experts}")
-        require(self.topk_group <= groups, self, "topk_group", f"is more than n_group={groups}")
-        seen = self.topk_group * experts // groups
+        require(top_groups <= groups, self, "topk_group", f"is more than n_group={groups}")
+        seen = top_groups * experts // groups
         rule = f"is more than the {seen} experts of topk_group={self.topk_group} groups"
         require(self.num_experts_per_tok <= seen, self, "num_experts_per_tok", rule)
         _ = self.fine_grained_experts  # which checks the rest
@@ -198,13 +198,20 @@ class DeepSeekV3Config:
             renormalise=self.norm_topk_prob,
             scaling_factor=self.routed_scaling_factor,
             selection_bias=True,
-            num_groups=self.n_group,
-            top_groups=self.topk_group,
+            num_groups=self.n_group or 1,
+            top_groups=self.topk_group or 1,
             balance=self.balance,
         )
 
     @property
+    def rope(self) -> Rope:
+        """`rope_parameters`, of which a made config holds no dict."""
+        assert isinstance(self.rope_parameters, Rope)
+        return self.rope_parameters
+
+    @property
     def latent_sizes(self) -> LatentSizes:
+        """The sizes of multi-head latent attention."""
         return LatentSizes(
             self.num_attention_heads,
             self.q_lora_rank,
@@ -221,7 +228,8 @@ class DeepSeekV3Config:
         DeepSeek has the temperature here; the length of queries and keys is scaled by mscale / mscale_all_dim alone,
         which in its models is 1.
         """
-        rope, scale = self.rope_parameters, self.latent_sizes.key_width**-0.5
+        rope = self.rope_parameters
+        scale: float = self.latent_sizes.key_width**-0.5
         if isinstance(rope, YarnRope) and rope.mscale_all_dim:
             scale *= yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
         return scale
@@ -284,8 +292,7 @@ PRESETS = {
 }
 
 
-@struct.dataclass
-class Ahead:
+class Ahead(struct.PyTreeNode):
     """What the modules of multi-token prediction give, stacked over their depths 1 to D."""
 
     hidden: Float[Array, "D B T M"]
@@ -297,16 +304,18 @@ class Ahead:
 class DeepSeek3(Llama3):
     """Llama with other blocks, and beside its layers the modules that look ahead."""
 
-    config: DeepSeekV3Config
+    config: DeepSeekV3Config  # type: ignore[assignment]  # Its fields are not Llama's, and its blocks read them.
 
-    def setup(self):
+    def setup(self) -> None:
         super().setup()
         if self.config.num_nextn_predict_layers:
             self.mtp = self.stacked(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
 
     @property
     def experts(self) -> Experts | None:
-        return self.config.fine_grained_experts if self.config.experts is None else self.config.experts
+        experts = self.config.experts
+        assert not isinstance(experts, dict)
+        return self.config.fine_grained_experts if experts is None else experts
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
@@ -315,7 +324,7 @@ class DeepSeek3(Llama3):
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
         c = self.config
-        rotation = c.rope_parameters.rotation(positions, c.qk_rope_head_dim, segment_ids)
+        rotation = c.rope.rotation(positions, c.qk_rope_head_dim, segment_ids)
         return Context(positions, segment_ids, rotation)
 
     @nn.nowrap
@@ -332,7 +341,7 @@ class DeepSeek3(Llama3):
     # Multi-token prediction.
 
     @property
-    def prediction_module(self):
+    def prediction_module(self) -> Callable[..., Any]:
         return partial(PredictionModule, self.config, self.dtype, self.experts)
 
     def look_ahead(
@@ -350,9 +359,8 @@ class DeepSeek3(Llama3):
         What the k-th of them sees beside are the tokens k places further on, unless it is given: `seen`, and the
         documents that these are of, `seen_segment_ids`, 0 where there is nothing to see.
         """
-        tokens, positions, segment_ids = jax.tree.map(jnp.asarray, (tokens, positions, segment_ids))
-        if positions is None:
-            positions = default_positions(tokens, segment_ids)
+        tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
+        positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         depths = range(1, self.config.num_nextn_predict_layers + 1)
         if seen is None:
@@ -362,6 +370,7 @@ class DeepSeek3(Llama3):
             segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
         else:
             embedded = jnp.stack([self.embed(seen[:, k - 1], positions) for k in depths])
+            assert seen_segment_ids is not None
             segments = seen_segment_ids.swapaxes(0, 1)
         fed = output.hidden if self.config.mtp_hidden == "after_norm" else output.before_norm
         _, (hidden, new_caches, counts) = self.mtp(fed, (embedded, segments, caches), context)
@@ -401,8 +410,8 @@ class DeepSeek3(Llama3):
     @nn.nowrap
     def decode_ahead(
         self,
-        outside: dict,
-        module: dict,
+        outside: dict[str, Any],
+        module: dict[str, Any],
         fed: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
@@ -438,7 +447,9 @@ class DeepSeekBlock(nn.Module):
     experts: Experts | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None
+    ) -> tuple[Array, LatentCache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         normal = nn.initializers.normal(c.initializer_range)
@@ -487,13 +498,13 @@ class PredictionModule(DeepSeekBlock):
     """
 
     @nn.compact
-    def __call__(
+    def __call__(  # type: ignore[override]  # It is fed two streams.
         self,
         fed: Float[Array, "B T D"],
         seen: Float[Array, "B T D"],
         context: Context,
         cache: LatentCache | None = None,
-    ):
+    ) -> tuple[Array, Array, LatentCache | None, dict[str, Any]]:
         """(hidden state to unembed, what the next module is fed, cache, counts)."""
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
@@ -511,7 +522,7 @@ class Depth(nn.Module):
     module: Any
 
     @nn.compact
-    def __call__(self, fed, ahead, context):
+    def __call__(self, fed: Array, ahead: tuple[Any, ...], context: Context) -> tuple[Array, tuple[Any, ...]]:
         seen, segment_ids, caches = ahead
         context = context.replace(segment_ids=segment_ids)
         hidden, fed, cache, counts = self.module(name=BLOCK)(fed, seen, context, caches)

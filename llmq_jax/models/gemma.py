@@ -70,7 +70,7 @@ class Gemma2Config:
     """Keys that a token of a local layer sees, its own among them."""
     query_pre_attn_scalar: int = 256
     """Scores are divided by its root."""
-    rope_parameters: Rope | dict = FAST
+    rope_parameters: Rope | dict[str, Any] = FAST
     """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
     attn_logit_softcapping: float | None = 50.0
     """c: scores are c · tanh(scores / c), thus between -c and c; None leaves them."""
@@ -83,12 +83,12 @@ class Gemma2Config:
     tie_word_embeddings: bool = True
     norm: str = "zero_centred_rms_norm"
     """"zero_centred_rms_norm" (Gemma's), "rms_norm", "layer_norm" or "dyt"."""
-    experts: Experts | dict | None = None
+    experts: Experts | dict[str, Any] | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
     labels: Labels = None
     """Names of the classes that the head tells apart; None is a language model."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_at_least(
             1,
             self,
@@ -163,12 +163,18 @@ class Gemma2Config:
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer."""
-        return self.family_layer_types if self.layer_types is None else self.layer_types
+        return self.family_layer_types if self.layer_types is None else tuple(self.layer_types)
+
+    @property
+    def rope(self) -> Rope:
+        """`rope_parameters`, of which a made config holds no dict."""
+        assert isinstance(self.rope_parameters, Rope)
+        return self.rope_parameters
 
     @property
     def local_rope(self) -> Rope:
         """The rope of local layers."""
-        return self.rope_parameters
+        return self.rope
 
 
 @dataclass(frozen=True)
@@ -181,19 +187,20 @@ class Gemma3Config(Gemma2Config):
 
     vocab_size: int = 262208
     max_position_embeddings: int = 131072
-    rope_parameters: Rope | dict = SLOW
+    rope_parameters: Rope | dict[str, Any] = SLOW
     """The base of RoPE in global layers, and its scaling."""
-    local_rope_parameters: Rope | dict = FAST
+    local_rope_parameters: Rope | dict[str, Any] = FAST
     """The same in local layers."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._set_rope("local_rope_parameters")
 
     @property
     def local_rope(self) -> Rope:
+        assert isinstance(self.local_rope_parameters, Rope)
         return self.local_rope_parameters
 
 
@@ -286,7 +293,7 @@ class Gemma(Decoder):
 
     config: Gemma2Config
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         # Dynamic Tanh has a learned factor, which starts at sqrt(D), in place of the fixed one.
@@ -315,7 +322,7 @@ class Gemma(Decoder):
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
         c = self.config
         rotation, local_rotation = (
-            rope.rotation(positions, c.head_dim, segment_ids) for rope in (c.rope_parameters, c.local_rope)
+            rope.rotation(positions, c.head_dim, segment_ids) for rope in (c.rope, c.local_rope)
         )
         return Context(positions, segment_ids, rotation, local_rotation)
 
@@ -357,7 +364,9 @@ class GemmaBlock(nn.Module):
     experts: Experts | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
+    ) -> tuple[Array, FullCache | RingCache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         attention = GemmaAttention(c, self.kind, self.dtype, name="attention")
@@ -398,11 +407,13 @@ class GemmaAttention(nn.Module):
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
+    ) -> tuple[Array, FullCache | RingCache | None]:
         c, local = self.config, self.kind == LOCAL
         normal = nn.initializers.normal(c.initializer_range)
 
-        def heads(count, name):
+        def heads(count: int, name: str) -> Linear:
             return Linear((count, c.head_dim), c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
 
         query, key, value = side_by_side(
@@ -415,6 +426,7 @@ class GemmaAttention(nn.Module):
             norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_dim, c.initializer_range)
             query, key = norm("query_norm")(query), norm("key_norm")(key)
         rotation = context.local_rotation if local else context.rotation
+        assert rotation is not None
         mixed, cache = attention(
             rotation.apply(query),
             rotation.apply(key),

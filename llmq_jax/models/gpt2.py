@@ -15,7 +15,7 @@ Reference: openai/gpt-2 `src/model.py` and transformers' `GPT2LMHeadModel`. Devi
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
@@ -57,12 +57,12 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     norm: str = "layer_norm"
     """"layer_norm", "rms_norm" or "dyt" (Dynamic Tanh)."""
-    experts: Experts | dict | None = None
+    experts: Experts | dict[str, Any] | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
     labels: Labels = None
     """Names of the classes that the head tells apart; None is a language model."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_at_least(1, self, "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
         require(self.mlp_width > 0, self, "intermediate_size", "must be at least 1")
         require(
@@ -87,10 +87,12 @@ class GPT2Config:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def mlp_width(self) -> int:
+        """Width of the feed-forward networks."""
         return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
 
 
@@ -107,7 +109,7 @@ class GPT2(Decoder):
 
     config: GPT2Config
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
@@ -128,7 +130,8 @@ class GPT2(Decoder):
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         x = self.embedding_scale(x) if self.config.norm == "dyt" else x
-        return self.embedding_dropout(x, deterministic=not self.has_rng("dropout"))
+        dropped: Array = self.embedding_dropout(x, deterministic=not self.has_rng("dropout"))
+        return dropped
 
 
 class GPT2Block(nn.Module):
@@ -139,7 +142,9 @@ class GPT2Block(nn.Module):
     experts: Experts | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None
+    ) -> tuple[Array, FullCache | None, dict[str, Any]]:
         c = self.config
         deterministic = not self.has_rng("dropout")
         normal = nn.initializers.normal(c.initializer_range)
@@ -180,7 +185,9 @@ class GPT2Attention(nn.Module):
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None
+    ) -> tuple[Array, FullCache | None]:
         c = self.config
         heads = (3, c.num_attention_heads, c.head_dim)
         qkv = Linear(heads, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)

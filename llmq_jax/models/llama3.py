@@ -15,7 +15,7 @@ Dynamic Tanh in place of the norms.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flax import linen as nn
 from flax.typing import Dtype
@@ -55,7 +55,7 @@ class Llama3Config:
     intermediate_size: int = 11008
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
-    rope_parameters: Rope | dict = DEFAULT_ROPE
+    rope_parameters: Rope | dict[str, Any] = DEFAULT_ROPE
     """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
     attention_bias: bool = False
     """Whether queries, keys, values and attention's output have biases."""
@@ -67,12 +67,12 @@ class Llama3Config:
     tie_word_embeddings: bool = False
     norm: str = "rms_norm"
     """"rms_norm", "layer_norm" or "dyt"."""
-    experts: Experts | dict | None = None
+    experts: Experts | dict[str, Any] | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
     labels: Labels = None
     """Names of the classes that the head tells apart; None is a language model."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_at_least(
             1,
             self,
@@ -115,22 +115,32 @@ class Llama3Config:
         rope = self.rope_parameters
         if isinstance(rope, dict):
             given = {name: value for name, value in rope.items() if value is not None}
-            rope = {"rope_theta": type(self).rope_parameters.rope_theta} | given
+            default_rope = type(self).rope_parameters
+            assert isinstance(default_rope, Rope)
+            rope = {"rope_theta": default_rope.rope_theta} | given
         rope = rope_from(rope, self.head_width, self.max_position_embeddings)
         object.__setattr__(self, "rope_parameters", rope)
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         set_labels(self)
 
     @property
+    def rope(self) -> Rope:
+        """`rope_parameters`, of which a made config holds no dict."""
+        assert isinstance(self.rope_parameters, Rope)
+        return self.rope_parameters
+
+    @property
     def head_width(self) -> int:
+        """Width of a head, H."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def key_value_heads(self) -> int:
+        """Heads of keys and values, K."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
 
-LLAMA_3_2_ROPE = {
+LLAMA_3_2_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
     "factor": 32.0,
@@ -138,8 +148,13 @@ LLAMA_3_2_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-LLAMA_3 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
-SMOLLM2 = {
+LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+}
+SMOLLM2: dict[str, Any] = {
     "vocab_size": 49152,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
@@ -218,7 +233,7 @@ class Llama3(Decoder):
 
     config: Llama3Config
 
-    def setup(self):
+    def setup(self) -> None:
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
@@ -238,7 +253,7 @@ class Llama3(Decoder):
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
-        rope = self.config.rope_parameters
+        rope = self.config.rope
         return Context(positions, segment_ids, rope.rotation(positions, self.config.head_width, segment_ids))
 
 
@@ -250,7 +265,9 @@ class Llama3Block(nn.Module):
     experts: Experts | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None
+    ) -> tuple[Array, FullCache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         attention = GroupedQueryAttention(c, self.dtype, name="attention")
@@ -284,11 +301,13 @@ class GroupedQueryAttention(nn.Module):
     dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None):
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None
+    ) -> tuple[Array, FullCache | None]:
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
 
-        def heads(count, name):
+        def heads(count: int, name: str) -> Linear:
             features = (count, c.head_width)
             return Linear(features, c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
 
@@ -298,6 +317,7 @@ class GroupedQueryAttention(nn.Module):
             heads(c.key_value_heads, "key"),
             heads(c.key_value_heads, "value"),
         )
+        assert context.rotation is not None
         mixed, cache = attention(
             context.rotation.apply(query),
             context.rotation.apply(key),

@@ -11,7 +11,7 @@ Reference: transformers' `MixtralForCausalLM`. Deviations: none; its jitter on t
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.moe import Experts, experts_from, require_same_sizes
@@ -33,14 +33,14 @@ class MixtralConfig(Llama3Config):
     intermediate_size: int = 14336
     """Width of an expert."""
     rms_norm_eps: float = 1e-5
-    rope_parameters: Rope | dict = MIXTRAL_ROPE
+    rope_parameters: Rope | dict[str, Any] = MIXTRAL_ROPE
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001
     """Coefficient of the load-balancing loss, which training adds. `experts` may have another `balance`: a dict changes
     what these fields tell, `Experts` tell all of it anew."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.router_aux_loss_coef >= 0, self, "router_aux_loss_coef", "must be at least 0")
         given = experts_from(self.experts, self.num_hidden_layers, self.classic_experts)
         object.__setattr__(self, "experts", given)
@@ -79,4 +79,6 @@ class Mixtral(Llama3):
 
     @property
     def experts(self) -> Experts:
-        return self.config.classic_experts if self.config.experts is None else self.config.experts
+        experts = self.config.experts
+        assert not isinstance(experts, dict)
+        return self.config.classic_experts if experts is None else experts

@@ -27,7 +27,7 @@ class Classification:
     class_weights: Sequence[float] | None = None
     """How much a text of each class counts; None: all the same."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         labels, weights = self.model.config.labels, self.class_weights
         if labels is None or len(labels) < 2:
             known = "no labels" if labels is None else f"one label ({labels[0]})"
@@ -42,8 +42,8 @@ class Classification:
         return {"loss": self._row_weights(batch).sum(), "accuracy": batch["mask"].astype(jnp.float32).sum()}
 
     def loss(
-        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
-    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss in nats a text, metrics that add over micro-batches, counts).
 
         `rng` is given in training: dropout acts, and the balance losses of experts are added.

@@ -6,8 +6,9 @@ give its loss and, while they are at hand, the gradients, so that nothing of siz
 gradient of the head itself: as fast as the plain form, in a fraction of its memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,19 @@ from llmq_jax.objectives.chunks import Chunks
 # Logits of a chunk, in elements: every chunk adds to the whole of the head's gradient, so there should be few of them.
 CHUNK_ELEMENTS = 2**25
 
+Unembed = Callable[[Any, Array], Array]
+
 
 def token_losses(logits: Float[Array, "M V"], targets: Int[Array, " M"]) -> Float[Array, " M"]:
-    """-log softmax(logits)[target]: the plain form, and the reference for the chunked one."""
+    """-log softmax(logits)[target] of M tokens, in nats: the plain form, and the reference for the chunked one."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def chunked_cross_entropy(
-    unembed: Callable[[dict, Array], Array],
-    head: dict,
+    unembed: Unembed,
+    head: dict[str, Any],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
@@ -46,24 +49,25 @@ def chunked_cross_entropy(
         chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
     chunks = Chunks.of(len(hidden), mask.size, chunk_size)
     split = (chunks.split(chunks.by_group(x)) for x in (hidden, targets, mask))
-    return _summed_loss(unembed, where_used(head), *split)
+    loss: Array = _summed_loss(unembed, where_used(head), *split)
+    return loss
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed_loss(unembed, head, hidden, targets, mask):
+def _summed_loss(unembed: Unembed, head: Any, hidden: Array, targets: Array, mask: Array) -> Array:
     """The forward pass when nothing is differentiated: evaluation. Arrays are [chunks, groups, M, ...]."""
 
     @by_group
-    def loss(rows, target, weight):
+    def loss(rows: Array, target: Array, weight: Array) -> Array:
         return jnp.sum(weight * token_losses(unembed(head, rows), target))
 
-    def add(total, chunk):
+    def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         return total + loss(*chunk), None
 
     return jax.lax.scan(add, jnp.zeros(mask.shape[1], jnp.float32), (hidden, targets, mask))[0].sum()
 
 
-def _forward(unembed, head, hidden, targets, mask):
+def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) -> tuple[Array, tuple[Any, Array]]:
     # Each comes as (value, whether a gradient is wanted): a head that stays as it is costs none.
     leaves, structure = jax.tree.flatten(head, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     learns = [leaf.perturbed for leaf in leaves]
@@ -71,12 +75,12 @@ def _forward(unembed, head, hidden, targets, mask):
     head = [leaf.value for leaf in leaves if leaf.perturbed]
     hidden, targets, mask = hidden.value, targets.value, mask.value
 
-    def whole(learning):
+    def whole(learning: Iterable[Any]) -> Any:
         learning, others = iter(learning), iter(fixed)
         return jax.tree.unflatten(structure, [next(learning if learn else others) for learn in learns])
 
     @by_group
-    def gradients(rows, target, weight):
+    def gradients(rows: Array, target: Array, weight: Array) -> tuple[Any, ...]:
         logits, pull_back = jax.vjp(lambda head, rows: unembed(whole(head), rows), head, rows)
         losses = token_losses(logits, target)
         # d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t)
@@ -84,7 +88,7 @@ def _forward(unembed, head, hidden, targets, mask):
         slope = (jax.nn.softmax(logits.astype(jnp.float32)) - onehot) * weight[:, None]
         return jnp.sum(weight * losses), *pull_back(slope.astype(logits.dtype))
 
-    def add(carry, chunk):
+    def add(carry: tuple[Array, Any], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Any], Array]:
         total, head_gradient = carry
         loss, head_slope, row_slope = gradients(*chunk)
         return (total + loss, jax.tree.map(jnp.add, head_gradient, head_slope)), row_slope
@@ -98,7 +102,7 @@ def _forward(unembed, head, hidden, targets, mask):
     return total.sum(), (head_gradient, hidden_gradient)
 
 
-def _backward(unembed, gradients, slope):
+def _backward(unembed: Unembed, gradients: tuple[Any, Array], slope: Array) -> tuple[Any, Array, None, None]:
     head_gradient, hidden_gradient = jax.tree.map(lambda g: (g * slope).astype(g.dtype), gradients)
     return head_gradient, hidden_gradient, None, None
 

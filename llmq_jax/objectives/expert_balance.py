@@ -4,53 +4,59 @@ The balance losses are products of means over a batch. They are taken of each mi
 its targets: the one part of a loss that accumulation changes.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias
-from llmq_jax.layers.moe import Experts
+from llmq_jax.layers.moe import Experts, balance_from
 
 
 def balance_terms(
-    experts: Experts | None, counts: dict, share: Float[Array, ""]
+    experts: Experts | None, counts: dict[str, Any], share: Float[Array, ""]
 ) -> tuple[Float[Array, ""] | float, dict[str, Array]]:
     """(Σ coefficient · loss, each loss before its coefficient and the largest violation by name), times this
     micro-batch's `share` of the batch. Without experts: 0 and nothing."""
     reports = all_layers(counts)
     if reports is None:
         return 0.0, {}
-    balance = experts.balance or Balance()
+    assert experts is not None
+    balance = balance_from(experts.balance) or Balance()
     losses = balance_losses(reports, balance, experts.top_k)
     metrics = {f"{name}_loss": share * loss for name, loss in losses.items()}
     penalty = sum((getattr(balance, name) * share * loss for name, loss in losses.items()), 0.0)
     return penalty, {**metrics, "max_violation_batch": share * max_violation(reports.assigned).mean()}
 
 
-def load_metrics(experts: Experts | None, counts: dict) -> dict[str, Array]:
+def load_metrics(experts: Experts | None, counts: dict[str, Any]) -> dict[str, Array]:
     """Of the assignments of a whole step: `expert_load` [layers, experts], and the mean over layers of the largest
     violation; with fixed slots also the part that was dropped."""
     reports = all_layers(counts)
     if reports is None:
         return {}
+    assert experts is not None
     metrics = {"max_violation": max_violation(reports.assigned).mean(), "expert_load": reports.assigned}
     if experts.capacity_factor is not None:
         metrics["dropped"] = reports.dropped.sum() / jnp.maximum(reports.assigned.sum(), 1)
     return metrics
 
 
-def move_biases(experts: Experts | None, router: dict, counts: dict) -> dict:
+def move_biases(experts: Experts | None, router: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     """The collection "router" after a step: every layer's bias for selection, moved against its load.
 
     What took no part in the step, as modules of multi-token prediction need not, keeps its bias.
     """
-    if experts is None or experts.balance is None or not experts.balance.bias_rate:
+    balance = None if experts is None else balance_from(experts.balance)
+    if balance is None or not balance.bias_rate:
         return router
 
-    def moved(path, bias):
+    def moved(path: tuple[Any, ...], bias: Array) -> Array:
         group, block = (entry.key for entry in path[:2])
         if group not in counts:
             return bias
-        return moved_bias(bias, counts[group][block]["router"].assigned, experts.balance)
+        return moved_bias(bias, counts[group][block]["router"].assigned, balance)
 
-    return jax.tree_util.tree_map_with_path(moved, router)
+    after: dict[str, Any] = jax.tree_util.tree_map_with_path(moved, router)
+    return after

@@ -48,8 +48,8 @@ Advantages = Float[Array, " B"] | Float[Array, "B C"]
 SCALES = ("group", "batch", "none")
 ESTIMATORS = ("k1", "k2", "k3")
 # The options that each loss type reads beside those of all, with their defaults; clip_high None is clip_low.
-_CLIPPED = {"clip_low": 0.2, "clip_high": None}
-OPTIONS = {
+_CLIPPED: dict[str, float | None] = {"clip_low": 0.2, "clip_high": None}
+OPTIONS: dict[str, dict[str, float | None]] = {
     "grpo": _CLIPPED,
     "bnpo": _CLIPPED,
     "dapo": _CLIPPED,
@@ -73,7 +73,8 @@ def group_advantages(
     Answers to the same question are neighbours, `group_size` of them. `scale`: what is divided by, the unbiased
     standard deviation of the rewards of the "group" (DeepSeekMath, section 4.1.2) or of the whole "batch", or "none"
     (Dr. GRPO: a division by the group's favours questions that are too easy or too hard). The mean is always the
-    group's. Where all answers of a group did equally well, the advantages are exactly 0.
+    group's. Where all answers of a group did equally well, the advantages are exactly 0. BadInput: rewards that are no
+    whole number of groups, a scale that is unknown, a group of one that would be divided by its spread.
     """
     groups = _groups(rewards, group_size, scale)
     if scale == "group" and group_size == 1:
@@ -159,7 +160,7 @@ class LossOptions:
     sapo_temperature_negative: float | None = None
     """And where it is not; 1.05."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.loss_type not in OPTIONS:
             raise BadInput(f"loss_type={self.loss_type!r} is unknown; {did_you_mean(self.loss_type, OPTIONS)}")
         for name in ("clip_low", "clip_high", "max_length", "sapo_temperature_positive", "sapo_temperature_negative"):
@@ -232,6 +233,9 @@ def grpo_loss(
     `.../region_mean`, the part of the tokens (gspo: answers) that is clipped below, above and at all, and of the
     answers the least, `clip_ratio/low_min`, and the greatest, `clip_ratio/high_max`; for cispo `cispo_clip_ratio`; with
     an entropy bonus `policy_loss`, the loss without it.
+
+    BadInput: a loss type that is unknown, an option that it ignores or that is out of range, a reference without beta
+    or beta without a reference.
     """
     options = LossOptions(
         loss_type=loss_type,
@@ -259,7 +263,7 @@ def grpo_loss(
     ratio = policy_ratio(logprobs, old_logprobs, mask, sequence=loss_type == "gspo")
     losses = -surrogate(ratio, logprobs, advantages, options)
     metrics = clip_metrics(ratio, advantages, mask, options, weights)
-    if beta:
+    if reference_logprobs is not None:  # and beta is not 0
         distance = kl_estimate(logprobs, _constant(reference_logprobs, mask), kl or "k3")
         losses += beta * distance
         metrics["kl"] = mean((mask * distance).sum(), weights["tokens"])
@@ -267,7 +271,7 @@ def grpo_loss(
     if entropies is not None:
         entropies = jnp.where(mask > 0, entropies, 0.0)
         metrics["entropy"] = mean((mask * entropies).sum(), weights["tokens"])
-    if entropy_coefficient:
+    if entropies is not None and entropy_coefficient:
         metrics["policy_loss"] = loss
         loss -= entropy_coefficient * _share(mask, weights) * mean((mask * entropies).sum(), mask.sum())
     return loss, metrics
@@ -334,6 +338,7 @@ def averaged(
     if options.loss_type == "bnpo":
         return _share(mask, weights) * mean((losses * mask).sum(), mask.sum())
     if options.loss_type == "dr_grpo":
+        assert options.max_length is not None
         return mean((losses * mask).sum(), weights["rows"] * options.max_length)
     return mean(_row_means(losses, mask).sum(), weights["rows"])
 
@@ -401,7 +406,7 @@ class GRPO(LossOptions):
     temperature: float = field(default=1.0, kw_only=True)
     """Of sampling: the policy that learns is the one that answered, with its logits divided by the temperature."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"temperature={self.temperature} of GRPO must be positive")
@@ -419,8 +424,8 @@ class GRPO(LossOptions):
         }
 
     def loss(
-        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
-    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss, metrics that add over micro-batches, those called min and max apart, counts).
 
         `rng` is given in training: the entropy bonus and balance losses of experts are added. Dropout never acts: the

@@ -25,7 +25,7 @@ SHORTEST_CHUNK = 64
 
 def token_logprobs(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     mask: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
     *,
@@ -35,32 +35,33 @@ def token_logprobs(
     """log p(token t+1 | tokens up to t) in nats, for t = 0 ... T-2, times the mask of token t+1 (None: all count).
 
     Rows are padded on the right to `lengths`. `temperature` divides the logits, as where the tokens were sampled.
+    Gradients flow to `variables`. No [B, T, V] is ever held.
     """
     return logprobs_and_counts(model, variables, tokens, mask, lengths=lengths, temperature=temperature)[0]
 
 
 def sequence_logprobs(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     mask: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
     *,
     lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
     """log p(response | prompt) in nats: the sum of the log-probabilities of the tokens in the mask, those of the
-    response and its end token."""
+    response and its end token [B, T] (None: of all tokens but the first). Arguments as in `token_logprobs`."""
     return token_logprobs(model, variables, tokens, mask, lengths=lengths).sum(axis=-1)
 
 
 def logprobs_and_counts(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     mask: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
     *,
     lengths: Int[Array, " B"] | None = None,
     temperature: float = 1.0,
-) -> tuple[Float[Array, "B T-1"], dict]:
+) -> tuple[Float[Array, "B T-1"], dict[str, Any]]:
     """`token_logprobs`, and the counts of the pass, which balance losses of experts are made of."""
     tokens = jnp.asarray(tokens)
     output = _forward(model, variables, tokens, lengths)
@@ -74,7 +75,7 @@ def logprobs_and_counts(
 
 def completion_logprobs(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     prompt_lengths: Int[Array, " B"],
@@ -82,7 +83,7 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     entropies: bool = True,
-) -> tuple:
+) -> tuple[Any, ...]:
     """(log-probability [B, C], entropy of the prediction [B, C] if asked for, counts) of the `count` tokens from each
     row's `prompt_lengths` on.
 
@@ -100,7 +101,7 @@ def completion_logprobs(
 
 def greedy_logprobs(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     rows: Int[Array, " N"],
@@ -119,14 +120,14 @@ def greedy_logprobs(
     return logprobs, greedy > 0
 
 
-def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array | None) -> Any:
+def _forward(model: Decoder, variables: dict[str, Any], tokens: Array, lengths: Array | None) -> Any:
     segment_ids = None if lengths is None else segments_of(lengths, tokens.shape[1])
     return model.apply(variables, tokens, None, segment_ids, method="forward")
 
 
 def _scores(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
@@ -149,15 +150,15 @@ def _scores(
 
     @by_group
     @jax.checkpoint  # keeps no logits for the backward pass
-    def of_rows(head: dict, rows: Array, target: Array) -> tuple[Array, ...]:
+    def of_rows(head: dict[str, Any], rows: Array, target: Array) -> tuple[Array, ...]:
         logits = model.apply(head, rows, method="unembed") / temperature
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         return tuple(measure(logprobs, target) for measure in measures)
 
-    def nothing(heads: dict, rows: Array, target: Array) -> tuple[Array, ...]:
+    def nothing(heads: dict[str, Any], rows: Array, target: Array) -> tuple[Array, ...]:
         return (jnp.zeros(target.shape),) * len(measures)
 
-    def chunk(_: None, rows_targets_counts: tuple) -> tuple[None, tuple[Array, ...]]:
+    def chunk(_: None, rows_targets_counts: tuple[Any, ...]) -> tuple[None, tuple[Array, ...]]:
         rows, target, counts = rows_targets_counts
         return None, jax.lax.cond(counts, of_rows, nothing, heads, rows, target)
 
@@ -165,7 +166,8 @@ def _scores(
     _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), counts))
 
     def unsplit(score: Array) -> Array:
-        return sorted_by(chunks.join(score), back).reshape(mask.shape) * mask
+        in_order: Array = sorted_by(chunks.join(score), back)
+        return in_order.reshape(mask.shape) * mask
 
     return tuple(map(unsplit, scores))
 

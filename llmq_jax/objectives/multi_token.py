@@ -34,7 +34,7 @@ class MultiToken:
     coefficient: float | Callable[[Any], Any] = 0.3
     """λ, or a schedule: a function of the step. The paper has 0.3, then 0.1 for the last third (section 4.2)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.depth:
             raise BadInput("multi-token prediction needs a model with num_nextn_predict_layers of at least 1")
         if not callable(self.coefficient) and not 0 <= self.coefficient < math.inf:
@@ -42,6 +42,7 @@ class MultiToken:
 
     @property
     def depth(self) -> int:
+        """D, the number of the model's modules."""
         return self.model.config.num_nextn_predict_layers
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
@@ -74,8 +75,8 @@ class MultiToken:
         return terms
 
     def loss(
-        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
-    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss in nats a token, metrics that add over micro-batches, counts); `rng` is given in training."""
         output, ahead = self.model.apply(
             variables,

@@ -30,8 +30,8 @@ class NextToken:
         return {"loss": batch["mask"].astype(jnp.float32).sum()}
 
     def loss(
-        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
-    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss in nats a token, metrics that add over micro-batches, counts).
 
         `rng` is given in training: dropout acts, and the balance losses of experts are added.
@@ -54,7 +54,7 @@ class NextToken:
 
 def head_loss(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
@@ -69,12 +69,13 @@ def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def with_balance(
-    loss: Float[Array, ""], experts: Experts | None, counts: dict, share: Float[Array, ""]
+    loss: Float[Array, ""], experts: Experts | None, counts: dict[str, Any], share: Float[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """(the loss and the balance losses of experts, metrics of these), for a micro-batch's `share` of the batch."""
     penalty, metrics = balance_terms(experts, counts, share)
     return loss + penalty, metrics
 
 
-def _unembed(model: Decoder, head: dict, hidden: Array) -> Array:
-    return model.apply(head, hidden, method="unembed")
+def _unembed(model: Decoder, head: dict[str, Any], hidden: Array) -> Array:
+    logits: Array = model.apply(head, hidden, method="unembed")
+    return logits

@@ -46,10 +46,11 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     loss_type: str = "sigmoid",
 ) -> tuple[Float[Array, " B"], dict[str, Float[Array, " B"]]]:
-    """(loss, metrics) of each pair, from log-probabilities of the answers: sums over tokens, for "ipo" means.
+    """(loss, metrics by name) of each of B pairs, from log-probabilities of the answers in nats: sums over tokens, for
+    "ipo" means. Rafailov et al. 2023 (arXiv:2305.18290, eq. 7), and its relatives: see above.
 
     Metrics are TRL's: `rewards/chosen` and `rewards/rejected` (beta · log-ratio), `rewards/margins`,
-    `rewards/accuracies` (ties count one half).
+    `rewards/accuracies` (ties count one half). BadInput: a loss type that is unknown, or options that it ignores.
     """
     check_dpo(beta, label_smoothing, loss_type)
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
@@ -102,7 +103,7 @@ class DPO:
     normalise: bool = False
     """Compare means over tokens in place of sums; "ipo" always does."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_dpo(self.beta, self.label_smoothing, self.loss_type)
         if self.normalise and self.loss_type == "ipo":
             raise BadInput("normalise has no effect with loss_type='ipo', which always compares means; leave it out")
@@ -113,8 +114,8 @@ class DPO:
         return dict.fromkeys(("loss", *REWARDS, *LOGPROBS), pairs)
 
     def loss(
-        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
-    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss a pair, metrics that add over micro-batches, counts).
 
         `rng` is given in training: the balance losses of experts are added. Dropout never acts: the reference was asked
@@ -132,7 +133,8 @@ class DPO:
             label_smoothing=self.label_smoothing,
             loss_type=self.loss_type,
         )
-        metrics = rewards_of(*(policy - reference).T, self.beta)
+        chosen, rejected = (policy - reference).T
+        metrics = rewards_of(chosen, rejected, self.beta)
         metrics |= dict(zip(LOGPROBS, policy.T, strict=True))
         metrics = {name: mean((mask * value).sum(), weights["loss"]) for name, value in metrics.items()}
         loss = mean((mask * losses).sum(), weights["loss"])
@@ -142,7 +144,9 @@ class DPO:
         return total, {**metrics, **({"preference_loss": loss, **balance} if balance else {})}, counts
 
 
-def pair_logprobs(model: Decoder, variables: dict, batch: dict[str, Array]) -> tuple[Float[Array, "B 2"], dict]:
+def pair_logprobs(
+    model: Decoder, variables: dict[str, Any], batch: dict[str, Array]
+) -> tuple[Float[Array, "B 2"], dict[str, Any]]:
     """(log p(answer | prompt) of both answers of each pair, counts of the pass): one pass for all of them."""
     rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}
     logprobs, counts = logprobs_and_counts(

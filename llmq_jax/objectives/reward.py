@@ -40,7 +40,7 @@ class RewardModel:
     center: float = 0.0
     """What the square of the two rewards' sum is multiplied by."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_scalar_head(self.model)
         _check_pooling(self.pooling)
         if not 0 <= self.center < math.inf:
@@ -52,8 +52,8 @@ class RewardModel:
         return dict.fromkeys(("loss", "accuracy", "margin", "mean_reward"), pairs)
 
     def loss(
-        self, variables: dict, batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
-    ) -> tuple[Float[Array, ""], dict[str, Array], dict]:
+        self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
+    ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss in nats a pair, metrics, counts).
 
         Metrics are TRL's: `accuracy`, the part of pairs whose chosen answer gets the greater reward (equal ones count
@@ -97,22 +97,25 @@ def bradley_terry_loss(
     margin: Float[Array, " B"] | None = None,
     center: float = 0.0,
 ) -> Float[Array, " B"]:
-    """-log σ(chosen - rejected - margin) + center · (chosen + rejected)² of each pair's rewards."""
+    """-log σ(chosen - rejected - margin) + center · (chosen + rejected)² of the rewards [B] of each pair: [B], in nats.
+
+    Ouyang et al. 2022 (arXiv:2203.02155, eq. 1); `margin` [B] as in Touvron et al. 2023 (arXiv:2307.09288, eq. 2).
+    """
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -jax.nn.log_sigmoid(difference) + center * (chosen + rejected) ** 2
 
 
 def model_rewards(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     response_mask: Shaped[Array, "B T"] | None = None,
     pooling: str = "last",
-    rngs: dict | None = None,
+    rngs: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, " B"], Any]:
     """(the reward of each row in float32, counts). Rows are padded on the right to `lengths`; "last" needs no
-    `response_mask`, and takes only the last token's hidden state through the head."""
+    `response_mask`, and takes only the last token's hidden state through the head. Errors as in `sequence_rewards`."""
     if pooling != "last":
         scores, counts = token_scores(model, variables, tokens, lengths, rngs)
         return sequence_rewards(scores, lengths, response_mask, pooling), counts
@@ -123,10 +126,10 @@ def model_rewards(
 
 def token_scores(
     model: Decoder,
-    variables: dict,
+    variables: dict[str, Any],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    rngs: dict | None = None,
+    rngs: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "B T"], Any]:
     """(what the scalar head says on every token in float32, counts): the rewards of steps, for process supervision.
     Those of padding mean nothing. BadInput: the head is none of one label."""
@@ -142,7 +145,8 @@ def sequence_rewards(
     pooling: str = "last",
 ) -> Float[Array, " B"]:
     """The reward of each row from its tokens' scores: that of the last real token, or the mean over the tokens of the
-    response. A row without any such token gets 0."""
+    response, where `response_mask` is not 0. A row without any such token gets 0. BadInput: a pooling that is unknown,
+    or "mean" without a mask."""
     _check_pooling(pooling)
     if pooling == "last":
         last = jnp.take_along_axis(scores, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
@@ -169,6 +173,8 @@ def _check_pooling(pooling: str) -> None:
         raise BadInput(f'pooling must be "last" or "mean", not {pooling!r}')
 
 
-def _forward(model: Decoder, variables: dict, tokens: Array, lengths: Array, rngs: dict | None) -> tuple[Any, Array]:
+def _forward(
+    model: Decoder, variables: dict[str, Any], tokens: Array, lengths: Array, rngs: dict[str, Any] | None
+) -> tuple[Any, Array]:
     segment_ids = segments_of(lengths, tokens.shape[1])
     return model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs), segment_ids

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ from llmq_jax.layers.axes import path_names
 from llmq_jax.training.atomic_files import json_bytes, sync_folder
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
 from llmq_jax.training.processes import first, share, wait_for_all
+
+Name = tuple[str, ...]
+"""Of an array: its path in the state."""
 
 VERSION = 1
 STATE, CONFIG, TOKENIZER, INFO = "state", "config.json", "tokenizer", "checkpoint.json"
@@ -58,9 +61,9 @@ class Restored(NamedTuple):
 
 
 class LoadedCheckpoint(NamedTuple):
-    config: dict
+    config: dict[str, Any]
     """The model's config, with `model_type`."""
-    variables: dict
+    variables: dict[str, Any]
     tokenizer_folder: Path | None
     info: CheckpointInfo
 
@@ -86,6 +89,7 @@ class Checkpoints:
         return sorted(int(name) for name in os.listdir(self.folder) if re.fullmatch(r"\d+", name))
 
     def latest_step(self) -> int | None:
+        """The step of the newest committed checkpoint; None where there is none."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
@@ -93,11 +97,13 @@ class Checkpoints:
         losses = {}
         for step in self.steps():
             with contextlib.suppress(CorruptCheckpoint, BadInput):
-                losses[step] = _read_info(self.path(step)).validation_loss
-        losses = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(losses, key=losses.get, default=None)
+                loss = _read_info(self.path(step)).validation_loss
+                if loss is not None:
+                    losses[step] = loss
+        return min(losses, key=losses.__getitem__, default=None)
 
     def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, or would be."""
         return self.folder / f"{step:08d}"
 
     def save(
@@ -129,8 +135,9 @@ class Checkpoints:
                 tree = traverse_util.unflatten_dict(_named_leaves(state))
                 checkpointer.save(saving.absolute() / STATE, args=ocp.args.PyTreeSave(tree))
             if first():
-                known = validation_loss is not None and math.isfinite(validation_loss)
-                loss = float(validation_loss) if known else None
+                loss = None
+                if validation_loss is not None and math.isfinite(validation_loss):
+                    loss = float(validation_loss)
                 info = CheckpointInfo(step=step, tokens=tokens, validation_loss=loss)
                 (saving / CONFIG).write_bytes(json_bytes(config_dict(model_config)))
                 (saving / INFO).write_bytes(json_bytes(dataclasses.asdict(info)))
@@ -268,24 +275,26 @@ def load_checkpoint_variables(path: str | Path) -> LoadedCheckpoint:
     return LoadedCheckpoint(config, variables, tokenizer if tokenizer.is_dir() else None, _read_info(folder))
 
 
-def _named_leaves(tree: Any) -> dict[tuple[str, ...], Any]:
+def _named_leaves(tree: Any) -> dict[Name, Any]:
     """Every leaf by its path: names of dataclass fields and dict keys, indices of tuples. On disk the state is this
     nested dict, so that readers need not know the optimizer's classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_names(path): leaf for path, leaf in leaves}
 
 
-def _saved_arrays(checkpointer: Any, folder: Path) -> dict[tuple[str, ...], Any]:
+def _saved_arrays(checkpointer: Any, folder: Path) -> dict[Name, Any]:
     """Shape and dtype of every array in the checkpoint, read from Orbax's metadata."""
-    return traverse_util.flatten_dict(checkpointer.metadata(folder.absolute() / STATE).item_metadata.tree)
+    tree = checkpointer.metadata(folder.absolute() / STATE).item_metadata.tree
+    described: dict[Name, Any] = traverse_util.flatten_dict(tree)
+    return described
 
 
-def _read_arrays(ocp: Any, checkpointer: Any, folder: Path, wanted: dict) -> dict[tuple[str, ...], jax.Array]:
+def _read_arrays(ocp: Any, checkpointer: Any, folder: Path, wanted: Mapping[Name, Any]) -> dict[Name, jax.Array]:
     """The arrays of these names, and no others, each placed like its counterpart in `wanted`."""
     # Never left to Orbax: it would look for the devices that the checkpoint was saved from.
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def described(array):
+    def described(array: Any) -> Any:
         sharding = getattr(array, "sharding", None)
         sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else default
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -293,10 +302,12 @@ def _read_arrays(ocp: Any, checkpointer: Any, folder: Path, wanted: dict) -> dic
     tree = traverse_util.unflatten_dict({name: described(array) for name, array in wanted.items()})
     arguments = ocp.checkpoint_utils.construct_restore_args(tree)
     args = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
-    return traverse_util.flatten_dict(checkpointer.restore(folder.absolute() / STATE, args=args))
+    restored = checkpointer.restore(folder.absolute() / STATE, args=args)
+    arrays: dict[Name, jax.Array] = traverse_util.flatten_dict(restored)
+    return arrays
 
 
-def _check_same_arrays(folder: Path, saved: dict, wanted: dict) -> None:
+def _check_same_arrays(folder: Path, saved: Mapping[Name, Any], wanted: Mapping[Name, Any]) -> None:
     """Orbax would cast a dtype in silence and take a wrong shape for a slice."""
     faults = []
     for name in sorted(saved.keys() | wanted.keys(), key=lambda name: (name[0] != "variables", name)):
@@ -315,7 +326,7 @@ def _check_same_arrays(folder: Path, saved: dict, wanted: dict) -> None:
         )
 
 
-def _read_config(folder: Path) -> dict:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = parse_json((folder / CONFIG).read_bytes())
     except (OSError, ValueError) as error:
@@ -339,11 +350,14 @@ def _read_info(folder: Path) -> CheckpointInfo:
         raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {INFO}: {error}") from None
 
 
-def config_dict(config: Any) -> dict:
+def config_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as transformers writes it: its fields and its `model_type`."""
-    if dataclasses.is_dataclass(config):
-        return {"model_type": config.model_type, **dataclasses.asdict(config)}
-    return config or {}
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = dataclasses.asdict(config)
+        config = type(config)
+        return {"model_type": config.model_type, **fields}
+    described: dict[str, Any] = config or {}
+    return described
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ def classification_report(
 def losses(logits: Float[np.ndarray, "N C"], classes: Sequence[int]) -> Float[np.ndarray, " N"]:
     """-log p(label) of each text, in float64."""
     logits = logits.astype(np.float64)
-    return np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(logits)), np.asarray(classes)]
+    each: np.ndarray = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(logits)), np.asarray(classes)]
+    return each
 
 
 def worst_errors(
@@ -114,7 +115,8 @@ def worst_errors(
 def probabilities(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
     """Softmax over classes, in float64."""
     logits = logits.astype(np.float64)
-    return np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    chances: np.ndarray = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    return chances
 
 
 def prediction(labels: Sequence[str], logits: Float[np.ndarray, " C"]) -> dict[str, Any]:

@@ -53,21 +53,21 @@ LOSS, UPDATE = "loss", "update"
 class Device(Partitioner):
     """Read `sent` after `run`. With `passes` = 2 the outermost loop goes over micro-batches."""
 
-    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple], vocabulary: int, passes: int = 1):
+    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple[Any, ...]], vocabulary: int, passes: int = 1):
         super().__init__(sizes, weights, vocabulary)
         self.passes, self.depth = passes, 0
 
-    def run(self, program: core.Jaxpr, specs: Sequence[Spec]) -> dict[str, Counter]:
+    def run(self, program: core.Jaxpr, specs: Sequence[Spec]) -> dict[str, Counter[str]]:
         """By part of the step, what lives beside the arguments when most does. Results take the arguments' place."""
         inputs = [Value(v.aval, spec) for v, spec in zip(program.invars, specs, strict=True)]
         return self.scope(program, inputs)[1]
 
-    def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter]]:
+    def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter[str]]]:
         """(results, by part of the step what lives beside the inputs) of a program or of a loop's body."""
         given, outputs = flat(program, inputs)
         self.depth += 1
         operations: list[Operation] = []
-        copies: dict[tuple, Value] = {}
+        copies: dict[tuple[Any, ...], Value] = {}
         for operation in given:
             self.divide(operation, operations, copies)
             operations.append(operation)
@@ -89,7 +89,7 @@ class Device(Partitioner):
                 bits.words = 2
                 op.inside = {"": Counter({WORKING: self.bytes(bits)})}
 
-    def lives(self, operations: list[Operation], inputs: list[Value], outputs: list[Value]) -> dict[str, Counter]:
+    def lives(self, operations: list[Operation], inputs: list[Value], outputs: list[Value]) -> dict[str, Counter[str]]:
         place_in_memory(operations, inputs, outputs, overwritten=self.depth == 0)
         last = {root: i for i, op in enumerate(operations) for v in (*op.inputs, *op.outputs) for root in v.roots}
         ends = defaultdict(list)
@@ -97,9 +97,9 @@ class Device(Partitioner):
             ends[i].append(root)
         live: dict[Value, int] = {}
         unsummed = summed = 0
-        most: dict[str, Counter] = {}
+        most: dict[str, Counter[str]] = {}
 
-        def measure(part: str, more: Counter) -> None:
+        def measure(part: str, more: Counter[str]) -> None:
             found = Counter({UNSUMMED: unsummed} if unsummed else {}) + more
             for value, size in live.items():
                 found[self.label(value, value in crossing)] += size
@@ -167,7 +167,7 @@ def flat(program: core.Jaxpr, inputs: Sequence[Value]) -> tuple[list[Operation],
         for equation in program.eqns:
             given, name = [read(v) for v in equation.invars], equation.primitive.name
             if name in CALLS:
-                inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+                inner: Any = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
                 results = call(getattr(inner, "jaxpr", inner), given)
             else:
                 results = [Value(v.aval) for v in equation.outvars]

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from io import TextIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from llmq_jax.training.out_of_memory import ERRORS, OutOfMemory, shortage, usage
 from llmq_jax.training.pace import Pace
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
-from llmq_jax.training.progress import Status
+from llmq_jax.training.progress import Status, TextOutput
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
 from llmq_jax.training.report_page import write_report_page
@@ -53,22 +52,22 @@ class DiskFull(BadInput):
 
 def run(
     state: Any,
-    train_step: Callable[[Any, dict], tuple[Any, dict]],
+    train_step: Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]],
     batches: Any,
     options: RunOptions,
     *,
     folder: str | Path | RunFolder | None = None,
-    config: dict | None = None,
+    config: dict[str, Any] | None = None,
     may_change: Collection[str] = (),
     model_config: Any = None,
     tokenizer: Any = None,
     schedule: Callable[[Any], Any] | None = None,
-    evaluate: Callable[[dict], dict[str, float]] | None = None,
-    sample: Callable[[dict, int], str] | None = None,
+    evaluate: Callable[[dict[str, Any]], dict[str, float]] | None = None,
+    sample: Callable[[dict[str, Any], int], str] | None = None,
     tokens_per_step: int | None = None,
     show: Sequence[str] = (),
     next_commands: Sequence[str] = (),
-    output: TextIOBase | None = None,
+    output: TextOutput | None = None,
 ) -> RunResult:
     """Train `state` (which is consumed) until `options.steps` updates are done, and return the result.
 
@@ -104,20 +103,21 @@ def run(
         )
     if options.on_full_disk == "continue" and jax.process_count() > 1:
         raise BadInput("on_full_disk is continue, which is for one process; leave it out")
-    output = sys.stdout if output is None else output
+    shown_on: TextOutput = sys.stdout if output is None else output
     keep_freed_memory()
 
+    opened: contextlib.AbstractContextManager[RunFolder | None]
     if isinstance(folder, str | Path):
         opened = open_folder(folder, options, config=config, may_change=may_change, model_config=model_config, **able)
     else:
         opened = contextlib.nullcontext(folder)
-    with opened as folder:
+    with opened as run_folder:
         loop = _Loop(
             state=state,
             train_step=train_step,
             batches=batches,
             options=options,
-            folder=folder,
+            folder=run_folder,
             model_config=model_config,
             tokenizer=tokenizer,
             learning_rates=None if schedule is None else _table(schedule, options.steps),
@@ -126,19 +126,20 @@ def run(
             tokens_per_step=tokens_per_step,
             show=show,
         )
-        if folder is not None and folder.finished:
+        if run_folder is not None and run_folder.finished:
             result = loop.finished_before()
-            print(f"{folder.path} is finished already; nothing to do", file=output)
+            print(f"{run_folder.path} is finished already; nothing to do", file=shown_on)
         else:
             with loop.full_disk_told():
-                result = loop.train(output)
+                result = loop.train(shown_on)
         usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
-        report = report_text(result, folder and folder.path, loop.profile.text(), next_commands if usable else ())
-        print(report, file=output, flush=True)
+        path = None if run_folder is None else run_folder.path
+        report = report_text(result, path, loop.profile.text(), next_commands if usable else ())
+        print(report, file=shown_on, flush=True)
         return result
 
 
-def count_tokens(batch: dict) -> int:
+def count_tokens(batch: dict[str, Any]) -> int:
     """Tokens that are no padding: as many as `lengths` say, or those of `segment_ids`; without, the ones in `mask` or,
     in batches of several parts, in every `..._mask`."""
     if "lengths" in batch:
@@ -152,7 +153,7 @@ def count_tokens(batch: dict) -> int:
 class _Step(NamedTuple):
     step: int
     tokens: int
-    metrics: dict
+    metrics: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -160,15 +161,15 @@ class _Loop:
     """A run under way: `step` updates are handed to the device, on `tokens` tokens."""
 
     state: Any
-    train_step: Callable
+    train_step: Callable[..., Any]
     batches: Any
     options: RunOptions
     folder: RunFolder | None
     model_config: Any
     tokenizer: Any
     learning_rates: np.ndarray | None
-    evaluate: Callable | None
-    sample: Callable | None
+    evaluate: Callable[..., Any] | None
+    sample: Callable[..., Any] | None
     tokens_per_step: int | None
     show: Sequence[str] = ()
     step: int = 0
@@ -181,17 +182,17 @@ class _Loop:
     saved: int | None = None
     """Step of the newest checkpoint."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.step = int(self.state.step)
         self.shares = row_share()["process_count"]  # of a batch; this process counts the tokens of its own
         self.pace = Pace(self.options.steps)
         self.time = TimeSpent()
         self.profile = Profile()
-        self.checkpoints = None
+        self.checkpoints: Checkpoints | None = None
         if self.folder is not None:
             self.checkpoints = Checkpoints(self.folder.checkpoints, self.options.keep_last, self.options.keep_best)
 
-    def train(self, output: TextIOBase) -> RunResult:
+    def train(self, output: TextOutput) -> RunResult:
         """All steps that are left, then the end of the run."""
 
         def say(text: str) -> None:
@@ -203,6 +204,7 @@ class _Loop:
         self.recorder = Recorder(self.folder if first else None, self.options, self.step, output)
         if self.options.profile and first:
             steps = profiled_steps(self.options.profile, self.options.steps)
+            assert self.folder is not None
             self.profile = Profile(steps, self.folder.path / PROFILE, self.step)
             if steps[1] <= self.step:
                 self.recorder.message(f"no profile: steps {self.options.profile} were before the run was resumed")
@@ -236,6 +238,7 @@ class _Loop:
 
     def resume(self, say: Callable[[str], None]) -> None:
         """Take up the newest whole checkpoint, if there is one."""
+        assert self.checkpoints is not None and self.folder is not None
         self.checkpoints.remove_leftovers()
         restored = self.checkpoints.restore(self.state, warn=say)
         if restored is None:
@@ -304,7 +307,8 @@ class _Loop:
         for name, value in checked.items():
             if not math.isfinite(value):
                 raise self.broken(done.step, f"{name.replace('_', ' ')} is {value}")
-        self.loss = shown_loss(checked)
+        self.loss = shown = shown_loss(checked)
+        assert shown is not None
         self.pace.finished(done.step, done.tokens)
         rate = {} if self.learning_rates is None else {"learning_rate": float(self.learning_rates[done.step - 1])}
         record = None
@@ -322,7 +326,7 @@ class _Loop:
             }
         status = Status(
             step=done.step,
-            loss=self.loss,
+            loss=shown,
             learning_rate=rate.get("learning_rate"),
             tokens_per_second=self.pace.tokens_per_second(),
             seconds_left=self.pace.seconds_left(),
@@ -337,12 +341,13 @@ class _Loop:
         new_best = False
         if options.due(options.evaluate_every, step):
             with self.time.on("evaluation", step):
+                assert self.evaluate is not None
                 found = self.evaluate(self.state.variables)
                 means = {f"validation_{name}": float(value) for name, value in found.items()}
             if "validation_loss" in means:
                 new_best = self.validated(means["validation_loss"])
             self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
-        best_to_keep = new_best and options.keep_best and options.checkpoint_every > 0
+        best_to_keep = new_best and options.keep_best and bool(options.checkpoint_every)
         if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
             goes_on = options.on_full_disk == "continue" and step < options.steps and not stop.received
             with self.time.on("checkpoints", step):
@@ -368,6 +373,7 @@ class _Loop:
 
     def write_sample(self) -> None:
         with self.time.on("samples", self.step):
+            assert self.sample is not None
             text = self.sample(self.state.variables, self.step)
         self.recorder.sample(self.step, text)
 
@@ -378,6 +384,7 @@ class _Loop:
         try:
             # The checkpoint promises all records up to its step.
             self.recorder.sync()
+            assert self.checkpoints is not None
             self.checkpoints.save(
                 self.step,
                 self.state,
@@ -422,19 +429,19 @@ class _Loop:
         return OutOfMemory(f"out of memory in {self.time.place} ({shortage(error)}): {needed}; {saved}")
 
     def last_saved(self, name: str = "checkpoint") -> str:
-        if self.saved is None:
+        if self.saved is None or self.checkpoints is None:
             return "no checkpoint was saved before it"
         return f"the last {name} is {self.checkpoints.path(self.saved)}"
 
     def result(self) -> RunResult:
-        best = min(self.validation, key=self.validation.get, default=None)
+        best = min(self.validation, key=self.validation.__getitem__, default=None)
         return RunResult(
             state=self.state,
             step=self.step,
             tokens=self.tokens,
             loss=self.loss,
             validation_loss=self.validation.get(self.step),
-            best_validation_loss=self.validation.get(best),
+            best_validation_loss=None if best is None else self.validation[best],
             best_step=best,
             seconds=self.pace.seconds(),
             time=self.time.total(),
@@ -444,24 +451,26 @@ class _Loop:
 
     def finished_before(self) -> RunResult:
         """The result of a run that was finished by an earlier process. Never with the state of an earlier step."""
+        assert self.checkpoints is not None and self.folder is not None
         report = self.folder.report()
         if report["step"] not in self.checkpoints.steps():
             return RunResult(state=None, **report)
         try:
-            state = self.checkpoints.restore(self.state, report["step"]).state
+            restored = self.checkpoints.restore(self.state, report["step"])
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(
                 f"{self.folder.path} is finished, but {error}; or remove {self.folder.path / FINISHED}, and the same "
                 f"command goes on from the newest whole one"
             ) from None
-        return RunResult(state=state, **report)
+        assert restored is not None
+        return RunResult(state=restored.state, **report)
 
 
 def open_folder(
     folder: str | Path,
     options: RunOptions,
     *,
-    config: dict | None = None,
+    config: dict[str, Any] | None = None,
     may_change: Collection[str] = (),
     model_config: Any = None,
     evaluates: bool = True,
@@ -474,7 +483,7 @@ def open_folder(
     return RunFolder(folder, described, may_change=[*may_change, *(f"options.{name}" for name in NEUTRAL_OPTIONS)])
 
 
-def _table(schedule: Callable, steps: int) -> np.ndarray:
+def _table(schedule: Callable[..., Any], steps: int) -> np.ndarray:
     """The learning rate of every step at once: asked for in the loop, it would queue behind the step under way."""
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(steps)))
 

@@ -15,10 +15,12 @@ LAST_PART = 0.2
 
 def plot_expert_load(folders: Sequence[str | Path], path: str | Path) -> Path:
     """Draw the load of every expert in every layer, as a multiple of the mean, for several runs side by side."""
-    loads = {Path(folder).absolute().name: mean_load(read_run(Path(folder))) for folder in folders}
-    for name, load in loads.items():
+    loads: dict[str, np.ndarray] = {}
+    for folder in folders:
+        name, load = Path(folder).absolute().name, mean_load(read_run(Path(folder)))
         if load is None:
             raise BadInput(f"the run {name} has no expert_load in its metrics; give runs of models with experts")
+        loads[name] = load
     layers, experts = map(max, zip(*(load.shape for load in loads.values()), strict=True))
     width = max(3.2, 0.28 * experts + 1.2)
     figure = blank_figure((width * len(loads) + 0.8, max(2.6, 0.3 * layers + 1.6)))
@@ -63,5 +65,6 @@ def mean_load(records: list[Record]) -> np.ndarray | None:
     loads = [record["expert_load"] for record in records if record.get("expert_load") is not None]
     if not loads:
         return None
-    last = np.asarray(loads[-max(1, round(LAST_PART * len(loads))) :], np.float64).sum(0)
-    return last / np.maximum(last.mean(axis=1, keepdims=True), np.finfo(float).tiny)
+    last: np.ndarray = np.asarray(loads[-max(1, round(LAST_PART * len(loads))) :], np.float64).sum(0)
+    multiples: np.ndarray = last / np.maximum(last.mean(axis=1, keepdims=True), np.finfo(float).tiny)
+    return multiples

@@ -29,12 +29,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from llmq_jax.data.prompts import Prompt, row_seeds
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.layers.axes import everywhere
+from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.grpo import GRPO, group_advantages, process_advantages
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.training.parts import as_read, whole
@@ -70,7 +72,7 @@ class Loop:
     """The model that answers: config, tokenizer and end tokens. Its variables are those of the state."""
     objective: GRPO
     """With the model that learns."""
-    update: Callable[[TrainState, dict], tuple[TrainState, dict]]
+    update: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
     """A training step of the objective."""
     prompts: Sequence[Prompt]
     score: Callable[..., Scores]
@@ -96,11 +98,11 @@ class Loop:
     say: Callable[[str], None] = print
     silent_before: bool = field(default=False, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.group_size < 2:
             raise BadInput(f"group_size={self.group_size}: an answer alone has no others to be better than; choose 2")
 
-    def step(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    def step(self, state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         """One step of Algorithm 1, on the prompts that `batch` (of PromptBatches) names: (state, metrics)."""
         number = int(batch["step"])
         begin = time.monotonic()
@@ -138,11 +140,11 @@ class Loop:
             state = with_reference(state)
         return state if self.reward_learner is None else self.reward_learner.start(state)
 
-    def policy(self, variables: dict) -> Any:
+    def policy(self, variables: dict[str, Any]) -> Any:
         """The model that answers, with the variables of a state."""
         return self.lm.replace(variables=whole(variables))
 
-    def answered(self, state: TrainState, batch: dict) -> tuple[Rollout, Scores, "Asked"]:
+    def answered(self, state: TrainState, batch: dict[str, Any]) -> tuple[Rollout, Scores, "Asked"]:
         """(answers of the policy as it is, what they are worth, what asking took)."""
         number, count = int(batch["step"]), len(batch["prompts"])
         begin = time.monotonic()
@@ -171,6 +173,7 @@ class Loop:
                 break
             places = self.other_prompts(number, attempt, count, seen)
         if needed:  # No others were found: those that teach nothing keep the shape.
+            assert spare is not None
             rollout, scores, idle = spare
             kept.append(_part(rollout, scores, [idle[index % len(idle)] for index in range(needed)]))
         return *_joined(kept), Asked(seconds, drawn, silent)
@@ -199,11 +202,14 @@ class Loop:
     def spreads(self, rewards: np.ndarray) -> np.ndarray:
         """The standard deviation of each group's rewards; 0 where all are equal."""
         groups = rewards.reshape(-1, self.group_size)
-        return np.where(np.ptp(groups, axis=1) == 0, 0.0, groups.std(axis=1, ddof=1))
+        spreads: np.ndarray = np.where(np.ptp(groups, axis=1) == 0, 0.0, groups.std(axis=1, ddof=1))
+        return spreads
 
     def teaches(self, scores: Scores) -> np.ndarray:
         """bool [P]: whether any answer of a group has an advantage."""
-        return (self.advantages(scores) != 0).reshape(len(scores.rewards) // self.group_size, -1).any(axis=1)
+        of_groups = (self.advantages(scores) != 0).reshape(len(scores.rewards) // self.group_size, -1)
+        teaches: np.ndarray = of_groups.any(axis=1)
+        return teaches
 
     def advantages(self, scores: Scores) -> np.ndarray:
         """[B] by the answers' rewards or, where there are rewards of steps, [B, C]."""
@@ -283,7 +289,7 @@ class Loop:
         return {name: value if name == "tokens" else np.float32(value) for name, value in figures.items()}
 
 
-def over_updates(updates: Sequence[dict]) -> dict[str, Any]:
+def over_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of several updates as one: means, and of extremes the extreme."""
     metrics = updates[0]
     for other in updates[1:]:
@@ -298,13 +304,22 @@ def with_reference(state: TrainState) -> TrainState:
     return state.replace(carried={**(state.carried or {}), REFERENCE: copy})
 
 
-def reference_variables(state: TrainState) -> dict:
+def reference_variables(state: TrainState) -> dict[str, Any]:
     """The variables of the reference; what does not change it has in common with the policy."""
     return as_read({**state.variables, **state.carried[REFERENCE]})
 
 
 @partial(jax.jit, static_argnames=("model", "count", "temperature"))
-def _completion_logprobs(model, variables, tokens, lengths, prompt_lengths, *, count, temperature):
+def _completion_logprobs(
+    model: Decoder,
+    variables: dict[str, Any],
+    tokens: Array,
+    lengths: Array,
+    prompt_lengths: Array,
+    *,
+    count: int,
+    temperature: float,
+) -> Any:
     rows = tokens, lengths, prompt_lengths
     return everywhere(completion_logprobs(model, variables, *rows, count, temperature=temperature, entropies=False)[0])
 
@@ -318,7 +333,7 @@ def _joined(parts: Sequence[tuple[Rollout, Scores]]) -> tuple[Rollout, Scores]:
     rollouts, scores = zip(*parts, strict=True)
     width = max(rollout.tokens.shape[1] for rollout in rollouts)
 
-    def together(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    def together(arrays: Sequence[Any]) -> Any:
         return None if arrays[0] is None else np.concatenate(arrays)
 
     names = ("lengths", "prompt_lengths", "logprobs", "answer_mask", "terminated")

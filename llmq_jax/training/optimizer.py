@@ -20,14 +20,17 @@ def warmup_cosine(
     *, peak: float, steps: int, warmup_steps: int = 0, initial: float = 0.0, minimum: float = 0.0
 ) -> Schedule:
     """Learning rate of step 0 ... steps - 1: linear from `initial` (at step 0) to `peak` (at step `warmup_steps`), then
-    half a cosine that reaches `minimum` exactly at the last step, and stays there."""
+    half a cosine that reaches `minimum` exactly at the last step, and stays there (SGDR, arXiv:1608.03983, eq. 5).
+
+    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak.
+    """
     if not 0 <= warmup_steps < steps:
         raise BadInput(f"warm-up of {warmup_steps} steps does not fit a run of {steps}; make it shorter than the run")
     for name, value in (("initial", initial), ("minimum", minimum)):
         if not 0.0 <= value <= peak:
             raise BadInput(f"{name} learning rate {value:g} must lie between 0 and the peak, {peak:g}")
 
-    def learning_rate(step):
+    def learning_rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rising = initial + (peak - initial) * step / max(warmup_steps, 1)
         progress = jnp.clip((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 0.0, 1.0)
@@ -49,7 +52,9 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW with the gradient's global norm clipped to `clip` (None: not at all) before every update.
 
-    Decay acts on kernels and embeddings by role and is scaled by the learning rate, as in torch.optim.AdamW.
+    Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2. `learning_rate` is a number or a function of the step, from
+    0 on; `b1` and `b2` are the decays of the two moments, `epsilon` is added to the root of the second. Decay acts on
+    kernels and embeddings by role and is scaled by the learning rate, as in torch.optim.AdamW.
 
     `moments` is the type that both are kept in between updates, "float32" or "bfloat16" (as DeepSeek-V3 has them,
     arXiv:2412.19437, section 3.3.2). BadInput for decays so near 1 that bfloat16, of 8 bits, would lose every change.
@@ -83,6 +88,7 @@ def _kept_in(scale: optax.GradientTransformation, dtype: Any) -> optax.GradientT
     return optax.GradientTransformation(lambda params: cast(scale.init(params), dtype), update)
 
 
-def decay_mask(params: dict) -> dict:
+def decay_mask(params: dict[str, Any]) -> dict[str, Any]:
     """True where weight decay acts."""
-    return jax.tree.map(lambda role: role in DECAYED, roles(params))
+    decayed: dict[str, Any] = jax.tree.map(lambda role: role in DECAYED, roles(params))
+    return decayed

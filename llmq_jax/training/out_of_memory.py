@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import axis_sizes
-from llmq_jax.training.sharding import place_batch, row_devices
+from llmq_jax.layers.axes import axis_sizes, row_devices
+from llmq_jax.training.sharding import place_batch
 
 SIGNS = re.compile(r"RESOURCE_EXHAUSTED|out[ _]of[ _]memory|bad_alloc", re.IGNORECASE)
 """XLA's status, which the CPU's runtime at times wraps in INTERNAL; the drivers' words; those of C++."""
@@ -37,12 +37,12 @@ def bytes_on_a_device(tree: Any) -> int:
 
     def shard(leaf: Any) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else np.shape(leaf)
-        return math.prod(shape) * leaf.dtype.itemsize
+        return int(math.prod(shape) * leaf.dtype.itemsize)
 
     return sum(shard(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
-def usage(state: Any, batch: Any, train_step: Callable | None) -> str:
+def usage(state: Any, batch: Any, train_step: Callable[..., Any] | None) -> str:
     """What a step needs on each device, in words; `train_step` is None where it could not be compiled."""
     parameters, moments, gradients = (
         size(bytes_on_a_device(tree)) for tree in (state.variables, state.optimizer_state, state.trained)
@@ -55,11 +55,12 @@ def usage(state: Any, batch: Any, train_step: Callable | None) -> str:
     return f"{held}; a step adds {size(temporary)}, gradients of {gradients} among them"
 
 
-def temporary_bytes(state: Any, batch: Any, train_step: Callable) -> int | None:
+def temporary_bytes(state: Any, batch: Any, train_step: Callable[..., Any]) -> int | None:
     """What the compiler plans for a step beside its arguments; None where that cannot be had. The program is at hand,
     compiled by the step that failed, and JAX finds it again."""
     try:
-        return train_step.program.lower(state, place_batch(batch)).compile().memory_analysis().temp_size_in_bytes
+        program: Any = train_step.program  # type: ignore[attr-defined]
+        return int(program.lower(state, place_batch(batch)).compile().memory_analysis().temp_size_in_bytes)
     except Exception:  # a step of another kind, or there is no memory for this either
         return None
 

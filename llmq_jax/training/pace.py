@@ -46,7 +46,7 @@ class Pace:
 
     def since_mark(self) -> float | None:
         """Tokens a second since the last call."""
-        if self._marked is None or self.step == self._first[0]:
+        if self._marked is None or self._first is None or self.step == self._first[0]:
             return None
         (tokens, seconds), self._marked = self._marked, (self.tokens, self.seconds())
         return (self.tokens - tokens) / max(self._marked[1] - seconds, 1e-9)

@@ -14,7 +14,7 @@ loop are made in each of its rounds. Weights and their gradients are known by th
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,8 @@ class Value:
     """An array of the program."""
 
     aval: Any
-    spec: Spec = None
+    spec: Any = None
+    """A Spec. Rules read it where it is known."""
     label: str | None = None
     sliced: bool = False
     """Whether it is a round's slice of what a loop goes over."""
@@ -50,7 +51,7 @@ class Value:
     """Arrays of this size that it takes."""
     made: bool = False
     """Whether it lies in memory of its own; otherwise it is computed where it is read, from its `roots`."""
-    roots: frozenset = frozenset()
+    roots: frozenset[Any] = frozenset()
 
 
 @dataclass(eq=False)
@@ -59,7 +60,7 @@ class Operation:
     inputs: list[Value]
     outputs: list[Value]
     params: Mapping[str, Any] = field(default_factory=dict)
-    inside: dict[str, Counter] = field(default_factory=dict)
+    inside: dict[str, Counter[str]] = field(default_factory=dict)
     """What a loop needs inside, by part of the step."""
     unsummed: int = 0
     loss: bool = False
@@ -68,18 +69,19 @@ class Operation:
 class Partitioner:
     """`sizes` are those of the mesh; `weights` the shapes of parameters and how they are divided."""
 
-    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple], vocabulary: int):
+    def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple[Any, ...]], vocabulary: int):
         self.sizes, self.vocabulary = sizes, vocabulary
-        self.weights: dict[tuple, int | None] = {}  # shape, in any order: the size of the dimension that fsdp divides
+        # Shape, in any order: the size of the dimension that fsdp divides.
+        self.weights: dict[tuple[Any, ...], int | None] = {}
         for shape, spec in weights:
             for front in range(min(2, len(shape))):  # with and without its stack
                 divided = [n for n, axes in zip(shape[front:], spec[front:], strict=True) if FSDP in axes]
                 self.weights.setdefault(tuple(sorted(shape[front:])), divided[0] if divided else None)
-        self.sent: Counter = Counter()
+        self.sent: dict[tuple[str, str], float] = defaultdict(float)
         """Bytes by (kind, axes)."""
         self.rounds, self.backward = 1, False
 
-    def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter]]:
+    def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter[str]]]:
         """(results, what lives inside) of a loop's body: see `Device`."""
         raise NotImplementedError
 
@@ -100,7 +102,7 @@ class Partitioner:
     def is_weight(self, value: Value) -> bool:
         return tuple(sorted(value.aval.shape)) in self.weights
 
-    def divide(self, op: Operation, before: list[Operation], copies: dict[tuple, Value]) -> None:
+    def divide(self, op: Operation, before: list[Operation], copies: dict[tuple[Any, ...], Value]) -> None:
         """The specs of its results. What has to be gathered is, in an operation before it."""
         rule = getattr(self, "rule_" + op.name.replace("-", "_"), None)
         if rule is not None:
@@ -116,7 +118,9 @@ class Partitioner:
         if op.name in ("convert_element_type", "name", "copy"):
             op.outputs[0].source = op.inputs[0].source or op.inputs[0]
 
-    def gathered(self, value: Value, spec: Spec, before: list[Operation], copies: dict[tuple, Value]) -> Value:
+    def gathered(
+        self, value: Value, spec: Spec, before: list[Operation], copies: dict[tuple[Any, ...], Value]
+    ) -> Value:
         """A copy that is divided by `spec` alone; one for all that read it."""
         key = value.source or value, str(value.aval.dtype), value.aval.shape, spec
         if key not in copies:
@@ -169,7 +173,7 @@ class Partitioner:
         x, out = op.inputs[0], op.outputs[0]
         if x.spec is None or not x.aval.shape:
             return
-        spec = [()] * len(out.aval.shape)
+        spec: list[tuple[str, ...]] = [()] * len(out.aval.shape)
         for i, j in enumerate(op.params["broadcast_dimensions"]):
             spec[j] = x.spec[i] if x.aval.shape[i] == out.aval.shape[j] else ()
         out.spec = tuple(spec)
@@ -179,7 +183,7 @@ class Partitioner:
         x, out = op.inputs[0], op.outputs[0]
         if x.spec is None:
             return
-        spec = [()] * len(out.aval.shape)
+        spec: list[tuple[str, ...]] = [()] * len(out.aval.shape)
         for old, new in groups(x.aval.shape, out.aval.shape):
             axes = tuple(axis for i in old for axis in x.spec[i])
             takes = [j for j in new if out.aval.shape[j] % self.parts(axes) == 0 and out.aval.shape[j] > 1]
@@ -198,7 +202,7 @@ class Partitioner:
     def rule_stack(self, op: Operation) -> None:
         axis, known = op.params["axis"], [v.spec for v in op.inputs if v.spec is not None]
         if known:
-            spec = merged(known, len(known[0]))
+            spec: Any = merged(known, len(known[0]))
             op.outputs[0].spec = (*spec[:axis], (), *spec[axis:])
 
     def rule_unstack(self, op: Operation) -> None:
@@ -213,7 +217,7 @@ class Partitioner:
         less = 0 if size_of(a.aval) < size_of(b.aval) else 1
         pairs = dict(zip((*over, *batch), (*over_b, *batch_b), strict=True))
         partner = pairs if less == 0 else {j: i for i, j in pairs.items()}
-        wanted = {}
+        wanted: dict[int, Any] = {}
         for k, axes in enumerate(specs[less]):
             elsewhere = axes_in([other for m, other in enumerate(specs[1 - less]) if m != partner.get(k)])
             specs[less][k] = tuple(axis for axis in axes if axis not in elsewhere)
@@ -224,8 +228,8 @@ class Partitioner:
         out = op.outputs[0]
         out.spec = (
             *(first[i] or second[j] for i, j in zip(batch, batch_b, strict=True)),
-            *without(first, (*over, *batch)),
-            *without(second, (*over_b, *batch_b)),
+            *(axes for i, axes in enumerate(first) if i not in (*over, *batch)),
+            *(axes for j, axes in enumerate(second) if j not in (*over_b, *batch_b)),
         )
         partial = [axis for i, j in zip(over, over_b, strict=True) for axis in dict.fromkeys((*first[i], *second[j]))]
         self.summed(op, out, partial)
@@ -237,7 +241,7 @@ class Partitioner:
         if x.spec is None and index.spec is None:
             return
         numbers, out = op.params["dimension_numbers"], op.outputs[0]
-        spec = [()] * len(out.aval.shape)
+        spec: list[tuple[str, ...]] = [()] * len(out.aval.shape)
         rows = [k for k in range(len(spec)) if k not in numbers.offset_dims]
         for k, axes in zip(rows, (index.spec or [()] * len(index.aval.shape))[:-1], strict=True):
             spec[k] = axes
@@ -273,7 +277,7 @@ class Partitioner:
         for v in op.inputs[consts + count :]:
             if v.spec:  # Whose slice is it? All need it.
                 self.send("all-gather of activations", v.spec[0], self.bytes(v, ((), *v.spec[1:])) / v.aval.shape[0])
-        carry = [v.spec for v in op.inputs[consts : consts + count]]
+        carry: list[Any] = [v.spec for v in op.inputs[consts : consts + count]]
         settled = False
         while not settled:
             sent = self.sent.copy()
@@ -327,7 +331,7 @@ class Partitioner:
         pairs = enumerate(zip(op.inputs, specs, strict=True))
         return {k: spec for k, (v, spec) in pairs if v.spec is not None and set(axes_in(v.spec)) - set(axes_in(spec))}
 
-    def close(self, op: Operation, specs: Sequence[Spec], lives: dict[str, Counter]) -> None:
+    def close(self, op: Operation, specs: Sequence[Spec], lives: dict[str, Counter[str]]) -> None:
         """A loop's results are in memory."""
         for out, spec in zip(op.outputs, specs, strict=True):
             out.spec = ((),) * len(out.aval.shape) if spec is None else spec
@@ -353,7 +357,7 @@ def spec_of(partition: PartitionSpec, rank: int, sizes: Mapping[str, int]) -> Sp
 
 def size_of(aval: Any) -> int:
     """In bytes; a random key is two words."""
-    return aval.size * getattr(aval.dtype, "itemsize", 8)
+    return int(aval.size * getattr(aval.dtype, "itemsize", 8))
 
 
 def axes_in(spec: Any) -> list[str]:
@@ -369,9 +373,9 @@ def fitted(value: Value, shape: Sequence[int]) -> Spec:
     return tuple(axes if n == m else () for axes, n, m in zip(value.spec, value.aval.shape, shape, strict=True))
 
 
-def merged(specs: Sequence[Spec], rank: int) -> Spec:
+def merged(specs: Sequence[Any], rank: int) -> Spec:
     """Of operands that meet element by element; the first that divides a dimension decides, and an axis divides one."""
-    result = [()] * rank
+    result: list[tuple[str, ...]] = [()] * rank
     for spec in specs:
         for k, axes in enumerate(spec):
             if axes and not result[k] and not set(axes) & set(axes_in(result)):

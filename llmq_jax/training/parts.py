@@ -22,7 +22,7 @@ from llmq_jax.models.decoder import Decoder, upper_part
 FROZEN, PARAMS = "frozen", "params"
 
 
-def as_read(variables: dict) -> dict:
+def as_read(variables: dict[str, Any]) -> dict[str, Any]:
     """The variables that a model reads, of those that a training state holds."""
     if FROZEN not in variables:
         return variables
@@ -30,13 +30,13 @@ def as_read(variables: dict) -> dict:
     return {**rest, PARAMS: {**variables[FROZEN], **variables[PARAMS]}}
 
 
-def whole(variables: dict) -> dict:
+def whole(variables: dict[str, Any]) -> dict[str, Any]:
     """The same for the model as it was: the layers that stood apart are one stack again."""
     variables = as_read(variables)
     return {name: _joined(tree, variables[PARAMS]) for name, tree in variables.items()}
 
 
-def _joined(tree: dict, params: dict) -> dict:
+def _joined(tree: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     """A collection with stacks that were cut as one. Adapters have no lower part, but there they are zeros."""
     joined = dict(tree)
     for lower in params:
@@ -49,7 +49,7 @@ def _joined(tree: dict, params: dict) -> dict:
     return joined
 
 
-def cut(model: Decoder, variables: dict, blocks: int) -> tuple[Decoder, dict, set[str]]:
+def cut(model: Decoder, variables: dict[str, Any], blocks: int) -> tuple[Decoder, dict[str, Any], set[str]]:
     """(the model, variables, names of the stacks below) with the last `blocks` layers in stacks of their own."""
     layers = len(model.layer_slots())
     if not 0 <= blocks <= layers:
@@ -67,7 +67,7 @@ def cut(model: Decoder, variables: dict, blocks: int) -> tuple[Decoder, dict, se
                 f"number that leaves a multiple of {len(group.blocks)} below"
             )
 
-    def divided(tree: dict) -> dict:
+    def divided(tree: dict[str, Any]) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         for name, leaf in tree.items():
             if upper_part(name) in stacks:
@@ -81,7 +81,9 @@ def cut(model: Decoder, variables: dict, blocks: int) -> tuple[Decoder, dict, se
     return model, {name: divided(tree) for name, tree in variables.items()}, below
 
 
-def freeze_all_but(model: Decoder, variables: dict, blocks: int, heads: Collection[str]) -> tuple[Decoder, dict]:
+def freeze_all_but(
+    model: Decoder, variables: dict[str, Any], blocks: int, heads: Collection[str]
+) -> tuple[Decoder, dict[str, Any]]:
     """(the model, variables) of which the last `blocks` layers, the final norm and `heads` train; with 0 blocks the
     heads alone. Names of `heads` that the model lacks are passed over."""
     types = {str(leaf.dtype) for leaf in jax.tree.leaves(variables[PARAMS])} - {"float32"}
@@ -100,7 +102,9 @@ def freeze_all_but(model: Decoder, variables: dict, blocks: int, heads: Collecti
     return model, {**variables, **parts}
 
 
-def train_adapters(model: Decoder, variables: dict, heads: Collection[str] = ()) -> tuple[Decoder, dict, tuple]:
+def train_adapters(
+    model: Decoder, variables: dict[str, Any], heads: Collection[str] = ()
+) -> tuple[Decoder, dict[str, Any], tuple[Any, ...]]:
     """(the model, variables, the collections that train): the adapters and `heads`. Below the first layer that has an
     adapter there is nothing to train, and no gradient goes there."""
     found = adapters(variables)

@@ -35,13 +35,13 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import AXES, MESH_AXES, division, path_names
-from llmq_jax.models import build, init
+from llmq_jax.layers.axes import AXES, MESH_AXES, division, path_names, row_devices
+from llmq_jax.models import DeepSeek3, build, init
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.device_program import COPIES, GRADIENTS, KEPT, LOSS, UNSUMMED, UPDATE, WORKING, Device
 from llmq_jax.training.optimizer import adamw
 from llmq_jax.training.partitioner import BACKWARD, FORWARD, GATHERED, LOGITS, Spec, axes_in, size_of, spec_of
-from llmq_jax.training.sharding import check_mesh, check_rows, row_devices
+from llmq_jax.training.sharding import check_mesh, check_rows
 from llmq_jax.training.state import TrainState, create_state
 from llmq_jax.training.step import make_train_step
 
@@ -73,11 +73,11 @@ class Run:
 @dataclass(frozen=True)
 class Plan:
     run: Run
-    held: Counter
+    held: Counter[str]
     """Bytes on a device all the time."""
-    parts: dict[str, Counter]
+    parts: dict[str, Counter[str]]
     """Bytes beside them when a part of the step needs most."""
-    sent: Counter
+    sent: Mapping[tuple[str, str], float]
     """Bytes that a device sends in a step, by (kind, axes)."""
 
     @cached_property
@@ -105,7 +105,7 @@ def plan(run: Run) -> Plan:
     leaves = [(path_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path((state, batch))]
     specs = [_division(run, names, leaf) for names, leaf in leaves]
     weights = [(leaf.shape, spec) for (names, leaf), spec in zip(leaves, specs, strict=True) if "params" in names]
-    held: Counter = Counter()
+    held: Counter[str] = Counter()
     device = Device(run.sizes, weights, run.config.vocab_size, passes=1 if run.accumulate == 1 else 2)
     for (names, leaf), spec in zip(leaves, specs, strict=True):
         kind = PARAMETERS if "params" in names else OPTIMIZER if "optimizer_state" in names else BATCH
@@ -114,12 +114,12 @@ def plan(run: Run) -> Plan:
     return Plan(run, held, parts, device.sent)
 
 
-def abstract_step(run: Run) -> tuple[Any, TrainState, dict]:
+def abstract_step(run: Run) -> tuple[Any, TrainState, dict[str, Any]]:
     """(the compiled step, its state and its batch as shapes), on the mesh that is set."""
     model = build(run.config, dtype=run.dtype, remat=run.remat, attention=run.attention)
     ahead = getattr(run.config, "num_nextn_predict_layers", 0)
-    objective = MultiToken(model) if ahead else NextToken(model)
-    state = _abstract_state(run.config, run.moments)
+    objective = MultiToken(model) if isinstance(model, DeepSeek3) and ahead else NextToken(model)
+    state: TrainState = _abstract_state(run.config, run.moments)
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.context), "int32")
     batch = {"tokens": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct(tokens.shape, "float32")}
     return make_train_step(objective, _optimizer(run.moments), accumulate=run.accumulate).program, state, batch
@@ -127,7 +127,8 @@ def abstract_step(run: Run) -> tuple[Any, TrainState, dict]:
 
 @cache
 def _abstract_state(config: Any, moments: str) -> TrainState:
-    return jax.eval_shape(lambda: create_state(init(config), _optimizer(moments)))
+    state: TrainState = jax.eval_shape(lambda: create_state(init(config), _optimizer(moments)))
+    return state
 
 
 def _optimizer(moments: str) -> optax.GradientTransformation:
@@ -259,9 +260,10 @@ def plan_text(found: Plan, memory: int) -> str:
     lines.append(line("total", [found.held.total() + found.parts[part].total() for part in parts]))
     if found.sent:
         lines += ["", f"{f'{name} that a device sends in a step':{width}}{'along':>12}"]
-        sent = [(of, axes, size) for (of, axes), size in found.sent.most_common() if size > unit / 200]
+        largest = sorted(found.sent.items(), key=lambda item: item[1], reverse=True)
+        sent = [(of, axes, size) for (of, axes), size in largest if size > unit / 200]
         lines += [f"{of:{width}}{axes:>12}{size / unit:10.2f}" for of, axes, size in sent]
-        lines.append(f"{'total':{width}}{'':12}{found.sent.total() / unit:10.2f}")
+        lines.append(f"{'total':{width}}{'':12}{sum(found.sent.values()) / unit:10.2f}")
     devices = math.prod(run.sizes.values())
     fits = "fits" if found.total <= memory else "does not fit"
     where = f"each of {devices:,} devices" if devices > 1 else "the device"

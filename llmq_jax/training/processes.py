@@ -152,7 +152,7 @@ def together(action: Callable[[], Any]) -> Any:
     raise BadInput(said if faults[0] else f"process {int(faults.argmax())}: {said}")
 
 
-def same(config: dict, differences: Callable[[dict, dict], list[str]]) -> None:
+def same(config: dict[str, Any], differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]) -> None:
     """BadInput on all processes where one has other options or other data than process 0."""
     if jax.process_count() == 1:
         return

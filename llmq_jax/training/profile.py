@@ -37,6 +37,7 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def start(self) -> None:
+        assert self.folder is not None
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # a million calls, of compiling a step, would leave no room for what follows
         jax.profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
@@ -58,6 +59,7 @@ class Profile:
         """How to look at it; "" where there is none."""
         if not self.done:
             return ""
+        assert self.folder is not None
         newest = max((self.folder / "plugins" / "profile").iterdir())
         return (
             f"profile of steps {self.first} to {self.last}: {self.folder}; to look at it, one of\n"

@@ -4,8 +4,12 @@ import os
 import time
 from dataclasses import dataclass
 from io import TextIOBase
+from typing import Any, TextIO
 
 REFRESH_SECONDS = 0.1
+
+
+TextOutput = TextIOBase | TextIO
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Status:
 class LineProgress:
     """One line for each logged step, columns aligned."""
 
-    def __init__(self, steps: int, file: TextIOBase):
+    def __init__(self, steps: int, file: TextOutput):
         self.steps = steps
         self.file = file
 
@@ -48,7 +52,7 @@ class LineProgress:
 class BarProgress:
     """A bar that every step moves; messages appear above it."""
 
-    def __init__(self, steps: int, file: TextIOBase, start: int = 0):
+    def __init__(self, steps: int, file: Any, start: int = 0):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -89,7 +93,7 @@ class BarProgress:
             self._bar.update(self._task, completed=self._status.step, figures=figures, refresh=True)
 
 
-def make_progress(steps: int, file: TextIOBase, start: int = 0) -> LineProgress | BarProgress:
+def make_progress(steps: int, file: TextOutput, start: int = 0) -> LineProgress | BarProgress:
     if file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         return BarProgress(steps, file, start)
     return LineProgress(steps, file)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from io import TextIOBase
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from llmq_jax.training.metrics import (
     drop_samples_after,
     printable,
 )
-from llmq_jax.training.progress import Status, make_progress
+from llmq_jax.training.progress import Status, TextOutput, make_progress
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases
@@ -28,11 +27,11 @@ class Recorder:
     """Open what the options ask for, cut back to the step that the run starts from; a sample due at that step, which
     comes after its checkpoint, is to be written anew. Without a folder, the terminal alone."""
 
-    def __init__(self, folder: RunFolder | None, options: RunOptions, start: int, output: TextIOBase):
+    def __init__(self, folder: RunFolder | None, options: RunOptions, start: int, output: TextOutput):
         self._metrics = self._samples = None
         self._goes_on = options.on_full_disk == "continue"
         self._told = False
-        self._trackers = []
+        self._trackers: list[TensorBoard | WeightsAndBiases] = []
         if folder is not None:
             drop_metrics_after(folder.path / METRICS, start)
             drop_samples_after(folder.path / SAMPLES, start - options.due(options.sample_every, start))

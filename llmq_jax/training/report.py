@@ -34,7 +34,7 @@ class RunResult:
     peak_memory_bytes: int | None = None
     """On the accelerator, or of the process where there is none."""
 
-    def figures(self) -> dict:
+    def figures(self) -> dict[str, Any]:
         """All but the state."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "state"]
         return {name: getattr(self, name) for name in names}
@@ -44,7 +44,7 @@ def peak_memory_bytes() -> int:
     """The accelerator's where JAX tells it (GPU), otherwise the process's."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"]
+        return int(statistics["peak_bytes_in_use"])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

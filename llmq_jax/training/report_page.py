@@ -100,7 +100,7 @@ def _reached(records: Sequence[Mapping[str, Any]]) -> str:
     return f"step {records[-1]['step']:,} is the last that it told of" if records else "nothing measured yet"
 
 
-def _model_name(config: dict) -> str:
+def _model_name(config: dict[str, Any]) -> str:
     model = config.get("model")
     return str(model.get("model_type", "")) if isinstance(model, dict) else ""
 
@@ -109,7 +109,7 @@ def _section(title: str, body: str) -> str:
     return f"<h2>{html.escape(title)}</h2>\n{body}"
 
 
-def _figures(finished: dict, records: Sequence[Mapping[str, Any]]) -> str:
+def _figures(finished: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     last = {name: value for record in records for name, value in record.items() if isinstance(value, int | float)}
     found = {**last, **{name: value for name, value in finished.items() if value is not None}}
     shown = {
@@ -168,7 +168,7 @@ def _samples(path: Path) -> Iterator[str]:
 
 def _times(times: Mapping[str, float] | None) -> Iterator[str]:
     total = sum((times or {}).values())
-    if not total:
+    if not times or not total:
         return
     rows = []
     for name, seconds in sorted(times.items(), key=lambda item: -item[1]):
@@ -191,7 +191,7 @@ def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _options(config: dict) -> str:
+def _options(config: dict[str, Any]) -> str:
     """Those of the recipe, then, folded, the loop's and the model's."""
     own = {name: value for name, value in config.items() if not isinstance(value, dict) and name != MARK}
     body = _table(("option", "value"), _pairs(own))

@@ -22,7 +22,7 @@ class RewardLearner:
 
     state: TrainState
     """Of the reward model, as the run begins."""
-    update: Callable[[TrainState, dict], tuple[TrainState, dict]]
+    update: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
     """A training step of `objectives.reward.RewardModel`."""
     judge: Callable[[Rollout], Scores]
     """Tells better answers from worse ones: of each group, its best and its worst become a pair."""

@@ -1,5 +1,7 @@
 """What a parameter is, by its name: never by the rank of its array, since stacked norms are two-dimensional."""
 
+from typing import Any
+
 import jax
 
 from llmq_jax.errors import BadInput
@@ -32,6 +34,7 @@ def role(path: tuple[str, ...]) -> str:
     return ROLES[path[-1]]
 
 
-def roles(params: dict) -> dict:
+def roles(params: dict[str, Any]) -> dict[str, Any]:
     """The same tree with each parameter's role in its place."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: role(path_names(path)), params)
+    named: dict[str, Any] = jax.tree_util.tree_map_with_path(lambda path, _: role(path_names(path)), params)
+    return named

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from llmq_jax.data.prompts import columns_of
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import everywhere
+from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.reward import model_rewards, token_scores
 from llmq_jax.rewards import Rewards
 from llmq_jax.training.parts import as_read
@@ -46,7 +48,7 @@ class TextRewards:
 
     rewards: Rewards
 
-    def __call__(self, rollout: Rollout, variables: dict | None = None) -> Scores:
+    def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
         columns = columns_of(rollout.prompts, rollout.group_size)
         return Scores(*self.rewards(rollout.texts(), rollout.completions, columns))
 
@@ -59,7 +61,7 @@ class SummedRewards:
     model: "ModelReward"
     weight: float
 
-    def __call__(self, rollout: Rollout, variables: dict | None = None) -> Scores:
+    def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
         texts, model = self.texts(rollout), self.model(rollout, variables)
         return Scores(texts.rewards + self.weight * model.rewards, {**texts.by_name, **model.by_name})
 
@@ -77,7 +79,7 @@ class ModelReward:
     separator: str = "\n"
     """What ends a step; the last one ends with the answer."""
 
-    def __call__(self, rollout: Rollout, variables: dict | None = None) -> Scores:
+    def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
         """`variables`: others than the model's, of a reward model that learns."""
         variables = self.lm.variables if variables is None else variables
         lengths = self.lengths(rollout)
@@ -105,7 +107,9 @@ class ModelReward:
 
 
 @partial(jax.jit, static_argnames=("model", "pooling"))
-def _model_rewards(model, variables, tokens, lengths, response_mask, *, pooling):
+def _model_rewards(
+    model: Decoder, variables: dict[str, Any], tokens: Array, lengths: Array, response_mask: Array, *, pooling: str
+) -> Any:
     variables = as_read(variables)
     rewards, _ = model_rewards(model, variables, tokens, lengths, response_mask, pooling)
     return everywhere((rewards, token_scores(model, variables, tokens, lengths)[0]))

@@ -40,7 +40,8 @@ class Rollout:
 
     @property
     def answer_lengths(self) -> np.ndarray:
-        return self.lengths - self.prompt_lengths
+        lengths: np.ndarray = self.lengths - self.prompt_lengths
+        return lengths
 
     def texts(self) -> list[str]:
         """The prompt of each row."""
@@ -86,6 +87,7 @@ def roll_out(
     # One of a few widths: for each, all that reads the rows is compiled.
     tokens, lengths = pad(rows, bucket_width(max(map(len, rows)), lm.config.max_position_embeddings))
     ends = set(lm.generation.eos_token_id)
+    assert drawn.text is not None
     return Rollout(
         list(prompts),
         group_size,

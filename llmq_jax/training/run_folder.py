@@ -40,10 +40,11 @@ class RunFolder:
     Also a context manager, which unlocks at its end. A killed process leaves no lock behind.
     """
 
-    def __init__(self, path: str | Path, config: dict, may_change: Collection[str] = ()):
+    def __init__(self, path: str | Path, config: dict[str, Any], may_change: Collection[str] = ()):
         self.path = Path(path)
         self.config = {MARK: FORMAT, **json.loads(json_bytes(config))}
         self._lock: int | None = None
+        self.resumed = False
         same(self.config, lambda old, new: _differences(old, new, may_change))
         together(lambda: self._open(may_change) if first() else None)
         self.resumed = share(first() and self.resumed)
@@ -63,17 +64,19 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
+        """Whether the run came to its end."""
         return (self.path / FINISHED).is_file()
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
         return self.path / "checkpoints"
 
-    def mark_finished(self, report: dict) -> None:
+    def mark_finished(self, report: dict[str, Any]) -> None:
         """Write `finished.json`, whole or not at all."""
         write_json_atomically(self.path / FINISHED, report)
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """What `mark_finished` was given."""
         try:
             report = parse_json((self.path / FINISHED).read_bytes())
@@ -92,7 +95,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
     def _check(self, may_change: Collection[str]) -> bool:
@@ -127,7 +130,7 @@ class RunFolder:
         os.write(self._lock, f"{os.getpid()}\n".encode())
 
 
-def _read_run_config(path: Path) -> dict | None:
+def _read_run_config(path: Path) -> dict[str, Any] | None:
     """None where this is not the config of a run."""
     try:
         config = parse_json(path.read_bytes())
@@ -136,7 +139,7 @@ def _read_run_config(path: Path) -> dict | None:
     return config if isinstance(config, dict) and MARK in config else None
 
 
-def _differences(old: dict, new: dict, may_change: Collection[str]) -> list[str]:
+def _differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str]) -> list[str]:
     """ "name old -> new" for every field, in the order of the new config."""
     old, new = _flat(old), _flat(new)
     names = [name for name in [*new, *(old.keys() - new.keys())] if not _within(name, may_change)]
@@ -153,7 +156,7 @@ def _within(name: str, fields: Collection[str]) -> bool:
     return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
-def _flat(config: dict, prefix: str = "") -> dict[str, Any]:
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, names joined by dots."""
     flat = {}
     for name, value in config.items():

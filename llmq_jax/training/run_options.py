@@ -1,7 +1,7 @@
 """When a run logs, evaluates, samples and saves."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.profile import profiled_steps
@@ -49,7 +49,7 @@ class RunOptions:
     on_full_disk: Literal["stop", "continue"] = "stop"
     """Where there is no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0)):
             if getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
@@ -63,7 +63,7 @@ class RunOptions:
 
     def resolved(self, *, evaluates: bool, samples: bool, saves: bool) -> "RunOptions":
         """The same with every interval a number. BadInput where one is asked for that could do nothing."""
-        intervals = {}
+        intervals: dict[str, Any] = {}
         for name, able, lacking in (
             ("evaluate_every", evaluates, "evaluate function"),
             ("sample_every", samples, "sample function"),
@@ -78,5 +78,6 @@ class RunOptions:
                 raise BadInput(f"{name} is asked for, but the run has no folder; give it one, or leave it out")
         return dataclasses.replace(self, **intervals)
 
-    def due(self, every: int, step: int) -> bool:
-        return every > 0 and step > 0 and (step % every == 0 or step == self.steps)
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether what is done every so many steps is done after this one."""
+        return every is not None and every > 0 and step > 0 and (step % every == 0 or step == self.steps)

@@ -40,7 +40,10 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that a text like "data=2,fsdp=4" describes, of all devices or of these."""
+    """The mesh that a text like "data=2,fsdp=4" describes, of all devices or of these.
+
+    BadInput: an axis that is unknown or there twice, or sizes that do not multiply to the number of devices.
+    """
     sizes = mesh_sizes(text)
     devices = jax.devices() if devices is None else devices
     wanted = math.prod(sizes.values())
@@ -55,7 +58,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)
 
 
-def check_mesh(sizes: Mapping[str, int], variables: dict) -> None:
+def check_mesh(sizes: Mapping[str, int], variables: dict[str, Any]) -> None:
     """BadInput where an axis divides no parameter: its devices would all do the same."""
     leaves = [(path_names(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)]
     for axis in ("fsdp", "expert", "tensor"):
@@ -95,9 +98,11 @@ def place(tree: Any) -> Any:
 def _place_own_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """An array that each of several processes has whole, which is not compared, or one that lies on all of them."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
+        put: jax.Array = jax.device_put(leaf, sharding)
+        return put
     whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    array: jax.Array = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    return array
 
 
 def _can_place(tree: Any) -> bool:
@@ -105,7 +110,7 @@ def _can_place(tree: Any) -> bool:
     return not traced and bool(axis_sizes())
 
 
-def place_batch(batch: dict, parts: int | None = None) -> dict:
+def place_batch(batch: dict[str, Any], parts: int | None = None) -> dict[str, Any]:
     """A batch with its rows divided over the mesh that is set; as it is where none is. With `parts`, micro-batches that
     are made of it, each of these must be divided too; without, rows that cannot be go to all devices. With several
     processes each gives `own_rows` of it."""
@@ -140,7 +145,7 @@ def row_share() -> dict[str, int]:
 @functools.cache
 def _row_share(mesh: Mesh) -> tuple[int, int]:
     devices = row_devices(mesh.shape)
-    rows = NamedSharding(mesh, PartitionSpec(AXES["batch"])).devices_indices_map((devices,))
+    rows: Mapping[Any, Any] = NamedSharding(mesh, PartitionSpec(AXES["batch"])).devices_indices_map((devices,))
     own = [rows[device][0].indices(devices)[0] for device in rows if device.process_index == jax.process_index()]
     held = max(own) - min(own) + 1
     if held != len(set(own)) or devices % held or min(own) % held:
@@ -151,7 +156,7 @@ def _row_share(mesh: Mesh) -> tuple[int, int]:
     return min(own) // held, devices // held
 
 
-def own_rows(batch: dict) -> dict:
+def own_rows(batch: dict[str, Any]) -> dict[str, Any]:
     """Of a batch that every process has whole, the rows that `row_share` says."""
     index, count = row_share().values()
 
@@ -186,7 +191,7 @@ class Layout:
     bytes_per_device: int
 
 
-def layout(variables: dict, sizes: Mapping[str, int]) -> list[Layout]:
+def layout(variables: dict[str, Any], sizes: Mapping[str, int]) -> list[Layout]:
     """Where each parameter lies, of arrays or of shapes."""
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
@@ -199,7 +204,7 @@ def layout(variables: dict, sizes: Mapping[str, int]) -> list[Layout]:
     return rows
 
 
-def layout_text(variables: dict, sizes: Mapping[str, int]) -> str:
+def layout_text(variables: dict[str, Any], sizes: Mapping[str, int]) -> str:
     """A table of `layout`, with totals."""
     rows = layout(variables, sizes)
     names = max(len(row.name) for row in rows)

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from typing import Any
 
 
 class StoppedBySignal(SystemExit):
@@ -15,9 +16,9 @@ class StopSignals:
     Outside the main thread Python allows no handlers; then `received` stays None.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -25,7 +26,7 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -33,6 +34,6 @@ class StopSignals:
     def after(self, step: int) -> None:
         """Called after each step."""
 
-    def _receive(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)
         self.__exit__()

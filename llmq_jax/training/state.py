@@ -10,12 +10,13 @@ from flax import struct
 from llmq_jax.training.sharding import place
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
+    """Everything a run needs to go on. Immutable: `state.replace(step=...)` gives another one."""
+
     # Leaves are Any: a state also holds shapes (jax.eval_shape), shardings or numpy arrays in the places of its arrays.
     step: Any
     """int32: the number of finished updates."""
-    variables: dict
+    variables: dict[str, Any]
     """All collections, the trained one in float32."""
     optimizer_state: Any
     key: Any
@@ -26,28 +27,32 @@ class TrainState:
     """The collections that gradients and the optimizer see."""
 
     @property
-    def trained(self) -> dict:
+    def trained(self) -> dict[str, Any]:
         """What the optimizer sees: the collection that trains, or a dict of several."""
         return one_or_all({name: self.variables[name] for name in self.trainable})
 
-    def with_trained(self, trained: dict) -> dict:
+    def with_trained(self, trained: dict[str, Any]) -> dict[str, Any]:
         """The variables with this in its place."""
         return {**self.variables, **({self.trainable[0]: trained} if len(self.trainable) == 1 else trained)}
 
 
-def one_or_all(trees: dict) -> dict:
+def one_or_all(trees: dict[str, Any]) -> dict[str, Any]:
     return next(iter(trees.values())) if len(trees) == 1 else trees
 
 
 def create_state(
-    variables: dict,
+    variables: dict[str, Any],
     optimizer: optax.GradientTransformation,
     *,
     seed: int = 0,
     trainable: str | tuple[str, ...] = ("params",),
 ) -> TrainState:
     """State of step 0. What trains is held in float32, whatever type it came in. On a mesh (`training.sharding`) every
-    device gets its part."""
+    device gets its part.
+
+    `variables` are those of `init` or of a LanguageModel; `optimizer` makes its state for the collections `trainable`;
+    `seed` is that of dropout.
+    """
     names = (trainable,) if isinstance(trainable, str) else trainable
     trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in names}
     variables = place({**variables, **trained})
@@ -58,4 +63,5 @@ def create_state(
         key=jax.random.key_data(jax.random.key(seed)),
         trainable=names,
     )
-    return place(state)
+    placed: TrainState = place(state)
+    return placed

@@ -1,7 +1,8 @@
 """The one training step that all objectives share: gradients, accumulation, clipping, update."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,40 @@ COLLECTIVES = {
 class Objective(Protocol):
     """See objectives/next_token.py."""
 
-    model: Any
+    @property
+    def model(self) -> Any: ...
 
-    def weights(self, batch: dict, step: Any = None) -> dict: ...
+    def weights(self, batch: dict[str, Any], step: Any = None) -> dict[str, Any]: ...
 
-    def loss(self, variables: dict, batch: dict, weights: dict, rng: Any) -> tuple[jax.Array, dict, dict]: ...
+    def loss(
+        self, variables: dict[str, Any], batch: dict[str, Any], weights: dict[str, Any], rng: Any
+    ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]: ...
+
+
+First = TypeVar("First")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled(Generic[First, Result]):
+    """A function of something and a batch, whose rows go to their devices first."""
+
+    program: Any
+    """What JAX compiled. The batch that it takes has its rows where they belong."""
+    divided: Callable[[dict[str, Any]], dict[str, Any]]
+
+    def __call__(self, first: First, batch: dict[str, Any]) -> Result:
+        result: Result = self.program(first, self.divided(batch))
+        return result
+
+
+TrainStep = Compiled[TrainState, tuple[TrainState, dict[str, Any]]]
+EvalStep = Compiled[dict[str, Any], tuple[dict[str, Any], dict[str, Any]]]
 
 
 def make_train_step(
     objective: Objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1, pmap: bool = False
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`, compiled; the state given to it is consumed (donated).
 
     `accumulate` cuts the batch into that many micro-batches whose gradients add up: the same loss and gradients in
@@ -52,29 +77,31 @@ def make_train_step(
 
     `pmap`: the same step by `jax.pmap`, where no mesh is set: every device has all of the state and its part of the
     rows. Terms of a whole batch (the balance losses of experts) are then those of the parts, as with `accumulate`.
+
+    The step raises BadInput for a batch whose rows cannot be cut into so many equal parts.
     """
 
     experts = objective.model.experts
 
-    def over_replicas(tree: Any, combine: Callable = jax.lax.psum) -> Any:
+    def over_replicas(tree: Any, combine: Callable[..., Any] = jax.lax.psum) -> Any:
         return combine(tree, REPLICAS) if pmap else tree
 
-    def each_over_replicas(named: dict) -> dict:
+    def each_over_replicas(named: dict[str, Any]) -> dict[str, Any]:
         return {name: over_replicas(value, COLLECTIVES.get(name, jax.lax.psum)) for name, value in named.items()}
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         trained = state.trained
         weights = each_over_replicas(objective.weights(batch, state.step))
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if pmap:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(REPLICAS))
 
-        def loss(trained, microbatch, rng):
+        def loss(trained: Any, microbatch: Any, rng: Any) -> Any:
             variables = as_read(state.with_trained(trained))
             value, metrics, counts = objective.loss(variables, microbatch, weights, rng)
             return value, (metrics, counts)
 
-        def gradients(index, microbatch):
+        def gradients(index: Any, microbatch: Any) -> Any:
             # One random key a micro-batch.
             key = jax.random.fold_in(rng, index)
             (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(trained, microbatch, key)
@@ -100,37 +127,22 @@ def make_train_step(
 
     if pmap:
         return _on_replicas(train_step, accumulate)
-    return _with_batch_in_place(jax.jit(train_step, donate_argnums=0), accumulate)
+    return Compiled(jax.jit(train_step, donate_argnums=0), lambda batch: place_batch(batch, accumulate))
 
 
-def _on_replicas(train_step: Callable, parts: int) -> Callable:
+def _on_replicas(train_step: Callable[..., Any], parts: int) -> TrainStep:
     """A step of equal replicas, one on each device, which see other rows and add up what they find."""
     compiled = jax.pmap(train_step, axis_name=REPLICAS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
 
-    def call(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    def divided(array: Any) -> Any:
         devices = jax.local_device_count()
+        check_rows(len(array), parts, mesh_sizes(f"data={devices}"))
+        return array.reshape(devices, len(array) // devices, *array.shape[1:])
 
-        def divided(array: Any) -> Any:
-            check_rows(len(array), parts, mesh_sizes(f"data={devices}"))
-            return array.reshape(devices, len(array) // devices, *array.shape[1:])
-
-        return compiled(state, {name: divided(array) for name, array in batch.items()})
-
-    call.program = compiled
-    return call
+    return Compiled(compiled, lambda batch: {name: divided(array) for name, array in batch.items()})
 
 
-def _with_batch_in_place(compiled: Callable, parts: int | None = None) -> Callable:
-    """A compiled function of something and a batch, whose rows go to the devices of the mesh that is set."""
-
-    def call(first: Any, batch: dict) -> Any:
-        return compiled(first, place_batch(batch, parts))
-
-    call.program = compiled
-    return call
-
-
-def _split(batch: dict, parts: int) -> dict:
+def _split(batch: dict[str, Any], parts: int) -> dict[str, Any]:
     """[B, ...] to [parts, B / parts, ...]; micro-batch i takes rows i, i + parts, ...: the same mix on every device."""
     rows = len(next(iter(batch.values())))
     if rows % parts:
@@ -138,10 +150,10 @@ def _split(batch: dict, parts: int) -> dict:
     return {name: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
 
 
-def _accumulated(gradients: Callable, microbatches: dict, parts: int):
+def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], parts: int) -> Any:
     """The sum over micro-batches of everything `gradients` returns, but for metrics that are extremes."""
 
-    def add(total, numbered):
+    def add(total: Any, numbered: tuple[Any, Any]) -> tuple[Any, None]:
         (value, (metrics, counts), grads), index = total, numbered[0]
         next_value, (next_metrics, next_counts), next_grads = gradients(*numbered)
         sums = jax.tree.map(jnp.add, (value, counts, grads), (next_value, next_counts, next_grads))
@@ -160,22 +172,24 @@ def combined(name: str, a: Any, b: Any) -> Any:
     return EXTREMES.get(name, jnp.add)(a, b)
 
 
-def make_eval_step(objective: Objective) -> Callable[[dict, dict], tuple[dict, dict]]:
+def make_eval_step(objective: Objective) -> EvalStep:
     """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout: over batches both simply add, and
     Σ sums / Σ weights is the mean over all of them, however ragged. Of the loss and of every metric that the objective
     gives when it is given no random key; EXTREMES have no weight."""
 
-    def eval_step(variables: dict, batch: dict) -> tuple[dict, dict]:
+    def eval_step(variables: dict[str, Any], batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         weights = objective.weights(batch)
         ones = jax.tree.map(jnp.ones_like, weights)
         value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
-        return everywhere(({"loss": value, **metrics}, weights))
+        sums: dict[str, Any] = {"loss": value, **metrics}
+        return everywhere(sums), everywhere(weights)
 
-    return _with_batch_in_place(jax.jit(eval_step))
+    return Compiled(jax.jit(eval_step), place_batch)
 
 
-def evaluate(eval_step: Callable, variables: dict, batches: Any) -> dict[str, float]:
-    """Means over all of a finite sequence of batches."""
+def evaluate(eval_step: Callable[..., Any], variables: dict[str, Any], batches: Any) -> dict[str, float]:
+    """Means by name over all of a finite sequence of batches, by a step of `make_eval_step`. BadInput where there is no
+    batch."""
     totals = None
     for batch in batches:
         sums, weights = eval_step(variables, batch)

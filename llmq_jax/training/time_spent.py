@@ -42,7 +42,7 @@ class TimeSpent:
         began = self._now()
         with jax.profiler.TraceAnnotation(part):  # shown in a profile, if one is made
             yield
-        if isinstance(under_way, jax.Array) and not under_way.is_ready():
+        if hasattr(under_way, "is_ready") and not under_way.is_ready():
             part = "step"
         self._seconds["first step" if part == "step" and not self._started else part] += self._now() - began
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.atomic_files import AppendedFile
@@ -45,7 +46,7 @@ class TensorBoard:
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, **fields) -> None:
+    def _append(self, **fields: Any) -> None:
         """One event: its length, it, and checksums of both."""
         event = self._format.Event(wall_time=time.time(), **fields).SerializeToString()
         length = len(event).to_bytes(8, "little")
@@ -56,7 +57,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """The run `name` of `project`. A resumed run sends some steps twice; W&B keeps the first, which are equal."""
 
-    def __init__(self, project: str, folder: str | Path, name: str, config: dict):
+    def __init__(self, project: str, folder: str | Path, name: str, config: dict[str, Any]):
         require_wandb()
         import wandb
 
@@ -92,7 +93,7 @@ def _tensorboard_format() -> SimpleNamespace:
     unused here: a second of time and a second set of compute threads. Marked as absent, PyTorch stays out."""
     hidden = "torch" not in sys.modules
     if hidden:
-        sys.modules["torch"] = None
+        sys.modules["torch"] = None  # type: ignore[assignment]  # which is how Python marks a module as absent
     try:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary

@@ -34,7 +34,7 @@ def compared(architecture, meshes):
     for mesh, found in facts.items():
         assert found["losses"] < 1e-5, mesh  # of 20 steps, relative
         assert found["gradient"] < 1e-5, mesh
-        assert found["params"] < 1e-6 or (architecture == "gemma3" and found["params"] < 3e-6), mesh
+        assert found["params"] < 1e-6, mesh
     return facts
 
 
