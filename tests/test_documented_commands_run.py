@@ -49,6 +49,7 @@ OTHER_OUTCOMES = (
     ("bench.gpu", 2),  # where there is no GPU
     ("train.plan --preset llama3.1-8b", 1),  # does not fit
     ("--inject", 1),  # a fault that is to be found
+    ("bench.figures attention", 2),  # the stand-in has too few heads; tests/bench/test_figures.py draws it
 )
 FRESH = r"train\.pretrain(?!.* --(init-from|layout))"
 SMALLER = (
@@ -64,6 +65,7 @@ SMALLER = (
     (r"train\.arithmetic", "--steps 2"),
     (r"bench\.run", "--seconds 0.01 --rounds 1"),
     (r"bench\.run --write", "--rounds 5"),
+    (r"bench\.figures rope --out docs", "--out rope.png"),
     ("/shared/runs", "--out shared/runs/mine --coordinator 127.0.0.1:{port}"),
 )
 """What the options of a command are followed by where they match; the last one counts."""

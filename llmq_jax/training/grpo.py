@@ -96,7 +96,7 @@ class Loop:
     reward_learner: RewardLearner | None = None
     """Lets the reward model learn on."""
     say: Callable[[str], None] = print
-    silent_before: bool = field(default=False, init=False)
+    has_told: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -247,7 +247,7 @@ class Loop:
         )
 
     def tell(self, scores: Scores, mask: np.ndarray) -> None:
-        """Say once, until it changes, that a step teaches nothing, and why."""
+        """Say of the first step that teaches nothing that it does not, and why; `frac_reward_zero_std` tells of all."""
         why = None
         if not self.teaches(scores).any():
             why = (
@@ -259,9 +259,9 @@ class Loop:
                 "every answer was cut and is masked: such a step teaches nothing; allow more new tokens, or do without "
                 "the mask"
             )
-        if why is not None and not self.silent_before:
+        if why is not None and not self.has_told:
             self.say(why)
-        self.silent_before = why is not None
+            self.has_told = True
 
     def figures(self, asked: Asked, rollout: Rollout, scores: Scores, mask: np.ndarray) -> dict[str, Any]:
         """What is told of a step's answers, by TRL's names."""
