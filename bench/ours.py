@@ -375,7 +375,7 @@ class GRPOStepSide(RolloutSide):
             (self.folder / PROMPTS).write_text(json.dumps(texts))
         self.lm = lq.LanguageModel(config, lq.build(config), variables, tokenizer)
         optimizer = lq.training.adamw(1e-6)
-        objective = lq.objectives.GRPO(self.lm.model)
+        objective = lq.objectives.GRPO(self.lm.model, group_size=self.row.group)
         self.loop = Loop(
             self.lm,
             objective,

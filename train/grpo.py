@@ -32,6 +32,7 @@ from train.options import (
     optimizer_of,
     own_options,
     refuse_idle,
+    row_parts,
     run_options,
     train_step_of,
     warmup_steps,
@@ -202,6 +203,7 @@ def grpo(options: Options) -> Any:
     check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
 
     schedule, optimizer = optimizer_of(options, options.iterations)
+    longest_prompt = max(len(prompt.tokens) for prompt in (*training, *validation))
     objective = GRPO(
         learner.model,
         loss_type=options.loss,
@@ -212,8 +214,9 @@ def grpo(options: Options) -> Any:
         max_length=options.max_new_tokens if options.loss == "dr_grpo" else None,
         entropy_coefficient=options.entropy_coefficient,
         temperature=options.temperature,
+        group_size=shared_by(options, learner.model, longest_prompt),
     )
-    longest = max(len(prompt.tokens) for prompt in (*training, *validation)) + options.max_new_tokens
+    longest = longest_prompt + options.max_new_tokens
     score = rewards(options, source, functions, longest)
     loop = Loop(
         source,
@@ -277,6 +280,17 @@ def grpo(options: Options) -> Any:
         save(model.lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
         print(f"the reward model, which went on learning: {learned}", flush=True)
     return result
+
+
+def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
+    """How many answers go on from one reading of their prompt in an update: those of a group or, where that cannot be
+    or does not pay, 1."""
+    from llmq_jax.objectives.grpo import can_share_prompts
+
+    rows = options.prompts_per_step * options.group_size // (options.accumulate * row_parts(options))
+    # Answers look at all that a cache holds, masked: of long ones, blocks of themselves alone cost less.
+    worth_it = options.max_new_tokens <= min(2 * longest_prompt, getattr(model.config, "sliding_window", math.inf))
+    return options.group_size if worth_it and can_share_prompts(model) and rows % options.group_size == 0 else 1
 
 
 def resolved(options: Options) -> Options:

@@ -191,14 +191,28 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     return [*changes, "the model to a smaller one"][:3]
 
 
-def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
-    """BadInput where --mesh does not fit these variables (or their shapes) or batches of so many rows; with --layout,
-    the table, and the end."""
+def devices_of(options: TrainingOptions) -> dict[str, int]:
+    """{axis: devices along it}"""
     import jax
 
     from llmq_jax.training import sharding
 
-    sizes = sharding.mesh_sizes((f"data={jax.device_count()}" if options.pmap else mesh_of(options)) or "data=1")
+    return sharding.mesh_sizes((f"data={jax.device_count()}" if options.pmap else mesh_of(options)) or "data=1")
+
+
+def row_parts(options: TrainingOptions) -> int:
+    """So many devices have other rows of a batch."""
+    from llmq_jax.training import sharding
+
+    return sharding.row_devices(devices_of(options))
+
+
+def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
+    """BadInput where --mesh does not fit these variables (or their shapes) or batches of so many rows; with --layout,
+    the table, and the end."""
+    from llmq_jax.training import sharding
+
+    sizes = devices_of(options)
     sharding.check_mesh(sizes, variables)
     sharding.check_rows(rows, options.accumulate, sizes)
     if options.layout:

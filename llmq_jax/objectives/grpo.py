@@ -392,12 +392,17 @@ def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> F
 # The objective
 
 
+def can_share_prompts(model: Decoder) -> bool:
+    """Whether answers can go on from one reading of their prompt: see `GRPO.group_size`."""
+    return model.experts is None and model.frozen_layers == 0
+
+
 @dataclass(frozen=True)
 class GRPO(LossOptions):
     """Batches hold `tokens` [B, T], prompts with their completions, padded on the right to `lengths` [B];
     `prompt_lengths` [B]; and of the completions, aligned on the left: `completion_mask` [B, C], which is 1 on the
     tokens that count, the end token included, `old_logprobs` [B, C], `advantages` [B] or [B, C], and if and only if
-    beta > 0 `reference_logprobs` [B, C].
+    beta > 0 `reference_logprobs` [B, C]. With a `group_size` they hold `prompts` [B, W] too, padded on the right.
 
     Evaluation reports the loss without the entropy bonus.
     """
@@ -405,9 +410,16 @@ class GRPO(LossOptions):
     model: Decoder
     temperature: float = field(default=1.0, kw_only=True)
     """Of sampling: the policy that learns is the one that answered, with its logits divided by the temperature."""
+    group_size: int = field(default=1, kw_only=True)
+    """So many neighbouring rows of every micro-batch answer the same prompt, which is read once for all of them. The
+    loss is the same. Not for experts, whose balance counts every token of every row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.group_size > 1 and not can_share_prompts(self.model):
+            raise BadInput(
+                f"group_size={self.group_size}: a model with experts or a cut stack cannot share its prompts"
+            )
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"temperature={self.temperature} of GRPO must be positive")
 
@@ -440,6 +452,8 @@ class GRPO(LossOptions):
             batch["prompt_lengths"],
             mask.shape[1],
             temperature=self.temperature,
+            prompts=batch["prompts"] if self.group_size > 1 else None,
+            group_size=self.group_size,
         )
         options = self if rng is not None else replace(self, entropy_coefficient=0.0)
         loss, metrics = grpo_loss(

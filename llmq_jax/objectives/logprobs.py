@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.layers.axes import by_group, where_used
-from llmq_jax.models.decoder import Decoder, segments_of
+from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.objectives.chunks import Chunks
 
 # Logits of a chunk, in elements. Smaller chunks skip more of what does not count; the head's gradient is read and
@@ -83,20 +83,52 @@ def completion_logprobs(
     *,
     temperature: float = 1.0,
     entropies: bool = True,
+    prompts: Int[Array, "B W"] | None = None,
+    group_size: int = 1,
 ) -> tuple[Any, ...]:
     """(log-probability [B, C], entropy of the prediction [B, C] if asked for, counts) of the `count` tokens from each
     row's `prompt_lengths` on.
 
     Rows hold a prompt and its completion, `lengths` tokens in all, padded on the right; beyond them both are 0.
+
+    `prompts`: those of the rows, padded on the right, where `group_size` neighbouring rows have the same one. It is
+    then read once for all of them, forward and back, and the result is the same (Liu et al. 2025, Prefix Grouper,
+    arXiv:2506.05433). Counts are then those of the completions.
     """
-    output = _forward(model, variables, tokens, lengths)
     places = prompt_lengths[:, None] + jnp.arange(count)
     counted = (places < lengths[:, None]).astype(jnp.float32)
     places = jnp.minimum(places, tokens.shape[1] - 1)
-    hidden = jnp.take_along_axis(output.hidden, places[..., None] - 1, axis=1)
+    if prompts is None:
+        output = _forward(model, variables, tokens, lengths)
+        hidden = jnp.take_along_axis(output.hidden, places[..., None] - 1, axis=1)
+    else:
+        before = jnp.take_along_axis(tokens, places - 1, axis=1)
+        output = _after_prompts(model, variables, prompts, prompt_lengths, before, counted, group_size)
+        hidden = output.hidden
     targets = jnp.take_along_axis(tokens, places, axis=1)
     measures = (_of_target, _entropy) if entropies else (_of_target,)
     return *_scores(model, variables, hidden, targets, counted, temperature, measures), output.counts
+
+
+def _after_prompts(
+    model: Decoder,
+    variables: dict[str, Any],
+    prompts: Int[Array, "B W"],
+    prompt_lengths: Int[Array, " B"],
+    tokens: Int[Array, "B C"],
+    counted: Float[Array, "B C"],
+    group_size: int,
+) -> Output:
+    """A pass over tokens that follow all but the last of their prompts' tokens, with what these left in caches."""
+    (first, width), count = prompts[::group_size].shape, tokens.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(width), (first, width))
+    real = (positions < prompt_lengths[::group_size, None] - 1).astype(jnp.int32)
+    caches = model.create_caches(first, width + count, model.dtype or jnp.float32)
+    read = model.apply(variables, prompts[::group_size], positions, real, caches, method="forward")
+    caches = jax.tree.map(lambda leaf: jnp.repeat(leaf, group_size, axis=1), read.caches)  # [layers, rows, ...]
+    positions = prompt_lengths[:, None] - 1 + jnp.arange(count)
+    output: Output = model.apply(variables, tokens, positions, counted.astype(jnp.int32), caches, method="forward")
+    return output
 
 
 def greedy_logprobs(

@@ -231,6 +231,8 @@ class Loop:
             "old_logprobs": rollout.logprobs,
             "advantages": advantages,
         }
+        if self.objective.group_size > 1:
+            rows["prompts"] = rollout.prompt_rows(self.lm.config.max_position_embeddings)
         if self.objective.beta > 0:
             rows["reference_logprobs"] = (
                 rollout.logprobs if self.reference == "old" else self.reference_logprobs(state, rollout)
@@ -240,10 +242,18 @@ class Loop:
     def reference_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
         """[B, C] of the answers under the reference."""
         arrays = rollout.tokens, rollout.lengths, rollout.prompt_lengths
-        variables = reference_variables(state)
-        count, temperature = rollout.logprobs.shape[1], self.objective.temperature
+        variables, group_size = reference_variables(state), self.objective.group_size
+        prompts = rollout.prompt_rows(self.lm.config.max_position_embeddings) if group_size > 1 else None
         return np.asarray(
-            _completion_logprobs(self.objective.model, variables, *arrays, count=count, temperature=temperature)
+            _completion_logprobs(
+                self.objective.model,
+                variables,
+                *arrays,
+                prompts,
+                count=rollout.logprobs.shape[1],
+                temperature=self.objective.temperature,
+                group_size=group_size,
+            )
         )
 
     def tell(self, scores: Scores, mask: np.ndarray) -> None:
@@ -309,19 +319,21 @@ def reference_variables(state: TrainState) -> dict[str, Any]:
     return as_read({**state.variables, **state.carried[REFERENCE]})
 
 
-@partial(jax.jit, static_argnames=("model", "count", "temperature"))
+@partial(jax.jit, static_argnames=("model", "count", "temperature", "group_size"))
 def _completion_logprobs(
     model: Decoder,
     variables: dict[str, Any],
     tokens: Array,
     lengths: Array,
     prompt_lengths: Array,
+    prompts: Array | None,
     *,
     count: int,
-    temperature: float,
+    **options: Any,
 ) -> Any:
     rows = tokens, lengths, prompt_lengths
-    return everywhere(completion_logprobs(model, variables, *rows, count, temperature=temperature, entropies=False)[0])
+    options = {**options, "prompts": prompts, "entropies": False}
+    return everywhere(completion_logprobs(model, variables, *rows, count, **options)[0])
 
 
 def _part(rollout: Rollout, scores: Scores, groups: list[int]) -> tuple[Rollout, Scores]:

@@ -54,6 +54,11 @@ class Rollout:
         inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
         return inside.astype(np.float32)
 
+    def prompt_rows(self, longest: int) -> np.ndarray:
+        """int32 [B, W]: the prompt of each row, padded on the right to one of a few widths, at most `longest`."""
+        rows = [prompt.tokens for prompt in self.prompts for _ in range(self.group_size)]
+        return pad(rows, bucket_width(max(map(len, rows)), longest))[0]
+
     def rows_of(self, groups: Sequence[int]) -> np.ndarray:
         """The rows of these groups."""
         return np.concatenate([np.arange(g * self.group_size, (g + 1) * self.group_size) for g in groups])

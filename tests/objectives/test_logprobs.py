@@ -96,6 +96,48 @@ def test_completions_have_their_part_of_the_row(lm):
         assert not entropies[row, count:].any()
 
 
+WINDOW = {"sliding_window": 5, "layer_types": ("sliding_attention", "full_attention")}
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 2}
+SIZES = {name: getattr(CONFIG, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.1}
+SHARING = {
+    "gpt2": lq.GPT2Config(**SIZES, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+    "llama": lq.Llama3Config(**SIZES, num_key_value_heads=1, intermediate_size=24),
+    "gemma": lq.Gemma3Config(**SIZES, **WINDOW, num_key_value_heads=1, head_dim=8, intermediate_size=24),
+    "deepseek": lq.DeepSeekV3Config(**SIZES, **LATENT, q_lora_rank=None, intermediate_size=24, n_group=1, topk_group=1),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"scan_layers": False}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.product
+def test_answers_go_on_from_one_reading_of_their_prompt(name, options):
+    """Values and gradients are those of rows that each read their own, from prompts of one token to some longer than a
+    window."""
+    model, variables = lq.build(SHARING[name], **options), lq.init(SHARING[name], seed=3)
+    rng = np.random.default_rng(0)
+    prompt_lengths = jnp.repeat(jnp.asarray([9, 1, 4], jnp.int32), 2)
+    lengths = prompt_lengths + jnp.asarray([11, 3, 8, 0, 1, 7], jnp.int32)
+    tokens = jnp.asarray(rng.integers(0, 61, (6, 24)), jnp.int32)
+    prompts = jnp.repeat(tokens[::2, :12], 2, axis=0)
+    tokens = tokens.at[:, :12].set(jnp.where(jnp.arange(12) < prompt_lengths[:, None], prompts, tokens[:, :12]))
+    slopes = jnp.asarray(rng.standard_normal((2, 6, 11)), jnp.float32)
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def value(variables, **shared):
+        rows = tokens, lengths, prompt_lengths
+        values, entropies, _ = completion_logprobs(model, variables, *rows, 11, temperature=0.8, **shared)
+        return (slopes * jnp.stack([values, entropies])).sum(), (values, entropies)
+
+    (_, found), gradients = value(variables, prompts=prompts, group_size=2)
+    (_, expected), expected_gradients = value(variables)
+    assert (expected[0] != 0).sum() == 30
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6, rtol=0)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(float(jnp.abs(other).max()), 1e-3), rtol=0)
+
+
 def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
     model, variables = lm
     tokens, _, _ = rows()

@@ -13,7 +13,7 @@ from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
-from train.grpo import Options, main, resolved
+from train.grpo import Options, main, resolved, shared_by
 
 SIZES = {
     "max_position_embeddings": 32,
@@ -274,6 +274,19 @@ def test_rewards_without_spread_are_told(grpo):
     assert code == 0
     assert out.count("the answers of every group have the same reward (1 in the first)") == 1
     assert [record["grad_norm"] for record in records() if "loss" in record] == [0, 0]
+
+
+def test_whole_groups_share_their_prompts():
+    def shared(model=NARROW, **options):
+        given = {"prompts_per_step": 4, "group_size": 6, "max_new_tokens": 20, **options}
+        return shared_by(Options("data", "model", "run", **given), lq.build(model), longest_prompt=10)
+
+    assert shared() == shared(accumulate=2) == shared(mesh="data=1") == shared(mesh="data=4,tensor=2") == 6
+    assert shared(accumulate=3) == shared(mesh="fsdp=8") == 1  # parts of 8 and of 3 rows
+    assert shared(max_new_tokens=21) == 1
+    assert shared(lq.Gemma3Config(num_hidden_layers=1, sliding_window=20)) == 6
+    assert shared(lq.Gemma3Config(num_hidden_layers=1, sliding_window=19)) == 1
+    assert shared(lq.MixtralConfig(num_hidden_layers=1, num_local_experts=2)) == 1
 
 
 @pytest.mark.parametrize("loss", ["dr_grpo", "sapo"])

@@ -62,8 +62,8 @@ def text_rewards(function=bytes_of):
     return TextRewards(Rewards(("bytes",), (function,), (1.0,)))
 
 
-def make_loop(lm, score=None, *, beta=0.0, trainable=("params",), loop=None, **options):
-    objective = GRPO(lm.model, beta=beta, temperature=SAMPLER.temperature)
+def make_loop(lm, score=None, *, beta=0.0, shared_by=1, trainable=("params",), loop=None, **options):
+    objective = GRPO(lm.model, beta=beta, temperature=SAMPLER.temperature, group_size=shared_by)
     optimizer = adamw(lambda step: 0.01, weight_decay=0.0)
     update = make_train_step(objective, optimizer)
     made = Loop(lm, objective, update, prompts(), score or text_rewards(), GROUP, NEW, SAMPLER, **options)
@@ -130,6 +130,31 @@ def test_equal_steps_are_equal(lm):
     state, _ = loop.step(state, batch)
     same_state, _ = again.step(same_state, batch)
     assert same(state.variables, same_state.variables)
+
+
+def test_prompts_that_are_read_once_change_nothing(lm):
+    """Loss, metrics and gradients, and what the reference says, of rows that each read their own prompt."""
+    found = []
+    for shared_by in (1, GROUP):
+        loop, state = make_loop(lm, beta=0.3, shared_by=shared_by)
+        rollout, scores, _ = loop.answered(state, PromptBatches(5, 2)[1])
+        rows = loop.rows(state, rollout, loop.advantages(scores))
+        assert ("prompts" in rows) == (shared_by > 1)
+        rows = jax.tree.map(jnp.asarray, rows)
+
+        def value(variables, objective=loop.objective, rows=rows):
+            loss, metrics, _ = objective.loss(variables, rows, objective.weights(rows))
+            return loss, (loss, metrics, rows["reference_logprobs"])
+
+        moved = jax.tree.map(lambda leaf: 1.05 * leaf, state.variables)
+        gradients, values = jax.jit(jax.grad(value, has_aux=True))(moved)
+        found.append((values, gradients))
+    (values, gradients), (shared_values, shared_gradients) = found
+    assert values[1]["kl"] > 1e-3
+    for one, other in zip(jax.tree.leaves(shared_values), jax.tree.leaves(values), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
+    for one, other in zip(jax.tree.leaves(shared_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * float(jnp.abs(other).max()), rtol=0)
 
 
 def test_a_run_compiles_a_handful_of_programs(lm):
