@@ -1,4 +1,5 @@
-"""Llama in plain PyTorch as people write it by hand, to generate with: a cache of a fixed size, written in place.
+"""Llama in plain PyTorch as people write it by hand, to train and to generate with: a cache of a fixed size, written in
+place.
 
 Names are those of transformers' `LlamaForCausalLM`. No masks where none are needed: a prompt attends causally, a new
 token to all that stands in the cache.
@@ -35,19 +36,23 @@ class Block(nn.Module):
             }
         )
 
-    def forward(self, x, cos, sin, keys, values, start):
-        """x [B, T, D]; keys and values [B, K, S, H], written from `start` on."""
+    def forward(self, x, cos, sin, cache=None, start=0):
+        """x [B, T, D]; a cache has keys and values [B, K, S, H], written from `start` on."""
         batch, length, _ = x.shape
-        normed, end = self.input_layernorm(x), start + length
+        normed = self.input_layernorm(x)
 
         def heads(name, count):
             return self.self_attn[name](normed).view(batch, length, count, self.width).transpose(1, 2)
 
         query = rotate(heads("q_proj", self.heads), cos, sin)
-        keys[:, :, start:end] = rotate(heads("k_proj", self.groups), cos, sin)
-        values[:, :, start:end] = heads("v_proj", self.groups)
+        key, value = rotate(heads("k_proj", self.groups), cos, sin), heads("v_proj", self.groups)
+        if cache is not None:
+            end = start + length
+            for held, new in zip(cache, (key, value), strict=True):
+                held[:, :, start:end] = new
+            key, value = (held[:, :, :end] for held in cache)
         mixed = functional.scaled_dot_product_attention(
-            query, keys[:, :, :end], values[:, :, :end], is_causal=length > 1, enable_gqa=self.heads > self.groups
+            query, key, value, is_causal=length > 1, enable_gqa=self.heads > self.groups
         )
         x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).reshape(batch, length, -1))
         normed = self.post_attention_layernorm(x)
@@ -71,12 +76,27 @@ class PlainLlama(nn.Module):
             }
         )
 
-    def forward(self, tokens, start, tables, caches):
-        """Logits [B, V] of the last token."""
+    def forward(self, tokens):
+        """Logits [B, T, V]."""
+        x = self.model["embed_tokens"](tokens)
+        cos, sin = self.tables(tokens.shape[1])
+        for block in self.model["layers"]:
+            x = block(x, cos, sin)
+        return functional.linear(self.model["norm"](x), self.model["embed_tokens"].weight)
+
+    def tables(self, length):
+        """Cosines and sines of RoPE [T, H/2]."""
+        width = self.model["layers"][0].width
+        frequencies = self.config["rope_parameters"]["rope_theta"] ** -(torch.arange(0, width, 2) / width)
+        angles = torch.arange(length)[:, None] * frequencies
+        return angles.cos(), angles.sin()
+
+    def last_logits(self, tokens, start, tables, caches):
+        """[B, V], after tokens that stand from `start` on."""
         cos, sin = (table[start : start + tokens.shape[1]] for table in tables)
         x = self.model["embed_tokens"](tokens)
-        for block, (keys, values) in zip(self.model["layers"], caches, strict=True):
-            x = block(x, cos, sin, keys, values, start)
+        for block, cache in zip(self.model["layers"], caches, strict=True):
+            x = block(x, cos, sin, cache, start)
         return functional.linear(self.model["norm"](x[:, -1]), self.model["embed_tokens"].weight)
 
     @torch.inference_mode()
@@ -86,12 +106,10 @@ class PlainLlama(nn.Module):
         block, length = self.model["layers"][0], prompt + new_tokens
         shape = (batch, block.groups, length, block.width)
         caches = [(torch.empty(shape), torch.empty(shape)) for _ in self.model["layers"]]
-        theta = self.config["rope_parameters"]["rope_theta"]
-        frequencies = theta ** -(torch.arange(0, block.width, 2) / block.width)
-        angles = torch.arange(length)[:, None] * frequencies
-        tables, tokens, newest, start = (angles.cos(), angles.sin()), [prompts], prompts, 0
+        tables, tokens, newest, start = self.tables(length), [prompts], prompts, 0
         for _ in range(new_tokens):
-            newest, start = self(newest, start, tables, caches).argmax(-1, keepdim=True), start + newest.shape[1]
+            logits = self.last_logits(newest, start, tables, caches)
+            newest, start = logits.argmax(-1, keepdim=True), start + newest.shape[1]
             tokens.append(newest)
         return torch.cat(tokens, dim=1)
 

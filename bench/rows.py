@@ -429,7 +429,15 @@ ROWS: dict[str, Row] = {
         TrainStep("gpt2-step-50257", SMALL, batch=8, context=256),
         TrainStep("gpt2-step-256", gpt2(6, 6, 384, 256, 256), batch=8, context=256),
         TrainStep("nanogpt-shakespeare-cpu-step", gpt2(4, 4, 128, 64, 257), batch=12, context=64),
-        TrainStep("smollm2-step-512", SMOLLM2, batch=1, context=512, model_type="llama"),
+        TrainStep(
+            "smollm2-step-512",
+            SMOLLM2,
+            batch=1,
+            context=512,
+            model_type="llama",
+            # Each holds its weights, gradients and moments: more of them do not fit 24 GiB.
+            sides=("ours", "transformers, eager", "transformers, compiled", "plain torch, compiled"),
+        ),
         TrainStep(
             "gemma3-step-2048",
             GEMMA3,
