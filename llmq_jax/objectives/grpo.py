@@ -402,7 +402,7 @@ class GRPO(LossOptions):
     """Batches hold `tokens` [B, T], prompts with their completions, padded on the right to `lengths` [B];
     `prompt_lengths` [B]; and of the completions, aligned on the left: `completion_mask` [B, C], which is 1 on the
     tokens that count, the end token included, `old_logprobs` [B, C], `advantages` [B] or [B, C], and if and only if
-    beta > 0 `reference_logprobs` [B, C]. With a `group_size` they hold `prompts` [B, W] too, padded on the right.
+    beta > 0 `reference_logprobs` [B, C]. With a `group_size` they hold `prompts` [B, W] too: how rows begin.
 
     Evaluation reports the loss without the entropy bonus.
     """

@@ -91,8 +91,8 @@ def completion_logprobs(
 
     Rows hold a prompt and its completion, `lengths` tokens in all, padded on the right; beyond them both are 0.
 
-    `prompts`: those of the rows, padded on the right, where `group_size` neighbouring rows have the same one. It is
-    then read once for all of them, forward and back, and the result is the same (Liu et al. 2025, Prefix Grouper,
+    `prompts`: those of the rows, which anything may follow, where `group_size` neighbouring rows have the same one. It
+    is then read once for all of them, forward and back, and the result is the same (Liu et al. 2025, Prefix Grouper,
     arXiv:2506.05433). Counts are then those of the completions.
     """
     places = prompt_lengths[:, None] + jnp.arange(count)

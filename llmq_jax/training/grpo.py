@@ -232,7 +232,7 @@ class Loop:
             "advantages": advantages,
         }
         if self.objective.group_size > 1:
-            rows["prompts"] = rollout.prompt_rows(self.lm.config.max_position_embeddings)
+            rows["prompts"] = rollout.prompt_rows()
         if self.objective.beta > 0:
             rows["reference_logprobs"] = (
                 rollout.logprobs if self.reference == "old" else self.reference_logprobs(state, rollout)
@@ -243,7 +243,7 @@ class Loop:
         """[B, C] of the answers under the reference."""
         arrays = rollout.tokens, rollout.lengths, rollout.prompt_lengths
         variables, group_size = reference_variables(state), self.objective.group_size
-        prompts = rollout.prompt_rows(self.lm.config.max_position_embeddings) if group_size > 1 else None
+        prompts = rollout.prompt_rows() if group_size > 1 else None
         return np.asarray(
             _completion_logprobs(
                 self.objective.model,

@@ -54,10 +54,9 @@ class Rollout:
         inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
         return inside.astype(np.float32)
 
-    def prompt_rows(self, longest: int) -> np.ndarray:
-        """int32 [B, W]: the prompt of each row, padded on the right to one of a few widths, at most `longest`."""
-        rows = [prompt.tokens for prompt in self.prompts for _ in range(self.group_size)]
-        return pad(rows, bucket_width(max(map(len, rows)), longest))[0]
+    def prompt_rows(self) -> np.ndarray:
+        """int32 [B, W]: the beginning of each row, of one of a few widths, which holds its prompt."""
+        return self.tokens[:, : bucket_width(int(self.prompt_lengths.max()), self.tokens.shape[1])]
 
     def rows_of(self, groups: Sequence[int]) -> np.ndarray:
         """The rows of these groups."""
