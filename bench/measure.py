@@ -1,5 +1,6 @@
 """The conductor: starts the sides' processes, lets one work at a time, round after round, and gathers their times."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -93,9 +94,12 @@ class Worker:
         )
 
     def ask(self, call: str, **arguments: Any) -> Any:
-        self.process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        try:
+            self.process.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:  # it died while it waited: often memory was lacking for all sides together
+            line = ""
         if not line:
             self.log.seek(0)
             raise RuntimeError(f"the process of {self.name!r} died in {call}:\n{self.log.read()[-4000:]}")
@@ -104,7 +108,8 @@ class Worker:
         return answer["answer"]
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         try:
             self.process.wait(timeout=30)

@@ -197,3 +197,12 @@ def test_rows_have_names_and_ours_first():
     for name, row in ROWS.items():
         assert row.name == name and row.sides[0].startswith("ours") and row.about
         assert dataclasses.is_dataclass(row)
+
+
+def test_a_side_that_died_while_it_waited_is_named(tmp_path):
+    worker = measure.Worker(None, tmp_path, "plain torch, eager")
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(RuntimeError, match="the process of 'plain torch, eager' died in prepare"):
+        worker.ask("prepare")
+    worker.close()
