@@ -24,7 +24,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.generation.decoding import DecodeState, is_end, read_prompts, readable
-from llmq_jax.generation.sampling import Sampler, filter_logits, first_largest, sample
+from llmq_jax.generation.sampling import Sampler, draw, filter_logits, first_largest, sample
 from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.models.deepseek3 import DeepSeek3
 
@@ -264,8 +264,7 @@ def accept(
     left = jnp.take_along_axis(left, at, axis=1)[:, 0]
     # Rounding may leave nothing where the two are all but the same.
     left = jnp.where(left.sum(-1, keepdims=True) > 0, left, jnp.take_along_axis(wanted, at, axis=1)[:, 0])
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, RESIDUAL), left.shape[-1:]))(keys)
-    own = first_largest(jnp.log(left) + noise)
+    own = draw(left, jax.vmap(jax.random.fold_in, (0, None))(keys, RESIDUAL))
     drafts = jnp.pad(drafts, ((0, 0), (0, 1)))
     return jnp.where(index < accepted[:, None], drafts, own[:, None]), accepted
 

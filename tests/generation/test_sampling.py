@@ -5,7 +5,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
-from llmq_jax.generation.sampling import filter_logits, first_largest, sample
+from llmq_jax.generation.sampling import BLOCK, draw, filter_logits, first_largest, sample
 
 
 def kept(logits, **options):
@@ -67,6 +67,28 @@ def test_frequencies_and_log_probabilities():
     np.testing.assert_allclose(drawn, np.append(probabilities[:3] / probabilities[:3].sum(), 0), atol=0.015)
     # At the temperature, before top-k.
     np.testing.assert_allclose(logprobs, np.log(probabilities / probabilities.sum())[tokens], atol=1e-5)
+
+
+def drawn_of(masses, count):
+    rows = jnp.broadcast_to(jnp.asarray(masses, jnp.float32), (count, len(masses)))
+    return np.bincount(jax.jit(draw)(rows, jax.random.split(jax.random.key(0), count)), minlength=len(masses))
+
+
+def test_tokens_are_drawn_by_their_mass():
+    """In several blocks, of which the last is not full and one holds nothing."""
+    masses = np.random.default_rng(0).exponential(size=3 * BLOCK + 7)
+    masses[BLOCK : 2 * BLOCK] = masses[::3] = 0.0
+    drawn = drawn_of(masses, 50_000)
+    assert not drawn[masses == 0].any()
+    wanted = 50_000 * masses[masses > 0] / masses.sum()
+    squares = ((drawn[masses > 0] - wanted) ** 2 / wanted).sum()
+    freedom = len(wanted) - 1
+    assert abs(squares - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("masses", [[np.nan] * (BLOCK + 1), [0.0] * (BLOCK + 1)])
+def test_what_is_drawn_is_an_id_of_the_vocabulary_come_what_may(masses):
+    assert drawn_of(masses, 8).shape == (BLOCK + 1,)
 
 
 def test_the_first_largest_is_argmax():
