@@ -26,12 +26,14 @@ def check(*arguments):
     return remarks, status == 0
 
 
+@pytest.mark.exhaustive
 def test_documented_use_is_well_typed():
     assert (ROOT / "llmq_jax" / "py.typed").is_file()
     remarks, good = check(ROOT / "tests" / "typed_use.py")
     assert good, remarks
 
 
+@pytest.mark.exhaustive
 def test_wrong_use_is_told(tmp_path):
     program = tmp_path / "wrong_use.py"
     program.write_text("import llmq_jax as lq\n" + "\n".join(WRONG))

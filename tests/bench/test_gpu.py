@@ -43,6 +43,7 @@ def test_published_sizes():
     assert gpu.cache_bytes(llama, 100) == 2 * 16 * 100 * 8 * 128
 
 
+@pytest.mark.exhaustive
 def test_it_runs(monkeypatch, capsys):
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16}
     monkeypatch.setattr(gpu, "SMALL", {**gpu.SMALL, **small, "kv_lora_rank": 16, "num_attention_heads": 2})

@@ -177,6 +177,7 @@ def test_gemma_by_its_weight_table_alone(model_type, layers):
     assert str(first) == "layer 1, post mlp norm (model.layers.1.post_feedforward_layernorm)"
 
 
+@pytest.mark.exhaustive
 def test_mixtral_by_its_weight_table_alone():
     """Experts that are one tensor in transformers' memory and many in its files; the parts of ours are no modules."""
     model = random_model("mixtral")
@@ -250,6 +251,7 @@ def test_the_head_of_an_untied_model_is_a_place():
     assert str(first) == "lm head (lm_head)"
 
 
+@pytest.mark.exhaustive
 def test_a_fault_between_two_modules_is_found_between_them(model, monkeypatch):
     """Weights are the same: it is the activation, the scale of attention, and the sum that goes into a norm."""
     config = config_from_hf(model.config.to_dict())
@@ -321,6 +323,7 @@ def test_command_on_a_random_model_with_a_fault():
     assert "  transformer.h.1.ln_1.bias  the same on both sides" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_command_on_a_random_llama_with_a_fault():
     done = run("--random", "llama", "--inject", "group_0/block_0/mlp/gate/kernel[1]")
     assert (done.returncode, done.stderr) == (1, "")
@@ -336,6 +339,7 @@ def test_command_on_an_architecture_that_is_not_here(tmp_path):
     assert done.stderr == f"error: {path}: model_type 'bert' is not supported; supported: {SUPPORTED}\n"
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
     assert parity.main(parity.Options(str(folder), dtype="bf16")) == 0
     out = capsys.readouterr().out

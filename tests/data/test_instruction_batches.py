@@ -81,13 +81,18 @@ def test_a_character_cut_into_tokens():
     assert tokenize(render(prompt("Say ", "😀"), "plain"), gpt2).learned.tolist() == [False, True, True, True]
 
 
+@pytest.fixture(scope="module")
+def gpt2():
+    return GPT2Tokenizer()
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     st.text(alphabet="ab =>é😀\n", max_size=12),
     st.text(alphabet="ab =>é😀\n", min_size=1, max_size=12).filter(lambda text: not text.isspace()),
 )
-def test_a_token_is_learned_if_it_holds_a_character_of_the_answer(merging, given, answer):
-    for tokenizer in (merging, GPT2Tokenizer(), ByteTokenizer()):
+def test_a_token_is_learned_if_it_holds_a_character_of_the_answer(merging, gpt2, given, answer):
+    for tokenizer in (merging, gpt2, ByteTokenizer()):
         example = tokenize(render(prompt(given, answer), "plain"), tokenizer)
         assert example.tokens.tolist() == [*tokenizer.encode(given + answer), tokenizer.end_of_text]
         bytes_before = len(given.encode())
@@ -275,7 +280,9 @@ def test_bad_sizes():
 # Loss
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("gpt2", "gemma"))]
+)
 def test_packed_loss_and_gradients_equal_those_of_single_rows(architecture):
     """Conversations in a row are neither context nor target of each other."""
     sizes = {

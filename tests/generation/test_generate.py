@@ -67,6 +67,7 @@ def test_samples_of_a_prompt_are_those_of_the_prompt_repeated(lm, draft):
     assert len({tuple(row) for row in together.tokens.tolist()}) > len(PROMPTS)
 
 
+@pytest.mark.exhaustive
 def test_samples_share_rings_and_latents():
     sizes = {"vocab_size": 61, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 64}
     gemma = lq.Gemma3Config(

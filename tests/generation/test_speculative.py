@@ -92,6 +92,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(target, count):
     assert itself.drafted - itself.accepted < 3 * count
 
 
+@pytest.mark.exhaustive
 def test_a_draft_of_another_architecture():
     target = draw(CONFIGS["llama"])
     plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
@@ -99,6 +100,7 @@ def test_a_draft_of_another_architecture():
         assert_same(lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY, draft=draft), plain)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.product("targets")
 def test_end_tokens_and_limits(target):
     plain = lq.generate(target, PROMPTS, max_new_tokens=30, sampler=GREEDY)
@@ -119,6 +121,7 @@ def test_modules_of_multi_token_prediction_draft_for_their_own_model(depth, fed)
     assert found.drafted % depth == 0
 
 
+@pytest.mark.exhaustive
 def test_modules_draft_up_to_an_end_and_in_a_stream():
     lm = draw(dataclasses.replace(DEEPSEEK, vocab_size=257))
     lm = dataclasses.replace(lm, tokenizer=lq.ByteTokenizer())
@@ -130,6 +133,7 @@ def test_modules_draft_up_to_an_end_and_in_a_stream():
     assert "".join(lq.stream(lm, "hello", stop=(), draft="mtp", **options)) == whole.text[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("depth", [1, 2])
 def test_what_modules_draft_is_what_they_say_of_the_whole_text(depth):
     """Caches that are filled window by window, with drafts corrected, against one pass over everything."""
@@ -197,6 +201,7 @@ def test_what_is_drawn_is_distributed_as_the_model_alone_draws(name):
     assert_drawn_as_by_the_model_alone(target, SAMPLERS[name], draft=draft, draft_tokens=2)
 
 
+@pytest.mark.exhaustive
 def test_what_modules_draft_is_distributed_as_the_model_alone_draws():
     lm = draw(dataclasses.replace(DEEPSEEK, **FEW, num_nextn_predict_layers=2))
     lm = lm.replace(variables=sharpened(lm.variables))
@@ -214,6 +219,7 @@ def test_acceptance_of_a_single_draft():
     assert accepted[0] == 0 and tokens[0, 0] < 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.product("targets")
 def test_a_row_depends_on_its_own_seed_only(target):
     options = {"max_new_tokens": 12, "sampler": lq.Sampler(), "draft": similar(target), "draft_tokens": 2}

@@ -156,6 +156,7 @@ def test_there_and_back(config):
         assert_equal_trees(from_state_dict(spelling, config), variables)
 
 
+@pytest.mark.exhaustive
 def test_there_and_back_in_half_precision():
     variables = draw_variables(AHEAD, ml_dtypes.bfloat16)
     assert_equal_trees(from_state_dict(to_state_dict(variables, AHEAD), AHEAD), variables)
@@ -201,6 +202,7 @@ def test_all_that_is_wrong_with_experts_is_named_at_once():
     assert f"{turned} is [12, 8] instead of [8, 12]" in message
 
 
+@pytest.mark.exhaustive
 def test_another_number_of_experts_than_the_config_s_is_refused():
     state, gate = state_of(PLAIN), "model.layers.1.mlp.gate.weight"
     fewer = refused(from_state_dict, state, override(PLAIN, n_routed_experts=3))
@@ -227,6 +229,7 @@ def test_one_file_has_one_spelling():
     assert "2 unread (model.layers.2.mlp.experts.gate_up_proj, " in message
 
 
+@pytest.mark.exhaustive
 def test_the_config_from_shapes(config):
     state = state_of(config)
     given = GIVEN | {
@@ -256,6 +259,7 @@ def with_copies(state):
     return state | copies
 
 
+@pytest.mark.exhaustive
 def test_copies_of_the_embedding_and_the_head_are_not_read():
     variables, state = drawn(AHEAD)
     assert_equal_trees(from_state_dict(with_copies(state), AHEAD), variables)
@@ -263,6 +267,7 @@ def test_copies_of_the_embedding_and_the_head_are_not_read():
     assert "1 unread (model.layers.3.shared_head.bias)" in message
 
 
+@pytest.mark.exhaustive
 def test_modules_that_the_config_leaves_out():
     variables, state = drawn(AHEAD)
     state = with_copies(state)
@@ -276,6 +281,7 @@ def test_modules_that_the_config_leaves_out():
     assert_equal_trees(found["params"]["mtp"], first)
 
 
+@pytest.mark.exhaustive
 def test_modules_that_are_not_there():
     message = refused(from_state_dict, state_of(PLAIN), AHEAD)
     assert message == (
@@ -345,6 +351,7 @@ def test_a_fused_file(theirs, folder, tmp_path):
     assert_equal_trees(alone.variables, expected)
 
 
+@pytest.mark.exhaustive
 def test_the_router_s_bias_in_files_of_half_precision(theirs, folder, tmp_path):
     lm = lq.load(folder)
     narrow = lq.load(folder, dtype="bfloat16")
@@ -370,6 +377,7 @@ def test_a_config_that_announces_modules_which_the_folder_lacks(theirs, tmp_path
     assert lq.load(tmp_path, config={"num_nextn_predict_layers": 0}).config == PLAIN
 
 
+@pytest.mark.exhaustive
 def test_a_folder_with_modules_and_back(tmp_path):
     variables, _ = drawn(AHEAD)
     lm = lq.LanguageModel(AHEAD, build(AHEAD), variables)
@@ -498,6 +506,7 @@ def float8():
     return file, plain
 
 
+@pytest.mark.exhaustive
 def test_a_folder_in_float8(float8, tmp_path):
     file, plain = float8
     assert file[DOWN].shape == (160, 200) and file[f"{DOWN}_scale_inv"].shape == (2, 2)

@@ -353,6 +353,7 @@ def test_what_transformers_does_not_compute_cannot_be_exported():
     assert "local_rope_parameters cannot be exported" in refused(config_to_hf, config)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("base", [GEMMA3, GEMMA2], ids=["gemma 3", "gemma 2"])
 def test_folders_there_and_back(base, tmp_path):
     """transformers' format and our own, where layer_types are irregular and rope is scaled."""

@@ -385,6 +385,7 @@ ROPES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rope_type", ROPES)
 def test_our_own_format_keeps_rope(rope_type, tmp_path):
     config = override(TIED, norm="dyt", rope_parameters={"rope_type": rope_type, **ROPES[rope_type]})

@@ -127,6 +127,7 @@ def test_decoding_and_modules_have_the_adapters_too(base, name):
         np.testing.assert_allclose(logits, expected[:, place], atol=3e-5, rtol=0)
 
 
+@pytest.mark.exhaustive
 def test_layers_that_were_not_chosen_get_no_gradient(base):
     model, variables = base
     for spec in (LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), variant="dora", targets="attention")):
@@ -180,6 +181,7 @@ def matrices_formed(base, spec):
     return sum(shape in shapes for shape in products(jax.make_jaxpr(jax.grad(loss))(variables[trained]).jaxpr))
 
 
+@pytest.mark.exhaustive
 def test_no_gradient_of_a_matrix_is_formed(base):
     assert matrices_formed(base, LoRA(rank=3)) == 0
     assert matrices_formed(base, None) >= 4  # the same count sees those of full training
@@ -328,6 +330,7 @@ def test_a_pattern_that_the_chosen_layers_lack_is_refused():
         lora.add(variables, model.layer_slots(), LoRA(targets=("attention", "moe/*"), layers=(0,), rank=2))
 
 
+@pytest.mark.exhaustive
 def test_a_base_in_bfloat16_keeps_its_type():
     model, variables = build(CONFIGS["mixtral"]), init(CONFIGS["mixtral"])
     variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
@@ -343,6 +346,7 @@ def test_a_base_in_bfloat16_keeps_its_type():
         np.testing.assert_allclose(found, reference, atol=0.25 * moved_by, rtol=0)
 
 
+@pytest.mark.exhaustive
 def test_modules_of_multi_token_prediction_stay_as_they_are():
     config = override(CONFIGS["deepseek"], num_nextn_predict_layers=1)
     model, variables = build(config), init(config)

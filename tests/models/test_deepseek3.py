@@ -171,6 +171,7 @@ def test_initialisation():
     assert all((module[name]["scale"] == 1).all() for name in norms)
 
 
+@pytest.mark.exhaustive
 def test_a_laptop_s_preset_starts_from_chance():
     config = preset("deepseek-10m", num_hidden_layers=2)
     tokens = np.random.default_rng(0).integers(0, 257, (2, 16)).astype(np.int32)
@@ -233,6 +234,7 @@ def test_a_row_s_padding_is_not_written(case):
     np.testing.assert_allclose(hidden, whole.hidden[rows, positions], atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_modules_decode_as_they_look_ahead(case):
     """The first tokens at once, into empty caches; the others in pieces, absorbed."""
     model, variables, output, ahead = case
@@ -284,6 +286,7 @@ def expected(variables):
     return value_and_slope(build(TINY), variables)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}], ids=str)
 def test_ways_to_run_the_layers_agree(variables, expected, options):
     """Forward and back."""

@@ -64,6 +64,7 @@ def test_presets_have_the_published_sizes(name, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(preset(name)))) == parameters
 
 
+@pytest.mark.exhaustive
 def test_initialisation():
     sizes = {"vocab_size": 2000, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "intermediate_size": 128}
     params = init(Gemma3Config(**sizes, num_hidden_layers=12))["params"]
@@ -82,6 +83,7 @@ def test_initialisation():
         assert float(jnp.std(kernel)) == pytest.approx(0.02, rel=0.04)
 
 
+@pytest.mark.exhaustive
 def test_a_laptop_s_preset_starts_from_chance():
     """Bytes, in float32 and in the type of a GPU; its window matters."""
     config = preset("gemma3-10m")
@@ -159,6 +161,7 @@ def test_a_local_layer_sees_its_window_and_a_global_one_everything():
         assert np.array_equal(np.flatnonzero(np.abs(slope).max(axis=(0, 1, 3))), np.arange(40 - seen, 40))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"scan_layers": False}, {"remat": "full"}, {"attention": "masked"}])
 @pytest.mark.product
 def test_ways_to_run_the_layers_agree(config, variables, options):
@@ -203,6 +206,7 @@ def test_local_layers_keep_a_window_and_the_lookahead(config):
         assert cache.keys.shape == (3, 1, 8, 7 if kind == LOCAL else 40) and cache.keys.dtype == jnp.bfloat16
 
 
+@pytest.mark.exhaustive
 def test_a_draft_is_taken_back(config, variables):
     """Written past the window, rejected, and overwritten by other tokens at the same positions."""
     model = build(config)
@@ -258,6 +262,7 @@ def test_dropout_is_of_attention_weights(config, variables):
     assert np.abs(first - plain).max() > 1e-3 and np.abs(first - second).max() > 1e-3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("norm", ["zero_centred_rms_norm", "rms_norm", "layer_norm", "dyt"])
 def test_norms_by_name(norm):
     """Every one of them, and Dynamic Tanh's learned factor in place of the fixed one."""

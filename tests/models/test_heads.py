@@ -46,6 +46,7 @@ def classifier(lm):
     return with_classifier(lm, LABELS, seed=1)
 
 
+@pytest.mark.exhaustive
 def test_a_classifier_has_a_head_of_its_own(lm):
     config = override(lm.config, labels=["ham", "spam", "eggs"])
     assert config.labels == ("ham", "spam", "eggs") and hash(config)
@@ -100,6 +101,7 @@ def test_padding_changes_nothing(classifier):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_texts_in_batches_are_what_each_is_alone(classifier):
     texts = ["Win a prize!", "See you at noon, " * 3, "ok", "Ü"]
     together = classifier.classify(texts)
@@ -114,6 +116,7 @@ def test_texts_in_batches_are_what_each_is_alone(classifier):
     np.testing.assert_allclose(classifier.classify([rows[0]])[0], together[0], atol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_with_classifier_keeps_all_but_the_head(lm, classifier):
     assert classifier.config.labels == LABELS
     expected, found = abstract_variables(classifier.config), classifier.variables
@@ -136,6 +139,7 @@ def test_the_fresh_head_is_drawn_as_transformers_draws_it():
     assert float(jnp.std(kernel.astype(jnp.float32))) == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.exhaustive
 def test_a_classifier_may_be_given_other_labels(classifier):
     other = with_classifier(classifier, ["a", "b", "c"])
     assert other.classify([[1, 2]]).shape == (1, 3)
@@ -156,6 +160,7 @@ def refused(call, *arguments, **named):
     return str(error.value)
 
 
+@pytest.mark.exhaustive
 def test_what_a_classifier_refuses(classifier):
     what = "is a classifier (ham, spam) and gives no token"
     assert what in refused(classifier.logits, [[1, 2]])
@@ -166,6 +171,7 @@ def test_what_a_classifier_refuses(classifier):
     assert what in refused(objective.loss, classifier.variables, batch, objective.weights(batch))
 
 
+@pytest.mark.exhaustive
 def test_what_a_language_model_refuses(lm):
     assert "this model is a language model, which knows no classes" in refused(lm.classify, [[1, 2]])
     assert "knows no classes" in refused(lm.model.apply, lm.variables, np.ones((1, 2), np.int32), method="classify")

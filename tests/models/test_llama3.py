@@ -123,6 +123,7 @@ LAYER = {"scale", "bias"}
 GPT2_TINY, LLAMA_TINY = GPT2Config(**SIZES), override(TINY, tie_word_embeddings=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("base", "norm", "names"),
     [

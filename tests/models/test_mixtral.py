@@ -55,6 +55,7 @@ def test_the_sizes_of_mixtral_8x7b():
     assert (active.num_experts, active.top_k) == (8, 2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
 def test_any_decoder_takes_experts_from_a_layer_on(config):
     variables, model = init(config, seed=1), build(config)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.devices import with_devices
 
 MESHES = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2")
@@ -73,6 +75,7 @@ def program() -> None:
             print(json.dumps(facts), flush=True)
 
 
+@pytest.mark.exhaustive
 def test_every_device_goes_through_its_own_rows():
     command = [sys.executable, "-m", "tests.objectives.test_loss_on_mesh"]
     environment = with_devices(8, optimized=True)

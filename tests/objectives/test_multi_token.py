@@ -182,6 +182,7 @@ def trained():
     return two_steps()
 
 
+@pytest.mark.exhaustive
 def test_accumulation_changes_nothing(trained):
     (state, *metrics), (expected, *expected_metrics) = two_steps(accumulate=2), trained
     for found, wanted in zip(metrics, expected_metrics, strict=True):
@@ -265,6 +266,7 @@ def test_given_streams_equal_those_of_the_row():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[1], expected[1])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shrink", [False, True])
 def test_given_streams_train(shrink):
     batch = multi_token_rows(DOCUMENTS, DEPTH, end_id=0, shrink=shrink)

@@ -113,6 +113,7 @@ def test_logits(pair, side):
     np.testing.assert_allclose(found, expected, rtol=0, atol=LOGITS)
 
 
+@pytest.mark.exhaustive
 def test_the_side_and_the_tokens_of_padding_change_nothing(pair):
     _, ours = pair
     (right, real), (left, real_left) = rows("right"), rows("left")
@@ -156,6 +157,7 @@ def test_loss_and_gradients(pair, class_weights):
     assert_same_gradients(found, numpy_gradients(theirs, found))
 
 
+@pytest.mark.exhaustive
 def test_their_own_loss(pair):
     theirs, ours = pair
     tokens, real = rows()
@@ -272,6 +274,7 @@ def padding_tokenizer(folder, pad_token, template):
     return FileTokenizer(folder)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("pad_token", "template", "chosen"),
     [

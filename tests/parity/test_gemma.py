@@ -85,6 +85,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_configs(name):
     pair = make_pair(*OTHERS[name])
@@ -92,6 +93,7 @@ def test_other_configs(name):
     assert_same_loss_and_gradients(pair)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("model_type", "fields"), [("gemma3_text", GEMMA3), ("gemma2", GEMMA2)])
 def test_every_part_is_seen(model_type, fields):
     """With a part changed on our side alone logits differ by far more than the tolerance: the sizes hide none."""
@@ -177,6 +179,7 @@ ROPES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rope_type", ROPES)
 @pytest.mark.parametrize("config_class", [Gemma3Config, Gemma2Config])
 @pytest.mark.product

@@ -85,6 +85,7 @@ def scaled_pair(rope_type: str):
     return make_pair("llama", SIZES | {"num_key_value_heads": 2} | fields, **ours)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("rope_type", SCALED)
 def test_scaled_frequencies_beyond_the_trained_context(rope_type):
     pair = scaled_pair(rope_type)

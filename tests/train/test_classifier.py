@@ -100,6 +100,7 @@ def test_a_run_learns_and_leaves_what_it_promises(classifier):
     assert code == 0 and "is finished already" in again and "test on 18 texts" in again
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(classifier, monkeypatch, train):
     options = ("--steps", 10, "--checkpoint-every", 4, "--evaluate-every", 5, f"--train={train}")
@@ -127,6 +128,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(classifier, monkeypatch
     assert json.loads(Path("run/test.json").read_text()) == figures
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("train", ["head", "blocks", "lora"])
 def test_parts_of_the_model_train(classifier, train):
     code, out, err = classifier("--steps", 4, "--sample-every", 2, f"--train={train}")
@@ -154,6 +156,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_architectures(classifier, architecture, tmp_path):
     """By what is the default: adapters, on experts too."""
@@ -177,6 +180,7 @@ def test_classes_may_be_balanced_or_weighed(classifier):
     assert code == 0 and "training:   63 texts (42 ham, 21 spam)" in out
 
 
+@pytest.mark.exhaustive
 def test_splits_follow_their_seed_alone(classifier):
     def digests(*options):
         classifier("--steps", 1, *options)

@@ -89,6 +89,7 @@ def test_what_is_preferred_becomes_likelier(dpo, tmp_path):
     assert lq.load(tmp_path / "run").tokenizer is not None
 
 
+@pytest.mark.exhaustive
 def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     """A killed run goes on bit for bit; the reference is not asked again."""
     options = (
@@ -119,6 +120,7 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     assert first["rewards/margins"] != 0  # the reference is another model
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", [("--train=blocks", "--blocks=1"), ("--train=lora", "--lora-layers=1")])
 def test_a_part_may_train(dpo, tmp_path, files, part):
     """The reference is the model as it was, of which a part was kept: nothing is loaded again to measure how far the

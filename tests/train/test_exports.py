@@ -46,6 +46,7 @@ def call(main, *arguments):
 TINY = ("--steps=4", "--learning-rate=0.05", "--batch-size=2", "--sample-every=0", "--lora-rank=2", "--device=cpu")
 
 
+@pytest.mark.exhaustive
 def test_adapters_that_were_instructed(base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("a", "b", "ab", "ba", "abc")]
@@ -76,6 +77,7 @@ def test_adapters_that_were_instructed(base, tmp_path, capsys, monkeypatch):
     assert "--base has no effect without --adapter" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [("--train=lora", "--lora-targets=q_proj,v_proj"), ("--train=head",)])
 def test_classifiers_of_which_a_part_was_trained(base, tmp_path, capsys, monkeypatch, options):
     monkeypatch.chdir(tmp_path)

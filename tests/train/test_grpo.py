@@ -214,6 +214,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_run_that_was_killed_goes_on_bit_for_bit(grpo, case):
     """The reference, the reward model and the pairs that it will learn from come from the checkpoint."""

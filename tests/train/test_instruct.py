@@ -147,6 +147,7 @@ def test_packing_changes_no_loss(instruct, alpaca):
     assert [metrics(out)[0]["tokens"] for out in "abc"] == [sum(read)] * 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_stopped_run_goes_on_and_a_finished_one_says_so(instruct, monkeypatch, train):
     options = (*GIVEN, "--sample-every", 0, "--checkpoint-every", 2, "--evaluate-every", 2, "--train", train)
@@ -301,6 +302,7 @@ def test_nothing_that_is_held_out_is_learned(instruct, tmp_path):
     assert code == 2 and "a.jsonl: every conversation is in a.jsonl too; give others to learn" in err
 
 
+@pytest.mark.exhaustive
 def test_the_split_follows_its_seed_alone(instruct):
     def digest(*options):
         instruct(*GIVEN, "--sample-every=0", "--steps=1", "--checkpoint-every=0", *options)
@@ -361,6 +363,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_architectures(instruct, architecture, tmp_path):
     """By what is the default: adapters, on experts too."""

@@ -82,6 +82,7 @@ DEEPSEEK = (
 )
 
 
+@pytest.mark.exhaustive
 def test_multi_token_prediction(pretrain):
     """Its coefficient goes from one value to the other, which the last step has."""
     coefficients = ("--mtp-coefficient", 0.5, "--mtp-coefficient-end", 0.1)
@@ -143,6 +144,7 @@ def test_accumulation_remat_and_unrolling_change_nothing(pretrain):
         np.testing.assert_allclose(losses(out), losses("plain"), rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_stays_close(pretrain):
     for dtype in ("float32", "bfloat16"):
         pretrain("--data", "TEXT", "--out", dtype, "--sample-every", 0, "--dtype", dtype)
@@ -150,6 +152,7 @@ def test_bfloat16_stays_close(pretrain):
     np.testing.assert_allclose(losses("bfloat16"), losses("float32"), rtol=0.02)
 
 
+@pytest.mark.exhaustive
 def test_going_on_from_a_run_keeps_what_it_knew(pretrain):
     pretrain("--data", "TEXT", "--out", "first", "--steps", 60, "--sample-every", 0)
     reached = metrics("first")[-1]["validation_loss"]
@@ -216,6 +219,7 @@ def test_samples_may_change_on_resume_and_data_may_not(pretrain, monkeypatch):
     assert (code, err) == (0, "") and "resuming run from step 2" in out
 
 
+@pytest.mark.exhaustive
 def test_a_run_begun_from_another_resumes_though_that_has_gone_on(pretrain, monkeypatch):
     pretrain("--data", "TEXT", "--out", "first", "--steps", 2, "--sample-every", 0)
     command = ("--data", "TEXT", "--out", "second", "--init-from", "first", "--steps", 2, "--sample-every", 0)

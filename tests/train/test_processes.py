@@ -81,6 +81,7 @@ def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(begin, fo
     assert records(run) == pytest.approx(records(alone), rel=2e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_both_after_the_same_step(begin, folder):
     processes = two(begin, "stopped", "--steps", "100000", "--checkpoint-every", "100000", "--evaluate-every", "0")
     metrics = folder / "stopped" / "metrics.jsonl"
@@ -107,6 +108,7 @@ def test_processes_that_disagree_stop_at_the_start(begin, folder):
     assert not (folder / "apart").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_cluster_is_found_and_what_cannot_be_is_told(begin, folder):
     slurm = {
         "SLURM_JOB_ID": str(free_port()),

@@ -116,6 +116,7 @@ def test_a_run_learns_and_leaves_what_it_promises(reward):
     assert again.splitlines()[-1] == next(line for line in out.splitlines() if line.startswith("6 pairs held out"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(reward, monkeypatch, train):
     options = ("--steps", 10, "--checkpoint-every", 4, "--evaluate-every", 5, f"--train={train}")
@@ -146,6 +147,7 @@ CHAT = [
 ]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("train", "pooling"), [("head", "last"), ("blocks", "mean"), ("lora", "mean")])
 def test_parts_of_the_model_train(reward, train, pooling):
     code, out, err = reward("--steps", 3, "--sample-every", 2, f"--train={train}", f"--pooling={pooling}")
@@ -261,6 +263,7 @@ def test_evaluation_on_some_batches_and_at_the_end_on_all(reward, monkeypatch):
     assert "30 pairs held out: accuracy" in out
 
 
+@pytest.mark.exhaustive
 def test_margins_and_centring_change_what_is_learned(reward):
     marked = write("marked.jsonl", [{**pair, "margin": 2.0} for pair in pairs()])
     losses = []

@@ -105,6 +105,7 @@ def test_what_was_dropped_is_reported():
     assert 0.0 < metrics["dropped"] < 1.0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"remat": "full"}, {"scan_layers": False}], ids=str)
 def test_remat_and_written_out_layers_give_the_same(options):
     step = make_train_step(NextToken(build(CONFIG, **options)), SGD)

@@ -6,6 +6,8 @@ Devices are virtual, which a process must ask for before JAX starts: hence the o
 import subprocess
 import sys
 
+import pytest
+
 from tests.devices import with_devices
 
 PROGRAM = """
@@ -38,6 +40,7 @@ print("moved", np.abs(bias).max() > 0.01, "devices", len(jax.devices()))
 """
 
 
+@pytest.mark.exhaustive
 def test_a_batch_over_eight_devices():
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=with_devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

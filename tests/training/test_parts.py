@@ -84,6 +84,7 @@ def test_what_trains_gets_the_gradient_that_it_gets_in_the_whole_model(case):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, reference)
 
 
+@pytest.mark.exhaustive
 def test_the_rest_stays_as_it_is_and_the_checkpoint_is_one_model(case, tmp_path):
     model, variables, blocks = case
     parted_model, parted = freeze_all_but(model, variables, blocks, ("lm_head",))
@@ -124,6 +125,7 @@ def test_no_time_goes_to_the_layers_below():
     assert lengths.count(1) >= 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "layers"), [("llama", (2, 3)), ("a pattern", (3,)), ("gpt2", (0, 2))])
 def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
     config, _ = CASES[name]
@@ -159,6 +161,7 @@ def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
     np.testing.assert_allclose(model.apply(again, tokens), model.apply(adapted, tokens), atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("train", ["lora", "blocks", "all"])
 def test_the_bias_of_a_router_moves_where_the_router_trains(train):
     experts = {"num_experts": 4, "selection_bias": True, "balance": {"bias_rate": 0.1}}

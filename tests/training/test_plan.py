@@ -198,6 +198,7 @@ def test_a_change_that_is_enough(llama):
     assert f"{llama.total / GIB:.2f} GiB on each of 8 devices: does not fit 40 GiB" in text
 
 
+@pytest.mark.exhaustive
 def test_no_single_change_is_enough():
     alone = plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes("data=1"), 2, 256))
     assert alone.least == pytest.approx(16 * 9.54e6, rel=0.01)  # masters, moments and gradients
