@@ -85,7 +85,7 @@ def test_what_is_preferred_becomes_likelier(dpo, tmp_path):
     held_out = [record for record in records if "validation_loss" in record][-1]
     assert held_out["validation_rewards/accuracies"] == 1.0
     assert "KL to the reference on" in output
-    assert float(output.split("sampled answers: ")[1].split()[0]) > 0
+    assert float(output.split("sampled answers: ")[1].split()[0]) != 0  # of either sign: an estimate by few answers
     assert lq.load(tmp_path / "run").tokenizer is not None
 
 

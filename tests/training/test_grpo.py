@@ -230,7 +230,7 @@ def test_groups_without_spread_are_replaced(lm):
 
     def graded(completions, best, **_):
         scored.extend(best[::GROUP])
-        return [len(text) + place if best[place] % 2 == 0 else 1.0 for place, text in enumerate(completions)]
+        return [len(text) + place + 2.0 if best[place] % 2 == 0 else 1.0 for place, text in enumerate(completions)]
 
     batch = {"step": 0, "prompts": [1, 3, 4]}
     plain, state = make_loop(lm, text_rewards(graded))
