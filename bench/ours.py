@@ -373,8 +373,7 @@ class GRPOStepSide(RolloutSide):
         if not (self.folder / PROMPTS).exists():
             tokenizer.save(self.folder)
             (self.folder / PROMPTS).write_text(json.dumps(texts))
-        model = lq.build(config, scan_layers=self.name.endswith("scanned"))
-        self.lm = lq.LanguageModel(config, model, variables, tokenizer)
+        self.lm = lq.LanguageModel(config, lq.build(config, scan_layers=False), variables, tokenizer)
         optimizer = lq.training.adamw(1e-6)
         objective = lq.objectives.GRPO(self.lm.model, group_size=self.row.group)
         self.loop = Loop(
