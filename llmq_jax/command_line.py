@@ -20,7 +20,9 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,7 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go
+DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
@@ -216,28 +219,57 @@ def _given(arguments: list[str]) -> dict[str, str]:
 def _parse(options: type, arguments: list[str], program: str, default: Any) -> Any:
     """An instance of the options from the arguments; BadInput for what cannot be understood, exit after `--help`."""
     _check_names(options, arguments, program)
-    said = io.StringIO()
+    said, complained = _Caught(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
             return tyro.cli(
                 options,
                 prog=program,
-                description=_description(options),
+                # tyro would join the lines of ours, and part paragraphs by its own rules.
+                description=DESCRIPTION,
                 args=arguments,
                 default=default,
                 config=(tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName),
             )
     except SystemExit as exit:
-        if not exit.code:
-            raise
-        raise BadInput(_one_line(said.getvalue(), arguments, program)) from None
+        if exit.code:
+            raise BadInput(_one_line(complained.getvalue(), arguments, program)) from None
+        print(said.text().replace(DESCRIPTION, _description(options), 1), end="")
+        raise
+
+
+class _Caught(io.TextIOWrapper):
+    """What is said, in the colours and frames that standard output can show, where it goes in the end."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding=sys.stdout.encoding)
+        self.on_terminal = sys.stdout.isatty()
+
+    def isatty(self) -> bool:
+        return self.on_terminal
+
+    def text(self) -> str:
+        self.seek(0)
+        return self.read()
 
 
 def _description(options: type) -> str:
-    """The docstring of the options, or that of their module: without one, a dataclass shows its signature."""
+    """The docstring of the options, or that of their module: without one, a dataclass shows its signature.
+
+    Prose is filled to the terminal's width; indented lines, which are commands, and lists are as they are.
+    """
     own = options.__doc__ or ""
     of_module = sys.modules[options.__module__].__doc__ or ""
-    return inspect.cleandoc(of_module if own.startswith(f"{options.__name__}(") else own)
+    text = inspect.cleandoc(of_module if own.startswith(f"{options.__name__}(") else own)
+    width = shutil.get_terminal_size().columns
+    return "\n".join(
+        textwrap.fill(" ".join(lines), width) if is_prose else "\n".join(lines)
+        for is_prose, lines in itertools.groupby(text.splitlines(), _is_prose)
+    )
+
+
+def _is_prose(line: str) -> bool:
+    return bool(line) and not line[0].isspace() and not line.startswith("- ")
 
 
 def option_name(field: str) -> str:

@@ -61,6 +61,45 @@ def test_options_are_read(capsys):
     assert capsys.readouterr().out.strip() == repr(expected)
 
 
+@dataclass(frozen=True)
+class Described:
+    """Prose that is
+    filled.
+
+        a command \\
+            with its indentation
+    - an item of a list
+    - another
+
+    More prose, (in
+    (brackets)) and longer than the width that there is.
+    """
+
+    number: int = 1
+
+
+def test_help_fills_prose_and_leaves_commands_as_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+
+    def main(options: Described) -> None:
+        pass
+
+    assert run(["--help"], main) == 0
+    assert capsys.readouterr().out.startswith("""usage: bake [-h] [--number INT]
+
+Prose that is filled.
+
+    a command \\
+        with its indentation
+- an item of a list
+- another
+
+More prose, (in (brackets)) and longer
+than the width that there is.
+
+""")
+
+
 def test_underscores_and_hyphens_are_the_same_and_values_may_look_like_options(capsys):
     assert run(["cake", "--topping=--jam", "--batch_size", "5"]) == 0
     assert capsys.readouterr().out.strip() == repr(Options("cake", "--jam", 5))
