@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.options import (
+    MAY_CHANGE,
     TrainingOptions,
     check_epochs,
     check_mesh,
@@ -170,7 +171,7 @@ def classifier(options: Options) -> Any:
         run_options(options),
         folder=options.out,
         config={"recipe": "train.classifier", **own_options(options), **digests},
-        may_change=["sample_prompt"],
+        may_change=MAY_CHANGE,
         model_config=config,
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,

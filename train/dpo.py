@@ -22,6 +22,7 @@ from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.options import (
+    MAY_CHANGE,
     TrainingOptions,
     check_mesh,
     on_devices,
@@ -139,7 +140,7 @@ def dpo(options: Options) -> Any:
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
     settings = {
         "config": {"recipe": "train.dpo", **own_options(options), **digests},
-        "may_change": ["sample_prompt"],
+        "may_change": MAY_CHANGE,
         "model_config": config,
     }
     # Loaded before the folder is begun, since it may not fit; and not where an earlier start has asked it.

@@ -24,6 +24,7 @@ from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.options import (
+    MAY_CHANGE,
     TrainingOptions,
     check_mesh,
     check_ranges,
@@ -263,6 +264,7 @@ def grpo(options: Options) -> Any:
         run_options(options),
         folder=options.out,
         config={"recipe": "train.grpo", **own_options(options, "batch_size", "sample_prompt"), **digests},
+        may_change=MAY_CHANGE,
         model_config=config,
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,

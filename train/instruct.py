@@ -21,6 +21,7 @@ from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
 from train.options import (
+    MAY_CHANGE,
     TrainingOptions,
     check_epochs,
     check_mesh,
@@ -188,7 +189,7 @@ def instruct(options: Options) -> Any:
         run_options(options),
         folder=options.out,
         config={"recipe": "train.instruct", **own_options(options, "preview"), **digests},
-        may_change=["sample_prompt"],
+        may_change=MAY_CHANGE,
         model_config=config,
         tokenizer=TextFiles(tokenizer, generation),
         schedule=schedule,

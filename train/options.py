@@ -113,8 +113,9 @@ def on_devices(recipe: Callable) -> Callable:
     def run(options: TrainingOptions, *arguments: Any) -> Any:
         import jax
 
-        from llmq_jax.training.processes import joined, one_speaks
+        from llmq_jax.training.processes import joined, one_speaks, same
         from llmq_jax.training.profile import profiled_steps
+        from llmq_jax.training.run_folder import differences
         from llmq_jax.training.sharding import make_mesh
 
         if options.profile is not None:
@@ -123,6 +124,7 @@ def on_devices(recipe: Callable) -> Callable:
             use_device(options.device)
             stack.enter_context(one_speaks())
             mesh = None if options.layout else mesh_of(options)  # the layout needs no devices
+            same({"mesh": mesh}, differences)  # processes with other meshes would wait for one another
             if mesh:
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             stack.enter_context(advice_on_memory(options))
@@ -185,6 +187,8 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
         changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
         changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []
     changes += ["--train all -> lora"] if getattr(options, "train", None) == "all" else []
+    many_moments = getattr(options, "train", "all") == "all" and options.moments == "float32"
+    changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
     here = jax.device_count()
     fsdp = here if sizes["fsdp"] < here else 2 * here
     changes += [f"--mesh {options.mesh or 'none'} -> fsdp={fsdp}" + (f" on {fsdp} devices" if fsdp > here else "")]
@@ -285,6 +289,11 @@ def run_options(options: TrainingOptions) -> Any:
 
 PLACES = ("out", "device", "mesh", "pmap", "layout", "coordinator", "processes", "process")
 """Options of where a run goes and what it runs on, which it may leave for others."""
+
+
+MAY_CHANGE = ("sample_prompt", "accumulate", "remat", "scan_layers")
+"""A recipe's own options that a run may go on with others of: what samples continue, and how a step is computed. That
+is the same but for rounding; dropout draws, and experts balance, by micro-batches."""
 
 
 def own_options(options: TrainingOptions, *without: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import default_is, option_name, run
 from llmq_jax.errors import BadInput, did_you_mean
 from train.options import (
+    MAY_CHANGE,
     TrainingOptions,
     check_mesh,
     check_ranges,
@@ -229,7 +230,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         run_options(options),
         folder=options.out,
         config={"recipe": "train.pretrain", **own_options(options), **text},
-        may_change=["sample_prompt"],
+        may_change=MAY_CHANGE,
         model_config=config,
         # What was loaded keeps its own end tokens.
         tokenizer=TextFiles(tokenizer, source.generation) if options.init_from else tokenizer,

@@ -19,6 +19,7 @@ from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.options import (
+    MAY_CHANGE,
     TrainingOptions,
     check_mesh,
     on_devices,
@@ -140,6 +141,7 @@ def reward(options: Options) -> Any:
         run_options(options),
         folder=options.out,
         config={"recipe": "train.reward", **own_options(options, "sample_prompt"), **digests},
+        may_change=MAY_CHANGE,
         model_config=config,
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,

@@ -425,7 +425,7 @@ class _Loop:
         needed = usage(self.state, self.batch, train_step)
         saved = self.last_saved()
         if self.saved is None and self.folder is not None:
-            saved += f", so remove {self.folder.path} before you run it with other options"
+            saved += f", so remove {self.folder.path} before you run it with options that change results"
         return OutOfMemory(f"out of memory in {self.time.place} ({shortage(error)}): {needed}; {saved}")
 
     def last_saved(self, name: str = "checkpoint") -> str:

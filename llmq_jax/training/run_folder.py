@@ -45,7 +45,7 @@ class RunFolder:
         self.config = {MARK: FORMAT, **json.loads(json_bytes(config))}
         self._lock: int | None = None
         self.resumed = False
-        same(self.config, lambda old, new: _differences(old, new, may_change))
+        same(self.config, differences)
         together(lambda: self._open(may_change) if first() else None)
         self.resumed = share(first() and self.resumed)
 
@@ -109,7 +109,7 @@ class RunFolder:
         saved = _read_run_config(self.path / CONFIG)
         if saved is None:
             raise BadInput(f"{self.path} is not empty and not the folder of a run; name a new or empty folder")
-        if differing := _differences(saved, self.config, may_change):
+        if differing := differences(saved, self.config, may_change):
             raise BadInput(
                 f"{self.path} holds a run with other options: {', '.join(differing)}; "
                 f"give it its own options to resume it, or name another folder for a new run"
@@ -139,7 +139,7 @@ def _read_run_config(path: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and MARK in config else None
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
     """ "name old -> new" for every field, in the order of the new config."""
     old, new = _flat(old), _flat(new)
     names = [name for name in [*new, *(old.keys() - new.keys())] if not _within(name, may_change)]

@@ -100,12 +100,22 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(begin, folder):
 def test_processes_that_disagree_stop_at_the_start(begin, folder):
     other = folder / "other.txt"
     other.write_text("Whether 'tis nobler in the mind to suffer the slings and arrows. " * 60)
-    both = ended(two(begin, "apart", other=("--data", str(other), "--learning-rate", "0.1")))
+    often = ("--checkpoint-every", "1")  # may change when a run is resumed, and yet not be another's at the same time
+    both = ended(two(begin, "apart", other=("--data", str(other), "--learning-rate", "0.1", *often)))
     for code, _, fault in both:
         assert code == 2 and fault.count("error:") == 1, fault[-2000:]
         assert "process 1: has other options or data than process 0" in fault
-        assert "learning_rate" in fault and "training_sha256" in fault
+        assert "learning_rate" in fault and "training_sha256" in fault and "options.checkpoint_every" in fault
     assert not (folder / "apart").exists()
+
+
+@pytest.mark.exhaustive
+def test_processes_with_other_meshes_stop_at_the_start(begin, folder):
+    both = ended(two(begin, "meshes", "--mesh", "data=8", other=("--mesh", "data=4,fsdp=2")))
+    for code, _, fault in both:
+        assert code == 2 and fault.count("error:") == 1, fault[-2000:]
+        assert 'process 1: has other options or data than process 0: mesh "data=8" -> "data=4,fsdp=2"' in fault
+    assert not (folder / "meshes").exists()
 
 
 @pytest.mark.exhaustive

@@ -82,13 +82,14 @@ def test_what_a_recipe_makes_before_its_steps_may_not_fit_either():
         jnp.zeros((2**24, 2**24)).block_until_ready()
 
     match = r"out of memory outside the steps, .* \(Out of memory allocating 1,048,576.0 GiB\), beside .* of arrays; "
-    match += "to need less, change --mesh none -> fsdp=2 on 2 devices, the model to a smaller one$"
+    match += "to need less, change --moments float32 -> bfloat16, --mesh none -> fsdp=2 on 2 devices, "
+    match += "the model to a smaller one$"
     with pytest.raises(BadInput, match=match):
         recipe(TrainingOptions())
 
 
 def test_only_what_can_still_be_changed_is_advised():
-    used = {"batch_size": 1, "remat": "full", "dtype": "bfloat16"}
+    used = {"batch_size": 1, "remat": "full", "dtype": "bfloat16", "moments": "bfloat16"}
     assert less_memory(TrainingOptions(**used)) == ["--mesh none -> fsdp=2 on 2 devices", "the model to a smaller one"]
     assert less_memory(TrainingOptions(**{**used, "batch_size": 6}, accumulate=3, mesh="fsdp=1")) == [
         "--batch-size 6 -> 3 or --accumulate 3 -> 6 (the same result)",
@@ -97,5 +98,8 @@ def test_only_what_can_still_be_changed_is_advised():
     ]
     grpo = GRPOOptions("data", "model", "run", prompts_per_step=3, group_size=4, accumulate=2)
     assert less_memory(grpo)[0] == "--accumulate 2 -> 3 (the same result)"
+    assert less_memory(TrainingOptions(), in_steps=False)[0] == "--moments float32 -> bfloat16"
+    assert less_memory(TrainingOptions(betas=(0.9, 0.999)), in_steps=False)[0].startswith("--mesh")
+    assert less_memory(InstructOptions("data", "model", "run"), in_steps=False)[0].startswith("--mesh")
     tuned = InstructOptions("data", "model", "run", train="all")
     assert less_memory(tuned, in_steps=False)[0] == "--train all -> lora"
