@@ -1,5 +1,6 @@
 """Show versions, devices and machine, as a block to paste into a bug report."""
 
+import itertools
 import os
 import platform
 import sys
@@ -56,10 +57,13 @@ def _devices() -> str:
 
 
 def processor() -> str:
+    """Its name, with the numbers that tell its generation, which virtual machines leave out of the name."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or an ARM kernel, which does not say
+            first = itertools.takewhile(str.strip, file)
+            told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+        return "{model name} (family {cpu family}, model {model})".format_map(told)
+    except (OSError, KeyError):  # not Linux, or an ARM kernel, which does not say
         return platform.processor() or platform.machine()
 
 
