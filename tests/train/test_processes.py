@@ -82,6 +82,17 @@ def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(begin, fo
 
 
 @pytest.mark.exhaustive
+def test_two_processes_go_on_where_one_stopped(begin, alone, folder):
+    run = folder / "joined"
+    shutil.copytree(alone, run)
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "00000012")
+    (first, said, fault), (second, *_) = ended(two(begin, "joined", "--mesh", "data=2,fsdp=4"))
+    assert first == second == 0 and "from step 6" in said, fault[-2000:]
+    assert records(run) == pytest.approx(records(alone), rel=2e-5)
+
+
+@pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_both_after_the_same_step(begin, folder):
     processes = two(begin, "stopped", "--steps", "100000", "--checkpoint-every", "100000", "--evaluate-every", "0")
     metrics = folder / "stopped" / "metrics.jsonl"
