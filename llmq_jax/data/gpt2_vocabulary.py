@@ -111,6 +111,8 @@ def read_vocabulary(vocabulary_path: Path, merges_path: Path) -> Vocabulary:
             raise BadInput(f"{added}: {token!r} has the id {special[token]} here and {ids[token]} in the vocabulary")
         if token in special and token in characters:
             raise BadInput(f"{added}: {token!r} is a single byte, and cannot be a special token")
+        if not token:
+            raise BadInput(f"{vocabulary_path.parent}: token {number} is empty, and would stand everywhere in a text")
         if token_of.setdefault(number, token) != token:
             raise BadInput(f"{vocabulary_path}: {token_of[number]!r} and {token!r} have the same id, {number}")
     return Vocabulary(ids, merges, special)

@@ -14,6 +14,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -248,21 +249,31 @@ class FileTokenizer(Tokenizer):
         self.name = name
         self._files = files
         self._plain = self._load(special_is_text=True)
-        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        with self._told("be read"):
+            self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_text = self._find_end_of_text()
         self._may_cut = may_cut_at_line_breaks(json.loads(files.contents["tokenizer.json"]))
 
     def _load(self, special_is_text: bool) -> hf_tokenizers.Tokenizer:
-        try:
+        with self._told("be read"):
             loaded = hf_tokenizers.Tokenizer.from_buffer(self._files.contents["tokenizer.json"])
-        except Exception as error:  # tokenizers raises plain Exception and ValueError
-            reason = str(error).replace("\n", " ")
-            raise BadInput(f"{self._files.source}: tokenizer.json cannot be read ({reason})") from None
         # A tokenizer.json may carry the padding and truncation of whoever saved it, and would silently cut texts.
         loaded.no_padding()
         loaded.no_truncation()
         loaded.encode_special_tokens = special_is_text
         return loaded
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """BadInput for what tokenizers finds in the file: some of it only when it is used. That raises plain Exception
+        and ValueError, and where its Rust panics what is no Exception."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+                raise
+            reason = " ".join(str(error).split())
+            raise BadInput(f"{self._files.source}: tokenizer.json cannot {what} ({reason:.300})") from None
 
     @cached_property
     def _special(self) -> hf_tokenizers.Tokenizer:
@@ -287,6 +298,7 @@ class FileTokenizer(Tokenizer):
         token = self._files.named_tokens().get("eos_token")
         if token is None:
             return self._plain.token_to_id(END_OF_TEXT)
+        _utf8(token)
         number = self._plain.token_to_id(token)
         if number is None:
             raise BadInput(f"{self._files.source}: names the eos_token {token!r}, which tokenizer.json lacks")
@@ -295,16 +307,21 @@ class FileTokenizer(Tokenizer):
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         _utf8(text)
         tokenizer = self._special if allow_special else self._plain
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with self._told("encode"):
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(
         self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False
     ) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
         _utf8(text)
-        encoding = (self._special_untouched if allow_special else self._plain_untouched).encode(text)
-        whole = self._plain.post_process(encoding, add_special_tokens=add_special_tokens)
+        untouched = self._special_untouched if allow_special else self._plain_untouched
+        with self._told("encode"):
+            encoding = untouched.encode(text)
+            whole = self._plain.post_process(encoding, add_special_tokens=add_special_tokens)
         offsets = np.zeros((len(whole.ids), 2), np.int64)
         added = np.array(whole.special_tokens_mask, bool)  # special tokens that the text spells out are not among them
+        if (~added).sum() != len(encoding.ids):
+            raise BadInput(f"{self._files.source}: tokenizer.json has a post_processor that drops or repeats the text")
         offsets[~added] = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         # The text's end is where tokens that were added behind it stand.
         offsets[np.logical_and.accumulate(added[::-1])[::-1]] = len(text)
@@ -312,7 +329,8 @@ class FileTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         known = [i for i in _plain_ints(ids) if 0 <= i < self.vocab_size]  # tokenizers itself drops ids in gaps
-        return self._plain.decode(known, skip_special_tokens=skip_special_tokens)
+        with self._told("decode"):
+            return self._plain.decode(known, skip_special_tokens=skip_special_tokens)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces, counts = [], []
@@ -323,7 +341,8 @@ class FileTokenizer(Tokenizer):
             counts.append(len(cut))
         arrays: list[np.ndarray] = []
         for block in _blocks(pieces):
-            encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
+            with self._told("encode"):
+                encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
             arrays.extend(np.array(encoding.ids, self.dtype) for encoding in encodings)
         ends = np.cumsum(counts)
         return [_join(arrays[end - count : end], self.dtype) for end, count in zip(ends, counts, strict=True)]

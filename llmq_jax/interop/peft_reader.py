@@ -162,7 +162,7 @@ class _Reader:
             if magnitude is not None:
                 trained[MAGNITUDE] = magnitude
             parts.setdefault(site.placement.path[1:], []).append((site, trained, {SCALE: self._scale(site, rank)}))
-        dropout = self.values.get("lora_dropout") or 0.0
+        dropout = float(self.values.get("lora_dropout", 0))
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def tiny(self) -> Found:
@@ -197,7 +197,7 @@ class _Reader:
             self.shared = self.state["base_model.tinylora_v.0"]
         for key in used:
             del self.state[key]
-        dropout = self.values.get("tinylora_dropout") or 0.0
+        dropout = float(self.values.get("tinylora_dropout", 0))
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def whole_matrices(self, variables: dict[str, Any]) -> dict[str, Any]:

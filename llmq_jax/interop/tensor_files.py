@@ -1,6 +1,7 @@
 """What the readers of weight files share: one mapping over several files, indexes of shards, files that are broken."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -49,9 +50,10 @@ def open_shards(index: Path, suffix: str, read: Callable[[Path], Mapping[str, La
     for name in shards:
         if not re.fullmatch(r"[^/\\]+" + re.escape(suffix), name):
             raise BadInput(f"{index}: names {name!r}, which is no {suffix} file in the same folder")
-    missing = [name for name in shards if not (index.parent / name).is_file()]
+    beside = set(os.listdir(index.parent))  # an operating system may refuse to look for a name, if it is too long
+    missing = [name for name in shards if name not in beside or not (index.parent / name).is_file()]
     if missing:
-        raise BadInput(f"{index}: {len(missing)} of {len(shards)} shards are not there: {', '.join(missing[:5])}")
+        raise BadInput(f"{index}: {len(missing)} of {len(shards)} shards are not there: {', '.join(missing[:5]):.300}")
     files = TensorFiles({index.parent / name: read(index.parent / name) for name in shards})
     for name, shard in weight_map.items():
         if name not in files or files.file_of(name).name != shard:

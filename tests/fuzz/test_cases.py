@@ -8,13 +8,23 @@ from llmq_jax.data.records import read_records
 from llmq_jax.data.tokenizers import GPT2Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import config_from_hf
+from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.training.checkpoints import _read_info
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.plots import training_curve
 from llmq_jax.training.run_folder import RunFolder
-from tests.fuzz.readers import LLAMA, READERS, RUN, config_to_hf, tokenizer_files, vocabulary_files, write_files
+from tests.fuzz.readers import (
+    LLAMA,
+    READERS,
+    RUN,
+    config_to_hf,
+    tokenizer_files,
+    use_tokenizer,
+    vocabulary_files,
+    write_files,
+)
 
 CLASSIFIER = ["XForSequenceClassification"]
 NESTED, DIGITS = "[" * 100_000 + "]" * 100_000, "9" * 5_000
@@ -71,6 +81,7 @@ def test_whole_numbers_where_there_should_be_others():
         ("vocab.json", {"\ud800": 500}, "holds half a surrogate pair"),
         ("added_tokens.json", {"a": 400}, "'a' has the id 400 here"),
         ("added_tokens.json", {"!": 0}, "'!' is a single byte"),
+        ("added_tokens.json", {"": 400}, "token 400 is empty"),
     ],
 )
 def test_vocabularies(tmp_path, name, change, message):
@@ -79,6 +90,42 @@ def test_vocabularies(tmp_path, name, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BadInput, match=message):
         GPT2Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokenizer.json", lambda values: values["model"].update(unk_token="<ujk>"), "cannot encode"),
+        ("tokenizer.json", lambda values: values["post_processor"]["special_tokens"].clear(), "cannot encode"),
+        (
+            "tokenizer.json",
+            lambda values: values["post_processor"]["single"].append({"Sequence": {"id": "A", "type_id": 0}}),
+            "drops or repeats the text",
+        ),
+        ("tokenizer_config.json", lambda values: values.update(eos_token="\ud800"), "is not valid Unicode"),
+    ],
+)
+def test_tokenizers(tmp_path, name, change, message):
+    tokenizer_files(tmp_path)
+    values = json.loads((tmp_path / name).read_text())
+    change(values)
+    (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=message):
+        use_tokenizer(tokenizer_in(tmp_path))
+
+
+def test_a_shard_whose_name_is_too_long(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "%s.safetensors"}}' % ("x" * 300))
+    with pytest.raises(BadInput, match="1 of 1 shards are not there: xxx"):
+        open_safetensors(tmp_path)
+
+
+def test_a_whole_number_of_dropout(tmp_path):
+    reader = READERS["adapter"]
+    parts = reader.parts()
+    values = json.loads(parts["adapter_config.json"]) | {"lora_dropout": 1}
+    write_files(tmp_path, {**parts, "adapter_config.json": json.dumps(values).encode()})
+    reader.read(tmp_path)
 
 
 @pytest.mark.parametrize(
