@@ -1,6 +1,8 @@
+import functools
 import json
 
 import jax
+import pytest
 
 import llmq_jax as lq
 from llmq_jax.commands.models import count_parameters
@@ -12,6 +14,15 @@ GPT2_PARAMETERS = {
     "gpt2-774m": 774_030_080,
     "gpt2-1558m": 1_557_611_200,
 }
+
+
+counted_once = functools.cache(count_parameters)
+
+
+@pytest.fixture(autouse=True)
+def counts(monkeypatch):
+    """Every preset is traced to be counted, which takes seconds: once, for all commands here."""
+    monkeypatch.setattr("llmq_jax.commands.models.count_parameters", counted_once)
 
 
 def test_table_has_every_preset_with_its_published_size(llmq):

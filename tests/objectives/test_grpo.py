@@ -1,6 +1,6 @@
 """GRPO: advantages, the loss by hand, what it refuses, and the objective on models."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -301,6 +301,11 @@ SPARSE = lq.MixtralConfig(
 )  # fmt: skip
 
 
+@cache
+def made(config):
+    return build(config), init(config, seed=1)
+
+
 def a_batch(rows=4, count=5, reference=False):
     """The second answer has lost the token that would end it; its completion is counted without its second token."""
     rng = np.random.default_rng(3)
@@ -344,7 +349,7 @@ def run(objective, variables, batch, rng=None):
 
 
 def test_the_objective_is_the_loss_of_the_model():
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     batch = a_batch(reference=True)
     objective = GRPO(model, loss_type="dapo", clip_low=0.1, beta=0.2, kl="k2", entropy_coefficient=0.5, temperature=0.7)
     logprobs, entropies = scores(model, variables, batch, 0.7)
@@ -362,14 +367,14 @@ def test_the_objective_is_the_loss_of_the_model():
 
 
 def test_a_batch_must_have_the_reference_that_beta_needs():
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     for objective, batch in ((GRPO(model, beta=0.1), a_batch()), (GRPO(model), a_batch(reference=True))):
         with pytest.raises(BadInput, match=r"log-probabilities of (the|a) reference model"):
             run(objective, variables, batch)
 
 
 def test_accumulation_does_not_change_the_step():
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     objective, optimizer = GRPO(model, loss_type="dapo"), optax.sgd(1.0)
     results = []
     for parts in (1, 2):
@@ -382,7 +387,7 @@ def test_accumulation_does_not_change_the_step():
 
 def test_evaluation_is_the_mean_over_all_answers():
     """However the batches are cut; of gspo the loss is one of answers, the distance from the reference of tokens."""
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     objective = GRPO(model, loss_type="gspo", beta=0.3)
     batch, step = a_batch(6, reference=True), make_eval_step(objective)
     whole = evaluate(step, variables, [batch])
@@ -393,7 +398,7 @@ def test_evaluation_is_the_mean_over_all_answers():
 
 
 def test_balance_losses_are_added_in_training():
-    model, variables = build(SPARSE), init(SPARSE, seed=1)
+    model, variables = made(SPARSE)
     objective, batch = GRPO(model), a_batch()
     plain, _ = run(objective, variables, batch)
     total, metrics = run(objective, variables, batch, jax.random.key(0))
@@ -403,7 +408,7 @@ def test_balance_losses_are_added_in_training():
 
 
 def test_the_first_step_has_a_loss_of_0_and_a_gradient():
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     batch = a_batch()
     batch |= {"old_logprobs": scores(model, variables, batch)[0], "advantages": jnp.asarray([1.0, -1.0, 1.0, -1.0])}
     objective = GRPO(model)

@@ -30,9 +30,9 @@ def lm(request):
 
 def rows():
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, 61, (3, 20)), jnp.int32)
-    lengths = jnp.asarray([20, 7, 13], jnp.int32)
-    mask = jnp.asarray(rng.random((3, 20)) > 0.4, jnp.float32)
+    tokens = rng.integers(0, 61, (3, 20)).astype(np.int32)
+    lengths = np.asarray([20, 7, 13], np.int32)
+    mask = (rng.random((3, 20)) > 0.4).astype(np.float32)
     return tokens, mask, lengths
 
 
@@ -54,36 +54,49 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_are_those_of_the_plain_form(lm, small_chunks, temperature):
     model, variables = lm
-    tokens, mask, lengths = rows()
-    counted = (mask * (jnp.arange(20) < lengths[:, None]))[:, 1:]
-    slopes = jnp.asarray(np.random.default_rng(1).standard_normal((3, 19)), jnp.float32)
+    _, mask, lengths = rows()
+    counted = (mask * (np.arange(20) < lengths[:, None]))[:, 1:]
+    slopes = np.random.default_rng(1).standard_normal((3, 19)).astype(np.float32)
 
-    def ours(variables):
+    def ours(variables, tokens, mask, lengths):
         values = token_logprobs(model, variables, tokens, mask, lengths=lengths, temperature=temperature)
         return (slopes * values).sum(), values
 
-    def expected(variables):
-        values = plain(model, variables, tokens, temperature)[0] * counted
-        return (slopes * values).sum(), values
+    def expected(variables, tokens):
+        all_values = plain(model, variables, tokens, temperature)[0]
+        values = all_values * counted
+        return (slopes * values).sum(), (values, all_values)
 
-    (_, values), gradients = jax.value_and_grad(ours, has_aux=True)(variables)
-    (_, wanted), wanted_gradients = jax.value_and_grad(expected, has_aux=True)(variables)
+    @jax.jit
+    def everything_of(variables, tokens, mask, lengths):
+        return (
+            jax.value_and_grad(ours, has_aux=True)(variables, tokens, mask, lengths),
+            jax.value_and_grad(expected, has_aux=True)(variables, tokens),
+            sequence_logprobs(model, variables, tokens, mask, lengths=lengths),
+            token_logprobs(model, variables, tokens, temperature=temperature),
+        )
+
+    first, second, sums, everything = jax.tree.map(np.asarray, everything_of(variables, *rows()))
+    ((_, values), gradients), ((_, (wanted, all_wanted)), wanted_gradients) = first, second
     assert 10 < (values != 0).sum() < 57
     np.testing.assert_allclose(values, wanted, atol=1e-6, rtol=0)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5), gradients, wanted_gradients)
-    sums = sequence_logprobs(model, variables, tokens, mask, lengths=lengths)
     if temperature == 1.0:
         np.testing.assert_allclose(sums, wanted.sum(-1), atol=1e-5, rtol=0)
-    everything = token_logprobs(model, variables, tokens, temperature=temperature)
-    np.testing.assert_allclose(everything, plain(model, variables, tokens, temperature)[0], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(everything, all_wanted, atol=1e-6, rtol=0)
 
 
 def test_completions_have_their_part_of_the_row(lm):
     model, variables = lm
     tokens, _, lengths = rows()
-    prompts = jnp.asarray([4, 2, 9], jnp.int32)
-    values, entropies, counts = completion_logprobs(model, variables, tokens, lengths, prompts, 16)
-    wanted, wanted_entropies = plain(model, variables, tokens)
+    prompts = np.asarray([4, 2, 9], np.int32)
+
+    @jax.jit
+    def both(variables, tokens, *lengths):
+        return completion_logprobs(model, variables, tokens, *lengths, 16), plain(model, variables, tokens)
+
+    found, expected = jax.tree.map(np.asarray, both(variables, tokens, lengths, prompts))
+    (values, entropies, counts), (wanted, wanted_entropies) = found, expected
     assert values.shape == entropies.shape == (3, 16)
     assert counts == {"group_0": {"block_0": {}}}
     for row, (start, end) in enumerate(zip(prompts, lengths, strict=True)):
@@ -116,32 +129,34 @@ def test_answers_go_on_from_one_reading_of_their_prompt(name, options):
     window."""
     model, variables = lq.build(SHARING[name], **options), lq.init(SHARING[name], seed=3)
     rng = np.random.default_rng(0)
-    prompt_lengths = jnp.repeat(jnp.asarray([9, 1, 4], jnp.int32), 2)
-    lengths = prompt_lengths + jnp.asarray([11, 3, 8, 0, 1, 7], jnp.int32)
-    tokens = jnp.asarray(rng.integers(0, 61, (6, 24)), jnp.int32)
-    prompts = jnp.repeat(tokens[::2, :12], 2, axis=0)
-    tokens = tokens.at[:, :12].set(jnp.where(jnp.arange(12) < prompt_lengths[:, None], prompts, tokens[:, :12]))
-    slopes = jnp.asarray(rng.standard_normal((2, 6, 11)), jnp.float32)
+    prompt_lengths = np.repeat(np.asarray([9, 1, 4], np.int32), 2)
+    lengths = prompt_lengths + np.asarray([11, 3, 8, 0, 1, 7], np.int32)
+    tokens = rng.integers(0, 61, (6, 24)).astype(np.int32)
+    prompts = np.repeat(tokens[::2, :12], 2, axis=0)
+    tokens[:, :12] = np.where(np.arange(12) < prompt_lengths[:, None], prompts, tokens[:, :12])
+    slopes = rng.standard_normal((2, 6, 11)).astype(np.float32)
 
+    @partial(jax.jit, static_argnames="group_size")
     @partial(jax.value_and_grad, has_aux=True)
-    def value(variables, **shared):
-        rows = tokens, lengths, prompt_lengths
+    def value(variables, *rows, **shared):
         values, entropies, _ = completion_logprobs(model, variables, *rows, 11, temperature=0.8, **shared)
         return (slopes * jnp.stack([values, entropies])).sum(), (values, entropies)
 
-    (_, found), gradients = value(variables, prompts=prompts, group_size=2)
-    (_, expected), expected_gradients = value(variables)
+    rows = tokens, lengths, prompt_lengths
+    (_, found), gradients = value(variables, *rows, prompts=prompts, group_size=2)
+    (_, expected), expected_gradients = value(variables, *rows)
     assert (expected[0] != 0).sum() == 30
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6, rtol=0)
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * max(float(jnp.abs(other).max()), 1e-3), rtol=0)
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(float(np.abs(other).max()), 1e-3), rtol=0)
 
 
 def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
     model, variables = lm
     tokens, _, _ = rows()
-    mask = jnp.zeros((3, 20)).at[1, 5:9].set(1)
+    mask = np.zeros((3, 20), np.float32)
+    mask[1, 5:9] = 1
     unembedded = []
 
     class Counting(lq.Llama3):
@@ -149,7 +164,7 @@ def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
             jax.debug.callback(lambda: unembedded.append(len(hidden)))
             return super().unembed(hidden)
 
-    values = jax.jit(lambda: token_logprobs(Counting(model.config), variables, tokens, mask))()
+    values = jax.jit(partial(token_logprobs, Counting(model.config)))(variables, tokens, mask)
     jax.effects_barrier()
     assert (values != 0).sum() == 4
     assert unembedded == [4]
@@ -157,12 +172,11 @@ def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
 
 def test_no_logits_of_all_tokens_exist(lm, small_chunks):
     model, variables = lm
-    tokens, mask, lengths = rows()
 
-    def loss(variables):
+    def loss(variables, tokens, mask, lengths):
         return token_logprobs(model, variables, tokens, mask, lengths=lengths).sum()
 
-    program = str(jax.make_jaxpr(jax.grad(loss))(variables))
+    program = str(jax.make_jaxpr(jax.grad(loss))(variables, *rows()))
     assert "f32[4,61]" in program
     assert not any(shape in program for shape in ("f32[3,19,61]", "f32[3,20,61]", "f32[57,61]", "f32[15,4,61]"))
 
@@ -171,13 +185,13 @@ def test_several_rows_of_targets_follow_one_of_tokens(lm, small_chunks):
     """And of each target it is told whether the model would have taken it."""
     model, variables = lm
     tokens, mask, lengths = rows()
-    logprobs = jax.nn.log_softmax(model.apply(variables, tokens))
-    follows = jnp.asarray([2, 0, 0, 1])
-    likeliest = logprobs.argmax(-1)[follows]
-    targets = jnp.where(jnp.arange(20) % 3 == 0, likeliest, tokens[follows])
-    counted = (mask[jnp.asarray([0, 1, 2, 0])] > 0) & (jnp.arange(20) < lengths[follows][:, None])
-    found, greedy = greedy_logprobs(model, variables, tokens, lengths, follows, targets, counted)
-    wanted = jnp.take_along_axis(logprobs[follows], targets[..., None], axis=-1)[..., 0]
+    logprobs = np.asarray(jax.jit(lambda variables: jax.nn.log_softmax(model.apply(variables, tokens)))(variables))
+    follows = np.asarray([2, 0, 0, 1], np.int32)
+    likeliest = logprobs.argmax(-1)[follows].astype(np.int32)
+    targets = np.where(np.arange(20) % 3 == 0, likeliest, tokens[follows])
+    counted = (mask[np.asarray([0, 1, 2, 0])] > 0) & (np.arange(20) < lengths[follows][:, None])
+    found, greedy = jax.jit(partial(greedy_logprobs, model))(variables, tokens, lengths, follows, targets, counted)
+    wanted = np.take_along_axis(logprobs[follows], targets[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(found, wanted * counted, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(greedy, (targets == likeliest) & counted)
     assert greedy.any()

@@ -1,5 +1,7 @@
 """DPO and its kin: formulas, what is refused, accumulation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,11 @@ def lm():
     return lq.build(config), lq.init(config, seed=1)
 
 
+@partial(jax.jit, static_argnums=0)
+def logprobs_of(model, variables, batch):
+    return pair_logprobs(model, variables, batch)[0]
+
+
 def pairs(lm, count=4):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 40, (count, 2, 12)).astype(np.int32)
@@ -94,18 +101,20 @@ def pairs(lm, count=4):
         "mask": np.ones(count, np.float32),
     }
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
-    reference, _ = pair_logprobs(*lm, batch)
-    return batch | {"reference_logprobs": reference + jnp.asarray(rng.normal(0, 0.5, (count, 2)), jnp.float32)}
+    reference = np.asarray(logprobs_of(*lm, batch)) + rng.normal(0, 0.5, (count, 2))
+    return batch | {"reference_logprobs": jnp.asarray(reference, jnp.float32)}
 
 
 def test_answers_are_summed_over_their_tokens(lm):
     model, variables = lm
     batch = pairs(lm)
-    found, _ = pair_logprobs(model, variables, batch)
+    found = logprobs_of(model, variables, batch)
+    apply = jax.jit(lambda variables, row: jax.nn.log_softmax(model.apply(variables, row)))
+    batch = {name: np.asarray(array) for name, array in batch.items()}
     for pair in range(4):
         for answer in range(2):
             row = batch["tokens"][pair, answer][None]
-            logprobs = jax.nn.log_softmax(model.apply(variables, row))[0]
+            logprobs = np.asarray(apply(variables, row))[0]
             end = batch["lengths"][pair, answer]
             expected = sum(logprobs[place - 1, row[0, place]] for place in range(4, end))
             np.testing.assert_allclose(found[pair, answer], expected, atol=1e-4)
@@ -115,13 +124,15 @@ def test_normalised_is_the_loss_of_means(lm):
     model, variables = lm
     batch = pairs(lm)
     objective = DPO(model, beta=0.5, normalise=True)
-    policy, _ = pair_logprobs(model, variables, batch)
-    tokens = batch["response_mask"].sum(-1)
-    expected, _ = dpo_loss(*(policy / tokens).T, *(batch["reference_logprobs"] / tokens).T, beta=0.5)
-    loss, metrics, _ = objective.loss(variables, batch, objective.weights(batch))
+    policy = np.asarray(logprobs_of(model, variables, batch))
+    tokens = np.asarray(batch["response_mask"]).sum(-1)
+    reference = np.asarray(batch["reference_logprobs"])
+    means = (jnp.asarray(row) for row in (*(policy / tokens).T, *(reference / tokens).T))
+    expected, _ = dpo_loss(*means, beta=0.5)
+    loss, metrics, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch))
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
     # Rewards stay sums.
-    margins = 0.5 * ((policy - batch["reference_logprobs"]) @ np.array([1.0, -1.0]))
+    margins = 0.5 * ((policy - reference) @ np.array([1.0, -1.0]))
     np.testing.assert_allclose(metrics["rewards/margins"], margins.mean(), rtol=1e-4)
 
 

@@ -37,6 +37,11 @@ SPARSE = lq.MixtralConfig(
 PAIRS, REAL, WIDTH = 8, 6, 10
 
 
+@functools.cache
+def made(config):
+    return build(config), init(config, seed=1)
+
+
 def a_batch(seed=0, margins=True):
     """Six pairs that count, and two that do not."""
     rng = np.random.default_rng(seed)
@@ -86,7 +91,7 @@ def rewards_by_hand(model, variables, batch, pooling):
 
 @pytest.fixture(scope="module", params=[DENSE, SPARSE], ids=["dense", "experts"])
 def model_and_variables(request):
-    return build(request.param), init(request.param, seed=1)
+    return made(request.param)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -114,7 +119,7 @@ def test_loss_and_metrics_by_hand(model_and_variables, pooling, margins, center)
 
 def test_the_two_poolings_and_margins_differ():
     """What the hand-computed values could not tell apart, they would not test."""
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     results = [
         float(loss_of(objective, variables, batch)[0])
         for objective in (RewardModel(model), RewardModel(model, "mean"), RewardModel(model, center=0.3))
@@ -136,7 +141,7 @@ def test_bradley_terry_loss():
 
 
 def test_equal_rewards_count_one_half():
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     batch = a_batch()
     same = {name: batch[name].at[0, 1].set(batch[name][0, 0]) for name in ("tokens", "lengths", "response_mask")}
     batch |= {**same, "mask": batch["mask"].at[1:].set(0)}
@@ -172,7 +177,7 @@ def test_scores_of_tokens_and_rewards_of_rows(model_and_variables):
 
 @pytest.mark.parametrize(("pooling", "rows"), [("last", 2 * PAIRS), ("mean", 2 * PAIRS * WIDTH)])
 def test_how_many_positions_go_through_the_head(pooling, rows):
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     text = str(jax.make_jaxpr(lambda v: loss_of(RewardModel(model, pooling), v, a_batch())[0])(variables))
     heads = re.findall(r":f32\[([\d,]+)\] = dot_general", text)
     assert [found for found in heads if found.endswith(",1")] == [f"{rows},1"]
@@ -180,7 +185,7 @@ def test_how_many_positions_go_through_the_head(pooling, rows):
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_micro_batches_add_up(pooling):
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     objective, optimizer = RewardModel(model, pooling, 0.1), optax.sgd(1.0)
     results = []
     for parts in (1, 4):
@@ -193,7 +198,7 @@ def test_micro_batches_add_up(pooling):
 
 def test_evaluation_is_over_all_pairs():
     """However the batches are cut, and with a last one that is not full."""
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     step = make_eval_step(RewardModel(model, center=0.1))
     whole = evaluate(step, variables, [a_batch()])
     parts = [{name: x[rows] for name, x in a_batch().items()} for rows in (slice(0, 5), slice(5, 8))]
@@ -202,7 +207,7 @@ def test_evaluation_is_over_all_pairs():
 
 
 def test_balance_losses_are_added_in_training():
-    model, variables = build(SPARSE), init(SPARSE, seed=1)
+    model, variables = made(SPARSE)
     objective, batch = RewardModel(model), a_batch()
     plain, _ = loss_of(objective, variables, batch)
     total, metrics = loss_of(objective, variables, batch, jax.random.key(0))
@@ -217,7 +222,7 @@ def test_balance_losses_are_added_in_training():
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_a_batch_in_which_nothing_counts_is_no_division_by_zero(pooling):
-    model, variables = build(DENSE), init(DENSE, seed=1)
+    model, variables = made(DENSE)
     objective = RewardModel(model, pooling)
     batch = {name: jnp.zeros_like(array) for name, array in a_batch().items()}
     loss, gradients = jax.value_and_grad(lambda v: loss_of(objective, v, batch)[0])(variables)

@@ -200,5 +200,5 @@ def test_equal_rewards(folder, tmp_path, caplog):
         trainer.compute_loss(trainer.model.eval(), trainer.data_collator(list(trainer.train_dataset)))
     batch = {name: jnp.asarray(array) for name, array in PreferenceBatches(ours.pairs, 2, CONTEXT)[0].items()}
     objective = RewardModel(lm.model)
-    _, metrics, _ = objective.loss(variables, batch, objective.weights(batch))
+    _, metrics, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch))
     assert (trainer._metrics["eval"]["accuracy"][-1], float(metrics["accuracy"])) == (0.0, 0.5)

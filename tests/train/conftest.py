@@ -1,4 +1,4 @@
-"""A small text and the options of a tiny run on it."""
+"""A small text, the options of a tiny run on it, and the pictures of runs."""
 
 import random
 
@@ -13,8 +13,20 @@ def text_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def drawn():
+    """For a test whose run draws its curves; one of each recipe does."""
+
+
+@pytest.fixture(autouse=True)
+def drawn_where_asked(request, monkeypatch):
+    """Drawing takes two seconds of every run, most of it in matplotlib: other tests' pictures are empty."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, image, **options: None)
+
+
 TINY = [
-    "--num-hidden-layers=2",
+    "--num-hidden-layers=1",
     "--hidden-size=16",
     "--num-attention-heads=2",
     "--context=16",
@@ -22,22 +34,40 @@ TINY = [
     "--batch-size=4",
     "--learning-rate=1e-2",
     "--log-every=1",
+    "--checkpoint-every=3",
 ]
+
+
+def run_pretrain(text_file, options, tiny=TINY):
+    """The exit code of a tiny run; TEXT stands for the text file. Options given win over the tiny ones."""
+    from llmq_jax.command_line import run
+    from train.pretrain import main, starting_options
+
+    arguments = [str(text_file) if option == "TEXT" else str(option) for option in (*tiny, *options)]
+    with pytest.raises(SystemExit) as exit:
+        run(main, arguments, program="python -m train.pretrain", defaults=starting_options)
+    return exit.value.code
 
 
 @pytest.fixture
 def pretrain(capsys, monkeypatch, tmp_path, text_file):
-    """`pretrain(*options)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder; TEXT
-    stands for the text file. Options given win over the tiny ones."""
-    from llmq_jax.command_line import run
-    from train.pretrain import main, starting_options
-
+    """`pretrain(*options)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*options, tiny=TINY):
-        arguments = [str(text_file) if option == "TEXT" else str(option) for option in (*tiny, *options)]
-        with pytest.raises(SystemExit) as exit:
-            run(main, arguments, program="python -m train.pretrain", defaults=starting_options)
-        return exit.value.code, *capsys.readouterr()
+        return run_pretrain(text_file, options, tiny), *capsys.readouterr()
 
     return call
+
+
+PRETRAINED = ("--data", "TEXT", "--out", "run", "--sample-every", 0, "--seed", 5, "--dropout", 0.1)
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, text_file):
+    """A folder with the finished run of PRETRAINED, for tests that read it or copy it."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run_pretrain(text_file, PRETRAINED) == 0
+    return folder

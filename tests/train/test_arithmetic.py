@@ -22,7 +22,7 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
 
     def call():
         with pytest.raises(SystemExit) as stop:
-            run(arithmetic.main, ["--out", "runs/add", "--steps", "2"], program="arithmetic")
+            run(arithmetic.main, ["--out", "runs/add", "--steps", "1"], program="arithmetic")
         assert stop.value.code == 0
 
     call()

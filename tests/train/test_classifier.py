@@ -49,6 +49,7 @@ def messages(tmp_path_factory):
 
 
 TINY = ["--train=all", "--learning-rate=2e-2", "--batch-size=8", "--log-every=1", "--sample-every=0", "--device=cpu"]
+TINY += ["--checkpoint-every=20"]
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def records():
     return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_learns_and_leaves_what_it_promises(classifier):
+def test_a_run_learns_and_leaves_what_it_promises(classifier, drawn):
     code, out, err = classifier("--epochs", 5, "--sample-every", 20, "--evaluate-every", 20)
     assert (code, err) == (0, "")
     assert "95 texts in" in out and "5 duplicates removed" in out

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,26 +9,47 @@ from llmq_jax.command_line import run
 from train import demo, pretrain
 
 
+def make_tiny(patch):
+    """A little text, and a model of a moment."""
+    modules = [("alpha", "def f(): pass\n" * 40), ("json", "def g(): pass\n" * 20), ("beta", "def h(): pass\n" * 40)]
+    patch.setattr("llmq_jax.data.python_library_documents", lambda: modules)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "context": 16, "batch_size": 4}
+    tiny = replace(pretrain.RUNS["demo"], **sizes, learning_rate=1e-2)
+    patch.setitem(pretrain.RUNS, "demo", tiny)
+
+
+def run_demo(patch, bound, steps):
+    """The exit code."""
+    patch.setattr(demo, "BOUND", bound)
+    with pytest.raises(SystemExit) as exit:
+        run(demo.main, ["--out", "runs/demo", "--steps", str(steps)], program="demo")
+    return exit.value.code
+
+
 @pytest.fixture
 def tiny_demo(monkeypatch, tmp_path, capsys):
-    """The demo on a little text, with a model of a moment; `call(bound, steps)` -> (exit code, output)."""
+    """`call(bound, steps)` -> (exit code, output) of the demo in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    modules = [("alpha", "def f(): pass\n" * 40), ("json", "def g(): pass\n" * 20), ("beta", "def h(): pass\n" * 40)]
-    monkeypatch.setattr("llmq_jax.data.python_library_documents", lambda: modules)
-    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "context": 16, "batch_size": 4}
-    tiny = replace(pretrain.RUNS["demo"], **sizes, learning_rate=1e-2)
-    monkeypatch.setitem(pretrain.RUNS, "demo", tiny)
+    make_tiny(monkeypatch)
 
-    def call(bound, steps=60):
-        monkeypatch.setattr(demo, "BOUND", bound)
-        with pytest.raises(SystemExit) as exit:
-            run(demo.main, ["--out", "runs/demo", "--steps", str(steps)], program="demo")
-        return exit.value.code, capsys.readouterr().out
+    def call(bound, steps=30):
+        return run_demo(monkeypatch, bound, steps), capsys.readouterr().out
 
     return call
 
 
-def test_demo_trains_exports_and_compares(tiny_demo):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which the demo has run, for tests of what becomes of it."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_tiny(patch)
+        assert run_demo(patch, bound=5.0, steps=30) == 0
+    return folder
+
+
+def test_demo_trains_exports_and_compares(tiny_demo, drawn):
     code, out = tiny_demo(bound=5.0)
     assert code == 0
     assert "within the bound of 5.0" in out and "logits identical" in out and "MISSED" not in out
@@ -39,8 +61,8 @@ def test_demo_trains_exports_and_compares(tiny_demo):
     assert lq.load("runs/demo-hf").tokenizer.encode("ab") == [97, 98]
 
 
-def test_second_call_finds_the_run_finished_and_a_missed_bound_is_told(tiny_demo):
-    tiny_demo(bound=5.0)
+def test_second_call_finds_the_run_finished_and_a_missed_bound_is_told(tiny_demo, finished):
+    shutil.copytree(finished / "runs", "runs")
     metrics = Path("runs/demo/metrics.jsonl").read_bytes()
     code, out = tiny_demo(bound=0.001)
     assert code == 1
@@ -59,7 +81,8 @@ def test_a_loss_that_was_not_measured_misses_the_bound(tiny_demo, monkeypatch):
     assert code == 1 and "not measured on held-out modules" in out and "MISSED" in out
 
 
-def test_an_export_that_differs_is_told(tiny_demo, monkeypatch):
+def test_an_export_that_differs_is_told(tiny_demo, finished, monkeypatch):
+    shutil.copytree(finished / "runs", "runs")
     load = lq.load
 
     def spoiled(path, **keywords):

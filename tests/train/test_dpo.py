@@ -70,8 +70,9 @@ def dpo(capsys, monkeypatch, tmp_path, files):
     return call
 
 
-def test_what_is_preferred_becomes_likelier(dpo, tmp_path):
-    code, output, _ = dpo("--train=all", "--learning-rate=3e-3", "--steps=30", "--sample-every=10")
+def test_what_is_preferred_becomes_likelier(dpo, tmp_path, drawn):
+    options = ("--steps=30", "--sample-every=10", "--checkpoint-every=20")
+    code, output, _ = dpo("--train=all", "--learning-rate=3e-3", *options)
     assert code == 0, output
     assert "12 pairs in" in output
     assert "1 of two equal answers left out" in output

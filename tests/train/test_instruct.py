@@ -28,7 +28,7 @@ CHATML = (
 SIZES = {
     "max_position_embeddings": 320,
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "intermediate_size": 24,
@@ -73,6 +73,7 @@ def alpaca(tmp_path_factory):
 
 
 TINY = ("--steps=6", "--batch-size=2", "--log-every=1", "--train=all", "--learning-rate=1e-2", "--out=run")
+TINY += ("--checkpoint-every=20",)
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def losses(folder="run"):
 GIVEN = ("--data", "ALPACA", "--init-from", "MODEL")
 
 
-def test_a_run_learns_and_leaves_what_it_promises(instruct):
+def test_a_run_learns_and_leaves_what_it_promises(instruct, drawn):
     code, out, err = instruct(*GIVEN, "--steps", 40, "--evaluate-every", 20, "--sample-every", 20)
     assert (code, err) == (0, "")
     first, *_, last = losses()

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.data import read_documents
+from tests.train.conftest import PRETRAINED
 from train.pretrain import RUNS, Options, starting_options
 
 
@@ -17,8 +19,10 @@ def losses(folder):
     return [record["loss"] for record in metrics(folder) if "loss" in record]
 
 
-def test_a_run_learns_and_leaves_what_it_promises(pretrain):
-    code, out, err = pretrain("--data", "TEXT", "--out", "run", "--steps", 60, "--evaluate-every", 30)
+def test_a_run_learns_and_leaves_what_it_promises(pretrain, drawn):
+    code, out, err = pretrain(
+        "--data", "TEXT", "--out", "run", "--steps", 60, "--evaluate-every", 30, "--checkpoint-every", 30
+    )
     assert (code, err) == (0, "")
     first, *_, last = losses("run")
     assert first > 5 and last < 3.5
@@ -31,23 +35,22 @@ def test_a_run_learns_and_leaves_what_it_promises(pretrain):
     assert "python -m convert.to_hf run run-hf" in out
 
 
-def test_validation_loss_is_that_of_the_whole_last_tenth(pretrain, text_file):
-    pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0)
-    lm = lq.load("run")
+def test_validation_loss_is_that_of_the_whole_last_tenth(pretrained, text_file):
+    lm = lq.load(pretrained / "run")
     tokens = list("".join(read_documents(text_file)).encode())
     held_out = tokens[int(0.9 * len(tokens)) :]
-    losses = []
-    for start in range(0, len(held_out) - 1, 16):
-        window = held_out[start : start + 17]
-        logits = np.asarray(lm.logits([window[:-1]])[0], np.float64)
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        losses += [-logprobs[i, target] for i, target in enumerate(window[1:])]
-    assert metrics("run")[-1]["validation_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    windows = [held_out[start : start + 17] for start in range(0, len(held_out) - 1, 16)]
+    rows = np.zeros((len(windows), 16), np.int32)
+    for row, window in zip(rows, windows, strict=True):
+        row[: len(window) - 1] = window[:-1]
+    logits = np.asarray(lm.logits(rows), np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = [-logprobs[row, i, target] for row, window in enumerate(windows) for i, target in enumerate(window[1:])]
+    assert metrics(pretrained / "run")[-1]["validation_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
-def test_config_json_has_effective_values(pretrain):
-    pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0, "--seed", 5)
-    config = json.loads(Path("run/config.json").read_text())
+def test_config_json_has_effective_values(pretrained):
+    config = json.loads((pretrained / "run/config.json").read_text())
     expected = {"seed": 5, "context": 16, "tokenizer": "bytes", "warmup_steps": 0, "minimum_learning_rate": 1e-3}
     assert expected.items() <= config.items()
     assert config["model"]["hidden_size"] == 16 and config["model"]["intermediate_size"] is None
@@ -55,7 +58,7 @@ def test_config_json_has_effective_values(pretrain):
 
 
 def test_fields_of_the_models_config(pretrain):
-    options = ("--sample-every", 0, "--config", "norm=dyt", "intermediate_size=24")
+    options = ("--sample-every", 0, "--steps", 1, "--config", "norm=dyt", "intermediate_size=24")
     _, out, _ = pretrain("--data", "TEXT", "--out", "run", *options)
     assert "llmq evaluate run FILE" in out and "convert.to_hf" not in out  # transformers has no such norm
     lm = lq.load("run")
@@ -121,25 +124,25 @@ def test_the_help_says_what_a_field_looks_like(pretrain):
     assert "--config FIELD=VALUE ..." in out
 
 
-def test_the_same_command_tells_that_the_run_is_finished(pretrain):
-    command = ("--data", "TEXT", "--out", "run", "--sample-every", 0)
-    pretrain(*command)
+def test_the_same_command_tells_that_the_run_is_finished(pretrain, pretrained):
+    shutil.copytree(pretrained / "run", "run")
     before = Path("run/metrics.jsonl").read_bytes()
-    code, out, err = pretrain(*command)
+    code, out, err = pretrain(*PRETRAINED)
     assert (code, err) == (0, "") and "run is finished already" in out
     assert Path("run/metrics.jsonl").read_bytes() == before
 
 
-def test_equal_runs_are_equal_and_seeds_differ(pretrain):
-    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        pretrain("--data", "TEXT", "--out", out, "--seed", seed, "--sample-every", 0, "--dropout", 0.1)
-    assert losses("a") == losses("b") != losses("c")
+def test_equal_runs_are_equal_and_seeds_differ(pretrain, pretrained):
+    for out, seed in (("a", 5), ("b", 2)):
+        pretrain(*PRETRAINED, "--out", out, "--seed", seed)
+    assert losses("a") == losses(pretrained / "run") != losses("b")
 
 
 def test_accumulation_remat_and_unrolling_change_nothing(pretrain):
     variants = {"plain": [], "parts": ["--accumulate=2"], "remat": ["--remat=full"], "loop": ["--scan-layers"]}
+    shared = ("--data", "TEXT", "--sample-every", 0, "--evaluate-every", 0, "--steps", 3, "--num-hidden-layers", 2)
     for out, options in variants.items():
-        assert pretrain("--data", "TEXT", "--out", out, "--sample-every", 0, *options)[0] == 0
+        assert pretrain(*shared, "--out", out, *options)[0] == 0
     for out in ("parts", "remat", "loop"):
         np.testing.assert_allclose(losses(out), losses("plain"), rtol=1e-4)
 
@@ -208,14 +211,15 @@ def test_samples_may_change_on_resume_and_data_may_not(pretrain, monkeypatch):
     def failing(*arguments, **keywords):
         raise RuntimeError("no sample")
 
+    command = ("--data", "my.txt", "--out", "run", "--checkpoint-every", 2)
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no sample"):
         patched.setattr("llmq_jax.generation.generate", failing)
-        pretrain("--data", "my.txt", "--out", "run", "--sample-every", 2)
+        pretrain(*command, "--sample-every", 2)
     Path("my.txt").write_text("abd " * 100)  # as many tokens, in both streams
-    code, _, err = pretrain("--data", "my.txt", "--out", "run", "--sample-every", 2)
+    code, _, err = pretrain(*command, "--sample-every", 2)
     assert code == 2 and "training_sha256" in err and "validation_sha256" in err and "_tokens" not in err
     Path("my.txt").write_text("abc " * 100)
-    code, out, err = pretrain("--data", "my.txt", "--out", "run", "--sample-every", 3, "--sample-prompt", "c")
+    code, out, err = pretrain(*command, "--sample-every", 3, "--sample-prompt", "c")
     assert (code, err) == (0, "") and "resuming run from step 2" in out
 
 
@@ -230,14 +234,16 @@ def test_a_run_begun_from_another_resumes_though_that_has_gone_on(pretrain, monk
 
 
 def test_without_checkpoints_nothing_is_suggested_that_needs_one(pretrain):
-    code, out, _ = pretrain("--data", "TEXT", "--out", "run", "--sample-every", 0, "--checkpoint-every", 0)
+    code, out, _ = pretrain(
+        "--data", "TEXT", "--out", "run", "--sample-every", 0, "--checkpoint-every", 0, "--steps", 1
+    )
     assert code == 0 and "finished:" in out and "next:" not in out and "llmq generate" not in out
 
 
 def test_default_text_is_the_standard_library(pretrain, monkeypatch):
     modules = [("alpha", "def f(): pass\n" * 20), ("json", "import re\n" * 20), ("beta", "x = 1\n" * 20)]
     monkeypatch.setattr("llmq_jax.data.python_library_documents", lambda: modules)
-    code, out, err = pretrain("--out", "run", "--sample-every", 0)
+    code, out, err = pretrain("--out", "run", "--sample-every", 0, "--steps", 1)
     assert (code, err) == (0, "")
     # json is held out by its name, the others are learned; each ends with the end-of-text token.
     assert f"{281 + 121:,} tokens to learn, 201 held out (tokenizer: bytes)" in out
@@ -246,14 +252,14 @@ def test_default_text_is_the_standard_library(pretrain, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("d.jsonl", '{"body": "%s"}\n{"body": "%s"}\n'),
-        ("d.json", '[{"body": "%s"}, {"body": "%s"}]'),
+        pytest.param("d.jsonl", '{"body": "%s"}\n{"body": "%s"}\n', marks=pytest.mark.exhaustive),
+        pytest.param("d.json", '[{"body": "%s"}, {"body": "%s"}]', marks=pytest.mark.exhaustive),
         ("d.csv", "id,body\n1,%s\n2,%s\n"),
     ],
 )
 def test_fields_of_records(pretrain, name, content):
     Path(name).write_text(content % ("abc" * 30, "abd" * 30))
-    code, out, err = pretrain("--data", name, "--text-field", "body", "--out", "run", "--sample-every", 0)
+    code, out, err = pretrain("--data", name, "--text-field", "body", "--out", "run", "--sample-every", 0, "--steps", 1)
     assert (code, err) == (0, "")
     assert "91 tokens to learn, 91 held out" in out  # one document each, with its end-of-text token
 

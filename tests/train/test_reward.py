@@ -64,6 +64,7 @@ def data(tmp_path_factory):
 
 
 TINY = ["--train=all", "--learning-rate=1e-2", "--batch-size=8", "--log-every=1", "--sample-every=0", "--device=cpu"]
+TINY += ["--checkpoint-every=20"]
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def records():
     return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_learns_and_leaves_what_it_promises(reward):
+def test_a_run_learns_and_leaves_what_it_promises(reward, drawn):
     options = ("--epochs", 5, "--sample-every", 20, "--evaluate-every", 20)
     code, out, err = reward(*options)
     assert (code, err) == (0, "")
@@ -165,7 +166,10 @@ def with_chat_template(base, folder):
     return lm.replace(tokenizer=FileTokenizer(folder))
 
 
-@pytest.mark.parametrize(("train", "form"), [("all", "strings"), ("lora", "strings"), ("lora", "chat")])
+@pytest.mark.parametrize(
+    ("train", "form"),
+    [("all", "strings"), pytest.param("lora", "strings", marks=pytest.mark.exhaustive), ("lora", "chat")],
+)
 def test_the_result_in_transformers(reward, base, train, form, capsys):
     """The exported model gives the rewards of the run, for a padded batch of the run's own tokens."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
