@@ -70,7 +70,7 @@ CONFIGS = {
     ),
 }
 RECORDS = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda params: jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), params),  # no program
     lambda grads, _, params=None: (jax.tree.map(lambda g: -RATE * g, grads), grads),
 )
 """Gradient descent whose state is the last gradient."""
@@ -90,17 +90,25 @@ def perturbed(variables: dict) -> dict:
     """Biases and norms away from 0: of a leaf that begins there the last parameters are but gradients, and differ as
     gradients do."""
     rng = np.random.default_rng(2)
-    return jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(leaf.dtype), variables)
+
+    def moved(leaf: np.ndarray) -> np.ndarray:
+        return leaf + 0.1 * rng.standard_normal(leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(moved, jax.device_get(variables))
 
 
-def run(config: object, pmap: bool = False) -> dict:
+def drawn(config: object) -> dict:
+    return perturbed(lq.init(config, seed=1))
+
+
+def run(config: object, variables: dict, pmap: bool = False) -> dict:
     """Losses, the gradient of the first step, parameters of the last, and facts of the program and its arrays: of a
     device, bytes of parameters and work (loops counted once)."""
     model = lq.build(config)
     more = getattr(config, "num_nextn_predict_layers", 0)
     objective = MultiToken(model, 0.3) if more else NextToken(model)
     step = make_train_step(objective, RECORDS, accumulate=ACCUMULATE, pmap=pmap)
-    state = create_state(perturbed(lq.init(config, seed=1)), RECORDS)
+    state = create_state(jax.tree.map(jnp.array, variables), RECORDS)  # a copy, which the first step consumes
     # How pmap compiles is its own affair.
     compiled = None if pmap else step.program.lower(state, place_batch(batches()[0])).compile()
     held = max(
@@ -129,14 +137,16 @@ def run(config: object, pmap: bool = False) -> dict:
 
 
 def main(architecture: str, *meshes: str) -> None:
+    """Variables are drawn on one device and again, in parts, on the last mesh: their program takes seconds."""
     config = CONFIGS[architecture]()
-    alone = run(config)
+    variables = drawn(config)
+    alone = run(config, variables)
     for text in meshes:
         if text == PMAP:
-            found = run(config, pmap=True)
+            found = run(config, variables, pmap=True)
         else:
             with jax.set_mesh(make_mesh(text)):
-                found = run(config)
+                found = run(config, drawn(config) if text == meshes[-1] else variables)
         print(json.dumps({"mesh": text, **compared(found, alone)}), flush=True)
 
 

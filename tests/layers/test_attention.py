@@ -21,9 +21,9 @@ from llmq_jax.layers.attention import (
 
 
 def draw(seed: int, heads: int = 4, groups: int = 2, length: int = 11):
-    keys = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
     shapes = [(2, heads, length, 8), (2, groups, length, 8), (2, groups, length, 8)]
-    return [2.0 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    return [jnp.asarray(2.0 * rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
 
 def by_hand(query, key, value, positions, segments, scale, window=None, softcap=None):
@@ -69,7 +69,7 @@ def assert_equal_with_gradients(found, expected, inputs, weights=1.0):
 @pytest.mark.parametrize("block", [3, 4, 11])
 def test_packed_and_padded_rows_equal_the_definition(block):
     inputs = draw(0)
-    found = query_blocks(*inputs, ROWS, block, **PLAIN)
+    found = jax.jit(lambda *inputs: query_blocks(*inputs, ROWS, block, **PLAIN))(*inputs)
     np.testing.assert_allclose(found, by_hand(*inputs, POSITIONS, SEGMENTS, 0.4), atol=1e-5)
 
 
@@ -77,7 +77,8 @@ def test_packed_and_padded_rows_equal_the_definition(block):
 @pytest.mark.parametrize("window", [1, 2, 4, 11, 20])
 def test_windows_and_softcaps_equal_the_definition(window, softcap):
     inputs, masked = draw(0), ROWS.replace(implementation="masked")
-    found = self_attention(*inputs, masked, scale=0.4, window=window, softcap=softcap)
+    mixed = jax.jit(lambda *inputs: self_attention(*inputs, masked, scale=0.4, window=window, softcap=softcap))
+    found = mixed(*inputs)
     expected = by_hand(*inputs, POSITIONS, SEGMENTS, 0.4, window, softcap)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -171,7 +172,7 @@ def test_lean_attention_in_bfloat16_is_about_as_near_as_the_reference():
     mask = jnp.tril(jnp.ones((2, 11, 11), bool))
 
     def gradients(function, inputs):
-        return jax.grad(lambda inputs: function(inputs).astype(jnp.float32).sum())(inputs)
+        return jax.jit(jax.grad(lambda inputs: function(inputs).astype(jnp.float32).sum()))(inputs)
 
     for softcap in (None, 3.0):
 

@@ -1,5 +1,7 @@
 """Adapters: what they compute, where they go, what they merge to, and that nothing of a matrix's size is formed."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,37 +74,55 @@ VARIANTS = {
 @pytest.fixture(scope="module", params=CONFIGS)
 def base(request):
     config = CONFIGS[request.param]
-    return build(config), init(config)
+    return build(config), drawn(config)
 
 
 def moved(variables, seed=1, size=0.3):
     """The same with other adapters than fresh ones."""
-    leaves, structure = jax.tree.flatten(variables["lora"])
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return {**variables, "lora": jax.tree.unflatten(structure, jax.tree.map(jnp.add, leaves, noise))}
+    rng = np.random.default_rng(seed)
+
+    def noisy(leaf):
+        return jnp.asarray(leaf + size * rng.standard_normal(leaf.shape, np.float32))
+
+    return {**variables, "lora": jax.tree.map(noisy, jax.device_get(variables["lora"]))}
+
+
+@cache
+def drawn(config):
+    return init(config)
+
+
+@partial(jax.jit, static_argnums=0)
+def apply(model, variables, key=None):
+    return model.apply(variables, TOKENS, rngs=None if key is None else {"dropout": key})
+
+
+@partial(jax.jit, static_argnums=0)
+def decode(model, outside, layers, tokens, positions, caches):
+    hidden, caches = model.decode(outside, layers, tokens, positions, caches)
+    return model.apply(outside, hidden, method="unembed"), caches
 
 
 def largest_difference(a, b):
-    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    both = zip(*(jax.tree.leaves(jax.device_get(tree)) for tree in (a, b)), strict=True)
+    return max(float(np.abs(x - y).max()) for x, y in both)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.product("adapters")
 def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, name):
     model, variables = base
-    logits = jax.jit(model.apply)
     fresh = lora.add(variables, model.layer_slots(), VARIANTS[name])
-    reference = logits(variables, TOKENS)
+    reference = np.asarray(apply(model, variables))
     # Zeros are added; but another program rounds elsewhere, and a DoRA divides by what it multiplies with.
-    np.testing.assert_allclose(logits(fresh, TOKENS), reference, atol=2e-7 if name != "dora" else 1e-6, rtol=0)
+    np.testing.assert_allclose(apply(model, fresh), reference, atol=2e-7 if name != "dora" else 1e-6, rtol=0)
 
     adapted = moved(fresh)
-    expected = logits(adapted, TOKENS)
+    expected = np.asarray(apply(model, adapted))
     assert np.abs(expected - reference).max() > 0.01
     merged = lora.merge(lora.spread(adapted))
     assert merged.keys() == variables.keys()
-    np.testing.assert_allclose(logits(merged, TOKENS), expected, atol=5e-6, rtol=0)
+    np.testing.assert_allclose(apply(model, merged), expected, atol=5e-6, rtol=0)
     if name == "dora":
         with pytest.raises(BadInput, match="keep the base"):
             lora.unmerge(merged, adapted)
@@ -117,14 +137,12 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, n
 def test_decoding_and_modules_have_the_adapters_too(base, name):
     model, variables = base
     adapted = moved(lora.add(variables, model.layer_slots(), VARIANTS[name]))
-    expected = jax.jit(model.apply)(adapted, TOKENS)
+    expected = np.asarray(apply(model, adapted))
     outside, layers = model.slice_layers(adapted)
     caches = model.slice_caches(model.create_caches(2, 16, jnp.float32))
-    decode = jax.jit(model.decode)
     for place in range(6):
-        hidden, caches = decode(outside, layers, TOKENS[:, [place]], np.full((2, 1), place), caches)
-        logits = model.apply(outside, hidden, method="unembed")[:, 0]
-        np.testing.assert_allclose(logits, expected[:, place], atol=3e-5, rtol=0)
+        logits, caches = decode(model, outside, layers, TOKENS[:, [place]], np.full((2, 1), place), caches)
+        np.testing.assert_allclose(np.asarray(logits)[:, 0], expected[:, place], atol=3e-5, rtol=0)
 
 
 @pytest.mark.exhaustive
@@ -188,21 +206,21 @@ def test_no_gradient_of_a_matrix_is_formed(base):
 
 
 def test_the_linear_layer_drops_the_adapters_input_alone():
-    model, variables = build(CONFIGS["llama"]), init(CONFIGS["llama"])
+    model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
     fresh = lora.add(variables, model.layer_slots(), LoRA(rank=3, dropout=0.5))
-    apply = jax.jit(lambda variables, key: model.apply(variables, TOKENS, rngs={"dropout": key}))
     first, second = jax.random.split(jax.random.key(0))
-    np.testing.assert_allclose(apply(fresh, first), model.apply(variables, TOKENS), atol=2e-7)
+    np.testing.assert_allclose(apply(model, fresh, first), apply(model, variables), atol=2e-7)
     adapted = moved(fresh)
-    assert np.abs(apply(adapted, first) - apply(adapted, second)).max() > 1e-3
-    plain = jax.jit(model.apply)
-    np.testing.assert_array_equal(plain(adapted, TOKENS), plain(adapted, TOKENS))
+    dropped = [np.asarray(apply(model, adapted, key)) for key in (first, second)]
+    assert np.abs(dropped[0] - dropped[1]).max() > 1e-3
+    np.testing.assert_array_equal(apply(model, adapted), apply(model, adapted))
     # On average over masks, a linear layer gives what it gives without dropout.
     x, kernel = jnp.ones((1, 8)), jnp.zeros((8, 5))
     factors = {"A": jnp.ones((8, 2)), "B": jnp.ones((2, 5))}
     fixed = {"scale": jnp.float32(1), "dropout": jnp.float32(0.25)}
     keys = jax.random.split(jax.random.key(2), 2000)
-    mean = jax.vmap(lambda key: lora.adapted(x, x @ kernel, kernel, factors, fixed, key))(keys).mean(0)
+    over_masks = jax.jit(jax.vmap(lambda key: lora.adapted(x, x @ kernel, kernel, factors, fixed, key)))
+    mean = np.asarray(over_masks(keys)).mean(0)
     np.testing.assert_allclose(mean, lora.adapted(x, x @ kernel, kernel, factors, fixed), rtol=0.02)
 
 
@@ -246,7 +264,7 @@ def test_experts_with_adapters_are_the_same_however_tokens_come_to_them(capacity
 def test_experts_that_stay_as_they_are_cost_no_gradient():
     """Targets elsewhere leave experts without adapters: nothing of theirs is formed then either."""
     config = CONFIGS["mixtral"]
-    base = build(config), init(config)
+    base = build(config), drawn(config)
     assert matrices_formed(base, LoRA(rank=3, targets="attention")) == 0
 
 
@@ -267,7 +285,7 @@ def test_factors_of_the_largest_singular_values():
 
 
 def test_targets_are_named_by_groups_our_names_or_those_of_transformers():
-    model, variables = build(CONFIGS["deepseek"]), init(CONFIGS["deepseek"])
+    model, variables = build(CONFIGS["deepseek"]), drawn(CONFIGS["deepseek"])
     aliases = module_names(CONFIGS["deepseek"])
 
     def inside(*targets):
@@ -287,7 +305,7 @@ def test_targets_are_named_by_groups_our_names_or_those_of_transformers():
 
 
 def test_what_trains_is_counted_in_the_layers_that_have_it():
-    model, variables = build(CONFIGS["llama"]), init(CONFIGS["llama"])
+    model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
 
     def count(**fields):
         return lora.trained_numbers(lora.add(variables, model.layer_slots(), LoRA(**fields)))
@@ -319,13 +337,13 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
 def test_bad_adapters_are_refused_in_one_line(fields, message):
     config = CONFIGS["mixtral"]
     with pytest.raises(BadInput) as error:
-        lora.add(init(config), build(config).layer_slots(), LoRA(**fields))
+        lora.add(drawn(config), build(config).layer_slots(), LoRA(**fields))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_pattern_that_the_chosen_layers_lack_is_refused():
-    model, variables = build(CONFIGS["deepseek"]), init(CONFIGS["deepseek"])
+    model, variables = build(CONFIGS["deepseek"]), drawn(CONFIGS["deepseek"])
     with pytest.raises(BadInput, match=r"layers 0 have no moe/\*; leave it out"):
         lora.add(variables, model.layer_slots(), LoRA(targets=("attention", "moe/*"), layers=(0,), rank=2))
 
@@ -358,7 +376,7 @@ def test_modules_of_multi_token_prediction_stay_as_they_are():
 
 
 def test_a_model_with_adapters_takes_no_others():
-    model, variables = build(CONFIGS["llama"]), init(CONFIGS["llama"])
+    model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
     adapted = lora.add(variables, model.layer_slots(), LoRA())
     with pytest.raises(BadInput, match="has adapters already"):
         lora.add(adapted, model.layer_slots(), LoRA())

@@ -8,6 +8,7 @@ import pytest
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.models import Gemma3Config, GPT2Config, build, init, override
+from tests.models.compiled import apply, decode
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 CONFIG = Gemma3Config(
@@ -71,21 +72,18 @@ def test_the_choice_in_a_line():
 def test_decoding_past_the_window_equals_the_whole_pass(variables, lookahead):
     """Prompts shorter and longer than the window, padded; then a piece of three and one token at a time."""
     model, lengths = build(CONFIG), np.array([5, 22])
-    whole = model.apply(variables, TOKENS[:, :40])
+    whole = np.asarray(apply(model, variables, TOKENS[:, :40]))
     real = (np.arange(24) < lengths[:, None]).astype(np.int32)
     caches = model.create_caches(2, 24, jnp.float32, lookahead)
-    prefill = jax.jit(lambda caches: model.apply(variables, TOKENS[:, :24], None, real, caches, method="forward"))
-    output = prefill(caches)
+    output = apply(model, variables, TOKENS[:, :24], None, real, caches, method="forward")
     caches = tuple(cache.extend(40) for cache in model.slice_caches(output.caches))
     assert [type(cache) for cache in caches] == [RingCache, RingCache, FullCache]
     assert [cache.values.shape[2] for cache in caches] == [7 + lookahead, 7 + lookahead, 40]
     outside, layers = model.slice_layers(variables)
-    decode = jax.jit(model.decode)
     for count in (3, *[1] * 12):
         positions = lengths[:, None] + np.arange(count)
         newest = np.take_along_axis(TOKENS, positions, axis=1)
-        hidden, caches = decode(outside, layers, newest, positions, caches)
-        logits = model.apply(outside, hidden, method="unembed")
+        logits, caches = decode(model, outside, layers, newest, positions, caches)
         np.testing.assert_allclose(logits, np.take_along_axis(whole, positions[..., None], axis=1), atol=1e-4)
         lengths = lengths + count
 

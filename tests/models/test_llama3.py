@@ -8,6 +8,7 @@ from llmq_jax.layers.norms import ALPHA_INIT, alpha_init
 from llmq_jax.models import Llama3Config, abstract_variables, build, init, override, preset
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.training.roles import roles
+from tests.models.compiled import apply, decode
 
 SIZES = {
     "vocab_size": 29,
@@ -94,24 +95,24 @@ def test_decoding_over_sliced_layers_equals_the_whole_pass(variables, arrange):
     """One token at a time from unequal prompts, with frequencies that the length does not change."""
     config = override(TINY, rope_parameters={})
     model = build(config)
-    whole, lengths = model.apply(variables, TOKENS), np.array([5, 8])
+    whole, lengths = np.asarray(apply(model, variables, TOKENS)), np.array([5, 8])
     outside, layers = model.slice_layers(variables, arrange)
-    output = model.apply(variables, TOKENS[:, :8], None, None, model.create_caches(2, 8, jnp.float32), method="forward")
+    caches = model.create_caches(2, 8, jnp.float32)
+    output = apply(model, variables, TOKENS[:, :8], None, None, caches, method="forward")
     caches = tuple(cache.extend(13) for cache in model.slice_caches(output.caches))
-    decode = jax.jit(model.decode)
     for step in range(5):
         positions = lengths + step
         newest = TOKENS[np.arange(2), positions][:, None]
-        hidden, caches = decode(outside, layers, newest, positions[:, None], caches)
-        logits = model.apply(outside, hidden[:, 0], method="unembed")
-        np.testing.assert_allclose(logits, whole[np.arange(2), positions], atol=1e-4)
+        logits, caches = decode(model, outside, layers, newest, positions[:, None], caches)
+        np.testing.assert_allclose(np.asarray(logits)[:, 0], whole[np.arange(2), positions], atol=1e-4)
 
 
 def test_dropout_is_of_attention_weights(variables):
     model = build(override(TINY, attention_dropout=0.5))
-    plain = build(TINY).apply(variables, TOKENS)
-    np.testing.assert_array_equal(model.apply(variables, TOKENS), plain)
-    first, second = (model.apply(variables, TOKENS, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1))
+    plain = np.asarray(apply(build(TINY), variables, TOKENS))
+    np.testing.assert_array_equal(apply(model, variables, TOKENS), plain)
+    keys = (jax.random.key(seed) for seed in (0, 1))
+    first, second = (np.asarray(apply(model, variables, TOKENS, rngs={"dropout": key})) for key in keys)
     assert np.abs(first - plain).max() > 1e-3 and np.abs(first - second).max() > 1e-3
     np.testing.assert_allclose(first[:, 0], plain[:, 0], atol=10)  # finite
 

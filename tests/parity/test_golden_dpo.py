@@ -38,7 +38,8 @@ def test_log_probabilities_are_means_with_the_originals_denominator(case):
     model = GivenLogits(lq.GPT2Config(vocab_size=17, hidden_size=16, num_hidden_layers=1, num_attention_heads=1))
     variables = {"params": {"token_embedding": {}}}
     mask = None if case == "nomask" else jnp.asarray(ARRAYS[f"in/{case}"], jnp.float32)
-    sums = token_logprobs(model, variables, tokens, mask).sum(-1)
+    logprobs = jax.jit(token_logprobs, static_argnums=0)
+    sums = logprobs(model, variables, tokens, mask).sum(-1)
     means = sums / (tokens.shape[1] - 1 if mask is None else mask.sum(-1))
     np.testing.assert_allclose(means, ARRAYS[f"out/logprob/{case}"], atol=1e-6)
 
@@ -81,13 +82,13 @@ def test_loss_and_gradients_of_two_models():
         "response_mask": jnp.asarray(paired("_mask"), jnp.float32),
         "mask": jnp.ones(len(tokens)),
     }
-    batch["reference_logprobs"], _ = pair_logprobs(model, reference, batch)
+    batch["reference_logprobs"], _ = jax.jit(pair_logprobs, static_argnums=0)(model, reference, batch)
     objective = DPO(model, beta=meta["beta"], label_smoothing=meta["label_smoothing"], normalise=True)
 
     def loss(params):
         return objective.loss({"params": params}, batch, objective.weights(batch))[0]
 
-    value, gradients = jax.value_and_grad(loss)(policy["params"])
+    value, gradients = jax.jit(jax.value_and_grad(loss))(policy["params"])
     np.testing.assert_allclose(value, arrays["out/loss"], rtol=1e-6)
     # What is added to all keys moves no attention: the gradient of that bias is zero but for rounding.
     expected = {name: array for name, array in under(arrays, "grad/").items() if not name.endswith("w_keys.bias")}

@@ -100,13 +100,12 @@ def test_their_tables_are_our_rotation(golden):
 def test_outputs_and_gradients(golden):
     params = jax.tree.map(jnp.asarray, golden.params("param/"))
 
-    @jax.jit
     def loss(params):
         mixed, cache = golden.layer.apply({"params": params}, golden.x, golden.context())
         assert cache is None
         return (mixed * golden.arrays["in/cotangent"]).sum(), mixed
 
-    (value, mixed), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    (value, mixed), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(mixed, golden.arrays["out/y"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(value, golden.arrays["out/loss"], rtol=0, atol=TOLERANCE)
     # Of the wide file the gradients of three matrices are cut short, to the first features of the queries' latent.
@@ -125,9 +124,10 @@ def test_the_absorbed_form(golden):
     variables = {"params": jax.tree.map(jnp.asarray, golden.params("param/"))}
     sizes = golden.layer.sizes
     cache = LatentCache.create(len(golden.x), golden.x.shape[1], sizes.cached_width, jnp.float32)
+    apply = jax.jit(golden.layer.apply)
     start, found = 0, []
     for end in (5, 9, 10, 12):
-        mixed, cache = golden.layer.apply(variables, golden.x[:, start:end], golden.context(start, end), cache)
+        mixed, cache = apply(variables, golden.x[:, start:end], golden.context(start, end), cache)
         found.append(mixed)
         start = end
     np.testing.assert_allclose(np.concatenate(found, axis=1), golden.arrays["out/y"], rtol=0, atol=TOLERANCE)

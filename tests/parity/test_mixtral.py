@@ -80,7 +80,7 @@ def test_every_dispatch(pair, dispatch):
     experts = override(config.classic_experts, dispatch=dispatch)
     model = build(override(config, experts=experts))
     expected = their_logits(theirs, tokens)
-    np.testing.assert_allclose(model.apply(ours.variables, tokens), expected, rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(jax.jit(model.apply)(ours.variables, tokens), expected, rtol=0, atol=LOGITS)
 
 
 COEFFICIENT = 0.5  # as much of the gradients as the rest

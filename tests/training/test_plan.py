@@ -111,7 +111,7 @@ def check(architecture: str, *cases: str) -> None:
 
 
 FAST = {
-    "llama3": ("dots:2:data=2,fsdp=4", "none:1:data=2,fsdp=2,tensor=2"),
+    "llama3": ("dots:2:data=2,fsdp=4",),
     "mixtral": ("none:1:expert=2,fsdp=2,tensor=2",),
 }
 

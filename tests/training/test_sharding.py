@@ -19,9 +19,9 @@ from llmq_jax.models import PRESETS, abstract_variables
 from llmq_jax.training import sharding
 
 PMAP = "pmap"
-DENSE = (PMAP, "data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
+DENSE = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
 EXPERTS = ("data=8", "data=2,expert=4", "data=2,fsdp=2,expert=2", "expert=2,fsdp=2,tensor=2")
-MESHES = {"gpt2": DENSE, "llama3": DENSE, "gemma3": DENSE, "mixtral": EXPERTS, "deepseek3": EXPERTS}
+MESHES = {"gpt2": (PMAP, *DENSE), "llama3": DENSE, "gemma3": DENSE, "mixtral": EXPERTS, "deepseek3": EXPERTS}
 
 
 def compared(architecture, meshes):
@@ -48,6 +48,12 @@ def test_every_mesh_trains_as_one_device(architecture):
             assert found["bytes"] < 1.4 / (sizes["fsdp"] * sizes["tensor"]), mesh
         if architecture in ("gpt2", "llama3", "gemma3") and mesh != PMAP:
             assert found["flops"] < 1.6 / 8, mesh  # each device does its share of the products
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", ["llama3", "gemma3"])
+def test_other_architectures_train_by_pmap_too(architecture):
+    compared(architecture, [PMAP])
 
 
 @pytest.mark.slow

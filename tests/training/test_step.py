@@ -1,3 +1,5 @@
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +35,18 @@ def ragged_batch(seed: int, rows: int = 4, length: int = 9) -> dict:
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
 
 
+@cache
+def drawn(config):
+    return jax.device_get(init(config))
+
+
 def fresh(optimizer, config=CONFIG, seed=0):
-    return create_state(init(config), optimizer, seed=seed)
+    return create_state(jax.tree.map(jnp.array, drawn(config)), optimizer, seed=seed)  # a copy, which a step consumes
+
+
+@cache
+def whole_step():
+    return make_train_step(NextToken(build(CONFIG)), SGD)
 
 
 def assert_close(a, b, **tolerance):
@@ -44,14 +56,14 @@ def assert_close(a, b, **tolerance):
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_changes_neither_loss_nor_gradients(accumulate):
     objective, batch = NextToken(build(CONFIG)), ragged_batch(0)
-    whole, metrics = make_train_step(objective, SGD)(fresh(SGD), batch)
+    whole, metrics = whole_step()(fresh(SGD), batch)
     parts, part_metrics = make_train_step(objective, SGD, accumulate=accumulate)(fresh(SGD), batch)
     assert_close(part_metrics, metrics, rtol=1e-5)
     assert_close(parts.variables, whole.variables, atol=1e-6)
     # The trap it guards against: the mean of micro-batch means is another number on ragged masks.
     eval_step = make_eval_step(objective)
     halves = [{name: x[i::2] for name, x in batch.items()} for i in range(2)]
-    means = [evaluate(eval_step, init(CONFIG), [half])["loss"] for half in halves]
+    means = [evaluate(eval_step, drawn(CONFIG), [half])["loss"] for half in halves]
     assert abs(np.mean(means) - float(metrics["loss"])) > 1e-3
 
 
@@ -60,13 +72,13 @@ def test_evaluation_over_batches_is_the_mean_over_tokens():
     batches = [ragged_batch(1), ragged_batch(2)]
     joined = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
     eval_step = make_eval_step(objective)
-    got = evaluate(eval_step, init(CONFIG), batches)
-    np.testing.assert_allclose(got["loss"], evaluate(eval_step, init(CONFIG), [joined])["loss"], rtol=1e-6)
+    got = evaluate(eval_step, drawn(CONFIG), batches)
+    np.testing.assert_allclose(got["loss"], evaluate(eval_step, drawn(CONFIG), [joined])["loss"], rtol=1e-6)
 
 
 def test_remat_scan_and_their_absence_give_the_same_update():
     batch = ragged_batch(3)
-    reference, _ = make_train_step(NextToken(build(CONFIG)), SGD)(fresh(SGD), batch)
+    reference, _ = whole_step()(fresh(SGD), batch)
     for options in ({"remat": "full"}, {"remat": "dots", "scan_layers": False}, {"scan_layers": False}):
         state, _ = make_train_step(NextToken(build(CONFIG, **options)), SGD)(fresh(SGD), batch)
         assert_close(state.variables, reference.variables, atol=1e-6)
