@@ -79,12 +79,10 @@ def base(request):
 
 def moved(variables, seed=1, size=0.3):
     """The same with other adapters than fresh ones."""
-    rng = np.random.default_rng(seed)
-
-    def noisy(leaf):
-        return jnp.asarray(leaf + size * rng.standard_normal(leaf.shape, np.float32))
-
-    return {**variables, "lora": jax.tree.map(noisy, jax.device_get(variables["lora"]))}
+    leaves, structure = jax.tree.flatten(variables["lora"])
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return {**variables, "lora": jax.tree.unflatten(structure, jax.tree.map(jnp.add, leaves, noise))}
 
 
 @cache
