@@ -159,7 +159,8 @@ def test_rounding_explains_as_much_as_other_last_bits_do(model):
     assert Difference(1.0, float("nan"), rounding=float("nan")).above(TOLERANCE)
 
 
-@pytest.mark.parametrize(("model_type", "layers"), [("gemma3_text", 7), pytest.param("gemma2", 3, marks=EXHAUSTIVE)])
+@EXHAUSTIVE
+@pytest.mark.parametrize(("model_type", "layers"), [("gemma3_text", 7), ("gemma2", 3)])
 def test_gemma_by_its_weight_table_alone(model_type, layers):
     """Layers of two kinds in several groups, and norms after sub-layers.
 
@@ -209,6 +210,7 @@ def test_of_a_multimodal_model_the_text_is_compared(tmp_path, capsys):
     assert "model.layers.N" in capsys.readouterr().out
 
 
+@EXHAUSTIVE
 def test_dynamic_rope_is_compared_beyond_the_trained_length(tmp_path, capsys):
     seed = next(seed for seed in range(1, 99) if random_config("llama", seed).rope_parameters.rope_type == "dynamic")
     random_model("llama", seed).save_pretrained(tmp_path)

@@ -57,6 +57,7 @@ def test_chats_are_the_same_tokens(pair):
         assert ours.chat_tokens([{"role": "user", "content": question}]) == theirs
 
 
+@pytest.mark.exhaustive
 def test_greedy_tokens_are_those_of_transformers(pair):
     """All prompts in one batch of ours, each alone in theirs; nothing ends early.
 

@@ -7,6 +7,7 @@ import llmq_jax as lq
 from train import arithmetic
 
 
+@pytest.mark.exhaustive
 def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
     """Everything at the size of a moment: the files, the parts that share no sum, and a run that uses them."""
     from llmq_jax.command_line import run

@@ -66,6 +66,7 @@ def alone(folder):
     return folder / "alone"
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(begin, folder, alone):
     first, second = ended(two(begin, "pair", "--mesh", "data=2,fsdp=2,tensor=2"))
     assert first[0] == second[0] == 0, first[2][-2000:] + second[2][-2000:]

@@ -168,7 +168,7 @@ def with_chat_template(base, folder):
 
 @pytest.mark.parametrize(
     ("train", "form"),
-    [("all", "strings"), pytest.param("lora", "strings", marks=pytest.mark.exhaustive), ("lora", "chat")],
+    [*(pytest.param(train, "strings", marks=pytest.mark.exhaustive) for train in ("all", "lora")), ("lora", "chat")],
 )
 def test_the_result_in_transformers(reward, base, train, form, capsys):
     """The exported model gives the rewards of the run, for a padded batch of the run's own tokens."""
