@@ -31,6 +31,14 @@ install_import_hook("llmq_jax", "beartype.beartype")
 
 import pytest
 
+# Tracing makes millions of objects and few cycles, and what was imported stays: looking through it all again and again
+# took a tenth of the time. Cycles go at the end of each module.
+gc.set_threshold(200_000, 50, 1000)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_module():
