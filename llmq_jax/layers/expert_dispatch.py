@@ -30,10 +30,10 @@ IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
 # What "auto" takes, by backend. On a CPU from one token to thousands, of 8 experts or 64 (docs/moe.md).
 AUTOMATIC = {"cpu": "blocks"}
 ELSEWHERE = "blocks"
-# Blocks come in lengths of one, two, ... up to so many steps. A step is a part of what an expert gets on average: most
-# experts then need one block, of which half a step is in vain. Products like multiples of the shortest step, and no
-# longer step would make them faster.
-BLOCK_LENGTHS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = 8, 4, 16, 128
+# Blocks come in lengths of so many steps. A step is a quarter of what an expert gets on average, around which there are
+# half steps: most experts then need one block, of which little is in vain. Products like multiples of the shortest
+# step, and no longer step would make them faster.
+BLOCK_STEPS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = (1, 2, 3, 3.5, 4, 4.5, 5, 6, 8), 4, 16, 128
 
 
 class ExpertWeights(struct.PyTreeNode):
@@ -162,7 +162,7 @@ def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
     """Rows of the blocks of `in_blocks`, from the shortest to the longest."""
     wanted = -(-assignments // (num_experts * STEPS_OF_MEAN * SHORTEST_STEP)) * SHORTEST_STEP
     step = min(wanted, LONGEST_STEP)
-    return tuple(dict.fromkeys(min(step * count, assignments) for count in range(1, BLOCK_LENGTHS + 1)))
+    return tuple(dict.fromkeys(min(int(step * count), assignments) for count in BLOCK_STEPS))
 
 
 def _dense(x: Array, ids: Array, weights: Array, experts: ExpertWeights, activation: Activation) -> Array:

@@ -114,9 +114,9 @@ def test_the_lengths_of_blocks_change_nothing(lengths):
 
 
 def test_blocks_are_as_long_as_an_expert_needs():
-    assert block_lengths(4096, 64) == (16, 32, 48, 64, 80, 96, 112, 128)
-    assert block_lengths(4096, 8)[::7] == (128, 1024)
-    assert block_lengths(4096, 1)[::7] == (128, 1024)
+    assert block_lengths(4096, 64) == (16, 32, 48, 56, 64, 72, 80, 96, 128)
+    assert block_lengths(4096, 8)[::8] == (128, 1024)
+    assert block_lengths(4096, 1)[::8] == (128, 1024)
     assert block_lengths(40, 8) == (16, 32, 40)
     assert block_lengths(2, 8) == (2,)
 
