@@ -24,7 +24,7 @@ disagree.
 float32, no dropout. PyTorch has fused AdamW and fused attention, and runs as it comes. Our training loop sets the C
 allocator to keep freed memory, in large pages (`training/host_memory.py`): what that would do for PyTorch is shown in
 the rows "our allocator", which no target is measured against. Training goes through `lq.training.make_train_step` with
-`scan_layers=False`, "ours, scanned" with `scan_layers=True`. Peak memory is that of the whole process, libraries
+`scan_layers=False`, "ours, scanned" with `scan_layers=True`, in which adapters train as fast. Peak memory is that of the whole process, libraries
 included; temporary memory is what our compiled program allocates beside its arguments and results; *compile* is what
 the first run took beyond a later one, without any cache. Starts are whole processes, *cold* with an empty compilation
 cache, *cached* with JAX's persistent one, which our commands keep, filled by an earlier start.
@@ -168,11 +168,9 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
     row = result.row
     if row.kind == "train" and result.best_peer:
         ratio = result.ratio(result.best_peer)
-        if row.adapters is not None:
-            measured = f"{_times(ratio)} times {result.best_peer}"
-            return [(f"{row.at_least:g} times PEFT", measured, ratio[0] >= row.at_least)]
         share = result.floor / result.ours.median if result.floor else 0.0
-        wanted = f"{row.at_least:g} times the best PyTorch, or {SHARE:.0%} of the roofline"
+        peer = "the best PyTorch" if row.adapters is None else "PEFT"
+        wanted = f"{row.at_least:g} times {peer}, or {SHARE:.0%} of the roofline"
         measured = f"{_times(ratio)} times {result.best_peer}, {share:.0%} of the roofline"
         return [(wanted, measured, ratio[0] >= row.at_least or share >= SHARE)]
     if row.kind == "cross_entropy" and "ours, plain" in result.sides:

@@ -471,7 +471,7 @@ ROWS: dict[str, Row] = {
             batch=4,
             context=128,
             model_type="llama",
-            sides=("ours", "ours, full", "PEFT, eager", "PEFT, compiled"),
+            sides=("ours, scanned", "ours, full, scanned", "PEFT, eager", "PEFT, compiled"),
             at_least=1.3,
             adapters=8,
         ),
