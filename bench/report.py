@@ -24,10 +24,11 @@ disagree.
 float32, no dropout. PyTorch has fused AdamW and fused attention, and runs as it comes. Our training loop sets the C
 allocator to keep freed memory, in large pages (`training/host_memory.py`): what that would do for PyTorch is shown in
 the rows "our allocator", which no target is measured against. Training goes through `lq.training.make_train_step` with
-`scan_layers=False`, "ours, scanned" with `scan_layers=True`, in which adapters train as fast. Peak memory is that of the whole process, libraries
-included; temporary memory is what our compiled program allocates beside its arguments and results; *compile* is what
-the first run took beyond a later one, without any cache. Starts are whole processes, *cold* with an empty compilation
-cache, *cached* with JAX's persistent one, which our commands keep, filled by an earlier start.
+`scan_layers=False`, "ours, scanned" with `scan_layers=True`, in which adapters train as fast. Peak memory is that of
+the whole process, libraries included; temporary memory is what our compiled program allocates beside its arguments and
+results; *compile* is what the first run took beyond a later one, without any cache. Starts are whole processes, *cold*
+with an empty compilation cache, *cached* with JAX's persistent one, which our commands keep, filled by an earlier
+start.
 
 The roofline of a row is the time that its own matrix products take alone, each with the shape and the order of axes
 that it has in our program, in the better of JAX's and PyTorch's own product, timed in the same rounds. The share is how

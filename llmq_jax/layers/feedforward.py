@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.linear import Linear, side_by_side
+from llmq_jax.layers.recomputation import recomputed
 
 
 class MLP(nn.Module):
@@ -22,7 +23,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         up = Linear(self.intermediate_size, self.use_bias, self.kernel_init, self.dtype, name="up")
         down = Linear(x.shape[-1], self.use_bias, self.down_init, self.dtype, name="down")
-        return down(ACTIVATIONS[self.activation](up(x)))
+        return down(recomputed(ACTIVATIONS[self.activation])(up(x)))
 
 
 class GatedMLP(nn.Module):
@@ -44,4 +45,8 @@ class GatedMLP(nn.Module):
 
         size = self.intermediate_size
         gate, up = side_by_side(x, linear(size, "gate"), linear(size, "up"))
-        return linear(x.shape[-1], "down")(ACTIVATIONS[self.activation](gate) * up)
+
+        def gated(gate: Array, up: Array) -> Array:
+            return ACTIVATIONS[self.activation](gate) * up
+
+        return linear(x.shape[-1], "down")(recomputed(gated)(gate, up))

@@ -79,7 +79,8 @@ def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[A
     """`linear(x)` of each. Parameters from `by_output` give all of them in one product, if they are known to it."""
     first = linears[0]
     if not first.has_variable("params", KERNELS_BY_OUTPUT):
-        return tuple(linear(x) for linear in linears)
+        rows = x.reshape(-1, x.shape[-1])  # one array, that the backward pass keeps once for all
+        return tuple(y.reshape(*x.shape[:-1], *y.shape[1:]) for y in (linear(rows) for linear in linears))
     kernel: Array = first.get_variable("params", KERNELS_BY_OUTPUT)
     ends = np.cumsum([np.prod(linear.features) for linear in linears])
     products = jnp.split(_product(x, kernel, 1, first.dtype), ends[:-1], axis=1)

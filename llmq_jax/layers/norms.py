@@ -11,6 +11,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
+from llmq_jax.layers.recomputation import recomputed
+
 
 class LayerNorm(nn.Module):
     """Layer normalisation (Ba et al. 2016, arXiv:1607.06450, eq. 3-4) with scale and bias.
@@ -25,10 +27,14 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normalised = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+        def normalise(x: Array, scale: Array, bias: Array) -> Array:
+            wide = x.astype(jnp.float32)
+            centred = wide - wide.mean(-1, keepdims=True)
+            normalised = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+            return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+        return recomputed(normalise)(x, scale, bias)
 
 
 class RMSNorm(nn.Module):
@@ -43,9 +49,13 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-        return normalised.astype(x.dtype) * scale.astype(x.dtype)
+
+        def normalise(x: Array, scale: Array) -> Array:
+            wide = x.astype(jnp.float32)
+            normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+            return normalised.astype(x.dtype) * scale.astype(x.dtype)
+
+        return recomputed(normalise)(x, scale)
 
 
 class ZeroCentredRMSNorm(nn.Module):
@@ -59,9 +69,13 @@ class ZeroCentredRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-        return (normalised * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+        def normalise(x: Array, scale: Array) -> Array:
+            wide = x.astype(jnp.float32)
+            normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+            return (normalised * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+        return recomputed(normalise)(x, scale)
 
 
 class DyT(nn.Module):
@@ -78,8 +92,12 @@ class DyT(nn.Module):
         alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), ())
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        alpha, scale, bias = (parameter.astype(jnp.float32) for parameter in (alpha, scale, bias))
-        return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
+
+        def bound(x: Array, alpha: Array, scale: Array, bias: Array) -> Array:
+            alpha, scale, bias = (parameter.astype(jnp.float32) for parameter in (alpha, scale, bias))
+            return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
+
+        return recomputed(bound)(x, alpha, scale, bias)
 
 
 # Zhu et al. 2025, section 7 and appendix: where alpha starts in language models, by model width, before attention and
