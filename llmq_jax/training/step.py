@@ -7,6 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import jaxpr_as_fun
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import everywhere, in_place
@@ -153,18 +154,22 @@ def _split(batch: dict[str, Any], parts: int) -> dict[str, Any]:
 def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], parts: int) -> Any:
     """The sum over micro-batches of everything `gradients` returns, but for metrics that are extremes."""
 
+    numbered = jnp.arange(parts), microbatches
+    # Traced once: scan calls the program, not the function.
+    program, shapes = jax.make_jaxpr(gradients, return_shape=True)(*jax.tree.map(lambda x: x[0], numbered))
+
     def add(total: Any, numbered: tuple[Any, Any]) -> tuple[Any, None]:
         (value, (metrics, counts), grads), index = total, numbered[0]
-        next_value, (next_metrics, next_counts), next_grads = gradients(*numbered)
+        results = jaxpr_as_fun(program)(*jax.tree.leaves(numbered))
+        next_value, (next_metrics, next_counts), next_grads = jax.tree.unflatten(jax.tree.structure(shapes), results)
         sums = jax.tree.map(jnp.add, (value, counts, grads), (next_value, next_counts, next_grads))
         both = {
             name: jnp.where(index == 0, new, combined(name, metrics[name], new)) for name, new in next_metrics.items()
         }
         return (sums[0], (both, sums[1]), sums[2]), None
 
-    first = jax.tree.map(lambda x: x[0], microbatches)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, 0, first))
-    return jax.lax.scan(add, zeros, (jnp.arange(parts), microbatches))[0]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, numbered)[0]
 
 
 def combined(name: str, a: Any, b: Any) -> Any:
