@@ -270,7 +270,8 @@ class FileTokenizer(Tokenizer):
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            panic = type(error).__module__ == "pyo3_runtime"
+            if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
                 raise
             reason = " ".join(str(error).split())
             raise BadInput(f"{self._files.source}: tokenizer.json cannot {what} ({reason:.300})") from None

@@ -39,8 +39,14 @@ class Linear(nn.Module):
     """Type to compute in; None computes in the kernel's own type."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"], product: Float[Array, "..."] | None = None) -> Float[Array, "..."]:
-        """`product` is x W, where it has been formed already (`side_by_side`)."""
+    def __call__(
+        self,
+        x: Float[Array, "*batch D"],
+        product: Float[Array, "..."] | None = None,
+        batch: tuple[int, ...] | None = None,
+    ) -> Float[Array, "..."]:
+        """`product` is x W, where it has been formed already, `batch` the shape of the axes before the last, where x
+        has one for all of them (`side_by_side`)."""
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         width = x.shape[-1]
         if product is not None:
@@ -63,7 +69,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features)
             y = y + bias.astype(y.dtype)
-        return y.reshape(*x.shape[:-1], *features)
+        return y.reshape(*(x.shape[:-1] if batch is None else batch), *features)
 
 
 def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype | None) -> Float[Array, "B ..."]:
@@ -80,7 +86,7 @@ def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[A
     first = linears[0]
     if not first.has_variable("params", KERNELS_BY_OUTPUT):
         rows = x.reshape(-1, x.shape[-1])  # one array, that the backward pass keeps once for all
-        return tuple(y.reshape(*x.shape[:-1], *y.shape[1:]) for y in (linear(rows) for linear in linears))
+        return tuple(linear(rows, batch=x.shape[:-1]) for linear in linears)
     kernel: Array = first.get_variable("params", KERNELS_BY_OUTPUT)
     ends = np.cumsum([np.prod(linear.features) for linear in linears])
     products = jnp.split(_product(x, kernel, 1, first.dtype), ends[:-1], axis=1)

@@ -31,9 +31,9 @@ def test_a_plan_without_devices(planned):
 
 
 def test_what_to_change(planned):
-    code, out, _ = planned("--preset", "llama-10m", "--batch-size", 4, "--device-memory", 0.4)
+    code, out, _ = planned("--preset", "llama-10m", "--batch-size", 4, "--device-memory", 0.3)
     assert code == 1
-    assert "on the device: does not fit 0.4 GiB" in out
+    assert "on the device: does not fit 0.3 GiB" in out
     assert "\nwhat makes it fit, each alone:\n  --remat dots: 0." in out
     assert "\n  --accumulate " in out
 

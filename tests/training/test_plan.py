@@ -33,9 +33,9 @@ from llmq_jax.training.plan import Run, abstract_step, changes, changes_text, pl
 GIB = 2**30
 ROWS, TOKENS = 16, 128
 # Large enough for activations to matter, and each size its own: an array is known by its shape.
-SIZES = {"vocab_size": 640, "hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": TOKENS}
+SIZES = {"vocab_size": 640, "hidden_size": 128, "num_hidden_layers": 6, "max_position_embeddings": TOKENS}
 LATENT = {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-LAYERS = ("sliding_attention", "full_attention") * 2
+LAYERS = ("sliding_attention", "full_attention") * 3
 CONFIGS = {
     "gpt2": {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
     "llama3": {"intermediate_size": 384},
