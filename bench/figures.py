@@ -2,11 +2,13 @@
 
     python -m bench.figures attention --model SmolLM2-135M-Instruct.Q4_1.gguf --out docs/images/attention-heads.png
     python -m bench.figures rope --out docs/images/rope-scalings.png
+    python -m bench.figures windows --out docs/images/windows.png
 
 `attention` draws what six heads of SmolLM2-135M-Instruct look at in one sentence; `rope` what the scalings of RoPE do
-to its frequencies.
+to its frequencies; `windows` what Gemma's local and global layers may look at, and how far that carries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,10 +31,14 @@ HEADS = {
 # Llama 3's heads and base, extended to eight times what they were trained on.
 WIDTH, BASE, TRAINED, FACTOR = 128, 500_000.0, 8192, 8.0
 
+# A row of tokens, the window of local layers, and Gemma 3's pattern of layers: True where one is local.
+TOKENS, WINDOW, FIRST_DOCUMENT = 48, 8, 18
+PATTERN = (True,) * 5 + (False,)
+
 
 @dataclass(frozen=True)
 class Options:
-    figure: Positional[Literal["attention", "rope"]]
+    figure: Positional[Literal["attention", "rope", "windows"]]
     """What to draw."""
     out: str
     """The PNG."""
@@ -46,11 +52,12 @@ def main(options: Options) -> None:
         raise BadInput(f"--out {out}: the figure is a PNG; give it a name that ends in .png")
     if not out.parent.is_dir():
         raise BadInput(f"--out {out}: there is no folder {out.parent}; make it first")
-    if options.figure == "rope" and options.model is not None:
-        raise BadInput("--model has no effect on rope, which is drawn from formulas; leave it out")
+    if options.figure != "attention" and options.model is not None:
+        raise BadInput(f"--model has no effect on {options.figure}, which is drawn from formulas; leave it out")
     from llmq_jax.training.plots import save_figure
 
-    figure = draw_rope() if options.figure == "rope" else draw_attention(options.model or MODEL)
+    drawn = {"rope": draw_rope, "windows": draw_windows}.get(options.figure)
+    figure = draw_attention(options.model or MODEL) if drawn is None else drawn()
     print(f"drawn: {save_figure(figure, out)}")
 
 
@@ -166,6 +173,62 @@ def draw_rope() -> Any:
         axes.grid(color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def layers_until_seen(tokens: int, window: int, pattern: Sequence[bool]) -> Any:
+    """[T, T] of whole numbers: after how many layers of a pattern (True: local) what stands at a key can have come to a
+    query, through the tokens between them; 0 where it cannot."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from llmq_jax.layers.attention import visible
+
+    positions = jnp.arange(tokens)[None]
+    masks = [np.asarray(visible(positions, positions, window=window if local else None))[0] for local in pattern]
+    reached, layers = np.eye(tokens, dtype=bool), np.zeros((tokens, tokens), int)
+    for number, mask in enumerate(masks, 1):
+        reached = mask @ reached
+        layers = np.where(reached & (layers == 0), number, layers)
+    return layers
+
+
+def draw_windows() -> Any:
+    """A figure of what queries see in a global and a local layer, in a packed row, and through a pattern of layers."""
+    import jax.numpy as jnp
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+
+    from llmq_jax.layers.attention import visible
+    from llmq_jax.training.plots import INK, blank_figure
+
+    places = jnp.arange(TOKENS)[None]
+    segments = jnp.where(places < FIRST_DOCUMENT, 1, 2)
+    apart = jnp.where(segments == 1, places, places - FIRST_DOCUMENT)
+    masks = {
+        "a global layer": visible(places, places),
+        f"a local layer, window of {WINDOW}": visible(places, places, window=WINDOW),
+        "the same, two documents in a row": visible(apart, apart, segments, segments, WINDOW),
+    }
+    figure = blank_figure((9.4, 9.4))
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for panel, (what, mask) in zip(panels.flat, masks.items(), strict=False):
+        panel.imshow(np.asarray(mask)[0], cmap=ListedColormap(("#f4f4f4", "#2f6fb0")), vmin=0, vmax=1)
+        seen = np.asarray(mask).sum()
+        panel.set_title(f"{what}: {seen:,} pairs", loc="left", color=INK, fontsize=9)
+    layers = layers_until_seen(TOKENS, WINDOW, PATTERN)
+    shades = ("#f4f4f4", "#12395f", "#2f6fb0", "#5f97cb", "#94bce0", "#c6ddf0", "#e9b872")
+    image = panels[1, 1].imshow(layers, cmap=ListedColormap(shades), vmin=-0.5, vmax=len(PATTERN) + 0.5)
+    panels[1, 1].set_title(
+        "layers until the query can know of it; the sixth is global", loc="left", color=INK, fontsize=9
+    )
+    key = figure.colorbar(image, ax=panels, shrink=0.4, pad=0.02, ticks=range(1, len(PATTERN) + 1))
+    key.set_label("layer", color=INK)
+    for panel in panels.flat:
+        panel.tick_params(length=0, labelsize=8, colors=INK)
+        panel.spines[:].set_color("#bbbbbb")
+    figure.supxlabel("key: the token that is looked at", color=INK, fontsize=9)
+    figure.supylabel("query: the token that looks", color=INK, fontsize=9)
     return figure
 
 

@@ -63,12 +63,29 @@ def test_rope(tmp_path, capsys):
     assert path.read_bytes().startswith(b"\x89PNG") and str(path) in capsys.readouterr().out
 
 
+def test_windows(tmp_path, capsys):
+    path = tmp_path / "windows.png"
+    figures.main(figures.Options("windows", str(path)))
+    assert path.read_bytes().startswith(b"\x89PNG") and str(path) in capsys.readouterr().out
+
+
+def test_what_local_layers_carry_on():
+    """Each carries it on by the keys beside a query's own, a global one all the way; nothing comes from later."""
+    found = figures.layers_until_seen(12, 3, (True, True, True, False))
+    for query in range(12):
+        for key in range(12):
+            steps = max(1, -(-(query - key) // 2))
+            assert found[query, key] == (0 if key > query else min(steps, 4))
+    assert not figures.layers_until_seen(12, 3, (True, True, True))[11, :5].any()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("rope", "rope.svg"), "PNG"),
         (("rope", "nowhere/rope.png"), "no folder nowhere"),
-        (("rope", "rope.png", "gpt2"), "--model has no effect"),
+        (("rope", "rope.png", "gpt2"), "--model has no effect on rope"),
+        (("windows", "windows.png", "gpt2"), "--model has no effect on windows"),
     ],
 )
 def test_bad_options(options, message):
