@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.interop.tables import Placement, WeightTable
-from llmq_jax.models import init
+from llmq_jax.models import abstract_variables, init
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.next_token import NextToken
 
@@ -87,24 +87,31 @@ def fill(config: Any, table: WeightTable, state: Mapping[str, np.ndarray]) -> tu
     Not as strict as `from_state_dict`, which refuses what is incomplete: who is halfway through a port wants to see how
     far it gets.
     """
-    leaves = {path: np.array(leaf) for path, leaf in flatten_dict(init(config)).items()}
+    shapes = flatten_dict(abstract_variables(config))
     placements = table.placements(config)
-    absent, other_shape = [], []
+    absent, other_shape, fitting = [], [], []
     for placement in placements:
-        leaf, tensor = leaves[placement.path], state.get(placement.key)
-        shape = placement.our_shape(leaf.shape)
+        shape, tensor = placement.our_shape(shapes[placement.path].shape), state.get(placement.key)
         expected = placement.transform.their_shape(shape)
-        if tensor is None and placement.optional:
-            leaf[placement.slot] = 0
-        elif tensor is None:
+        if tensor is None and not placement.optional:
             absent.append(our_name(placement))
-        elif tensor.shape != expected:
+        elif tensor is not None and tensor.shape != expected:
             other_shape.append(f"{placement.key} {list(tensor.shape)}, by our config {list(expected)}")
         else:
-            leaf[placement.slot] = placement.transform.to_ours(tensor, shape)
+            fitting.append((placement, shape))
     placed = {placement.path for placement in placements}
-    ruleless = [_join(path) for path in leaves if path not in placed]
+    ruleless = [_join(path) for path in shapes if path not in placed]
     unread = sorted(state.keys() - {placement.key for placement in placements})
+
+    # Initial values are made only where something keeps them.
+    keeps = absent or other_shape or ruleless
+    leaves = {
+        path: np.array(leaf) if keeps else np.zeros(leaf.shape, leaf.dtype)
+        for path, leaf in (flatten_dict(init(config)) if keeps else shapes).items()
+    }
+    for placement, shape in fitting:
+        tensor = state.get(placement.key)
+        leaves[placement.path][placement.slot] = 0 if tensor is None else placement.transform.to_ours(tensor, shape)
     variables = unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
     return variables, Unmatched(tuple(unread), (*absent, *ruleless), tuple(other_shape))
 
