@@ -49,7 +49,7 @@ def pytest_of(tmp_path):
         (tests / "test_these.py").write_text(source)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, "tests"]
         # Nothing is compiled, so no process needs to try the compiler's flags first.
-        environment = {**os.environ, "CI": ci, "OPTIMIZED_TESTS": "true"}
+        environment = {**os.environ, "CI": ci, "OPTIMIZED_TESTS": "true", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     return call

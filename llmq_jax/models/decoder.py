@@ -219,6 +219,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=repeats,
             unroll=1 if self.scan_layers else repeats,
+            check_constancy_invariants=False,  # a trace of its own, for outputs that we do not have
         )
 
     def forward(
