@@ -219,7 +219,8 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=repeats,
             unroll=1 if self.scan_layers else repeats,
-            check_constancy_invariants=False,  # a trace of its own, for outputs that we do not have
+            # A trace of its own, for outputs that we do not have; but seeds give the values they gave with it.
+            check_constancy_invariants=self.is_initializing(),
         )
 
     def forward(
