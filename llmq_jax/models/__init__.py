@@ -4,6 +4,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -140,6 +141,13 @@ def init(config: Any, seed: int = 0) -> dict[str, Any]:
 
 def abstract_variables(config: Any) -> dict[str, Any]:
     """The shapes and types of `init(config)`, without making any array."""
+    shapes: dict[str, Any] = jax.tree.map(lambda leaf: leaf, _shapes(config))  # dicts of the caller's own
+    return shapes
+
+
+@lru_cache(maxsize=32)
+def _shapes(config: Any) -> dict[str, Any]:
+    """A weight's readers and writers ask again and again, and each answer traces a whole pass."""
     model = build(config)
     shapes: dict[str, Any] = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     return shapes

@@ -61,6 +61,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.exhaustive
 def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_path):
     folder = tmp_path / "killed"
     script = [sys.executable, tiny_run.__file__, str(folder)]
