@@ -11,6 +11,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# One of several workers has a core of its own: threads of XLA and PyTorch beside it would wait for each other, at a
+# sixth of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("NPROC", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import gc
 import subprocess
 import sys
