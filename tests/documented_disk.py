@@ -92,7 +92,7 @@ def write_data(disk: Path) -> None:
         ("instruction-data-with-preference.json", pairs),
         ("prompts.jsonl", [{"prompt": f"Count to {i}.", "solution": str(i)} for i in range(12)]),
         ("sums.jsonl", [{"prompt": f"1+{i}=", "answer": str(1 + i)} for i in range(12)]),
-        ("gsm8k.jsonl", [{"question": f"What is 1 + {i}?", "answer": f"It is\n#### {1 + i}"} for i in range(12)]),
+        ("gsm8k_train.jsonl", [{"question": f"What is 1 + {i}?", "answer": f"It is\n#### {1 + i}"} for i in range(12)]),
         # Both are chats.jsonl to the docs: to train.instruct conversations, to others pairs.
         ("conversations.jsonl", [{"messages": [*x, *y]} for x, y in zip(asked, said, strict=False)]),
         ("pairs.jsonl", [{"prompt": x, "chosen": y, "rejected": no} for x, y in zip(asked, said, strict=False)]),

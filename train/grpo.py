@@ -1,7 +1,7 @@
 r"""Group relative policy optimisation: a model learns by trying, from rewards for its own answers.
 
     python -m train.grpo --data sums.jsonl --init-from runs/sft --out runs/grpo --reward answer
-    python -m train.grpo --data gsm8k.jsonl --init-from model.gguf --out runs/gsm --reward answer,format \
+    python -m train.grpo --data gsm8k_train.jsonl --init-from model.gguf --out runs/gsm --reward answer,format \
         --prompt-format "{question}" --max-new-tokens 256 --group-size 8
     python -m train.grpo --data prompts.jsonl --init-from runs/sft --out runs/rlhf --reward runs/reward --beta 0.04
     python -m train.grpo --data prompts.jsonl --init-from gpt2 --out runs/mine --reward my_rewards.py:shorter

@@ -3,7 +3,8 @@
     python -m train.plan --preset llama3.1-8b --mesh fsdp=8 --context 4096 --dtype bfloat16
     python -m train.plan --preset deepseek-v3 --mesh fsdp=32,tensor=8,expert=8 --context 4096 --remat full
 
-No weight is made, and the devices need not be there. Options are those of train.pretrain. Exit code 1: it does not fit.
+No weight is made, and the devices need not be there. Options are named as train.pretrain's. Exit code 1: it does
+not fit.
 """
 
 import math
