@@ -113,6 +113,10 @@ class RingCache(struct.PyTreeNode):
     lookahead: int = struct.field(pytree_node=False)
     empty: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def never_wraps(self) -> bool:
+        return self.positions.shape[-1] < self.window + self.lookahead
+
     @classmethod
     def create(
         cls, batch: int, length: int, window: int, lookahead: int, num_heads: int, head_dim: int, dtype: Dtype
@@ -128,10 +132,14 @@ class RingCache(struct.PyTreeNode):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "RingCache":
-        """Of more tokens than there are slots, each row's last ones."""
+        """Of more tokens than there are slots, each row's last ones; but while all positions of a request have a slot
+        of their own, those past its last, which only drafts reach, have none."""
         count, real = self.positions.shape[1], _real(positions, segment_ids)
-        newest = jnp.where(real, positions, -1).max(axis=1, keepdims=True)
-        slots = jnp.where(real & (positions > newest - count), positions % count, NOWHERE)
+        if self.never_wraps:
+            slots = jnp.where(real, positions, NOWHERE)
+        else:
+            newest = jnp.where(real, positions, -1).max(axis=1, keepdims=True)
+            slots = jnp.where(real & (positions > newest - count), positions % count, NOWHERE)
         rows = jnp.arange(len(positions))[:, None]
         keys, values = _put(self, keys, values, slots)
         return self.replace(
@@ -148,8 +156,7 @@ class RingCache(struct.PyTreeNode):
         self, keys: Array, values: Array, positions: Array, segment_ids: Array | None = None
     ) -> tuple["RingCache", tuple[Array, Array, Array]]:
         cache = self.write(keys, values, positions, segment_ids)
-        never_wraps = self.positions.shape[1] < self.window + self.lookahead
-        if never_wraps or positions.shape[1] <= self.lookahead + 1:
+        if self.never_wraps or positions.shape[1] <= self.lookahead + 1:
             return cache, cache.read()
         # The last of so many tokens overwrite what the first still see. These look at what the ring held before, save
         # what a rollback left at their own positions, and at each other.

@@ -83,6 +83,7 @@ def make_train_step(
     """
 
     experts = objective.model.experts
+    neighbours = getattr(objective, "group_size", 1)  # rows that only together are what the objective takes them for
 
     def over_replicas(tree: Any, combine: Callable[..., Any] = jax.lax.psum) -> Any:
         return combine(tree, REPLICAS) if pmap else tree
@@ -111,7 +112,8 @@ def make_train_step(
         if accumulate == 1:
             value, (metrics, counts), grads = gradients(0, batch)
         else:
-            value, (metrics, counts), grads = _accumulated(gradients, _split(batch, accumulate), accumulate)
+            microbatches = _split(batch, accumulate, neighbours)
+            value, (metrics, counts), grads = _accumulated(gradients, microbatches, accumulate)
         value, counts, grads = over_replicas((value, counts, grads))
         metrics = each_over_replicas(metrics)
 
@@ -143,12 +145,21 @@ def _on_replicas(train_step: Callable[..., Any], parts: int) -> TrainStep:
     return Compiled(compiled, lambda batch: {name: divided(array) for name, array in batch.items()})
 
 
-def _split(batch: dict[str, Any], parts: int) -> dict[str, Any]:
-    """[B, ...] to [parts, B / parts, ...]; micro-batch i takes rows i, i + parts, ...: the same mix on every device."""
+def _split(batch: dict[str, Any], parts: int, neighbours: int) -> dict[str, Any]:
+    """[B, ...] to [parts, B / parts, ...]; micro-batch i takes rows i, i + parts, ... (or groups of so many neighbours,
+    which stay together): the same mix on every device."""
     rows = len(next(iter(batch.values())))
-    if rows % parts:
-        raise BadInput(f"a batch of {rows} rows cannot be cut into {parts} equal micro-batches; change one of the two")
-    return {name: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+    if rows % (parts * neighbours):
+        groups = "" if neighbours == 1 else f" of whole groups of {neighbours}"
+        raise BadInput(
+            f"a batch of {rows} rows cannot be cut into {parts} equal micro-batches{groups}; change one of the two"
+        )
+
+    def cut(x: Any) -> Any:
+        groups = x.reshape(-1, parts, neighbours, *x.shape[1:]).swapaxes(0, 1)
+        return groups.reshape(parts, rows // parts, *x.shape[1:])
+
+    return {name: cut(x) for name, x in batch.items()}
 
 
 def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], parts: int) -> Any:

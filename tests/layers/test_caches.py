@@ -130,6 +130,17 @@ def test_rejected_drafts_leave_what_the_window_needs(sequence, window, lookahead
         positions = positions + kept
 
 
+@pytest.mark.parametrize("create", [ring, full])
+def test_drafts_past_the_last_position_overwrite_nothing(sequence, create):
+    """A request of 10 positions, of which the window sees all: the ring has no more slots."""
+    window, expected = 12, whole(sequence, 12)
+    _, cache = look(sequence, create(10, window, 3), span([0, 0], 7), window)
+    for start in (7, 8, 9):
+        positions = span([start, start], 4)
+        mixed, cache = look(sequence, cache, positions, window)
+        np.testing.assert_allclose(mixed[:, : 10 - start], at(expected, positions[:, : 10 - start]), atol=1e-5)
+
+
 def test_after_a_rollback_a_long_piece_does_not_see_what_was_taken_back(sequence):
     window, lookahead = 4, 2
     expected = whole(sequence, window)

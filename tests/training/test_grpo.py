@@ -1,10 +1,12 @@
 """The loop of GRPO: rollouts, rewards, references, process supervision, a reward model that learns on."""
 
+import dataclasses
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import llmq_jax as lq
@@ -174,6 +176,21 @@ def test_prompts_that_are_read_once_change_nothing(lm):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
     for one, other in zip(jax.tree.leaves(shared_gradients), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * float(jnp.abs(other).max()), rtol=0)
+
+
+def test_prompts_that_are_read_once_stay_with_their_answers_in_micro_batches(lm):
+    loop, state = make_loop(lm, shared_by=GROUP)
+    rollout, scores, _ = loop.answered(state, PromptBatches(5, 2)[1])
+    rows = jax.tree.map(jnp.asarray, loop.rows(state, rollout, loop.advantages(scores)))
+    optimizer, found = optax.sgd(1.0), []
+    for objective, parts in ((dataclasses.replace(loop.objective, group_size=1), 1), (loop.objective, 2)):
+        start = create_state(jax.tree.map(jnp.copy, state.variables), optimizer)
+        found.append(make_train_step(objective, optimizer, accumulate=parts)(start, rows))
+    (plain, plain_metrics), (shared, shared_metrics) = found
+    assert shared_metrics["grad_norm"] > 0.01
+    for name, value in plain_metrics.items():
+        np.testing.assert_allclose(shared_metrics[name], value, atol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), shared.variables, plain.variables)
 
 
 def test_a_run_compiles_a_handful_of_programs(lm):
