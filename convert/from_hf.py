@@ -1,5 +1,6 @@
 """Convert a Hugging Face model, or a file of weights, into a checkpoint of this project."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -49,7 +50,7 @@ def main(options: Options) -> None:
     if lm.tokenizer is None:
         print("without a tokenizer, which text needs: give one with --tokenizer")
     else:
-        print(f'next: llmq generate {folder} --prompt "Once upon a time"')
+        print(f'next: llmq generate {shlex.quote(str(folder))} --prompt "Once upon a time"')
 
 
 if __name__ == "__main__":

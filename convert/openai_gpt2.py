@@ -1,5 +1,6 @@
 """Convert OpenAI's release of GPT-2, a TensorFlow checkpoint, into a Hugging Face folder; TensorFlow is not needed."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,7 +35,7 @@ def main(options: Options) -> None:
     if lm.tokenizer is None:
         print(f"without a tokenizer, which text needs: {source} does not hold both encoder.json and vocab.bpe")
     else:
-        print(f'next: llmq generate {folder} --prompt "Once upon a time"')
+        print(f'next: llmq generate {shlex.quote(str(folder))} --prompt "Once upon a time"')
 
 
 if __name__ == "__main__":

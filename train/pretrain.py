@@ -12,6 +12,7 @@ the defaults that the preset sets.
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -133,10 +134,11 @@ def main(options: Options) -> None:
     out = options.out or f"runs/{options.preset or 'demo'}"
 
     def next_commands(config: Any) -> Iterator[str]:
-        yield f"llmq generate {out} --prompt {'def' if options.data is None else 'The'}"
-        yield f"llmq evaluate {out} FILE"
+        trained, exported = shlex.quote(out), shlex.quote(f"{out}-hf")
+        yield f"llmq generate {trained} --prompt {'def' if options.data is None else 'The'}"
+        yield f"llmq evaluate {trained} FILE"
         if exports(config):
-            yield f"python -m convert.to_hf {out} {out}-hf"
+            yield f"python -m convert.to_hf {trained} {exported}"
 
     pretrain(options, next_commands)
 

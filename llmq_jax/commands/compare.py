@@ -26,6 +26,7 @@ def main(options: Options) -> None:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from llmq_jax.training.plots import curve, plot_comparison, read_run, training_curve
 
@@ -50,7 +51,7 @@ def main(options: Options) -> None:
         at_step, lowest = min(validation, key=lambda point: point[1], default=(None, None))
         speeds = [speed for _, speed in curve(records, "tokens_per_second")]
         table.add_row(
-            name,
+            Text(name),  # in which brackets are no style
             f"{records[-1]['step']:,}",
             _number(training[-1][1] if training else None),
             _number(validation[-1][1] if validation else None),

@@ -162,6 +162,16 @@ class InstructionBatches:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, step: int) -> Batch:
+        plan, length = self._plan(step, self.rows)
+        return conversation_rows(self.examples, plan, length)
+
+    def tokens(self, step: int) -> int:
+        """Of a batch, over all processes."""
+        plan, _ = self._plan(step, range(self.batch_size))
+        return sum(len(self.examples[index].tokens) for row in plan for index in row)
+
+    def _plan(self, step: int, rows: range) -> tuple[list[list[int]], int]:
+        """(the examples of these rows of a batch, the length of its rows)."""
         if step < 0 or (self.seed is None and step >= len(self)):
             raise IndexError(f"batch {step} of {len(self)}")
         epoch, number = step // len(self), int(self._order[step])
@@ -169,9 +179,8 @@ class InstructionBatches:
             if number < group.batches(self.batch_size):
                 break
             number -= group.batches(self.batch_size)
-        places = [number * self.batch_size + row for row in self.rows]
-        plan = [group.row(epoch, place) if place < len(group.plan) else [] for place in places]
-        return conversation_rows(self.examples, plan, group.length)
+        places = [number * self.batch_size + row for row in rows]
+        return [group.row(epoch, place) if place < len(group.plan) else [] for place in places], group.length
 
 
 @dataclass(frozen=True, eq=False)

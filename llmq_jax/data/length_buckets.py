@@ -121,6 +121,10 @@ class LabelledBatches:
         """Batches that all rows make."""
         return self._plan.per_epoch
 
+    def tokens(self, index: int) -> int:
+        """Of batch `index`, over all processes."""
+        return sum(min(len(self.rows[row]), self.longest) for row in self._plan[index])
+
     def __getitem__(self, index: int) -> Batch:
         batch = labelled_batch(self.rows, self.labels, self._plan[index], self.batch_size, self.longest)
         share = rows_of(self.process_index, self.process_count, self.batch_size)

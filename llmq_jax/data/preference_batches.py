@@ -54,6 +54,11 @@ class PreferenceBatches:
         """Batches that all pairs make."""
         return self._plan.per_epoch
 
+    def tokens(self, index: int) -> int:
+        """Of batch `index`, over all processes."""
+        pairs = [self.pairs[pair] for pair in self._plan[index]]
+        return sum(min(len(side.tokens), self.longest) for pair in pairs for side in (pair.chosen, pair.rejected))
+
     def __getitem__(self, index: int) -> Batch:
         batch = preference_batch(self.pairs, self._plan[index], self.batch_size, self.longest, self._columns)
         share = rows_of(self.process_index, self.process_count, self.batch_size)

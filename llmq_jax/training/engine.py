@@ -81,8 +81,9 @@ def run(
     * `schedule(i)` is the learning rate of update i, here only for the log.
     * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
       a text to show, the same one for the same arguments.
-    * `tokens_per_step` is counted from each batch where not given; a step that draws its own tokens tells how many by a
-      metric `tokens`.
+    * `tokens_per_step`, over all processes, is what `batches.tokens(i)` says where not given, or else counted from each
+      batch, of which other processes are taken to have as many; a step that draws its own tokens tells how many by a
+      metric `tokens`, which is no array of the device unless it may be waited for.
     * `show` names metrics of a step that stand beside the loss on the console.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).
@@ -228,7 +229,7 @@ class _Loop:
             self.recorder.close()
         result = self.result()
         if self.folder is not None and first:
-            if self.options.plot and (self.options.log_every or self.options.evaluate_every):
+            if self.options.plot and (self.options.log_every or self.validation):
                 plot_losses(self.folder.path)
                 plot_experts(self.folder.path)
             self.folder.mark_finished(result.figures())
@@ -271,8 +272,7 @@ class _Loop:
                 self.state, metrics = self.train_step(self.state, self.batch)
             self.step += 1
             stop.after(self.step)
-            drawn = metrics.pop("tokens", self.tokens_per_step)
-            self.tokens += count_tokens(self.batch) * self.shares if drawn is None else drawn
+            self.tokens += self.tokens_of(self.step - 1, metrics.pop("tokens", None))
             previous, pending = pending, _Step(self.step, self.tokens, metrics)
             if self.profile.ends_with(self.step):
                 jax.block_until_ready(self.state)
@@ -291,6 +291,15 @@ class _Loop:
                     self.pause(stop)
         if pending:
             self.read(pending)
+
+    def tokens_of(self, index: int, drawn: Any) -> int:
+        """Of update `index`, over all processes: those that it drew itself, or those of its batch."""
+        if drawn is not None:
+            return int(drawn)
+        if self.tokens_per_step is not None:
+            return self.tokens_per_step
+        of_batch = getattr(self.batches, "tokens", None)
+        return count_tokens(self.batch) * self.shares if of_batch is None else int(of_batch(index))
 
     def make_batch(self, under_way: Any = None) -> None:
         with self.time.on("input", self.step + 1, under_way):

@@ -7,7 +7,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import Record
-from llmq_jax.training.plots import INK, RUN_COLOURS, blank_axes, blank_figure, curve, read_run, save_figure
+from llmq_jax.training.plots import INK, RUN_COLOURS, blank_axes, blank_figure, curve, legend, read_run, save_figure
 
 # A heat map shows the mean over this part of the records, the last ones.
 LAST_PART = 0.2
@@ -28,7 +28,8 @@ def plot_expert_load(folders: Sequence[str | Path], path: str | Path) -> Path:
     for axes, (name, load) in zip(panels, loads.items(), strict=True):
         # Two is twice the mean; what is above that is drawn as that.
         image = axes.imshow(load, vmin=0.0, vmax=2.0, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-        axes.set_title(f"{name}\nfullest {load.max():.1f} times the mean", loc="left", color=INK, fontsize=9)
+        title = f"{name}\nfullest {load.max():.1f} times the mean"
+        axes.set_title(title, loc="left", color=INK, fontsize=9, parse_math=False)
         axes.set_xlabel("expert", color=INK)
         axes.set_xticks(np.arange(0, load.shape[1], max(1, load.shape[1] // 8)))
         axes.set_yticks(np.arange(0, load.shape[0], max(1, load.shape[0] // 8)))
@@ -48,7 +49,7 @@ def plot_balance(folders: Sequence[str | Path], path: str | Path) -> Path:
             raise BadInput(f"the run {name} has no max_violation in its metrics; give runs of models with experts")
         axes.plot(*zip(*points, strict=True), color=RUN_COLOURS[index % len(RUN_COLOURS)], linewidth=1.4, label=name)
     axes.set_ylim(bottom=0.0)
-    axes.legend(frameon=False)
+    legend(axes)
     return save_figure(figure, path)
 
 

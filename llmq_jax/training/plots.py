@@ -28,7 +28,7 @@ def plot_losses(folder: str | Path) -> Path:
         axes.plot(*zip(*training, strict=True), color=TRAINING, linewidth=1.2, label=_label("training", training))
     if validation:
         _draw(axes, validation, VALIDATION, "validation")
-    axes.legend(frameon=False)
+    legend(axes)
     return save_figure(figure, folder / "losses.png")
 
 
@@ -39,8 +39,10 @@ def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     figure, axes = blank_axes("validation loss" if validated else "training loss", list(runs.values()))
     for index, (name, records) in enumerate(runs.items()):
         points = curve(records, "validation_loss") if validated else training_curve(records)
+        if not points:
+            raise BadInput(f"{name} has validation losses alone, and others have none: there is nothing to compare")
         _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], name)
-    axes.legend(frameon=False)
+    legend(axes)
     return save_figure(figure, path)
 
 
@@ -61,7 +63,7 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
     figure = blank_figure((10.0, 5.2 / columns * rows))
     for index, (title, curves) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
+        axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold", parse_math=False)
         for colour, (name, points) in zip(RUN_COLOURS, curves.items(), strict=False):
             _draw(axes, points, colour, name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -69,7 +71,7 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
         axes.set_axisbelow(True)
         axes.spines[["right", "top"]].set_visible(False)
         if list(curves) != [title]:
-            axes.legend(frameon=False, fontsize=8)
+            legend(axes, fontsize=8)
     return figure
 
 
@@ -100,6 +102,12 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     return path
 
 
+def legend(axes: Any, **style: Any) -> None:
+    """Of the curves, by names in which a dollar begins no formula."""
+    for text in axes.legend(frameon=False, **style).get_texts():
+        text.set_parse_math(False)
+
+
 def blank_figure(size: tuple[float, float] = (8, 4.8)) -> Any:
     # The object interface alone: pyplot would keep global state and may start a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -120,7 +128,7 @@ def blank_axes(title: str, runs: list[list[Record]]) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.set_xlabel("steps", color=INK)
     axes.set_ylabel("loss", color=INK)
-    axes.set_title(title, loc="left", color=INK, fontweight="bold")
+    axes.set_title(title, loc="left", color=INK, fontweight="bold", parse_math=False)
     axes.set_xlim(left=0, right=max(record["step"] for records in runs for record in records))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#dddddd", linewidth=0.6)
@@ -146,4 +154,5 @@ def _draw(axes: Any, points: Points, colour: str, name: str) -> None:
 
 
 def _label(name: str, points: Points) -> str:
-    return f"{name}, {points[-1][1]:.4f} at step {points[-1][0]:,}"
+    shown = f" {name}" if name.startswith("_") else name  # what begins with _ is left out of legends
+    return f"{shown}, {points[-1][1]:.4f} at step {points[-1][0]:,}"

@@ -78,7 +78,7 @@ class BarProgress:
 
     def message(self, text: str) -> None:
         self._show()
-        self._bar.console.print(text, markup=False, soft_wrap=True)
+        self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         self._show()

@@ -20,7 +20,7 @@ from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
 from llmq_jax.training.plots import draw_panels
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
@@ -75,9 +75,10 @@ def report_page(folder: Path) -> str:
     if not isinstance(config, dict) or MARK not in config:
         raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    finished = parse_json((folder / FINISHED).read_bytes()) if (folder / FINISHED).is_file() else None
+    finished = read_finished(folder) if (folder / FINISHED).is_file() else None
     name = folder.absolute().name
-    done = f"finished after {finished['step']:,} steps" if finished else f"not finished: {_reached(records)}"
+    step = (finished or {}).get("step")
+    done = f"finished after {step:,} steps" if isinstance(step, int) else f"not finished: {_reached(records)}"
     about = " · ".join(filter(None, (str(config.get("recipe", "")), _model_name(config), done)))
     parts = [
         f"<h1>{html.escape(name)}</h1>\n<p class=about>{html.escape(about)}</p>",

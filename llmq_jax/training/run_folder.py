@@ -78,13 +78,7 @@ class RunFolder:
 
     def report(self) -> dict[str, Any]:
         """What `mark_finished` was given."""
-        try:
-            report = parse_json((self.path / FINISHED).read_bytes())
-        except ValueError as error:
-            raise BadInput(f"{self.path / FINISHED} is damaged ({error}); remove it and run the same again") from None
-        if not isinstance(report, dict):
-            raise BadInput(f"{self.path / FINISHED} is damaged (no JSON object); remove it and run the same again")
-        return report
+        return read_finished(self.path)
 
     def close(self) -> None:
         """Unlock."""
@@ -126,8 +120,24 @@ class RunFolder:
             raise BadInput(
                 f"another process (id {owner}) is training in {self.path}; wait for it, or name another folder"
             ) from None
+        except OSError as error:
+            self.close()
+            raise BadInput(
+                f"{self.path}: its file system cannot lock files ({error.strerror}); name a folder on another one"
+            ) from None
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f"{os.getpid()}\n".encode())
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """The figures of a finished run's end; BadInput where the file is damaged."""
+    try:
+        report = parse_json((folder / FINISHED).read_bytes())
+    except ValueError as error:
+        raise BadInput(f"{folder / FINISHED} is damaged ({error}); remove it and run the same again") from None
+    if not isinstance(report, dict):
+        raise BadInput(f"{folder / FINISHED} is damaged (no JSON object); remove it and run the same again")
+    return report
 
 
 def _read_run_config(path: Path) -> dict[str, Any] | None:

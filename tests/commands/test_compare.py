@@ -49,13 +49,31 @@ def test_training_losses_where_a_run_has_no_others(llmq, run, tmp_path, monkeypa
     assert [line.get_ydata().tolist() for line in axes.lines] == [[2.5], [4.0]]
 
 
+def test_names_are_names_whatever_they_look_like(llmq, run, tmp_path, monkeypatch):
+    """Neither formulas nor styles nor hidden."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    names = ["a$_$", "_b", "c[lr=1]"]
+    code, out, err = llmq("compare", *(run(name, 3.0) for name in names), "--out", tmp_path / "x.png")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == names
+    shown = [text.get_text().split(",")[0].strip() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert shown == names
+
+
 def test_bad_input(llmq, run, tmp_path):
     folder = run("a", 3.0)
+    apart = tmp_path / "validated"
+    apart.mkdir()
+    (apart / "metrics.jsonl").write_text('{"step": 1, "tokens": 3, "validation_loss": 2.0}\n')
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ([], "missing RUN"),
         ([tmp_path / "empty"], "no metrics.jsonl in"),
         ([folder, folder], "two runs are called a"),
+        ([run("b"), apart, "--out", tmp_path / "x.png"], "validated has validation losses alone"),
         ([folder, "--out", "a.jpg"], "give it a name that ends in .png"),
         ([folder, "--out", tmp_path / "no" / "a.png"], "there is no folder"),
     ):

@@ -16,6 +16,7 @@ import tiny_run
 from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
 from llmq_jax.training.engine import DiskFull, NonFiniteLoss, count_tokens
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
@@ -288,8 +289,6 @@ def test_gradient_and_parameters_must_be_finite_too(tmp_path):
         state, metrics = tiny_run.train_step(state, batch)
         return state.replace(variables=jax.tree.map(lambda x: x / (state.step != 8), state.variables)), metrics
 
-    from llmq_jax.training import engine
-
     for step, message in ((break_gradient, "step 3: grad norm is inf"), (break_update, "step 8: the update made")):
         folder = tmp_path / step.__name__
         with pytest.raises(NonFiniteLoss, match=message):
@@ -306,8 +305,6 @@ def test_device_is_never_waited_for_before_the_next_step_is_handed_over(tmp_path
         order.append(("step", int(state.step) + 1))
         state, metrics = tiny_run.train_step(state, batch)
         return state, metrics
-
-    from llmq_jax.training import engine
 
     read = engine._Loop.read
     engine._Loop.read = lambda self, done: (order.append(("read", done.step)), read(self, done))
@@ -390,6 +387,14 @@ def test_zero_means_never(tmp_path):
     assert "step 4:" not in said  # while "step 4%" of the time may well be
 
 
+def test_a_run_without_any_loss_to_draw_ends_too(tmp_path):
+    """As GRPO's does, whose evaluation has a reward and no loss, with --log-every 0."""
+    options = replace(OPTIONS, log_every=0, sample_every=0, checkpoint_every=0)
+    quiet(tmp_path / "run", options=options, evaluate=lambda variables: {"reward": 1.0})
+    assert (tmp_path / "run" / "finished.json").exists()
+    assert "finished after 20 steps" in (tmp_path / "run" / "report.html").read_text()
+
+
 @pytest.mark.parametrize("changed", [{"steps": 0}, {"log_every": -1}, {"evaluate_every": -2}, {"keep_last": 0}])
 def test_options_out_of_range_are_refused(changed):
     with pytest.raises(BadInput, match=f"{next(iter(changed))} is"):
@@ -402,6 +407,26 @@ def test_report_shows_figures_files_and_next_commands(tmp_path):
     assert "20 steps" in report and "tokens/s" in report and "peak memory" in report
     assert "best" in report and "losses.png" in report
     assert report.endswith("next:\n  llmq generate run\n")
+
+
+def test_tokens_that_a_step_drew_or_the_batches_tell_of_all_processes(tmp_path):
+    class Told(Batches):
+        def tokens(self, step):
+            return 10 + step
+
+    alone = replace(OPTIONS, checkpoint_every=None)
+    assert quiet(None, Told(), options=alone)[0].tokens == sum(10 + step for step in range(STEPS))
+
+    def drawing(state, batch):
+        state, metrics = tiny_run.train_step(state, batch)
+        return state, {**metrics, "tokens": jnp.int32(7)}  # from a compiled step
+
+    folder = tmp_path / "run"
+    output = io.StringIO()
+    options = replace(OPTIONS, evaluate_every=0, sample_every=0, plot=False)
+    engine.run(tiny_run.new_state(), drawing, Told(), options, folder=folder, output=output)
+    assert [record["tokens"] for record in timeless(folder)] == [7 * record["step"] for record in timeless(folder)]
+    assert Checkpoints(folder / "checkpoints").restore(tiny_run.new_state(), STEPS).info.tokens == 7 * STEPS
 
 
 def test_tokens_are_counted_from_the_masks():

@@ -52,6 +52,11 @@ def test_validation_alone_and_no_tokens_will_do(tmp_path):
     assert has_colour(path, VALIDATION) and not has_colour(path, TRAINING)
 
 
+def test_a_dollar_in_a_name_begins_no_formula(tmp_path):
+    path = plot_losses(run_folder(tmp_path / "a$_$", [{"step": 4, "loss": 3.0}]))
+    assert has_colour(path, TRAINING)
+
+
 def test_nothing_to_plot_is_said(tmp_path):
     with pytest.raises(BadInput, match=r"no metrics.jsonl in .*; give the folder of a run"):
         plot_losses(tmp_path)

@@ -55,9 +55,9 @@ def test_bar_on_a_terminal_shows_everything_in_80_columns_with_messages_above(te
     assert isinstance(progress, BarProgress)
     assert "step 5/100000" in read() and "compiling" not in read()
     progress.update(STATUS, logged=False)
-    progress.message("[bold]step 7: sample")
+    progress.message("[bold]step 7: sample :key:")
     shown = [line for line in read().split("\n") if line.strip()]
-    assert shown[-2].startswith("[bold]step 7: sample")  # no markup taken from a sample
+    assert shown[-2].startswith("[bold]step 7: sample :key:")  # no markup and no emoji taken from a sample
     bar = shown[-1]
     assert re.fullmatch(r"step 7/100000 +0% [━╸╺ ]+ loss 2.5000 lr 1.00e-03 12.3k tokens/s ETA +1:05 *", bar)
     assert len(bar) <= 80

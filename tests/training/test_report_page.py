@@ -88,6 +88,14 @@ def test_what_is_no_run(config, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("content", ['{"step": 2', "[1]"])
+def test_a_damaged_end_is_told(content, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "finished.json").write_text(content)
+    with pytest.raises(BadInput, match=r"finished.json is damaged .*; remove it and run the same again"):
+        write_report_page(tmp_path / "run")
+
+
 def test_samples_are_read_as_they_were_written(tmp_path):
     texts = [(4, "one\n\n  two\n"), (8, ""), (12, "step 3\n")]
     file = SamplesFile(tmp_path / "samples.txt")

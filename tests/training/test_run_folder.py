@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -122,6 +124,15 @@ def test_one_process_at_a_time_and_a_killed_one_holds_no_lock(tmp_path):
     with RunFolder(path, {}) as folder:
         assert folder.resumed
         assert (path / "run.lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(BadInput, match=r"cannot lock files \(No locks available\); name a folder on another one"):
+        RunFolder(tmp_path / "run", CONFIG)
 
 
 def test_lock_is_given_back_when_opening_fails_and_when_closed(tmp_path):
