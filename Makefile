@@ -12,7 +12,7 @@ TEST := $(VENV)/.test-installed
 demo: $(CORE)
 	$(BIN)/python -m train.demo
 
-## test: the suite (about 19 minutes on two slow cores)
+## test: the suite (about 13 minutes on two cores)
 test: $(TEST)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not exhaustive"
 

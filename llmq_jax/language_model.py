@@ -30,7 +30,7 @@ from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.interop.whole_folders import whole_folder
-from llmq_jax.layers.axes import everywhere
+from llmq_jax.layers.axes import axis_sizes, everywhere
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, spread, trained_numbers
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
@@ -481,7 +481,8 @@ def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> Languag
     from llmq_jax.training.parts import whole
 
     loaded = load_checkpoint_variables(path)
-    variables = whole(loaded.variables)
+    # Where a mesh is set, arrays of one device could not be joined or cast; those of the host can.
+    variables = whole(jax.tree.map(np.asarray, loaded.variables) if axis_sizes() else loaded.variables)
     if config is None:
         config = _config(path, loaded.config)
     else:

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,23 @@ RewardFunction = Callable[..., Sequence[float | None]]
 # The right number
 
 # A minus after a word, a number or a bracket is no sign ("7-3", "step-3"); a comma separates thousands or numbers.
-_NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)", re.ASCII)
-# "####" is a heading where no number follows; braces in \boxed{} may be nested once.
-_MARKED = re.compile(
-    rf"####\W{{0,20}}?({_NUMBER.pattern})|<answer>([\s\S]*?)</answer>|\\boxed{{((?:[^{{}}]|{{[^{{}}]*}})*)}}", re.ASCII
+_SIGN = r"(?:(?<![\w)])[-+−])?"
+_NUMBER = (
+    _SIGN + r"\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d{1,2}(?!\w))?"  # 1.5e3
 )
+# 3/4, which is no date (3/4/2020), and LaTeX's form of it.
+_VALUE = rf"{_SIGN}\\[dt]?frac{{{_NUMBER}}}{{{_NUMBER}}}|(?<![/\d.]){_NUMBER}/{_NUMBER}(?![/\d])|{_NUMBER}"
+# "####" is a heading where no number follows, or one with a title ("#### 1. First"); braces in \boxed{} may be nested
+# once.
+_MARKED = re.compile(
+    rf"####\W{{0,20}}?((?>{_VALUE}))(?!\.[ \t]+[A-Za-z])|<answer>([\s\S]*?)</answer>"
+    r"|\\boxed{((?:[^{}]|{[^{}]*})*)}",
+    re.ASCII,
+)
+_NUMBERS, _VALUES = re.compile(_NUMBER, re.ASCII), re.compile(_VALUE, re.ASCII)
+# What LaTeX writes between thousands, and powers of units.
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", re.ASCII)
+_POWER = re.compile(r"(?<=[A-Za-z}])\^(?:\d|\{-?\d+\})", re.ASCII)
 
 
 def numeric_answer(
@@ -41,8 +53,8 @@ def numeric_answer(
 
     The final number of a text is the one that its last mark tells: "#### 1,234" (the form of GSM8K, whose `answer` ends
     so), <answer>...</answer> or \boxed{...}, of which the last number counts; a mark without a number is no answer. A
-    text without marks answers with its last number. Thousands' commas, $, %, a leading + and a trailing dot do not
-    matter, and 3.0 is 3.
+    text without marks answers with its last number. Thousands' commas, $, %, a leading +, a trailing dot and powers of
+    units (m^2) do not matter; 3.0 is 3, 1.5e3 is 1500, and 3/4 and \frac{3}{4} are 0.75.
     """
     rewards = []
     for completion, reference in zip(completions, answer, strict=True):
@@ -51,14 +63,23 @@ def numeric_answer(
     return rewards
 
 
-def final_number(text: str) -> Decimal | None:
+def final_number(text: str) -> Fraction | None:
     """The number that a text arrives at, as `numeric_answer` tells; None where there is none."""
+    text = _POWER.sub("", _THOUSANDS.sub(",", text))
     marks = list(_MARKED.finditer(text))
     region = marks[-1][marks[-1].lastindex or 0] if marks else text
-    numbers = _NUMBER.findall(region)
-    if not numbers:
-        return None
-    return Decimal(numbers[-1].replace(",", "").replace("$", "").replace("−", "-"))
+    values = _VALUES.findall(region)
+    return _exact(values[-1]) if values else None
+
+
+def _exact(value: str) -> Fraction | None:
+    plain = value.replace(",", "").replace("$", "").replace("−", "-")
+    numbers = [Fraction(number) for number in _NUMBERS.findall(plain)]
+    if len(numbers) == 1:
+        return numbers[0]
+    numerator, denominator = numbers
+    sign = -1 if plain.startswith("-\\") else 1
+    return sign * numerator / denominator if denominator else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

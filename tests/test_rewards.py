@@ -26,6 +26,19 @@ ANSWERS = [
     ("12.", "12", 1.0),
     ("0.1", "0.10000000000000001", 0.0),  # compared as written, not in floating point
     ("9007199254740993", "9007199254740992", 0.0),
+    # what LaTeX and units make of numbers
+    (r"\boxed{72\text{ m}^2}", "72", 1.0),
+    (r"it is \boxed{3 \text{ cm}^{-3}}", "3", 1.0),
+    (r"\boxed{10{,}000}", "10000", 1.0),
+    (r"10,\!080", "10080", 1.0),
+    ("1.5e3 m", "1500", 1.0),
+    # fractions
+    ("it is 3/4", "0.75", 1.0),
+    (r"\boxed{\frac{3}{4}}", "3/4", 1.0),
+    (r"\boxed{-\dfrac{3}{4}}", "-0.75", 1.0),
+    (r"\boxed{1/4}", "3/4", 0.0),
+    ("on 3/4/2020", "2020", 1.0),
+    ("1/0", "0", 0.0),
     # marks: the last decides
     ("<answer>6 * 3 = 18 dollars</answer> for 7 days", "18", 1.0),
     ("<answer>7</answer> no: <answer>8</answer>", "8", 1.0),
@@ -35,6 +48,9 @@ ANSWERS = [
     ("####   $ 70,000 is it, not 5", "70000", 1.0),
     ("#### **18**", "18", 1.0),
     ("#### Step 2\nIt is 18", "18", 1.0),  # a heading
+    ("#### 1. First\n5 and 7\n#### 2. Then\nIt is 12", "12", 1.0),
+    ("#### 72.\nDone 5", "72", 1.0),
+    ("#### 3/4", "0.75", 1.0),
     ("12 of them <answer>none</answer>", "12", 0.0),
     ("<answer>12", "12", 1.0),
     ("I do not know", "12", 0.0),

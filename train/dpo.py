@@ -300,6 +300,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     from llmq_jax.data.batching import pad
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import load
+    from llmq_jax.layers.axes import everywhere
     from llmq_jax.objectives.logprobs import sequence_logprobs
 
     longest = policy.config.max_position_embeddings - ANSWER_TOKENS
@@ -315,7 +316,11 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
 
     def logprobs(lm):
         model = lm.model.clone(dtype=options.dtype)
-        of_rows = jax.jit(lambda variables, *rows: sequence_logprobs(model, variables, *rows[:2], lengths=rows[2]))
+
+        @jax.jit
+        def of_rows(variables, tokens, mask, lengths):
+            return everywhere(sequence_logprobs(model, variables, tokens, mask, lengths=lengths))
+
         return np.array(of_rows(lm.variables, tokens, mask, lengths))
 
     ratios = logprobs(policy)

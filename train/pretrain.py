@@ -301,9 +301,7 @@ def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
 
     from llmq_jax.data import check_vocabulary
 
-    ids = tokenizer.encode(options.sample_prompt)
-    if not ids and tokenizer.end_of_text is not None:
-        ids = [tokenizer.end_of_text]  # as generate does
+    ids = tokenizer.encode_prompt(options.sample_prompt)
     longest = config.max_position_embeddings
     if options.sample_every != 0:
         if not 0 < len(ids) < longest:

@@ -90,7 +90,7 @@ class Conversation:
             what = "the message takes" if self.options.system is None else "the system text and the message take"
             raise BadInput(
                 f"{what} {len(tokens)} tokens, which with a reply of {self.drawing['max_new_tokens']} exceed the "
-                f"model's context of {self.lm.config.max_position_embeddings}; say less, or lower --max-new-tokens"
+                f"model's context of {self._context()}; say less, or lower --max-new-tokens"
             )
         pieces = stream(self.lm, tokens, seed=self.options.seed_of(self.replies), **self.drawing)
         if forgotten:
@@ -105,7 +105,13 @@ class Conversation:
 
     def _room(self) -> int:
         """The tokens of the longest prompt."""
-        return int(self.lm.config.max_position_embeddings - self.drawing["max_new_tokens"])
+        return int(self._context() - self.drawing["max_new_tokens"])
+
+    def _context(self) -> int:
+        """Of the model, or of a draft model that reads less."""
+        draft = self.drawing.get("draft")
+        models = [self.lm, draft] if hasattr(draft, "config") else [self.lm]
+        return min(int(lm.config.max_position_embeddings) for lm in models)
 
     def _messages(self, turns: list[list[dict[str, str]]], message: str) -> list[dict[str, str]]:
         system = [] if self.options.system is None else [_message("system", self.options.system)]

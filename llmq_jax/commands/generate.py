@@ -79,7 +79,7 @@ def _continue_text(options: Options) -> None:
         lm.require_chat_template(options.model)
         prompt, shown = lm.chat_tokens(_said(text)), ""
     else:
-        prompt, shown = lm.tokenizer.encode(text) or text, text
+        prompt, shown = lm.tokenizer.encode_prompt(text), text
     drawing["max_new_tokens"] = _new_tokens(options, lm, len(prompt))
     pieces = _stream(options, lm, prompt, drawing)
     start = time.perf_counter()
@@ -234,9 +234,9 @@ def _fault(record: Any) -> str | None:
 
 
 def _prompt(lm: Any, record: dict[str, Any], chat: bool) -> Any:
-    """Token ids, or the text where it is empty."""
+    """Token ids."""
     if "prompt" in record and not chat:
-        return lm.tokenizer.encode(record["prompt"]) or record["prompt"]
+        return lm.tokenizer.encode_prompt(record["prompt"])
     return lm.chat_tokens(record["messages"] if "messages" in record else _said(record["prompt"]))
 
 

@@ -351,7 +351,16 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
                 raise BadInput(f"messages[{index}] has no {key!r}; its keys are {', '.join(map(repr, message))}")
             if not isinstance(message[key], str):
                 raise BadInput(f"messages[{index}][{key!r}] must be text, not {type(message[key]).__name__}")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return [
+        _with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages
+    ]
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Under both names that templates read it by, as transformers has it."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((message[name] for name in names if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _one_line(error: Exception) -> str:

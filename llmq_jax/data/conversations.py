@@ -27,6 +27,9 @@ FORMS = {
     "text": ("text",),
 }
 """{form: the fields that it must have}, in the order in which they are looked for."""
+LOST = {"messages": ("tools", "functions"), "prompt": ("tools",), "alpaca": ("system", "history")}
+LOST_OF_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What other programs would train on, and is not read: refused where it is not empty."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def as_conversation(record: Record) -> Conversation:
         names = ", ".join(fields) or "none"
         forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
         raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
+    refuse_lost(fields, LOST.get(form, ()), where)
     if form == "messages":
         return Conversation(where, form, message_list(record, "messages"))
     if form == "prompt":
@@ -98,6 +102,12 @@ def as_conversation(record: Record) -> Conversation:
         messages = ({"role": "user", "content": record.text("instruction")}, answer(record, "output"))
         return Conversation(where, form, messages, given=1, input=given)
     return Conversation(where, form, ({"role": "assistant", "content": _not_empty(record.text("text"), where)},))
+
+
+def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        if fields.get(name):
+            raise BadInput(f"{where} has {name!r}, which is not read: write it into the text, or remove it")
 
 
 def without_nulls(record: Record) -> Record:
@@ -138,6 +148,9 @@ def _message(message: Any, where: str, given: bool) -> Message:
         if key not in message:
             raise BadInput(no_field(where, key, message))
     role, content = message["role"], checked_text(message["content"], f"{where}: content")
+    refuse_lost(message, LOST_OF_MESSAGES, where)
+    if message.get("weight") == 0:
+        raise BadInput(f"{where} has the weight 0, which is not supported: choose what is learned by --train-on")
     if role not in ROLES:
         raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
     if role == "assistant" and given and not content.strip():

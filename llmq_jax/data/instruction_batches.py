@@ -165,7 +165,7 @@ class InstructionBatches:
         plan, length = self._plan(step, self.rows)
         return conversation_rows(self.examples, plan, length)
 
-    def tokens(self, step: int) -> int:
+    def count_tokens(self, step: int) -> int:
         """Of a batch, over all processes."""
         plan, _ = self._plan(step, range(self.batch_size))
         return sum(len(self.examples[index].tokens) for row in plan for index in row)

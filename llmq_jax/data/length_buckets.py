@@ -121,7 +121,7 @@ class LabelledBatches:
         """Batches that all rows make."""
         return self._plan.per_epoch
 
-    def tokens(self, index: int) -> int:
+    def count_tokens(self, index: int) -> int:
         """Of batch `index`, over all processes."""
         return sum(min(len(self.rows[row]), self.longest) for row in self._plan[index])
 

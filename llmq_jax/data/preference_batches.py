@@ -54,7 +54,7 @@ class PreferenceBatches:
         """Batches that all pairs make."""
         return self._plan.per_epoch
 
-    def tokens(self, index: int) -> int:
+    def count_tokens(self, index: int) -> int:
         """Of batch `index`, over all processes."""
         pairs = [self.pairs[pair] for pair in self._plan[index]]
         return sum(min(len(side.tokens), self.longest) for pair in pairs for side in (pair.chosen, pair.rejected))

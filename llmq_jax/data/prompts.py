@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.data.conversations import message_list
+from llmq_jax.data.prompt_templates import DAY
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.data.tokenizers import Tokenizer
@@ -105,7 +106,7 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
         return Prompt(where, value, tokenizer.encode(value, add_special_tokens=True), columns)
     if chat is None:
         raise BadInput(f"{where}: the model has no chat template: use strings and the template 'plain'")
-    text = chat.render(list(messages), add_generation_prompt=True)
+    text = chat.render(list(messages), add_generation_prompt=True, strftime_now=DAY.strftime)
     return Prompt(where, text, tokenizer.encode(text, allow_special=True), columns)
 
 

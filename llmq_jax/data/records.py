@@ -302,6 +302,8 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
+            if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+                raise BadInput(f"{path}: two columns are called {twice[0]!r}; rename one")
             for name, option in needed.items():
                 if name not in schema.names:
                     raise BadInput(no_field(str(path), name, schema.names, option))
@@ -319,7 +321,7 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
                         if fields[name] is None:
                             raise BadInput(f"{path}: row {row}: column {name!r} must be a string, not null")
                     yield Record(f"{path}: row {row}", fields)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, OverflowError, LookupError) as error:  # the last two of dates
         reason = str(error).splitlines()[0]
         raise BadInput(f"{path} is no Parquet file or is damaged ({reason})") from None
     except UnicodeDecodeError:

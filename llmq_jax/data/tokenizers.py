@@ -77,6 +77,20 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids; special tokens are spelled out unless skipped. Never fails."""
 
+    @cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """What the tokenizer's own template puts before a text: the beginning-of-text token of Llama 3 and Gemma, say;
+        often nothing."""
+        alone, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
+        before = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+        return tuple(whole[:before])
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text to be gone on from: after the tokenizer's `beginning`. An empty text begins as documents
+        do, with the end-of-text token where there is no other."""
+        ids = [*self.beginning, *self.encode(text)]
+        return ids if ids or self.end_of_text is None else [self.end_of_text]
+
     @abstractmethod
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of many texts as compact arrays, using all cores; special tokens are plain text."""
@@ -386,7 +400,8 @@ def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | Non
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True) -> np.ndarray:
-    """All documents as one stream of tokens `[N]`, uint16 or uint32, the end-of-text token after every document.
+    """All documents as one stream of tokens `[N]`, uint16 or uint32: before every one what the tokenizer begins texts
+    with (often nothing), after it the end-of-text token.
 
     Documents may come from a generator: only a block of them is held at a time. append_end_of_text=False joins them
     without separators (for one single text).
@@ -394,10 +409,12 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_e
     if append_end_of_text and tokenizer.end_of_text is None:
         raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with")
     end = np.array([tokenizer.end_of_text] if append_end_of_text else [], tokenizer.dtype).tobytes()
+    start = np.array(tokenizer.beginning, tokenizer.dtype).tobytes()
     # A bytearray grows in place, so that the stream is never held twice.
     stream = bytearray()
     for block in _blocks(documents):
         for ids in tokenizer.encode_arrays(block):
+            stream += start
             stream += ids.astype(tokenizer.dtype, copy=False).tobytes()
             stream += end
     return np.frombuffer(stream, tokenizer.dtype)

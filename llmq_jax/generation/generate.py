@@ -383,10 +383,7 @@ def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise BadInput("this model has no tokenizer; give prompts as lists of token ids")
-        ids = lm.tokenizer.encode(prompt)
-        start = lm.tokenizer.end_of_text
-        if not ids and start is not None:
-            ids = [start]  # An empty prompt starts as documents do.
+        ids = lm.tokenizer.encode_prompt(prompt)
     elif isinstance(prompt, Integral):
         raise BadInput(f"prompt {index} is the number {prompt}; give a list of prompts: strings or lists of token ids")
     else:

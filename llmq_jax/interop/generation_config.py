@@ -55,6 +55,8 @@ class GenerationConfig:
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
+    if ids == [-1]:  # how some published configs say that there is none
+        return ()
     if not all(type(i) is int and i >= 0 for i in ids):
         raise BadInput(f"{name}={value!r} is neither a token id nor a list of token ids")
     return tuple(ids)

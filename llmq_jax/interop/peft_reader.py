@@ -34,6 +34,7 @@ HEAD = f"{PREFIX}score.weight"
 FIELDS = {
     "peft_type": str,
     "base_model_name_or_path": str,
+    "revision": str,
     "r": int,
     "lora_alpha": float,
     "lora_dropout": float,
@@ -90,7 +91,10 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> dict[s
 
 def base_of(folder: Path) -> tuple[str, int]:
     """(the name of the base in a folder of PEFT's, or "", the number of classes if it is a classifier's)."""
-    base = _read_config(folder).get("base_model_name_or_path") or ""
+    values = _read_config(folder)
+    base = values.get("base_model_name_or_path") or ""
+    if values.get("revision") and not Path(base).exists():
+        base = f"{base}@{values['revision']}"
     score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
     return base, 0 if score is None else score.shape[0]
 

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.layers.positions import DynamicRope, LongRope
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.next_token import mean, with_balance
@@ -394,7 +395,8 @@ def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> F
 
 def can_share_prompts(model: Decoder) -> bool:
     """Whether answers can go on from one reading of their prompt: see `GRPO.group_size`."""
-    return model.experts is None and model.frozen_layers == 0
+    by_length = isinstance(getattr(model.config, "rope_parameters", None), DynamicRope | LongRope)  # of the whole row
+    return model.experts is None and model.frozen_layers == 0 and not by_length
 
 
 @dataclass(frozen=True)
@@ -418,7 +420,8 @@ class GRPO(LossOptions):
         super().__post_init__()
         if self.group_size > 1 and not can_share_prompts(self.model):
             raise BadInput(
-                f"group_size={self.group_size}: a model with experts or a cut stack cannot share its prompts"
+                f"group_size={self.group_size}: a model with experts, a cut stack or a RoPE that goes by the length of "
+                "a row cannot share its prompts"
             )
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"temperature={self.temperature} of GRPO must be positive")

@@ -81,9 +81,9 @@ def run(
     * `schedule(i)` is the learning rate of update i, here only for the log.
     * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
       a text to show, the same one for the same arguments.
-    * `tokens_per_step`, over all processes, is what `batches.tokens(i)` says where not given, or else counted from each
-      batch, of which other processes are taken to have as many; a step that draws its own tokens tells how many by a
-      metric `tokens`, which is no array of the device unless it may be waited for.
+    * `tokens_per_step`, over all processes, is what `batches.count_tokens(i)` says where not given, or else counted
+      from each batch, of which other processes are taken to have as many; a step that draws its own tokens tells how
+      many by a metric `tokens`, which is no array of the device unless it may be waited for.
     * `show` names metrics of a step that stand beside the loss on the console.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).
@@ -298,7 +298,7 @@ class _Loop:
             return int(drawn)
         if self.tokens_per_step is not None:
             return self.tokens_per_step
-        of_batch = getattr(self.batches, "tokens", None)
+        of_batch = getattr(self.batches, "count_tokens", None)
         return count_tokens(self.batch) * self.shares if of_batch is None else int(of_batch(index))
 
     def make_batch(self, under_way: Any = None) -> None:

@@ -147,6 +147,13 @@ def test_just_as_much_is_forgotten_as_must_be(chat_model, capsys):
     ]
 
 
+def test_a_draft_model_that_reads_less_has_the_say(chat_model):
+    short = chat_model.replace(config=dataclasses.replace(chat_model.config, max_position_embeddings=64))
+    asked = {"draft": None, "max_new_tokens": 40}
+    rooms = [Conversation(chat_model, Options(model=""), {**asked, "draft": d})._room() for d in (None, 3, short)]
+    assert rooms == [96 - 40, 96 - 40, 64 - 40]
+
+
 BAD = {
     "no model there": (["nowhere/at-all"], "nowhere/at-all"),
     "no chat template": (["PLAIN"], "has no chat template, so it cannot converse; use generate with a plain prompt"),

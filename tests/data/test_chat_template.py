@@ -18,7 +18,7 @@ CONVERSATIONS = [
     [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "One\ntwo <b>&'\"\n"}],
     [
         {"role": "user", "content": "naïve café 😀 你好"},
-        {"role": "assistant", "content": "{{ messages }}{% raw %}"},
+        {"role": "assistant", "content": "{{ messages }}{% raw %}", "reasoning": "why"},
         {"role": "user", "content": "", "name": "Ada", "weight": 0.5, "empty": None},
     ],
 ]

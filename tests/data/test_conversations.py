@@ -203,6 +203,14 @@ BAD = [
         {"prompt": [user("x"), assistant(""), user("y")], "completion": [assistant("z")]},
         r"prompt\[1\]: the assistant says nothing",
     ),
+    (
+        {"messages": [user("x"), {**assistant("y"), "tool_calls": [{}]}]},
+        r"messages\[1\] has 'tool_calls', which is n",
+    ),
+    ({"messages": [user("x"), {**assistant("y"), "reasoning": "z"}]}, r"messages\[1\] has 'reasoning', which is not"),
+    ({"messages": [user("x"), {**assistant("y"), "weight": 0}]}, r"messages\[1\] has the weight 0, .* --train-on"),
+    ({"messages": [user("x"), assistant("y")], "tools": [{"type": "function"}]}, r"has 'tools', which is not read"),
+    ({**ALPACA, "system": "You are terse."}, r"has 'system', which is not read: write it into the text"),
     ({"messages": [user("\ud800")]}, r"messages\[0\]: content: half a surrogate pair"),
 ]
 

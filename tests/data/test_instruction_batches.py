@@ -244,7 +244,7 @@ def test_processes_share_a_batch(packing):
     for step in range(2 * len(whole)):
         for name, array in whole[step].items():
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), array)
-        assert {part.tokens(step) for part in parts} == {np.count_nonzero(whole[step]["segment_ids"])}
+        assert {part.count_tokens(step) for part in parts} == {np.count_nonzero(whole[step]["segment_ids"])}
     with pytest.raises(BadInput, match="cannot be divided among 4"):
         instruction_batches(examples, **options, process_count=4)
 

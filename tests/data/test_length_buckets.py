@@ -65,7 +65,7 @@ def test_processes_share_the_rows_of_a_batch():
         whole = batches()[step]
         for name in FIELDS:
             np.testing.assert_array_equal(np.concatenate([share[step][name] for share in shares]), whole[name])
-        assert {share.tokens(step) for share in shares} == {whole["lengths"].sum()}
+        assert {share.count_tokens(step) for share in shares} == {whole["lengths"].sum()}
     with pytest.raises(BadInput, match="8 rows cannot be divided among 3 processes"):
         batches(process_count=3)
 

@@ -100,7 +100,7 @@ def test_processes_share_the_pairs_of_a_batch():
     for step in (0, 12):
         for name, array in whole[step].items():
             np.testing.assert_array_equal(np.concatenate([share[step][name] for share in shares]), array)
-        assert {share.tokens(step) for share in shares} == {whole[step]["lengths"].sum()}
+        assert {share.count_tokens(step) for share in shares} == {whole[step]["lengths"].sum()}
     with pytest.raises(BadInput, match="8 rows cannot be divided among 3 processes"):
         batches(process_count=3)
 

@@ -79,6 +79,14 @@ def test_the_chat_template_asks_for_an_answer(read, chat):
     assert read([{"question": "Hi"}], chat, prompt_format="{question}")[0][0].text == asked
 
 
+def test_prompts_do_not_depend_on_the_day(read, tmp_path):
+    """Or a run could not go on after midnight."""
+    PLAIN.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    (prompt,), _ = read([{"prompt": [user("x")]}], FileTokenizer(tmp_path))
+    assert prompt.text.startswith("26 Jul 2024<|im_start|>user")
+
+
 def test_prompts_that_are_too_long_are_left_out_and_counted(read):
     prompts, dropped = read([{"prompt": "12345"}, {"prompt": "1234"}, {"prompt": "123456"}], longest=4)
     assert [prompt.text for prompt in prompts] == ["1234"]

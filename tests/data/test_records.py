@@ -92,6 +92,16 @@ def test_a_table_without_a_needed_column_is_refused_at_its_header(tmp_path):
         read_records(tmp_path / "c.parquet", needed=NEEDED)
 
 
+def test_parquet_that_cannot_be_rows(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(BadInput, match="two columns are called 'text'; rename one"):
+        read_records(tmp_path / "twice.parquet")
+    pq.write_table(pa.table({"at": pa.array([10**15], pa.timestamp("ms"))}), tmp_path / "late.parquet")
+    with pytest.raises(BadInput, match=r"late\.parquet is no Parquet file or is damaged"):
+        read_records(tmp_path / "late.parquet")
+
+
 def test_strings_in_json_may_stand_for_a_field(tmp_path):
     path = write(tmp_path / "a.json", '["x", {"text": "y", "id": 1}]')
     records = read_records(path, string_field="text")

@@ -188,6 +188,8 @@ def test_file_tokenizer_adds_and_cuts_nothing_unasked(metaspace_folder):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text, "the file's own truncation to 4 and padding to 16 must be off"
     assert tokenizer.encode(text, add_special_tokens=True) == [1, *ids, 2]
+    assert tokenizer.beginning == (1,) and tokenizer.encode_prompt(text) == [1, *ids]
+    assert tokenizer.encode_prompt("") == [1] and ByteTokenizer().encode_prompt("") == [256]
     assert tokenizer.end_of_text == 2, "eos_token written as an object"
     assert 2 not in tokenizer.encode("</s>")
     assert tokenizer.encode("</s>", allow_special=True) == [2]
@@ -209,11 +211,12 @@ def test_encode_documents(monkeypatch, saved, metaspace_folder, which):
     tokenizer = load_tokenizer(name)
     documents = [*TEXTS, "one\ntwo\n\nthree \n four\n\tfive\r\nsix\n" * 9, "x\n" * 50]
     tokens = encode_documents(tokenizer, (document for document in documents))
-    expected = [i for document in documents for i in [*tokenizer.encode(document), tokenizer.end_of_text]]
+    start, end = tokenizer.beginning, tokenizer.end_of_text
+    expected = [i for document in documents for i in [*start, *tokenizer.encode(document), end]]
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == expected
     joined = encode_documents(tokenizer, documents, append_end_of_text=False)
-    assert joined.tolist() == [i for document in documents for i in tokenizer.encode(document)]
+    assert joined.tolist() == [i for document in documents for i in [*start, *tokenizer.encode(document)]]
     assert encode_documents(tokenizer, []).shape == (0,)
 
 

@@ -92,6 +92,16 @@ def test_fewer_tokens_are_a_beginning_of_more(lm):
     np.testing.assert_array_equal(short.tokens[0], long.tokens[0, :5])
 
 
+def test_a_text_begins_as_its_tokenizer_says(lm):
+    class Begun(lq.ByteTokenizer):
+        beginning = (5,)
+
+    begun = lm.replace(tokenizer=Begun())
+    for prompt, ids in (("ab", [5, 97, 98]), ("", [5])):
+        by_text, by_ids = (lq.generate(begun, given, max_new_tokens=5, sampler=SAMPLER) for given in (prompt, [ids]))
+        np.testing.assert_array_equal(by_text.tokens, by_ids.tokens)
+
+
 def test_end_tokens_stop_their_row_alone(lm):
     free = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER)
     # Two end tokens: the fourth of the first row, the seventh of the second; where each first appears counts.

@@ -157,6 +157,8 @@ def test_special_tokens_of_config_json_where_there_is_no_generation_config(their
     (theirs / "generation_config.json").unlink()
     edit_json(theirs / "config.json", eos_token_id=[2, 4])
     assert load(theirs).generation.eos_token_id == (2, 4)
+    edit_json(theirs / "config.json", pad_token_id=-1)  # "none", in configs of the first Llamas
+    assert load(theirs).generation.pad_token_id is None
     edit_json(theirs / "config.json", eos_token_id="2")
     with pytest.raises(BadInput, match="eos_token_id='2' is neither a token id nor a list"):
         load(theirs)

@@ -16,6 +16,7 @@ import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, from_state_dict
 from llmq_jax.interop.peft import PREFIX, experts_module, sites_of
+from llmq_jax.interop.peft_reader import base_of
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
 from llmq_jax.models import build
@@ -305,7 +306,9 @@ def test_numbers_that_matrices_share_stay_shared(llama, tmp_path):
 def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path):
     lm, folder = llama
     base = lq.save_hf(lm, tmp_path / "base")
-    named = changed(folder, tmp_path / "named", {"base_model_name_or_path": str(base)})
+    at_hub = changed(folder, tmp_path / "at hub", {"base_model_name_or_path": "org/base", "revision": "v1"})
+    assert base_of(at_hub)[0] == "org/base@v1"
+    named = changed(folder, tmp_path / "named", {"base_model_name_or_path": str(base), "revision": "v1"})
     tokens = draw_tokens(lm)
     np.testing.assert_allclose(lq.load(named).logits(tokens), lq.load_adapter(lm, folder).logits(tokens), atol=1e-6)
     with pytest.raises(BadInput, match="names no base; load that, then"):

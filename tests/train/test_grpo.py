@@ -301,6 +301,8 @@ def test_whole_groups_share_their_prompts():
     assert shared(lq.Gemma3Config(num_hidden_layers=1, sliding_window=20)) == 6
     assert shared(lq.Gemma3Config(num_hidden_layers=1, sliding_window=19)) == 1
     assert shared(lq.MixtralConfig(num_hidden_layers=1, num_local_experts=2)) == 1
+    by_length = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+    assert shared(lq.Llama3Config(num_hidden_layers=1, rope_parameters=by_length)) == 1
 
 
 @pytest.mark.parametrize("loss", ["dr_grpo", pytest.param("sapo", marks=pytest.mark.exhaustive)])

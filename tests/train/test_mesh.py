@@ -102,6 +102,30 @@ def test_adapters_learn_on_a_mesh_as_on_a_device(recipe, model, tmp_path):
     assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.exhaustive
+def test_checkpoints_are_cast_and_joined_on_a_mesh(model, tmp_path):
+    """One is cast, of one the layers that learned are joined with the others: of arrays that one device had alone."""
+    (tmp_path / "data.jsonl").write_text(
+        '{"prompt": "Say a:", "completion": "a"}\n{"prompt": "b", "completion": "c"}\n'
+    )
+    options = f"--data data.jsonl --init-from {model} --out cut --train blocks --steps 1 --batch-size 1 --context 64"
+    command = [sys.executable, "-m", "train.instruct", *options.split(), "--evaluate-every", "0", "--sample-every", "0"]
+    environment = {**with_devices(8), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    program = (
+        "import llmq_jax as lq\n"
+        f"for folder, dtype in (({str(model)!r}, 'bfloat16'), ('cut', None)):\n"
+        "    lm = lq.load(folder, dtype=dtype, mesh='data=2,fsdp=2,tensor=2')\n"
+        "    print(*{leaf.dtype.name for leaf in lm.variables['params']['final_norm'].values()})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["bfloat16", "float32"]
+
+
 def test_what_cannot_be_is_told_in_a_line(train):
     for options, why in (
         (("--mesh", "data=3"), "is for 3 devices, and here are 8"),

@@ -411,7 +411,7 @@ def test_report_shows_figures_files_and_next_commands(tmp_path):
 
 def test_tokens_that_a_step_drew_or_the_batches_tell_of_all_processes(tmp_path):
     class Told(Batches):
-        def tokens(self, step):
+        def count_tokens(self, step):
             return 10 + step
 
     alone = replace(OPTIONS, checkpoint_every=None)
