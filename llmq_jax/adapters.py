@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.huggingface import find
 from llmq_jax.interop.peft import is_adapter, module_names
@@ -74,7 +75,20 @@ def load_with_base(folder: Path, layout: str = "hf", config: Any = None, dtype: 
     lm = load(base, layout, config, dtype)
     if classes and lm.config.labels is None:
         lm = with_classifier(lm, numbered_labels(classes))
-    return load_adapter(lm, folder)
+    return load_adapter(_with_own_tokenizer(lm, folder), folder)
+
+
+def _with_own_tokenizer(lm: LanguageModel, folder: Path) -> LanguageModel:
+    """Trainers save the tokenizer beside the adapters: its chat template, say, is the one that they learned by."""
+    own = tokenizer_in(folder)
+    if own is None:
+        return lm
+    if own.vocab_size > lm.config.vocab_size:
+        raise BadInput(
+            f"{folder}: its tokenizer has {own.vocab_size} tokens, and the base {lm.config.vocab_size}; adapters of a "
+            "model with more tokens than its base are not supported"
+        )
+    return lm.replace(tokenizer=own)
 
 
 def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str = "", overwrite: bool = False) -> Path:

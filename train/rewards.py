@@ -108,8 +108,8 @@ def reward_digests(options: Any, score: Any) -> dict[str, Any]:
     """SHA-256 of what rewards come from besides the options, which a run that resumes must find again: Python files, a
     reward model's weights, the pairs that it goes on learning from."""
     import jax
-    import numpy as np
 
+    from llmq_jax.layers.axes import on_host
     from llmq_jax.training.rollout_scores import ModelReward
 
     given = [name.rpartition(":")[0] or name for name in (*names(options.reward), *names(options.judge))]
@@ -119,7 +119,7 @@ def reward_digests(options: Any, score: Any) -> dict[str, Any]:
         model = score if isinstance(score, ModelReward) else score.model
         weights = hashlib.sha256()
         for leaf in jax.tree.leaves(model.lm.variables):
-            weights.update(np.asarray(leaf).tobytes())
+            weights.update(on_host(leaf).tobytes())
         digests["reward_model_sha256"] = weights.hexdigest()
     if options.replay_data is not None:
         digests["replay_sha256"] = file_digest(options.replay_data)
@@ -129,6 +129,16 @@ def reward_digests(options: Any, score: Any) -> dict[str, Any]:
 def file_digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replayed(options: Any) -> int:
+    """How many old pairs stand beside the new ones of a step: `--replay` of all, and as many more as let the devices of
+    a mesh share them evenly."""
+    from train.options import row_parts
+
+    share = 0.1 if options.replay is None else options.replay
+    count = max(1, round(options.prompts_per_step * share / (1 - share)))
+    return count + -(options.prompts_per_step + count) % row_parts(options)
 
 
 def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: int) -> Any:
@@ -161,8 +171,7 @@ def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: i
     old = tokenize_preferences(pairs, source.tokenizer, template=template, context=context).pairs
     pad_token = model.lm.generation.pad_token_id
     old = old if pad_token is None else [without_padding(pair, pad_token) for pair in old]
-    share = 0.1 if options.replay is None else options.replay
-    count = max(1, round(options.prompts_per_step * share / (1 - share)))
+    count = replayed(options)
     width = bucket_width(max(longest, *map(len, old)), context)
     rate = REWARD_RATE if options.reward_learning_rate is None else options.reward_learning_rate
     optimizer = adamw(lambda update: rate, weight_decay=0.0, clip=options.clip or None)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -181,6 +182,11 @@ def where_used(tree: Any) -> Any:
         return gathered(leaf)
 
     return jax.tree_util.tree_map_with_path(gather, tree)
+
+
+def on_host(x: Array) -> np.ndarray:
+    """The values of an array, whatever of it other processes hold. All of them must ask."""
+    return np.asarray(x if getattr(x, "is_fully_addressable", True) else jax.jit(everywhere)(x))
 
 
 def everywhere(tree: Any) -> Any:

@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import on_host
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
@@ -347,7 +348,7 @@ def _fresh(
         if spec.variant == "dora":
             trained[MAGNITUDE] = _column_norms(kernel, trained[A], trained[B]).reshape(*lead, *features)
         return trained, fixed
-    left, values, right = _largest_singular(np.asarray(_matrices(kernel, stack)), spec.rank)
+    left, values, right = _largest_singular(on_host(_matrices(kernel, stack)), spec.rank)
     tiny = spec.variant == "tinylora"
     before, after = (np.sqrt(values), np.sqrt(values)) if tiny else (values, np.ones_like(values))
     fixed[A] = jnp.asarray(left * before[..., None, :])

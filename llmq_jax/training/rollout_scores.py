@@ -93,8 +93,10 @@ class ModelReward:
         if not self.process:
             return Scores(rewards, {self.name: rewards})
         places = rollout.prompt_lengths[:, None] + np.arange(rollout.logprobs.shape[1])
-        ends = step_ends(rollout, lengths, self.lm.tokenizer, self.separator)
-        by_token = np.take_along_axis(np.asarray(by_token), np.minimum(places, tokens.shape[1] - 1), axis=1)
+        # An end token that the reward model does not read ends the last step all the same, by what came before it.
+        places = np.minimum(places, np.minimum(lengths, tokens.shape[1])[:, None] - 1)
+        ends = step_ends(rollout, self.lm.tokenizer, self.separator)
+        by_token = np.take_along_axis(np.asarray(by_token), places, axis=1)
         return Scores(rewards, {self.name: rewards}, by_token * ends, ends)
 
     def lengths(self, rollout: Rollout) -> np.ndarray:
@@ -115,10 +117,10 @@ def _model_rewards(
     return everywhere((rewards, token_scores(model, variables, tokens, lengths)[0]))
 
 
-def step_ends(rollout: Rollout, lengths: np.ndarray, tokenizer: Any, separator: str) -> np.ndarray:
-    """float32 [B, C]: 1 on the token that completes a separator, and on the last token of the row, of `lengths` [B]."""
+def step_ends(rollout: Rollout, tokenizer: Any, separator: str) -> np.ndarray:
+    """float32 [B, C]: 1 on the token that completes a separator, and on the last token of the answer."""
     ends = np.zeros(rollout.logprobs.shape, np.float32)
-    for row, (start, length) in enumerate(zip(rollout.prompt_lengths, lengths, strict=True)):
+    for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):
         stream, open_end = TextStream(tokenizer, skip_special_tokens=True), ""
         for place, token in enumerate(rollout.tokens[row, start:length].tolist()):
             open_end += stream.push(token)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -311,6 +312,13 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path):
     named = changed(folder, tmp_path / "named", {"base_model_name_or_path": str(base), "revision": "v1"})
     tokens = draw_tokens(lm)
     np.testing.assert_allclose(lq.load(named).logits(tokens), lq.load_adapter(lm, folder).logits(tokens), atol=1e-6)
+    lq.ByteTokenizer().save(named)  # as trainers save theirs
+    with pytest.raises(BadInput, match="its tokenizer has 257 tokens, and the base 61"):
+        lq.load(named)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    (named / "tokenizer_config.json").unlink()
+    words.save(str(named / "tokenizer.json"))
+    assert lq.load(named).tokenizer.encode("a") == [0]
     with pytest.raises(BadInput, match="names no base; load that, then"):
         lq.load(changed(folder, tmp_path / "nameless", {"base_model_name_or_path": None}))
     # A classifier's tells how many classes there are.

@@ -15,6 +15,7 @@ from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 from train.grpo import Options, main, resolved, shared_by
+from train.rewards import replayed
 
 SIZES = {
     "max_position_embeddings": 32,
@@ -326,6 +327,20 @@ def test_changed_answers_are_other_data(grpo, files):
     write(here, [{**line, "answer": "x"} for line in lines])
     code, _, err = grpo(data=here, reward="RW:expected", steps=1)
     assert code == 2 and "training_sha256" in err
+
+
+def test_a_loss_of_micro_batches_keeps_them(grpo):
+    assert grpo(entropy_coefficient=0.01, steps=1)[0] == 0
+    code, _, err = grpo(entropy_coefficient=0.01, steps=1, accumulate=2)
+    assert code == 2 and "accumulate" in err
+
+
+def test_old_pairs_stand_beside_new_ones_in_batches_that_devices_share():
+    def rows(**options):
+        given = Options("data", "model", "run", **options)
+        return given.prompts_per_step + replayed(given)
+
+    assert [rows(), rows(mesh="data=2"), rows(mesh="data=4"), rows(replay=0.5)] == [9, 10, 12, 16]
 
 
 JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps_per_iteration": 2}

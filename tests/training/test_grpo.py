@@ -374,8 +374,22 @@ def test_steps_end_at_separators_and_with_the_answer(lm):
         np.array([True]),
         [text],
     )
-    found = np.flatnonzero(step_ends(rollout, rollout.lengths, lm.tokenizer, "\n")[0]).tolist()
+    found = np.flatnonzero(step_ends(rollout, lm.tokenizer, "\n")[0]).tolist()
     assert found == [3, 6, 7, 8]
+
+
+def test_an_end_token_that_the_reward_model_takes_for_padding_ends_the_last_step(reward_lm):
+    """By the score of what came before it: or the policy would never learn when to stop."""
+    rows = np.array([[65, 66, 67, 256], [65, 66, 67, 68]], np.int32)
+    lengths, ones = np.array([4, 4], np.int32), np.ones((2, 3), np.float32)
+    asked = [Prompt("row", "A", [65], {})]
+    rollout = Rollout(
+        asked, 2, rows, lengths, np.array([1, 1], np.int32), ones, ones, np.array([True, False]), ["", ""]
+    )
+    padded = reward_lm.replace(generation=lq.GenerationConfig(pad_token_id=256))
+    scores = ModelReward(padded, process=True, separator="none")(rollout)
+    np.testing.assert_array_equal(scores.step_ends, [[0, 0, 1], [0, 0, 1]])
+    np.testing.assert_allclose(scores.steps[:, 2], scores.rewards, atol=1e-6)
 
 
 def test_process_supervision_rewards_later_steps(lm, reward_lm):
