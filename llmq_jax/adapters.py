@@ -9,6 +9,7 @@ Models are immutable: each of these functions leaves the one it is given as it w
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,13 @@ def load_with_base(folder: Path, layout: str = "hf", config: Any = None, dtype: 
 def _with_own_tokenizer(lm: LanguageModel, folder: Path) -> LanguageModel:
     """Trainers save the tokenizer beside the adapters: its chat template, say, is the one that they learned by."""
     own = tokenizer_in(folder)
-    if own is None:
-        return lm
-    if own.vocab_size > lm.config.vocab_size:
-        raise BadInput(
-            f"{folder}: its tokenizer has {own.vocab_size} tokens, and the base {lm.config.vocab_size}; adapters of a "
-            "model with more tokens than its base are not supported"
+    if own is not None and own.vocab_size > lm.config.vocab_size:
+        warnings.warn(
+            f"{folder}: its tokenizer has {own.vocab_size} tokens, the base {lm.config.vocab_size}: its own stays",
+            stacklevel=4,
         )
-    return lm.replace(tokenizer=own)
+        own = None
+    return lm if own is None else lm.replace(tokenizer=own)
 
 
 def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str = "", overwrite: bool = False) -> Path:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,15 @@ _NUMBER = (
 )
 # 3/4, which is no date (3/4/2020), and LaTeX's form of it.
 _VALUE = rf"{_SIGN}\\[dt]?frac{{{_NUMBER}}}{{{_NUMBER}}}|(?<![/\d.]){_NUMBER}/{_NUMBER}(?![/\d])|{_NUMBER}"
-# "####" is a heading where no number follows, or one with a title ("#### 1. First"); braces in \boxed{} may be nested
-# once.
+# "####" is a heading where no number follows; braces in \boxed{} may be nested once.
 _MARKED = re.compile(
-    rf"####\W{{0,20}}?((?>{_VALUE}))(?!\.[ \t]+[A-Za-z])|<answer>([\s\S]*?)</answer>"
-    r"|\\boxed{((?:[^{}]|{[^{}]*})*)}",
-    re.ASCII,
+    rf"####\W{{0,20}}?({_VALUE})|<answer>([\s\S]*?)</answer>" r"|\\boxed{((?:[^{}]|{[^{}]*})*)}", re.ASCII
 )
+_TITLE = re.compile(r"\.[ \t]+[A-Za-z]")
 _NUMBERS, _VALUES = re.compile(_NUMBER, re.ASCII), re.compile(_VALUE, re.ASCII)
 # What LaTeX writes between thousands, and powers of units.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", re.ASCII)
-_POWER = re.compile(r"(?<=[A-Za-z}])\^(?:\d|\{-?\d+\})", re.ASCII)
+_POWER = re.compile(r"(?<=[A-Za-z}])\^(?:\d+|\{-?\d+\})", re.ASCII)
 
 
 def numeric_answer(
@@ -65,16 +64,27 @@ def numeric_answer(
 
 def final_number(text: str) -> Fraction | None:
     """The number that a text arrives at, as `numeric_answer` tells; None where there is none."""
-    text = _POWER.sub("", _THOUSANDS.sub(",", text))
-    marks = list(_MARKED.finditer(text))
-    region = marks[-1][marks[-1].lastindex or 0] if marks else text
-    values = _VALUES.findall(region)
+    text = _THOUSANDS.sub(",", text)
+    region = _region(text)
+    values = _VALUES.findall(_POWER.sub("", region)) or _VALUES.findall(region)
     return _exact(values[-1]) if values else None
+
+
+def _region(text: str) -> str:
+    """What the last mark of a text marks, all where there is none. A numbered heading is none: "#### 1. First"."""
+    headings, region = 0, text
+    for mark in _MARKED.finditer(text):
+        if mark[1] is not None and mark[1] == str(headings + 1) and _TITLE.match(text, mark.end()):
+            headings += 1
+        else:
+            region = mark[mark.lastindex or 0]
+    return region
 
 
 def _exact(value: str) -> Fraction | None:
     plain = value.replace(",", "").replace("$", "").replace("−", "-")
-    numbers = [Fraction(number) for number in _NUMBERS.findall(plain)]
+    # By way of Decimal, which takes as many digits as there are.
+    numbers = [Fraction(Decimal(number)) for number in _NUMBERS.findall(plain)]
     if len(numbers) == 1:
         return numbers[0]
     numerator, denominator = numbers

@@ -26,7 +26,10 @@ ANSWERS = [
     ("12.", "12", 1.0),
     ("0.1", "0.10000000000000001", 0.0),  # compared as written, not in floating point
     ("9007199254740993", "9007199254740992", 0.0),
+    ("0" * 5000 + "7", "7", 1.0),
     # what LaTeX and units make of numbers
+    ("4 m^12", "4", 1.0),
+    ("x^10", "10", 1.0),  # no number else
     (r"\boxed{72\text{ m}^2}", "72", 1.0),
     (r"it is \boxed{3 \text{ cm}^{-3}}", "3", 1.0),
     (r"\boxed{10{,}000}", "10000", 1.0),
@@ -50,6 +53,7 @@ ANSWERS = [
     ("#### Step 2\nIt is 18", "18", 1.0),  # a heading
     ("#### 1. First\n5 and 7\n#### 2. Then\nIt is 12", "12", 1.0),
     ("#### 72.\nDone 5", "72", 1.0),
+    ("#### 72. The total of 5", "72", 1.0),
     ("#### 3/4", "0.75", 1.0),
     ("12 of them <answer>none</answer>", "12", 0.0),
     ("<answer>12", "12", 1.0),

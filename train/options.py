@@ -182,7 +182,8 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
         more = next((n for n in range(parts + 1, count * each + 1) if count * each % (n * devices) == 0), None)
         halves = count % 2 == 0 and count // 2 * each % (parts * devices) == 0
         fewer = [f"{option_name(name)} {count} -> {count // 2}"] if halves else []
-        fewer += [f"--accumulate {parts} -> {more} (the same result)"] if more else []
+        same = getattr(options, "loss", None) != "bnpo" and getattr(options, "entropy_coefficient", 0.0) == 0
+        fewer += [f"--accumulate {parts} -> {more}" + " (the same result)" * same] if more else []
         changes += [" or ".join(fewer)] if fewer else []
         changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
         changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []

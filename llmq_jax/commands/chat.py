@@ -90,7 +90,8 @@ class Conversation:
             what = "the message takes" if self.options.system is None else "the system text and the message take"
             raise BadInput(
                 f"{what} {len(tokens)} tokens, which with a reply of {self.drawing['max_new_tokens']} exceed the "
-                f"model's context of {self._context()}; say less, or lower --max-new-tokens"
+                f"{'model' if self._context() == self.lm.config.max_position_embeddings else 'draft'}'s context of "
+                f"{self._context()}; say less, or lower --max-new-tokens"
             )
         pieces = stream(self.lm, tokens, seed=self.options.seed_of(self.replies), **self.drawing)
         if forgotten:

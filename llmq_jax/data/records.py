@@ -294,6 +294,17 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
             yield number, number, line.split("\t")
 
 
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """OverflowError for dates that Python has no value for."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:  # nanoseconds
+        raise OverflowError(str(error)) from None
+    return rows
+
+
 def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str, str]) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -315,7 +326,7 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
                 if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
                     raise BadInput(f"{path}: column {name!r} must hold strings, not {kind}")
             for batch in file.iter_batches(batch_size=1024, columns=None if texts is None else list(texts)):
-                for fields in batch.to_pylist():
+                for fields in _rows(batch):
                     row += 1
                     for name in texts or ():
                         if fields[name] is None:

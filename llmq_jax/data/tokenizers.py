@@ -3,8 +3,8 @@
 Three rules hold for all of them:
 * Text is data. The characters `<|endoftext|>` in a text are thirteen characters; they become the special token only
   with `allow_special=True`. A scraped page cannot forge the end of a document.
-* Nothing is added. Beginning or end tokens come only with `add_special_tokens=True`, and only where the tokenizer's own
-  template has any.
+* Nothing is added by `encode`. Beginning or end tokens come only with `add_special_tokens=True`, and only where the
+  tokenizer's own template has any; prompts and documents begin with them (`encode_prompt`, `encode_documents`).
 * `decode` never fails: bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary become nothing (a model's
   vocabulary may be padded beyond its tokenizer's), as in transformers.
 """
@@ -81,9 +81,15 @@ class Tokenizer(ABC):
     def beginning(self) -> tuple[int, ...]:
         """What the tokenizer's own template puts before a text: the beginning-of-text token of Llama 3 and Gemma, say;
         often nothing."""
-        alone, whole = self.encode("a"), self.encode("a", add_special_tokens=True)
-        before = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
-        return tuple(whole[:before])
+        for text in ("a", "0", *(self.decode([i]) for i in range(20))):  # the first that it knows
+            try:
+                alone, whole = self.encode(text), self.encode(text, add_special_tokens=True)
+            except BadInput:
+                continue
+            for start in range(len(whole) if alone else 0):
+                if whole[start : start + len(alone)] == alone:
+                    return tuple(whole[:start])
+        return ()
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text to be gone on from: after the tokenizer's `beginning`. An empty text begins as documents
@@ -414,7 +420,8 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_e
     stream = bytearray()
     for block in _blocks(documents):
         for ids in tokenizer.encode_arrays(block):
-            stream += start
+            if not (stream and start == end):  # a token that both begins and ends texts stands once between them
+                stream += start
             stream += ids.astype(tokenizer.dtype, copy=False).tobytes()
             stream += end
     return np.frombuffer(stream, tokenizer.dtype)

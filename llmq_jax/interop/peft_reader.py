@@ -93,7 +93,7 @@ def base_of(folder: Path) -> tuple[str, int]:
     """(the name of the base in a folder of PEFT's, or "", the number of classes if it is a classifier's)."""
     values = _read_config(folder)
     base = values.get("base_model_name_or_path") or ""
-    if values.get("revision") and not Path(base).exists():
+    if values.get("revision") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists():  # at the hub
         base = f"{base}@{values['revision']}"
     score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
     return base, 0 if score is None else score.shape[0]

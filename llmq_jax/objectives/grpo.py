@@ -395,7 +395,8 @@ def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> F
 
 def can_share_prompts(model: Decoder) -> bool:
     """Whether answers can go on from one reading of their prompt: see `GRPO.group_size`."""
-    by_length = isinstance(getattr(model.config, "rope_parameters", None), DynamicRope | LongRope)  # of the whole row
+    ropes = (getattr(model.config, name, None) for name in ("rope_parameters", "local_rope_parameters"))
+    by_length = any(isinstance(rope, DynamicRope | LongRope) for rope in ropes)  # of the whole row
     return model.experts is None and model.frozen_layers == 0 and not by_length
 
 

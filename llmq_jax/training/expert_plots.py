@@ -7,7 +7,17 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import Record
-from llmq_jax.training.plots import INK, RUN_COLOURS, blank_axes, blank_figure, curve, legend, read_run, save_figure
+from llmq_jax.training.plots import (
+    INK,
+    RUN_COLOURS,
+    blank_axes,
+    blank_figure,
+    curve,
+    legend,
+    read_run,
+    save_figure,
+    shown,
+)
 
 # A heat map shows the mean over this part of the records, the last ones.
 LAST_PART = 0.2
@@ -47,7 +57,9 @@ def plot_balance(folders: Sequence[str | Path], path: str | Path) -> Path:
         points = curve(records, "max_violation")
         if not points:
             raise BadInput(f"the run {name} has no max_violation in its metrics; give runs of models with experts")
-        axes.plot(*zip(*points, strict=True), color=RUN_COLOURS[index % len(RUN_COLOURS)], linewidth=1.4, label=name)
+        axes.plot(
+            *zip(*points, strict=True), color=RUN_COLOURS[index % len(RUN_COLOURS)], linewidth=1.4, label=shown(name)
+        )
     axes.set_ylim(bottom=0.0)
     legend(axes)
     return save_figure(figure, path)

@@ -154,5 +154,9 @@ def _draw(axes: Any, points: Points, colour: str, name: str) -> None:
 
 
 def _label(name: str, points: Points) -> str:
-    shown = f" {name}" if name.startswith("_") else name  # what begins with _ is left out of legends
-    return f"{shown}, {points[-1][1]:.4f} at step {points[-1][0]:,}"
+    return f"{shown(name)}, {points[-1][1]:.4f} at step {points[-1][0]:,}"
+
+
+def shown(name: str) -> str:
+    """A name for a legend, which leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
