@@ -65,7 +65,7 @@ SMALLER = (
     (r"train\.arithmetic", "--steps 2"),
     (r"bench\.run", "--seconds 0.01 --rounds 1"),
     (r"bench\.run --write", "--rounds 5"),
-    (r"bench\.figures rope --out docs", "--out rope.png"),
+    (r"bench\.figures (rope|windows) --out docs", "--out figure.png"),
     ("/shared/runs", "--out shared/runs/mine --coordinator 127.0.0.1:{port}"),
 )
 """What the options of a command are followed by where they match; the last one counts."""
