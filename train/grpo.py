@@ -161,6 +161,10 @@ class Options(TrainingOptions, WhatTrains, Algorithm, Questions):  # dataclasses
     """Steps between two lines of metrics."""
     sample_prompt: None = dataclasses.field(default=None, init=False)  # samples answer the step's own prompts
 
+    @property
+    def loss_of_parts(self) -> bool:
+        return self.loss == "bnpo" or self.entropy_coefficient != 0
+
 
 def main(options: Options) -> None:
     grpo(options)
@@ -264,7 +268,7 @@ def grpo(options: Options) -> Any:
         run_options(options),
         folder=options.out,
         config={"recipe": "train.grpo", **own_options(options, "batch_size", "sample_prompt"), **digests},
-        may_change=[name for name in MAY_CHANGE if name != "accumulate" or not by_micro_batches(options)],
+        may_change=[name for name in MAY_CHANGE if name != "accumulate" or not options.loss_of_parts],
         model_config=config,
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,
@@ -282,11 +286,6 @@ def grpo(options: Options) -> Any:
         save(model.lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
         print(f"the reward model, which went on learning: {learned}", flush=True)
     return result
-
-
-def by_micro_batches(options: Options) -> bool:
-    """Whether the loss is one of micro-batches, which others than those of `--accumulate` change."""
-    return options.loss == "bnpo" or options.entropy_coefficient != 0
 
 
 def shared_by(options: Options, model: Any, longest_prompt: int) -> int:

@@ -82,6 +82,11 @@ class TrainingOptions:
     profile: Annotated[str | None, default_is("none", metavar="FIRST:LAST")] = None
     """Steps to trace with JAX's profiler, counted from 1, both included, as 10:15; see docs/training.md."""
 
+    @property
+    def loss_of_parts(self) -> bool:
+        """Whether the loss averages over micro-batches, so that another --accumulate makes it another one."""
+        return False
+
 
 def check_ranges(options: TrainingOptions) -> None:
     """BadInput for a number that no training can mean."""
@@ -182,8 +187,8 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
         more = next((n for n in range(parts + 1, count * each + 1) if count * each % (n * devices) == 0), None)
         halves = count % 2 == 0 and count // 2 * each % (parts * devices) == 0
         fewer = [f"{option_name(name)} {count} -> {count // 2}"] if halves else []
-        same = getattr(options, "loss", None) != "bnpo" and getattr(options, "entropy_coefficient", 0.0) == 0
-        fewer += [f"--accumulate {parts} -> {more}" + " (the same result)" * same] if more else []
+        same = "" if options.loss_of_parts else " (the same result)"
+        fewer += [f"--accumulate {parts} -> {more}{same}"] if more else []
         changes += [" or ".join(fewer)] if fewer else []
         changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
         changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []
