@@ -169,11 +169,9 @@ def verdicts(result: Result) -> list[tuple[str, str, bool]]:
     row = result.row
     if row.kind == "train" and result.best_peer:
         ratio = result.ratio(result.best_peer)
-        if row.adapters is not None:
-            measured = f"{_times(ratio)} times {result.best_peer}"
-            return [(f"{row.at_least:g} times PEFT", measured, ratio[0] >= row.at_least)]
         share = result.floor / result.ours.median if result.floor else 0.0
-        wanted = f"{row.at_least:g} times the best PyTorch, or {SHARE:.0%} of the roofline"
+        peer = "the best PyTorch" if row.adapters is None else "PEFT"
+        wanted = f"{row.at_least:g} times {peer}, or {SHARE:.0%} of the roofline"
         measured = f"{_times(ratio)} times {result.best_peer}, {share:.0%} of the roofline"
         return [(wanted, measured, ratio[0] >= row.at_least or share >= SHARE)]
     if row.kind == "cross_entropy" and "ours, plain" in result.sides:

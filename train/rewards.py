@@ -73,6 +73,7 @@ def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
 
 def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
     """What scores a rollout, whose rows have up to `longest` tokens: functions of texts, a reward model, or both."""
+    from llmq_jax.data import chat_ending
     from llmq_jax.language_model import load
     from llmq_jax.training.rollout_scores import ModelReward, SummedRewards
 
@@ -85,17 +86,20 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
         raise BadInput(f"{folder} is no reward model: it needs one label, as python -m train.reward gives it")
     lm.require_tokenizer(folder)
     source.require_same_vocabulary(lm, f"the reward model {folder}")
-    if longest > lm.config.max_position_embeddings:
+    is_chat = options.template != "plain"
+    ending = chat_ending(source.tokenizer, source.generation.eos_token_id) if is_chat else []
+    if longest + len(ending[1:]) > lm.config.max_position_embeddings:
         raise BadInput(
             f"the reward model {folder} reads {lm.config.max_position_embeddings:,} tokens, and the longest prompt "
-            f"with --max-new-tokens {options.max_new_tokens} has {longest:,}; choose a smaller --max-prompt, or fewer "
-            "new tokens"
+            f"with --max-new-tokens {options.max_new_tokens} has {longest + len(ending[1:]):,}; choose a smaller "
+            "--max-prompt, or fewer new tokens"
         )
     scorer = ModelReward(
         lm,
         options.reward_pooling or "last",
         process=options.supervision == "process",
         separator="\n" if options.step_separator is None else options.step_separator,
+        ending=ending,
     )
     if functions is None:
         return scorer
@@ -172,7 +176,7 @@ def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: i
     pad_token = model.lm.generation.pad_token_id
     old = old if pad_token is None else [without_padding(pair, pad_token) for pair in old]
     count = replayed(options)
-    width = bucket_width(max(longest, *map(len, old)), context)
+    width = bucket_width(max(longest + len(model.ending[1:]), *map(len, old)), context)
     rate = REWARD_RATE if options.reward_learning_rate is None else options.reward_learning_rate
     optimizer = adamw(lambda update: rate, weight_decay=0.0, clip=options.clip or None)
     objective = RewardModel(model.lm.model, model.pooling)
@@ -187,5 +191,5 @@ def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: i
         options.prompts_per_step,
         options.steps_per_iteration,
         width,
-        model.lengths,
+        model.rows,
     )

@@ -33,7 +33,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class Options(DrawingOptions):
-    max_new_tokens: Annotated[int | None, default_is(f"{NEW_TOKENS}, at most half of the model's context")] = None
+    max_new_tokens: Annotated[int | None, default_is(f"{NEW_TOKENS}, at most half of the context")] = None
     """End a reply after this many tokens, if the model does not before."""
     system: Annotated[str | None, default_is("that of the chat template, if any")] = None
     """What the model is told before the conversation begins: who it is and how it should answer."""
@@ -42,7 +42,7 @@ class Options(DrawingOptions):
 def main(options: Options) -> int:
     lm, drawing = options.load()
     lm.require_chat_template(options.model)
-    half = lm.config.max_position_embeddings // 2
+    half = context_of(lm, drawing) // 2
     drawing["max_new_tokens"] = min(NEW_TOKENS, half) if options.max_new_tokens is None else options.max_new_tokens
     conversation = Conversation(lm, options, drawing)
     conversation.ask("?")  # computes nothing, and checks now what would else be found at the first message
@@ -70,6 +70,7 @@ class Conversation:
         self.lm = lm
         self.options = options
         self.drawing = drawing
+        self.context = context_of(lm, drawing)
         self.turns: list[list[dict[str, str]]] = []
         """A message and the reply to it, the oldest first."""
         self.replies = 0
@@ -90,8 +91,8 @@ class Conversation:
             what = "the message takes" if self.options.system is None else "the system text and the message take"
             raise BadInput(
                 f"{what} {len(tokens)} tokens, which with a reply of {self.drawing['max_new_tokens']} exceed the "
-                f"{'model' if self._context() == self.lm.config.max_position_embeddings else 'draft'}'s context of "
-                f"{self._context()}; say less, or lower --max-new-tokens"
+                f"{'model' if self.context == self.lm.config.max_position_embeddings else 'draft'}'s context of "
+                f"{self.context}; say less, or lower --max-new-tokens"
             )
         pieces = stream(self.lm, tokens, seed=self.options.seed_of(self.replies), **self.drawing)
         if forgotten:
@@ -106,17 +107,18 @@ class Conversation:
 
     def _room(self) -> int:
         """The tokens of the longest prompt."""
-        return int(self._context() - self.drawing["max_new_tokens"])
-
-    def _context(self) -> int:
-        """Of the model, or of a draft model that reads less."""
-        draft = self.drawing.get("draft")
-        models = [self.lm, draft] if hasattr(draft, "config") else [self.lm]
-        return min(int(lm.config.max_position_embeddings) for lm in models)
+        return int(self.context - self.drawing["max_new_tokens"])
 
     def _messages(self, turns: list[list[dict[str, str]]], message: str) -> list[dict[str, str]]:
         system = [] if self.options.system is None else [_message("system", self.options.system)]
         return [*system, *itertools.chain.from_iterable(turns), _message("user", message)]
+
+
+def context_of(lm: Any, drawing: dict[str, Any]) -> int:
+    """That of the model, or of a draft model that reads less."""
+    draft = drawing.get("draft")
+    models = [lm, draft] if hasattr(draft, "config") else [lm]
+    return min(int(model.config.max_position_embeddings) for model in models)
 
 
 def _message(role: str, content: str) -> dict[str, str]:

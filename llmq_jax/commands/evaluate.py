@@ -93,10 +93,18 @@ def evaluate_text(options: Options) -> None:
         raise BadInput(f"--context {context} exceeds the model's context; choose at most {limit}")
     tokens = encode_documents(tokenizer, documents, append_end_of_text=len(documents) > 1)
     check_vocabulary(tokens, lm.config.vocab_size, options.file)
-    batches = evaluation_batches(tokens, context=context, batch_size=options.batch_size)
+    # A token that begins texts and nothing else is none that a model predicts after an end: documents stand alone.
+    begun = len(documents) > 1 and bool(tokenizer.beginning) and tokenizer.beginning != (tokenizer.end_of_text,)
+    batches = evaluation_batches(
+        tokens,
+        context=context,
+        batch_size=options.batch_size,
+        end_of_text=tokenizer.end_of_text,
+        separate_documents=begun,
+    )
     loss = evaluate(make_eval_step(NextToken(lm.model)), lm.variables, with_progress(batches, "evaluating"))["loss"]
 
-    predicted = len(tokens) - 1
+    predicted = sum(int(batch["mask"].sum()) for batch in batches)
     size = sum(len(document.encode()) for document in documents)
     result = {
         "loss": loss,

@@ -6,9 +6,10 @@ folders hold the same two under the names `merges.txt` and `vocab.json`.
 
 import hashlib
 import importlib.util
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
@@ -24,8 +25,8 @@ PUBLISHED_SHA256 = {
 }
 """OpenAI's files, as tiktoken pins them."""
 
-
-MOST_IDS = 2**31
+MOST_IDS = 2**22
+"""Of a vocabulary; writing one takes memory for as many ids as the last one has before it."""
 
 
 class Vocabulary(NamedTuple):
@@ -77,7 +78,8 @@ def vocabulary_files(folder: Path) -> tuple[Path, Path] | None:
 
 
 def read_vocabulary(vocabulary_path: Path, merges_path: Path) -> Vocabulary:
-    """Read and check one pair of files. `added_tokens.json` beside them adds special tokens (Hugging Face's habit)."""
+    """Read and check one pair of files. `added_tokens.json` beside them, and the `added_tokens_decoder` in a
+    `tokenizer_config.json`, add special tokens (Hugging Face's habits)."""
     ids = _token_ids(vocabulary_path)
     merges = _merges(merges_path)
     characters = byte_characters()
@@ -102,15 +104,16 @@ def read_vocabulary(vocabulary_path: Path, merges_path: Path) -> Vocabulary:
             )
     ordinary = set(characters).union(merged)
     special = {token: number for token, number in ids.items() if token not in ordinary}
-    added = vocabulary_path.parent / "added_tokens.json"
-    if added.is_file():
-        special |= _token_ids(added)
+    known = dict(ids)
+    for path, added in _added_tokens(vocabulary_path.parent):
+        for token, number in added.items():
+            if known.setdefault(token, number) != number:
+                raise BadInput(f"{path}: {token!r} has the id {number} here and {known[token]} in the vocabulary")
+            if token in characters:
+                raise BadInput(f"{path}: {token!r} is a single byte, and cannot be a special token")
+        special |= added
     token_of: dict[int, str] = {}
-    for token, number in [*ids.items(), *special.items()]:
-        if token in special and special[token] != ids.get(token, special[token]):
-            raise BadInput(f"{added}: {token!r} has the id {special[token]} here and {ids[token]} in the vocabulary")
-        if token in special and token in characters:
-            raise BadInput(f"{added}: {token!r} is a single byte, and cannot be a special token")
+    for token, number in known.items():
         if not token:
             raise BadInput(f"{vocabulary_path.parent}: token {number} is empty, and would stand everywhere in a text")
         if token_of.setdefault(number, token) != token:
@@ -118,13 +121,43 @@ def read_vocabulary(vocabulary_path: Path, merges_path: Path) -> Vocabulary:
     return Vocabulary(ids, merges, special)
 
 
+def _added_tokens(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """(file, {token: id}) of the files that add tokens."""
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        yield path, _token_ids(path)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        config = _json(path)
+        entries = config.get("added_tokens_decoder", {}) if isinstance(config, dict) else None
+        if not isinstance(entries, dict) or not all(
+            number.isascii() and number.isdigit() and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+            for number, entry in entries.items()
+        ):
+            raise BadInput(
+                f'{path} must hold one JSON object, added_tokens_decoder in it {{"id": {{"content": token}}}}'
+            )
+        if ordinary := [entry["content"] for entry in entries.values() if entry.get("special") is False]:
+            raise BadInput(f"{path}: {ordinary[0]!r} is added and not special: this vocabulary needs a tokenizer.json")
+        # More digits than any id has are too many all the same.
+        yield path, _checked_ids(path, {entry["content"]: int(number[:20]) for number, entry in entries.items()})
+
+
 def _token_ids(path: Path) -> dict[str, int]:
-    try:
-        ids = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error})") from None
+    ids = _json(path)
     if not isinstance(ids, dict) or not all(type(number) is int for number in ids.values()):
         raise BadInput(f"{path} must hold one JSON object of token: id")
+    return _checked_ids(path, ids)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path} is not valid JSON ({error})") from None
+
+
+def _checked_ids(path: Path, ids: dict[str, int]) -> dict[str, int]:
     for token, number in ids.items():
         if not 0 <= number < MOST_IDS:
             raise BadInput(f"{path}: {token!r} has the id {number}, which is not from 0 to {MOST_IDS - 1:,}")

@@ -15,6 +15,9 @@ from llmq_jax.data.records import Record, no_field, read_records
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 
+LONGEST_NUMBER = 1000
+"""Digits of a label that counts as a number: Python refuses to read numbers of more than 4,300."""
+
 
 @dataclass(frozen=True)
 class LabelledTexts:
@@ -167,7 +170,9 @@ def class_names(rows: Sequence[LabelledRow], path: str | Path) -> tuple[str, ...
     if len(found) < 2:
         only = rows[0].label
         raise BadInput(f"{path}: every label is {only!r}, and a classifier tells classes apart: give two or more")
-    return tuple(sorted(found, key=int) if all(map(_is_number, found)) else sorted(found))
+    # "7" and "07" are two labels of one number: the set's own order, which differs between processes, must not decide
+    by_number = all(map(_is_number, found))
+    return tuple(sorted(found, key=(lambda label: (int(label), label)) if by_number else None))
 
 
 def labelled_texts(rows: Sequence[LabelledRow], names: Sequence[str]) -> LabelledTexts:
@@ -198,4 +203,4 @@ def _label(record: Record, name: str) -> str:
 
 
 def _is_number(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()
+    return label.removeprefix("-").isdecimal() and len(label) <= LONGEST_NUMBER

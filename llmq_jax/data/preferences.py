@@ -12,7 +12,7 @@ these text and tokens as conversations do: see prompt_templates.py and instructi
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,6 +237,21 @@ def without_padding(pair: PreferenceExample, pad_id: int) -> PreferenceExample:
         return Example(side.tokens[:count], side.learned[:count], side.where, side.cut)
 
     return PreferenceExample(trimmed(pair.chosen), trimmed(pair.rejected), pair.margin, pair.where)
+
+
+def chat_ending(tokenizer: Tokenizer, end_tokens: Collection[int]) -> list[int]:
+    """How the model's chat template ends an answer: the last of these end tokens and what stands after it, such as
+    ChatML's line break. A model that answers stops before that, and texts that the template wrote end with it. Empty
+    where it writes no such token, and without a template."""
+    if tokenizer.chat_template is None:
+        return []
+    asked: Message = {"role": "user", "content": "question"}
+    said: Message = {"role": "assistant", "content": "answer"}
+    text = render(Conversation("a question", "messages", (asked, said), 1), "chat", tokenizer.chat_template)
+    example = tokenize(text, tokenizer)
+    (ends,) = np.nonzero(example.learned & np.isin(example.tokens, list(end_tokens)))
+    ending: list[int] = example.tokens[ends[-1] :].tolist() if len(ends) else []
+    return ending
 
 
 def _strings(record: Record) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:

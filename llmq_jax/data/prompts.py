@@ -103,7 +103,7 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
     if template == "plain" and not is_text:
         raise BadInput(f"{where}: the template 'plain' is for prompts that are strings: use the chat template")
     if template == "plain" or (template is None and is_text and chat is None):
-        return Prompt(where, value, tokenizer.encode(value, add_special_tokens=True), columns)
+        return Prompt(where, value, tokenizer.encode_prompt(value), columns)
     if chat is None:
         raise BadInput(f"{where}: the model has no chat template: use strings and the template 'plain'")
     text = chat.render(list(messages), add_generation_prompt=True, strftime_now=DAY.strftime)

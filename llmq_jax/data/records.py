@@ -294,17 +294,6 @@ def _tsv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
             yield number, number, line.split("\t")
 
 
-def _rows(batch: Any) -> list[dict[str, Any]]:
-    """OverflowError for dates that Python has no value for."""
-    try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        raise
-    except ValueError as error:  # nanoseconds
-        raise OverflowError(str(error)) from None
-    return rows
-
-
 def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str, str]) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -326,14 +315,17 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
                 if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
                     raise BadInput(f"{path}: column {name!r} must hold strings, not {kind}")
             for batch in file.iter_batches(batch_size=1024, columns=None if texts is None else list(texts)):
-                for fields in _rows(batch):
+                for fields in batch.to_pylist():
                     row += 1
                     for name in texts or ():
                         if fields[name] is None:
                             raise BadInput(f"{path}: row {row}: column {name!r} must be a string, not null")
                     yield Record(f"{path}: row {row}", fields)
-    except (pa.ArrowException, OSError, OverflowError, LookupError) as error:  # the last two of dates
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{path} is no Parquet file or is damaged ({reason})") from None
+    except BadInput:
+        raise
     except UnicodeDecodeError:
         raise BadInput(f"{path}: row {row + 1} or one soon after holds text that is not UTF-8") from None
+    # The last three of dates that Python has no value for.
+    except (pa.ArrowException, OSError, OverflowError, LookupError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path} is no Parquet file or is damaged ({reason})") from None

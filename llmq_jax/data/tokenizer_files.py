@@ -41,9 +41,17 @@ class TokenizerFiles:
     @classmethod
     def read(cls, file: Path) -> "TokenizerFiles":
         """That tokenizer.json, which may have another name, and the companions in its folder."""
-        companions = {name: file.parent / name for name in COMPANION_FILES if (file.parent / name).is_file()}
-        paths = {"tokenizer.json": file, **companions}
-        return cls({name: path.read_bytes() for name, path in paths.items()}, file.parent)
+        return cls({"tokenizer.json": file.read_bytes(), **cls.companions(file.parent).contents}, file.parent)
+
+    @classmethod
+    def companions(cls, folder: Path) -> "TokenizerFiles":
+        """What is in a folder beside a tokenizer.json."""
+        paths = {name: folder / name for name in COMPANION_FILES}
+        return cls({name: path.read_bytes() for name, path in paths.items() if path.is_file()}, folder)
+
+    def config(self) -> dict[str, Any]:
+        """What is in tokenizer_config.json."""
+        return self._json("tokenizer_config.json")
 
     def named_tokens(self) -> dict[str, str]:
         """{"eos_token": "</s>", ...}, in which tokenizer_config.json has the last word."""

@@ -401,8 +401,24 @@ def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | Non
     if (folder / "tokenizer.json").is_file():
         return _own_tokenizer(TokenizerFiles.read(folder / "tokenizer.json").contents) or FileTokenizer(folder, name)
     if vocabulary_files(folder):
-        return GPT2Tokenizer(folder)
+        return _with_companions(GPT2Tokenizer(folder), folder)
     return None
+
+
+def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer with what other files of its folder say of it: its class, its end token, its chat template."""
+    companions = TokenizerFiles.companions(folder)
+    config = companions.config()
+    kind = config.get("tokenizer_class", "GPT2Tokenizer")
+    if str(kind).removesuffix("Fast") != "GPT2Tokenizer" or config.get("add_prefix_space"):
+        what = "add_prefix_space" if config.get("add_prefix_space") else f"a {kind}"
+        raise BadInput(
+            f"{folder}: tokenizer_config.json names {what}, and vocab.json with merges.txt is read as plain "
+            "GPT2Tokenizer alone: have transformers write a tokenizer.json (AutoTokenizer's save_pretrained)"
+        )
+    if companions.chat_template() is None and companions.named_tokens().get("eos_token", END_OF_TEXT) == END_OF_TEXT:
+        return tokenizer
+    return FileTokenizer.from_files({**tokenizer.files(), **companions.contents}, tokenizer.name)
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Which architecture has which tables, and the functions that apply them."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ class Part(NamedTuple):
 
 
 PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal)}
+ASSUMED = ("rope_parameters", "rms_norm_eps")
+"""What models of one architecture differ in, and shapes do not tell."""
 SUPPORTED = ", ".join([*TABLES, *PARTS])
 
 
@@ -98,7 +101,8 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
 
     `fields` are those that shapes do not tell, which are required (`num_attention_heads`), and any that are to
     differ from what is derived: the architecture and the layout decide the activation function, and the head counts as
-    tied when it equals the embedding. Whatever else weights do not depend on (dropout) has the config's default.
+    tied when it equals the embedding. Whatever else weights do not depend on (dropout) has the config's default, and
+    of Hugging Face's models so have those `ASSUMED`, with a warning.
     BadInput: fields that shapes do not tell and that are not given, or names of no architecture in this layout.
     """
     model_type = _recognise(state, layout)
@@ -113,7 +117,18 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
         raise BadInput(f"the weights are not those of {model_type} in the layout {layout!r}: no config fits") from error
     if SCORE.path in shapes:
         derived["labels"] = numbered_labels(shapes[SCORE.path][0])
-    return override(tables.config.config_class(), **derived | fields)
+    config = override(tables.config.config_class(), **derived | fields)
+    if layout == "hf" and (assumed := [name for name in ASSUMED if hasattr(config, name) and name not in fields]):
+        values = [getattr(config, name) for name in assumed]
+        shown = [
+            f"{getattr(value, 'rope_theta', value):g} of {name}" for name, value in zip(assumed, values, strict=True)
+        ]
+        warnings.warn(
+            f"the shapes of weights do not tell {' and '.join(assumed)}, in which models differ: taken is "
+            f"{' and '.join(shown)}; put the model's config.json beside the weights, or pass config={{...}}",
+            stacklevel=2,
+        )
+    return config
 
 
 def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: str) -> Any:

@@ -32,9 +32,9 @@ class RewardLearner:
     """P, pairs that a step's answers can make."""
     steps_per_iteration: int
     width: int
-    """T of a pair's rows: no prompt with an answer is longer."""
-    lengths: Callable[[Rollout], np.ndarray] = lambda rollout: rollout.lengths
-    """int32 [B]: tokens that the reward model reads, see `ModelReward.lengths`."""
+    """T of a pair's rows: nothing that the reward model reads is longer."""
+    rows: Callable[[Rollout], tuple[np.ndarray, np.ndarray]]
+    """(tokens, lengths) that the reward model reads: `ModelReward.rows`."""
 
     def start(self, state: TrainState) -> TrainState:
         shape = (self.steps_per_iteration, self.new_pairs)
@@ -66,8 +66,8 @@ class RewardLearner:
         best, worst = judged.argmax(axis=1), judged.argmin(axis=1)
         first = np.arange(len(judged)) * rollout.group_size
         rows = np.stack([first + best, first + worst], axis=1)  # [P, 2]
-        lengths = self.lengths(rollout)
-        rolled = self.widened({"tokens": rollout.tokens, "response_mask": rollout.response_mask(lengths)})
+        tokens, lengths = self.rows(rollout)
+        rolled = self.widened({"tokens": tokens, "response_mask": rollout.response_mask(lengths, tokens.shape[1])})
         different = np.take_along_axis(judged, best[:, None], 1) > np.take_along_axis(judged, worst[:, None], 1)
         return {
             "tokens": rolled["tokens"][rows],

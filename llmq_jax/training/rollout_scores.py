@@ -3,7 +3,7 @@
 Shapes: as in `training.rollouts`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from llmq_jax.data.length_buckets import bucket_width
 from llmq_jax.data.prompts import columns_of
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
@@ -78,34 +79,49 @@ class ModelReward:
     """Reward each step of an answer where it ends, in place of the answer (DeepSeekMath, 4.1.3)."""
     separator: str = "\n"
     """What ends a step; the last one ends with the answer."""
+    ending: Sequence[int] = ()
+    """How a chat template ends an answer, see `data.chat_ending`: the end token, which a policy draws, and what stood
+    after it in the texts that the reward model learned from."""
 
     def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
         """`variables`: others than the model's, of a reward model that learns."""
         variables = self.lm.variables if variables is None else variables
-        lengths = self.lengths(rollout)
-        # It may read fewer tokens than the policy, and rows are padded.
-        tokens = rollout.tokens[:, : self.lm.config.max_position_embeddings]
-        mask = rollout.response_mask(lengths)[:, : tokens.shape[1]]
+        tokens, lengths = self.rows(rollout)
+        mask = rollout.response_mask(lengths, tokens.shape[1])
         rewards, by_token = _model_rewards(self.lm.model, variables, tokens, lengths, mask, pooling=self.pooling)
         rewards = np.asarray(rewards)
         if not np.isfinite(rewards).all():
             raise BadInput(f"the reward model gave {rewards[~np.isfinite(rewards)][0]}; train it anew")
         if not self.process:
             return Scores(rewards, {self.name: rewards})
-        places = rollout.prompt_lengths[:, None] + np.arange(rollout.logprobs.shape[1])
-        # An end token that the reward model does not read ends the last step all the same, by what came before it.
-        places = np.minimum(places, np.minimum(lengths, tokens.shape[1])[:, None] - 1)
+        read = np.minimum(lengths, tokens.shape[1])[:, None]
+        places = np.minimum(rollout.prompt_lengths[:, None] + np.arange(rollout.logprobs.shape[1]), read - 1)
+        # The last step ends with the answer, whose reward stands where the model's reading ends: before an end token
+        # that is padding to it, or behind what follows one.
+        np.put_along_axis(places, rollout.answer_lengths[:, None] - 1, read - 1, axis=1)
         ends = step_ends(rollout, self.lm.tokenizer, self.separator)
         by_token = np.take_along_axis(np.asarray(by_token), places, axis=1)
         return Scores(rewards, {self.name: rewards}, by_token * ends, ends)
 
-    def lengths(self, rollout: Rollout) -> np.ndarray:
-        """int32 [B]: tokens that the reward model reads. An end token that is its padding too is none: see
-        `data.without_padding`."""
+    def rows(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 [B, T'], int32 [B]): the tokens that the reward model reads of each row, as it learned to, and how
+        many. An answer that ends as the chat template's do ends as they do to the last token. An end token that is
+        the model's padding too, and the last one, is none: see `data.without_padding`."""
+        each = np.arange(len(rollout))
+        after = self.ending[1:]
+        ended = rollout.terminated & (rollout.tokens[each, rollout.lengths - 1] == self.ending[0] if after else False)
+        lengths = rollout.lengths + len(after) * ended
+        # It may read fewer tokens than the policy, and rows are padded.
+        context = self.lm.config.max_position_embeddings
+        width = min(max(rollout.tokens.shape[1], bucket_width(int(lengths.max()), context)), context)
+        tokens = np.zeros((len(rollout), max(width, lengths.max())), np.int32)
+        tokens[:, : rollout.tokens.shape[1]] = rollout.tokens[:, : tokens.shape[1]]
+        for row in np.flatnonzero(ended):
+            tokens[row, rollout.lengths[row] : lengths[row]] = after
         pad_token = self.lm.generation.pad_token_id
-        last = rollout.tokens[np.arange(len(rollout)), rollout.lengths - 1]
+        last = tokens[each, lengths - 1]
         trimmed = (last == pad_token) & (rollout.answer_lengths > 1) if pad_token is not None else 0
-        return (rollout.lengths - trimmed).astype(np.int32)
+        return tokens[:, :width], (lengths - trimmed).astype(np.int32)
 
 
 @partial(jax.jit, static_argnames=("model", "pooling"))

@@ -47,10 +47,9 @@ class Rollout:
         """The prompt of each row."""
         return [prompt.text for prompt in self.prompts for _ in range(self.group_size)]
 
-    def response_mask(self, lengths: np.ndarray | None = None) -> np.ndarray:
-        """float32 [B, T]: 1 on the answers' tokens, or on those of them before other `lengths`."""
-        places = np.arange(self.tokens.shape[1])
-        lengths = self.lengths if lengths is None else lengths
+    def response_mask(self, lengths: np.ndarray, width: int) -> np.ndarray:
+        """float32 [B, width]: 1 on the answers' tokens, which end where rows have these lengths."""
+        places = np.arange(width)
         inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
         return inside.astype(np.float32)
 

@@ -1,8 +1,10 @@
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 
 TEXT = "".join(f"line {i} of a tëxt\n" for i in range(12))
 
@@ -56,6 +58,23 @@ def test_documents_are_joined_by_end_of_text(llmq, model_folder, tiny_model, tmp
     assert code == 0 and result["loss"] == pytest.approx(loss, abs=1e-5)
     assert (result["tokens"], result["bytes"]) == (count, 15)
     assert result["bits_per_byte"] == pytest.approx(loss * 16 / 15 / math.log(2), rel=1e-5)
+
+
+def test_documents_that_begin_with_a_token_stand_alone(llmq, chat_folder, chat_model, tmp_path):
+    """As Llama 3's and Gemma's do: no such token is predicted, and none is text after another's end."""
+    shutil.copytree(chat_folder, tmp_path / "model")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", 257)]
+    )
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    path = tmp_path / "two.txt.jsonl"
+    path.write_text('{"text": "first"}\n{"text": "second one"}\n')
+    result = json.loads(llmq("evaluate", tmp_path / "model", path, "--json")[1])
+    parts = [reference_loss(chat_model, [257, *text, 256], 96) for text in (b"first", b"second one")]
+    loss, count = (loss * n for loss, n in parts), sum(n for _, n in parts)
+    assert result["loss"] == pytest.approx(sum(loss) / count, abs=1e-5)
+    assert (result["tokens"], result["bytes"]) == (count, 15) == (17, 15)
 
 
 def test_table_shows_the_same_figures(llmq, model_folder, text_file):

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +20,16 @@ def test_reading(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"body": "x", "kind": 10}\n{"body": "y", "kind": 9}\n')
     read = read_labelled(tmp_path / "b.jsonl", "body", "kind")
     assert (read.labels, read.names) == ([1, 0], ("9", "10")), "numbers are sorted as numbers"
+
+
+def test_labels_of_digits_have_one_order(tmp_path):
+    """ "7" and "07" are two labels of one number, and Python reads none of 5,000 digits."""
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": "x", "label": each}) + "\n" for each in ("7", "07", 3))
+    )
+    assert read_labelled(tmp_path / "a.jsonl").names == ("3", "07", "7")
+    (tmp_path / "b.csv").write_text(f"text,label\nx,9\ny,{'1' * 5000}\n")
+    assert read_labelled(tmp_path / "b.csv").names == ("1" * 5000, "9")
 
 
 def test_white_space_around_a_label_is_no_part_of_it(tmp_path):

@@ -11,12 +11,14 @@ from llmq_jax.data import (
     ByteTokenizer,
     FileTokenizer,
     GPT2Tokenizer,
+    chat_ending,
     default_template,
     read_preferences,
     split_preferences,
     tokenize_preferences,
     without_padding,
 )
+from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.errors import BadInput
 
 CHATML = (
@@ -251,6 +253,20 @@ def test_masks_are_those_of_tokens(read):
     (pair,) = tokenize_preferences(read(STRINGS), ByteTokenizer(), template="plain", context=50).pairs
     np.testing.assert_array_equal(pair.chosen.learned, [False] * 7 + [True] * 3)
     np.testing.assert_array_equal(pair.rejected.learned, [False] * 7 + [True] * 7)
+
+
+def test_what_a_chat_template_writes_after_an_answers_end(chat):
+    """Texts that it wrote end with that: what a reward model learned to read, and no policy draws."""
+    (end,) = chat.encode(END, allow_special=True)
+    chat.chat_template = ChatTemplate(CHATML.replace("<|im_end|>\n", f"{END}!\n"))
+    assert chat.decode(chat_ending(chat, [end])) == f"{END}!\n"
+    assert chat_ending(chat, [end + 1]) == []  # no end token that it writes
+    chat.chat_template = ChatTemplate(CHATML.replace("<|im_end|>\n", END))
+    assert chat_ending(chat, [end]) == [end]
+    asked_alone = "{% if m['role'] == 'user' %}" + END + "{% endif %}"
+    chat.chat_template = ChatTemplate(CHATML.replace("<|im_end|>\n", asked_alone))
+    assert chat_ending(chat, [end]) == []  # the question's end is none of an answer
+    assert chat_ending(ByteTokenizer(), [256]) == []
 
 
 def test_texts_without_what_pads_them(read):

@@ -25,7 +25,7 @@ from llmq_jax.data.labelled import read_labelled
 from llmq_jax.data.preferences import read_preferences
 from llmq_jax.data.prompts import read_prompts
 from llmq_jax.data.sources import read_documents
-from llmq_jax.data.tokenizers import FileTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_in
+from llmq_jax.data.tokenizers import FileTokenizer, Tokenizer, tokenizer_in
 from llmq_jax.interop import gguf as interop_gguf
 from llmq_jax.interop import peft_reader
 from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_state_dict
@@ -316,10 +316,16 @@ def vocabulary_files(folder: Path) -> None:
     (folder / "vocab.json").write_text(json.dumps(ids))
     (folder / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
     (folder / "added_tokens.json").write_text(json.dumps({"<more>": len(ids)}))
+    config = {
+        "eos_token": "<end>",
+        "chat_template": TEMPLATE,
+        "added_tokens_decoder": {len(ids) + 1: {"content": "<end>"}},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def read_vocabulary(folder: Path) -> None:
-    tokenizer = GPT2Tokenizer(folder)
+    tokenizer = tokenizer_in(folder)
     use_tokenizer(tokenizer)
     tokenizer.files()
 

@@ -78,10 +78,18 @@ def test_whole_numbers_where_there_should_be_others():
     [
         ("vocab.json", {"ab": 5}, "have the same id, 5"),
         ("vocab.json", {"x y": 2**40}, "which is not from 0 to"),
+        ("vocab.json", {"x y": 2**30}, "which is not from 0 to"),
         ("vocab.json", {"\ud800": 500}, "holds half a surrogate pair"),
         ("added_tokens.json", {"a": 400}, "'a' has the id 400 here"),
         ("added_tokens.json", {"!": 0}, "'!' is a single byte"),
         ("added_tokens.json", {"": 400}, "token 400 is empty"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {}}},
+            "must hold one JSON object, added_tokens_decoder",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}, "which is not from 0 to"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "a"}}}, "'a' has the id 7 here"),
     ],
 )
 def test_vocabularies(tmp_path, name, change, message):

@@ -18,6 +18,7 @@ from transformers.modeling_layers import MtpModel
 
 import llmq_jax as lq
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
+from llmq_jax.interop.architectures import ASSUMED
 from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.positions import Rope, YarnRope
 from llmq_jax.models import build, override, preset
@@ -233,7 +234,8 @@ def test_one_file_has_one_spelling():
 def test_the_config_from_shapes(config):
     state = state_of(config)
     given = GIVEN | {
-        name: getattr(config, name) for name in ("first_k_dense_replace", "num_nextn_predict_layers", "topk_group")
+        name: getattr(config, name)
+        for name in ("first_k_dense_replace", "num_nextn_predict_layers", "topk_group", *ASSUMED)
     }
     if config is CONFIGS["dense"]:
         given |= {"n_routed_experts": 6, "moe_intermediate_size": 8, "n_shared_experts": 2}
@@ -346,6 +348,7 @@ def test_a_fused_file(theirs, folder, tmp_path):
     assert_equal_trees(lq.load(tmp_path / "fused").variables, expected)
     save_file(theirs.state_dict(), tmp_path / "alone.safetensors")
     fields = GIVEN | {"first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    fields |= {name: getattr(PLAIN, name) for name in ASSUMED}
     alone = lq.load(tmp_path / "alone.safetensors", config=fields)
     assert alone.config == PLAIN
     assert_equal_trees(alone.variables, expected)

@@ -13,6 +13,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
+from llmq_jax.interop.architectures import ASSUMED
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load, save
 from llmq_jax.layers.positions import DynamicRope, LinearRope, Rope
@@ -118,8 +119,8 @@ def test_weights_do_not_depend_on_the_arrangement_of_layers():
 def test_the_config_from_shapes():
     for config in CONFIGS:
         state = state_of(config)
-        told = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar", "max_position_embeddings")
-        assert config_from_state_dict(state, **{name: SIZES[name] for name in told}) == config
+        told = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar", "max_position_embeddings", *ASSUMED)
+        assert config_from_state_dict(state, **{name: getattr(config, name) for name in told}) == config
         expected = "do not tell num_attention_heads and sliding_window and query_pre_attn_scalar; give it in the config"
         assert expected in refused(config_from_state_dict, state)
 

@@ -164,13 +164,25 @@ def test_the_config_from_shapes(layout):
     for config in CONFIGS[layout]:
         state = to_state_dict(draw_variables(config), config, layout)
         given = {"num_attention_heads": 3, "max_position_embeddings": 64}
+        if layout == "hf":
+            given |= {"rope_parameters": config.rope_parameters, "rms_norm_eps": config.rms_norm_eps}
         assert config_from_state_dict(state, layout, **given) == config
     assert refused(config_from_state_dict, state, layout) == (
         "the shapes of weights do not tell num_attention_heads; give it in the config"
     )
     assert "do not fit" in refused(
-        from_state_dict, state, config_from_state_dict(state, layout, num_attention_heads=4), layout
+        from_state_dict, state, config_from_state_dict(state, layout, **given | {"num_attention_heads": 4}), layout
     )
+
+
+def test_what_shapes_do_not_tell_and_models_differ_in_is_said():
+    state = to_state_dict(draw_variables(CONFIGS["hf"][0]), CONFIGS["hf"][0])
+    with pytest.warns(UserWarning, match="taken is 10000 of rope_parameters and 1e-06 of rms_norm_eps; put the"):
+        config_from_state_dict(state, num_attention_heads=3)
+    given = {"num_attention_heads": 3, "rope_parameters": {"rope_theta": 500_000.0}, "rms_norm_eps": 1e-5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config_from_state_dict(state, **given).rope.rope_theta == 500_000
 
 
 # config.json.

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import save_file
 
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
+from llmq_jax.interop.architectures import ASSUMED
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load
 from llmq_jax.layers.moe import Experts
@@ -155,7 +156,8 @@ def test_one_file_has_one_spelling():
 @pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
 def test_the_config_from_shapes(config):
     state = to_state_dict(draw_variables(config), config)
-    given = {"num_attention_heads": 3, "num_experts_per_tok": 3, "max_position_embeddings": 64}
+    told = ("num_attention_heads", "num_experts_per_tok", "max_position_embeddings", *ASSUMED)
+    given = {name: getattr(config, name) for name in told}
     for spelling in (state, fused(state)):
         assert config_from_state_dict(spelling, **given) == config
         assert refused(config_from_state_dict, spelling) == (
@@ -201,7 +203,8 @@ def test_a_fused_file(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
     lm = load(tmp_path / "theirs")
     np.testing.assert_allclose(lm.logits(TOKENS), logits_of(theirs), rtol=0, atol=1e-4)
-    fields = {"num_attention_heads": 3, "num_experts_per_tok": 3, "max_position_embeddings": 64}
+    told = ("num_attention_heads", "num_experts_per_tok", "max_position_embeddings", *ASSUMED)
+    fields = {name: getattr(lm.config, name) for name in told}
     save_file(theirs.state_dict(), tmp_path / "alone.safetensors")
     alone = load(tmp_path / "alone.safetensors", config=fields)
     assert alone.config == lm.config

@@ -6,8 +6,9 @@ import random
 import pytest
 import transformers
 
-from llmq_jax.data import ByteTokenizer, GPT2Tokenizer
+from llmq_jax.data import ByteTokenizer, GPT2Tokenizer, load_tokenizer
 from llmq_jax.data.gpt2_vocabulary import packaged_vocabulary
+from llmq_jax.errors import BadInput
 
 END = "<|endoftext|>"
 # fmt: off
@@ -51,6 +52,45 @@ def test_saved_folder_in_auto_tokenizer(pair):
         assert theirs(text, split_special_tokens=True)["input_ids"] == plain
         assert theirs.decode(special) == tokenizer.decode(special) == text
     assert theirs.decode([65, 0xC3, 66, 0xFF]) == tokenizer.decode([65, 0xC3, 66, 0xFF])
+
+
+def test_files_beside_a_vocabulary_count(tmp_path):
+    """Tokens that tokenizer_config.json adds, its end token, its chat template: without a tokenizer.json too."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokens = {50256: END, 50257: "<|im_start|>", 50258: "<|im_end|>"}
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "chat_template": template,
+        "added_tokens_decoder": {number: {"content": token, "special": True} for number, token in tokens.items()},
+    }
+    files = GPT2Tokenizer().files()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes(files[name])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.end_of_text, ours.vocab_size) == (theirs.eos_token_id, len(theirs)) == (50258, 50259)
+    messages = [{"role": "user", "content": " Hé  x\n"}, {"role": "assistant", "content": "ok"}]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.chat_template.render(messages) == text
+    assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"]
+    ours.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.encode(text, allow_special=True) == theirs(text)["input_ids"] and again.end_of_text == 50258
+    for change, message in (
+        ({"tokenizer_class": "Qwen2Tokenizer"}, "names a Qwen2Tokenizer, and vocab"),
+        ({"add_prefix_space": True}, "names add_prefix_space, and vocab"),
+        (
+            {"added_tokens_decoder": {50257: {"content": "<think>", "special": False}}},
+            "'<think>' is added and not special",
+        ),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(BadInput, match=message):
+            load_tokenizer(tmp_path)
 
 
 def test_gpt2_ids_equal_transformers():

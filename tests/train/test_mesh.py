@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def train(tmp_path_factory):
         return folder / out, subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=with_devices(8))
 
     return run
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def records(folder):
@@ -69,37 +76,78 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def reward_model(model):
+    folder = model.parent / "reward"
+    lq.save(lq.with_classifier(lq.load(model), ["reward"], seed=2), folder)
+    return folder
+
+
 # Answers that are drawn are the same ones only where rounding decides none of them, hence few and short ones.
+DRAWN = "--beta 0.1 --prompts-per-step 4 --group-size 4 --max-new-tokens 6 --learning-rate 0.01"
+READ = "--context 64 --batch-size 8 --learning-rate 0.01"
 FINE_TUNING = {
-    "instruct": "--context 64 --batch-size 8 --learning-rate 0.01",
-    "grpo": "--reward length:4 --beta 0.1 --prompts-per-step 4 --group-size 4 --max-new-tokens 6 --learning-rate 0.01",
-    "dpo": "--context 64 --batch-size 8 --learning-rate 0.01",
+    "instruct": READ,
+    "classifier": "--batch-size 8 --learning-rate 0.01 --train lora",
+    "reward": f"{READ} --train lora",
+    "dpo": READ,
+    "grpo": f"--reward length:4 {DRAWN}",
+    "grpo by a model": f"--reward REWARD --supervision process {DRAWN}",
 }
+FIELDS = {
+    "instruct": ("prompt", "completion"),
+    "classifier": ("text", "label"),
+    "grpo": ("prompt",),
+    **dict.fromkeys(("dpo", "reward"), ("prompt", "chosen", "rejected")),
+}
+WRITTEN = {
+    "prompt": "Say {}:",
+    "completion": "{}",
+    "chosen": "{}",
+    "rejected": "no {}",
+    "text": "It is {}.",
+    "label": "{:.1}",
+}
+ONE, MESH, PROCESSES = "one device", "a mesh", "two processes"
+
+
+def ran(recipe, out, folder, options, devices, *more):
+    """A process that trains, with so many virtual devices."""
+    shared = f"--data data.jsonl --out {out} --steps 4 --log-every 1 --lora-rank 2 --evaluate-every 2 --sample-every 4"
+    command = [sys.executable, "-m", f"train.{recipe}", *shared.split(), *options, *more]
+    environment = {**with_devices(devices), "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", FINE_TUNING)
-def test_adapters_learn_on_a_mesh_as_on_a_device(recipe, model, tmp_path):
+@pytest.mark.parametrize("case", FINE_TUNING)
+def test_adapters_learn_on_many_devices_as_on_one(case, model, reward_model, tmp_path):
+    """On a mesh, and of two processes, each with its share of a batch."""
+    recipe = case.split()[0]
     words = ("ab", "ba", "aab", "bba", "abab", "baba", "a", "b", "aa", "bb")
-    told = {"prompt": "Say {}:", "completion": "{}", "chosen": "{}", "rejected": "no {}"}
-    fields = {"instruct": ("prompt", "completion"), "grpo": ("prompt",), "dpo": ("prompt", "chosen", "rejected")}
-    rows = [{name: told[name].format(word) for name in fields[recipe]} for word in words]
+    rows = [{name: WRITTEN[name].format(word) for name in FIELDS[recipe]} for word in words]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = f"--init-from {model} --validation-fraction 0.2 {FINE_TUNING[case]}".replace("REWARD", str(reward_model))
+    mesh, where = "--mesh data=2,fsdp=2,tensor=2", f"--coordinator 127.0.0.1:{free_port()} --processes 2"
+    plans = {
+        ONE: (1, [""]),
+        MESH: (8, [mesh]),
+        PROCESSES: (4, [f"{mesh} {where} --process {number}" for number in range(2)]),
+    }
     found = {}
-    for mesh in ("data=1", "data=2,fsdp=2,tensor=2"):
-        shared = f"--data data.jsonl --init-from {model} --out {mesh} --mesh {mesh} --steps 4 --log-every 1"
-        options = f"{shared} --lora-rank 2 --evaluate-every 2 --validation-fraction 0.2 --sample-every 4"
-        command = [sys.executable, "-m", f"train.{recipe}", *options.split(), *FINE_TUNING[recipe].split()]
-        devices = 1 if mesh == "data=1" else 8
-        environment = {**with_devices(devices), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
-        rows = map(json.loads, (tmp_path / mesh / "metrics.jsonl").read_text().splitlines())
-        names = ("loss", "grad_norm", "reward", "kl", "validation_loss", "validation_reward")
-        found[mesh] = {(row["step"], name): row[name] for row in rows for name in names if name in row}
-    alone, together = found.values()
-    assert len(alone) >= 10
-    assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    for name, (devices, each) in plans.items():
+        processes = [ran(recipe, name, tmp_path, options.split(), devices, *more.split()) for more in each]
+        for process in processes:
+            _, fault = process.communicate(timeout=300)
+            assert process.returncode == 0, fault[-2000:]
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        names = ("loss", "grad_norm", "reward", "kl", "accuracy", "margin", "validation_loss", "validation_reward")
+        found[name] = {(row["step"], name): row[name] for row in rows for name in names if name in row}
+        assert lq.load(tmp_path / name).config.model_type == "llama"
+    assert len(found[ONE]) >= 10
+    assert found[MESH] == pytest.approx(found[ONE], rel=1e-4, abs=1e-6)
+    assert found[PROCESSES] == pytest.approx(found[ONE], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.exhaustive

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import time
 import pytest
 
 from tests.devices import with_devices
-from tests.train.test_mesh import ROOT, SIZES, TELLS, records
+from tests.train.test_mesh import ROOT, SIZES, TELLS, free_port, records
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +43,6 @@ def two(begin, out, *options, other=None):
     """Two processes with these options, the second with `other` ones."""
     where = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
     return [begin(out, *where, "--process", str(i), *(other if i and other else options)) for i in range(2)]
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def ended(processes):

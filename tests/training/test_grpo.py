@@ -104,7 +104,11 @@ def test_answers_follow_their_prompts_and_keep_their_logprobs(lm):
         assert rollout.tokens[row, : len(prompt)].tolist() == prompt
         assert rollout.prompt_lengths[row] == len(prompt)
         answer = rollout.tokens[row, len(prompt) : rollout.lengths[row]].tolist()
-        assert rollout.answer_mask[row].sum() == len(answer) == rollout.response_mask()[row].sum()
+        assert (
+            rollout.answer_mask[row].sum()
+            == len(answer)
+            == rollout.response_mask(rollout.lengths, rollout.tokens.shape[1])[row].sum()
+        )
         assert rollout.terminated[row] == (answer[-1] in lm.generation.eos_token_id)
         assert rollout.terminated[row] or len(answer) == NEW
         assert not rollout.tokens[row, rollout.lengths[row] :].any()
@@ -341,7 +345,8 @@ def test_rewards_of_a_model(lm, reward_lm):
     )
     scores, rows = np.asarray(scores), np.arange(len(rollout))
     np.testing.assert_allclose(ModelReward(reward_lm)(rollout).rewards, scores[rows, rollout.lengths - 1], atol=1e-5)
-    means = (scores * rollout.response_mask()).sum(1) / rollout.answer_lengths
+    mask = rollout.response_mask(rollout.lengths, rollout.tokens.shape[1])
+    means = (scores * mask).sum(1) / rollout.answer_lengths
     np.testing.assert_allclose(ModelReward(reward_lm, "mean")(rollout).rewards, means, atol=1e-5)
 
 
@@ -351,12 +356,32 @@ def test_an_end_that_the_reward_model_takes_for_padding_is_not_read(lm, reward_l
     ended = np.flatnonzero(rollout.terminated & (rollout.answer_lengths > 1))[0]
     padded = reward_lm.replace(generation=lq.GenerationConfig(pad_token_id=int(last[ended])))
     trimmed = (last == last[ended]) & (rollout.answer_lengths > 1)
-    np.testing.assert_array_equal(ModelReward(padded).lengths(rollout), rollout.lengths - trimmed)
+    np.testing.assert_array_equal(ModelReward(padded).rows(rollout)[1], rollout.lengths - trimmed)
     scores, _ = scores_of_tokens(
         reward_lm.model, reward_lm.variables, jnp.asarray(rollout.tokens), jnp.asarray(rollout.lengths)
     )
     found = ModelReward(padded)(rollout).rewards[ended]
     np.testing.assert_allclose(found, np.asarray(scores)[ended, rollout.lengths[ended] - 2], atol=1e-5)
+
+
+def test_answers_are_read_with_what_the_chat_template_writes_after_them(lm, reward_lm):
+    """As the reward model learned: the policy draws none of it."""
+    rollout = roll_out(lm, prompts(), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(20))
+    last = rollout.tokens[np.arange(20), rollout.lengths - 1]
+    ending = [int(last[rollout.terminated][0]), 13, 10]
+    ended = rollout.terminated & (last == ending[0])  # the template ends no answer with another end token
+    assert 0 < ended.sum() < rollout.terminated.sum() < len(rollout)
+    found = {p: ModelReward(reward_lm, p, ending=ending)(rollout).rewards for p in ("last", "mean")}
+    steps = ModelReward(reward_lm, process=True, separator="none", ending=ending)(rollout).steps
+    for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):
+        tokens = [*rollout.tokens[row, :length].tolist(), *(ending[1:] if ended[row] else ())]
+        scores, _ = scores_of_tokens(
+            reward_lm.model, reward_lm.variables, jnp.array([tokens]), jnp.array([len(tokens)], jnp.int32)
+        )
+        scores = np.asarray(scores)[0]
+        np.testing.assert_allclose(found["last"][row], scores[-1], atol=1e-5)
+        np.testing.assert_allclose(found["mean"][row], scores[start:].mean(), atol=1e-5)
+        np.testing.assert_allclose(steps[row].sum(), scores[-1], atol=1e-5)
 
 
 def test_steps_end_at_separators_and_with_the_answer(lm):
@@ -425,7 +450,9 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
         return update(state, batch)
 
     variables = jax.tree.map(jnp.array, jax.device_get(reward_lm.variables))
-    learner = RewardLearner(create_state(variables, optimizer), watched, text_rewards(), [old] * 9, 2, 2, width)
+    learner = RewardLearner(
+        create_state(variables, optimizer), watched, text_rewards(), [old] * 9, 2, 2, width, ModelReward(reward_lm).rows
+    )
     loop, state = make_loop(lm, ModelReward(reward_lm), steps_per_iteration=2, reward_learner=learner)
     begin = jax.tree.map(np.asarray, state.carried[REWARD_MODEL].variables)
     batches = PromptBatches(5, 2)
