@@ -150,6 +150,7 @@ def _lean_backward(
     if softcap is not None:
         tiny = jnp.finfo(jnp.float32).tiny  # An exponential of zero makes the slope zero, whatever its logarithm.
         capped = largest + jnp.log(jnp.maximum(exponentials.astype(jnp.float32), tiny))
+        capped = jnp.clip(capped, -softcap, softcap)  # where a query sees no key, `largest` is beyond all scores
         score_slope *= 1.0 - jnp.square(capped / softcap)
     score_slope = score_slope.astype(value.dtype)
     return (

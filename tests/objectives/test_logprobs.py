@@ -117,6 +117,8 @@ SHARING = {
     "gpt2": lq.GPT2Config(**SIZES, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
     "llama": lq.Llama3Config(**SIZES, num_key_value_heads=1, intermediate_size=24),
     "gemma": lq.Gemma3Config(**SIZES, **WINDOW, num_key_value_heads=1, head_dim=8, intermediate_size=24),
+    # Scores with a cap, of padding that sees no key.
+    "gemma2": lq.Gemma2Config(**SIZES, **WINDOW, num_key_value_heads=1, head_dim=8, intermediate_size=24),
     "deepseek": lq.DeepSeekV3Config(**SIZES, **LATENT, q_lora_rank=None, intermediate_size=24, n_group=1, topk_group=1),
 }
 
