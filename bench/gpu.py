@@ -16,6 +16,7 @@ Decoding is one row in bfloat16; its limit is the memory, of which every token r
     share = tokens a second · (bytes of weights + bytes of cache, in the mean) / bandwidth
 """
 
+import re
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -81,13 +82,15 @@ def main(options: Options) -> None:
     import jax
 
     kind = jax.devices()[0].device_kind
-    peak, bandwidth = next((peaks for name, peaks in PEAKS.items() if name in kind), (None, None))
+    peak, bandwidth = next((peaks for name, peaks in PEAKS.items() if re.search(rf"\b{name}\b", kind)), (None, None))
     told = "peak unknown" if peak is None else f"peak {peak / 1e12:,.0f} TFLOP/s in bfloat16, {bandwidth / 1e12:g} TB/s"
     print(f"{kind}: {told}; JAX {jax.__version__}", flush=True)
     for name in options.models or WORK:
         rows, length = WORK[name]
         rows, length = options.batch_size or rows, options.context or length
         config = config_of(name, options.layers, length)
+        if length > config.max_position_embeddings:
+            raise BadInput(f"--context {length} exceeds the {config.max_position_embeddings:,} positions of {name}")
         print(f"\n{name}: {passed_weights(config) / 1e6:,.0f} M weights a token passes", flush=True)
         print(f"  {training(config, rows, length, peak, options)}", flush=True)
         print(f"  {decoding(config, bandwidth)}", flush=True)

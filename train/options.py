@@ -128,9 +128,9 @@ def on_devices(recipe: Callable) -> Callable:
         with joined(options.coordinator, options.processes, options.process), contextlib.ExitStack() as stack:
             use_device(options.device)
             stack.enter_context(one_speaks())
-            mesh = None if options.layout else mesh_of(options)  # the layout needs no devices
+            mesh = mesh_of(options)
             same({"mesh": mesh}, differences)  # processes with other meshes would wait for one another
-            if mesh:
+            if mesh and not options.layout:  # which needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             stack.enter_context(advice_on_memory(options))
             return recipe(options, *arguments)
@@ -174,9 +174,9 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     none that is used up."""
     import jax
 
-    from llmq_jax.training.sharding import mesh_sizes, row_devices
+    from llmq_jax.training.sharding import row_devices
 
-    sizes = mesh_sizes(options.mesh or "data=1")
+    sizes = devices_of(options)
     changes = []
     if in_steps:
         # The rows of a batch, or of a GRPO step, and a way to take fewer of them at once.
@@ -197,7 +197,8 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
     here = jax.device_count()
     fsdp = here if sizes["fsdp"] < here else 2 * here
-    changes += [f"--mesh {options.mesh or 'none'} -> fsdp={fsdp}" + (f" on {fsdp} devices" if fsdp > here else "")]
+    mesh = f"--pmap -> --mesh fsdp={fsdp}" if options.pmap else f"--mesh {options.mesh or 'none'} -> fsdp={fsdp}"
+    changes += [mesh + (f" on {fsdp} devices" if fsdp > here else "")]
     return [*changes, "the model to a smaller one"][:3]
 
 

@@ -210,11 +210,8 @@ class _Loop:
             if steps[1] <= self.step:
                 self.recorder.message(f"no profile: steps {self.options.profile} were before the run was resumed")
         self.time = TimeSpent()
-        # Without checkpoints there is nothing to wait for: the signals then act as they did before.
-        stops = StopSignals if jax.process_count() == 1 else processes.AgreedStop
-        signals = stops() if self.options.checkpoint_every else contextlib.nullcontext(StopSignals())
         try:
-            with signals as stop:
+            with processes.stop_signals(saves=bool(self.options.checkpoint_every)) as stop:
                 if self.saved is not None and self.options.due(self.options.sample_every, self.step):
                     # The checkpoint resumed from came before its step's sample, which may be missing or torn.
                     self.write_sample()

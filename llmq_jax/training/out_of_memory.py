@@ -10,7 +10,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import axis_sizes, row_devices
-from llmq_jax.training.sharding import place_batch
+from llmq_jax.training.sharding import place_batch, row_share
 
 SIGNS = re.compile(r"RESOURCE_EXHAUSTED|out[ _]of[ _]memory|bad_alloc", re.IGNORECASE)
 """XLA's status, which the CPU's runtime at times wraps in INTERNAL; the drivers' words; those of C++."""
@@ -47,7 +47,9 @@ def usage(state: Any, batch: Any, train_step: Callable[..., Any] | None) -> str:
     parameters, moments, gradients = (
         size(bytes_on_a_device(tree)) for tree in (state.variables, state.optimizer_state, state.trained)
     )
-    rows = size(bytes_on_a_device(batch) // (row_devices(sizes) if (sizes := axis_sizes()) else 1))
+    sizes, of_each = axis_sizes(), state.step.sharding.device_set  # without a mesh, `pmap` has several
+    own = bytes_on_a_device(batch) * row_share()["process_count"]
+    rows = size(own // (row_devices(sizes) if sizes else len(of_each)))
     held = f"a device holds parameters of {parameters}, an optimizer state of {moments} and a batch of {rows}"
     temporary = train_step and temporary_bytes(state, batch, train_step)
     if temporary is None:

@@ -213,8 +213,16 @@ class Partitioner:
         (over, over_b), (batch, batch_b) = op.params["dimension_numbers"]
         a, b = op.inputs
         specs = [list(v.spec or [()] * len(v.aval.shape)) for v in (a, b)]
+        out = op.outputs[0]
+
+        def stays(k: int) -> int:
+            """Bytes that stay divided if operand k does: its own, and the result's if its dimension is one there."""
+            others = set(axes_in(specs[1 - k]))
+            free = (axes for i, axes in enumerate(specs[k]) if i not in (over, over_b)[k])
+            return size_of((a, b)[k].aval) + size_of(out.aval) * any(others & set(axes) for axes in free)
+
         # Where an axis divides a dimension of one, and another dimension of the other, the lesser is gathered.
-        less = 0 if size_of(a.aval) < size_of(b.aval) else 1
+        less = 0 if stays(0) < stays(1) else 1
         pairs = dict(zip((*over, *batch), (*over_b, *batch_b), strict=True))
         partner = pairs if less == 0 else {j: i for i, j in pairs.items()}
         wanted: dict[int, Any] = {}
@@ -225,7 +233,6 @@ class Partitioner:
                 wanted = {less: specs[less]}
         wanted = {k: tuple(spec) for k, spec in wanted.items()}
         first, second = specs
-        out = op.outputs[0]
         out.spec = (
             *(first[i] or second[j] for i, j in zip(batch, batch_b, strict=True)),
             *(axes for i, axes in enumerate(first) if i not in (*over, *batch)),

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         cluster = next((name for name, variable in CLUSTERS.items() if variable in os.environ), None)
         if cluster is None or processes == 1 or os.environ.get("SLURM_NTASKS") == "1":
             return False
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"local_device_ids": gpus_of_task(os.environ) if cluster == "SLURM" else None}
         where = f"the coordinator that {cluster} tells of"
     else:
         host, _, port = coordinator.rpartition(":")
@@ -74,16 +74,42 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         if not 0 <= process < processes:
             raise BadInput(f"--process is {process} and must be from 0 to {processes - 1}, one less than --processes")
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        arguments["cluster_detection_method"] = "deactivate"  # it would take one GPU of each task
         where = f"the coordinator at {coordinator}"
     with _patience(where):
         try:
             jax.distributed.initialize(**arguments, initialization_timeout=10 * PATIENCE_SECONDS)
-        except (RuntimeError, ValueError) as error:  # as where a cluster does not tell all
+        except Exception as error:  # as where a cluster does not tell all; what reads Kubernetes has errors of its own
             said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BadInput(
                 f"processes cannot be joined: {said}; give --coordinator, --processes and --process, or --processes 1"
             ) from None
     return True
+
+
+def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that it sees are this SLURM task's: all of its node where it is alone there, or where it sees
+    its own alone; else its equal part. JAX by itself would take one for each task. None: there are none to divide, or
+    JAX_LOCAL_DEVICE_IDS tells them."""
+    seen = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
+    count = len(seen.split(",")) if seen else int(environment.get("SLURM_GPUS_ON_NODE", 0))
+    if not count or "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    bound = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+    tasks = 1 if bound else _tasks_on_node(environment)
+    if count % tasks:
+        raise BadInput(f"{tasks} tasks of this node cannot share its {count} GPUs evenly; give each task its own")
+    place, each = int(environment["SLURM_LOCALID"]) if tasks > 1 else 0, count // tasks
+    return list(range(place * each, (place + 1) * each))
+
+
+def _tasks_on_node(environment: Mapping[str, str]) -> int:
+    """SLURM writes "2(x3),1" for two tasks on each of three nodes, and one on a fourth."""
+    counts: list[int] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, nodes = part.partition("(x")
+        counts += [int(count)] * int(nodes.rstrip(")") or 1)
+    return counts[min(int(environment.get("SLURM_NODEID", 0)), len(counts) - 1)]
 
 
 @contextlib.contextmanager
@@ -163,6 +189,17 @@ def same(config: dict[str, Any], differences: Callable[[dict[str, Any], dict[str
             raise BadInput(f"has other options or data than process 0: {', '.join(found)}; give all the same")
 
     together(compare)
+
+
+def stop_signals(saves: bool) -> contextlib.AbstractContextManager[StopSignals]:
+    """What holds signals back until a step is saved. Where nothing is saved there is nothing to wait for: they act as
+    they would without us."""
+    alone = jax.process_count() == 1
+    if saves:
+        return StopSignals() if alone else AgreedStop()
+    if not alone and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which JAX has taken since the processes joined
+    return contextlib.nullcontext(StopSignals())
 
 
 class AgreedStop(StopSignals):

@@ -108,7 +108,7 @@ WRITTEN = {
     "text": "It is {}.",
     "label": "{:.1}",
 }
-ONE, MESH, PROCESSES = "one device", "a mesh", "two processes"
+ONE, MESH, PROCESSES = "one_device", "mesh", "processes"
 
 
 def ran(recipe, out, folder, options, devices, *more):

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from llmq_jax.errors import BadInput
+from llmq_jax.training.processes import gpus_of_task
 from tests.devices import with_devices
 from tests.train.test_mesh import ROOT, SIZES, TELLS, free_port, records
 
@@ -158,3 +160,37 @@ def test_a_coordinator_that_does_not_answer():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and "did not bring the processes together within 3 s" in done.stderr, done.stderr
     assert done.stderr.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("told", "gpus"),
+    [
+        ({}, None),  # CPUs
+        ({"SLURM_GPUS_ON_NODE": "8"}, [0, 1, 2, 3, 4, 5, 6, 7]),  # a task for all that its node has
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3"}, [3]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"}, [2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_PER_TASK": "1"}, [0]),  # its own
+        ({"SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "4(x2),1", "SLURM_NODEID": "2"}, [0, 1, 2, 3]),
+        ({"SLURM_GPUS_ON_NODE": "4", "JAX_LOCAL_DEVICE_IDS": "0,1"}, None),
+    ],
+)
+def test_the_gpus_of_a_task(told, gpus):
+    assert gpus_of_task({"SLURM_LOCALID": "0", **told}) == gpus
+
+
+def test_gpus_that_tasks_cannot_share():
+    with pytest.raises(BadInput, match="3 tasks of this node cannot share its 4 GPUs evenly"):
+        gpus_of_task({"SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "4", "SLURM_STEP_TASKS_PER_NODE": "3"})
+
+
+@pytest.mark.exhaustive
+def test_a_signal_without_checkpoints_ends_a_process_at_once(begin, folder):
+    endless = ("--steps", "100000", "--checkpoint-every", "0", "--evaluate-every", "0", "--sample-every", "0")
+    processes = two(begin, "unsaved", *endless)
+    metrics = folder / "unsaved" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_bytes()) < 2000:
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    assert processes[1].wait(timeout=60) == -signal.SIGTERM

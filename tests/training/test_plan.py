@@ -144,6 +144,9 @@ def test_llama_by_hand(llama):
     kept = llama.parts["backward"]["activations kept for the backward pass"]
     assert kept > 2 * layers * heads * 4096**2
     assert llama.parts["backward"]["weights in lower precision"] == pytest.approx(2 * layers * layer / 8, rel=0.01)
+    short = plan(replace(llama.run, context=1024))  # fewer rows than hidden units: weights are gathered all the same
+    assert short.sent["all-gather of weights, backward", "fsdp"] == pytest.approx(gathered, rel=1e-3)
+    assert ("all-gather of activations", "fsdp") not in short.sent
     full = plan(replace(llama.run, remat="full"))
     kept = full.parts["backward"]["activations kept for the backward pass"]
     assert kept == pytest.approx(2 * layers * 4096 * width, rel=0.05)  # the input of every layer
