@@ -15,11 +15,11 @@ from typing import Any
 
 from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.huggingface import find
+from llmq_jax.interop.huggingface import CONFIG, find, is_hf
 from llmq_jax.interop.peft import is_adapter, module_names
 from llmq_jax.interop.peft_reader import base_of, read_adapter
 from llmq_jax.interop.peft_writer import write_adapter
-from llmq_jax.language_model import LanguageModel, load, with_classifier
+from llmq_jax.language_model import LanguageModel, load, load_weights, with_classifier
 from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.lora import LORA, LoRA
 from llmq_jax.models.heads import numbered_labels
@@ -53,7 +53,7 @@ def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
     """The way back, to rounding: the adapters of `adapted` are taken out of the matrices of `merged` and stand beside
     them. BadInput for DoRA, whose merged matrices do not tell how long their columns were, and for matrices that
     `merged` lacks."""
-    return merged.replace(variables=low_rank.unmerge(merged.variables, low_rank.spread(adapted.variables)))
+    return merged.replace(variables=low_rank.unmerge(merged.variables, adapted.variables))
 
 
 def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageModel:
@@ -69,18 +69,29 @@ def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageM
 
 
 def load_with_base(folder: Path, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
-    """The base that a folder of PEFT's names, with its adapters; see `load`."""
+    """The base that a folder of PEFT's names, with its adapters; see `load`. A model that lies in the folder itself is
+    the base whatever the name says, as in transformers."""
     base, classes = base_of(folder)
-    if not base:
+    if has_whole_model(folder):
+        lm = load_weights(folder, folder, layout, config, dtype)
+    elif not base:
         raise BadInput(f"{folder}: is an adapter that names no base; load that, then lq.load_adapter(lm, folder)")
-    lm = load(base, layout, config, dtype)
+    elif is_adapter(source := find(base)) and not has_whole_model(source):
+        raise BadInput(f"{folder}: its base {base} is an adapter too; merge that one into its own base first")
+    else:
+        lm = load(base, layout, config, dtype)
     if classes and lm.config.labels is None:
         lm = with_classifier(lm, numbered_labels(classes))
     return load_adapter(_with_own_tokenizer(lm, folder), folder)
 
 
+def has_whole_model(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and is_hf(folder)
+
+
 def _with_own_tokenizer(lm: LanguageModel, folder: Path) -> LanguageModel:
-    """Trainers save the tokenizer beside the adapters: its chat template, say, is the one that they learned by."""
+    """Trainers save the tokenizer beside the adapters: its chat template, say, is the one that they learned by, and its
+    end token ends what they say."""
     own = tokenizer_in(folder)
     if own is not None and own.vocab_size > lm.config.vocab_size:
         warnings.warn(
@@ -88,7 +99,12 @@ def _with_own_tokenizer(lm: LanguageModel, folder: Path) -> LanguageModel:
             stacklevel=4,
         )
         own = None
-    return lm if own is None else lm.replace(tokenizer=own)
+    if own is None:
+        return lm
+    ends = lm.generation.eos_token_id
+    if own.end_of_text is not None and own.end_of_text not in ends:
+        ends = (*ends, own.end_of_text)
+    return lm.replace(tokenizer=own, generation=lm.generation.replace(eos_token_id=ends))
 
 
 def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str = "", overwrite: bool = False) -> Path:

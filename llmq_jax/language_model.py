@@ -407,6 +407,14 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
         from llmq_jax.adapters import load_with_base
 
         return load_with_base(source, layout, config, dtype)
+    return load_weights(path, source, layout, config, dtype)
+
+
+def load_weights(
+    path: str | os.PathLike[str], source: Path, layout: str = "hf", config: Any = None, dtype: Any = None
+) -> LanguageModel:
+    """`load` of what is neither a checkpoint of ours nor an adapter; `path` is how it was called."""
+    dtype = float_type(dtype)
     if is_hf(source):
         contents = read_hf(source, layout, config, dtype)
     elif is_openai(source):
@@ -434,7 +442,7 @@ def has_config(source: Path) -> bool:
 
     folder = source.parent if source.is_file() else source
     has_file = any((folder / name).is_file() for name in (CONFIG, HPARAMS))
-    return has_file or is_gguf(source) or find_checkpoint(source) is not None
+    return has_file or is_gguf(source) or is_adapter(source) or find_checkpoint(source) is not None
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:

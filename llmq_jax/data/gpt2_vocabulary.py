@@ -89,10 +89,10 @@ def read_vocabulary(vocabulary_path: Path, merges_path: Path) -> Vocabulary:
             "it is no byte-level vocabulary"
         )
     merged = [left + right for left, right in merges]
-    for line, token in enumerate(merged, start=1):
-        if token not in ids:
+    for line, pair in enumerate(merges, start=1):
+        if unknown := [token for token in ("".join(pair), *pair) if token not in ids]:
             raise BadInput(
-                f"{merges_path}: merge {line} yields {token!r}, which {vocabulary_path.name} does not hold: "
+                f"{merges_path}: merge {line} has {unknown[0]!r}, which {vocabulary_path.name} does not hold: "
                 "the two files are not of one vocabulary"
             )
     # tiktoken merges by the lowest id, transformers by the order of the merges: both must say the same.

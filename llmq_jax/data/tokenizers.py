@@ -77,10 +77,19 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         """Text of token ids; special tokens are spelled out unless skipped. Never fails."""
 
-    @cached_property
+    @property
     def beginning(self) -> tuple[int, ...]:
         """What the tokenizer's own template puts before a text: the beginning-of-text token of Llama 3 and Gemma, say;
         often nothing."""
+        return self._around[0]
+
+    @property
+    def ending(self) -> tuple[int, ...]:
+        """What it puts after a text; mostly nothing."""
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         for text in ("a", "0", *(self.decode([i]) for i in range(20))):  # the first that it knows
             try:
                 alone, whole = self.encode(text), self.encode(text, add_special_tokens=True)
@@ -88,8 +97,8 @@ class Tokenizer(ABC):
                 continue
             for start in range(len(whole) if alone else 0):
                 if whole[start : start + len(alone)] == alone:
-                    return tuple(whole[:start])
-        return ()
+                    return tuple(whole[:start]), tuple(whole[start + len(alone) :])
+        return (), ()
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text to be gone on from: after the tokenizer's `beginning`. An empty text begins as documents

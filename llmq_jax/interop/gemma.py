@@ -74,9 +74,9 @@ def read_multimodal(values: Mapping[str, Any]) -> dict[str, Any]:
     text = values.get("text_config") or {}
     if not isinstance(text, Mapping):
         raise BadInput(f"text_config={text!r} is not an object of fields")
-    # The head of the whole model is the text part's; what it tells apart and whether it is tied, the whole model's
-    # config says.
-    head = {name: values.get(name) for name in CLASSIFIER_FIELDS}
+    # The head of the whole model is the text part's; what it tells apart, whether it is tied and how weights are kept,
+    # the whole model's config says.
+    head = {name: values.get(name) for name in (*CLASSIFIER_FIELDS, "quantization_config")}
     return {**text, **head, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
 
 

@@ -145,7 +145,7 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
     files = None if lm.tokenizer is None else TokenizerFiles(lm.tokenizer.files(), lm.tokenizer.name)
     own = None if files is None else files.token_id(files.named_tokens().get("pad_token"))
     end = lm.tokenizer and lm.tokenizer.end_of_text
-    last = lm.tokenizer.encode("a", add_special_tokens=True)[-1] if lm.tokenizer else None
+    last = lm.tokenizer.ending[-1] if lm.tokenizer and lm.tokenizer.ending else None
     tokens = [
         token
         for token in (own, lm.generation.pad_token_id, end, *lm.generation.eos_token_id)
@@ -202,11 +202,16 @@ def download(name: str) -> Path:
             f"{name}: there is no such file or folder, and the Hugging Face hub could not be reached (no network, or "
             "offline)"
         ) from error
-    except (OSError, ValueError) as error:  # among them: no such model, no access
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # no such model, no access, and what the HTTP library of hub's client raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"
         ) from error
+    if not Path(folder).is_dir():  # nothing was fetched
+        raise BadInput(
+            f"{name}: has no file on the Hugging Face hub that could be read from there; of GGUF files, fetch one and "
+            "give its path"
+        )
     return Path(folder)
 
 

@@ -38,6 +38,11 @@ class Site(NamedTuple):
         """Whether it is no module of its own in transformers, but a parameter of one: experts, routers."""
         return self.of_experts or "router" in self.placement.path
 
+    @property
+    def pattern_name(self) -> str:
+        """What PEFT's patterns of ranks and alphas are matched with: a parameter's name has its own at the end."""
+        return f"{self.module}.weight" if self.is_parameter and not self.of_experts else self.module
+
 
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()

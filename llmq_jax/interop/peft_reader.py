@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import has_type, type_name
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
+from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, memory_table, sites_of
 from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
@@ -148,11 +148,19 @@ class _Reader:
     """One folder's tensors, from which those that have been read are taken."""
 
     def __init__(self, folder: Path, values: Mapping[str, Any], state: dict[str, np.ndarray], config: Any):
-        self.folder, self.values, self.state, self.config = folder, values, dict(state), config
+        self.folder, self.values, self.config = folder, values, config
         self.sites = sites_of(config)
+        self.within, self.beside = memory_table(config).within, memory_table(config).beside
+        self.state = {self._own_name(name): tensor for name, tensor in state.items()}
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
         self.shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(config)).items()}
+
+    def _own_name(self, name: str) -> str:
+        """Of an adapter of a multimodal model, whose text part is ours, the name of our part's."""
+        module = name.removeprefix(PREFIX)
+        outer = next((outer for outer in self.within if module.startswith(outer)), "")
+        return name if not outer else PREFIX + self.within[outer] + module.removeprefix(outer)
 
     def low_rank(self) -> Found:
         parts: dict[tuple[Any, ...], list[Any]] = {}
@@ -224,8 +232,10 @@ class _Reader:
             whole = self.values.get("modules_to_save") or ()
             if HEAD in some:
                 hint = "; it is a classifier's: load it onto one (lq.with_classifier)"
-            elif any(some[0].startswith(f"{PREFIX}{name}.") for name in whole):
+            elif set(whole) & set(some[0].split(".")):
                 hint = f"; modules_to_save={whole} are not supported but for a classifier's head: merge them in PEFT"
+            elif some[0].removeprefix(PREFIX).startswith(self.beside):
+                hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
             elif "lora_" in some[0]:
                 hint = ": it is an adapter of another base" + (f" ({base})" if (base := self._base()) else "")
             raise BadInput(
@@ -303,7 +313,16 @@ class _Reader:
     def _pattern(self, name: str, site: Site, default: Any) -> Any:
         """What the first pattern says that matches the end of a module's name."""
         patterns = self.values.get(name) or {}
-        ends = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", site.module))
+        # Matrices of multimodal models have longer names there.
+        names = [
+            site.pattern_name,
+            *(outer + site.pattern_name.removeprefix(own) for outer, own in self.within.items()),
+        ]
+        ends = (
+            value
+            for pattern, value in patterns.items()
+            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+        )
         return next(ends, default)
 
     def _stacked(

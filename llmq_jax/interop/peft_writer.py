@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from llmq_jax.layers.lora import (
 )
 
 PEFT_VERSION = "0.21.2"  # whose folders these are
+CARD = "README.md"  # a model card, which is nobody's but its author's
 
 
 def write_adapter(
@@ -74,10 +76,12 @@ def write_adapter(
         "peft_version": PEFT_VERSION,
     }
     folder = Path(folder).expanduser().resolve()
-    check_target(folder, overwrite, CONFIG, (CONFIG, WEIGHTS, "README.md"))
+    check_target(folder, overwrite, CONFIG, (CONFIG, WEIGHTS, CARD))
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, values)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        if (folder / CARD).is_file():
+            shutil.copy(folder / CARD, partial / CARD)
     return folder
 
 
@@ -114,13 +118,13 @@ def _low_rank(
         else:
             name, first, last = f"{PREFIX}{site.module}", first.T, last.T
             if site.is_parameter:
-                parameters.append(f"{site.module}.weight")
+                parameters.append(site.pattern_name)
             else:
                 linears.append(site.module)
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(np.ascontiguousarray, (first, last))
         if MAGNITUDE in trained:
             tensors[f"{name}.lora_magnitude_vector"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
-        alphas[site.module], ranks[site.module] = round(scale * rank, 6), rank
+        alphas[site.pattern_name], ranks[site.pattern_name] = round(scale * rank, 6), rank
     if len(dropouts) > 1:
         raise BadInput(
             f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"

@@ -1,7 +1,7 @@
 """Folders that are written whole or not at all."""
 
 import contextlib
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +14,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Where filling it or taking the place fails, everything is as it was before. `folder` is resolved: a link would be
     replaced, not what it leads to.
     """
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    earlier = folder.with_name(f".{folder.name}.earlier-{os.getpid()}")
+    mark = secrets.token_hex(4)  # in containers, process numbers come again, and what a killed one left is there
+    partial = folder.with_name(f".{folder.name}.partial-{mark}")
+    earlier = folder.with_name(f".{folder.name}.earlier-{mark}")
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -184,11 +184,11 @@ def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any
 
     BadInput for DoRA: merged matrices do not tell how long the columns of W + s A B were.
     """
-    found = adapters(adapted)
+    found = adapters(spread(adapted))
     if any(MAGNITUDE in trained for trained, _ in found.values()):
         raise BadInput("a merged DoRA cannot be unmerged: it does not tell how long its columns were; keep the base")
     taken_out = {path: (trained, {**fixed, SCALE: -fixed[SCALE]}) for path, (trained, fixed) in found.items()}
-    return {**_moved(variables, taken_out), **(from_adapters(found) if found else {})}
+    return _moved(variables, taken_out) | {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
 
 
 def _moved(variables: dict[str, Any], found: Mapping[Path, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:

@@ -100,6 +100,13 @@ def test_vocabularies(tmp_path, name, change, message):
         GPT2Tokenizer(tmp_path)
 
 
+def test_a_merge_of_what_is_no_token(tmp_path):
+    vocabulary_files(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na bc\n")  # of which "abc" is one
+    with pytest.raises(BadInput, match="merge 1 has 'bc', which vocab"):
+        GPT2Tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

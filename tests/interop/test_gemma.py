@@ -383,6 +383,11 @@ def test_folders_there_and_back(base, tmp_path):
     assert load(save(lm, tmp_path / "dyt")).config == dyt
 
 
+def test_quantised_weights_of_a_multimodal_model_are_refused():
+    values = {"model_type": "gemma3", "text_config": {}, "quantization_config": {"quant_method": "bitsandbytes"}}
+    assert "quantization_config=" in refused(config_from_hf, values)
+
+
 # The multimodal model.
 
 

@@ -409,6 +409,19 @@ def test_the_hub_is_asked_for_a_revision_and_for_data_alone(theirs, monkeypatch,
     assert asked == [(repository, revision)]
 
 
+def test_what_the_hub_does_not_give_is_told_in_a_line(tmp_path, monkeypatch):
+    def gguf_alone(**wanted):
+        return str(tmp_path / "snapshots" / "0")  # which is not made where no file is fetched
+
+    def dropped(**wanted):
+        raise RuntimeError("peer closed connection\nwithout a word")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gguf_alone)
+    assert "has no file on the Hugging Face hub that could be read" in refused("org/tiny-GGUF")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", dropped)
+    assert "the Hugging Face hub did not give it (peer closed connection)" in refused("org/tiny")
+
+
 def test_a_name_with_a_revision_that_is_none():
     for name in ("org/tiny@", "org/tiny@a b", "@v1", "org/tiny@v1@v2"):
         assert refused(name) == f"{name}: there is no such file or folder"

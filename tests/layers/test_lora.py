@@ -125,9 +125,9 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, n
         with pytest.raises(BadInput, match="keep the base"):
             lora.unmerge(merged, adapted)
     else:
-        parted = lora.unmerge(merged, lora.spread(adapted))
+        parted = lora.unmerge(merged, adapted)
         assert largest_difference(parted["params"], variables["params"]) < 1e-6
-        assert largest_difference(parted["lora"], lora.spread(adapted)["lora"]) == 0
+        assert largest_difference(parted["lora"], adapted["lora"]) == 0  # numbers that matrices share, once
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, from_state_dict
 from llmq_jax.interop.peft import PREFIX, experts_module, sites_of
 from llmq_jax.interop.peft_reader import base_of
-from llmq_jax.language_model import LanguageModel
+from llmq_jax.language_model import LanguageModel, has_config
 from llmq_jax.layers import lora
 from llmq_jax.models import build
 from llmq_jax.objectives import NextToken
@@ -318,9 +319,19 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     (named / "tokenizer_config.json").unlink()
     words.save(str(named / "tokenizer.json"))
-    assert lq.load(named).tokenizer.encode("a") == [0]
+    (named / "tokenizer_config.json").write_text('{"eos_token": "[UNK]"}')  # which ends what it says, too
+    loaded = lq.load(named)
+    assert loaded.tokenizer.encode("a") == [0] and loaded.generation.eos_token_id[-1] == 1
     with pytest.raises(BadInput, match="names no base; load that, then"):
         lq.load(changed(folder, tmp_path / "nameless", {"base_model_name_or_path": None}))
+    with pytest.raises(BadInput, match="is an adapter too; merge that one into its own base first"):
+        lq.load(changed(folder, tmp_path / "twice", {"base_model_name_or_path": str(tmp_path / "nameless")}))
+    # A model in the folder itself is its base, as where a trainer wrote into that.
+    inside = changed(folder, tmp_path / "inside", {"base_model_name_or_path": str(tmp_path / "inside")})
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(base / file, inside / file)
+    np.testing.assert_allclose(lq.load(inside).logits(tokens), lq.load_adapter(lm, folder).logits(tokens), atol=1e-6)
+    assert has_config(inside) and has_config(named)  # which tells the number of heads
     # A classifier's tells how many classes there are.
     ours = moved(lq.lora(lq.with_classifier(lm, ("a", "b", "c")), rank=2))
     lq.save_adapter(ours, tmp_path / "classifier", base=str(base))
@@ -338,6 +349,47 @@ def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
         lq.load_adapter(lm, tmp_path / "eight")
     with pytest.raises(BadInput, match="plain LoRA without dropout alone"):
         lq.save_adapter(lq.lora(lm, rank=2, targets=("attention", "router"), dropout=0.1), tmp_path / "router")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patterns_name_a_router_with_its_parameter(pair_of, tmp_path):
+    """As PEFT matches them: `mlp.gate.weight`, where modules go without."""
+    anew, lm = pair_of("mixtral")
+    fields = {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "init_lora_weights": False}
+    spec = peft.LoraConfig(r=2, alpha_pattern={"mlp.gate.weight": 40}, task_type="CAUSAL_LM", **fields)
+    adapted = adapted_by(anew(), spec)
+    adapted.save_pretrained(tmp_path / "theirs")
+    tokens = draw_tokens(lm)
+    expected = their_logits(adapted, tokens)
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
+    lq.save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
+    np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+
+
+def test_adapters_of_a_multimodal_model_fit_its_text_part(pair_of, tmp_path):
+    """Names of transformers 5 and 4; patterns, too."""
+    _, lm = pair_of("gemma3_text")
+    ours = moved(lq.lora(lm, rank=2, targets="attention"))
+    lq.save_adapter(ours, tmp_path / "text")
+    tokens = draw_tokens(lm)
+    for place, outer in enumerate(("model.language_model.", "language_model.model.")):
+
+        def longer(state, outer=outer):
+            return {
+                name.replace("base_model.model.model.", f"base_model.model.{outer}"): x for name, x in state.items()
+            }
+
+        patterns = {"alpha_pattern": {rf"{outer}layers\.1\.self_attn\.q_proj": 7}}
+        text = {"alpha_pattern": {r"model\.layers\.1\.self_attn\.q_proj": 7}}
+        expected = lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / f"{place}", text)).logits(tokens)
+        found = lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / f"{place} whole", patterns, longer))
+        np.testing.assert_array_equal(found.logits(tokens), expected)
+        assert np.abs(expected - ours.logits(tokens)).max() > 1e-4
+    vision = {"base_model.model.model.vision_tower.layers.0.q_proj.lora_A.weight": np.zeros((2, 8), np.float32)}
+    with pytest.raises(BadInput, match="it adapts what stands beside the text's part of its base"):
+        lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / "vision", None, lambda state: state | vision))
 
 
 def changed(folder, target, config=None, tensors=None):
@@ -381,6 +433,11 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             "modules_to_save=['lm_head'] are not supported but for a classifier's head: merge them in PEFT",
         ),
         (
+            {"modules_to_save": ["embed_tokens"]},
+            lambda state: state | {"base_model.model.model.embed_tokens.weight": np.zeros((61, 32))},
+            "modules_to_save=['embed_tokens'] are not supported but for a classifier's head: merge them in PEFT",
+        ),
+        (
             {},
             lambda state: {name: x for name, x in state.items() if name != NAME.replace("lora_A", "lora_B")},
             "lora_A.weight and no lora_B",
@@ -406,6 +463,9 @@ def test_what_is_no_adapter_is_refused(llama, tmp_path):
         lq.save_adapter(ours, folder)
     lq.save_adapter(ours, tmp_path / "kept")
     lq.save_adapter(ours, tmp_path / "kept", overwrite=True)
+    (tmp_path / "kept" / "README.md").write_text("my model card")
+    lq.save_adapter(ours, tmp_path / "kept", overwrite=True)
+    assert (tmp_path / "kept" / "README.md").read_text() == "my model card"
     (tmp_path / "kept" / "notes.txt").write_text("mine")
     with pytest.raises(BadInput, match=r"holds notes\.txt"):
         lq.save_adapter(ours, tmp_path / "kept", overwrite=True)
