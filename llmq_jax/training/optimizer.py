@@ -68,11 +68,23 @@ def adamw(
                 )
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
     return optax.chain(
-        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+        optax.identity() if clip is None else clip_by_global_norm(clip),
         scale if moments == "float32" else _kept_in(scale, jnp.dtype(moments)),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """The gradient, scaled down to a norm of `largest` where it has a greater one, as `optax.clip_by_global_norm`: by
+    one factor for all numbers, as in torch.nn.utils.clip_grad_norm_. What optax divides number by number, XLA keeps
+    apart from what follows, in a pass of its own through memory: a fifth of an update's time on a CPU."""
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        factor = jnp.minimum(1.0, largest / optax.tree.norm(gradient))  # of a norm of 0: 1
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradient), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def _kept_in(scale: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
