@@ -99,13 +99,13 @@ class Rope:
         """Angles for heads of `width` features at the positions of a batch."""
         frequencies = self.frequencies(width, document_lengths(positions, segment_ids))
         angles = positions[..., None].astype(jnp.float32) * jnp.float32(frequencies)
-
-        def of(is_sine: Array) -> Array:
-            return jnp.where(is_sine, jnp.sin(angles), jnp.cos(angles)) * jnp.float32(self.attention_scale)
-
+        scale = jnp.float32(self.attention_scale)
         # In a loop, into which XLA does not look: it would work them out anew wherever a query or a key is turned, in
         # each layer, for each head, forward and back, which takes twenty times as long as turning does.
-        return Rotation(*jax.lax.map(of, jnp.array([False, True])))
+        cos, sin = jax.lax.map(
+            lambda is_sine: jnp.where(is_sine, jnp.sin(angles), jnp.cos(angles)) * scale, jnp.array([False, True])
+        )
+        return Rotation(cos, sin)
 
     def check(self, width: int, max_position_embeddings: int) -> None:
         """Raise BadInput where the parameters do not suit heads of that width, or there is no context to extend.
