@@ -130,12 +130,13 @@ def _lean_forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     query = _in_groups(query, key)
     scores = _scores(query, key, mask, scale, softcap)
-    largest = scores.max(-1, keepdims=True)
+    # Named before it is used: where exponentials are formed anew, the largest scores are not looked for again.
+    largest = checkpoint_name(scores.max(-1, keepdims=True), LINEAR_IN_LENGTH)
     exponentials = jnp.exp(scores - largest)
-    total = exponentials.sum(-1, keepdims=True)
+    total = checkpoint_name(exponentials.sum(-1, keepdims=True), LINEAR_IN_LENGTH)
     exponentials = exponentials.astype(value.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", exponentials, value, preferred_element_type=jnp.float32) / total
-    largest, total, mixed = (checkpoint_name(x, LINEAR_IN_LENGTH) for x in (largest, total, mixed))
+    mixed = checkpoint_name(mixed, LINEAR_IN_LENGTH)
     return _heads(mixed.astype(value.dtype)), (query, key, value, exponentials, largest, total, mixed)
 
 
