@@ -68,25 +68,24 @@ def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageM
     return lm.replace(variables=read_adapter(path, lm.config, base_variables(lm)))
 
 
-def load_with_base(folder: Path, layout: str = "hf", config: Any = None, dtype: Any = None) -> LanguageModel:
+def load_with_base(
+    folder: Path, layout: str = "hf", config: Any = None, dtype: Any = None, is_path: bool = True
+) -> LanguageModel:
     """The base that a folder of PEFT's names, with its adapters; see `load`. A model that lies in the folder itself is
-    the base whatever the name says, as in transformers."""
+    the base whatever the name says, unless the folder is a copy of the hub's (`is_path` False), where what lies beside
+    adapters may hold them already: as in transformers."""
     base, classes = base_of(folder)
-    if has_whole_model(folder):
+    if (folder / CONFIG).is_file() and is_hf(folder) and (is_path or not base):
         lm = load_weights(folder, folder, layout, config, dtype)
     elif not base:
         raise BadInput(f"{folder}: is an adapter that names no base; load that, then lq.load_adapter(lm, folder)")
-    elif is_adapter(source := find(base)) and not has_whole_model(source):
+    elif is_adapter(find(base)):
         raise BadInput(f"{folder}: its base {base} is an adapter too; merge that one into its own base first")
     else:
         lm = load(base, layout, config, dtype)
     if classes and lm.config.labels is None:
         lm = with_classifier(lm, numbered_labels(classes))
     return load_adapter(_with_own_tokenizer(lm, folder), folder)
-
-
-def has_whole_model(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and is_hf(folder)
 
 
 def _with_own_tokenizer(lm: LanguageModel, folder: Path) -> LanguageModel:

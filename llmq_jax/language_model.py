@@ -406,7 +406,7 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
     if is_adapter(source):
         from llmq_jax.adapters import load_with_base
 
-        return load_with_base(source, layout, config, dtype)
+        return load_with_base(source, layout, config, dtype, is_path=Path(path).expanduser().exists())
     return load_weights(path, source, layout, config, dtype)
 
 

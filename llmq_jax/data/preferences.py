@@ -240,7 +240,7 @@ def without_padding(pair: PreferenceExample, pad_id: int) -> PreferenceExample:
 
 
 def chat_ending(tokenizer: Tokenizer, end_tokens: Collection[int]) -> list[int]:
-    """How the model's chat template ends an answer: the last of these end tokens and what stands after it, such as
+    """How the model's chat template ends an answer: the first of these end tokens and what stands after it, such as
     ChatML's line break. A model that answers stops before that, and texts that the template wrote end with it. Empty
     where it writes no such token, and without a template."""
     if tokenizer.chat_template is None:
@@ -250,7 +250,7 @@ def chat_ending(tokenizer: Tokenizer, end_tokens: Collection[int]) -> list[int]:
     text = render(Conversation("a question", "messages", (asked, said), 1), "chat", tokenizer.chat_template)
     example = tokenize(text, tokenizer)
     (ends,) = np.nonzero(example.learned & np.isin(example.tokens, list(end_tokens)))
-    ending: list[int] = example.tokens[ends[-1] :].tolist() if len(ends) else []
+    ending: list[int] = example.tokens[ends[0] :].tolist() if len(ends) else []
     return ending
 
 

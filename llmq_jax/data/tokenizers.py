@@ -418,16 +418,20 @@ def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
     """The tokenizer with what other files of its folder say of it: its class, its end token, its chat template."""
     companions = TokenizerFiles.companions(folder)
     config = companions.config()
-    kind = config.get("tokenizer_class", "GPT2Tokenizer")
+    kind = config.get("tokenizer_class") or "GPT2Tokenizer"
     if str(kind).removesuffix("Fast") != "GPT2Tokenizer" or config.get("add_prefix_space"):
         what = "add_prefix_space" if config.get("add_prefix_space") else f"a {kind}"
         raise BadInput(
             f"{folder}: tokenizer_config.json names {what}, and vocab.json with merges.txt is read as plain "
             "GPT2Tokenizer alone: have transformers write a tokenizer.json (AutoTokenizer's save_pretrained)"
         )
-    if companions.chat_template() is None and companions.named_tokens().get("eos_token", END_OF_TEXT) == END_OF_TEXT:
+    named = companions.named_tokens()
+    if companions.chat_template() is None and named.get("eos_token", END_OF_TEXT) == END_OF_TEXT:
         return tokenizer
-    return FileTokenizer.from_files({**tokenizer.files(), **companions.contents}, tokenizer.name)
+    files = tokenizer.files()
+    own = json.loads(files["tokenizer_config.json"]) | named  # where there is none, it is ours that is kept
+    files["tokenizer_config.json"] = _json_bytes(own, indent=2)
+    return FileTokenizer.from_files({**files, **companions.contents}, tokenizer.name)
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True) -> np.ndarray:

@@ -232,7 +232,7 @@ class _Reader:
             whole = self.values.get("modules_to_save") or ()
             if HEAD in some:
                 hint = "; it is a classifier's: load it onto one (lq.with_classifier)"
-            elif set(whole) & set(some[0].split(".")):
+            elif any(f".{name}." in some[0] for name in whole):
                 hint = f"; modules_to_save={whole} are not supported but for a classifier's head: merge them in PEFT"
             elif some[0].removeprefix(PREFIX).startswith(self.beside):
                 hint = "; it adapts what stands beside the text's part of its base, and only that part is read"

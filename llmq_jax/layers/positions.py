@@ -56,6 +56,16 @@ class Rotation(struct.PyTreeNode):
         return whole.astype(x.dtype)
 
 
+@jax.jit  # or each call outside of a program would compile the loop
+def _cos_and_sin(angles: Float[Array, "B T half"], scale: Float[Array, ""]) -> Float[Array, "2 B T half"]:
+    """In a loop, into which XLA does not look: it would work them out anew wherever a query or a key is turned, in each
+    layer, for each head, forward and back, which takes twenty times as long as turning does."""
+    turns: Array = jax.lax.map(
+        lambda is_sine: jnp.where(is_sine, jnp.sin(angles), jnp.cos(angles)) * scale, jnp.array([False, True])
+    )
+    return turns
+
+
 def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Int[Array, "B S"]:
     """The length of each token's document, its last position + 1: [B, T], or [B, 1] where rows are documents."""
     if segment_ids is None:
@@ -99,13 +109,7 @@ class Rope:
         """Angles for heads of `width` features at the positions of a batch."""
         frequencies = self.frequencies(width, document_lengths(positions, segment_ids))
         angles = positions[..., None].astype(jnp.float32) * jnp.float32(frequencies)
-        scale = jnp.float32(self.attention_scale)
-        # In a loop, into which XLA does not look: it would work them out anew wherever a query or a key is turned, in
-        # each layer, for each head, forward and back, which takes twenty times as long as turning does.
-        cos, sin = jax.lax.map(
-            lambda is_sine: jnp.where(is_sine, jnp.sin(angles), jnp.cos(angles)) * scale, jnp.array([False, True])
-        )
-        return Rotation(cos, sin)
+        return Rotation(*_cos_and_sin(angles, jnp.float32(self.attention_scale)))
 
     def check(self, width: int, max_position_embeddings: int) -> None:
         """Raise BadInput where the parameters do not suit heads of that width, or there is no context to extend.

@@ -47,9 +47,8 @@ def usage(state: Any, batch: Any, train_step: Callable[..., Any] | None) -> str:
     parameters, moments, gradients = (
         size(bytes_on_a_device(tree)) for tree in (state.variables, state.optimizer_state, state.trained)
     )
-    sizes, of_each = axis_sizes(), state.step.sharding.device_set  # without a mesh, `pmap` has several
-    own = bytes_on_a_device(batch) * row_share()["process_count"]
-    rows = size(own // (row_devices(sizes) if sizes else len(of_each)))
+    whole = bytes_on_a_device(batch) * row_share()["process_count"]
+    rows = size(whole // (row_devices(sizes) if (sizes := axis_sizes()) else 1))
     held = f"a device holds parameters of {parameters}, an optimizer state of {moments} and a batch of {rows}"
     temporary = train_step and temporary_bytes(state, batch, train_step)
     if temporary is None:

@@ -61,7 +61,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         cluster = next((name for name, variable in CLUSTERS.items() if variable in os.environ), None)
         if cluster is None or processes == 1 or os.environ.get("SLURM_NTASKS") == "1":
             return False
-        arguments: dict[str, Any] = {"local_device_ids": gpus_of_task(os.environ) if cluster == "SLURM" else None}
+        arguments: dict[str, Any] = {}
         where = f"the coordinator that {cluster} tells of"
     else:
         host, _, port = coordinator.rpartition(":")
@@ -74,8 +74,9 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         if not 0 <= process < processes:
             raise BadInput(f"--process is {process} and must be from 0 to {processes - 1}, one less than --processes")
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-        arguments["cluster_detection_method"] = "deactivate"  # it would take one GPU of each task
         where = f"the coordinator at {coordinator}"
+    if CLUSTERS["SLURM"] in os.environ:
+        arguments["local_device_ids"] = gpus_of_task(os.environ)
     with _patience(where):
         try:
             jax.distributed.initialize(**arguments, initialization_timeout=10 * PATIENCE_SECONDS)
@@ -91,14 +92,19 @@ def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
     """Which of the GPUs that it sees are this SLURM task's: all of its node where it is alone there, or where it sees
     its own alone; else its equal part. JAX by itself would take one for each task. None: there are none to divide, or
     JAX_LOCAL_DEVICE_IDS tells them."""
+    on_node = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     seen = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
-    count = len(seen.split(",")) if seen else int(environment.get("SLURM_GPUS_ON_NODE", 0))
+    count = on_node if seen is None else len([name for name in seen.split(",") if name not in ("", "-1", "NoDevFiles")])
     if not count or "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
-    bound = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
-    tasks = 1 if bound else _tasks_on_node(environment)
+    tasks = _tasks_on_node(environment)
+    own = count * tasks <= on_node if on_node else "SLURM_GPUS_PER_TASK" in environment
+    tasks = 1 if own else tasks
     if count % tasks:
-        raise BadInput(f"{tasks} tasks of this node cannot share its {count} GPUs evenly; give each task its own")
+        raise BadInput(
+            f"{tasks} tasks of this node cannot share its {count} GPUs evenly; give each task its own, or hide them "
+            "(CUDA_VISIBLE_DEVICES=-1)"
+        )
     place, each = int(environment["SLURM_LOCALID"]) if tasks > 1 else 0, count // tasks
     return list(range(place * each, (place + 1) * each))
 

@@ -261,6 +261,8 @@ def test_what_a_chat_template_writes_after_an_answers_end(chat):
     chat.chat_template = ChatTemplate(CHATML.replace("<|im_end|>\n", f"{END}!\n"))
     assert chat.decode(chat_ending(chat, [end])) == f"{END}!\n"
     assert chat_ending(chat, [end + 1]) == []  # no end token that it writes
+    chat.chat_template = ChatTemplate(CHATML.replace("<|im_end|>\n", f"{END}!{END}"))
+    assert chat.decode(chat_ending(chat, [end])) == f"{END}!{END}"  # a model stops at the first
     chat.chat_template = ChatTemplate(CHATML.replace("<|im_end|>\n", END))
     assert chat_ending(chat, [end]) == [end]
     asked_alone = "{% if m['role'] == 'user' %}" + END + "{% endif %}"

@@ -305,7 +305,7 @@ def test_numbers_that_matrices_share_stay_shared(llama, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path):
+def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path, monkeypatch):
     lm, folder = llama
     base = lq.save_hf(lm, tmp_path / "base")
     at_hub = changed(folder, tmp_path / "at hub", {"base_model_name_or_path": "org/base", "revision": "v1"})
@@ -332,6 +332,12 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path):
         shutil.copy(base / file, inside / file)
     np.testing.assert_allclose(lq.load(inside).logits(tokens), lq.load_adapter(lm, folder).logits(tokens), atol=1e-6)
     assert has_config(inside) and has_config(named)  # which tells the number of heads
+    # Of the hub's, what lies beside adapters may hold them already: the base is the one that is named.
+    merged = changed(folder, tmp_path / "merged", {"base_model_name_or_path": str(base)})
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(lq.save_hf(lq.load(named), tmp_path / f"of {file}") / file, merged / file)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda **wanted: str(merged))
+    np.testing.assert_allclose(lq.load("org/merged").logits(tokens), lq.load(named).logits(tokens), atol=1e-6)
     # A classifier's tells how many classes there are.
     ours = moved(lq.lora(lq.with_classifier(lm, ("a", "b", "c")), rank=2))
     lq.save_adapter(ours, tmp_path / "classifier", base=str(base))

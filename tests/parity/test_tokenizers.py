@@ -80,6 +80,14 @@ def test_files_beside_a_vocabulary_count(tmp_path):
     ours.save(tmp_path / "again")
     again = load_tokenizer(tmp_path / "again")
     assert again.encode(text, allow_special=True) == theirs(text)["input_ids"] and again.end_of_text == 50258
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({token: number for number, token in tokens.items()}))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert load_tokenizer(tmp_path).end_of_text == 50258
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "special_tokens_map.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": None}))
+    assert load_tokenizer(tmp_path).end_of_text == 50258
     for change, message in (
         ({"tokenizer_class": "Qwen2Tokenizer"}, "names a Qwen2Tokenizer, and vocab"),
         ({"add_prefix_space": True}, "names add_prefix_space, and vocab"),
