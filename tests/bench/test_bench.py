@@ -78,9 +78,7 @@ def test_experts_end_to_end():
     assert sum(product.flops for product in result.products) == 3 * 2 * 64 * 2 * 3 * 8 * 16
     wanted = [wanted for wanted, *_ in report.verdicts(result)]
     assert wanted[0] == "at most 2 times the batched products alone (goal: 1.7)"
-    assert (
-        wanted[-1] == "with 16 experts at most 1.3 times as long as with 4, or 80% of the roofline" and len(wanted) == 4
-    )
+    assert wanted[-1] == "with 16 experts at most 1.3 times as long as with 4" and len(wanted) == 4
     assert any(
         "with 16 experts as with 4, whose weights are 4 times as many" in line for line in report.remarks(result)
     )
@@ -112,7 +110,7 @@ def test_a_step_of_adapters():
     theirs = result.sides["PEFT, eager"].facts["losses"]
     assert theirs == pytest.approx(result.ours.facts["losses"], rel=1e-4)
     assert "losses" not in result.sides["ours, full, scanned"].facts
-    assert [wanted for wanted, *_ in report.verdicts(result)] == ["1.3 times PEFT, or 80% of the roofline"]
+    assert [wanted for wanted, *_ in report.verdicts(result)] == ["1.3 times PEFT"]
 
 
 def test_rollouts_and_a_step_on_them():
