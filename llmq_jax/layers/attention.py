@@ -19,6 +19,8 @@ transposed once on the way in and the result once on the way out (caches hold ke
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from flax.typing import Dtype
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from llmq_jax.errors import BadInput, did_you_mean
@@ -44,10 +45,9 @@ QUERY_BLOCKS = 4
 SHORTEST_QUERY_BLOCK = 64
 # The scores of a block should stay in the processor's cache.
 LONGEST_WINDOW_BLOCK = 256
-# Blocks of a window that the loop's body holds: what one of them does alone leaves cores idle between its operations.
-UNROLLED_BLOCKS = 4
-# What the passes of `lean_attend` save of size T, not T x S: a name for policies of rematerialisation.
-LINEAR_IN_LENGTH = "attention_linear_in_length"
+# Queries that a step of the loop over a window's blocks takes, in two blocks or more: what one block does alone leaves
+# cores idle between its operations.
+QUERIES_OF_A_STEP = 256
 # A sequence of no more windows than this is cut as one without a window, which is then as fast.
 FEW_WINDOWS = 2
 
@@ -130,14 +130,29 @@ def _lean_forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     query = _in_groups(query, key)
     scores = _scores(query, key, mask, scale, softcap)
-    # Named before it is used: where exponentials are formed anew, the largest scores are not looked for again.
-    largest = checkpoint_name(scores.max(-1, keepdims=True), LINEAR_IN_LENGTH)
+    largest = scores.max(-1, keepdims=True)
     exponentials = jnp.exp(scores - largest)
-    total = checkpoint_name(exponentials.sum(-1, keepdims=True), LINEAR_IN_LENGTH)
+    total = exponentials.sum(-1, keepdims=True)
     exponentials = exponentials.astype(value.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", exponentials, value, preferred_element_type=jnp.float32) / total
-    mixed = checkpoint_name(mixed, LINEAR_IN_LENGTH)
     return _heads(mixed.astype(value.dtype)), (query, key, value, exponentials, largest, total, mixed)
+
+
+def _lean_again(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    scale: float,
+    softcap: float | None,
+    largest: Array,
+    total: Array,
+    mixed: Array,
+) -> tuple[Array, ...]:
+    """What `_lean_forward` saves, of what is linear in the length."""
+    query = _in_groups(query, key)
+    exponentials = jnp.exp(_scores(query, key, mask, scale, softcap) - largest).astype(value.dtype)
+    return query, key, value, exponentials, largest, total, mixed
 
 
 def _lean_backward(
@@ -315,43 +330,131 @@ def window_blocks(
     The backward pass forms the scores of a block anew: those of one block at a time are all that is ever held. The
     mixed values, largest scores and totals are kept, as in FlashAttention.
     """
-    length, segments = query.shape[2], context.segment_ids
-    count, reach = -(-length // block), -(-(window - 1) // block)
+    length = query.shape[2]
+    loop = _WindowLoop(block, -(-(window - 1) // block), window, **options)
 
-    def cut(x: Array, axis: int, before: int, fill: int) -> Array:
-        """[..., T, ...] to [before + count, ..., block, ...]."""
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (before * block, count * block - length)
-        x = jnp.pad(x, pad, constant_values=fill)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], before + count, block, *x.shape[axis + 1 :]), axis, 0)
-
-    def own(x: Array | None, axis: int, fill: int = 0) -> Array | None:
-        return None if x is None else cut(x, axis, 0, fill)
-
-    def near(x: Array | None, axis: int, fill: int = 0) -> Array | None:
-        """The same, each block behind those that its window reaches."""
+    def padded(x: Array | None, axis: int, before: int, fill: int = 0) -> Array | None:
+        """Whole blocks, and as many before them."""
         if x is None:
             return None
-        x = cut(x, axis, reach, fill)
-        return jnp.concatenate([x[i : i + count] for i in range(reach + 1)], axis=axis + 1)
-
-    @partial(
-        jax.checkpoint,
-        policy=jax.checkpoint_policies.save_only_these_names(LINEAR_IN_LENGTH),
-        prevent_cse=False,  # which a loop's body does not need
-    )
-    def one_block(args: Any) -> Array:
-        index, queries, keys, values, (query_at, key_at, query_in, key_in) = args
-        drop = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _mix(queries, keys, values, visible(query_at, key_at, query_in, key_in, window), drop, **options)
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (before * block, -length % block)
+        return jnp.pad(x, pad, constant_values=fill)
 
     # What fills up the row stands nowhere: no token looks there, and it sees itself.
-    positions = context.positions
-    places = own(positions, 1, NOWHERE), near(positions, 1, NOWHERE), own(segments, 1), near(segments, 1)
-    blocks = jnp.arange(count), own(query, 2), near(key, 2), near(value, 2), places
-    _, mixed = jax.lax.scan(lambda _, args: (None, one_block(args)), None, blocks, unroll=UNROLLED_BLOCKS)
-    mixed = jnp.moveaxis(mixed, 0, 2)
-    return mixed.reshape(*mixed.shape[:2], count * block, mixed.shape[-1])[:, :, :length]
+    places = padded(context.positions, 1, loop.reach, NOWHERE), padded(context.segment_ids, 1, loop.reach)
+    keys, values = (padded(x, 2, loop.reach) for x in (key, value))
+    return _windowed(padded(query, 2, 0), keys, values, places, dropout_key, loop)[:, :, :length]
+
+
+@dataclass(frozen=True)
+class _WindowLoop:
+    """What a loop over the blocks of a window knows beside its arrays."""
+
+    block: int
+    reach: int
+    """Blocks before its own whose keys a block of queries meets."""
+    window: int
+    scale: float
+    softcap: float | None
+    dropout_rate: float
+
+    def cut(self, x: Array, start: Array, axis: int = 2) -> Array:
+        """A block of queries, or of anything that goes with them."""
+        return jax.lax.dynamic_slice_in_dim(x, start, self.block, axis)
+
+    def cut_near(self, x: Array, start: Array, axis: int = 2) -> Array:
+        """The keys, or values, of the same block: they stand `reach` blocks further on, these among them."""
+        return jax.lax.dynamic_slice_in_dim(x, start, (self.reach + 1) * self.block, axis)
+
+    def visible(self, places: tuple[Array, Array | None], start: Array) -> Bool[Array, "B T S"]:
+        own = start + self.reach * self.block
+        positions, segments = places
+        return visible(
+            self.cut(positions, own, 1),
+            self.cut_near(positions, start, 1),
+            None if segments is None else self.cut(segments, own, 1),
+            None if segments is None else self.cut_near(segments, start, 1),
+            self.window,
+        )
+
+    def dropping(self, key: Array, index: Array) -> dict[str, Any]:
+        """How `attend` mixes a block."""
+        options = {"scale": self.scale, "softcap": self.softcap, "dropout_rate": self.dropout_rate}
+        return options | {"dropout_key": jax.random.fold_in(key, index)}
+
+    def run(self, step: Callable[[Array, Any], Any], state: Any, length: int) -> Any:
+        """`state` after `step(index, state)` of all blocks."""
+        indices, unroll = jnp.arange(length // self.block), max(2, QUERIES_OF_A_STEP // self.block)
+        return jax.lax.scan(lambda state, i: (step(i, state), None), state, indices, unroll=unroll)[0]
+
+
+# Written with its gradient. Left to JAX, each block would get a copy of the keys that it meets, which then are kept.
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _windowed(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
+    places: tuple[Int[Array, "B S"], Int[Array, "B S"] | None],
+    dropout_key: Array | None,
+    loop: _WindowLoop,
+) -> Float[Array, "B N T V"]:
+    """Keys and values stand `loop.reach` blocks after queries."""
+    return _windowed_forward(query, key, value, places, dropout_key, loop)[0]
+
+
+def _windowed_forward(
+    query: Array, key: Array, value: Array, places: Any, dropout_key: Array | None, loop: _WindowLoop
+) -> tuple[Array, tuple[Any, ...]]:
+    def one_block(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        start = index * loop.block
+        block = loop.cut(query, start), loop.cut_near(key, start), loop.cut_near(value, start)
+        mask = loop.visible(places, start)
+        found: tuple[Array, ...]
+        if dropout_key is None:
+            *_, largest, total, mixed = _lean_forward(*block, mask, loop.scale, loop.softcap)[1]
+            found = _heads(mixed), _heads(largest), _heads(total)
+        else:
+            found = (attend(*block, mask, **loop.dropping(dropout_key, index)),)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, part, start, 2) for x, part in zip(state, found, strict=True)
+        )
+
+    rows = query.shape[:3]
+    if dropout_key is None:
+        state = [jnp.zeros((*rows, width), jnp.float32) for width in (value.shape[3], 1, 1)]
+    else:
+        state = [jnp.zeros((*rows, value.shape[3]), value.dtype)]
+    mixed, *sums = loop.run(one_block, tuple(state), rows[2])
+    return mixed.astype(value.dtype), (query, key, value, places, dropout_key, mixed, *sums)
+
+
+def _windowed_backward(loop: _WindowLoop, saved: tuple[Any, ...], slope: Array) -> tuple[Any, ...]:
+    query, key, value, places, dropout_key, mixed, *sums = saved
+
+    def one_block(index: Array, slopes: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        start = index * loop.block
+        block = loop.cut(query, start), loop.cut_near(key, start), loop.cut_near(value, start)
+        mask, own_slope = loop.visible(places, start), loop.cut(slope, start)
+        if dropout_key is None:
+            kept = (_in_groups(loop.cut(x, start), key) for x in (*sums, mixed))
+            again = _lean_again(*block, mask, loop.scale, loop.softcap, *kept)
+            own, *near, _ = _lean_backward(loop.scale, loop.softcap, again, own_slope)
+        else:
+            mix = partial(attend, mask=mask, **loop.dropping(dropout_key, index))
+            own, *near = jax.vjp(mix, *block)[1](own_slope)
+        query_slope, *others = slopes
+        key_slope, value_slope = (
+            jax.lax.dynamic_update_slice_in_dim(x, loop.cut_near(x, start) + part, start, 2)
+            for x, part in zip(others, near, strict=True)
+        )
+        return jax.lax.dynamic_update_slice_in_dim(query_slope, own, start, 2), key_slope, value_slope
+
+    slopes = loop.run(one_block, tuple(map(jnp.zeros_like, (query, key, value))), query.shape[2])
+    return *slopes, None, None
+
+
+_windowed.defvjp(_windowed_forward, _windowed_backward)
 
 
 def _mix(
