@@ -392,7 +392,8 @@ def _back_through(
     """The gradients of an expert's adapter, and of the rows that went through it."""
     first, last = (leaf[expert] for leaf in pair)
     low_slope = slope @ last.reshape(last.shape[0], -1).T
-    own = _product(rows.T, low_slope), _product((rows @ first).T, slope).reshape(last.shape)
+    # Both as products of R rows, as in `lora.raised`.
+    own = _product(low_slope.T, rows).T, _product((rows @ first).T, slope).reshape(last.shape)
     return own, low_slope @ first.T
 
 

@@ -108,10 +108,23 @@ def adapted(
         x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep.astype(x.dtype), 0)
     first, last = factors(trained, fixed)
     low = x.astype(y.dtype) @ first.astype(y.dtype)
-    y = y + (low @ last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
+    y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
         y = y * _stretch(kernel, first, last, trained, fixed).astype(y.dtype)
     return y
+
+
+@jax.custom_vjp
+def raised(low: Float[Array, "M R"], last: Float[Array, "R F"]) -> Float[Array, "M F"]:
+    """The product with B. Its gradient is formed as lowᵀ slope, R rows: JAX forms (slopeᵀ low)ᵀ, F rows of the few
+    columns R, which XLA's CPU backend does several times as slowly."""
+    return low @ last
+
+
+raised.defvjp(
+    lambda low, last: (low @ last, (low, last)),
+    lambda saved, slope: (slope @ saved[1].T, jax.lax.dot_general(saved[0], slope, (((0,), (0,)), ((), ())))),
+)
 
 
 def factors(trained: dict[str, Any], fixed: dict[str, Any]) -> tuple[Float[Array, "*stack D R"], Array]:
