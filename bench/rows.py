@@ -493,7 +493,8 @@ ROWS: dict[str, Row] = {
             at_least=1.0,
         ),
         Generation("deepseek-generate-1", DEEPSEEK, 1, model_type="deepseek_v3", at_least=3.0),
-        DPOStep("smollm2-dpo-step-2", SMOLLM2),
+        # The pairs are text of GPT-2's tokenizer, whose end token is its last.
+        DPOStep("smollm2-dpo-step-2", SMOLLM2 | {"vocab_size": 50257}),
         Rollout("llama-rollout-8", LLAMA, sides=CACHED_SIDES, at_least=8.0),
         Rollout("smollm2-rollout-8", SMOLLM2),
         GRPOStep("smollm2-grpo-step-8", SMOLLM2),

@@ -12,8 +12,10 @@ from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import has_type, type_name
+from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, memory_table, sites_of
 from llmq_jax.interop.safetensors_files import open_safetensors
+from llmq_jax.interop.tables import Placement
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
     DROPOUT,
@@ -140,8 +142,27 @@ def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
         )
 
 
+Pair = tuple[np.ndarray, np.ndarray, np.float32]
+"""A and B, and what their product is multiplied by."""
 Found = dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]]
 """{path of a matrix in `params`: (what trains beside it, what is fixed)}"""
+
+
+def _names_of_files(config: Any, sites: list[Site]) -> tuple[dict[str, str], dict[tuple[Any, ...], list[Placement]]]:
+    """Where modules have other names in memory than in files, as they had in transformers 4, when experts were apart:
+    ({their name there: the name in memory}, {(path, slot) of the matrices of a layer's experts: the parts of each})."""
+    in_memory = {(site.placement.path, site.placement.slot): site for site in sites}
+    renamed: dict[str, str] = {}
+    apart: dict[tuple[Any, ...], list[Placement]] = {}
+    for part in weight_table(config.model_type).placements(config):
+        module = part.key.removesuffix(".weight")
+        layer = part.path, part.slot[: 1 if part.path[1].startswith("group_") else 0]
+        site = in_memory.get(layer)
+        if site is not None and part.slot != layer[1]:
+            apart.setdefault(layer, []).append(part)
+        elif site is not None and site.module != module:
+            renamed[module] = site.module
+    return renamed, apart
 
 
 class _Reader:
@@ -151,6 +172,7 @@ class _Reader:
         self.folder, self.values, self.config = folder, values, config
         self.sites = sites_of(config)
         self.within, self.beside = memory_table(config).within, memory_table(config).beside
+        self.renamed, self.apart = _names_of_files(config, self.sites)
         self.state = {self._own_name(name): tensor for name, tensor in state.items()}
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
@@ -159,21 +181,23 @@ class _Reader:
     def _own_name(self, name: str) -> str:
         """Of an adapter of a multimodal model, whose text part is ours, the name of our part's."""
         module = name.removeprefix(PREFIX)
-        outer = next((outer for outer in self.within if module.startswith(outer)), "")
-        return name if not outer else PREFIX + self.within[outer] + module.removeprefix(outer)
+        for theirs, ours in (*self.within.items(), *((f"{old}.", f"{new}.") for old, new in self.renamed.items())):
+            if module.startswith(theirs):
+                return PREFIX + ours + module.removeprefix(theirs)
+        return name
 
     def low_rank(self) -> Found:
         parts: dict[tuple[Any, ...], list[Any]] = {}
         for site in self.sites:
-            pair = self._expert_pair(site) if site.of_experts else self._pair(site)
+            pair = (self._expert_pair(site) or self._pairs_apart(site)) if site.of_experts else self._pair(site)
             if pair is None:
                 continue
-            first, last, rank = pair
+            first, last, scale = pair
             trained = {A: first, B: last}
-            magnitude = self._take(site, f"{PREFIX}{site.module}.lora_magnitude_vector", last.shape[-1:])
+            magnitude = self._take(f"{PREFIX}{site.module}.lora_magnitude_vector", last.shape[-1:])
             if magnitude is not None:
                 trained[MAGNITUDE] = magnitude
-            parts.setdefault(site.placement.path[1:], []).append((site, trained, {SCALE: self._scale(site, rank)}))
+            parts.setdefault(site.placement.path[1:], []).append((site, trained, {SCALE: scale}))
         dropout = float(self.values.get("lora_dropout", 0))
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
@@ -191,11 +215,11 @@ class _Reader:
             if f"{name}_P" not in self.state:
                 raise BadInput(f"{self.folder / WEIGHTS}: holds no projections; save the adapter with save_projection")
             width, features = self._widths(site)
-            first = self._take(site, f"{name}_A", (None, width))
+            first = self._take(f"{name}_A", (None, width))
             assert first is not None  # it names the matrices
             first = first.T
-            last = self._take(site, f"{name}_B", (features, first.shape[1]))
-            projections = self._take(site, f"{name}_P", (None, first.shape[1], first.shape[1]))
+            last = self._take(f"{name}_B", (features, first.shape[1]))
+            projections = self._take(f"{name}_P", (None, first.shape[1], first.shape[1]))
             assert projections is not None
             projections = projections.swapaxes(1, 2)
             key = f"base_model.tinylora_v.{min(index // size, groups - 1)}"
@@ -242,36 +266,72 @@ class _Reader:
                 f"{self.folder / WEIGHTS}: {some[0]}{more} has no place in this {self.config.model_type}{hint}"
             )
 
-    def _pair(self, site: Site) -> tuple[np.ndarray, np.ndarray, int] | None:
+    def _pair(self, site: Site) -> Pair | None:
         name = f"{PREFIX}{site.module}"
-        width, features = self._widths(site)
-        first = self._take(site, f"{name}.lora_A.weight", (None, width))
+        pair = self._take_pair(name, *self._widths(site))
+        return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
+
+    def _take_pair(self, name: str, width: int, features: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """A [D, R] and B [R, F] of a module."""
+        first = self._take(f"{name}.lora_A.weight", (None, width))
         if first is None:
             return None
-        last = self._take(site, f"{name}.lora_B.weight", (features, len(first)))
+        last = self._take(f"{name}.lora_B.weight", (features, len(first)))
         if last is None:
             raise BadInput(f"{self.folder / WEIGHTS}: has {name}.lora_A.weight and no lora_B; save the adapter again")
-        return first.T, last.T, len(first)
+        return first.T, last.T
 
-    def _expert_pair(self, site: Site) -> tuple[np.ndarray, np.ndarray, int] | None:
+    def _pairs_apart(self, site: Site) -> Pair | None:
+        """Of adapters to each expert's own matrices, which were modules in transformers 4: A [E, D, R] and B [E, R, F].
+        Where two of these are one of ours, such as a gate and what it multiplies, they share neither A nor output."""
+        count, width, _ = self._widths(site, experts=True)
+        features = site.placement.our_shape(self.shapes[site.placement.path])[2:]
+        found: dict[str, list[Any]] = {}  # by what of our matrix it is
+        missing: list[tuple[str, str]] = []
+        for part in self.apart.get((site.placement.path, site.placement.slot), ()):
+            module = part.key.removesuffix(".weight")
+            at = part.slot[len(site.placement.slot) + 2 :]  # behind the expert and D
+            pair = self._take_pair(f"{PREFIX}{module}", width, np.zeros(features, bool)[at].size)
+            if pair is None:
+                missing.append((str(at), module))
+            else:
+                found.setdefault(str(at), []).append((at, *pair, self._scale(module, len(pair[1]))))
+        if not found:
+            return None
+        for part_of, module in missing:
+            if part_of in found:
+                raise BadInput(f"{self.folder / WEIGHTS}: has adapters of other experts and none of {module}")
+        scale = next(iter(found.values()))[0][-1]
+        ranks = [max(len(last) for _, _, last, _ in pairs) for pairs in found.values()]
+        first = np.zeros((count, width, sum(ranks)), np.float32)
+        last = np.zeros((count, sum(ranks), *features), np.float32)
+        for start, pairs in zip(np.cumsum([0, *ranks]), found.values(), strict=False):
+            for expert, (at, own_first, own_last, own_scale) in enumerate(pairs):
+                rank = slice(start, start + len(own_last))
+                first[expert, :, rank] = own_first
+                output = last[(expert, rank, *at)]  # a view
+                output[...] = own_last.reshape(output.shape) * (own_scale / scale)
+        return first, last.reshape(count, sum(ranks), -1), scale
+
+    def _expert_pair(self, site: Site) -> Pair | None:
         """A [E, D, R] and B [E, R, F]."""
         module = experts_module(site, {s.placement.path[1:]: 0 for s in self.sites if self._targets(s)})
         if not self._targets(site):
             return None
         count, width, features = self._widths(site, experts=True)
-        first = self._take(site, f"{PREFIX}{module}.lora_A.weight", (None, width))
+        first = self._take(f"{PREFIX}{module}.lora_A.weight", (None, width))
         if first is None:
             return None
-        rank = self._pattern("rank_pattern", site, self.values.get("r", 8))
+        rank = self._pattern("rank_pattern", site.pattern_name, self.values.get("r", 8))
         if len(first) != rank * count:
             raise self._other_base(f"{PREFIX}{module}.lora_A.weight", first.shape, (rank * count, width))
-        last = self._take(site, f"{PREFIX}{module}.lora_B.weight", (features, rank * count))
+        last = self._take(f"{PREFIX}{module}.lora_B.weight", (features, rank * count))
         if last is None:
             raise BadInput(f"{self.folder / WEIGHTS}: has {module}.lora_A.weight and no lora_B; save the adapter again")
         return (
             first.reshape(count, rank, width).swapaxes(1, 2),
             last.reshape(features, rank, count).transpose(2, 1, 0),
-            rank,
+            self._scale(site.pattern_name, rank),
         )
 
     def _targets(self, site: Site) -> bool:
@@ -284,7 +344,7 @@ class _Reader:
             return shape[0], shape[1], math.prod(shape[2:])
         return shape[0], math.prod(shape[1:])
 
-    def _take(self, site: Site, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
+    def _take(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
         """The tensor of this name, or None; `shape` is what fits the model, None what it leaves open."""
         tensor = self.state.pop(name, None)
         if tensor is None:
@@ -306,17 +366,18 @@ class _Reader:
     def _base(self) -> str | None:
         return self.values.get("base_model_name_or_path")
 
-    def _scale(self, site: Site, rank: int) -> np.float32:
-        alpha = self._pattern("alpha_pattern", site, self.values.get("lora_alpha", 8))
+    def _scale(self, module: str, rank: int) -> np.float32:
+        alpha = self._pattern("alpha_pattern", module, self.values.get("lora_alpha", 8))
         return np.float32(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 
-    def _pattern(self, name: str, site: Site, default: Any) -> Any:
+    def _pattern(self, name: str, module: str, default: Any) -> Any:
         """What the first pattern says that matches the end of a module's name."""
         patterns = self.values.get(name) or {}
-        # Matrices of multimodal models have longer names there.
+        # Matrices of multimodal models have longer names there, and some had others in transformers 4.
         names = [
-            site.pattern_name,
-            *(outer + site.pattern_name.removeprefix(own) for outer, own in self.within.items()),
+            module,
+            *(outer + module.removeprefix(own) for outer, own in self.within.items()),
+            *(old for old, new in self.renamed.items() if new == module.removesuffix(".weight")),
         ]
         ends = (
             value

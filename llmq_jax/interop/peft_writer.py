@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from llmq_jax.layers.lora import (
 
 PEFT_VERSION = "0.21.2"  # whose folders these are
 CARD = "README.md"  # a model card, which is nobody's but its author's
+TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+"""Modules of these names, in a model that has experts too, PEFT takes for what its experts were in transformers 4."""
 
 
 def write_adapter(
@@ -125,6 +128,13 @@ def _low_rank(
         if MAGNITUDE in trained:
             tensors[f"{name}.lora_magnitude_vector"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
         alphas[site.pattern_name], ranks[site.pattern_name] = round(scale * rank, 6), rank
+    taken = [name for name in linears if name.endswith(TAKEN_FOR_EXPERTS)]
+    if taken and any(site.of_experts for site in everywhere):
+        warnings.warn(
+            f"PEFT {PEFT_VERSION} takes {taken[0]} and its like for experts, and would load this folder without their "
+            "adapters; it loads whole here (lq.load_adapter), and merged (lq.merge) anywhere",
+            stacklevel=4,
+        )
     if len(dropouts) > 1:
         raise BadInput(
             f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"

@@ -427,8 +427,7 @@ class _Loop:
 
     def out_of_memory(self, error: BaseException) -> OutOfMemory:
         # What could not be compiled is not tried again.
-        train_step = None if "compil" in str(error).lower() else self.train_step
-        needed = usage(self.state, self.batch, train_step)
+        needed = usage(self.state, self.batch, self.train_step, compiled="compil" not in str(error).lower())
         saved = self.last_saved()
         if self.saved is None and self.folder is not None:
             saved += f", so remove {self.folder.path} before you run it with options that change results"

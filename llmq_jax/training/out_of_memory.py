@@ -10,7 +10,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import axis_sizes, row_devices
-from llmq_jax.training.sharding import place_batch, row_share
+from llmq_jax.training.sharding import row_share
 
 SIGNS = re.compile(r"RESOURCE_EXHAUSTED|out[ _]of[ _]memory|bad_alloc", re.IGNORECASE)
 """XLA's status, which the CPU's runtime at times wraps in INTERNAL; the drivers' words; those of C++."""
@@ -42,15 +42,16 @@ def bytes_on_a_device(tree: Any) -> int:
     return sum(shard(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
-def usage(state: Any, batch: Any, train_step: Callable[..., Any] | None) -> str:
-    """What a step needs on each device, in words; `train_step` is None where it could not be compiled."""
+def usage(state: Any, batch: Any, train_step: Callable[..., Any], *, compiled: bool = True) -> str:
+    """What a step needs on each device, in words; `compiled` is whether it could be."""
     parameters, moments, gradients = (
         size(bytes_on_a_device(tree)) for tree in (state.variables, state.optimizer_state, state.trained)
     )
     whole = bytes_on_a_device(batch) * row_share()["process_count"]
-    rows = size(whole // (row_devices(sizes) if (sizes := axis_sizes()) else 1))
+    devices = row_devices(sizes) if (sizes := axis_sizes()) else getattr(train_step, "replicas", 1)
+    rows = size(whole // devices)
     held = f"a device holds parameters of {parameters}, an optimizer state of {moments} and a batch of {rows}"
-    temporary = train_step and temporary_bytes(state, batch, train_step)
+    temporary = temporary_bytes(state, batch, train_step) if compiled else None
     if temporary is None:
         return f"{held}; a step adds gradients of {gradients}, and activations"
     return f"{held}; a step adds {size(temporary)}, gradients of {gradients} among them"
@@ -60,8 +61,8 @@ def temporary_bytes(state: Any, batch: Any, train_step: Callable[..., Any]) -> i
     """What the compiler plans for a step beside its arguments; None where that cannot be had. The program is at hand,
     compiled by the step that failed, and JAX finds it again."""
     try:
-        program: Any = train_step.program  # type: ignore[attr-defined]
-        return int(program.lower(state, place_batch(batch)).compile().memory_analysis().temp_size_in_bytes)
+        step: Any = train_step
+        return int(step.program.lower(state, step.divided(batch)).compile().memory_analysis().temp_size_in_bytes)
     except Exception:  # a step of another kind, or there is no memory for this either
         return None
 

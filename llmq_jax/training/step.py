@@ -57,6 +57,8 @@ class Compiled(Generic[First, Result]):
     program: Any
     """What JAX compiled. The batch that it takes has its rows where they belong."""
     divided: Callable[[dict[str, Any]], dict[str, Any]]
+    replicas: int = 1
+    """Devices that take equal parts of the rows by `jax.pmap`."""
 
     def __call__(self, first: First, batch: dict[str, Any]) -> Result:
         result: Result = self.program(first, self.divided(batch))
@@ -136,13 +138,13 @@ def make_train_step(
 def _on_replicas(train_step: Callable[..., Any], parts: int) -> TrainStep:
     """A step of equal replicas, one on each device, which see other rows and add up what they find."""
     compiled = jax.pmap(train_step, axis_name=REPLICAS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    devices = jax.local_device_count()
 
     def divided(array: Any) -> Any:
-        devices = jax.local_device_count()
         check_rows(len(array), parts, mesh_sizes(f"data={devices}"))
         return array.reshape(devices, len(array) // devices, *array.shape[1:])
 
-    return Compiled(compiled, lambda batch: {name: divided(array) for name, array in batch.items()})
+    return Compiled(compiled, lambda batch: {name: divided(array) for name, array in batch.items()}, devices)
 
 
 def _split(batch: dict[str, Any], parts: int, neighbours: int) -> dict[str, Any]:

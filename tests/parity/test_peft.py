@@ -358,6 +358,63 @@ def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("mixtral", ("q_proj", "block_sparse_moe.gate", "w1", "w2", "w3")),
+        ("mixtral", ("w2",)),
+        ("mixtral", ("w3",)),
+        ("deepseek_v3", ("kv_b_proj", "gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, model_type, names):
+    """Against the base whose files have W + s B A in place of W."""
+    anew, lm = pair_of(model_type)
+    base = anew()
+    base.save_pretrained(tmp_path / "base")
+    files, draw, state = load_file(tmp_path / "base" / "model.safetensors"), np.random.default_rng(0), {}
+    ranks = {"w1": 3, "up_proj": 3}  # by a pattern
+    merged = dict(files)
+    for name, matrix in files.items():
+        if name.endswith(tuple(f"{each}.weight" for each in names)):
+            rank = next((rank for end, rank in ranks.items() if f".{end}." in name), 2)
+            scale = (7 if ".w2." in name else 5) / rank
+            first = draw.normal(size=(rank, matrix.shape[1])).astype(np.float32) * np.float32(0.3)
+            last = draw.normal(size=(matrix.shape[0], rank)).astype(np.float32) * np.float32(0.1)
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            state |= {f"{module}.lora_A.weight": first, f"{module}.lora_B.weight": last}
+            merged[name] = matrix + np.float32(scale) * last @ first
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "target_modules": [name.split(".")[-1] for name in names]}
+    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7}, "task_type": "CAUSAL_LM"}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(state, folder / "adapter_model.safetensors")
+
+    save_file(merged, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    tokens = draw_tokens(lm)
+    expected = their_logits(type(base).from_pretrained(tmp_path / "base", attn_implementation="eager").eval(), tokens)
+    ours = lq.load_adapter(lm, folder)
+    assert np.abs(expected - lm.logits(tokens)).max() > 0.05
+    np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
+    np.testing.assert_allclose(lq.merge(ours).logits(tokens), expected, atol=LOGITS, rtol=0)
+
+    if model_type == "mixtral":
+        lq.save_adapter(ours, tmp_path / "ours")
+        back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
+        np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+    else:
+        with pytest.warns(UserWarning, match=r"takes model.layers.0.mlp.\w+_proj and its like for experts"):
+            lq.save_adapter(ours, tmp_path / "ours")
+        np.testing.assert_array_equal(lq.load_adapter(lm, tmp_path / "ours").logits(tokens), ours.logits(tokens))
+    some = next(name.partition(".lora_")[0] for name in state if ".experts.1." in name)
+    without = {name: x for name, x in state.items() if not name.startswith(some)}
+    save_file(without, folder / "adapter_model.safetensors")
+    with pytest.raises(BadInput, match="has adapters of other experts and none of"):
+        lq.load_adapter(lm, folder)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_patterns_name_a_router_with_its_parameter(pair_of, tmp_path):
     """As PEFT matches them: `mlp.gate.weight`, where modules go without."""
     anew, lm = pair_of("mixtral")

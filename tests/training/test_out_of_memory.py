@@ -12,7 +12,8 @@ from tiny_run import OPTIONS, Batches
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import read_metrics
-from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size
+from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, usage
+from llmq_jax.training.step import Compiled
 
 PETABYTE = (2**24, 2**24)
 PLAIN = replace(OPTIONS, evaluate_every=0, sample_every=0)
@@ -81,17 +82,14 @@ def test_other_errors_keep_their_traceback(tmp_path):
 
 
 def test_the_compilers_figure_is_told_where_it_is_at_hand():
-    from llmq_jax.training.out_of_memory import usage
-
     state = tiny_run.new_state()
     compiled = jax.jit(lambda state, batch: jnp.sort(state.variables["params"]["dense"]["kernel"] @ jnp.ones((8, 999))))
 
-    def step(state, batch):
-        return compiled(state, batch)
-
-    step.program = compiled
+    step = Compiled(compiled, lambda batch: batch)
     assert "; a step adds 3" in usage(state, Batches()[0], step)  # a product of 8 x 999 floats
-    assert "; a step adds gradients of 256 bytes, and activations" in usage(state, Batches()[0], None)
+    told = "a batch of 288 bytes; a step adds gradients of 256 bytes, and activations"
+    assert told in usage(state, Batches()[0], step, compiled=False)
+    assert told.replace("288", "144") in usage(state, Batches()[0], replace(step, replicas=2), compiled=False)
 
 
 @pytest.mark.parametrize(
