@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 import llmq_jax as lq
+from llmq_jax.layers import attention
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.sharding import make_mesh, place_batch
 from llmq_jax.training.state import create_state
@@ -27,6 +28,8 @@ from llmq_jax.training.step import make_train_step
 
 PMAP = "pmap"
 ROWS, TOKENS, STEPS, RATE, ACCUMULATE = 16, 12, 20, 0.02, 2
+# So short that a row has several blocks, and a loop over those of a window several steps.
+attention.SHORTEST_QUERY_BLOCK, attention.QUERIES_OF_A_STEP = 4, 8
 SHARED = {
     "vocab_size": 64,
     "hidden_size": 16,

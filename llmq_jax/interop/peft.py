@@ -4,8 +4,9 @@ A matrix `model.layers.0.self_attn.q_proj.weight` of transformers has its adapte
 `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), DoRA's magnitude
 at `.lora_magnitude_vector` (out): the names follow from the weight tables. Experts, which transformers keep in two
 parameters of one module, have A (E·r, in), expert by expert, and B (out, r·E), rank by rank; of a module with adapters
-at both, `base_layer` is the one at `gate_up_proj`. TinyLoRA keeps `tinylora_A`, `_B` and `_P` where its matrices are,
-and `base_model.tinylora_v.G` for each group of matrices that share their numbers.
+at both, `base_layer` is the one at `gate_up_proj`. In transformers 4 each matrix of each expert was a module, with the
+name that it has in files of weights: adapters of that time are read. TinyLoRA keeps `tinylora_A`, `_B` and `_P` where
+its matrices are, and `base_model.tinylora_v.G` for each group of matrices that share their numbers.
 
 LoRA-XS has no form of its own there: it is written as the LoRA that it equals, B' = R B.
 """

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -173,18 +174,33 @@ class _Reader:
         self.sites = sites_of(config)
         self.within, self.beside = memory_table(config).within, memory_table(config).beside
         self.renamed, self.apart = _names_of_files(config, self.sites)
-        self.state = {self._own_name(name): tensor for name, tensor in state.items()}
+        self.in_file: dict[str, str] = {}
+        """{a tensor's name in memory: what this folder calls it}"""
+        self.old_modules: dict[str, str] = {}
+        """The same of modules, of those that have another name here."""
+        for name in state:
+            self._give_own_name(name)
+        self.state = {own: state[name] for own, name in self.in_file.items()}
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
         self.shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(config)).items()}
 
-    def _own_name(self, name: str) -> str:
-        """Of an adapter of a multimodal model, whose text part is ours, the name of our part's."""
+    def _give_own_name(self, name: str) -> None:
+        """That of our part in an adapter of a multimodal model, and what transformers 5 calls it in memory."""
         module = name.removeprefix(PREFIX)
-        for theirs, ours in (*self.within.items(), *((f"{old}.", f"{new}.") for old, new in self.renamed.items())):
+        own = name
+        for theirs, ours in self.within.items():
             if module.startswith(theirs):
-                return PREFIX + ours + module.removeprefix(theirs)
-        return name
+                own = PREFIX + ours + module.removeprefix(theirs)
+                break
+        for theirs, ours in self.renamed.items():
+            if module.startswith(f"{theirs}."):
+                own = PREFIX + ours + module.removeprefix(theirs)
+                self.old_modules[ours] = theirs
+                break
+        if own in self.in_file:
+            raise BadInput(f"{self.folder / WEIGHTS}: {self.in_file[own]} and {name} are two names of one tensor")
+        self.in_file[own] = name
 
     def low_rank(self) -> Found:
         parts: dict[tuple[Any, ...], list[Any]] = {}
@@ -199,6 +215,14 @@ class _Reader:
                 trained[MAGNITUDE] = magnitude
             parts.setdefault(site.placement.path[1:], []).append((site, trained, {SCALE: scale}))
         dropout = float(self.values.get("lora_dropout", 0))
+        if dropout and any(site.is_parameter for entries in parts.values() for site, *_ in entries):
+            # As modules, which they were in transformers 4, they had it.
+            warnings.warn(
+                f"{self.folder / CONFIG}: lora_dropout={dropout} is left out: adapters of experts have none here, nor "
+                "in PEFT",
+                stacklevel=2,
+            )
+            dropout = 0.0
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def tiny(self) -> Found:
@@ -250,7 +274,7 @@ class _Reader:
 
     def check_all_read(self) -> None:
         if self.state:
-            some = sorted(self.state)
+            some = sorted(self.in_file[name] for name in self.state)
             more = f" and {len(some) - 1} more" if len(some) > 1 else ""
             hint = ""
             whole = self.values.get("modules_to_save") or ()
@@ -278,7 +302,8 @@ class _Reader:
             return None
         last = self._take(f"{name}.lora_B.weight", (features, len(first)))
         if last is None:
-            raise BadInput(f"{self.folder / WEIGHTS}: has {name}.lora_A.weight and no lora_B; save the adapter again")
+            name = self.in_file[f"{name}.lora_A.weight"]
+            raise BadInput(f"{self.folder / WEIGHTS}: has {name} and no lora_B; save the adapter again")
         return first.T, last.T
 
     def _pairs_apart(self, site: Site) -> Pair | None:
@@ -291,6 +316,11 @@ class _Reader:
         for part in self.apart.get((site.placement.path, site.placement.slot), ()):
             module = part.key.removesuffix(".weight")
             at = part.slot[len(site.placement.slot) + 2 :]  # behind the expert and D
+            if f"{PREFIX}{module}.lora_magnitude_vector" in self.state:
+                raise BadInput(
+                    f"{self.folder / WEIGHTS}: has a DoRA of {module}, and experts have plain LoRA alone; merge it in "
+                    "PEFT"
+                )
             pair = self._take_pair(f"{PREFIX}{module}", width, np.zeros(features, bool)[at].size)
             if pair is None:
                 missing.append((str(at), module))
@@ -301,7 +331,7 @@ class _Reader:
         for part_of, module in missing:
             if part_of in found:
                 raise BadInput(f"{self.folder / WEIGHTS}: has adapters of other experts and none of {module}")
-        scale = next(iter(found.values()))[0][-1]
+        scale = max((pair[-1] for pairs in found.values() for pair in pairs), key=abs)
         ranks = [max(len(last) for _, _, last, _ in pairs) for pairs in found.values()]
         first = np.zeros((count, width, sum(ranks)), np.float32)
         last = np.zeros((count, sum(ranks), *features), np.float32)
@@ -310,7 +340,7 @@ class _Reader:
                 rank = slice(start, start + len(own_last))
                 first[expert, :, rank] = own_first
                 output = last[(expert, rank, *at)]  # a view
-                output[...] = own_last.reshape(output.shape) * (own_scale / scale)
+                output[...] = own_last.reshape(output.shape) * (own_scale / scale if scale else 0)
         return first, last.reshape(count, sum(ranks), -1), scale
 
     def _expert_pair(self, site: Site) -> Pair | None:
@@ -358,10 +388,8 @@ class _Reader:
     def _other_base(self, name: str, found: tuple[Any, ...], wanted: tuple[Any, ...]) -> BadInput:
         shown = ", ".join("r" if size is None else str(size) for size in wanted)
         base = self._base()
-        return BadInput(
-            f"{self.folder / WEIGHTS}: {name} is {list(found)} instead of [{shown}]: it is an adapter of another base"
-            + (f" ({base})" if base else "")
-        )
+        what = f"{self.folder / WEIGHTS}: {self.in_file[name]} is {list(found)} instead of [{shown}]"
+        return BadInput(f"{what}: it is an adapter of another base" + (f" ({base})" if base else ""))
 
     def _base(self) -> str | None:
         return self.values.get("base_model_name_or_path")
@@ -373,12 +401,13 @@ class _Reader:
     def _pattern(self, name: str, module: str, default: Any) -> Any:
         """What the first pattern says that matches the end of a module's name."""
         patterns = self.values.get(name) or {}
-        # Matrices of multimodal models have longer names there, and some had others in transformers 4.
+        # Matrices of multimodal models have longer names there.
         names = [
             module,
             *(outer + module.removeprefix(own) for outer, own in self.within.items()),
-            *(old for old, new in self.renamed.items() if new == module.removesuffix(".weight")),
         ]
+        if (own := module.removesuffix(".weight")) in self.old_modules:
+            names.append(self.old_modules[own])
         ends = (
             value
             for pattern, value in patterns.items()

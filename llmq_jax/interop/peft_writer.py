@@ -80,6 +80,13 @@ def write_adapter(
     }
     folder = Path(folder).expanduser().resolve()
     check_target(folder, overwrite, CONFIG, (CONFIG, WEIGHTS, CARD))
+    taken = [site.module for site in sites if site.module.endswith(TAKEN_FOR_EXPERTS) and not site.of_experts]
+    if not tiny and taken and any(site.of_experts for site in sites_of(config)):
+        warnings.warn(
+            f"PEFT {PEFT_VERSION} takes {taken[0]} and its like for experts, and refuses this folder or loads it "
+            "without their adapters; it loads whole here (lq.load_adapter), and merged (lq.merge) anywhere",
+            stacklevel=3,
+        )
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, values)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
@@ -128,13 +135,6 @@ def _low_rank(
         if MAGNITUDE in trained:
             tensors[f"{name}.lora_magnitude_vector"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
         alphas[site.pattern_name], ranks[site.pattern_name] = round(scale * rank, 6), rank
-    taken = [name for name in linears if name.endswith(TAKEN_FOR_EXPERTS)]
-    if taken and any(site.of_experts for site in everywhere):
-        warnings.warn(
-            f"PEFT {PEFT_VERSION} takes {taken[0]} and its like for experts, and would load this folder without their "
-            "adapters; it loads whole here (lq.load_adapter), and merged (lq.merge) anywhere",
-            stacklevel=4,
-        )
     if len(dropouts) > 1:
         raise BadInput(
             f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"

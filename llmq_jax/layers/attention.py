@@ -327,8 +327,8 @@ def window_blocks(
 ) -> Float[Array, "B N T V"]:
     """A loop over blocks of queries, each of which meets its own keys and those of the blocks that its window reaches.
 
-    The backward pass forms the scores of a block anew: those of one block at a time are all that is ever held. The
-    mixed values, largest scores and totals are kept, as in FlashAttention.
+    The backward pass forms the scores of a block anew: those of a few blocks are all that is ever held. The mixed
+    values, largest scores and totals are kept, as in FlashAttention.
     """
     length = query.shape[2]
     loop = _WindowLoop(block, -(-(window - 1) // block), window, **options)
@@ -364,7 +364,7 @@ class _WindowLoop:
         return jax.lax.dynamic_slice_in_dim(x, start, self.block, axis)
 
     def cut_near(self, x: Array, start: Array, axis: int = 2) -> Array:
-        """The keys, or values, of the same block: they stand `reach` blocks further on, these among them."""
+        """The keys, or values, of that block and of the `reach` blocks before it: they stand that much further on."""
         return jax.lax.dynamic_slice_in_dim(x, start, (self.reach + 1) * self.block, axis)
 
     def visible(self, places: tuple[Array, Array | None], start: Array) -> Bool[Array, "B T S"]:
@@ -426,19 +426,20 @@ def _windowed_forward(
     else:
         state = [jnp.zeros((*rows, value.shape[3]), value.dtype)]
     mixed, *sums = loop.run(one_block, tuple(state), rows[2])
-    return mixed.astype(value.dtype), (query, key, value, places, dropout_key, mixed, *sums)
+    kept = (mixed, *sums) if dropout_key is None else ()
+    return mixed.astype(value.dtype), (query, key, value, places, dropout_key, *kept)
 
 
 def _windowed_backward(loop: _WindowLoop, saved: tuple[Any, ...], slope: Array) -> tuple[Any, ...]:
-    query, key, value, places, dropout_key, mixed, *sums = saved
+    query, key, value, places, dropout_key, *kept = saved
 
     def one_block(index: Array, slopes: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start = index * loop.block
         block = loop.cut(query, start), loop.cut_near(key, start), loop.cut_near(value, start)
         mask, own_slope = loop.visible(places, start), loop.cut(slope, start)
         if dropout_key is None:
-            kept = (_in_groups(loop.cut(x, start), key) for x in (*sums, mixed))
-            again = _lean_again(*block, mask, loop.scale, loop.softcap, *kept)
+            mixed, largest, total = (_in_groups(loop.cut(x, start), key) for x in kept)
+            again = _lean_again(*block, mask, loop.scale, loop.softcap, largest, total, mixed)
             own, *near, _ = _lean_backward(loop.scale, loop.softcap, again, own_slope)
         else:
             mix = partial(attend, mask=mask, **loop.dropping(dropout_key, index))
@@ -448,10 +449,13 @@ def _windowed_backward(loop: _WindowLoop, saved: tuple[Any, ...], slope: Array) 
             jax.lax.dynamic_update_slice_in_dim(x, loop.cut_near(x, start) + part, start, 2)
             for x, part in zip(others, near, strict=True)
         )
+        own = own.astype(query_slope.dtype)
         return jax.lax.dynamic_update_slice_in_dim(query_slope, own, start, 2), key_slope, value_slope
 
-    slopes = loop.run(one_block, tuple(map(jnp.zeros_like, (query, key, value))), query.shape[2])
-    return *slopes, None, None
+    # In float32: a key's slope is the sum of what several blocks add to it.
+    inputs = query, key, value
+    slopes = loop.run(one_block, tuple(jnp.zeros(x.shape, jnp.float32) for x in inputs), query.shape[2])
+    return *(slope.astype(x.dtype) for slope, x in zip(slopes, inputs, strict=True)), None, None
 
 
 _windowed.defvjp(_windowed_forward, _windowed_backward)

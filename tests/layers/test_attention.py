@@ -153,6 +153,27 @@ def test_window_blocks_in_bfloat16():
     np.testing.assert_allclose(real * found.astype(jnp.float32), real * expected, atol=0.1)
 
 
+@pytest.mark.parametrize("narrow", [(0, 1, 2), (1, 2)])
+def test_gradients_of_window_blocks_in_bfloat16(narrow):
+    """Of all inputs, or of keys and values alone; a key's is a sum over four blocks."""
+    exact = draw(3, length=37)
+    inputs = [x.astype(jnp.bfloat16) if place in narrow else x for place, x in enumerate(exact)]
+    context = long_rows("plain")
+
+    def gradients(inputs, mix):
+        return jax.jit(jax.grad(lambda inputs: jnp.square(mix(*inputs).astype(jnp.float32)).sum()))(inputs)
+
+    def masked(*inputs):
+        return self_attention(*inputs, context.replace(implementation="masked"), scale=0.4, window=9)
+
+    found = gradients(inputs, lambda *inputs: window_blocks(*inputs, context, 3, 9, **PLAIN))
+    for ours, theirs, true, given in zip(
+        found, gradients(inputs, masked), gradients(exact, masked), inputs, strict=True
+    ):
+        assert ours.dtype == given.dtype
+        assert jnp.abs(ours - true).mean() < 1.5 * jnp.abs(theirs - true).mean()
+
+
 def test_memory_of_a_window_is_linear_in_the_length():
     """Forward and back, in what the compiled program allocates."""
 

@@ -1,5 +1,6 @@
 """Adapters against PEFT, on disk both ways: logits, gradients, what is refused."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -363,7 +364,7 @@ def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
     [
         ("mixtral", ("q_proj", "block_sparse_moe.gate", "w1", "w2", "w3")),
         ("mixtral", ("w2",)),
-        ("mixtral", ("w3",)),
+        ("mixtral", ("w1",)),
         ("deepseek_v3", ("kv_b_proj", "gate_proj", "up_proj", "down_proj")),
     ],
 )
@@ -378,14 +379,14 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
     for name, matrix in files.items():
         if name.endswith(tuple(f"{each}.weight" for each in names)):
             rank = next((rank for end, rank in ranks.items() if f".{end}." in name), 2)
-            scale = (7 if ".w2." in name else 5) / rank
+            scale = (7 if ".w2." in name else 0 if ".w3." in name else 5) / rank
             first = draw.normal(size=(rank, matrix.shape[1])).astype(np.float32) * np.float32(0.3)
             last = draw.normal(size=(matrix.shape[0], rank)).astype(np.float32) * np.float32(0.1)
             module = f"base_model.model.{name.removesuffix('.weight')}"
             state |= {f"{module}.lora_A.weight": first, f"{module}.lora_B.weight": last}
             merged[name] = matrix + np.float32(scale) * last @ first
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "target_modules": [name.split(".")[-1] for name in names]}
-    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7}, "task_type": "CAUSAL_LM"}
+    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7, "w3": 0}, "lora_dropout": 0.05}
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -394,7 +395,8 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
     save_file(merged, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     tokens = draw_tokens(lm)
     expected = their_logits(type(base).from_pretrained(tmp_path / "base", attn_implementation="eager").eval(), tokens)
-    ours = lq.load_adapter(lm, folder)
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.05 is left out"):
+        ours = lq.load_adapter(lm, folder)
     assert np.abs(expected - lm.logits(tokens)).max() > 0.05
     np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
     np.testing.assert_allclose(lq.merge(ours).logits(tokens), expected, atol=LOGITS, rtol=0)
@@ -407,11 +409,19 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
         with pytest.warns(UserWarning, match=r"takes model.layers.0.mlp.\w+_proj and its like for experts"):
             lq.save_adapter(ours, tmp_path / "ours")
         np.testing.assert_array_equal(lq.load_adapter(lm, tmp_path / "ours").logits(tokens), ours.logits(tokens))
+        with contextlib.suppress(RuntimeError, ValueError):  # or it loads, and computes something else
+            back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
+            assert np.abs(their_logits(back, tokens) - expected).max() > 0.05
     some = next(name.partition(".lora_")[0] for name in state if ".experts.1." in name)
     without = {name: x for name, x in state.items() if not name.startswith(some)}
-    save_file(without, folder / "adapter_model.safetensors")
-    with pytest.raises(BadInput, match="has adapters of other experts and none of"):
-        lq.load_adapter(lm, folder)
+    longer = state | {f"{some}.lora_magnitude_vector": np.ones(3, np.float32)}
+    for wrong, message in (
+        (without, "has adapters of other experts and none of"),
+        (longer, "has a DoRA of .*, and experts have plain LoRA alone"),
+    ):
+        save_file(wrong, folder / "adapter_model.safetensors")
+        with pytest.raises(BadInput, match=message):
+            lq.load_adapter(lm, folder)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -419,7 +429,8 @@ def test_patterns_name_a_router_with_its_parameter(pair_of, tmp_path):
     """As PEFT matches them: `mlp.gate.weight`, where modules go without."""
     anew, lm = pair_of("mixtral")
     fields = {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "init_lora_weights": False}
-    spec = peft.LoraConfig(r=2, alpha_pattern={"mlp.gate.weight": 40}, task_type="CAUSAL_LM", **fields)
+    patterns = {"gate": 9, "block_sparse_moe.gate": 9, "mlp.gate.weight": 40}  # the first two match nothing
+    spec = peft.LoraConfig(r=2, alpha_pattern=patterns, task_type="CAUSAL_LM", **fields)
     adapted = adapted_by(anew(), spec)
     adapted.save_pretrained(tmp_path / "theirs")
     tokens = draw_tokens(lm)

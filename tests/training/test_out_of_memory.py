@@ -1,19 +1,25 @@
 """Memory runs out for real: a petabyte is more than a process can address."""
 
 import io
+import re
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 import tiny_run
 from tiny_run import OPTIONS, Batches
 
+import llmq_jax as lq
+from llmq_jax.objectives import NextToken
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.out_of_memory import OutOfMemory, bytes_on_a_device, shortage, size, usage
-from llmq_jax.training.step import Compiled
+from llmq_jax.training.state import create_state
+from llmq_jax.training.step import Compiled, make_train_step
 
 PETABYTE = (2**24, 2**24)
 PLAIN = replace(OPTIONS, evaluate_every=0, sample_every=0)
@@ -90,6 +96,16 @@ def test_the_compilers_figure_is_told_where_it_is_at_hand():
     told = "a batch of 288 bytes; a step adds gradients of 256 bytes, and activations"
     assert told in usage(state, Batches()[0], step, compiled=False)
     assert told.replace("288", "144") in usage(state, Batches()[0], replace(step, replicas=2), compiled=False)
+
+
+def test_the_compilers_figure_of_a_step_by_pmap():
+    config = lq.GPT2Config(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(NextToken(lq.build(config)), optimizer, pmap=True)
+    assert step.replicas == jax.local_device_count()
+    batch = {name: np.ones((2, 4), np.int32) for name in ("tokens", "targets")} | {"mask": np.ones((2, 4), np.float32)}
+    told = usage(create_state(lq.init(config), optimizer), batch, step)
+    assert re.search(r"a batch of 96 bytes; a step adds [\d.]+ [KM]iB, gradients of", told)
 
 
 @pytest.mark.parametrize(
