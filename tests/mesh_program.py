@@ -28,8 +28,6 @@ from llmq_jax.training.step import make_train_step
 
 PMAP = "pmap"
 ROWS, TOKENS, STEPS, RATE, ACCUMULATE = 16, 12, 20, 0.02, 2
-# So short that a row has several blocks, and a loop over those of a window several steps.
-attention.SHORTEST_QUERY_BLOCK, attention.QUERIES_OF_A_STEP = 4, 8
 SHARED = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -173,4 +171,6 @@ def compared(found: dict, alone: dict) -> dict:
 
 
 if __name__ == "__main__":
+    # So short that a row has several blocks, and a loop over those of a window several steps.
+    attention.SHORTEST_QUERY_BLOCK, attention.QUERIES_OF_A_STEP = 4, 8
     main(*sys.argv[1:])
