@@ -25,9 +25,17 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, Positional, default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput, did_you_mean
 
-PEAKS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12), "B200": (2250e12, 8.0e12)}
-"""Dense FLOP a second in bfloat16, and bytes a second, by what is in a device's name: SXM boards, from NVIDIA's data
-sheets."""
+PEAKS = {
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100 NVL": (835e12, 3.9e12),
+    "H100": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
+    "A100-(SXM4|PCIE)-40GB": (312e12, 1.555e12),
+    "A100": (312e12, 2.04e12),
+    "B200": (2250e12, 8.0e12),
+}
+"""Dense FLOP a second in bfloat16, and bytes a second, by the first pattern that is in a device's name: of SXM boards
+where it does not say, from NVIDIA's data sheets."""
 SMALL = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -35,7 +43,7 @@ SMALL = {
     "num_hidden_layers": 16,
     "num_attention_heads": 16,
     "q_lora_rank": None,
-    "n_routed_experts": 32,
+    "n_routed_experts": 16,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 1024,
     "first_k_dense_replace": 1,
@@ -44,18 +52,20 @@ SMALL = {
     "num_nextn_predict_layers": 0,
 }
 MIXTURE = "deepseek-1b-active"
-"""A DeepSeek-V3 of SMALL's size: 32 experts, 4 to a token, and a shared one."""
-WORK = {"gpt2-124m": (32, 1024), "llama3.2-1b": (4, 4096), MIXTURE: (4, 4096)}
+"""A DeepSeek-V3 of SMALL's size: 16 experts, 4 to a token, and a shared one."""
+WORK = {"gpt2-124m": (32, 1024), "llama3.2-1b": (4, 4096), MIXTURE: (2, 4096)}
 """Rows of a batch and tokens of a row."""
 WARM_UP, ROUNDS, STEPS = 2, 5, 4
-PROMPT, SHORT, LONG = 128, 16, 272
+PROMPT, SHORT, LONG = 128, 144, 272
+SLOTS = 512
+"""Of the cache of both, all of which a step reads: a power of two that holds prompt and answer."""
 
 
 @dataclass(frozen=True)
 class Options:
     models: Annotated[Positional[tuple[str, ...]], default_is("all")] = ()
     """Which of them."""
-    batch_size: Annotated[int | None, default_is("32 for gpt2-124m, else 4")] = None
+    batch_size: Annotated[int | None, default_is("32 for gpt2-124m, 4 for llama3.2-1b, else 2")] = None
     """Rows of a step."""
     context: Annotated[int | None, default_is("1024 for gpt2-124m, else 4096")] = None
     """Tokens of a row."""
@@ -169,7 +179,7 @@ def decoding(config: Any, bandwidth: float | None) -> str:
     for count in (SHORT, LONG):
         seconds(count)
     rate = (LONG - SHORT) / median([seconds(LONG) - seconds(SHORT) for _ in range(ROUNDS)])
-    held = 2 * passed_weights(config) + cache_bytes(config, PROMPT + (SHORT + LONG) // 2)
+    held = 2 * passed_weights(config) + cache_bytes(config, SLOTS)
     share = "" if bandwidth is None else f", {rate * held / bandwidth:.1%} of the bandwidth"
     return f"decoding, 1 row: {rate:,.1f} tokens/s, {held / 1e9:.2f} GB a token{share}"
 

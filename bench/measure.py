@@ -90,7 +90,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env=environment(folder),
+            env=environment(folder, name),
         )
 
     def ask(self, call: str, **arguments: Any) -> Any:
@@ -119,15 +119,15 @@ class Worker:
         self.log.close()
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """A worker's: the CPU, no network, and compilation caches that are empty."""
+def environment(folder: Path, name: str) -> dict[str, str]:
+    """A side's: the CPU, no network, and compilation caches that are empty."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     return {
         **kept,
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor" / name),
     }
 
 
@@ -200,13 +200,13 @@ def _measure_start(row: Start, rounds: int, seconds: float, folder: Path, report
     """Processes from birth to the first result. A round before the first fills the operating system's file cache."""
     (folder / "fields.json").write_text(json.dumps({"model_type": row.model_type, **row.fields}))
     report(f"{row.name}: preparing")
-    _run_start(["ours", "folder", str(folder)], environment(folder))
+    _run_start(["ours", "folder", str(folder)], environment(folder, "ours"))
     result = Result(row, {name: Measured() for name in row.sides}, os.getloadavg()[0])
     shape = [str(row.batch), str(row.context)] if row.what == "step" else []
     for turn in range(rounds + 1):
         report(f"{row.name}: round {turn} of {rounds}")
         for name, side in result.sides.items():
-            variables = environment(folder)
+            variables = environment(folder, name)
             if name.startswith("ours"):
                 cache = folder / name
                 if name.endswith("cold"):

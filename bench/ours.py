@@ -53,8 +53,12 @@ def write_weights(variables: dict, config: Any, folder: Path) -> None:
 
 
 class OurSide(Side):
+    KEEPS_FREED_MEMORY: ClassVar[bool] = True
+    """As the training loop does, and nothing else of ours."""
+
     def prepare(self) -> dict[str, Any]:
-        keep_freed_memory()  # as the training loop does
+        if self.KEEPS_FREED_MEMORY:
+            keep_freed_memory()
         facts = self.build()
         return {**facts, "compile_seconds": self.first_runs()}
 
@@ -151,16 +155,17 @@ class CrossEntropySide(OurSide):
         loss = plain if self.name.endswith("plain") else chunked
         self.function, self.arguments = jax.value_and_grad(loss, (0, 1)), (head, hidden)
         self.compiled = jax.jit(self.function)
-        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
         self.last = None
-        return {
-            "temporary_bytes": memory.temp_size_in_bytes,
-            # Not `peak_memory_in_bytes`: on the CPU it leaves the temporary buffers out.
-            "whole_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes,
-        }
+        return {}
 
     def prepare(self) -> dict[str, Any]:
         facts = super().prepare()
+        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
+        facts["temporary_bytes"] = memory.temp_size_in_bytes
+        # Not `peak_memory_in_bytes`: on the CPU it leaves the temporary buffers out.
+        facts["whole_bytes"] = sum(
+            (memory.temp_size_in_bytes, memory.argument_size_in_bytes, memory.output_size_in_bytes)
+        )
         value, gradients = self.last
         return {**facts, "losses": [float(value), *(float(jnp.linalg.norm(part)) for part in gradients)]}
 
@@ -186,11 +191,12 @@ class WindowedAttentionSide(OurSide):
         self.function = jax.value_and_grad(loss, (0, 1, 2))
         self.arguments = tuple(map(jnp.asarray, attention_inputs(self.row, length)))
         self.compiled = jax.jit(self.function)
-        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
-        return {"temporary_bytes": memory.temp_size_in_bytes}
+        return {}
 
     def prepare(self) -> dict[str, Any]:
         facts = super().prepare()
+        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
+        facts["temporary_bytes"] = memory.temp_size_in_bytes
         if self.name != "ours":
             return facts  # another computation, or another sequence
         value, gradients = self.last
@@ -265,6 +271,8 @@ def chosen_experts_alone(row: Any) -> tuple[Any, dict]:
 
 
 class GenerationSide(OurSide):
+    KEEPS_FREED_MEMORY = False
+
     def build(self) -> dict[str, Any]:
         config = row_config(self.row)
         variables = lq.init(config, seed=0)
@@ -313,6 +321,8 @@ class GenerationSide(OurSide):
 
 
 class RolloutSide(GenerationSide):
+    KEEPS_FREED_MEMORY = True  # in the training loop of GRPO
+
     def prepare(self) -> dict[str, Any]:
         return OurSide.prepare(self)  # drawn tokens are no two sides' own
 

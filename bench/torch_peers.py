@@ -52,6 +52,8 @@ class TorchSide(Side):
         wrong = {name: keys for name, keys in told.items() if keys}
         if wrong:
             raise RuntimeError(f"weights do not fit transformers: {wrong}")
+        # Some architectures have a padding token by default, whose embedding then would not learn.
+        model.get_input_embeddings().padding_idx = None
         if self.name.startswith("PEFT"):
             from peft import PeftModel
 

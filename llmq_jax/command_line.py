@@ -63,6 +63,10 @@ def run(
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     program = program or _program_name()
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a file that is not in UTF-8 must not end a run.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if isinstance(command, Mapping):
             command, arguments, program = _choose_verb(command, arguments, program)

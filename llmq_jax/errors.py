@@ -1,6 +1,7 @@
 """The one error type for bad input, and the hint at what was meant."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 BAD_INPUT = 2
@@ -19,7 +20,18 @@ class BadInput(ValueError):
 
 
 def _printable(character: str) -> str:
-    return character if character.isprintable() else " " if character.isspace() else "\ufffd"
+    return character if is_text(character) else " " if character.isspace() else "\ufffd"
+
+
+# What turns the order of the text around it, and what is behind it with it.
+_TURNING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def is_text(character: str) -> bool:
+    """Whether a terminal shows the character, or joins, parts or breaks words by it (as scripts and emoji need), and
+    does nothing else."""
+    kind = unicodedata.category(character)
+    return character.isprintable() or kind == "Zs" or (kind == "Cf" and character not in _TURNING)
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -227,6 +227,19 @@ def test_a_reader_that_leaves_is_no_error():
     assert (process.wait(60), process.stderr.read()) == (141, "")
 
 
+def test_letters_that_the_output_has_no_bytes_for_are_spelled_out():
+    """A log of a run on a machine that is not set to UTF-8."""
+    program = (
+        "from dataclasses import dataclass\nfrom llmq_jax import command_line\n"
+        "@dataclass\nclass Options:\n    'Talk.'\n"
+        "def main(options: Options):\n    print('na\u00efve \u2026')\n"
+        "command_line.run(main)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"na\xefve \\u2026\n", b"")
+
+
 def test_device_that_is_not_there_is_refused():
     """In a process of its own: JAX binds to its devices once."""
     program = "from llmq_jax.command_line import use_device\nuse_device('gpu')"

@@ -289,7 +289,7 @@ def completed_fractions(options: Options) -> Options:
     values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
     options = dataclasses.replace(options, **values, split_seed=options.split_seed or 0)
     held_out = [getattr(options, name) or 0.0 for name in defaults]
-    if min(held_out) < 0 or sum(held_out) >= 1 or any(getattr(options, name) == 0 for name in defaults):
+    if not (min(held_out) >= 0 and sum(held_out) < 1) or any(getattr(options, name) == 0 for name in defaults):
         raise BadInput(
             f"--validation-fraction {held_out[0]} and --test-fraction {held_out[1]} must be positive and leave texts "
             "to learn"

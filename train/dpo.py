@@ -105,6 +105,7 @@ def dpo(options: Options) -> Any:
     from llmq_jax.models import build
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, step
+    from llmq_jax.training.metrics import printable
     from llmq_jax.training.parts import whole
     from llmq_jax.training.sharding import own_rows, row_share
     from llmq_jax.training.state import create_state
@@ -166,7 +167,7 @@ def dpo(options: Options) -> Any:
         if not folder.resumed and options.evaluate_every != 0:
             print(f"before training: {figures(evaluate(learner.variables))}", flush=True)
         if not folder.resumed and options.sample_every != 0:
-            print(ask(source.variables), flush=True)
+            print(printable(ask(source.variables)), flush=True)
         # Where a part of the model trains, what it was at first is all that it takes to have the reference again.
         began = None
         if options.train != "all" and options.reference is None:
@@ -298,6 +299,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     import numpy as np
 
     from llmq_jax.data.batching import pad
+    from llmq_jax.data.prompts import row_seeds
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import load
     from llmq_jax.layers.axes import everywhere
@@ -308,7 +310,9 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     prompts = [prompt for prompt in prompts if 0 < len(prompt) <= longest][:ANSWERS]
     if not prompts:
         return "KL to the reference: no prompt leaves room for an answer"
-    drawn = generate(policy, prompts, max_new_tokens=ANSWER_TOKENS, sampler=Sampler(), seed=options.seed)
+    drawn = generate(
+        policy, prompts, max_new_tokens=ANSWER_TOKENS, sampler=Sampler(), seed=row_seeds(options.seed, 0, len(prompts))
+    )
     answers = [row[:length].tolist() for row, length in zip(drawn.tokens, drawn.lengths, strict=True)]
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     tokens, lengths = pad(rows, max(map(len, rows)))

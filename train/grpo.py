@@ -381,6 +381,7 @@ def check(options: Options) -> None:
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_prompts", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_fraction", options.evaluate_every == 0, "with --evaluate-every 0"),
+            ("split_seed", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
             ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),

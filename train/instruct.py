@@ -119,6 +119,7 @@ def instruct(options: Options) -> Any:
     from llmq_jax.models import build
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
+    from llmq_jax.training.metrics import printable
     from llmq_jax.training.parts import whole
     from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
@@ -179,7 +180,7 @@ def instruct(options: Options) -> Any:
         if options.evaluate_every != 0:
             print(f"before training: validation loss {evaluate(learner.variables)['loss']:.4f}", flush=True)
         if options.sample_every != 0:
-            print(ask(source.variables), flush=True)
+            print(printable(ask(source.variables)), flush=True)
     parts = {"training": learned, "validation": held_out}
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     return engine.run(

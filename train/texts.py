@@ -3,6 +3,8 @@
 import hashlib
 from typing import Any
 
+from llmq_jax.errors import BadInput
+
 LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
 
 
@@ -34,6 +36,8 @@ def token_streams(options: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
     fraction = LIBRARY_FRACTION if options.data is None else 0.1
     if options.validation_fraction is not None:
         fraction = options.validation_fraction
+        if not 0 < fraction < 1:
+            raise BadInput(f"--validation-fraction is {fraction} and must lie between 0 and 1")
     if options.validation_data:
         held_out = read_documents(options.validation_data, options.text_field)
         return encode(documents, several), encode(held_out, len(held_out) > 1, options.validation_data)

@@ -61,6 +61,8 @@ def check_what_trains(options: WhatTrains) -> None:
     for name, idle, why in cases:
         if idle and getattr(options, name) not in (None, False):
             raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
+    if options.blocks is not None and options.blocks < 1:
+        raise BadInput(f"--blocks is {options.blocks} and must be at least 1; --train head trains the head alone")
 
 
 def prepared(lm: Any, options: WhatTrains) -> Prepared:

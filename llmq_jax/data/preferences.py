@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmq_jax.data.conversations import Conversation, Message, answer, message_list, without_nulls
+from llmq_jax.data.conversations import LOST, Conversation, Message, answer, message_list, refuse_lost, without_nulls
 from llmq_jax.data.instruction_batches import Example, tokenize
 from llmq_jax.data.prompt_templates import render
 from llmq_jax.data.records import Record, read_records
@@ -133,6 +133,7 @@ def as_preference(record: Record) -> Preference:
         raise BadInput(f"{where} is no preference pair (fields found: {names}): it needs the fields {forms}")
     if form == "alpaca" and "prompt" in fields:
         raise BadInput(f"{where} has both an instruction and a prompt: remove one of the two fields")
+    refuse_lost(fields, LOST["alpaca" if form == "alpaca" else "messages"], where)
     given = ""
     prompt: tuple[Message, ...]
     answers: list[tuple[Message, ...]]

@@ -138,7 +138,7 @@ def _check_format(prompt_format: str, record: Record) -> None:
         known = ", ".join(record.fields)
         raise BadInput(f"the prompt format names no field, so all prompts would be the same: use {{name}} of {known}")
     for name in names:
-        if not name.isidentifier():
+        if not name.isidentifier() and (name not in record.fields or "." in name or "[" in name):
             raise BadInput(f"the prompt format holds {{{name}}}, which is no name of a field: write {{{{ for a brace")
 
 

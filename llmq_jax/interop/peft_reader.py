@@ -136,7 +136,7 @@ def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
         if values.get(name, plain) not in (plain, None):
             raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}")
     start = values.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(CHANGING_STARTS):
+    if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
         raise BadInput(
             f"{folder / CONFIG}: init_lora_weights={start!r} changed the base; have PEFT save the adapter as a plain "
             "LoRA (path_initial_model_for_weight_conversion)"

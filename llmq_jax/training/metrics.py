@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, is_text
 from llmq_jax.field_types import LARGEST_FLOAT
 from llmq_jax.json_text import parse_json
 from llmq_jax.training.atomic_files import AppendedFile, write_atomically
@@ -115,7 +115,7 @@ def drop_samples_after(path: str | Path, step: int) -> None:
 
 def printable(text: str) -> str:
     """The text with control characters, which an untrained model writes and a terminal obeys, shown as U+FFFD."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+    return "".join(character if is_text(character) or character in "\n\t" else "\ufffd" for character in text)
 
 
 def _plain(value: Any) -> Any:

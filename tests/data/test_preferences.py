@@ -210,6 +210,8 @@ BAD = [
     ({"question": "x"}, r"is no preference pair \(fields found: question\): it needs the fields instruction, chosen"),
     ({**STRINGS, "rejected": None}, r"is no preference pair \(fields found: prompt, chosen\)"),
     ({**ALPACA, "prompt": "x"}, "has both an instruction and a prompt"),
+    ({**ALPACA, "system": "Be brief."}, "has 'system', which is not read: write it into the text, or remove it"),
+    ({**LISTS, "tools": ["search"]}, "has 'tools', which is not read"),
     ({**ALPACA, "chosen": " \n"}, "field 'chosen': the response is empty"),
     ({**ALPACA, "rejected": 5}, "field 'rejected' must be a string, not a number"),
     ({**ALPACA, "chosen": [assistant("x")]}, "field 'chosen' must be a string, not a list"),

@@ -59,6 +59,11 @@ def test_a_format_makes_prompts_of_any_fields(read):
     assert (prompt.text, prompt.columns) == ("Q: 2", {"answer": "2"})
 
 
+def test_a_format_names_fields_with_spaces(read):
+    (prompt,), _ = read([{"Question Text": "1 + 1?", "answer": "2"}], prompt_format="Q: {Question Text}")
+    assert (prompt.text, prompt.columns) == ("Q: 1 + 1?", {"Question Text": "1 + 1?", "answer": "2"})
+
+
 def test_tables_have_prompts_too(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text('prompt,answer\n"1, 2, ",3\n')
@@ -121,6 +126,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(read):
         ([{"q": "a"}], {"prompt_format": "Q:"}, "the prompt format names no field, so all prompts would be the same"),
         ([{"q": "a"}], {"prompt_format": "{q"}, "the prompt format '{q' is broken"),
         ([{"q": "a"}], {"prompt_format": "{q.upper}"}, "holds {q.upper}, which is no name of a field"),
+        ([{"q": "a"}], {"prompt_format": "{the q}"}, "holds {the q}, which is no name of a field"),
         ([{"q": "a"}], {"prompt_format": "{}"}, "holds {}, which is no name of a field"),
         ([{"q": "a"}], {"prompt_format": "{p}"}, "has no field 'p' (fields found: q): choose one with --prompt-format"),
         ([{"q": "a"}, {"q": None}], {"prompt_format": "{q}"}, "line 2: field 'q' must be a string or a number"),

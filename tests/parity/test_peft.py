@@ -485,6 +485,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({"peft_type": "VERA"}, None, "peft_type='VERA' is not supported; LORA and TINYLORA are"),
         ({"bias": "all"}, None, "bias='all' is not supported, only 'none'"),
         ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' changed the base"),
+        ({"init_lora_weights": "OLoRA"}, None, "init_lora_weights='OLoRA' changed the base"),
         (
             {"base_model_name_or_path": "org/other"},
             lambda state: state | {NAME: np.zeros((3, 48), np.float32)},

@@ -323,6 +323,7 @@ def test_class_weights_are_told(classifier):
         (["--max-length", 49], "--max-length 49 exceeds the model's context, 48"),
         (["--max-length", 0], "--max-length is 0 and must be at least 1"),
         (["--validation-fraction", 0.6, "--test-fraction", 0.5], "must be positive and leave texts to learn"),
+        (["--validation-fraction", "nan"], "must be positive and leave texts to learn"),
         (["--test-fraction", 0], "must be positive and leave texts to learn"),
         (["--test-data", "x.csv", "--test-fraction", 0.1], "--test-fraction has no effect beside --test-data"),
         (["--label-field", "class"], "has no field 'class' (fields found: label, text): choose one with --label-field"),

@@ -369,6 +369,7 @@ JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps
             {"validation_fraction": 0.2, "evaluate_every": 0},
             "--validation-fraction has no effect with --evaluate-every 0",
         ),
+        ({"split_seed": 5, "evaluate_every": 0}, "--split-seed has no effect with --evaluate-every 0; leave it out"),
         ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
         ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
         ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),

@@ -255,6 +255,7 @@ def test_what_is_too_long_is_told(instruct, tmp_path):
         (["--sample-prompt", "x" * 400], "--sample-prompt leaves no room for an answer within the model's 320"),
         (["--data", "missing.json"], "there is no file missing.json"),
         (["--lora-rank", 4], "--lora-rank has no effect without --train lora"),
+        (["--train", "blocks", "--blocks", 0], "--blocks is 0 and must be at least 1"),
     ],
 )
 def test_bad_options(instruct, options, message):

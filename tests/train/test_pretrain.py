@@ -311,8 +311,15 @@ BAD = {
     "seed": (["--seed", "-1"], "--seed is -1 and must be at least 0"),
     "minimum above peak": (["--data", "TEXT", "--minimum-learning-rate", "1"], "minimum learning rate"),
     "long warm-up": (["--data", "TEXT", "--warmup-steps", "6"], "warm-up of 6 steps does not fit a run of 6"),
-    "fraction": (["--data", "TEXT", "--validation-fraction", "1"], "fraction must lie between 0 and 1"),
-    "nothing held out": (["--data", "TEXT", "--validation-fraction", "0"], "fraction must lie between 0 and 1"),
+    "fraction": (["--data", "TEXT", "--validation-fraction", "1"], "fraction is 1.0 and must lie between 0 and 1"),
+    "fraction of the library": (
+        ["--validation-fraction", "1.5"],
+        "--validation-fraction is 1.5 and must lie between 0",
+    ),
+    "nothing held out": (
+        ["--data", "TEXT", "--validation-fraction", "0"],
+        "fraction is 0.0 and must lie between 0 and 1",
+    ),
     "no context": (["--data", "TEXT", "--context", "0"], "max_position_embeddings"),
     "no tokenizer": (["--data", "TEXT", "--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
     "device": (["--device", "gpu"], "--device gpu: JAX finds no GPU here; use --device cpu"),

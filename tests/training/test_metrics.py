@@ -127,6 +127,7 @@ def test_samples_are_readable(tmp_path):
 
 
 def test_printable_keeps_text_and_replaces_what_a_terminal_obeys():
-    assert printable("naïve Ω 漢字\n\t") == "naïve Ω 漢字\n\t"
-    assert printable("\x1b\x00\r\x9b\ud800") == "\ufffd" * 5
+    text = "naïve Ω 漢字\n\t می\u200cروم \u3000 «\u00a0oui\u202f!» \U0001f469\u200d\U0001f680 Sil\u00adben"
+    assert printable(text) == text
+    assert printable("\x1b\x00\r\x9b\ud800\u202e\u2066\u2028") == "\ufffd" * 8
     json.dumps(printable("\ud800")).encode()
