@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 
+import datasets
 import lm_eval
 import pytest
 
@@ -23,6 +24,7 @@ def task_folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     leave_out_what_takes_seconds(monkeypatch)
+    datasets.disable_progress_bars()  # which are drawn where data is read for the first time
     only_own = functools.partial(evaluation_harness.TaskManager, include_defaults=False)
     monkeypatch.setattr(evaluation_harness, "_task_manager", lambda names, folder: only_own(include_path=str(folder)))
 
