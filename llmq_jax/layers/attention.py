@@ -149,7 +149,7 @@ def _lean_again(
     total: Array,
     mixed: Array,
 ) -> tuple[Array, ...]:
-    """What `_lean_forward` saves, of what is linear in the length."""
+    """What `_lean_forward` saves, had from what of it is linear in the length: its exponentials are formed anew."""
     query = _in_groups(query, key)
     exponentials = jnp.exp(_scores(query, key, mask, scale, softcap) - largest).astype(value.dtype)
     return query, key, value, exponentials, largest, total, mixed
