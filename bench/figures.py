@@ -98,7 +98,7 @@ def attention_maps(lm: Any, tokens: list[int]) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from llmq_jax.layers.attention import visible
+    from llmq_jax.layers.scaled_dot_product import visible
 
     if lm.config.model_type != "llama":
         raise BadInput(f"maps are drawn of a Llama, and this is a {lm.config.model_type}")
@@ -182,7 +182,7 @@ def layers_until_seen(tokens: int, window: int, pattern: Sequence[bool]) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
-    from llmq_jax.layers.attention import visible
+    from llmq_jax.layers.scaled_dot_product import visible
 
     positions = jnp.arange(tokens)[None]
     masks = [np.asarray(visible(positions, positions, window=window if local else None))[0] for local in pattern]
@@ -199,7 +199,7 @@ def draw_windows() -> Any:
     import numpy as np
     from matplotlib.colors import ListedColormap
 
-    from llmq_jax.layers.attention import visible
+    from llmq_jax.layers.scaled_dot_product import visible
     from llmq_jax.training.plots import INK, blank_figure
 
     places = jnp.arange(TOKENS)[None]

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import llmq_jax as lq
-from llmq_jax.layers import attention
+from llmq_jax.layers import attention, window_attention
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.sharding import make_mesh, place_batch
 from llmq_jax.training.state import create_state
@@ -172,5 +172,6 @@ def compared(found: dict, alone: dict) -> dict:
 
 if __name__ == "__main__":
     # So short that a row has several blocks, and a loop over those of a window several steps.
-    attention.SHORTEST_QUERY_BLOCK, attention.QUERIES_OF_A_STEP = 4, 8
+    attention.SHORTEST_QUERY_BLOCK = window_attention.SHORTEST_BLOCK = 4
+    window_attention.QUERIES_OF_A_STEP = 8
     main(*sys.argv[1:])

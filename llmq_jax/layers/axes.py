@@ -2,15 +2,17 @@
 
 A mesh of devices has four axes, of which most have one device:
 
-    data      other rows of the batch, and all parameters
-    fsdp      other rows, and a part of each parameter, which is gathered where it is used (Rajbhandari et al. 2020,
-              arXiv:1910.02054, stage 3)
-    expert    other rows, and other experts, which tokens travel to (Lepikhin et al. 2020, arXiv:2006.16668)
-    tensor    the same rows, and other heads and hidden units of each layer (Shoeybi et al. 2019, arXiv:1909.08053)
+    data      data parallelism: rows of the batch are divided, parameters are replicated
+    fsdp      rows are divided, and each parameter is too; it is gathered where it is used (ZeRO stage 3: Rajbhandari
+              et al. 2020, arXiv:1910.02054)
+    expert    expert parallelism: rows are divided, and so are the experts, to which tokens travel (Lepikhin et al.
+              2020, arXiv:2006.16668)
+    tensor    tensor parallelism: the same rows for all; heads and hidden units of each layer are divided (Shoeybi et
+              al. 2019, arXiv:1909.08053)
 
-Dimensions have names, and a name is divided by an axis. What a parameter's dimensions are is told by the module that
-holds it, never by its rank. Models name the dimensions of activations (`placed`) and know no axes; without a mesh
-(`jax.set_mesh`) names do nothing.
+Dimensions have names (the "logical axes" of T5X and MaxText), and mesh axes divide a name (`AXES`). What a parameter's
+dimensions are is told by the module that holds it, never by its rank. Models name the dimensions of activations
+(`constrain`) and know no mesh axes; without a mesh (`jax.set_mesh`) names do nothing.
 """
 
 import math
@@ -19,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from llmq_jax.errors import BadInput
@@ -81,7 +83,7 @@ def dimensions(path: Sequence[str]) -> tuple[str | None, ...]:
     return MODULES[module][1:] if name == "bias" and module in MODULES else ()
 
 
-def division(
+def partition_spec(
     path: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int], names: Sequence[str | None] | None = None
 ) -> PartitionSpec:
     """How a parameter, or an array whose last dimensions have these `names`, is divided by the axes of a mesh, of these
@@ -112,8 +114,9 @@ def _constrained(x: Array, spec: PartitionSpec) -> Array:
     return constrained
 
 
-def placed(x: Array, *names: str | None) -> Array:
-    """An activation, whose dimensions have these names, where the mesh wants it. Names at the end may be left out."""
+def constrain(x: Array, *names: str | None) -> Array:
+    """A sharding constraint on an activation: its dimensions, which have these names, are divided as `AXES` says. Names
+    at the end may be left out."""
     sizes = axis_sizes()
     if not sizes:
         return x
@@ -146,14 +149,15 @@ def by_group(function: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def in_place(tree: Any) -> Any:
-    """A tree that holds parameters, or what goes along with them as an optimizer's moments do, divided as they are."""
+def constrain_like_params(tree: Any) -> Any:
+    """A sharding constraint on a tree of parameters, or of what has their shapes, as an optimizer's moments have: each
+    leaf is divided as its parameter is."""
     sizes = axis_sizes()
     if not sizes:
         return tree
 
     def place(path: tuple[Any, ...], leaf: Array) -> Array:
-        return _constrained(leaf, division(path_names(path), leaf.shape, sizes))
+        return _constrained(leaf, partition_spec(path_names(path), leaf.shape, sizes))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -163,16 +167,16 @@ def in_use(names: Sequence[str | None]) -> tuple[str | None, ...]:
     return tuple(None if AXES.get(name or "") == (FSDP,) else name for name in names)
 
 
-def where_used(tree: Any) -> Any:
-    """Parameters as products take them: whole along what is divided to save memory alone. Before a loop, once. Their
-    gradients are divided as they are themselves."""
+def gathered_over_fsdp(tree: Any) -> Any:
+    """Parameters gathered over fsdp, as products take them: once, before a loop. Their gradients are constrained to the
+    parameters' own division, so that the sum over devices can be a reduce-scatter."""
     sizes = axis_sizes()
     if not sizes:
         return tree
 
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
         names = dimensions(path_names(path))
-        used, kept = (division((), leaf.shape, sizes, names=each) for each in (in_use(names), names))
+        used, kept = (partition_spec((), leaf.shape, sizes, names=each) for each in (in_use(names), names))
 
         @jax.custom_vjp
         def gathered(x: Array) -> Array:
@@ -184,12 +188,31 @@ def where_used(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(gather, tree)
 
 
+def sharding_of(path: Sequence[str], leaf: Any) -> NamedSharding:
+    """Where a parameter, or its shape, lies on the mesh that is set."""
+    mesh = jax.sharding.get_mesh()
+    return NamedSharding(mesh, partition_spec(path, leaf.shape, dict(mesh.shape)))
+
+
+def put(path: Sequence[str], leaf: Any) -> Array:
+    """A parameter where it belongs: where a mesh is set, each part straight on the devices that have it. Several
+    processes have the same one each, which is not compared, or one that lies on all of them."""
+    sharding = sharding_of(path, leaf) if axis_sizes() else None
+    there: Array
+    if jax.process_count() == 1 or sharding is None or (isinstance(leaf, Array) and not leaf.is_fully_addressable):
+        there = jax.device_put(leaf, sharding)
+    else:
+        whole = np.asarray(leaf)
+        there = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    return there
+
+
 def on_host(x: Array) -> np.ndarray:
     """The values of an array, whatever of it other processes hold. All of them must ask."""
-    return np.asarray(x if getattr(x, "is_fully_addressable", True) else jax.jit(everywhere)(x))
+    return np.asarray(x if getattr(x, "is_fully_addressable", True) else jax.jit(replicated)(x))
 
 
-def everywhere(tree: Any) -> Any:
+def replicated(tree: Any) -> Any:
     """A tree of small arrays, whole on every device of the mesh: any process can read them."""
     if not axis_sizes():
         return tree

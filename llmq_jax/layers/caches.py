@@ -101,8 +101,8 @@ class LatentCache(struct.PyTreeNode):
 class RingCache(struct.PyTreeNode):
     """Keys and values of the last positions, for a layer with a window; slot = position modulo the number of slots.
 
-    `lookahead` slots beyond the window let as many tokens be rejected: a draft written over the oldest keys must leave
-    those that the tokens after a rollback see.
+    `lookahead` slots beyond the window let as many tokens be taken back: a rejected draft has then overwritten only
+    keys that are outside the window of whatever comes next.
     """
 
     keys: Float[Array, "*L B K H S"]
@@ -132,8 +132,8 @@ class RingCache(struct.PyTreeNode):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "RingCache":
-        """Of more tokens than there are slots, each row's last ones; but while all positions of a request have a slot
-        of their own, those past its last, which only drafts reach, have none."""
+        """Of more tokens than slots, each row's last ones are kept. In a cache that never wraps, every position of the
+        request has a slot of its own; positions beyond, which only drafts reach, are dropped."""
         count, real = self.positions.shape[1], _real(positions, segment_ids)
         if self.never_wraps:
             slots = jnp.where(real, positions, NOWHERE)
@@ -158,8 +158,8 @@ class RingCache(struct.PyTreeNode):
         cache = self.write(keys, values, positions, segment_ids)
         if self.never_wraps or positions.shape[1] <= self.lookahead + 1:
             return cache, cache.read()
-        # The last of so many tokens overwrite what the first still see. These look at what the ring held before, save
-        # what a rollback left at their own positions, and at each other.
+        # The last of so many tokens overwrite keys that the first still see. So all look at the ring as it was before,
+        # without what a rejected draft left there at their own positions or later, and at each other.
         real = _real(positions, segment_ids)
         added = jnp.where(real, positions, NOWHERE)
         held = jnp.where(self.positions < added.min(axis=1, keepdims=True), self.positions, NOWHERE)
@@ -170,7 +170,8 @@ class RingCache(struct.PyTreeNode):
         )
 
     def extend(self, length: int) -> "RingCache":
-        """The same cache for `length` positions in all. It grows only while no position has come round to slot 0."""
+        """The same cache for `length` positions in all. Only one with fewer than window + lookahead slots grows: it has
+        never wrapped."""
         slots = min(length, self.window + self.lookahead)
         more = [(0, 0)] * (self.positions.ndim - 1) + [(0, slots - self.positions.shape[-1])]
         return self.replace(

@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import placed
+from llmq_jax.layers.axes import constrain
 
 
 class Embedding(nn.Module):
@@ -25,7 +25,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         # Of whole vectors, or a mesh would look parts of them up and put them together.
-        rows = placed(self.embedding, "vocabulary")[ids]
+        rows = constrain(self.embedding, "vocabulary")[ids]
         if self.scale is not None:
             rows = rows * jnp.asarray(self.scale, rows.dtype)
         return rows.astype(self.dtype or rows.dtype)

@@ -52,7 +52,7 @@ class Balance:
     bias_rate: float = 0.0
     """What the bias for selection moves by after each step."""
     bias_update: str = "sign"
-    """By what the mean load exceeds the expert's: its "sign", or "proportional" to it, as a part of the mean."""
+    """How the bias moves: by the "sign" of mean load - own load, or "proportional" to that difference over the mean."""
 
     def __post_init__(self) -> None:
         for name in ("load_balance", "router_z", "sequence", "device", "bias_rate"):
@@ -71,11 +71,6 @@ class Balance:
                 raise BadInput(f"balance: {name}={getattr(self, name)!r} has no effect without {needed}; set that too")
         if self.device and self.devices < 2:
             raise BadInput(f"balance: device={self.device} needs devices, at least 2 groups of experts; set that too")
-
-    @property
-    def has_losses(self) -> bool:
-        """Whether any loss has a coefficient."""
-        return any((self.load_balance, self.router_z, self.sequence, self.device))
 
 
 class RouterReport(struct.PyTreeNode):

@@ -13,7 +13,7 @@ An assignment is a (token, choice) pair: M tokens with k choices each have A = M
 expert (padding): such assignments are sorted last, cost nothing and give zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -27,12 +27,11 @@ from jaxtyping import Array, Float, Int
 from llmq_jax.errors import BadInput, did_you_mean
 
 IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
-# What "auto" takes, by backend. On a CPU from one token to thousands, of 8 experts or 64 (docs/moe.md).
-AUTOMATIC = {"cpu": "blocks"}
-ELSEWHERE = "blocks"
-# Blocks come in lengths of so many steps. A step is a quarter of what an expert gets on average, around which there are
-# half steps: most experts then need one block, of which little is in vain. Products like multiples of the shortest
-# step, and no longer step would make them faster.
+AUTOMATIC = "blocks"
+"""What "auto" takes: on a CPU the fastest, or nearly, from one token to thousands, of 8 experts or 64 (docs/moe.md)."""
+# A block is as long as one of these numbers of steps; a step is about a quarter of an expert's mean load. The half
+# steps around that mean (4) let most experts do with one block of little padding. Steps are multiples of SHORTEST_STEP,
+# which suits matrix products, and at most LONGEST_STEP, beyond which these get no faster.
 BLOCK_STEPS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = (1, 2, 3, 3.5, 4, 4.5, 5, 6, 8), 4, 16, 128
 
 
@@ -66,8 +65,8 @@ class Exchange:
     """Devices that own equal parts of the experts, in order; each calls `dispatch` with its own tokens and experts."""
 
     devices: int
-    swap: Callable[[Any], Any]
-    """[devices, ...] to the same: part i goes to device i, and what device i sent comes back as part i."""
+    all_to_all: Callable[[Any], Any]
+    """On [devices, ...]: part i goes to device i, and what device i sent here takes its place."""
 
 
 def dispatch(
@@ -93,7 +92,7 @@ def dispatch(
 
     assignments = ids.size
 
-    def through(rows: Array, ids: Array, sizes: Array) -> tuple[Array, Array]:
+    def own_experts(rows: Array, ids: Array, sizes: Array) -> tuple[Array, Array]:
         """Rows sorted by our own experts, through them: (rows, the number of dropped ones)."""
         if name == "blocks":
             # As many assignments as are ours come to our experts, on average, of all that devices have room for.
@@ -108,16 +107,16 @@ def dispatch(
     rows = _spread(x, order, inverse, ids.shape[1])
     if exchange is None:
         # The id E is out of range and not counted.
-        mixed, dropped = through(rows, flat[order], jnp.bincount(flat, length=experts.up.shape[0]))
+        mixed, dropped = own_experts(rows, flat[order], jnp.bincount(flat, length=experts.up.shape[0]))
     else:
         sizes = jnp.bincount(flat, length=experts.up.shape[0] * exchange.devices)
-        mixed, dropped = _elsewhere(rows, sizes, exchange, through)
+        mixed, dropped = _on_owners(rows, sizes, exchange, own_experts)
     mixed = _reorder(mixed, inverse, order).reshape(*ids.shape, -1)
     return jnp.einsum("mkd,mk->md", mixed, weights.astype(mixed.dtype)), dropped
 
 
-def _elsewhere(
-    rows: Float[Array, "A D"], sizes: Int[Array, " E"], exchange: Exchange, through: Callable[..., Any]
+def _on_owners(
+    rows: Float[Array, "A D"], sizes: Int[Array, " E"], exchange: Exchange, own_experts: Callable[..., Any]
 ) -> tuple[Float[Array, "A D"], Int[Array, ""]]:
     """Sorted rows to the devices that own their experts, through these, and back.
 
@@ -129,13 +128,13 @@ def _elsewhere(
     starts = ends - sizes.sum(1)
     place = starts[:, None] + jnp.arange(count)
     parts = jnp.where((place < ends[:, None])[..., None], rows[jnp.minimum(place, count - 1)], 0)  # [devices, A, D]
-    received, their_sizes = exchange.swap(parts), exchange.swap(sizes)
+    received, their_sizes = exchange.all_to_all(parts), exchange.all_to_all(sizes)
     # Theirs are sorted too: a row's expert follows from its place. What is no row gets an id past our experts.
     ids = (jnp.arange(count)[:, None] >= jnp.cumsum(their_sizes, 1)[:, None]).sum(-1).reshape(-1)
     order, inverse = _sorted(ids)
     ours = _reorder(received.reshape(-1, rows.shape[1]), order, inverse)
-    mixed, dropped = through(ours, ids[order], their_sizes.sum(0))
-    returned = exchange.swap(_reorder(mixed, inverse, order).reshape(parts.shape))
+    mixed, dropped = own_experts(ours, ids[order], their_sizes.sum(0))
+    returned = exchange.all_to_all(_reorder(mixed, inverse, order).reshape(parts.shape))
     index = jnp.arange(count)
     device = jnp.minimum(jnp.searchsorted(ends, index, side="right"), exchange.devices - 1)
     return jnp.where((index < ends[-1])[:, None], returned[device, index - starts[device]], 0), dropped
@@ -155,7 +154,7 @@ def check_implementation(name: str) -> None:
 def choose(name: str) -> str:
     """The implementation that is meant by a name, "auto" among them."""
     check_implementation(name)
-    return AUTOMATIC.get(jax.default_backend(), ELSEWHERE) if name == "auto" else name
+    return AUTOMATIC if name == "auto" else name
 
 
 def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
@@ -166,9 +165,16 @@ def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
 
 
 def _dense(x: Array, ids: Array, weights: Array, experts: ExpertWeights, activation: Activation) -> Array:
-    up = jnp.einsum("md,edpf->empf", x, experts.up)
+    down = _all_experts(x, "md", experts, activation)
+    chosen = jax.nn.one_hot(ids, experts.up.shape[0], dtype=down.dtype)  # all zeros for the id E
+    return jnp.einsum("mke,mk,emd->md", chosen, weights.astype(down.dtype), down)
+
+
+def _all_experts(x: Array, axes: str, experts: ExpertWeights, activation: Activation) -> Float[Array, "E M D"]:
+    """Every expert at once, on the same rows ("md") or each on rows of its own ("emd")."""
+    up = jnp.einsum(f"{axes},edpf->empf", x, experts.up)
     if experts.up_low_rank is not None:
-        up += jnp.einsum("md,edr,erpf->empf", x, *experts.up_low_rank)
+        up += jnp.einsum(f"{axes},edr,erpf->empf", x, *experts.up_low_rank)
     if experts.up_bias is not None:
         up += experts.up_bias[:, None]
     activated = activation(up)
@@ -177,8 +183,7 @@ def _dense(x: Array, ids: Array, weights: Array, experts: ExpertWeights, activat
         down += jnp.einsum("emf,efr,erd->emd", activated, *experts.down_low_rank)
     if experts.down_bias is not None:
         down += experts.down_bias[:, None]
-    chosen = jax.nn.one_hot(ids, experts.up.shape[0], dtype=down.dtype)  # all zeros for the id E
-    return jnp.einsum("mke,mk,emd->md", chosen, weights.astype(down.dtype), down)
+    return down
 
 
 # A permutation's gradient is the inverse permutation: written as such, both ways are gathers. Automatic
@@ -195,8 +200,8 @@ def _spread_forward(x: Array, order: Array, inverse: Array, k: int) -> tuple[Arr
     return x[order // k], inverse
 
 
-def _spread_backward(k: int, inverse: Array, slope: Array) -> tuple[Array, None, None]:
-    return slope[inverse].reshape(-1, k, slope.shape[-1]).sum(1), None, None
+def _spread_backward(k: int, inverse: Array, grad: Array) -> tuple[Array, None, None]:
+    return grad[inverse].reshape(-1, k, grad.shape[-1]).sum(1), None, None
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
@@ -208,9 +213,7 @@ def _reorder(rows: Float[Array, "A D"], index: Int[Array, " A"], inverse: Int[Ar
     return rows[index]
 
 
-_reorder.defvjp(
-    lambda rows, index, inverse: (rows[index], inverse), lambda inverse, slope: (slope[inverse], None, None)
-)
+_reorder.defvjp(lambda rows, index, inverse: (rows[index], inverse), lambda inverse, grad: (grad[inverse], None, None))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -223,9 +226,10 @@ def in_blocks(
 ) -> Float[Array, "A D"]:
     """Rows sorted by expert, `sizes[e]` of them for each, through their experts; zero for the rows after these.
 
-    An expert's rows are cut into blocks of the greatest length, and what is left into one of the least that holds it.
-    That block reads on into the next expert's rows, and all write on there, to the greatest length: it is overwritten,
-    since blocks go by in order. Weights are read block by block, and those of experts without a row never.
+    An expert's rows are cut into blocks of the greatest length, and what is left into the shortest that holds it. Such
+    a block may read on into the next expert's rows, and what it writes, filled up to the greatest length, runs over
+    theirs: blocks go in order, so that the next one overwrites it. Weights are read block by block, those of idle
+    experts never.
     """
     return _through_blocks(rows, experts, sizes, activation, lengths)[0]
 
@@ -251,7 +255,7 @@ def _plan(sizes: Int[Array, " E"], rows: int, lengths: tuple[int, ...]) -> tuple
 def _blocks_forward(
     rows: Any, experts: Any, sizes: Any, activation: Activation, lengths: tuple[int, ...]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """What is differentiated comes marked as such: of weights that stay as they are no gradient is formed."""
+    """With `symbolic_zeros` arguments come as (value, perturbed): weights that are not perturbed get no gradient."""
     learns = {
         name: getattr(experts, name)
         for name in WEIGHTS
@@ -274,31 +278,13 @@ def _through_blocks(
     count, plan = _plan(sizes, len(rows), lengths)
     longest = lengths[-1]
     padded = jnp.pad(rows, ((0, longest), (0, 0)))
-    width, parts, hidden = experts.up.shape[1:]
-
-    def of_length(length: int) -> Callable[..., Any]:
-        def through(block: dict[str, Array], padded: Array, experts: ExpertWeights) -> tuple[Array, Array]:
-            expert, start = block["expert"], block["start"]
-            rows = _cut(padded, start, length)
-            up = rows @ experts.up[expert].reshape(width, parts * hidden)
-            if experts.up_low_rank is not None:
-                up += _through(rows, experts.up_low_rank, expert)
-            if experts.up_bias is not None:
-                up += experts.up_bias[expert].reshape(-1)
-            activated = activation(up.reshape(length, parts, hidden))
-            down = activated @ experts.down[expert]
-            if experts.down_low_rank is not None:
-                down += _through(activated, experts.down_low_rank, expert)
-            if experts.down_bias is not None:
-                down += experts.down_bias[expert]
-            return _lengthened(up, longest), _lengthened(down, longest)
-
-        return through
+    parts, hidden = experts.up.shape[2:]
+    by_length = [partial(_block_forward, activation=activation, length=n, longest=longest) for n in lengths]
 
     def one_block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         before, mixed = carry
         block = jax.tree.map(lambda leaf: leaf[i], plan)
-        up, down = jax.lax.switch(block["length"], [*map(of_length, lengths)], block, padded, experts)
+        up, down = jax.lax.switch(block["length"], by_length, block, padded, experts)
         return _put(before, up, block["start"]), _put(mixed, down, block["start"])
 
     empty = jnp.zeros((len(padded), parts * hidden), rows.dtype), jnp.zeros_like(padded)
@@ -307,65 +293,101 @@ def _through_blocks(
     return mixed, (padded, before, experts, count, plan)
 
 
+def _block_forward(
+    block: dict[str, Array],
+    padded: Array,
+    experts: ExpertWeights,
+    *,
+    activation: Activation,
+    length: int,
+    longest: int,
+) -> tuple[Float[Array, "longest _"], Float[Array, "longest D"]]:
+    """(what the activation is given, what the expert gives) of a block of `length` rows, filled up to the longest."""
+    width, parts, hidden = experts.up.shape[1:]
+    expert, start = block["expert"], block["start"]
+    rows = _cut(padded, start, length)
+    up = rows @ experts.up[expert].reshape(width, parts * hidden)
+    if experts.up_low_rank is not None:
+        up += _adapter(rows, experts.up_low_rank, expert)
+    if experts.up_bias is not None:
+        up += experts.up_bias[expert].reshape(-1)
+    activated = activation(up.reshape(length, parts, hidden))
+    down = activated @ experts.down[expert]
+    if experts.down_low_rank is not None:
+        down += _adapter(activated, experts.down_low_rank, expert)
+    if experts.down_bias is not None:
+        down += experts.down_bias[expert]
+    return _lengthened(up, longest), _lengthened(down, longest)
+
+
 def _blocks_backward(
-    activation: Activation, lengths: tuple[int, ...], saved: tuple[Any, ...], slope: Any
+    activation: Activation, lengths: tuple[int, ...], saved: tuple[Any, ...], grad: Any
 ) -> tuple[Array, ExpertWeights, None]:
     padded, before, experts, count, plan, learns = saved
     longest = lengths[-1]
-    width, parts, hidden = experts.up.shape[1:]
-    slope = jnp.zeros_like(padded) if _is_zero(slope) else jnp.pad(slope, ((0, longest), (0, 0)))
-
-    def of_length(length: int) -> Callable[..., Any]:
-        def back_through(
-            block: dict[str, Array], padded: Array, before: Array, slope: Array, experts: ExpertWeights
-        ) -> tuple[Array, dict[str, Any]]:
-            expert, start = block["expert"], block["start"]
-            real = (jnp.arange(length) < block["real"])[:, None]
-            down_slope = jnp.where(real, _cut(slope, start, length), 0)
-            activated, pull_back = jax.vjp(activation, _cut(before, start, length).reshape(length, parts, hidden))
-            # (W slopeᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
-            activated_slope = (experts.down[expert] @ down_slope.T).T
-            own: dict[str, Any] = {}
-            if "down" in learns:
-                own["down"] = _product(activated.T, down_slope)
-            if experts.down_low_rank is not None:
-                own["down_low_rank"], back = _back_through(activated, down_slope, experts.down_low_rank, expert)
-                activated_slope += back
-            if "down_bias" in learns:
-                own["down_bias"] = down_slope.sum(0, dtype=jnp.float32)
-            up_slope = pull_back(activated_slope)[0].reshape(length, parts * hidden)
-            rows = _cut(padded, start, length)
-            row_slope = (experts.up[expert].reshape(width, parts * hidden) @ up_slope.T).T
-            if "up" in learns:
-                own["up"] = _product(rows.T, up_slope).reshape(width, parts, hidden)
-            if experts.up_low_rank is not None:
-                own["up_low_rank"], back = _back_through(rows, up_slope, experts.up_low_rank, expert)
-                row_slope += back
-            if "up_bias" in learns:
-                own["up_bias"] = up_slope.sum(0, dtype=jnp.float32).reshape(parts, hidden)
-            return _lengthened(row_slope, longest), {name: own[name] for name in learns}
-
-        return back_through
+    grad = jnp.zeros_like(padded) if _is_zero(grad) else jnp.pad(grad, ((0, longest), (0, 0)))
+    options: dict[str, Any] = {"activation": activation, "learns": tuple(learns), "longest": longest}
+    by_length = [partial(_block_gradients, length=n, **options) for n in lengths]
 
     def one_block(i: Array, carry: tuple[Array, dict[str, Any]]) -> tuple[Array, dict[str, Any]]:
-        row_slope, weights_slope = carry
+        row_grad, weights_grad = carry
         block = jax.tree.map(lambda leaf: leaf[i], plan)
-        operands = block, padded, before, slope, experts
-        back, own = jax.lax.switch(block["length"], [*map(of_length, lengths)], *operands)
-        weights_slope = jax.tree.map(lambda total, part: total.at[block["expert"]].add(part), weights_slope, own)
-        return _put(row_slope, back, block["start"]), weights_slope
+        back, own = jax.lax.switch(block["length"], by_length, block, padded, before, grad, experts)
+        weights_grad = jax.tree.map(lambda total, part: total.at[block["expert"]].add(part), weights_grad, own)
+        return _put(row_grad, back, block["start"]), weights_grad
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), learns)
-    row_slope, weights_slope = jax.lax.fori_loop(0, count, one_block, (jnp.zeros_like(padded), zeros))
-    weights_slope = jax.tree.map(lambda slope, leaf: slope.astype(leaf.dtype), weights_slope, learns)
-    return row_slope[:-longest], ExpertWeights(**dict.fromkeys(WEIGHTS) | weights_slope), None
+    row_grad, weights_grad = jax.lax.fori_loop(0, count, one_block, (jnp.zeros_like(padded), zeros))
+    weights_grad = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), weights_grad, learns)
+    return row_grad[:-longest], ExpertWeights(**dict.fromkeys(WEIGHTS) | weights_grad), None
+
+
+def _block_gradients(
+    block: dict[str, Array],
+    padded: Array,
+    before: Array,
+    grad: Array,
+    experts: ExpertWeights,
+    *,
+    activation: Activation,
+    learns: Sequence[str],
+    length: int,
+    longest: int,
+) -> tuple[Float[Array, "longest D"], dict[str, Any]]:
+    """(gradient of a block's rows, filled up to the longest; those of the weights named in `learns`, in float32)."""
+    width, parts, hidden = experts.up.shape[1:]
+    expert, start = block["expert"], block["start"]
+    real = (jnp.arange(length) < block["real"])[:, None]
+    down_grad = jnp.where(real, _cut(grad, start, length), 0)
+    activated, pull_back = jax.vjp(activation, _cut(before, start, length).reshape(length, parts, hidden))
+    # (W gradᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
+    activated_grad = (experts.down[expert] @ down_grad.T).T
+    own: dict[str, Any] = {}
+    if "down" in learns:
+        own["down"] = _product(activated.T, down_grad)
+    if experts.down_low_rank is not None:
+        own["down_low_rank"], back = _adapter_gradients(activated, down_grad, experts.down_low_rank, expert)
+        activated_grad += back
+    if "down_bias" in learns:
+        own["down_bias"] = down_grad.sum(0, dtype=jnp.float32)
+    up_grad = pull_back(activated_grad)[0].reshape(length, parts * hidden)
+    rows = _cut(padded, start, length)
+    row_grad = (experts.up[expert].reshape(width, parts * hidden) @ up_grad.T).T
+    if "up" in learns:
+        own["up"] = _product(rows.T, up_grad).reshape(width, parts, hidden)
+    if experts.up_low_rank is not None:
+        own["up_low_rank"], back = _adapter_gradients(rows, up_grad, experts.up_low_rank, expert)
+        row_grad += back
+    if "up_bias" in learns:
+        own["up_bias"] = up_grad.sum(0, dtype=jnp.float32).reshape(parts, hidden)
+    return _lengthened(row_grad, longest), {name: own[name] for name in learns}
 
 
 in_blocks.defvjp(_blocks_forward, _blocks_backward, symbolic_zeros=True)
 
 
-def _is_zero(slope: Any) -> bool:
-    return isinstance(slope, jax.custom_derivatives.SymbolicZero)
+def _is_zero(grad: Any) -> bool:
+    return isinstance(grad, jax.custom_derivatives.SymbolicZero)
 
 
 def _cut(x: Float[Array, "A D"], start: Int[Array, ""], size: int) -> Float[Array, "size D"]:
@@ -380,21 +402,21 @@ def _lengthened(x: Float[Array, "size D"], length: int) -> Float[Array, "length 
     return jnp.pad(x, ((0, length - len(x)), (0, 0)))
 
 
-def _through(rows: Float[Array, "M D"], pair: tuple[Array, Array], expert: Int[Array, ""]) -> Float[Array, "M F"]:
+def _adapter(rows: Float[Array, "M D"], pair: tuple[Array, Array], expert: Int[Array, ""]) -> Float[Array, "M F"]:
     """Rows through the adapter of an expert."""
     first, last = (leaf[expert] for leaf in pair)
     return (rows @ first) @ last.reshape(last.shape[0], -1)
 
 
-def _back_through(
-    rows: Float[Array, "M D"], slope: Float[Array, "M F"], pair: tuple[Array, Array], expert: Int[Array, ""]
+def _adapter_gradients(
+    rows: Float[Array, "M D"], grad: Float[Array, "M F"], pair: tuple[Array, Array], expert: Int[Array, ""]
 ) -> tuple[tuple[Array, Array], Float[Array, "M D"]]:
     """The gradients of an expert's adapter, and of the rows that went through it."""
     first, last = (leaf[expert] for leaf in pair)
-    low_slope = slope @ last.reshape(last.shape[0], -1).T
+    low_grad = grad @ last.reshape(last.shape[0], -1).T
     # Both as products of R rows, as in `lora.raised`.
-    own = _product(low_slope.T, rows).T, _product((rows @ first).T, slope).reshape(last.shape)
-    return own, low_slope @ first.T
+    own = _product(low_grad.T, rows).T, _product((rows @ first).T, grad).reshape(last.shape)
+    return own, low_grad @ first.T
 
 
 def _product(a: Float[Array, "i j"], b: Float[Array, "j l"]) -> Float[Array, "i l"]:
@@ -443,17 +465,7 @@ def _in_slots(
     held = jnp.arange(capacity) < sizes[:, None]
     index = jnp.where(held, starts[:, None] + jnp.arange(capacity), 0)
     slots = jnp.where(held[..., None], rows[index], 0)
-    up = jnp.einsum("ecd,edpf->ecpf", slots, experts.up)
-    if experts.up_low_rank is not None:
-        up += jnp.einsum("ecd,edr,erpf->ecpf", slots, *experts.up_low_rank)
-    if experts.up_bias is not None:
-        up += experts.up_bias[:, None]
-    activated = activation(up)
-    down = jnp.einsum("ecf,efd->ecd", activated, experts.down)
-    if experts.down_low_rank is not None:
-        down += jnp.einsum("ecf,efr,erd->ecd", activated, *experts.down_low_rank)
-    if experts.down_bias is not None:
-        down += experts.down_bias[:, None]
+    down = _all_experts(slots, "emd", experts, activation)
     mixed = down[jnp.minimum(ids, count - 1), jnp.where(kept, place, 0)]
     return jnp.where(kept[:, None], mixed, 0), (real & ~kept).sum()
 

@@ -11,10 +11,10 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, axis_sizes, division, in_use
+from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, axis_sizes, in_use, partition_spec
 from llmq_jax.layers.expert_dispatch import WEIGHTS, Activation, Exchange, ExpertWeights, choose, dispatch, slots_each
 
-# Adapters of experts, as (A, B): of what they add to, the dimensions that they have; the low rank is whole.
+# Adapters (A, B) of experts: each has the dimensions of its side of the matrix. The low rank is never divided.
 _LOW_RANK = {
     "up_low_rank": (("expert", None, None), ("expert", None, None, "hidden")),
     "down_low_rank": (("expert", "hidden", None), ("expert", None, None)),
@@ -40,26 +40,27 @@ def dispatch_on_mesh(
 
     if not sizes or choose(implementation) == "dense":  # dense is products alone, which the compiler can divide
         return dispatch(x, ids, weights, experts, activation, implementation, slots(ids.size))
-    rows = division(("rows",), x.shape[:1], sizes, names=("batch",))
+    rows = partition_spec(("rows",), x.shape[:1], sizes, names=("batch",))
     specs = ExpertWeights(**{name: _spec(name, getattr(experts, name), sizes) for name in WEIGHTS})
-    shared, divided = EXPERT in specs.up, TENSOR in specs.up  # divided: each device has a part of what experts give
-    devices = sizes[EXPERT] if shared else 1
+    by_expert, by_hidden = EXPERT in specs.up, TENSOR in specs.up  # whether expert and tensor parallelism divide them
+    devices = sizes[EXPERT] if by_expert else 1
 
     def on_a_device(x: Array, ids: Array, weights: Array, experts: ExpertWeights) -> tuple[Array, Array]:
         exchange = None
-        if shared:
-            swap = partial(jax.lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
-            exchange = Exchange(devices, swap)
-        if divided and experts.down_bias is not None:
+        if by_expert:
+            all_to_all = partial(jax.lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
+            exchange = Exchange(devices, all_to_all)
+        if by_hidden and experts.down_bias is not None:
+            # Each device adds its part, and psum adds up the parts.
             experts = experts.replace(down_bias=experts.down_bias / sizes[TENSOR])
         room = slots(ids.size * devices)
         mixed, dropped = dispatch(x, ids, weights, experts, activation, implementation, room, exchange)
-        mixed = jax.lax.psum(mixed, TENSOR) if divided else mixed
+        mixed = jax.lax.psum(mixed, TENSOR) if by_hidden else mixed
         return mixed, jax.lax.psum(dropped, AXES["batch"])
 
     specs_in = (rows, rows, rows, specs)
-    everywhere = jax.shard_map(on_a_device, in_specs=specs_in, out_specs=(rows, PartitionSpec()), check_vma=False)
-    mixed, dropped = everywhere(x, ids, weights, experts)
+    on_mesh = jax.shard_map(on_a_device, in_specs=specs_in, out_specs=(rows, PartitionSpec()), check_vma=False)
+    mixed, dropped = on_mesh(x, ids, weights, experts)
     return mixed, dropped
 
 
@@ -68,6 +69,7 @@ def _spec(name: str, leaf: Any, sizes: Mapping[str, int]) -> Any:
     if leaf is None:
         return None
     if name in _LOW_RANK:
-        return tuple(division((), x.shape, sizes, names=dims) for x, dims in zip(leaf, _LOW_RANK[name], strict=True))
+        pairs = zip(leaf, _LOW_RANK[name], strict=True)
+        return tuple(partition_spec((), x.shape, sizes, names=dims) for x, dims in pairs)
     path = name if name.endswith("bias") else f"{name}_kernel"
-    return division((), leaf.shape, sizes, names=in_use(EXPERTS[path]))
+    return partition_spec((), leaf.shape, sizes, names=in_use(EXPERTS[path]))

@@ -7,7 +7,8 @@ Keys and values of all heads are made of one short latent vector per token, and 
     r_t = RoPE(W_rotary x_t)          one rotated key, which all heads share         eq. 15
     q_t = [content; RoPE(rotary)]     queries, of x_t or of a latent of their own    eq. 12 to 14
 
-A head's score is q · [k; r]. RoPE has features of its own because what is turned by position could not be absorbed:
+A head's score is q · [k; r]. RoPE has features of its own: a rotation between q and W_up, another one for each
+distance, could not be absorbed (section 2.1.3). Attention is computed in one of two forms:
 
 - expanded (training, prompts): keys and values are formed, and attention is that of any other model;
 - absorbed (decoding): q · W_up c = (W_upᵀ q) · c, and the mixed values W_up Σ w c = Σ w (W_up c). So queries meet the
@@ -25,11 +26,12 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
-from llmq_jax.layers.attention import Context, self_attention, visible
+from llmq_jax.layers.attention import Context, self_attention
 from llmq_jax.layers.caches import LatentCache
 from llmq_jax.layers.linear import Linear, flat_by_output, side_by_side
 from llmq_jax.layers.lora import merge
 from llmq_jax.layers.norms import RMSNorm
+from llmq_jax.layers.scaled_dot_product import visible
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,7 @@ class LatentAttention(nn.Module):
         self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         assert context.rotation is not None
-        s, turn = self.sizes, context.rotation.apply
-
-        def linear(features: int | tuple[int, int], name: str, use_bias: bool) -> Linear:
-            return Linear(features, use_bias, self.kernel_init, self.dtype, name=name)
-
+        s, turn, linear = self.sizes, context.rotation.apply, self.linear
         latent_down = linear(s.cached_width, "latent_down", self.use_bias)
         heads = (s.num_heads, s.key_width)
         if s.query_rank is None:
@@ -102,24 +100,40 @@ class LatentAttention(nn.Module):
             stored = jnp.concatenate([latent, shared_key[:, :, 0]], axis=-1)
             was_empty, cache = cache.empty, cache.write(stored, context.positions, context.segment_ids)
         if cache is None or was_empty:
-            expanded = linear((s.num_heads, s.content_width + s.value_width), "latent_up", self.up_bias)(latent)
-            keys, values = jnp.split(expanded, [s.content_width], axis=-1)
-            shared_key = jnp.broadcast_to(shared_key, (*keys.shape[:3], s.rotary_width))
-            query = jnp.concatenate([content, rotary], axis=-1)
-            key = jnp.concatenate([keys, shared_key], axis=-1)
-            mixed = self_attention(
-                query.swapaxes(1, 2),  # heads before positions
-                key.swapaxes(1, 2),
-                values.swapaxes(1, 2),
-                context,
-                scale=self.scale,
-                dropout_rate=self.dropout_rate,
-                dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
-            ).swapaxes(1, 2)
+            mixed = self.expanded(content, rotary, latent, shared_key, context)
         else:
             mixed = self.absorbed(content, rotary, context, cache)
         mixed = mixed.reshape(*x.shape[:2], s.num_heads * s.value_width)
         return linear(x.shape[-1], "out", self.use_bias)(mixed), cache
+
+    @nn.nowrap
+    def linear(self, features: int | tuple[int, int], name: str, use_bias: bool) -> Linear:
+        return Linear(features, use_bias, self.kernel_init, self.dtype, name=name)
+
+    def expanded(
+        self,
+        content: Float[Array, "B T N _"],
+        rotary: Float[Array, "B T N _"],
+        latent: Float[Array, "B T R"],
+        shared_key: Float[Array, "B T 1 _"],
+        context: Context,
+    ) -> Float[Array, "B T N V"]:
+        """Attention of the sequence to itself, with each head's keys and values formed of the latents."""
+        s = self.sizes
+        up = self.linear((s.num_heads, s.content_width + s.value_width), "latent_up", self.up_bias)(latent)
+        keys, values = jnp.split(up, [s.content_width], axis=-1)
+        shared_key = jnp.broadcast_to(shared_key, (*keys.shape[:3], s.rotary_width))
+        query = jnp.concatenate([content, rotary], axis=-1)
+        key = jnp.concatenate([keys, shared_key], axis=-1)
+        return self_attention(
+            query.swapaxes(1, 2),  # heads before positions
+            key.swapaxes(1, 2),
+            values.swapaxes(1, 2),
+            context,
+            scale=self.scale,
+            dropout_rate=self.dropout_rate,
+            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
+        ).swapaxes(1, 2)
 
     def absorbed(
         self, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context, cache: LatentCache

@@ -45,8 +45,8 @@ class Linear(nn.Module):
         product: Float[Array, "..."] | None = None,
         batch: tuple[int, ...] | None = None,
     ) -> Float[Array, "..."]:
-        """`product` is x W, where it has been formed already, `batch` the shape of the axes before the last, where x
-        has one for all of them (`side_by_side`)."""
+        """`product`: x W, where `side_by_side` has formed it already. `batch`: the leading shape of the result, where x
+        comes as rows [M, D]."""
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         width = x.shape[-1]
         if product is not None:
@@ -82,7 +82,7 @@ def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype
 
 
 def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[Array, "..."], ...]:
-    """`linear(x)` of each. Parameters from `by_output` give all of them in one product, if they are known to it."""
+    """`linear(x)` for each. Kernels that `by_output` has joined (`SIDE_BY_SIDE`) are one product, split afterwards."""
     first = linears[0]
     if not first.has_variable("params", KERNELS_BY_OUTPUT):
         rows = x.reshape(-1, x.shape[-1])  # one array, that the backward pass keeps once for all

@@ -116,14 +116,14 @@ def adapted(
 
 @jax.custom_vjp
 def raised(low: Float[Array, "M R"], last: Float[Array, "R F"]) -> Float[Array, "M F"]:
-    """The product with B. Its gradient is formed as lowᵀ slope, R rows: JAX forms (slopeᵀ low)ᵀ, F rows of the few
+    """The product with B. Its gradient is formed as lowᵀ grad, R rows: JAX forms (gradᵀ low)ᵀ, F rows of the few
     columns R, which XLA's CPU backend does several times as slowly."""
     return low @ last
 
 
 raised.defvjp(
     lambda low, last: (low @ last, (low, last)),
-    lambda saved, slope: (slope @ saved[1].T, jax.lax.dot_general(saved[0], slope, (((0,), (0,)), ((), ())))),
+    lambda saved, grad: (grad @ saved[1].T, jax.lax.dot_general(saved[0], grad, (((0,), (0,)), ((), ())))),
 )
 
 
@@ -344,6 +344,9 @@ def _fresh(
     if of_experts and (spec.dropout or spec.variant == "dora"):
         what = f"dropout={spec.dropout}" if spec.dropout else f"variant={spec.variant!r}"
         raise BadInput(f"LoRA: {what} does not act on stacked experts ({name}); choose targets without them")
+
+    if spec.dropout and not stacked:  # a head is applied chunk by chunk, in the loss, without random numbers
+        raise BadInput(f"LoRA: dropout={spec.dropout} does not act on the head ({name}); choose targets without it")
 
     chosen = jnp.asarray(in_layer if stacked else in_layer[0])
 

@@ -1,8 +1,9 @@
 """Mixture of experts: many feed-forward networks, of which each token passes through the few that a router picks.
 
-Shazeer et al. 2017, arXiv:1701.06538 (top-k of a softmax, noise); Jiang et al. 2024 (Mixtral), arXiv:2401.04088
-(weights renormalised over the chosen); Dai et al. 2024 (DeepSeekMoE), arXiv:2401.06066 (fine-grained and shared
-experts); DeepSeek-AI 2024 (V3), arXiv:2412.19437 (sigmoid scores, groups, a bias for selection).
+Shazeer et al. 2017, arXiv:1701.06538 (noisy top-k gating); Fedus et al. 2021 (Switch), arXiv:2101.03961 (weights of the
+full softmax, not renormalised); Jiang et al. 2024 (Mixtral), arXiv:2401.04088 (renormalised over the chosen); Dai et
+al. 2024 (DeepSeekMoE), arXiv:2401.06066 (fine-grained and shared experts); DeepSeek-AI 2024 (V3), arXiv:2412.19437
+(sigmoid scores, groups, a bias for selection).
 
 Any decoder takes experts in place of its feed-forward networks: `config.experts`.
 """
@@ -29,7 +30,8 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
 
 SCORES = ("softmax", "sigmoid")
-# A group of experts is as good as its best two (DeepSeek-V3, section 2.1.2).
+# A group's score is the sum of its best two experts', as in DeepSeek's code. The paper (section 2.1.2) sums the best
+# top_k / top_groups, which in V3 is 2 as well.
 BEST_OF_GROUP = 2
 
 
@@ -153,7 +155,7 @@ def require_same_sizes(given: Experts | None, sizes: tuple[int, int], config: ob
 def route(
     logits: Float[Array, "*batch E"], experts: Experts, bias: Float[Array, " E"] | None = None
 ) -> tuple[Int[Array, "*batch k"], Float[Array, "*batch k"], Float[Array, "*batch E"]]:
-    """(ids of the chosen experts, their weights, the router's probabilities), all in float32.
+    """(int32 ids of the chosen experts, their weights, the router's probabilities); the latter two in float32.
 
     The probabilities add up to 1 over all experts, for the balance losses (arXiv:2412.19437, eq. 19).
     """

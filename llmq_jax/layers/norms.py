@@ -106,10 +106,10 @@ ALPHA_INIT = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 
 
 
 def alpha_init(width: int, before_attention: bool, initializer_range: float = 0.02) -> float:
-    """The paper's value for the width of its table that is nearest, by ratio.
+    """The table's value at the width nearest to ours, by ratio.
 
-    Wider models start with larger activations, initializer_range · sqrt(D) in embeddings and products, which a tanh has
-    to leave room. So weights that start larger count as a wider model's: of that width at which 0.02 does the same.
+    Activations start at about initializer_range · sqrt(D); the larger they are, the smaller alpha must be, or the tanh
+    saturates. The table is for a range of 0.02: another range counts as the width at which 0.02 gives the same product.
     """
     alike = width * (initializer_range / 0.02) ** 2
     listed = min(ALPHA_INIT, key=lambda w: abs(math.log(w / alike)))

@@ -190,6 +190,7 @@ class DynamicRope(ScaledRope):
 
     def frequencies(self, width: int, lengths: Array) -> Any:
         trained = self.original_max_position_embeddings
+        # transformers' form, s · length / trained - (s - 1); with factor s = 1 it is the paper's length / trained.
         excess = jnp.maximum(lengths - trained, 0) / trained
         return inverse_frequencies(ntk_base(self.rope_theta, 1 + self.factor * excess, width), width)
 
@@ -271,7 +272,7 @@ class ByPartsNTKRope(ByPartsRope):
 class YarnRope(ScaledRope):
     """YaRN as it was released and as transformers has it: the ramp between slowed and kept pairs is linear in the index
     of the pair, from the one that turns `beta_fast` times in the trained context to the one that turns `beta_slow`
-    times; and attention gets a temperature, through the length of queries and keys (section 3.4, eq. 22).
+    times; and attention gets a temperature, by a factor on queries and keys (section 3.4, eq. 22).
     """
 
     rope_type: str = field(default="yarn", init=False)
@@ -296,12 +297,12 @@ class YarnRope(ScaledRope):
         low, high = (self._index(turns, width) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, width - 1)
+        low, high = max(low, 0), min(high, width - 1)  # not width / 2 - 1: as in YaRN's own code and transformers
         slowed = np.clip((np.arange(width // 2) - low) / (high - low or 0.001), 0.0, 1.0)
         return plain * (1 - slowed + slowed / self.factor)
 
     def _index(self, turns: float, width: int) -> float:
-        """Of the pair that turns that many times in the trained context."""
+        """The i at which θᵢ · original_max_position_embeddings = 2π · turns; seldom a whole number."""
         wavelength = self.original_max_position_embeddings / turns
         return width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.rope_theta))
 

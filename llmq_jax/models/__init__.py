@@ -13,7 +13,7 @@ from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import as_type, has_type, type_name
-from llmq_jax.layers.axes import in_place
+from llmq_jax.layers.axes import constrain_like_params
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mixtral
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
@@ -133,8 +133,7 @@ def architecture(config: Any) -> Architecture:
 def init(config: Any, seed: int = 0) -> dict[str, Any]:
     """Fresh variables in float32: one dict of collections, "params" among them. On a mesh each device makes its own."""
     model = build(config)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    initialise = jax.jit(lambda key: in_place(model.init(key, jnp.zeros(tokens.shape, tokens.dtype))))
+    initialise = jax.jit(lambda key: constrain_like_params(model.init(key, jnp.zeros((1, 1), jnp.int32))))
     variables: dict[str, Any] = initialise(jax.random.key(seed))
     return variables
 

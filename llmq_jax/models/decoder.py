@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Context, check_implementation, choose
-from llmq_jax.layers.axes import placed
+from llmq_jax.layers.axes import constrain
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
@@ -82,7 +82,7 @@ class Pattern(nn.Module):
         for i, make in enumerate(self.blocks):
             name = f"block_{i}"
             x, new_caches[name], counts[name] = make(name=name)(x, context, caches and caches[name])
-            x = placed(x, "batch")
+            x = constrain(x, "batch")
         return x, (caches and new_caches, counts)
 
 
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
     attention: str = "auto"
     """How a sequence attends to itself: "masked", "blocked" or "fused"; "auto" takes what suits the backend."""
     frozen_layers: int = 0
-    """Where a stack of layers is cut in two, so that the lower ones need not train: see `training.parts`."""
+    """How many of the lowest layers are frozen. A stack that this cuts runs as two: see `training.parts`."""
 
     @nn.nowrap
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +219,8 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=repeats,
             unroll=1 if self.scan_layers else repeats,
-            # A trace of its own, for outputs that we do not have; but seeds give the values they gave with it.
+            # True costs one more trace, for a check that we do not need; `init` keeps it, so that a seed gives the
+            # weights that it always gave.
             check_constancy_invariants=self.is_initializing(),
         )
 
@@ -234,7 +235,7 @@ class Decoder(nn.Module):
         tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
         positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
-        x = placed(self.embed(tokens, positions), "batch")
+        x = constrain(self.embed(tokens, positions), "batch")
         new_caches, counts = {}, {}
         for name in self.stacks():
             x, (new_caches[name], counts[name]) = getattr(self, name)(x, caches and caches[name], context)
@@ -296,16 +297,18 @@ class Decoder(nn.Module):
         }
 
     @nn.nowrap
-    def attention_choice(self, length: int, training: bool = False) -> str:
-        """What `attention` comes to for sequences of this length on this machine: one line, to be shown once."""
+    def attention_choice(self, training: bool = False) -> str:
+        """What `attention` comes to on this machine: one line, to be shown once. BadInput: what is asked for by name
+        cannot run here."""
         c, dtype = self.config, self.dtype or jnp.float32
         dropout = getattr(c, "attention_dropout", 0.0) or getattr(c, "attn_pdrop", 0.0)
         softcap = getattr(c, "attn_logit_softcapping", None)
+        heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         names = {}
         for make in (make for group in self.layer_groups() for make in group.blocks):
             cache = make(parent=None).create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # which a layer's cache knows
-            facts: dict[str, Any] = {"length": length, "window": window, "dtype": dtype}
+            facts: dict[str, Any] = {"window": window, "dtype": dtype, "heads": heads}
             facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
             names[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
         parts = [f"{name} in windows of {window}" for window, name in names.items() if window is not None]
@@ -352,8 +355,8 @@ class Decoder(nn.Module):
     ) -> Output:
         """A pass over sliced layers with one cache a layer, and such caches in what it gives."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        # Some scalings of RoPE go by the length of the document. For each token that ends with it: of tokens that come
-        # together, the first must not see by its frequencies that others follow, which may be drafts.
+        # Some scalings of RoPE depend on the document's length. Here that is each token's position + 1, as if it were a
+        # segment of its own: its rotation must not depend on drafts that follow it in the same pass.
         alone = jnp.broadcast_to(jnp.arange(1, tokens.shape[1] + 1), tokens.shape)
         context = self.context(positions, alone).replace(segment_ids=None, implementation=self.attention)
         x = self.apply(outside, tokens, positions, method="embed")

@@ -6,8 +6,9 @@ What it has in place of what Llama has:
 - fine-grained experts and a shared one in place of the feed-forward network, from the fourth layer on: sigmoid scores,
   a bias for selection that keeps the load even without a loss, groups of experts of which a token sees few
   (section 2.1.2; `layers.moe`)
-- a second objective, multi-token prediction: behind the last layer D small modules, each a block, look one token
-  further ahead each (section 2.2; `objectives.multi_token`). They can draft for the model itself when it generates
+- a second objective, multi-token prediction: behind the last layer each of D modules, one block of the model's own
+  kind, looks one token further ahead (section 2.2; `objectives.multi_token`). They can draft for the model itself when
+  it generates
 - YaRN with its temperature in the scale of the scores
 
 Reference: transformers' `DeepseekV3ForCausalLM` and `MtpModel`, and DeepSeek's own code. Deviations: none in what is
@@ -110,7 +111,7 @@ class DeepSeekV3Config:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     norm: str = "rms_norm"
-    """"rms_norm", "layer_norm" or "dyt"."""
+    """"layer_norm", "rms_norm", "zero_centred_rms_norm" or "dyt" (Dynamic Tanh)."""
     balance: Balance | dict[str, Any] | None = PAPER_BALANCE
     """What keeps the load of experts even in training."""
     experts: Experts | dict[str, Any] | None = None
@@ -225,8 +226,8 @@ class DeepSeekV3Config:
     def score_scale(self) -> float:
         """What attention's scores are multiplied by: 1 / sqrt(width of keys), and YaRN's temperature.
 
-        DeepSeek has the temperature here; the length of queries and keys is scaled by mscale / mscale_all_dim alone,
-        which in its models is 1.
+        DeepSeek has the temperature here; queries and keys are scaled by mscale / mscale_all_dim alone, which in its
+        models is 1.
         """
         rope = self.rope_parameters
         scale: float = self.latent_sizes.key_width**-0.5
@@ -296,7 +297,8 @@ class Ahead(struct.PyTreeNode):
     """What the modules of multi-token prediction give, stacked over their depths 1 to D."""
 
     hidden: Float[Array, "D B T M"]
-    """At place i of depth k what predicts token i + k + 1, after the module's norm."""
+    """At place i of depth k what predicts token i + k + 1, after the module's norm. D is the number of modules here, as
+    in the paper, and M the width, elsewhere D."""
     caches: Any = None
     counts: Any = None
 

@@ -144,7 +144,8 @@ class Gemma2Config:
             "layer_types",
             f"has {count} kinds for num_hidden_layers={self.num_hidden_layers}",
         )
-        # The pattern written out is None: equal models have equal configs, and another depth takes it along.
+        # The family's pattern, written out, is held as None: so equal models have equal configs, and `override` of
+        # num_hidden_layers lengthens or shortens it.
         if self.layer_types == self.family_layer_types:
             object.__setattr__(self, "layer_types", None)
 

@@ -56,7 +56,7 @@ class GPT2Config:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     norm: str = "layer_norm"
-    """"layer_norm", "rms_norm" or "dyt" (Dynamic Tanh)."""
+    """"layer_norm", "rms_norm", "zero_centred_rms_norm" or "dyt" (Dynamic Tanh)."""
     experts: Experts | dict[str, Any] | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
     labels: Labels = None

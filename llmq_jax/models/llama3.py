@@ -66,7 +66,7 @@ class Llama3Config:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     norm: str = "rms_norm"
-    """"rms_norm", "layer_norm" or "dyt"."""
+    """"layer_norm", "rms_norm", "zero_centred_rms_norm" or "dyt" (Dynamic Tanh)."""
     experts: Experts | dict[str, Any] | None = None
     """Experts in place of feed-forward networks, from a chosen layer on; a dict as in JSON."""
     labels: Labels = None
@@ -83,8 +83,8 @@ class Llama3Config:
             "num_attention_heads",
             "intermediate_size",
         )
-        # What a field says by default, it says by None: equal models have equal configs, and another number of heads
-        # or width takes these along.
+        # A value equal to the default is held as None: so equal models have equal configs, and `override` of the width
+        # or of the number of heads changes what follows from it.
         for name, default in (
             ("num_key_value_heads", self.num_attention_heads),
             ("head_dim", self.hidden_size / self.num_attention_heads),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from llmq_jax.layers.axes import placed, row_groups
+from llmq_jax.layers.axes import constrain, row_groups
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Chunks:
         """[groups, count, ...], filled up with zeros, to [chunks, groups, size, ...]."""
         filled = jnp.pad(x, [(0, 0), (0, self.chunks * self.size - self.count)] + [(0, 0)] * (x.ndim - 2))
         parts = filled.reshape(self.groups, self.chunks, self.size, *x.shape[2:])
-        return placed(parts.swapaxes(0, 1), None, "batch")
+        return constrain(parts.swapaxes(0, 1), None, "batch")
 
     def join(self, x: Array) -> Array:
         """[chunks, groups, size] to [groups, chunks · size], what filled up at the end."""

@@ -15,7 +15,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
 from llmq_jax.objectives.cross_entropy import token_losses
-from llmq_jax.objectives.next_token import mean, with_balance
+from llmq_jax.objectives.next_token import safe_divide, with_balance
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Classification:
         output = self.model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs)
         logits = self.model.apply(variables, last_hidden(output.hidden, segment_ids), method="class_logits", rngs=rngs)
         losses = token_losses(logits, batch["labels"])
-        loss = mean((self._row_weights(batch) * losses).sum(), weights["loss"])
+        loss = safe_divide((self._row_weights(batch) * losses).sum(), weights["loss"])
         right = (logits.argmax(axis=-1) == batch["labels"]).astype(jnp.float32)
-        metrics = {"accuracy": mean((mask * right).sum(), weights["accuracy"])}
+        metrics = {"accuracy": safe_divide((mask * right).sum(), weights["accuracy"])}
         if rng is None:
             return loss, metrics, output.counts
-        share = mean(mask.sum(), weights["accuracy"])
+        share = safe_divide(mask.sum(), weights["accuracy"])
         total, balance = with_balance(loss, self.model.experts, output.counts, share)
         return total, {**metrics, **({"classification_loss": loss, **balance} if balance else {})}, output.counts
 

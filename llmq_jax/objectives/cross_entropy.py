@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import by_group, where_used
+from llmq_jax.layers.axes import by_group, gathered_over_fsdp
 from llmq_jax.objectives.chunks import Chunks
 
 # Logits of a chunk, in elements: every chunk adds to the whole of the head's gradient, so there should be few of them.
@@ -49,7 +49,7 @@ def chunked_cross_entropy(
         chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
     chunks = Chunks.of(len(hidden), mask.size, chunk_size)
     split = (chunks.split(chunks.by_group(x)) for x in (hidden, targets, mask))
-    loss: Array = _summed_loss(unembed, where_used(head), *split)
+    loss: Array = _summed_loss(unembed, gathered_over_fsdp(head), *split)
     return loss
 
 
@@ -85,13 +85,13 @@ def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) 
         losses = token_losses(logits, target)
         # d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t)
         onehot = target[:, None] == jnp.arange(logits.shape[-1])
-        slope = (jax.nn.softmax(logits.astype(jnp.float32)) - onehot) * weight[:, None]
-        return jnp.sum(weight * losses), *pull_back(slope.astype(logits.dtype))
+        grad = (jax.nn.softmax(logits.astype(jnp.float32)) - onehot) * weight[:, None]
+        return jnp.sum(weight * losses), *pull_back(grad.astype(logits.dtype))
 
     def add(carry: tuple[Array, Any], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Any], Array]:
         total, head_gradient = carry
-        loss, head_slope, row_slope = gradients(*chunk)
-        return (total + loss, jax.tree.map(jnp.add, head_gradient, head_slope)), row_slope
+        loss, head_grad, row_grad = gradients(*chunk)
+        return (total + loss, jax.tree.map(jnp.add, head_gradient, head_grad)), row_grad
 
     # Groups add up at the end, once: in the loop they would do so for every chunk.
     groups = mask.shape[1]
@@ -102,8 +102,8 @@ def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) 
     return total.sum(), (head_gradient, hidden_gradient)
 
 
-def _backward(unembed: Unembed, gradients: tuple[Any, Array], slope: Array) -> tuple[Any, Array, None, None]:
-    head_gradient, hidden_gradient = jax.tree.map(lambda g: (g * slope).astype(g.dtype), gradients)
+def _backward(unembed: Unembed, gradients: tuple[Any, Array], grad: Array) -> tuple[Any, Array, None, None]:
+    head_gradient, hidden_gradient = jax.tree.map(lambda g: (g * grad).astype(g.dtype), gradients)
     return head_gradient, hidden_gradient, None, None
 
 

@@ -41,7 +41,7 @@ from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.positions import DynamicRope, LongRope
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.logprobs import completion_logprobs
-from llmq_jax.objectives.next_token import mean, with_balance
+from llmq_jax.objectives.next_token import safe_divide, with_balance
 
 Mask = Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"]
 Advantages = Float[Array, " B"] | Float[Array, "B C"]
@@ -152,6 +152,10 @@ class LossOptions:
     """What the distance from the reference costs. 0: no reference is read."""
     kl: str | None = None
     """The estimator of this distance, see `kl_estimate`; k3."""
+    kl_by_ratio: bool = False
+    """Whether each token's distance is multiplied by its ratio (DeepSeek-V3.2, arXiv:2512.02556; TRL's
+    use_bias_correction_kl). With k1 and k3 the gradient is then that of KL(π || π_ref) on average, also where the
+    policy has moved away from the one that answered."""
     max_length: int | None = None
     """For dr_grpo: the longest that an answer may be, in tokens, the same for all batches."""
     entropy_coefficient: float = 0.0
@@ -187,6 +191,8 @@ class LossOptions:
             raise BadInput(f"loss_type='dr_grpo' divides by max_length={self.max_length}; give the longest answer's")
         if self.kl is not None and not self.beta:
             raise BadInput(f"kl={self.kl!r} has no effect with beta=0; leave it out, or give a beta")
+        if self.kl_by_ratio and not self.beta:
+            raise BadInput("kl_by_ratio has no effect with beta=0; leave it out, or give a beta")
         if self.kl is not None and self.kl not in ESTIMATORS:
             raise BadInput(f"kl={self.kl!r} is unknown; {did_you_mean(self.kl, ESTIMATORS)}")
 
@@ -214,6 +220,7 @@ def grpo_loss(
     clip_high: float | None = None,
     beta: float = 0.0,
     kl: str | None = None,
+    kl_by_ratio: bool = False,
     max_length: int | None = None,
     entropies: Float[Array, "B C"] | None = None,
     entropy_coefficient: float = 0.0,
@@ -244,6 +251,7 @@ def grpo_loss(
         clip_high=clip_high,
         beta=beta,
         kl=kl,
+        kl_by_ratio=kl_by_ratio,
         max_length=max_length,
         entropy_coefficient=entropy_coefficient,
         sapo_temperature_positive=sapo_temperature_positive,
@@ -266,15 +274,16 @@ def grpo_loss(
     metrics = clip_metrics(ratio, advantages, mask, options, weights)
     if reference_logprobs is not None:  # and beta is not 0
         distance = kl_estimate(logprobs, _constant(reference_logprobs, mask), kl or "k3")
+        distance *= ratio if kl_by_ratio else 1.0
         losses += beta * distance
-        metrics["kl"] = mean((mask * distance).sum(), weights["tokens"])
+        metrics["kl"] = safe_divide((mask * distance).sum(), weights["tokens"])
     loss = averaged(losses, mask, options, weights)
     if entropies is not None:
         entropies = jnp.where(mask > 0, entropies, 0.0)
-        metrics["entropy"] = mean((mask * entropies).sum(), weights["tokens"])
+        metrics["entropy"] = safe_divide((mask * entropies).sum(), weights["tokens"])
     if entropies is not None and entropy_coefficient:
         metrics["policy_loss"] = loss
-        loss -= entropy_coefficient * _share(mask, weights) * mean((mask * entropies).sum(), mask.sum())
+        loss -= entropy_coefficient * _share(mask, weights) * safe_divide((mask * entropies).sum(), mask.sum())
     return loss, metrics
 
 
@@ -335,13 +344,13 @@ def averaged(
 ) -> Float[Array, ""]:
     """A micro-batch's part of the batch's average over tokens: the third column of the table above."""
     if options.loss_type in TOKEN_AVERAGES:
-        return mean((losses * mask).sum(), weights["tokens"])
+        return safe_divide((losses * mask).sum(), weights["tokens"])
     if options.loss_type == "bnpo":
-        return _share(mask, weights) * mean((losses * mask).sum(), mask.sum())
+        return _share(mask, weights) * safe_divide((losses * mask).sum(), mask.sum())
     if options.loss_type == "dr_grpo":
         assert options.max_length is not None
-        return mean((losses * mask).sum(), weights["rows"] * options.max_length)
-    return mean(_row_means(losses, mask).sum(), weights["rows"])
+        return safe_divide((losses * mask).sum(), weights["rows"] * options.max_length)
+    return safe_divide(_row_means(losses, mask).sum(), weights["rows"])
 
 
 def clip_metrics(
@@ -356,7 +365,7 @@ def clip_metrics(
         return {}
     if options.loss_type == "cispo":
         clipped = (ratio > options.value("clip_high")) & (advantages > 0)
-        return {"cispo_clip_ratio": mean((clipped * mask).sum(), weights["tokens"])}
+        return {"cispo_clip_ratio": safe_divide((clipped * mask).sum(), weights["tokens"])}
     lower, upper = options.bounds
     low, high = (ratio < lower) & (advantages < 0), (ratio > upper) & (advantages > 0)
     number = weights["tokens"]
@@ -367,11 +376,11 @@ def clip_metrics(
     low_rows = jnp.where(tokens > 0, _row_means(low, mask), 1.0)
     high_rows = jnp.where(tokens > 0, _row_means(high, mask), 0.0)
     return {
-        "clip_ratio/low_mean": mean((low * mask).sum(), number),
+        "clip_ratio/low_mean": safe_divide((low * mask).sum(), number),
         "clip_ratio/low_min": low_rows.min(),
-        "clip_ratio/high_mean": mean((high * mask).sum(), number),
+        "clip_ratio/high_mean": safe_divide((high * mask).sum(), number),
         "clip_ratio/high_max": high_rows.max(),
-        "clip_ratio/region_mean": mean(((low | high) * mask).sum(), number),
+        "clip_ratio/region_mean": safe_divide(((low | high) * mask).sum(), number),
     }
 
 
@@ -386,7 +395,7 @@ def _row_means(values: Array, mask: Float[Array, "B C"]) -> Float[Array, " B"]:
 
 def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
     """A micro-batch's part of the batch."""
-    return mean(jnp.asarray(float(len(mask))), weights["rows"])
+    return safe_divide(jnp.asarray(float(len(mask))), weights["rows"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.layers.axes import by_group, where_used
+from llmq_jax.layers.axes import by_group, gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.objectives.chunks import Chunks
 
@@ -169,7 +169,7 @@ def _scores(
     """What the measures make of each prediction and its target, times the mask."""
     chunks = Chunks.of(len(mask), mask.size, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
     # A head for each group: sums of its gradient over their rows stay apart until the end.
-    head = where_used(model.head_variables(variables))
+    head = gathered_over_fsdp(model.head_variables(variables))
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)
 
     # What counts comes first, in its order.
@@ -190,12 +190,12 @@ def _scores(
     def nothing(heads: dict[str, Any], rows: Array, target: Array) -> tuple[Array, ...]:
         return (jnp.zeros(target.shape),) * len(measures)
 
-    def chunk(_: None, rows_targets_counts: tuple[Any, ...]) -> tuple[None, tuple[Array, ...]]:
-        rows, target, counts = rows_targets_counts
-        return None, jax.lax.cond(counts, of_rows, nothing, heads, rows, target)
+    def chunk(_: None, of_chunk: tuple[Any, ...]) -> tuple[None, tuple[Array, ...]]:
+        rows, target, any_counted = of_chunk
+        return None, jax.lax.cond(any_counted, of_rows, nothing, heads, rows, target)
 
-    counts = (split(mask) != 0).any(axis=(1, 2))
-    _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), counts))
+    any_counted = (split(mask) != 0).any(axis=(1, 2))
+    _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), any_counted))
 
     def unsplit(score: Array) -> Array:
         in_order: Array = sorted_by(chunks.join(score), back)

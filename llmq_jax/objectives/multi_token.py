@@ -1,7 +1,7 @@
 """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the next token, and D further ones.
 
     loss = L_main + λ/D Σ_k L_k                                                      eq. 25
-    L_k = -Σ_i log p_k(token i + k + 1 | tokens up to i + k) / their number          eq. 24
+    L_k = -Σ_i log p_k(token i + k + 1 | tokens up to i + k) / their number          eq. 24, which divides by T
 
 p_k is what the k-th of the model's modules gives, by the head that all share. Where a row or a document ends before
 token i + k + 1, there is nothing to predict: it counts neither above nor below the line.
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models.deepseek3 import DeepSeek3, has_token_ahead
-from llmq_jax.objectives.next_token import head_loss, mean, with_balance
+from llmq_jax.objectives.next_token import head_loss, safe_divide, with_balance
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ class MultiToken:
         )
         hidden = [output.hidden, *ahead.hidden]
         losses = {
-            name: mean(head_loss(self.model, variables, states, targets, mask), weights[name])
+            name: safe_divide(head_loss(self.model, variables, states, targets, mask), weights[name])
             for states, (name, (targets, mask)) in zip(hidden, self.targets(batch).items(), strict=True)
         }
         loss = losses.pop("loss")
         if rng is None:
             return loss, losses, output.counts
-        share = mean(batch["mask"].astype(jnp.float32).sum(), weights["loss"])
+        share = safe_divide(batch["mask"].astype(jnp.float32).sum(), weights["loss"])
         total, metrics = with_balance(loss, self.model.experts, output.counts, share)
         total += weights["coefficient"] / self.depth * sum(losses.values())
         metrics |= {"mtp_coefficient": share * weights["coefficient"]}

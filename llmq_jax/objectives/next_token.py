@@ -32,7 +32,8 @@ class NextToken:
     def loss(
         self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
-        """(loss in nats a token, metrics that add over micro-batches, counts).
+        """(loss in nats a token, metrics that add over micro-batches, `Output.counts`: what the routers of experts
+        report).
 
         `rng` is given in training: dropout acts, and the balance losses of experts are added.
         """
@@ -45,10 +46,10 @@ class NextToken:
             rngs=None if rng is None else {"dropout": rng},
         )
         mask = batch["mask"].astype(jnp.float32)
-        loss = mean(head_loss(self.model, variables, output.hidden, batch["targets"], mask), weights["loss"])
+        loss = safe_divide(head_loss(self.model, variables, output.hidden, batch["targets"], mask), weights["loss"])
         if rng is None:
             return loss, {}, output.counts
-        total, metrics = with_balance(loss, self.model.experts, output.counts, mean(mask.sum(), weights["loss"]))
+        total, metrics = with_balance(loss, self.model.experts, output.counts, safe_divide(mask.sum(), weights["loss"]))
         return total, {"next_token_loss": loss, **metrics} if metrics else {}, output.counts
 
 
@@ -63,8 +64,9 @@ def head_loss(
     return chunked_cross_entropy(partial(_unembed, model), model.head_variables(variables), hidden, targets, mask)
 
 
-def mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
-    """A sum over a micro-batch, divided by the weight of the whole batch: where nothing counts 0, not NaN."""
+def safe_divide(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
+    """total / weight; 0 where nothing counts. Sums over micro-batches, each divided by the weight of the whole batch,
+    add up to the batch's mean."""
     return total / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
 

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.logprobs import logprobs_and_counts
-from llmq_jax.objectives.next_token import mean, with_balance
+from llmq_jax.objectives.next_token import safe_divide, with_balance
 
 LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
 SMOOTHED = ("sigmoid", "robust")
@@ -134,13 +134,14 @@ class DPO:
             loss_type=self.loss_type,
         )
         chosen, rejected = (policy - reference).T
+        # Not those of dpo_loss, which are of means where the loss is: these are of sums, always (docs/dpo.md).
         metrics = rewards_of(chosen, rejected, self.beta)
         metrics |= dict(zip(LOGPROBS, policy.T, strict=True))
-        metrics = {name: mean((mask * value).sum(), weights["loss"]) for name, value in metrics.items()}
-        loss = mean((mask * losses).sum(), weights["loss"])
+        metrics = {name: safe_divide((mask * value).sum(), weights["loss"]) for name, value in metrics.items()}
+        loss = safe_divide((mask * losses).sum(), weights["loss"])
         if rng is None:
             return loss, metrics, counts
-        total, balance = with_balance(loss, self.model.experts, counts, mean(mask.sum(), weights["loss"]))
+        total, balance = with_balance(loss, self.model.experts, counts, safe_divide(mask.sum(), weights["loss"]))
         return total, {**metrics, **({"preference_loss": loss, **balance} if balance else {})}, counts
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
-from llmq_jax.objectives.next_token import mean, with_balance
+from llmq_jax.objectives.next_token import safe_divide, with_balance
 
 POOLINGS = ("last", "mean")
 
@@ -75,18 +75,18 @@ class RewardModel:
         rewards = rewards.reshape(pairs, 2)
         chosen, rejected = rewards[:, 0], rewards[:, 1]
         losses = bradley_terry_loss(chosen, rejected, margin=batch.get("margins"), center=self.center)
-        loss = mean((mask * losses).sum(), weights["loss"])
+        loss = safe_divide((mask * losses).sum(), weights["loss"])
         right = jnp.where(chosen == rejected, 0.5, (chosen > rejected).astype(jnp.float32))
         metrics = {
-            "accuracy": mean((mask * right).sum(), weights["accuracy"]),
-            "margin": mean((mask * (chosen - rejected)).sum(), weights["margin"]),
-            "mean_reward": mean((mask * (chosen + rejected) / 2).sum(), weights["mean_reward"]),
+            "accuracy": safe_divide((mask * right).sum(), weights["accuracy"]),
+            "margin": safe_divide((mask * (chosen - rejected)).sum(), weights["margin"]),
+            "mean_reward": safe_divide((mask * (chosen + rejected) / 2).sum(), weights["mean_reward"]),
             "min_reward": jnp.where(mask > 0, rewards.min(axis=1), jnp.inf).min(),
             "max_reward": jnp.where(mask > 0, rewards.max(axis=1), -jnp.inf).max(),
         }
         if rng is None:
             return loss, metrics, counts
-        total, balance = with_balance(loss, self.model.experts, counts, mean(mask.sum(), weights["loss"]))
+        total, balance = with_balance(loss, self.model.experts, counts, safe_divide(mask.sum(), weights["loss"]))
         return total, {**metrics, **({"reward_loss": loss, **balance} if balance else {})}, counts
 
 

@@ -4,20 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.attention import (
-    Context,
-    attend,
-    attention,
-    choose,
-    lean_attend,
-    query_blocks,
-    self_attention,
-    visible,
-    window_block,
-    window_blocks,
-)
+from llmq_jax.layers.attention import Context, attention, choose, query_blocks, self_attention
+from llmq_jax.layers.axes import MESH_AXES
+from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
+from llmq_jax.layers.window_attention import window_block, window_blocks
+
+
+def places(context: Context):
+    return context.positions, context.segment_ids
 
 
 def draw(seed: int, heads: int = 4, groups: int = 2, length: int = 11):
@@ -60,9 +57,9 @@ def assert_equal_with_gradients(found, expected, inputs, weights=1.0):
     def measure(function):
         return jax.jit(jax.value_and_grad(lambda inputs: jnp.sum(weights * jnp.sin(function(*inputs)))))(inputs)
 
-    (value, slopes), (reference, wanted) = measure(found), measure(expected)
+    (value, grads), (reference, wanted) = measure(found), measure(expected)
     np.testing.assert_allclose(value, reference, rtol=1e-5, atol=1e-4)
-    for a, b in zip(slopes, wanted, strict=True):
+    for a, b in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-5)
 
 
@@ -120,7 +117,7 @@ def test_window_blocks_equal_the_mask_with_gradients(kind, window, block, groups
     real = 1.0 if context.segment_ids is None else (context.segment_ids != 0)[:, None, :, None]
     masked = context.replace(implementation="masked")
     assert_equal_with_gradients(
-        lambda *inputs: window_blocks(*inputs, context, block, window, **{**PLAIN, "softcap": softcap}),
+        lambda *inputs: window_blocks(*inputs, places(context), block, window, **{**PLAIN, "softcap": softcap}),
         lambda *inputs: self_attention(*inputs, masked, scale=0.4, window=window, softcap=softcap),
         draw(4, groups=groups, length=37),
         real,
@@ -144,7 +141,7 @@ def test_blocked_by_name_equals_masked(length):
 def test_window_blocks_in_bfloat16():
     inputs = [x.astype(jnp.bfloat16) for x in draw(3, length=37)]
     context = long_rows("packed")
-    found = window_blocks(*inputs, context, 8, 5, **PLAIN)
+    found = window_blocks(*inputs, places(context), 8, 5, **PLAIN)
     assert found.dtype == jnp.bfloat16
     expected = self_attention(
         *(x.astype(jnp.float32) for x in inputs), context.replace(implementation="masked"), scale=0.4, window=5
@@ -166,7 +163,7 @@ def test_gradients_of_window_blocks_in_bfloat16(narrow):
     def masked(*inputs):
         return self_attention(*inputs, context.replace(implementation="masked"), scale=0.4, window=9)
 
-    found = gradients(inputs, lambda *inputs: window_blocks(*inputs, context, 3, 9, **PLAIN))
+    found = gradients(inputs, lambda *inputs: window_blocks(*inputs, places(context), 3, 9, **PLAIN))
     for ours, theirs, true, given in zip(
         found, gradients(inputs, masked), gradients(exact, masked), inputs, strict=True
     ):
@@ -246,7 +243,7 @@ def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
 
     options = {"scale": 0.4, "softcap": softcap, "dropout_rate": rate}
     assert_equal_with_gradients(
-        lambda *inputs: window_blocks(*inputs, context, block, window, root, **options),
+        lambda *inputs: window_blocks(*inputs, places(context), block, window, root, **options),
         by_mask,
         draw(6, length=37),
     )
@@ -254,7 +251,7 @@ def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
 
 # Which implementation.
 
-LAYER = {"length": 1024, "head_dim": 64, "dtype": jnp.bfloat16}
+LAYER = {"head_dim": 64, "dtype": jnp.bfloat16}
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5p")
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
@@ -269,9 +266,13 @@ OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capabilit
         ("blocked", CPU, 64, {}),
         ("masked", CPU, None, {"dropout": True}),
         ("blocked", CPU, 64, {"dropout": True}),
-        ("masked", HOPPER, None, {}),
+        ("fused", HOPPER, None, {}),
+        ("masked", HOPPER, None, {"dtype": jnp.float32}),
+        ("masked", HOPPER, None, {"dropout": True}),
+        ("masked", HOPPER, None, {"softcap": 50.0}),
+        ("masked", OTHER_GPU, None, {}),
         ("fused", HOPPER, 64, {}),
-        ("fused", HOPPER, 64, {"segmented": True, "head_dim": 256}),
+        ("fused", HOPPER, 64, {"head_dim": 256}),
         ("blocked", AMPERE, 64, {"head_dim": 256}),
         ("blocked", HOPPER, 64, {"dropout": True}),
         ("blocked", HOPPER, 64, {"softcap": 50.0}),
@@ -295,7 +296,6 @@ def test_what_auto_takes(expected, device, window, more):
         (HOPPER, {"dropout": True}, "it has no dropout"),
         (HOPPER, {"head_dim": 12}, "a multiple of 8 features, here at most 256, not 12"),
         (AMPERE, {"head_dim": 256}, "a multiple of 8 features, here at most 128, not 256"),
-        (HOPPER, {"segmented": True, "length": 1023}, "must have an even length, not 1023"),
     ],
 )
 def test_the_fused_kernel_asked_for_by_name_runs_or_fails(device, more, message):
@@ -305,27 +305,46 @@ def test_the_fused_kernel_asked_for_by_name_runs_or_fails(device, more, message)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_the_fused_kernel_wants_keys_divided_as_queries_are():
+    """On a mesh whose tensor axis divides the heads of queries alone JAX would refuse its call."""
+    for parts, heads, expected in (
+        (2, (4, 2), "fused"),
+        (2, (4, 1), "masked"),
+        (3, (4, 2), "fused"),
+        (1, (4, 1), "fused"),
+    ):
+        mesh = AbstractMesh((1, 1, 1, parts), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert choose("auto", window=None, device=HOPPER, heads=heads, **LAYER) == expected
+            if expected == "masked":
+                with pytest.raises(BadInput, match="divided alike, and tensor=2 divides 4, not 1"):
+                    choose("fused", window=None, device=HOPPER, heads=heads, **LAYER)
+
+
 def test_an_unknown_implementation():
     with pytest.raises(BadInput, match="attention='blokced' is unknown; did you mean blocked"):
         choose("blokced", window=None, **LAYER)
 
 
-@pytest.mark.parametrize(("kind", "window"), [("plain", None), ("plain", 5), ("packed", 5)])
-def test_what_the_fused_kernel_is_asked_for(kind, window, monkeypatch):
-    """The call with another implementation in the kernel's place: masks, window and scale mean the same."""
-    context = jax.tree.map(lambda fact: fact[:, :36], long_rows(kind))  # even
-    inputs = [x.swapaxes(1, 2).astype(jnp.bfloat16) for x in draw(8, length=36)]
+@pytest.mark.parametrize(
+    ("kind", "window", "length"), [("plain", None, 36), ("plain", 5, 35), ("packed", 5, 36), ("packed", 5, 35)]
+)
+def test_what_the_fused_kernel_is_asked_for(kind, window, length, monkeypatch):
+    """The call with another implementation in the kernel's place: masks, window and scale mean the same. Its masks have
+    even lengths."""
+    context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind))
+    inputs = [x.swapaxes(1, 2).astype(jnp.bfloat16) for x in draw(8, length=length)]
     expected, _ = attention(*inputs, context.replace(implementation="masked"), scale=0.4, window=window)
     kernel, calls = jax.nn.dot_product_attention, []
 
-    def other(*args, implementation, **options):
-        calls.append(implementation)
-        return kernel(*args, implementation="xla", **options)
+    def other(*args, implementation, mask, **options):
+        calls.append((implementation, mask is not None and mask.shape[-2:]))
+        return kernel(*args, implementation="xla", mask=mask, **options)
 
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr(jax.nn, "dot_product_attention", other)
     found, _ = attention(*inputs, context.replace(implementation="fused"), scale=0.4, window=window)
-    assert calls == ["cudnn"]
+    assert calls == [("cudnn", kind == "packed" and (36, 36))]
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
 
 
@@ -348,17 +367,17 @@ def test_narrow_values_are_filled_up_for_the_fused_kernel(monkeypatch):
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed"])
-def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, monkeypatch):
+@pytest.mark.parametrize(("kind", "length"), [("plain", 36), ("packed", 36), ("packed", 35)])
+def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, length, monkeypatch):
     """Forward and back, with its window; lowered here, not run."""
-    context = jax.tree.map(lambda fact: fact[:, :36], long_rows(kind)).replace(implementation="fused")
+    context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind)).replace(implementation="fused")
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
 
     def loss(*inputs):
         return attention(*inputs, context, scale=0.4, window=5)[0].astype(jnp.float32).sum()
 
-    shapes = [jax.ShapeDtypeStruct((2, 36, heads, 8), jnp.bfloat16) for heads in (4, 2, 2)]
+    shapes = [jax.ShapeDtypeStruct((2, length, heads, 8), jnp.bfloat16) for heads in (4, 2, 2)]
     program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in program.splitlines() if "__cudnn$fmha" in line]
     assert len(calls) == 2 and "Backward" in calls[1]

@@ -23,20 +23,20 @@ DEVICES, EXPERTS, TOKENS, WIDTH, HIDDEN = 8, 16, 64, 6, 10
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 experts = ExpertWeights(normal(EXPERTS, WIDTH, 2, HIDDEN), normal(EXPERTS, HIDDEN, WIDTH), normal(EXPERTS, 2, HIDDEN))
-x, weights, slope = normal(TOKENS, WIDTH), jnp.abs(normal(TOKENS, 2)), normal(TOKENS, WIDTH)
+x, weights, grad = normal(TOKENS, WIDTH), jnp.abs(normal(TOKENS, 2)), normal(TOKENS, WIDTH)
 ids = np.argsort(-(rng.standard_normal(EXPERTS) + rng.gumbel(size=(TOKENS, EXPERTS))), axis=1)[:, :2]
 ids[5:9] = EXPERTS  # padding
 ids = jnp.asarray(ids, jnp.int32)
 activate = lambda parts: jax.nn.silu(parts[..., 0, :]) * parts[..., 1, :]
 
-swap = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
+all_to_all = partial(jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True)
 mesh = jax.make_mesh((DEVICES,), ("expert",), axis_types=(AxisType.Auto,))
 shared = P("expert")
 
 
 def layer(name, x, ids, weights, experts):
     def on_a_device(x, ids, weights, experts):
-        exchange = Exchange(DEVICES, swap)
+        exchange = Exchange(DEVICES, all_to_all)
         capacity = 2 * TOKENS if name == "capacity" else None  # room for all
         return dispatch(x, ids, weights, experts, activate, name, capacity, exchange)[0]
 
@@ -46,7 +46,7 @@ def layer(name, x, ids, weights, experts):
 
 
 def loss(mix):
-    return jax.jit(jax.value_and_grad(lambda x, w, e: (mix(x, ids, w, e) * slope).sum(), (0, 1, 2)))
+    return jax.jit(jax.value_and_grad(lambda x, w, e: (mix(x, ids, w, e) * grad).sum(), (0, 1, 2)))
 
 
 expected = loss(lambda *inputs: dispatch(*inputs, activate, "dense")[0])(x, weights, experts)

@@ -330,6 +330,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
         ({"rank": 25}, "rank=25 is above that of group_0/block_0/attention/key/kernel, a matrix of rank 12"),
         ({"dropout": 0.1, "targets": "moe/*"}, "dropout=0.1 does not act on stacked experts"),
         ({"variant": "dora"}, "variant='dora' does not act on stacked experts"),
+        ({"dropout": 0.1, "targets": "lm_head"}, "dropout=0.1 does not act on the head (lm_head/kernel)"),
     ],
 )
 def test_bad_adapters_are_refused_in_one_line(fields, message):

@@ -41,11 +41,11 @@ def activate(parts):
 
 
 def value_and_gradients(name, x, ids, weights, experts, capacity=None):
-    slope = np.random.default_rng(9).standard_normal(x.shape).astype(np.float32)
+    grad = np.random.default_rng(9).standard_normal(x.shape).astype(np.float32)
 
     def compute(x, weights, experts):
         mixed, dropped = dispatch(x, ids, weights, experts, activate, name, capacity)
-        return (mixed * slope).sum(), (mixed, dropped)
+        return (mixed * grad).sum(), (mixed, dropped)
 
     both = jax.jit(jax.value_and_grad(compute, (0, 1, 2), has_aux=True))
     (_, (mixed, dropped)), gradients = jax.device_get(both(x, weights, experts))
@@ -99,8 +99,8 @@ def test_implementations_agree_in_outputs_and_all_gradients(case, padding):
     assert dropped == 0
     assert_close(found, expected)
     if padding and len(x) > 1:
-        mixed, (slope_of_x, slope_of_weights, _) = expected
-        assert not mixed[1].any() and not slope_of_x[1].any() and not slope_of_weights[1].any()
+        mixed, (grad_of_x, grad_of_weights, _) = expected
+        assert not mixed[1].any() and not grad_of_x[1].any() and not grad_of_weights[1].any()
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3,), (2, 5, 7), (16, 64)], ids=str)
@@ -259,12 +259,12 @@ def test_noise_acts_in_training_alone_and_its_size_is_learned():
 
     @jax.jit
     @jax.grad
-    def slope(params, key):
+    def grad(params, key):
         return jnp.square(layer.apply({"params": params}, x, rngs={"dropout": key})[0]).sum()
 
     noisy, _ = apply(layer, variables, x, key=jax.random.key(1))
     assert np.abs(np.asarray(noisy) - still).max() > 1e-2
-    assert np.abs(slope(variables["params"], jax.random.key(1))["noise"]["kernel"]).max() > 0
+    assert np.abs(grad(variables["params"], jax.random.key(1))["noise"]["kernel"]).max() > 0
 
 
 def test_shared_experts_see_every_token_at_a_learned_weight():

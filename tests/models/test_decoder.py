@@ -36,11 +36,11 @@ def variables():
 def test_implementations_of_attention_agree(variables):
     """Forward and back, in layers with a window and without."""
 
-    def value_and_slope(attention):
+    def value_and_gradient(attention):
         model = build(CONFIG, attention=attention)
         return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, TOKENS)).mean()))(variables)
 
-    found, expected = value_and_slope("blocked"), value_and_slope("masked")
+    found, expected = value_and_gradient("blocked"), value_and_gradient("masked")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
 
@@ -59,13 +59,13 @@ def test_attention_that_cannot_be(variables, attention, message):
 
 def test_the_choice_in_a_line():
     gpt2 = GPT2Config(num_hidden_layers=2, attn_pdrop=0.1)
-    assert build(gpt2).attention_choice(64) == "attention: blocked"
-    assert build(gpt2).attention_choice(64, training=True) == "attention: masked"
-    assert build(CONFIG).attention_choice(64) == "attention: blocked in windows of 7, blocked elsewhere"
+    assert build(gpt2).attention_choice() == "attention: blocked"
+    assert build(gpt2).attention_choice(training=True) == "attention: masked"
+    assert build(CONFIG).attention_choice() == "attention: blocked in windows of 7, blocked elsewhere"
     local = override(CONFIG, layer_types=(LOCAL,) * 3)
-    assert build(local, attention="masked").attention_choice(64) == "attention: masked in windows of 7"
+    assert build(local, attention="masked").attention_choice() == "attention: masked in windows of 7"
     with pytest.raises(BadInput, match="cannot run"):
-        build(CONFIG, attention="fused").attention_choice(64)
+        build(CONFIG, attention="fused").attention_choice()
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])

@@ -269,7 +269,7 @@ def test_what_a_cache_holds(case):
 # Ways to run it.
 
 
-def value_and_slope(model, variables):
+def value_and_gradient(model, variables):
     """Of the model and its modules."""
 
     @jax.jit
@@ -283,21 +283,21 @@ def value_and_slope(model, variables):
 
 @pytest.fixture(scope="module")
 def expected(variables):
-    return value_and_slope(build(TINY), variables)
+    return value_and_gradient(build(TINY), variables)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}], ids=str)
 def test_ways_to_run_the_layers_agree(variables, expected, options):
     """Forward and back."""
-    found = value_and_slope(build(TINY, **options), variables)
+    found = value_and_gradient(build(TINY, **options), variables)
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize("dispatch", ["dense", "ragged"])
 def test_ways_to_reach_the_experts_agree(variables, expected, dispatch):
     own = dataclasses.replace(build(TINY).experts, dispatch=dispatch)
-    found = value_and_slope(build(override(TINY, experts=own)), variables)
+    found = value_and_gradient(build(override(TINY, experts=own)), variables)
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), found, expected)
 
 
@@ -320,13 +320,13 @@ def test_dynamic_tanh_in_the_place_of_the_norm():
         assert norm.keys() == {"alpha", "scale", "bias"}
     assert module["attention"]["latent_norm"].keys() == {"scale"}
     assert params["embedding_scale"]["scale"].shape == ()
-    loss, slopes = value_and_slope(build(config), variables)
+    loss, grads = value_and_gradient(build(config), variables)
     assert np.isfinite(loss)
-    flat, _ = jax.tree_util.tree_flatten_with_path(slopes["params"])
-    for path, slope in flat:
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads["params"])
+    for path, grad in flat:
         name = jax.tree_util.keystr(path)
-        assert np.isfinite(slope).all(), name
-        assert np.abs(slope).max() > 0 or "lm_head" in name, name
+        assert np.isfinite(grad).all(), name
+        assert np.abs(grad).max() > 0 or "lm_head" in name, name
     assert set(jax.tree.leaves(roles(params))) == {"kernel", "embedding", "norm", "bias"}
 
 

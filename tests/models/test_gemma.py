@@ -160,8 +160,8 @@ def test_a_local_layer_sees_its_window_and_a_global_one_everything():
             return block.apply({"params": layer}, embedding, context)[0][0, -1]
 
         embedding = np.random.default_rng(0).standard_normal((1, 40, 12), np.float32)
-        slope = np.asarray(jax.jit(jax.jacobian(logits))(embedding))
-        assert np.array_equal(np.flatnonzero(np.abs(slope).max(axis=(0, 1, 3))), np.arange(40 - seen, 40))
+        grad = np.asarray(jax.jit(jax.jacobian(logits))(embedding))
+        assert np.array_equal(np.flatnonzero(np.abs(grad).max(axis=(0, 1, 3))), np.arange(40 - seen, 40))
 
 
 @pytest.mark.exhaustive
@@ -170,10 +170,10 @@ def test_a_local_layer_sees_its_window_and_a_global_one_everything():
 def test_ways_to_run_the_layers_agree(config, variables, options):
     """Forward and back."""
 
-    def value_and_slope(model):
+    def value_and_gradient(model):
         return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, TOKENS)).mean()))(variables)
 
-    expected, found = value_and_slope(build(config)), value_and_slope(build(config, **options))
+    expected, found = value_and_gradient(build(config)), value_and_gradient(build(config, **options))
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), found, expected)
 
 
@@ -279,9 +279,9 @@ def test_norms_by_name(norm):
     tokens = jnp.asarray(TOKENS)
     x = build(config).apply(variables, tokens, tokens, method="embed")
     np.testing.assert_allclose(x, params["token_embedding"]["embedding"][TOKENS] * 12**0.5, rtol=1e-5)
-    slopes = jax.jit(jax.grad(lambda v: jnp.square(build(config).apply(v, TOKENS)).mean()))(variables)
-    for path, slope in jax.tree_util.tree_flatten_with_path(slopes)[0]:
-        assert np.isfinite(slope).all() and np.abs(slope).max() > 0, jax.tree_util.keystr(path)
+    grads = jax.jit(jax.grad(lambda v: jnp.square(build(config).apply(v, TOKENS)).mean()))(variables)
+    for path, grad in jax.tree_util.tree_flatten_with_path(grads)[0]:
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, jax.tree_util.keystr(path)
     assert set(jax.tree.leaves(roles(params))) <= {"kernel", "embedding", "norm", "bias"}
 
 

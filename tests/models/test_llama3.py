@@ -83,10 +83,10 @@ def test_a_laptop_s_preset_starts_from_chance():
 def test_ways_to_run_the_layers_agree(variables, options):
     """Forward and back."""
 
-    def value_and_slope(model):
+    def value_and_gradient(model):
         return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, TOKENS)).mean()))(variables)
 
-    expected, found = value_and_slope(build(TINY)), value_and_slope(build(TINY, **options))
+    expected, found = value_and_gradient(build(TINY)), value_and_gradient(build(TINY, **options))
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), found, expected)
 
 
@@ -144,13 +144,13 @@ def test_norms_by_name(base, norm, names):
     norms = [params["final_norm"], *(params["group_0"]["block_0"][name] for name in ("attention_norm", "mlp_norm"))]
     assert all(found.keys() == names for found in norms)
     assert ("embedding_scale" in params) == (norm == "dyt")
-    loss, slopes = jax.jit(jax.value_and_grad(lambda v: jnp.square(build(config).apply(v, TOKENS)).mean()))(variables)
+    loss, grads = jax.jit(jax.value_and_grad(lambda v: jnp.square(build(config).apply(v, TOKENS)).mean()))(variables)
     assert np.isfinite(loss)
-    flat, _ = jax.tree_util.tree_flatten_with_path(slopes["params"])
-    for path, slope in flat:
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads["params"])
+    for path, grad in flat:
         name = jax.tree_util.keystr(path)
         if "qkv" not in name or "bias" not in name:  # that of keys shifts all scores alike
-            assert np.isfinite(slope).all() and np.abs(slope).max() > 0, name
+            assert np.isfinite(grad).all() and np.abs(grad).max() > 0, name
     assert set(jax.tree.leaves(roles(params))) <= {"kernel", "embedding", "norm", "bias"}
     if norm == "dyt":
         assert roles(params)["final_norm"] == {"alpha": "norm", "scale": "norm", "bias": "bias"}

@@ -89,10 +89,10 @@ def test_estimates_of_the_kl_divergence():
     kl = divergence(policy, reference)
     forward = jax.grad(lambda x: divergence(jax.nn.log_softmax(x), reference))(logits)
     backward = jax.grad(lambda x: divergence(reference, jax.nn.log_softmax(x)))(logits)
-    slopes = {"k1": jnp.zeros(7), "k2": forward, "k3": backward}
-    for estimator, slope in slopes.items():
+    grads = {"k1": jnp.zeros(7), "k2": forward, "k3": backward}
+    for estimator, grad in grads.items():
         value, gradient = jax.value_and_grad(lambda x, e=estimator: on_average(e, x))(logits)
-        np.testing.assert_allclose(gradient, slope, atol=1e-6)
+        np.testing.assert_allclose(gradient, grad, atol=1e-6)
         assert (abs(float(value - kl)) < 1e-6) == (estimator != "k2")
     np.testing.assert_allclose(on_average("k2", logits), (jnp.exp(policy) * (policy - reference) ** 2).sum() / 2)
     assert kl > 0.1
@@ -185,9 +185,9 @@ def test_what_does_not_count_is_not_read():
 
     differentiated = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, metrics), gradient = differentiated(answers["logprobs"], hole)
-    (expected, _), slope = differentiated(answers["logprobs"], jnp.zeros_like(hole))
+    (expected, _), grad = differentiated(answers["logprobs"], jnp.zeros_like(hole))
     assert float(value) == float(expected) and all(jnp.isfinite(x) for x in metrics.values())
-    np.testing.assert_array_equal(gradient, slope)
+    np.testing.assert_array_equal(gradient, grad)
 
 
 def test_parts_that_are_clipped():

@@ -56,16 +56,16 @@ def test_values_and_gradients_are_those_of_the_plain_form(lm, small_chunks, temp
     model, variables = lm
     _, mask, lengths = rows()
     counted = (mask * (np.arange(20) < lengths[:, None]))[:, 1:]
-    slopes = np.random.default_rng(1).standard_normal((3, 19)).astype(np.float32)
+    grads = np.random.default_rng(1).standard_normal((3, 19)).astype(np.float32)
 
     def ours(variables, tokens, mask, lengths):
         values = token_logprobs(model, variables, tokens, mask, lengths=lengths, temperature=temperature)
-        return (slopes * values).sum(), values
+        return (grads * values).sum(), values
 
     def expected(variables, tokens):
         all_values = plain(model, variables, tokens, temperature)[0]
         values = all_values * counted
-        return (slopes * values).sum(), (values, all_values)
+        return (grads * values).sum(), (values, all_values)
 
     @jax.jit
     def everything_of(variables, tokens, mask, lengths):
@@ -136,13 +136,13 @@ def test_answers_go_on_from_one_reading_of_their_prompt(name, options):
     tokens = rng.integers(0, 61, (6, 24)).astype(np.int32)
     prompts = np.repeat(tokens[::2, :12], 2, axis=0)
     tokens[:, :12] = np.where(np.arange(12) < prompt_lengths[:, None], prompts, tokens[:, :12])
-    slopes = rng.standard_normal((2, 6, 11)).astype(np.float32)
+    grads = rng.standard_normal((2, 6, 11)).astype(np.float32)
 
     @partial(jax.jit, static_argnames="group_size")
     @partial(jax.value_and_grad, has_aux=True)
     def value(variables, *rows, **shared):
         values, entropies, _ = completion_logprobs(model, variables, *rows, 11, temperature=0.8, **shared)
-        return (slopes * jnp.stack([values, entropies])).sum(), (values, entropies)
+        return (grads * jnp.stack([values, entropies])).sum(), (values, entropies)
 
     rows = tokens, lengths, prompt_lengths
     (_, found), gradients = value(variables, *rows, prompts=prompts, group_size=2)

@@ -21,7 +21,7 @@ def program() -> None:
     import numpy as np
 
     import llmq_jax as lq
-    from llmq_jax.layers.axes import placed
+    from llmq_jax.layers.axes import constrain
     from llmq_jax.objectives import logprobs
     from llmq_jax.objectives.cross_entropy import chunked_cross_entropy
     from llmq_jax.training.sharding import make_mesh, place, place_batch
@@ -38,7 +38,7 @@ def program() -> None:
         def unembed(head, rows):
             return rows @ head["lm_head"]["kernel"]
 
-        return chunked_cross_entropy(unembed, head, placed(hidden, "batch"), targets, mask, chunk_size=CHUNK)
+        return chunked_cross_entropy(unembed, head, constrain(hidden, "batch"), targets, mask, chunk_size=CHUNK)
 
     config = lq.GPT2Config(
         vocab_size=VOCABULARY,

@@ -1,0 +1,149 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1) of any queries to any keys, under a mask.
+
+Queries may outnumber keys and values: N query heads in K groups (K = N is multi-head attention, K = 1 multi-query).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+
+def visible(
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
+    window: int | None = None,
+) -> Bool[Array, "B T S"]:
+    """True where a query may look at a key; a window is the number of keys that it sees, its own among them."""
+    mask = key_positions[:, None, :] <= query_positions[:, :, None]
+    if window is not None:
+        mask &= key_positions[:, None, :] > query_positions[:, :, None] - window
+    if query_segments is not None:
+        assert key_segments is not None
+        mask &= key_segments[:, None, :] == query_segments[:, :, None]
+    return mask
+
+
+def attend(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+) -> Float[Array, "B N T V"]:
+    """Softmax(Q Kᵀ · scale) V over the visible keys: the reference form. The softmax runs in float32.
+
+    `softcap` c bounds the scores: c · tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2).
+    """
+    query = in_groups(query, key)
+    weights = jax.nn.softmax(_scores(query, key, mask, scale, softcap), axis=-1)
+    if dropout_key is not None and dropout_rate > 0.0:
+        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
+        weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
+    return ungrouped(jnp.einsum("bkgts,bksh->bkgth", weights.astype(value.dtype), value))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def lean_attend(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
+    mask: Bool[Array, "B T S"],
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B N T V"]:
+    """`attend` without dropout, in fewer passes over [T, S], forward and back.
+
+    The exponentials themselves mix the values, and their sum divides the result: [T, H] in place of [T, S]. The
+    softmax's gradient needs for each query Σ over keys of weight · its gradient, which equals output · its gradient (D
+    in Dao et al. 2022, arXiv:2205.14135, appendix B.2, eq. 4). The softcap's derivative, 1 - tanh², follows from the
+    capped scores, and these from the saved exponentials: nothing else of size [T, S] is kept.
+    """
+    return lean_forward(query, key, value, mask, scale, softcap)[0]
+
+
+def lean_forward(
+    query: Array, key: Array, value: Array, mask: Array, scale: float, softcap: float | None
+) -> tuple[Array, tuple[Array, ...]]:
+    query = in_groups(query, key)
+    scores = _scores(query, key, mask, scale, softcap)
+    largest = scores.max(-1, keepdims=True)
+    exponentials = jnp.exp(scores - largest)
+    total = exponentials.sum(-1, keepdims=True)
+    exponentials = exponentials.astype(value.dtype)
+    mixed = jnp.einsum("bkgts,bksh->bkgth", exponentials, value, preferred_element_type=jnp.float32) / total
+    return ungrouped(mixed.astype(value.dtype)), (query, key, value, exponentials, largest, total, mixed)
+
+
+def lean_again(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    scale: float,
+    softcap: float | None,
+    largest: Array,
+    total: Array,
+    mixed: Array,
+) -> tuple[Array, ...]:
+    """What `lean_forward` saves, from the parts of it that are linear in T: the exponentials [T, S] are recomputed."""
+    query = in_groups(query, key)
+    exponentials = jnp.exp(_scores(query, key, mask, scale, softcap) - largest).astype(value.dtype)
+    return query, key, value, exponentials, largest, total, mixed
+
+
+def lean_backward(
+    scale: float, softcap: float | None, saved: tuple[Array, ...], grad: Array
+) -> tuple[Array, Array, Array, None]:
+    """In FlashAttention's letters: mixed O, largest m, total l, grad dO, sums D, weight_grad dP, score_grad dS."""
+    query, key, value, exponentials, largest, total, mixed = saved
+    grad = in_groups(grad, key)
+    sums = (grad * mixed).sum(-1, keepdims=True)  # in float32, as `mixed` is: differences are taken with them
+    weight_grad = jnp.einsum("bkgth,bksh->bkgts", grad, value, preferred_element_type=jnp.float32)
+    score_grad = exponentials * (weight_grad - sums) * (scale / total)
+    if softcap is not None:
+        tiny = jnp.finfo(jnp.float32).tiny  # An exponential of zero makes the gradient zero, whatever its logarithm.
+        capped = largest + jnp.log(jnp.maximum(exponentials.astype(jnp.float32), tiny))
+        capped = jnp.clip(capped, -softcap, softcap)  # where a query sees no key, `largest` is beyond all scores
+        score_grad *= 1.0 - jnp.square(capped / softcap)
+    score_grad = score_grad.astype(value.dtype)
+    return (
+        ungrouped(jnp.einsum("bkgts,bksh->bkgth", score_grad, key)),
+        _over_queries(query, score_grad),
+        _over_queries((grad / total).astype(value.dtype), exponentials),
+        None,
+    )
+
+
+def _over_queries(x: Float[Array, "B K G T H"], weights: Float[Array, "B K G T S"]) -> Float[Array, "B K S H"]:
+    """weightsᵀ x, formed as (xᵀ weights)ᵀ: XLA's CPU backend then transposes x and the result, not the weights."""
+    return jax.lax.dot_general(x, weights, (((2, 3), (2, 3)), ((0, 1), (0, 1)))).mT
+
+
+lean_attend.defvjp(lean_forward, lean_backward)
+
+
+def in_groups(query: Float[Array, "B N T H"], key: Float[Array, "B K S _"]) -> Float[Array, "B K G T H"]:
+    """Query heads by the key's head that they share."""
+    batch, num_heads, length, width = query.shape
+    return query.reshape(batch, key.shape[1], num_heads // key.shape[1], length, width)
+
+
+def ungrouped(grouped: Float[Array, "B K G T V"]) -> Float[Array, "B N T V"]:
+    return grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
+
+
+def _scores(
+    query: Array, key: Array, mask: Array, scale: float, softcap: float | None = None
+) -> Float[Array, "B K G T S"]:
+    scores = jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)

@@ -1,0 +1,189 @@
+"""Attention of a sequence to itself in a layer with a window, linear in its length, in time and in memory, forward and
+back (Child et al. 2019, arXiv:1904.10509; Beltagy et al. 2020, arXiv:2004.05150, section 3.1).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+
+from llmq_jax.layers.caches import NOWHERE
+from llmq_jax.layers.scaled_dot_product import (
+    attend,
+    in_groups,
+    lean_again,
+    lean_backward,
+    lean_forward,
+    ungrouped,
+    visible,
+)
+
+# Shorter blocks cost more than the masked scores that they spare; the scores of longer ones overflow the cache.
+SHORTEST_BLOCK, LONGEST_BLOCK = 64, 256
+# Queries that a step of the loop over a window's blocks takes, in two blocks or more: what one block does alone leaves
+# cores idle between its operations.
+QUERIES_OF_A_STEP = 256
+
+
+def window_block(window: int) -> int:
+    """Queries in a block. At half a window, a block meets 3/2 windows of keys: its own and those of 2 blocks before."""
+    return min(max(SHORTEST_BLOCK, -(-window // 2)), LONGEST_BLOCK)
+
+
+def window_blocks(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T V"],
+    places: tuple[Int[Array, "B T"], Int[Array, "B T"] | None],
+    block: int,
+    window: int,
+    dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    **options: Any,
+) -> Float[Array, "B N T V"]:
+    """A loop over blocks of queries, each of which meets its own keys and those of the blocks that its window reaches.
+    `places` are the positions and segment ids of the row.
+
+    The backward pass recomputes the scores of a block: those of a few blocks are all that is ever held. The mixed
+    values, largest scores and totals are kept, as in FlashAttention.
+    """
+    length = query.shape[2]
+    loop = _WindowLoop(block, -(-(window - 1) // block), window, **options)
+
+    def padded(x: Array | None, axis: int, before: int, fill: int = 0) -> Array | None:
+        """Filled up to whole blocks, with `before` blocks more in front."""
+        if x is None:
+            return None
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (before * block, -length % block)
+        return jnp.pad(x, pad, constant_values=fill)
+
+    # What fills up the row stands nowhere: no token looks there, and it sees itself.
+    positions, segments = places
+    padded_places = padded(positions, 1, loop.reach, NOWHERE), padded(segments, 1, loop.reach)
+    keys, values = (padded(x, 2, loop.reach) for x in (key, value))
+    return _windowed(padded(query, 2, 0), keys, values, padded_places, dropout_key, loop)[:, :, :length]
+
+
+@dataclass(frozen=True)
+class _WindowLoop:
+    """What a loop over the blocks of a window knows beside its arrays."""
+
+    block: int
+    reach: int
+    """Blocks before its own whose keys a block of queries meets."""
+    window: int
+    scale: float
+    softcap: float | None
+    dropout_rate: float
+
+    def cut(self, x: Array, start: Array, axis: int = 2) -> Array:
+        """A block of queries, or of anything that goes with them."""
+        return jax.lax.dynamic_slice_in_dim(x, start, self.block, axis)
+
+    def cut_near(self, x: Array, start: Array, axis: int = 2) -> Array:
+        """The keys, or values, of that block and of the `reach` blocks before it. Keys are padded by `reach` blocks in
+        front, so that these begin at the same `start`."""
+        return jax.lax.dynamic_slice_in_dim(x, start, (self.reach + 1) * self.block, axis)
+
+    def cut_all(
+        self, query: Array, key: Array, value: Array, places: tuple[Array, Array | None], start: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """What a block attends with: its queries, the keys and values that they meet, the mask over these."""
+        block = self.cut(query, start), self.cut_near(key, start), self.cut_near(value, start)
+        return *block, self.visible(places, start)
+
+    def visible(self, places: tuple[Array, Array | None], start: Array) -> Bool[Array, "B T S"]:
+        own = start + self.reach * self.block
+        positions, segments = places
+        return visible(
+            self.cut(positions, own, 1),
+            self.cut_near(positions, start, 1),
+            None if segments is None else self.cut(segments, own, 1),
+            None if segments is None else self.cut_near(segments, start, 1),
+            self.window,
+        )
+
+    def dropping(self, key: Array, index: Array) -> dict[str, Any]:
+        """How `attend` mixes a block."""
+        options = {"scale": self.scale, "softcap": self.softcap, "dropout_rate": self.dropout_rate}
+        return options | {"dropout_key": jax.random.fold_in(key, index)}
+
+    def run(self, step: Callable[[Array, Any], Any], state: Any, length: int) -> Any:
+        """`state` after `step(index, state)` of all blocks."""
+        indices, unroll = jnp.arange(length // self.block), max(2, QUERIES_OF_A_STEP // self.block)
+        return jax.lax.scan(lambda state, i: (step(i, state), None), state, indices, unroll=unroll)[0]
+
+
+# Written with its gradient. Left to JAX, each block would get a copy of the keys that it meets, which then are kept.
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _windowed(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
+    places: tuple[Int[Array, "B S"], Int[Array, "B S"] | None],
+    dropout_key: Array | None,
+    loop: _WindowLoop,
+) -> Float[Array, "B N T V"]:
+    """Keys, values and `places` are padded by `loop.reach` blocks in front: place i stands at i + reach · block."""
+    return _windowed_forward(query, key, value, places, dropout_key, loop)[0]
+
+
+def _windowed_forward(
+    query: Array, key: Array, value: Array, places: Any, dropout_key: Array | None, loop: _WindowLoop
+) -> tuple[Array, tuple[Any, ...]]:
+    def one_block(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        start = index * loop.block
+        block = loop.cut_all(query, key, value, places, start)
+        found: tuple[Array, ...]
+        if dropout_key is None:
+            *_, largest, total, mixed = lean_forward(*block, loop.scale, loop.softcap)[1]
+            found = ungrouped(mixed), ungrouped(largest), ungrouped(total)
+        else:
+            found = (attend(*block, **loop.dropping(dropout_key, index)),)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, part, start, 2) for x, part in zip(state, found, strict=True)
+        )
+
+    rows = query.shape[:3]
+    if dropout_key is None:
+        state = [jnp.zeros((*rows, width), jnp.float32) for width in (value.shape[3], 1, 1)]
+    else:
+        state = [jnp.zeros((*rows, value.shape[3]), value.dtype)]
+    mixed, *sums = loop.run(one_block, tuple(state), rows[2])
+    kept = (mixed, *sums) if dropout_key is None else ()
+    return mixed.astype(value.dtype), (query, key, value, places, dropout_key, *kept)
+
+
+def _windowed_backward(loop: _WindowLoop, saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
+    query, key, value, places, dropout_key, *kept = saved
+
+    def one_block(index: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        start = index * loop.block
+        block = loop.cut_all(query, key, value, places, start)
+        own_grad = loop.cut(grad, start)
+        if dropout_key is None:
+            mixed, largest, total = (in_groups(loop.cut(x, start), key) for x in kept)
+            again = lean_again(*block, loop.scale, loop.softcap, largest, total, mixed)
+            own, *near, _ = lean_backward(loop.scale, loop.softcap, again, own_grad)
+        else:
+            *inputs, mask = block
+            mix = partial(attend, mask=mask, **loop.dropping(dropout_key, index))
+            own, *near = jax.vjp(mix, *inputs)[1](own_grad)
+        query_grad, *others = grads
+        key_grad, value_grad = (
+            jax.lax.dynamic_update_slice_in_dim(x, loop.cut_near(x, start) + part, start, 2)
+            for x, part in zip(others, near, strict=True)
+        )
+        own = own.astype(query_grad.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(query_grad, own, start, 2), key_grad, value_grad
+
+    # In float32: a key's gradient is the sum of what several blocks add to it.
+    found = loop.run(one_block, tuple(jnp.zeros(x.shape, jnp.float32) for x in saved[:3]), query.shape[2])
+    return *(grad.astype(x.dtype) for grad, x in zip(found, saved[:3], strict=True)), None, None
+
+
+_windowed.defvjp(_windowed_forward, _windowed_backward)
