@@ -30,7 +30,7 @@ from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.interop.whole_folders import whole_folder
-from llmq_jax.layers.axes import axis_sizes, everywhere
+from llmq_jax.layers.axes import replicated
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, spread, trained_numbers
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
@@ -103,11 +103,11 @@ class LanguageModel:
         if other.tokenizer.encode(PROBE) != self.tokenizer.encode(PROBE):
             raise BadInput(f"{name}'s tokenizer gives other ids than the model's; take one of the same tokenizer")
 
-    def require_chat_template(self, source: str) -> ChatTemplate:
-        """The tokenizer's chat template, likewise."""
+    def require_chat_template(self, source: str, advice: str = "use generate with a plain prompt") -> ChatTemplate:
+        """The tokenizer's chat template, likewise. `advice` is what to do without one."""
         template = self.require_tokenizer(source).chat_template
         if template is None:
-            raise BadInput(f"{source} has no chat template, so it cannot converse; use generate with a plain prompt")
+            raise BadInput(f"{source} has no chat template, so it cannot converse; {advice}")
         return template
 
     def require_labels(self, source: str) -> tuple[str, ...]:
@@ -489,8 +489,7 @@ def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> Languag
     from llmq_jax.training.parts import whole
 
     loaded = load_checkpoint_variables(path)
-    # Where a mesh is set, arrays of one device could not be joined or cast; those of the host can.
-    variables = whole(jax.tree.map(np.asarray, loaded.variables) if axis_sizes() else loaded.variables)
+    variables = whole(loaded.variables)
     if config is None:
         config = _config(path, loaded.config)
     else:
@@ -535,7 +534,7 @@ def _apply(
     model: Decoder, variables: dict[str, Any], tokens: Any, positions: Any, segment_ids: Any, method: str | None
 ) -> Any:
     output = model.apply(variables, tokens, positions, segment_ids, method=method)
-    return everywhere(output) if method == "classify" else output  # a few numbers a text, for whoever asks
+    return replicated(output) if method == "classify" else output  # a few numbers a text, for whoever asks
 
 
 def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | None = None) -> np.ndarray:

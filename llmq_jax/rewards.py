@@ -142,7 +142,11 @@ def length(most: int) -> RewardFunction:
 # By name
 
 _BUILT_IN: dict[str, RewardFunction] = {"answer": numeric_answer, "format": think_answer_format}
-_NAMES = "answer, format, length:CHARACTERS or path/to/file.py:function"
+
+
+def is_built_in(name: str) -> bool:
+    """Whether `find` has a reward of this name itself, so that no file or folder is meant by it."""
+    return name in _BUILT_IN or name.startswith("length:")
 
 
 def find(name: str) -> RewardFunction:
@@ -159,7 +163,8 @@ def find(name: str) -> RewardFunction:
         raise BadInput(f"the reward {name!r} needs a number of characters, as length:400")
     if not colon and name.endswith(".py"):
         raise BadInput(f"the reward {name!r} is a file; add the name of a function in it, as {name}:reward")
-    raise BadInput(f"there is no reward {name!r}; choose from {_NAMES}")
+    known = ", ".join((*_BUILT_IN, "length:CHARACTERS"))
+    raise BadInput(f"there is no reward {name!r}; choose from {known} or path/to/file.py:function")
 
 
 def _from_file(path: Path, name: str) -> RewardFunction:

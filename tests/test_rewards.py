@@ -1,10 +1,14 @@
 """Rewards by rules: what they give, where they have nothing to say, and what names itself when it fails."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from llmq_jax import rewards as rewards_module
 from llmq_jax.errors import BadInput
-from llmq_jax.rewards import Rewards, final_number, find, length, numeric_answer, think_answer_format
+from llmq_jax.rewards import Rewards, final_number, find, is_built_in, length, numeric_answer, think_answer_format
+from train.rewards import data_digest, reward_models
 
 # (completion, reference, reward)
 ANSWERS = [
@@ -232,3 +236,29 @@ def test_names_of_nothing(name, message, tmp_path):
     with pytest.raises(BadInput) as error:
         find(name.replace("FOLDER", str(tmp_path)))
     assert message.replace("FOLDER", str(tmp_path)) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_new_reward_wants_one_entry(tmp_path, monkeypatch):
+    """By it the name is found, told, and taken from the folders that are reward models."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("answer", "format", "brief", "length:5", "judge"):
+        (tmp_path / name).mkdir()
+    given = SimpleNamespace(reward="answer,brief,judge,length:5,mine.py:brief,nowhere")
+    assert reward_models(given) == ["brief", "judge"]
+    monkeypatch.setitem(rewards_module._BUILT_IN, "brief", think_answer_format)
+    assert find("brief") is think_answer_format and is_built_in("brief")
+    assert reward_models(given) == ["judge"]
+    with pytest.raises(BadInput, match="choose from answer, format, brief, length:CHARACTERS or path/to/file"):
+        find("short")
+
+
+def test_a_run_knows_the_files_of_pairs_that_it_goes_on_learning_from(tmp_path):
+    """Of a folder each, so that what changed is told."""
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "b.csv").write_text("a\n")
+    of_file = data_digest(str(tmp_path / "a.jsonl"))
+    assert len(of_file) == 64
+    of_folder = data_digest(str(tmp_path))
+    assert of_folder["a.jsonl"] == of_file and list(of_folder) == ["a.jsonl", "b.csv"]
+    (tmp_path / "b.csv").write_text("b\n")
+    assert data_digest(str(tmp_path))["b.csv"] != of_folder["b.csv"]

@@ -25,6 +25,7 @@ from train.options import (
     check_epochs,
     check_mesh,
     check_ranges,
+    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -46,7 +47,7 @@ SAMPLES = 3
 class LabelledData:
     # What to learn from, and where it goes.
     data: str
-    """Texts with a label each: .csv, .tsv, .json, .jsonl or .parquet."""
+    """Texts with a label each, a file or folder of .csv, .tsv, .json, .jsonl or .parquet."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: str
@@ -107,7 +108,6 @@ def classifier(options: Options) -> Any:
     # JAX has its device; what imports it may follow.
     from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
     from llmq_jax.language_model import TextFiles, load
-    from llmq_jax.models import build
     from llmq_jax.objectives.classification import Classification
     from llmq_jax.training import engine, step
     from llmq_jax.training.classification_report import prediction, prediction_line
@@ -117,7 +117,7 @@ def classifier(options: Options) -> Any:
 
     # The texts, parted, and the model with a head for their classes.
     found = read_data(options)
-    source = load(options.init_from, dtype="float32")  # the masters
+    source = load(options.init_from, dtype=options.weight_dtype)
     source.require_tokenizer(options.init_from)
     options, parts = split_data(options, found, source.config.labels)
     source, head = with_head(source, parts["training"].names, options.seed)
@@ -138,7 +138,7 @@ def classifier(options: Options) -> Any:
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
     # What trains, of a model that computes as the options say.
-    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    model = model_of(options, config)
     learner = prepared(source.replace(model=model), options)
     check_mesh(options, learner.variables, options.batch_size)
 
@@ -162,7 +162,7 @@ def classifier(options: Options) -> Any:
     if weights is not None:
         each = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(config.labels, weights, strict=True))
         head += f"\nclass weights: {each}; losses are weighted by them, in training and validation"
-    print(f"{head}\n{learner.described}\n{model.attention_choice(longest, training=True)}", flush=True)
+    print(f"{head}\n{learner.described}\n{model.attention_choice(training=True)}", flush=True)
     digests = {f"{name}_sha256": fingerprint(numbered(rows[name], part.labels)) for name, part in parts.items()}
     result = engine.run(
         create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
@@ -186,8 +186,6 @@ def classifier(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    from llmq_jax.data import is_table
-
     check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
     check_what_trains(options)
     check_epochs(options)
@@ -200,12 +198,12 @@ def check(options: Options) -> None:
     if options.sample_prompt is not None and not options.sample_prompt.strip():
         raise BadInput("--sample-prompt holds no text; give one to classify, or leave it out")
     files = options.validation_data and options.test_data
-    tables = [path for path in (options.data, options.validation_data, options.test_data) if path and is_table(path)]
+    paths = [path for path in (options.data, options.validation_data, options.test_data) if path]
     refuse_idle(
         options,
         (
             ("epochs", options.steps is not None, "beside --steps"),
-            ("columns", not tables, "without a .csv or .tsv file"),
+            ("columns", not any(map(may_lack_names, paths)), "without a .csv or .tsv file"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("test_fraction", options.test_data, "beside --test-data"),
             ("split_seed", files and not options.balance, "beside --validation-data and --test-data"),
@@ -216,14 +214,21 @@ def check(options: Options) -> None:
     )
 
 
+def may_lack_names(path: str) -> bool:
+    """Whether --columns are for what is there: a table, or a folder, which may hold some."""
+    from llmq_jax.data import is_table
+
+    return is_table(path) or Path(path).is_dir()
+
+
 def read_data(options: Options) -> dict[str, list]:
     """{"training" and, where they have files of their own, "validation" and "test": rows of a text and a label}."""
-    from llmq_jax.data import class_names, is_table, read_rows
+    from llmq_jax.data import class_names, read_rows
 
     columns = None if options.columns is None else tuple(name.strip() for name in options.columns.split(","))
     paths = {"training": options.data, "validation": options.validation_data, "test": options.test_data}
     rows = {
-        name: read_rows(path, options.text_field, options.label_field, columns if is_table(path) else None)
+        name: read_rows(path, options.text_field, options.label_field, columns if may_lack_names(path) else None)
         for name, path in paths.items()
         if path
     }

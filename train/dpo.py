@@ -21,10 +21,12 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
+from train.instruct import chat_template_digest, tell_of_no_end
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
     check_mesh,
+    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -102,7 +104,6 @@ def dpo(options: Options) -> Any:
 
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.language_model import TextFiles, load
-    from llmq_jax.models import build
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, step
     from llmq_jax.training.metrics import printable
@@ -112,17 +113,18 @@ def dpo(options: Options) -> Any:
 
     # The pairs, some of them held out, and the model.
     training, validation = read_pairs(options)
-    source = load(options.init_from, dtype="float32")  # the masters
+    source = load(options.init_from, dtype=options.weight_dtype)
     source.require_language_model(options.init_from)
-    options = with_text_options(options, training, source)
+    options, source = with_text_options(options, training, source)
     learned, held_out = (pair_tokens(options, part, source) for part in (training, validation))
     config, tokenizer = source.config, source.tokenizer
     steps_in_an_epoch = -(-len(learned) // options.batch_size)
     options = with_steps(options, steps_in_an_epoch, EPOCHS)
 
     # What trains, of a model that computes as the options say, and learns to end what it writes.
-    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    model = model_of(options, config)
     end = end_of_answer([pair.chosen for pair in learned.pairs], tokenizer)
+    tell_of_no_end(options, end)
     source = source.replace(model=model, generation=ending_with(end, source.generation))
     learner = prepared(source, options)
     check_mesh(options, learner.variables, options.batch_size)
@@ -134,11 +136,12 @@ def dpo(options: Options) -> Any:
 
     print(
         f"{learner.described}\n{described(options, learned, held_out, steps_in_an_epoch)}\n"
-        f"{model.attention_choice(options.context, training=True)}",
+        f"{model.attention_choice(training=True)}",
         flush=True,
     )
     parts = {"training": learned, "validation": held_out}
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests |= chat_template_digest(options, source.tokenizer)
     settings = {
         "config": {"recipe": "train.dpo", **own_options(options), **digests},
         "may_change": MAY_CHANGE,
@@ -268,12 +271,12 @@ def logprobs_of(lm: Any, pairs: Sequence[Any], options: Options) -> Any:
 
     from llmq_jax.commands.progress import with_progress
     from llmq_jax.data import PreferenceEvaluation
-    from llmq_jax.layers.axes import everywhere
+    from llmq_jax.layers.axes import replicated
     from llmq_jax.objectives.preference import pair_logprobs
 
     @jax.jit
     def of_batch(variables, batch):
-        return everywhere(pair_logprobs(lm.model, variables, batch)[0])
+        return replicated(pair_logprobs(lm.model, variables, batch)[0])
 
     numbers = {"place": np.arange(len(pairs))}
     result = np.zeros((len(pairs), 2), np.float32)
@@ -302,7 +305,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     from llmq_jax.data.prompts import row_seeds
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import load
-    from llmq_jax.layers.axes import everywhere
+    from llmq_jax.layers.axes import replicated
     from llmq_jax.objectives.logprobs import sequence_logprobs
 
     longest = policy.config.max_position_embeddings - ANSWER_TOKENS
@@ -323,7 +326,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
 
         @jax.jit
         def of_rows(variables, tokens, mask, lengths):
-            return everywhere(sequence_logprobs(model, variables, tokens, mask, lengths=lengths))
+            return replicated(sequence_logprobs(model, variables, tokens, mask, lengths=lengths))
 
         return np.array(of_rows(lm.variables, tokens, mask, lengths))
 

@@ -23,12 +23,14 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
+from train.instruct import chat_template_digest, check_chat_template, with_chat_template
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
     check_mesh,
     check_ranges,
     completed,
+    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -60,7 +62,7 @@ PANELS = (
 class Questions:
     # What to answer, and where it goes.
     data: str
-    """Prompts: .json, .jsonl, .csv, .tsv or .parquet."""
+    """Prompts, a file or folder of .json, .jsonl, .csv, .tsv or .parquet."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: str
@@ -71,6 +73,8 @@ class Questions:
         Literal["chat", "plain"] | None, default_is("chat for messages, and where the model has a template")
     ] = None
     """How prompts are written: by the model's chat template, or as they are."""
+    chat_template: Annotated[str | None, default_is("the model's own")] = None
+    """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     max_prompt: Annotated[int | None, default_is("what the context leaves beside --max-new-tokens")] = None
     """Prompts of more tokens are left out."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
@@ -124,6 +128,8 @@ class Algorithm:
     """What the distance from the reference costs; 0: there is no reference."""
     kl: Annotated[Literal["k1", "k2", "k3"] | None, default_is("k3")] = None
     """The estimator of this distance."""
+    kl_by_ratio: Flag = False
+    """Multiply each token's distance by its ratio to the old policy, as TRL does unless told otherwise."""
     reference: Annotated[Literal["iteration", "start", "old"] | None, default_is("iteration")] = None
     """The policy at the start of each --steps-per-iteration, that of the run's start, or the old policy."""
     steps_per_iteration: Annotated[int | None, default_is("the whole run")] = None
@@ -159,6 +165,12 @@ class Options(TrainingOptions, WhatTrains, Algorithm, Questions):  # dataclasses
     """AdamW's decay of kernels and embeddings."""
     log_every: int = 1
     """Steps between two lines of metrics."""
+    evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None
+    """Steps between two measurements of the validation reward; 0: never."""
+    checkpoint_every: Annotated[int | None, default_is("ten times in the run")] = None
+    """Steps between two checkpoints, besides those of a new highest validation reward; 0: no checkpoints at all."""
+    keep_last: Annotated[int | None, default_is("3")] = None
+    """Checkpoints to keep, besides the one of highest validation reward."""
     sample_prompt: None = dataclasses.field(default=None, init=False)  # samples answer the step's own prompts
 
     @property
@@ -182,7 +194,6 @@ def grpo(options: Options) -> Any:
     from llmq_jax.data.prompts import PromptBatches
     from llmq_jax.generation import Sampler
     from llmq_jax.language_model import TextFiles, load, save
-    from llmq_jax.models import build
     from llmq_jax.objectives.grpo import GRPO
     from llmq_jax.training import engine
     from llmq_jax.training.grpo import Loop
@@ -196,13 +207,14 @@ def grpo(options: Options) -> Any:
     if options.judge is not None and jax.process_count() > 1:
         raise BadInput("--judge is for one process: a reward model that learns is saved by one; leave it out")
     functions, judge = reward_functions(options)
-    source = load(options.init_from, dtype="float32")  # the masters
+    source = load(options.init_from, dtype=options.weight_dtype)
     source.require_language_model(options.init_from)
     source.require_tokenizer(options.init_from)
+    source = with_chat_template(options, source)
     config = source.config
     options = with_longest_prompt(options, config)
     training, validation = questions(options, source)
-    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    model = model_of(options, config)
     source = source.replace(model=model)
     learner = prepared(source, options)
     check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
@@ -216,6 +228,7 @@ def grpo(options: Options) -> Any:
         clip_high=options.clip_high,
         beta=options.beta,
         kl=options.kl,
+        kl_by_ratio=options.kl_by_ratio,
         max_length=options.max_new_tokens if options.loss == "dr_grpo" else None,
         entropy_coefficient=options.entropy_coefficient,
         temperature=options.temperature,
@@ -245,7 +258,7 @@ def grpo(options: Options) -> Any:
     print(
         f"{learner.described}\n{len(training):,} prompts to learn from, {len(validation):,} held out; "
         f"{options.prompts_per_step} prompts x {options.group_size} answers = {rows} rows a step\n"
-        f"{model.attention_choice(options.max_prompt + options.max_new_tokens, training=True)}",
+        f"{model.attention_choice(training=True)}",
         flush=True,
     )
 
@@ -260,7 +273,7 @@ def grpo(options: Options) -> Any:
         print(f"before training: {', '.join(f'{name} {value:.4f}' for name, value in means.items())}", flush=True)
     parts = {"training": training, "validation": validation}
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
-    digests |= reward_digests(options, score)
+    digests |= reward_digests(options, score) | chat_template_digest(options, source.tokenizer)
     result = engine.run(
         loop.start(create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable)),
         loop.step,
@@ -273,6 +286,7 @@ def grpo(options: Options) -> Any:
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,
         evaluate=evaluate,
+        judged_by=("reward", "highest"),
         sample=sample,
         show=SHOWN,
         next_commands=tuple(next_commands(options, config)),
@@ -322,6 +336,7 @@ def check(options: Options) -> None:
     shared["learning_rate"] = FULL_RATE if options.learning_rate is None else options.learning_rate
     check_ranges(TrainingOptions(**{**shared, "batch_size": max(options.accumulate, 1)}))
     check_what_trains(options)
+    check_chat_template(options)
     counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
     for name in (*counts, "max_prompt", "validation_prompts"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -367,6 +382,7 @@ def check(options: Options) -> None:
             ("clip_high", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
             ("lora_dropout", True, "in GRPO, whose policy learns as it answers, without dropout"),
             ("kl", options.beta == 0, "with --beta 0"),
+            ("kl_by_ratio", options.beta == 0, "with --beta 0"),
             ("reference", options.beta == 0, "with --beta 0"),
             ("steps_per_iteration", moves_once, "without a reference that moves (--beta) or --judge"),
             ("reward_pooling", no_model, "without a reward model in --reward"),

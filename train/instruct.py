@@ -4,11 +4,12 @@
     python -m train.instruct --data chats.jsonl --init-from model.gguf --out runs/chat       a chat model's own template
     python -m train.instruct --data chats.jsonl --init-from model.gguf --preview             look at a batch first
 
-Records have instruction, input and output; or messages; or prompt and completion. The same command again resumes a run
-that was stopped, and says so when it is finished.
+Records have instruction, input and output; or messages; or ShareGPT's conversations; or prompt and completion. The same
+command again resumes a run that was stopped, and says so when it is finished.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import shlex
@@ -26,6 +27,7 @@ from train.options import (
     check_epochs,
     check_mesh,
     check_ranges,
+    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -41,18 +43,21 @@ from train.what_trains import WhatTrains, check_what_trains, prepared
 LONGEST_ROW = 1024
 EPOCHS = 3.0
 IDLE_IN_PREVIEW = (
-    *("steps", "epochs", "learning_rate", "minimum_learning_rate", "initial_learning_rate", "warmup_steps"),
-    *("evaluate_every", "sample_every", "sample_prompt", "checkpoint_every", "keep_last", "wandb"),
+    *("steps", "epochs", "learning_rate", "schedule", "minimum_learning_rate", "initial_learning_rate", "warmup_steps"),
+    *("evaluate_every", "evaluate_batches", "patience", "sample_every", "sample_prompt", "checkpoint_every"),
+    *("keep_last", "wandb"),
 )
+VALIDATION = ("validation_data", "validation_fraction", "split_seed", "evaluate_batches")
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
+WITHOUT_CHAT_TEMPLATE = "give one with --chat-template FILE, or choose another --template"
 
 
 @dataclass(frozen=True)
 class Instructions:
     # What to learn from, and where it goes.
     data: str
-    """Conversations: .json, .jsonl, .csv, .tsv or .parquet; instruction and output, messages, or prompt and
-    completion."""
+    """Conversations, a file or folder of .json, .jsonl, .csv, .tsv or .parquet; instruction and output, messages,
+    conversations (ShareGPT's), or prompt and completion."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: Annotated[str | None, default_is("none, for --preview alone")] = None
@@ -60,16 +65,21 @@ class Instructions:
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Conversations to measure the validation loss on, that of the answers."""
     validation_fraction: Annotated[float | None, default_is("0.1")] = None
-    """Part of the conversations held out for validation; what equals one of them is not learned."""
+    """Part of the conversations held out for validation; what equals one of them is not learned. With --evaluate-every
+    0 nothing is held out."""
     split_seed: Annotated[int | None, default_is("0")] = None
     """Of the choice of what is held out."""
+    evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
+    """Batches that the validation loss is measured on, spread evenly over what is held out."""
 
     # How a conversation becomes tokens, and which are learned.
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
-        default_is("plain for prompts and texts; else chat or, where the model has none, alpaca"),
+        default_is("chat with --chat-template; plain for prompts and texts; else chat or, where there is none, alpaca"),
     ] = None
     """How it is written: with Alpaca's headings, by the model's chat template, or prompt and completion as they are."""
+    chat_template: Annotated[str | None, default_is("the model's own")] = None
+    """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     train_on: str = "response"
     """What is learned: response (every answer), last (the last one), all (prompts too), or numbers of answers: 0,2."""
     pack: bool = True
@@ -114,9 +124,8 @@ def instruct(options: Options) -> Any:
     check(options)
 
     # JAX has its device; what imports it may follow.
-    from llmq_jax.data import default_template, instruction_batches
+    from llmq_jax.data import SomeBatches, default_template, instruction_batches
     from llmq_jax.language_model import TextFiles, load
-    from llmq_jax.models import build
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
     from llmq_jax.training.metrics import printable
@@ -126,34 +135,41 @@ def instruct(options: Options) -> Any:
 
     # The conversations, some of them held out, and the model.
     training, validation = conversations(options)
-    source = load(options.init_from, dtype=None if options.preview else "float32")  # the masters
+    source = load(options.init_from, dtype=None if options.preview else options.weight_dtype)
     source.require_language_model(options.init_from)
+    source = with_chat_template(options, source)
     tokenizer, config = source.require_tokenizer(options.init_from), source.config
     options = dataclasses.replace(
         options,
-        split_seed=None if options.validation_data else options.split_seed or 0,
+        split_seed=None if options.validation_data or options.evaluate_every == 0 else options.split_seed or 0,
         context=options.context or min(config.max_position_embeddings, LONGEST_ROW),
-        template=options.template or default_template(training, tokenizer),
+        template=options.template or ("chat" if options.chat_template else default_template(training, tokenizer)),
     )
     if options.context > config.max_position_embeddings:
         longest = config.max_position_embeddings
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
     if options.template == "chat":
-        source.require_chat_template(options.init_from)
-    learned, held_out = (examples(options, part, tokenizer, config) for part in (training, validation))
+        source.require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
+    learned = examples(options, training, tokenizer, config)
+    held_out = examples(options, validation, tokenizer, config) if validation else None
 
-    # Rows of several conversations, or of one. Training takes them shuffled, validation all of them in order.
+    # Rows of several conversations, or of one. Training takes them shuffled, validation in order.
     rows = {"context": options.context, "batch_size": options.batch_size, "packing": options.pack, **row_share()}
     batches = instruction_batches(learned.examples, **rows, seed=options.seed)
-    held_out_batches = instruction_batches(held_out.examples, **rows, seed=None)
+    if held_out is not None:
+        held_out_batches = SomeBatches(
+            instruction_batches(held_out.examples, **rows, seed=None), options.evaluate_batches
+        )
+    end = end_of_answer(learned.examples, tokenizer)
+    tell_of_no_end(options, end)
     if options.preview:
         print(described(options, learned, held_out, len(batches), config))
         return show(batches[0], tokenizer)
     options = with_steps(options, len(batches), EPOCHS)
 
     # What trains, of a model that computes as the options say, and learns to end what it writes.
-    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
-    generation = ending_with(end_of_answer(learned.examples, tokenizer), source.generation)
+    model = model_of(options, config)
+    generation = ending_with(end, source.generation)
     source = source.replace(model=model, generation=generation)
     learner = prepared(source, options)
     check_mesh(options, learner.variables, options.batch_size)
@@ -166,14 +182,14 @@ def instruct(options: Options) -> Any:
     def evaluate(variables):
         return step.evaluate(eval_step, variables, held_out_batches)
 
-    ask = questioner(options, source, validation)
+    ask = questioner(options, source, validation or training)
 
     def sample(variables, at_step):
         return ask(whole(variables))
 
     print(
         f"{learner.described}\n{described(options, learned, held_out, len(batches), config)}\n"
-        f"{model.attention_choice(options.context, training=True)}",
+        f"{model.attention_choice(training=True)}",
         flush=True,
     )
     if not Path(options.out).exists():  # a new run: what it starts from
@@ -181,8 +197,9 @@ def instruct(options: Options) -> Any:
             print(f"before training: validation loss {evaluate(learner.variables)['loss']:.4f}", flush=True)
         if options.sample_every != 0:
             print(printable(ask(source.variables)), flush=True)
-    parts = {"training": learned, "validation": held_out}
+    parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
+    digests |= chat_template_digest(options, tokenizer)
     return engine.run(
         create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
         train_step,
@@ -194,7 +211,7 @@ def instruct(options: Options) -> Any:
         model_config=config,
         tokenizer=TextFiles(tokenizer, generation),
         schedule=schedule,
-        evaluate=evaluate,
+        evaluate=None if held_out is None else evaluate,
         sample=sample,
         next_commands=tuple(next_commands(options, config)),
     )
@@ -211,6 +228,7 @@ def check_preview(options: Options) -> None:
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
     train_on(options)
+    check_chat_template(options)
     check_what_trains(options)
     check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
     if options.context is not None and options.context < 2:
@@ -220,17 +238,56 @@ def check(options: Options) -> None:
         raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
     if options.split_seed is not None and options.split_seed < 0:
         raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
+    if options.evaluate_batches is not None and options.evaluate_batches < 1:
+        raise BadInput(f"--evaluate-batches is {options.evaluate_batches} and must be at least 1")
     refuse_idle(
         options,
         (
             ("epochs", options.steps is not None, "beside --steps"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("split_seed", options.validation_data, "beside --validation-data"),
-            ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
+            *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in VALIDATION),
             ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
+
+
+def check_chat_template(options: Any) -> None:
+    """BadInput for a --chat-template that is no template, or that nothing would be written by."""
+    from llmq_jax.data.chat_template import read_chat_template
+
+    refuse_idle(
+        options, [("chat_template", options.template not in (None, "chat"), f"with --template {options.template}")]
+    )
+    if options.chat_template is not None:
+        read_chat_template(options.chat_template)
+
+
+def with_chat_template(options: Any, lm: Any) -> Any:
+    """The model with the template of --chat-template in place of its own, if one is given."""
+    from llmq_jax.data.chat_template import read_chat_template
+
+    if options.chat_template is None:
+        return lm
+    tokenizer = lm.require_tokenizer(options.init_from)
+    return lm.replace(tokenizer=tokenizer.with_chat_template(read_chat_template(options.chat_template)))
+
+
+def chat_template_digest(options: Any, tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of what --chat-template holds, which a run that resumes must find again."""
+    if options.chat_template is None:
+        return {}
+    return {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.source.encode()).hexdigest()}
+
+
+def tell_of_no_end(options: Any, end: int | None) -> None:
+    """Say where no answer by a --chat-template has an end that a model stops at."""
+    if options.chat_template is not None and end is None:
+        print(
+            f"{options.chat_template} ends no answer with a special token of the tokenizer, so that the model will not "
+            "learn to stop: write {{ eos_token }} there"
+        )
 
 
 def train_on(options: Options) -> str | tuple[int, ...]:
@@ -248,13 +305,16 @@ def train_on(options: Options) -> str | tuple[int, ...]:
 
 
 def conversations(options: Options) -> tuple[list, list]:
-    """(training, validation) conversations, none of which is in both; says how many are not learned for that."""
+    """(training, validation) conversations, none of which is in both; says how many are not learned for that. Where
+    nothing is ever evaluated all are learned."""
     from llmq_jax.data import read_conversations, split_documents
 
     def said(conversation):
         return json.dumps([conversation.messages, conversation.given, conversation.input])
 
     everything = read_conversations(options.data)
+    if options.evaluate_every == 0:
+        return everything, []
     if options.validation_data:
         validation = read_conversations(options.validation_data)
         learned_once = len(everything)
@@ -308,14 +368,15 @@ def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: 
     """What there is to learn, and what of it did not fit."""
     kind = f"packed into rows of {options.context} tokens" if options.pack else "one in a row"
     lines = [
-        f"{len(learned):,} conversations to learn, {len(held_out):,} held out (template: {options.template})",
+        f"{len(learned):,} conversations to learn, {0 if held_out is None else len(held_out):,} held out "
+        f"(template: {options.template})",
         f"{learned.learned_tokens:,} of {learned.tokens:,} tokens are learned; {kind}, {steps_in_an_epoch:,} steps are "
         "an epoch",
     ]
     longer = options.context < config.max_position_embeddings
     advice = "choose a longer --context for all of them" if longer else "--too-long says what becomes of them"
     for name, part in (("to learn", learned), ("held out", held_out)):
-        if part.truncated or part.dropped:
+        if part is not None and (part.truncated or part.dropped):
             lines.append(
                 f"{name}, longer than the context of {options.context} tokens: {part.truncated:,} truncated, "
                 f"{part.dropped:,} left out; {advice}"

@@ -23,8 +23,11 @@ class TrainingOptions:
     """Cut each batch into this many parts, whose gradients add up: the same result in less memory."""
     learning_rate: float = 6e-4
     """The peak, reached after the warm-up."""
+    schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"] | None, default_is("cosine")] = None
+    """How the rate falls from there to the last step: cosine, linear, wsd (linear over the last tenth), or not at
+    all."""
     minimum_learning_rate: Annotated[float | None, default_is("a tenth of the peak")] = None
-    """What the cosine falls to at the last step."""
+    """What it falls to at the last step."""
     initial_learning_rate: Annotated[float | None, default_is("0")] = None
     """What the warm-up starts from."""
     warmup_steps: Annotated[int | None, default_is("a twentieth of the steps, at most 100")] = None
@@ -61,12 +64,17 @@ class TrainingOptions:
     """Recompute in the backward pass, to save memory: nothing, all but products with weights, or whole layers."""
     scan_layers: bool = True
     """Compile one layer and loop over it; otherwise write all layers out (slower to compile, at times faster)."""
+    attention: Literal["auto", "masked", "blocked", "fused"] = "auto"
+    """How a sequence looks at itself: all scores at once, block by block, or in a kernel of NVIDIA GPUs, which wants
+    --dtype bfloat16; see docs/attention.md."""
 
     # What to tell and keep.
     log_every: int = 10
     """Steps between two lines of metrics."""
     evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two measurements of the validation loss; 0: never."""
+    patience: Annotated[int | None, default_is("none: all steps")] = None
+    """Stop after so many evaluations in a row without a new best."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two samples; 0: never."""
     sample_prompt: Annotated[str | None, default_is("a line break; def for Python's source")] = None
@@ -103,6 +111,13 @@ def check_ranges(options: TrainingOptions) -> None:
     ):
         if not holds:
             raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must {rule}")
+    refuse_idle(
+        options,
+        (
+            ("minimum_learning_rate", options.schedule == "constant", "with --schedule constant"),
+            ("patience", options.evaluate_every == 0, "with --evaluate-every 0"),
+        ),
+    )
 
 
 def check_epochs(options: Any) -> None:
@@ -192,8 +207,10 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
         changes += [" or ".join(fewer)] if fewer else []
         changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
         changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []
-    changes += ["--train all -> lora"] if getattr(options, "train", None) == "all" else []
-    many_moments = getattr(options, "train", "all") == "all" and options.moments == "float32"
+    train = getattr(options, "train", "all")
+    changes += ["--train all -> lora"] if hasattr(options, "train") and train == "all" else []
+    changes += ["--base-dtype float32 -> bfloat16"] if train == "lora" and options.weight_dtype == "float32" else []
+    many_moments = train == "all" and options.moments == "float32"
     changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
     here = jax.device_count()
     fsdp = here if sizes["fsdp"] < here else 2 * here
@@ -234,19 +251,25 @@ def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
 def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
     """BadInput for an option that is given where it can do nothing. Cases: (field, whether it is idle, why)."""
     for name, idle, why in cases:
-        if idle and getattr(options, name) is not None:
+        value = getattr(options, name)
+        if idle and value is not None and value is not False:
             raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
 
 
-def completed(options: Any, **values: Any) -> Any:
-    """The options with these values, and those of the shared options, in place of None: what config.json shows."""
-    values |= {
-        "warmup_steps": warmup_steps(options),
-        "initial_learning_rate": 0.0,
-        "minimum_learning_rate": options.learning_rate / 10,
-        "keep_last": 3,
-    }
+def filled(options: Any, **values: Any) -> Any:
+    """The options with these values in place of None."""
     return dataclasses.replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
+
+
+def completed(options: Any) -> Any:
+    """The options with what the shared ones stand for in place of None: what config.json shows."""
+    return filled(
+        options,
+        warmup_steps=warmup_steps(options),
+        initial_learning_rate=0.0,
+        minimum_learning_rate=options.learning_rate / (1 if options.schedule == "constant" else 10),
+        keep_last=3,
+    )
 
 
 def warmup_steps(options: TrainingOptions) -> int:
@@ -262,16 +285,27 @@ def with_steps(options: Any, steps_in_an_epoch: int, epochs: float) -> Any:
     return completed(options)
 
 
-def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[Any, Any]:
-    """(schedule of steps, optimizer): AdamW with warm-up and cosine."""
-    from llmq_jax.training.optimizer import adamw, warmup_cosine
+def model_of(options: TrainingOptions, config: Any) -> Any:
+    """The model of a config that computes as the options say. BadInput: an --attention that cannot run here."""
+    from llmq_jax.models import build
 
-    schedule = warmup_cosine(
+    how = {"dtype": options.dtype, "remat": options.remat, "scan_layers": options.scan_layers}
+    model = build(config, **how, attention=options.attention)
+    model.attention_choice(training=True)
+    return model
+
+
+def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[Any, Any]:
+    """(schedule of steps, optimizer): AdamW, its rate warmed up and let fall."""
+    from llmq_jax.training.optimizer import adamw, warmup_schedule
+
+    schedule = warmup_schedule(
         peak=options.learning_rate,
         steps=options.steps,
         warmup_steps=options.warmup_steps,
         initial=options.initial_learning_rate,
         minimum=options.minimum_learning_rate,
+        decay=options.schedule or "cosine",
     )
     b1, b2 = options.betas
     fields = {"b1": b1, "b2": b2, "weight_decay": options.weight_decay, "clip": options.clip or None}
@@ -298,9 +332,13 @@ PLACES = ("out", "device", "mesh", "pmap", "layout", "coordinator", "processes",
 """Options of where a run goes and what it runs on, which it may leave for others."""
 
 
-MAY_CHANGE = ("sample_prompt", "accumulate", "remat", "scan_layers")
-"""A recipe's own options that a run may go on with others of: what samples continue, and how a step is computed. That
-is the same but for rounding; dropout draws, and experts balance, by micro-batches."""
+MAY_CHANGE = (
+    *("sample_prompt", "accumulate", "remat", "scan_layers", "attention"),
+    *("data", "validation_data", "test_data"),
+)
+"""A recipe's own options that a run may go on with others of: what samples continue; how a step is computed, which is
+the same but for rounding (dropout draws, and experts balance, by micro-batches); and where the data lie, whose contents
+are told by digests."""
 
 
 def own_options(options: TrainingOptions, *without: str) -> dict[str, Any]:

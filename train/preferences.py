@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is
 from llmq_jax.errors import BadInput
+from train.instruct import WITHOUT_CHAT_TEMPLATE, check_chat_template, with_chat_template
 from train.options import TrainingOptions, check_epochs, check_ranges, refuse_idle
 from train.what_trains import check_what_trains
 
@@ -18,7 +19,8 @@ LONGEST_ROW = 1024
 class PreferenceData:
     # What to learn from, and where it goes.
     data: str
-    """Pairs of answers: .json, .jsonl, .csv, .tsv or .parquet; chosen and rejected, with what they answer."""
+    """Pairs of answers, a file or folder of .json, .jsonl, .csv, .tsv or .parquet; chosen and rejected, with what they
+    answer."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: str
@@ -37,9 +39,11 @@ class PreferenceData:
     # How a pair becomes tokens.
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
-        default_is("plain for strings; else chat or, where the model has none, alpaca"),
+        default_is("chat with --chat-template; plain for strings; else chat or, where there is none, alpaca"),
     ] = None
     """How it is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
+    chat_template: Annotated[str | None, default_is("the model's own")] = None
+    """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_ROW}")] = None
     """Tokens of the longest text."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
@@ -53,6 +57,7 @@ def check_preference_options(options: TrainingOptions, rate: float) -> None:
     check_ranges(dataclasses.replace(options, **known))
     check_what_trains(options)
     check_epochs(options)
+    check_chat_template(options)
     if options.context is not None and options.context < 2:
         raise BadInput(f"--context is {options.context} and must be at least 2")
     if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
@@ -94,23 +99,26 @@ def read_pairs(options: PreferenceData) -> tuple[list, list]:
     return training, validation.pairs
 
 
-def with_text_options(options: Any, training: list, source: Any) -> Any:
-    """The options with what they leave open of how pairs become tokens, which the model can read."""
+def with_text_options(options: Any, training: list, source: Any) -> tuple[Any, Any]:
+    """(the options with what they leave open of how pairs become tokens, which the model can read; the model with the
+    template of --chat-template)"""
     from llmq_jax.data import default_template
 
     longest = source.config.max_position_embeddings
+    source = with_chat_template(options, source)
     tokenizer = source.require_tokenizer(options.init_from)
+    template = "chat" if options.chat_template else default_template([pair.chosen for pair in training], tokenizer)
     options = dataclasses.replace(
         options,
         split_seed=None if options.validation_data else options.split_seed or 0,
         context=options.context or min(longest, LONGEST_ROW),
-        template=options.template or default_template([pair.chosen for pair in training], tokenizer),
+        template=options.template or template,
     )
     if options.context > longest:
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
     if options.template == "chat":
-        source.require_chat_template(options.init_from)
-    return options
+        source.require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
+    return options, source
 
 
 def pair_tokens(options: PreferenceData, part: list, source: Any) -> Any:

@@ -14,28 +14,32 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from llmq_jax.command_line import default_is, option_name, run
+from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput, did_you_mean
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
+    check_epochs,
     check_mesh,
     check_ranges,
-    completed,
+    filled,
+    model_of,
     on_devices,
     optimizer_of,
     own_options,
     refuse_idle,
     run_options,
     train_step_of,
-    warmup_steps,
+    with_steps,
 )
 from train.texts import LIBRARY_FRACTION, fingerprint, token_streams
 
 SAMPLE_TOKENS = 120
+STEPS, LONGEST_WINDOW = 2000, 1024
+VALIDATION = ("validation_data", "validation_fraction", "evaluate_batches")
 MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
 
@@ -51,7 +55,14 @@ class TextAndModel:
     validation_fraction: Annotated[
         float | None, default_is(f"0.1; {LIBRARY_FRACTION} of the standard library's modules")
     ] = None
-    """Part of the data held out for validation: whole documents, or the end of a single text."""
+    """Part of the data held out for validation: whole documents, or the end of a single text. With --evaluate-every 0
+    nothing is held out."""
+    evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
+    """Batches that the validation loss is measured on, spread evenly over what is held out."""
+    separate_documents: Flag = False
+    """Documents do not see each other, nor is a document's beginning predicted from the end of the one before."""
+    epochs: Annotated[float | None, default_is("as many as --steps take")] = None
+    """Times that the text is learned, in place of --steps."""
     out: Annotated[str | None, default_is("runs/PRESET")] = None
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
 
@@ -62,8 +73,8 @@ class TextAndModel:
     """Go on from this model, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder or a hub id."""
     tokenizer: Annotated[str | None, default_is("bytes; gpt2 for GPT-2's published sizes")] = None
     """bytes, gpt2, a tokenizer.json, or a folder that holds one."""
-    context: Annotated[int | None, default_is("the model's")] = None
-    """Tokens in a window; for fresh weights also the longest text that the model will take."""
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_WINDOW}")] = None
+    """Tokens in a window; given for fresh weights also the longest text that the model will take."""
     num_hidden_layers: Annotated[int | None, default_is("the preset's")] = None
     """Layers."""
     hidden_size: Annotated[int | None, default_is("the preset's")] = None
@@ -83,7 +94,8 @@ class TextAndModel:
 
 @dataclass(frozen=True)
 class Options(TrainingOptions, TextAndModel):  # dataclasses collect the fields from right to left
-    pass
+    steps: Annotated[int | None, default_is(f"{STEPS}, without --epochs")] = None
+    """Updates in the whole run."""
 
 
 # Runs that set everything; an option given beside the preset wins over it.
@@ -127,7 +139,8 @@ def starting_options(given: dict[str, str]) -> Options:
     """What the command line starts from: the options of the run it names, of "demo" when it names nothing."""
     if "init_from" in given:
         return Options(learning_rate=1e-4)  # gentler on weights that have learned
-    return RUNS.get(given.get("preset", "demo"), Options())
+    options = RUNS.get(given.get("preset", "demo"), Options())
+    return replace(options, steps=None) if "epochs" in given else options
 
 
 def main(options: Options) -> None:
@@ -149,10 +162,10 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     check(options)
 
     # JAX has its device; what imports it may follow.
-    from llmq_jax.data import evaluation_batches, load_tokenizer, training_batches
+    from llmq_jax.data import SomeBatches, evaluation_batches, load_tokenizer, training_batches
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import LanguageModel, TextFiles, load
-    from llmq_jax.models import abstract_variables, build, init
+    from llmq_jax.models import abstract_variables, init
     from llmq_jax.training import engine, step
     from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
@@ -167,10 +180,10 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     else:
         tokenizer = load_tokenizer(options.tokenizer or default_tokenizer(options.preset))
         config = new_config(options, tokenizer.vocab_size)
-    options = completed(
+    options = filled(
         options,
         out=f"runs/{options.preset or 'demo'}",
-        context=config.max_position_embeddings,
+        context=min(config.max_position_embeddings, LONGEST_WINDOW),
         # What comes with --init-from has a path for a name, which a new checkpoint there changes.
         tokenizer=None if options.init_from else tokenizer.name,
         text_field="text",
@@ -188,15 +201,22 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         longest = config.max_position_embeddings
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
     prompt_tokens = prompt_length(options, tokenizer, config)
-    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    model = model_of(options, config)
 
     check_mesh(options, abstract_variables(config), options.batch_size)
 
-    # Two streams of tokens, cut into windows. Training takes them shuffled, validation all of them in order.
+    # Two streams of tokens, cut into windows. Training takes them shuffled, validation in order.
     training, validation = token_streams(options, tokenizer, config)
+    if options.separate_documents and tokenizer.end_of_text not in training:
+        raise BadInput("--separate-documents has no effect on a single document; leave it out")
     windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}
+    windows |= {"end_of_text": tokenizer.end_of_text, "separate_documents": options.separate_documents}
     batches = training_batches(training, **windows, seed=options.seed)
-    held_out = evaluation_batches(validation, **windows)
+    if validation is not None:
+        held_out = SomeBatches(evaluation_batches(validation, **windows), options.evaluate_batches)
+    if options.epochs is None and options.steps is None:
+        options = replace(options, steps=STEPS)
+    options = with_steps(options, batches.windows / options.batch_size, options.epochs)
 
     schedule, optimizer = optimizer_of(options)
     objective = objective_of(options, model)
@@ -217,12 +237,13 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         )
         return options.sample_prompt + written.text[0]
 
-    streams = {"training": training, "validation": validation}
+    streams = {"training": training} | ({} if validation is None else {"validation": validation})
     text = {f"{name}_tokens": len(stream) for name, stream in streams.items()}
     text |= {f"{name}_sha256": fingerprint(stream) for name, stream in streams.items()}
     print(
-        f"{model_size(variables):,} parameters; {len(training):,} tokens to learn, {len(validation):,} held out "
-        f"(tokenizer: {tokenizer.name})\n{model.attention_choice(options.context, training=True)}",
+        f"{model_size(variables):,} parameters; {len(training):,} tokens to learn, "
+        f"{0 if validation is None else len(validation):,} held out (tokenizer: {tokenizer.name})\n"
+        f"{model.attention_choice(training=True)}",
         flush=True,
     )
     return engine.run(
@@ -237,7 +258,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         # What was loaded keeps its own end tokens.
         tokenizer=TextFiles(tokenizer, source.generation) if options.init_from else tokenizer,
         schedule=schedule,
-        evaluate=evaluate,
+        evaluate=None if validation is None else evaluate,
         sample=sample,
         tokens_per_step=options.batch_size * options.context,
         next_commands=tuple(next_commands(config)),
@@ -274,7 +295,10 @@ def check(options: Options) -> None:
         raise BadInput(f"unknown preset {options.preset!r}: {did_you_mean(options.preset, [*RUNS, *PRESETS])}")
     if options.init_from and not options.out:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
-    check_ranges(options)
+    check_ranges(options if options.steps is not None else replace(options, steps=1))
+    check_epochs(options)
+    if options.evaluate_batches is not None and options.evaluate_batches < 1:
+        raise BadInput(f"--evaluate-batches is {options.evaluate_batches} and must be at least 1")
     from_model = "beside --init-from, which brings model and tokenizer"
     brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads", "config")
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))
@@ -286,11 +310,11 @@ def check(options: Options) -> None:
                 not any(path and has_fields(path) for path in (options.data, options.validation_data)),
                 "on data without fields",
             ),
+            ("epochs", options.steps is not None, "beside --steps"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
-            ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
+            *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in VALIDATION),
             ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
-            ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),
     )
 

@@ -18,10 +18,12 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
+from train.instruct import chat_template_digest
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
     check_mesh,
+    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -89,7 +91,6 @@ def reward(options: Options) -> Any:
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.language_model import TextFiles, load
-    from llmq_jax.models import build
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
     from llmq_jax.training.parts import whole
@@ -98,8 +99,8 @@ def reward(options: Options) -> Any:
 
     # The pairs, some of them held out, and the model with a head that gives one number.
     training, validation = read_pairs(options)
-    source = load(options.init_from, dtype="float32")  # the masters
-    options = with_text_options(options, training, source)
+    source = load(options.init_from, dtype=options.weight_dtype)
+    options, source = with_text_options(options, training, source)
     source, head = with_scalar_head(source, options.seed)
     config = source.config
     learned, held_out = (examples(options, part, source) for part in (training, validation))
@@ -111,7 +112,7 @@ def reward(options: Options) -> Any:
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
     # What trains, of a model that computes as the options say.
-    model = build(config, dtype=options.dtype, remat=options.remat, scan_layers=options.scan_layers)
+    model = model_of(options, config)
     learner = prepared(source.replace(model=model), options)
     check_mesh(options, learner.variables, options.batch_size)
 
@@ -129,11 +130,12 @@ def reward(options: Options) -> Any:
 
     print(
         f"{head}\n{learner.described}\n{described(options, learned, held_out, batches.per_epoch)}\n"
-        f"{model.attention_choice(longest, training=True)}",
+        f"{model.attention_choice(training=True)}",
         flush=True,
     )
     parts = {"training": learned, "validation": held_out}
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests |= chat_template_digest(options, source.tokenizer)
     result = engine.run(
         create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
         train_step,
@@ -200,7 +202,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     import jax
 
     from llmq_jax.data import PreferenceEvaluation
-    from llmq_jax.layers.axes import everywhere
+    from llmq_jax.layers.axes import replicated
     from llmq_jax.objectives.reward import model_rewards
 
     by_place = {pair.where: pair for pair in validation}
@@ -212,7 +214,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     @jax.jit
     def rewards(variables, tokens, lengths, response_mask):
         found, _ = model_rewards(model, variables, tokens, lengths, response_mask, options.pooling)
-        return everywhere(found.reshape(-1, 2))
+        return replicated(found.reshape(-1, 2))
 
     def shown(variables):
         lines = []

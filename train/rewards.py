@@ -16,8 +16,10 @@ def names(given: str | None) -> list[str]:
 
 def reward_models(options: Any) -> list[str]:
     """Those of --reward that are models: whatever exists, and is neither a Python file nor a name that is taken."""
+    from llmq_jax.rewards import is_built_in
+
     found = [name for name in names(options.reward) if Path(name.rpartition(":")[0] or name).suffix != ".py"]
-    return [name for name in found if name not in ("answer", "format") and Path(name).exists()]
+    return [name for name in found if not is_built_in(name) and Path(name).exists()]
 
 
 def reward_functions(options: Any) -> tuple[Any, Any]:
@@ -126,11 +128,20 @@ def reward_digests(options: Any, score: Any) -> dict[str, Any]:
             weights.update(on_host(leaf).tobytes())
         digests["reward_model_sha256"] = weights.hexdigest()
     if options.replay_data is not None:
-        digests["replay_sha256"] = file_digest(options.replay_data)
+        digests["replay_sha256"] = data_digest(options.replay_data)
     return digests
 
 
-def file_digest(path: str) -> str:
+def data_digest(path: str) -> Any:
+    """SHA-256 of a file of records, or {file: its own} of a folder."""
+    from llmq_jax.data.records import record_files
+
+    if not Path(path).is_dir():
+        return file_digest(path)
+    return {str(file.relative_to(path)): file_digest(file) for file in record_files(path)}
+
+
+def file_digest(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,7 +9,8 @@ LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
 
 
 def token_streams(options: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
-    """(training, validation) tokens; the documents of each joined by the end-of-text token."""
+    """(training, validation) tokens; the documents of each joined by the end-of-text token. Where nothing is ever
+    evaluated all is learned, and validation is None."""
     from llmq_jax.data import (
         check_vocabulary,
         encode_documents,
@@ -33,6 +34,8 @@ def token_streams(options: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
     else:
         documents = read_documents(options.data, options.text_field)
     several = len(documents) > 1
+    if options.evaluate_every == 0:
+        return encode(documents, several), None
     fraction = LIBRARY_FRACTION if options.data is None else 0.1
     if options.validation_fraction is not None:
         fraction = options.validation_fraction

@@ -36,6 +36,13 @@ class WhatTrains:
     """TinyLoRA's numbers."""
     lora_tied: Flag = False
     """All matrices share TinyLoRA's numbers."""
+    base_dtype: Annotated[Literal["float32", "bfloat16"] | None, default_is("float32")] = None
+    """Type of the weights beside adapters, which do not train: bfloat16 takes half the memory."""
+
+    @property
+    def weight_dtype(self) -> str:
+        """Type of the model's weights: what trains of them is float32."""
+        return self.base_dtype or "float32"
 
 
 class Prepared(NamedTuple):
@@ -53,6 +60,7 @@ class Prepared(NamedTuple):
 def check_what_trains(options: WhatTrains) -> None:
     """BadInput for an option that would have no effect."""
     cases = [("blocks", options.train != "blocks", "without --train blocks")]
+    cases += [("base_dtype", options.train != "lora", "without --train lora")]
     cases += [(f"lora_{name}", options.train != "lora", "without --train lora") for name in LORA_OPTIONS]
     cases += [
         (f"lora_{name}", options.lora_variant != "tinylora", "without --lora-variant tinylora")

@@ -36,6 +36,7 @@ from llmq_jax.data.preferences import (
 from llmq_jax.data.prompt_templates import Rendered, alpaca_prompt, default_template, render
 from llmq_jax.data.python_library import python_library_documents, split_modules
 from llmq_jax.data.records import Record, is_table, read_records
+from llmq_jax.data.some_batches import SomeBatches
 from llmq_jax.data.sources import has_fields, iterate_documents, read_documents
 from llmq_jax.data.splits import split_documents, split_tokens
 from llmq_jax.data.text_stream import TextStream
@@ -78,6 +79,7 @@ __all__ = [
     "Preferences",
     "Record",
     "Rendered",
+    "SomeBatches",
     "TextStream",
     "Tokenizer",
     "TrainingBatches",

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
@@ -30,6 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg
 from jinja2.visitor import NodeTransformer
 
+from llmq_jax.data.records import read_text
 from llmq_jax.errors import BadInput
 
 MAX_STEPS = 10**6
@@ -89,6 +91,18 @@ class ChatTemplate:
         except Exception as error:  # templates can raise anything
             raise BadInput(f"the chat template refused these messages: {_one_line(error)}") from error
         return "".join(pieces)
+
+
+def read_chat_template(path: str | Path) -> str:
+    """The text of a template that has a file of its own. BadInput, which names the file: it is empty, or no Jinja."""
+    source = read_text(path)
+    if not source.strip():
+        raise BadInput(f"{path}: the chat template is empty")
+    try:
+        ChatTemplate(source)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+    return source
 
 
 class _Generation(Extension):

@@ -2,9 +2,11 @@
 
     instruction, input, output    Alpaca's; `input` may be missing or empty
     messages                      [{"role": "system", "user" or "assistant", "content": text}, ...]
+    conversations                 ShareGPT's: [{"from": "system", "human" or "gpt", "value": text}, ...]
     prompt, completion            two strings, or two lists of messages
     text                          all in one, for training on all of it
 
+Messages may have either spelling, wherever they stand.
 How they become text is in prompt_templates.py, how tokens and batches in instruction_batches.py.
 """
 
@@ -20,14 +22,22 @@ Message = dict[str, str]
 """{"role": ..., "content": ...}"""
 
 ROLES = ("system", "user", "assistant")
+SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+"""{what ShareGPT calls who says something: the role}"""
 FORMS = {
     "messages": ("messages",),
+    "conversations": ("conversations",),
     "prompt": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
 """{form: the fields that it must have}, in the order in which they are looked for."""
-LOST = {"messages": ("tools", "functions"), "prompt": ("tools",), "alpaca": ("system", "history")}
+LOST = {
+    "messages": ("tools", "functions", "conversations"),
+    "conversations": ("tools", "functions", "system"),
+    "prompt": ("tools",),
+    "alpaca": ("system", "history"),
+}
 LOST_OF_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What other programs would train on, and is not read: refused where it is not empty."""
 
@@ -67,7 +77,7 @@ class Conversation:
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a file of records (see `read_records`), all of one form.
+    """The conversations of a file or folder of records (see `read_records`), all of one form.
 
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or no text, and
     an empty answer.
@@ -78,7 +88,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
         if other.form != first.form:
             raise BadInput(
                 f"{other.where} has the fields of the form {other.form!r} and {first.where} those of {first.form!r}: "
-                "keep them in different files"
+                "give those of one form alone"
             )
     return conversations
 
@@ -93,8 +103,8 @@ def as_conversation(record: Record) -> Conversation:
         forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
         raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
     refuse_lost(fields, LOST.get(form, ()), where)
-    if form == "messages":
-        return Conversation(where, form, message_list(record, "messages"))
+    if form in ("messages", "conversations"):
+        return Conversation(where, "messages", message_list(record, form))
     if form == "prompt":
         return _prompt_and_completion(record)
     if form == "alpaca":
@@ -136,7 +146,8 @@ def message_list(record: Record, name: str) -> tuple[Message, ...]:
     value = record.fields[name]
     where = f"{record.where}: field {name!r}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadInput(f'{where} must be a list of {{"role": ..., "content": ...}}, not {_shown(value)}')
+        keys = '"from": ..., "value"' if name == "conversations" else '"role": ..., "content"'
+        raise BadInput(f"{where} must be a list of {{{keys}: ...}}, not {_shown(value)}")
     given = name == "prompt"
     return tuple(_message(message, f"{record.where}: {name}[{index}]", given) for index, message in enumerate(value))
 
@@ -144,13 +155,19 @@ def message_list(record: Record, name: str) -> tuple[Message, ...]:
 def _message(message: Any, where: str, given: bool) -> Message:
     if not isinstance(message, Mapping):
         raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')
-    for key in ("role", "content"):
+    is_shared = "role" not in message and ("from" in message or "value" in message)
+    who, what = ("from", "value") if is_shared else ("role", "content")
+    for key in (who, what):
         if key not in message:
             raise BadInput(no_field(where, key, message))
-    role, content = message["role"], checked_text(message["content"], f"{where}: content")
+    role, content = message[who], checked_text(message[what], f"{where}: {what}")
     refuse_lost(message, LOST_OF_MESSAGES, where)
     if message.get("weight") == 0:
         raise BadInput(f"{where} has the weight 0, which is not supported: choose what is learned by --train-on")
+    if is_shared:
+        if not isinstance(role, str) or role not in SPEAKERS:
+            raise BadInput(f"{where} is from {role!r}: choose from {', '.join(SPEAKERS)}")
+        role = SPEAKERS[role]
     if role not in ROLES:
         raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
     if role == "assistant" and given and not content.strip():

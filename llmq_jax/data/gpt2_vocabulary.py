@@ -139,6 +139,11 @@ def _added_tokens(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
             )
         if ordinary := [entry["content"] for entry in entries.values() if entry.get("special") is False]:
             raise BadInput(f"{path}: {ordinary[0]!r} is added and not special: this vocabulary needs a tokenizer.json")
+        for entry in entries.values():
+            if flag := next((name for name in ("lstrip", "rstrip", "single_word") if entry.get(name)), None):
+                raise BadInput(
+                    f"{path}: {entry['content']!r} is added with {flag}: this vocabulary needs a tokenizer.json"
+                )
         # More digits than any id has are too many all the same.
         yield path, _checked_ids(path, {entry["content"]: int(number[:20]) for number, entry in entries.items()})
 

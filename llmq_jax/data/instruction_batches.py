@@ -12,7 +12,7 @@ Shapes: n tokens in a conversation, B rows of a batch, T tokens of a row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -21,11 +21,11 @@ from llmq_jax.data.batching import pack, packed_rows
 from llmq_jax.data.conversations import Conversation
 from llmq_jax.data.offsets import overlaps
 from llmq_jax.data.prompt_templates import Rendered, TrainOn, check_train_on, render
+from llmq_jax.data.splits import shuffled_epochs
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.data.windows import Batch, rows_of
 from llmq_jax.errors import BadInput
 
-TooLong = Literal["truncate", "drop", "error"]
 ROW_LENGTHS = 4
 """How many lengths padded rows have, hence how many programs are compiled."""
 
@@ -258,12 +258,5 @@ def conversation_rows(examples: Sequence[Example], plan: Sequence[Sequence[int]]
 
 
 def _shuffled(count: int, seed: int | None, stream: int) -> Any:
-    """Index over all epochs -> index in the epoch: another permutation in each, or, without a seed, the same order."""
-    import grain  # takes a second
-
-    dataset = grain.MapDataset.range(count)
-    if seed is None:
-        return dataset
-    # grain shuffles epoch e with seed + e, so that neighbouring seeds share their epochs, shifted by one. A hashed seed
-    # does not.
-    return dataset.shuffle(seed=int(np.random.SeedSequence([seed, stream]).generate_state(1)[0]))
+    """Index over all epochs -> index in the epoch: `shuffled_epochs`, or, without a seed, one epoch in order."""
+    return range(count) if seed is None else shuffled_epochs(count, [seed, stream])

@@ -142,7 +142,7 @@ def read_labelled(
     columns: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
 ) -> LabelledTexts:
-    """The examples of a file of records (see `read_records`, which also says what `columns` is for), in order.
+    """The examples of a file or folder of records (see `read_records`, which says what `columns` is for too), in order.
 
     Labels are strings or whole numbers, without the white space around them; the classes are in the order of the
     numbers, or of the alphabet. `names` gives classes and order instead, as for a second file: a label that is none of
@@ -165,7 +165,7 @@ def read_rows(
 
 
 def class_names(rows: Sequence[LabelledRow], path: str | Path) -> tuple[str, ...]:
-    """The classes of a file's rows, in order. BadInput for fewer than two."""
+    """The classes of rows, in order. BadInput for fewer than two."""
     found = {row.label for row in rows}
     if len(found) < 2:
         only = rows[0].label

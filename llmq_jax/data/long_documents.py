@@ -6,28 +6,46 @@ tokenizers (GPT-2, Llama 3, Qwen, DeepSeek, SmolLM) always begin a new word, and
 (SentencePiece-like ones put a space before the text, or treat it as one word) get their documents whole.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
+UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
+# What patterns tell apart: letters, digits, marks, signs.
+KINDS = ("a", "A", "don't", "1", "é", "e\u0301", "中", "🙂", *"/.,:;!?'\"`~@#$%^&*()[]{}<>-_+=|\\")
 _LONE_LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
 
 
-def may_cut_at_line_breaks(tokenizer: dict[str, Any]) -> bool:
-    """Whether no token of the tokenizer that this tokenizer.json describes spans a line break among letters."""
-    pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+def may_cut_at_line_breaks(tokenizer: dict[str, Any], pre_tokenizer: Any) -> bool:
+    """Whether no token of a tokenizer spans a line break among visible characters: of what its tokenizer.json says, and
+    of its pre-tokenizer, which is tried."""
+    described = tokenizer.get("pre_tokenizer") or {}
+    steps = described.get("pretokenizers", [described])
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    # ByteLevel splits by GPT-2's pattern unless told not to; then a Split by a pattern of that family stands before.
-    # Without merges (our bytes) every byte is a token whatever the splits.
-    splits = (
-        any(step.get("use_regex", True) for step in byte_level)
-        or any(step.get("type") == "Split" and "Regex" in step.get("pattern", {}) for step in steps)
-        or tokenizer.get("model", {}).get("merges") == []
-    )
     prefixed = any(step.get("add_prefix_space", True) for step in byte_level)
     normalizer = (tokenizer.get("normalizer") or {}).get("type", "NFC")
-    return bool(byte_level) and splits and not prefixed and normalizer in ("NFC", "NFKC", "NFD", "NFKD")
+    # Found before the text is split, and with the line break before them.
+    swallowed = any(
+        not token.get("special") and (token.get("lstrip") or "\n" in token["content"])
+        for token in tokenizer.get("added_tokens", [])
+    )
+    # Without merges (our bytes) every byte is a token whatever the splits.
+    splits = tokenizer.get("model", {}).get("merges") == [] or _splits_after_line_breaks(pre_tokenizer)
+    return bool(byte_level) and not prefixed and normalizer in UNICODE_FORMS and not swallowed and splits
+
+
+def _splits_after_line_breaks(pre_tokenizer: Any) -> bool:
+    """Whether a word ends with the line break, whatever stands on both sides: patterns such as o200k's go on after it,
+    with a slash."""
+    if pre_tokenizer is None:
+        return False
+    for before, after in itertools.product(KINDS, KINDS):
+        words = pre_tokenizer.pre_tokenize_str(f"{before}\n{after}")
+        end = len(before) + 1
+        if any(start < end < stop for _, (start, stop) in words):
+            return False
+    return True
 
 
 def cut_at_line_breaks(text: str, length: int) -> Iterator[str]:

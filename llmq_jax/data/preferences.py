@@ -55,7 +55,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Preferences:
-    """The pairs of a file, in its order."""
+    """The pairs of a file or folder, in its order."""
 
     pairs: list[Preference]
     equal: int
@@ -102,8 +102,8 @@ class PreferenceExamples:
 
 
 def read_preferences(path: str | Path) -> Preferences:
-    """The pairs of a file of records (see `read_records`), all of one form; those of equal answers are counted and left
-    out.
+    """The pairs of a file or folder of records (see `read_records`), all of one form; those of equal answers are
+    counted and left out.
 
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or of the wrong
     kind, an empty prompt or answer, a margin that is no number; and where no pair is left.
@@ -114,7 +114,7 @@ def read_preferences(path: str | Path) -> Preferences:
         if other.chosen.form != first.chosen.form:
             raise BadInput(
                 f"{other.where} has the fields of the form {other.chosen.form!r} and {first.where} those of "
-                f"{first.chosen.form!r}: keep them in different files"
+                f"{first.chosen.form!r}: give those of one form alone"
             )
     different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
     if not different:

@@ -41,7 +41,8 @@ def read_prompts(
     prompt_format: str | None = None,
     longest: int | None = None,
 ) -> tuple[list[Prompt], int]:
-    """(the prompts of a file of records, see `read_records`; how many were left out for more than `longest` tokens).
+    """(the prompts of a file or folder of records, see `read_records`; how many were left out for more than `longest`
+    tokens).
 
     template: "chat", the model's chat template, for which a string is what the user says; "plain", a string as it is;
     None: chat for messages, and wherever the model has a chat template.
@@ -105,7 +106,10 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
     if template == "plain" or (template is None and is_text and chat is None):
         return Prompt(where, value, tokenizer.encode_prompt(value), columns)
     if chat is None:
-        raise BadInput(f"{where}: the model has no chat template: use strings and the template 'plain'")
+        raise BadInput(
+            f"{where}: the model has no chat template: use strings and the template 'plain', or give one "
+            "(--chat-template FILE)"
+        )
     text = chat.render(list(messages), add_generation_prompt=True, strftime_now=DAY.strftime)
     return Prompt(where, text, tokenizer.encode(text, allow_special=True), columns)
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmq_jax.data.folders import files_in
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
 
@@ -43,13 +44,14 @@ def read_records(
     needed: Mapping[str, str] | None = None,
     string_field: str | None = None,
 ) -> list[Record]:
-    """All rows of a file, in order; raises BadInput when there is none.
+    """All rows of a file, or of a folder's files, in order; raises BadInput when there is none.
 
     .json holds a list of objects, or one object; .jsonl one a line; .csv and .tsv have a header; .parquet has columns;
     all but Parquet may be gzipped (.gz). In .tsv no character quotes: every tab separates, every line is a row. White
-    space around the names in a header is no part of them.
+    space around the names in a header is no part of them. A folder is read recursively in sorted order; what it holds
+    beside files of these formats is skipped, and its number is logged.
 
-    columns: names for a .csv or .tsv without a header, whose first line is a row then.
+    columns: names for a .csv or .tsv without a header, whose first line is a row then; in a folder for all of these.
     needed: {field: the option that chooses another one}; a table without such a column is refused before its first row.
     string_field: the field that a string stands for where JSON has one in place of an object; without, it is refused.
     """
@@ -66,19 +68,28 @@ def iterate_records(
     needed: Mapping[str, str] | None = None,
     string_field: str | None = None,
 ) -> Iterator[Record]:
-    """The rows of a file one by one, as `read_records`, for data that does not fit into memory.
+    """The rows of a file or folder one by one, as `read_records`, for data that does not fit into memory.
 
     texts: the fields that matter, all of them text: a table that lacks one is refused before its first row, and Parquet
     reads no others.
     """
     path = Path(path)
+    if not path.exists():
+        raise BadInput(f"there is no file or folder {path}")
+    if path.is_dir():
+        files = record_files(path)
+        if columns is not None and not any(map(is_table, files)):
+            raise BadInput(f"{path} holds no .csv or .tsv file, which names of columns are for")
+        for file in files:
+            yield from iterate_records(file, columns if is_table(file) else None, texts, needed, string_field)
+        return
     kind = format_of(path)
     if kind not in FORMATS:
-        raise BadInput(f"{path} holds no records: give a file that ends in {', '.join(FORMATS)}")
+        raise BadInput(f"{path} holds no records: give a file that ends in {', '.join(FORMATS)}, or a folder of such")
     if columns is not None and kind not in TABLES:
         raise BadInput(f"{path} has names for its fields already; names of columns are for .csv and .tsv")
     if not path.is_file():
-        raise BadInput(f"there is no file {path}" if not path.exists() else f"{path} is not a file")
+        raise BadInput(f"{path} is not a file")
     if path.stat().st_size == 0:
         raise BadInput(f"{path} is empty")
     if kind in (".json", ".jsonl"):
@@ -92,6 +103,18 @@ def iterate_records(
         yield from _parquet_rows(path, texts, needed or {})
     else:
         yield from _table_rows(path, kind, columns, texts or (), needed or {})
+
+
+def record_files(path: str | Path) -> list[Path]:
+    """The files that `read_records` reads at a path: itself or, of a folder, those below it in their order."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+
+    def passed_over(file: Path) -> str | None:
+        return None if format_of(file) in FORMATS else "of another format"
+
+    return files_in(path, passed_over, f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
 
 
 def is_table(path: str | Path) -> bool:

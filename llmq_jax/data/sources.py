@@ -3,12 +3,10 @@
 They are as strict as the readers of records (records.py), which they are built on.
 """
 
-import logging
-import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmq_jax.data.folders import files_in
 from llmq_jax.data.records import (
     FORMATS,
     FileBytes,
@@ -24,8 +22,6 @@ from llmq_jax.data.records import (
 from llmq_jax.errors import BadInput
 
 __all__ = ["has_fields", "is_jsonl", "iterate_documents", "json_lines", "json_values", "read_documents", "read_text"]
-
-_log = logging.getLogger(__name__)
 
 _SNIFFED_BYTES = 8192
 
@@ -49,9 +45,9 @@ def iterate_documents(path: str | Path, text_field: str = "text") -> Iterator[st
     """The documents of a file or folder one by one, as `read_documents`, for data that does not fit into memory."""
     path = Path(path)
     if path.is_dir():
-        files = _files_in(path)
+        files = files_in(path, _passed_over, "readable file")
     elif path.exists():
-        if _is_empty(path):
+        if path.is_file() and path.stat().st_size == 0:
             raise BadInput(f"{path} is empty")
         files = [path]
     else:
@@ -89,36 +85,8 @@ def is_jsonl(path: str | Path) -> bool:
     return format_of(Path(path)) == ".jsonl"
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Readable files under a folder, sorted by path; logs what is skipped."""
-    files: list[Path] = []
-    skipped: Counter[str] = Counter()
-    for where, folders, names in os.walk(folder, onerror=_cannot_list):
-        skipped["hidden"] += sum(name.startswith(".") for name in folders + names)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(where, name) for name in names if not name.startswith(".")):
-            if not path.is_file():  # a broken link, a socket
-                skipped["special"] += 1
-            elif _is_empty(path):
-                skipped["empty"] += 1
-            elif not _holds_records(path) and _is_binary(path):
-                skipped["binary"] += 1
-            else:
-                files.append(path)
-    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()) if count)
-    if not files:
-        raise BadInput(f"{folder} holds no readable file" + (f" (skipped: {counts})" if counts else ""))
-    if counts:
-        _log.warning("%s: read %d files, skipped %s", folder, len(files), counts)
-    return sorted(files, key=lambda path: path.relative_to(folder).parts)
-
-
-def _cannot_list(error: OSError) -> None:
-    raise BadInput(f"{error.filename} cannot be read ({error.strerror})")
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == 0
+def _passed_over(path: Path) -> str | None:
+    return "binary" if not _holds_records(path) and _is_binary(path) else None
 
 
 def _is_binary(path: Path) -> bool:

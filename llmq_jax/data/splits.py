@@ -1,8 +1,11 @@
-"""Holding out text for evaluation: whole documents where there are several, else the end of the one text."""
+"""Holding out text for evaluation: whole documents where there are several, else the end of the one text.
+
+And the orders that a seed draws.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Integer
@@ -49,6 +52,17 @@ def seeded_order(count: int, seed: int | Sequence[int]) -> Integer[np.ndarray, "
     # A seeded sort of random words, not Generator.permutation, whose stream numpy may change between versions.
     words = np.random.SeedSequence(seed).generate_state(count, np.uint64)
     return np.argsort(words, kind="stable")
+
+
+def shuffled_epochs(count: int, entropy: int | Sequence[int]) -> Any:
+    """Index over all epochs -> index in the epoch: another permutation of `range(count)` in each, which depends on the
+    arguments alone (grain's, with random access)."""
+    import grain  # takes a second
+
+    # grain shuffles epoch e with seed + e, so that neighbouring seeds share their epochs, shifted by one. A hashed seed
+    # does not.
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    return grain.MapDataset.range(count).shuffle(seed=seed)
 
 
 def _check_fraction(fraction: float) -> None:

@@ -69,9 +69,7 @@ class TokenizerFiles:
         others = self._json("special_tokens_map.json")
         if name in others:
             changed["special_tokens_map.json"] = others | {name: token}
-        return {
-            file: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode() for file, values in changed.items()
-        }
+        return {file: _written(values) for file, values in changed.items()}
 
     def token_id(self, token: str | None) -> int | None:
         """The number of a token by its spelling in tokenizer.json; None where there is none."""
@@ -100,6 +98,14 @@ class TokenizerFiles:
         except BadInput as error:
             raise BadInput(f"{self.source}: {error}") from error
 
+    def with_chat_template(self, source: str) -> "TokenizerFiles":
+        """The files with this chat template, and no other."""
+        contents = {name: content for name, content in self.contents.items() if name != "chat_template.json"}
+        config = self.config()
+        if config.pop("chat_template", None) is not None:
+            contents["tokenizer_config.json"] = _written(config)
+        return TokenizerFiles(contents | {"chat_template.jinja": source.encode()}, self.source)
+
     def _json(self, name: str) -> dict[str, Any]:
         """What is in one of the files, {} where there is no such file."""
         try:
@@ -109,3 +115,7 @@ class TokenizerFiles:
         if not isinstance(content, dict):
             raise BadInput(f"{self.source}: {name} is not a JSON object")
         return content
+
+
+def _written(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

@@ -14,7 +14,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -126,6 +126,11 @@ class Tokenizer(ABC):
         """How a conversation is written as text; None where the tokenizer has no template of its own."""
         return None
 
+    def with_chat_template(self, source: str) -> "FileTokenizer":
+        """The tokenizer with this chat template, a text in Jinja, in place of its own."""
+        files = TokenizerFiles(self.files(), self.name).with_chat_template(source)
+        return FileTokenizer.from_files(files.contents, self.name)
+
     @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned integer that holds every id: uint16 up to 65,536 tokens, else uint32."""
@@ -213,9 +218,10 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         _utf8(text)
-        if allow_special:
-            return self._encoding.encode(text, allowed_special="all")
-        return self._encoding.encode_ordinary(text)
+        with self._told():
+            if allow_special:
+                return self._encoding.encode(text, allowed_special="all")
+            return self._encoding.encode_ordinary(text)
 
     def encode_with_offsets(
         self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False
@@ -230,8 +236,12 @@ class GPT2Tokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             _utf8(text)
-        with ThreadPoolExecutor() as threads:  # tiktoken releases the interpreter lock
+        with ThreadPoolExecutor() as threads, self._told():  # tiktoken releases the interpreter lock
             return list(threads.map(lambda text: self._encoding.encode_to_numpy(text, disallowed_special=()), texts))
+
+    def _told(self) -> AbstractContextManager[None]:
+        """BadInput for a text that tiktoken's patterns cannot take, as a million spaces in a row."""
+        return _rust_told(f"{self.name}: tiktoken cannot encode a text")
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
@@ -281,7 +291,9 @@ class FileTokenizer(Tokenizer):
         with self._told("be read"):
             self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_text = self._find_end_of_text()
-        self._may_cut = may_cut_at_line_breaks(json.loads(files.contents["tokenizer.json"]))
+        with self._told("be read"):
+            described = json.loads(files.contents["tokenizer.json"])
+            self._may_cut = may_cut_at_line_breaks(described, self._plain.pre_tokenizer)
 
     def _load(self, special_is_text: bool) -> hf_tokenizers.Tokenizer:
         with self._told("be read"):
@@ -292,18 +304,9 @@ class FileTokenizer(Tokenizer):
         loaded.encode_special_tokens = special_is_text
         return loaded
 
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        """BadInput for what tokenizers finds in the file: some of it only when it is used. That raises plain Exception
-        and ValueError, and where its Rust panics what is no Exception."""
-        try:
-            yield
-        except BaseException as error:
-            panic = type(error).__module__ == "pyo3_runtime"
-            if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
-                raise
-            reason = " ".join(str(error).split())
-            raise BadInput(f"{self._files.source}: tokenizer.json cannot {what} ({reason:.300})") from None
+    def _told(self, what: str) -> AbstractContextManager[None]:
+        """BadInput for what tokenizers finds in the file: some of it only when it is used."""
+        return _rust_told(f"{self._files.source}: tokenizer.json cannot {what}")
 
     @cached_property
     def _special(self) -> hf_tokenizers.Tokenizer:
@@ -380,6 +383,20 @@ class FileTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and the files that came with it, byte for byte."""
         return dict(self._files.contents)
+
+
+@contextmanager
+def _rust_told(what: str) -> Iterator[None]:
+    """BadInput for an error of tokenizers or tiktoken: plain Exception and ValueError, and where their Rust panics what
+    is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__module__ == "pyo3_runtime"
+        if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
+            raise
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{what} ({reason:.300})") from None
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

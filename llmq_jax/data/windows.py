@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from llmq_jax.data.splits import shuffled_epochs
 from llmq_jax.errors import BadInput
 
 Batch = dict[str, np.ndarray]
@@ -36,7 +37,7 @@ class TrainingBatches:
     rows: range
     """Those of this process."""
     _shuffled: Any = field(repr=False)
-    """grain MapDataset: index over all epochs -> window in the epoch, another permutation in each epoch."""
+    """Index over all epochs -> window in the epoch: `shuffled_epochs`."""
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -87,11 +88,6 @@ def training_batches(
     windows = max(1, (len(tokens) - context) // context)
     if windows >= 2**32:
         raise BadInput(f"{windows} windows are more than grain can shuffle (2**32): use a longer context")
-    import grain  # takes a second
-
-    # grain shuffles epoch e with seed + e, so that neighbouring seeds share their epochs, shifted by one. A hashed seed
-    # does not.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return TrainingBatches(
         tokens=tokens,
         context=context,
@@ -100,7 +96,7 @@ def training_batches(
         windows=windows,
         batch_size=batch_size,
         rows=rows_of(process_index, process_count, batch_size),
-        _shuffled=grain.MapDataset.range(windows).shuffle(seed=shuffle_seed),
+        _shuffled=shuffled_epochs(windows, seed),
     )
 
 

@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, sample
-from llmq_jax.layers.axes import everywhere
+from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.weight_type import weight_type
 
@@ -148,7 +148,7 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
 def readable(state: State) -> State:
     """The state with what the caller reads whole on every device of a mesh, of other processes too."""
     names = ("step", "tokens", "logprobs", "lengths", "done")
-    return state.replace(**everywhere({name: getattr(state, name) for name in names}))
+    return state.replace(**replicated({name: getattr(state, name) for name in names}))
 
 
 def is_end(tokens: Int[Array, "*batch"], end_tokens: tuple[int, ...]) -> Bool[Array, "*batch"]:

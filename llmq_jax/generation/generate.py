@@ -400,7 +400,8 @@ def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
 
 
 def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(end tokens, stop strings). Stop strings alone do not switch off the model's own end tokens."""
+    """(end tokens, stop strings). Stop strings alone do not switch off the model's own end tokens. One that spells a
+    special token, which texts do not show, is an end token itself."""
     if stop is None:
         return tuple(lm.generation.eos_token_id), ()
     stops = [stop] if isinstance(stop, Integral | str) else list(stop)
@@ -413,4 +414,14 @@ def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ..
         raise BadInput("this model has no tokenizer, so it cannot stop at a string; stop at token ids")
     if "" in strings:
         raise BadInput("a stop string is empty; it would stop before the first token")
-    return (tuple(lm.generation.eos_token_id) if strings and not tokens else tokens), strings
+    ends = tuple(lm.generation.eos_token_id) if strings and not tokens else tokens
+    spelled = {string: _special_token(lm, string) for string in strings}
+    ends += tuple(token for token in spelled.values() if token is not None)
+    return tuple(dict.fromkeys(ends)), tuple(string for string, token in spelled.items() if token is None)
+
+
+def _special_token(lm: LanguageModel, string: str) -> int | None:
+    """The special token that the string spells, if it does."""
+    assert lm.tokenizer is not None
+    ids = lm.tokenizer.encode(string, allow_special=True)
+    return ids[0] if len(ids) == 1 and not lm.tokenizer.decode(ids, skip_special_tokens=True) else None

@@ -31,7 +31,7 @@ from llmq_jax.errors import BadInput, close_names
 from llmq_jax.generation import Sampler, generate
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel, load
-from llmq_jax.layers.axes import everywhere
+from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.logprobs import greedy_logprobs
 from llmq_jax.weight_type import weight_type
@@ -224,16 +224,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 yield number, postprocess_generated_text(text, until, None)
 
     def _stop(self, until: Sequence[str]) -> list[int | str]:
-        """Where generation ends: the model's end tokens, and of the strings those that spell a special token, which
-        the text does not show, as that token."""
-        stop: list[int | str] = list(self.lm.generation.eos_token_id)
-        for string in until:
-            ids = self.tokenizer.encode(string, allow_special=True)
-            if len(ids) == 1 and not self.tokenizer.decode(ids, skip_special_tokens=True):
-                stop += ids
-            elif string:
-                stop.append(string)
-        return list(dict.fromkeys(stop))
+        """Where generation ends: the model's end tokens, and the strings."""
+        return [*self.lm.generation.eos_token_id, *(string for string in dict.fromkeys(until) if string)]
 
     def _batches(
         self, rows: Sequence[Sequence[int]], title: str, disable_tqdm: bool
@@ -357,7 +349,7 @@ def _continuations(
     places, ends = jnp.arange(tokens.shape[1]), lengths[rows][:, None]
     scored = (places < ends) & (places >= ends - counts[:, None])
     logprobs, greedy = greedy_logprobs(model, variables, tokens, lengths, rows, targets, scored)
-    return everywhere(logprobs.sum(axis=1)), everywhere((greedy | ~scored).all(axis=1))
+    return replicated(logprobs.sum(axis=1)), replicated((greedy | ~scored).all(axis=1))
 
 
 def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:

@@ -223,7 +223,13 @@ class _Reader:
                 stacklevel=2,
             )
             dropout = 0.0
-        return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
+        head = ("lm_head", "kernel")
+        if dropout and head in parts:
+            warnings.warn(
+                f"{self.folder / CONFIG}: lora_dropout={dropout} is left out at lm_head, which works within the loss",
+                stacklevel=2,
+            )
+        return {path: self._stacked(path, entries, dropout * (path != head)) for path, entries in parts.items()}
 
     def tiny(self) -> Found:
         """Matrices in their order share the numbers of a group, as many as `weight_tying` says; in training they go on
@@ -311,7 +317,24 @@ class _Reader:
         Where two of these are one of ours, such as a gate and what it multiplies, they share neither A nor output."""
         count, width, _ = self._widths(site, experts=True)
         features = site.placement.our_shape(self.shapes[site.placement.path])[2:]
-        found: dict[str, list[Any]] = {}  # by what of our matrix it is
+        parts = self._parts_of_experts(site, width, features)
+        if not parts:
+            return None
+        scale = max((pair[-1] for pairs in parts for pair in pairs), key=abs)
+        ranks = [max(len(last) for _, _, last, _ in pairs) for pairs in parts]
+        first = np.zeros((count, width, sum(ranks)), np.float32)
+        last = np.zeros((count, sum(ranks), *features), np.float32)
+        for start, pairs in zip(np.cumsum([0, *ranks]), parts, strict=False):
+            for expert, (at, own_first, own_last, own_scale) in enumerate(pairs):
+                rank = slice(start, start + len(own_last))
+                first[expert, :, rank] = own_first
+                output = last[(expert, rank, *at)]  # a view
+                output[...] = own_last.reshape(output.shape) * (own_scale / scale if scale else 0)
+        return first, last.reshape(count, sum(ranks), -1), scale
+
+    def _parts_of_experts(self, site: Site, width: int, features: tuple[int, ...]) -> list[list[Any]]:
+        """For each part of our matrix that has adapters, of all experts in order: (which part, A, B, scale)."""
+        found: dict[str, list[Any]] = {}
         missing: list[tuple[str, str]] = []
         for part in self.apart.get((site.placement.path, site.placement.slot), ()):
             module = part.key.removesuffix(".weight")
@@ -326,22 +349,10 @@ class _Reader:
                 missing.append((str(at), module))
             else:
                 found.setdefault(str(at), []).append((at, *pair, self._scale(module, len(pair[1]))))
-        if not found:
-            return None
         for part_of, module in missing:
             if part_of in found:
                 raise BadInput(f"{self.folder / WEIGHTS}: has adapters of other experts and none of {module}")
-        scale = max((pair[-1] for pairs in found.values() for pair in pairs), key=abs)
-        ranks = [max(len(last) for _, _, last, _ in pairs) for pairs in found.values()]
-        first = np.zeros((count, width, sum(ranks)), np.float32)
-        last = np.zeros((count, sum(ranks), *features), np.float32)
-        for start, pairs in zip(np.cumsum([0, *ranks]), found.values(), strict=False):
-            for expert, (at, own_first, own_last, own_scale) in enumerate(pairs):
-                rank = slice(start, start + len(own_last))
-                first[expert, :, rank] = own_first
-                output = last[(expert, rank, *at)]  # a view
-                output[...] = own_last.reshape(output.shape) * (own_scale / scale if scale else 0)
-        return first, last.reshape(count, sum(ranks), -1), scale
+        return list(found.values())
 
     def _expert_pair(self, site: Site) -> Pair | None:
         """A [E, D, R] and B [E, R, F]."""

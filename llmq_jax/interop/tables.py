@@ -27,6 +27,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.axes import put
 from llmq_jax.models import abstract_variables, module_slots
 
 Shape = tuple[int, ...]
@@ -212,7 +213,7 @@ class WeightTable:
                     leaf[part.slot] = part.transform.to_ours(np.asarray(tensors[part.key]), shape)
                 else:
                     leaf[part.slot] = 0
-            filled[path] = jax.device_put(leaf)
+            filled[path] = put(path, leaf)
         variables: dict[str, Any] = unflatten_dict(filled)
         return variables
 

@@ -2,7 +2,7 @@
 
 from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
 from llmq_jax.training.engine import NonFiniteLoss, run
-from llmq_jax.training.optimizer import adamw, warmup_cosine
+from llmq_jax.training.optimizer import adamw, warmup_schedule
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.report import RunResult
 from llmq_jax.training.run_folder import RunFolder
@@ -30,5 +30,5 @@ __all__ = [
     "make_train_step",
     "plot_losses",
     "run",
-    "warmup_cosine",
+    "warmup_schedule",
 ]

@@ -31,7 +31,7 @@ from flax import traverse_util
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
-from llmq_jax.layers.axes import path_names
+from llmq_jax.layers.axes import axis_sizes, path_names, sharding_of
 from llmq_jax.training.atomic_files import json_bytes, sync_folder
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
 from llmq_jax.training.processes import first, share, wait_for_all
@@ -257,22 +257,39 @@ def load_checkpoint_variables(path: str | Path) -> LoadedCheckpoint:
     """What inference needs of a checkpoint: `(config, variables, tokenizer_folder, info)`.
 
     `path` is a checkpoint, or a run folder, which stands for its newest one. Nothing need be known of the optimizer
-    that wrote it, whose arrays are verified but not read. The variables lie on the default device.
+    that wrote it, whose arrays are verified but not read. The variables lie on the default device; where a mesh is set,
+    they are read straight to the devices that have their parts.
     """
     folder = find_checkpoint(path)
     if folder is None:
         raise BadInput(f"no checkpoint in {path}; give a run folder or one of the folders in its checkpoints/")
+    try:
+        return _load_variables(folder)
+    except Exception:
+        if folder.exists():
+            raise
+        # A run that goes on has deleted it meanwhile, and has a newer one.
+        return load_checkpoint_variables(path)
+
+
+def _load_variables(folder: Path) -> LoadedCheckpoint:
     verify_manifest(folder)
     config = _read_config(folder)
     with _orbax() as (ocp, checkpointer):
         saved = _saved_arrays(checkpointer, folder)
-        wanted = {name: array for name, array in saved.items() if name[0] == "variables"}
+        wanted = {name: _where_wanted(name, array) for name, array in saved.items() if name[0] == "variables"}
         if not wanted:
             raise BadInput(f"checkpoint {folder} holds no model variables; give one that training saved")
         arrays = _read_arrays(ocp, checkpointer, folder, wanted)
     variables = traverse_util.unflatten_dict({name[1:]: array for name, array in arrays.items()})
     tokenizer = folder / TOKENIZER
     return LoadedCheckpoint(config, variables, tokenizer if tokenizer.is_dir() else None, _read_info(folder))
+
+
+def _where_wanted(name: Name, array: Any) -> Any:
+    """A shape, with where the mesh wants the array, if one is set."""
+    sharding = sharding_of(name, array) if axis_sizes() else None
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _named_leaves(tree: Any) -> dict[Name, Any]:

@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +29,21 @@ from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, OWN_LOSSES, read_metrics, shown_loss
 from llmq_jax.training.out_of_memory import ERRORS, OutOfMemory, shortage, usage
 from llmq_jax.training.pace import Pace
-from llmq_jax.training.plots import plot_losses
+from llmq_jax.training.plots import Points, curve, plot_losses, training_curve
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
 from llmq_jax.training.progress import Status, TextOutput
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
 from llmq_jax.training.report_page import write_report_page
 from llmq_jax.training.run_folder import FINISHED, RunFolder
-from llmq_jax.training.run_options import NEUTRAL_OPTIONS, RunOptions
+from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
 from llmq_jax.training.time_spent import TimeSpent
 from llmq_jax.training.trackers import require_wandb
+
+JudgedBy = tuple[str, Literal["lowest", "highest"]]
+"""A mean of the evaluation, and which value of it is the best."""
 
 
 class NonFiniteLoss(BadInput):
@@ -63,6 +67,7 @@ def run(
     tokenizer: Any = None,
     schedule: Callable[[Any], Any] | None = None,
     evaluate: Callable[[dict[str, Any]], dict[str, float]] | None = None,
+    judged_by: JudgedBy = ("loss", "lowest"),
     sample: Callable[[dict[str, Any], int], str] | None = None,
     tokens_per_step: int | None = None,
     show: Sequence[str] = (),
@@ -79,8 +84,8 @@ def run(
       `may_change`) are the same; a RunFolder, which has a config already, stays open. None: nothing is written.
     * `model_config` (a dict or config dataclass) and `tokenizer` are saved with every checkpoint.
     * `schedule(i)` is the learning rate of update i, here only for the log.
-    * `evaluate(variables)` returns means by name, of which `loss` tells the best checkpoint; `sample(variables, step)`
-      a text to show, the same one for the same arguments.
+    * `evaluate(variables)` returns means by name, of which the one of `judged_by` tells the best step, by its lowest or
+      its highest value; `sample(variables, step)` a text to show, the same one for the same arguments.
     * `tokens_per_step`, over all processes, is what `batches.count_tokens(i)` says where not given, or else counted
       from each batch, of which other processes are taken to have as many; a step that draws its own tokens tells how
       many by a metric `tokens`, which is no array of the device unless it may be waited for.
@@ -96,6 +101,8 @@ def run(
     """
     able = {"evaluates": evaluate is not None, "samples": sample is not None}
     options = options.resolved(**able, saves=folder is not None)
+    if judged_by[1] not in ("lowest", "highest"):
+        raise BadInput(f"judged_by is {judged_by!r}; it must be a mean that evaluate returns, and lowest or highest")
     if options.wandb:
         require_wandb()
     if config is not None and not isinstance(folder, str | Path):
@@ -104,6 +111,9 @@ def run(
         )
     if options.on_full_disk == "continue" and jax.process_count() > 1:
         raise BadInput("on_full_disk is continue, which is for one process; leave it out")
+    if tokenizer is not None and options.checkpoint_every:
+        with tempfile.TemporaryDirectory() as trial:  # what cannot be saved is told now, not by the first checkpoint
+            tokenizer.save(trial)
     shown_on: TextOutput = sys.stdout if output is None else output
     keep_freed_memory()
 
@@ -123,6 +133,7 @@ def run(
             tokenizer=tokenizer,
             learning_rates=None if schedule is None else _table(schedule, options.steps),
             evaluate=evaluate,
+            judged_by=judged_by,
             sample=sample,
             tokens_per_step=tokens_per_step,
             show=show,
@@ -135,7 +146,8 @@ def run(
                 result = loop.train(shown_on)
         usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
         path = None if run_folder is None else run_folder.path
-        report = report_text(result, path, loop.profile.text(), next_commands if usable else ())
+        further = "\n".join(filter(None, (loop.best_text(result), loop.profile.text())))
+        report = report_text(result, path, further, next_commands if usable else ())
         print(report, file=shown_on, flush=True)
         return result
 
@@ -170,6 +182,7 @@ class _Loop:
     tokenizer: Any
     learning_rates: np.ndarray | None
     evaluate: Callable[..., Any] | None
+    judged_by: JudgedBy
     sample: Callable[..., Any] | None
     tokens_per_step: int | None
     show: Sequence[str] = ()
@@ -179,12 +192,13 @@ class _Loop:
     """Of the step that is handed over next."""
     loss: float | None = None
     validation: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Validation loss by step."""
+    """What the run is judged by, by step."""
     saved: int | None = None
     """Step of the newest checkpoint."""
 
     def __post_init__(self) -> None:
         self.step = int(self.state.step)
+        self.judged = f"validation_{self.judged_by[0]}"
         self.shares = row_share()["process_count"]  # of a batch; this process counts the tokens of its own
         self.pace = Pace(self.options.steps)
         self.time = TimeSpent()
@@ -199,16 +213,17 @@ class _Loop:
         def say(text: str) -> None:
             print(text, file=output, flush=True)
 
+        asked = self.options.profile
+        profiled = None if asked is None else profiled_steps(asked, self.options.steps)
         if self.folder is not None:
             self.resume(say)
         first = processes.first()
         self.recorder = Recorder(self.folder if first else None, self.options, self.step, output)
-        if self.options.profile and first:
-            steps = profiled_steps(self.options.profile, self.options.steps)
+        if profiled and first:
             assert self.folder is not None
-            self.profile = Profile(steps, self.folder.path / PROFILE, self.step)
-            if steps[1] <= self.step:
-                self.recorder.message(f"no profile: steps {self.options.profile} were before the run was resumed")
+            self.profile = Profile(profiled, self.folder.path / PROFILE, self.step)
+            if profiled[1] <= self.step:
+                self.recorder.message(f"no profile: steps {asked} were before the run was resumed")
         self.time = TimeSpent()
         try:
             with processes.stop_signals(saves=bool(self.options.checkpoint_every)) as stop:
@@ -216,6 +231,10 @@ class _Loop:
                     # The checkpoint resumed from came before its step's sample, which may be missing or torn.
                     self.write_sample()
                 self.loop(stop)
+            if self.profile.running:  # in the steps that an early stop leaves out
+                self.profile.last = self.step
+            elif self.step < self.profile.first <= self.profile.last:
+                self.recorder.message(f"no profile: the run stopped before step {self.profile.first}")
             self.recorder.sync()
         except ERRORS as error:
             if shortage(error) is None:
@@ -226,7 +245,7 @@ class _Loop:
             self.recorder.close()
         result = self.result()
         if self.folder is not None and first:
-            if self.options.plot and (self.options.log_every or self.validation):
+            if self.options.plot and (self.options.log_every or self.validation_losses):
                 plot_losses(self.folder.path)
                 plot_experts(self.folder.path)
             self.folder.mark_finished(result.figures())
@@ -247,21 +266,29 @@ class _Loop:
         self.step = self.saved = info.step
         self.tokens = info.tokens
         self.checkpoints.set_aside_after(info.step)
-        metrics = self.folder.path / METRICS
-        for record in read_metrics(metrics) if metrics.exists() else []:
-            if record["step"] <= self.step:
-                self.loss = shown_loss(record) if "loss" in record else self.loss
-                if record.get("validation_loss") is not None:
-                    self.validation[record["step"]] = record["validation_loss"]
-        processes.wait_for_all("metrics read")
+        self.read_back(info.step)
         say(f"resuming {self.folder.path} from step {self.step}")
+        self.stop_early(say)
+
+    def read_back(self, step: int) -> None:
+        """The figures up to a step. One process reads them for all, which must come to the same decisions."""
+        assert self.folder is not None
+        path = self.folder.path / METRICS
+
+        def read() -> tuple[float | None, Points]:
+            records = [record for record in (read_metrics(path) if path.exists() else []) if record["step"] <= step]
+            losses = training_curve(records)
+            return losses[-1][1] if losses else None, curve(records, self.judged)
+
+        self.loss, judged = processes.share(processes.together(lambda: read() if processes.first() else None))
+        self.validation = dict(judged)
 
     def loop(self, stop: StopSignals) -> None:
         options = self.options
         pending = None
         if self.step < options.steps:
             self.make_batch()
-        while self.step < options.steps:
+        while self.step < self.options.steps:  # which an early stop lowers
             if self.profile.begins_with(self.step + 1):
                 jax.block_until_ready(self.state)
                 self.profile.start()
@@ -349,10 +376,18 @@ class _Loop:
             with self.time.on("evaluation", step):
                 assert self.evaluate is not None
                 found = self.evaluate(self.state.variables)
-                means = {f"validation_{name}": float(value) for name, value in found.items()}
-            if "validation_loss" in means:
-                new_best = self.validated(means["validation_loss"])
+                # All processes go by the figures of one: they must save, and stop, at the same steps.
+                means = processes.share({f"validation_{name}": float(value) for name, value in found.items()})
+            if self.judged in means:
+                new_best = self.validated(means[self.judged])
+            elif options.patience is not None:
+                raise BadInput(
+                    f"patience is {options.patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
+                    "return it, or leave patience out"
+                )
             self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
+            self.stop_early(self.recorder.message)
+            options = self.options
         best_to_keep = new_best and options.keep_best and bool(options.checkpoint_every)
         if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
             goes_on = options.on_full_disk == "continue" and step < options.steps and not stop.received
@@ -369,13 +404,39 @@ class _Loop:
         if options.due(options.sample_every, step):
             self.write_sample()
 
-    def validated(self, loss: float) -> bool:
-        """Note this step's validation loss; whether it is the lowest so far."""
-        if not math.isfinite(loss):
-            raise self.broken(self.step, f"validation loss is {loss}", look_at="the validation data")
-        lowest = loss < min(self.validation.values(), default=math.inf)
-        self.validation[self.step] = loss
-        return lowest
+    def validated(self, value: float) -> bool:
+        """Note what this step is judged by; whether it is the best so far."""
+        if not math.isfinite(value):
+            raise self.broken(self.step, f"{self.judged.replace('_', ' ')} is {value}", look_at="the validation data")
+        self.validation[self.step] = value
+        return self.best() == self.step
+
+    def best(self) -> int | None:
+        """The best step, the earliest on a tie."""
+        return min(self.validation, key=self.cost, default=None)
+
+    def cost(self, step: int) -> float:
+        """What a step is judged by, so that lower is better."""
+        return self.validation[step] if self.judged_by[1] == "lowest" else -self.validation[step]
+
+    def stop_early(self, say: Callable[[str], None]) -> None:
+        """Make this step the run's last one, with all that is due then, if the best step is that long ago."""
+        best, patience = self.best(), self.options.patience
+        if best is None or patience is None or self.step == self.options.steps:
+            return
+        if sum(step > best for step in self.validation) >= patience:
+            count = "1 evaluation" if patience == 1 else f"{patience} evaluations in a row"
+            say(f"stopped early after step {self.step}: {count} without a new best; best: {self.told(best)}")
+            # The steps to profile may lie behind the new end.
+            self.options = dataclasses.replace(self.options, steps=self.step, profile=None)
+
+    def told(self, step: int) -> str:
+        return f"{self.judged.replace('_', ' ')} {self.validation[step]:.4f} at step {step:,}"
+
+    def best_text(self, result: RunResult) -> str:
+        """What the end says of the best step; "" where it stands beside the last validation loss, or there is none."""
+        best = self.best()
+        return "" if best is None or result.validation_loss is not None else f"best: {self.told(best)}"
 
     def write_sample(self) -> None:
         with self.time.on("samples", self.step):
@@ -396,7 +457,7 @@ class _Loop:
                 self.state,
                 model_config=self.model_config,
                 tokenizer=self.tokenizer,
-                validation_loss=self.validation.get(self.step),
+                validation_loss=self.cost(self.step) if self.step in self.validation else None,
                 tokens=self.tokens,
             )
         except Exception as error:
@@ -438,15 +499,19 @@ class _Loop:
             return "no checkpoint was saved before it"
         return f"the last {name} is {self.checkpoints.path(self.saved)}"
 
+    @property
+    def validation_losses(self) -> dict[int, float]:
+        return self.validation if self.judged == "validation_loss" else {}
+
     def result(self) -> RunResult:
-        best = min(self.validation, key=self.validation.__getitem__, default=None)
+        best = self.best()
         return RunResult(
             state=self.state,
             step=self.step,
             tokens=self.tokens,
             loss=self.loss,
-            validation_loss=self.validation.get(self.step),
-            best_validation_loss=None if best is None else self.validation[best],
+            validation_loss=self.validation_losses.get(self.step),
+            best_validation_loss=None if best is None else self.validation_losses.get(best),
             best_step=best,
             seconds=self.pace.seconds(),
             time=self.time.total(),
@@ -458,6 +523,7 @@ class _Loop:
         """The result of a run that was finished by an earlier process. Never with the state of an earlier step."""
         assert self.checkpoints is not None and self.folder is not None
         report = self.folder.report()
+        self.read_back(report["step"])
         if report["step"] not in self.checkpoints.steps():
             return RunResult(state=None, **report)
         try:
@@ -485,7 +551,7 @@ def open_folder(
     arguments are those of `run`, and whether it is given the two functions."""
     options = options.resolved(evaluates=evaluates, samples=samples, saves=True)
     described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
-    return RunFolder(folder, described, may_change=[*may_change, *(f"options.{name}" for name in NEUTRAL_OPTIONS)])
+    return RunFolder(folder, described, may_change=[*may_change, *(f"options.{name}" for name in options.neutral)])
 
 
 def _table(schedule: Callable[..., Any], steps: int) -> np.ndarray:

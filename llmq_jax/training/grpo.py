@@ -35,7 +35,7 @@ from llmq_jax.data.prompts import Prompt, row_seeds
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
-from llmq_jax.layers.axes import everywhere
+from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.grpo import GRPO, group_advantages, process_advantages
 from llmq_jax.objectives.logprobs import completion_logprobs
@@ -50,7 +50,7 @@ from llmq_jax.training.step import EXTREMES, ROUTER, combined
 REFERENCE = "reference"
 """What a state carries."""
 ROUNDS = 3
-"""So often at most are other questions asked in place of those without spread."""
+"""Rounds of a step with `dynamic_sampling`, the first included: prompts are replaced at most ROUNDS - 1 times."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def _completion_logprobs(
 ) -> Any:
     rows = tokens, lengths, prompt_lengths
     options = {**options, "prompts": prompts, "entropies": False}
-    return everywhere(completion_logprobs(model, variables, *rows, count, **options)[0])
+    return replicated(completion_logprobs(model, variables, *rows, count, **options)[0])
 
 
 def _part(rollout: Rollout, scores: Scores, groups: list[int]) -> tuple[Rollout, Scores]:

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate (Loshchilov & Hutter 2019, arXiv:1711.05101; cosine: arXiv:1608.03983)."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and its learning rate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.training.roles import roles
 
 # Roles that weight decay pulls towards zero; norms and biases stay out.
@@ -15,26 +15,47 @@ DECAYED = frozenset({"kernel", "embedding"})
 
 Schedule = Callable[[int], jax.Array]
 
+# Of the way from the peak to the minimum what is left, by the part of the decay that has passed.
+DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "wsd": lambda progress: 1.0 - progress,
+    "constant": jnp.ones_like,
+}
 
-def warmup_cosine(
-    *, peak: float, steps: int, warmup_steps: int = 0, initial: float = 0.0, minimum: float = 0.0
+
+def warmup_schedule(
+    *,
+    peak: float,
+    steps: int,
+    warmup_steps: int = 0,
+    initial: float = 0.0,
+    minimum: float = 0.0,
+    decay: str = "cosine",
 ) -> Schedule:
     """Learning rate of step 0 ... steps - 1: linear from `initial` (at step 0) to `peak` (at step `warmup_steps`), then
-    half a cosine that reaches `minimum` exactly at the last step, and stays there (SGDR, arXiv:1608.03983, eq. 5).
+    as `decay` names it to `minimum`, which it reaches exactly at the last step, and stays there. (A warm-up that lasts
+    to the last step leaves no step to fall in.)
 
-    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak.
+    "cosine": half a cosine (SGDR, arXiv:1608.03983, eq. 5); "linear": a straight line; "wsd": the peak, and over the
+    last tenth of the steps a straight line (MiniCPM, arXiv:2404.06395, section 4); "constant": the peak.
+
+    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, an unknown decay.
     """
     if not 0 <= warmup_steps < steps:
         raise BadInput(f"warm-up of {warmup_steps} steps does not fit a run of {steps}; make it shorter than the run")
     for name, value in (("initial", initial), ("minimum", minimum)):
         if not 0.0 <= value <= peak:
             raise BadInput(f"{name} learning rate {value:g} must lie between 0 and the peak, {peak:g}")
+    if decay not in DECAYS:
+        raise BadInput(f"decay={decay!r} is unknown; {did_you_mean(decay, DECAYS)}")
+    start = max(warmup_steps, steps - 1 - max(1, steps // 10)) if decay == "wsd" else warmup_steps
 
     def learning_rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rising = initial + (peak - initial) * step / max(warmup_steps, 1)
-        progress = jnp.clip((step - warmup_steps) / max(steps - 1 - warmup_steps, 1), 0.0, 1.0)
-        falling = minimum + (peak - minimum) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        progress = jnp.clip((step - start) / max(steps - 1 - start, 1), 0.0, 1.0)
+        falling = minimum + (peak - minimum) * DECAYS[decay](progress)
         return jnp.where(step < warmup_steps, rising, falling)
 
     return learning_rate

@@ -35,7 +35,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import AXES, MESH_AXES, division, path_names, row_devices
+from llmq_jax.layers.axes import AXES, MESH_AXES, partition_spec, path_names, row_devices
 from llmq_jax.models import DeepSeek3, build, init
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.device_program import COPIES, GRADIENTS, KEPT, LOSS, UNSUMMED, UPDATE, WORKING, Device
@@ -137,7 +137,7 @@ def _optimizer(moments: str) -> optax.GradientTransformation:
 
 def _division(run: Run, names: tuple[str, ...], leaf: Any) -> Spec:
     of_batch = names[0] == "1"  # of (state, batch)
-    spec = PartitionSpec(AXES["batch"]) if of_batch else division(names, leaf.shape, run.sizes)
+    spec = PartitionSpec(AXES["batch"]) if of_batch else partition_spec(names, leaf.shape, run.sizes)
     return spec_of(spec, len(leaf.shape), run.sizes)
 
 

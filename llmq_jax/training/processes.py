@@ -7,6 +7,7 @@ Under SLURM and Kubernetes nothing need be said. Every process runs every line, 
 did would leave the others waiting. Process 0 alone writes and speaks.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -37,9 +38,16 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
         return
     try:
         yield
-    finally:
-        with contextlib.suppress(Exception):  # others may have gone already, and JAX counts them
-            jax.distributed.shutdown()
+    except BaseException:
+        # At exit, when the error has been told: where others go on, JAX waits for them for minutes.
+        atexit.register(_part)
+        raise
+    _part()
+
+
+def _part() -> None:
+    with contextlib.suppress(Exception):  # others may have gone already, and JAX counts them
+        jax.distributed.shutdown()
 
 
 @contextlib.contextmanager

@@ -17,8 +17,9 @@ REWARD_MODEL, PAIRS = "reward_model", "pairs"
 
 @dataclass(eq=False)
 class RewardLearner:
-    """Line 12: the reward model goes on learning, from the policy's own answers, which a judge ranks, and from a share
-    of the pairs that it had learned before (DeepSeekMath, 4.1.4: 10% of historical data)."""
+    """Line 12 of DeepSeekMath's Algorithm 1 (see training/grpo.py): the reward model goes on learning, from the
+    policy's own answers, which a judge ranks, and from a share of the pairs that it had learned before (section 4.1.4:
+    10% of historical data)."""
 
     state: TrainState
     """Of the reward model, as the run begins."""

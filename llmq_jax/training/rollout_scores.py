@@ -16,7 +16,7 @@ from llmq_jax.data.length_buckets import bucket_width
 from llmq_jax.data.prompts import columns_of
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import everywhere
+from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.reward import model_rewards, token_scores
 from llmq_jax.rewards import Rewards
@@ -51,7 +51,7 @@ class TextRewards:
 
     def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
         columns = columns_of(rollout.prompts, rollout.group_size)
-        return Scores(*self.rewards(rollout.texts(), rollout.completions, columns))
+        return Scores(*self.rewards(rollout.prompt_texts(), rollout.completions, columns))
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _model_rewards(
 ) -> Any:
     variables = as_read(variables)
     rewards, _ = model_rewards(model, variables, tokens, lengths, response_mask, pooling)
-    return everywhere((rewards, token_scores(model, variables, tokens, lengths)[0]))
+    return replicated((rewards, token_scores(model, variables, tokens, lengths)[0]))
 
 
 def step_ends(rollout: Rollout, tokenizer: Any, separator: str) -> np.ndarray:

@@ -43,7 +43,7 @@ class Rollout:
         lengths: np.ndarray = self.lengths - self.prompt_lengths
         return lengths
 
-    def texts(self) -> list[str]:
+    def prompt_texts(self) -> list[str]:
         """The prompt of each row."""
         return [prompt.text for prompt in self.prompts for _ in range(self.group_size)]
 

@@ -150,7 +150,8 @@ def _read_run_config(path: Path) -> dict[str, Any] | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
-    """ "name old -> new" for every field, in the order of the new config."""
+    """ "name old -> new" for every field, in the order of the new config. What an older version did not know of is the
+    same as what is not used."""
     old, new = _flat(old), _flat(new)
     names = [name for name in [*new, *(old.keys() - new.keys())] if not _within(name, may_change)]
     absent = "(not set)"
@@ -159,7 +160,11 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
         return value if value is absent else json.dumps(value)
 
     pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in names]
-    return [f"{name} {shown(before)} -> {shown(after)}" for name, before, after in pairs if before != after]
+    return [
+        f"{name} {shown(before)} -> {shown(after)}"
+        for name, before, after in pairs
+        if before != after and not (before is absent and (after is None or after is False))
+    ]
 
 
 def _within(name: str, fields: Collection[str]) -> bool:

@@ -19,7 +19,7 @@ NEUTRAL_OPTIONS = (
     "profile",
     "on_full_disk",
 )
-"""Options that change neither metrics nor weights: a run may be resumed with others."""
+"""Options that change neither metrics nor weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +32,14 @@ class RunOptions:
     log_every: int = 10
     """Steps between two records in metrics.jsonl (the first step is logged too)."""
     evaluate_every: int | None = None
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a new best; None: never."""
     sample_every: int | None = None
     checkpoint_every: int | None = None
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
     keep_best: bool = True
-    """Keep the checkpoint of lowest validation loss too; a new lowest loss is saved though its step be not due."""
+    """Keep the best checkpoint too, by what the run is judged by; a new best is saved though its step be not due."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: str | None = None
@@ -50,8 +52,8 @@ class RunOptions:
     """Where there is no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0), ("patience", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("evaluate_every", "sample_every", "checkpoint_every"):
             if (getattr(self, name) or 0) < 0:
@@ -73,10 +75,18 @@ class RunOptions:
             if every and not able:
                 raise BadInput(f"{name} is {every}, but the run has no {lacking}; give it one, or leave it out")
             intervals[name] = (max(1, self.steps // TIMES_A_RUN) if able else 0) if every is None else every
+        if self.patience is not None and not intervals["evaluate_every"]:
+            raise BadInput(f"patience is {self.patience}, but the run has no evaluations; give it some or leave it out")
         for name in ("wandb", "profile"):
             if getattr(self, name) is not None and not saves:
                 raise BadInput(f"{name} is asked for, but the run has no folder; give it one, or leave it out")
         return dataclasses.replace(self, **intervals)
+
+    @property
+    def neutral(self) -> tuple[str, ...]:
+        """Options that a run may be resumed with others of: those that change neither its weights nor its metrics of
+        training. Evaluations change neither, unless they decide where it ends."""
+        return NEUTRAL_OPTIONS if self.patience is not None else ("evaluate_every", *NEUTRAL_OPTIONS)
 
     def due(self, every: int | None, step: int) -> bool:
         """Whether what is done every so many steps is done after this one."""

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, division, path_names, row_devices
+from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, partition_spec, path_names, put, row_devices
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -62,7 +62,7 @@ def check_mesh(sizes: Mapping[str, int], variables: dict[str, Any]) -> None:
     """BadInput where an axis divides no parameter: its devices would all do the same."""
     leaves = [(path_names(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)]
     for axis in ("fsdp", "expert", "tensor"):
-        if sizes[axis] == 1 or any(axis in jax.tree.leaves(tuple(division(*leaf, sizes))) for leaf in leaves):
+        if sizes[axis] == 1 or any(axis in jax.tree.leaves(tuple(partition_spec(*leaf, sizes))) for leaf in leaves):
             continue
         names = [name for name, axes in AXES.items() if axis in axes and name != "batch"]
         for path, shape in leaves:
@@ -77,32 +77,12 @@ def check_mesh(sizes: Mapping[str, int], variables: dict[str, Any]) -> None:
         )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """For each leaf of a tree of arrays or shapes, of variables or of a whole state, where it lies."""
-
-    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, division(path_names(path), leaf.shape, dict(mesh.shape)))
-
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
-
-
 def place(tree: Any) -> Any:
     """The tree with its arrays divided over the mesh that is set; as it is where none is, and while a function is
     traced, which makes no arrays."""
     if not _can_place(tree):
         return tree
-    wanted = shardings(tree, jax.sharding.get_mesh())
-    return jax.device_put(tree, wanted) if jax.process_count() == 1 else jax.tree.map(_place_own_part, tree, wanted)
-
-
-def _place_own_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that each of several processes has whole, which is not compared, or one that lies on all of them."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        put: jax.Array = jax.device_put(leaf, sharding)
-        return put
-    whole = np.asarray(leaf)
-    array: jax.Array = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-    return array
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: put(path_names(path), leaf), tree)
 
 
 def _can_place(tree: Any) -> bool:
@@ -195,7 +175,7 @@ def layout(variables: dict[str, Any], sizes: Mapping[str, int]) -> list[Layout]:
     """Where each parameter lies, of arrays or of shapes."""
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        spec = division(path_names(path), leaf.shape, dict(sizes))
+        spec = partition_spec(path_names(path), leaf.shape, dict(sizes))
         whole = (None,) * (len(leaf.shape) - len(spec))
         axes = [() if part is None else (part,) if isinstance(part, str) else part for part in (*spec, *whole)]
         devices = math.prod(sizes[axis] for part in axes for axis in part)

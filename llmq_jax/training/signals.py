@@ -10,8 +10,8 @@ class StoppedBySignal(SystemExit):
 
 
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT only sets `received` (to the signal's name): the loop ends its step,
-    saves and leaves. A second one acts as if there were no handler. The handlers from before come back at the end.
+    """While entered, the first SIGTERM or SIGINT only sets `received`: the loop ends its step, saves and leaves. A
+    second one acts as if there were no handler. The handlers from before come back at the end.
 
     Outside the main thread Python allows no handlers; then `received` stays None.
     """

@@ -10,7 +10,8 @@ import optax
 from jax.extend.core import jaxpr_as_fun
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import everywhere, in_place
+from llmq_jax.layers.axes import constrain_like_params, replicated
+from llmq_jax.layers.moe import Experts
 from llmq_jax.objectives.expert_balance import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
@@ -119,20 +120,36 @@ def make_train_step(
         value, counts, grads = over_replicas((value, counts, grads))
         metrics = each_over_replicas(metrics)
 
-        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, trained)
-        trained = optax.apply_updates(trained, updates)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics, **load_metrics(experts, counts)}
-        variables = state.with_trained(trained)
-        if ROUTER in variables and PARAMS in state.trainable:  # A router's bias learns where the router does.
-            router = variables[ROUTER]
-            learning = {name: tree for name, tree in router.items() if name in variables[PARAMS]}
-            variables[ROUTER] = {**router, **move_biases(experts, learning, counts)}
-        state = state.replace(step=state.step + 1, variables=variables, optimizer_state=optimizer_state)
-        return in_place(state), everywhere(metrics)  # where it was: or the next step would be another program
+        after, found = _updated(state, optimizer, experts, grads, counts)
+        metrics = {"loss": value, **metrics, **found}
+        # The state is divided as it was: or the next step would be another program.
+        return constrain_like_params(after), replicated(metrics)
 
     if pmap:
         return _on_replicas(train_step, accumulate)
     return Compiled(jax.jit(train_step, donate_argnums=0), lambda batch: place_batch(batch, accumulate))
+
+
+def _updated(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    experts: Experts | None,
+    grads: Any,
+    counts: dict[str, Any],
+) -> tuple[TrainState, dict[str, Any]]:
+    """(the state after a step with these gradients, in which the routers of experts reported `counts`; metrics: the
+    gradients' norm and the load of experts)."""
+    trained = state.trained
+    updates, optimizer_state = optimizer.update(grads, state.optimizer_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    metrics = {"grad_norm": optax.tree.norm(grads), **load_metrics(experts, counts)}
+    variables = state.with_trained(trained)
+    if ROUTER in variables and PARAMS in state.trainable:  # A router's bias learns where the router does.
+        router = variables[ROUTER]
+        learning = {name: tree for name, tree in router.items() if name in variables[PARAMS]}
+        variables[ROUTER] = {**router, **move_biases(experts, learning, counts)}
+    state = state.replace(step=state.step + 1, variables=variables, optimizer_state=optimizer_state)
+    return state, metrics
 
 
 def _on_replicas(train_step: Callable[..., Any], parts: int) -> TrainStep:
@@ -197,10 +214,10 @@ def make_eval_step(objective: Objective) -> EvalStep:
 
     def eval_step(variables: dict[str, Any], batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         weights = objective.weights(batch)
-        ones = jax.tree.map(jnp.ones_like, weights)
+        ones = jax.tree.map(jnp.ones_like, weights)  # Divided by weights of 1, the loss and its metrics stay sums.
         value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
         sums: dict[str, Any] = {"loss": value, **metrics}
-        return everywhere(sums), everywhere(weights)
+        return replicated(sums), replicated(weights)
 
     return Compiled(jax.jit(eval_step), place_batch)
 

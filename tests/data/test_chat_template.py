@@ -10,7 +10,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, chat_template
-from llmq_jax.data.chat_template import ChatTemplate
+from llmq_jax.data.chat_template import ChatTemplate, read_chat_template
 from llmq_jax.errors import BadInput
 
 CONVERSATIONS = [
@@ -316,3 +316,20 @@ def test_a_broken_template_is_named_with_its_folder(folder):
     with pytest.raises(BadInput, match=r"the chat template is not valid Jinja: line 1") as caught:
         FileTokenizer(folder).chat_template  # noqa: B018
     assert str(folder) in str(caught.value)
+
+
+def test_a_template_in_a_file_of_its_own(tmp_path):
+    path = tmp_path / "a.jinja"
+    path.write_bytes(b"\xef\xbb\xbf{{ messages }}\r\n")
+    assert read_chat_template(path) == "{{ messages }}\r\n", "without the byte order mark, which would be written"
+    for content, message in (
+        ("{{ bos_token }}\n\n{% if %}", "the chat template is not valid Jinja: line 3: "),
+        (" \n", "the chat template is empty"),
+        ("{{ messages | nothing }}", "the chat template is not valid Jinja: line 1: No filter named 'nothing'"),
+    ):
+        path.write_text(content)
+        with pytest.raises(BadInput) as caught:
+            read_chat_template(path)
+        assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match=r"b\.jinja cannot be read \(No such file"):
+        read_chat_template(tmp_path / "b.jinja")

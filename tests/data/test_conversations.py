@@ -84,6 +84,58 @@ def test_prompt_and_completion(tmp_path):
     assert learned(rendered) == ["d<|im_end|>\n"], "an answer in the prompt is given"
 
 
+def said(who, text):
+    return {"from": who, "value": text}
+
+
+SHAREGPT = {"conversations": [said("system", "S"), said("human", "a"), said("gpt", "b"), said("user", "c")], "id": "x"}
+SHAREGPT["conversations"].append(said("assistant", "d\n"))
+
+
+def test_sharegpt(tmp_path):
+    """As messages, whatever it calls who says them; in the other fields of messages too, and beside them."""
+    (shared,), (chat,) = read(tmp_path, SHAREGPT), read(tmp_path, CHAT)
+    assert shared == chat
+    turns = SHAREGPT["conversations"]
+    (shared,), (lists,) = read(tmp_path, {"prompt": turns[1:4], "completion": turns[4:]}), read(tmp_path, LISTS)
+    assert shared.messages[:3] == lists.messages[:3] and shared.given == lists.given == 3
+    assert read(tmp_path, {"messages": turns})[0].messages == chat.messages
+    assert read(tmp_path, {"conversations": CHAT["messages"]})[0].messages == chat.messages
+    assert len(read(tmp_path, SHAREGPT, CHAT)) == 2, "one form"
+
+
+def test_sharegpt_in_parquet(tmp_path):
+    pq.write_table(pa.Table.from_pylist([SHAREGPT]), tmp_path / "a.parquet")
+    (found,) = read_conversations(tmp_path / "a.parquet")
+    assert found.messages == read(tmp_path, CHAT)[0].messages
+
+
+def test_sharegpt_as_trl_converts_it(tmp_path):
+    """TRL leaves the names of who says something as they are, which then are roles that no template knows: where they
+    are roles, the messages are the same; human is the user, and gpt the assistant."""
+    trl = pytest.importorskip("trl")
+    turns = [("system", "S"), ("user", "é 😀"), ("assistant", " b\n"), ("user", "c"), ("assistant", "d")]
+    named = {"user": "human", "assistant": "gpt"}
+    records = [
+        {"conversations": [said(*turn) for turn in turns]},
+        {"conversations": [user("x"), assistant("y")]},
+        {"prompt": [said(*turn) for turn in turns[:2]], "completion": [said(*turns[2])]},
+        {"messages": [said(*turn) for turn in turns[1:]]},
+    ]
+    for record in records:
+        (ours,) = read(tmp_path, record)
+        theirs = trl.data_utils.maybe_convert_to_chatml(json.loads(json.dumps(record)))
+        whole = theirs["messages"] if "messages" in theirs else theirs["prompt"] + theirs["completion"]
+        assert list(ours.messages) == whole
+        renamed = {
+            field: [
+                {**each, "from": named.get(each["from"], each["from"])} if "from" in each else each for each in value
+            ]
+            for field, value in record.items()
+        }
+        assert read(tmp_path, renamed)[0] == ours
+
+
 def test_text(tmp_path):
     (conversation,) = read(tmp_path, {"text": "all of it"})
     rendered = render(conversation, "plain")
@@ -162,6 +214,24 @@ def test_other_files(tmp_path):
     assert render(csv, "alpaca").text == render(js, "alpaca").text
 
 
+def test_a_folder_of_files(tmp_path):
+    """Of any formats, and of one form."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(CHAT))
+    pq.write_table(pa.Table.from_pylist([CHAT, CHAT]), tmp_path / "b.parquet")
+    found = read_conversations(tmp_path)
+    assert [each.where for each in found] == [
+        f"{tmp_path}/{place}" for place in ("a.jsonl: line 1", "b.parquet: row 1", "b.parquet: row 2")
+    ]
+    (tmp_path / "c.csv").write_text("instruction,output\na,b\n")
+    with pytest.raises(
+        BadInput, match=r"c\.csv: line 2 has the fields of the form 'alpaca' and .*a\.jsonl: line 1 those"
+    ):
+        read_conversations(tmp_path)
+    (tmp_path / "c.csv").write_text("instruction,result\na,b\n")
+    with pytest.raises(BadInput, match=r"c\.csv: line 2 is no conversation \(fields found: instruction, result\)"):
+        read_conversations(tmp_path)
+
+
 def test_default_template(tmp_path):
     (tmp_path / "chat").mkdir()
     ByteTokenizer().save(tmp_path / "chat")
@@ -212,6 +282,29 @@ BAD = [
     ({"messages": [user("x"), assistant("y")], "tools": [{"type": "function"}]}, r"has 'tools', which is not read"),
     ({**ALPACA, "system": "You are terse."}, r"has 'system', which is not read: write it into the text"),
     ({"messages": [user("\ud800")]}, r"messages\[0\]: content: half a surrogate pair"),
+    (
+        {"conversations": [said("human", "x"), said("chatgpt", "y")]},
+        r"conversations\[1\] is from 'chatgpt': choose from system, human, user, gpt, assistant$",
+    ),
+    ({"conversations": [said(["human"], "x")]}, r"conversations\[0\] is from \['human'\]"),
+    (
+        {"conversations": [said("human", "x"), {"from": "gpt"}]},
+        r"conversations\[1\] has no field 'value' \(fields found",
+    ),
+    ({"conversations": [{"value": "x"}]}, r"conversations\[0\] has no field 'from' \(fields found: value\)"),
+    ({"conversations": [said("human", 5)]}, r"conversations\[0\]: value must be a string, not a number"),
+    ({"conversations": [said("human", "x"), said("gpt", "")]}, r"conversations\[1\]: the response is empty"),
+    (
+        {"conversations": []},
+        r"field 'conversations' must be a list of \{\"from\": \.\.\., \"value\": \.\.\.\}, not \[\]",
+    ),
+    (
+        {"conversations": [said("human", "x"), {**said("gpt", "y"), "weight": 0}]},
+        r"conversations\[1\] has the weight 0",
+    ),
+    ({**SHAREGPT, "system": "Be brief."}, r"has 'system', which is not read: write it into the text"),
+    ({**SHAREGPT, "tools": "[1]"}, r"has 'tools', which is not read"),
+    ({**CHAT, **SHAREGPT}, r"has 'conversations', which is not read: .*, or remove it"),
 ]
 
 

@@ -22,6 +22,20 @@ def test_reading(tmp_path):
     assert (read.labels, read.names) == ([1, 0], ("9", "10")), "numbers are sorted as numbers"
 
 
+def test_a_folder_of_files(tmp_path):
+    (tmp_path / "a.tsv").write_text("spam\tWIN\n")
+    (tmp_path / "b.csv").write_text("ham,ok\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "x", "label": "spam"}\n')
+    read = read_labelled(tmp_path, columns=["label", "text"])
+    assert read == LabelledTexts(["WIN", "ok", "x"], [1, 0, 1], ("ham", "spam"))
+    (tmp_path / "b.csv").write_text("kind,text\nham,ok\n")
+    (tmp_path / "a.tsv").unlink()
+    with pytest.raises(
+        BadInput, match=r"b\.csv: the header has no field 'label' \(fields found: kind, text\): choose one"
+    ):
+        read_labelled(tmp_path)
+
+
 def test_labels_of_digits_have_one_order(tmp_path):
     """ "7" and "07" are two labels of one number, and Python reads none of 5,000 digits."""
     (tmp_path / "a.jsonl").write_text(

@@ -24,6 +24,16 @@ def llama3_like():
     return pre_tokenizers.Sequence([split, byte_level(use_regex=False)])
 
 
+def o200k_like():
+    split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN.replace(r"[\r\n]*", r"[\r\n/]*")), "isolated")
+    return pre_tokenizers.Sequence([split, byte_level(use_regex=False)])
+
+
+def digits_alone():
+    split = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+    return pre_tokenizers.Sequence([split, byte_level(use_regex=False)])
+
+
 def described(pre_tokenizer, normalizer=None):
     """A tokenizer with this pre-tokenizer, trained so that tokens would span line breaks if they may."""
     tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
@@ -49,6 +59,8 @@ def described(pre_tokenizer, normalizer=None):
         (byte_level(), normalizers.Prepend("_"), False),
         (pre_tokenizers.Metaspace(), None, False),
         (pre_tokenizers.Split(Regex(r"\s"), "merged_with_next"), None, False),
+        (o200k_like(), None, False),  # signs may go on after a line break with a slash
+        (digits_alone(), None, False),
         (None, None, False),
     ],
 )
@@ -56,7 +68,27 @@ def test_only_tokenizers_that_split_at_line_breaks_are_cut(pre_tokenizer, normal
     description = {"pre_tokenizer": None, "normalizer": None, "model": {"merges": ["a b"]}}
     if pre_tokenizer is not None:
         description = json.loads(described(pre_tokenizer, normalizer).to_str())
-    assert may_cut_at_line_breaks(description) is may_cut
+    assert may_cut_at_line_breaks(description, pre_tokenizer) is may_cut
+
+
+@pytest.mark.parametrize(
+    ("token", "may_cut"),
+    [
+        ({"content": "<L>", "special": False, "lstrip": True}, False),
+        ({"content": "\n<L>", "special": False}, False),
+        ({"content": "<L>", "special": True, "lstrip": True}, True),  # of special tokens only the letters are read
+        ({"content": "<L>", "special": False, "rstrip": True}, True),
+    ],
+)
+def test_added_tokens_that_swallow_a_line_break_are_not_cut(token, may_cut):
+    tokenizer = described(byte_level())
+    tokenizer.add_tokens([hf_tokenizers.AddedToken(**token)])
+    description = json.loads(tokenizer.to_str())
+    assert may_cut_at_line_breaks(description, tokenizer.pre_tokenizer) is may_cut
+    text = "a.<L>\nb\n<L>x\n<L>\n"
+    tokenizer.encode_special_tokens = True
+    pieces = [i for piece in cut_at_line_breaks(text, 1) for i in tokenizer.encode(piece).ids]
+    assert (pieces == tokenizer.encode(text).ids) is may_cut
 
 
 @pytest.mark.parametrize("pre_tokenizer", [byte_level, llama3_like])
@@ -85,4 +117,6 @@ def test_pieces_have_the_wanted_length():
 
 def test_a_saved_byte_tokenizer_may_be_cut(tmp_path):
     load_tokenizer("bytes").save(tmp_path)
-    assert may_cut_at_line_breaks(json.loads((tmp_path / "tokenizer.json").read_text("utf-8")))
+    path = tmp_path / "tokenizer.json"
+    pre_tokenizer = hf_tokenizers.Tokenizer.from_file(str(path)).pre_tokenizer
+    assert may_cut_at_line_breaks(json.loads(path.read_text("utf-8")), pre_tokenizer)

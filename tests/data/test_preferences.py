@@ -103,6 +103,16 @@ def test_messages(read, chat, record):
     assert rejected == (f"{prompt}<|im_start|>user\nf<|im_end|>\n{opened}", "e<|im_end|>\ng<|im_end|>\n")
 
 
+def test_messages_of_sharegpt(read):
+    names = {"user": "human", "assistant": "gpt"}
+    for record in (LISTS, IMPLICIT):
+        renamed = {
+            field: [{"from": names[message["role"]], "value": message["content"]} for message in messages]
+            for field, messages in record.items()
+        }
+        assert read(renamed).pairs == read(record).pairs
+
+
 def test_answers_to_messages_may_be_strings(read, chat):
     ((chosen, rejected),) = parts(chat, read(MIXED), "chat")
     assert chosen[0] == rejected[0] and (chosen[1], rejected[1]) == ("d<|im_end|>\n", "e<|im_end|>\n")
@@ -133,6 +143,17 @@ def test_other_files(tmp_path):
     one, other = read_preferences(tmp_path / "a.parquet"), read_preferences(tmp_path / "a.json")
     assert one.pairs[0].chosen.messages == other.pairs[0].chosen.messages
     assert one.pairs[1].where.endswith("a.parquet: row 2")
+
+
+def test_a_folder_of_files(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b,c\na,b,b\n")
+    (tmp_path / "b.json").write_text(json.dumps([STRINGS]))
+    found = read_preferences(tmp_path)
+    assert found.equal == 1
+    assert [pair.where for pair in found] == [f"{tmp_path}/a.csv: line 2", f"{tmp_path}/b.json: row 1"]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b"}))
+    with pytest.raises(BadInput, match=r"c\.jsonl: line 1 is no preference pair \(fields found: prompt, chosen\)"):
+        read_preferences(tmp_path)
 
 
 def test_default_template(read, chat):
@@ -212,6 +233,7 @@ BAD = [
     ({**ALPACA, "prompt": "x"}, "has both an instruction and a prompt"),
     ({**ALPACA, "system": "Be brief."}, "has 'system', which is not read: write it into the text, or remove it"),
     ({**LISTS, "tools": ["search"]}, "has 'tools', which is not read"),
+    ({**IMPLICIT, "conversations": [{"from": "human", "value": "a"}]}, "has 'conversations', which is not read"),
     ({**ALPACA, "chosen": " \n"}, "field 'chosen': the response is empty"),
     ({**ALPACA, "rejected": 5}, "field 'rejected' must be a string, not a number"),
     ({**ALPACA, "chosen": [assistant("x")]}, "field 'chosen' must be a string, not a list"),

@@ -71,6 +71,18 @@ def test_tables_have_prompts_too(tmp_path):
     assert (prompt.text, prompt.columns) == ("1, 2, ", {"answer": "3"})
 
 
+def test_a_folder_of_files_with_the_same_fields(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,answer\nx,3\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "y", "answer": "4"}\n')
+    prompts, _ = read_prompts(tmp_path, PLAIN)
+    assert [(prompt.text, prompt.columns) for prompt in prompts] == [("x", {"answer": "3"}), ("y", {"answer": "4"})]
+    (tmp_path / "c.jsonl").write_text('{"prompt": "y"}\n')
+    with pytest.raises(
+        BadInput, match=r"c\.jsonl: line 1 has the fields none beside the prompt, and .*a\.csv: line 2 ans"
+    ):
+        read_prompts(tmp_path, PLAIN)
+
+
 def test_the_chat_template_asks_for_an_answer(read, chat):
     """Of messages, and of strings where the model has a template; `plain` leaves strings as they are."""
     messages = [{"role": "system", "content": "Be brief."}, user("Hi")]
@@ -79,6 +91,8 @@ def test_the_chat_template_asks_for_an_answer(read, chat):
     assert of_string.text == asked
     assert of_messages.text == f"<|im_start|>system\nBe brief.<|im_end|>\n{asked}"
     assert chat.decode(of_messages.tokens) == of_messages.text
+    shared = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}]
+    assert read([{"prompt": shared}], chat)[0][0].text == of_messages.text
     assert read([{"prompt": "Hi"}], chat, template="chat")[0][0].text == asked
     assert read([{"prompt": "Hi"}], chat, template="plain")[0][0].text == "Hi"
     assert read([{"question": "Hi"}], chat, prompt_format="{question}")[0][0].text == asked

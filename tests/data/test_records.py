@@ -1,5 +1,7 @@
 import gzip
 import json
+import logging
+import os
 import random
 
 import pyarrow as pa
@@ -139,11 +141,68 @@ def test_bad_files(tmp_path, name, content, columns, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(BadInput, match=r"there is no file .*a\.csv"):
-        read_records(tmp_path / "a.csv")
-    with pytest.raises(BadInput, match="is not a file"):
-        (tmp_path / "b.csv").mkdir()
+    for name in ("a.csv", "folder"):
+        with pytest.raises(BadInput, match=rf"^there is no file or folder {tmp_path}/{name}$"):
+            read_records(tmp_path / name)
+    os.mkfifo(tmp_path / "b.csv")
+    with pytest.raises(BadInput, match=r"b\.csv is not a file"):
         read_records(tmp_path / "b.csv")
+
+
+FOLDER = {"b.tsv": "a.tsv", "deep/a.jsonl.gz": "a.jsonl", "deep/z.csv": "a.csv", "e.json": "a.json"}
+
+
+def test_a_folder_is_all_its_files_of_records_in_the_order_of_their_names(tmp_path, caplog):
+    """Of whatever formats; what else is there is told."""
+    (tmp_path / "deep").mkdir()
+    for name, kind in FOLDER.items():
+        write(tmp_path / name, FILES[kind][0])
+    write(tmp_path / "README.md", "what this is")
+    write(tmp_path / ".hidden.csv", "text\nno\n")
+    write(tmp_path / "empty.jsonl", "")
+    with caplog.at_level(logging.WARNING):
+        records = read_records(tmp_path)
+    assert f"{tmp_path}: read 4 files, skipped 1 empty, 1 hidden, 1 of another format" in caplog.text
+    assert [record.fields for record in records] == ROWS * 4
+    expected = [f"{tmp_path / name}: {place}" for name, kind in FOLDER.items() for place in FILES[kind][1]]
+    assert [record.where for record in records] == expected
+
+
+def test_a_folder_of_parquet(tmp_path):
+    for part, row in enumerate(ROWS):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"train-0000{part}-of-00002.parquet")
+    assert [record.fields for record in read_records(tmp_path)] == ROWS
+
+
+def test_errors_in_a_folder_name_the_file(tmp_path):
+    write(tmp_path / "a.csv", "text,label\nx,y\n")
+    write(tmp_path / "b.jsonl", '{"text": "x"}\n5\n')
+    with pytest.raises(BadInput, match=rf"^{tmp_path}/b\.jsonl: line 2 must be an object with fields, not a number$"):
+        read_records(tmp_path)
+    write(tmp_path / "b.csv", "label\nspam\n")
+    with pytest.raises(BadInput, match=rf"^{tmp_path}/b\.csv: the header has no field 'text' \(fields found: label\)"):
+        read_records(tmp_path, needed=NEEDED)
+
+
+def test_names_of_columns_are_for_the_tables_of_a_folder(tmp_path):
+    write(tmp_path / "b.jsonl", '{"text": "z", "label": "ham"}')
+    with pytest.raises(BadInput, match=rf"^{tmp_path} holds no \.csv or \.tsv file, which names of columns are for$"):
+        read_records(tmp_path, columns=["label", "text"])
+    write(tmp_path / "a.tsv", "ham\tx\n")
+    records = read_records(tmp_path, columns=["label", "text"])
+    assert [record.fields for record in records] == [{"label": "ham", "text": "x"}, {"text": "z", "label": "ham"}]
+
+
+def test_a_folder_without_records(tmp_path):
+    expected = rf"^{tmp_path} holds no \.json, \.jsonl, \.csv, \.tsv or \.parquet file"
+    with pytest.raises(BadInput, match=expected + "$"):
+        read_records(tmp_path)
+    write(tmp_path / "a.txt", "x")
+    with pytest.raises(BadInput, match=expected + r" \(skipped: 1 of another format\)$"):
+        read_records(tmp_path)
+    write(tmp_path / "a.jsonl", "\n\n")
+    with pytest.raises(BadInput, match=rf"^{tmp_path} holds no record$"):
+        read_records(tmp_path)
 
 
 def test_records_come_one_by_one(tmp_path):

@@ -203,6 +203,37 @@ def test_file_tokenizer_writes_its_files_back_unchanged(metaspace_folder, tmp_pa
         assert (tmp_path / "copy" / name).read_bytes() == (metaspace_folder / name).read_bytes()
 
 
+@pytest.mark.parametrize("which", ["bytes", "gpt2", "metaspace"])
+def test_a_chat_template_in_place_of_a_tokenizers_own(metaspace_folder, tmp_path, which):
+    """It alone is in the files, and transformers' tokens by it are ours."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(metaspace_folder if which == "metaspace" else which)
+    if which == "metaspace":  # with one in every place
+        config = {"eos_token": "</s>", "chat_template": [{"name": "tool_use", "template": "no"}]}
+        others = {"tokenizer_config.json": config, "chat_template.json": {"chat_template": "no"}}
+        files = tokenizer.files() | {name: json.dumps(values).encode() for name, values in others.items()}
+        tokenizer = FileTokenizer.from_files(files, "chats")
+    template = "{% for m in messages %}\n {{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}\n"
+    changed = tokenizer.with_chat_template(template)
+    assert (changed.name, changed.vocab_size, changed.end_of_text) == (
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.end_of_text,
+    )
+    assert changed.chat_template.source == template
+    assert tokenizer.chat_template is None or tokenizer.chat_template.source != template, "the first stays as it is"
+    changed.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "chat_template.json").exists()
+    assert "tool_use" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    again, theirs = load_tokenizer(tmp_path / "saved"), transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.files() == changed.files() and theirs.chat_template == template
+    messages = [{"role": "user", "content": "the cat 😀"}, {"role": "assistant", "content": "sat on\nthe mat"}]
+    expected = theirs.apply_chat_template(messages, chat_template=template, return_dict=False)
+    text = changed.chat_template.render(messages, add_generation_prompt=False)
+    assert changed.encode(text, allow_special=True) == again.encode(text, allow_special=True) == expected
+    assert expected.count(changed.end_of_text) == 2
+
+
 @pytest.mark.parametrize("which", ["bytes", "gpt2", "saved bytes", "saved gpt2", "metaspace"])
 def test_encode_documents(monkeypatch, saved, metaspace_folder, which):
     """Blocks, cut documents and threads leave exactly the tokens of each document alone."""

@@ -133,6 +133,22 @@ def test_stop_strings_end_the_text_and_the_tokens(lm):
     )
 
 
+def test_a_stop_string_that_spells_a_special_token_is_an_end_token(lm):
+    """Texts do not show it, so that it would never be found in them. The model's own end tokens stay."""
+    end = lm.tokenizer.end_of_text
+    own = lm.replace(generation=lq.GenerationConfig(eos_token_id=(5,)))
+    (string,) = [lm.tokenizer.decode([end])]
+    drawn = {"max_new_tokens": 40, "sampler": lq.Sampler(temperature=1.0), "seed": 10}
+    by_string = lq.generate(own, PROMPTS, **drawn, stop=string)
+    by_tokens = lq.generate(own, PROMPTS, **drawn, stop=[5, end])
+    np.testing.assert_array_equal(by_string.lengths, by_tokens.lengths)
+    ends = [by_tokens.tokens[row, length - 1] for row, length in enumerate(by_tokens.lengths) if length < 40]
+    assert end in ends
+    pieces = lq.stream(own, PROMPTS[1], **drawn, stop=string)
+    alone = lq.generate(own, PROMPTS[1], **drawn, stop=[5, end])
+    assert "".join(pieces) == alone.text[0]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_streamed_pieces_join_to_the_whole(lm, seed):
     """The model emits bytes at random, so that many characters come in halves or not at all."""

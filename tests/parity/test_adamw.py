@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import torch
 
-from llmq_jax.training.optimizer import adamw, warmup_cosine
+from llmq_jax.training.optimizer import adamw, warmup_schedule
 
 
 def test_ten_steps_equal_torch():
@@ -16,7 +16,7 @@ def test_ten_steps_equal_torch():
     gradients = [
         {name: rng.normal(size=value.shape).astype(np.float32) for name, value in start.items()} for _ in range(10)
     ]
-    rate = warmup_cosine(peak=1e-2, steps=10, warmup_steps=3, initial=1e-3, minimum=1e-4)
+    rate = warmup_schedule(peak=1e-2, steps=10, warmup_steps=3, initial=1e-3, minimum=1e-4)
 
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
     torch_optimizer = torch.optim.AdamW(

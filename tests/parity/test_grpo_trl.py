@@ -42,7 +42,9 @@ def some_answers(advantages_of="answers", seed=1):
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def theirs(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, items=None, steps_per_generation=None):
+def theirs(
+    arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, items=None, steps_per_generation=None, by_ratio=False
+):
     """(loss, gradients, metrics) that TRL accumulates over micro-batches; metrics are means over these."""
     clips = {"clip_low": 0.2} | CLIPS.get(loss_type, {})
     low = clips["clip_low"]
@@ -60,7 +62,7 @@ def theirs(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, items=No
         _entropy_bonus_enabled=entropy_coefficient != 0,
         args=SimpleNamespace(
             delta=None,
-            use_bias_correction_kl=False,
+            use_bias_correction_kl=by_ratio,
             sapo_temperature_pos=clips.get("sapo_temperature_positive"),
             sapo_temperature_neg=clips.get("sapo_temperature_negative"),
             steps_per_generation=steps_per_generation or parts,
@@ -103,7 +105,7 @@ def theirs(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, items=No
     return total.item(), gradients, trainer._metrics["train"]
 
 
-def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=None):
+def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=None, by_ratio=False):
     """The same, as sums over micro-batches."""
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     weights = loss_weights(arrays["mask"])
@@ -120,6 +122,7 @@ def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=Non
             part["mask"],
             loss_type=loss_type,
             beta=beta,
+            kl_by_ratio=by_ratio,
             entropies=entropies,
             entropy_coefficient=entropy_coefficient,
             weights=weights if parts > 1 or tokens is not None else None,
@@ -130,11 +133,11 @@ def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=Non
     for rows in np.split(np.arange(ROWS), parts):
         part = {name: array[rows] for name, array in arrays.items()}
         differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (value, found), slopes = differentiated(part["logprobs"], part["entropies"], part)
+        (value, found), grads = differentiated(part["logprobs"], part["entropies"], part)
         total += float(value)
         metrics.append(found)
-        for collected, slope in zip(gradients, slopes, strict=True):
-            collected.append(slope)
+        for collected, grad in zip(gradients, grads, strict=True):
+            collected.append(grad)
     return total, [np.concatenate(gradient) for gradient in gradients], metrics
 
 
@@ -142,11 +145,11 @@ def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=Non
 @pytest.mark.parametrize("loss_type", OPTIONS)
 def test_loss_gradients_and_metrics(loss_type, beta):
     arrays = some_answers()
-    expected, slopes, reported = theirs(arrays, 1, loss_type, beta)
+    expected, grads, reported = theirs(arrays, 1, loss_type, beta)
     loss, gradients, (metrics,) = ours(arrays, 1, loss_type, beta)
     assert loss == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_allclose(gradients[0], slopes[0], atol=1e-6)
-    assert np.abs(slopes[0]).max() > 0.01
+    np.testing.assert_allclose(gradients[0], grads[0], atol=1e-6)
+    assert np.abs(grads[0]).max() > 0.01
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {name: values[0] for name, values in reported.items()}, abs=1e-6
     )
@@ -154,17 +157,28 @@ def test_loss_gradients_and_metrics(loss_type, beta):
         assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_max"] > 0
 
 
+@pytest.mark.parametrize("loss_type", OPTIONS)
+def test_a_distance_that_is_multiplied_by_the_ratio(loss_type):
+    arrays = some_answers(seed=3)
+    expected, grads, reported = theirs(arrays, 1, loss_type, 0.3, by_ratio=True)
+    loss, gradients, (metrics,) = ours(arrays, 1, loss_type, 0.3, by_ratio=True)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(gradients[0], grads[0], atol=1e-6)
+    assert float(metrics["kl"]) == pytest.approx(reported["kl"][0], abs=1e-6)
+    assert loss != pytest.approx(ours(arrays, 1, loss_type, 0.3)[0], abs=1e-3)
+
+
 @pytest.mark.parametrize("advantages_of", ["answers", "tokens"])
 @pytest.mark.parametrize("loss_type", OPTIONS)
 @pytest.mark.product
 def test_micro_batches_with_an_entropy_bonus(loss_type, advantages_of):
     arrays = some_answers(advantages_of, seed=2)
-    expected, slopes, reported = theirs(arrays, 4, loss_type, 0.3, 0.2)
+    expected, grads, reported = theirs(arrays, 4, loss_type, 0.3, 0.2)
     loss, gradients, metrics = ours(arrays, 4, loss_type, 0.3, 0.2)
     assert loss == pytest.approx(expected, abs=1e-6)
-    for gradient, slope in zip(gradients, slopes, strict=True):
-        np.testing.assert_allclose(gradient, slope, atol=1e-6)
-        assert np.abs(slope).max() > 0.01
+    for gradient, grad in zip(gradients, grads, strict=True):
+        np.testing.assert_allclose(gradient, grad, atol=1e-6)
+        assert np.abs(grad).max() > 0.01
     # Theirs is a mean over micro-batches; for dapo and cispo of parts of one mean.
     scale = 4 if loss_type in TOKEN_AVERAGES else 1
     policy = sum(float(found["policy_loss"]) for found in metrics)
@@ -175,10 +189,10 @@ def test_micro_batches_with_an_entropy_bonus(loss_type, advantages_of):
 def test_several_steps_on_one_round_of_answers(loss_type):
     """TRL then divides a step by its share of the tokens of all of them: ours by what `weights` says."""
     arrays, items = some_answers(), 71.0
-    expected, slopes, _ = theirs(arrays, 2, loss_type, items=items, steps_per_generation=6)
+    expected, grads, _ = theirs(arrays, 2, loss_type, items=items, steps_per_generation=6)
     loss, gradients, _ = ours(arrays, 2, loss_type, tokens=items * 2 / 6)
     assert loss == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_allclose(gradients[0], slopes[0], atol=1e-6)
+    np.testing.assert_allclose(gradients[0], grads[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch"])

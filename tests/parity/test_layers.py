@@ -18,22 +18,22 @@ from llmq_jax.layers.norms import DyT, LayerNorm, RMSNorm
 def test_layer_norm(magnitude):
     rng = np.random.default_rng(0)
     x = magnitude * rng.normal(size=(3, 5, 16)).astype(np.float32)
-    scale, bias, slope = (rng.normal(size=shape).astype(np.float32) for shape in ((16,), (16,), x.shape))
+    scale, bias, grad = (rng.normal(size=shape).astype(np.float32) for shape in ((16,), (16,), x.shape))
 
     theirs = torch.nn.LayerNorm(16, eps=1e-5)
     theirs.load_state_dict({"weight": torch.tensor(scale), "bias": torch.tensor(bias)})
     torch_x = torch.tensor(x, requires_grad=True)
     torch_y = theirs(torch_x)
-    torch_y.backward(torch.tensor(slope))
+    torch_y.backward(torch.tensor(grad))
 
     variables = {"params": {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}}
     y, pull_back = jax.vjp(lambda x, v: LayerNorm(1e-5).apply(v, x), jnp.asarray(x), variables)
-    x_slope, slopes = pull_back(jnp.asarray(slope))
+    x_grad, grads = pull_back(jnp.asarray(grad))
 
     np.testing.assert_allclose(y, torch_y.detach(), atol=1e-5)
-    np.testing.assert_allclose(x_slope, torch_x.grad, rtol=1e-4, atol=1e-5 / magnitude)
-    np.testing.assert_allclose(slopes["params"]["scale"], theirs.weight.grad, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(slopes["params"]["bias"], theirs.bias.grad, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(x_grad, torch_x.grad, rtol=1e-4, atol=1e-5 / magnitude)
+    np.testing.assert_allclose(grads["params"]["scale"], theirs.weight.grad, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grads["params"]["bias"], theirs.bias.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_silu_of_a_large_negative_number_has_a_gradient():
@@ -44,21 +44,21 @@ def test_silu_of_a_large_negative_number_has_a_gradient():
 def test_rms_norm(magnitude):
     rng = np.random.default_rng(0)
     x = magnitude * rng.normal(size=(3, 5, 16)).astype(np.float32)
-    scale, slope = (rng.normal(size=shape).astype(np.float32) for shape in ((16,), x.shape))
+    scale, grad = (rng.normal(size=shape).astype(np.float32) for shape in ((16,), x.shape))
 
     theirs = torch.nn.RMSNorm(16, eps=1e-5)
     theirs.load_state_dict({"weight": torch.tensor(scale)})
     torch_x = torch.tensor(x, requires_grad=True)
     torch_y = theirs(torch_x)
-    torch_y.backward(torch.tensor(slope))
+    torch_y.backward(torch.tensor(grad))
 
     variables = {"params": {"scale": jnp.asarray(scale)}}
     y, pull_back = jax.vjp(lambda x, v: RMSNorm(1e-5).apply(v, x), jnp.asarray(x), variables)
-    x_slope, slopes = pull_back(jnp.asarray(slope))
+    x_grad, grads = pull_back(jnp.asarray(grad))
 
     np.testing.assert_allclose(y, torch_y.detach(), atol=1e-5)
-    np.testing.assert_allclose(x_slope, torch_x.grad, rtol=1e-4, atol=1e-5 / magnitude)
-    np.testing.assert_allclose(slopes["params"]["scale"], theirs.weight.grad, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(x_grad, torch_x.grad, rtol=1e-4, atol=1e-5 / magnitude)
+    np.testing.assert_allclose(grads["params"]["scale"], theirs.weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_rms_norm_rounds_before_it_scales():
@@ -87,11 +87,11 @@ def test_dynamic_tanh():
     names = {"scale": "scale", "bias": "shift", "alpha": "alpha"}
     variables = {"params": {ours: golden[f"param/{theirs}"] for ours, theirs in names.items()}}
     y, pull_back = jax.vjp(lambda x, v: DyT().apply(v, x), golden["in/x"], variables)
-    _, slopes = pull_back(golden["in/cotangent"])
+    _, grads = pull_back(golden["in/cotangent"])
     np.testing.assert_allclose(y, golden["out/y"], atol=2e-6)
     for ours, theirs in names.items():
         expected = golden[f"grad/{theirs}"]
-        np.testing.assert_allclose(slopes["params"][ours], expected, atol=1e-5 * float(jnp.abs(expected).max()))
+        np.testing.assert_allclose(grads["params"][ours], expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ def test_tables_are_those_of_the_original(number):
 
 
 def test_what_is_turned_and_its_gradient_are_those_of_the_original():
-    x, slope = (jnp.asarray(GOLDEN[f"in/{name}"]).swapaxes(1, 2) for name in ("x", "cotangent"))
+    x, grad = (jnp.asarray(GOLDEN[f"in/{name}"]).swapaxes(1, 2) for name in ("x", "cotangent"))
     rotation = original_rope(META[0]).rotation(jnp.tile(jnp.arange(x.shape[1]), (len(x), 1)), x.shape[-1])
     turned, pull_back = jax.vjp(rotation.apply, x)
     np.testing.assert_allclose(turned.swapaxes(1, 2), GOLDEN["out/apply"], rtol=0, atol=2e-6)
-    np.testing.assert_allclose(pull_back(slope)[0].swapaxes(1, 2), GOLDEN["grad/x"], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(pull_back(grad)[0].swapaxes(1, 2), GOLDEN["grad/x"], rtol=0, atol=2e-6)

@@ -95,6 +95,10 @@ def test_files_beside_a_vocabulary_count(tmp_path):
             {"added_tokens_decoder": {50257: {"content": "<think>", "special": False}}},
             "'<think>' is added and not special",
         ),
+        (
+            {"added_tokens_decoder": {50257: {"content": "<mask>", "special": True, "lstrip": True}}},
+            "'<mask>' is added with lstrip",
+        ),
     ):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
         with pytest.raises(BadInput, match=message):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmq_jax.layers.attention import Context, self_attention, window_blocks
+from llmq_jax.layers.attention import Context, self_attention
+from llmq_jax.layers.window_attention import window_blocks
 
 CONTEXT = Context(jnp.broadcast_to(jnp.arange(12), (2, 12)), implementation="masked")
 
@@ -27,9 +28,9 @@ def test_windows(golden, window, block):
         if block is None:
             return self_attention(query, key, value, CONTEXT, scale=6**-0.5, window=window)
         options = {"scale": 6**-0.5, "softcap": None, "dropout_rate": 0.0}
-        return window_blocks(query, key, value, CONTEXT, block, window, **options)
+        return window_blocks(query, key, value, (CONTEXT.positions, None), block, window, **options)
 
     mixed, pull = jax.vjp(mix, *(jnp.asarray(golden[f"in/swa/{name}"]) for name in "qkv"))
     np.testing.assert_allclose(mixed, golden[f"out/swa/w{window}"], atol=1e-6)
-    for name, slope in zip("qkv", pull(jnp.asarray(golden["in/swa/cotangent"])), strict=True):
-        np.testing.assert_allclose(slope, golden[f"grad/swa/w{window}/{name}"], atol=1e-5)
+    for name, grad in zip("qkv", pull(jnp.asarray(golden["in/swa/cotangent"])), strict=True):
+        np.testing.assert_allclose(grad, golden[f"grad/swa/w{window}/{name}"], atol=1e-5)

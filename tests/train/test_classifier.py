@@ -207,6 +207,20 @@ def test_files_of_their_own_for_validation_and_test(classifier, tmp_path):
     assert "training:   18 texts (9 ham, 9 spam)" in out and "test:       3 texts (2 ham, 1 spam)" in out
 
 
+def test_a_folder_of_files(classifier, tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a.csv").write_text("label,text\n" + "".join(f"ham,a{i}\n" for i in range(9)))
+    (tmp_path / "parts" / "b.tsv").write_text("label\ttext\n" + "".join(f"spam\tb{i}\n" for i in range(9)))
+    code, out, err = classifier("--steps", 1, data="parts")
+    assert (code, err) == (0, "") and "18 texts in parts" in out and "classes: ham, spam" in out
+    # Names are for the tables in it.
+    for name in ("a.csv", "b.tsv"):
+        path = tmp_path / "parts" / name
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    code, out, err = classifier("--steps", 1, "--columns", "label,text", "--out=other", data="parts")
+    assert (code, err) == (0, "") and "18 texts in parts" in out
+
+
 def test_no_text_is_in_two_parts_or_twice_in_one(classifier, tmp_path):
     (tmp_path / "validation.csv").write_text("label,text\nspam,WIN\nham,ok\nham,ok\nham,noon\nspam,x\nham,x\n")
     (tmp_path / "test.csv").write_text("label,text\nspam,PRIZE\nham,noon\nham,noon\n")

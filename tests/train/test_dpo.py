@@ -90,6 +90,33 @@ def test_what_is_preferred_becomes_likelier(dpo, tmp_path, drawn):
     assert lq.load(tmp_path / "run").tokenizer is not None
 
 
+OWN = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Q: {{ m['content'] }}\n{% else %}A: {{ m['content'] }}"
+    "{{ eos_token }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+def test_a_chat_template_for_a_model_that_has_none(dpo, tmp_path):
+    (tmp_path / "own.jinja").write_text(OWN)
+    said = [{"role": "user", "content": "Hi"}]
+    pairs = [
+        {side: [*said, {"role": "assistant", "content": f"{side} {word}"}] for side in ("chosen", "rejected")}
+        for word in WORDS
+    ]
+    for i, pair in enumerate(pairs):
+        for side in pair:
+            pair[side] = [{"role": "user", "content": f"say {i}"}, *pair[side][1:]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    given = ("--data=chats.jsonl", "--chat-template=own.jinja", "--steps=2", "--sample-every=0")
+    code, output, errors = dpo(*given)
+    assert (code, errors) == (0, "") and "(template: chat)" in output and "will not learn to stop" not in output
+    assert lq.load(tmp_path / "run").tokenizer.chat_template.source == OWN
+    assert "is finished already" in dpo(*given)[1]
+    (tmp_path / "own.jinja").write_text(OWN + "{# the same #}")
+    code, _, errors = dpo(*given)
+    assert code == 2 and "other options: chat_template_sha256 " in errors
+
+
 @pytest.mark.exhaustive
 def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     """A killed run goes on bit for bit; the reference is not asked again."""
@@ -122,7 +149,9 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("part", [("--train=blocks", "--blocks=1"), ("--train=lora", "--lora-layers=1")])
+@pytest.mark.parametrize(
+    "part", [("--train=blocks", "--blocks=1"), ("--train=lora", "--lora-layers=1", "--seed=4294967295")]
+)
 def test_a_part_may_train(dpo, tmp_path, files, part):
     """The reference is the model as it was, of which a part was kept: nothing is loaded again to measure how far the
     policy went."""
@@ -147,7 +176,9 @@ def test_a_part_may_train(dpo, tmp_path, files, part):
         (["--reference=WIDE"], "has a vocabulary of 300 ids and the model one of 257; take one of the same"),
         (["--evaluate-batches=0"], "--evaluate-batches is 0 and must be at least 1"),
         (["--epochs=2"], "--epochs has no effect beside --steps; leave it out"),
-        (["--template=chat"], "has no chat template"),
+        (["--template=chat"], "has no chat template, so it cannot converse; give one with --chat-template FILE, or"),
+        (["--template=plain", "--chat-template=PAIRS"], "--chat-template has no effect with --template plain; leave"),
+        (["--chat-template=none.jinja"], "none.jinja cannot be read (No such file or directory)"),
     ],
 )
 def test_bad_input_is_one_line(dpo, tmp_path, options, message):

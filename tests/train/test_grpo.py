@@ -13,6 +13,7 @@ import llmq_jax as lq
 from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel, with_classifier
+from llmq_jax.training import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 from train.grpo import Options, main, resolved, shared_by
 from train.rewards import replayed
@@ -205,6 +206,48 @@ def stopped_at(step):
             shutil.rmtree(folder)
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """`measured(*rewards)`: what is found of the prompts held out, time after time."""
+
+    def measured(*rewards):
+        found = iter(rewards)
+        monkeypatch.setattr("train.grpo.validated", lambda *_: {"reward": next(found)})
+
+    return measured
+
+
+def test_the_checkpoint_of_highest_validation_reward_is_kept(grpo, measured):
+    options = {"evaluate_every": 1, "checkpoint_every": 4, "keep_last": 1}
+    measured(0.1, 0.2, 0.9, 0.9, 0.3)
+    code, out, err = grpo(**options)
+    assert (code, err) == (0, "")
+    assert "\nbest: validation reward 0.9000 at step 2\n" in out
+    checkpoints = Checkpoints("run/checkpoints")
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 4], 2)
+    finished = json.loads(Path("run/finished.json").read_text())
+    assert (finished["best_step"], finished["validation_loss"]) == (2, None)
+    # What was the best before a kill is still what others must beat.
+    stopped_at(2)
+    measured(0.8, 0.85)
+    code, out, err = grpo(**options)
+    assert (code, err) == (0, "")
+    assert "resuming run from step 2" in out and "\nbest: validation reward 0.9000 at step 2\n" in out
+    assert checkpoints.steps() == [2, 4]
+
+
+def test_a_run_whose_reward_rises_no_more_stops_early(grpo, measured):
+    options = {"evaluate_every": 1, "patience": 1}
+    measured(0.1, 0.2, 0.9, 0.9, 1.0)
+    code, out, err = grpo(**options)
+    assert (code, err) == (0, "")
+    stopped = next(line for line in out.splitlines() if line.startswith("stopped early"))
+    assert stopped.startswith("stopped early after step 3: 1 evaluation without a new best")
+    assert stopped.endswith("best: validation reward 0.9000 at step 2")
+    assert json.loads(Path("run/finished.json").read_text())["step"] == 3
+    assert Checkpoints("run/checkpoints").steps() == [1, 2, 3]
+
+
 RESUMED = {
     "a reference that moves": {
         "beta": 0.1,
@@ -346,6 +389,18 @@ def test_old_pairs_stand_beside_new_ones_in_batches_that_devices_share():
 JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps_per_iteration": 2}
 
 
+def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
+    """It writes strings too; a run does not go on with another."""
+    template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
+    (tmp_path / "own.jinja").write_text(template)
+    code, _, err = grpo(chat_template="own.jinja", steps=1, evaluate_every=0, sample_every=1)
+    assert (code, err) == (0, "") and ":!" in Path("run/samples.txt").read_text()
+    assert lq.load("run").tokenizer.chat_template.source == template
+    (tmp_path / "own.jinja").write_text(template + "{# the same #}")
+    code, _, err = grpo(chat_template="own.jinja", steps=1, evaluate_every=0, sample_every=1)
+    assert code == 2 and "other options: chat_template_sha256 " in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -370,8 +425,11 @@ JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps
             "--validation-fraction has no effect with --evaluate-every 0",
         ),
         ({"split_seed": 5, "evaluate_every": 0}, "--split-seed has no effect with --evaluate-every 0; leave it out"),
+        ({"patience": 2, "evaluate_every": 0}, "--patience has no effect with --evaluate-every 0; leave it out"),
+        ({"patience": 0}, "patience is 0; it must be at least 1"),
         ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
         ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
+        ({"kl_by_ratio": True}, "--kl-by-ratio has no effect with --beta 0; leave it out"),
         ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),
         ({"steps_per_iteration": 2}, "--steps-per-iteration has no effect without a reference that moves"),
         ({"initial_learning_rate": 0}, "--initial-learning-rate has no effect without warm-up; leave it out"),
@@ -381,7 +439,11 @@ JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps
         ({"data": "LONG"}, "long.jsonl: every prompt is longer than 27 tokens, the shortest has 30"),
         ({"max_prompt": 30}, "--max-prompt 30 and --max-new-tokens 5 exceed the model's context, 32; choose fewer"),
         ({"max_new_tokens": 32}, "--max-new-tokens 32 leaves no room in the model's context, 32"),
-        ({"template": "chat"}, "the model has no chat template: use strings and the template 'plain'"),
+        (
+            {"template": "chat"},
+            "the model has no chat template: use strings and the template 'plain', or give one (--ch",
+        ),
+        ({"template": "plain", "chat_template": "a"}, "--chat-template has no effect with --template plain; leave it"),
         ({"validation_data": "DATA"}, "every prompt is in"),
         ({"validation_data": "DATA", "evaluate_every": 0}, "--validation-data has no effect with --evaluate-every 0"),
         ({"init_from": "JUDGED"}, "is a classifier"),

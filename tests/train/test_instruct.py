@@ -203,6 +203,98 @@ def test_a_chat_models_own_template(instruct, tmp_path):
 
 
 PREVIEW = ("--batch-size=2", "--train=all", "--preview")
+OWN = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}({{ m['content'] }}){% elif m['role'] == 'user' %}"
+    "Q: {{ m['content'] }}\n{% else %}A: {{ m['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """--data of several turns, and a template for a model that has none."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho 😀"}]
+    chats = [{"messages": [{"role": "user", "content": f"{i}"}, turns[1], *turns]} for i in range(6)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (tmp_path / "own.jinja").write_text(OWN)
+    return [chat["messages"] for chat in chats]
+
+
+def test_a_chat_template_for_a_model_that_has_none(instruct, chats, model, capsys):
+    """The run and its export keep it, and transformers' tokens by it are those that are learned."""
+    transformers = pytest.importorskip("transformers")
+    from convert.to_hf import main as to_hf
+    from llmq_jax.command_line import run
+
+    given = ("--data=chats.jsonl", "--init-from", "MODEL")
+    code, _, err = instruct(*given)
+    assert code == 2 and err == (
+        f"error: {model} has no chat template, so it cannot converse; give one with --chat-template FILE, or choose "
+        "another --template\n"
+    )
+    given = (*given, "--chat-template=own.jinja")
+    code, out, err = instruct(*given)
+    assert (code, err) == (0, "") and "(template: chat)" in out and "llmq chat run" in out
+    assert "will not learn to stop" not in out
+    lm = lq.load("run")
+    assert lm.tokenizer.chat_template.source == OWN and lm.generation.eos_token_id == (256,)
+    assert lm.chat([{"role": "user", "content": "Hi"}], max_new_tokens=1) is not None
+
+    with pytest.raises(SystemExit) as ended:
+        run(to_hf, ["run", "run-hf"], program="python -m convert.to_hf")
+    assert ended.value.code == 0
+    capsys.readouterr()
+    theirs = transformers.AutoTokenizer.from_pretrained("run-hf")
+    base = transformers.AutoTokenizer.from_pretrained("run-hf", chat_template="no")
+    for messages, conversation in zip(chats, read_conversations("chats.jsonl"), strict=True):
+        example = tokenize(render(conversation, "chat", lm.tokenizer.chat_template), lm.tokenizer)
+        assert example.tokens.tolist() == theirs.apply_chat_template(messages, return_dict=False)
+        assert example.tokens.tolist() == base.apply_chat_template(messages, chat_template=OWN, return_dict=False)
+        assert example.learned.sum() == 2 * len("Ho 😀".encode()) + 4  # each with its end and line break
+
+    # Another text is another run, even where the data have no message that shows it.
+    assert "run is finished already" in instruct(*given)[1]
+    Path("own.jinja").write_text(OWN.replace("({{", "[{{"))
+    code, _, err = instruct(*given)
+    assert code == 2 and "run holds a run with other options: chat_template_sha256 " in err and "training" not in err
+
+
+def test_a_chat_template_takes_the_place_of_the_models_own(instruct, chats):
+    given = ("--init-from", "CHAT", "--chat-template=own.jinja")
+    code, out, err = instruct("--data=chats.jsonl", *given, tiny=PREVIEW)
+    assert (code, err) == (0, "") and "Q: Hi\nA: ⟦Ho 😀<|endoftext|>\n⟧" in out and "<|im_start|>" not in out
+    # It writes all that has prompts: to give one is to choose it.
+    Path("strings.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i}", "completion": "x"}) + "\n" for i in range(4))
+    )
+    for data in ("strings.jsonl", "ALPACA"):
+        code, out, err = instruct("--data", data, *given, tiny=PREVIEW)
+        assert (code, err) == (0, "") and "(template: chat)" in out and "\nA: ⟦" in out
+
+
+def test_a_chat_template_without_an_end(instruct, chats):
+    Path("own.jinja").write_text(OWN.replace("{{ eos_token }}", "<|im_end|>"))
+    _, out, _ = instruct("--data=chats.jsonl", "--init-from", "MODEL", "--chat-template=own.jinja", tiny=PREVIEW)
+    assert (
+        "own.jinja ends no answer with a special token of the tokenizer, so that the model will not learn to stop: "
+        "write {{ eos_token }} there\n" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--template=alpaca"], "--chat-template has no effect with --template alpaca; leave it out"),
+        (["--template=plain"], "--chat-template has no effect with --template plain; leave it out"),
+        (["--chat-template=none.jinja"], "none.jinja cannot be read (No such file or directory)"),
+        (["--chat-template=bad.jinja"], "bad.jinja: the chat template is not valid Jinja: line 2: "),
+    ],
+)
+def test_chat_templates_are_checked_before_the_model_is_loaded(instruct, chats, options, message):
+    Path("bad.jinja").write_text("\n{% for %}")
+    given = ("--data=chats.jsonl", "--init-from=nowhere", "--chat-template=own.jinja")
+    code, _, err = instruct(*given, *options)
+    assert code == 2 and err.count("\n") == 1 and message in err
 
 
 def test_preview(instruct):
@@ -213,6 +305,21 @@ def test_preview(instruct):
         if f"Say {word}." in out:
             assert f"### Response:\n⟦{word}<|endoftext|>⟧" in out
     assert out.count("⟦") >= 2
+
+
+def test_sharegpts_conversations_are_messages(instruct, tmp_path):
+    turns = [("human", "user", "Hi"), ("gpt", "assistant", "Ho"), ("human", "user", "a"), ("gpt", "assistant", "b")]
+    shared = {"conversations": [{"from": name, "value": text} for name, _, text in turns]}
+    chat = {"messages": [{"role": role, "content": text} for _, role, text in turns]}
+    shown = []
+    for record in (shared, chat):
+        (tmp_path / "a.jsonl").write_text(json.dumps(record))
+        (tmp_path / "b.jsonl").write_text(json.dumps(record).replace("Hi", "Hey"))
+        given = ("--data=a.jsonl", "--validation-data=b.jsonl", "--init-from", "CHAT")
+        code, out, err = instruct(*given, tiny=PREVIEW)
+        assert (code, err) == (0, "") and "⟦Ho<|im_end|>\n⟧<|im_start|>user\na" in out
+        shown.append(out)
+    assert shown[0] == shown[1]
 
 
 def test_preview_on_a_terminal_is_in_colour(instruct, monkeypatch):
@@ -249,11 +356,11 @@ def test_what_is_too_long_is_told(instruct, tmp_path):
         (["--context", 1], "--context is 1 and must be at least 2"),
         (["--context", 512], "--context 512 exceeds the model's, 320"),
         (["--context", 100], "conversations has anything to learn within the context of 100 tokens"),
-        (["--template", "chat"], "has no chat template"),
+        (["--template", "chat"], "has no chat template, so it cannot converse; give one with --chat-template FILE, or"),
         (["--template", "plain"], "row 1: the template 'plain' is for records with a prompt"),
         (["--validation-data", "ALPACA", "--validation-fraction", 0.2], "--validation-fraction has no effect"),
         (["--sample-prompt", "x" * 400], "--sample-prompt leaves no room for an answer within the model's 320"),
-        (["--data", "missing.json"], "there is no file missing.json"),
+        (["--data", "missing.json"], "there is no file or folder missing.json"),
         (["--lora-rank", 4], "--lora-rank has no effect without --train lora"),
         (["--train", "blocks", "--blocks", 0], "--blocks is 0 and must be at least 1"),
     ],
@@ -302,6 +409,24 @@ def test_nothing_that_is_held_out_is_learned(instruct, tmp_path):
     )
     code, _, err = instruct(*given, "--validation-data=a.jsonl", tiny=PREVIEW)
     assert code == 2 and "a.jsonl: every conversation is in a.jsonl too; give others to learn" in err
+
+
+def test_a_folder_of_data(instruct, tmp_path, alpaca):
+    """All its files are learned as one that holds them all; a run does not go on when one has changed."""
+    (tmp_path / "data").mkdir()
+    rows = json.loads(alpaca.read_text())
+    (tmp_path / "data" / "a.json").write_text(json.dumps(rows[:7]))
+    (tmp_path / "data" / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[7:]))
+    given = ("--init-from", "MODEL", "--sample-every=0", "--steps=1", "--checkpoint-every=0")
+    instruct("--data", "ALPACA", "--out=file", *given)
+    code, out, err = instruct("--data=data", *given)
+    assert (code, err) == (0, "") and "11 conversations to learn, 1 held out" in out
+    file, folder = (json.loads(Path(run, "config.json").read_text()) for run in ("file", "run"))
+    for name in ("training_sha256", "validation_sha256"):
+        assert file[name] == folder[name]
+    (tmp_path / "data" / "c.jsonl").write_text(json.dumps(rows[0]))
+    code, _, err = instruct("--data=data", *given)
+    assert code == 2 and "run holds a run with other options: training_sha256" in err
 
 
 @pytest.mark.exhaustive
@@ -363,6 +488,22 @@ ARCHITECTURES = {
         vocab_size=257, **SMALL, num_key_value_heads=1, intermediate_size=24, num_local_experts=4
     ),
 }
+
+
+def test_without_evaluations_everything_is_learned(instruct):
+    code, out, err = instruct(*GIVEN, "--evaluate-every=0", "--steps=1", "--sample-every=0")
+    assert (code, err) == (0, "") and ", 0 held out" in out and "before training" not in out
+    config = json.loads(Path("run/config.json").read_text())
+    assert "training_sha256" in config and "validation_sha256" not in config
+
+
+def test_a_base_in_bfloat16_with_adapters_in_float32(instruct):
+    options = [option for option in TINY if "--train" not in option]
+    code, out, err = instruct(*GIVEN, "--sample-every=0", "--steps=2", "--base-dtype=bfloat16", tiny=options)
+    assert (code, err) == (0, "") and "(lora)" in out
+    trained = lq.load("run").variables
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trained["params"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trained["lora"])} == {"float32"}
 
 
 @pytest.mark.exhaustive

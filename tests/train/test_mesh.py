@@ -174,6 +174,30 @@ def test_checkpoints_are_cast_and_joined_on_a_mesh(model, tmp_path):
     assert done.stdout.split() == ["bfloat16", "float32"]
 
 
+def test_weights_are_read_straight_to_the_devices_that_have_them(model, tmp_path):
+    """Whichever format they come from: no device has all of them, not even on the way; nor of an adapter's base."""
+    program = (
+        "from pathlib import Path\n"
+        "import jax, llmq_jax as lq\n"
+        "from llmq_jax.interop.huggingface import read_hf\n"
+        "from llmq_jax.training import load_checkpoint_variables\n"
+        "from llmq_jax.training.sharding import make_mesh\n"
+        f"lm = lq.load({str(model)!r})\n"
+        "lq.save_hf(lm, 'base')\n"
+        "lq.save_adapter(lq.lora(lm, rank=2, variant='dora'), 'adapter', base='base')\n"
+        "with jax.set_mesh(make_mesh('fsdp=4,tensor=2')):\n"
+        f"    read = read_hf(Path('base')), load_checkpoint_variables({str(model)!r}), lq.load('adapter')\n"
+        "for found in read:\n"
+        "    kernel = found.variables['params']['group_0']['block_0']['mlp']['up']['kernel']\n"
+        "    print(kernel.addressable_shards[0].data.size / kernel.size)\n"
+    )
+    environment = {**with_devices(8), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["0.125"] * 3
+
+
 def test_what_cannot_be_is_told_in_a_line(train):
     for options, why in (
         (("--mesh", "data=3"), "is for 3 devices, and here are 8"),

@@ -140,11 +140,60 @@ def test_equal_runs_are_equal_and_seeds_differ(pretrain, pretrained):
 
 def test_accumulation_remat_and_unrolling_change_nothing(pretrain):
     variants = {"plain": [], "parts": ["--accumulate=2"], "remat": ["--remat=full"], "loop": ["--scan-layers"]}
+    variants["masked"] = ["--attention=masked"]
     shared = ("--data", "TEXT", "--sample-every", 0, "--evaluate-every", 0, "--steps", 3, "--num-hidden-layers", 2)
     for out, options in variants.items():
         assert pretrain(*shared, "--out", out, *options)[0] == 0
-    for out in ("parts", "remat", "loop"):
+    for out in ("parts", "remat", "loop", "masked"):
         np.testing.assert_allclose(losses(out), losses("plain"), rtol=1e-4)
+
+
+def test_epochs_in_place_of_steps(pretrain):
+    """The default text of `pretrain` in windows of 16, four in a step: as many steps as epochs have."""
+    tiny = ["--context=16", "--batch-size=4", "--hidden-size=16", "--num-hidden-layers=1", "--num-attention-heads=2"]
+    Path("my.txt").write_text("abcdefgh" * 80)
+    options = ("--data", "my.txt", "--out", "run", "--sample-every", 0, "--evaluate-every", 0, "--epochs", 1.5)
+    code, out, err = pretrain(*options, tiny=tiny)
+    assert (code, err) == (0, "") and "640 tokens to learn, 0 held out" in out
+    assert "finished: 15 steps" in out  # 39 windows, one less than fits for the offset: 9.75 steps an epoch
+    recorded = json.loads(Path("run/config.json").read_text())["options"]
+    assert recorded["steps"] == 15
+
+
+def test_the_schedule_is_the_one_that_is_named(pretrain):
+    options = ("--data", "TEXT", "--sample-every", 0, "--evaluate-every", 0, "--learning-rate", 1e-3)
+    for name in ("constant", "linear"):
+        assert pretrain(*options, "--schedule", name, "--out", name, "--steps", 5, "--warmup-steps", 0)[0] == 0
+    rates = {name: [record["learning_rate"] for record in metrics(name)] for name in ("constant", "linear")}
+    assert rates["constant"] == pytest.approx([1e-3] * 5)
+    assert rates["linear"] == pytest.approx([1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4])
+
+
+def test_a_part_of_the_held_out_text_may_be_evaluated(pretrain):
+    """The batches in the middle and at the ends are others, and so is their loss; the training is the same."""
+    options = ("--data", "TEXT", "--sample-every", 0, "--validation-fraction", 0.5)
+    for out, more in (("all", ()), ("some", ("--evaluate-batches", 1))):
+        assert pretrain(*options, "--out", out, *more)[0] == 0
+    assert losses("all") == losses("some")
+    found = [[r["validation_loss"] for r in metrics(out) if "validation_loss" in r] for out in ("all", "some")]
+    assert len(found[0]) == len(found[1]) and found[0] != found[1]
+
+
+def test_documents_may_be_kept_apart(pretrain):
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": "abcdef" * n}) + "\n" for n in range(1, 30)))
+    options = ("--data", "rows.jsonl", "--sample-every", 0, "--evaluate-every", 0, "--steps", 2)
+    for out, more in (("joined", ()), ("apart", ("--separate-documents",))):
+        assert pretrain(*options, "--out", out, *more)[0] == 0
+    assert losses("joined") != losses("apart")
+
+
+def test_data_that_have_moved_are_the_same(pretrain):
+    Path("my.txt").write_text("abc " * 100)
+    command = ("--out", "run", "--steps", 2, "--sample-every", 0)
+    assert pretrain("--data", "my.txt", *command)[0] == 0
+    Path("my.txt").rename("moved.txt")
+    code, out, err = pretrain("--data", "moved.txt", *command)
+    assert (code, err) == (0, "") and "finished already" in out
 
 
 @pytest.mark.exhaustive
@@ -291,6 +340,7 @@ BAD = {
     "strange preset": (["--preset", "zzz"], "choose from demo, nanogpt-shakespeare-cpu, gpt2-124m"),
     "width and heads": (["--data", "TEXT", "--hidden-size", "17"], "num_attention_heads"),
     "dropout": (["--data", "TEXT", "--dropout", "1"], "pdrop"),
+    "attention": (["--data", "TEXT", "--attention", "fused"], "attention='fused' cannot run: it is a kernel of NVIDIA"),
     "unknown field": (
         ["--data", "TEXT", "--config", "norms=dyt"],
         "GPT2Config has no field 'norms'; did you mean norm",
@@ -305,6 +355,17 @@ BAD = {
     ),
     "field and model": (["--init-from", "x", "--out", "run", "--config", "norm=dyt"], "--config has no effect beside"),
     "accumulate": (["--accumulate", "3"], "--accumulate is 3 and must divide --batch-size 4"),
+    "epochs and steps": (["--epochs", "1"], "--epochs has no effect beside --steps; leave it out"),
+    "constant minimum": (
+        ["--data", "TEXT", "--schedule", "constant", "--minimum-learning-rate", "1e-5"],
+        "--minimum-learning-rate has no effect with --schedule constant",
+    ),
+    "no batches": (["--evaluate-batches", "0"], "--evaluate-batches is 0 and must be at least 1"),
+    "idle batches": (
+        ["--evaluate-every", "0", "--evaluate-batches", "2"],
+        "--evaluate-batches has no effect with --evaluate-every 0",
+    ),
+    "one document": (["--data", "TEXT", "--separate-documents"], "--separate-documents has no effect on a single"),
     "no steps": (["--steps", "0"], "--steps is 0 and must be at least 1"),
     "no rate": (["--learning-rate", "0"], "--learning-rate is 0.0 and must be positive"),
     "betas": (["--betas", "0.9", "1"], "--betas is (0.9, 1.0) and must be at least 0 and below 1"),

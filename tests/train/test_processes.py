@@ -53,6 +53,14 @@ def ended(processes):
     return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
+def wait_for_steps(run, process):
+    """Until the run of this process has told of some."""
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() or len(metrics.read_bytes()) < 2000:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def alone(folder):
     words = [*SIZES.split(), *TELLS.split(), "--data", str(folder / "text.txt"), "--out", str(folder / "alone")]
@@ -91,11 +99,7 @@ def test_two_processes_go_on_where_one_stopped(begin, alone, folder):
 @pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_both_after_the_same_step(begin, folder):
     processes = two(begin, "stopped", "--steps", "100000", "--checkpoint-every", "100000", "--evaluate-every", "0")
-    metrics = folder / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not metrics.exists() or len(metrics.read_bytes()) < 2000:
-        assert time.monotonic() < deadline and processes[0].poll() is None
-        time.sleep(0.2)
+    wait_for_steps(folder / "stopped", processes[0])
     processes[1].send_signal(signal.SIGTERM)
     first, second = ended(processes)
     assert first[0] == second[0] == 128 + signal.SIGTERM, first[2][-2000:] + second[2][-2000:]
@@ -162,6 +166,32 @@ def test_a_coordinator_that_does_not_answer():
     assert done.stderr.count("error:") == 1
 
 
+def test_the_error_of_one_process_is_told_while_others_go_on():
+    """JAX waits for these, longer than anyone would for an error."""
+    port = free_port()
+    program = (
+        "import sys, time\n"
+        "from llmq_jax.training.processes import joined\n"
+        "process = int(sys.argv[1])\n"
+        f"with joined('127.0.0.1:{port}', 2, process):\n"
+        "    print('joined', flush=True)\n"
+        "    if process == 1: raise OSError('no room')\n"
+        "    time.sleep(600)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(i)], **pipes) for i in range(2)]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "joined\n"
+        begun = time.monotonic()
+        assert any("OSError: no room" in line for line in processes[1].stderr)
+        assert time.monotonic() - begun < 30
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 @pytest.mark.parametrize(
     ("told", "gpus"),
     [
@@ -199,10 +229,6 @@ def test_gpus_that_tasks_cannot_share():
 def test_a_signal_without_checkpoints_ends_a_process_at_once(begin, folder):
     endless = ("--steps", "100000", "--checkpoint-every", "0", "--evaluate-every", "0", "--sample-every", "0")
     processes = two(begin, "unsaved", *endless)
-    metrics = folder / "unsaved" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not metrics.exists() or len(metrics.read_bytes()) < 2000:
-        assert time.monotonic() < deadline and processes[0].poll() is None
-        time.sleep(0.2)
+    wait_for_steps(folder / "unsaved", processes[0])
     processes[1].send_signal(signal.SIGTERM)
     assert processes[1].wait(timeout=60) == -signal.SIGTERM

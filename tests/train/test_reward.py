@@ -225,6 +225,18 @@ def test_the_result_in_transformers(reward, base, train, form, capsys):
     np.testing.assert_allclose([float(number) for number in said.groups()], figures, atol=1e-3)
 
 
+def test_a_chat_template_for_a_model_that_has_none(reward):
+    write("chats.jsonl", CHAT)
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    Path("own.jinja").write_text(template)
+    code, out, err = reward("--steps", 2, "--chat-template", "own.jinja", data="chats.jsonl")
+    assert (code, err) == (0, "") and "(template: chat)" in out
+    assert load("run").tokenizer.chat_template.source == template
+    Path("own.jinja").write_text(template + "{# the same #}")
+    code, _, err = reward("--steps", 2, "--chat-template", "own.jinja", data="chats.jsonl")
+    assert code == 2 and "other options: chat_template_sha256 " in err
+
+
 def test_prompts_are_held_out(reward):
     """With all their pairs, by the split's seed alone; with a file for validation its prompts are not learned."""
 
@@ -315,9 +327,10 @@ def test_long_pairs_are_told(reward):
         (["--split-seed", -1], "--split-seed is -1 and must not be negative"),
         (["--evaluate-batches", 0], "--evaluate-batches is 0 and must be at least 1"),
         (["--evaluate-batches", 1, "--evaluate-every", 0], "--evaluate-batches has no effect with --evaluate-every 0"),
-        (["--template", "chat"], "has no chat template"),
+        (["--template", "chat"], "has no chat template, so it cannot converse; give one with --chat-template FILE, or"),
+        (["--template", "plain", "--chat-template", "a"], "--chat-template has no effect with --template plain; leave"),
         (["--lora-rank", 4], "--lora-rank has no effect without --train lora"),
-        (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
         (["--data", "equal.jsonl"], "equal.jsonl: the chosen and the rejected answer are the same in every row"),
         (["--data", "one.jsonl"], "holding out pairs needs at least 2 different prompts, found 1"),
         (["--data", "texts.jsonl"], "texts.jsonl: line 1 is no preference pair (fields found: text)"),

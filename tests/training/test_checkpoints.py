@@ -85,6 +85,21 @@ def test_variables_load_without_the_optimizer(three, tmp_path):
     assert bits(older.variables) == bits(new_state(2).variables)
 
 
+def test_a_checkpoint_that_a_run_deletes_meanwhile_gives_way_to_a_newer_one(three, tmp_path, monkeypatch):
+    from llmq_jax.training import checkpoints
+
+    verify = checkpoints.verify_manifest
+
+    def deleting(folder):
+        if folder == three.path(3):
+            three.save(4, new_state(4), model_config={"width": 4})
+            shutil.rmtree(folder)
+        verify(folder)
+
+    monkeypatch.setattr(checkpoints, "verify_manifest", deleting)
+    assert load_checkpoint_variables(tmp_path).info.step == 4
+
+
 def test_config_dataclass_is_saved_with_its_model_type(tmp_path):
     from llmq_jax.models.gpt2 import GPT2Config
 

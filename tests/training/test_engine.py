@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import OPTIONS, STEPS, Batches
+from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
@@ -31,8 +31,12 @@ def timeless(folder):
     return [{name: value for name, value in record.items() if name not in TIME_FIELDS} for record in records]
 
 
+def state_at(folder, step):
+    return Checkpoints(folder / "checkpoints").restore(tiny_run.new_state(), step).state
+
+
 def final_state(folder):
-    return Checkpoints(folder / "checkpoints").restore(tiny_run.new_state(), STEPS).state
+    return state_at(folder, json.loads((folder / "finished.json").read_text())["step"])
 
 
 def assert_same_run(one, other):
@@ -280,6 +284,151 @@ def test_saving_new_bests_changes_nothing_else_and_resumes_exactly(whole, tmp_pa
     assert_same_run(whole, folder)
 
 
+REWARDS = {4: 0.2, 8: 0.9, 12: 0.9, 16: 0.5, 20: 0.1}
+REWARDED = {"judged_by": ("reward", "highest"), "options": replace(OPTIONS, checkpoint_every=10, keep_last=1)}
+
+
+def rewarding(begin=0):
+    """An evaluate function for OPTIONS, of a process that begins after step `begin`."""
+    steps = iter(range(begin + 4, STEPS + 1, 4))
+    return lambda variables: {"reward": REWARDS[next(steps)]}
+
+
+def test_a_run_may_be_judged_by_a_figure_whose_highest_value_is_the_best(tmp_path):
+    folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(13)), evaluate=rewarding(), **REWARDED)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 10], 8)
+    result, said = quiet(folder, evaluate=rewarding(begin=8), **REWARDED)
+    assert "from step 10" in said
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 20], 8)
+    assert (result.best_step, result.validation_loss, result.best_validation_loss) == (8, None, None)
+    assert json.loads((folder / "finished.json").read_text())["best_step"] == 8
+    assert "\nbest: validation reward 0.9000 at step 8\n" in said
+    assert "\nbest: validation reward 0.9000 at step 8\n" in quiet(folder, **REWARDED)[1]  # which is finished
+
+
+def test_a_run_from_before_it_was_judged_goes_on(tmp_path):
+    """As GRPO's: its checkpoints know nothing of rewards, its metrics do."""
+    folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
+    options = replace(OPTIONS, keep_last=9)
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(5)), options, evaluate=rewarding())
+    config = json.loads((folder / "config.json").read_text())
+    del config["options"]["patience"]  # which it did not know of
+    (folder / "config.json").write_text(json.dumps(config))
+    assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, None)
+    named = {**REWARDED, "options": options}
+    result, _ = quiet(folder, evaluate=rewarding(begin=4), **named)
+    assert (result.best_step, checkpoints.best_step()) == (8, 8)
+
+
+def test_what_a_run_is_judged_by_must_be_finite(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"stopped at step 4: validation reward is nan; no checkpoint"):
+        quiet(tmp_path / "run", evaluate=lambda variables: {"reward": float("nan")}, judged_by=("reward", "highest"))
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory):
+    """The folder of an uninterrupted run that stops early, and what it said."""
+    folder = tmp_path_factory.mktemp("runs") / "impatient"
+    return folder, quiet(folder, options=PATIENT, evaluate=tiny_run.turning)[1]
+
+
+STOPPED = (
+    "stopped early after step 14: 4 evaluations in a row without a new best; best: validation loss 0.0073 at step 6"
+)
+
+
+def test_a_run_stops_after_evaluations_without_a_new_best_as_at_its_end(impatient, tmp_path):
+    folder, said = impatient
+    assert STOPPED in said.splitlines()
+    assert "finished: 14 steps" in said and "(best 0.0073 at step 6)" in said
+    finished = json.loads((folder / "finished.json").read_text())
+    assert (finished["step"], finished["best_step"]) == (14, 6)
+    assert Checkpoints(folder / "checkpoints").steps() == [6, 12, 14]
+    assert (folder / "samples.txt").read_text().count("step 14\n") == 2  # a heading, and what stands below it
+    assert timeless(folder)[-1]["step"] == 14
+    assert "finished after 14 steps" in (folder / "report.html").read_text()
+    assert "is finished already" in quiet(folder, options=PATIENT, evaluate=tiny_run.turning)[1]
+    # Up to there it is the run that goes on.
+    longer = replace(PATIENT, patience=None, checkpoint_every=2, keep_last=STEPS)
+    quiet(tmp_path / "run", options=longer, evaluate=tiny_run.turning)
+    assert_same_arrays(final_state(folder), state_at(tmp_path / "run", 14))
+
+
+@pytest.mark.parametrize("bad", [5, 7, 13])
+def test_patience_counts_the_evaluations_before_an_interruption(impatient, tmp_path, bad):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(bad)), PATIENT, evaluate=tiny_run.turning)
+    _, said = quiet(folder, options=PATIENT, evaluate=tiny_run.turning)
+    assert "resuming" in said and STOPPED in said
+    assert_same_run(impatient[0], folder)
+
+
+def test_a_run_that_broke_off_at_its_early_end_comes_to_it(impatient, tmp_path):
+    """After the last checkpoint: the sample that is due then is written, no step is taken."""
+
+    def failing(variables, step):
+        if step == 14:
+            raise RuntimeError("no sample")
+        return tiny_run.sample(variables, step)
+
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no sample"):
+        quiet(folder, options=PATIENT, evaluate=tiny_run.turning, sample=failing)
+    batches = Batches(lambda step: pytest.fail("trained further"))
+    _, said = quiet(folder, batches, PATIENT, evaluate=lambda variables: pytest.fail("evaluated again"))
+    assert "from step 14" in said and STOPPED in said
+    assert_same_run(impatient[0], folder)
+
+
+@pytest.mark.exhaustive
+def test_killed_at_every_kind_of_point_a_run_stops_early_at_the_same_step(impatient, tmp_path):
+    folder = tmp_path / "killed"
+    script = [sys.executable, tiny_run.__file__, str(folder), "patient"]
+    for kill in ("step:7", "torn:10", "manifest:12", "step:13", "manifest:14", "committed:14", "plot"):
+        done = subprocess.run([*script, kill], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (kill, done.stdout, done.stderr)
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "from step 14" in done.stdout and STOPPED in done.stdout
+    assert_same_run(impatient[0], folder)
+
+
+def test_a_run_that_comes_to_its_last_step_does_not_stop_early(tmp_path):
+    for patience, steps in ((7, STEPS), (6, 18)):
+        options = replace(PATIENT, patience=patience)
+        result, said = quiet(tmp_path / str(patience), options=options, evaluate=tiny_run.turning)
+        assert (result.step, "stopped early" in said) == (steps, steps < STEPS)
+
+
+def test_one_evaluation_may_be_patience_enough_and_needs_no_folder():
+    options = replace(PATIENT, patience=1, checkpoint_every=None)
+    result, said = quiet(None, options=options, evaluate=tiny_run.turning)
+    assert result.step == 8
+    assert "stopped early after step 8: 1 evaluation without a new best; best: validation loss 0.0073 at step 6" in said
+
+
+def test_a_signal_in_the_step_of_an_early_stop_lets_the_run_end(impatient, tmp_path):
+    batches = Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 14 else None)
+    quiet(tmp_path / "run", batches, PATIENT, evaluate=tiny_run.turning)
+    assert_same_run(impatient[0], tmp_path / "run")
+
+
+def test_patience_without_anything_to_wait_for_is_refused(tmp_path):
+    for options, evaluate in ((replace(PATIENT, evaluate_every=0), tiny_run.evaluate), (PATIENT, None)):
+        options = options if evaluate else replace(options, evaluate_every=None)
+        with pytest.raises(
+            BadInput, match="patience is 4, but the run has no evaluations; give it some or leave it out"
+        ):
+            quiet(tmp_path / "run", options=options, evaluate=evaluate)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(BadInput, match="patience is 4, but evaluate returns no loss to judge the run by"):
+        quiet(tmp_path / "run", options=PATIENT, evaluate=lambda variables: {"accuracy": 0.5})
+
+
 def test_gradient_and_parameters_must_be_finite_too(tmp_path):
     def break_gradient(state, batch):
         state, metrics = tiny_run.train_step(state, batch)
@@ -325,6 +474,16 @@ def test_device_is_never_waited_for_before_the_next_step_is_handed_over(tmp_path
     ]
 
 
+def test_a_tokenizer_that_cannot_be_saved_is_told_before_the_first_step(tmp_path):
+    class Gap:
+        def save(self, folder):
+            raise BadInput("the id of '<pad>' leaves a gap")
+
+    with pytest.raises(BadInput, match="leaves a gap"):
+        quiet(tmp_path / "run", tokenizer=Gap())
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result, said = quiet(None, options=RunOptions(steps=STEPS))
@@ -362,7 +521,36 @@ def test_another_run_is_refused_and_neutral_options_may_change(whole):
         quiet(whole, options=replace(OPTIONS, log_every=5))
     with pytest.raises(BadInput, match=r"model.width 8 -> 9;"):
         quiet(whole, model_config={"width": 9})
-    quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False, sample_every=3))
+    quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False, sample_every=3, evaluate_every=5))
+
+
+def test_evaluations_may_come_at_other_steps_when_a_run_goes_on(whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(9)))
+    result, _ = quiet(folder, options=replace(OPTIONS, evaluate_every=7))
+    records = timeless(folder)
+    assert [record["step"] for record in records if "validation_loss" in record] == [4, 8, 14, 20]
+    training = [record for record in records if "loss" in record]
+    assert training == [record for record in timeless(whole) if "loss" in record]
+    assert_same_arrays(final_state(folder), final_state(whole))
+    assert result.best_step == STEPS
+
+
+def test_what_decides_where_a_run_ends_must_stay(impatient):
+    folder, _ = impatient
+    for changed, said in (
+        ({"patience": 5}, r"options.patience 4 -> 5;"),
+        ({"patience": None}, r"options.patience 4 -> null;"),
+        ({"evaluate_every": 3}, r"options.evaluate_every 2 -> 3;"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            quiet(folder, options=replace(PATIENT, **changed), evaluate=tiny_run.turning)
+
+
+def test_patience_cannot_begin_in_the_middle_of_a_run(whole):
+    with pytest.raises(BadInput, match=r"options.patience null -> 2;"):
+        quiet(whole, options=replace(OPTIONS, patience=2))
 
 
 @pytest.mark.parametrize("name", ["evaluate_every", "sample_every", "checkpoint_every"])
@@ -390,12 +578,14 @@ def test_zero_means_never(tmp_path):
 def test_a_run_without_any_loss_to_draw_ends_too(tmp_path):
     """As GRPO's does, whose evaluation has a reward and no loss, with --log-every 0."""
     options = replace(OPTIONS, log_every=0, sample_every=0, checkpoint_every=0)
-    quiet(tmp_path / "run", options=options, evaluate=lambda variables: {"reward": 1.0})
+    quiet(tmp_path / "run", options=options, evaluate=rewarding(), judged_by=("reward", "highest"))
     assert (tmp_path / "run" / "finished.json").exists()
     assert "finished after 20 steps" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("changed", [{"steps": 0}, {"log_every": -1}, {"evaluate_every": -2}, {"keep_last": 0}])
+@pytest.mark.parametrize(
+    "changed", [{"steps": 0}, {"log_every": -1}, {"evaluate_every": -2}, {"keep_last": 0}, {"patience": 0}]
+)
 def test_options_out_of_range_are_refused(changed):
     with pytest.raises(BadInput, match=f"{next(iter(changed))} is"):
         RunOptions(**{"steps": 3, **changed})

@@ -7,12 +7,12 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, init
-from llmq_jax.training.optimizer import adamw, decay_mask, warmup_cosine
+from llmq_jax.training.optimizer import adamw, decay_mask, warmup_schedule
 from llmq_jax.training.roles import roles
 
 
 def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactly():
-    rate = warmup_cosine(peak=1e-3, steps=50, warmup_steps=10, initial=1e-5, minimum=1e-4)
+    rate = warmup_schedule(peak=1e-3, steps=50, warmup_steps=10, initial=1e-5, minimum=1e-4)
     rates = np.array([float(rate(step)) for step in range(60)])
     np.testing.assert_allclose(rates[0], 1e-5, rtol=1e-6)
     np.testing.assert_allclose(rates[5], (1e-5 + 1e-3) / 2, rtol=1e-6)
@@ -23,15 +23,31 @@ def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactl
 
 
 @pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("linear", [0.5, 1, 0.95, 0.9, 0.55, 0.5, 0.15, 0.1, 0.1]),
+        ("wsd", [0.5, 1, 1, 1, 1, 1, 0.55, 0.1, 0.1]),
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_other_decays(decay, expected):
+    """By hand: from the peak at step 2 to a tenth of it at step 20, the last."""
+    at = [1, 2, 3, 4, 11, 12, 19, 20, 30]
+    rate = warmup_schedule(peak=1.0, steps=21, warmup_steps=2, minimum=0.1, decay=decay)
+    np.testing.assert_allclose([float(rate(step)) for step in at], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"peak": 1e-3, "steps": 10, "decay": "cosin"}, "decay='cosin' is unknown; did you mean cosine"),
         ({"peak": 1e-3, "steps": 10, "warmup_steps": 10}, "warm-up of 10 steps does not fit a run of 10"),
         ({"peak": 1e-3, "steps": 10, "minimum": 1e-2}, "minimum learning rate 0.01 must lie between 0 and the peak"),
     ],
 )
 def test_impossible_schedules_are_refused(options, message):
     with pytest.raises(BadInput, match=message):
-        warmup_cosine(**options)
+        warmup_schedule(**options)
 
 
 def test_decay_goes_by_role_and_not_by_rank():

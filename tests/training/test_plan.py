@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import AXES
+from llmq_jax.layers.axes import AXES, path_names, sharding_of
 from llmq_jax.models import abstract_variables, override
 from llmq_jax.training import sharding
 from llmq_jax.training.partitioner import groups, merged
@@ -80,7 +80,8 @@ def compiled_bytes(run: Run) -> dict:
     with jax.set_mesh(mesh):
         step, state, batch = abstract_step(run)
         rows = NamedSharding(mesh, PartitionSpec(AXES["batch"]))
-        places = sharding.shardings(state, mesh), dict.fromkeys(batch, rows)
+        of_state = jax.tree_util.tree_map_with_path(lambda path, leaf: sharding_of(path_names(path), leaf), state)
+        places = of_state, dict.fromkeys(batch, rows)
         placed = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), (state, batch), places
         )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny_run
 from test_engine import assert_same_run, quiet, whole  # noqa: F401 (a fixture)
-from tiny_run import OPTIONS, STEPS, Batches
+from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.profile import profiled_steps
@@ -49,6 +49,20 @@ def test_a_run_that_goes_on_traces_what_is_left_of_them(whole, tmp_path):  # noq
     assert "no profile: steps 2:6 were before the run was resumed" in said
     assert traced_steps(folder) == [[4, 5, 6]]
     assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize(
+    ("asked", "traced", "said"),
+    [
+        ("13:18", [[13, 14]], "profile of steps 13 to 14: "),
+        ("15:18", [], "\nno profile: the run stopped before step 15\n"),
+    ],
+)
+def test_of_a_run_that_stops_early_the_steps_that_it_takes_are_traced(tmp_path, asked, traced, said):
+    folder = tmp_path / "run"
+    result, told = quiet(folder, options=replace(PATIENT, profile=asked), evaluate=tiny_run.turning)
+    assert (result.step, traced_steps(folder)) == (14, traced)
+    assert said in told
 
 
 @pytest.mark.parametrize("text", ["5", "15:10", "0:3", "10:21", "a:b", "", "1:2:3", "-1:3", " 1:2"])

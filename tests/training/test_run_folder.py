@@ -72,6 +72,14 @@ def test_fields_that_change_no_result_may_change(tmp_path):
         assert folder.resumed
 
 
+def test_what_an_older_version_did_not_know_of_is_not_used(tmp_path):
+    RunFolder(tmp_path / "run", CONFIG).close()
+    with RunFolder(tmp_path / "run", {**CONFIG, "schedule": None, "separate": False}) as folder:
+        assert folder.resumed
+    with pytest.raises(BadInput, match=r"options: count \(not set\) -> 0;"):
+        RunFolder(tmp_path / "run", {**CONFIG, "count": 0})
+
+
 @pytest.mark.parametrize(
     "files",
     [

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import MESH_AXES, dimensions, division, path_names
+from llmq_jax.layers.axes import MESH_AXES, dimensions, partition_spec, path_names
 from llmq_jax.layers.linear import KERNEL
 from llmq_jax.models import PRESETS, abstract_variables
 from llmq_jax.training import sharding
@@ -78,13 +78,13 @@ def test_every_parameter_has_its_dimensions(name):
 def test_a_parameter_is_divided_by_what_divides_it():
     sizes = sharding.mesh_sizes("data=2,fsdp=4,tensor=3")
     path = ("group_0", "block_0", "attention", "query", KERNEL)
-    assert division(path, (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
-    assert division(path, (30, 576, 8, 64), sizes) == P(None, "fsdp")
-    assert division(("token_embedding", "embedding"), (50257, 768), sizes) == P(None, "fsdp")
-    assert division(("final_norm", "scale"), (576,), sizes) == P()
+    assert partition_spec(path, (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
+    assert partition_spec(path, (30, 576, 8, 64), sizes) == P(None, "fsdp")
+    assert partition_spec(("token_embedding", "embedding"), (50257, 768), sizes) == P(None, "fsdp")
+    assert partition_spec(("final_norm", "scale"), (576,), sizes) == P()
     # Of an optimizer, whose moments lie as their parameters do.
-    assert division(("1", "mu", *path), (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
-    assert division(("group_0", "block_0", "moe", "up_kernel"), (2, 4, 64, 2, 6), sizes) == P(
+    assert partition_spec(("1", "mu", *path), (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
+    assert partition_spec(("group_0", "block_0", "moe", "up_kernel"), (2, 4, 64, 2, 6), sizes) == P(
         None, None, "fsdp", None, "tensor"
     )
 

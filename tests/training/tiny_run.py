@@ -1,6 +1,6 @@
 """A run of 20 steps of a tiny model, for the tests of the engine; as a script, one that kills itself.
 
-python tiny_run.py FOLDER [KILL]      KILL is "step:7", "torn:6", "orbax:8", ... : a point and the step it lies in
+python tiny_run.py FOLDER [patient] [KILL]      KILL is "step:7", "torn:6", "orbax:8", ... : a point and its step
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ OPTIMIZER = optax.adam(SCHEDULE)
 OPTIONS = RunOptions(
     steps=STEPS, log_every=2, evaluate_every=4, sample_every=8, checkpoint_every=4, keep_last=2, tensorboard=False
 )
+PATIENT = replace(OPTIONS, evaluate_every=2, patience=4)
 
 
 class Batches:
@@ -65,6 +67,11 @@ def train_step(state, batch):
 
 def evaluate(variables):
     return {"loss": float(jax.jit(loss)(variables["params"], Batches()[1000]))}
+
+
+def turning(variables):
+    """Lowest after step 6: with PATIENT, the run stops after step 14, at which nothing else is due."""
+    return {"loss": abs(evaluate(variables)["loss"] - 1.9)}
 
 
 def sample(variables, step):
@@ -133,11 +140,15 @@ def arm(point, step):
 
 
 if __name__ == "__main__":
-    batches = Batches()
-    if len(sys.argv) > 2:
-        point, _, step = sys.argv[2].partition(":")
+    folder, *words = sys.argv[1:]
+    batches, how = Batches(), {}
+    if "patient" in words:
+        words.remove("patient")
+        how = {"options": PATIENT, "evaluate": turning}
+    if words:
+        point, _, step = words[0].partition(":")
         step = int(step or 0)
         arm(point, step)
         if point == "step":
             batches = Batches(lambda i: die() if i == step else None)
-    run(sys.argv[1], batches)
+    run(folder, batches, **how)

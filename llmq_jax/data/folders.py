@@ -1,0 +1,44 @@
+"""The files of a folder, for whoever reads data that come in several."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from llmq_jax.errors import BadInput
+
+_log = logging.getLogger(__name__)
+
+
+def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: str) -> list[Path]:
+    """The files below a folder that a reader takes, sorted by path. What is hidden, empty or no file (a broken link) is
+    passed over; the number of all that is passed over is logged.
+
+    passed_over: what kind of file it is that the reader does not take ("binary"), None for one that it takes.
+    wanted: what errors call those that it takes. Raises BadInput where there is none.
+    """
+    files: list[Path] = []
+    skipped: Counter[str] = Counter()
+    for where, folders, names in os.walk(folder, onerror=_cannot_list):
+        skipped["hidden"] += sum(name.startswith(".") for name in folders + names)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(where, name) for name in names if not name.startswith(".")):
+            if not path.is_file():  # a broken link, a socket
+                skipped["special"] += 1
+            elif path.stat().st_size == 0:
+                skipped["empty"] += 1
+            elif kind := passed_over(path):
+                skipped[kind] += 1
+            else:
+                files.append(path)
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()) if count)
+    if not files:
+        raise BadInput(f"{folder} holds no {wanted}" + (f" (skipped: {counts})" if counts else ""))
+    if counts:
+        _log.warning("%s: read %d files, skipped %s", folder, len(files), counts)
+    return sorted(files, key=lambda path: path.relative_to(folder).parts)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise BadInput(f"{error.filename} cannot be read ({error.strerror})")
