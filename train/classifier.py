@@ -63,7 +63,7 @@ class LabelledData:
     test_data: Annotated[str | None, default_is("a part of --data")] = None
     """Texts to test on, once, at the end."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION}")] = None
-    """Part of each class held out for validation."""
+    """Part of each class held out for validation, with --evaluate-every 0 too."""
     test_fraction: Annotated[float | None, default_is(f"{TEST}")] = None
     """Part of each class held out for the test."""
     split_seed: Annotated[int | None, default_is("0")] = None

@@ -80,7 +80,7 @@ class Questions:
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Prompts to measure the validation reward on, by the likeliest answer to each."""
     validation_fraction: Annotated[float | None, default_is("0.1")] = None
-    """Part of the prompts held out for validation."""
+    """Part of the prompts held out for validation. With --evaluate-every 0 nothing is held out."""
     validation_prompts: Annotated[int | None, default_is("all that are held out")] = None
     """So many of the held-out prompts at most."""
     split_seed: Annotated[int | None, default_is("0")] = None

@@ -106,7 +106,7 @@ class Options(TrainingOptions, WhatTrains, Instructions):  # dataclasses collect
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
     """AdamW's decay of kernels and embeddings."""
-    sample_prompt: Annotated[str | None, default_is("the first that is held out")] = None
+    sample_prompt: Annotated[str | None, default_is("the first that is held out, or else learned")] = None
     """An instruction for the samples to answer."""
 
 

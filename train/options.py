@@ -59,14 +59,14 @@ class TrainingOptions:
     layout: Flag = False
     """Show where --mesh puts each parameter, and stop there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and of products; weights stay in float32."""
+    """Type of activations and of products; weights that train stay in float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """Recompute in the backward pass, to save memory: nothing, all but products with weights, or whole layers."""
     scan_layers: bool = True
     """Compile one layer and loop over it; otherwise write all layers out (slower to compile, at times faster)."""
     attention: Literal["auto", "masked", "blocked", "fused"] = "auto"
     """How a sequence looks at itself: all scores at once, block by block, or in a kernel of NVIDIA GPUs, which wants
-    --dtype bfloat16; see docs/attention.md."""
+    --dtype bfloat16; auto takes what suits the device: see docs/attention.md."""
 
     # What to tell and keep.
     log_every: int = 10
@@ -337,8 +337,8 @@ MAY_CHANGE = (
     *("data", "validation_data", "test_data"),
 )
 """A recipe's own options that a run may go on with others of: what samples continue; how a step is computed, which is
-the same but for rounding (dropout draws, and experts balance, by micro-batches); and where the data lie, whose contents
-are told by digests."""
+the same but for rounding (dropout draws, and experts balance, by micro-batches; --attention too changes dropout's
+draws); and where the data lie, whose contents are told by digests."""
 
 
 def own_options(options: TrainingOptions, *without: str) -> dict[str, Any]:

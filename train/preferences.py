@@ -28,7 +28,7 @@ class PreferenceData:
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Pairs to measure the validation loss and accuracy on; their prompts are not learned."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION}")] = None
-    """Part of the prompts held out for validation, with all their pairs."""
+    """Part of the prompts held out for validation, with all their pairs; with --evaluate-every 0, for the end."""
     split_seed: Annotated[int | None, default_is("0")] = None
     """Of the choice of what is held out."""
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None

@@ -51,7 +51,7 @@ class TextAndModel:
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
-    """Text to measure the validation loss on, all of it, in consecutive windows."""
+    """Text to measure the validation loss on, in consecutive windows: all of it, or --evaluate-batches."""
     validation_fraction: Annotated[
         float | None, default_is(f"0.1; {LIBRARY_FRACTION} of the standard library's modules")
     ] = None
@@ -70,7 +70,7 @@ class TextAndModel:
     preset: Annotated[str | None, default_is("demo")] = None
     """A run (demo, nanogpt-shakespeare-cpu), which sets model and training, or a model size (see llmq models)."""
     init_from: Annotated[str | None, default_is("fresh weights")] = None
-    """Go on from this model, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder or a hub id."""
+    """Go on from this model, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF, a hub id."""
     tokenizer: Annotated[str | None, default_is("bytes; gpt2 for GPT-2's published sizes")] = None
     """bytes, gpt2, a tokenizer.json, or a folder that holds one."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_WINDOW}")] = None

@@ -274,7 +274,8 @@ def grpo_loss(
     metrics = clip_metrics(ratio, advantages, mask, options, weights)
     if reference_logprobs is not None:  # and beta is not 0
         distance = kl_estimate(logprobs, _constant(reference_logprobs, mask), kl or "k3")
-        distance *= ratio if kl_by_ratio else 1.0
+        if kl_by_ratio:
+            distance *= ratio
         losses += beta * distance
         metrics["kl"] = safe_divide((mask * distance).sum(), weights["tokens"])
     loss = averaged(losses, mask, options, weights)
