@@ -45,7 +45,7 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
     if prompt is None:
         if options.sample_every == 0:
             return None
-        which = "--sample-prompt" if options.sample_prompt is not None else "every conversation that is held out"
+        which = "--sample-prompt" if options.sample_prompt is not None else "every conversation"
         raise BadInput(
             f"{which} leaves no room for an answer within the model's {longest} tokens: give a shorter "
             "--sample-prompt, or --sample-every 0"

@@ -215,10 +215,11 @@ def check(options: Options) -> None:
 
 
 def may_lack_names(path: str) -> bool:
-    """Whether --columns are for what is there: a table, or a folder, which may hold some."""
+    """Whether --columns are for what is there: a table, or a folder with some."""
     from llmq_jax.data import is_table
+    from llmq_jax.data.records import record_files
 
-    return is_table(path) or Path(path).is_dir()
+    return is_table(path) or (Path(path).is_dir() and any(map(is_table, record_files(path))))
 
 
 def read_data(options: Options) -> dict[str, list]:

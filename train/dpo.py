@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
-from train.instruct import chat_template_digest, tell_of_no_end
+from train.chat_templates import chat_template_digest, tell_of_no_end
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
@@ -122,7 +122,7 @@ def dpo(options: Options) -> Any:
     options = with_steps(options, steps_in_an_epoch, EPOCHS)
 
     # What trains, of a model that computes as the options say, and learns to end what it writes.
-    model = model_of(options, config)
+    model = model_of(options, config, drops=False)
     end = end_of_answer([pair.chosen for pair in learned.pairs], tokenizer)
     tell_of_no_end(options, end)
     source = source.replace(model=model, generation=ending_with(end, source.generation))
@@ -135,8 +135,7 @@ def dpo(options: Options) -> Any:
     ask = questioner(options, source, [pair.chosen for pair in validation])
 
     print(
-        f"{learner.described}\n{described(options, learned, held_out, steps_in_an_epoch)}\n"
-        f"{model.attention_choice(training=True)}",
+        f"{learner.described}\n{described(options, learned, held_out, steps_in_an_epoch)}\n{model.attention_choice()}",
         flush=True,
     )
     parts = {"training": learned, "validation": held_out}
@@ -261,7 +260,7 @@ def other_reference(options: Options, source: Any) -> Any:
     longest = reference.config.max_position_embeddings
     if options.context > longest:
         raise BadInput(f"--context {options.context} exceeds that of --reference, {longest}; choose a shorter one")
-    return reference.replace(model=build(reference.config, dtype=options.dtype))
+    return reference.replace(model=build(reference.config, dtype=options.dtype, attention=options.attention))
 
 
 def logprobs_of(lm: Any, pairs: Sequence[Any], options: Options) -> Any:
@@ -322,7 +321,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     mask = np.arange(tokens.shape[1]) >= np.array([[len(prompt)] for prompt in prompts])
 
     def logprobs(lm):
-        model = lm.model.clone(dtype=options.dtype)
+        model = lm.model.clone(dtype=options.dtype, attention=options.attention)
 
         @jax.jit
         def of_rows(variables, tokens, mask, lengths):

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
-from train.instruct import chat_template_digest, check_chat_template, with_chat_template
+from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
@@ -214,7 +214,7 @@ def grpo(options: Options) -> Any:
     config = source.config
     options = with_longest_prompt(options, config)
     training, validation = questions(options, source)
-    model = model_of(options, config)
+    model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)
     check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
@@ -258,7 +258,7 @@ def grpo(options: Options) -> Any:
     print(
         f"{learner.described}\n{len(training):,} prompts to learn from, {len(validation):,} held out; "
         f"{options.prompts_per_step} prompts x {options.group_size} answers = {rows} rows a step\n"
-        f"{model.attention_choice(training=True)}",
+        f"{model.attention_choice()}",
         flush=True,
     )
 
@@ -337,6 +337,12 @@ def check(options: Options) -> None:
     check_ranges(TrainingOptions(**{**shared, "batch_size": max(options.accumulate, 1)}))
     check_what_trains(options)
     check_chat_template(options)
+    if options.base_dtype == "bfloat16" and options.dtype != "bfloat16":
+        # Answers come from weights that adapters are merged into, in the base's type.
+        raise BadInput(
+            "--base-dtype bfloat16 with --dtype float32 would learn by another policy than the one that answers; add "
+            "--dtype bfloat16"
+        )
     counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
     for name in (*counts, "max_prompt", "validation_prompts"):
         if getattr(options, name) is not None and getattr(options, name) < 1:

@@ -9,7 +9,6 @@ command again resumes a run that was stopped, and says so when it is finished.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import shlex
@@ -21,6 +20,13 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
+from train.chat_templates import (
+    WITHOUT_CHAT_TEMPLATE,
+    chat_template_digest,
+    check_chat_template,
+    tell_of_no_end,
+    with_chat_template,
+)
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
@@ -49,7 +55,6 @@ IDLE_IN_PREVIEW = (
 )
 VALIDATION = ("validation_data", "validation_fraction", "split_seed", "evaluate_batches")
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
-WITHOUT_CHAT_TEMPLATE = "give one with --chat-template FILE, or choose another --template"
 
 
 @dataclass(frozen=True)
@@ -238,8 +243,6 @@ def check(options: Options) -> None:
         raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
     if options.split_seed is not None and options.split_seed < 0:
         raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
-    if options.evaluate_batches is not None and options.evaluate_batches < 1:
-        raise BadInput(f"--evaluate-batches is {options.evaluate_batches} and must be at least 1")
     refuse_idle(
         options,
         (
@@ -251,43 +254,6 @@ def check(options: Options) -> None:
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
-
-
-def check_chat_template(options: Any) -> None:
-    """BadInput for a --chat-template that is no template, or that nothing would be written by."""
-    from llmq_jax.data.chat_template import read_chat_template
-
-    refuse_idle(
-        options, [("chat_template", options.template not in (None, "chat"), f"with --template {options.template}")]
-    )
-    if options.chat_template is not None:
-        read_chat_template(options.chat_template)
-
-
-def with_chat_template(options: Any, lm: Any) -> Any:
-    """The model with the template of --chat-template in place of its own, if one is given."""
-    from llmq_jax.data.chat_template import read_chat_template
-
-    if options.chat_template is None:
-        return lm
-    tokenizer = lm.require_tokenizer(options.init_from)
-    return lm.replace(tokenizer=tokenizer.with_chat_template(read_chat_template(options.chat_template)))
-
-
-def chat_template_digest(options: Any, tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of what --chat-template holds, which a run that resumes must find again."""
-    if options.chat_template is None:
-        return {}
-    return {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.source.encode()).hexdigest()}
-
-
-def tell_of_no_end(options: Any, end: int | None) -> None:
-    """Say where no answer by a --chat-template has an end that a model stops at."""
-    if options.chat_template is not None and end is None:
-        print(
-            f"{options.chat_template} ends no answer with a special token of the tokenizer, so that the model will not "
-            "learn to stop: write {{ eos_token }} there"
-        )
 
 
 def train_on(options: Options) -> str | tuple[int, ...]:

@@ -98,6 +98,7 @@ class TrainingOptions:
 
 def check_ranges(options: TrainingOptions) -> None:
     """BadInput for a number that no training can mean."""
+    evaluated = getattr(options, "evaluate_batches", None)  # where a recipe has it
     for name, holds, rule in (
         ("steps", options.steps > 0, "be at least 1"),
         ("batch_size", options.batch_size > 0, "be at least 1"),
@@ -108,6 +109,7 @@ def check_ranges(options: TrainingOptions) -> None:
         ("weight_decay", options.weight_decay >= 0, "not be negative"),
         ("clip", options.clip >= 0, "not be negative (0 does not clip)"),
         ("seed", 0 <= options.seed < 2**32, "be at least 0 and below 2^32"),
+        ("evaluate_batches", evaluated is None or evaluated > 0, "be at least 1"),
     ):
         if not holds:
             raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must {rule}")
@@ -276,7 +278,7 @@ def warmup_steps(options: TrainingOptions) -> int:
     return min(100, options.steps // 20) if options.warmup_steps is None else options.warmup_steps
 
 
-def with_steps(options: Any, steps_in_an_epoch: int, epochs: float) -> Any:
+def with_steps(options: Any, steps_in_an_epoch: float, epochs: float | None) -> Any:
     """The options with a number of steps, by default as many as these epochs have, and what follows from it."""
     if options.steps is None:
         epochs = epochs if options.epochs is None else options.epochs
@@ -285,13 +287,14 @@ def with_steps(options: Any, steps_in_an_epoch: int, epochs: float) -> Any:
     return completed(options)
 
 
-def model_of(options: TrainingOptions, config: Any) -> Any:
-    """The model of a config that computes as the options say. BadInput: an --attention that cannot run here."""
+def model_of(options: TrainingOptions, config: Any, drops: bool = True) -> Any:
+    """The model of a config that computes as the options say. BadInput: an --attention that cannot run here; `drops` is
+    whether the objective has dropout act in training."""
     from llmq_jax.models import build
 
     how = {"dtype": options.dtype, "remat": options.remat, "scan_layers": options.scan_layers}
     model = build(config, **how, attention=options.attention)
-    model.attention_choice(training=True)
+    model.attention_choice(training=drops)
     return model
 
 
@@ -334,7 +337,7 @@ PLACES = ("out", "device", "mesh", "pmap", "layout", "coordinator", "processes",
 
 MAY_CHANGE = (
     *("sample_prompt", "accumulate", "remat", "scan_layers", "attention"),
-    *("data", "validation_data", "test_data"),
+    *("data", "validation_data", "test_data", "replay_data", "chat_template"),
 )
 """A recipe's own options that a run may go on with others of: what samples continue; how a step is computed, which is
 the same but for rounding (dropout draws, and experts balance, by micro-batches; --attention too changes dropout's

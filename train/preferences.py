@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is
 from llmq_jax.errors import BadInput
-from train.instruct import WITHOUT_CHAT_TEMPLATE, check_chat_template, with_chat_template
+from train.chat_templates import WITHOUT_CHAT_TEMPLATE, check_chat_template, with_chat_template
 from train.options import TrainingOptions, check_epochs, check_ranges, refuse_idle
 from train.what_trains import check_what_trains
 
@@ -64,8 +64,6 @@ def check_preference_options(options: TrainingOptions, rate: float) -> None:
         raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
     if options.split_seed is not None and options.split_seed < 0:
         raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
-    if options.evaluate_batches is not None and options.evaluate_batches < 1:
-        raise BadInput(f"--evaluate-batches is {options.evaluate_batches} and must be at least 1")
     refuse_idle(
         options,
         (

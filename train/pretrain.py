@@ -209,6 +209,11 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     training, validation = token_streams(options, tokenizer, config)
     if options.separate_documents and tokenizer.end_of_text not in training:
         raise BadInput("--separate-documents has no effect on a single document; leave it out")
+    if options.separate_documents and tokenizer.beginning == (tokenizer.end_of_text,):
+        raise BadInput(
+            f"--separate-documents: {tokenizer.name} begins texts with the token that ends them, so that a document's "
+            "beginning would be taken for an end; leave it out"
+        )
     windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}
     windows |= {"end_of_text": tokenizer.end_of_text, "separate_documents": options.separate_documents}
     batches = training_batches(training, **windows, seed=options.seed)
@@ -297,8 +302,6 @@ def check(options: Options) -> None:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
     check_ranges(options if options.steps is not None else replace(options, steps=1))
     check_epochs(options)
-    if options.evaluate_batches is not None and options.evaluate_batches < 1:
-        raise BadInput(f"--evaluate-batches is {options.evaluate_batches} and must be at least 1")
     from_model = "beside --init-from, which brings model and tokenizer"
     brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads", "config")
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
-from train.instruct import chat_template_digest
+from train.chat_templates import chat_template_digest
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,

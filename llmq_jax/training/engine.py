@@ -193,6 +193,7 @@ class _Loop:
     loss: float | None = None
     validation: dict[int, float] = dataclasses.field(default_factory=dict)
     """What the run is judged by, by step."""
+    validation_losses: dict[int, float] = dataclasses.field(default_factory=dict)
     saved: int | None = None
     """Step of the newest checkpoint."""
 
@@ -275,13 +276,13 @@ class _Loop:
         assert self.folder is not None
         path = self.folder.path / METRICS
 
-        def read() -> tuple[float | None, Points]:
+        def read() -> tuple[float | None, Points, Points]:
             records = [record for record in (read_metrics(path) if path.exists() else []) if record["step"] <= step]
             losses = training_curve(records)
-            return losses[-1][1] if losses else None, curve(records, self.judged)
+            return losses[-1][1] if losses else None, curve(records, self.judged), curve(records, "validation_loss")
 
-        self.loss, judged = processes.share(processes.together(lambda: read() if processes.first() else None))
-        self.validation = dict(judged)
+        found = processes.share(processes.together(lambda: read() if processes.first() else None))
+        self.loss, self.validation, self.validation_losses = found[0], dict(found[1]), dict(found[2])
 
     def loop(self, stop: StopSignals) -> None:
         options = self.options
@@ -345,7 +346,9 @@ class _Loop:
         self.pace.finished(done.step, done.tokens)
         rate = {} if self.learning_rates is None else {"learning_rate": float(self.learning_rates[done.step - 1])}
         record = None
-        if options.log_every and (done.step == 1 or options.due(options.log_every, done.step)):
+        # With patience an evaluation may turn out to be the end, whose figures are logged.
+        last = options.patience is not None and options.due(options.evaluate_every, done.step)
+        if options.log_every and (done.step == 1 or last or options.due(options.log_every, done.step)):
             others = jax.device_get({name: value for name, value in done.metrics.items() if name not in checked})
             record = {
                 "step": done.step,
@@ -371,15 +374,18 @@ class _Loop:
         """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
         before a sample, which may fail."""
         options, step = self.options, self.step
-        new_best = False
+        best_to_keep = False
         if options.due(options.evaluate_every, step):
             with self.time.on("evaluation", step):
                 assert self.evaluate is not None
                 found = self.evaluate(self.state.variables)
                 # All processes go by the figures of one: they must save, and stop, at the same steps.
                 means = processes.share({f"validation_{name}": float(value) for name, value in found.items()})
+            if "validation_loss" in means:
+                self.validation_losses[step] = means["validation_loss"]
             if self.judged in means:
-                new_best = self.validated(means[self.judged])
+                self.validated(means[self.judged])
+                best_to_keep = self.best_to_keep()
             elif options.patience is not None:
                 raise BadInput(
                     f"patience is {options.patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
@@ -388,7 +394,6 @@ class _Loop:
             self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
             self.stop_early(self.recorder.message)
             options = self.options
-        best_to_keep = new_best and options.keep_best and bool(options.checkpoint_every)
         if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
             goes_on = options.on_full_disk == "continue" and step < options.steps and not stop.received
             with self.time.on("checkpoints", step):
@@ -404,12 +409,19 @@ class _Loop:
         if options.due(options.sample_every, step):
             self.write_sample()
 
-    def validated(self, value: float) -> bool:
-        """Note what this step is judged by; whether it is the best so far."""
+    def validated(self, value: float) -> None:
+        """Note what this step is judged by."""
         if not math.isfinite(value):
             raise self.broken(self.step, f"{self.judged.replace('_', ' ')} is {value}", look_at="the validation data")
         self.validation[self.step] = value
-        return self.best() == self.step
+
+    def best_to_keep(self) -> bool:
+        """Whether this step is better than every checkpoint. The best step so far may have none: it was damaged, or
+        found no room."""
+        if self.checkpoints is None or not (self.options.keep_best and self.options.checkpoint_every):
+            return False
+        kept = processes.share(self.checkpoints.best_step() if processes.first() else None)
+        return kept is None or kept not in self.validation or self.cost(self.step) < self.cost(kept)
 
     def best(self) -> int | None:
         """The best step, the earliest on a tie."""
@@ -436,7 +448,8 @@ class _Loop:
     def best_text(self, result: RunResult) -> str:
         """What the end says of the best step; "" where it stands beside the last validation loss, or there is none."""
         best = self.best()
-        return "" if best is None or result.validation_loss is not None else f"best: {self.told(best)}"
+        stands_there = self.judged == "validation_loss" and result.validation_loss is not None
+        return "" if best is None or stands_there else f"best: {self.told(best)}"
 
     def write_sample(self) -> None:
         with self.time.on("samples", self.step):
@@ -499,19 +512,16 @@ class _Loop:
             return "no checkpoint was saved before it"
         return f"the last {name} is {self.checkpoints.path(self.saved)}"
 
-    @property
-    def validation_losses(self) -> dict[int, float]:
-        return self.validation if self.judged == "validation_loss" else {}
-
     def result(self) -> RunResult:
         best = self.best()
+        lowest = best if self.judged == "validation_loss" else None
         return RunResult(
             state=self.state,
             step=self.step,
             tokens=self.tokens,
             loss=self.loss,
             validation_loss=self.validation_losses.get(self.step),
-            best_validation_loss=None if best is None else self.validation_losses.get(best),
+            best_validation_loss=None if lowest is None else self.validation_losses[lowest],
             best_step=best,
             seconds=self.pace.seconds(),
             time=self.time.total(),
@@ -523,7 +533,8 @@ class _Loop:
         """The result of a run that was finished by an earlier process. Never with the state of an earlier step."""
         assert self.checkpoints is not None and self.folder is not None
         report = self.folder.report()
-        self.read_back(report["step"])
+        with contextlib.suppress(BadInput):  # of its records it needs none
+            self.read_back(report["step"])
         if report["step"] not in self.checkpoints.steps():
             return RunResult(state=None, **report)
         try:

@@ -35,7 +35,7 @@ def warmup_schedule(
 ) -> Schedule:
     """Learning rate of step 0 ... steps - 1: linear from `initial` (at step 0) to `peak` (at step `warmup_steps`), then
     as `decay` names it to `minimum`, which it reaches exactly at the last step, and stays there. (A warm-up that lasts
-    to the last step leaves no step to fall in.)
+    to the last step leaves no step to fall in; and nothing falls by "constant".)
 
     "cosine": half a cosine (SGDR, arXiv:1608.03983, eq. 5); "linear": a straight line; "wsd": the peak, and over the
     last tenth of the steps a straight line (MiniCPM, arXiv:2404.06395, section 4); "constant": the peak.
@@ -47,6 +47,8 @@ def warmup_schedule(
     for name, value in (("initial", initial), ("minimum", minimum)):
         if not 0.0 <= value <= peak:
             raise BadInput(f"{name} learning rate {value:g} must lie between 0 and the peak, {peak:g}")
+    if decay == "constant" and minimum not in (0.0, peak):
+        raise BadInput(f"minimum={minimum:g} has no effect with decay='constant'; leave it out")
     if decay not in DECAYS:
         raise BadInput(f"decay={decay!r} is unknown; {did_you_mean(decay, DECAYS)}")
     start = max(warmup_steps, steps - 1 - max(1, steps // 10)) if decay == "wsd" else warmup_steps

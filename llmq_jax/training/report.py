@@ -49,7 +49,7 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def report_text(result: RunResult, folder: Path | None, profile: str = "", next_commands: Sequence[str] = ()) -> str:
+def report_text(result: RunResult, folder: Path | None, further: str = "", next_commands: Sequence[str] = ()) -> str:
     parts = [f"{result.step:,} steps, {result.tokens:,} tokens"]
     if result.seconds is not None:
         parts.append(f"{clock(result.seconds)} of training")
@@ -61,14 +61,16 @@ def report_text(result: RunResult, folder: Path | None, profile: str = "", next_
     lines += [time_text(result.time)] if result.time else []
     losses = [] if result.loss is None else [f"training loss {result.loss:.4f}"]
     if result.validation_loss is not None:
-        best = f" (best {result.best_validation_loss:.4f} at step {result.best_step:,})" if result.best_step else ""
+        best = ""
+        if result.best_validation_loss is not None:
+            best = f" (best {result.best_validation_loss:.4f} at step {result.best_step:,})"
         losses.append(f"validation loss {result.validation_loss:.4f}{best}")
     lines += [", ".join(losses)] if losses else []
     if folder is not None:
         names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "run.lock")
         shown = [f"{name}/" if (folder / name).is_dir() else name for name in names]
         lines.append(f"files in {folder}: {', '.join(shown)}")
-    lines += [profile] if profile else []
+    lines += [further] if further else []
     if next_commands:
         lines += ["next:", *(f"  {command}" for command in next_commands)]
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def place_batch(batch: dict[str, Any], parts: int | None = None) -> dict[str, An
     devices = row_devices(mesh.shape)
     shares = row_share()["process_count"]
 
-    def put(array: Any) -> Any:
+    def put_rows(array: Any) -> Any:
         rows = len(array) * shares
         if parts is not None:
             check_rows(rows, parts, mesh.shape)
@@ -110,7 +110,7 @@ def place_batch(batch: dict[str, Any], parts: int | None = None) -> dict[str, An
             return jax.device_put(array, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(array), (rows, *array.shape[1:]))
 
-    return {name: put(array) for name, array in batch.items()}
+    return {name: put_rows(array) for name, array in batch.items()}
 
 
 def row_share() -> dict[str, int]:

@@ -117,6 +117,22 @@ def test_a_chat_template_for_a_model_that_has_none(dpo, tmp_path):
     assert code == 2 and "other options: chat_template_sha256 " in errors
 
 
+def test_the_reference_attends_as_the_policy(dpo, monkeypatch):
+    """Where a kernel fails, --attention names another for both."""
+    from llmq_jax.models.decoder import Decoder
+
+    seen, forward = set(), Decoder.forward
+
+    def watched(model, *arguments, **named):
+        seen.add(model.attention)
+        return forward(model, *arguments, **named)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    options = ("--attention=masked", "--reference=OTHER", "--steps=1", "--sample-every=0")
+    assert dpo(*options, "--train=all")[0] == 0
+    assert seen == {"masked"}
+
+
 @pytest.mark.exhaustive
 def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     """A killed run goes on bit for bit; the reference is not asked again."""

@@ -429,6 +429,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"patience": 0}, "patience is 0; it must be at least 1"),
         ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
         ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
+        ({"base_dtype": "bfloat16", "train": "lora"}, "would learn by another policy than the one that answers; add"),
         ({"kl_by_ratio": True}, "--kl-by-ratio has no effect with --beta 0; leave it out"),
         ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),
         ({"steps_per_iteration": 2}, "--steps-per-iteration has no effect without a reference that moves"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 
 import llmq_jax as lq
 from llmq_jax.data import read_documents
@@ -185,6 +186,19 @@ def test_documents_may_be_kept_apart(pretrain):
     for out, more in (("joined", ()), ("apart", ("--separate-documents",))):
         assert pretrain(*options, "--out", out, *more)[0] == 0
     assert losses("joined") != losses("apart")
+
+
+def test_documents_that_begin_as_they_end_are_not_kept_apart(pretrain):
+    """Their beginning would be taken for an end."""
+    lq.ByteTokenizer().save("tokenizer")
+    loaded = hf_tokenizers.Tokenizer.from_file("tokenizer/tokenizer.json")
+    end = [("<|endoftext|>", 256)]
+    loaded.post_processor = hf_tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=end)
+    loaded.save("tokenizer/tokenizer.json")
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": "abcdef" * n}) + "\n" for n in range(1, 30)))
+    options = ("--data", "rows.jsonl", "--tokenizer", "tokenizer", "--out", "run", "--separate-documents")
+    code, _, err = pretrain(*options)
+    assert code == 2 and "begins texts with the token that ends them" in err and not Path("run").exists()
 
 
 def test_data_that_have_moved_are_the_same(pretrain):

@@ -323,6 +323,39 @@ def test_a_run_from_before_it_was_judged_goes_on(tmp_path):
     assert (result.best_step, checkpoints.best_step()) == (8, 8)
 
 
+def test_the_validation_loss_is_told_beside_what_a_run_is_judged_by(tmp_path):
+    both = rewarding()
+    options = {**REWARDED, "evaluate": lambda variables: {"loss": 2.0, **both(variables)}}
+    result, said = quiet(tmp_path / "run", **options)
+    assert (result.best_step, result.validation_loss, result.best_validation_loss) == (8, 2.0, None)
+    assert "validation loss 2.0000\n" in said and "\nbest: validation reward 0.9000 at step 8\n" in said
+    assert json.loads((tmp_path / "run/finished.json").read_text())["validation_loss"] == 2.0
+
+
+def test_a_new_best_is_what_no_checkpoint_is_as_good_as(tmp_path):
+    """Where that of the best step has gone, the next one that is better than those left stays."""
+    folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
+    named = {"judged_by": ("reward", "highest"), "options": replace(OPTIONS, checkpoint_every=10, keep_last=1)}
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(11)), evaluate=rewarding(), **named)
+    shutil.rmtree(checkpoints.path(8))
+    quiet(folder, evaluate=rewarding(begin=8), **named)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([12, 20], 12)
+
+
+def test_a_finished_run_needs_none_of_its_records(tmp_path):
+    quiet(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text("{torn\n" * 3)
+    assert "is finished already; nothing to do" in quiet(tmp_path / "run")[1]
+
+
+def test_an_early_end_is_logged_whatever_the_interval(tmp_path):
+    options = replace(PATIENT, log_every=9)
+    result, _ = quiet(tmp_path / "run", options=options, evaluate=tiny_run.turning)
+    records = [record for record in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in record]
+    assert (records[-1]["step"], records[-1]["loss"]) == (14, pytest.approx(result.loss))
+
+
 def test_what_a_run_is_judged_by_must_be_finite(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"stopped at step 4: validation reward is nan; no checkpoint"):
         quiet(tmp_path / "run", evaluate=lambda variables: {"reward": float("nan")}, judged_by=("reward", "highest"))

@@ -33,13 +33,15 @@ def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactl
 def test_other_decays(decay, expected):
     """By hand: from the peak at step 2 to a tenth of it at step 20, the last."""
     at = [1, 2, 3, 4, 11, 12, 19, 20, 30]
-    rate = warmup_schedule(peak=1.0, steps=21, warmup_steps=2, minimum=0.1, decay=decay)
+    minimum = 0.0 if decay == "constant" else 0.1
+    rate = warmup_schedule(peak=1.0, steps=21, warmup_steps=2, minimum=minimum, decay=decay)
     np.testing.assert_allclose([float(rate(step)) for step in at], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"peak": 1e-3, "steps": 10, "minimum": 1e-4, "decay": "constant"}, "minimum=0.0001 has no effect with decay"),
         ({"peak": 1e-3, "steps": 10, "decay": "cosin"}, "decay='cosin' is unknown; did you mean cosine"),
         ({"peak": 1e-3, "steps": 10, "warmup_steps": 10}, "warm-up of 10 steps does not fit a run of 10"),
         ({"peak": 1e-3, "steps": 10, "minimum": 1e-2}, "minimum learning rate 0.01 must lie between 0 and the peak"),

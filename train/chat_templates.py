@@ -1,0 +1,45 @@
+"""The option --chat-template of the recipes that read conversations, pairs or prompts."""
+
+import hashlib
+from typing import Any
+
+from train.options import refuse_idle
+
+WITHOUT_CHAT_TEMPLATE = "give one with --chat-template FILE, or choose another --template"
+
+
+def check_chat_template(options: Any) -> None:
+    """BadInput for a --chat-template that is no template, or that nothing would be written by."""
+    from llmq_jax.data.chat_template import read_chat_template
+
+    refuse_idle(
+        options, [("chat_template", options.template not in (None, "chat"), f"with --template {options.template}")]
+    )
+    if options.chat_template is not None:
+        read_chat_template(options.chat_template)
+
+
+def with_chat_template(options: Any, lm: Any) -> Any:
+    """The model with the template of --chat-template in place of its own, if one is given."""
+    from llmq_jax.data.chat_template import read_chat_template
+
+    if options.chat_template is None:
+        return lm
+    tokenizer = lm.require_tokenizer(options.init_from)
+    return lm.replace(tokenizer=tokenizer.with_chat_template(read_chat_template(options.chat_template)))
+
+
+def chat_template_digest(options: Any, tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of what --chat-template holds, which a run that resumes must find again."""
+    if options.chat_template is None:
+        return {}
+    return {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.source.encode()).hexdigest()}
+
+
+def tell_of_no_end(options: Any, end: int | None) -> None:
+    """Say where no answer by a --chat-template has an end that a model stops at."""
+    if options.chat_template is not None and end is None:
+        print(
+            f"{options.chat_template} ends no answer with a special token of the tokenizer, so that the model will not "
+            "learn to stop: write {{ eos_token }} there"
+        )
