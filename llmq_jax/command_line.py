@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import docstring_parser
 import tyro
 from tyro.conf import Positional as Positional
 
@@ -223,11 +224,14 @@ def _given(arguments: list[str]) -> dict[str, str]:
 def _parse(options: type, arguments: list[str], program: str, default: Any) -> Any:
     """An instance of the options from the arguments; BadInput for what cannot be understood, exit after `--help`."""
     _check_names(options, arguments, program)
+    shown = _with_help_on_one_line(options)
+    if isinstance(default, options):
+        default = _as(shown, default)
     said, complained = _Caught(), io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-            return tyro.cli(
-                options,
+            parsed = tyro.cli(
+                shown,
                 prog=program,
                 # tyro would join the lines of ours, and part paragraphs by its own rules.
                 description=DESCRIPTION,
@@ -240,6 +244,32 @@ def _parse(options: type, arguments: list[str], program: str, default: Any) -> A
             raise BadInput(_one_line(complained.getvalue(), arguments, program)) from None
         print(said.text().replace(DESCRIPTION, _description(options), 1), end="")
         raise
+    return _as(options, parsed)
+
+
+def _with_help_on_one_line(options: type) -> type:
+    """A dataclass of the same fields, whose help texts tyro fills to the terminal's width: of our docstrings it would
+    keep the line breaks."""
+    texts: dict[str, str | None] = {}
+    for ancestor in reversed(options.__mro__[:-1]):
+        texts |= {field.arg_name: field.description for field in docstring_parser.parse_from_object(ancestor).params}
+    hints = typing.get_type_hints(options, include_extras=True)
+    fields: list[tuple[str, Any, Any]] = []
+    for field in _given_fields(options):
+        help_text = tyro.conf.arg(help=" ".join((texts.get(field.name) or "").split()))
+        kept = {name: getattr(field, name) for name in ("default", "default_factory", "kw_only")}
+        fields.append((field.name, typing.Annotated[hints[field.name], help_text], dataclasses.field(**kept)))
+    return dataclasses.make_dataclass(options.__name__, fields, frozen=True)
+
+
+def _as(kind: type, options: Any) -> Any:
+    """An instance of another dataclass with the same fields."""
+    return kind(**{field.name: getattr(options, field.name) for field in _given_fields(kind)})
+
+
+def _given_fields(options: type) -> list[dataclasses.Field[Any]]:
+    """Without those that a recipe has set for good."""
+    return [field for field in dataclasses.fields(options) if field.init]
 
 
 class _Caught(io.TextIOWrapper):

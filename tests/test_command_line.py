@@ -27,7 +27,8 @@ class Options:
     heat: float | None = None
     """Degrees."""
     where: Literal["oven", "pan", "fire"] = "oven"
-    """How."""
+    """How, which takes
+    its time."""
     stop: Repeated = ()
     """When."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -114,6 +115,7 @@ def test_help_shows_meanings_and_defaults(capsys):
         "RECIPE",
         "--batch-size INT",
         "Cakes at a time. (default: 3)",
+        "How, which takes its time. (default: oven)",  # of two lines one
         "--no-cream",
     ):
         assert text in out
