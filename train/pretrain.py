@@ -200,6 +200,11 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     if options.context > config.max_position_embeddings:
         longest = config.max_position_embeddings
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
+    if options.separate_documents and tokenizer.beginning == (tokenizer.end_of_text,):
+        raise BadInput(
+            f"--separate-documents: {tokenizer.name} begins texts with the token that ends them, so that a document's "
+            "beginning would be taken for an end; leave it out"
+        )
     prompt_tokens = prompt_length(options, tokenizer, config)
     model = model_of(options, config)
 
@@ -209,11 +214,6 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     training, validation = token_streams(options, tokenizer, config)
     if options.separate_documents and tokenizer.end_of_text not in training:
         raise BadInput("--separate-documents has no effect on a single document; leave it out")
-    if options.separate_documents and tokenizer.beginning == (tokenizer.end_of_text,):
-        raise BadInput(
-            f"--separate-documents: {tokenizer.name} begins texts with the token that ends them, so that a document's "
-            "beginning would be taken for an end; leave it out"
-        )
     windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}
     windows |= {"end_of_text": tokenizer.end_of_text, "separate_documents": options.separate_documents}
     batches = training_batches(training, **windows, seed=options.seed)
