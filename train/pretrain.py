@@ -35,7 +35,7 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.texts import LIBRARY_FRACTION, fingerprint, token_streams
+from train.texts import LIBRARY_FRACTION, token_streams
 
 SAMPLE_TOKENS = 120
 STEPS, LONGEST_WINDOW = 2000, 1024
@@ -47,7 +47,8 @@ MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 class TextAndModel:
     # What to train on, and where it goes.
     data: Annotated[str | None, default_is("the source of Python's standard library")] = None
-    """Text to learn: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
+    """Text to learn: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, a folder of these, or one of
+    tokens that train.prepare wrote."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
@@ -72,7 +73,7 @@ class TextAndModel:
     init_from: Annotated[str | None, default_is("fresh weights")] = None
     """Go on from this model, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF, a hub id."""
     tokenizer: Annotated[str | None, default_is("bytes; gpt2 for GPT-2's published sizes")] = None
-    """bytes, gpt2, a tokenizer.json, or a folder that holds one."""
+    """bytes, gpt2, a tokenizer.json, or a folder that holds one. Prepared tokens bring theirs."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_WINDOW}")] = None
     """Tokens in a window; given for fresh weights also the longest text that the model will take."""
     num_hidden_layers: Annotated[int | None, default_is("the preset's")] = None
@@ -162,7 +163,14 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     check(options)
 
     # JAX has its device; what imports it may follow.
-    from llmq_jax.data import SomeBatches, evaluation_batches, load_tokenizer, training_batches
+    from llmq_jax.data import (
+        SomeBatches,
+        evaluation_batches,
+        is_token_folder,
+        load_tokenizer,
+        read_tokens,
+        training_batches,
+    )
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import LanguageModel, TextFiles, load
     from llmq_jax.models import abstract_variables, init
@@ -171,6 +179,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     from llmq_jax.training.state import create_state
 
     # The model and its tokenizer: fresh, or whatever can be loaded.
+    prepared = read_tokens(options.data) if is_token_folder(options.data) else None
     if options.init_from:
         source = load(options.init_from, dtype="float32")  # the masters
         source.require_language_model(options.init_from)
@@ -178,7 +187,10 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         tokenizer = source.require_tokenizer(options.init_from)
         config = with_dropout(source.config, options.dropout)
     else:
-        tokenizer = load_tokenizer(options.tokenizer or default_tokenizer(options.preset))
+        if options.tokenizer or prepared is None:
+            tokenizer = load_tokenizer(options.tokenizer or default_tokenizer(options.preset))
+        else:
+            tokenizer = prepared.tokenizer
         config = new_config(options, tokenizer.vocab_size)
     options = filled(
         options,
@@ -211,14 +223,14 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     check_mesh(options, abstract_variables(config), options.batch_size)
 
     # Two streams of tokens, cut into windows. Training takes them shuffled, validation in order.
-    training, validation = token_streams(options, tokenizer, config)
-    if options.separate_documents and tokenizer.end_of_text not in training:
+    text = token_streams(options, tokenizer, config, prepared)
+    if options.separate_documents and not text.separated:
         raise BadInput("--separate-documents has no effect on a single document; leave it out")
     windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}
     windows |= {"end_of_text": tokenizer.end_of_text, "separate_documents": options.separate_documents}
-    batches = training_batches(training, **windows, seed=options.seed)
-    if validation is not None:
-        held_out = SomeBatches(evaluation_batches(validation, **windows), options.evaluate_batches)
+    batches = training_batches(text.training, **windows, seed=options.seed)
+    if text.validation is not None:
+        held_out = SomeBatches(evaluation_batches(text.validation, **windows), options.evaluate_batches)
     if options.epochs is None and options.steps is None:
         options = replace(options, steps=STEPS)
     options = with_steps(options, batches.windows / options.batch_size, options.epochs)
@@ -242,12 +254,9 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         )
         return options.sample_prompt + written.text[0]
 
-    streams = {"training": training} | ({} if validation is None else {"validation": validation})
-    text = {f"{name}_tokens": len(stream) for name, stream in streams.items()}
-    text |= {f"{name}_sha256": fingerprint(stream) for name, stream in streams.items()}
     print(
-        f"{model_size(variables):,} parameters; {len(training):,} tokens to learn, "
-        f"{0 if validation is None else len(validation):,} held out (tokenizer: {tokenizer.name})\n"
+        f"{model_size(variables):,} parameters; {len(text.training):,} tokens to learn, "
+        f"{0 if text.validation is None else len(text.validation):,} held out (tokenizer: {tokenizer.name})\n"
         f"{model.attention_choice(training=True)}",
         flush=True,
     )
@@ -257,13 +266,13 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         batches,
         run_options(options),
         folder=options.out,
-        config={"recipe": "train.pretrain", **own_options(options), **text},
+        config={"recipe": "train.pretrain", **own_options(options), **text.record()},
         may_change=MAY_CHANGE,
         model_config=config,
         # What was loaded keeps its own end tokens.
         tokenizer=TextFiles(tokenizer, source.generation) if options.init_from else tokenizer,
         schedule=schedule,
-        evaluate=None if validation is None else evaluate,
+        evaluate=None if text.validation is None else evaluate,
         sample=sample,
         tokens_per_step=options.batch_size * options.context,
         next_commands=tuple(next_commands(config)),
@@ -293,9 +302,11 @@ def objective_of(options: Options, model: Any) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    from llmq_jax.data import has_fields
+    from llmq_jax.data import has_fields, is_token_folder
     from llmq_jax.models import PRESETS
 
+    prepared = is_token_folder(options.data)
+    text_files = [path for path in (None if prepared else options.data, options.validation_data) if path]
     if options.preset is not None and options.preset not in RUNS and options.preset not in PRESETS:
         raise BadInput(f"unknown preset {options.preset!r}: {did_you_mean(options.preset, [*RUNS, *PRESETS])}")
     if options.init_from and not options.out:
@@ -310,9 +321,10 @@ def check(options: Options) -> None:
         (
             (
                 "text_field",
-                not any(path and has_fields(path) for path in (options.data, options.validation_data)),
+                not any(map(has_fields, text_files)),
                 "on data without fields",
             ),
+            ("validation_fraction", prepared, "on prepared tokens, which have their part held out"),
             ("epochs", options.steps is not None, "beside --steps"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
             *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in VALIDATION),

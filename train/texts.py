@@ -1,61 +1,149 @@
 """The text of a run: which documents are learned, which are held out, as two streams of tokens."""
 
 import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
 
+LIBRARY = "Python's standard library"
 LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
+FRACTION = 0.1
 
 
-def token_streams(options: Any, tokenizer: Any, config: Any) -> tuple[Any, Any]:
-    """(training, validation) tokens; the documents of each joined by the end-of-text token. Where nothing is ever
-    evaluated all is learned, and validation is None."""
-    from llmq_jax.data import (
-        check_vocabulary,
-        encode_documents,
-        python_library_documents,
-        read_documents,
-        split_documents,
-        split_modules,
-        split_tokens,
-    )
+@dataclass(frozen=True)
+class Text:
+    """Documents that become one stream of tokens; they can be gone through again."""
 
-    text = options.data or "Python's standard library"
+    documents: Iterable[str]
+    count: int
+    separated: bool
+    """Whether the end-of-text token stands after each."""
+    source: str
+    """What errors call it."""
+    chosen: Any = None
+    """[count] True for those of `documents` that belong to it; None: all."""
 
-    def encode(documents, several, where=text):
-        tokens = encode_documents(tokenizer, documents, append_end_of_text=several)
-        check_vocabulary(tokens, config.vocab_size, where)
-        return tokens
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.documents) if self.chosen is None else itertools.compress(self.documents, self.chosen)
 
-    if options.data is None:
-        modules = python_library_documents()
-        documents = [source for _, source in modules]
-    else:
-        documents = read_documents(options.data, options.text_field)
-    several = len(documents) > 1
-    if options.evaluate_every == 0:
-        return encode(documents, several), None
-    fraction = LIBRARY_FRACTION if options.data is None else 0.1
-    if options.validation_fraction is not None:
+    def only(self, chosen: Any) -> "Text":
+        return replace(self, chosen=chosen, count=int(chosen.sum()))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Tokens to learn and tokens held out, which are None where nothing is evaluated."""
+
+    training: Any
+    validation: Any
+    separated: bool
+    """Whether documents to learn end with the end-of-text token."""
+    sha256: dict[str, str]
+    """By stream: what tells a run's data from data that has changed since."""
+
+    def record(self) -> dict[str, Any]:
+        """What a run notes of them."""
+        counts = {f"{name}_tokens": len(getattr(self, name)) for name in self.sha256}
+        return counts | {f"{name}_sha256": digest for name, digest in self.sha256.items()}
+
+
+def texts(options: Any, *, hold_out: bool) -> tuple[Text, Text | None, float]:
+    """(what is learned, what is held out, 0). Of a single text the end is held out, which is told by its part of the
+    tokens: (the text, None, the part)."""
+    from llmq_jax.data import are_held_out
+
+    fraction = LIBRARY_FRACTION if options.data is None else FRACTION
+    if hold_out and options.validation_fraction is not None:
         fraction = options.validation_fraction
         if not 0 < fraction < 1:
             raise BadInput(f"--validation-fraction is {fraction} and must lie between 0 and 1")
+    if options.data is None:
+        whole, held_out = _library(fraction)
+    else:
+        whole, held_out = _read(options.data, options.text_field), None
+    if not hold_out:
+        return whole, None, 0.0
     if options.validation_data:
-        held_out = read_documents(options.validation_data, options.text_field)
-        return encode(documents, several), encode(held_out, len(held_out) > 1, options.validation_data)
-    if not several:  # the end of the text is held out
-        return split_tokens(encode(documents, several), fraction)
-    if options.data is None:  # whole modules and packages are
-        parts = split_modules(modules, fraction)
-        parts = [[source for _, source in part] for part in parts]
-    else:  # whole documents are
-        parts = split_documents(documents, fraction)
-    return tuple(encode(part, several) for part in parts)
+        return whole, _read(options.validation_data, options.text_field), 0.0
+    if not whole.separated:
+        return whole, None, fraction
+    if held_out is None:
+        held_out = are_held_out(whole.count, fraction)
+    return whole.only(~held_out), whole.only(held_out), 0.0
+
+
+def _read(path: str, text_field: str | None) -> Text:
+    from llmq_jax.data import Documents, is_token_folder
+
+    if is_token_folder(path):
+        raise BadInput(f"{path} holds tokens where text is read; give the text that they were made of")
+    documents = Documents(path, text_field)
+    count = documents.count()
+    return Text(documents, count, count > 1, path)
+
+
+def _library(fraction: float) -> tuple[Text, Any]:
+    """(the standard library, which modules are held out)."""
+    import numpy as np
+
+    from llmq_jax.data import python_library_documents, split_modules
+
+    modules = python_library_documents()
+    held_out = {name for name, _ in split_modules(modules, fraction)[1]}
+    sources = [source for _, source in modules]
+    chosen = np.array([name in held_out for name, _ in modules])
+    return Text(sources, len(sources), len(sources) > 1, LIBRARY), chosen
+
+
+def token_streams(options: Any, tokenizer: Any, config: Any, prepared: Any = None) -> Streams:
+    """The streams of a run, of its text or of `prepared` tokens (a `TokenFiles`). Where nothing is ever evaluated all
+    text is learned."""
+    from llmq_jax.data import check_vocabulary, encode_documents, split_tokens
+
+    def encode(text: Text) -> Any:
+        tokens = encode_documents(tokenizer, text, append_end_of_text=text.separated)
+        check_vocabulary(tokens, config.vocab_size, text.source)
+        return tokens
+
+    if prepared is not None:
+        return _prepared_streams(options, tokenizer, config, prepared, encode)
+    text, held_out, fraction = texts(options, hold_out=options.evaluate_every != 0)
+    training, validation = encode(text), None if held_out is None else encode(held_out)
+    if fraction:
+        training, validation = split_tokens(training, fraction)
+    sha256 = {"training": fingerprint(training)}
+    if validation is not None:
+        sha256["validation"] = fingerprint(validation)
+    return Streams(training, validation, text.separated, sha256)
+
+
+def _prepared_streams(
+    options: Any, tokenizer: Any, config: Any, prepared: Any, encode: Callable[[Text], Any]
+) -> Streams:
+    prepared.check_tokenizer(tokenizer)
+    if prepared.largest_id >= config.vocab_size:
+        raise BadInput(
+            f"{prepared.folder} holds the token id {prepared.largest_id}, outside the vocabulary of "
+            f"{config.vocab_size} tokens: use the model's own tokenizer"
+        )
+    validation, sha256 = None, {"training": prepared.sha256("training")}
+    if options.validation_data:
+        if prepared.validation is not None:
+            raise BadInput(f"{prepared.folder} has tokens held out already; leave --validation-data out")
+        validation = encode(_read(options.validation_data, options.text_field))
+        sha256["validation"] = fingerprint(validation)
+    elif options.evaluate_every != 0:
+        if prepared.validation is None:
+            raise BadInput(f"{prepared.folder} has no tokens held out; give --validation-data, or --evaluate-every 0")
+        validation, sha256["validation"] = prepared.validation, prepared.sha256("validation")
+    return Streams(prepared.training, validation, prepared.separated, sha256)
 
 
 def fingerprint(tokens: Any) -> str:
-    """SHA-256 of a stream of tokens: what tells a run's data from data that has changed since."""
+    """SHA-256 of a stream of tokens."""
     import numpy as np
 
     return hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()

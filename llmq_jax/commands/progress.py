@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def with_progress(items: Any, title: str) -> Iterator[Any]:
-    """The items, with a bar on a terminal's stderr that is gone when they are.
+def with_progress(items: Any, title: str, total: int | None = None) -> Iterator[Any]:
+    """The items, with a bar on a terminal's stderr that is gone when they are; `total` of them, where they do not know.
 
     Nothing may be written to stdout meanwhile: rich takes it over for as long as the bar stands.
     """
@@ -13,4 +13,4 @@ def with_progress(items: Any, title: str) -> Iterator[Any]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    yield from track(items, title, console=console, transient=True, disable=not console.is_terminal)
+    yield from track(items, title, total, console=console, transient=True, disable=not console.is_terminal)

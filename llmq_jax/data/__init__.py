@@ -37,15 +37,17 @@ from llmq_jax.data.prompt_templates import Rendered, alpaca_prompt, default_temp
 from llmq_jax.data.python_library import python_library_documents, split_modules
 from llmq_jax.data.records import Record, is_table, read_records
 from llmq_jax.data.some_batches import SomeBatches
-from llmq_jax.data.sources import has_fields, iterate_documents, read_documents
-from llmq_jax.data.splits import split_documents, split_tokens
+from llmq_jax.data.sources import Documents, has_fields, iterate_documents, read_documents
+from llmq_jax.data.splits import are_held_out, split_documents, split_tokens
 from llmq_jax.data.text_stream import TextStream
+from llmq_jax.data.token_files import TokenFiles, is_token_folder, read_tokens, write_tokens
 from llmq_jax.data.tokenizers import (
     ByteTokenizer,
     FileTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     encode_documents,
+    encoded_blocks,
     load_tokenizer,
     tokenizer_in,
 )
@@ -63,6 +65,7 @@ __all__ = [
     "ByteTokenizer",
     "Conversation",
     "Deduplicated",
+    "Documents",
     "EvaluationBatches",
     "Example",
     "Examples",
@@ -81,18 +84,22 @@ __all__ = [
     "Rendered",
     "SomeBatches",
     "TextStream",
+    "TokenFiles",
     "Tokenizer",
     "TrainingBatches",
     "alpaca_prompt",
+    "are_held_out",
     "chat_ending",
     "check_vocabulary",
     "class_names",
     "default_template",
     "encode_documents",
+    "encoded_blocks",
     "evaluation_batches",
     "has_fields",
     "instruction_batches",
     "is_table",
+    "is_token_folder",
     "iterate_documents",
     "labelled_texts",
     "load_tokenizer",
@@ -107,6 +114,7 @@ __all__ = [
     "read_preferences",
     "read_records",
     "read_rows",
+    "read_tokens",
     "render",
     "split_documents",
     "split_modules",
@@ -119,4 +127,5 @@ __all__ = [
     "tokenizer_in",
     "training_batches",
     "without_padding",
+    "write_tokens",
 ]

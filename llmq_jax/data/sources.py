@@ -21,7 +21,16 @@ from llmq_jax.data.records import (
 )
 from llmq_jax.errors import BadInput
 
-__all__ = ["has_fields", "is_jsonl", "iterate_documents", "json_lines", "json_values", "read_documents", "read_text"]
+__all__ = [
+    "Documents",
+    "has_fields",
+    "is_jsonl",
+    "iterate_documents",
+    "json_lines",
+    "json_values",
+    "read_documents",
+    "read_text",
+]
 
 _SNIFFED_BYTES = 8192
 
@@ -36,24 +45,47 @@ def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
     text_field: the key or column that holds the text.
     """
     documents = list(iterate_documents(path, text_field))
-    if not any(document and not document.isspace() for document in documents):
+    if not any(map(_has_text, documents)):
         raise BadInput(f"{path} holds no text")
     return documents
 
 
 def iterate_documents(path: str | Path, text_field: str = "text") -> Iterator[str]:
     """The documents of a file or folder one by one, as `read_documents`, for data that does not fit into memory."""
-    path = Path(path)
-    if path.is_dir():
-        files = files_in(path, _passed_over, "readable file")
-    elif path.exists():
-        if path.is_file() and path.stat().st_size == 0:
+    return iter(Documents(path, text_field))
+
+
+class Documents:
+    """The documents of a file or folder, as `read_documents`, read anew each time one goes through them."""
+
+    def __init__(self, path: str | Path, text_field: str = "text"):
+        self.path, self.text_field = Path(path), text_field
+        if self.path.is_dir():
+            self.files = files_in(self.path, _passed_over, "readable file")
+        elif not self.path.exists():
+            raise BadInput(f"there is no file or folder {path}")
+        elif self.path.is_file() and self.path.stat().st_size == 0:
             raise BadInput(f"{path} is empty")
-        files = [path]
-    else:
-        raise BadInput(f"there is no file or folder {path}")
-    for file in files:
-        yield from _documents_of(file, text_field)
+        else:
+            self.files = [self.path]
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            yield from _documents_of(file, self.text_field)
+
+    def count(self) -> int:
+        """How many there are, for which all are read; BadInput when there is no text in them."""
+        total, text = 0, False
+        for document in self:
+            total += 1
+            text = text or _has_text(document)
+        if not text:
+            raise BadInput(f"{self.path} holds no text")
+        return total
+
+
+def _has_text(document: str) -> bool:
+    return bool(document) and not document.isspace()
 
 
 def _documents_of(file: Path, text_field: str) -> Iterator[str]:

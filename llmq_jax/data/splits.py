@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Integer
 
 from llmq_jax.errors import BadInput
 
@@ -23,13 +23,21 @@ def split_documents(
     The choice depends on the number of documents and the seed alone. Raises BadInput for fewer than two documents: one
     text is split by `split_tokens`.
     """
+    training: list[Document] = []
+    held_out: list[Document] = []
+    for document, out in zip(documents, are_held_out(len(documents), fraction, seed), strict=True):
+        (held_out if out else training).append(document)
+    return training, held_out
+
+
+def are_held_out(count: int, fraction: float, seed: int = 0) -> Bool[np.ndarray, " count"]:
+    """Which of so many documents `split_documents` holds out."""
     _check_fraction(fraction)
-    if len(documents) < 2:
-        raise BadInput(f"holding out whole documents needs at least 2 of them, found {len(documents)}")
-    count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
-    held_out = set(seeded_order(len(documents), seed)[:count].tolist())
-    training = [document for index, document in enumerate(documents) if index not in held_out]
-    return training, [documents[index] for index in sorted(held_out)]
+    if count < 2:
+        raise BadInput(f"holding out whole documents needs at least 2 of them, found {count}")
+    held_out = np.zeros(count, bool)
+    held_out[seeded_order(count, seed)[: min(max(1, round(fraction * count)), count - 1)]] = True
+    return held_out
 
 
 def split_tokens(

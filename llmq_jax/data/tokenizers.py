@@ -78,6 +78,12 @@ class Tokenizer(ABC):
         """Text of token ids; special tokens are spelled out unless skipped. Never fails."""
 
     @property
+    def byte_tokens(self) -> frozenset[int]:
+        """Ids of single bytes that are decoded run by run: where a run is not valid UTF-8, each of its bytes becomes
+        U+FFFD, whole characters too. So does byte fallback, as in Llama 2; byte-level BPE has none."""
+        return frozenset()
+
+    @property
     def beginning(self) -> tuple[int, ...]:
         """What the tokenizer's own template puts before a text: the beginning-of-text token of Llama 3 and Gemma, say;
         often nothing."""
@@ -365,6 +371,11 @@ class FileTokenizer(Tokenizer):
         with self._told("decode"):
             return self._plain.decode(known, skip_special_tokens=skip_special_tokens)
 
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        named = {token: self._plain.token_to_id(token) for token in (f"<0x{byte:02X}>" for byte in range(256))}
+        return frozenset(i for token, i in named.items() if i is not None and self.decode([i]) != token)
+
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces, counts = [], []
         for text in texts:
@@ -458,19 +469,30 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_e
     Documents may come from a generator: only a block of them is held at a time. append_end_of_text=False joins them
     without separators (for one single text).
     """
-    if append_end_of_text and tokenizer.end_of_text is None:
-        raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with")
-    end = np.array([tokenizer.end_of_text] if append_end_of_text else [], tokenizer.dtype).tobytes()
-    start = np.array(tokenizer.beginning, tokenizer.dtype).tobytes()
     # A bytearray grows in place, so that the stream is never held twice.
     stream = bytearray()
-    for block in _blocks(documents):
-        for ids in tokenizer.encode_arrays(block):
-            if not (stream and start == end):  # a token that both begins and ends texts stands once between them
-                stream += start
-            stream += ids.astype(tokenizer.dtype, copy=False).tobytes()
-            stream += end
+    for piece in encoded_blocks(tokenizer, documents, append_end_of_text=append_end_of_text):
+        stream += piece.tobytes()
     return np.frombuffer(stream, tokenizer.dtype)
+
+
+def encoded_blocks(
+    tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True
+) -> Iterator[np.ndarray]:
+    """The stream of `encode_documents` in pieces `[n]`, each of about BLOCK_CHARACTERS of text."""
+    if append_end_of_text and tokenizer.end_of_text is None:
+        raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with")
+    end = np.array([tokenizer.end_of_text] if append_end_of_text else [], tokenizer.dtype)
+    start = np.array(tokenizer.beginning, tokenizer.dtype)
+    # A token that both begins and ends texts stands once between them.
+    between = start[:0] if np.array_equal(start, end) else start
+    begun = False
+    for block in _blocks(documents):
+        pieces = []
+        for ids in tokenizer.encode_arrays(block):
+            pieces += [between if begun else start, ids.astype(tokenizer.dtype, copy=False), end]
+            begun = True
+        yield np.concatenate(pieces)
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:

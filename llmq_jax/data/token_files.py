@@ -1,0 +1,174 @@
+"""Tokens on disk: made once, mapped into memory by every run, for text that is too much to read at each start.
+
+A folder of tokens:
+
+    tokens.json       how many there are, their digests, whether documents end with the end-of-text token
+    training.bin      one stream of little-endian uint16 or uint32, as `encode_documents` joins documents
+    validation.bin    the same of what is held out; missing where nothing is
+    tokenizer/        the tokenizer's Hugging Face files
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmq_jax.data.tokenizers import Tokenizer, encode_documents, tokenizer_in
+from llmq_jax.errors import BadInput
+
+FACTS = "tokens.json"
+VERSION = 1
+SAMPLE_CHARACTERS = 10_000
+"""Of the text, by which a tokenizer is known for the one that made the tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFiles:
+    """A folder of tokens, as `read_tokens` finds it."""
+
+    folder: Path
+    training: np.ndarray
+    """[N], mapped from its file and read where it is looked at."""
+    validation: np.ndarray | None
+    """[M], what is held out; None where nothing is."""
+    facts: dict[str, Any]
+    """What tokens.json says."""
+
+    @property
+    def separated(self) -> bool:
+        """Whether an end-of-text token stands after each document; a single text has none."""
+        return bool(self.facts["separated"])
+
+    @property
+    def largest_id(self) -> int:
+        """Of both streams: a model's vocabulary must be greater."""
+        parts = (self.facts["training"], self.facts["validation"])
+        return max(int(part["largest_id"]) for part in parts if part is not None)
+
+    def sha256(self, part: str) -> str:
+        """Digest of "training" or "validation", from when the file was written: to read it all takes too long."""
+        digest: str = self.facts[part]["sha256"]
+        return digest
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that made the tokens."""
+        tokenizer = tokenizer_in(self.folder / "tokenizer", self.facts["tokenizer"])
+        if tokenizer is None:
+            raise BadInput(f"{self.folder / 'tokenizer'} holds no tokenizer; prepare the text again")
+        return tokenizer
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """BadInput unless the tokenizer makes the same tokens of the sample of text that is kept with them."""
+        sample = self.facts["sample"]
+        if _sample_tokens(tokenizer, sample["text"], self.separated) != sample["tokens"]:
+            raise BadInput(
+                f"{self.folder} holds tokens of the tokenizer {self.facts['tokenizer']}, and {tokenizer.name} makes "
+                "others of the same text; prepare the text again with the model's own tokenizer"
+            )
+
+
+def is_token_folder(path: str | Path | None) -> bool:
+    """Whether there is a folder that `write_tokens` wrote."""
+    return path is not None and Path(path, FACTS).is_file()
+
+
+def read_tokens(folder: str | Path) -> TokenFiles:
+    """The tokens of a folder that `write_tokens` wrote. BadInput: a file is missing, cut off, or of another version."""
+    folder = Path(folder)
+    try:
+        facts = json.loads((folder / FACTS).read_bytes())
+        if facts["version"] != VERSION:
+            raise BadInput(f"{folder}/{FACTS} is of version {facts['version']}; prepare the text again")
+
+        def stream(name: str) -> np.ndarray:
+            return _mapped(folder / f"{name}.bin", facts[name]["tokens"], facts["dtype"])
+
+        validation = None if facts["validation"] is None else stream("validation")
+        files = TokenFiles(folder, stream("training"), validation, facts)
+        # What is missing is told now, not in the midst of a run.
+        _ = files.largest_id, files.separated, facts["tokenizer"], facts["sample"]["text"], facts["sample"]["tokens"]
+        _ = [files.sha256(part) for part in ("training", "validation") if facts[part] is not None]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder} cannot be read as tokens ({error!r:.200}); prepare the text again") from None
+    return files
+
+
+def _mapped(path: Path, count: int, dtype: str) -> np.ndarray:
+    expected = count * np.dtype(dtype).itemsize
+    size = path.stat().st_size
+    if size != expected:
+        raise BadInput(f"{path} has {size:,} bytes, not the {expected:,} of {count:,} tokens; copy or prepare it again")
+    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
+
+
+def write_tokens(
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    training: Iterable[np.ndarray],
+    validation: Iterable[np.ndarray] | None,
+    *,
+    separated: bool,
+    sample: str,
+    about: dict[str, Any] | None = None,
+) -> TokenFiles:
+    """Write a new folder, which appears complete or not at all; streams come in pieces [n], one of which is held.
+
+    separated: whether documents end with the end-of-text token. sample: a part of the text, by which `check_tokenizer`
+    knows a tokenizer. about: what else tokens.json shall say. BadInput: the folder exists, or there is no token.
+    """
+    folder = Path(folder)
+    check_new(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        sample = sample[:SAMPLE_CHARACTERS]
+        facts = {
+            "version": VERSION,
+            "tokenizer": tokenizer.name,
+            "dtype": tokenizer.dtype.name,
+            "separated": separated,
+            "training": _write(partial / "training.bin", training, tokenizer.dtype),
+            "validation": validation and _write(partial / "validation.bin", validation, tokenizer.dtype),
+            "sample": {"text": sample, "tokens": _sample_tokens(tokenizer, sample, separated)},
+            **(about or {}),
+        }
+        tokenizer.save(partial / "tokenizer")
+        (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        check_new(folder)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return read_tokens(folder)
+
+
+def check_new(folder: str | Path) -> None:
+    """BadInput where the folder is there already."""
+    if Path(folder).exists():
+        raise BadInput(f"{folder} exists already, and tokens go into a new folder; choose another name or remove it")
+
+
+def _write(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> dict[str, Any]:
+    digest, count, largest = hashlib.sha256(), 0, 0
+    with path.open("wb") as file:
+        for piece in pieces:
+            data = piece.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+            file.write(data)
+            digest.update(data)
+            count += len(piece)
+            largest = max(largest, int(piece.max(initial=0)))
+    if not count:
+        raise BadInput(f"there is no token to write to {path.name}: the text is empty")
+    return {"tokens": count, "largest_id": largest, "sha256": digest.hexdigest()}
+
+
+def _sample_tokens(tokenizer: Tokenizer, text: str, separated: bool) -> str:
+    return " ".join(map(str, encode_documents(tokenizer, [text], append_end_of_text=separated)))

@@ -1,0 +1,179 @@
+"""Tokens on disk: the runs that they give are those of the text itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmq_jax.data import ByteTokenizer, encode_documents, read_tokens, split_documents, split_tokens, write_tokens
+
+DOCUMENTS = [f"document {number} " + "abba ab" * (5 + number % 7) for number in range(40)]
+
+
+@pytest.fixture
+def prepare(pretrain, capsys):
+    """`prepare(*options)` -> (exit code, stdout, stderr), in the folder that `pretrain` works in."""
+    from llmq_jax.command_line import run
+    from train.prepare import main
+
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
+    Path("one.txt").write_text("\n".join(DOCUMENTS))
+
+    def call(*options):
+        with pytest.raises(SystemExit) as exit:
+            run(main, [str(option) for option in options], program="python -m train.prepare")
+        return exit.value.code, *capsys.readouterr()
+
+    return call
+
+
+def losses(folder):
+    records = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    return [(record.get("loss"), record.get("validation_loss")) for record in records if "done" not in record]
+
+
+QUIET = ("--sample-every", 0, "--evaluate-every", 3)
+
+
+def test_a_run_is_the_same_from_text_and_from_tokens(prepare, pretrain):
+    code, out, err = prepare("--data", "rows.jsonl", "--tokenizer", "bytes", "--out", "tokens")
+    assert (code, err) == (0, "") and "python -m train.pretrain --data tokens --out" in out
+    for data in ("rows.jsonl", "tokens"):
+        assert pretrain("--data", data, "--out", f"run-{data}", *QUIET, "--separate-documents")[0] == 0
+    assert losses("run-tokens") == losses("run-rows.jsonl") and len(losses("run-tokens")) >= 6
+    configs = [json.loads(Path(f"run-{data}/config.json").read_text()) for data in ("rows.jsonl", "tokens")]
+    for name in ("tokenizer", "training_tokens", "validation_tokens", "training_sha256", "validation_sha256"):
+        assert configs[0][name] == configs[1][name]
+    # One that began with the text is known again.
+    code, out, err = pretrain("--data", "tokens", "--out", "run-rows.jsonl", *QUIET, "--separate-documents")
+    assert (code, err) == (0, "") and "is finished already" in out
+
+
+def test_streams(prepare):
+    tokenizer = ByteTokenizer()
+    training, held_out = (encode_documents(tokenizer, part) for part in split_documents(DOCUMENTS, 0.25))
+    options = ("--data", "rows.jsonl", "--tokenizer", "bytes")
+    assert prepare(*options, "--validation-fraction", 0.25, "--out", "some")[0] == 0
+    tokens = read_tokens("some")
+    np.testing.assert_array_equal(tokens.training, training)
+    np.testing.assert_array_equal(tokens.validation, held_out)
+    assert tokens.training.dtype == np.uint16 and tokens.separated and tokens.largest_id == 256
+    assert isinstance(tokens.training, np.memmap)
+
+    assert prepare(*options, "--validation-fraction", 0, "--out", "all")[0] == 0
+    assert read_tokens("all").validation is None
+    np.testing.assert_array_equal(read_tokens("all").training, encode_documents(tokenizer, DOCUMENTS))
+
+    assert prepare("--data", "one.txt", "--tokenizer", "bytes", "--out", "one")[0] == 0
+    whole = encode_documents(tokenizer, ["\n".join(DOCUMENTS)], append_end_of_text=False)
+    for name, part in zip(("training", "validation"), split_tokens(whole, 0.1), strict=True):
+        np.testing.assert_array_equal(getattr(read_tokens("one"), name), part)
+    assert not read_tokens("one").separated
+
+    assert prepare(*options, "--validation-data", "one.txt", "--out", "two")[0] == 0
+    np.testing.assert_array_equal(read_tokens("two").validation, whole)
+
+
+def test_many_pieces_are_one_stream(monkeypatch, tmp_path):
+    monkeypatch.setattr("llmq_jax.data.tokenizers.BLOCK_CHARACTERS", 100)
+    from llmq_jax.data import encoded_blocks
+
+    tokenizer = ByteTokenizer()
+    pieces = list(encoded_blocks(tokenizer, DOCUMENTS))
+    assert len(pieces) > 10
+    made = write_tokens(tmp_path / "t", tokenizer, pieces, None, separated=True, sample=DOCUMENTS[0])
+    expected = b"".join(document.encode("utf-16-le")[: 2 * len(document)] + b"\x00\x01" for document in DOCUMENTS)
+    assert made.training.tobytes() == expected  # bytes are their own ids, and 256 ends a document
+
+
+def test_tokens_without_a_held_out_part(prepare, pretrain):
+    prepare("--data", "rows.jsonl", "--tokenizer", "bytes", "--validation-fraction", 0, "--out", "all")
+    assert pretrain("--data", "all", "--out", "a", "--sample-every", 0, "--evaluate-every", 0)[0] == 0
+    code, out, err = pretrain("--data", "all", "--out", "b", *QUIET, "--validation-data", "one.txt")
+    assert (code, err) == (0, "") and f"{len(Path('one.txt').read_bytes()):,} held out" in out
+    code, _, err = pretrain("--data", "all", "--out", "c")
+    assert code == 2 and err == "error: all has no tokens held out; give --validation-data, or --evaluate-every 0\n"
+
+
+def test_a_model_goes_on_with_tokens_of_its_own_tokenizer(prepare, pretrain, pretrained):
+    start = ("--init-from", pretrained / "run", "--out", "run", *QUIET)
+    tiny = ["--batch-size=4", "--steps=3"]
+    for name in ("bytes", "gpt2"):
+        assert prepare("--data", "rows.jsonl", "--tokenizer", name, "--out", name)[0] == 0
+    code, _, err = pretrain("--data", "gpt2", *start, tiny=tiny)
+    assert code == 2 and err.count("\n") == 1
+    assert "gpt2 holds tokens of the tokenizer gpt2, and bytes makes others of the same text" in err
+    assert pretrain("--data", "bytes", *start, tiny=tiny)[0] == 0
+
+
+BAD = {
+    "folder there": (["--data", "rows.jsonl", "--out", "full"], "full exists already, and tokens go into a new folder"),
+    "no data": (["--data", "nowhere", "--out", "new"], "there is no file or folder nowhere"),
+    "no field": (["--data", "rows.jsonl", "--text-field", "body", "--out", "new"], "'body'"),
+    "broken in the middle": (["--data", "broken.jsonl", "--out", "new"], "broken.jsonl"),
+    "field of plain text": (["--data", "one.txt", "--text-field", "a", "--out", "new"], "--text-field has no effect"),
+    "fraction": (["--data", "rows.jsonl", "--validation-fraction", 1, "--out", "new"], "must lie between 0 and 1"),
+    "two validations": (
+        ["--data", "rows.jsonl", "--validation-data", "one.txt", "--validation-fraction", 0.5, "--out", "new"],
+        "--validation-fraction has no effect beside --validation-data",
+    ),
+    "tokens again": (["--data", "made", "--out", "new"], "made holds tokens where text is read"),
+    "blank": (["--data", "blank.txt", "--out", "new"], "blank.txt holds no text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(prepare, case):
+    Path("full").mkdir()
+    Path("blank.txt").write_text(" \n ")
+    Path("broken.jsonl").write_text(Path("rows.jsonl").read_text() + "{'text'")
+    prepare("--data", "one.txt", "--tokenizer", "bytes", "--out", "made")
+    before = sorted(Path().rglob("*"))
+    options, message = BAD[case]
+    code, _, err = prepare(*options, "--tokenizer", "bytes")
+    assert code == 2 and err.count("\n") == 1 and message in err, err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_what_stops_half_way_leaves_nothing(tmp_path):
+    def pieces():
+        yield np.zeros(3, np.uint16)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(tmp_path / "t", ByteTokenizer(), pieces(), None, separated=False, sample="a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "training.bin").write_bytes(b"1234"), "training.bin has 4 bytes, not the"),
+        (lambda folder: (folder / "validation.bin").unlink(), "made cannot be read as tokens"),
+        (
+            lambda folder: (folder / "tokens.json").write_text("{}"),
+            "made cannot be read as tokens (KeyError('version')",
+        ),
+        (lambda folder: (folder / "tokens.json").write_text('{"version": 9}'), "made/tokens.json is of version 9"),
+        (lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), "made/tokenizer holds no tokenizer"),
+    ],
+)
+def test_spoiled_folders(prepare, pretrain, spoil, message):
+    prepare("--data", "rows.jsonl", "--tokenizer", "bytes", "--out", "made")
+    spoil(Path("made"))
+    code, _, err = pretrain("--data", "made", "--out", "run")
+    assert code == 2 and err.count("\n") == 1 and message in err, err
+    assert not Path("run").exists()
+
+
+def test_options_without_effect_on_tokens(prepare, pretrain):
+    prepare("--data", "rows.jsonl", "--tokenizer", "bytes", "--out", "made")
+    for options, message in (
+        (("--text-field", "body"), "--text-field has no effect on data without fields"),
+        (("--validation-fraction", 0.2), "--validation-fraction has no effect on prepared tokens"),
+        (("--validation-data", "one.txt"), "made has tokens held out already; leave --validation-data out"),
+        (("--tokenizer", "gpt2"), "made holds tokens of the tokenizer bytes, and gpt2 makes others"),
+    ):
+        code, _, err = pretrain("--data", "made", "--out", "run", *options)
+        assert code == 2 and err.count("\n") == 1 and message in err, err

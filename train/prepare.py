@@ -1,0 +1,85 @@
+"""Tokenise text once and keep the tokens on disk, for text that is too much to be read at every start of a run.
+
+    python -m train.prepare --data text/ --tokenizer gpt2 --out tokens
+    python -m train.pretrain --data tokens --preset gpt2-124m --out runs/mine
+
+The text streams through: a block of it is in memory at a time, and its tokens are worked out on all cores. It is read
+twice, first to count the documents of which a part is held out. A run maps the tokens into memory, has the same batches
+as from the text itself, and processes on several machines may read the same folder.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from llmq_jax.command_line import default_is, run
+from train.options import filled, refuse_idle
+from train.texts import FRACTION, Text, texts
+
+
+@dataclass(frozen=True)
+class Options:
+    data: str
+    """Text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
+    tokenizer: str
+    """bytes, gpt2, a tokenizer.json, or a folder that holds one: a model's, to go on from it."""
+    out: str
+    """A new folder for the tokens; it appears complete or not at all."""
+    text_field: Annotated[str | None, default_is("text")] = None
+    """Field or column of --data that holds the text."""
+    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    """Text to hold out, all of it."""
+    validation_fraction: Annotated[float | None, default_is(f"{FRACTION}")] = None
+    """Part of the data held out for validation: whole documents, or the end of a single text; 0 holds out nothing."""
+
+
+def main(options: Options) -> None:
+    from llmq_jax.commands.progress import with_progress
+    from llmq_jax.data import encode_documents, encoded_blocks, has_fields, load_tokenizer, split_tokens, write_tokens
+    from llmq_jax.data.token_files import check_new
+
+    check_new(options.out)
+    files = [path for path in (options.data, options.validation_data) if path]
+    refuse_idle(
+        options,
+        (
+            ("text_field", not any(map(has_fields, files)), "on data without fields"),
+            ("validation_fraction", options.validation_data, "beside --validation-data"),
+        ),
+    )
+    options = filled(options, text_field="text")
+    print(f"reading {options.data}", flush=True)
+    tokenizer = load_tokenizer(options.tokenizer)
+    text, held_out, fraction = texts(options, hold_out=options.validation_fraction != 0)
+
+    def blocks(text: Text, title: str) -> Iterator[Any]:
+        return encoded_blocks(
+            tokenizer, with_progress(text, title, total=text.count), append_end_of_text=text.separated
+        )
+
+    training, validation = blocks(text, "text to learn"), None
+    if fraction:  # of a single text, which was read whole
+        whole = encode_documents(tokenizer, text, append_end_of_text=False)
+        training, validation = ([part] for part in split_tokens(whole, fraction))
+    elif held_out is not None:
+        validation = blocks(held_out, "text held out")
+    made = write_tokens(
+        options.out,
+        tokenizer,
+        training,
+        validation,
+        separated=text.separated,
+        sample=next(document for document in text if document and not document.isspace()),
+        about={"options": dataclasses.asdict(options)},
+    )
+    print(
+        f"{len(made.training):,} tokens to learn, {0 if made.validation is None else len(made.validation):,} held out "
+        f"(tokenizer: {tokenizer.name}; documents to learn: {text.count:,})\n\n"
+        f"    python -m train.pretrain --data {shlex.quote(options.out)} --out runs/mine"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
