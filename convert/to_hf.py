@@ -1,8 +1,10 @@
 """Export a model as a Hugging Face folder, for transformers' `from_pretrained`, or its adapters for PEFT."""
 
+import shlex
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from convert.adapter_base import found_base, given_base
 from llmq_jax.command_line import Flag, Positional, default_is, option_name, run
 from llmq_jax.errors import BadInput
 
@@ -21,7 +23,7 @@ class Options:
     """Replace the target where it is an earlier export."""
     adapter: Flag = False
     """Write the model's adapters alone, as a folder for PEFT; without this they are merged into the weights."""
-    base: Annotated[str | None, default_is("none")] = None
+    base: Annotated[str | None, default_is("what the run began with")] = None
     """With --adapter: the path or hub id, for PEFT to remember, of the model that the adapters belong to."""
 
 
@@ -35,10 +37,40 @@ def main(options: Options) -> None:
     if options.adapter:
         write_adapter(lm, options)
         return
-    folder = save_hf(lm, options.target, options.dtype, options.max_shard_size or "5GB", options.overwrite)
-    print(f"{folder}: {lm}")
+    widened = wide_enough(lm, options.dtype)
+    folder = save_hf(widened, options.target, options.dtype, options.max_shard_size or "5GB", options.overwrite)
+    print(f"{folder}: {lm}\n{type_written(lm, options.dtype)}")
     kind = "CausalLM" if lm.config.labels is None else "SequenceClassification"
     print(f'next: transformers.AutoModelFor{kind}.from_pretrained("{folder}")')
+
+
+def wide_enough(lm: Any, dtype: str | None) -> Any:
+    """The model with weights to which adapters can be added without loss of what `dtype` has room for."""
+    import jax
+    import jax.numpy as jnp
+
+    from llmq_jax.layers.lora import LORA
+    from llmq_jax.weight_type import weight_type
+
+    if LORA not in lm.variables or dtype in (None, weight_type(jax.tree.leaves(lm.params)).name):
+        return lm
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
+    return lm.replace(variables={**lm.variables, "params": params})
+
+
+def type_written(lm: Any, dtype: str | None) -> str:
+    """One line on the type of the weights, and on what another would give where none was asked for."""
+    import jax
+
+    from llmq_jax.layers.lora import LORA
+    from llmq_jax.weight_type import weight_type
+
+    own = weight_type(jax.tree.leaves(lm.params)).name
+    if dtype is None and own == "float32":
+        return "written in float32, that of the model; --dtype bfloat16 halves it"
+    if dtype is None and LORA in lm.variables:
+        return f"written in {own}, to which adapters were rounded as they were merged; --dtype float32 keeps them whole"
+    return f"written in {dtype or own}"
 
 
 def write_adapter(lm: Any, options: Options) -> None:
@@ -47,9 +79,25 @@ def write_adapter(lm: Any, options: Options) -> None:
     for name in ("dtype", "max_shard_size"):
         if getattr(options, name) is not None:
             raise BadInput(f"{option_name(name)} has no effect with --adapter, one file in float32; leave it out")
-    folder = save_adapter(lm, options.target, base=options.base or "", overwrite=options.overwrite)
-    print(f"{folder}: the adapters of {lm}")
-    print(f'next: peft.PeftModel.from_pretrained(base, "{folder}")')
+    base = found_base(options.source) if options.base is None else given_base(options.base)
+    folder = save_adapter(lm, options.target, base=base.name, overwrite=options.overwrite)
+    print(f"{folder}: the adapters of {lm}\n{base.said}")
+    if base.name:
+        print(f"next: {command_for(lm, str(folder))}")
+    labels = lm.config.labels
+    kind, sizes = ("CausalLM", "") if labels is None else ("SequenceClassification", f", num_labels={len(labels)}")
+    with_base = f', or peft.AutoPeftModelFor{kind}.from_pretrained("{folder}"{sizes})' if base.for_peft else ""
+    print(f'next: peft.PeftModel.from_pretrained(base, "{folder}"){with_base}')
+
+
+def command_for(lm: Any, folder: str) -> str:
+    """What asks the model something."""
+    folder = shlex.quote(folder)
+    if lm.config.labels is not None:
+        return f'llmq classify {folder} --text "Is it so?"'
+    if lm.tokenizer is not None and lm.tokenizer.chat_template is not None:
+        return f"llmq chat {folder}"
+    return f'llmq generate {folder} --prompt "Once upon a time"'
 
 
 if __name__ == "__main__":

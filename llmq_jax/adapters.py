@@ -15,11 +15,13 @@ from typing import Any
 
 from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.huggingface import CONFIG, find, is_hf
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, is_hf, located
 from llmq_jax.interop.peft import is_adapter, module_names
 from llmq_jax.interop.peft_reader import base_of, read_adapter
 from llmq_jax.interop.peft_writer import write_adapter
-from llmq_jax.language_model import LanguageModel, load, load_weights, with_classifier
+from llmq_jax.interop.tensor_files import read_json
+from llmq_jax.language_model import LanguageModel, TextFiles, load, load_weights, with_classifier
 from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.lora import LORA, LoRA
 from llmq_jax.models.heads import numbered_labels
@@ -59,13 +61,15 @@ def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
 def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageModel:
     """The model with the adapters in a folder, or a hub id, of PEFT's; those that it had are left out.
 
-    A classifier's head, which PEFT keeps with them, takes the place of the one that was there. BadInput: no adapter is
-    there, it is damaged or of a kind that is not supported, or it is one of another base.
+    A classifier's head, which PEFT keeps with them, takes the place of the one that was there, and so do a tokenizer
+    and a `generation_config.json` beside them: they are what the adapters learned by. BadInput: no adapter is there, it
+    is damaged or of a kind that is not supported, or it is one of another base.
     """
     path = find(folder)
     if not path.is_dir() or not is_adapter(path):
         raise BadInput(f"{folder}: holds no adapter_config.json; give a folder that PEFT or lq.save_adapter wrote")
-    return lm.replace(variables=read_adapter(path, lm.config, base_variables(lm)))
+    adapted = lm.replace(variables=read_adapter(path, lm.config, base_variables(lm)))
+    return _with_own_text_files(adapted, path)
 
 
 def load_with_base(
@@ -85,34 +89,41 @@ def load_with_base(
         lm = load(base, layout, config, dtype)
     if classes and lm.config.labels is None:
         lm = with_classifier(lm, numbered_labels(classes))
-    return load_adapter(_with_own_tokenizer(lm, folder), folder)
+    return load_adapter(lm, folder)
 
 
-def _with_own_tokenizer(lm: LanguageModel, folder: Path) -> LanguageModel:
+def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
     """Trainers save the tokenizer beside the adapters: its chat template, say, is the one that they learned by, and its
-    end token ends what they say."""
+    end token ends what they say. Where a `generation_config.json` names the end tokens, it is these."""
     own = tokenizer_in(folder)
     if own is not None and own.vocab_size > lm.config.vocab_size:
         warnings.warn(
             f"{folder}: its tokenizer has {own.vocab_size} tokens, the base {lm.config.vocab_size}: its own stays",
-            stacklevel=4,
+            stacklevel=3,
         )
-        own = None
-    if own is None:
         return lm
-    ends = lm.generation.eos_token_id
-    if own.end_of_text is not None and own.end_of_text not in ends:
-        ends = (*ends, own.end_of_text)
-    return lm.replace(tokenizer=own, generation=lm.generation.replace(eos_token_id=ends))
+    generation = lm.generation
+    end = None if own is None else own.end_of_text
+    if end is not None and end not in generation.eos_token_id:
+        generation = generation.replace(eos_token_id=(*generation.eos_token_id, end))
+    path = folder / GENERATION_CONFIG
+    if path.is_file():
+        try:
+            generation = GenerationConfig.from_hf(generation.to_hf() | read_json(path))
+        except BadInput as error:
+            raise located(path, error) from error
+    return lm.replace(tokenizer=lm.tokenizer if own is None else own, generation=generation)
 
 
 def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str = "", overwrite: bool = False) -> Path:
     """Write the adapters as a folder that PEFT loads; `base` is the name that it remembers of the model without them.
+    Without a name only `load_adapter` loads it, and PEFT onto a base that it is given.
 
-    Returns the folder. What goes there and what replaces an earlier one is as in `save_hf`. BadInput: the model has no
-    adapters, or one that PEFT has no form for.
+    The tokenizer, with its chat template, and `generation_config.json` go beside them. Returns the folder. What may be
+    replaced is as in `save_hf`. BadInput: the model has no adapters, or one that PEFT has no form for.
     """
-    return write_adapter(lm.variables, lm.config, folder, base, overwrite)
+    text_files = TextFiles(lm.tokenizer, lm.generation)
+    return write_adapter(lm.variables, lm.config, folder, base, overwrite, text_files)
 
 
 def base_variables(lm: LanguageModel) -> dict[str, Any]:

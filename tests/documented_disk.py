@@ -63,7 +63,7 @@ def write_disk(disk: Path) -> None:
 
 def write_data(disk: Path) -> None:
     verse = "To be, or not to be, that is the question.\n"
-    for name in ("my.txt", "tinyshakespeare.txt", "docs/text.txt"):
+    for name in ("my.txt", "tinyshakespeare.txt", "docs/text.txt", "text/a.txt", "text/b.txt"):
         write(disk / name, verse * 60)
     write(disk / "other.txt", "Whether 'tis nobler in the mind to suffer.\n" * 5)
     write(disk / "story.txt", "Once upon a time")

@@ -66,6 +66,7 @@ SMALLER = (
     (r"bench\.run", "--seconds 0.01 --rounds 1"),
     (r"bench\.run --write", "--rounds 5"),
     (r"bench\.figures (rope|windows) --out docs", "--out figure.png"),
+    ("/shared/text", "--data text --tokenizer bytes --out shared/tokens"),
     ("/shared/runs", "--out shared/runs/mine --coordinator 127.0.0.1:{port}"),
 )
 """What the options of a command are followed by where they match; the last one counts."""
@@ -156,6 +157,8 @@ def targets(command):
         return [f"{arguments[0]}/report.html"]
     if command.program.startswith("convert.") and command.program != "convert.parity":
         return [arguments[1]]
+    if command.program == "train.prepare":
+        return [given["--out"]]
     if command.program == "train.arithmetic":
         return [f"{given['--out']}/run/finished.json"]
     if command.program.startswith("train."):

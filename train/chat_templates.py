@@ -1,9 +1,10 @@
 """The option --chat-template of the recipes that read conversations, pairs or prompts."""
 
+import dataclasses
 import hashlib
 from typing import Any
 
-from train.options import refuse_idle
+from train.options import context_of, refuse_idle
 
 WITHOUT_CHAT_TEMPLATE = "give one with --chat-template FILE, or choose another --template"
 
@@ -17,6 +18,19 @@ def check_chat_template(options: Any) -> None:
     )
     if options.chat_template is not None:
         read_chat_template(options.chat_template)
+
+
+def with_text_options(options: Any, conversations: list, lm: Any) -> tuple[Any, Any]:
+    """(the options with what they leave open of how conversations become tokens that the model can read; the model with
+    the template of --chat-template)"""
+    from llmq_jax.data import default_template
+
+    lm.require_tokenizer(options.init_from)
+    lm = with_chat_template(options, lm)
+    template = options.template or ("chat" if options.chat_template else default_template(conversations, lm.tokenizer))
+    if template == "chat":
+        lm.require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
+    return dataclasses.replace(options, context=context_of(options, lm.config), template=template), lm
 
 
 def with_chat_template(options: Any, lm: Any) -> Any:

@@ -39,7 +39,7 @@ from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
 EPOCHS = 3.0
-VALIDATION, TEST = 0.1, 0.2
+VALIDATION_FRACTION, TEST_FRACTION = 0.1, 0.2
 SAMPLES = 3
 
 
@@ -62,9 +62,9 @@ class LabelledData:
     """Texts to measure the validation loss and accuracy on."""
     test_data: Annotated[str | None, default_is("a part of --data")] = None
     """Texts to test on, once, at the end."""
-    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION}")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of each class held out for validation, with --evaluate-every 0 too."""
-    test_fraction: Annotated[float | None, default_is(f"{TEST}")] = None
+    test_fraction: Annotated[float | None, default_is(f"{TEST_FRACTION}")] = None
     """Part of each class held out for the test."""
     split_seed: Annotated[int | None, default_is("0")] = None
     """Of the choice of what is held out, and of what --balance keeps."""
@@ -290,7 +290,7 @@ def distinct(path: str, rows: list, names: Sequence[str], elsewhere: set[str]) -
 
 def completed_fractions(options: Options) -> Options:
     """The options with the fractions that they leave open, which leave something to learn."""
-    defaults = {"validation_fraction": VALIDATION, "test_fraction": TEST}
+    defaults = {"validation_fraction": VALIDATION_FRACTION, "test_fraction": TEST_FRACTION}
     idle = {"validation_fraction": options.validation_data, "test_fraction": options.test_data}
     values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
     options = dataclasses.replace(options, **values, split_seed=options.split_seed or 0)

@@ -21,11 +21,12 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
-from train.chat_templates import chat_template_digest, tell_of_no_end
+from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
     check_mesh,
+    filled,
     model_of,
     on_devices,
     optimizer_of,
@@ -43,7 +44,6 @@ from train.preferences import (
     numbered,
     pair_tokens,
     read_pairs,
-    with_text_options,
 )
 from train.pretrain import exports
 from train.texts import fingerprint
@@ -115,7 +115,9 @@ def dpo(options: Options) -> Any:
     training, validation = read_pairs(options)
     source = load(options.init_from, dtype=options.weight_dtype)
     source.require_language_model(options.init_from)
-    options, source = with_text_options(options, training, source)
+    options, source = with_text_options(options, [pair.chosen for pair in training], source)
+    if not options.validation_data:
+        options = filled(options, split_seed=0)
     learned, held_out = (pair_tokens(options, part, source) for part in (training, validation))
     config, tokenizer = source.config, source.tokenizer
     steps_in_an_epoch = -(-len(learned) // options.batch_size)

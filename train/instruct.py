@@ -20,19 +20,15 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
-from train.chat_templates import (
-    WITHOUT_CHAT_TEMPLATE,
-    chat_template_digest,
-    check_chat_template,
-    tell_of_no_end,
-    with_chat_template,
-)
+from train.chat_templates import chat_template_digest, check_chat_template, tell_of_no_end, with_text_options
 from train.options import (
+    LONGEST_CONTEXT,
     MAY_CHANGE,
     TrainingOptions,
     check_epochs,
     check_mesh,
     check_ranges,
+    filled,
     model_of,
     on_devices,
     optimizer_of,
@@ -46,14 +42,13 @@ from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
-LONGEST_ROW = 1024
 EPOCHS = 3.0
 IDLE_IN_PREVIEW = (
     *("steps", "epochs", "learning_rate", "schedule", "minimum_learning_rate", "initial_learning_rate", "warmup_steps"),
     *("evaluate_every", "evaluate_batches", "patience", "sample_every", "sample_prompt", "checkpoint_every"),
     *("keep_last", "wandb"),
 )
-VALIDATION = ("validation_data", "validation_fraction", "split_seed", "evaluate_batches")
+OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed", "evaluate_batches")
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 
@@ -89,7 +84,7 @@ class Instructions:
     """What is learned: response (every answer), last (the last one), all (prompts too), or numbers of answers: 0,2."""
     pack: bool = True
     """Several conversations in a row, which do not see each other; otherwise each has a row of its own, padded."""
-    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_ROW}")] = None
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a row, and in the longest conversation."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a longer conversation: its beginning is kept, it is left out, or the run ends."""
@@ -129,7 +124,7 @@ def instruct(options: Options) -> Any:
     check(options)
 
     # JAX has its device; what imports it may follow.
-    from llmq_jax.data import SomeBatches, default_template, instruction_batches
+    from llmq_jax.data import SomeBatches, instruction_batches
     from llmq_jax.language_model import TextFiles, load
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
@@ -142,19 +137,10 @@ def instruct(options: Options) -> Any:
     training, validation = conversations(options)
     source = load(options.init_from, dtype=None if options.preview else options.weight_dtype)
     source.require_language_model(options.init_from)
-    source = with_chat_template(options, source)
-    tokenizer, config = source.require_tokenizer(options.init_from), source.config
-    options = dataclasses.replace(
-        options,
-        split_seed=None if options.validation_data or options.evaluate_every == 0 else options.split_seed or 0,
-        context=options.context or min(config.max_position_embeddings, LONGEST_ROW),
-        template=options.template or ("chat" if options.chat_template else default_template(training, tokenizer)),
-    )
-    if options.context > config.max_position_embeddings:
-        longest = config.max_position_embeddings
-        raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
-    if options.template == "chat":
-        source.require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
+    options, source = with_text_options(options, training, source)
+    tokenizer, config = source.tokenizer, source.config
+    if not options.validation_data and options.evaluate_every != 0:
+        options = filled(options, split_seed=0)
     learned = examples(options, training, tokenizer, config)
     held_out = examples(options, validation, tokenizer, config) if validation else None
 
@@ -249,7 +235,7 @@ def check(options: Options) -> None:
             ("epochs", options.steps is not None, "beside --steps"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("split_seed", options.validation_data, "beside --validation-data"),
-            *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in VALIDATION),
+            *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
             ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, option_name, use_device
 from llmq_jax.errors import BadInput
 
+LONGEST_CONTEXT = 1024
+"""Tokens that a row has at most, unless --context says otherwise."""
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -64,9 +67,9 @@ class TrainingOptions:
     """Recompute in the backward pass, to save memory: nothing, all but products with weights, or whole layers."""
     scan_layers: bool = True
     """Compile one layer and loop over it; otherwise write all layers out (slower to compile, at times faster)."""
-    attention: Literal["auto", "masked", "blocked", "fused"] = "auto"
-    """How a sequence looks at itself: all scores at once, block by block, or in a kernel of NVIDIA GPUs, which wants
-    --dtype bfloat16; auto takes what suits the device: see docs/attention.md."""
+    attention: Literal["auto", "plain", "masked", "blocked", "fused"] = "auto"
+    """How a sequence looks at itself: by the plain formula, all scores at once, block by block, or in a kernel of
+    NVIDIA GPUs, which wants --dtype bfloat16; auto takes what suits the device: see docs/attention.md."""
 
     # What to tell and keep.
     log_every: int = 10
@@ -122,6 +125,17 @@ def check_ranges(options: TrainingOptions) -> None:
     )
 
 
+def context_of(options: Any, config: Any) -> int:
+    """--context, or what it stands for in a model of this config. BadInput where it exceeds the model's."""
+    longest: int = config.max_position_embeddings
+    if options.context is None:
+        return min(longest, LONGEST_CONTEXT)
+    if options.context > longest:
+        raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
+    given: int = options.context
+    return given
+
+
 def check_epochs(options: Any) -> None:
     """BadInput for a number of epochs that no training can mean."""
     if options.epochs is not None and not 0 < options.epochs < math.inf:
@@ -149,6 +163,9 @@ def on_devices(recipe: Callable) -> Callable:
             same({"mesh": mesh}, differences)  # processes with other meshes would wait for one another
             if mesh and not options.layout:  # which needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
+            devices = jax.device_count()
+            if devices > 1 and not (mesh or options.pmap):
+                print(f"1 of {devices} devices computes; all do with --mesh fsdp={devices}", flush=True)
             stack.enter_context(advice_on_memory(options))
             return recipe(options, *arguments)
 

@@ -6,13 +6,12 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is
 from llmq_jax.errors import BadInput
-from train.chat_templates import WITHOUT_CHAT_TEMPLATE, check_chat_template, with_chat_template
-from train.options import TrainingOptions, check_epochs, check_ranges, refuse_idle
+from train.chat_templates import check_chat_template
+from train.options import LONGEST_CONTEXT, TrainingOptions, check_epochs, check_ranges, refuse_idle
 from train.what_trains import check_what_trains
 
 EPOCHS = 1.0
-VALIDATION = 0.1
-LONGEST_ROW = 1024
+FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class PreferenceData:
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Pairs to measure the validation loss and accuracy on; their prompts are not learned."""
-    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION}")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{FRACTION}")] = None
     """Part of the prompts held out for validation, with all their pairs; with --evaluate-every 0, for the end."""
     split_seed: Annotated[int | None, default_is("0")] = None
     """Of the choice of what is held out."""
@@ -44,7 +43,7 @@ class PreferenceData:
     """How it is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
-    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_ROW}")] = None
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens of the longest text."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a pair with a longer one: the beginnings are kept, it is left out, or the run ends."""
@@ -85,7 +84,7 @@ def read_pairs(options: PreferenceData) -> tuple[list, list]:
     equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
     print(f"{len(everything):,} pairs in {options.data}{equal}")
     if not options.validation_data:
-        fraction = VALIDATION if options.validation_fraction is None else options.validation_fraction
+        fraction = FRACTION if options.validation_fraction is None else options.validation_fraction
         return split_preferences(everything.pairs, fraction, options.split_seed or 0)
     validation = read_preferences(options.validation_data)
     prompts = {pair.prompt for pair in validation}
@@ -95,28 +94,6 @@ def read_pairs(options: PreferenceData) -> tuple[list, list]:
     if len(training) < len(everything):
         print(f"{len(everything) - len(training):,} pairs whose prompts are held out too are not learned")
     return training, validation.pairs
-
-
-def with_text_options(options: Any, training: list, source: Any) -> tuple[Any, Any]:
-    """(the options with what they leave open of how pairs become tokens, which the model can read; the model with the
-    template of --chat-template)"""
-    from llmq_jax.data import default_template
-
-    longest = source.config.max_position_embeddings
-    source = with_chat_template(options, source)
-    tokenizer = source.require_tokenizer(options.init_from)
-    template = "chat" if options.chat_template else default_template([pair.chosen for pair in training], tokenizer)
-    options = dataclasses.replace(
-        options,
-        split_seed=None if options.validation_data else options.split_seed or 0,
-        context=options.context or min(longest, LONGEST_ROW),
-        template=options.template or template,
-    )
-    if options.context > longest:
-        raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
-    if options.template == "chat":
-        source.require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
-    return options, source
 
 
 def pair_tokens(options: PreferenceData, part: list, source: Any) -> Any:

@@ -24,7 +24,8 @@ class Options:
     data: str
     """Text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
     tokenizer: str
-    """bytes, gpt2, a tokenizer.json, or a folder that holds one: a model's, to go on from it."""
+    """bytes, gpt2, a tokenizer.json, a folder that holds one, or a model's on the hub, org/name: its own, to go on from
+    a model."""
     out: str
     """A new folder for the tokens; it appears complete or not at all."""
     text_field: Annotated[str | None, default_is("text")] = None

@@ -20,11 +20,13 @@ from typing import Annotated, Any
 from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput, did_you_mean
 from train.options import (
+    LONGEST_CONTEXT,
     MAY_CHANGE,
     TrainingOptions,
     check_epochs,
     check_mesh,
     check_ranges,
+    context_of,
     filled,
     model_of,
     on_devices,
@@ -38,8 +40,8 @@ from train.options import (
 from train.texts import LIBRARY_FRACTION, token_streams
 
 SAMPLE_TOKENS = 120
-STEPS, LONGEST_WINDOW = 2000, 1024
-VALIDATION = ("validation_data", "validation_fraction", "evaluate_batches")
+STEPS = 2000
+OF_VALIDATION = ("validation_data", "validation_fraction", "evaluate_batches")
 MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
 
@@ -73,8 +75,9 @@ class TextAndModel:
     init_from: Annotated[str | None, default_is("fresh weights")] = None
     """Go on from this model, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF, a hub id."""
     tokenizer: Annotated[str | None, default_is("bytes; gpt2 for GPT-2's published sizes")] = None
-    """bytes, gpt2, a tokenizer.json, or a folder that holds one. Prepared tokens bring theirs."""
-    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_WINDOW}")] = None
+    """bytes, gpt2, a tokenizer.json, a folder that holds one, or a model's on the hub: org/name. Prepared tokens bring
+    theirs."""
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a window; given for fresh weights also the longest text that the model will take."""
     num_hidden_layers: Annotated[int | None, default_is("the preset's")] = None
     """Layers."""
@@ -195,7 +198,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     options = filled(
         options,
         out=f"runs/{options.preset or 'demo'}",
-        context=min(config.max_position_embeddings, LONGEST_WINDOW),
+        context=context_of(options, config),
         # What comes with --init-from has a path for a name, which a new checkpoint there changes.
         tokenizer=None if options.init_from else tokenizer.name,
         text_field="text",
@@ -209,9 +212,6 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
             f"--context {options.context} leaves nothing to predict for {modules(config)} modules of multi-token "
             "prediction; choose a longer one"
         )
-    if options.context > config.max_position_embeddings:
-        longest = config.max_position_embeddings
-        raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
     if options.separate_documents and tokenizer.beginning == (tokenizer.end_of_text,):
         raise BadInput(
             f"--separate-documents: {tokenizer.name} begins texts with the token that ends them, so that a document's "
@@ -256,10 +256,11 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
 
     print(
         f"{model_size(variables):,} parameters; {len(text.training):,} tokens to learn, "
-        f"{0 if text.validation is None else len(text.validation):,} held out (tokenizer: {tokenizer.name})\n"
-        f"{model.attention_choice(training=True)}",
-        flush=True,
+        f"{0 if text.validation is None else len(text.validation):,} held out (tokenizer: {tokenizer.name})"
     )
+    if text.validation is not None:
+        print(f"each evaluation takes {len(held_out):,} batches")
+    print(model.attention_choice(training=True), flush=True)
     return engine.run(
         create_state(variables, optimizer, seed=options.seed),
         train_step,
@@ -327,7 +328,7 @@ def check(options: Options) -> None:
             ("validation_fraction", prepared, "on prepared tokens, which have their part held out"),
             ("epochs", options.steps is not None, "beside --steps"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
-            *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in VALIDATION),
+            *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
             ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
             ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
@@ -385,11 +386,13 @@ def with_dropout(config: Any, rate: float | None) -> Any:
 
 
 def exports(config: Any) -> bool:
-    """Whether transformers has a model of this config."""
-    from llmq_jax.interop.architectures import config_to_hf
+    """Whether transformers has a model of this config, with a place for each of its weights; none is made."""
+    from llmq_jax.interop.architectures import config_to_hf, weight_table
+    from llmq_jax.models import abstract_variables
 
     try:
         config_to_hf(config)
+        weight_table(config.model_type).lazy_state_dict(abstract_variables(config), config)
     except BadInput:
         return False
     return True

@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
-from train.chat_templates import chat_template_digest
+from train.chat_templates import chat_template_digest, with_text_options
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
     check_mesh,
+    filled,
     model_of,
     on_devices,
     optimizer_of,
@@ -39,7 +40,6 @@ from train.preferences import (
     numbered,
     pair_tokens,
     read_pairs,
-    with_text_options,
 )
 from train.pretrain import exports
 from train.texts import fingerprint
@@ -100,7 +100,9 @@ def reward(options: Options) -> Any:
     # The pairs, some of them held out, and the model with a head that gives one number.
     training, validation = read_pairs(options)
     source = load(options.init_from, dtype=options.weight_dtype)
-    options, source = with_text_options(options, training, source)
+    options, source = with_text_options(options, [pair.chosen for pair in training], source)
+    if not options.validation_data:
+        options = filled(options, split_seed=0)
     source, head = with_scalar_head(source, options.seed)
     config = source.config
     learned, held_out = (examples(options, part, source) for part in (training, validation))

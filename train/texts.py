@@ -129,7 +129,7 @@ def _prepared_streams(
             f"{prepared.folder} holds the token id {prepared.largest_id}, outside the vocabulary of "
             f"{config.vocab_size} tokens: use the model's own tokenizer"
         )
-    validation, sha256 = None, {"training": prepared.sha256("training")}
+    validation, sha256 = None, {"training": prepared.streams["training"].sha256}
     if options.validation_data:
         if prepared.validation is not None:
             raise BadInput(f"{prepared.folder} has tokens held out already; leave --validation-data out")
@@ -138,8 +138,8 @@ def _prepared_streams(
     elif options.evaluate_every != 0:
         if prepared.validation is None:
             raise BadInput(f"{prepared.folder} has no tokens held out; give --validation-data, or --evaluate-every 0")
-        validation, sha256["validation"] = prepared.validation, prepared.sha256("validation")
-    return Streams(prepared.training, validation, prepared.separated, sha256)
+        validation, sha256["validation"] = prepared.validation, prepared.streams["validation"].sha256
+    return Streams(prepared.training, validation, prepared.facts.separated, sha256)
 
 
 def fingerprint(tokens: Any) -> str:

@@ -40,6 +40,14 @@ class Options(DrawingOptions):
 
 
 def main(options: Options) -> int:
+    options.check()
+    options.check_one_row("one message")
+    with options.on_devices():
+        return converse(options)
+
+
+def converse(options: Options) -> int:
+    """The exit code, when no line comes any more."""
     lm, drawing = options.load()
     lm.require_chat_template(options.model)
     half = context_of(lm, drawing) // 2

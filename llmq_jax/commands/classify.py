@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, Repeated, default_is, option_name, use_device
+from llmq_jax.command_line import Flag, Positional, Repeated, default_is, option_name
+from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
 
@@ -23,7 +24,7 @@ ADDED = ("label", "probabilities")
 
 
 @dataclass(frozen=True)
-class Options:
+class TextOptions:
     model: Positional[str]
     """The classifier: a run folder or checkpoint of this project, a Hugging Face folder or a hub id."""
     text: Repeated = ()
@@ -42,22 +43,40 @@ class Options:
     """Texts that go through the model at a time; it does not change the result."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
     """Type to compute in and to hold the weights in."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to compute; auto takes the fastest that JAX finds."""
     json: Flag = False
     """Print a line of JSON for each text."""
+
+
+@dataclass(frozen=True)
+class Options(DeviceOptions, TextOptions):  # the fields of the last class come first
+    pass
 
 
 def main(options: Options) -> None:
     check(options)
     records = read(options)
     texts = [record.fields[options.text_field or "text"] for record in records]
-    use_device(options.device)
-    import llmq_jax as lq
+    with options.on_devices(options.batch_size):
+        labels, results = classified(options, records, texts)
     from llmq_jax.training.atomic_files import write_atomically
-    from llmq_jax.training.classification_report import prediction, prediction_line
+    from llmq_jax.training.classification_report import prediction_line
 
-    lm = lq.load(options.model, dtype=options.dtype)
+    lines = [as_json({**record.fields, **said}) for record, said in zip(records, results, strict=True)]
+    if options.out is not None:
+        write_atomically(Path(options.out), "".join(line + "\n" for line in lines).encode())
+        print(f"written: {options.out}, {summary(labels, results)}")
+    elif options.json:
+        print("\n".join(lines))
+    else:
+        for text, said in zip(texts, results, strict=True):
+            print(prediction_line(text, said))
+
+
+def classified(options: Options, records: list[Any], texts: list[str]) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    """(the classes, what is said of each text)."""
+    from llmq_jax.training.classification_report import prediction
+
+    lm = options.load_model(options.model, options.dtype)
     labels = lm.require_labels(options.model)
     lm.require_tokenizer(options.model)
     longest = lm.config.max_position_embeddings
@@ -72,18 +91,10 @@ def main(options: Options) -> None:
     rows, cut = lm.class_tokens(texts, wanted)
     if cut:
         print(f"{cut} of {len(rows)} texts are cut to {wanted} tokens", file=sys.stderr)
+    # Fewer than a batch are one of their own, which a mesh divides likewise.
+    rows += rows[-1:] * (options.rows_of(len(rows)) - len(rows))
     logits = lm.classify_rows(rows, options.batch_size, watch=lambda batches: with_progress(batches, "classifying"))
-
-    results = [prediction(labels, row) for row in logits]
-    lines = [as_json({**record.fields, **said}) for record, said in zip(records, results, strict=True)]
-    if options.out is not None:
-        write_atomically(Path(options.out), "".join(line + "\n" for line in lines).encode())
-        print(f"written: {options.out}, {summary(labels, results)}")
-    elif options.json:
-        print("\n".join(lines))
-    else:
-        for text, said in zip(texts, results, strict=True):
-            print(prediction_line(text, said))
+    return labels, [prediction(labels, row) for row in logits[: len(records)]]
 
 
 def check(options: Options) -> None:

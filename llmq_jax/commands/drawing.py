@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, Repeated, default_is, use_device
+from llmq_jax.command_line import Positional, Repeated, default_is
+from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
 
@@ -11,7 +12,7 @@ SEEDS = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
+class SamplingOptions:
     model: Positional[str]
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     max_new_tokens: int | None = None
@@ -36,11 +37,12 @@ class DrawingOptions:
         Literal["float32", "bfloat16", "float16"] | None, default_is("float32 on a CPU, elsewhere that of the file")
     ] = None
     """Type to compute in and to hold the weights in. On a CPU those of 16 bits are slower and save no memory."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to compute; auto takes the fastest that JAX finds."""
 
-    def load(self) -> tuple[Any, dict[str, Any]]:
-        """(the model, what `lq.generate` and `lq.stream` take beside prompt, length and seed)."""
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last class come first
+    def check(self) -> None:
+        """BadInput for what cannot be, or would have no effect."""
         if self.seed is not None and self.temperature == 0:
             raise BadInput("--seed has no effect at temperature 0, where nothing is drawn; leave it out")
         if self.draft_tokens is not None and self.draft is None:
@@ -51,7 +53,9 @@ class DrawingOptions:
             )
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
-        use_device(self.device)
+
+    def load(self) -> tuple[Any, dict[str, Any]]:
+        """(the model, what `lq.generate` and `lq.stream` take beside prompt, length and seed), by `on_devices`."""
         import jax
 
         import llmq_jax as lq
@@ -61,7 +65,7 @@ class DrawingOptions:
         # XLA's CPU backend computes in float32 whatever the weights are, and converts all of them into a copy for every
         # token: SmolLM2 takes as much memory in bfloat16 and 4.7 times as long.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-        lm = lq.load(self.model, dtype=dtype)
+        lm = self.load_model(self.model, dtype)
         lm.require_language_model(self.model)
         lm.require_tokenizer(self.model)
         draft = self.draft if self.draft is None or self.draft == MTP else lq.load(self.draft, dtype=dtype)

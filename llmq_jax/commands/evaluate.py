@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, default_is, option_name, use_device
+from llmq_jax.command_line import Flag, Positional, default_is, option_name
+from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
 
@@ -29,7 +30,7 @@ OF_TASKS = ("limit", "num_fewshot", "include_path", "chat", "out")
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     model: Positional[str]
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     file: Annotated[Positional[str | None], default_is("none")] = None
@@ -54,10 +55,13 @@ class Options:
     """Windows or questions that go through the model at a time; it does not change the result."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
     """Type to compute in and to hold the weights in."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to compute; auto takes the fastest that JAX finds."""
     json: Flag = False
     """Print the result as one line of JSON."""
+
+
+@dataclass(frozen=True)
+class Options(DeviceOptions, EvaluationOptions):  # the fields of the last class come first
+    pass
 
 
 def main(options: Options) -> None:
@@ -70,7 +74,7 @@ def main(options: Options) -> None:
 
 
 def evaluate_text(options: Options) -> None:
-    from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches, has_fields, read_documents
+    from llmq_jax.data import has_fields, read_documents
 
     assert options.file is not None
     for name in OF_TASKS:
@@ -79,12 +83,19 @@ def evaluate_text(options: Options) -> None:
     if options.text_field is not None and not has_fields(options.file):
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
     documents = read_documents(options.file, options.text_field or "text")
-    use_device(options.device)
-    import llmq_jax as lq
+    with options.on_devices(options.batch_size):
+        result = figures(options, documents)
+    print(json.dumps(result) if options.json else _table(result))
+
+
+def figures(options: Options, documents: list[str]) -> dict[str, Any]:
+    """What is printed of a text."""
+    from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches
     from llmq_jax.objectives import NextToken
     from llmq_jax.training.step import evaluate, make_eval_step
 
-    lm = lq.load(options.model, dtype=options.dtype)
+    assert options.file is not None
+    lm = options.load_model(options.model, options.dtype)
     lm.require_language_model(options.model)
     tokenizer = lm.require_tokenizer(options.model)
     limit = lm.config.max_position_embeddings
@@ -106,7 +117,7 @@ def evaluate_text(options: Options) -> None:
 
     predicted = sum(int(batch["mask"].sum()) for batch in batches)
     size = sum(len(document.encode()) for document in documents)
-    result = {
+    return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": loss * predicted / size / math.log(2),
@@ -114,21 +125,32 @@ def evaluate_text(options: Options) -> None:
         "bytes": size,
         "context": context,
     }
-    print(json.dumps(result) if options.json else _table(result))
 
 
 def evaluate_tasks(options: Options) -> None:
     assert options.tasks is not None
     check_tasks(options)
-    use_device(options.device)
-    from llmq_jax.interop.evaluation_harness import HarnessModel, load_tasks, results_json, results_table, run_tasks
+    with options.on_devices(options.batch_size):
+        results = results_of_tasks(options)
+    from llmq_jax.interop.evaluation_harness import results_json, results_table
     from llmq_jax.training.atomic_files import write_atomically
 
+    if options.out is not None:
+        write_atomically(Path(options.out), results_json(results, indent=2).encode() + b"\n")
+    print(results_json(results["results"]) if options.json else results_table(results))
+
+
+def results_of_tasks(options: Options) -> dict[str, Any]:
+    """All that the harness says."""
+    from llmq_jax.interop.evaluation_harness import HarnessModel, load_tasks, run_tasks
+
+    assert options.tasks is not None
     # Of what it warns of, most is how a task's authors wrote its file.
     logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR"))
     names = [name.strip() for name in options.tasks.split(",")]
     tasks, manager = load_tasks(names, options.include_path)
     model = HarnessModel(options.model, batch_size=options.batch_size, dtype=options.dtype)
+    options.check_model(model.lm)
     if options.context is not None:
         if not 0 < options.context <= model.max_length:
             raise BadInput(
@@ -137,7 +159,7 @@ def evaluate_tasks(options: Options) -> None:
         model.max_length = options.context
     if options.chat:
         model.lm.require_chat_template(options.model)
-    results = run_tasks(
+    return run_tasks(
         model,
         tasks,
         manager,
@@ -145,9 +167,6 @@ def evaluate_tasks(options: Options) -> None:
         limit=options.limit,
         apply_chat_template=options.chat,
     )
-    if options.out is not None:
-        write_atomically(Path(options.out), results_json(results, indent=2).encode() + b"\n")
-    print(results_json(results["results"]) if options.json else results_table(results))
 
 
 def check_tasks(options: Options) -> None:

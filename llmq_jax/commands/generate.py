@@ -61,6 +61,7 @@ def main(options: Options) -> None:
         raise BadInput(f"{fault}: give either --prompt TEXT or --prompt-file FILE")
     if options.jsonl and options.prompt_file is None:
         raise BadInput("--jsonl has no effect without --prompt-file; leave it out")
+    options.check()
     from llmq_jax.data.sources import is_jsonl
 
     if options.jsonl or (options.prompt_file is not None and is_jsonl(options.prompt_file)):
@@ -73,7 +74,13 @@ def _continue_text(options: Options) -> None:
     for name in ("batch_size", "out"):
         if getattr(options, name) is not None:
             raise BadInput(f"{option_name(name)} has no effect without a .jsonl file of prompts; leave it out")
+    options.check_one_row("one prompt")
     text = _text(options)
+    with options.on_devices():
+        _print_text(options, text)
+
+
+def _print_text(options: Options, text: str) -> None:
     lm, drawing = options.load()
     if options.chat:
         lm.require_chat_template(options.model)
@@ -147,6 +154,11 @@ def _continue_file(options: Options) -> None:
     numbers, records = _read_records(options)
     if options.chat and not any("prompt" in record for record in records):
         raise BadInput(f"--chat has no effect on {options.source}, where all are messages already; leave it out")
+    with options.on_devices(size):
+        _print_records(options, numbers, records, size)
+
+
+def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int) -> None:
     lm, drawing = options.load()
     import llmq_jax as lq
 
@@ -161,7 +173,7 @@ def _continue_file(options: Options) -> None:
             _stream(options, lm, prompt, drawing)
 
     start, lines = time.perf_counter(), []
-    size = min(size, len(prompts))
+    size = min(size, options.rows_of(len(prompts)))
     batches = range(0, len(prompts), size)
     for first in batches if options.out is None else with_progress(batches, "generating"):
         # The last batch is filled up with its last prompt: another shape would be compiled anew.

@@ -4,36 +4,52 @@ from typing import SupportsIndex
 
 from llmq_jax.data.tokenizers import Tokenizer
 
+REPLACEMENT = "\ufffd"
+
 
 class TextStream:
-    """Turns token ids, one at a time, into text as soon as it is certain: half a character is held back.
+    """Turns token ids, one at a time, into text as soon as it is certain. Held back are half a character, and a run of
+    byte tokens up to its end: see `Tokenizer.byte_tokens`.
 
-    The pieces that `push` and `finish` return, joined, are `tokenizer.decode(all ids)`.
+    The pieces that `push` and `finish` return, joined, are `tokenizer.decode(all ids)`. However long the text is, a
+    token is decoded a few times.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        # Tokens already shown that the next piece is decoded with: SentencePiece-like decoders drop a leading space
-        # when a text begins, so a piece must not be decoded as if it began one.
-        self._shown: list[int] = []
-        self._held: list[int] = []
+        # The last token that gave a piece, and those after it. The next piece is decoded behind it: SentencePiece-like
+        # decoders drop a leading space when a text begins, so a piece must not be decoded as if it began one.
+        self._ids: list[int] = []
+        self._shown = 0  # characters of their text that are in pieces already
 
     def push(self, token: SupportsIndex) -> str:
         """Text that became certain with this token; often one word, sometimes nothing."""
-        self._held.append(int(token))
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):
+        number = int(token)
+        self._ids.append(number)
+        alone = self._decode([number])
+        # A token without a text of its own, as a special one that is skipped, may stand within a run of byte tokens.
+        if not alone or number in self._tokenizer.byte_tokens:
             return ""
-        self._shown, self._held = self._held, []
-        return text
+        text = self._decode(self._ids)
+        certain = len(text) - text.endswith(REPLACEMENT)  # half a character at the end is one of these
+        piece = text[self._shown : certain]
+        if piece:
+            # The half a character, if any, begins within this token: an earlier one that went on would give no piece.
+            self._ids = [number]
+            self._shown = len(alone) - (len(text) - certain)
+        return piece
+
+    def held(self) -> str:
+        """What is held back, if it ends with a whole character: `finish` would return it. Decodes all of it anew."""
+        text = self._decode(self._ids)[self._shown :]
+        return "" if text.endswith(REPLACEMENT) else text
 
     def finish(self) -> str:
         """The rest, with U+FFFD for bytes that never became a character."""
-        text = self._new_text()
-        self._shown, self._held = [], []
+        text = self._decode(self._ids)[self._shown :]
+        self._ids, self._shown = [], 0
         return text
 
-    def _new_text(self) -> str:
-        shown = self._tokenizer.decode(self._shown, skip_special_tokens=self._skip)
-        return self._tokenizer.decode(self._shown + self._held, skip_special_tokens=self._skip)[len(shown) :]
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,39 @@ import numpy as np
 
 from llmq_jax.data.tokenizers import Tokenizer, encode_documents, tokenizer_in
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import create
+from llmq_jax.json_text import parse_json
 
 FACTS = "tokens.json"
 VERSION = 1
+PARTS = ("training", "validation")
+DTYPES = ("uint16", "uint32")
 SAMPLE_CHARACTERS = 10_000
-"""Of the text, by which a tokenizer is known for the one that made the tokens."""
+
+
+@dataclass(frozen=True)
+class StreamFacts:
+    """What tokens.json says of a stream."""
+
+    tokens: int
+    largest_id: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """And of the whole."""
+
+    tokenizer: str
+    """Its name."""
+    dtype: str
+    separated: bool
+    """Whether an end-of-text token stands after each document; a single text has none."""
+    sample: str
+    """A part of the text, and the tokens that it gives: by these a tokenizer is known for the one that made them."""
+    sample_tokens: str
+    about: dict[str, Any]
+    """What else whoever wrote it had to say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,43 +61,33 @@ class TokenFiles:
     """A folder of tokens, as `read_tokens` finds it."""
 
     folder: Path
+    facts: Facts
+    streams: dict[str, StreamFacts]
+    """Of "training", and of "validation" where a part is held out. The digests are from when the files were written: to
+    read all of them takes too long."""
     training: np.ndarray
     """[N], mapped from its file and read where it is looked at."""
     validation: np.ndarray | None
     """[M], what is held out; None where nothing is."""
-    facts: dict[str, Any]
-    """What tokens.json says."""
-
-    @property
-    def separated(self) -> bool:
-        """Whether an end-of-text token stands after each document; a single text has none."""
-        return bool(self.facts["separated"])
 
     @property
     def largest_id(self) -> int:
         """Of both streams: a model's vocabulary must be greater."""
-        parts = (self.facts["training"], self.facts["validation"])
-        return max(int(part["largest_id"]) for part in parts if part is not None)
-
-    def sha256(self, part: str) -> str:
-        """Digest of "training" or "validation", from when the file was written: to read it all takes too long."""
-        digest: str = self.facts[part]["sha256"]
-        return digest
+        return max(stream.largest_id for stream in self.streams.values())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The one that made the tokens."""
-        tokenizer = tokenizer_in(self.folder / "tokenizer", self.facts["tokenizer"])
+        tokenizer = tokenizer_in(self.folder / "tokenizer", self.facts.tokenizer)
         if tokenizer is None:
             raise BadInput(f"{self.folder / 'tokenizer'} holds no tokenizer; prepare the text again")
         return tokenizer
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """BadInput unless the tokenizer makes the same tokens of the sample of text that is kept with them."""
-        sample = self.facts["sample"]
-        if _sample_tokens(tokenizer, sample["text"], self.separated) != sample["tokens"]:
+        if _sample_tokens(tokenizer, self.facts.sample, self.facts.separated) != self.facts.sample_tokens:
             raise BadInput(
-                f"{self.folder} holds tokens of the tokenizer {self.facts['tokenizer']}, and {tokenizer.name} makes "
+                f"{self.folder} holds tokens of the tokenizer {self.facts.tokenizer}, and {tokenizer.name} makes "
                 "others of the same text; prepare the text again with the model's own tokenizer"
             )
 
@@ -83,27 +101,24 @@ def read_tokens(folder: str | Path) -> TokenFiles:
     """The tokens of a folder that `write_tokens` wrote. BadInput: a file is missing, cut off, or of another version."""
     folder = Path(folder)
     try:
-        facts = json.loads((folder / FACTS).read_bytes())
-        if facts["version"] != VERSION:
-            raise BadInput(f"{folder}/{FACTS} is of version {facts['version']}; prepare the text again")
-
-        def stream(name: str) -> np.ndarray:
-            return _mapped(folder / f"{name}.bin", facts[name]["tokens"], facts["dtype"])
-
-        validation = None if facts["validation"] is None else stream("validation")
-        files = TokenFiles(folder, stream("training"), validation, facts)
-        # What is missing is told now, not in the midst of a run.
-        _ = files.largest_id, files.separated, facts["tokenizer"], facts["sample"]["text"], facts["sample"]["tokens"]
-        _ = [files.sha256(part) for part in ("training", "validation") if facts[part] is not None]
+        said = parse_json((folder / FACTS).read_bytes())
+        if (version := said.pop("version")) != VERSION:
+            raise BadInput(f"{folder / FACTS} is of version {version}; prepare the text again")
+        streams = said.pop("streams")
+        facts = create(Facts, said)
+        parts = {name: create(StreamFacts, streams[name]) for name in PARTS if name == "training" or name in streams}
+        arrays = {name: _mapped(folder / f"{name}.bin", stream.tokens, facts.dtype) for name, stream in parts.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{folder} cannot be read as tokens ({error!r:.200}); prepare the text again") from None
-    return files
+    return TokenFiles(folder, facts, parts, arrays["training"], arrays.get("validation"))
 
 
 def _mapped(path: Path, count: int, dtype: str) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise BadInput(f"{path} is of the type {dtype!r}, not {' or '.join(DTYPES)}; prepare the text again")
     expected = count * np.dtype(dtype).itemsize
     size = path.stat().st_size
-    if size != expected:
+    if size != expected or not size:
         raise BadInput(f"{path} has {size:,} bytes, not the {expected:,} of {count:,} tokens; copy or prepare it again")
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
 
@@ -130,18 +145,15 @@ def write_tokens(
     partial.mkdir(parents=True)
     try:
         sample = sample[:SAMPLE_CHARACTERS]
-        facts = {
-            "version": VERSION,
-            "tokenizer": tokenizer.name,
-            "dtype": tokenizer.dtype.name,
-            "separated": separated,
-            "training": _write(partial / "training.bin", training, tokenizer.dtype),
-            "validation": validation and _write(partial / "validation.bin", validation, tokenizer.dtype),
-            "sample": {"text": sample, "tokens": _sample_tokens(tokenizer, sample, separated)},
-            **(about or {}),
-        }
+        streams = {"training": _write(partial / "training.bin", training, tokenizer.dtype)}
+        if validation is not None:
+            streams["validation"] = _write(partial / "validation.bin", validation, tokenizer.dtype)
+        tokens = _sample_tokens(tokenizer, sample, separated)
+        facts = Facts(tokenizer.name, tokenizer.dtype.name, separated, sample, tokens, about or {})
+        said = {"version": VERSION, "streams": {name: asdict(stream) for name, stream in streams.items()}}
+        said |= asdict(facts)
         tokenizer.save(partial / "tokenizer")
-        (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        (partial / FACTS).write_text(json.dumps(said, indent=2) + "\n")
         check_new(folder)
         partial.rename(folder)
     except BaseException:
@@ -156,7 +168,7 @@ def check_new(folder: str | Path) -> None:
         raise BadInput(f"{folder} exists already, and tokens go into a new folder; choose another name or remove it")
 
 
-def _write(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> dict[str, Any]:
+def _write(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> StreamFacts:
     digest, count, largest = hashlib.sha256(), 0, 0
     with path.open("wb") as file:
         for piece in pieces:
@@ -167,7 +179,7 @@ def _write(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> dict[st
             largest = max(largest, int(piece.max(initial=0)))
     if not count:
         raise BadInput(f"there is no token to write to {path.name}: the text is empty")
-    return {"tokens": count, "largest_id": largest, "sha256": digest.hexdigest()}
+    return StreamFacts(count, largest, digest.hexdigest())
 
 
 def _sample_tokens(tokenizer: Tokenizer, text: str, separated: bool) -> str:

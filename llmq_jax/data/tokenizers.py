@@ -12,7 +12,7 @@ Three rules hold for all of them:
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -78,10 +78,10 @@ class Tokenizer(ABC):
         """Text of token ids; special tokens are spelled out unless skipped. Never fails."""
 
     @property
-    def byte_tokens(self) -> frozenset[int]:
-        """Ids of single bytes that are decoded run by run: where a run is not valid UTF-8, each of its bytes becomes
+    def byte_tokens(self) -> Mapping[int, int]:
+        """{id: byte} of tokens that are decoded run by run: where a run is not valid UTF-8, each of its bytes becomes
         U+FFFD, whole characters too. So does byte fallback, as in Llama 2; byte-level BPE has none."""
-        return frozenset()
+        return {}
 
     @property
     def beginning(self) -> tuple[int, ...]:
@@ -372,9 +372,11 @@ class FileTokenizer(Tokenizer):
             return self._plain.decode(known, skip_special_tokens=skip_special_tokens)
 
     @cached_property
-    def byte_tokens(self) -> frozenset[int]:
-        named = {token: self._plain.token_to_id(token) for token in (f"<0x{byte:02X}>" for byte in range(256))}
-        return frozenset(i for token, i in named.items() if i is not None and self.decode([i]) != token)
+    def byte_tokens(self) -> Mapping[int, int]:
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        ids = [self._plain.token_to_id(name) for name in names]
+        # Without byte fallback in its decoder, the tokenizer spells them out.
+        return {i: byte for byte, i in enumerate(ids) if i is not None and self.decode([i]) != names[byte]}
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces, counts = [], []
@@ -411,20 +413,25 @@ def _rust_told(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, or from a folder with one or with GPT-2's files."""
+    """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, from a folder with one or with GPT-2's files, or of
+    a model on the Hugging Face hub ("org/name"), of which no weights are fetched."""
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
     if str(name_or_path) == "gpt2":
         return GPT2Tokenizer()
     path = Path(name_or_path)
+    if "/" in str(name_or_path) and not path.exists():
+        from llmq_jax.interop.huggingface import find  # which imports JAX
+
+        path = find(name_or_path, tokenizer=True)
     if path.is_file():
         return _own_tokenizer(TokenizerFiles.read(path).contents) or FileTokenizer(path)
     found = tokenizer_in(path) if path.is_dir() else None
     if found is None:
         what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
         raise BadInput(
-            f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json or a folder with one; "
-            f"this is {what}"
+            f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json, a folder with one, or the "
+            f"org/name of a model on the Hugging Face hub; this is {what}"
         )
     return found
 

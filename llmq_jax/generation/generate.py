@@ -110,12 +110,12 @@ def generate(
     state = request.start()
     if not request.stop_strings:
         return request.finish(request.advance(state, max_new_tokens))
-    reached = 1
+    reached, texts = 1, [RowText(request) for _ in request.seeds]
     while not bool(state.done.all()) and reached < max_new_tokens:
-        state = request.stop_at_strings(state)
+        state = request.stop_at_strings(state, texts)
         reached = min(reached + STRETCH, max_new_tokens)
         state = request.advance(state, reached)
-    return request.finish(request.stop_at_strings(state))
+    return request.finish(request.stop_at_strings(state, texts))
 
 
 def stream(
@@ -131,8 +131,9 @@ def stream(
 ) -> Iterator[str]:
     """Yield the text of one continuation as it comes; the pieces join to what `generate` gives.
 
-    A piece is held back while it may still change: half of a character, or the beginning of a stop string. Arguments
-    and errors are those of `generate`, and errors are raised at once; BadInput also for a model without a tokenizer.
+    A piece is held back while it may still change: half of a character, characters spelled as bytes by a tokenizer with
+    byte fallback until a token of another kind comes, or the beginning of a stop string. Arguments and errors are those
+    of `generate`, and errors are raised at once; BadInput also for a model without a tokenizer.
     """
     if lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
@@ -141,29 +142,59 @@ def stream(
 
 
 def _pieces(request: "Request") -> Iterator[str]:
-    assert request.lm.tokenizer is not None
-    decoder, text, shown = TextStream(request.lm.tokenizer, skip_special_tokens=True), "", 0
-    state, seen, finished = request.start(), 0, False
+    row, shown = RowText(request), 0
+    state, finished = request.start(), False
     while not finished:
         tokens, length, done = jax.device_get((state.tokens[0], state.lengths[0], state.done[0]))
-        stopped = None
-        for token in tokens[seen:length].tolist():
-            if token not in request.end_tokens:
-                text += decoder.push(token)
-            stopped = request.stop_position(text)
-            if stopped is not None:
-                break
-        seen = int(length)
-        finished = bool(done) or stopped is not None or seen == request.max_new_tokens
-        if finished and stopped is None:
-            text += decoder.finish()
-            stopped = request.stop_position(text)
-        end = stopped if finished else request.certain(text)
-        if text[shown:end]:
-            yield text[shown:end]
-            shown = len(text[:end])
+        ended = bool(done or length == request.max_new_tokens)
+        row.read_on(tokens[row.read : length].tolist(), ended)
+        finished = ended or row.stop is not None
+        end = row.stop if finished else request.certain(row.text)
+        if row.text[shown:end]:
+            yield row.text[shown:end]
+            shown = len(row.text[:end])
         if not finished:
-            state = request.advance(state, seen + 1)
+            state = request.advance(state, row.read + 1)
+
+
+class RowText:
+    """The text of one row, read as its tokens come, up to the first token with which it holds a stop string."""
+
+    def __init__(self, request: "Request"):
+        assert request.lm.tokenizer is not None
+        self.text = ""
+        """What is certain."""
+        self.read = 0
+        """The number of tokens read."""
+        self.stop: int | None = None
+        """Where in the text the stop string begins, None while there is none."""
+        self._request = request
+        self._stream = TextStream(request.lm.tokenizer, skip_special_tokens=True)
+        self._bytes = request.lm.tokenizer.byte_tokens
+        self._longest = max(map(len, request.stop_strings), default=0)
+        self._last_bytes = {string.encode()[-1] for string in request.stop_strings}
+
+    def read_on(self, tokens: Iterable[int], ended: bool) -> None:
+        """Read further tokens of the row; `ended` says that there will be no others."""
+        for token in tokens:
+            if self.stop is not None:
+                return
+            self.read += 1
+            if token not in self._request.end_tokens:
+                piece = self._stream.push(token)
+                # A row that stops here ends here, and then what is held back is text. It is decoded where it may hold
+                # a stop string that it did not before.
+                completes = self._longest and self._bytes.get(token) in (None, *self._last_bytes)
+                self._add(piece, self._stream.held() if completes else "")
+        if ended and self.stop is None:
+            self._add(self._stream.finish())
+
+    def _add(self, piece: str, held: str = "") -> None:
+        start = max(0, len(self.text) - self._longest + 1)
+        self.text += piece
+        self.stop = self._request.stop_position(self.text + held, start)
+        if self.stop is not None:
+            self.text += self._stream.finish()
 
 
 @dataclass(frozen=True)
@@ -292,20 +323,15 @@ class Request:
         )
         return advanced
 
-    def stop_at_strings(self, state: DecodeState) -> DecodeState:
+    def stop_at_strings(self, state: DecodeState, texts: Sequence["RowText"]) -> DecodeState:
         """Mark the rows whose text holds a stop string as done, their length up to the token that completed it."""
-        if not self.stop_strings:
-            return state
         tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
         lengths, done = lengths.copy(), done.copy()
-        for row in range(len(tokens)):
-            ids = tokens[row, : lengths[row]].tolist()
-            if self.stop_position(self._decode(ids)) is None:
-                continue
-            # The shortest beginning that holds it. Few tokens are new since the last look, so go from the end.
-            while len(ids) > 1 and self.stop_position(self._decode(ids[:-1])) is not None:
-                ids.pop()
-            lengths[row], done[row] = len(ids), True
+        for row, text in enumerate(texts):
+            ended = bool(done[row] or lengths[row] == self.max_new_tokens)
+            text.read_on(tokens[row, text.read : lengths[row]].tolist(), ended)
+            if text.stop is not None:
+                lengths[row], done[row] = text.read, True
         past = np.arange(tokens.shape[1])[None] >= lengths[:, None]
         return state.replace(
             lengths=jnp.asarray(lengths),
@@ -341,9 +367,9 @@ class Request:
         assert self.lm.tokenizer is not None
         return self.lm.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def stop_position(self, text: str) -> int | None:
-        """Where the first stop string begins."""
-        found = [text.find(string) for string in self.stop_strings]
+    def stop_position(self, text: str, start: int = 0) -> int | None:
+        """Where the first stop string from `start` on begins."""
+        found = [text.find(string, start) for string in self.stop_strings]
         return min((at for at in found if at >= 0), default=None)
 
 

@@ -92,7 +92,8 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
-    """The `config.json` of a config, as a dict. BadInput for what transformers has no form for, such as other norms."""
+    """The `config.json` of a config, as a dict. BadInput for what transformers has no form for, such as other norms, or
+    a field of your own that is not at its default."""
     return config_table(config.model_type).to_hf(config)
 
 

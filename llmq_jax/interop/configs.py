@@ -14,6 +14,7 @@ from typing import Any
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import as_type, has_type, type_name
 from llmq_jax.interop.float8 import without_blocks
+from llmq_jax.interop.tables import KEEP as KEEP
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.heads import numbered_labels
 
@@ -31,7 +32,14 @@ _HARMLESS = """
 """
 HARMLESS = frozenset(_HARMLESS.split())
 
-KEEP = "keep such a model in our own format (lq.save)"
+_ROTARY = """
+    attention_dropout hidden_size initializer_range intermediate_size max_position_embeddings num_attention_heads
+    num_hidden_layers rms_norm_eps rope_parameters tie_word_embeddings vocab_size
+"""
+ROTARY = frozenset(_ROTARY.split())
+"""What all configs of models with rotary positions share with transformers'."""
+GROUPED = ROTARY | {"head_dim", "num_key_value_heads"}
+"""The same of those with grouped heads."""
 
 # transformers has several names for the same few functions.
 ACTIVATION_SPELLINGS = {
@@ -123,6 +131,9 @@ class ConfigTable:
     """transformers' class, written as "architectures"."""
     classifier: str
     """The same of a model with labels."""
+    shared: frozenset[str]
+    """Our fields that transformers' config has by the same name. What stands neither here nor in `renamed`, `own` and
+    `training` is a field of somebody's own, which transformers would pass over."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """{our field: their field} where the names differ; both are read, theirs is written."""
     aliases: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
@@ -168,17 +179,24 @@ class ConfigTable:
         return self.config_class(**fields, labels=labels)
 
     def to_hf(self, config: Any) -> dict[str, Any]:
-        """`config.json` as a dict, without the fields that belong to weights (`dtype`) and special tokens."""
+        """`config.json` as a dict, without the fields that belong to weights (`dtype`) and special tokens.
+
+        A field that is not transformers' is left out at its default, with which the model must compute what
+        transformers' does; any other value is BadInput.
+        """
         for name, (theirs, remedy) in self.own.items():
             value = getattr(config, name)
             if value != theirs:
                 known = f"transformers' {config.model_type} does not compute it"
                 raise BadInput(f"{name}={value!r} cannot be exported: {known}; {remedy}")
-        fields = {
-            self.renamed.get(entry.name, entry.name): getattr(config, entry.name)
-            for entry in dataclasses.fields(config)
-            if entry.name not in self._elsewhere
-        }
+        fields = {}
+        for entry in dataclasses.fields(config):
+            name, value = entry.name, getattr(config, entry.name)
+            if name in self.renamed or name in self.shared:
+                fields[self.renamed.get(name, name)] = value
+            elif name not in self._elsewhere and value != _default(entry):
+                unknown = f"transformers' {config.model_type} has no such field"
+                raise BadInput(f"{name}={value!r} cannot be exported: {unknown}; {KEEP}")
         values = {
             "architectures": [self.architecture if config.labels is None else self.classifier],
             **write_labels(config.labels),
@@ -193,3 +211,8 @@ class ConfigTable:
     def _elsewhere(self) -> set[str]:
         """Our fields that are not fields of config.json."""
         return {*self.own, *self.training, "labels"}
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    """What a field is where nothing is said of it; MISSING, which equals no value, where something must be."""
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ROTARY, ConfigTable
 from llmq_jax.interop.mixtral import GATE, UP
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, experts_out_in, out_in, rule, vector
@@ -127,10 +127,16 @@ def write_fields(config: DeepSeekV3Config, values: dict[str, Any]) -> dict[str, 
     return write_rope(config.rope, values | derived, config.qk_rope_head_dim)
 
 
+_SHARED = """
+    attention_bias first_k_dense_replace hidden_act kv_lora_rank moe_intermediate_size n_group n_routed_experts
+    n_shared_experts norm_topk_prob num_experts_per_tok num_nextn_predict_layers q_lora_rank qk_nope_head_dim
+    qk_rope_head_dim rope_interleave routed_scaling_factor topk_group v_head_dim
+"""
 CONFIG = ConfigTable(
     config_class=DeepSeekV3Config,
     architecture="DeepseekV3ForCausalLM",
     classifier="DeepseekV3ForSequenceClassification",
+    shared=ROTARY | set(_SHARED.split()),
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),

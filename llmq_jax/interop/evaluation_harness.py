@@ -31,7 +31,7 @@ from llmq_jax.errors import BadInput, close_names
 from llmq_jax.generation import Sampler, generate
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel, load
-from llmq_jax.layers.axes import replicated
+from llmq_jax.layers.axes import axis_sizes, replicated, row_devices
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.logprobs import greedy_logprobs
 from llmq_jax.weight_type import weight_type
@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     `batch_size` texts of similar length go through the model at a time. `max_length` is how many tokens it reads, by
     default as many as it can; `dtype`, for a name, that of `lq.load`. Where a task draws its answers, the request at
-    place i draws from the seed + i.
+    place i draws from the seed + i. It computes on the mesh that is set (`jax.set_mesh`), if one is.
     """
 
     def __init__(
@@ -233,7 +233,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """(places of rows of similar length, rows to fill up to); the longest first: if memory runs out, it does now.
 
         The bar is shown on a terminal."""
-        size = min(self.batch_size, max(1, len(rows)))
+        devices = row_devices(sizes) if (sizes := axis_sizes()) else 1
+        size = min(self.batch_size, -(-max(1, len(rows)) // devices) * devices)
         with tqdm(total=len(rows), desc=title, disable=disable_tqdm or None) as bar:
             for places in reversed(by_length([len(row) for row in rows], size)):
                 yield places, size

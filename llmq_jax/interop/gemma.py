@@ -13,7 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, CLASSIFIER_FIELDS, KEEP, ConfigTable, require_whole_heads
+from llmq_jax.interop.configs import (
+    ACTIVATION_SPELLINGS,
+    CLASSIFIER_FIELDS,
+    GROUPED,
+    KEEP,
+    ConfigTable,
+    require_whole_heads,
+)
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
@@ -94,6 +101,10 @@ def write_gemma3(config: Gemma3Config, values: dict[str, Any]) -> dict[str, Any]
     return write_ropes(config.rope, config.local_rope, values, config.head_dim)
 
 
+_SHARED = """
+    attention_bias final_logit_softcapping hidden_activation layer_types query_pre_attn_scalar sliding_window
+"""
+SHARED = GROUPED | set(_SHARED.split())
 OWN = {"norm": ("zero_centred_rms_norm", KEEP), "experts": (None, KEEP)}
 TOKEN_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 # The activation is hidden_activation's, whatever hidden_act says; caches are ours.
@@ -103,6 +114,7 @@ GEMMA2_CONFIG = ConfigTable(
     config_class=Gemma2Config,
     architecture="Gemma2ForCausalLM",
     classifier="Gemma2ForSequenceClassification",
+    shared=SHARED | {"attn_logit_softcapping"},
     aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     fixed={"use_bidirectional_attention": False},
     own=OWN,
@@ -115,6 +127,7 @@ GEMMA3_CONFIG = ConfigTable(
     config_class=Gemma3Config,
     architecture="Gemma3ForCausalLM",
     classifier="Gemma3TextForSequenceClassification",
+    shared=SHARED | {"local_rope_parameters"},  # `write_gemma3` puts it into rope_parameters
     aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     # transformers has the field, and nothing reads it: it computes as if it were null.
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},

@@ -130,10 +130,15 @@ LAYOUTS = {
     ),
 }
 
+_SHARED = """
+    activation_function attn_pdrop embd_pdrop initializer_range layer_norm_epsilon resid_pdrop tie_word_embeddings
+    vocab_size
+"""
 CONFIG = ConfigTable(
     config_class=GPT2Config,
     architecture="GPT2LMHeadModel",
     classifier="GPT2ForSequenceClassification",
+    shared=frozenset(_SHARED.split()),
     renamed={
         "max_position_embeddings": "n_positions",
         "hidden_size": "n_embd",

@@ -51,7 +51,8 @@ EXPORTED = (
     *COMPANION_FILES,
 )
 """All that an export may consist of."""
-DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+TOKENIZER_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja")
+DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", *TOKENIZER_DOWNLOADED)
 DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin",)
 
 
@@ -114,7 +115,7 @@ def save_hf(
     one that holds nothing but an earlier export. It appears complete or not at all.
 
     BadInput: a folder that may not be replaced, a `dtype` that is no floating one, or a model that transformers has no
-    form for (experts in a Llama, Dynamic Tanh, ...), which `save` keeps.
+    form for (experts in a Llama, Dynamic Tanh, a field or a weight of your own, ...), which `save` keeps.
     """
     folder = Path(folder).expanduser().resolve()
     dtype = float_type(dtype)
@@ -165,9 +166,9 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
     return tokens[0], files.naming("pad_token", spelling)
 
 
-def find(name: str | os.PathLike[str]) -> Path:
+def find(name: str | os.PathLike[str], *, tokenizer: bool = False) -> Path:
     """Where a model is: a path that exists, or the local copy of what the hub has under this name ("org/name", or
-    "org/name@revision" for one commit, tag or branch of it).
+    "org/name@revision" for one commit, tag or branch of it), of which `tokenizer` fetches no weights.
 
     The hub is not asked for what can only be a path: `runs/mien` where there is a folder `runs`.
     """
@@ -181,12 +182,13 @@ def find(name: str | os.PathLike[str]) -> Path:
         raise BadInput(f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else ""))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or name.startswith("."):
         raise BadInput(f"{name}: there is no such file or folder")
-    return download(name)
+    return download(name, tokenizer=tokenizer)
 
 
-def download(name: str) -> Path:
-    """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision"), fetched unless it is there
-    already. Nothing is fetched but weights, JSON and text: no program, and no pickle where there are safetensors."""
+def download(name: str, *, tokenizer: bool = False) -> Path:
+    """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision"), or of what it has beside
+    weights, fetched unless it is there already. Nothing is fetched but weights, JSON and text: no program, and no
+    pickle where there are safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -194,8 +196,9 @@ def download(name: str) -> Path:
     wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None, "ignore_patterns": ["*/*"]}
     try:
         # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
-        folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED))
-        if not is_safetensors(Path(folder)) and not (Path(folder) / "adapter_model.safetensors").is_file():
+        folder = snapshot_download(**wanted, allow_patterns=list(TOKENIZER_DOWNLOADED if tokenizer else DOWNLOADED))
+        weights = is_safetensors(Path(folder)) or (Path(folder) / "adapter_model.safetensors").is_file()
+        if not (weights or tokenizer):
             folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED_WITHOUT_SAFETENSORS))
     except LocalEntryNotFoundError as error:
         raise BadInput(

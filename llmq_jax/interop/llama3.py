@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable, require_whole_heads
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, KEEP, ConfigTable, require_whole_heads
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
@@ -132,6 +132,7 @@ CONFIG = ConfigTable(
     config_class=Llama3Config,
     architecture="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
+    shared=GROUPED | {"attention_bias", "hidden_act", "mlp_bias"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.interop import llama3
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, KEEP, ConfigTable
 from llmq_jax.interop.llama3 import derive_sizes, write_sizes
 from llmq_jax.interop.rope import read_rope
 from llmq_jax.interop.tables import Rule, Shape, WeightTable, experts_out_in, out_in, rule
@@ -51,6 +51,7 @@ CONFIG = ConfigTable(
     config_class=MixtralConfig,
     architecture="MixtralForCausalLM",
     classifier="MixtralForSequenceClassification",
+    shared=GROUPED | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0, "sliding_window": None},
     own={

@@ -11,6 +11,7 @@ its matrices are, and `base_model.tinylora_v.G` for each group of matrices that 
 LoRA-XS has no form of its own there: it is written as the LoRA that it equals, B' = R B.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,11 @@ class Site(NamedTuple):
 
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name, without a revision, can be one of the hub's ("org/name"), and is no path that exists."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
 def module_names(config: Any) -> dict[str, set[str]]:

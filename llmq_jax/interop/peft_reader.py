@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import has_type, type_name
 from llmq_jax.interop.architectures import weight_table
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, memory_table, sites_of
+from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, memory_table, sites_of
 from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tables import Placement
 from llmq_jax.interop.tensor_files import read_json
@@ -96,7 +96,7 @@ def base_of(folder: Path) -> tuple[str, int]:
     """(the name of the base in a folder of PEFT's, or "", the number of classes if it is a classifier's)."""
     values = _read_config(folder)
     base = values.get("base_model_name_or_path") or ""
-    if values.get("revision") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists():  # at the hub
+    if values.get("revision") and is_hub_id(base):
         base = f"{base}@{values['revision']}"
     score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
     return base, 0 if score is None else score.shape[0]

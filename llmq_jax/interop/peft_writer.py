@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.huggingface import check_target
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, sites_of
+from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
+from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
 from llmq_jax.interop.tables import in_out
 from llmq_jax.interop.tensor_files import write_json
 from llmq_jax.interop.whole_folders import whole_folder
@@ -35,17 +36,25 @@ from llmq_jax.layers.lora import (
 
 PEFT_VERSION = "0.21.2"  # whose folders these are
 CARD = "README.md"  # a model card, which is nobody's but its author's
+EXPORTED = (CONFIG, WEIGHTS, CARD, GENERATION_CONFIG, "tokenizer.json", *COMPANION_FILES)
+"""All that such a folder of ours may consist of."""
 TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 """Modules of these names, in a model that has experts too, PEFT takes for what its experts were in transformers 4."""
 
 
 def write_adapter(
-    variables: dict[str, Any], config: Any, folder: str | os.PathLike[str], base: str = "", overwrite: bool = False
+    variables: dict[str, Any],
+    config: Any,
+    folder: str | os.PathLike[str],
+    base: str = "",
+    overwrite: bool = False,
+    text_files: Any = None,
 ) -> Path:
-    """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them.
+    """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them, for
+    one of the hub also "org/name@revision".
 
-    A classifier's head is written whole, as PEFT's `modules_to_save` has it. BadInput where there are no adapters, or
-    one where PEFT has none.
+    A classifier's head is written whole, as PEFT's `modules_to_save` has it. `text_files`, which has a method
+    `save(folder)`, is what goes beside them for text. BadInput where there are no adapters, or one where PEFT has none.
     """
     tied = TIED in variables.get(LORA, {})
     found = adapters(spread(variables))
@@ -68,9 +77,8 @@ def write_adapter(
     if config.labels is not None:
         score = np.asarray(variables["params"]["score"]["kernel"])
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
-    values |= {
+    values |= _named_base(base) | {
         "task_type": "CAUSAL_LM" if config.labels is None else "SEQ_CLS",
-        "base_model_name_or_path": base or None,
         "bias": "none",
         "fan_in_fan_out": any(site.placement.transform is in_out for site in sites),
         "inference_mode": True,
@@ -79,7 +87,7 @@ def write_adapter(
         "peft_version": PEFT_VERSION,
     }
     folder = Path(folder).expanduser().resolve()
-    check_target(folder, overwrite, CONFIG, (CONFIG, WEIGHTS, CARD))
+    check_target(folder, overwrite, CONFIG, EXPORTED)
     taken = [site.module for site in sites if site.module.endswith(TAKEN_FOR_EXPERTS) and not site.of_experts]
     if not tiny and taken and any(site.of_experts for site in sites_of(config)):
         warnings.warn(
@@ -90,9 +98,19 @@ def write_adapter(
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, values)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        if text_files is not None:
+            text_files.save(partial)
         if (folder / CARD).is_file():
             shutil.copy(folder / CARD, partial / CARD)
     return folder
+
+
+def _named_base(base: str) -> dict[str, Any]:
+    """The fields that name it: PEFT has one of its own for a revision of the hub's."""
+    name, _, revision = base.partition("@")
+    if not revision or Path(base).exists() or not is_hub_id(name):
+        return {"base_model_name_or_path": base or None}
+    return {"base_model_name_or_path": name, "revision": revision}
 
 
 def _low_rank(

@@ -34,6 +34,8 @@ Shape = tuple[int, ...]
 Path = tuple[str, ...]
 PARAMS = "params"
 """The collection of what is trained."""
+KEEP = "keep such a model in our own format (lq.save)"
+"""What to do with a model that another format has no place for."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +233,12 @@ class WeightTable:
             if path in expected and leaf.shape != expected[path].shape
         ]
         named = {placement.path for placement in placements}
+        homeless = [path for path in leaves if path not in named]
         problems = [
             *_listed("missing", [_name(path) for path in expected if path not in leaves]),
-            *_listed("without a place in this layout", [_name(path) for path in leaves if path not in named]),
+            *_listed("without a place in this layout", [_name(path) for path in homeless]),
             *_listed("of another shape", wrong),
+            *([KEEP] if any(path in expected for path in homeless) else []),  # the model's own, not what strayed in
         ]
         if problems:
             raise BadInput(f"the variables do not fit {type(config).__name__}: {'; '.join(problems)}")

@@ -81,9 +81,10 @@ class Pattern(nn.Module):
         new_caches, counts = {}, {}
         for i, make in enumerate(self.blocks):
             name = f"block_{i}"
-            x, new_caches[name], counts[name] = make(name=name)(x, context, caches and caches[name])
+            cache = None if caches is None else caches[name]
+            x, new_caches[name], counts[name] = make(name=name)(x, context, cache)
             x = constrain(x, "batch")
-        return x, (caches and new_caches, counts)
+        return x, (None if caches is None else new_caches, counts)
 
 
 class Decoder(nn.Module):
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
     scan_layers: bool = True
     """Run a group's layers as a compiled loop; False writes them out (longer to compile, at times faster)."""
     attention: str = "auto"
-    """How a sequence attends to itself: "masked", "blocked" or "fused"; "auto" takes what suits the backend."""
+    """How a sequence attends to itself: "plain", "masked", "blocked", "fused", or "auto": what suits the backend."""
     frozen_layers: int = 0
     """How many of the lowest layers are frozen. A stack that this cuts runs as two: see `training.parts`."""
 
@@ -238,8 +239,9 @@ class Decoder(nn.Module):
         x = constrain(self.embed(tokens, positions), "batch")
         new_caches, counts = {}, {}
         for name in self.stacks():
-            x, (new_caches[name], counts[name]) = getattr(self, name)(x, caches and caches[name], context)
-        return Output(self.normalise(x), x, caches and new_caches, counts)
+            cache = None if caches is None else caches[name]
+            x, (new_caches[name], counts[name]) = getattr(self, name)(x, cache, context)
+        return Output(self.normalise(x), x, None if caches is None else new_caches, counts)
 
     def hidden(
         self,

@@ -15,7 +15,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
 from llmq_jax.objectives.cross_entropy import token_losses
-from llmq_jax.objectives.next_token import safe_divide, with_balance
+from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.next_token import safe_divide
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Classification:
         if rng is None:
             return loss, metrics, output.counts
         share = safe_divide(mask.sum(), weights["accuracy"])
-        total, balance = with_balance(loss, self.model.experts, output.counts, share)
-        return total, {**metrics, **({"classification_loss": loss, **balance} if balance else {})}, output.counts
+        experts = self.model.experts
+        return with_balance_losses(loss, metrics, output.counts, experts, share, name="classification_loss")
 
     def _row_weights(self, batch: dict[str, Array]) -> Float[Array, " B"]:
         mask = batch["mask"].astype(jnp.float32)

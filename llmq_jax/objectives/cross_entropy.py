@@ -6,7 +6,7 @@ give its loss and, while they are at hand, the gradients, so that nothing of siz
 gradient of the head itself: as fast as the plain form, in a fraction of its memory.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -69,19 +69,12 @@ def _summed_loss(unembed: Unembed, head: Any, hidden: Array, targets: Array, mas
 
 def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) -> tuple[Array, tuple[Any, Array]]:
     # Each comes as (value, whether a gradient is wanted): a head that stays as it is costs none.
-    leaves, structure = jax.tree.flatten(head, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-    learns = [leaf.perturbed for leaf in leaves]
-    fixed = [leaf.value for leaf in leaves if not leaf.perturbed]
-    head = [leaf.value for leaf in leaves if leaf.perturbed]
+    learns, fixed = (_those(head, perturbed) for perturbed in (True, False))
     hidden, targets, mask = hidden.value, targets.value, mask.value
-
-    def whole(learning: Iterable[Any]) -> Any:
-        learning, others = iter(learning), iter(fixed)
-        return jax.tree.unflatten(structure, [next(learning if learn else others) for learn in learns])
 
     @by_group
     def gradients(rows: Array, target: Array, weight: Array) -> tuple[Any, ...]:
-        logits, pull_back = jax.vjp(lambda head, rows: unembed(whole(head), rows), head, rows)
+        logits, pull_back = jax.vjp(lambda learns, rows: unembed(_joined(learns, fixed), rows), learns, rows)
         losses = token_losses(logits, target)
         # d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t)
         onehot = target[:, None] == jnp.arange(logits.shape[-1])
@@ -95,11 +88,25 @@ def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) 
 
     # Groups add up at the end, once: in the loop they would do so for every chunk.
     groups = mask.shape[1]
-    start = (jnp.zeros(groups, jnp.float32), [jnp.zeros((groups, *x.shape), x.dtype) for x in head])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((groups, *leaf.shape), leaf.dtype), learns)
+    start = jnp.zeros(groups, jnp.float32), zeros
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, (hidden, targets, mask))
-    each = iter(x.sum(0) for x in head_gradient)
-    head_gradient = jax.tree.unflatten(structure, [next(each) if learn else None for learn in learns])
+    head_gradient = jax.tree.map(lambda leaf: leaf.sum(0), head_gradient)
     return total.sum(), (head_gradient, hidden_gradient)
+
+
+def _those(head: Any, perturbed: bool) -> Any:
+    """The values that a gradient is wanted of, or those of which none is, with None in the others' places."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if leaf.perturbed == perturbed else None,
+        head,
+        is_leaf=lambda leaf: hasattr(leaf, "perturbed"),
+    )
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """A tree of two that have None where the other has a value."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
 def _backward(unembed: Unembed, gradients: tuple[Any, Array], grad: Array) -> tuple[Any, Array, None, None]:

@@ -30,6 +30,25 @@ def balance_terms(
     return penalty, {**metrics, "max_violation_batch": share * max_violation(reports.assigned).mean()}
 
 
+def with_balance_losses(
+    loss: Float[Array, ""],
+    metrics: dict[str, Array],
+    counts: dict[str, Any],
+    experts: Experts | None,
+    share: Float[Array, ""],
+    *,
+    name: str,
+) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
+    """What an objective returns in training, from its loss, metrics and counts: (what is minimised, metrics, counts).
+
+    Training minimises the loss plus the balance losses of experts. The metrics then hold these too, and the loss itself
+    by its own `name`, such as "next_token_loss". Without experts nothing is added, and all stays as it is. `share` is
+    this micro-batch's part of the batch.
+    """
+    penalty, balance = balance_terms(experts, counts, share)
+    return loss + penalty, {name: loss, **metrics, **balance} if balance else metrics, counts
+
+
 def load_metrics(experts: Experts | None, counts: dict[str, Any]) -> dict[str, Array]:
     """Of the assignments of a whole step: `expert_load` [layers, experts], and the mean over layers of the largest
     violation; with fixed slots also the part that was dropped."""

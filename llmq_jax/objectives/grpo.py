@@ -40,8 +40,9 @@ from jaxtyping import Array, Bool, Float, Int
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.positions import DynamicRope, LongRope
 from llmq_jax.models.decoder import Decoder
+from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
-from llmq_jax.objectives.next_token import safe_divide, with_balance
+from llmq_jax.objectives.next_token import safe_divide
 
 Mask = Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"]
 Advantages = Float[Array, " B"] | Float[Array, "B C"]
@@ -482,5 +483,5 @@ class GRPO(LossOptions):
         )
         if rng is None:
             return loss, metrics, counts
-        total, balance = with_balance(loss, self.model.experts, counts, _share(mask, weights))
-        return total, {"policy_loss": loss, **metrics, **balance} if balance else metrics, counts
+        share = _share(mask, weights)
+        return with_balance_losses(loss, metrics, counts, self.model.experts, share, name="policy_loss")

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models.deepseek3 import DeepSeek3, has_token_ahead
-from llmq_jax.objectives.next_token import head_loss, safe_divide, with_balance
+from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.next_token import head_loss, safe_divide
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class MultiToken:
         if rng is None:
             return loss, losses, output.counts
         share = safe_divide(batch["mask"].astype(jnp.float32).sum(), weights["loss"])
-        total, metrics = with_balance(loss, self.model.experts, output.counts, share)
+        total, metrics, counts = with_balance_losses(
+            loss, losses, output.counts, self.model.experts, share, name="next_token_loss"
+        )
         total += weights["coefficient"] / self.depth * sum(losses.values())
-        metrics |= {"mtp_coefficient": share * weights["coefficient"]}
-        return total, {"next_token_loss": loss, **losses, **metrics}, output.counts
+        return total, {"next_token_loss": loss, **metrics, "mtp_coefficient": share * weights["coefficient"]}, counts

@@ -12,10 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.moe import Experts
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy
-from llmq_jax.objectives.expert_balance import balance_terms
+from llmq_jax.objectives.expert_balance import with_balance_losses
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class NextToken:
         loss = safe_divide(head_loss(self.model, variables, output.hidden, batch["targets"], mask), weights["loss"])
         if rng is None:
             return loss, {}, output.counts
-        total, metrics = with_balance(loss, self.model.experts, output.counts, safe_divide(mask.sum(), weights["loss"]))
-        return total, {"next_token_loss": loss, **metrics} if metrics else {}, output.counts
+        share = safe_divide(mask.sum(), weights["loss"])
+        return with_balance_losses(loss, {}, output.counts, self.model.experts, share, name="next_token_loss")
 
 
 def head_loss(
@@ -68,14 +67,6 @@ def safe_divide(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Arra
     """total / weight; 0 where nothing counts. Sums over micro-batches, each divided by the weight of the whole batch,
     add up to the batch's mean."""
     return total / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-
-
-def with_balance(
-    loss: Float[Array, ""], experts: Experts | None, counts: dict[str, Any], share: Float[Array, ""]
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """(the loss and the balance losses of experts, metrics of these), for a micro-batch's `share` of the batch."""
-    penalty, metrics = balance_terms(experts, counts, share)
-    return loss + penalty, metrics
 
 
 def _unembed(model: Decoder, head: dict[str, Any], hidden: Array) -> Array:

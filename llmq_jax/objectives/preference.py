@@ -27,8 +27,9 @@ from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder
+from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.logprobs import logprobs_and_counts
-from llmq_jax.objectives.next_token import safe_divide, with_balance
+from llmq_jax.objectives.next_token import safe_divide
 
 LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
 SMOOTHED = ("sigmoid", "robust")
@@ -141,8 +142,8 @@ class DPO:
         loss = safe_divide((mask * losses).sum(), weights["loss"])
         if rng is None:
             return loss, metrics, counts
-        total, balance = with_balance(loss, self.model.experts, counts, safe_divide(mask.sum(), weights["loss"]))
-        return total, {**metrics, **({"preference_loss": loss, **balance} if balance else {})}, counts
+        share = safe_divide(mask.sum(), weights["loss"])
+        return with_balance_losses(loss, metrics, counts, self.model.experts, share, name="preference_loss")
 
 
 def pair_logprobs(

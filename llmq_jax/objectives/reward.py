@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
-from llmq_jax.objectives.next_token import safe_divide, with_balance
+from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.next_token import safe_divide
 
 POOLINGS = ("last", "mean")
 
@@ -86,8 +87,8 @@ class RewardModel:
         }
         if rng is None:
             return loss, metrics, counts
-        total, balance = with_balance(loss, self.model.experts, counts, safe_divide(mask.sum(), weights["loss"]))
-        return total, {**metrics, **({"reward_loss": loss, **balance} if balance else {})}, counts
+        share = safe_divide(mask.sum(), weights["loss"])
+        return with_balance_losses(loss, metrics, counts, self.model.experts, share, name="reward_loss")
 
 
 def bradley_terry_loss(

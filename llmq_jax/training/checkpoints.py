@@ -3,7 +3,7 @@
     checkpoints/00002000/state/            the state, an Orbax PyTree
                          config.json       the model's config
                          tokenizer/        the tokenizer's files, where the run has a tokenizer
-                         checkpoint.json   step, tokens seen, validation loss, version of this format
+                         checkpoint.json   step, tokens seen, what the step is judged by, version of this format
                          manifest.json     size and SHA-256 of all the files above
 
 A save fills the hidden folder `.saving-00002000`, writes the manifest last, puts everything on the disk, and then
@@ -23,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import traverse_util
@@ -38,8 +38,10 @@ from llmq_jax.training.processes import first, share, wait_for_all
 
 Name = tuple[str, ...]
 """Of an array: its path in the state."""
+JudgedBy = tuple[str, Literal["lowest", "highest"]]
+"""The validation mean that tells how good a step is, and which of its values is the best one."""
 
-VERSION = 1
+VERSION = 2
 STATE, CONFIG, TOKENIZER, INFO = "state", "config.json", "tokenizer", "checkpoint.json"
 SAVING, DELETING, DAMAGED = ".saving-", ".deleting-", "damaged-"
 MARGIN = 2**20  # bytes beside the arrays: their metadata, the tokenizer, records
@@ -50,9 +52,23 @@ class CheckpointInfo:
     step: int
     tokens: int = 0
     """Tokens trained on up to this step."""
-    validation_loss: float | None = None
+    judged_by: str | None = None
+    """Which validation mean `value` is: "loss", "reward". None in format 1, which did not say: there it is the loss, or
+    the reward with its sign turned."""
+    best: str = "lowest"
+    """Or "highest"."""
+    value: float | None = None
     """None where this step was not evaluated: such a checkpoint is never the best one."""
     version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.best not in ("lowest", "highest"):
+            raise BadInput(f"best={self.best!r} is neither lowest nor highest")
+
+    @property
+    def cost(self) -> float | None:
+        """The value, with its sign turned if need be, so that lower is better."""
+        return self.value if self.value is None or self.best == "lowest" else -self.value
 
 
 class Restored(NamedTuple):
@@ -70,7 +86,7 @@ class LoadedCheckpoint(NamedTuple):
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`. Of the committed ones the newest `keep_last` stay, and with `keep_best`
-    the one of lowest validation loss.
+    the best one.
 
     With several processes, all of them call `save` and `restore`; process 0 writes what is not an array.
     """
@@ -93,14 +109,15 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step of lowest validation loss, the earliest on a tie; None where no checkpoint was evaluated."""
-        losses = {}
+        """The step of lowest validation loss, or what else steps are judged by, the earliest on a tie; None where no
+        checkpoint was evaluated."""
+        costs = {}
         for step in self.steps():
             with contextlib.suppress(CorruptCheckpoint, BadInput):
-                loss = _read_info(self.path(step)).validation_loss
-                if loss is not None:
-                    losses[step] = loss
-        return min(losses, key=losses.__getitem__, default=None)
+                cost = _read_info(self.path(step)).cost
+                if cost is not None:
+                    costs[step] = cost
+        return min(costs, key=costs.__getitem__, default=None)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
@@ -113,13 +130,15 @@ class Checkpoints:
         *,
         model_config: Any = None,
         tokenizer: Any = None,
-        validation_loss: float | None = None,
+        judged_by: JudgedBy = ("loss", "lowest"),
+        value: float | None = None,
         tokens: int = 0,
     ) -> Path:
         """Commit the state, any pytree of arrays, as the checkpoint of `step`; then delete what need not be kept.
 
-        `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`. A save that fails, as
-        where there is no room, leaves nothing behind.
+        `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`; `value` is that of the
+        mean `judged_by`, where the step was evaluated. A save that fails, as where there is no room, leaves nothing
+        behind.
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
@@ -135,10 +154,8 @@ class Checkpoints:
                 tree = traverse_util.unflatten_dict(_named_leaves(state))
                 checkpointer.save(saving.absolute() / STATE, args=ocp.args.PyTreeSave(tree))
             if first():
-                loss = None
-                if validation_loss is not None and math.isfinite(validation_loss):
-                    loss = float(validation_loss)
-                info = CheckpointInfo(step=step, tokens=tokens, validation_loss=loss)
+                found = float(value) if value is not None and math.isfinite(value) else None
+                info = CheckpointInfo(step, tokens, *judged_by, value=found)
                 (saving / CONFIG).write_bytes(json_bytes(config_dict(model_config)))
                 (saving / INFO).write_bytes(json_bytes(dataclasses.asdict(info)))
                 if tokenizer is not None:
@@ -359,8 +376,10 @@ def _read_info(folder: Path) -> CheckpointInfo:
         version = info["version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {INFO} cannot be read") from None
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise BadInput(f"checkpoint {folder} has format {version}; this llmq_jax reads format {VERSION}: update it")
+    if version == 1:
+        info["value"] = info.pop("validation_loss", None)
     try:
         return create(CheckpointInfo, info)
     except BadInput as error:

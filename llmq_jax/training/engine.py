@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 from llmq_jax.errors import BadInput
 from llmq_jax.training import processes
 from llmq_jax.training.atomic_files import full_disk
-from llmq_jax.training.checkpoints import Checkpoints, config_dict
+from llmq_jax.training.checkpoints import Checkpoints, JudgedBy, config_dict
 from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
@@ -41,9 +41,6 @@ from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
 from llmq_jax.training.time_spent import TimeSpent
 from llmq_jax.training.trackers import require_wandb
-
-JudgedBy = tuple[str, Literal["lowest", "highest"]]
-"""A mean of the evaluation, and which value of it is the best."""
 
 
 class NonFiniteLoss(BadInput):
@@ -470,7 +467,8 @@ class _Loop:
                 self.state,
                 model_config=self.model_config,
                 tokenizer=self.tokenizer,
-                validation_loss=self.cost(self.step) if self.step in self.validation else None,
+                judged_by=self.judged_by,
+                value=self.validation.get(self.step),
                 tokens=self.tokens,
             )
         except Exception as error:

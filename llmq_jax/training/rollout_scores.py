@@ -137,11 +137,11 @@ def step_ends(rollout: Rollout, tokenizer: Any, separator: str) -> np.ndarray:
     """float32 [B, C]: 1 on the token that completes a separator, and on the last token of the answer."""
     ends = np.zeros(rollout.logprobs.shape, np.float32)
     for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):
-        stream, open_end = TextStream(tokenizer, skip_special_tokens=True), ""
+        stream, text, ended = TextStream(tokenizer, skip_special_tokens=True), "", 0
         for place, token in enumerate(rollout.tokens[row, start:length].tolist()):
-            open_end += stream.push(token)
-            if separator in open_end:
-                ends[row, place] = 1.0
-                open_end = open_end.rpartition(separator)[2]
+            text += stream.push(token)
+            found = (text + stream.held()).count(separator)
+            if found > ended:
+                ends[row, place], ended = 1.0, found
         ends[row, length - start - 1] = 1.0
     return ends

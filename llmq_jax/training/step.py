@@ -210,13 +210,18 @@ def combined(name: str, a: Any, b: Any) -> Any:
 def make_eval_step(objective: Objective) -> EvalStep:
     """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout: over batches both simply add, and
     Σ sums / Σ weights is the mean over all of them, however ragged. Of the loss and of every metric that the objective
-    gives when it is given no random key; EXTREMES have no weight."""
+    gives when it is given no random key; EXTREMES have no weight. Before it runs, the step raises BadInput for a metric
+    that the objective's `weights` lack."""
 
     def eval_step(variables: dict[str, Any], batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         weights = objective.weights(batch)
         ones = jax.tree.map(jnp.ones_like, weights)  # Divided by weights of 1, the loss and its metrics stay sums.
         value, metrics, _ = objective.loss(as_read(variables), batch, ones, None)
         sums: dict[str, Any] = {"loss": value, **metrics}
+        lacking = [name for name in sums if name not in weights and name not in EXTREMES]
+        if lacking:
+            who, what = type(objective).__name__, ", ".join(lacking)
+            raise BadInput(f"{who}.weights lacks {what}: give it what the sum of each is divided by")
         return replicated(sums), replicated(weights)
 
     return Compiled(jax.jit(eval_step), place_batch)

@@ -25,6 +25,7 @@ from llmq_jax.data.labelled import read_labelled
 from llmq_jax.data.preferences import read_preferences
 from llmq_jax.data.prompts import read_prompts
 from llmq_jax.data.sources import read_documents
+from llmq_jax.data.token_files import read_tokens, write_tokens
 from llmq_jax.data.tokenizers import FileTokenizer, Tokenizer, tokenizer_in
 from llmq_jax.interop import gguf as interop_gguf
 from llmq_jax.interop import peft_reader
@@ -441,7 +442,23 @@ def read_checkpoint_info(folder: Path) -> None:
 
 MODEL, WRITE_MODEL = only_json(files_of(model_files))
 ADAPTER, WRITE_ADAPTER = only_json(files_of(adapter_files))
-INFO = {"step": 5, "tokens": 50, "validation_loss": 1.5, "version": 1}
+
+
+def token_files(folder: Path) -> None:
+    pieces = [np.arange(9, dtype=np.uint16)], [np.arange(3, dtype=np.uint16)]
+    write_tokens(folder / "tokens", ByteTokenizer(), *pieces, separated=True, sample="A text.", about={"data": "x"})
+    for path in (folder / "tokens").iterdir():
+        path.rename(folder / path.name)
+
+
+def read_token_files(folder: Path) -> None:
+    files = read_tokens(folder)
+    files.check_tokenizer(ByteTokenizer())
+    assert files.training.sum() + (0 if files.validation is None else files.validation.sum()) + files.largest_id >= 0
+
+
+INFO = {"step": 5, "tokens": 50, "judged_by": "reward", "best": "highest", "value": 0.9, "version": 2}
+OLD_INFO = {"step": 5, "tokens": 50, "validation_loss": 1.5, "version": 1}
 READERS: dict[str, Reader] = {
     "gguf": Reader(files_of(gguf_file), read_gguf_file),
     "gguf to model": Reader(files_of(gguf_file), lambda folder: read_gguf(folder / "model.gguf"), cost=10),
@@ -476,6 +493,7 @@ READERS: dict[str, Reader] = {
     "adapter": Reader(files_of(adapter_files), read_peft),
     "adapter_config.json": Reader(ADAPTER, read_peft, WRITE_ADAPTER),
     "tokenizer.json": Reader(files_of(tokenizer_files), read_tokenizer),
+    "tokens": Reader(files_of(token_files), read_token_files),
     "vocab.json and merges.txt": Reader(files_of(vocabulary_files), read_vocabulary),
     **{f"{name}.{suffix}": rows_reader(*ROWS[name], suffix) for name in ROWS for suffix in FORMATS},
     **{
@@ -487,6 +505,7 @@ READERS: dict[str, Reader] = {
     "metrics.jsonl": Reader(metrics, lambda folder: training_curve(read_run(folder))),
     "manifest.json": Reader(files_of(checkpoint), verify_manifest),
     "checkpoint.json": Reader(json_file("checkpoint.json", INFO), read_checkpoint_info),
+    "checkpoint.json of format 1": Reader(json_file("checkpoint.json", OLD_INFO), read_checkpoint_info),
     "config of a checkpoint": Reader(
         json_file("config.json", config_dict(LLAMA)), lambda folder: _config(folder, read_json(folder / "config.json"))
     ),

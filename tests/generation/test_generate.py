@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.generation.decoding import advance, prefill
-from llmq_jax.generation.generate import Request
+from llmq_jax.generation.decoding import DecodeState, advance, prefill
+from llmq_jax.generation.generate import STRETCH, Request
+from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer
 
 PROMPTS = ["hello", "hi there, you two", "a"]
 SAMPLER = lq.Sampler(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
@@ -156,6 +157,91 @@ def test_streamed_pieces_join_to_the_whole(lm, seed):
     pieces = list(lq.stream(lm, "hé", max_new_tokens=30, sampler=SAMPLER, seed=seed))
     assert "".join(pieces) == whole
     assert len(pieces) > 3
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """`writes(ids, **options)`: (text of generate, its new tokens, pieces of stream) of a model that writes these."""
+
+    def writes(ids, **options):
+        tokenizer = fallback_tokenizer()
+        config = lq.GPT2Config(
+            vocab_size=len(TOKENS),
+            max_position_embeddings=128,
+            hidden_size=2,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+        lm = lq.LanguageModel(config, lq.build(config), {}, tokenizer, lq.GenerationConfig(eos_token_id=(2,)))
+        written, whole = jnp.array([ids]), ids.index(2) + 1 if 2 in ids else len(ids)
+
+        def start(request):
+            unread = dict.fromkeys(("step", "positions", "newest", "keys"), jnp.zeros(1, jnp.int32))
+            none = {"lengths": jnp.array([0]), "done": jnp.array([False]), "caches": ()}
+            return advance(request, DecodeState(**unread, **none, tokens=written, logprobs=0.0 * written), 1)
+
+        def advance(request, state, until):
+            lengths = jnp.where(state.done, state.lengths, min(until, whole))
+            done = state.done | ((lengths == whole) & (2 in ids))
+            return state.replace(tokens=jnp.where(state.done, state.tokens, written), lengths=lengths, done=done)
+
+        monkeypatch.setattr(Request, "start", start)
+        monkeypatch.setattr(Request, "advance", advance)
+        made = lq.generate(lm, "x", max_new_tokens=len(ids), **options)
+        pieces = list(lq.stream(lm, "x", max_new_tokens=len(ids), **options))
+        return made.text[0], made.tokens[0, : made.lengths[0]].tolist(), pieces
+
+    return writes
+
+
+EMOJI = "😀".encode()
+CUT = {
+    "whole": EMOJI + EMOJI,
+    "inside the second": EMOJI + EMOJI[:-1],
+    "inside the first": EMOJI[:-1],
+    "text between": EMOJI + b" hi " + EMOJI[:2],
+}
+
+
+@pytest.mark.parametrize("content", CUT.values(), ids=CUT)
+@pytest.mark.parametrize("stop", [(), "never there", "😀😀😀"])
+def test_characters_as_tokens_of_bytes_stream_as_they_decode(writes, content, stop):
+    ids = byte_ids(b"hi " + content)
+    text, tokens, pieces = writes(ids, stop=stop)
+    assert tokens == ids
+    assert text == "".join(pieces) == fallback_tokenizer().decode(ids)
+    assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("before", [0, 3, STRETCH - 2, STRETCH])
+@pytest.mark.parametrize(
+    ("content", "stop", "kept", "text"),
+    [
+        (b"x\n" + EMOJI + b"x", "\n", 2, "x"),
+        (b"x\n" + EMOJI[:-1], "\n", 2, "x"),  # what comes then would make the end of line U+FFFD
+        (b"x\n\nx", "\n\n", 3, "x"),
+        (EMOJI + EMOJI + b"x", "😀", 4, ""),
+        (EMOJI + EMOJI[:-1] + b"x", "😀", 4, ""),
+        (EMOJI + EMOJI + b"x", ["😀😀", "never there"], 8, ""),
+        (EMOJI + b"x hi", "😀x", 5, ""),
+        (EMOJI + b" hi", "😀 ", 5, ""),
+        (EMOJI[:-1] + b"x hi", "\ufffdx", 4, "\ufffd\ufffd"),
+        (EMOJI + b"x hi", "\ufffd", 8, "😀x hi"),  # half a character is none
+    ],
+)
+def test_stop_strings_among_tokens_of_bytes(writes, before, content, stop, kept, text):
+    """`kept` tokens up to the one that completes the stop string, wherever the stretches between two looks end."""
+    start, ids = [TOKENS.index("h")] * before, byte_ids(content)
+    made, tokens, pieces = writes([*start, *ids], stop=stop)
+    assert (made, "".join(pieces)) == ("h" * before + text,) * 2
+    assert tokens == [*start, *ids[:kept]]
+
+
+def test_a_stop_string_before_the_end_token(writes):
+    made, tokens, pieces = writes([*byte_ids(b"x\n"), 2], stop="\n")
+    assert (made, pieces, len(tokens)) == ("x", ["x"], 2)
+    made, tokens, pieces = writes([*byte_ids(b"x" + EMOJI), 2], stop="never there")
+    assert (made, "".join(pieces), len(tokens)) == ("x😀", "x😀", 6)
 
 
 def test_similar_lengths_share_one_compiled_program(lm):

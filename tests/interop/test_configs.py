@@ -1,12 +1,23 @@
 """config.json, read and written."""
 
+import dataclasses
 import warnings
+from dataclasses import dataclass
 
 import pytest
+import transformers
+from flax import linen as nn
 
+import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_to_hf
+from llmq_jax.interop.architectures import TABLES
+from llmq_jax.interop.huggingface import save_hf
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.models import ARCHITECTURES, Architecture, build, init
 from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.models.llama3 import Llama3, Llama3Config
+from tests.interop.weights import refused
 
 # The config.json of the hub's gpt2, written years ago and never changed.
 ORIGINAL = {
@@ -120,3 +131,93 @@ def test_unknown_architecture():
         config_from_hf({"model_type": "bert"})
     with pytest.raises(BadInput, match="no model_type"):
         config_from_hf({})
+
+
+@pytest.mark.parametrize("model_type", TABLES)
+def test_every_field_is_known_to_be_transformers_or_not(model_type):
+    table = TABLES[model_type].config
+    groups = (table.shared, table.renamed, table.own, table.training, ["labels"])
+    known = [name for group in groups for name in group]
+    assert sorted(known) == sorted(field.name for field in dataclasses.fields(table.config_class))
+
+
+@pytest.mark.parametrize("model_type", TABLES)
+def test_what_is_written_is_transformers(model_type):
+    theirs = transformers.AutoConfig.for_model(model_type).to_dict()
+    assert config_to_hf(TABLES[model_type].config.config_class()).keys() <= theirs.keys()
+    # Gemma 3's second rope is a part of transformers' rope_parameters.
+    assert TABLES[model_type].config.shared - {"local_rope_parameters"} <= theirs.keys()
+
+
+SIZES = {
+    "vocab_size": 11,
+    "max_position_embeddings": 8,
+    "hidden_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 3,
+    "intermediate_size": 8,
+}
+
+
+@dataclass(frozen=True)
+class Scaled(Llama3Config):
+    """With a field and, where it is given, a weight that transformers' Llama lacks."""
+
+    my_scale: float | None = None
+
+
+class ScaledLlama(Llama3):
+    config: Scaled
+
+    def setup(self):
+        super().setup()
+        self.scale = self.param("my_scale", nn.initializers.ones, ())
+
+
+REFUSED = (
+    "my_scale=1.0 cannot be exported: transformers' llama has no such field; keep such a model in our own format "
+    "(lq.save)"
+)
+
+
+def test_a_field_that_transformers_lacks_is_exported_at_its_default_alone(tmp_path):
+    assert config_to_hf(Scaled(**SIZES)) == config_to_hf(Llama3Config(**SIZES))
+    config = Scaled(**SIZES, my_scale=1.0)
+    assert refused(config_to_hf, config) == REFUSED
+    lm = LanguageModel(config, build(config), init(config))
+    assert refused(lq.save_hf, lm, tmp_path / "hf") == REFUSED
+    assert not (tmp_path / "hf").exists()
+
+
+def test_such_a_field_in_the_config_class_itself(monkeypatch):
+    """As someone has it who edits the model's file."""
+    table = dataclasses.replace(TABLES["llama"].config, config_class=Scaled)
+    monkeypatch.setitem(TABLES, "llama", TABLES["llama"]._replace(config=table))
+    assert refused(config_to_hf, Scaled(**SIZES, my_scale=1.0)) == REFUSED
+
+
+def test_a_field_of_another_architecture_is_none_of_this_one():
+    config = dataclasses.make_dataclass(
+        "Capped", [("final_logit_softcapping", float | None, None)], bases=(Llama3Config,), frozen=True
+    )(**SIZES, final_logit_softcapping=30.0)
+    assert "final_logit_softcapping=30.0 cannot be exported: transformers' llama" in refused(config_to_hf, config)
+
+
+def test_defaults_that_are_made_and_fields_without_any():
+    fields = [("sizes", tuple, dataclasses.field(default_factory=lambda: (1,)))]
+    made = dataclasses.make_dataclass("Made", fields, bases=(Llama3Config,), frozen=True)
+    assert config_to_hf(made(**SIZES)) == config_to_hf(Llama3Config(**SIZES))
+    assert "sizes=(2,) cannot be exported" in refused(config_to_hf, made(**SIZES, sizes=(2,)))
+    fields = [("size", int, dataclasses.field(kw_only=True))]
+    needed = dataclasses.make_dataclass("Needed", fields, bases=(Llama3Config,), frozen=True)
+    assert "size=1 cannot be exported" in refused(config_to_hf, needed(**SIZES, size=1))
+
+
+def test_a_weight_that_the_layout_has_no_place_for(monkeypatch, tmp_path):
+    monkeypatch.setitem(ARCHITECTURES, "llama", Architecture(Scaled, ScaledLlama))
+    config = Scaled(**SIZES)
+    lm = LanguageModel(config, build(config), init(config))
+    assert refused(save_hf, lm, tmp_path / "hf") == (
+        "the variables do not fit Scaled: 1 without a place in this layout (params/my_scale); keep such a model in our "
+        "own format (lq.save)"
+    )

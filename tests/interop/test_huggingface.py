@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
-from llmq_jax.data.tokenizers import ByteTokenizer, GPT2Tokenizer
+from llmq_jax.data.tokenizers import ByteTokenizer, GPT2Tokenizer, load_tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.generation_config import GenerationConfig
@@ -499,3 +499,20 @@ def test_peak_memory_is_that_of_the_model(tmp_path):
     print(f"file {size / 1e6:.0f} MB, peak of loading {loaded / 1e6:.0f} MB, and of saving {saved / 1e6:.0f} MB")
     assert loaded < 1.25 * size
     assert saved < 1.5 * size
+
+
+def test_a_tokenizer_of_the_hub_comes_without_weights(theirs, monkeypatch, tmp_path):
+    there = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt", "run.py", "a/b.json"]
+
+    def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
+        wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert (repo_id, revision) == ("org/tiny", "v1")
+        assert wanted == ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+        ByteTokenizer().save(tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load_tokenizer("org/tiny@v1").encode("a") == [97]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda **wanted: str(tmp_path / "none"))
+    with pytest.raises(BadInput, match=r"org/tiny: has no file on the Hugging Face hub"):
+        load_tokenizer("org/tiny")

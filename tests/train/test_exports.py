@@ -1,12 +1,14 @@
 """What fine-tuning leaves behind, in transformers and PEFT: whole models, and adapters on their base."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from flax import linen as nn
 
 import llmq_jax as lq
 from convert.to_hf import main as to_hf
@@ -14,8 +16,10 @@ from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.generation import Sampler
 from llmq_jax.language_model import LanguageModel
+from llmq_jax.models import ARCHITECTURES, Architecture
 from train.classifier import main as classifier
 from train.instruct import main as instruct
+from train.pretrain import exports
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
 
@@ -136,3 +140,22 @@ def tied(lm):
     params = {name: leaf for name, leaf in lm.params.items() if name != "lm_head"}
     config = lq.models.override(lm.config, tie_word_embeddings=True)
     return lm.replace(config=config, variables={"params": params})
+
+
+@dataclass(frozen=True)
+class Scaled(lq.Llama3Config):
+    my_scale: float | None = None
+
+
+class ScaledLlama(lq.Llama3):
+    def setup(self):
+        super().setup()
+        self.scale = self.param("my_scale", nn.initializers.ones, ())
+
+
+def test_an_export_is_not_promised_of_what_transformers_lacks(monkeypatch):
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    assert exports(lq.Llama3Config(**sizes)) and exports(Scaled(**sizes))
+    assert not exports(Scaled(**sizes, my_scale=1.0))  # a field
+    monkeypatch.setitem(ARCHITECTURES, "llama", Architecture(Scaled, ScaledLlama))
+    assert not exports(Scaled(**sizes, intermediate_size=16))  # a weight

@@ -58,7 +58,7 @@ def test_streams(prepare):
     tokens = read_tokens("some")
     np.testing.assert_array_equal(tokens.training, training)
     np.testing.assert_array_equal(tokens.validation, held_out)
-    assert tokens.training.dtype == np.uint16 and tokens.separated and tokens.largest_id == 256
+    assert tokens.training.dtype == np.uint16 and tokens.facts.separated and tokens.largest_id == 256
     assert isinstance(tokens.training, np.memmap)
 
     assert prepare(*options, "--validation-fraction", 0, "--out", "all")[0] == 0
@@ -69,7 +69,7 @@ def test_streams(prepare):
     whole = encode_documents(tokenizer, ["\n".join(DOCUMENTS)], append_end_of_text=False)
     for name, part in zip(("training", "validation"), split_tokens(whole, 0.1), strict=True):
         np.testing.assert_array_equal(getattr(read_tokens("one"), name), part)
-    assert not read_tokens("one").separated
+    assert not read_tokens("one").facts.separated
 
     assert prepare(*options, "--validation-data", "one.txt", "--out", "two")[0] == 0
     np.testing.assert_array_equal(read_tokens("two").validation, whole)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from old_checkpoints import in_format_1
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import checkpoints as module
 from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
-from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest
+from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
 from llmq_jax.training.state import create_state
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"a": True, "b": False}))
@@ -44,7 +45,7 @@ def three(tmp_path):
     """Checkpoints of steps 1, 2 and 3, evaluated to 0.5, 0.25 and 1.0."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step, loss in ((1, 0.5), (2, 0.25), (3, 1.0)):
-        checkpoints.save(step, new_state(step), model_config={"width": 4}, validation_loss=loss, tokens=10 * step)
+        checkpoints.save(step, new_state(step), model_config={"width": 4}, value=loss, tokens=10 * step)
     return checkpoints
 
 
@@ -53,7 +54,7 @@ def test_restored_state_has_the_same_bits_types_and_structure(three):
     assert bits(restored) == bits(new_state(3))
     assert jax.tree.structure(restored) == jax.tree.structure(new_state(3))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(restored)} == {"float32", "bfloat16", "int32", "uint32"}
-    assert (info.step, info.tokens, info.validation_loss) == (3, 30, 1.0)
+    assert (info.step, info.tokens, info.judged_by, info.value) == (3, 30, "loss", 1.0)
     assert bits(three.restore(new_state(9), step=1).state) == bits(new_state(1))
 
 
@@ -79,7 +80,7 @@ def test_variables_load_without_the_optimizer(three, tmp_path):
     assert config == {"width": 4}
     assert variables.keys() == {"params", "frozen"} and bits(variables) == bits(new_state(4).variables)
     assert sorted(os.listdir(tokenizer)) == ["tokenizer.json"]
-    assert (info.step, info.validation_loss) == (4, None)
+    assert (info.step, info.value) == (4, None)
     older = load_checkpoint_variables(three.path(2))
     assert older.info.step == 2 and older.tokenizer_folder is None
     assert bits(older.variables) == bits(new_state(2).variables)
@@ -123,13 +124,39 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: 1.0}
     for step, loss in losses.items():
-        checkpoints.save(step, new_state(step), validation_loss=loss)
+        checkpoints.save(step, new_state(step), value=loss)
     assert checkpoints.steps() == [2, 5, 6]
     assert (checkpoints.best_step(), checkpoints.latest_step()) == (2, 6)
     Checkpoints(tmp_path, keep_last=1, keep_best=False).save(7, new_state(7))
     assert checkpoints.steps() == [7]
     assert checkpoints.best_step() is None
     assert sorted(os.listdir(tmp_path)) == ["00000007"]
+
+
+def test_the_highest_reward_is_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step, reward in {1: 0.2, 2: 0.9, 3: 0.9, 4: -1.0}.items():
+        path = checkpoints.save(step, new_state(step), judged_by=("reward", "highest"), value=reward)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 4], 2)
+    saved = json.loads((path / "checkpoint.json").read_text())
+    assert saved == {"step": 4, "tokens": 0, "judged_by": "reward", "best": "highest", "value": -1.0, "version": 2}
+
+
+@pytest.mark.parametrize(
+    ("judged_by", "values"), [(("loss", "lowest"), (0.5, 0.25, 1.0)), (("reward", "highest"), (0.5, 0.75, 0.0))]
+)
+def test_checkpoints_of_format_1_restore_and_compare_with_new_ones(tmp_path, judged_by, values):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    for step, value in enumerate(values, 1):
+        in_format_1(checkpoints.save(step, new_state(step), judged_by=judged_by, value=value))
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 3], 2)
+    info = load_checkpoint_variables(checkpoints.path(2)).info
+    assert (info.judged_by, info.cost) == (None, 0.25 if judged_by[0] == "loss" else -0.75)
+    assert bits(checkpoints.restore(new_state()).state) == bits(new_state(3))
+    checkpoints.save(4, new_state(4), judged_by=judged_by, value=values[0])
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 4], 2)
+    checkpoints.save(5, new_state(5), judged_by=judged_by, value=0.125 if judged_by[0] == "loss" else 0.875)
+    assert (checkpoints.steps(), checkpoints.best_step()) == ([5], 5)
 
 
 @pytest.mark.parametrize("keep_last", [0, -1])
@@ -207,12 +234,10 @@ def test_checkpoint_of_another_model_or_optimizer_is_refused(three):
 
 def test_format_of_the_future_is_refused(three):
     info = three.path(3) / "checkpoint.json"
-    info.write_text(info.read_text().replace('"version": 1', '"version": 2'))
-    from llmq_jax.training.manifest import write_manifest
-
+    info.write_text(info.read_text().replace('"version": 2', '"version": 3'))
     (three.path(3) / "manifest.json").unlink()
     write_manifest(three.path(3))
-    with pytest.raises(BadInput, match="has format 2; this llmq_jax reads format 1"):
+    with pytest.raises(BadInput, match="has format 3; this llmq_jax reads format 2"):
         three.restore(new_state())
 
 

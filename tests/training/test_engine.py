@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from old_checkpoints import in_format_1
 from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 from llmq_jax.errors import BadInput
@@ -117,7 +118,7 @@ def test_run_leaves_its_files_and_a_checkpoint_to_load(whole):
     assert len(Checkpoints(whole / "checkpoints").steps()) in (2, 3)
     loaded = load_checkpoint_variables(whole)
     assert (loaded.config, loaded.info.step) == ({"width": 8}, STEPS)
-    assert loaded.info.validation_loss == [r for r in timeless(whole) if "validation_loss" in r][-1]["validation_loss"]
+    assert loaded.info.value == [r for r in timeless(whole) if "validation_loss" in r][-1]["validation_loss"]
 
 
 def test_finished_run_says_so_and_returns_its_result(whole):
@@ -267,7 +268,7 @@ def test_a_new_best_is_saved_though_no_checkpoint_is_due(tmp_path):
     quiet(tmp_path / "best", options=options, evaluate=new_bests_at(4, 8))
     checkpoints = Checkpoints(tmp_path / "best/checkpoints")
     assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 20], 8)
-    assert load_checkpoint_variables(checkpoints.path(8)).info.validation_loss == 1 / 8
+    assert load_checkpoint_variables(checkpoints.path(8)).info.value == 1 / 8
     for name, changed in (("unwanted", {"keep_best": False}), ("never", {"checkpoint_every": 0})):
         quiet(tmp_path / name, options=replace(options, **changed), evaluate=new_bests_at(4, 8))
         assert Checkpoints(tmp_path / name / "checkpoints").steps() == ([20] if name == "unwanted" else [])
@@ -302,10 +303,23 @@ def test_a_run_may_be_judged_by_a_figure_whose_highest_value_is_the_best(tmp_pat
     result, said = quiet(folder, evaluate=rewarding(begin=8), **REWARDED)
     assert "from step 10" in said
     assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 20], 8)
+    info = load_checkpoint_variables(checkpoints.path(8)).info
+    assert (info.judged_by, info.best, info.value) == ("reward", "highest", 0.9)
     assert (result.best_step, result.validation_loss, result.best_validation_loss) == (8, None, None)
     assert json.loads((folder / "finished.json").read_text())["best_step"] == 8
     assert "\nbest: validation reward 0.9000 at step 8\n" in said
     assert "\nbest: validation reward 0.9000 at step 8\n" in quiet(folder, **REWARDED)[1]  # which is finished
+
+
+def test_a_run_of_checkpoints_of_format_1_goes_on_to_the_same_best(tmp_path):
+    folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(13)), evaluate=rewarding(), **REWARDED)
+    for step in checkpoints.steps():
+        in_format_1(checkpoints.path(step))
+    result, said = quiet(folder, evaluate=rewarding(begin=8), **REWARDED)
+    assert "from step 10" in said
+    assert (result.best_step, checkpoints.steps(), checkpoints.best_step()) == (8, [8, 20], 8)
 
 
 def test_a_run_from_before_it_was_judged_goes_on(tmp_path):

@@ -25,6 +25,7 @@ from llmq_jax.training.rollout_scores import ModelReward, TextRewards, step_ends
 from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
+from tests.byte_fallback import byte_ids, fallback_tokenizer
 
 GROUP, NEW = 4, 6
 SAMPLER = Sampler(temperature=1.3)
@@ -384,10 +385,14 @@ def test_answers_are_read_with_what_the_chat_template_writes_after_them(lm, rewa
         np.testing.assert_allclose(steps[row].sum(), scores[-1], atol=1e-5)
 
 
-def test_steps_end_at_separators_and_with_the_answer(lm):
+@pytest.mark.parametrize("fallback", [False, True])
+def test_steps_end_at_separators_and_with_the_answer(lm, fallback):
+    """Also where a line break is a token of a byte, which is decoded with those beside it."""
     text = "x=1\nab\n\nc"
+    spelled = byte_ids if fallback else list
+    tokenizer = fallback_tokenizer() if fallback else lm.tokenizer
     tokens = np.zeros((1, 16), np.int32)
-    tokens[0, : 3 + len(text)] = list(b"say" + text.encode())
+    tokens[0, : 3 + len(text)] = spelled(b"say" + text.encode())
     rollout = Rollout(
         prompts(1),
         1,
@@ -399,7 +404,7 @@ def test_steps_end_at_separators_and_with_the_answer(lm):
         np.array([True]),
         [text],
     )
-    found = np.flatnonzero(step_ends(rollout, lm.tokenizer, "\n")[0]).tolist()
+    found = np.flatnonzero(step_ends(rollout, tokenizer, "\n")[0]).tolist()
     assert found == [3, 6, 7, 8]
 
 

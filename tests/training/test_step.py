@@ -135,3 +135,14 @@ def test_bfloat16_compute_keeps_float32_masters():
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(BadInput, match="4 rows cannot be cut into 3 equal micro-batches"):
         make_train_step(NextToken(build(CONFIG)), SGD, accumulate=3)(fresh(SGD), ragged_batch(0))
+
+
+def test_a_metric_without_a_weight_is_told_before_anything_runs():
+    class Forgetful(NextToken):
+        def loss(self, *arguments):
+            loss, _, counts = super().loss(*arguments)
+            return loss, {"rewards/accuracies": loss, "max_reward": loss}, counts  # an extreme needs no weight
+
+    eval_step = make_eval_step(Forgetful(build(CONFIG)))
+    with pytest.raises(BadInput, match=r"^Forgetful\.weights lacks rewards/accuracies: give it what"):
+        jax.eval_shape(eval_step.program, drawn(CONFIG), ragged_batch(0))

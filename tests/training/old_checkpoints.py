@@ -1,0 +1,17 @@
+"""Checkpoints as former formats wrote them."""
+
+import json
+
+from llmq_jax.training.manifest import write_manifest
+
+
+def in_format_1(folder):
+    """Rewrite a checkpoint as it was written before: under `validation_loss`, a reward with its sign turned."""
+    info = json.loads((folder / "checkpoint.json").read_text())
+    name, best, value = info.pop("judged_by"), info.pop("best"), info.pop("value")
+    assert (name, best) in [("loss", "lowest"), ("reward", "highest")]
+    loss = -value if best == "highest" and value is not None else value
+    info |= {"validation_loss": loss, "version": 1}
+    (folder / "checkpoint.json").write_text(json.dumps(info))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
