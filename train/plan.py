@@ -36,10 +36,11 @@ class Options:
     """Type that AdamW keeps the gradient's moments in."""
     remat: Literal["none", "dots", "full"] = TrainingOptions.remat
     """Recompute in the backward pass: nothing, all but products with weights, or whole layers."""
-    attention: Annotated[Literal["masked", "blocked"] | None, default_is("masked; blocked in models with windows")] = (
-        None
-    )
-    """How a sequence attends to itself, see docs/attention.md: with all scores at once, or block by block."""
+    attention: Annotated[
+        Literal["plain", "masked", "blocked"] | None, default_is("masked; blocked in models with windows")
+    ] = None
+    """How a sequence attends to itself, see docs/attention.md: by the plain formula, with all scores at once, or block
+    by block."""
     device_memory: float = 80.0
     """GiB of a device."""
 

@@ -6,9 +6,10 @@ documents and padding, which is segment 0). A query sees a key of its own segmen
 layer with a window of W, is one of the last W, its own among them. Padding sees padding, so that no row of scores is
 ever empty and nothing becomes NaN.
 
-A sequence looks at itself in one of three ways, equal in values and gradients, with and without a window:
+A sequence looks at itself in one of four ways, equal in values and gradients, with and without a window:
 
-- masked: all T x T scores and a mask over them: the reference;
+- plain: the formula as it is written (`attend`) under a mask, with JAX's own gradient; a cache is read so too;
+- masked: all T x T scores and a mask over them as well, with a gradient by hand, in fewer passes over the scores;
 - blocked: blocks of queries that meet only keys that some of them may see; in layers with a window, linear in T in time
   and in memory, forward and back (`window_attention.py`);
 - fused: the accelerator's own kernel, which forms no scores in memory.
@@ -32,9 +33,9 @@ from llmq_jax.layers.positions import Rotation
 from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
 from llmq_jax.layers.window_attention import window_block, window_blocks
 
-IMPLEMENTATIONS = ("auto", "masked", "blocked", "fused")
+IMPLEMENTATIONS = ("auto", "plain", "masked", "blocked", "fused")
 # What "auto" takes, by backend: (in layers without a window, in layers with one). Where the fused kernel cannot run, it
-# takes ELSEWHERE's.
+# takes ELSEWHERE's. ("plain", "plain") has a formula that you change in `attend` run everywhere (docs/attention.md).
 AUTOMATIC = {"cpu": ("blocked", "blocked"), "gpu": ("fused", "fused")}
 ELSEWHERE = ("masked", "blocked")
 # Blocks that a sequence is cut into without a window. Each is compiled apart, so there are few; and below a certain
@@ -93,6 +94,10 @@ def self_attention(
     if name == "fused":
         return _fused(query, key, value, context, scale, window)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_rate": dropout_rate}
+    if name == "plain":
+        positions, segments = context.positions, context.segment_ids
+        both = None if segments is None else (segments, segments)
+        return plain_attention(query, key, value, (positions, positions), both, window, dropout_key, **options)
     if name == "masked":
         return query_blocks(query, key, value, context, length, window, dropout_key, **options)
     if window is None or length <= FEW_WINDOWS * window:
@@ -100,6 +105,24 @@ def self_attention(
         return query_blocks(query, key, value, context, block, window, dropout_key, **options)
     places, block = (context.positions, context.segment_ids), window_block(window)
     return window_blocks(query, key, value, places, block, window, dropout_key, **options)
+
+
+def plain_attention(
+    query: Float[Array, "B N T H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S V"],
+    positions: tuple[Int[Array, "B T"], Int[Array, "B S"]],
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    window: int | None = None,
+    dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    **options: Any,
+) -> Float[Array, "B N T V"]:
+    """All that attention="plain" computes, of a sequence's own keys and of those in a cache: `attend` under one mask.
+    `positions` and `segments` are those of queries and of keys; the slots of a cache that hold nothing stand after all
+    queries."""
+    query_segments, key_segments = segments or (None, None)
+    mask = visible(*positions, query_segments, key_segments, window)
+    return attend(query, key, value, mask, dropout_key=dropout_key, **options)
 
 
 def check_implementation(name: str) -> None:
@@ -125,8 +148,8 @@ def choose(
     device = device or jax.devices()[0]
     windowed, automatic = window is not None, name == "auto"
     if automatic:
-        name = AUTOMATIC.get(device.platform, ELSEWHERE)[windowed]
-        if dropout and not windowed:
+        name = _automatic(device, windowed)
+        if name == "blocked" and dropout and not windowed:
             name = "masked"
     if name == "fused":
         widths = head_dim, head_dim if value_dim is None else value_dim
@@ -136,6 +159,15 @@ def choose(
                 raise BadInput(f"attention='fused' cannot run: {obstacle}; take 'blocked' or 'auto'")
             name = ELSEWHERE[windowed]
     return name
+
+
+def _automatic(device: Any, windowed: bool) -> str:
+    return AUTOMATIC.get(device.platform, ELSEWHERE)[windowed]
+
+
+def reads_plainly(name: str, windowed: bool) -> bool:
+    """Whether a cache is read by the formula as it is written. All other names read it alike, whatever can run here."""
+    return (_automatic(jax.devices()[0], windowed) if name == "auto" else name) == "plain"
 
 
 def query_blocks(
@@ -257,6 +289,10 @@ def attention(
             cache = cache.write(key, value, context.positions, context.segment_ids)
     else:
         cache, (keys, values, key_positions) = cache.update(key, value, context.positions, context.segment_ids)
-        mask = visible(context.positions, key_positions, window=window)
-        mixed = lean_attend(query, keys, values, mask, scale, softcap)
+        if reads_plainly(context.implementation, window is not None):
+            positions = context.positions, key_positions
+            mixed = plain_attention(query, keys, values, positions, window=window, scale=scale, softcap=softcap)
+        else:
+            mask = visible(context.positions, key_positions, window=window)
+            mixed = lean_attend(query, keys, values, mask, scale, softcap)
     return mixed.swapaxes(1, 2), cache

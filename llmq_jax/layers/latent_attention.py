@@ -13,7 +13,7 @@ distance, could not be absorbed (section 2.1.3). Attention is computed in one of
 - expanded (training, prompts): keys and values are formed, and attention is that of any other model;
 - absorbed (decoding): q · W_up c = (W_upᵀ q) · c, and the mixed values W_up Σ w c = Σ w (W_up c). So queries meet the
   latents themselves, as the one head of keys and values of multi-query attention, and nothing is expanded (section
-  2.1.2).
+  2.1.2). Not with attention="plain", which forms all keys and values of the latents in the cache.
 
 The down projection gives [c; r] at once, as in DeepSeek's checkpoints.
 """
@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
-from llmq_jax.layers.attention import Context, self_attention
+from llmq_jax.layers.attention import Context, plain_attention, reads_plainly, self_attention
 from llmq_jax.layers.caches import LatentCache
 from llmq_jax.layers.linear import Linear, flat_by_output, side_by_side
 from llmq_jax.layers.lora import merge
@@ -101,6 +101,8 @@ class LatentAttention(nn.Module):
             was_empty, cache = cache.empty, cache.write(stored, context.positions, context.segment_ids)
         if cache is None or was_empty:
             mixed = self.expanded(content, rotary, latent, shared_key, context)
+        elif reads_plainly(context.implementation, windowed=False):
+            mixed = self.expanded_from(cache, content, rotary, context)
         else:
             mixed = self.absorbed(content, rotary, context, cache)
         mixed = mixed.reshape(*x.shape[:2], s.num_heads * s.value_width)
@@ -119,21 +121,38 @@ class LatentAttention(nn.Module):
         context: Context,
     ) -> Float[Array, "B T N V"]:
         """Attention of the sequence to itself, with each head's keys and values formed of the latents."""
+        return self_attention(
+            *self.expand(content, rotary, latent, shared_key),
+            context,
+            scale=self.scale,
+            dropout_rate=self.dropout_rate,
+            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
+        ).swapaxes(1, 2)
+
+    def expanded_from(
+        self, cache: LatentCache, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context
+    ) -> Float[Array, "B T N V"]:
+        """The same of what a cache holds: attention="plain"."""
+        latents, places = cache.read()
+        latent, shared_key = jnp.split(latents.astype(content.dtype), [self.sizes.latent_rank], axis=-1)
+        query, key, value = self.expand(content, rotary, latent, shared_key[:, :, None])
+        return plain_attention(query, key, value, (context.positions, places), scale=self.scale).swapaxes(1, 2)
+
+    def expand(
+        self,
+        content: Float[Array, "B T N _"],
+        rotary: Float[Array, "B T N _"],
+        latent: Float[Array, "B S R"],
+        shared_key: Float[Array, "B S 1 _"],
+    ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N S H"], Float[Array, "B N S V"]]:
+        """Queries, and the keys and values that are formed of latents, with heads before positions."""
         s = self.sizes
         up = self.linear((s.num_heads, s.content_width + s.value_width), "latent_up", self.up_bias)(latent)
         keys, values = jnp.split(up, [s.content_width], axis=-1)
         shared_key = jnp.broadcast_to(shared_key, (*keys.shape[:3], s.rotary_width))
         query = jnp.concatenate([content, rotary], axis=-1)
         key = jnp.concatenate([keys, shared_key], axis=-1)
-        return self_attention(
-            query.swapaxes(1, 2),  # heads before positions
-            key.swapaxes(1, 2),
-            values.swapaxes(1, 2),
-            context,
-            scale=self.scale,
-            dropout_rate=self.dropout_rate,
-            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
-        ).swapaxes(1, 2)
+        return query.swapaxes(1, 2), key.swapaxes(1, 2), values.swapaxes(1, 2)
 
     def absorbed(
         self, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context, cache: LatentCache

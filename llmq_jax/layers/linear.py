@@ -1,18 +1,20 @@
 """The one linear layer: every product of activations with a weight matrix goes through it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import struct
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
 
-KERNEL, KERNEL_BY_OUTPUT, KERNELS_BY_OUTPUT = "kernel", "kernel_by_output", "kernels_by_output"
+KERNEL, KERNEL_BY_OUTPUT, JOINED_KERNELS = "kernel", "kernel_by_output", "joined_kernels"
 # Layers of one input, under the names that attention and feed-forward networks give them.
 SIDE_BY_SIDE = (
     ("query", "key", "value"),
@@ -22,14 +24,26 @@ SIDE_BY_SIDE = (
 )
 
 
+class JoinedKernels(struct.PyTreeNode):
+    """What `by_output` leaves each of the layers whose kernels it has joined: all of them, and which rows are its."""
+
+    kernels: Float[Array, "out D"]
+    """One array, whichever of the layers holds it."""
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    """Of the layers, in the order of their rows."""
+    start: int = struct.field(pytree_node=False)
+    end: int = struct.field(pytree_node=False)
+
+    @property
+    def own(self) -> Float[Array, "rows D"]:
+        return self.kernels[self.start : self.end]
+
+
 class Linear(nn.Module):
     """`y = x W + b` over the last axis of x, with a kernel laid out (in, out...).
 
     `features` may have several axes: attention asks for (3, N, H) and gets queries, keys and values apart and split
     into heads without a reshape, so that heads stay an axis that can be sharded.
-
-    Parameters from `by_output` hold the kernel as (out, in), for a single row of x; they have no adapters, which are
-    merged into them before (`lora.merge`).
     """
 
     features: int | tuple[int, ...]
@@ -48,28 +62,35 @@ class Linear(nn.Module):
         """`product`: x W, where `side_by_side` has formed it already. `batch`: the leading shape of the result, where x
         comes as rows [M, D]."""
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
-        width = x.shape[-1]
-        if product is not None:
-            y = product
-        elif self.has_variable("params", KERNEL_BY_OUTPUT):
-            y = _product(x, self.get_variable("params", KERNEL_BY_OUTPUT), 1, self.dtype)
-        else:
-            # Initialised as the flat matrix it is, so that initialisers see fan-in = D and fan-out = all features.
-            kernel: Array = self.param(
-                KERNEL,
-                lambda key: self.kernel_init(key, (width, math.prod(features))).reshape(width, *features),
-            )
-            y = _product(x, kernel, 0, self.dtype)
-        y = y.reshape(-1, *features)
+        y = self.times_kernel(x, features) if product is None else product
+        y = y.reshape(-1, *features)  # [M, *features]
         if self.has_variable(LORA_FIXED, KERNEL):
-            adapter: dict[str, Any] = {name: self.get_variable(name, KERNEL) for name in (LORA, LORA_FIXED)}
-            key = self.make_rng("dropout") if self.has_rng("dropout") else None
-            rows = x.reshape(-1, width)
-            y = adapted(rows, y, self.get_variable("params", KERNEL), adapter[LORA], adapter[LORA_FIXED], key)
+            y = self.adapt(x, y)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features)
             y = y + bias.astype(y.dtype)
         return y.reshape(*(x.shape[:-1] if batch is None else batch), *features)
+
+    @nn.nowrap
+    def times_kernel(self, x: Float[Array, "*batch D"], features: tuple[int, ...]) -> Float[Array, "M ..."]:
+        """x W, by whichever layout of W the parameters have."""
+        params = self.variables.get("params", {})
+        if holds_by_output(params):
+            return _product(x, flat_by_output(params), 1, self.dtype)
+        # Initialised as the flat matrix it is, so that initialisers see fan-in = D and fan-out = all features.
+        width = x.shape[-1]
+        kernel: Array = self.param(
+            KERNEL, lambda key: self.kernel_init(key, (width, math.prod(features))).reshape(width, *features)
+        )
+        return _product(x, kernel, 0, self.dtype)
+
+    @nn.nowrap
+    def adapt(self, x: Float[Array, "*batch D"], y: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
+        """y = x W with what the adapter adds. Of kernels by output none has one: `lora.merge` comes before."""
+        adapter: dict[str, Any] = {name: self.get_variable(name, KERNEL) for name in (LORA, LORA_FIXED)}
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        rows = x.reshape(-1, x.shape[-1])
+        return adapted(rows, y, self.get_variable("params", KERNEL), adapter[LORA], adapter[LORA_FIXED], key)
 
 
 def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype | None) -> Float[Array, "B ..."]:
@@ -82,36 +103,53 @@ def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype
 
 
 def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[Array, "..."], ...]:
-    """`linear(x)` for each. Kernels that `by_output` has joined (`SIDE_BY_SIDE`) are one product, split afterwards."""
+    """`linear(x)` for each. Kernels that `by_output` has joined are one product, split afterwards."""
     first = linears[0]
-    if not first.has_variable("params", KERNELS_BY_OUTPUT):
+    joined: JoinedKernels | None = first.get_variable("params", JOINED_KERNELS)
+    if joined is None or joined.names != tuple(linear.name for linear in linears):
         rows = x.reshape(-1, x.shape[-1])  # one array, that the backward pass keeps once for all
         return tuple(linear(rows, batch=x.shape[:-1]) for linear in linears)
-    kernel: Array = first.get_variable("params", KERNELS_BY_OUTPUT)
     ends = np.cumsum([np.prod(linear.features) for linear in linears])
-    products = jnp.split(_product(x, kernel, 1, first.dtype), ends[:-1], axis=1)
+    products = jnp.split(_product(x, joined.kernels, 1, first.dtype), ends[:-1], axis=1)
     return tuple(linear(x, product) for linear, product in zip(linears, products, strict=True))
+
+
+# The layout of decoding.
 
 
 def by_output(variables: dict[str, Any]) -> dict[str, Any]:
     """The same variables with every `Linear`'s kernel as (out, in): each output reads a run of memory.
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
-    (in, out); several rows 1.4 times as slowly. Kernels that stand side by side become one, which the first holds: one
-    product of 1 MB and more where small ones would wait for each other's threads.
+    (in, out); several rows 1.4 times as slowly. Kernels of layers that are called `SIDE_BY_SIDE` become one: one
+    product of 1 MB and more where small ones would wait for each other's threads. Layers of these names that are called
+    one by one, each with its own input, take their own rows of it.
     """
     tree = {name: by_output(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
     if KERNEL in tree:
         tree[KERNEL_BY_OUTPUT] = _transposed(tree.pop(KERNEL))
     for names in SIDE_BY_SIDE:
-        if all(KERNEL_BY_OUTPUT in tree.get(name, ()) for name in names):
-            kernels = [tree[name].pop(KERNEL_BY_OUTPUT) for name in names]
-            tree[names[0]][KERNELS_BY_OUTPUT] = jnp.concatenate(kernels)
+        kernels = [tree[name][KERNEL_BY_OUTPUT] for name in names if KERNEL_BY_OUTPUT in tree.get(name, ())]
+        kinds = {(kernel.shape[1], kernel.dtype) for kernel in kernels}
+        if len(kernels) == len(names) and len(kinds) == 1:
+            joined = jnp.concatenate(kernels)
+            ends = [0, *np.cumsum([len(kernel) for kernel in kernels]).tolist()]
+            for name, start, end in zip(names, ends, ends[1:], strict=False):
+                del tree[name][KERNEL_BY_OUTPUT]
+                tree[name][JOINED_KERNELS] = JoinedKernels(joined, names, start, end)
     return tree
 
 
-def flat_by_output(params: dict[str, Any]) -> Float[Array, "out D"]:
+def holds_by_output(params: Mapping[str, Any]) -> bool:
+    """Whether a `Linear`'s parameters come from `by_output`."""
+    return KERNEL_BY_OUTPUT in params or JOINED_KERNELS in params
+
+
+def flat_by_output(params: Mapping[str, Any]) -> Float[Array, "out D"]:
     """The kernel of a `Linear`'s parameters, however they hold it."""
+    if JOINED_KERNELS in params:
+        own: Array = params[JOINED_KERNELS].own
+        return own
     flat: Array = params[KERNEL_BY_OUTPUT] if KERNEL_BY_OUTPUT in params else _transposed(params[KERNEL])
     return flat
 

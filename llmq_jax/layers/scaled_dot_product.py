@@ -1,9 +1,14 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1) of any queries to any keys, under a mask.
 
+It stands here twice: `attend` is the formula, with JAX's own gradient, and what runs with attention="plain" and where
+weights are dropped; `lean_attend` the same with a gradient by hand, which everything else runs but the fused kernel. A
+change of the formula goes into `attend` (docs/attention.md, "To change the attention").
+
 Queries may outnumber keys and values: N query heads in K groups (K = N is multi-head attention, K = 1 multi-query).
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,19 +40,39 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    bias: Float[Array, "B N T S"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
 ) -> Float[Array, "B N T V"]:
-    """Softmax(Q Kᵀ · scale) V over the visible keys: the reference form. The softmax runs in float32.
+    """Softmax(cap(Q Kᵀ · scale) + bias) V over the visible keys. The softmax runs in float32.
 
-    `softcap` c bounds the scores: c · tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2).
+    `softcap` c bounds the scores: c · tanh(scores / c) (Gemma 2, arXiv:2408.00118, section 2). `bias` is added to the
+    scores of each head; no model here has one.
     """
     query = in_groups(query, key)
-    weights = jax.nn.softmax(_scores(query, key, mask, scale, softcap), axis=-1)
+    scores = jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += in_groups(bias, key)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
     if dropout_key is not None and dropout_rate > 0.0:
         keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
     return ungrouped(jnp.einsum("bkgts,bksh->bkgth", weights.astype(value.dtype), value))
+
+
+class Saved(NamedTuple):
+    """What the gradient by hand reads. Of a query's scores: their exponentials, less the largest; it; their total."""
+
+    query: Float[Array, "B K G T H"]
+    key: Float[Array, "B K S H"]
+    value: Float[Array, "B K S V"]
+    exponentials: Float[Array, "B K G T S"]
+    largest: Float[Array, "B K G T 1"]
+    total: Float[Array, "B K G T 1"]
+    mixed: Float[Array, "B K G T V"]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -59,7 +84,7 @@ def lean_attend(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B N T V"]:
-    """`attend` without dropout, in fewer passes over [T, S], forward and back.
+    """`attend` without bias and dropout, in fewer passes over [T, S], forward and back.
 
     The exponentials themselves mix the values, and their sum divides the result: [T, H] in place of [T, S]. The
     softmax's gradient needs for each query Σ over keys of weight · its gradient, which equals output · its gradient (D
@@ -71,7 +96,7 @@ def lean_attend(
 
 def lean_forward(
     query: Array, key: Array, value: Array, mask: Array, scale: float, softcap: float | None
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, Saved]:
     query = in_groups(query, key)
     scores = _scores(query, key, mask, scale, softcap)
     largest = scores.max(-1, keepdims=True)
@@ -79,7 +104,7 @@ def lean_forward(
     total = exponentials.sum(-1, keepdims=True)
     exponentials = exponentials.astype(value.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", exponentials, value, preferred_element_type=jnp.float32) / total
-    return ungrouped(mixed.astype(value.dtype)), (query, key, value, exponentials, largest, total, mixed)
+    return ungrouped(mixed.astype(value.dtype)), Saved(query, key, value, exponentials, largest, total, mixed)
 
 
 def lean_again(
@@ -92,16 +117,14 @@ def lean_again(
     largest: Array,
     total: Array,
     mixed: Array,
-) -> tuple[Array, ...]:
+) -> Saved:
     """What `lean_forward` saves, from the parts of it that are linear in T: the exponentials [T, S] are recomputed."""
     query = in_groups(query, key)
     exponentials = jnp.exp(_scores(query, key, mask, scale, softcap) - largest).astype(value.dtype)
-    return query, key, value, exponentials, largest, total, mixed
+    return Saved(query, key, value, exponentials, largest, total, mixed)
 
 
-def lean_backward(
-    scale: float, softcap: float | None, saved: tuple[Array, ...], grad: Array
-) -> tuple[Array, Array, Array, None]:
+def lean_backward(scale: float, softcap: float | None, saved: Saved, grad: Array) -> tuple[Array, Array, Array, None]:
     """In FlashAttention's letters: mixed O, largest m, total l, grad dO, sums D, weight_grad dP, score_grad dS."""
     query, key, value, exponentials, largest, total, mixed = saved
     grad = in_groups(grad, key)
@@ -140,9 +163,8 @@ def ungrouped(grouped: Float[Array, "B K G T V"]) -> Float[Array, "B N T V"]:
     return grouped.reshape(grouped.shape[0], -1, *grouped.shape[3:])
 
 
-def _scores(
-    query: Array, key: Array, mask: Array, scale: float, softcap: float | None = None
-) -> Float[Array, "B K G T S"]:
+def _scores(query: Array, key: Array, mask: Array, scale: float, softcap: float | None) -> Float[Array, "B K G T S"]:
+    """Those that `lean_backward` knows the gradient of."""
     scores = jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

@@ -140,8 +140,8 @@ def _windowed_forward(
         block = loop.cut_all(query, key, value, places, start)
         found: tuple[Array, ...]
         if dropout_key is None:
-            *_, largest, total, mixed = lean_forward(*block, loop.scale, loop.softcap)[1]
-            found = ungrouped(mixed), ungrouped(largest), ungrouped(total)
+            _, saved = lean_forward(*block, loop.scale, loop.softcap)
+            found = ungrouped(saved.mixed), ungrouped(saved.largest), ungrouped(saved.total)
         else:
             found = (attend(*block, **loop.dropping(dropout_key, index)),)
         return tuple(

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.attention import Context, attention, choose, query_blocks, self_attention
+from llmq_jax.layers.attention import Context, attention, choose, query_blocks, reads_plainly, self_attention
 from llmq_jax.layers.axes import MESH_AXES
 from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
 from llmq_jax.layers.window_attention import window_block, window_blocks
@@ -72,9 +72,10 @@ def test_packed_and_padded_rows_equal_the_definition(block):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("window", [1, 2, 4, 11, 20])
-def test_windows_and_softcaps_equal_the_definition(window, softcap):
-    inputs, masked = draw(0), ROWS.replace(implementation="masked")
-    mixed = jax.jit(lambda *inputs: self_attention(*inputs, masked, scale=0.4, window=window, softcap=softcap))
+@pytest.mark.parametrize("implementation", ["plain", "masked"])
+def test_windows_and_softcaps_equal_the_definition(implementation, window, softcap):
+    inputs, rows = draw(0), ROWS.replace(implementation=implementation)
+    mixed = jax.jit(lambda *inputs: self_attention(*inputs, rows, scale=0.4, window=window, softcap=softcap))
     found = mixed(*inputs)
     expected = by_hand(*inputs, POSITIONS, SEGMENTS, 0.4, window, softcap)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -84,7 +85,7 @@ def test_windows_and_softcaps_equal_the_definition(window, softcap):
 @pytest.mark.parametrize("block", [4, 11])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.product
-def test_lean_blocks_equal_the_reference_with_gradients(groups, block, softcap):
+def test_lean_blocks_equal_the_formula_with_gradients(groups, block, softcap):
     mask = visible(ROWS.positions, ROWS.positions, ROWS.segment_ids, ROWS.segment_ids)
     assert_equal_with_gradients(
         lambda *inputs: query_blocks(*inputs, ROWS, block, **{**PLAIN, "softcap": softcap}),
@@ -125,7 +126,7 @@ def test_window_blocks_equal_the_mask_with_gradients(kind, window, block, groups
 
 
 @pytest.mark.parametrize("length", [40, 150, 200])
-def test_blocked_by_name_equals_masked(length):
+def test_implementations_by_name_are_equal(length):
     """Shorter than a block, a few windows long, and many."""
     inputs = draw(5, length=length)
     context = Context(jnp.broadcast_to(jnp.arange(length), (2, length)))
@@ -135,7 +136,38 @@ def test_blocked_by_name_equals_masked(length):
         return lambda *inputs: self_attention(*inputs, chosen, scale=0.4, window=window)
 
     for window in (None, 70):
-        assert_equal_with_gradients(mixed("blocked", window), mixed("masked", window), inputs)
+        for implementation in ("masked", "blocked"):
+            assert_equal_with_gradients(mixed(implementation, window), mixed("plain", window), inputs)
+
+
+def test_plain_packed_and_padded_rows_have_the_gradients_of_masked():
+    """Padding included: both have it see itself."""
+    context = long_rows("packed")
+
+    def mixed(implementation):
+        rows = context.replace(implementation=implementation)
+        return lambda *inputs: self_attention(*inputs, rows, scale=0.4, window=9, softcap=3.0)
+
+    assert_equal_with_gradients(mixed("plain"), mixed("masked"), draw(4, length=37))
+
+
+def test_plain_drops_the_weights_that_masked_drops():
+    options = {"scale": 0.3, "window": 6, "dropout_rate": 0.25, "dropout_key": jax.random.key(3)}
+    plain, masked = (
+        self_attention(*draw(2), ROWS.replace(implementation=name), **options) for name in ("plain", "masked")
+    )
+    np.testing.assert_array_equal(plain, masked)
+
+
+def test_a_bias_is_added_to_the_scores_of_each_head():
+    """After the softcap, which would bound it."""
+    query, key, value = draw(1, groups=2)
+    bias = jnp.broadcast_to(-jnp.arange(1.0, 5.0)[:, None, None] * jnp.arange(11.0), (2, 4, 11, 11))
+    found = attend(query, key, value, jnp.ones((2, 11, 11), bool), scale=0.4, softcap=3.0, bias=bias)
+    keys, values = (jnp.repeat(x, 2, axis=1) for x in (key, value))
+    scores = 3.0 * jnp.tanh(jnp.einsum("bnth,bnsh->bnts", query, keys) * 0.4 / 3.0)
+    expected = jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(scores + bias), values)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_window_blocks_in_bfloat16():
@@ -185,7 +217,7 @@ def test_memory_of_a_window_is_linear_in_the_length():
     assert long < temporary(2048, None) / 5
 
 
-def test_lean_attention_in_bfloat16_is_about_as_near_as_the_reference():
+def test_lean_attention_in_bfloat16_is_about_as_near_as_the_formula():
     inputs = [x.astype(jnp.bfloat16) for x in draw(3)]
     mask = jnp.tril(jnp.ones((2, 11, 11), bool))
 
@@ -284,6 +316,17 @@ OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capabilit
 )
 def test_what_auto_takes(expected, device, window, more):
     assert choose("auto", window=window, device=device, **{**LAYER, **more}) == expected
+
+
+@pytest.mark.parametrize("device", [CPU, HOPPER, TPU])
+def test_auto_is_plain_where_someone_writes_so(device, monkeypatch):
+    """Dropout or not, in prompts and where caches are read."""
+    monkeypatch.setattr("llmq_jax.layers.attention.AUTOMATIC", dict.fromkeys(("cpu", "gpu", "tpu"), ("plain", "plain")))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    for window in (None, 64):
+        for dropout in (False, True):
+            assert choose("auto", window=window, dropout=dropout, **LAYER) == "plain"
+        assert reads_plainly("auto", window is not None) and not reads_plainly("masked", window is not None)
 
 
 @pytest.mark.parametrize(

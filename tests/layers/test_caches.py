@@ -29,16 +29,17 @@ def take(sequence, positions):
     return [jnp.take_along_axis(x, positions[:, :, None, None], axis=1) for x in sequence]
 
 
-@partial(jax.jit, static_argnames="window")
-def attend(inputs, positions, cache, window, segment_ids=None):
-    return attention(*inputs, Context(positions, segment_ids), cache, scale=0.7, window=window)
+@partial(jax.jit, static_argnames=("window", "name"))
+def attend(inputs, positions, cache, window, segment_ids=None, name="auto"):
+    context = Context(positions, segment_ids, implementation=name)
+    return attention(*inputs, context, cache, scale=0.7, window=window)
 
 
-def look(sequence, cache, positions, window, segment_ids=None):
+def look(sequence, cache, positions, window, segment_ids=None, name="auto"):
     """One pass at the given positions: (mixed values, cache)."""
     positions = jnp.asarray(positions)
     inputs = take(sequence, jnp.where(positions < LENGTH, positions, 0))
-    return attend(inputs, positions, cache, window, segment_ids)
+    return attend(inputs, positions, cache, window, segment_ids, name)
 
 
 def at(mixed, positions):
@@ -90,8 +91,8 @@ def test_a_full_cache_equals_the_whole_sequence(sequence, pieces):
 
 
 @pytest.mark.parametrize("create", [ring, full])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_of_a_prompt_overwrites_nothing(sequence, create, side):
+@pytest.mark.parametrize(("side", "name"), [("right", "auto"), ("left", "auto"), ("left", "plain")])
+def test_padding_of_a_prompt_overwrites_nothing(sequence, create, side, name):
     """Prompts of 4 and 13 tokens in 15 places, then a second piece that is padded too, then decoding."""
     window, lengths, expected = 5, np.array([4, 13]), whole(sequence, 5)
     cache = create(LENGTH, window, 1)
@@ -99,12 +100,12 @@ def test_padding_of_a_prompt_overwrites_nothing(sequence, create, side):
         places = np.arange(width)[None] - (0 if side == "right" else width - counts[:, None])
         real = (places >= 0) & (places < counts[:, None])
         positions = np.where(real, np.asarray(starts)[:, None] + places, np.asarray(starts)[:, None] + places % width)
-        mixed, cache = look(sequence, cache, positions, window, jnp.asarray(real, jnp.int32))
+        mixed, cache = look(sequence, cache, positions, window, jnp.asarray(real, jnp.int32), name)
         wanted = at(expected, np.minimum(positions, LENGTH - 1))
         np.testing.assert_allclose(mixed[real], wanted[real], atol=1e-5)
     positions = lengths + np.array([9, 2])
     for step in range(8):
-        mixed, cache = look(sequence, cache, span(positions + step, 1), window)
+        mixed, cache = look(sequence, cache, span(positions + step, 1), window, name=name)
         np.testing.assert_allclose(mixed, at(expected, span(positions + step, 1)), atol=1e-5)
 
 

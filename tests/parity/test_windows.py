@@ -10,7 +10,7 @@ import pytest
 from llmq_jax.layers.attention import Context, self_attention
 from llmq_jax.layers.window_attention import window_blocks
 
-CONTEXT = Context(jnp.broadcast_to(jnp.arange(12), (2, 12)), implementation="masked")
+CONTEXT = Context(jnp.broadcast_to(jnp.arange(12), (2, 12)))
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,15 @@ def golden():
         return {name: file[name] for name in file.files if name != "meta"}
 
 
-@pytest.mark.parametrize("block", [None, 3, 12])
+@pytest.mark.parametrize("block", ["plain", "masked", 3, 12])
 @pytest.mark.parametrize("window", [1, 2, 4, 12, 17])
 def test_windows(golden, window, block):
     """The window counts the query's own key, and may be longer than the row. Heads have 6 features."""
 
     def mix(query, key, value):
-        if block is None:
-            return self_attention(query, key, value, CONTEXT, scale=6**-0.5, window=window)
+        if isinstance(block, str):
+            named = CONTEXT.replace(implementation=block)
+            return self_attention(query, key, value, named, scale=6**-0.5, window=window)
         options = {"scale": 6**-0.5, "softcap": None, "dropout_rate": 0.0}
         return window_blocks(query, key, value, (CONTEXT.positions, None), block, window, **options)
 

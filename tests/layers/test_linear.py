@@ -1,0 +1,98 @@
+"""The linear layer in the layout of decoding, in attention that someone has changed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import llmq_jax as lq
+from llmq_jax.layers.attention import attention
+from llmq_jax.layers.linear import JOINED_KERNELS, KERNEL_BY_OUTPUT, Linear, by_output, flat_by_output, side_by_side
+from llmq_jax.models import llama3, override
+
+CONFIG = lq.Llama3Config(
+    vocab_size=37,
+    max_position_embeddings=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    attention_bias=True,
+    initializer_range=0.3,
+)
+
+
+def other_keys(x, heads):
+    """Keys see another input."""
+    return heads(4, "query")(x), heads(2, "key")(jnp.tanh(x)), heads(2, "value")(x)
+
+
+def narrower_keys(x, heads):
+    """And one of fewer features: kernels that cannot be joined."""
+    return heads(4, "query")(x), heads(2, "key")(x[..., :6]), heads(2, "value")(x)
+
+
+def two_of_three(x, heads):
+    query, value = side_by_side(x, heads(4, "query"), heads(2, "value"))
+    return query, heads(2, "key")(jnp.tanh(x)), value
+
+
+def in_another_order(x, heads):
+    value, key, query = side_by_side(x, heads(2, "value"), heads(2, "key"), heads(4, "query"))
+    return query, key, value
+
+
+CHANGED = (other_keys, narrower_keys, two_of_three, in_another_order)
+
+
+@pytest.mark.parametrize("projections", CHANGED)
+def test_changed_attention_generates_what_the_whole_pass_says(projections, monkeypatch):
+    """One row is decoded by kernels that are joined by their names, however the module calls them."""
+
+    class Changed(nn.Module):
+        config: lq.Llama3Config
+        dtype: None = None
+
+        @nn.compact
+        def __call__(self, x, context, cache=None):
+            def heads(count, name):
+                return Linear((count, 4), True, nn.initializers.normal(0.3), self.dtype, name=name)
+
+            query, key, value = projections(x, heads)
+            query, key = context.rotation.apply(query), context.rotation.apply(key)
+            mixed, cache = attention(query, key, value, context, cache, scale=0.5)
+            return Linear(16, True, nn.initializers.normal(0.3), name="out")(mixed.reshape(*x.shape[:2], 16)), cache
+
+    monkeypatch.setattr(llama3, "GroupedQueryAttention", Changed)
+    # Compiled programs are kept by the model's config, so each case has one of its own.
+    config = override(CONFIG, vocab_size=37 + CHANGED.index(projections))
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config, seed=3))
+    rng = np.random.default_rng(0)  # biases start at zero
+    lm = lm.replace(variables=jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), lm.variables))
+    text = [3, 1, 4, 1, 5]
+    made = lq.generate(lm, [text], max_new_tokens=8, sampler=lq.Sampler(temperature=1.0))
+    tokens = made.tokens[0].tolist()
+    whole = jax.nn.log_softmax(lm.logits([text + tokens])[0, len(text) - 1 : -1])
+    np.testing.assert_allclose(made.logprobs[0], whole[np.arange(8), tokens], atol=1e-4)
+    assert len(set(tokens)) > 4
+
+
+def test_joined_kernels_are_one_array_and_each_layer_knows_its_rows():
+    rng = np.random.default_rng(1)
+    shapes = {"query": (6, 4, 3), "key": (6, 2, 3), "value": (6, 2, 3)}
+    params = {name: {"kernel": jnp.asarray(rng.standard_normal(shape), "float32")} for name, shape in shapes.items()}
+    arranged = by_output(params)
+    joined = [arranged[name][JOINED_KERNELS] for name in shapes]
+    assert all(part.kernels is joined[0].kernels for part in joined) and joined[0].kernels.shape == (24, 6)
+    for name, leaf in params.items():
+        np.testing.assert_array_equal(flat_by_output(arranged[name]), leaf["kernel"].reshape(6, -1).T)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"width": 5}])
+def test_kernels_of_other_widths_or_types_stay_apart(change):
+    width, dtype = change.get("width", 6), change.get("dtype", "float32")
+    arranged = by_output({"gate": {"kernel": jnp.ones((6, 4))}, "up": {"kernel": jnp.ones((width, 4), dtype)}})
+    assert [list(leaf) for leaf in arranged.values()] == [[KERNEL_BY_OUTPUT]] * 2
+    assert arranged["up"][KERNEL_BY_OUTPUT].dtype == dtype
