@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, sample
-from llmq_jax.layers.axes import replicated
+from llmq_jax.layers.axes import constrain, replicated
 from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.weight_type import weight_type
 
@@ -37,6 +37,7 @@ class DecodeState(struct.PyTreeNode):
 
 
 State = TypeVar("State", bound=DecodeState)
+Caches = tuple[Any, ...]
 
 
 @partial(
@@ -70,6 +71,7 @@ def prefill(
         last, prompt_lengths, caches = jax.tree.map(
             lambda leaf: jnp.repeat(leaf, samples, axis=0), (last, prompt_lengths, caches)
         )
+        caches = divided(caches)
     state = DecodeState(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((batch, new_tokens), pad, jnp.int32),
@@ -101,7 +103,13 @@ def read_prompts(
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     real = (positions < prompt_lengths[:, None]).astype(jnp.int32)
     output = model.apply(variables, prompts, positions, real, caches, method="forward")
-    return output, tuple(cache.extend(length) for cache in model.slice_caches(output.caches))
+    return output, divided(tuple(cache.extend(length) for cache in model.slice_caches(output.caches)))
+
+
+def divided(caches: Caches) -> Caches:
+    """A sharding constraint on caches of layers: each device has those of the rows and the heads that it computes."""
+    placed: Caches = jax.tree.map(lambda leaf: constrain(leaf, "batch", "heads" if leaf.ndim == 4 else None), caches)
+    return placed
 
 
 @partial(jax.jit, static_argnames=("model", "sampler", "end_tokens"), donate_argnames=("state",))
