@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is, use_device
+from llmq_jax.command_line import default_is, option_name, use_device
 from llmq_jax.errors import BadInput
+
+LESS = ("context", "max_length", "max_new_tokens", "batch_size")
+"""Options of commands by which they need less memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +31,34 @@ class DeviceOptions:
 
         from llmq_jax.training.sharding import check_rows, make_mesh, mesh_sizes
 
-        if self.mesh is None:
+        with self.advice_on_memory():
+            if self.mesh is None:
+                yield
+                return
+            mesh = make_mesh(self.mesh)
+            if rows is not None:
+                check_rows(rows, 1, mesh_sizes(self.mesh))
+            with jax.set_mesh(mesh):
+                yield
+
+    @contextlib.contextmanager
+    def advice_on_memory(self) -> Iterator[None]:
+        """BadInput for memory that has run out, with what to change."""
+        import jax
+
+        from llmq_jax.training.out_of_memory import ERRORS, placed, shortage
+
+        try:
             yield
-            return
-        mesh = make_mesh(self.mesh)
-        if rows is not None:
-            check_rows(rows, 1, mesh_sizes(self.mesh))
-        with jax.set_mesh(mesh):
-            yield
+        except ERRORS as error:
+            if (said := shortage(error)) is None:
+                raise
+            less = [f"a smaller {option_name(name)}" for name in LESS if hasattr(self, name)]
+            less += ["--dtype bfloat16"] if jax.default_backend() != "cpu" else []
+            divided = "other axes of --mesh" if self.mesh else "--mesh tensor=N, where there are N devices"
+            raise BadInput(
+                f"out of memory ({said}), beside {placed()} of arrays; to need less, take {', '.join([*less, divided])}"
+            ) from error
 
     def load_model(self, source: str, dtype: Any) -> Any:
         """`lq.load`, which reads weights straight to the devices that have their parts. BadInput also where an axis of

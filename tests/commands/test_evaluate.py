@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -107,3 +108,26 @@ def test_json_without_the_field_names_row_and_fields(llmq, model_folder, tmp_pat
     path.write_text('{"text": "a"}\n{"body": "b"}\n')
     code, _, err = llmq("evaluate", model_folder, path)
     assert code == 2 and "line 2" in err and "body" in err and "--text-field" in err
+
+
+@pytest.mark.parametrize("mesh", [None, "tensor=1"])
+def test_memory_that_has_run_out_is_told_in_a_line(llmq, model_folder, text_file, monkeypatch, mesh):
+    def too_much(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3221225472 bytes.\nand more")
+
+    monkeypatch.setattr("llmq_jax.training.step.evaluate", too_much)
+    options = () if mesh is None else ("--mesh", mesh)
+    code, out, err = llmq("evaluate", model_folder, text_file, *options)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: out of memory (Out of memory allocating 3.0 GiB), beside ")
+    assert "take a smaller --context, a smaller --batch-size, " in err
+    assert err.endswith("other axes of --mesh\n" if mesh else "--mesh tensor=N, where there are N devices\n")
+
+
+def test_other_errors_are_not_taken_for_it(llmq, model_folder, text_file, monkeypatch):
+    def broken(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr("llmq_jax.training.step.evaluate", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        llmq("evaluate", model_folder, text_file)
