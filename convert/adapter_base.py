@@ -42,7 +42,7 @@ def found_base(source: str) -> Base:
         return unnamed(f"it began with {name}, whose adapters have none that is known")
     if is_lost_path(name):
         return unnamed(f"it began with {name}, which is not there")
-    return Base(name, f"base: {name}, with which it began; --base names another", True)
+    return Base(name, f"base: {name}, with which it began, as a name on the hub; --base names another", True)
 
 
 def unnamed(why: str) -> Base:

@@ -29,7 +29,6 @@ from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
-from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.axes import replicated
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, spread, trained_numbers
@@ -38,6 +37,7 @@ from llmq_jax.models.config import require_sizes
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
 from llmq_jax.weight_type import weight_type
+from llmq_jax.whole_folders import whole_folder
 
 Integers = ArrayLike | Sequence[Any]
 

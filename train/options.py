@@ -164,8 +164,8 @@ def on_devices(recipe: Callable) -> Callable:
             if mesh and not options.layout:  # which needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()
-            if devices > 1 and not (mesh or options.pmap):
-                print(f"1 of {devices} devices computes; all do with --mesh fsdp={devices}", flush=True)
+            if devices > 1 and not (mesh or options.pmap or getattr(options, "preview", False)):
+                print(f"1 of {devices} devices computes; all do with --mesh fsdp={devices}, which must divide a batch")
             stack.enter_context(advice_on_memory(options))
             return recipe(options, *arguments)
 

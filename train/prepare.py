@@ -4,8 +4,8 @@
     python -m train.pretrain --data tokens --preset gpt2-124m --out runs/mine
 
 The text streams through: a block of it is in memory at a time, and its tokens are worked out on all cores. It is read
-twice, first to count the documents of which a part is held out. A run maps the tokens into memory, has the same batches
-as from the text itself, and processes on several machines may read the same folder.
+three times: to count the documents, for those that are learned, and for those that are held out. A run maps the tokens
+into memory, has the same batches as from the text itself, and processes on several machines may read the same folder.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from llmq_jax.command_line import default_is, run
+from llmq_jax.errors import BadInput
 from train.options import filled, refuse_idle
 from train.texts import FRACTION, Text, texts
 
@@ -24,8 +25,8 @@ class Options:
     data: str
     """Text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
     tokenizer: str
-    """bytes, gpt2, a tokenizer.json, a folder that holds one, or a model's on the hub, org/name: its own, to go on from
-    a model."""
+    """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. To go on from a model
+    take its own."""
     out: str
     """A new folder for the tokens; it appears complete or not at all."""
     text_field: Annotated[str | None, default_is("text")] = None
@@ -53,7 +54,7 @@ def main(options: Options) -> None:
     options = filled(options, text_field="text")
     print(f"reading {options.data}", flush=True)
     tokenizer = load_tokenizer(options.tokenizer)
-    text, held_out, fraction = texts(options, hold_out=options.validation_fraction != 0)
+    text, held_out, fraction = texts(options, hold_out=options.validation_fraction != 0, streamed=True)
 
     def blocks(text: Text, title: str) -> Iterator[Any]:
         return encoded_blocks(
@@ -66,19 +67,23 @@ def main(options: Options) -> None:
         training, validation = ([part] for part in split_tokens(whole, fraction))
     elif held_out is not None:
         validation = blocks(held_out, "text held out")
+    sample = next((document for document in text if document and not document.isspace()), None)
+    if sample is None:
+        raise BadInput(f"{options.data} holds no text to learn, beside what is held out")
     made = write_tokens(
         options.out,
         tokenizer,
         training,
         validation,
         separated=text.separated,
-        sample=next(document for document in text if document and not document.isspace()),
+        sample=sample,
         about={"options": dataclasses.asdict(options)},
     )
+    idle = " --evaluate-every 0" if made.validation is None else ""
     print(
         f"{len(made.training):,} tokens to learn, {0 if made.validation is None else len(made.validation):,} held out "
         f"(tokenizer: {tokenizer.name}; documents to learn: {text.count:,})\n\n"
-        f"    python -m train.pretrain --data {shlex.quote(options.out)} --out runs/mine"
+        f"    python -m train.pretrain --data {shlex.quote(options.out)} --out runs/mine{idle}"
     )
 
 

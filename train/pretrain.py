@@ -41,6 +41,7 @@ from train.texts import LIBRARY_FRACTION, token_streams
 
 SAMPLE_TOKENS = 120
 STEPS = 2000
+OF_TEXT = ("text_field", "validation_fraction")  # which tokens that were made of it do not have
 OF_VALIDATION = ("validation_data", "validation_fraction", "evaluate_batches")
 MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
@@ -268,7 +269,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         run_options(options),
         folder=options.out,
         config={"recipe": "train.pretrain", **own_options(options), **text.record()},
-        may_change=MAY_CHANGE,
+        may_change=(*MAY_CHANGE, *OF_TEXT) if prepared else MAY_CHANGE,
         model_config=config,
         # What was loaded keeps its own end tokens.
         tokenizer=TextFiles(tokenizer, source.generation) if options.init_from else tokenizer,
@@ -325,7 +326,7 @@ def check(options: Options) -> None:
                 not any(map(has_fields, text_files)),
                 "on data without fields",
             ),
-            ("validation_fraction", prepared, "on prepared tokens, which have their part held out"),
+            ("validation_fraction", prepared, "on prepared tokens, whose held-out part was chosen with them"),
             ("epochs", options.steps is not None, "beside --steps"),
             ("validation_fraction", options.validation_data, "beside --validation-data"),
             *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from llmq_jax.errors import BadInput
@@ -50,9 +51,12 @@ class Streams:
         return counts | {f"{name}_sha256": digest for name, digest in self.sha256.items()}
 
 
-def texts(options: Any, *, hold_out: bool) -> tuple[Text, Text | None, float]:
-    """(what is learned, what is held out, 0). Of a single text the end is held out, which is told by its part of the
-    tokens: (the text, None, the part)."""
+def texts(options: Any, *, hold_out: bool, streamed: bool = False) -> tuple[Text, Text | None, float]:
+    """(what is learned, what is held out, 0); where nothing is, (all, None, 0). Of a single text the end is held out,
+    which is told by its part of the tokens: (the text, None, the part).
+
+    `streamed`: documents are read anew each time one goes through them, and not held in memory.
+    """
     from llmq_jax.data import are_held_out
 
     fraction = LIBRARY_FRACTION if options.data is None else FRACTION
@@ -63,11 +67,11 @@ def texts(options: Any, *, hold_out: bool) -> tuple[Text, Text | None, float]:
     if options.data is None:
         whole, held_out = _library(fraction)
     else:
-        whole, held_out = _read(options.data, options.text_field), None
+        whole, held_out = _read(options.data, options.text_field, streamed), None
     if not hold_out:
         return whole, None, 0.0
     if options.validation_data:
-        return whole, _read(options.validation_data, options.text_field), 0.0
+        return whole, _read(options.validation_data, options.text_field, streamed), 0.0
     if not whole.separated:
         return whole, None, fraction
     if held_out is None:
@@ -75,14 +79,17 @@ def texts(options: Any, *, hold_out: bool) -> tuple[Text, Text | None, float]:
     return whole.only(~held_out), whole.only(held_out), 0.0
 
 
-def _read(path: str, text_field: str | None) -> Text:
-    from llmq_jax.data import Documents, is_token_folder
+def _read(path: str, text_field: str, streamed: bool = False) -> Text:
+    from llmq_jax.data import Documents, is_token_folder, read_documents
 
     if is_token_folder(path):
         raise BadInput(f"{path} holds tokens where text is read; give the text that they were made of")
-    documents = Documents(path, text_field)
-    count = documents.count()
-    return Text(documents, count, count > 1, path)
+    # A pipe can be read only once.
+    if streamed and (Path(path).is_file() or Path(path).is_dir() or not Path(path).exists()):
+        documents = Documents(path, text_field)
+        return Text(documents, count := documents.count(), count > 1, path)
+    held = read_documents(path, text_field)
+    return Text(held, len(held), len(held) > 1, path)
 
 
 def _library(fraction: float) -> tuple[Text, Any]:

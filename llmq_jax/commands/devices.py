@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import default_is, option_name, use_device
 from llmq_jax.errors import BadInput
 
-LESS = ("context", "max_length", "max_new_tokens", "batch_size")
+LESS = ("context", "max_length", "max_new_tokens")
 """Options of commands by which they need less memory."""
 
 
@@ -54,7 +54,10 @@ class DeviceOptions:
             if (said := shortage(error)) is None:
                 raise
             less = [f"a smaller {option_name(name)}" for name in LESS if hasattr(self, name)]
-            less += ["--dtype bfloat16"] if jax.default_backend() != "cpu" else []
+            if getattr(self, "batch_size", None) not in (None, 1):
+                less.append("a smaller --batch-size")
+            if jax.default_backend() != "cpu" and getattr(self, "dtype", None) in (None, "float32"):
+                less.append("--dtype bfloat16")
             divided = "other axes of --mesh" if self.mesh else "--mesh tensor=N, where there are N devices"
             raise BadInput(
                 f"out of memory ({said}), beside {placed()} of arrays; to need less, take {', '.join([*less, divided])}"

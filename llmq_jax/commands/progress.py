@@ -5,7 +5,8 @@ from typing import Any
 
 
 def with_progress(items: Any, title: str, total: int | None = None) -> Iterator[Any]:
-    """The items, with a bar on a terminal's stderr that is gone when they are; `total` of them, where they do not know.
+    """The items, with a bar on a terminal's stderr that is gone when they are; `total`: their number, where they
+    have no length.
 
     Nothing may be written to stdout meanwhile: rich takes it over for as long as the bar stands.
     """

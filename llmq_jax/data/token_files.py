@@ -10,7 +10,7 @@ A folder of tokens:
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from llmq_jax.data.tokenizers import Tokenizer, encode_documents, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
+from llmq_jax.whole_folders import whole_folder
 
 FACTS = "tokens.json"
 VERSION = 1
@@ -42,7 +43,7 @@ class StreamFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """And of the whole."""
+    """What it says of both streams."""
 
     tokenizer: str
     """Its name."""
@@ -92,9 +93,13 @@ class TokenFiles:
             )
 
 
+class _Refused(BadInput):
+    """A refusal that says all there is to say."""
+
+
 def is_token_folder(path: str | Path | None) -> bool:
     """Whether there is a folder that `write_tokens` wrote."""
-    return path is not None and Path(path, FACTS).is_file()
+    return path is not None and Path(path, FACTS).is_file() and Path(path, "training.bin").exists()
 
 
 def read_tokens(folder: str | Path) -> TokenFiles:
@@ -103,11 +108,13 @@ def read_tokens(folder: str | Path) -> TokenFiles:
     try:
         said = parse_json((folder / FACTS).read_bytes())
         if (version := said.pop("version")) != VERSION:
-            raise BadInput(f"{folder / FACTS} is of version {version}; prepare the text again")
+            raise _Refused(f"{folder / FACTS} is of version {version}; prepare the text again")
         streams = said.pop("streams")
         facts = create(Facts, said)
         parts = {name: create(StreamFacts, streams[name]) for name in PARTS if name == "training" or name in streams}
         arrays = {name: _mapped(folder / f"{name}.bin", stream.tokens, facts.dtype) for name, stream in parts.items()}
+    except _Refused:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{folder} cannot be read as tokens ({error!r:.200}); prepare the text again") from None
     return TokenFiles(folder, facts, parts, arrays["training"], arrays.get("validation"))
@@ -115,11 +122,11 @@ def read_tokens(folder: str | Path) -> TokenFiles:
 
 def _mapped(path: Path, count: int, dtype: str) -> np.ndarray:
     if dtype not in DTYPES:
-        raise BadInput(f"{path} is of the type {dtype!r}, not {' or '.join(DTYPES)}; prepare the text again")
+        raise _Refused(f"{path} is of the type {dtype!r}, not {' or '.join(DTYPES)}; prepare the text again")
     expected = count * np.dtype(dtype).itemsize
     size = path.stat().st_size
     if size != expected or not size:
-        raise BadInput(f"{path} has {size:,} bytes, not the {expected:,} of {count:,} tokens; copy or prepare it again")
+        raise _Refused(f"{path} has {size:,} bytes, not the {expected:,} of {count:,} tokens; copy or prepare it again")
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
 
 
@@ -138,13 +145,10 @@ def write_tokens(
     separated: whether documents end with the end-of-text token. sample: a part of the text, by which `check_tokenizer`
     knows a tokenizer. about: what else tokens.json shall say. BadInput: the folder exists, or there is no token.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     check_new(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
-    try:
-        sample = sample[:SAMPLE_CHARACTERS]
+    sample = sample[:SAMPLE_CHARACTERS]
+    with whole_folder(folder) as partial:
         streams = {"training": _write(partial / "training.bin", training, tokenizer.dtype)}
         if validation is not None:
             streams["validation"] = _write(partial / "validation.bin", validation, tokenizer.dtype)
@@ -154,11 +158,7 @@ def write_tokens(
         said |= asdict(facts)
         tokenizer.save(partial / "tokenizer")
         (partial / FACTS).write_text(json.dumps(said, indent=2) + "\n")
-        check_new(folder)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        check_new(folder)  # somebody else may have been faster
     return read_tokens(folder)
 
 
@@ -169,14 +169,22 @@ def check_new(folder: str | Path) -> None:
 
 
 def _write(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> StreamFacts:
-    digest, count, largest = hashlib.sha256(), 0, 0
-    with path.open("wb") as file:
-        for piece in pieces:
-            data = piece.astype(dtype.newbyteorder("<"), copy=False).tobytes()
-            file.write(data)
-            digest.update(data)
-            count += len(piece)
-            largest = max(largest, int(piece.max(initial=0)))
+    digest, count, largest, most = hashlib.sha256(), 0, 0, np.iinfo(dtype).max
+    try:
+        with path.open("wb") as file:
+            for piece in pieces:
+                if piece.min(initial=0) < 0 or piece.max(initial=0) > most:
+                    raise BadInput(f"token ids from {piece.min()} to {piece.max()} do not fit {dtype.name}")
+                data = piece.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+                file.write(data)
+                digest.update(data)
+                count += len(piece)
+                largest = max(largest, int(piece.max(initial=0)))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a full disk the system does not say it
+        raise
     if not count:
         raise BadInput(f"there is no token to write to {path.name}: the text is empty")
     return StreamFacts(count, largest, digest.hexdigest())

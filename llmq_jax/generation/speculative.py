@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.generation.decoding import DecodeState, is_end, read_prompts, readable
+from llmq_jax.generation.decoding import DecodeState, divided, is_end, read_prompts, readable
 from llmq_jax.generation.sampling import Sampler, draw, filter_logits, first_largest, sample
 from llmq_jax.models.decoder import Decoder, Output
 from llmq_jax.models.deepseek3 import DeepSeek3
@@ -120,6 +120,7 @@ class MultiTokenDraft:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
         ahead = self.model.apply(variables, output, prompts, segment_ids=real, caches=stacked, method="look_ahead")
         caches = tuple(jax.tree.map(lambda leaf, k=k: leaf[k], ahead.caches).extend(length) for k in range(self.count))
+        caches = divided(caches)
         places = jnp.maximum(lengths[:, None] - self.places + jnp.arange(self.places), 0)
         fed = jnp.take_along_axis(self.fed(output), places[..., None], axis=1)
         after = jnp.minimum(places[:, :-1] + 1, prompts.shape[1] - 1)

@@ -30,9 +30,9 @@ from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
-from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.lora import merge, spread
 from llmq_jax.weight_type import weight_type
+from llmq_jax.whole_folders import whole_folder
 
 if TYPE_CHECKING:
     from llmq_jax.language_model import LanguageModel

@@ -18,7 +18,6 @@ from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
 from llmq_jax.interop.tables import in_out
 from llmq_jax.interop.tensor_files import write_json
-from llmq_jax.interop.whole_folders import whole_folder
 from llmq_jax.layers.lora import (
     DROPOUT,
     LORA,
@@ -33,6 +32,7 @@ from llmq_jax.layers.lora import (
     factors,
     spread,
 )
+from llmq_jax.whole_folders import whole_folder
 
 PEFT_VERSION = "0.21.2"  # whose folders these are
 CARD = "README.md"  # a model card, which is nobody's but its author's

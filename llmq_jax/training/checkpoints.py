@@ -377,7 +377,9 @@ def _read_info(folder: Path) -> CheckpointInfo:
     except (OSError, ValueError, KeyError, TypeError):
         raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {INFO} cannot be read") from None
     if version not in (1, VERSION):
-        raise BadInput(f"checkpoint {folder} has format {version}; this llmq_jax reads format {VERSION}: update it")
+        raise BadInput(
+            f"checkpoint {folder} has format {version}; this llmq_jax reads formats 1 to {VERSION}: update it"
+        )
     if version == 1:
         info["value"] = info.pop("validation_loss", None)
     try:

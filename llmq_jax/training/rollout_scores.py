@@ -137,11 +137,15 @@ def step_ends(rollout: Rollout, tokenizer: Any, separator: str) -> np.ndarray:
     """float32 [B, C]: 1 on the token that completes a separator, and on the last token of the answer."""
     ends = np.zeros(rollout.logprobs.shape, np.float32)
     for row, (start, length) in enumerate(zip(rollout.prompt_lengths, rollout.lengths, strict=True)):
-        stream, text, ended = TextStream(tokenizer, skip_special_tokens=True), "", 0
+        stream, open_end, ended = TextStream(tokenizer, skip_special_tokens=True), "", 0
         for place, token in enumerate(rollout.tokens[row, start:length].tolist()):
-            text += stream.push(token)
-            found = (text + stream.held()).count(separator)
+            open_end += stream.push(token)
+            found = (open_end + stream.held()).count(separator)
             if found > ended:
-                ends[row, place], ended = 1.0, found
+                ends[row, place] = 1.0
+            ended = found
+            if separator in open_end:  # from here on it cannot be taken back
+                ended -= open_end.count(separator)
+                open_end = open_end.rpartition(separator)[2]
         ends[row, length - start - 1] = 1.0
     return ends

@@ -135,7 +135,7 @@ def test_the_base_is_what_the_run_began_with(here, folder, tmp_path, capsys):
     hub = beginning_with("org/base@v1", tmp_path / "hub")
     assert named_base(capsys, hub, out) == (
         ("org/base", "v1"),
-        "base: org/base@v1, with which it began; --base names another",
+        "base: org/base@v1, with which it began, as a name on the hub; --base names another",
     )
     for lost in ("models/gone", "/models/gone", "gone.gguf", "../gone"):
         run = beginning_with(lost, tmp_path / lost.replace("/", "."))

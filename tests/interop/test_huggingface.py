@@ -26,6 +26,7 @@ from llmq_jax.interop.safetensors_files import open_safetensors, write_safetenso
 from llmq_jax.language_model import LanguageModel, load
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
+from tests.byte_fallback import fallback_tokenizer
 
 CONFIG = GPT2Config(
     vocab_size=257, max_position_embeddings=16, hidden_size=12, num_hidden_layers=2, num_attention_heads=3
@@ -508,11 +509,12 @@ def test_a_tokenizer_of_the_hub_comes_without_weights(theirs, monkeypatch, tmp_p
         wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         assert (repo_id, revision) == ("org/tiny", "v1")
         assert wanted == ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
-        ByteTokenizer().save(tmp_path)
+        fallback_tokenizer().save(tmp_path)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert load_tokenizer("org/tiny@v1").encode("a") == [97]
+    tokenizer = load_tokenizer("org/tiny@v1")
+    assert tokenizer.name == "org/tiny@v1" and tokenizer.encode("hi") == fallback_tokenizer().encode("hi")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda **wanted: str(tmp_path / "none"))
     with pytest.raises(BadInput, match=r"org/tiny: has no file on the Hugging Face hub"):
         load_tokenizer("org/tiny")

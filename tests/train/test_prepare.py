@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from llmq_jax.data import ByteTokenizer, encode_documents, read_tokens, split_documents, split_tokens, write_tokens
+from llmq_jax.errors import BadInput
 
 DOCUMENTS = [f"document {number} " + "abba ab" * (5 + number % 7) for number in range(40)]
 
@@ -50,6 +51,18 @@ def test_a_run_is_the_same_from_text_and_from_tokens(prepare, pretrain):
     assert (code, err) == (0, "") and "is finished already" in out
 
 
+def test_a_run_goes_on_with_the_tokens_of_a_text_that_was_split_and_read_otherwise(prepare, pretrain):
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace('"text"', '"body"'))
+    made = ("--data", "rows.jsonl", "--text-field", "body", "--validation-fraction", 0.25)
+    assert pretrain(*made, "--out", "run", *QUIET)[0] == 0
+    assert prepare(*made, "--tokenizer", "bytes", "--out", "tokens")[0] == 0
+    code, out, err = pretrain("--data", "tokens", "--out", "run", *QUIET)
+    assert (code, err) == (0, "") and "is finished already" in out
+    assert prepare(*made[:-1], 0.5, "--tokenizer", "bytes", "--out", "others")[0] == 0
+    code, _, err = pretrain("--data", "others", "--out", "run", *QUIET)
+    assert code == 2 and "training_sha256" in err and err.count("\n") == 1
+
+
 def test_streams(prepare):
     tokenizer = ByteTokenizer()
     training, held_out = (encode_documents(tokenizer, part) for part in split_documents(DOCUMENTS, 0.25))
@@ -88,7 +101,8 @@ def test_many_pieces_are_one_stream(monkeypatch, tmp_path):
 
 
 def test_tokens_without_a_held_out_part(prepare, pretrain):
-    prepare("--data", "rows.jsonl", "--tokenizer", "bytes", "--validation-fraction", 0, "--out", "all")
+    _, out, _ = prepare("--data", "rows.jsonl", "--tokenizer", "bytes", "--validation-fraction", 0, "--out", "all")
+    assert "train.pretrain --data all --out runs/mine --evaluate-every 0\n" in out
     assert pretrain("--data", "all", "--out", "a", "--sample-every", 0, "--evaluate-every", 0)[0] == 0
     code, out, err = pretrain("--data", "all", "--out", "b", *QUIET, "--validation-data", "one.txt")
     assert (code, err) == (0, "") and f"{len(Path('one.txt').read_bytes()):,} held out" in out
@@ -120,6 +134,7 @@ BAD = {
     ),
     "tokens again": (["--data", "made", "--out", "new"], "made holds tokens where text is read"),
     "blank": (["--data", "blank.txt", "--out", "new"], "blank.txt holds no text"),
+    "nothing but what is held out": (["--data", "half.jsonl", "--out", "new"], "half.jsonl holds no text to learn"),
 }
 
 
@@ -127,6 +142,7 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_nothing(prepare, case):
     Path("full").mkdir()
     Path("blank.txt").write_text(" \n ")
+    Path("half.jsonl").write_text('{"text": "  "}\n{"text": "hello"}\n')
     Path("broken.jsonl").write_text(Path("rows.jsonl").read_text() + "{'text'")
     prepare("--data", "one.txt", "--tokenizer", "bytes", "--out", "made")
     before = sorted(Path().rglob("*"))
@@ -134,6 +150,43 @@ def test_bad_input_is_one_line_and_leaves_nothing(prepare, case):
     code, _, err = prepare(*options, "--tokenizer", "bytes")
     assert code == 2 and err.count("\n") == 1 and message in err, err
     assert sorted(Path().rglob("*")) == before
+
+
+def test_ids_that_do_not_fit_are_refused(tmp_path):
+    for ids in ([1, 2**16], [-1]):
+        with pytest.raises(BadInput, match=f"token ids from {min(ids)} to {max(ids)} do not fit uint16"):
+            write_tokens(tmp_path / "t", ByteTokenizer(), [np.array(ids)], None, separated=False, sample="a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_write_one_folder_the_first_wins(tmp_path):
+    def write(pieces):
+        return write_tokens(tmp_path / "t", ByteTokenizer(), pieces, None, separated=False, sample="a")
+
+    def while_another_writes():
+        yield np.arange(3, dtype=np.uint16)
+        write([np.arange(5, dtype=np.uint16)])
+
+    with pytest.raises(BadInput, match="exists already"):
+        write(while_another_writes())
+    assert read_tokens(tmp_path / "t").training.tolist() == [0, 1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_full_disk_is_told_with_the_file(prepare, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llmq_jax.data.token_files.os.fsync", full)
+    code, _, err = prepare("--data", "one.txt", "--tokenizer", "bytes", "--out", "new")
+    assert code == 2 and err.count("\n") == 1 and "training.bin" in err and "No space left on device" in err
+    assert not Path("new").exists()
+
+
+def test_a_folder_of_text_may_hold_a_file_of_that_name(prepare, pretrain):
+    Path("corpus").mkdir()
+    Path("corpus/tokens.json").write_text(json.dumps(DOCUMENTS))
+    assert pretrain("--data", "corpus", "--out", "run", *QUIET)[0] == 0
 
 
 def test_what_stops_half_way_leaves_nothing(tmp_path):
@@ -149,13 +202,19 @@ def test_what_stops_half_way_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "training.bin").write_bytes(b"1234"), "training.bin has 4 bytes, not the"),
-        (lambda folder: (folder / "validation.bin").unlink(), "made cannot be read as tokens"),
+        (
+            lambda folder: (folder / "training.bin").write_bytes(b"1234"),
+            "made/training.bin has 4 bytes, not the",
+        ),
+        (lambda folder: (folder / "validation.bin").unlink(), "made cannot be read as tokens (FileNotFound"),
         (
             lambda folder: (folder / "tokens.json").write_text("{}"),
             "made cannot be read as tokens (KeyError('version')",
         ),
-        (lambda folder: (folder / "tokens.json").write_text('{"version": 9}'), "made/tokens.json is of version 9"),
+        (
+            lambda folder: (folder / "tokens.json").write_text('{"version": 9}'),
+            "made/tokens.json is of version 9",
+        ),
         (lambda folder: (folder / "tokenizer/tokenizer.json").unlink(), "made/tokenizer holds no tokenizer"),
     ],
 )
@@ -163,7 +222,7 @@ def test_spoiled_folders(prepare, pretrain, spoil, message):
     prepare("--data", "rows.jsonl", "--tokenizer", "bytes", "--out", "made")
     spoil(Path("made"))
     code, _, err = pretrain("--data", "made", "--out", "run")
-    assert code == 2 and err.count("\n") == 1 and message in err, err
+    assert code == 2 and err.count("\n") == 1 and err.startswith(f"error: {message}"), err
     assert not Path("run").exists()
 
 

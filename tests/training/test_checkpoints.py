@@ -237,7 +237,7 @@ def test_format_of_the_future_is_refused(three):
     info.write_text(info.read_text().replace('"version": 2', '"version": 3'))
     (three.path(3) / "manifest.json").unlink()
     write_manifest(three.path(3))
-    with pytest.raises(BadInput, match="has format 3; this llmq_jax reads format 2"):
+    with pytest.raises(BadInput, match="has format 3; this llmq_jax reads formats 1 to 2"):
         three.restore(new_state())
 
 

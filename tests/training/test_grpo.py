@@ -408,6 +408,28 @@ def test_steps_end_at_separators_and_with_the_answer(lm, fallback):
     assert found == [3, 6, 7, 8]
 
 
+def test_a_line_break_that_is_taken_back_hides_no_later_one():
+    """Bytes that are no text make U+FFFD of those beside them, a line break too."""
+    tokenizer = fallback_tokenizer()
+    answer = [*byte_ids(b"\n\xff"), *byte_ids(b"hi\nx")]
+    row = np.array([[*byte_ids(b"x"), *answer]], np.int32)
+    count = len(answer)
+    shape = (1, count)
+    rollout = Rollout(
+        prompts(1),
+        1,
+        row,
+        np.array([1 + count]),
+        np.array([1]),
+        np.zeros(shape, np.float32),
+        np.ones(shape, np.float32),
+        np.array([True]),
+        [""],
+    )
+    found = np.flatnonzero(step_ends(rollout, tokenizer, "\n")[0]).tolist()
+    assert count - 2 in found and count - 1 in found
+
+
 def test_an_end_token_that_the_reward_model_takes_for_padding_ends_the_last_step(reward_lm):
     """By the score of what came before it: or the policy would never learn when to stop."""
     rows = np.array([[65, 66, 67, 256], [65, 66, 67, 68]], np.int32)
