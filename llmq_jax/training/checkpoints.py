@@ -170,8 +170,7 @@ class Checkpoints:
             raise
         if first():
             sync_folder(self.folder)
-            self._delete_old()
-        wait_for_all("checkpoint committed")
+        self.delete_old()
         return target
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
@@ -195,6 +194,15 @@ class Checkpoints:
                     raise CorruptCheckpoint(f"no checkpoint in {self.folder} is whole; {error}") from None
                 warn(f"warning: {error}; going back to an earlier one")
         return None
+
+    def delete_old(self) -> None:
+        """Delete the checkpoints that need not be kept. Each save ends with it, unless the process is killed."""
+        steps = self.steps() if first() else []
+        kept = {*steps[-self.keep_last :], self.best_step() if self.keep_best and steps else None}
+        for step in steps:
+            if step not in kept:
+                self._delete(self.path(step))
+        wait_for_all("old checkpoints deleted")
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process left: half-saved and half-deleted checkpoints. For the owner of the run only."""
@@ -224,13 +232,6 @@ class Checkpoints:
             restored = _read_arrays(ocp, checkpointer, folder, wanted)
         leaves = [restored[name] for name in wanted]
         return Restored(jax.tree.unflatten(jax.tree.structure(example), leaves), info)
-
-    def _delete_old(self) -> None:
-        steps = self.steps()
-        kept = set(steps[-self.keep_last :]) | ({self.best_step()} if self.keep_best else set())
-        for step in steps:
-            if step not in kept:
-                self._delete(self.path(step))
 
     def _delete(self, checkpoint: Path) -> None:
         hidden = self.folder / f"{DELETING}{checkpoint.name}"

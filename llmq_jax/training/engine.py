@@ -264,6 +264,7 @@ class _Loop:
         self.step = self.saved = info.step
         self.tokens = info.tokens
         self.checkpoints.set_aside_after(info.step)
+        self.checkpoints.delete_old()  # the process that saved this one may have been killed before it did
         self.read_back(info.step)
         say(f"resuming {self.folder.path} from step {self.step}")
         self.stop_early(say)

@@ -44,6 +44,7 @@ def assert_same_run(one, other):
     assert timeless(one) == timeless(other)
     assert (one / "samples.txt").read_bytes() == (other / "samples.txt").read_bytes()
     assert_same_arrays(final_state(one), final_state(other))
+    assert Checkpoints(one / "checkpoints").steps() == Checkpoints(other / "checkpoints").steps()
 
 
 def assert_same_arrays(one, other):
@@ -79,6 +80,7 @@ def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_
         "committed:8",
         "orbax:12",  # 30 ms into a checkpoint
         "deletion:12",  # in the middle of deleting an old checkpoint
+        "committed:20",  # the last one, before an older one is deleted
         "plot",  # after the last checkpoint, before the run is marked as finished
     ):
         done = subprocess.run([*script, kill], capture_output=True, text=True)
