@@ -21,6 +21,7 @@ from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.options import (
     MAY_CHANGE,
+    VALIDATION_FRACTION,
     TrainingOptions,
     check_epochs,
     check_mesh,
@@ -39,7 +40,7 @@ from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
 EPOCHS = 3.0
-VALIDATION_FRACTION, TEST_FRACTION = 0.1, 0.2
+TEST_FRACTION = 0.2
 SAMPLES = 3
 
 
@@ -342,7 +343,7 @@ def numbered(rows: Sequence[list[int]], labels: Sequence[int]) -> Any:
 
 def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> None:
     """Classify the texts of the test; show the figures, and write them into the run folder."""
-    from llmq_jax.training.atomic_files import write_atomically, write_json_atomically
+    from llmq_jax.atomic_files import write_atomically, write_json_atomically
     from llmq_jax.training.classification_report import classification_report, plot_confusion, worst_errors
     from llmq_jax.training.processes import first
     from llmq_jax.training.report_page import write_report_page

@@ -10,7 +10,6 @@ the model as it comes or another one, is asked once, before training: no second 
 again resumes a run that was stopped.
 """
 
-import dataclasses
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -93,9 +92,7 @@ def main(options: Options) -> None:
 def dpo(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
-    if options.learning_rate is None:
-        rate = LORA_RATE if options.train == "lora" else FULL_RATE
-        options = dataclasses.replace(options, learning_rate=rate)
+    options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
 
     # JAX has its device; what imports it may follow.
     import jax
@@ -226,7 +223,7 @@ def reference_logprobs(options: Options, reference: Any, parts: dict[str, Any], 
     earlier start of this run left in `path` is taken from there."""
     import numpy as np
 
-    from llmq_jax.training.atomic_files import write_atomically
+    from llmq_jax.atomic_files import write_atomically
     from llmq_jax.training.processes import first
 
     if path.exists():

@@ -118,9 +118,7 @@ def main(options: Options) -> None:
 def instruct(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
     check_preview(options)
-    if options.learning_rate is None:
-        rate = LORA_RATE if options.train == "lora" else FULL_RATE
-        options = dataclasses.replace(options, learning_rate=rate)
+    options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
     check(options)
 
     # JAX has its device; what imports it may follow.

@@ -13,6 +13,8 @@ from llmq_jax.errors import BadInput
 
 LONGEST_CONTEXT = 1024
 """Tokens that a row has at most, unless --context says otherwise."""
+VALIDATION_FRACTION = 0.1
+"""Part of the data that is held out, unless --validation-fraction says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import default_is
 from llmq_jax.errors import BadInput
 from train.chat_templates import check_chat_template
-from train.options import LONGEST_CONTEXT, TrainingOptions, check_epochs, check_ranges, refuse_idle
+from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, TrainingOptions, check_epochs, check_ranges, refuse_idle
 from train.what_trains import check_what_trains
 
 EPOCHS = 1.0
-FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class PreferenceData:
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Pairs to measure the validation loss and accuracy on; their prompts are not learned."""
-    validation_fraction: Annotated[float | None, default_is(f"{FRACTION}")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation, with all their pairs; with --evaluate-every 0, for the end."""
     split_seed: Annotated[int | None, default_is("0")] = None
     """Of the choice of what is held out."""
@@ -84,7 +83,7 @@ def read_pairs(options: PreferenceData) -> tuple[list, list]:
     equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
     print(f"{len(everything):,} pairs in {options.data}{equal}")
     if not options.validation_data:
-        fraction = FRACTION if options.validation_fraction is None else options.validation_fraction
+        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
         return split_preferences(everything.pairs, fraction, options.split_seed or 0)
     validation = read_preferences(options.validation_data)
     prompts = {pair.prompt for pair in validation}

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
-from train.options import filled, refuse_idle
-from train.texts import FRACTION, Text, texts
+from train.options import VALIDATION_FRACTION, filled, refuse_idle
+from train.texts import Text, texts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Options:
     """Field or column of --data that holds the text."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Text to hold out, all of it."""
-    validation_fraction: Annotated[float | None, default_is(f"{FRACTION}")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the data held out for validation: whole documents, or the end of a single text; 0 holds out nothing."""
 
 
@@ -54,7 +54,7 @@ def main(options: Options) -> None:
     options = filled(options, text_field="text")
     print(f"reading {options.data}", flush=True)
     tokenizer = load_tokenizer(options.tokenizer)
-    text, held_out, fraction = texts(options, hold_out=options.validation_fraction != 0, streamed=True)
+    text, held_out, fraction_at_end = texts(options, hold_out=options.validation_fraction != 0, streamed=True)
 
     def blocks(text: Text, title: str) -> Iterator[Any]:
         return encoded_blocks(
@@ -62,9 +62,9 @@ def main(options: Options) -> None:
         )
 
     training, validation = blocks(text, "text to learn"), None
-    if fraction:  # of a single text, which was read whole
+    if fraction_at_end:  # of a single text, which was read whole
         whole = encode_documents(tokenizer, text, append_end_of_text=False)
-        training, validation = ([part] for part in split_tokens(whole, fraction))
+        training, validation = ([part] for part in split_tokens(whole, fraction_at_end))
     elif held_out is not None:
         validation = blocks(held_out, "text held out")
     sample = next((document for document in text if document and not document.isspace()), None)

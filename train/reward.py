@@ -84,9 +84,7 @@ def main(options: Options) -> None:
 def reward(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
-    if options.learning_rate is None:
-        rate = LORA_RATE if options.train == "lora" else FULL_RATE
-        options = dataclasses.replace(options, learning_rate=rate)
+    options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation

@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmq_jax.errors import BadInput
+from train.options import VALIDATION_FRACTION
 
 LIBRARY = "Python's standard library"
 LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
-FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,15 @@ class Text:
         return replace(self, chosen=chosen, count=int(chosen.sum()))
 
 
+class Texts(NamedTuple):
+    """What a run reads, of which nothing is held out where the last two are not given."""
+
+    learned: Text
+    held_out: Text | None = None
+    fraction_at_end: float = 0.0
+    """Of a single text, this part of its tokens is held out."""
+
+
 @dataclass(frozen=True)
 class Streams:
     """Tokens to learn and tokens held out, which are None where nothing is evaluated."""
@@ -51,15 +60,11 @@ class Streams:
         return counts | {f"{name}_sha256": digest for name, digest in self.sha256.items()}
 
 
-def texts(options: Any, *, hold_out: bool, streamed: bool = False) -> tuple[Text, Text | None, float]:
-    """(what is learned, what is held out, 0); where nothing is, (all, None, 0). Of a single text the end is held out,
-    which is told by its part of the tokens: (the text, None, the part).
-
-    `streamed`: documents are read anew each time one goes through them, and not held in memory.
-    """
+def texts(options: Any, *, hold_out: bool, streamed: bool = False) -> Texts:
+    """What the options say to read; `streamed`: anew each time one goes through it, and never all in memory."""
     from llmq_jax.data import are_held_out
 
-    fraction = LIBRARY_FRACTION if options.data is None else FRACTION
+    fraction = LIBRARY_FRACTION if options.data is None else VALIDATION_FRACTION
     if hold_out and options.validation_fraction is not None:
         fraction = options.validation_fraction
         if not 0 < fraction < 1:
@@ -69,14 +74,14 @@ def texts(options: Any, *, hold_out: bool, streamed: bool = False) -> tuple[Text
     else:
         whole, held_out = _read(options.data, options.text_field, streamed), None
     if not hold_out:
-        return whole, None, 0.0
+        return Texts(whole)
     if options.validation_data:
-        return whole, _read(options.validation_data, options.text_field, streamed), 0.0
+        return Texts(whole, _read(options.validation_data, options.text_field, streamed))
     if not whole.separated:
-        return whole, None, fraction
+        return Texts(whole, fraction_at_end=fraction)
     if held_out is None:
         held_out = are_held_out(whole.count, fraction)
-    return whole.only(~held_out), whole.only(held_out), 0.0
+    return Texts(whole.only(~held_out), whole.only(held_out))
 
 
 def _read(path: str, text_field: str, streamed: bool = False) -> Text:
@@ -117,10 +122,10 @@ def token_streams(options: Any, tokenizer: Any, config: Any, prepared: Any = Non
 
     if prepared is not None:
         return _prepared_streams(options, tokenizer, config, prepared, encode)
-    text, held_out, fraction = texts(options, hold_out=options.evaluate_every != 0)
+    text, held_out, fraction_at_end = texts(options, hold_out=options.evaluate_every != 0)
     training, validation = encode(text), None if held_out is None else encode(held_out)
-    if fraction:
-        training, validation = split_tokens(training, fraction)
+    if fraction_at_end:
+        training, validation = split_tokens(training, fraction_at_end)
     sha256 = {"training": fingerprint(training)}
     if validation is not None:
         sha256["validation"] = fingerprint(validation)

@@ -58,7 +58,7 @@ def main(options: Options) -> None:
     texts = [record.fields[options.text_field or "text"] for record in records]
     with options.on_devices(options.batch_size):
         labels, results = classified(options, records, texts)
-    from llmq_jax.training.atomic_files import write_atomically
+    from llmq_jax.atomic_files import write_atomically
     from llmq_jax.training.classification_report import prediction_line
 
     lines = [as_json({**record.fields, **said}) for record, said in zip(records, results, strict=True)]

@@ -132,8 +132,8 @@ def evaluate_tasks(options: Options) -> None:
     check_tasks(options)
     with options.on_devices(options.batch_size):
         results = results_of_tasks(options)
+    from llmq_jax.atomic_files import write_atomically
     from llmq_jax.interop.evaluation_harness import results_json, results_table
-    from llmq_jax.training.atomic_files import write_atomically
 
     if options.out is not None:
         write_atomically(Path(options.out), results_json(results, indent=2).encode() + b"\n")

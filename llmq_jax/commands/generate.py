@@ -188,7 +188,7 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
             print("".join(lines), end="", flush=True)
             lines.clear()
     if options.out is not None:
-        from llmq_jax.training.atomic_files import write_atomically
+        from llmq_jax.atomic_files import write_atomically
 
         write_atomically(Path(options.out), "".join(lines).encode())
     _tell_time(start)

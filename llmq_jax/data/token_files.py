@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from llmq_jax.atomic_files import naming
 from llmq_jax.data.tokenizers import Tokenizer, encode_documents, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
@@ -170,21 +171,17 @@ def check_new(folder: str | Path) -> None:
 
 def _write(path: Path, pieces: Iterable[np.ndarray], dtype: np.dtype) -> StreamFacts:
     digest, count, largest, most = hashlib.sha256(), 0, 0, np.iinfo(dtype).max
-    try:
-        with path.open("wb") as file:
-            for piece in pieces:
-                if piece.min(initial=0) < 0 or piece.max(initial=0) > most:
-                    raise BadInput(f"token ids from {piece.min()} to {piece.max()} do not fit {dtype.name}")
-                data = piece.astype(dtype.newbyteorder("<"), copy=False).tobytes()
-                file.write(data)
-                digest.update(data)
-                count += len(piece)
-                largest = max(largest, int(piece.max(initial=0)))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # of a full disk the system does not say it
-        raise
+    with naming(path), path.open("wb") as file:
+        for piece in pieces:
+            if piece.min(initial=0) < 0 or piece.max(initial=0) > most:
+                raise BadInput(f"token ids from {piece.min()} to {piece.max()} do not fit {dtype.name}")
+            data = piece.astype(dtype.newbyteorder("<"), copy=False).tobytes()
+            file.write(data)
+            digest.update(data)
+            count += len(piece)
+            largest = max(largest, int(piece.max(initial=0)))
+        file.flush()
+        os.fsync(file.fileno())
     if not count:
         raise BadInput(f"there is no token to write to {path.name}: the text is empty")
     return StreamFacts(count, largest, digest.hexdigest())

@@ -28,11 +28,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 from flax import traverse_util
 
+from llmq_jax.atomic_files import json_bytes, sync_folder
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
 from llmq_jax.layers.axes import axis_sizes, path_names, sharding_of
-from llmq_jax.training.atomic_files import json_bytes, sync_folder
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
 from llmq_jax.training.processes import first, share, wait_for_all
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmq_jax.atomic_files import full_disk
 from llmq_jax.errors import BadInput
 from llmq_jax.training import processes
-from llmq_jax.training.atomic_files import full_disk
 from llmq_jax.training.checkpoints import Checkpoints, JudgedBy, config_dict
 from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory

@@ -8,9 +8,9 @@ import hashlib
 import os
 from pathlib import Path
 
+from llmq_jax.atomic_files import json_bytes, sync_folder
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
-from llmq_jax.training.atomic_files import json_bytes, sync_folder
 
 MANIFEST = "manifest.json"
 

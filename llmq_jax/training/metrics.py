@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmq_jax.atomic_files import AppendedFile, write_atomically
 from llmq_jax.errors import BadInput, is_text
 from llmq_jax.field_types import LARGEST_FLOAT
 from llmq_jax.json_text import parse_json
-from llmq_jax.training.atomic_files import AppendedFile, write_atomically
 from llmq_jax.training.time_spent import SECONDS
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"

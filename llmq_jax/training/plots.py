@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmq_jax.atomic_files import write_atomically
 from llmq_jax.errors import BadInput
-from llmq_jax.training.atomic_files import write_atomically
 from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, shown_loss
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"

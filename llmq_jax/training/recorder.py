@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.training.atomic_files import full_disk
+from llmq_jax.atomic_files import full_disk
 from llmq_jax.training.metrics import (
     METRICS,
     SAMPLES,

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmq_jax.atomic_files import write_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
-from llmq_jax.training.atomic_files import write_atomically
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
 from llmq_jax.training.plots import draw_panels

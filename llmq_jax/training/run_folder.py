@@ -16,9 +16,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from llmq_jax.atomic_files import json_bytes, write_json_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
-from llmq_jax.training.atomic_files import json_bytes, write_json_atomically
 from llmq_jax.training.processes import first, same, share, together
 
 CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llmq_jax.atomic_files import AppendedFile
 from llmq_jax.errors import BadInput
-from llmq_jax.training.atomic_files import AppendedFile
 from llmq_jax.training.metrics import Record
 
 

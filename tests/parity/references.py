@@ -8,7 +8,15 @@ import torch
 from convert.parity_reference import Reference, randomise
 from tests.parity.gradients import assert_same_gradients
 
-__all__ = ["assert_same_gradients", "numpy_gradients", "numpy_state", "randomise"]
+__all__ = ["PAIRS", "assert_same_gradients", "numpy_gradients", "numpy_state", "randomise"]
+
+PAIRS = [
+    {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or 6, who knows"},
+    {"prompt": "Name a city in Japan (日本):", "chosen": " Kyoto, the old capital 😀", "rejected": " Rome"},
+    {"prompt": "Count:\n", "chosen": "1, 2, 3, 4, 5, 6, 7", "rejected": "1"},
+    {"prompt": "Say no.", "chosen": " No.", "rejected": " Yes."},
+]
+"""Of answers, as TRL reads them: of several lengths, with characters of several bytes."""
 
 
 def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:

@@ -14,18 +14,12 @@ import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.interop import to_state_dict
 from llmq_jax.objectives.preference import DPO, pair_logprobs
-from tests.parity.references import assert_same_gradients, numpy_gradients, randomise
+from tests.parity.references import PAIRS, assert_same_gradients, numpy_gradients, randomise
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
 
 CONTEXT = 96
-PAIRS = [
-    {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or 6, who knows"},
-    {"prompt": "Name a city in Japan (日本):", "chosen": " Kyoto, the old capital 😀", "rejected": " Rome"},
-    {"prompt": "Count:\n", "chosen": "1, 2, 3, 4, 5, 6, 7", "rejected": "1"},
-    {"prompt": "Say no.", "chosen": " No.", "rejected": " Yes."},
-]
 
 
 @pytest.fixture(scope="module")

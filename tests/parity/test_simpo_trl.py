@@ -16,7 +16,7 @@ from llmq_jax.data import ByteTokenizer
 from llmq_jax.interop import to_state_dict
 from llmq_jax.training.metrics import read_metrics
 from tests.documented_disk import LLAMA, chat_tokenizer
-from tests.parity.references import assert_same_gradients, numpy_gradients, randomise
+from tests.parity.references import PAIRS, assert_same_gradients, numpy_gradients, randomise
 
 PAGE = (Path(__file__).parents[2] / "docs" / "dpo.md").read_text()
 MARK = "<!-- executed by tests/parity/test_simpo_trl.py -->"
@@ -24,12 +24,6 @@ OBJECTIVE, RUN = re.findall(rf"{re.escape(MARK)}\n```python\n(.*?)```", PAGE, re
 DOCUMENTED: dict = {}
 exec(compile(OBJECTIVE, "docs/dpo.md", "exec"), DOCUMENTED)
 CONTEXT = 96
-PAIRS = [
-    {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or 6, who knows"},
-    {"prompt": "Name a city in Japan (日本):", "chosen": " Kyoto, the old capital 😀", "rejected": " Rome"},
-    {"prompt": "Count:\n", "chosen": "1, 2, 3, 4, 5, 6, 7", "rejected": "1"},
-    {"prompt": "Say no.", "chosen": " No.", "rejected": " Yes."},
-]
 
 
 @pytest.fixture(scope="module")

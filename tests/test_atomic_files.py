@@ -3,8 +3,8 @@ import os
 
 import pytest
 
-from llmq_jax.training import atomic_files
-from llmq_jax.training.atomic_files import AppendedFile, full_disk, write_atomically
+from llmq_jax import atomic_files
+from llmq_jax.atomic_files import AppendedFile, full_disk, write_atomically
 
 
 class Disk:

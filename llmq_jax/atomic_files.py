@@ -13,7 +13,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path`: readers, and whoever comes after a crash, see the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _naming(path), open(partial, "wb") as file:
+        with naming(path), open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -38,7 +38,7 @@ class AppendedFile:
         end = os.fstat(self._file.fileno()).st_size
         written = 0
         try:
-            with _naming(self.path):
+            with naming(self.path):
                 while written < len(self._waiting):
                     written += self._file.write(self._waiting[written:])
         except BaseException:
@@ -53,7 +53,7 @@ class AppendedFile:
     def sync(self) -> None:
         """Put everything on the disk, what waits too."""
         self.append()
-        with _naming(self.path):
+        with naming(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ def full_disk(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Errors of writing name the file, which the system does only where it cannot be opened."""
     try:
         yield
