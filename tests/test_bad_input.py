@@ -82,6 +82,7 @@ TABLE = [
     (f"{INSTRUCT} --data role.jsonl", "the role 'usher': choose from system, user, assistant"),
     (f"{INSTRUCT} --data answers.jsonl --lora-targets nothing", "nothing"),
     (f"{INSTRUCT} --data answers.jsonl --lora-rank 1000", "1000"),
+    (f"{INSTRUCT} --data answers.jsonl --optimizer muon", "--optimizer muon has no effect with --train lora, which"),
     (f"{INSTRUCT} --data answers.jsonl --init-from nowhere", "nowhere: there is no such file or folder"),
     # Pairs
     (

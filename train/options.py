@@ -37,14 +37,16 @@ class TrainingOptions:
     """What the warm-up starts from."""
     warmup_steps: Annotated[int | None, default_is("a twentieth of the steps, at most 100")] = None
     """Steps until the peak."""
+    optimizer: Annotated[Literal["adamw", "muon"] | None, default_is("adamw")] = None
+    """AdamW, or Muon for the matrices of the layers and AdamW for all else: see docs/training.md."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.1
-    """AdamW's decay of kernels and embeddings."""
+    """Decay of kernels and embeddings, times the learning rate."""
     clip: float = 1.0
     """Greatest global norm of the gradient; 0 does not clip."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Type that AdamW keeps the gradient's moments in; bfloat16 wants --betas of at most 0.99."""
+    """Type that the gradient's moments are kept in; bfloat16 wants --betas of at most 0.99."""
     seed: int = 0
     """Of initial weights, order of the data and dropout; equal options give equal runs."""
 
@@ -318,8 +320,8 @@ def model_of(options: TrainingOptions, config: Any, drops: bool = True) -> Any:
 
 
 def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[Any, Any]:
-    """(schedule of steps, optimizer): AdamW, its rate warmed up and let fall."""
-    from llmq_jax.training.optimizer import adamw, warmup_schedule
+    """(schedule of steps, optimizer), its rate warmed up and let fall."""
+    from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
 
     schedule = warmup_schedule(
         peak=options.learning_rate,
@@ -332,7 +334,10 @@ def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[A
     b1, b2 = options.betas
     fields = {"b1": b1, "b2": b2, "weight_decay": options.weight_decay, "clip": options.clip or None}
     fields["moments"] = options.moments
-    return schedule, adamw(lambda update: schedule(update // updates_per_step), **fields)
+    if options.optimizer == "muon":
+        fields["dtype"] = options.dtype
+    optimizer = muon if options.optimizer == "muon" else adamw
+    return schedule, optimizer(lambda update: schedule(update // updates_per_step), **fields)
 
 
 def train_step_of(options: TrainingOptions, objective: Any, optimizer: Any) -> Any:

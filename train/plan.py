@@ -32,8 +32,10 @@ class Options:
     """Cut each batch into this many parts, whose gradients add up."""
     dtype: Literal["float32", "bfloat16"] = TrainingOptions.dtype
     """Type of activations and of products; weights and gradients stay in float32."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """Type that AdamW keeps the gradient's moments in."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, of two moments, or Muon, of one for each matrix of a layer."""
+    moments: Literal["float32", "bfloat16"] = TrainingOptions.moments
+    """Type that the gradient's moments are kept in."""
     remat: Literal["none", "dots", "full"] = TrainingOptions.remat
     """Recompute in the backward pass: nothing, all but products with weights, or whole layers."""
     attention: Annotated[
@@ -67,6 +69,7 @@ def main(options: Options) -> int:
         accumulate=options.accumulate,
         dtype=options.dtype,
         remat=options.remat,
+        optimizer=options.optimizer,
         moments=options.moments,
         attention=options.attention or ("blocked" if hasattr(config, "sliding_window") else "masked"),
     )

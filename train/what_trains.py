@@ -69,6 +69,11 @@ def check_what_trains(options: WhatTrains) -> None:
     for name, idle, why in cases:
         if idle and getattr(options, name) not in (None, False):
             raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
+    if options.optimizer == "muon" and options.train in ("lora", "head"):
+        raise BadInput(
+            f"--optimizer muon has no effect with --train {options.train}, which trains no matrix of a layer; leave it "
+            "out, or take --train all or blocks"
+        )
     if options.blocks is not None and options.blocks < 1:
         raise BadInput(f"--blocks is {options.blocks} and must be at least 1; --train head trains the head alone")
 

@@ -39,11 +39,12 @@ AXES = {
     "expert": (EXPERT,),
 }
 
-# The dimensions of a kernel or an embedding, by the module that holds it; a bias has all but the first.
+# The dimensions of a kernel or an embedding, by the module that holds it; a bias has all but the first. Along "parts"
+# stand matrices that are one array for speed.
 MODULES = {
     "token_embedding": ("vocabulary", "embed"),
     "position_embedding": (None, "embed"),
-    "qkv": ("embed", None, "heads", None),
+    "qkv": ("embed", "parts", "heads", None),
     "query": ("embed", "heads", None),
     "key": ("embed", "heads", None),
     "value": ("embed", "heads", None),
@@ -63,8 +64,8 @@ MODULES = {
 }
 # Of what stands stacked over experts, by its own name.
 EXPERTS = {
-    "up_kernel": ("expert", "embed", None, "hidden"),
-    "up_bias": ("expert", None, "hidden"),
+    "up_kernel": ("expert", "embed", "parts", "hidden"),
+    "up_bias": ("expert", "parts", "hidden"),
     "down_kernel": ("expert", "hidden", "embed"),
     "down_bias": ("expert", None),
 }

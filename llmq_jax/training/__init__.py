@@ -2,7 +2,7 @@
 
 from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
 from llmq_jax.training.engine import NonFiniteLoss, run
-from llmq_jax.training.optimizer import adamw, warmup_schedule
+from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.report import RunResult
 from llmq_jax.training.run_folder import RunFolder
@@ -28,6 +28,7 @@ __all__ = [
     "make_eval_step",
     "make_mesh",
     "make_train_step",
+    "muon",
     "plot_losses",
     "run",
     "warmup_schedule",

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and its learning rate."""
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), Muon (Jordan et al. 2024) and their learning rate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.training.roles import roles
+from llmq_jax.layers.axes import dimensions, path_names
+from llmq_jax.training.roles import role, roles
 
 # Roles that weight decay pulls towards zero; norms and biases stay out.
 DECAYED = frozenset({"kernel", "embedding"})
@@ -82,17 +83,108 @@ def adamw(
     `moments` is the type that both are kept in between updates, "float32" or "bfloat16" (as DeepSeek-V3 has them,
     arXiv:2412.19437, section 3.3.2). BadInput for decays so near 1 that bfloat16, of 8 bits, would lose every change.
     """
-    if moments != "float32":
-        for name, decay in (("b1", b1), ("b2", b2)):
-            if 1 - decay < 2**-7:
-                raise BadInput(
-                    f"{name}={decay} with moments in {moments}: what one update changes is rounded away; choose "
-                    f"{name}=0.99 or less, or moments in float32"
-                )
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
+    scale = _kept_in(scale, moments, b1=b1, b2=b2)
+    return _decoupled(scale, learning_rate, weight_decay, clip)
+
+
+def muon(
+    learning_rate: Schedule | float,
+    *,
+    momentum: float = 0.95,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.1,
+    clip: float | None = 1.0,
+    moments: str = "float32",
+    dtype: str = "float32",
+) -> optax.GradientTransformation:
+    """Muon for the matrices of the layers, which then need one moment in place of two, and AdamW for all else:
+    embeddings, the head, norms, biases and adapters.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the update of a matrix is its Nesterov momentum,
+    orthogonalised. Liu et al. 2025, arXiv:2502.16982, section 2.2: it is made as large as AdamW's is, root mean square
+    0.2, and decays as that does, so that AdamW's `learning_rate` and `weight_decay` stay. Equal to torch.optim.Muon
+    with adjust_lr_fn="match_rms_adamw". Matrices that stand in one array (layers, experts, queries beside keys, the
+    two halves of a gated network) are updated each by itself.
+
+    `momentum` is that of matrices; `b1`, `b2` and `epsilon` are AdamW's for the rest; `dtype` is the type of the
+    products that orthogonalise (PyTorch's are bfloat16); the others are those of `adamw`. BadInput where nothing that
+    trains is a matrix of a layer, as of adapters.
+    """
+
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "matrix" if is_matrix(path_names(path)) else "", params)
+
+    partition = optax.partition(
+        {"matrix": scale_by_muon(momentum, dtype), "": optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)}, kinds
+    )
+
+    def init(params: Any) -> Any:
+        if "matrix" not in jax.tree.leaves(kinds(params)):
+            raise BadInput("muon has nothing to do: no matrix of a layer is among what trains; use adamw")
+        return partition.init(params)
+
+    scale = optax.GradientTransformation(init, partition.update)
+    scale = _kept_in(scale, moments, momentum=momentum, b1=b1, b2=b2)
+    return _decoupled(scale, learning_rate, weight_decay, clip)
+
+
+def is_matrix(path: tuple[str, ...]) -> bool:
+    """Whether `muon` orthogonalises the parameter at a path: the kernels of layers, but no head and no adapter."""
+    named = dimensions(path)
+    return role(path) == "kernel" and bool(named) and "vocabulary" not in named and path[-2] != "score"
+
+
+def scale_by_muon(momentum: float = 0.95, dtype: str = "float32") -> optax.GradientTransformation:
+    """In place of the gradient of a matrix, its orthogonalised Nesterov momentum, times 0.2 sqrt(max(M, N))."""
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        state = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, gradient)
+        nesterov = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, gradient)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _orthogonal_update(path_names(path), leaf, dtype), nesterov
+        ), state
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def _orthogonal_update(path: tuple[str, ...], leaf: jax.Array, dtype: str) -> jax.Array:
+    """Of all the matrices that an array holds, each by itself."""
+    named = dimensions(path)
+    if leaf.ndim > len(named):  # layer after layer: what one needs beside itself is as large as it
+        layers: jax.Array = jax.lax.map(lambda layer: _orthogonal_update(path, layer, dtype), leaf)
+        return layers
+    alone = [axis for axis, name in enumerate(named) if name in ("expert", "parts")]
+    order = (*alone, *(axis for axis in range(leaf.ndim) if axis not in alone))
+    moved = leaf.transpose(order)
+    flat = moved.reshape(*moved.shape[: len(alone) + 1], -1)  # [..., inputs, outputs]: heads x width are outputs
+    update: jax.Array = 0.2 * max(flat.shape[-2:]) ** 0.5 * orthogonalised(flat, dtype)
+    return update.reshape(moved.shape).transpose([order.index(axis) for axis in range(leaf.ndim)])
+
+
+def orthogonalised(matrices: jax.Array, dtype: str = "float32", steps: int = 5) -> jax.Array:
+    """[..., M, N] -> [..., M, N]: U V^T of the singular value decomposition U S V^T of each matrix, nearly: what were
+    singular values lie between 0.7 and 1.2. By a Newton-Schulz iteration, p(x) = a x + b x^3 + c x^5 (Jordan et al.
+    2024), whose products are of type `dtype`."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = (x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-7)).astype(dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x if wide else x.mT).astype(matrices.dtype)
+
+
+def _decoupled(
+    scale: optax.GradientTransformation, learning_rate: Schedule | float, weight_decay: float, clip: float | None
+) -> optax.GradientTransformation:
+    """The gradient clipped, scaled, and with it the parameter that decays, times the learning rate."""
     return optax.chain(
         optax.identity() if clip is None else clip_by_global_norm(clip),
-        scale if moments == "float32" else _kept_in(scale, jnp.dtype(moments)),
+        scale,
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -110,17 +202,26 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def _kept_in(scale: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
-    """The transformation with its floating state rounded to `dtype` between updates, which are made in float32."""
+def _kept_in(scale: optax.GradientTransformation, moments: str, **decays: float) -> optax.GradientTransformation:
+    """The transformation with its moments, which fall by these decays, rounded to a type between updates, which are
+    made in float32."""
+    if moments == "float32":
+        return scale
+    for name, decay in decays.items():
+        if 1 - decay < 2**-7:
+            raise BadInput(
+                f"{name}={decay} with moments in {moments}: what one update changes is rounded away; choose "
+                f"{name}=0.99 or less, or moments in float32"
+            )
 
     def cast(state: Any, to: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = scale.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, dtype)
+        return updates, cast(state, moments)
 
-    return optax.GradientTransformation(lambda params: cast(scale.init(params), dtype), update)
+    return optax.GradientTransformation(lambda params: cast(scale.init(params), moments), update)
 
 
 def decay_mask(params: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A step is traced on shapes alone (`jax.eval_shape`, an abstract mesh) and read a
 (`training.device_program`). Per device, of P parameters in float32, on a mesh that divides them by n:
 
     parameters, gradients       4 P/n bytes each
-    moments                     8 P/n, in bfloat16 4 P/n
+    moments                     8 P/n, in bfloat16 4 P/n; of Muon's matrices half of that
     gathered weights            of the layer that runs, its parameters undivided by fsdp, in the type of products
     activations kept            as the trace says: by `remat`, layer by layer
     logits                      of a chunk of tokens (objectives/cross_entropy.py)
@@ -39,7 +39,7 @@ from llmq_jax.layers.axes import AXES, MESH_AXES, partition_spec, path_names, ro
 from llmq_jax.models import DeepSeek3, build, init
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.device_program import COPIES, GRADIENTS, KEPT, LOSS, UNSUMMED, UPDATE, WORKING, Device
-from llmq_jax.training.optimizer import adamw
+from llmq_jax.training.optimizer import adamw, muon
 from llmq_jax.training.partitioner import BACKWARD, FORWARD, GATHERED, LOGITS, Spec, axes_in, size_of, spec_of
 from llmq_jax.training.sharding import check_mesh, check_rows
 from llmq_jax.training.state import TrainState, create_state
@@ -66,6 +66,7 @@ class Run:
     accumulate: int = 1
     dtype: str = "float32"
     remat: str = "none"
+    optimizer: str = "adamw"
     moments: str = "float32"
     attention: str = "auto"
 
@@ -92,7 +93,7 @@ class Plan:
 
 def plan(run: Run) -> Plan:
     """BadInput for a mesh or a batch that cannot be."""
-    check_mesh(run.sizes, _abstract_state(run.config, run.moments).variables)
+    check_mesh(run.sizes, _abstract_state(run.config, run.optimizer, run.moments).variables)
     check_rows(run.batch_size, run.accumulate, run.sizes)
     longest = run.config.max_position_embeddings
     if run.context > longest:
@@ -119,20 +120,21 @@ def abstract_step(run: Run) -> tuple[Any, TrainState, dict[str, Any]]:
     model = build(run.config, dtype=run.dtype, remat=run.remat, attention=run.attention)
     ahead = getattr(run.config, "num_nextn_predict_layers", 0)
     objective = MultiToken(model) if isinstance(model, DeepSeek3) and ahead else NextToken(model)
-    state: TrainState = _abstract_state(run.config, run.moments)
+    state: TrainState = _abstract_state(run.config, run.optimizer, run.moments)
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.context), "int32")
     batch = {"tokens": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct(tokens.shape, "float32")}
-    return make_train_step(objective, _optimizer(run.moments), accumulate=run.accumulate).program, state, batch
+    optimizer = _optimizer(run.optimizer, run.moments)
+    return make_train_step(objective, optimizer, accumulate=run.accumulate).program, state, batch
 
 
 @cache
-def _abstract_state(config: Any, moments: str) -> TrainState:
-    state: TrainState = jax.eval_shape(lambda: create_state(init(config), _optimizer(moments)))
+def _abstract_state(config: Any, optimizer: str, moments: str) -> TrainState:
+    state: TrainState = jax.eval_shape(lambda: create_state(init(config), _optimizer(optimizer, moments)))
     return state
 
 
-def _optimizer(moments: str) -> optax.GradientTransformation:
-    return adamw(1e-3, b2=0.95, moments=moments)
+def _optimizer(name: str, moments: str) -> optax.GradientTransformation:
+    return {"adamw": adamw, "muon": muon}[name](1e-3, b2=0.95, moments=moments)
 
 
 def _division(run: Run, names: tuple[str, ...], leaf: Any) -> Spec:

@@ -170,6 +170,22 @@ def test_the_schedule_is_the_one_that_is_named(pretrain):
     assert rates["linear"] == pytest.approx([1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4])
 
 
+def test_muon_is_another_optimizer_and_resumes(pretrain):
+    options = ("--data", "TEXT", "--sample-every", 0, "--evaluate-every", 0)
+    for out, more in (("adamw", ()), ("muon", ("--optimizer", "muon"))):
+        assert pretrain(*options, "--out", out, *more)[0] == 0
+    first, *others = zip(losses("adamw"), losses("muon"), strict=True)
+    assert first[0] == first[1] and all(one != other for one, other in others)
+    assert losses("muon")[-1] < losses("muon")[0]
+    whole = losses("muon")
+    Path("muon/finished.json").unlink()
+    shutil.rmtree("muon/checkpoints/00000006")
+    code, out, _ = pretrain(*options, "--out", "muon", "--optimizer", "muon")
+    assert code == 0 and "from step 3" in out and losses("muon") == whole
+    code, _, err = pretrain(*options, "--out", "muon")
+    assert code == 2 and 'optimizer "muon" -> null' in err
+
+
 def test_a_part_of_the_held_out_text_may_be_evaluated(pretrain):
     """The batches in the middle and at the ends are others, and so is their loss; the training is the same."""
     options = ("--data", "TEXT", "--sample-every", 0, "--validation-fraction", 0.5)

@@ -69,9 +69,10 @@ CASES = {
 def run_of(architecture: str, case: str) -> Run:
     from tests.mesh_program import CONFIGS as TINY
 
-    remat, accumulate, mesh = case.split(":")
+    remat, accumulate, mesh, *optimizer = case.split(":")
     config = override(TINY[architecture](), **SIZES, **CONFIGS[architecture])
-    return Run(config, sharding.mesh_sizes(mesh), ROWS, TOKENS, int(accumulate), remat=remat)
+    options = {"remat": remat, "optimizer": optimizer[0] if optimizer else "adamw"}
+    return Run(config, sharding.mesh_sizes(mesh), ROWS, TOKENS, int(accumulate), **options)
 
 
 def compiled_bytes(run: Run) -> dict:
@@ -113,6 +114,12 @@ def check(architecture: str, *cases: str) -> None:
 
 def test_a_plan_needs_what_the_compiler_needs():
     check("llama3", "dots:2:data=2,fsdp=4")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", ["llama3", "mixtral"])
+def test_a_plan_with_muon_needs_what_the_compiler_needs(architecture):
+    check(architecture, "none:1:data=2,fsdp=4:muon", "none:1:data=2,fsdp=2,tensor=2:muon")
 
 
 @pytest.mark.slow
