@@ -1,14 +1,16 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), Muon (Jordan et al. 2024) and their learning rate."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.layers.axes import dimensions, path_names
+from llmq_jax.layers.axes import FSDP, TENSOR, axis_sizes, dimensions, partition_spec, path_names
 from llmq_jax.training.roles import role, roles
 
 # Roles that weight decay pulls towards zero; norms and biases stay out.
@@ -153,15 +155,49 @@ def scale_by_muon(momentum: float = 0.95, dtype: str = "float32") -> optax.Gradi
 def _orthogonal_update(path: tuple[str, ...], leaf: jax.Array, dtype: str) -> jax.Array:
     """Of all the matrices that an array holds, each by itself."""
     named = dimensions(path)
-    if leaf.ndim > len(named):  # layer after layer: what one needs beside itself is as large as it
-        layers: jax.Array = jax.lax.map(lambda layer: _orthogonal_update(path, layer, dtype), leaf)
-        return layers
+
+    def update(layer: jax.Array) -> jax.Array:
+        return _update_of_layer(named, layer, dtype)
+
+    if leaf.ndim == len(named):
+        return update(leaf)
+    if axis_sizes():
+        return _by_whole_layers(path, leaf, jax.vmap(update))
+    updates: jax.Array = jax.lax.map(update, leaf)  # layer after layer: all at once would take the room of all
+    return updates
+
+
+def _update_of_layer(named: tuple[str | None, ...], layer: jax.Array, dtype: str) -> jax.Array:
     alone = [axis for axis, name in enumerate(named) if name in ("expert", "parts")]
-    order = (*alone, *(axis for axis in range(leaf.ndim) if axis not in alone))
-    moved = leaf.transpose(order)
+    order = (*alone, *(axis for axis in range(layer.ndim) if axis not in alone))
+    moved = layer.transpose(order)
     flat = moved.reshape(*moved.shape[: len(alone) + 1], -1)  # [..., inputs, outputs]: heads x width are outputs
     update: jax.Array = 0.2 * max(flat.shape[-2:]) ** 0.5 * orthogonalised(flat, dtype)
-    return update.reshape(moved.shape).transpose([order.index(axis) for axis in range(leaf.ndim)])
+    return update.reshape(moved.shape).transpose([order.index(axis) for axis in range(layer.ndim)])
+
+
+def _by_whole_layers(path: tuple[str, ...], leaf: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """A function of layers [L, ...] that wants each of them whole, of an array that a mesh divides: devices exchange
+    their part of all layers for all of some layers (of some experts), and the results back."""
+    sizes = axis_sizes()
+    divided = partition_spec(path, leaf.shape, sizes)
+    spec: tuple[Any, ...] = (*divided, *(None,) * (leaf.ndim - len(divided)))
+    # One axis at a time, which the compiler makes an all-to-all of; last those that divide nothing yet.
+    axes = [axis for axis in (FSDP, TENSOR) if axis in spec]
+    axes += [axis for axis, size in sizes.items() if size > 1 and axis not in spec]
+    ways = [spec]
+    for axis in axes:
+        first, *others = ways[-1]
+        ways.append(((*(first or ()), axis), *(None if other == axis else other for other in others)))
+    missing = -len(leaf) % math.prod(sizes[axis] for axis in axes)
+    x = jnp.pad(leaf, [(0, missing), *[(0, 0)] * (leaf.ndim - 1)])
+    for way in ways[1:]:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*way))
+    x = function(x)
+    for way in reversed(ways):
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*way))
+    updates: jax.Array = x[: len(leaf)]
+    return updates
 
 
 def orthogonalised(matrices: jax.Array, dtype: str = "float32", steps: int = 5) -> jax.Array:

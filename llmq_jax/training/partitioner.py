@@ -272,8 +272,13 @@ class Partitioner:
     def rule_sharding_constraint(self, op: Operation) -> dict[int, Spec]:
         x, out = op.inputs[0], op.outputs[0]
         out.spec = spec_of(op.params["sharding"].spec, len(out.aval.shape), self.sizes)
-        lost = x.spec is not None and set(axes_in(x.spec)) - set(axes_in(out.spec))
-        return {0: out.spec} if lost else {}
+        if x.spec is None:
+            return {}
+        for axis in axes_in(out.spec):  # Parts of one dimension for parts of another.
+            before, after = ([k for k, axes in enumerate(spec) if axis in axes] for spec in (x.spec, out.spec))
+            if before and before != after:
+                self.send("all-to-all of dimensions", (axis,), self.bytes(x))
+        return {0: out.spec} if set(axes_in(x.spec)) - set(axes_in(out.spec)) else {}
 
     # Loops, and programs of one device.
 
