@@ -90,7 +90,7 @@ class Options(TrainingOptions, WhatTrains, LabelledData):  # dataclasses collect
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.01
-    """AdamW's decay of kernels and embeddings."""
+    """Decay of kernels and embeddings, times the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two samples, the predictions of a few texts; 0: never."""
     sample_prompt: Annotated[str | None, default_is("the first that are held out")] = None

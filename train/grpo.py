@@ -162,7 +162,7 @@ class Options(TrainingOptions, WhatTrains, Algorithm, Questions):  # dataclasses
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
-    """AdamW's decay of kernels and embeddings."""
+    """Decay of kernels and embeddings, times the learning rate."""
     log_every: int = 1
     """Steps between two lines of metrics."""
     evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None

@@ -105,7 +105,7 @@ class Options(TrainingOptions, WhatTrains, Instructions):  # dataclasses collect
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
-    """AdamW's decay of kernels and embeddings."""
+    """Decay of kernels and embeddings, times the learning rate."""
     sample_prompt: Annotated[str | None, default_is("the first that is held out, or else learned")] = None
     """An instruction for the samples to answer."""
 

@@ -231,7 +231,8 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
         changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
         changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []
     train = getattr(options, "train", "all")
-    changes += ["--train all -> lora"] if hasattr(options, "train") and train == "all" else []
+    muon = " (then without --optimizer muon)" if options.optimizer == "muon" else ""
+    changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
     changes += ["--base-dtype float32 -> bfloat16"] if train == "lora" and options.weight_dtype == "float32" else []
     many_moments = train == "all" and options.moments == "float32"
     changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []

@@ -70,7 +70,7 @@ class Options(TrainingOptions, WhatTrains, Rewards, PreferenceData):  # fields a
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
-    """AdamW's decay of kernels and embeddings."""
+    """Decay of kernels and embeddings, times the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two samples, the rewards of a few pairs that are held out; 0: never."""
     sample_prompt: None = field(default=None, init=False)  # there is nothing to go on from

@@ -1,4 +1,5 @@
-"""Compare runs: their losses and speed in a table, their validation losses in one plot.
+"""Compare runs: their losses and speed in a table, the options in which they differ, their validation losses in one
+plot.
 
 llmq compare runs/mine runs/dyt --out losses.png
 """
@@ -9,6 +10,8 @@ from typing import Annotated
 
 from llmq_jax.command_line import Positional, default_is
 from llmq_jax.errors import BadInput
+
+LONGEST = 20  # characters of a value in the table of what differs
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,11 @@ def main(options: Options) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from llmq_jax.training.plots import curve, plot_comparison, read_run, training_curve
+    from llmq_jax.training.plots import curve, plot_comparison, read_run, run_names, training_curve
+    from llmq_jax.training.run_folder import what_differs
 
     runs = (options.run, *options.others)
-    names = [Path(run).absolute().name for run in runs]
-    for name in names:
-        if names.count(name) > 1:
-            raise BadInput(
-                f"two runs are called {name}; the plot and the table tell runs apart by their folders' names"
-            )
+    names = run_names(runs)
     if options.out is not None and Path(options.out).suffix.lower() != ".png":
         raise BadInput(f"--out {options.out}: the plot is a PNG; give it a name that ends in .png")
     if options.out is not None and not Path(options.out).parent.is_dir():
@@ -60,6 +59,16 @@ def main(options: Options) -> None:
             f"{statistics.median(speeds):,.0f}" if speeds else "",
         )
     Console().print(table)
+    if differing := what_differs(runs):
+        apart = Table("differing in", box=None, header_style="bold", pad_edge=False)
+        for name in names:
+            apart.add_column(Text(name), justify="right")
+        for option, values in differing.items():
+            apart.add_row(
+                option, *(Text(value if len(value) <= LONGEST else f"{value[:LONGEST]}…") for value in values)
+            )
+        print()
+        Console().print(apart)
     if options.out is not None:
         print(f"drawn: {plot_comparison(runs, options.out)}")
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -21,9 +22,15 @@ def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.silu(x)
 
 
+def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """max(x, 0)^2 (So et al. 2021, Primer, arXiv:2109.08668, section 4.1)."""
+    return jnp.square(jax.nn.relu(x))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "gelu": gelu_exact,
     "silu": silu,
+    "relu2": relu_squared,
 }

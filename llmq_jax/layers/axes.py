@@ -91,6 +91,8 @@ def partition_spec(
     sizes. A dimension that its axes do not divide stays whole."""
     names = dimensions(path) if names is None else names
     stacked = len(shape) - len(names)
+    if stacked < 0:  # of an optimizer that keeps less than a number for each of the parameter's
+        return PartitionSpec()
     axes = [*(None,) * stacked, *(_axes_of(name, n, sizes) for name, n in zip(names, shape[stacked:], strict=True))]
     while axes and axes[-1] is None:  # as the compiler writes it: the same program for what it gave
         axes.pop()

@@ -127,6 +127,12 @@ def build(
 
 
 def architecture(config: Any) -> Architecture:
+    """The one of a config. BadInput where no model is registered for it."""
+    if config.model_type not in ARCHITECTURES:
+        raise BadInput(
+            f"no model is registered for model_type {config.model_type!r}; before it is built, name one: "
+            f"llmq_jax.models.ARCHITECTURES[{config.model_type!r}] = Architecture({type(config).__name__}, YourModel)"
+        )
     return ARCHITECTURES[config.model_type]
 
 

@@ -24,9 +24,11 @@ Unembed = Callable[[Any, Array], Array]
 
 
 def token_losses(logits: Float[Array, "M V"], targets: Int[Array, " M"]) -> Float[Array, " M"]:
-    """-log softmax(logits)[target] of M tokens, in nats: the plain form, and the reference for the chunked one."""
+    """-log softmax(logits)[target] of M tokens, in nats. The chunked form takes value and gradient from here:
+    what is added trains, too."""
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    # By comparison: a lookup's gradient is a scatter into another array of this size.
+    chosen = jnp.where(targets[:, None] == jnp.arange(logits.shape[-1]), logits, 0.0).sum(-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
@@ -75,11 +77,8 @@ def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) 
     @by_group
     def gradients(rows: Array, target: Array, weight: Array) -> tuple[Any, ...]:
         logits, pull_back = jax.vjp(lambda learns, rows: unembed(_joined(learns, fixed), rows), learns, rows)
-        losses = token_losses(logits, target)
-        # d(-log softmax(z)[t]) / dz = softmax(z) - onehot(t)
-        onehot = target[:, None] == jnp.arange(logits.shape[-1])
-        grad = (jax.nn.softmax(logits.astype(jnp.float32)) - onehot) * weight[:, None]
-        return jnp.sum(weight * losses), *pull_back(grad.astype(logits.dtype))
+        losses, pull_back_losses = jax.vjp(lambda logits: token_losses(logits, target), logits)
+        return jnp.sum(weight * losses), *pull_back(*pull_back_losses(weight))
 
     def add(carry: tuple[Array, Any], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Any], Array]:
         total, head_gradient = carry

@@ -147,7 +147,9 @@ class Device(Partitioner):
         losses = [i for i, op in enumerate(operations) if op.loss]
         first, end = (losses[0], losses[-1]) if losses else (-1, -1)
         loops = [i for i, op in enumerate(operations) if op.name == "scan"]
-        final = loops[-1] if loops and self.depth == 0 else len(operations)
+        # The last that goes backwards over layers, or the one over micro-batches; an update may have loops as well.
+        backwards = [i for i in loops if operations[i].params["reverse"]] or loops[:1]
+        final = backwards[-1] if loops and self.depth == 0 else len(operations)
         return [
             FORWARD if i < first else LOSS if i <= end and op.loss else UPDATE if i > final else BACKWARD
             for i, op in enumerate(operations)

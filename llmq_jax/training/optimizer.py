@@ -107,9 +107,9 @@ def muon(
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the update of a matrix is its Nesterov momentum,
     orthogonalised. Liu et al. 2025, arXiv:2502.16982, section 2.2: it is made as large as AdamW's is, root mean square
-    0.2, and decays as that does, so that AdamW's `learning_rate` and `weight_decay` stay. Equal to torch.optim.Muon
-    with adjust_lr_fn="match_rms_adamw". Matrices that stand in one array (layers, experts, queries beside keys, the
-    two halves of a gated network) are updated each by itself.
+    0.2, and decays as that does, so that AdamW's `learning_rate` and `weight_decay` stay. This is torch.optim.Muon with
+    adjust_lr_fn="match_rms_adamw", equal but for the type of its products. Matrices that stand in one array (layers,
+    experts, queries beside keys, the two halves of a gated network) are updated each by itself.
 
     `momentum` is that of matrices; `b1`, `b2` and `epsilon` are AdamW's for the rest; `dtype` is the type of the
     products that orthogonalise (PyTorch's are bfloat16); the others are those of `adamw`. BadInput where nothing that
@@ -117,14 +117,17 @@ def muon(
     """
 
     def kinds(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "matrix" if is_matrix(path_names(path)) else "", params)
+        def kind(path: Any, _: Any) -> str:
+            return "muon" if is_matrix(path_names(path)) else "adamw"
+
+        return jax.tree_util.tree_map_with_path(kind, params)
 
     partition = optax.partition(
-        {"matrix": scale_by_muon(momentum, dtype), "": optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)}, kinds
+        {"muon": scale_by_muon(momentum, dtype), "adamw": optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)}, kinds
     )
 
     def init(params: Any) -> Any:
-        if "matrix" not in jax.tree.leaves(kinds(params)):
+        if "muon" not in jax.tree.leaves(kinds(params)):
             raise BadInput("muon has nothing to do: no matrix of a layer is among what trains; use adamw")
         return partition.init(params)
 
@@ -155,33 +158,25 @@ def scale_by_muon(momentum: float = 0.95, dtype: str = "float32") -> optax.Gradi
 def _orthogonal_update(path: tuple[str, ...], leaf: jax.Array, dtype: str) -> jax.Array:
     """Of all the matrices that an array holds, each by itself."""
     named = dimensions(path)
+    flat = leaf.reshape(-1, *leaf.shape[leaf.ndim - len(named) :])
+    alone = [axis for axis, name in enumerate(named) if name in ("expert", "parts")]
+    order = (*alone, *(axis for axis in range(len(named)) if axis not in alone))
 
     def update(layer: jax.Array) -> jax.Array:
-        return _update_of_layer(named, layer, dtype)
+        moved = layer.transpose(order)
+        matrices = moved.reshape(*moved.shape[: len(alone) + 1], -1)  # [..., inputs, outputs], which heads x width are
+        made: jax.Array = 0.2 * max(matrices.shape[-2:]) ** 0.5 * orthogonalised(matrices)
+        return made.reshape(moved.shape).transpose([order.index(axis) for axis in range(len(named))])
 
-    if leaf.ndim == len(named):
-        return update(leaf)
-    if axis_sizes():
-        return _by_whole_layers(path, leaf, jax.vmap(update))
-    updates: jax.Array = jax.lax.map(update, leaf)  # layer after layer: all at once would take the room of all
-    return updates
+    return _by_whole_layers(path, flat.astype(dtype), update).reshape(leaf.shape).astype(leaf.dtype)
 
 
-def _update_of_layer(named: tuple[str | None, ...], layer: jax.Array, dtype: str) -> jax.Array:
-    alone = [axis for axis, name in enumerate(named) if name in ("expert", "parts")]
-    order = (*alone, *(axis for axis in range(layer.ndim) if axis not in alone))
-    moved = layer.transpose(order)
-    flat = moved.reshape(*moved.shape[: len(alone) + 1], -1)  # [..., inputs, outputs]: heads x width are outputs
-    update: jax.Array = 0.2 * max(flat.shape[-2:]) ** 0.5 * orthogonalised(flat, dtype)
-    return update.reshape(moved.shape).transpose([order.index(axis) for axis in range(layer.ndim)])
-
-
-def _by_whole_layers(path: tuple[str, ...], leaf: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """A function of layers [L, ...] that wants each of them whole, of an array that a mesh divides: devices exchange
-    their part of all layers for all of some layers (of some experts), and the results back."""
+def _by_whole_layers(path: tuple[str, ...], layers: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`function` of each of the layers [L, ...], one after another, which takes the room of one. Where a mesh divides
+    them, devices exchange their parts of all layers for all of some layers (of some experts), and the results back."""
     sizes = axis_sizes()
-    divided = partition_spec(path, leaf.shape, sizes)
-    spec: tuple[Any, ...] = (*divided, *(None,) * (leaf.ndim - len(divided)))
+    divided = partition_spec(path, layers.shape, sizes)
+    spec: tuple[Any, ...] = (*divided, *(None,) * (layers.ndim - len(divided)))
     # One axis at a time, which the compiler makes an all-to-all of; last those that divide nothing yet.
     axes = [axis for axis in (FSDP, TENSOR) if axis in spec]
     axes += [axis for axis, size in sizes.items() if size > 1 and axis not in spec]
@@ -189,29 +184,36 @@ def _by_whole_layers(path: tuple[str, ...], leaf: jax.Array, function: Callable[
     for axis in axes:
         first, *others = ways[-1]
         ways.append(((*(first or ()), axis), *(None if other == axis else other for other in others)))
-    missing = -len(leaf) % math.prod(sizes[axis] for axis in axes)
-    x = jnp.pad(leaf, [(0, missing), *[(0, 0)] * (leaf.ndim - 1)])
+
+    def constrained(x: jax.Array, way: tuple[Any, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*way)) if axes else x
+
+    devices = math.prod(sizes[axis] for axis in axes)
+    missing = -len(layers) % devices
+    x = jnp.pad(layers, [(0, missing), *[(0, 0)] * (layers.ndim - 1)])
     for way in ways[1:]:
-        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*way))
-    x = function(x)
+        x = constrained(x, way)
+    shares = x.reshape(devices, -1, *x.shape[1:])  # of each device
+    made = jax.lax.map(jax.vmap(function), shares.swapaxes(0, 1)).swapaxes(0, 1)
+    x = made.reshape(x.shape)
     for way in reversed(ways):
-        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*way))
-    updates: jax.Array = x[: len(leaf)]
-    return updates
+        x = constrained(x, way)
+    return x[: len(layers)]
 
 
-def orthogonalised(matrices: jax.Array, dtype: str = "float32", steps: int = 5) -> jax.Array:
-    """[..., M, N] -> [..., M, N]: U V^T of the singular value decomposition U S V^T of each matrix, nearly: what were
-    singular values lie between 0.7 and 1.2. By a Newton-Schulz iteration, p(x) = a x + b x^3 + c x^5 (Jordan et al.
-    2024), whose products are of type `dtype`."""
+def orthogonalised(matrices: jax.Array, steps: int = 5) -> jax.Array:
+    """[..., M, N] -> [..., M, N]: U V^T of the singular value decomposition U S V^T of each matrix, nearly. By a
+    Newton-Schulz iteration (Jordan et al. 2024), X <- a X + (b X X^T + c (X X^T)^2) X: singular values of more than
+    about 1/500 of the matrix's norm come to lie between 0.7 and 1.2, lesser ones grow 500-fold at most."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
-    x = (x / jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), 1e-7)).astype(dtype)
+    norm = jnp.linalg.norm(x.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+    x = (x / jnp.maximum(norm, 1e-7)).astype(x.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x if wide else x.mT).astype(matrices.dtype)
+    return x if wide else x.mT
 
 
 def _decoupled(

@@ -7,6 +7,7 @@ the arguments on from operation to operation:
   whose axis divides rows too. All-gather of S bytes over n devices: each sends S (n-1)/n;
 - a sum over a divided dimension is partial, and added up: all-reduce, 2 S (n-1)/n; where it is a gradient that stays
   divided by "fsdp", reduce-scatter of that part, S (n-1)/n, and all-reduce of what is left among the other axes;
+- what is constrained to be divided along another dimension is exchanged: all-to-all, S (n-1)/n;
 - inside of `shard_map` exchanges stand written: all-to-all, S (n-1)/n, and sums.
 
 Ring algorithms send that much; what a device sends it receives as well. Loops count as often as they run; sums in a
@@ -124,10 +125,12 @@ class Partitioner:
         """A copy that is divided by `spec` alone; one for all that read it."""
         key = value.source or value, str(value.aval.dtype), value.aval.shape, spec
         if key not in copies:
-            label = GATHERED if self.is_weight(value) and not value.gradient else None
-            whole = Value(value.aval, spec, label)
             axes = [axis for axis in axes_in(value.spec) if axis not in axes_in(spec)]
-            of = f"weights, {BACKWARD if self.backward else FORWARD}" if self.is_weight(value) else "activations"
+            weight = self.is_weight(value) and bool({FSDP, TENSOR} & set(axes))  # data divides updates alone
+            label = GATHERED if weight and not value.gradient else None
+            whole = Value(value.aval, spec, label)
+            of = f"weights, {BACKWARD if self.backward else FORWARD}" if weight else "activations"
+            of = "updates" if self.is_weight(value) and not weight else of
             of = "gradients" if value.gradient else of
             self.send(f"all-gather of {of}", axes, self.bytes(whole))
             before.append(Operation("all-gather", [value], [whole]))
@@ -274,10 +277,10 @@ class Partitioner:
         out.spec = spec_of(op.params["sharding"].spec, len(out.aval.shape), self.sizes)
         if x.spec is None:
             return {}
-        for axis in axes_in(out.spec):  # Parts of one dimension for parts of another.
+        for axis in axes_in(out.spec):  # Parts of all layers for whole layers, as Muon wants them.
             before, after = ([k for k, axes in enumerate(spec) if axis in axes] for spec in (x.spec, out.spec))
             if before and before != after:
-                self.send("all-to-all of dimensions", (axis,), self.bytes(x))
+                self.send("all-to-all of layers", (axis,), self.bytes(x))
         return {0: out.spec} if set(axes_in(x.spec)) - set(axes_in(out.spec)) else {}
 
     # Loops, and programs of one device.

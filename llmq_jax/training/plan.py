@@ -19,8 +19,9 @@ and sent, with S the bytes that a device has of what is gathered or summed, over
     expert    all-to-all of tokens to their experts and back, forward and backward: S (n-1)/n. A device sends as much
               room as all its tokens need at each other one
 
-all of it once for each of `accumulate` micro-batches. A plan knows nothing of the allocator's gaps, of what the
-runtime itself takes, or of buffers that exchanges and fused kernels keep: leave a tenth of the memory free.
+all of it once for each of `accumulate` micro-batches; and in an update by Muon, once, all-to-all of the matrices'
+momentum and of their updates, S (n-1)/n each along fsdp and tensor. A plan knows nothing of the allocator's gaps, of
+what the runtime itself takes, or of buffers that exchanges and fused kernels keep: leave a tenth of the memory free.
 """
 
 import math
@@ -93,7 +94,7 @@ class Plan:
 
 def plan(run: Run) -> Plan:
     """BadInput for a mesh or a batch that cannot be."""
-    check_mesh(run.sizes, _abstract_state(run.config, run.optimizer, run.moments).variables)
+    check_mesh(run.sizes, _abstract_state(run.config, run.optimizer, run.moments, run.dtype).variables)
     check_rows(run.batch_size, run.accumulate, run.sizes)
     longest = run.config.max_position_embeddings
     if run.context > longest:
@@ -120,21 +121,23 @@ def abstract_step(run: Run) -> tuple[Any, TrainState, dict[str, Any]]:
     model = build(run.config, dtype=run.dtype, remat=run.remat, attention=run.attention)
     ahead = getattr(run.config, "num_nextn_predict_layers", 0)
     objective = MultiToken(model) if isinstance(model, DeepSeek3) and ahead else NextToken(model)
-    state: TrainState = _abstract_state(run.config, run.optimizer, run.moments)
+    state: TrainState = _abstract_state(run.config, run.optimizer, run.moments, run.dtype)
     tokens = jax.ShapeDtypeStruct((run.batch_size, run.context), "int32")
     batch = {"tokens": tokens, "targets": tokens, "mask": jax.ShapeDtypeStruct(tokens.shape, "float32")}
-    optimizer = _optimizer(run.optimizer, run.moments)
+    optimizer = _optimizer(run.optimizer, run.moments, run.dtype)
     return make_train_step(objective, optimizer, accumulate=run.accumulate).program, state, batch
 
 
 @cache
-def _abstract_state(config: Any, optimizer: str, moments: str) -> TrainState:
-    state: TrainState = jax.eval_shape(lambda: create_state(init(config), _optimizer(optimizer, moments)))
+def _abstract_state(config: Any, optimizer: str, moments: str, dtype: str) -> TrainState:
+    state: TrainState = jax.eval_shape(lambda: create_state(init(config), _optimizer(optimizer, moments, dtype)))
     return state
 
 
-def _optimizer(name: str, moments: str) -> optax.GradientTransformation:
-    return {"adamw": adamw, "muon": muon}[name](1e-3, b2=0.95, moments=moments)
+def _optimizer(name: str, moments: str, dtype: str) -> optax.GradientTransformation:
+    if name == "muon":
+        return muon(1e-3, b2=0.95, moments=moments, dtype=dtype)
+    return adamw(1e-3, b2=0.95, moments=moments)
 
 
 def _division(run: Run, names: tuple[str, ...], leaf: Any) -> Spec:

@@ -34,7 +34,7 @@ def plot_losses(folder: str | Path) -> Path:
 
 def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
     """Draw the validation losses of several runs over steps as `path`; the training losses where one has no other."""
-    runs = {Path(folder).absolute().name: read_run(Path(folder)) for folder in folders}
+    runs = dict(zip(run_names(folders), (read_run(Path(folder)) for folder in folders), strict=True))
     validated = all(curve(records, "validation_loss") for records in runs.values())
     figure, axes = blank_axes("validation loss" if validated else "training loss", list(runs.values()))
     for index, (name, records) in enumerate(runs.items()):
@@ -44,6 +44,19 @@ def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
         _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], name)
     legend(axes)
     return save_figure(figure, path)
+
+
+def run_names(folders: Sequence[str | Path]) -> list[str]:
+    """The folders' names, with as many of those above them as tell them apart. BadInput: one is given twice."""
+    paths = [Path(folder).absolute() for folder in folders]
+    names = []
+    for path in paths:
+        if paths.count(path) > 1:
+            raise BadInput(f"{path} is given twice; name each run once")
+        lengths = range(1, len(path.parts) + 1)
+        alike = (sum(other.parts[-n:] == path.parts[-n:] for other in paths) for n in lengths)
+        names.append("/".join(path.parts[-next(n for n, count in zip(lengths, alike, strict=True) if count == 1) :]))
+    return names
 
 
 def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]]) -> Path:

@@ -12,7 +12,7 @@ A folder that is not empty and not of this run is refused before anything is wri
 import fcntl
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,19 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
         for name, before, after in pairs
         if before != after and not (before is absent and (after is None or after is False))
     ]
+
+
+def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
+    """{option or field of the model: its value in each of these runs}, where these are not all the same. "" is the value
+    in a folder that has no config of a run."""
+
+    def shown(value: Any) -> str:
+        return value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+
+    configs = [_flat(_read_run_config(Path(folder) / CONFIG) or {}) for folder in folders]
+    names = dict.fromkeys(name for config in configs for name in config)
+    rows = {name: [shown(config.get(name)) if config else "" for config in configs] for name in names}
+    return {name: values for name, values in rows.items() if len({value for value in values if value}) > 1}
 
 
 def _within(name: str, fields: Collection[str]) -> bool:

@@ -63,6 +63,21 @@ def test_names_are_names_whatever_they_look_like(llmq, run, tmp_path, monkeypatc
     assert shown == names
 
 
+def test_runs_of_one_name_and_what_they_differ_in(llmq, run, tmp_path):
+    folders = []
+    for rate in (0.001, 0.003):
+        (tmp_path / f"lr-{rate}").mkdir()
+        folders.append(run(f"lr-{rate}/run", 3.0))
+        config = {"run_format": 1, "learning_rate": rate, "seed": 0, "model": {"name": "x" * 30 + str(rate)}}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    code, out, err = llmq("compare", *folders, run("bare", 2.0))
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in lines[1:4]] == ["lr-0.001/run", "lr-0.003/run", "bare"]
+    assert lines[5] == ["differing", "in", "lr-0.001/run", "lr-0.003/run", "bare"]
+    assert lines[6:] == [["learning_rate", "0.001", "0.003"], ["model.name", *['"' + "x" * 19 + "…"] * 2]]
+
+
 def test_bad_input(llmq, run, tmp_path):
     folder = run("a", 3.0)
     apart = tmp_path / "validated"
@@ -72,7 +87,7 @@ def test_bad_input(llmq, run, tmp_path):
     for arguments, message in (
         ([], "missing RUN"),
         ([tmp_path / "empty"], "no metrics.jsonl in"),
-        ([folder, folder], "two runs are called a"),
+        ([folder, folder], "a is given twice; name each run once"),
         ([run("b"), apart, "--out", tmp_path / "x.png"], "validated has validation losses alone"),
         ([folder, "--out", "a.jpg"], "give it a name that ends in .png"),
         ([folder, "--out", tmp_path / "no" / "a.png"], "there is no folder"),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmq_jax.objectives import chunked_cross_entropy, token_losses
+from llmq_jax.objectives import chunked_cross_entropy, cross_entropy, token_losses
 
 
 def unembed(head, rows):
@@ -36,6 +36,27 @@ def test_value_and_gradients_equal_the_plain_form(chunk_size):
     got = jax.value_and_grad(chunked, argnums=(0, 1))(head, hidden)
     np.testing.assert_allclose(chunked(head, hidden), wanted[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
+
+
+def test_what_is_added_to_the_loss_of_a_token_has_a_gradient(monkeypatch):
+    """A z-loss, say, by an edit of `token_losses` alone."""
+    head, hidden, targets, mask = draw()
+
+    def more(logits, targets):
+        return token_losses(logits, targets) + 0.1 * jax.nn.logsumexp(logits, axis=-1) ** 2
+
+    def plain_with_more(head, hidden):
+        logits = unembed(head, hidden.reshape(-1, hidden.shape[-1]))
+        return jnp.sum(mask.reshape(-1) * more(logits, targets.reshape(-1)))
+
+    wanted = jax.value_and_grad(plain_with_more, argnums=(0, 1))(head, hidden)
+    monkeypatch.setattr(cross_entropy, "token_losses", more)
+
+    def chunked(head, hidden):
+        return chunked_cross_entropy(unembed, head, hidden, targets, mask, chunk_size=4)
+
+    got = jax.value_and_grad(chunked, argnums=(0, 1))(head, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), got, wanted)
 
 
 def test_token_losses_are_minus_log_softmax():

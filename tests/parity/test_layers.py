@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llmq_jax.layers.activations import gelu_exact, gelu_tanh, silu
+from llmq_jax.layers.activations import gelu_exact, gelu_tanh, relu_squared, silu
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.norms import DyT, LayerNorm, RMSNorm
 
@@ -100,6 +101,7 @@ def test_dynamic_tanh():
         (gelu_tanh, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
         (gelu_exact, torch.nn.functional.gelu),
         (silu, torch.nn.functional.silu),
+        (relu_squared, ACT2FN["relu2"]),
     ],
 )
 def test_activations(ours, theirs):

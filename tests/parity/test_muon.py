@@ -50,7 +50,8 @@ def after_torch(start, gradients):
 def trained(request):
     """(names of tensors -> arrays at the start, their gradients, ours after the updates)."""
     config = CONFIGS[request.param]()
-    params = drawn(config)["params"]
+    variables = drawn(config)
+    params = variables["params"]
     rng = np.random.default_rng(0)
     gradients = [jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f4"), params) for _ in range(STEPS)]
     optimizer = muon(RATE, b2=0.95, weight_decay=DECAY, clip=CLIP)
@@ -65,7 +66,7 @@ def trained(request):
         ours, state = step(ours, state, gradient)
 
     def named(tree):
-        tensors = to_state_dict({**drawn(config), "params": tree}, config)
+        tensors = to_state_dict({**variables, "params": tree}, config)
         return {name: tensor for name, tensor in tensors.items() if "correction_bias" not in name}  # no parameter
 
     return named(params), [named(gradient) for gradient in gradients], named(ours)

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, init
-from llmq_jax.training.optimizer import adamw, decay_mask, warmup_schedule
+from llmq_jax.training.optimizer import adamw, decay_mask, muon, orthogonalised, warmup_schedule
 from llmq_jax.training.roles import roles
 
 
@@ -88,6 +91,8 @@ def test_adapters_of_every_kind_have_roles(fields):
     adapted = lq.lora(lm, rank=2, **fields)
     assert set(jax.tree.leaves(roles(adapted.variables["lora"]))) <= {"kernel", "norm"}
     adamw(0.1).init(adapted.variables["lora"])
+    with pytest.raises(BadInput, match="muon has nothing to do: no matrix of a layer is among what trains"):
+        muon(0.1).init(adapted.variables["lora"])
 
 
 def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
@@ -121,3 +126,45 @@ def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
 def test_decays_that_bfloat16_would_lose_are_refused():
     with pytest.raises(BadInput, match=r"b2=0\.999 with moments in bfloat16: .* choose b2=0\.99 or less"):
         adamw(1e-3, moments="bfloat16")
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (6, 20), (20, 6)])
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_singular_values(shape):
+    matrices = np.random.default_rng(0).normal(size=(3, *shape)).astype("f4") * 1e-4
+    found = np.asarray(orthogonalised(jnp.asarray(matrices)))
+    for before, after in zip(matrices, found, strict=True):
+        u, _, v = np.linalg.svd(before, full_matrices=False)
+        values = u.T @ after @ v.T
+        np.testing.assert_allclose(values, np.diag(np.diag(values)), atol=1e-4)
+        assert np.diag(values).min() > 0.6 and np.diag(values).max() < 1.25
+    assert (np.asarray(orthogonalised(jnp.zeros((4, 3)))) == 0).all()
+
+
+def test_muon_keeps_one_moment_of_matrices_in_the_type_asked_for():
+    config = GPT2Config(vocab_size=11, hidden_size=4, num_hidden_layers=2, num_attention_heads=2)
+    params = init(config)["params"]
+    matrices = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = muon(1e-3, b2=0.95, moments="bfloat16").init(params)
+    held = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert {leaf.dtype for leaf in held} == {jnp.dtype("bfloat16")}
+    assert sum(leaf.size for leaf in held) == 2 * total - matrices
+    with pytest.raises(BadInput, match="with moments in bfloat16: what one update changes"):
+        muon(1e-3, moments="bfloat16")
+
+
+def test_rates_by_layer_as_the_page_has_them():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    mark = "<!-- executed by tests/training/test_optimizer.py -->"
+    (code,) = re.findall(rf"{re.escape(mark)}\n```python\n(.*?)```", page, re.DOTALL)
+    shown: dict = {}
+    exec(compile(code, "docs/training.md", "exec"), shown)
+    params = init(GPT2Config(vocab_size=11, hidden_size=4, num_hidden_layers=3, num_attention_heads=2))["params"]
+    gradient = jax.tree.map(jnp.ones_like, params)
+    scale = shown["rates_by_layer"](0.5)
+    updates, _ = scale.update(gradient, scale.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        by_layer = [0.25, 0.5, 1.0] if "group_0" in str(path) else [1.0] * len(update)
+        assert [float(layer.max()) for layer in update] == by_layer
+        assert [float(layer.min()) for layer in update] == by_layer
+    shown["optimizer"].update(gradient, shown["optimizer"].init(params), params)
