@@ -64,9 +64,8 @@ def main(options: Options) -> None:
         for name in names:
             apart.add_column(Text(name), justify="right")
         for option, values in differing.items():
-            apart.add_row(
-                option, *(Text(value if len(value) <= LONGEST else f"{value[:LONGEST]}…") for value in values)
-            )
+            cut = [value if len(value) <= LONGEST else f"{value[:LONGEST]}…" for value in values]
+            apart.add_row(option, *map(Text, cut))
         print()
         Console().print(apart)
     if options.out is not None:

@@ -168,8 +168,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
 
 
 def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
-    """{option or field of the model: its value in each of these runs}, where these are not all the same. "" is the value
-    in a folder that has no config of a run."""
+    """{option or field of the model: its value in each of these runs}, where these are not all the same; "" in a folder
+    that has no config of a run."""
 
     def shown(value: Any) -> str:
         return value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)

@@ -75,7 +75,7 @@ def test_runs_of_one_name_and_what_they_differ_in(llmq, run, tmp_path):
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines[1:4]] == ["lr-0.001/run", "lr-0.003/run", "bare"]
     assert lines[5] == ["differing", "in", "lr-0.001/run", "lr-0.003/run", "bare"]
-    assert lines[6:] == [["learning_rate", "0.001", "0.003"], ["model.name", *['"' + "x" * 19 + "…"] * 2]]
+    assert lines[6:] == [["learning_rate", "0.001", "0.003"], ["model.name", *["x" * 20 + "…"] * 2]]
 
 
 def test_bad_input(llmq, run, tmp_path):
