@@ -77,8 +77,9 @@ def run(
       counted from 0: a dict of numpy arrays, always the same one for the same i.
     * `folder`: where checkpoints, metrics, samples and plots go. If it holds this run, the run resumes from its newest
       whole checkpoint, and the result equals that of a run never interrupted, bit for bit. It is this run's if the
-      options, the model config and `config` (a dict of whatever else defines the run, save for its fields named in
-      `may_change`) are the same; a RunFolder, which has a config already, stays open. None: nothing is written.
+      options, the model config, the rates of `schedule` and `config` (a dict of whatever else defines the run, save for
+      its fields named in `may_change`) are the same; a RunFolder, which has a config already, stays open. None: nothing
+      is written.
     * `model_config` (a dict or config dataclass) and `tokenizer` are saved with every checkpoint.
     * `schedule(i)` is the learning rate of update i, here only for the log.
     * `evaluate(variables)` returns means by name, of which the one of `judged_by` tells the best step, by its lowest or
@@ -265,22 +266,39 @@ class _Loop:
         self.tokens = info.tokens
         self.checkpoints.set_aside_after(info.step)
         self.checkpoints.delete_old()  # the process that saved this one may have been killed before it did
-        self.read_back(info.step)
+        self.check_rates(self.read_back(info.step))
         say(f"resuming {self.folder.path} from step {self.step}")
         self.stop_early(say)
 
-    def read_back(self, step: int) -> None:
-        """The figures up to a step. One process reads them for all, which must come to the same decisions."""
+    def read_back(self, step: int) -> Points:
+        """Take up the figures up to a step, and return the learning rates. One process reads them for all, which must
+        come to the same decisions."""
         assert self.folder is not None
         path = self.folder.path / METRICS
 
-        def read() -> tuple[float | None, Points, Points]:
+        def read() -> tuple[float | None, Points, Points, Points]:
             records = [record for record in (read_metrics(path) if path.exists() else []) if record["step"] <= step]
             losses = training_curve(records)
-            return losses[-1][1] if losses else None, curve(records, self.judged), curve(records, "validation_loss")
+            judged, validation, rates = (curve(records, n) for n in (self.judged, "validation_loss", "learning_rate"))
+            return losses[-1][1] if losses else None, judged, validation, rates
 
         found = processes.share(processes.together(lambda: read() if processes.first() else None))
         self.loss, self.validation, self.validation_losses = found[0], dict(found[1]), dict(found[2])
+        rates: Points = found[3]
+        return rates
+
+    def check_rates(self, recorded: Points) -> None:
+        """A script may have another schedule than when it began the run, and not say so in `config`."""
+        if self.learning_rates is None:
+            return
+        assert self.folder is not None
+        for step, rate in recorded:
+            now = float(self.learning_rates[step - 1])
+            if not math.isclose(rate, now, rel_tol=1e-4, abs_tol=1e-12):
+                raise BadInput(
+                    f"{self.folder.path} holds a run with another learning rate: {rate:.6g} in step {step}, where it "
+                    f"would be {now:.6g}; give that schedule, or another folder"
+                )
 
     def loop(self, stop: StopSignals) -> None:
         options = self.options
@@ -532,8 +550,10 @@ class _Loop:
         """The result of a run that was finished by an earlier process. Never with the state of an earlier step."""
         assert self.checkpoints is not None and self.folder is not None
         report = self.folder.report()
+        rates: Points = []
         with contextlib.suppress(BadInput):  # of its records it needs none
-            self.read_back(report["step"])
+            rates = self.read_back(report["step"])
+        self.check_rates(rates)
         if report["step"] not in self.checkpoints.steps():
             return RunResult(state=None, **report)
         try:

@@ -134,6 +134,20 @@ def test_finished_run_says_so_and_returns_its_result(whole):
     }
 
 
+def test_another_schedule_is_another_run(whole, tmp_path):
+    """Whether it was stopped or is finished: a script that changes its rate alone would be given the old result."""
+    faster = tiny_run.optax.linear_schedule(0.1, 0.0, STEPS)
+    with pytest.raises(BadInput, match=r"another learning rate: 0\.05 in step 1, where it would be 0\.1; give that"):
+        quiet(whole, schedule=faster)
+    stopping = Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    with pytest.raises(StoppedBySignal):
+        quiet(tmp_path / "run", stopping)
+    with pytest.raises(BadInput, match="holds a run with another learning rate"):
+        quiet(tmp_path / "run", schedule=faster)
+    quiet(tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_exits(number, whole, tmp_path):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
