@@ -35,7 +35,7 @@ from llmq_jax.training.progress import Status, TextOutput
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
 from llmq_jax.training.report_page import write_report_page
-from llmq_jax.training.run_folder import FINISHED, RunFolder
+from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
@@ -268,6 +268,8 @@ class _Loop:
         self.checkpoints.delete_old()  # the process that saved this one may have been killed before it did
         self.check_rates(self.read_back(info.step))
         say(f"resuming {self.folder.path} from step {self.step}")
+        if processes.first() and self.folder.code_changed:
+            say("the code is not what it was when this run began: from here on its figures may be others")
         self.stop_early(say)
 
     def read_back(self, step: int) -> Points:
@@ -581,7 +583,9 @@ def open_folder(
     arguments are those of `run`, and whether it is given the two functions."""
     options = options.resolved(evaluates=evaluates, samples=samples, saves=True)
     described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
-    return RunFolder(folder, described, may_change=[*may_change, *(f"options.{name}" for name in options.neutral)])
+    described[CODE] = code_digest()
+    may_change = [*may_change, CODE, *(f"options.{name}" for name in options.neutral)]
+    return RunFolder(folder, described, may_change=may_change)
 
 
 def _table(schedule: Callable[..., Any], steps: int) -> np.ndarray:

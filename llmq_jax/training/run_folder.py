@@ -10,8 +10,11 @@ A folder that is not empty and not of this run is refused before anything is wri
 """
 
 import fcntl
+import functools
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from llmq_jax.training.processes import first, same, share, together
 
 CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
 MARK = "run_format"
+CODE = "code"
+"""Of the config: the digest of the code, which may change."""
 """Field of config.json that tells a run folder from a model folder, which has a config.json too."""
 FORMAT = 1
 
@@ -66,6 +71,12 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.path / FINISHED).is_file()
+
+    @property
+    def code_changed(self) -> bool:
+        """Whether the run began with other code, if that is known."""
+        before = (_read_run_config(self.path / CONFIG) or {}).get(CODE)
+        return before is not None and before != self.config.get(CODE)
 
     @property
     def checkpoints(self) -> Path:
@@ -165,6 +176,21 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
         for name, before, after in pairs
         if before != after and not (before is absent and (after is None or after is False))
     ]
+
+
+@functools.cache
+def code_digest() -> str:
+    """Twelve digits of the SHA-256 of the library's code and the running script's (of `python -m`: and that of the
+    modules beside it), by which a change of either is seen."""
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    files = [*Path(__file__).parents[1].rglob("*.py")]
+    if script is not None:
+        files += Path(script).parent.glob("*.py") if main.__package__ else [Path(script)]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:

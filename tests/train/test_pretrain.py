@@ -8,6 +8,7 @@ import tokenizers as hf_tokenizers
 
 import llmq_jax as lq
 from llmq_jax.data import read_documents
+from llmq_jax.training import engine
 from tests.train.conftest import PRETRAINED
 from train.pretrain import RUNS, Options, starting_options
 
@@ -184,6 +185,18 @@ def test_muon_is_another_optimizer_and_resumes(pretrain):
     assert code == 0 and "from step 3" in out and losses("muon") == whole
     code, _, err = pretrain(*options, "--out", "muon")
     assert code == 2 and 'optimizer "muon" -> null' in err
+
+
+def test_a_run_that_goes_on_says_that_the_code_has_changed(pretrain, monkeypatch):
+    options = ("--data", "TEXT", "--out", "run", "--sample-every", 0)
+    assert "code" not in pretrain(*options)[1]
+    for digest, told in ((None, False), ("0123456789ab", True)):
+        if digest:
+            monkeypatch.setattr(engine, "code_digest", lambda digest=digest: digest)
+        Path("run/finished.json").unlink()
+        code, out, _ = pretrain(*options)
+        assert code == 0 and "resuming run from step 6" in out
+        assert ("the code is not what it was when this run began" in out) == told
 
 
 def test_a_part_of_the_held_out_text_may_be_evaluated(pretrain):
