@@ -88,7 +88,7 @@ class TextAndModel:
     """Attention heads; they divide the width."""
     config: Annotated[tuple[str, ...] | None, default_is("the preset's", metavar="FIELD=VALUE ...")] = None
     """Other fields of the model's config: norm=dyt intermediate_size=512."""
-    dropout: Annotated[float | None, default_is("the model's")] = None
+    dropout: Annotated[float | None, default_is("the model's: 0.1 in the sizes of GPT-2")] = None
     """Part of embeddings, attention weights and residual branches that is dropped in training."""
 
     mtp_coefficient: Annotated[float | None, default_is("0.3")] = None

@@ -63,8 +63,8 @@ class Output(struct.PyTreeNode):
 
     hidden: Float[Array, "B T D"]
     """Hidden states after the final norm."""
-    before_norm: Float[Array, "B T D"]
-    """And before it."""
+    before_norm: Float[Array, "B T stream"]
+    """And before it: as wide as the stream, which a model of one's own may have made wider."""
     caches: Any = None
     """By group, then by block of its pattern: the caches of all repetitions, stacked. None where none were given."""
     counts: Any = None

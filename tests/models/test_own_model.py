@@ -1,0 +1,80 @@
+"""The models that docs/own_model.md shows train, go to disk and back, and decode with caches as without."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llmq_jax as lq
+from llmq_jax.errors import BadInput
+from llmq_jax.models import ARCHITECTURES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "own_model.md").read_text()
+MARK = "<!-- executed by tests/models/test_own_model.py -->"
+SIZES = {"vocab_size": 257, "max_position_embeddings": 32, "hidden_size": 16, "num_attention_heads": 2}
+SIZES |= {"num_hidden_layers": 3, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.3}
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """What the page defines; its entries are taken out again."""
+    before = dict(ARCHITECTURES)
+    scope: dict = {"__name__": "own_model"}
+    for code in re.findall(rf"{re.escape(MARK)}\n```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(code, "docs/own_model.md", "exec"), scope)
+    yield scope
+    for name in ARCHITECTURES.keys() - before.keys():
+        del ARCHITECTURES[name]
+
+
+@pytest.mark.parametrize("name", ["CappedConfig", "ValueResidualConfig"])
+def test_models_of_the_page_train_and_come_back(name, shown, tmp_path):
+    config = shown[name](**SIZES)
+    tokens = np.frombuffer(b"abcdefgh" * 200, np.uint8)
+    batches = lq.data.training_batches(tokens, context=16, batch_size=4, seed=0)
+    optimizer = lq.training.adamw(1e-2)
+    step = lq.training.make_train_step(lq.objectives.NextToken(lq.build(config)), optimizer)
+    state = lq.training.create_state(lq.init(config), optimizer)
+    options = lq.training.RunOptions(steps=20, plot=False, log_every=1)
+    files = {"folder": tmp_path / "run", "model_config": config, "tokenizer": lq.ByteTokenizer()}
+    result = lq.training.run(state, step, batches, options, **files)
+    assert result.loss < 3.0  # of log(257) = 5.5 in the beginning
+    lm = lq.load(tmp_path / "run")
+    assert type(lm.config).__name__ == name
+    prompt, greedy = list(b"cde"), lq.Sampler(temperature=0.0)
+    made = lq.generate(lm, "cde", max_new_tokens=12, sampler=greedy).tokens[0]
+    for token in made:
+        assert int(lm.logits([prompt])[0, -1].argmax()) == token
+        prompt.append(int(token))
+
+
+def test_capped_logits_are_capped(shown):
+    config = shown["CappedConfig"](**SIZES, logit_cap=2.0)
+    logits = lq.build(config).apply(lq.init(config), np.arange(16)[None])
+    assert 1.5 < float(np.abs(logits).max()) <= 2.0
+
+
+def test_other_layers_mix_values_of_the_first(shown):
+    """With none of their own, where they look would not matter."""
+    config = shown["ValueResidualConfig"](**SIZES)
+
+    def changed(variables, part, factor):
+        def scaled(path, leaf):
+            others = "group_1" in str(path) and "qkv" in str(path)
+            return leaf.at[..., part, :, :].multiply(factor) if others else leaf
+
+        return jax.tree_util.tree_map_with_path(scaled, variables)
+
+    without_values = changed(lq.init(config), 2, 0.0)
+    pair = [lq.build(config).apply(v, np.arange(16)[None]) for v in (without_values, changed(without_values, 0, 3.0))]
+    assert float(np.abs(pair[0] - pair[1]).max()) > 1e-2
+
+
+def test_a_model_that_is_not_registered_is_told(shown):
+    class Unknown(shown["CappedConfig"]):
+        model_type = "unknown"
+
+    with pytest.raises(BadInput, match="no model is registered for model_type 'unknown'; before it is built"):
+        lq.init(Unknown(**SIZES))
