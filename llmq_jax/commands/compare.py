@@ -1,5 +1,4 @@
-"""Compare runs: their losses and speed in a table, the options in which they differ, their validation losses in one
-plot.
+"""Compare runs: losses and speed, the options in which they differ, their validation losses in one plot.
 
 llmq compare runs/mine runs/dyt --out losses.png
 """
