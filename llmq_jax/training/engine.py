@@ -264,9 +264,9 @@ class _Loop:
         self.state, info = restored
         self.step = self.saved = info.step
         self.tokens = info.tokens
+        self.check_rates(self.read_back(info.step))
         self.checkpoints.set_aside_after(info.step)
         self.checkpoints.delete_old()  # the process that saved this one may have been killed before it did
-        self.check_rates(self.read_back(info.step))
         say(f"resuming {self.folder.path} from step {self.step}")
         if processes.first() and self.folder.code_changed:
             say("the code is not what it was when this run began: from here on its figures may be others")

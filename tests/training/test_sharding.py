@@ -84,6 +84,7 @@ def test_a_parameter_is_divided_by_what_divides_it():
     assert partition_spec(("final_norm", "scale"), (576,), sizes) == P()
     # Of an optimizer, whose moments lie as their parameters do.
     assert partition_spec(("1", "mu", *path), (30, 576, 9, 64), sizes) == P(None, "fsdp", "tensor")
+    assert partition_spec(("1", "v_row", *path), (576,), sizes) == P()  # one that keeps rows and columns alone
     assert partition_spec(("group_0", "block_0", "moe", "up_kernel"), (2, 4, 64, 2, 6), sizes) == P(
         None, None, "fsdp", None, "tensor"
     )
