@@ -83,7 +83,7 @@ class Worker:
     def __init__(self, row: Row, folder: Path, name: str):
         self.name = name
         self.idle = 0.0
-        self.log = open(folder / f"{name.replace(', ', '-').replace(' ', '-')}.log", "w+")  # noqa: SIM115
+        self.log = open(folder / f"{_file_name(name)}.log", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker", str(folder), name],
             stdin=subprocess.PIPE,
@@ -127,8 +127,13 @@ def environment(folder: Path, name: str) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor" / name),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor" / _file_name(name)),
     }
+
+
+def _file_name(side: str) -> str:
+    """Without the comma and the spaces of a side's name, of which PyTorch's call of the C++ compiler makes several."""
+    return side.replace(", ", "-").replace(" ", "-")
 
 
 def measure(row: Row, rounds: int, seconds: float, report: Callable[[str], None]) -> Result:
