@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         init,
         preset,
     )
+    from llmq_jax.weight_transfer import with_config
 
 _HOME = {
     "BadInput": "errors",
@@ -78,6 +79,7 @@ _HOME = {
     "stream": "generation",
     "unmerge": "adapters",
     "with_classifier": "language_model",
+    "with_config": "weight_transfer",
 }
 _PACKAGES = ("data", "generation", "interop", "layers", "models", "objectives", "training")
 
@@ -127,6 +129,7 @@ __all__ = [
     "training",
     "unmerge",
     "with_classifier",
+    "with_config",
 ]
 
 

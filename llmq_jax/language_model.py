@@ -167,7 +167,9 @@ class LanguageModel:
         """The same with some fields changed; a new config brings its own model unless one is given. A field that does
         not exist is a TypeError."""
         if "config" in changes and "model" not in changes:
-            changes["model"] = dataclasses.replace(self.model, config=changes["config"])
+            before = self.model  # another config may be that of another class of models
+            how = {name: getattr(before, name) for name in ("dtype", "remat", "scan_layers", "attention")}
+            changes["model"] = build(changes["config"], **how).clone(frozen_layers=before.frozen_layers)
         return dataclasses.replace(self, **changes)
 
     def logits(

@@ -1,0 +1,135 @@
+"""The weights of one model in another: what an idea leaves alone starts as it was learned, and the rest afresh."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llmq_jax.errors import BadInput
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.models import abstract_variables, init, module_slots
+from llmq_jax.weight_type import weight_type
+
+PARAMS = "params"
+
+
+class Place(NamedTuple):
+    """Where a weight stands: a leaf of the variables, or one layer of a leaf that stacks several."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def with_config(
+    lm: LanguageModel,
+    config: Any,
+    *,
+    fresh: Sequence[str] = (),
+    unused: Sequence[str] = (),
+    renamed: Callable[[str], str] = lambda name: name,
+    seed: int = 0,
+) -> LanguageModel:
+    """The model of another config, which may be one of your own, with the weights of this one: how a model that has
+    learned takes up a new idea. Tokenizer and end tokens stay.
+
+    Weights have names that count layers through, in whatever stacks they are: "token_embedding/embedding",
+    "layers/3/qkv/kernel". What both models have in one shape is taken over. All else must be named, by patterns in
+    which * stands for anything: in `fresh` what is to be drawn as `init` draws it, by `seed` (what the new model alone
+    has, or shall not take over); in `unused` what is to be left out. Where a block of yours has other modules,
+    `renamed(name)` is the name in this model of a weight of the new one.
+
+    BadInput, which names them: weights that differ and are not named, a pattern without a match, adapters (merge them
+    first).
+    """
+    lm.require_no_adapters("this model")
+    wanted, there = _places(abstract_variables(config), config), _places(lm.variables, lm.config)
+    old_names = {renamed(name): name for name in wanted}
+    there = {old_names.get(name, name): place for name, place in there.items()}  # by the new names
+    drawn, left_out = _matching("fresh", fresh, wanted), _matching("unused", unused, there)
+    taken = {name for name in wanted if name not in drawn and name in there and wanted[name].shape == there[name].shape}
+    unknown = [name for name in wanted if name not in taken and name not in drawn]
+    _check(wanted, there, unknown, [name for name in there if name not in wanted and name not in left_out])
+
+    old, dtype = flatten_dict(lm.variables), weight_type(jax.tree.leaves(lm.params))
+    paths = {wanted[name].path for name in drawn}
+    new = jax.jit(lambda: {path: leaf for path, leaf in flatten_dict(init(config, seed)).items() if path in paths})()
+
+    def weight(name: str) -> jax.Array:
+        path, layer, _ = there[name] if name in taken else wanted[name]
+        leaf = old[path] if name in taken else new[path]
+        if name in drawn and path[0] == PARAMS:  # a router's bias keeps its own type
+            leaf = leaf.astype(dtype)
+        return leaf if layer is None else leaf[layer]
+
+    variables = {}
+    for path, expected in flatten_dict(abstract_variables(config)).items():
+        names = [name for name, place in wanted.items() if place.path == path]
+        as_it_is = path in old and old[path].shape == expected.shape and taken.issuperset(names)
+        if as_it_is and all(there[name] == wanted[name] for name in names):
+            variables[path] = old[path]
+        elif wanted[names[0]].layer is None:
+            variables[path] = weight(names[0])
+        else:
+            variables[path] = jnp.stack([weight(name) for name in names])
+    return lm.replace(config=config, variables=unflatten_dict(variables))
+
+
+def _places(variables: Mapping[str, Any], config: Any) -> dict[str, Place]:
+    """Every weight by its name; those of layers in order."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for number, (block, _) in enumerate(module_slots(config)):
+        numbers.setdefault(block, []).append(number)
+    places = {}
+    for path, leaf in flatten_dict(variables).items():
+        within = () if path[0] == PARAMS else path[:1]
+        for layer, number in enumerate(numbers.get(path[1:3], ())):
+            name = "/".join(("layers", str(number), *within, *path[3:]))
+            places[name] = Place(path, layer, tuple(leaf.shape[1:]))
+        if path[1:3] not in numbers:
+            places["/".join((*within, *path[1:]))] = Place(path, None, tuple(leaf.shape))
+    return places
+
+
+def _matching(option: str, patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise BadInput(f"{option}: {pattern!r} matches no weight; there are {_shown(names)}")
+        found |= matched
+    return found
+
+
+def _check(
+    wanted: Mapping[str, Place], there: Mapping[str, Place], unknown: Sequence[str], without_place: Sequence[str]
+) -> None:
+    """BadInput for weights that are to be neither taken over nor drawn, and for those that would be lost."""
+    faults = []
+    if missing := [name for name in unknown if name not in there]:
+        faults.append(f"the model has no {_shown(missing)}")
+    if other := next((name for name in unknown if name in there), None):
+        shapes = f"{list(there[other].shape)} in the model and {list(wanted[other].shape)} by the config"
+        faults.append(f"{other} is {shapes}")
+    if unknown:
+        faults.append(f"to draw them anew, fresh={_patterns(unknown)}")
+    if without_place:
+        faults.append(f"the config has no place for {_shown(without_place)}")
+        faults.append(f"to leave them out, unused={_patterns(without_place)}")
+    if faults:
+        raise BadInput("; ".join(faults))
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Names without the numbers of their layers, each once."""
+    return list(dict.fromkeys(re.sub(r"^layers/\d+/", "layers/*/", name) for name in names))
+
+
+def _shown(names: Iterable[str]) -> str:
+    patterns = _patterns(names)
+    more = f" and {len(patterns) - 8} more" if len(patterns) > 8 else ""
+    return ", ".join(patterns[:8]) + more
