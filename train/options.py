@@ -29,8 +29,10 @@ class TrainingOptions:
     learning_rate: float = 6e-4
     """The peak, reached after the warm-up."""
     schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"] | None, default_is("cosine")] = None
-    """How the rate falls from there to the last step: cosine, linear, wsd (linear over the last tenth), or not at
+    """How the rate falls from there to the last step: cosine, linear, wsd (linear over --decay-steps), or not at
     all."""
+    decay_steps: Annotated[int | None, default_is("a tenth of the steps")] = None
+    """Steps over which the rate of --schedule wsd falls, the last ones."""
     minimum_learning_rate: Annotated[float | None, default_is("a tenth of the peak")] = None
     """What it falls to at the last step."""
     initial_learning_rate: Annotated[float | None, default_is("0")] = None
@@ -49,6 +51,10 @@ class TrainingOptions:
     """Type that the gradient's moments are kept in; bfloat16 wants --betas of at most 0.99."""
     seed: int = 0
     """Of initial weights, order of the data and dropout; equal options give equal runs."""
+
+    branch_from: Annotated[str | None, default_is("none", metavar="CHECKPOINT")] = None
+    """Checkpoint of another run, or its folder for the newest one: begin with its whole state, weights, moments and
+    step, and go on from there with these options; see docs/training.md."""
 
     # How to compute.
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -124,6 +130,7 @@ def check_ranges(options: TrainingOptions) -> None:
         options,
         (
             ("minimum_learning_rate", options.schedule == "constant", "with --schedule constant"),
+            ("decay_steps", options.schedule != "wsd", "without --schedule wsd"),
             ("patience", options.evaluate_every == 0, "with --evaluate-every 0"),
         ),
     )
@@ -331,6 +338,7 @@ def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[A
         initial=options.initial_learning_rate,
         minimum=options.minimum_learning_rate,
         decay=options.schedule or "cosine",
+        decay_steps=options.decay_steps,
     )
     b1, b2 = options.betas
     fields = {"b1": b1, "b2": b2, "weight_decay": options.weight_decay, "clip": options.clip or None}

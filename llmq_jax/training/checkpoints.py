@@ -34,7 +34,7 @@ from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
 from llmq_jax.layers.axes import axis_sizes, path_names, sharding_of
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
-from llmq_jax.training.processes import first, share, wait_for_all
+from llmq_jax.training.processes import first, share, together, wait_for_all
 
 Name = tuple[str, ...]
 """Of an array: its path in the state."""
@@ -114,7 +114,7 @@ class Checkpoints:
         costs = {}
         for step in self.steps():
             with contextlib.suppress(CorruptCheckpoint, BadInput):
-                cost = _read_info(self.path(step)).cost
+                cost = read_info(self.path(step)).cost
                 if cost is not None:
                     costs[step] = cost
         return min(costs, key=costs.__getitem__, default=None)
@@ -180,15 +180,21 @@ class Checkpoints:
         where none was ever saved. CorruptCheckpoint where all are damaged, or the one asked for; BadInput where a
         checkpoint is of another model or optimizer than `example`.
         """
-        if step is not None:
-            if step not in self.steps():
-                there = ", ".join(map(str, self.steps())) or "none"
-                raise BadInput(f"no checkpoint of step {step} in {self.folder}; steps there: {there}")
-            return self._restore(example, step)
+        if step is None:
+            # One process chooses for all: a file system may show another one less.
+            step = share(together(lambda: self._newest_whole(warn) if first() else None))
+            return None if step is None else read_checkpoint(self.path(step), example)
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise BadInput(f"no checkpoint of step {step} in {self.folder}; steps there: {there}")
+        return restore_checkpoint(self.path(step), example)
+
+    def _newest_whole(self, warn: Callable[[str], None]) -> int | None:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._restore(example, step)
+                _verify(self.path(step))
+                return step
             except CorruptCheckpoint as error:
                 if step == steps[0]:
                     raise CorruptCheckpoint(f"no checkpoint in {self.folder} is whole; {error}") from None
@@ -221,17 +227,6 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 os.rename(self.path(newer), aside)
         wait_for_all("newer ones set aside")
-
-    def _restore(self, example: Any, step: int) -> Restored:
-        folder = self.path(step)
-        verify_manifest(folder)
-        info = _read_info(folder)
-        wanted = _named_leaves(example)
-        with _orbax() as (ocp, checkpointer):
-            _check_same_arrays(folder, _saved_arrays(checkpointer, folder), wanted)
-            restored = _read_arrays(ocp, checkpointer, folder, wanted)
-        leaves = [restored[name] for name in wanted]
-        return Restored(jax.tree.unflatten(jax.tree.structure(example), leaves), info)
 
     def _delete(self, checkpoint: Path) -> None:
         hidden = self.folder / f"{DELETING}{checkpoint.name}"
@@ -271,6 +266,27 @@ def find_checkpoint(path: str | Path) -> Path | None:
     return None
 
 
+def restore_checkpoint(folder: Path, example: Any) -> Restored:
+    """The state in the folder of a checkpoint, as `Checkpoints.restore` gives it."""
+    together(lambda: _verify(folder) if first() else None)
+    return read_checkpoint(folder, example)
+
+
+def read_checkpoint(folder: Path, example: Any) -> Restored:
+    """The same of one that is verified."""
+    wanted = _named_leaves(example)
+    with _orbax() as (ocp, checkpointer):
+        _check_same_arrays(folder, _saved_arrays(checkpointer, folder), wanted)
+        restored = _read_arrays(ocp, checkpointer, folder, wanted)
+    leaves = [restored[name] for name in wanted]
+    return Restored(jax.tree.unflatten(jax.tree.structure(example), leaves), read_info(folder))
+
+
+def _verify(folder: Path) -> None:
+    verify_manifest(folder)
+    read_info(folder)
+
+
 def load_checkpoint_variables(path: str | Path) -> LoadedCheckpoint:
     """What inference needs of a checkpoint: `(config, variables, tokenizer_folder, info)`.
 
@@ -292,7 +308,7 @@ def load_checkpoint_variables(path: str | Path) -> LoadedCheckpoint:
 
 def _load_variables(folder: Path) -> LoadedCheckpoint:
     verify_manifest(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     with _orbax() as (ocp, checkpointer):
         saved = _saved_arrays(checkpointer, folder)
         wanted = {name: _where_wanted(name, array) for name, array in saved.items() if name[0] == "variables"}
@@ -301,7 +317,7 @@ def _load_variables(folder: Path) -> LoadedCheckpoint:
         arrays = _read_arrays(ocp, checkpointer, folder, wanted)
     variables = traverse_util.unflatten_dict({name[1:]: array for name, array in arrays.items()})
     tokenizer = folder / TOKENIZER
-    return LoadedCheckpoint(config, variables, tokenizer if tokenizer.is_dir() else None, _read_info(folder))
+    return LoadedCheckpoint(config, variables, tokenizer if tokenizer.is_dir() else None, read_info(folder))
 
 
 def _where_wanted(name: Name, array: Any) -> Any:
@@ -361,7 +377,7 @@ def _check_same_arrays(folder: Path, saved: Mapping[Name, Any], wanted: Mapping[
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = parse_json((folder / CONFIG).read_bytes())
     except (OSError, ValueError) as error:
@@ -371,7 +387,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_info(folder: Path) -> CheckpointInfo:
+def read_info(folder: Path) -> CheckpointInfo:
     try:
         info = parse_json((folder / INFO).read_bytes())
         version = info["version"]

@@ -8,6 +8,7 @@ batch of step s + 1 and reads the figures of step s - 1, so that the device neve
 
 import contextlib
 import dataclasses
+import json
 import math
 import sys
 import tempfile
@@ -19,10 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmq_jax.atomic_files import full_disk
+from llmq_jax.atomic_files import full_disk, json_bytes
 from llmq_jax.errors import BadInput
 from llmq_jax.training import processes
-from llmq_jax.training.checkpoints import Checkpoints, JudgedBy, config_dict
+from llmq_jax.training.checkpoints import (
+    Checkpoints,
+    JudgedBy,
+    config_dict,
+    find_checkpoint,
+    read_config,
+    read_info,
+    restore_checkpoint,
+)
 from llmq_jax.training.expert_plots import plot_experts
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
@@ -35,7 +44,7 @@ from llmq_jax.training.progress import Status, TextOutput
 from llmq_jax.training.recorder import Recorder
 from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
 from llmq_jax.training.report_page import write_report_page
-from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest
+from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest, differences
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
@@ -214,7 +223,9 @@ class _Loop:
 
         asked = self.options.profile
         profiled = None if asked is None else profiled_steps(asked, self.options.steps)
-        if self.folder is not None:
+        if self.folder is None:
+            self.branch(say)
+        else:
             self.resume(say)
         first = processes.first()
         self.recorder = Recorder(self.folder if first else None, self.options, self.step, output)
@@ -256,11 +267,13 @@ class _Loop:
         """Take up the newest whole checkpoint, if there is one."""
         assert self.checkpoints is not None and self.folder is not None
         self.checkpoints.remove_leftovers()
-        restored = self.checkpoints.restore(self.state, warn=say)
-        if restored is None:
+        if processes.share(self.checkpoints.latest_step() if processes.first() else None) is None:
             if self.folder.resumed:
-                say(f"no checkpoint in {self.folder.path} yet: starting from step {self.step}")
+                say(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
+            self.branch(say)
             return
+        restored = self.checkpoints.restore(_released(self.state), warn=say)
+        assert restored is not None
         self.state, info = restored
         self.step = self.saved = info.step
         self.tokens = info.tokens
@@ -271,6 +284,32 @@ class _Loop:
         if processes.first() and self.folder.code_changed:
             say("the code is not what it was when this run began: from here on its figures may be others")
         self.stop_early(say)
+
+    def branch(self, say: Callable[[str], None]) -> None:
+        """Begin with the state of a checkpoint of another run, if the options name one."""
+        source = self.options.branch_from
+        if source is None:
+            return
+        found = processes.share(processes.together(lambda: self.to_branch_from(source) if processes.first() else None))
+        restored = restore_checkpoint(Path(found), _released(self.state))
+        self.state, self.step, self.tokens = restored.state, restored.info.step, restored.info.tokens
+        say(f"beginning with the state of {found}, after step {self.step}")
+        model = json.loads(json_bytes(config_dict(self.model_config)))
+        if model and (differing := differences(read_config(Path(found)), model)):
+            say(f"the model is configured otherwise than it was: {', '.join(differing)}")
+
+    def to_branch_from(self, source: str) -> str:
+        """The checkpoint that `branch_from` names. BadInput where there is none, or none that leaves steps to do."""
+        found = find_checkpoint(source)
+        if found is None:
+            raise BadInput(f"branch_from is {source}, where no checkpoint is; name one, or the folder of a run")
+        step = read_info(found).step
+        if step >= self.options.steps:
+            raise BadInput(
+                f"branch_from is {found}, the state after step {step}, and steps is {self.options.steps}, which counts "
+                "from the other run's beginning; give more"
+            )
+        return str(found)
 
     def read_back(self, step: int) -> Points:
         """Take up the figures up to a step, and return the learning rates. One process reads them for all, which must
@@ -559,7 +598,7 @@ class _Loop:
         if report["step"] not in self.checkpoints.steps():
             return RunResult(state=None, **report)
         try:
-            restored = self.checkpoints.restore(self.state, report["step"])
+            restored = self.checkpoints.restore(_released(self.state), report["step"])
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(
                 f"{self.folder.path} is finished, but {error}; or remove {self.folder.path / FINISHED}, and the same "
@@ -591,6 +630,18 @@ def open_folder(
 def _table(schedule: Callable[..., Any], steps: int) -> np.ndarray:
     """The learning rate of every step at once: asked for in the loop, it would queue behind the step under way."""
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(steps)))
+
+
+def _released(state: Any) -> Any:
+    """The shapes and places of a state whose arrays are freed: what is restored in its place need not fit beside it."""
+
+    def described(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    example = jax.tree.map(described, state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return example
 
 
 @jax.jit

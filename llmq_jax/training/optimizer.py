@@ -35,15 +35,18 @@ def warmup_schedule(
     initial: float = 0.0,
     minimum: float = 0.0,
     decay: str = "cosine",
+    decay_steps: int | None = None,
 ) -> Schedule:
     """Learning rate of step 0 ... steps - 1: linear from `initial` (at step 0) to `peak` (at step `warmup_steps`), then
     as `decay` names it to `minimum`, which it reaches exactly at the last step, and stays there. (A warm-up that lasts
     to the last step leaves no step to fall in; and nothing falls by "constant".)
 
     "cosine": half a cosine (SGDR, arXiv:1608.03983, eq. 5); "linear": a straight line; "wsd": the peak, and over the
-    last tenth of the steps a straight line (MiniCPM, arXiv:2404.06395, section 4); "constant": the peak.
+    last `decay_steps`, a tenth of the steps unless given, a straight line (MiniCPM, arXiv:2404.06395, section 4);
+    "constant": the peak.
 
-    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, an unknown decay.
+    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, an unknown decay, decay
+    steps without "wsd" or for which there is no room after the warm-up.
     """
     if not 0 <= warmup_steps < steps:
         raise BadInput(f"warm-up of {warmup_steps} steps does not fit a run of {steps}; make it shorter than the run")
@@ -54,7 +57,17 @@ def warmup_schedule(
         raise BadInput(f"minimum={minimum:g} has no effect with decay='constant'; leave it out")
     if decay not in DECAYS:
         raise BadInput(f"decay={decay!r} is unknown; {did_you_mean(decay, DECAYS)}")
-    start = max(warmup_steps, steps - 1 - max(1, steps // 10)) if decay == "wsd" else warmup_steps
+    if decay_steps is not None:
+        if decay != "wsd":
+            raise BadInput(f"decay_steps={decay_steps} has no effect with decay={decay!r}; leave it out")
+        if not 0 < decay_steps < steps - warmup_steps:
+            raise BadInput(
+                f"decay_steps={decay_steps} does not fit: {steps} steps less {warmup_steps} of warm-up leave room for "
+                f"{max(0, steps - warmup_steps - 1)}"
+            )
+    start = warmup_steps
+    if decay == "wsd":
+        start = max(warmup_steps, steps - 1 - (max(1, steps // 10) if decay_steps is None else decay_steps))
 
     def learning_rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)

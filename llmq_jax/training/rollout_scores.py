@@ -20,6 +20,7 @@ from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.reward import model_rewards, token_scores
 from llmq_jax.rewards import Rewards
+from llmq_jax.training import processes
 from llmq_jax.training.parts import as_read
 from llmq_jax.training.rollouts import Rollout
 
@@ -50,8 +51,15 @@ class TextRewards:
     rewards: Rewards
 
     def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
-        columns = columns_of(rollout.prompts, rollout.group_size)
-        return Scores(*self.rewards(rollout.prompt_texts(), rollout.completions, columns))
+        """One process asks for all: a function may draw, or ask others, and does so once."""
+
+        def ask() -> tuple[list[float], dict[str, list[float]]]:
+            columns = columns_of(rollout.prompts, rollout.group_size)
+            total, by_name = self.rewards(rollout.prompt_texts(), rollout.completions, columns)
+            return total.tolist(), {name: values.tolist() for name, values in by_name.items()}
+
+        total, by_name = processes.share(processes.together(lambda: ask() if processes.first() else None))
+        return Scores(np.asarray(total, np.float32), {name: np.asarray(v, np.float32) for name, v in by_name.items()})
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
-        return (self.path / FINISHED).is_file()
+        """Whether the run came to its end: asked by all processes together."""
+        return bool(share(first() and (self.path / FINISHED).is_file()))
 
     @property
     def code_changed(self) -> bool:

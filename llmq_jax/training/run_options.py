@@ -51,6 +51,10 @@ class RunOptions:
     on_full_disk: Literal["stop", "continue"] = "stop"
     """Where there is no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
 
+    branch_from: str | None = None
+    """Checkpoint of another run, or that run's folder for its newest one. A run begins with all of its state: weights,
+    moments, and the step, by which it goes on in data and rates."""
+
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0), ("patience", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:

@@ -46,7 +46,7 @@ from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.models.mixtral import MixtralConfig
-from llmq_jax.training.checkpoints import Checkpoints, _read_info, config_dict
+from llmq_jax.training.checkpoints import Checkpoints, config_dict, read_info
 from llmq_jax.training.manifest import verify_manifest, write_manifest
 from llmq_jax.training.plots import read_run, training_curve
 from llmq_jax.training.run_folder import RunFolder
@@ -436,7 +436,7 @@ def metrics() -> Parts:
 
 
 def read_checkpoint_info(folder: Path) -> None:
-    _read_info(folder)
+    read_info(folder)
     Checkpoints(folder.parent).best_step()
 
 

@@ -10,7 +10,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import config_from_hf
 from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tensor_files import read_json
-from llmq_jax.training.checkpoints import _read_info
+from llmq_jax.training.checkpoints import read_info
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.plots import training_curve
@@ -169,7 +169,7 @@ def test_adapters(tmp_path, change):
 def test_checkpoints(tmp_path, content):
     (tmp_path / "checkpoint.json").write_text(content)
     with pytest.raises(CorruptCheckpoint):
-        _read_info(tmp_path)
+        read_info(tmp_path)
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(CorruptCheckpoint):
         verify_manifest(tmp_path)

@@ -587,6 +587,64 @@ def test_another_run_is_refused_and_neutral_options_may_change(whole):
     quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False, sample_every=3, evaluate_every=5))
 
 
+def branching(source, **changed):
+    return replace(OPTIONS, branch_from=str(source), **changed)
+
+
+def test_a_branch_of_a_run_goes_on_from_its_whole_state(whole, tmp_path):
+    """With equal options it is that run: dropout's key, the moments and the place in the data come along. Killed before
+    its first checkpoint it branches off once more, and after it goes on from its own."""
+    source, folder = tmp_path / "stopped", tmp_path / "branch"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(source, Batches(broken_at(9)))
+    for broken in (10, 14):
+        with pytest.raises(RuntimeError, match="no batch"):
+            quiet(folder, Batches(broken_at(broken)), branching(source))
+    shutil.rmtree(source)  # which it needs no more
+    result, said = quiet(folder, options=branching(source))
+    assert "from step 12" in said
+    assert_same_arrays(result.state, final_state(whole))
+    assert timeless(folder) == [record for record in timeless(whole) if record["step"] > 8]
+    assert result.tokens == timeless(whole)[-1]["tokens"]
+
+
+def test_a_branch_may_differ_in_all_but_its_arrays(whole, tmp_path):
+    at_16 = whole / "checkpoints" / "00000016"
+    said = quiet(tmp_path / "longer", options=branching(at_16, steps=24), model_config={"width": 8, "depth": 2})[1]
+    assert f"beginning with the state of {at_16}, after step 16" in said
+    assert "the model is configured otherwise than it was: depth (not set) -> 2" in said
+    slow = tiny_run.optax.linear_schedule(1e-3, 0.0, 24)
+    result, _ = quiet(tmp_path / "slow", options=branching(at_16, steps=24), schedule=slow)
+    assert (result.step, [r["step"] for r in timeless(tmp_path / "slow") if "loss" in r]) == (24, [18, 20, 22, 24])
+    result, _ = quiet(None, options=branching(at_16, checkpoint_every=0))
+    assert_same_arrays(result.state, final_state(whole))
+
+
+@pytest.mark.parametrize(
+    ("source", "changed", "message"),
+    [
+        ("nothing", {}, "branch_from is .*nothing, where no checkpoint is; name one, or the folder of a run"),
+        ("", {}, "00000020, the state after step 20, and steps is 20, which counts from the other run's beginning"),
+    ],
+)
+def test_what_no_run_can_branch_off_is_refused(source, changed, message, whole, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        quiet(tmp_path / "branch", options=branching(whole / source, **changed))
+
+
+def test_a_resumed_run_holds_one_state(whole, tmp_path):
+    """The one that it was given makes room for the one on the disk."""
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(9)))
+    given = tiny_run.new_state()
+    arguments = {"schedule": tiny_run.SCHEDULE, "evaluate": tiny_run.evaluate, "sample": tiny_run.sample}
+    arguments |= {"model_config": {"width": tiny_run.WIDTH}, "output": io.StringIO()}
+    result = engine.run(given, tiny_run.train_step, Batches(), OPTIONS, folder=folder, **arguments)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert_same_arrays(result.state, final_state(whole))
+
+
 def test_evaluations_may_come_at_other_steps_when_a_run_goes_on(whole, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(RuntimeError, match="no batch"):

@@ -41,9 +41,25 @@ def test_other_decays(decay, expected):
     np.testing.assert_allclose([float(rate(step)) for step in at], expected, rtol=1e-6)
 
 
+def test_the_fall_of_wsd_is_as_long_as_asked_for():
+    """So that a run that branches off another's plateau falls from where it does so."""
+    short, long = (
+        warmup_schedule(peak=1.0, steps=steps, warmup_steps=2, minimum=0.0, decay="wsd", decay_steps=fall)
+        for steps, fall in ((21, 4), (41, 10))
+    )
+    np.testing.assert_allclose([float(short(step)) for step in (15, 16, 17, 18, 20)], [1, 1, 0.75, 0.5, 0], rtol=1e-6)
+    np.testing.assert_array_equal([short(step) for step in range(17)], [long(step) for step in range(17)])
+    np.testing.assert_allclose([float(long(step)) for step in (30, 35, 40)], [1, 0.5, 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"peak": 1e-3, "steps": 10, "decay_steps": 3}, "decay_steps=3 has no effect with decay='cosine'"),
+        (
+            {"peak": 1e-3, "steps": 10, "warmup_steps": 2, "decay": "wsd", "decay_steps": 8},
+            "decay_steps=8 does not fit: 10 steps less 2 of warm-up leave room for 7",
+        ),
         ({"peak": 1e-3, "steps": 10, "minimum": 1e-4, "decay": "constant"}, "minimum=0.0001 has no effect with decay"),
         ({"peak": 1e-3, "steps": 10, "decay": "cosin"}, "decay='cosin' is unknown; did you mean cosine"),
         ({"peak": 1e-3, "steps": 10, "warmup_steps": 10}, "warm-up of 10 steps does not fit a run of 10"),
