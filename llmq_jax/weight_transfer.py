@@ -59,7 +59,7 @@ def with_config(
     paths = {wanted[name].path for name in drawn}
     new = jax.jit(lambda: {path: leaf for path, leaf in flatten_dict(init(config, seed)).items() if path in paths})()
 
-    def weight(name: str) -> jax.Array:
+    def weight(name: str) -> Any:
         path, layer, _ = there[name] if name in taken else wanted[name]
         leaf = old[path] if name in taken else new[path]
         if name in drawn and path[0] == PARAMS:  # a router's bias keeps its own type

@@ -87,7 +87,8 @@ class TextAndModel:
     num_attention_heads: Annotated[int | None, default_is("the preset's")] = None
     """Attention heads; they divide the width."""
     config: Annotated[tuple[str, ...] | None, default_is("the preset's", metavar="FIELD=VALUE ...")] = None
-    """Other fields of the model's config: norm=dyt intermediate_size=512."""
+    """Other fields of the model's config: norm=dyt intermediate_size=512. Beside --init-from those that no weight
+    depends on: activation_function=relu2."""
     dropout: Annotated[float | None, default_is("the model's: 0.1 in the sizes of GPT-2")] = None
     """Part of embeddings, attention weights and residual branches that is dropped in training."""
 
@@ -189,7 +190,8 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         source.require_language_model(options.init_from)
         source.require_no_adapters(options.init_from)
         tokenizer = source.require_tokenizer(options.init_from)
-        config = with_dropout(source.config, options.dropout)
+        source = with_fields(source, options)
+        config = source.config
     else:
         if options.tokenizer or prepared is None:
             tokenizer = load_tokenizer(options.tokenizer or default_tokenizer(options.preset))
@@ -316,7 +318,7 @@ def check(options: Options) -> None:
     check_ranges(options if options.steps is not None else replace(options, steps=1))
     check_epochs(options)
     from_model = "beside --init-from, which brings model and tokenizer"
-    brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads", "config")
+    brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads")
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))
     refuse_idle(
         options,
@@ -375,6 +377,19 @@ def new_config(options: Options, vocab_size: int) -> Any:
     for name in sizes.keys() & fields.keys():
         raise BadInput(f"--config {name}={fields[name]!r}: is {sizes[name]} by the other options; give it in one place")
     return with_dropout(override(base, **sizes, **fields), options.dropout)
+
+
+def with_fields(source: Any, options: Options) -> Any:
+    """A loaded model with the fields of --config and the dropout that are given, its weights as they are."""
+    from llmq_jax.models import fields_from_text, override
+    from llmq_jax.weight_transfer import with_config
+
+    fields = fields_from_text(type(source.config), options.config or ())
+    config = with_dropout(override(source.config, **fields), options.dropout)
+    try:
+        return with_config(source, config)
+    except BadInput as error:
+        raise BadInput(f"--config beside --init-from: {error}, of lq.with_config in Python") from None
 
 
 def with_dropout(config: Any, rate: float | None) -> Any:

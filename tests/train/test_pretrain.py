@@ -273,6 +273,33 @@ def test_going_on_from_weights_keeps_their_end_tokens(pretrain, tmp_path):
     assert trained.params["final_norm"]["scale"].dtype == np.float32
 
 
+def test_weights_go_on_with_other_fields_that_leave_them_as_they_are(pretrain, pretrained):
+    options = ("--data", "TEXT", "--init-from", str(pretrained / "run"), "--steps", 1, "--sample-every", 0)
+    tiny = ["--batch-size=4"]
+    assert pretrain(*options, "--out", "run", "--config", "activation_function=relu2", tiny=tiny)[0] == 0
+    lm = lq.load("run")
+    assert (lm.config.activation_function, lm.config.hidden_size) == ("relu2", 16)
+    code, _, err = pretrain(*options, "--out", "other", "--config", "norm=rms_norm", tiny=tiny)
+    assert code == 2 and "the config has no place for final_norm/bias" in err and not Path("other").exists()
+
+
+def test_a_plateau_is_cooled_down_by_a_branch(pretrain):
+    """With the data in the order of the run that it branches off, and the rates from there."""
+    shared = ("--data", "TEXT", "--sample-every", 0, "--warmup-steps", 1, "--checkpoint-every", 2, "--log-every", 1)
+    tiny = ["--batch-size=4", "--context=16", "--hidden-size=16", "--num-hidden-layers=1", "--num-attention-heads=2"]
+    plateau = ("--out", "plateau", "--schedule", "constant", "--steps", 4)
+    cooled = ("--out", "cooled", "--schedule", "wsd", "--steps", 6, "--decay-steps", 2)
+    assert pretrain(*shared, *plateau, tiny=tiny)[0] == 0
+    code, out, err = pretrain(*shared, *cooled, "--branch-from", "plateau", tiny=tiny)
+    assert (code, err) == (0, "") and "after step 4" in out
+    rates = [record["learning_rate"] for record in metrics("cooled") if "loss" in record]
+    np.testing.assert_allclose(rates, [3e-3 * 0.55, 3e-4], rtol=1e-5)
+    assert pretrain(*shared, *cooled, "--out", "straight", tiny=tiny)[0] == 0
+    assert [r["loss"] for r in metrics("straight") if "loss" in r][4:] == losses("cooled")
+    code, _, err = pretrain(*shared, *plateau, "--out", "none", "--branch-from", "plateau", tiny=tiny)
+    assert code == 2 and "branch_from is plateau/checkpoints/00000004, the state after step 4, and steps is 4" in err
+
+
 def test_tokens_outside_the_vocabulary_name_the_file_or_the_option(pretrain, tmp_path):
     config = lq.GPT2Config(
         vocab_size=100, max_position_embeddings=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -396,7 +423,6 @@ BAD = {
         ["--data", "TEXT", "--config", "hidden_size=8"],
         "hidden_size=8: is 16 by the other options",
     ),
-    "field and model": (["--init-from", "x", "--out", "run", "--config", "norm=dyt"], "--config has no effect beside"),
     "accumulate": (["--accumulate", "3"], "--accumulate is 3 and must divide --batch-size 4"),
     "epochs and steps": (["--epochs", "1"], "--epochs has no effect beside --steps; leave it out"),
     "constant minimum": (
