@@ -219,6 +219,15 @@ def test_what_is_wrong_within_the_right_layout_is_named():
     assert "final_ln.scale is [5] instead of [6]" in refused(from_state_dict, state, TIED, "original")
 
 
+def test_the_originals_classifiers_are_refused():
+    """Their head has a row for each class, and a bias, for which there is no place here."""
+    state = to_state_dict(draw_variables(TIED), TIED, "original")
+    state |= {"out.weight": np.ones((2, 6), np.float32), "out.bias": np.ones(2, np.float32)}
+    for config in (TIED, config_from_state_dict(state, "original", num_attention_heads=3)):
+        message = refused(from_state_dict, state, config, "original")
+        assert "1 unread (out.bias)" in message and "out.weight" in message
+
+
 # Files of training scripts.
 
 
