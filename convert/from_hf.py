@@ -16,7 +16,7 @@ class Options:
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
     """Type to store the weights in."""
     layout: str = "hf"
-    """Whose names the weights bear: hf (transformers) or original; for GPT-2 also book (LLMs-from-scratch)."""
+    """Whose names the weights bear: hf (transformers), original; for GPT-2 also book (LLMs-from-scratch), nanogpt."""
     num_attention_heads: Annotated[int | None, default_is("that of config.json")] = None
     """Number of heads, for weights without a config.json: their shapes tell the rest of the config."""
     tokenizer: Annotated[str | None, default_is("the model's")] = None

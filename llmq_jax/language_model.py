@@ -26,6 +26,8 @@ from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
+from llmq_jax.interop.nanogpt import LAYOUT as NANOGPT
+from llmq_jax.interop.nanogpt import is_nanogpt, read_nanogpt
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
@@ -370,14 +372,15 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
 def load(
     path: str | os.PathLike[str], layout: str = "hf", config: Any = None, dtype: Any = None, mesh: Any = None
 ) -> LanguageModel:
-    """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, OpenAI's GPT-2, or a run of ours.
+    """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, nanoGPT's `ckpt.pt`, OpenAI's GPT-2, or a
+    run of ours.
 
     A hub id may name a revision, a commit or a tag, to get the same files for ever: "org/name@revision".
 
     Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
-    the weights in a folder or file: "hf", for GPT-2 also "book" and "original". `config` takes the place of the one
-    stored with the weights. A dict changes just some of its fields; for weights that come without one it says what
-    their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
+    the weights in a folder or file: "hf", for GPT-2 also "book", "original" and "nanogpt". `config` takes the place of
+    the one stored with the weights. A dict changes just some of its fields; for weights that come without one it says
+    what their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
 
     A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The
     variables are divided over `mesh`, a text as "fsdp=4,tensor=2" or of `training.make_mesh`, else over the one that
@@ -417,7 +420,11 @@ def load_weights(
 ) -> LanguageModel:
     """`load` of what is neither a checkpoint of ours nor an adapter; `path` is how it was called."""
     dtype = float_type(dtype)
-    if is_hf(source):
+    if is_nanogpt(source):
+        if layout not in ("hf", NANOGPT):
+            raise BadInput(f"{path}: is a checkpoint of nanoGPT's; layout={layout!r} would have no effect")
+        contents = read_nanogpt(source, config, dtype)
+    elif is_hf(source):
         contents = read_hf(source, layout, config, dtype)
     elif is_openai(source):
         if layout not in ("hf", "openai"):
@@ -444,7 +451,8 @@ def has_config(source: Path) -> bool:
 
     folder = source.parent if source.is_file() else source
     has_file = any((folder / name).is_file() for name in (CONFIG, HPARAMS))
-    return has_file or is_gguf(source) or is_adapter(source) or find_checkpoint(source) is not None
+    with_config = (is_nanogpt, is_gguf, is_adapter)
+    return has_file or any(test(source) for test in with_config) or find_checkpoint(source) is not None
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:

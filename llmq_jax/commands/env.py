@@ -17,10 +17,21 @@ PACKAGES = (
     "grain",
     "numpy",
     "tokenizers",
+    "tiktoken",
     "safetensors",
     "torch",
     "transformers",
 )
+IF_INSTALLED = (
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "peft",
+    "trl",
+    "lm_eval",
+)
+"""What many machines have no need of: shown only where it is there."""
 VARIABLES = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -31,11 +42,12 @@ class Options:
 
 def main(options: Options) -> None:
     rows = {"python": f"{platform.python_version()} ({sys.executable})"}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *IF_INSTALLED):
         try:
             rows[package] = version(package)
         except PackageNotFoundError:
-            rows[package] = "not installed"
+            if package in PACKAGES:
+                rows[package] = "not installed"
     rows["devices"] = _devices()
     rows["cpu"] = f"{processor()}, {os.cpu_count()} logical cores"
     rows["memory"] = memory()

@@ -1,4 +1,7 @@
-"""List the presets: published sizes by name, with their parameter counts."""
+"""List the presets: published sizes by name, with their parameter counts.
+
+train.pretrain takes besides them, as --preset, runs that set model and training; its --help names these.
+"""
 
 import json
 from dataclasses import dataclass

@@ -7,10 +7,13 @@
   convolutions of width 1, stored (1, in, out), and norms have a gain `g`. The head is always tied.
 - `book`: `GPTModel` of LLMs-from-scratch (Raschka 2024, chapter 4), whose linear layers are torch's (out, in).
 - `original`: the model of the PyTorch repository that this project re-implements; as the book's, with other names.
+- `nanogpt`: the model of karpathy/nanoGPT. Its names are those of `hf`, its linear layers torch's (out, in). Built with
+  `bias=False` it has no biases, neither in linear layers nor in norms.
 
 `book` and `original` keep queries, keys and values apart, without biases unless built with `qkv_bias=True`: absent
-biases are zeros here, and are written on export, which a model built with `qkv_bias=True` loads. They have a head of
-their own even where it equals the embedding, and their masks are buffers.
+biases are zeros here, and are written on export, which a model built with `qkv_bias=True` loads; so it is with all
+biases of `nanogpt`, and `bias=True`. These three have a head of their own even where it equals the embedding, and their
+masks are buffers.
 """
 
 import math
@@ -128,6 +131,30 @@ LAYOUTS = {
         tied={"out.weight": "emb_dict.weight"},
         writes_tied=True,
     ),
+    "nanogpt": WeightTable(
+        rules=(
+            rule("transformer.wte.weight", "token_embedding/embedding", as_is),
+            rule("transformer.wpe.weight", "position_embedding/embedding", as_is),
+            rule("transformer.h.{layer}.ln_1.weight", "{block}/attention_norm/scale", vector),
+            rule("transformer.h.{layer}.ln_1.bias", "{block}/attention_norm/bias", vector, optional=True),
+            rule("transformer.h.{layer}.attn.c_attn.weight", "{block}/attention/qkv/kernel", out_in),
+            rule("transformer.h.{layer}.attn.c_attn.bias", "{block}/attention/qkv/bias", vector, optional=True),
+            rule("transformer.h.{layer}.attn.c_proj.weight", "{block}/attention/out/kernel", out_in),
+            rule("transformer.h.{layer}.attn.c_proj.bias", "{block}/attention/out/bias", vector, optional=True),
+            rule("transformer.h.{layer}.ln_2.weight", "{block}/mlp_norm/scale", vector),
+            rule("transformer.h.{layer}.ln_2.bias", "{block}/mlp_norm/bias", vector, optional=True),
+            rule("transformer.h.{layer}.mlp.c_fc.weight", "{block}/mlp/up/kernel", out_in),
+            rule("transformer.h.{layer}.mlp.c_fc.bias", "{block}/mlp/up/bias", vector, optional=True),
+            rule("transformer.h.{layer}.mlp.c_proj.weight", "{block}/mlp/down/kernel", out_in),
+            rule("transformer.h.{layer}.mlp.c_proj.bias", "{block}/mlp/down/bias", vector, optional=True),
+            rule("transformer.ln_f.weight", "final_norm/scale", vector),
+            rule("transformer.ln_f.bias", "final_norm/bias", vector, optional=True),
+            rule("lm_head.weight", "lm_head/kernel", out_in),
+        ),
+        ignorable=("transformer.h.{layer}.attn.bias",),
+        tied={"lm_head.weight": "transformer.wte.weight"},
+        writes_tied=True,
+    ),
 }
 
 _SHARED = """
@@ -182,6 +209,6 @@ def derive(
         "hidden_size": hidden_size,
         "num_hidden_layers": layers,
         "intermediate_size": None if width == 4 * hidden_size else width,
-        "activation_function": "gelu" if layout == "original" else "gelu_new",
+        "activation_function": "gelu" if layout in ("original", "nanogpt") else "gelu_new",
         "tie_word_embeddings": tied,
     }

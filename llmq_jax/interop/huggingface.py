@@ -190,7 +190,7 @@ def download(name: str, *, tokenizer: bool = False) -> Path:
     weights, fetched unless it is there already. Nothing is fetched but weights, JSON and text: no program, and no
     pickle where there are safetensors."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repository, _, revision = name.partition("@")
     wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None, "ignore_patterns": ["*/*"]}
@@ -205,7 +205,18 @@ def download(name: str, *, tokenizer: bool = False) -> Path:
             f"{name}: there is no such file or folder, and the Hugging Face hub could not be reached (no network, or "
             "offline)"
         ) from error
-    except Exception as error:  # no such model, no access, and what the HTTP library of hub's client raises
+    except GatedRepoError as error:
+        raise BadInput(
+            f"{name}: is given to those who accept its licence: do so on https://huggingface.co/{repository}, then log "
+            "in by `hf auth login`, or set HF_TOKEN to a token of that account"
+        ) from error
+    except RepositoryNotFoundError as error:  # which the hub also says of what it does not show to strangers
+        raise BadInput(
+            f"{name}: there is no such file or folder, and the Hugging Face hub shows you no such model; check the "
+            f"name, or, of a private or gated model, accept its licence on https://huggingface.co/{repository} and log "
+            "in by `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except Exception as error:  # no such revision, and what the HTTP library of hub's client raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub did not give it ({reason})"

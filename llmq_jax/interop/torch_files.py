@@ -23,8 +23,10 @@ from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_shards
 WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 SUFFIXES = (".bin", ".pth", ".pt")
-WRAPPERS = ("model_state_dict", "state_dict")
+WRAPPERS = ("model_state_dict", "state_dict", "model")
 """Where training scripts put the state dict when they save the optimizer's beside it."""
+COMPILED = "_orig_mod."
+"""What the names of a model begin with that `torch.compile` has wrapped."""
 
 
 def is_torch(path: Path) -> bool:
@@ -45,6 +47,12 @@ def open_torch(path: Path) -> TensorFiles:
     raise BadInput(f"{path}: has neither {WEIGHTS} nor {INDEX}")
 
 
+def saved_beside(path: Path, name: str) -> Any:
+    """What a training script saved by this name in the dict that holds the state dict too; None where there is none."""
+    content = _unpickle(path)
+    return content.get(name) if isinstance(content, Mapping) else None
+
+
 def _read(path: Path) -> dict[str, LazyTensor]:
     state = _unpickle(path)
     for name in WRAPPERS:
@@ -52,7 +60,9 @@ def _read(path: Path) -> dict[str, LazyTensor]:
             state = state[name]
     if not isinstance(state, Mapping):
         raise BadInput(f"{path}: holds a {type(state).__name__}, not a state dict; save model.state_dict()")
-    return {name: _lazy(path, name, tensor) for name, tensor in state.items()}
+    tensors = {name: _lazy(path, name, tensor) for name, tensor in state.items()}
+    compiled = all(name.startswith(COMPILED) for name in tensors)
+    return {name.removeprefix(COMPILED): tensor for name, tensor in tensors.items()} if compiled else tensors
 
 
 def _unpickle(path: Path) -> Any:

@@ -19,7 +19,7 @@ transposed once on the way in and the result once on the way out (caches hold ke
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,14 @@ class Context(struct.PyTreeNode):
     """How a sequence looks at itself: one of `IMPLEMENTATIONS`."""
 
 
+class Choice(NamedTuple):
+    """An implementation."""
+
+    name: str
+    obstacle: str | None = None
+    """Why it is not the fused one, where "auto" would take that and it cannot run."""
+
+
 def self_attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K T H"],
@@ -90,7 +98,7 @@ def self_attention(
         softcap=softcap,
         dropout=dropout_key is not None,
         heads=(query.shape[1], key.shape[1]),
-    )
+    ).name
     if name == "fused":
         return _fused(query, key, value, context, scale, window)
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "dropout_rate": dropout_rate}
@@ -141,7 +149,7 @@ def choose(
     dropout: bool = False,
     heads: tuple[int, int] = (1, 1),
     device: Any = None,
-) -> str:
+) -> Choice:
     """The implementation that is meant by a name, "auto" among them; `heads` are those of queries and of keys, where a
     mesh may divide them. BadInput: there is none, or it cannot run."""
     check_implementation(name)
@@ -151,6 +159,7 @@ def choose(
         name = _automatic(device, windowed)
         if name == "blocked" and dropout and not windowed:
             name = "masked"
+    obstacle = None
     if name == "fused":
         widths = head_dim, head_dim if value_dim is None else value_dim
         obstacle = _fused_obstacle(device, widths, dtype, softcap, dropout, heads)
@@ -158,7 +167,7 @@ def choose(
             if not automatic:
                 raise BadInput(f"attention='fused' cannot run: {obstacle}; take 'blocked' or 'auto'")
             name = ELSEWHERE[windowed]
-    return name
+    return Choice(name, obstacle)
 
 
 def _automatic(device: Any, windowed: bool) -> str:
@@ -251,7 +260,7 @@ def _fused_obstacle(
         return f"it is a kernel of NVIDIA GPUs from Ampere on, and this is {device.device_kind}"
     widest = 256 if int(generation) >= 9 else 128
     if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, not in {jnp.dtype(dtype)}"
+        return f"it computes in bfloat16 (--dtype bfloat16) or float16, not in {jnp.dtype(dtype)}"
     if softcap is not None:
         return "it has no softcap on the scores"
     if dropout:

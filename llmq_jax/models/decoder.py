@@ -300,23 +300,25 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def attention_choice(self, training: bool = False) -> str:
-        """What `attention` comes to on this machine: one line, to be shown once. BadInput: what is asked for by name
-        cannot run here."""
+        """What `attention` comes to on this machine, on a GPU with what keeps "auto" from the fused kernel: one line,
+        to be shown once. BadInput: what is asked for by name cannot run here."""
         c, dtype = self.config, self.dtype or jnp.float32
         dropout = getattr(c, "attention_dropout", 0.0) or getattr(c, "attn_pdrop", 0.0)
         softcap = getattr(c, "attn_logit_softcapping", None)
         heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        names = {}
+        names, obstacle = {}, None
         for make in (make for group in self.layer_groups() for make in group.blocks):
             cache = make(parent=None).create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # which a layer's cache knows
             facts: dict[str, Any] = {"window": window, "dtype": dtype, "heads": heads}
             facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
-            names[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
+            choice = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
+            names[window], obstacle = choice.name, obstacle or choice.obstacle
         parts = [f"{name} in windows of {window}" for window, name in names.items() if window is not None]
         if None in names:
             parts.append(f"{names[None]} elsewhere" if parts else names[None])
-        return f"attention: {', '.join(parts)}"
+        why = f"; the fused kernel cannot run: {obstacle}" if obstacle else ""
+        return f"attention: {', '.join(parts)}{why}"
 
     @nn.nowrap
     def head_widths(self, cache: Any) -> tuple[int, int]:

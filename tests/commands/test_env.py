@@ -1,4 +1,5 @@
 import platform
+from importlib.metadata import PackageNotFoundError
 
 import jax
 
@@ -15,3 +16,18 @@ def test_block_names_versions_devices_and_machine(llmq, monkeypatch):
     assert "GiB" in rows["memory"] and "cores" in rows["cpu"]
     for package in ("flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers"):
         assert rows[package]
+
+
+def test_packages_of_gpus_and_of_comparisons_are_shown_where_they_are_installed(llmq, monkeypatch):
+    installed = {"jax": "0.10.2", "jax-cuda13-plugin": "0.10.2", "nvidia-cudnn-cu13": "9.13.0.50", "trl": "1.16.0"}
+
+    def version(package):
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr("llmq_jax.commands.env.version", version)
+    rows = dict(line.split(maxsplit=1) for line in llmq("env")[1].splitlines())
+    assert rows.items() >= installed.items()
+    assert rows["torch"] == "not installed"
+    assert not rows.keys() & {"jax-cuda12-plugin", "nvidia-cudnn-cu12", "peft", "lm_eval"}

@@ -32,6 +32,7 @@ from llmq_jax.interop import peft_reader
 from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.interop.gguf import read_gguf
 from llmq_jax.interop.huggingface import read_hf
+from llmq_jax.interop.nanogpt import config_from_model_args
 from llmq_jax.interop.openai import checkpoint_index, config_from_hparams
 from llmq_jax.interop.peft import sites_of
 from llmq_jax.interop.peft_reader import base_of, read_adapter
@@ -457,6 +458,7 @@ def read_token_files(folder: Path) -> None:
     assert files.training.sum() + (0 if files.validation is None else files.validation.sum()) + files.largest_id >= 0
 
 
+MODEL_ARGS = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 12, "dropout": 0.1, "bias": True}
 INFO = {"step": 5, "tokens": 50, "judged_by": "reward", "best": "highest", "value": 0.9, "version": 2}
 OLD_INFO = {"step": 5, "tokens": 50, "validation_loss": 1.5, "version": 1}
 READERS: dict[str, Reader] = {
@@ -469,6 +471,10 @@ READERS: dict[str, Reader] = {
     "hparams.json": Reader(
         json_file("hparams.json", {"n_vocab": 12, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 1}),
         lambda folder: config_from_hparams(folder / "hparams.json"),
+    ),
+    "model_args of nanoGPT": Reader(
+        json_file("model_args.json", MODEL_ARGS),
+        lambda folder: config_from_model_args(read_json(folder / "model_args.json")),
     ),
     "safetensors": Reader(
         lambda: {"model.safetensors": safetensors.numpy.save(TENSORS)},

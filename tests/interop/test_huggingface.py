@@ -8,12 +8,14 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
@@ -421,6 +423,26 @@ def test_what_the_hub_does_not_give_is_told_in_a_line(tmp_path, monkeypatch):
     assert "has no file on the Hugging Face hub that could be read" in refused("org/tiny-GGUF")
     monkeypatch.setattr("huggingface_hub.snapshot_download", dropped)
     assert "the Hugging Face hub did not give it (peer closed connection)" in refused("org/tiny")
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (GatedRepoError, "is given to those who accept its licence: do so on https://huggingface.co/org/tiny, "),
+        (RepositoryNotFoundError, "the Hugging Face hub shows you no such model; check the name, or, of a private"),
+    ],
+)
+def test_what_the_hub_does_not_give_to_strangers(monkeypatch, kind, told):
+    """For want of a network these are raised here as the hub's client raises them: the first line tells nothing."""
+
+    def refusing(**wanted):
+        answer = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise kind("401 Client Error.\n\nNo access.", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refusing)
+    message = refused("org/tiny@v1.0")
+    assert message.startswith("org/tiny@v1.0: ") and told in message
+    assert "https://huggingface.co/org/tiny" in message and "by `hf auth login`, or set HF_TOKEN" in message
 
 
 def test_a_name_with_a_revision_that_is_none():

@@ -315,7 +315,7 @@ OTHER_GPU = SimpleNamespace(platform="gpu", device_kind="AMD", compute_capabilit
     ],
 )
 def test_what_auto_takes(expected, device, window, more):
-    assert choose("auto", window=window, device=device, **{**LAYER, **more}) == expected
+    assert choose("auto", window=window, device=device, **{**LAYER, **more}).name == expected
 
 
 @pytest.mark.parametrize("device", [CPU, HOPPER, TPU])
@@ -325,7 +325,7 @@ def test_auto_is_plain_where_someone_writes_so(device, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     for window in (None, 64):
         for dropout in (False, True):
-            assert choose("auto", window=window, dropout=dropout, **LAYER) == "plain"
+            assert choose("auto", window=window, dropout=dropout, **LAYER).name == "plain"
         assert reads_plainly("auto", window is not None) and not reads_plainly("masked", window is not None)
 
 
@@ -334,7 +334,7 @@ def test_auto_is_plain_where_someone_writes_so(device, monkeypatch):
     [
         (CPU, {}, "attention='fused' cannot run: it is a kernel of NVIDIA GPUs from Ampere on, and this is cpu; take "),
         (OTHER_GPU, {}, "it is a kernel of NVIDIA GPUs from Ampere on, and this is AMD"),
-        (HOPPER, {"dtype": jnp.float32}, "it computes in bfloat16 or float16, not in float32"),
+        (HOPPER, {"dtype": jnp.float32}, "it computes in bfloat16 (--dtype bfloat16) or float16, not in float32"),
         (HOPPER, {"softcap": 50.0}, "it has no softcap"),
         (HOPPER, {"dropout": True}, "it has no dropout"),
         (HOPPER, {"head_dim": 12}, "a multiple of 8 features, here at most 256, not 12"),
@@ -342,7 +342,7 @@ def test_auto_is_plain_where_someone_writes_so(device, monkeypatch):
     ],
 )
 def test_the_fused_kernel_asked_for_by_name_runs_or_fails(device, more, message):
-    assert choose("fused", window=64, device=HOPPER, **LAYER) == "fused"
+    assert choose("fused", window=64, device=HOPPER, **LAYER).name == "fused"
     with pytest.raises(BadInput) as error:
         choose("fused", window=64, device=device, **{**LAYER, **more})
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -358,7 +358,7 @@ def test_the_fused_kernel_wants_keys_divided_as_queries_are():
     ):
         mesh = AbstractMesh((1, 1, 1, parts), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
         with jax.sharding.use_abstract_mesh(mesh):
-            assert choose("auto", window=None, device=HOPPER, heads=heads, **LAYER) == expected
+            assert choose("auto", window=None, device=HOPPER, heads=heads, **LAYER).name == expected
             if expected == "masked":
                 with pytest.raises(BadInput, match="divided alike, and tensor=2 divides 4, not 1"):
                     choose("fused", window=None, device=HOPPER, heads=heads, **LAYER)

@@ -1,5 +1,7 @@
 """What all architectures share: how attention runs, by name, and caches of both kinds."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,20 @@ def test_the_choice_in_a_line():
     assert build(local, attention="masked").attention_choice() == "attention: masked in windows of 7"
     with pytest.raises(BadInput, match="cannot run"):
         build(CONFIG, attention="fused").attention_choice()
+
+
+def test_the_choice_says_what_keeps_auto_from_the_fused_kernel(monkeypatch):
+    """On a GPU, where it would be taken: elsewhere, and of another one asked for by name, there is nothing to say."""
+    gpt2 = GPT2Config(num_hidden_layers=2, attn_pdrop=0.1)
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    why = "the fused kernel cannot run: it computes in bfloat16 (--dtype bfloat16) or float16, not in float32"
+    assert build(gpt2).attention_choice() == f"attention: masked; {why}"
+    assert build(CONFIG).attention_choice() == f"attention: blocked in windows of 7, masked elsewhere; {why}"
+    assert build(gpt2, attention="masked").attention_choice() == "attention: masked"
+    half = build(gpt2, dtype=jnp.bfloat16)
+    assert half.attention_choice() == "attention: fused"
+    assert "masked; the fused kernel cannot run: it has no dropout" in half.attention_choice(training=True)
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])

@@ -1,0 +1,80 @@
+"""Checkpoints of nanoGPT's `train.py`: `ckpt.pt`, a GPT-2 with its sizes beside it.
+
+    {"model": state dict, "model_args": {"n_layer": 6, "n_head": 6, ...}, "optimizer": ..., "iter_num": ..., ...}
+
+Source: karpathy/nanoGPT (`train.py`, `model.py`, `sample.py`). What it computes is GPT-2 with the exact GELU. A model
+with `bias=False` has biases nowhere, not in its norms either; here they are zeros, with which the outputs are the same.
+
+Such a file names no tokenizer. As in `sample.py`, the ids of a vocabulary as large as GPT-2's, or as that one padded to
+a multiple of 64, are taken for GPT-2's.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmq_jax.data.tokenizers import GPT2Tokenizer, tokenizer_in
+from llmq_jax.errors import BadInput
+from llmq_jax.interop.architectures import from_state_dict, resolve_config
+from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.huggingface import Contents, located
+from llmq_jax.interop.torch_files import is_torch, open_torch, saved_beside
+from llmq_jax.models.config import require_sizes
+from llmq_jax.models.gpt2 import GPT2Config
+
+LAYOUT = "nanogpt"
+MODEL_ARGS = "model_args"
+SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""{entry of model_args: field of our config}."""
+KNOWN = (*SIZES, "dropout", "bias")
+GPT2_VOCABULARIES = (50257, 50304)
+
+
+def is_nanogpt(path: Path) -> bool:
+    """Whether a path is a file of PyTorch's that holds `model_args`. BadInput: a damaged file, or no PyTorch."""
+    return path.is_file() and is_torch(path) and isinstance(saved_beside(path, MODEL_ARGS), Mapping)
+
+
+def read_nanogpt(path: Path, config: Any = None, dtype: Any = None) -> Contents:
+    """Read such a file; a given `config` takes the place of its `model_args`, a dict changes fields of it.
+
+    A tokenizer that lies in the same folder comes before GPT-2's.
+    """
+    state = open_torch(path)
+    try:
+        # A whole config is given for files whose model_args say what we do not know, too.
+        needed = config is None or isinstance(config, Mapping)
+        stored = config_from_model_args(saved_beside(path, MODEL_ARGS)) if needed else None
+        config = resolve_config(config, stored, state, LAYOUT)
+        variables = from_state_dict(state, config, LAYOUT, dtype)
+    except BadInput as error:
+        raise located(path, error) from error
+    tokenizer = tokenizer_in(path.parent)
+    if tokenizer is None and config.vocab_size in GPT2_VOCABULARIES:
+        tokenizer = GPT2Tokenizer()
+    end = None if tokenizer is None else tokenizer.end_of_text
+    generation = GenerationConfig() if end is None else GenerationConfig(eos_token_id=(end,), bos_token_id=end)
+    return Contents(config, variables, tokenizer, generation)
+
+
+def config_from_model_args(values: Mapping[str, Any]) -> GPT2Config:
+    """The config of `model_args`. BadInput: an entry that is not nanoGPT's, a size that is lacking or no integer."""
+    unknown = next((name for name in values if name not in KNOWN), None)
+    if unknown is not None:
+        raise BadInput(f"{MODEL_ARGS} has {unknown!r:.100}, which nanoGPT has not; it has {', '.join(KNOWN)}")
+    for name in SIZES:
+        if type(values.get(name)) is not int:
+            raise BadInput(f"{MODEL_ARGS}: {name} must be an integer, but is {values.get(name)!r:.100}")
+    dropout = values.get("dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise BadInput(f"{MODEL_ARGS}: dropout must be a number, at least 0 and below 1, but is {dropout!r:.100}")
+    fields: dict[str, Any] = {ours: values[theirs] for theirs, ours in SIZES.items()}
+    require_sizes(fields)
+    fields |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), float(dropout))
+    return GPT2Config(**fields, activation_function="gelu")
