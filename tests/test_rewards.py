@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from llmq_jax import rewards as rewards_module
+from llmq_jax.data.records import record_files
 from llmq_jax.errors import BadInput
 from llmq_jax.rewards import Rewards, final_number, find, is_built_in, length, numeric_answer, think_answer_format
 from train.rewards import data_digest, reward_models
+from train.sources import one_split
 
 # (completion, reference, reward)
 ANSWERS = [
@@ -258,7 +260,7 @@ def test_a_run_knows_the_files_of_pairs_that_it_goes_on_learning_from(tmp_path):
     (tmp_path / "b.csv").write_text("a\n")
     of_file = data_digest(str(tmp_path / "a.jsonl"))
     assert len(of_file) == 64
-    of_folder = data_digest(str(tmp_path))
+    of_folder = data_digest(folder := one_split(str(tmp_path), "train", record_files))
     assert of_folder["a.jsonl"] == of_file and list(of_folder) == ["a.jsonl", "b.csv"]
     (tmp_path / "b.csv").write_text("b\n")
-    assert data_digest(str(tmp_path))["b.csv"] != of_folder["b.csv"]
+    assert data_digest(folder)["b.csv"] != of_folder["b.csv"]

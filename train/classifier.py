@@ -36,6 +36,7 @@ from train.options import (
     with_steps,
 )
 from train.pretrain import exports
+from train.sources import Sources, sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
@@ -48,7 +49,8 @@ SAMPLES = 3
 class LabelledData:
     # What to learn from, and where it goes.
     data: str
-    """Texts with a label each, a file or folder of .csv, .tsv, .json, .jsonl or .parquet."""
+    """Texts with a label each, a file or folder (by the splits that its files are named for) of .csv, .tsv, .json,
+    .jsonl or .parquet."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: str
@@ -59,9 +61,9 @@ class LabelledData:
     """Field or column that holds the text."""
     label_field: str = "label"
     """Field or column that holds the label, a string or a whole number."""
-    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Texts to measure the validation loss and accuracy on."""
-    test_data: Annotated[str | None, default_is("a part of --data")] = None
+    test_data: Annotated[str | None, default_is("the test files of --data, or a part of it")] = None
     """Texts to test on, once, at the end."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of each class held out for validation, with --evaluate-every 0 too."""
@@ -108,6 +110,7 @@ def classifier(options: Options) -> Any:
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
+    from llmq_jax.data.records import record_files
     from llmq_jax.language_model import TextFiles, load
     from llmq_jax.objectives.classification import Classification
     from llmq_jax.training import engine, step
@@ -117,10 +120,11 @@ def classifier(options: Options) -> Any:
     from llmq_jax.training.state import create_state
 
     # The texts, parted, and the model with a head for their classes.
-    found = read_data(options)
+    sources = sources_of(options, record_files)
+    found = read_data(options, sources)
     source = load(options.init_from, dtype=options.weight_dtype)
     source.require_tokenizer(options.init_from)
-    options, parts = split_data(options, found, source.config.labels)
+    options, parts = split_data(options, sources, found, source.config.labels)
     source, head = with_head(source, parts["training"].names, options.seed)
     config = source.config
     options = dataclasses.replace(options, max_length=options.max_length or config.max_position_embeddings)
@@ -129,7 +133,7 @@ def classifier(options: Options) -> Any:
         raise BadInput(
             f"--max-length {options.max_length} exceeds the model's context, {longest}; choose a shorter one"
         )
-    rows = {name: token_rows(options, source, name, part.texts) for name, part in parts.items()}
+    rows = {name: token_rows(options, source, sources, name, part.texts) for name, part in parts.items()}
 
     # Batches of texts of similar length.
     size, longest = options.batch_size, options.max_length
@@ -153,7 +157,7 @@ def classifier(options: Options) -> Any:
         return step.evaluate(eval_step, variables, map(own_rows, held_out))
 
     samples = validation.texts[:SAMPLES] if options.sample_prompt is None else [options.sample_prompt]
-    sample_rows = token_rows(options, source, None, samples)
+    sample_rows = token_rows(options, source, sources, None, samples)
 
     def sample(variables, at_step):
         logits = source.replace(variables=whole(variables)).classify_rows(sample_rows)
@@ -215,46 +219,47 @@ def check(options: Options) -> None:
     )
 
 
-def may_lack_names(path: str) -> bool:
+def may_lack_names(path: Any) -> bool:
     """Whether --columns are for what is there: a table, or a folder with some."""
     from llmq_jax.data import is_table
     from llmq_jax.data.records import record_files
 
-    return is_table(path) or (Path(path).is_dir() and any(map(is_table, record_files(path))))
+    return any(map(is_table, record_files(path)))
 
 
-def read_data(options: Options) -> dict[str, list]:
+def read_data(options: Options, sources: Sources) -> dict[str, list]:
     """{"training" and, where they have files of their own, "validation" and "test": rows of a text and a label}."""
     from llmq_jax.data import class_names, read_rows
 
     columns = None if options.columns is None else tuple(name.strip() for name in options.columns.split(","))
-    paths = {"training": options.data, "validation": options.validation_data, "test": options.test_data}
     rows = {
         name: read_rows(path, options.text_field, options.label_field, columns if may_lack_names(path) else None)
-        for name, path in paths.items()
+        for name, path in sources._asdict().items()
         if path
     }
-    class_names(rows["training"], options.data)
+    class_names(rows["training"], sources.training)
     return rows
 
 
-def split_data(options: Options, rows: dict[str, list], known: Sequence[str] | None) -> tuple[Options, dict[str, Any]]:
+def split_data(
+    options: Options, sources: Sources, rows: dict[str, list], known: Sequence[str] | None
+) -> tuple[Options, dict[str, Any]]:
     """(the options with what they leave open, {"training", "validation" and "test": labelled texts}); says what was
     found. No text is in two parts, or twice in one. `known` are the classes of the model that goes on: they are those
     of the data, in their order, if the data have no others."""
     from llmq_jax.data import class_names
 
-    found = class_names(rows["training"], options.data)
+    found = class_names(rows["training"], sources.training)
     names = tuple(known) if known is not None and set(found) <= set(known) else found
-    options = completed_fractions(options)
+    options = completed_fractions(options, sources)
     parts, elsewhere = {}, set()
-    for name, path in (("test", options.test_data), ("validation", options.validation_data)):
+    for name, path in (("test", sources.test), ("validation", sources.validation)):
         if path:
             parts[name] = distinct(path, rows[name], names, elsewhere)
             elsewhere |= {row.text for row in rows[name]}
-    kept = distinct(options.data, rows["training"], names, elsewhere)
+    kept = distinct(sources.training, rows["training"], names, elsewhere)
     if gone := [label for label in found if not kept.counts()[names.index(label)]]:
-        raise BadInput(f"{options.data}: no text of class {gone[0]!r} is left to learn; give some, or leave it out")
+        raise BadInput(f"{sources.training}: no text of class {gone[0]!r} is left to learn; give some, or leave it out")
     if options.balance:
         kept = kept.balanced(options.split_seed)
         print(f"balanced to {len(kept):,}")
@@ -272,7 +277,7 @@ def split_data(options: Options, rows: dict[str, list], known: Sequence[str] | N
     return options, parts
 
 
-def distinct(path: str, rows: list, names: Sequence[str], elsewhere: set[str]) -> Any:
+def distinct(path: Any, rows: list, names: Sequence[str], elsewhere: set[str]) -> Any:
     """The texts of a file, each once, without those `elsewhere`; says how many went."""
     from llmq_jax.data import labelled_texts
 
@@ -289,10 +294,10 @@ def distinct(path: str, rows: list, names: Sequence[str], elsewhere: set[str]) -
     return apart
 
 
-def completed_fractions(options: Options) -> Options:
+def completed_fractions(options: Options, sources: Sources) -> Options:
     """The options with the fractions that they leave open, which leave something to learn."""
     defaults = {"validation_fraction": VALIDATION_FRACTION, "test_fraction": TEST_FRACTION}
-    idle = {"validation_fraction": options.validation_data, "test_fraction": options.test_data}
+    idle = {"validation_fraction": sources.validation, "test_fraction": sources.test}
     values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
     options = dataclasses.replace(options, **values, split_seed=options.split_seed or 0)
     held_out = [getattr(options, name) or 0.0 for name in defaults]
@@ -316,14 +321,16 @@ def with_head(source: Any, names: tuple[str, ...], seed: int) -> tuple[Any, str]
     return with_classifier(source, names, seed), f"classes: {shown(names)}; the head is fresh{instead}"
 
 
-def token_rows(options: Options, source: Any, part: str | None, texts: Sequence[str]) -> list[list[int]]:
+def token_rows(
+    options: Options, source: Any, sources: Sources, part: str | None, texts: Sequence[str]
+) -> list[list[int]]:
     """The texts of a part as the model reads them, cut to --max-length; says how many were cut. Without a part, those
     of the samples."""
     import numpy as np
 
     from llmq_jax.data import check_vocabulary
 
-    where = {"validation": options.validation_data, "test": options.test_data}.get(part) or options.data
+    where = str({"validation": sources.validation, "test": sources.test}.get(part) or sources.training)
     if part is None and options.sample_prompt is not None:
         where = "--sample-prompt"
     rows, cut = source.class_tokens(texts, options.max_length)

@@ -45,6 +45,7 @@ from train.preferences import (
     read_pairs,
 )
 from train.pretrain import exports
+from train.sources import sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, prepared
 
@@ -100,6 +101,7 @@ def dpo(options: Options) -> Any:
     import numpy as np
 
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
+    from llmq_jax.data.records import record_files
     from llmq_jax.language_model import TextFiles, load
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, step
@@ -109,11 +111,12 @@ def dpo(options: Options) -> Any:
     from llmq_jax.training.state import create_state
 
     # The pairs, some of them held out, and the model.
-    training, validation = read_pairs(options)
+    sources = sources_of(options, record_files)
+    training, validation = read_pairs(options, sources)
     source = load(options.init_from, dtype=options.weight_dtype)
     source.require_language_model(options.init_from)
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
-    if not options.validation_data:
+    if not sources.validation:
         options = filled(options, split_seed=0)
     learned, held_out = (pair_tokens(options, part, source) for part in (training, validation))
     config, tokenizer = source.config, source.tokenizer

@@ -42,6 +42,7 @@ from train.options import (
 )
 from train.pretrain import exports
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
+from train.sources import Sources, one_split, sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
@@ -62,7 +63,8 @@ PANELS = (
 class Questions:
     # What to answer, and where it goes.
     data: str
-    """Prompts, a file or folder of .json, .jsonl, .csv, .tsv or .parquet."""
+    """Prompts, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
+    .parquet."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: str
@@ -77,7 +79,7 @@ class Questions:
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     max_prompt: Annotated[int | None, default_is("what the context leaves beside --max-new-tokens")] = None
     """Prompts of more tokens are left out."""
-    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Prompts to measure the validation reward on, by the likeliest answer to each."""
     validation_fraction: Annotated[float | None, default_is("0.1")] = None
     """Part of the prompts held out for validation. With --evaluate-every 0 nothing is held out."""
@@ -145,7 +147,7 @@ class Algorithm:
     judge: Annotated[str | None, default_is("none: the reward model stays")] = None
     """Reward functions that rank the answers that the reward model goes on learning from."""
     replay_data: Annotated[str | None, default_is("none")] = None
-    """The pairs that the reward model learned from before."""
+    """The pairs that the reward model learned from before, as train.reward takes them."""
     replay: Annotated[float | None, default_is("0.1")] = None
     """Their share of what it goes on learning from."""
     reward_learning_rate: Annotated[float | None, default_is(f"{REWARD_RATE:g}")] = None
@@ -192,6 +194,7 @@ def grpo(options: Options) -> Any:
     import jax
 
     from llmq_jax.data.prompts import PromptBatches
+    from llmq_jax.data.records import record_files
     from llmq_jax.generation import Sampler
     from llmq_jax.language_model import TextFiles, load, save
     from llmq_jax.objectives.grpo import GRPO
@@ -206,6 +209,8 @@ def grpo(options: Options) -> Any:
 
     if options.judge is not None and jax.process_count() > 1:
         raise BadInput("--judge is for one process: a reward model that learns is saved by one; leave it out")
+    sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
+    replay_data = one_split(options.replay_data, "train", record_files)
     functions, judge = reward_functions(options)
     source = load(options.init_from, dtype=options.weight_dtype)
     source.require_language_model(options.init_from)
@@ -213,7 +218,7 @@ def grpo(options: Options) -> Any:
     source = with_chat_template(options, source)
     config = source.config
     options = with_longest_prompt(options, config)
-    training, validation = questions(options, source)
+    training, validation = questions(options, sources, source)
     model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)
@@ -252,7 +257,7 @@ def grpo(options: Options) -> Any:
         mask_truncated=options.mask_truncated,
         dynamic_sampling=options.dynamic_sampling,
         seed=options.seed,
-        reward_learner=reward_learner(options, source, score, judge, longest),
+        reward_learner=reward_learner(options, replay_data, source, score, judge, longest),
     )
     rows = options.prompts_per_step * options.group_size
     print(
@@ -273,7 +278,7 @@ def grpo(options: Options) -> Any:
         print(f"before training: {', '.join(f'{name} {value:.4f}' for name, value in means.items())}", flush=True)
     parts = {"training": training, "validation": validation}
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
-    digests |= reward_digests(options, score) | chat_template_digest(options, source.tokenizer)
+    digests |= reward_digests(options, replay_data, score) | chat_template_digest(options, source.tokenizer)
     result = engine.run(
         loop.start(create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable)),
         loop.step,
@@ -439,7 +444,7 @@ def with_longest_prompt(options: Options, config: Any) -> Options:
     return dataclasses.replace(options, max_prompt=options.max_prompt or longest)
 
 
-def questions(options: Options, source: Any) -> tuple[list, list]:
+def questions(options: Options, sources: Sources, source: Any) -> tuple[list, list]:
     """(training, validation) prompts, none of which is in both."""
     import numpy as np
 
@@ -460,21 +465,23 @@ def questions(options: Options, source: Any) -> tuple[list, list]:
             check_vocabulary(np.asarray(prompt.tokens), source.config.vocab_size, prompt.where)
         return found
 
-    everything = read(options.data)
+    everything = read(sources.training)
     if options.evaluate_every == 0:
         return everything, []
-    if options.validation_data:
-        validation = read(options.validation_data)
+    if sources.validation:
+        validation = read(sources.validation)
     else:
         distinct = list({prompt.text: prompt for prompt in everything}.values())
         fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
         if len(distinct) < 2:
-            raise BadInput(f"{options.data} holds one prompt, and some are held out: give more, or --validation-data")
+            raise BadInput(
+                f"{sources.training} holds one prompt, and some are held out: give more, or --validation-data"
+            )
         _, validation = split_documents(distinct, fraction, options.split_seed or 0)
     held_out = {prompt.text for prompt in validation}
     training = [prompt for prompt in everything if prompt.text not in held_out]
     if not training:
-        raise BadInput(f"{options.data}: every prompt is in {options.validation_data} too; give others to learn from")
+        raise BadInput(f"{sources.training}: every prompt is in {sources.validation} too; give others to learn from")
     return training, validation[: options.validation_prompts]
 
 

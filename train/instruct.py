@@ -39,6 +39,7 @@ from train.options import (
     with_steps,
 )
 from train.pretrain import exports
+from train.sources import Sources, sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
@@ -56,13 +57,13 @@ LORA_RATE, FULL_RATE = 2e-4, 2e-5
 class Instructions:
     # What to learn from, and where it goes.
     data: str
-    """Conversations, a file or folder of .json, .jsonl, .csv, .tsv or .parquet; instruction and output, messages,
-    conversations (ShareGPT's), or prompt and completion."""
+    """Conversations, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
+    .parquet; instruction and output, messages, conversations (ShareGPT's), or prompt and completion."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: Annotated[str | None, default_is("none, for --preview alone")] = None
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
-    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Conversations to measure the validation loss on, that of the answers."""
     validation_fraction: Annotated[float | None, default_is("0.1")] = None
     """Part of the conversations held out for validation; what equals one of them is not learned. With --evaluate-every
@@ -123,6 +124,7 @@ def instruct(options: Options) -> Any:
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import SomeBatches, instruction_batches
+    from llmq_jax.data.records import record_files
     from llmq_jax.language_model import TextFiles, load
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
@@ -132,12 +134,13 @@ def instruct(options: Options) -> Any:
     from llmq_jax.training.state import create_state
 
     # The conversations, some of them held out, and the model.
-    training, validation = conversations(options)
+    sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
+    training, validation = conversations(options, sources)
     source = load(options.init_from, dtype=None if options.preview else options.weight_dtype)
     source.require_language_model(options.init_from)
     options, source = with_text_options(options, training, source)
     tokenizer, config = source.tokenizer, source.config
-    if not options.validation_data and options.evaluate_every != 0:
+    if not sources.validation and options.evaluate_every != 0:
         options = filled(options, split_seed=0)
     learned = examples(options, training, tokenizer, config)
     held_out = examples(options, validation, tokenizer, config) if validation else None
@@ -254,7 +257,7 @@ def train_on(options: Options) -> str | tuple[int, ...]:
         ) from None
 
 
-def conversations(options: Options) -> tuple[list, list]:
+def conversations(options: Options, sources: Sources) -> tuple[list, list]:
     """(training, validation) conversations, none of which is in both; says how many are not learned for that. Where
     nothing is ever evaluated all are learned."""
     from llmq_jax.data import read_conversations, split_documents
@@ -262,11 +265,11 @@ def conversations(options: Options) -> tuple[list, list]:
     def said(conversation):
         return json.dumps([conversation.messages, conversation.given, conversation.input])
 
-    everything = read_conversations(options.data)
+    everything = read_conversations(sources.training)
     if options.evaluate_every == 0:
         return everything, []
-    if options.validation_data:
-        validation = read_conversations(options.validation_data)
+    if sources.validation:
+        validation = read_conversations(sources.validation)
         learned_once = len(everything)
     else:
         distinct = {}
@@ -274,7 +277,7 @@ def conversations(options: Options) -> tuple[list, list]:
             distinct.setdefault(said(conversation), conversation)
         if len(distinct) < 2:
             raise BadInput(
-                f"{options.data} holds no two different conversations, and some are held out: give more, or "
+                f"{sources.training} holds no two different conversations, and some are held out: give more, or "
                 "--validation-data"
             )
         fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
@@ -283,7 +286,7 @@ def conversations(options: Options) -> tuple[list, list]:
     held_out = set(map(said, validation))
     training = [conversation for conversation in everything if said(conversation) not in held_out]
     if not training:
-        raise BadInput(f"{options.data}: every conversation is in {options.validation_data} too; give others to learn")
+        raise BadInput(f"{sources.training}: every conversation is in {sources.validation} too; give others to learn")
     if len(training) < learned_once:
         print(f"{learned_once - len(training):,} conversations that are held out too are not learned")
     return training, validation

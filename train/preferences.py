@@ -8,6 +8,7 @@ from llmq_jax.command_line import default_is
 from llmq_jax.errors import BadInput
 from train.chat_templates import check_chat_template
 from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, TrainingOptions, check_epochs, check_ranges, refuse_idle
+from train.sources import Sources
 from train.what_trains import check_what_trains
 
 EPOCHS = 1.0
@@ -17,13 +18,13 @@ EPOCHS = 1.0
 class PreferenceData:
     # What to learn from, and where it goes.
     data: str
-    """Pairs of answers, a file or folder of .json, .jsonl, .csv, .tsv or .parquet; chosen and rejected, with what they
-    answer."""
+    """Pairs of answers, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
+    .parquet; chosen and rejected, with what they answer."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: str
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
-    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Pairs to measure the validation loss and accuracy on; their prompts are not learned."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation, with all their pairs; with --evaluate-every 0, for the end."""
@@ -75,21 +76,21 @@ def check_preference_options(options: TrainingOptions, rate: float) -> None:
     )
 
 
-def read_pairs(options: PreferenceData) -> tuple[list, list]:
+def read_pairs(options: PreferenceData, sources: Sources) -> tuple[list, list]:
     """(training, validation) pairs; says what was found. No prompt is in both."""
     from llmq_jax.data import read_preferences, split_preferences
 
-    everything = read_preferences(options.data)
+    everything = read_preferences(sources.training)
     equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
-    print(f"{len(everything):,} pairs in {options.data}{equal}")
-    if not options.validation_data:
+    print(f"{len(everything):,} pairs in {sources.training}{equal}")
+    if not sources.validation:
         fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
         return split_preferences(everything.pairs, fraction, options.split_seed or 0)
-    validation = read_preferences(options.validation_data)
+    validation = read_preferences(sources.validation)
     prompts = {pair.prompt for pair in validation}
     training = [pair for pair in everything if pair.prompt not in prompts]
     if not training:
-        raise BadInput(f"{options.data}: every prompt is in {options.validation_data} too; give others to learn")
+        raise BadInput(f"{sources.training}: every prompt is in {sources.validation} too; give others to learn")
     if len(training) < len(everything):
         print(f"{len(everything) - len(training):,} pairs whose prompts are held out too are not learned")
     return training, validation.pairs

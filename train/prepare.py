@@ -17,13 +17,14 @@ from typing import Annotated, Any
 from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.options import VALIDATION_FRACTION, filled, refuse_idle
-from train.texts import Text, texts
+from train.texts import Text, text_sources, texts
 
 
 @dataclass(frozen=True)
 class Options:
     data: str
-    """Text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
+    """Text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these (by the splits
+    that its files are named for)."""
     tokenizer: str
     """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. To go on from a model
     take its own."""
@@ -31,7 +32,7 @@ class Options:
     """A new folder for the tokens; it appears complete or not at all."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
-    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Text to hold out, all of it."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the data held out for validation: whole documents, or the end of a single text; 0 holds out nothing."""
@@ -53,8 +54,10 @@ def main(options: Options) -> None:
     )
     options = filled(options, text_field="text")
     print(f"reading {options.data}", flush=True)
+    hold_out = options.validation_fraction != 0
+    sources = text_sources(options, hold_out=hold_out)
     tokenizer = load_tokenizer(options.tokenizer)
-    text, held_out, fraction_at_end = texts(options, hold_out=options.validation_fraction != 0, streamed=True)
+    text, held_out, fraction_at_end = texts(options, sources, hold_out=hold_out, streamed=True)
 
     def blocks(text: Text, title: str) -> Iterator[Any]:
         return encoded_blocks(

@@ -37,7 +37,7 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.texts import LIBRARY_FRACTION, token_streams
+from train.texts import LIBRARY_FRACTION, text_sources, token_streams
 
 SAMPLE_TOKENS = 120
 STEPS = 2000
@@ -50,11 +50,11 @@ MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 class TextAndModel:
     # What to train on, and where it goes.
     data: Annotated[str | None, default_is("the source of Python's standard library")] = None
-    """Text to learn: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, a folder of these, or one of
-    tokens that train.prepare wrote."""
+    """Text to learn: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, a folder of these (by the
+    splits that its files are named for), or one of tokens that train.prepare wrote."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
-    validation_data: Annotated[str | None, default_is("a part of --data")] = None
+    validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Text to measure the validation loss on, in consecutive windows: all of it, or --evaluate-batches."""
     validation_fraction: Annotated[
         float | None, default_is(f"0.1; {LIBRARY_FRACTION} of the standard library's modules")
@@ -183,8 +183,9 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
 
-    # The model and its tokenizer: fresh, or whatever can be loaded.
+    # The text and the model with its tokenizer: fresh, or whatever can be loaded.
     prepared = read_tokens(options.data) if is_token_folder(options.data) else None
+    sources = text_sources(options, hold_out=options.evaluate_every != 0, prepared=prepared is not None)
     if options.init_from:
         source = load(options.init_from, dtype="float32")  # the masters
         source.require_language_model(options.init_from)
@@ -226,7 +227,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     check_mesh(options, abstract_variables(config), options.batch_size)
 
     # Two streams of tokens, cut into windows. Training takes them shuffled, validation in order.
-    text = token_streams(options, tokenizer, config, prepared)
+    text = token_streams(options, sources, tokenizer, config, prepared)
     if options.separate_documents and not text.separated:
         raise BadInput("--separate-documents has no effect on a single document; leave it out")
     windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}

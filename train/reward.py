@@ -42,6 +42,7 @@ from train.preferences import (
     read_pairs,
 )
 from train.pretrain import exports
+from train.sources import sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, prepared
 
@@ -88,6 +89,7 @@ def reward(options: Options) -> Any:
 
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
+    from llmq_jax.data.records import record_files
     from llmq_jax.language_model import TextFiles, load
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
@@ -96,10 +98,11 @@ def reward(options: Options) -> Any:
     from llmq_jax.training.state import create_state
 
     # The pairs, some of them held out, and the model with a head that gives one number.
-    training, validation = read_pairs(options)
+    sources = sources_of(options, record_files)
+    training, validation = read_pairs(options, sources)
     source = load(options.init_from, dtype=options.weight_dtype)
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
-    if not options.validation_data:
+    if not sources.validation:
         options = filled(options, split_seed=0)
     source, head = with_scalar_head(source, options.seed)
     config = source.config

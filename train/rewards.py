@@ -110,9 +110,9 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
     return SummedRewards(functions, scorer, reward_weights(options)[names(options.reward).index(folder)])
 
 
-def reward_digests(options: Any, score: Any) -> dict[str, Any]:
+def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]:
     """SHA-256 of what rewards come from besides the options, which a run that resumes must find again: Python files, a
-    reward model's weights, the pairs that it goes on learning from."""
+    reward model's weights, the pairs that it goes on learning from (`replay_data`, None without)."""
     import jax
 
     from llmq_jax.layers.axes import on_host
@@ -127,18 +127,18 @@ def reward_digests(options: Any, score: Any) -> dict[str, Any]:
         for leaf in jax.tree.leaves(model.lm.variables):
             weights.update(on_host(leaf).tobytes())
         digests["reward_model_sha256"] = weights.hexdigest()
-    if options.replay_data is not None:
-        digests["replay_sha256"] = data_digest(options.replay_data)
+    if replay_data is not None:
+        digests["replay_sha256"] = data_digest(replay_data)
     return digests
 
 
-def data_digest(path: str) -> Any:
-    """SHA-256 of a file of records, or {file: its own} of a folder."""
-    from llmq_jax.data.records import record_files
+def data_digest(path: Any) -> Any:
+    """SHA-256 of a file of records, or {file: its own} of those of a folder."""
+    from llmq_jax.data.folders import FolderFiles
 
-    if not Path(path).is_dir():
+    if not isinstance(path, FolderFiles):
         return file_digest(path)
-    return {str(file.relative_to(path)): file_digest(file) for file in record_files(path)}
+    return {str(file.relative_to(path.folder)): file_digest(file) for file in path.files}
 
 
 def file_digest(path: str | Path) -> str:
@@ -156,7 +156,7 @@ def replayed(options: Any) -> int:
     return count + -(options.prompts_per_step + count) % row_parts(options)
 
 
-def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: int) -> Any:
+def reward_learner(options: Any, replay_data: Any, source: Any, score: Any, judge: Any, longest: int) -> Any:
     """What lets the reward model go on learning; None where it stays."""
     if judge is None:
         return None
@@ -181,7 +181,7 @@ def reward_learner(options: Any, source: Any, score: Any, judge: Any, longest: i
 
     model = score if isinstance(score, ModelReward) else score.model
     context = model.lm.config.max_position_embeddings
-    pairs = read_preferences(options.replay_data).pairs
+    pairs = read_preferences(replay_data).pairs
     template = options.template or default_template([pair.chosen for pair in pairs], source.tokenizer)
     old = tokenize_preferences(pairs, source.tokenizer, template=template, context=context).pairs
     pad_token = model.lm.generation.pad_token_id

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from llmq_jax.errors import BadInput
 from train.options import VALIDATION_FRACTION
+from train.sources import Sources, one_split, sources_of
 
 LIBRARY = "Python's standard library"
 LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
@@ -60,7 +61,22 @@ class Streams:
         return counts | {f"{name}_sha256": digest for name, digest in self.sha256.items()}
 
 
-def texts(options: Any, *, hold_out: bool, streamed: bool = False) -> Texts:
+def text_sources(options: Any, *, hold_out: bool, prepared: bool = False) -> Sources:
+    """Where the text of a run lies; with `prepared` tokens to learn, the text that is held out."""
+    from llmq_jax.data import is_token_folder
+    from llmq_jax.data.sources import text_files
+
+    def files_of(folder: str) -> list[Path]:
+        if is_token_folder(folder):
+            raise BadInput(f"{folder} holds tokens where text is read; give the text that they were made of")
+        return text_files(folder)
+
+    if prepared:
+        return Sources(None, one_split(options.validation_data, "validation", files_of))
+    return sources_of(options, files_of, hold_out)
+
+
+def texts(options: Any, sources: Sources, *, hold_out: bool, streamed: bool = False) -> Texts:
     """What the options say to read; `streamed`: anew each time one goes through it, and never all in memory."""
     from llmq_jax.data import are_held_out
 
@@ -72,11 +88,11 @@ def texts(options: Any, *, hold_out: bool, streamed: bool = False) -> Texts:
     if options.data is None:
         whole, held_out = _library(fraction)
     else:
-        whole, held_out = _read(options.data, options.text_field, streamed), None
+        whole, held_out = _read(sources.training, options.text_field, streamed), None
     if not hold_out:
         return Texts(whole)
-    if options.validation_data:
-        return Texts(whole, _read(options.validation_data, options.text_field, streamed))
+    if sources.validation:
+        return Texts(whole, _read(sources.validation, options.text_field, streamed))
     if not whole.separated:
         return Texts(whole, fraction_at_end=fraction)
     if held_out is None:
@@ -84,17 +100,15 @@ def texts(options: Any, *, hold_out: bool, streamed: bool = False) -> Texts:
     return Texts(whole.only(~held_out), whole.only(held_out))
 
 
-def _read(path: str, text_field: str, streamed: bool = False) -> Text:
-    from llmq_jax.data import Documents, is_token_folder, read_documents
+def _read(path: Any, text_field: str, streamed: bool = False) -> Text:
+    from llmq_jax.data import Documents, read_documents
 
-    if is_token_folder(path):
-        raise BadInput(f"{path} holds tokens where text is read; give the text that they were made of")
+    documents = Documents(path, text_field)
     # A pipe can be read only once.
-    if streamed and (Path(path).is_file() or Path(path).is_dir() or not Path(path).exists()):
-        documents = Documents(path, text_field)
-        return Text(documents, count := documents.count(), count > 1, path)
+    if streamed and all(file.is_file() for file in documents.files):
+        return Text(documents, count := documents.count(), count > 1, str(path))
     held = read_documents(path, text_field)
-    return Text(held, len(held), len(held) > 1, path)
+    return Text(held, len(held), len(held) > 1, str(path))
 
 
 def _library(fraction: float) -> tuple[Text, Any]:
@@ -110,7 +124,7 @@ def _library(fraction: float) -> tuple[Text, Any]:
     return Text(sources, len(sources), len(sources) > 1, LIBRARY), chosen
 
 
-def token_streams(options: Any, tokenizer: Any, config: Any, prepared: Any = None) -> Streams:
+def token_streams(options: Any, sources: Sources, tokenizer: Any, config: Any, prepared: Any = None) -> Streams:
     """The streams of a run, of its text or of `prepared` tokens (a `TokenFiles`). Where nothing is ever evaluated all
     text is learned."""
     from llmq_jax.data import check_vocabulary, encode_documents, split_tokens
@@ -121,8 +135,8 @@ def token_streams(options: Any, tokenizer: Any, config: Any, prepared: Any = Non
         return tokens
 
     if prepared is not None:
-        return _prepared_streams(options, tokenizer, config, prepared, encode)
-    text, held_out, fraction_at_end = texts(options, hold_out=options.evaluate_every != 0)
+        return _prepared_streams(options, sources, tokenizer, config, prepared, encode)
+    text, held_out, fraction_at_end = texts(options, sources, hold_out=options.evaluate_every != 0)
     training, validation = encode(text), None if held_out is None else encode(held_out)
     if fraction_at_end:
         training, validation = split_tokens(training, fraction_at_end)
@@ -133,7 +147,7 @@ def token_streams(options: Any, tokenizer: Any, config: Any, prepared: Any = Non
 
 
 def _prepared_streams(
-    options: Any, tokenizer: Any, config: Any, prepared: Any, encode: Callable[[Text], Any]
+    options: Any, sources: Sources, tokenizer: Any, config: Any, prepared: Any, encode: Callable[[Text], Any]
 ) -> Streams:
     prepared.check_tokenizer(tokenizer)
     if prepared.largest_id >= config.vocab_size:
@@ -142,10 +156,10 @@ def _prepared_streams(
             f"{config.vocab_size} tokens: use the model's own tokenizer"
         )
     validation, sha256 = None, {"training": prepared.streams["training"].sha256}
-    if options.validation_data:
+    if sources.validation:
         if prepared.validation is not None:
             raise BadInput(f"{prepared.folder} has tokens held out already; leave --validation-data out")
-        validation = encode(_read(options.validation_data, options.text_field))
+        validation = encode(_read(sources.validation, options.text_field))
         sha256["validation"] = fingerprint(validation)
     elif options.evaluate_every != 0:
         if prepared.validation is None:

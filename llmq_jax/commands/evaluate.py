@@ -5,7 +5,8 @@
     llmq evaluate runs/mine --tasks my_task --include-path my_tasks --out results.json
 
 A text goes by once, in consecutive windows of the model's context; every token but the first is predicted, from what
-stands before it in its window. The documents of a file with several of them are joined by the end-of-text token.
+stands before it in its window. The documents of a file with several of them are joined by the end-of-text token. A
+folder is one text, so that one with several splits (train.jsonl beside test.jsonl) is refused.
 Bits per byte are those of all predicted tokens, over all bytes of the text.
 
 Tasks are those of lm_eval (lm-evaluation-harness), read, prompted and scored by it.
@@ -34,7 +35,8 @@ class EvaluationOptions:
     model: Positional[str]
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     file: Annotated[Positional[str | None], default_is("none")] = None
-    """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
+    """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these, of one
+    split."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column that holds the text."""
     tasks: Annotated[str | None, default_is("none")] = None
@@ -82,10 +84,26 @@ def evaluate_text(options: Options) -> None:
             raise BadInput(f"{option_name(name)} is for --tasks and has no effect on a text; leave it out")
     if options.text_field is not None and not has_fields(options.file):
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
-    documents = read_documents(options.file, options.text_field or "text")
+    documents = read_documents(one_text(options.file), options.text_field or "text")
     with options.on_devices(options.batch_size):
         result = figures(options, documents)
     print(json.dumps(result) if options.json else _table(result))
+
+
+def one_text(path: str) -> Any:
+    """What to read at a path. BadInput: a folder with several splits, whose loss together is that of none."""
+    from llmq_jax.data.folders import FolderFiles
+    from llmq_jax.data.sources import text_files
+    from llmq_jax.data.split_names import files_by_split
+
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    files = text_files(folder)
+    if parts := files_by_split(folder, files):
+        names = ", ".join(str(part.files[0].relative_to(folder)) for part in parts.values())
+        raise BadInput(f"{path} holds files of several splits ({names}): name a file, or a folder of one split")
+    return FolderFiles(folder, tuple(files))
 
 
 def figures(options: Options, documents: list[str]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ How they become text is in prompt_templates.py, how tokens and batches in instru
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from llmq_jax.data.folders import DataPath
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.errors import BadInput
 
@@ -76,7 +76,7 @@ class Conversation:
         return prompt["content"], answer["content"]
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
+def read_conversations(path: DataPath) -> list[Conversation]:
     """The conversations of a file or folder of records (see `read_records`), all of one form.
 
     Raises BadInput, which names the row, for a form or role that is unknown, a field that is missing or no text, and

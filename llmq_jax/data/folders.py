@@ -4,11 +4,30 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmq_jax.errors import BadInput
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """Some files of a folder, which readers take where they take a path."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    """In the order in which they are read."""
+    split: str | None = None
+    """Of which they are, for messages; None: they are all of the folder's."""
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.split is None else f"{self.folder} ({self.split})"
+
+
+DataPath = str | Path | FolderFiles
+"""Where data are: a file, a folder, of which all files are read, or some files of a folder."""
 
 
 def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: str) -> list[Path]:

@@ -5,12 +5,12 @@ Everything random is chosen by a seed and by the number of examples of each clas
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from llmq_jax.data.folders import DataPath
 from llmq_jax.data.records import Record, no_field, read_records
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
@@ -136,7 +136,7 @@ class Deduplicated(NamedTuple):
 
 
 def read_labelled(
-    path: str | Path,
+    path: DataPath,
     text_field: str = "text",
     label_field: str = "label",
     columns: Sequence[str] | None = None,
@@ -154,7 +154,7 @@ def read_labelled(
 
 
 def read_rows(
-    path: str | Path, text_field: str = "text", label_field: str = "label", columns: Sequence[str] | None = None
+    path: DataPath, text_field: str = "text", label_field: str = "label", columns: Sequence[str] | None = None
 ) -> list[LabelledRow]:
     """The rows of `read_labelled`, before the classes are numbered."""
     records = read_records(path, columns, {text_field: "--text-field", label_field: "--label-field"})
@@ -164,7 +164,7 @@ def read_rows(
     ]
 
 
-def class_names(rows: Sequence[LabelledRow], path: str | Path) -> tuple[str, ...]:
+def class_names(rows: Sequence[LabelledRow], path: DataPath) -> tuple[str, ...]:
     """The classes of rows, in order. BadInput for fewer than two."""
     found = {row.label for row in rows}
     if len(found) < 2:

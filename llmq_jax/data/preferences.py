@@ -14,11 +14,11 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from llmq_jax.data.conversations import LOST, Conversation, Message, answer, message_list, refuse_lost, without_nulls
+from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
 from llmq_jax.data.prompt_templates import render
 from llmq_jax.data.records import Record, read_records
@@ -101,7 +101,7 @@ class PreferenceExamples:
         return sum(len(side.tokens) for pair in self.pairs for side in (pair.chosen, pair.rejected))
 
 
-def read_preferences(path: str | Path) -> Preferences:
+def read_preferences(path: DataPath) -> Preferences:
     """The pairs of a file or folder of records (see `read_records`), all of one form; those of equal answers are
     counted and left out.
 

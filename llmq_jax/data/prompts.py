@@ -7,12 +7,12 @@ them: "Question: {question}\nAnswer:". Its other fields are columns that reward 
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmq_jax.data.conversations import message_list
+from llmq_jax.data.folders import DataPath
 from llmq_jax.data.prompt_templates import DAY
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
@@ -34,7 +34,7 @@ class Prompt:
 
 
 def read_prompts(
-    path: str | Path,
+    path: DataPath,
     tokenizer: Tokenizer,
     *,
     template: str | None = None,

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmq_jax.data.folders import files_in
+from llmq_jax.data.folders import DataPath, FolderFiles, files_in
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
 
@@ -39,7 +39,7 @@ class Record(NamedTuple):
 
 
 def read_records(
-    path: str | Path,
+    path: DataPath,
     columns: Sequence[str] | None = None,
     needed: Mapping[str, str] | None = None,
     string_field: str | None = None,
@@ -62,7 +62,7 @@ def read_records(
 
 
 def iterate_records(
-    path: str | Path,
+    path: DataPath,
     columns: Sequence[str] | None = None,
     texts: Collection[str] | None = None,
     needed: Mapping[str, str] | None = None,
@@ -73,16 +73,16 @@ def iterate_records(
     texts: the fields that matter, all of them text: a table that lacks one is refused before its first row, and Parquet
     reads no others.
     """
-    path = Path(path)
-    if not path.exists():
-        raise BadInput(f"there is no file or folder {path}")
-    if path.is_dir():
+    if isinstance(path, FolderFiles) or Path(path).is_dir():
         files = record_files(path)
         if columns is not None and not any(map(is_table, files)):
             raise BadInput(f"{path} holds no .csv or .tsv file, which names of columns are for")
         for file in files:
             yield from iterate_records(file, columns if is_table(file) else None, texts, needed, string_field)
         return
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"there is no file or folder {path}")
     kind = format_of(path)
     if kind not in FORMATS:
         raise BadInput(f"{path} holds no records: give a file that ends in {', '.join(FORMATS)}, or a folder of such")
@@ -105,8 +105,10 @@ def iterate_records(
         yield from _table_rows(path, kind, columns, texts or (), needed or {})
 
 
-def record_files(path: str | Path) -> list[Path]:
+def record_files(path: DataPath) -> list[Path]:
     """The files that `read_records` reads at a path: itself or, of a folder, those below it in their order."""
+    if isinstance(path, FolderFiles):
+        return list(path.files)
     path = Path(path)
     if not path.is_dir():
         return [path]

@@ -6,7 +6,7 @@ They are as strict as the readers of records (records.py), which they are built 
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmq_jax.data.folders import files_in
+from llmq_jax.data.folders import DataPath, FolderFiles, files_in
 from llmq_jax.data.records import (
     FORMATS,
     FileBytes,
@@ -35,7 +35,7 @@ __all__ = [
 _SNIFFED_BYTES = 8192
 
 
-def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
+def read_documents(path: DataPath, text_field: str = "text") -> list[str]:
     """All documents of a file or folder, in order; raises BadInput when there is no text in them.
 
     Any UTF-8 text is one document; .json holds a list of objects or strings, or one object; .jsonl one a line; .csv and
@@ -50,7 +50,7 @@ def read_documents(path: str | Path, text_field: str = "text") -> list[str]:
     return documents
 
 
-def iterate_documents(path: str | Path, text_field: str = "text") -> Iterator[str]:
+def iterate_documents(path: DataPath, text_field: str = "text") -> Iterator[str]:
     """The documents of a file or folder one by one, as `read_documents`, for data that does not fit into memory."""
     return iter(Documents(path, text_field))
 
@@ -58,16 +58,9 @@ def iterate_documents(path: str | Path, text_field: str = "text") -> Iterator[st
 class Documents:
     """The documents of a file or folder, as `read_documents`, read anew each time one goes through them."""
 
-    def __init__(self, path: str | Path, text_field: str = "text"):
-        self.path, self.text_field = Path(path), text_field
-        if self.path.is_dir():
-            self.files = files_in(self.path, _passed_over, "readable file")
-        elif not self.path.exists():
-            raise BadInput(f"there is no file or folder {path}")
-        elif self.path.is_file() and self.path.stat().st_size == 0:
-            raise BadInput(f"{path} is empty")
-        else:
-            self.files = [self.path]
+    def __init__(self, path: DataPath, text_field: str = "text"):
+        self.path, self.text_field = path, text_field
+        self.files = text_files(path)
 
     def __iter__(self) -> Iterator[str]:
         for file in self.files:
@@ -82,6 +75,20 @@ class Documents:
         if not text:
             raise BadInput(f"{self.path} holds no text")
         return total
+
+
+def text_files(path: DataPath) -> list[Path]:
+    """The files that `read_documents` reads at a path: itself or, of a folder, those below it in their order."""
+    if isinstance(path, FolderFiles):
+        return list(path.files)
+    path = Path(path)
+    if path.is_dir():
+        return files_in(path, _passed_over, "readable file")
+    if not path.exists():
+        raise BadInput(f"there is no file or folder {path}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise BadInput(f"{path} is empty")
+    return [path]
 
 
 def _has_text(document: str) -> bool:

@@ -131,3 +131,19 @@ def test_other_errors_are_not_taken_for_it(llmq, model_folder, text_file, monkey
     monkeypatch.setattr("llmq_jax.training.step.evaluate", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         llmq("evaluate", model_folder, text_file)
+
+
+def test_a_folder_is_of_one_split(llmq, model_folder, tmp_path):
+    """Else what was learned would stand for what was not."""
+    parts = {"train": ["a learned one", "another"], "test": ["first", "second one"]}
+    for name, texts in parts.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number, text in enumerate(texts):
+            (tmp_path / "data" / name / f"{number}.txt").write_text(text)
+    code, out, err = llmq("evaluate", model_folder, tmp_path / "data")
+    assert (code, out) == (2, "") and err == (
+        f"error: {tmp_path}/data holds files of several splits (train/0.txt, test/0.txt): name a file, or a folder of "
+        "one split\n"
+    )
+    code, out, err = llmq("evaluate", model_folder, tmp_path / "data" / "test", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["bytes"] == len("first" + "second one")

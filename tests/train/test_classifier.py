@@ -221,6 +221,27 @@ def test_a_folder_of_files(classifier, tmp_path):
     assert (code, err) == (0, "") and "18 texts in parts" in out
 
 
+def test_a_folder_with_splits(classifier, tmp_path):
+    """Its test files are the test."""
+    (tmp_path / "parts" / "train").mkdir(parents=True)
+    (tmp_path / "parts" / "valid.csv").write_text("label,text\nspam,WIN\nham,ok\n")
+    (tmp_path / "parts" / "test.csv").write_text("label,text\nspam,PRIZE\nham,noon\nham,lunch\n")
+    for name in ("ham", "spam"):
+        rows = "".join(f"{name},{name[0]}{i}\n" for i in range(9))
+        (tmp_path / "parts" / "train" / f"{name}.csv").write_text(f"label,text\n{rows}ham,ok\n")
+    code, out, err = classifier("--steps", 2, data="parts")
+    assert (code, err) == (0, "") and "20 texts in parts (train); 1 duplicates removed; 1 that are in the other" in out
+    assert "parts: train/ham.csv and 1 more to learn, valid.csv held out, test.csv to test on\n" in out
+    assert "training:   18 texts (9 ham, 9 spam)" in out and "test on 3 texts: " in out
+    files = ("--validation-data", "parts/valid.csv", "--test-data", "parts/test.csv")
+    code, out, err = classifier("--steps", 2, *files, data="parts/train")
+    assert (code, err) == (0, "") and "run is finished already" in out
+    # Without validation files, a part of each class that is learned is.
+    (tmp_path / "parts" / "valid.csv").unlink()
+    code, out, err = classifier("--steps", 1, "--out=other", data="parts")
+    assert (code, err) == (0, "") and "validation: 2 texts (1 ham, 1 spam)\ntest:       3 texts (2 ham, 1 spam)" in out
+
+
 def test_no_text_is_in_two_parts_or_twice_in_one(classifier, tmp_path):
     (tmp_path / "validation.csv").write_text("label,text\nspam,WIN\nham,ok\nham,ok\nham,noon\nspam,x\nham,x\n")
     (tmp_path / "test.csv").write_text("label,text\nspam,PRIZE\nham,noon\nham,noon\n")

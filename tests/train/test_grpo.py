@@ -488,3 +488,21 @@ def test_bad_input_is_one_line(grpo, options, message):
     assert message in errors
     assert len(errors.strip().splitlines()) == 1
     assert not Path("run/metrics.jsonl").exists()
+
+
+def test_a_folder_with_splits(grpo, files):
+    """Of --replay-data the pairs to learn from are the old ones."""
+    prompts = Path(files["DATA"]).read_text().splitlines(keepends=True)
+    pairs = Path(files["PAIRS"]).read_text().splitlines(keepends=True)
+    for folder, lines in (("data", prompts), ("pairs", pairs)):
+        Path(folder).mkdir()
+        for name, part in {"train": lines[:4], "validation": lines[4:5], "test": lines[5:]}.items():
+            Path(folder, f"{name}.jsonl").write_text("".join(part))
+    options = {"steps": 2, "reward": "JUDGED", "judge": "RW:small", "steps_per_iteration": 1}
+    code, out, err = grpo(data="data", replay_data="pairs", **options)
+    assert (code, err) == (0, "") and "4 prompts to learn from, 1 held out" in out
+    assert "data: train.jsonl to learn, validation.jsonl held out, test.jsonl left out\n" in out
+    assert "pairs: train.jsonl to learn, validation.jsonl left out, test.jsonl left out\n" in out
+    assert list(json.loads(Path("run/config.json").read_text())["replay_sha256"]) == ["train.jsonl"]
+    moved = {"data": "data/train.jsonl", "validation_data": "data/validation.jsonl"}
+    assert "run is finished already" in grpo(**moved, replay_data="pairs", **options)[1]

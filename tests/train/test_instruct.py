@@ -523,3 +523,26 @@ def test_other_architectures(instruct, architecture, tmp_path):
 def test_the_help_names_what_is_needed(instruct):
     code, _, err = instruct("--data", "ALPACA")
     assert code == 2 and "missing --init-from" in err
+
+
+def test_a_folder_with_splits(instruct, alpaca):
+    """Is the files of each, by which a run goes on as well; the test's are not learned."""
+    rows = json.loads(Path(alpaca).read_text())
+    Path("data").mkdir()
+    parts = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
+    for name, part in parts.items():
+        Path("data", f"{name}.json").write_text(json.dumps(part))
+    given = ("--init-from", "MODEL")
+    code, out, err = instruct("--data=data", *given)
+    assert (code, err) == (0, "") and "8 conversations to learn, 2 held out" in out
+    assert "data: train.json to learn, validation.json held out, test.json left out\n" in out
+    _, out, _ = instruct("--data=data/train.json", "--validation-data=data/validation.json", *given)
+    assert "run is finished already" in out
+    code, out, err = instruct("--data=data", *given, "--evaluate-every", 0, "--out=other")
+    assert (code, err) == (0, "") and "8 conversations to learn, 0 held out" in out
+    code, _, err = instruct("--data=data", *given, "--validation-data=data/test.json")
+    assert code == 2 and "error: data has validation files of its own, validation.json: leave --validation-data" in err
+    # A run that began when all files were one is another one.
+    Path("data", "test.json").rename("data/train-2.json")
+    code, _, err = instruct("--data=data", *given)
+    assert code == 2 and "run holds a run with other options: training_sha256 " in err and err.count("\n") == 1

@@ -236,3 +236,36 @@ def test_options_without_effect_on_tokens(prepare, pretrain):
     ):
         code, _, err = pretrain("--data", "made", "--out", "run", *options)
         assert code == 2 and err.count("\n") == 1 and message in err, err
+
+
+def test_a_folder_with_splits(prepare, pretrain):
+    """Its tokens, and the run on them, are those of its files; what is for the test is nowhere."""
+    parts = {"train/a": DOCUMENTS[:20], "train/b": DOCUMENTS[20:30], "val": DOCUMENTS[30:35], "test": DOCUMENTS[35:]}
+    for name, part in parts.items():
+        Path("data", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("data", f"{name}.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in part))
+    code, out, err = prepare("--data", "data", "--tokenizer", "bytes", "--out", "tokens")
+    line = "data: train/a.jsonl and 1 more to learn, val.jsonl held out, test.jsonl left out\n"
+    assert (code, err) == (0, "") and line in out and "documents to learn: 30)" in out
+    tokens, tokenizer = read_tokens("tokens"), ByteTokenizer()
+    np.testing.assert_array_equal(tokens.training, encode_documents(tokenizer, DOCUMENTS[:30]))
+    np.testing.assert_array_equal(tokens.validation, encode_documents(tokenizer, DOCUMENTS[30:35]))
+    # To hold out nothing leaves them out.
+    options = ("--tokenizer", "bytes", "--validation-fraction")
+    code, out, err = prepare("--data", "data", *options, 0, "--out", "all")
+    assert (code, err) == (0, "") and "val.jsonl left out, test.jsonl left out\n" in out
+    np.testing.assert_array_equal(read_tokens("all").training, tokens.training)
+    assert read_tokens("all").validation is None
+    code, _, err = prepare("--data", "data", *options, 0.1, "--out", "some")
+    assert code == 2 and "--validation-fraction has no effect beside the validation files of data, val.jsonl" in err
+
+    code, out, err = pretrain("--data", "data", "--out", "run", *QUIET)
+    assert (code, err) == (0, "") and line in out
+    moved = ("--data", "data/train", "--validation-data", "data/val.jsonl")
+    for given in (("--data", "tokens"), moved):
+        assert "run is finished already" in pretrain(*given, "--out", "run", *QUIET)[1]
+    # Beside tokens without a held-out part a folder's validation files are held out.
+    code, out, err = pretrain("--data", "all", "--validation-data", "data", "--out", "run", *QUIET)
+    assert (code, err) == (0, "") and "val.jsonl held out, test.jsonl left out\n" in out and "finished already" in out
+    code, out, err = pretrain("--data", "data", "--out", "blind", "--sample-every", 0, "--evaluate-every", 0)
+    assert (code, err) == (0, "") and f"{len(tokens.training):,} tokens to learn, 0 held out" in out

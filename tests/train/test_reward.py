@@ -343,3 +343,14 @@ def test_bad_options_are_refused_before_anything_is_written(reward, options, mes
     write("texts.jsonl", [{"text": "x"}])
     code, _, err = reward(*options)
     assert code == 2 and message in err and err.count("\n") == 1 and not Path("run").exists()
+
+
+def test_a_folder_with_splits(reward, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, part in {"train": pairs()[:40], "validation": pairs()[40:50], "test": pairs()[50:]}.items():
+        write(tmp_path / "data" / f"{name}-00000-of-00001.jsonl", part)
+    code, out, err = reward("--steps", 2, data="data")
+    assert (code, err) == (0, "") and "40 pairs to learn, 10 held out" in out
+    assert "validation-00000-of-00001.jsonl held out, test-00000-of-00001.jsonl left out\n" in out
+    files = ("data/train-00000-of-00001.jsonl", "--validation-data", "data/validation-00000-of-00001.jsonl")
+    assert "run is finished already" in reward("--steps", 2, *files[1:], data=files[0])[1]

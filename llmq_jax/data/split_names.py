@@ -1,0 +1,66 @@
+"""The splits of a data set that the names of its files tell: train.jsonl and test.jsonl,
+train-00000-of-00002.parquet, the folders train/ and validation/.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmq_jax.data.folders import FolderFiles
+from llmq_jax.data.records import FORMATS, format_of
+from llmq_jax.errors import BadInput
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval"),
+    "test": ("test",),
+}
+"""{split: the words that name it}: a whole name of a file or folder, or its beginning before - _ . or a digit."""
+
+_WORDS = {word: split for split, words in SPLITS.items() for word in words}
+_BEGINNING = re.compile(rf"({'|'.join(_WORDS)})(?=[-_.0-9]|$)", re.IGNORECASE)
+_ADVICE = "name the files to read, or give one folder per split"
+_log = logging.getLogger(__name__)
+
+
+def files_by_split(folder: Path, files: Sequence[Path]) -> dict[str, FolderFiles]:
+    """{split: its files}, in the order of SPLITS, of a folder whose files are of several; empty where they are all of
+    one, or none has a name of one.
+
+    files: those below the folder that are read. Their own names count, and those of the folders between.
+    Raises BadInput where some of them name a split and others none, and for a path that names two. Source code has
+    such names for other reasons (test_tools.py): where it does not name all files, plain text counts only if a .txt
+    names the training split; else it is no split, which is logged.
+    """
+    named = {}
+    for file in files:
+        words = filter(None, map(_BEGINNING.match, file.relative_to(folder).parts))
+        splits = {_WORDS[word[1].lower()] for word in words}
+        if len(splits) == 1:
+            named[file] = splits.pop()
+        elif splits and _holds_records(file):
+            both = " and ".join(split for split in SPLITS if split in splits)
+            raise BadInput(f"{folder}: {file.relative_to(folder)} names the splits {both}: {_ADVICE}")
+    unnamed = next((file for file in files if file not in named), None)
+    if named and unnamed is not None:
+        for file, split in named.items():
+            if _holds_records(file) or (split == "train" and format_of(file) == ".txt"):
+                name, other = file.relative_to(folder), unnamed.relative_to(folder)
+                raise BadInput(f"{folder}: {name} names the split {split}, and {other} names none: {_ADVICE}")
+        example = next(iter(named)).relative_to(folder)
+        _log.warning(
+            "%s: all files are read alike, though %d of %d have the name of a split, as %s",
+            *(folder, len(named), len(files), example),
+        )
+        return {}
+    parts = {
+        split: FolderFiles(folder, tuple(file for file in files if named[file] == split), split)
+        for split in SPLITS
+        if split in named.values()
+    }
+    return parts if len(parts) > 1 else {}
+
+
+def _holds_records(file: Path) -> bool:
+    return format_of(file) in FORMATS
