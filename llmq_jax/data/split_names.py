@@ -16,10 +16,12 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test",),
 }
-"""{split: the words that name it}: a whole name of a file or folder, or its beginning before - _ . or a digit."""
+"""{split: the words that name it}: a whole name of a file or folder, its beginning before - _ . or a digit, or its end
+(of a file's, before its suffix) after - _ or a dot."""
 
 _WORDS = {word: split for split, words in SPLITS.items() for word in words}
-_BEGINNING = re.compile(rf"({'|'.join(_WORDS)})(?=[-_.0-9]|$)", re.IGNORECASE)
+_ANY = "|".join(_WORDS)
+_NAMED = re.compile(rf"^({_ANY})(?=[-_.0-9]|$)|[-_.]({_ANY})(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
 _ADVICE = "name the files to read, or give one folder per split"
 _log = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ def files_by_split(folder: Path, files: Sequence[Path]) -> dict[str, FolderFiles
     """
     named = {}
     for file in files:
-        words = filter(None, map(_BEGINNING.match, file.relative_to(folder).parts))
-        splits = {_WORDS[word[1].lower()] for word in words}
+        words = [word for part in file.relative_to(folder).parts for word in _NAMED.finditer(part)]
+        splits = {_WORDS[word[0].strip("-_.").lower()] for word in words}
         if len(splits) == 1:
             named[file] = splits.pop()
         elif splits and _holds_records(file):

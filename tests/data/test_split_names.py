@@ -40,6 +40,11 @@ def test_words_as_the_beginning_of_a_file_s_name(tmp_path, word, name):
     }
 
 
+@pytest.mark.parametrize("names", [("gsm8k_train.jsonl", "gsm8k_test.jsonl"), ("a.train.jsonl.gz", "a-Test.en.jsonl")])
+def test_words_as_the_end_of_a_file_s_name(tmp_path, names):
+    assert split(made(tmp_path, *names)) == {"train": [names[0]], "test": [names[1]]}
+
+
 def test_words_as_the_names_of_folders_however_deep(tmp_path):
     names = ("data/Train/en/b.jsonl", "data/test-1/a.jsonl", "data/train/a.jsonl")
     assert split(made(tmp_path, *names)) == {"train": [names[0], names[2]], "test": [names[1]]}
@@ -53,7 +58,7 @@ def test_words_as_the_names_of_folders_however_deep(tmp_path):
     [
         ("a.jsonl", "b.jsonl"),
         ("trains.jsonl", "tests.jsonl", "values.jsonl", "trainer/x.jsonl", "developed.jsonl"),
-        ("gsm_train.jsonl", "gsm_test.jsonl"),  # not at the beginning
+        ("gsm_train_1.jsonl", "gsm_test_1.jsonl"),  # neither at the beginning nor at the end
         ("train.jsonl",),
         ("train-0.jsonl", "training/b.jsonl"),
         ("test.jsonl", "test_b.jsonl"),
