@@ -4,8 +4,8 @@
     python -m train.instruct --data chats.jsonl --init-from model.gguf --out runs/chat       a chat model's own template
     python -m train.instruct --data chats.jsonl --init-from model.gguf --preview             look at a batch first
 
-Records have instruction, input and output; or messages; or ShareGPT's conversations; or prompt and completion. The same
-command again resumes a run that was stopped, and says so when it is finished.
+Records have instruction, input and output; or messages; or ShareGPT's conversations; or prompt and completion; or
+question and answer. The same command again resumes a run that was stopped, and says so when it is finished.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Instructions:
     # What to learn from, and where it goes.
     data: str
     """Conversations, a file or folder of .json, .jsonl, .csv, .tsv or .parquet; instruction and output, messages,
-    conversations (ShareGPT's), or prompt and completion."""
+    conversations (ShareGPT's), prompt and completion, or question and answer."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: Annotated[str | None, default_is("none, for --preview alone")] = None

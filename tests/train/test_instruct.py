@@ -492,7 +492,7 @@ def test_a_run_has_a_folder_and_a_preview_no_steps(instruct):
 
 
 def test_a_misspelt_field_is_found_before_the_model_is_loaded(instruct, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"question": "x", "answer": "y"}\n')
+    (tmp_path / "a.jsonl").write_text('{"question": "x", "anwser": "y"}\n')
     code, _, err = instruct("--data", "a.jsonl", "--init-from", "nowhere")
     assert code == 2 and "a.jsonl: line 1 is no conversation" in err
 
