@@ -34,10 +34,9 @@ _NUMBER = (
 )
 # 3/4, which is no date (3/4/2020), and LaTeX's form of it.
 _VALUE = rf"{_SIGN}\\[dt]?frac{{{_NUMBER}}}{{{_NUMBER}}}|(?<![/\d.]){_NUMBER}/{_NUMBER}(?![/\d])|{_NUMBER}"
-# "####" is a heading where no number follows; braces in \boxed{} may be nested once.
-_MARKED = re.compile(
-    rf"####\W{{0,20}}?({_VALUE})|<answer>([\s\S]*?)</answer>" r"|\\boxed{((?:[^{}]|{[^{}]*})*)}", re.ASCII
-)
+# Braces in \boxed{} may be nested once; "####" is a heading where no number follows.
+_GIVEN = r"<answer>([\s\S]*?)</answer>|\\boxed{((?:[^{}]|{[^{}]*})*)}"
+_MARKED = re.compile(rf"####\W{{0,20}}?({_VALUE})|{_GIVEN}", re.ASCII)
 _TITLE = re.compile(r"\.[ \t]+[A-Za-z]")
 _NUMBERS, _VALUES = re.compile(_NUMBER, re.ASCII), re.compile(_VALUE, re.ASCII)
 # What LaTeX writes between thousands, and powers of units.
@@ -93,6 +92,36 @@ def _exact(value: str) -> Fraction | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The very answer
+
+
+def exact_answer(
+    prompts: Sequence[Any], completions: Sequence[str], answer: Sequence[Any], **_: Any
+) -> list[float | None]:
+    r"""1 where the completion's final answer is the text of the column `answer`, else 0; None where that is empty.
+
+    The final answer is what stands in the last <answer>...</answer> or \boxed{...}; without them it is the last line
+    that is not blank, without the "####" that may begin it. Thoughts, up to </think>, do not count. White space around
+    an answer does not matter, all else does: "B" is neither "b" nor "(B)" nor "B.", so that the prompt should say which
+    form is wanted. A reference that is a number is the text that Python writes for it.
+    """
+    rewards = []
+    for completion, reference in zip(completions, answer, strict=True):
+        expected = "" if reference is None else str(reference).strip()
+        rewards.append(float(final_answer(completion) == expected) if expected else None)
+    return rewards
+
+
+def final_answer(text: str) -> str:
+    """The answer that a text arrives at, as `exact_answer` tells; empty where there is none."""
+    text = text.rpartition(_TAGS[1])[2].strip()
+    marks = [mark[mark.lastindex or 0] for mark in re.finditer(_GIVEN, text)]
+    if marks:
+        return str(marks[-1]).strip()
+    return text.rpartition("\n")[2].strip().removeprefix("####").strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The form
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -106,6 +135,15 @@ def think_answer_format(prompts: Sequence[Any], completions: Sequence[str], **_:
     templates have it, the completion goes on from there.
     """
     return [_format(_opened(prompt) + text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def think_format(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+    """1 for a completion of the form <think>...</think> and an answer, which may be empty, else 0: it begins with
+    <think>, which does not come again, and has </think> somewhere after it. TRL's `think_format_reward`; where a prompt
+    ends with <think>, the completion goes on from there, which TRL does not know."""
+    texts = [_opened(prompt) + text for prompt, text in zip(prompts, completions, strict=True)]
+    begin, end = _TAGS[:2]
+    return [float(text.startswith(begin) and text.count(begin) == 1 and end in text) for text in texts]
 
 
 def _opened(prompt: Any) -> str:
@@ -141,7 +179,12 @@ def length(most: int) -> RewardFunction:
 # ---------------------------------------------------------------------------------------------------------------------
 # By name
 
-_BUILT_IN: dict[str, RewardFunction] = {"answer": numeric_answer, "format": think_answer_format}
+_BUILT_IN: dict[str, RewardFunction] = {
+    "answer": numeric_answer,
+    "exact": exact_answer,
+    "format": think_answer_format,
+    "think": think_format,
+}
 
 
 def is_built_in(name: str) -> bool:
@@ -150,8 +193,9 @@ def is_built_in(name: str) -> bool:
 
 
 def find(name: str) -> RewardFunction:
-    """The reward function of a name: "answer" (`numeric_answer`), "format" (`think_answer_format`), "length:400"
-    (`length`), or "path/to/file.py:function", for one's own. Raises BadInput where there is none."""
+    """The reward function of a name: "answer" (`numeric_answer`), "exact" (`exact_answer`), "format"
+    (`think_answer_format`), "think" (`think_format`), "length:400" (`length`), or "path/to/file.py:function", for one's
+    own. Raises BadInput where there is none."""
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     before, colon, after = name.rpartition(":")

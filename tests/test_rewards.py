@@ -8,7 +8,17 @@ import pytest
 from llmq_jax import rewards as rewards_module
 from llmq_jax.data.records import record_files
 from llmq_jax.errors import BadInput
-from llmq_jax.rewards import Rewards, final_number, find, is_built_in, length, numeric_answer, think_answer_format
+from llmq_jax.rewards import (
+    Rewards,
+    exact_answer,
+    final_number,
+    find,
+    is_built_in,
+    length,
+    numeric_answer,
+    think_answer_format,
+    think_format,
+)
 from train.rewards import data_digest, reward_models
 from train.sources import one_split
 
@@ -80,6 +90,41 @@ def test_digits_of_other_scripts_are_no_numbers():
     assert final_number("١٢") is None and final_number("#### ١٢") is None
 
 
+# (completion, reference, reward)
+EXACT = [
+    ("B", "B", 1.0),
+    (" B \n\n", "B ", 1.0),
+    ("It is warm, so\nB", "B", 1.0),
+    ("B\nor not", "B", 0.0),
+    ("b", "B", 0.0),
+    ("(B)", "B", 0.0),
+    ("B.", "B", 0.0),
+    ("so B", "B", 0.0),
+    ("(B)", "(B)", 1.0),
+    ("Let us see.\n#### Emily Brontë", "Emily Brontë", 1.0),
+    ("####B", "B", 1.0),
+    ("the sum is\r\n7\r\n", 7, 1.0),
+    ("7.0", 7, 0.0),
+    ("<answer> B\n</answer> I am sure", "B", 1.0),
+    ("<answer>A</answer> no, <answer>B</answer>", "B", 1.0),
+    ("<answer>A</answer>\nB", "B", 0.0),
+    (r"it is $\boxed{x^{2}}$.", "x^{2}", 1.0),
+    (r"\boxed{A} or <answer>B</answer>", "B", 1.0),
+    (r"<think>\boxed{A}" + "\nA</think>\n B", "B", 1.0),
+    ("<think>A</think>", "A", 0.0),
+    ("<answer>two\nlines</answer>", "two\nlines", 1.0),
+    ("", "B", 0.0),
+    # nothing to compare with
+    ("B", None, None),
+    ("", " ", None),
+]
+
+
+@pytest.mark.parametrize(("completion", "reference", "reward"), EXACT)
+def test_exact_answers(completion, reference, reward):
+    assert exact_answer(prompts=["?"], completions=[completion], answer=[reference], question=["?"]) == [reward]
+
+
 # (completion, prompt, reward in eighths)
 FORMS = [
     ("<think>2 + 2</think><answer>4</answer>", "?", 8),
@@ -105,6 +150,12 @@ FORMS = [
 @pytest.mark.parametrize(("completion", "prompt", "eighths"), FORMS)
 def test_forms(completion, prompt, eighths):
     assert think_answer_format(prompts=[prompt], completions=[completion], answer=[None]) == [eighths / 8]
+
+
+def test_a_thought_may_be_opened_by_the_prompt():
+    prompts = ["?<think>\n", "?<think>\n", [{"role": "user", "content": "?"}]]
+    completions = ["2</think> 4", "<think>2</think> 4", "2</think> 4"]
+    assert think_format(prompts=prompts, completions=completions, answer=completions) == [1.0, 0.0, 0.0]
 
 
 def test_lengths():
@@ -203,6 +254,7 @@ number = 3
 
 def test_names(tmp_path):
     assert find("answer") is numeric_answer and find("format") is think_answer_format
+    assert find("exact") is exact_answer and find("think") is think_format
     assert find("length:4")(prompts=["?"], completions=["x" * 5]) == [0.75]
     file = tmp_path / "my:rewards.py"
     file.write_text(FILE)
@@ -214,7 +266,7 @@ def test_names(tmp_path):
     [
         (
             "anwser",
-            "there is no reward 'anwser'; choose from answer, format, length:CHARACTERS or path/to/file.py:func",
+            "there is no reward 'anwser'; choose from answer, exact, format, think, length:CHARACTERS or path/to/fil",
         ),
         ("length", "the reward 'length' needs a number of characters, as length:400"),
         ("length:-4", "the reward 'length:-4' needs a number of characters"),
@@ -250,7 +302,7 @@ def test_a_new_reward_wants_one_entry(tmp_path, monkeypatch):
     monkeypatch.setitem(rewards_module._BUILT_IN, "brief", think_answer_format)
     assert find("brief") is think_answer_format and is_built_in("brief")
     assert reward_models(given) == ["judge"]
-    with pytest.raises(BadInput, match="choose from answer, format, brief, length:CHARACTERS or path/to/file"):
+    with pytest.raises(BadInput, match="choose from answer, exact, format, think, brief, length:CHARACTERS or path"):
         find("short")
 
 

@@ -1,4 +1,5 @@
-"""The option --chat-template of the recipes that read conversations, pairs or prompts."""
+"""Chat templates in the recipes that read conversations, pairs or prompts: the option --chat-template, and the style of
+a run that learns by none."""
 
 import dataclasses
 import hashlib
@@ -48,6 +49,28 @@ def chat_template_digest(options: Any, tokenizer: Any) -> dict[str, str]:
     if options.chat_template is None:
         return {}
     return {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.source.encode()).hexdigest()}
+
+
+def in_style(options: Any, conversations: list, tokenizer: Any) -> Any:
+    """The tokenizer that the run keeps. Where answers are learned by a template that is not the tokenizer's own, that
+    is its chat template from now on, so that the model is asked as it learned; says where another one goes for it."""
+    from llmq_jax.data import as_chat_template
+    from llmq_jax.data.prompt_templates import style_of
+
+    style, own = options.template, tokenizer.chat_template
+    if style == "chat" or conversations[0].form == "text" or style_of(own) == style:
+        return tokenizer
+    source = as_chat_template(style, tokenizer)
+    if source is None:
+        kept = "it has none" if own is None else "it keeps the model's own, by which it did not learn"
+        print(f"the tokenizer's beginning or end cannot be spelled out for a chat template of the run's style: {kept}")
+        return tokenizer
+    if own is not None:
+        print(
+            f"the run answers in the style {style}, which is its chat template from now on; the model's own stays with "
+            f"{options.init_from}"
+        )
+    return tokenizer.with_chat_template(source)
 
 
 def tell_of_no_end(options: Any, end: int | None) -> None:

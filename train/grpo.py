@@ -7,8 +7,9 @@ r"""Group relative policy optimisation: a model learns by trying, from rewards f
     python -m train.grpo --data prompts.jsonl --init-from gpt2 --out runs/mine --reward my_rewards.py:shorter
 
 Records have a prompt, a string or messages; their other fields are for the reward functions. These are: answer (the
-final number equals that of the field `answer`), format (<think>...</think><answer>...</answer>, graded), length:N,
-FILE.py:FUNCTION, or a reward model of train.reward. The same command again resumes a run that was stopped.
+final number equals that of the field `answer`), exact (the final answer is that field, letter by letter), format
+(<think>...</think><answer>...</answer>, graded), think (<think>...</think> and an answer), length:N, FILE.py:FUNCTION,
+or a reward model of train.reward. The same command again resumes a run that was stopped.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@
     python -m train.instruct --data chats.jsonl --init-from model.gguf --out runs/chat       a chat model's own template
     python -m train.instruct --data chats.jsonl --init-from model.gguf --preview             look at a batch first
 
-Records have instruction, input and output; or messages; or ShareGPT's conversations; or prompt and completion. The same
-command again resumes a run that was stopped, and says so when it is finished.
+Records have instruction, input and output; or messages; or ShareGPT's conversations; or prompt and completion; or
+question and answer. The same command again resumes a run that was stopped, and says so when it is finished.
 """
 
 import dataclasses
@@ -20,7 +20,13 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
-from train.chat_templates import chat_template_digest, check_chat_template, tell_of_no_end, with_text_options
+from train.chat_templates import (
+    chat_template_digest,
+    check_chat_template,
+    in_style,
+    tell_of_no_end,
+    with_text_options,
+)
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
@@ -58,7 +64,8 @@ class Instructions:
     # What to learn from, and where it goes.
     data: str
     """Conversations, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
-    .parquet; instruction and output, messages, conversations (ShareGPT's), or prompt and completion."""
+    .parquet; instruction and output, messages, conversations (ShareGPT's), prompt and completion, or question and
+    answer."""
     init_from: str
     """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
     out: Annotated[str | None, default_is("none, for --preview alone")] = None
@@ -76,9 +83,13 @@ class Instructions:
     # How a conversation becomes tokens, and which are learned.
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
-        default_is("chat with --chat-template; plain for prompts and texts; else chat or, where there is none, alpaca"),
+        default_is(
+            "chat with --chat-template; plain for texts, and for prompts unless the model has an earlier run's style; "
+            "else chat or, where there is none, alpaca"
+        ),
     ] = None
-    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and completion as they are."""
+    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and completion as they are.
+    What it learned by is the run's chat template."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     train_on: str = "response"
@@ -192,6 +203,7 @@ def instruct(options: Options) -> Any:
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     digests |= chat_template_digest(options, tokenizer)
+    kept = in_style(options, training, tokenizer)
     return engine.run(
         create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
         train_step,
@@ -201,11 +213,11 @@ def instruct(options: Options) -> Any:
         config={"recipe": "train.instruct", **own_options(options, "preview"), **digests},
         may_change=MAY_CHANGE,
         model_config=config,
-        tokenizer=TextFiles(tokenizer, generation),
+        tokenizer=TextFiles(kept, generation),
         schedule=schedule,
         evaluate=None if held_out is None else evaluate,
         sample=sample,
-        next_commands=tuple(next_commands(options, config)),
+        next_commands=tuple(next_commands(options, config, training[0].form != "text" and kept.chat_template)),
     )
 
 
@@ -367,18 +379,11 @@ def runs(tokens: Any, learned: list[bool]) -> Iterator[tuple[list[int], bool]]:
         yield [int(token) for token, _ in group], fate
 
 
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    from llmq_jax.data import alpaca_prompt
-
-    if options.template == "chat":
-        yield f"llmq chat {shlex.quote(options.out)}"
-    elif options.template == "alpaca":
-        prompt = alpaca_prompt("Name a colour.").replace("\n", r"\n")
-        yield f"llmq generate {shlex.quote(options.out)} --prompt $'{prompt}'"
-    else:
-        yield f"llmq generate {shlex.quote(options.out)} --prompt The"
+def next_commands(options: Options, config: Any, converses: Any) -> Iterator[str]:
+    out = shlex.quote(options.out)
+    yield f"llmq chat {out}" if converses else f"llmq generate {out} --prompt The"
     if exports(config):
-        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+        yield f"python -m convert.to_hf {out} {shlex.quote(options.out + '-hf')}"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ class PreferenceData:
     # How a pair becomes tokens.
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
-        default_is("chat with --chat-template; plain for strings; else chat or, where there is none, alpaca"),
+        default_is(
+            "chat with --chat-template; plain for strings unless the model has an earlier run's style; else chat or, "
+            "where there is none, alpaca"
+        ),
     ] = None
     """How it is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None

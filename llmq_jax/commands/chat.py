@@ -5,8 +5,9 @@ as Ctrl-D does. At a terminal, Ctrl-C stops a reply, and what was said of it sta
 was, the message goes too. Replies go to standard output, all else to standard error. From a file, any other line is a
 message, and the exit code is 1 if one of them found no room.
 
-When a conversation outgrows the model's context, its oldest turns are forgotten, which a note says. The first reply
-draws from the seed, each one after it from the next number.
+When a conversation outgrows the model's context, its oldest turns are forgotten, which a note says; so are those that
+the model's chat template refuses, as one does that takes a single message. The first reply draws from the seed, each
+one after it from the next number.
 """
 
 import contextlib
@@ -83,16 +84,25 @@ class Conversation:
         """A message and the reply to it, the oldest first."""
         self.replies = 0
         """All so far, those that are forgotten included."""
+        self.refusal_is_told = False
 
     def ask(self, message: str) -> Iterator[str]:
-        """The reply as it comes. The oldest turns are forgotten where they leave it no room, and a note says so.
+        """The reply as it comes. The oldest turns are forgotten where they leave it no room, or the chat template does
+        not take them, and a note says so.
 
-        BadInput, with nothing forgotten, where the message alone leaves it none.
+        BadInput, with nothing forgotten, where the message alone leaves it none, or is not taken.
         """
         from llmq_jax.generation import stream
 
+        refused = False
         for forgotten in range(len(self.turns) + 1):
-            tokens = self.lm.chat_tokens(self._messages(self.turns[forgotten:], message))
+            try:
+                tokens = self.lm.chat_tokens(self._messages(self.turns[forgotten:], message))
+            except BadInput:
+                if forgotten == len(self.turns):
+                    raise
+                refused = True
+                continue
             if len(tokens) <= self._room():
                 break
         else:
@@ -103,10 +113,14 @@ class Conversation:
                 f"{self.context}; say less, or lower --max-new-tokens"
             )
         pieces = stream(self.lm, tokens, seed=self.options.seed_of(self.replies), **self.drawing)
-        if forgotten:
+        if refused and not self.refusal_is_told:
+            self.refusal_is_told = True
+            note = "the model's chat template takes no further turn; from now on earlier ones are forgotten"
+            print(f"note: {note}", file=sys.stderr)
+        elif forgotten and not refused:
             turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
             print(f"note: the conversation outgrew the context; its oldest {turns} forgotten", file=sys.stderr)
-            del self.turns[:forgotten]
+        del self.turns[:forgotten]
         return pieces
 
     def add(self, message: str, reply: str) -> None:

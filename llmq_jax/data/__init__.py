@@ -2,6 +2,7 @@
 labelled texts, conversations and preference pairs for fine-tuning."""
 
 from llmq_jax.data.batching import multi_token_rows, pack, packed_rows, pad
+from llmq_jax.data.chat_style import as_chat_template
 from llmq_jax.data.conversations import Conversation, read_conversations
 from llmq_jax.data.instruction_batches import (
     Example,
@@ -89,6 +90,7 @@ __all__ = [
     "TrainingBatches",
     "alpaca_prompt",
     "are_held_out",
+    "as_chat_template",
     "chat_ending",
     "check_vocabulary",
     "class_names",

@@ -5,6 +5,7 @@
     conversations                 ShareGPT's: [{"from": "system", "human" or "gpt", "value": text}, ...]
     prompt, completion            two strings, or two lists of messages
     text                          all in one, for training on all of it
+    question, answer              GSM8K's: two strings, which are a prompt and its completion
 
 Messages may have either spelling, wherever they stand.
 How they become text is in prompt_templates.py, how tokens and batches in instruction_batches.py.
@@ -30,6 +31,7 @@ FORMS = {
     "prompt": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "question": ("question", "answer"),
 }
 """{form: the fields that it must have}, in the order in which they are looked for."""
 LOST = {
@@ -37,6 +39,7 @@ LOST = {
     "conversations": ("tools", "functions", "system"),
     "prompt": ("tools",),
     "alpaca": ("system", "history"),
+    "question": ("tools", "context", "choices"),
 }
 LOST_OF_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """What other programs would train on, and is not read: refused where it is not empty."""
@@ -49,7 +52,7 @@ class Conversation:
     where: str
     """The file and the row, for messages."""
     form: str
-    """One of FORMS."""
+    """One of FORMS. ShareGPT's conversations and two lists are "messages", a question and its answer are "prompt"."""
     messages: tuple[Message, ...]
     """All messages, whatever the form: a prompt is the user's, what answers it the assistant's."""
     given: int = 0
@@ -107,9 +110,11 @@ def as_conversation(record: Record) -> Conversation:
         return Conversation(where, "messages", message_list(record, form))
     if form == "prompt":
         return _prompt_and_completion(record)
+    if form == "question":
+        return Conversation(where, "prompt", _asked_and_answered(record, "question", "answer"), given=1)
     if form == "alpaca":
         given = record.text("input") if "input" in fields else ""
-        messages = ({"role": "user", "content": record.text("instruction")}, answer(record, "output"))
+        messages = _asked_and_answered(record, "instruction", "output")
         return Conversation(where, form, messages, given=1, input=given)
     return Conversation(where, form, ({"role": "assistant", "content": _not_empty(record.text("text"), where)},))
 
@@ -130,11 +135,15 @@ def answer(record: Record, name: str) -> Message:
     return {"role": "assistant", "content": _not_empty(record.text(name), f"{record.where}: field {name!r}")}
 
 
+def _asked_and_answered(record: Record, asked: str, answered: str) -> tuple[Message, Message]:
+    """Two texts as what the user and what the assistant says."""
+    return {"role": "user", "content": record.text(asked)}, answer(record, answered)
+
+
 def _prompt_and_completion(record: Record) -> Conversation:
     kinds = [isinstance(record.fields[name], str) for name in ("prompt", "completion")]
     if all(kinds):
-        messages = ({"role": "user", "content": record.text("prompt")}, answer(record, "completion"))
-        return Conversation(record.where, "prompt", messages, given=1)
+        return Conversation(record.where, "prompt", _asked_and_answered(record, "prompt", "completion"), given=1)
     if any(kinds):
         raise BadInput(f"{record.where}: prompt and completion must both be strings, or both be lists of messages")
     prompt, completion = message_list(record, "prompt"), message_list(record, "completion")

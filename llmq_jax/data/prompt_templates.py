@@ -7,8 +7,12 @@
 An answer goes from where the template lets the assistant begin to where the next message begins: the end of turn that
 the template writes belongs to it, and is learned with it. (alpaca and plain write none; the tokenizer's end of text,
 which is no text, takes its place.)
+
+Alpaca's and the plain template are in Jinja too, as chat templates, so that a model that was tuned by one of them is
+asked in its style from then on: see chat_style.py.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -37,6 +41,39 @@ UNASKED = "begins with the assistant, which answers nothing: put a prompt before
 """Why answers cannot be learned."""
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+INSTRUCTION, INPUT, RESPONSE = f"{PREAMBLE}\n\n### Instruction:\n", "### Input:\n", "### Response:\n"
+PARAGRAPH = "\n\n"
+"""What ends an instruction, and an input."""
+
+ONE_TURN = """\
+{%- set roles = messages | map(attribute="role") | list -%}
+{%- if roles != ["user"] and (add_generation_prompt or roles != ["user", "assistant"]) -%}
+{{- raise_exception("the model answers one message of the user and takes no others, and not " ~ roles | join(", ")) -}}
+{%- endif -%}
+{{- beginning ~ instruction ~ messages[0].content ~ paragraph -}}
+{%- if input and messages[0].input -%}
+{{- input ~ messages[0].input ~ paragraph -}}
+{%- endif -%}
+{%- if add_generation_prompt or roles | length == 2 -%}
+{{- response -}}
+{%- endif -%}
+{%- if roles | length == 2 -%}
+{{- messages[1].content ~ end -}}
+{%- endif -%}"""
+"""A template in Jinja for one message and its answer. The tokenizer's `beginning` and `end` come before it."""
+
+
+def set_in_jinja(**texts: str) -> str:
+    """Variables of a template, a line each. As JSON, whose escapes are Jinja's, for it would trim line breaks."""
+    lines = (f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}\n" for name, text in texts.items())
+    return "".join(lines)
+
+
+STYLES = {
+    "alpaca": set_in_jinja(instruction=INSTRUCTION, input=INPUT, paragraph=PARAGRAPH, response=RESPONSE) + ONE_TURN,
+    "plain": set_in_jinja(instruction="", input="", paragraph="", response="") + ONE_TURN,
+}
+"""{template: its text in Jinja, without a beginning and an end}. Alpaca's input is the key `input` of the message."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +118,17 @@ def check_train_on(train_on: TrainOn) -> None:
         raise BadInput(f"train_on must be {', '.join(TRAIN_ON)} or numbers of answers, not {train_on!r}")
 
 
+def style_of(chat_template: ChatTemplate | None) -> str | None:
+    """Which of STYLES a chat template is; None for any other."""
+    source = "" if chat_template is None else chat_template.source
+    return next((name for name, style in STYLES.items() if source.endswith(style)), None)
+
+
 def default_template(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> str:
-    """The model's chat template where it has one and the data are questions and answers; else what fits the data."""
+    """The model's chat template where it has one and the data are questions and answers; else what fits the data.
+    Prompts and completions are plain, unless the chat template is one of STYLES, which an earlier run left."""
     form = conversations[0].form
-    if form in ("prompt", "text"):
+    if form == "text" or (form == "prompt" and style_of(tokenizer.chat_template) is None):
         return "plain"
     return "chat" if form == "messages" or tokenizer.chat_template is not None else "alpaca"
 
@@ -116,13 +160,16 @@ def render(conversation: Conversation, template: str, chat_template: ChatTemplat
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:
     """Alpaca's text up to the response."""
-    section = f"### Input:\n{given}\n\n" if given else ""
-    return f"{PREAMBLE}\n\n### Instruction:\n{instruction}\n\n{section}### Response:\n"
+    section = f"{INPUT}{given}{PARAGRAPH}" if given else ""
+    return f"{INSTRUCTION}{instruction}{PARAGRAPH}{section}{RESPONSE}"
 
 
 def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
     """Where answers begin and end is found by writing the conversation's beginnings too."""
     messages, where = conversation.chat(), conversation.where
+    if conversation.input and style_of(template) == "alpaca":
+        first, *others = conversation.messages
+        messages = [{**first, "input": conversation.input}, *others]
 
     def written(count: int, *, opens_answer: bool = False) -> str:
         try:

@@ -17,6 +17,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax import generation
 from llmq_jax.commands.chat import Conversation, Options
+from llmq_jax.data import as_chat_template
 
 SAMPLER = lq.Sampler(temperature=0.8, top_p=0.95)  # the default
 SYSTEM, USER, ASSISTANT, END = 257, 258, 259, 260
@@ -145,6 +146,20 @@ def test_just_as_much_is_forgotten_as_must_be(chat_model, capsys):
         "note: the conversation outgrew the context; its oldest turn is forgotten",
         "note: the conversation outgrew the context; its oldest 3 turns are forgotten",
     ]
+
+
+def test_a_template_for_one_message_is_asked_each_alone(llmq, chat_model, tmp_path, monkeypatch):
+    tokenizer = chat_model.tokenizer.with_chat_template(as_chat_template("plain", chat_model.tokenizer))
+    lm = chat_model.replace(tokenizer=tokenizer)
+    lq.save(lm, tmp_path / "model")
+    lines = ["one", "two", "three"]
+    expected = [lm.chat([user(line)], max_new_tokens=8, sampler=SAMPLER, seed=seed) for seed, line in enumerate(lines)]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    code, out, err = llmq("chat", tmp_path / "model", "--max-new-tokens", 8)
+    assert (code, out) == (0, "".join(f"{reply}\n" for reply in expected))
+    assert err == "note: the model's chat template takes no further turn; from now on earlier ones are forgotten\n"
+    code, out, err = llmq("chat", tmp_path / "model", "--system", "be")
+    assert (code, out) == (2, "") and "the chat template refused these messages: the model answers one mes" in err
 
 
 def test_a_draft_model_that_reads_less_has_the_say(chat_model):

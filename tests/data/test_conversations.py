@@ -84,6 +84,19 @@ def test_prompt_and_completion(tmp_path):
     assert learned(rendered) == ["d<|im_end|>\n"], "an answer in the prompt is given"
 
 
+def test_question_and_answer(tmp_path):
+    """As a prompt and its completion, with a calculator's marks as they are; beside a form of its own they are no more
+    than other fields."""
+    answer = "48/2 = <<48/2=24>>24\n#### 24"
+    asked, prompt = read(tmp_path, {"question": "How many?", "answer": answer}, {"prompt": "a", "completion": "b"})
+    assert (asked.form, asked.given) == (prompt.form, prompt.given) == ("prompt", 1)
+    assert asked.messages == (user("How many?"), assistant(answer))
+    assert learned(render(asked, "plain")) == [answer]
+    for record in (PROMPT, ALPACA, CHAT, {"text": "x"}):
+        (alone,), (beside,) = read(tmp_path, record), read(tmp_path, {**record, "question": "q", "answer": "a"})
+        assert alone == beside
+
+
 def said(who, text):
     return {"from": who, "value": text}
 
@@ -253,9 +266,13 @@ def test_default_template(tmp_path):
 
 BAD = [
     (
-        {"question": "x", "answer": "y"},
-        r"is no conversation \(fields found: question, answer\): it needs .*; or prompt, c",
+        {"question": "x", "reply": "y"},
+        r"is no conversation \(fields found: question, reply\): it needs .*; or prompt, c.*; or question, answer$",
     ),
+    ({"question": "x", "answer": 2}, r"field 'answer' must be a string, not a number"),
+    ({"question": "x", "answer": ""}, r"field 'answer': the response is empty"),
+    ({"question": "x", "answer": "y", "choices": ["y", "z"]}, r"has 'choices', which is not read: write it into the"),
+    ({"question": "x", "answer": "y", "context": "z"}, r"has 'context', which is not read: write it into the"),
     ({**ALPACA, "output": " \n"}, r"field 'output': the response is empty"),
     ({**ALPACA, "output": 5}, r"field 'output' must be a string, not a number"),
     ({**ALPACA, "input": ["x"]}, r"field 'input' must be a string, not a list"),

@@ -116,7 +116,7 @@ def test_a_run_learns_and_leaves_what_it_promises(instruct, drawn):
         assert Path("run", name).exists()
     assert "11 conversations to learn, 1 held out (template: alpaca)" in out
     assert re.search(r"before training: validation loss \d\.\d{4}\nSay ", out) and "step 20: sample" in out
-    assert "$'Below is an instruction" in out and "python -m convert.to_hf run run-hf" in out
+    assert out.endswith("next:\n  llmq chat run\n  python -m convert.to_hf run run-hf\n")
     config = json.loads(Path("run/config.json").read_text())
     assert {"template": "alpaca", "context": 320, "train_on": "response", "pack": True}.items() <= config.items()
 
@@ -200,6 +200,119 @@ def test_a_chat_models_own_template(instruct, tmp_path):
     assert lm.generation.eos_token_id == (256, *end)
     # Five conversations of "Ho 😀<|im_end|>\n" are learned, 9 tokens each.
     assert "45 of " in out
+
+
+@pytest.fixture
+def call(capsys):
+    """`call(main, *arguments)` -> (stdout, stderr) of another program, which ends well."""
+    from llmq_jax.command_line import run
+
+    def call(main, *arguments):
+        with pytest.raises(SystemExit) as ended:
+            run(main, list(arguments), program="program")
+        out, err = capsys.readouterr()
+        assert not ended.value.code, err
+        return out, err
+
+    return call
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_run_is_asked_in_the_style_that_it_learned(instruct, call, alpaca, train):
+    """What it saves has it as its chat template, and so have its export and that of adapters alone."""
+    transformers = pytest.importorskip("transformers")
+    from convert.to_hf import main as to_hf
+
+    code, out, err = instruct(*GIVEN, "--train", train, "--sample-every=0", "--evaluate-every=0")
+    assert (code, err) == (0, "") and "(template: alpaca)" in out and "chat template" not in out
+    lm = lq.load("run")
+    assert lm.generation.eos_token_id == (256,)
+    call(to_hf, "run", "hf")
+    folders = ["hf"]
+    if train == "lora":
+        out, _ = call(to_hf, "run", "adapter", "--adapter", "--base=hf")
+        assert re.search("next: llmq chat .*/adapter\n", out)
+        folders.append("adapter")
+    for conversation in read_conversations(alpaca)[:2]:  # with an input, and without
+        asked, answer = conversation.messages
+        messages = [{**asked, "input": conversation.input}, answer]
+        example = tokenize(render(conversation, "alpaca"), ByteTokenizer())
+        prompt = example.tokens[: int(example.learned.argmax())].tolist()
+        assert lm.chat_tokens(messages[:1]) == prompt
+        for folder in folders:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder)
+            assert theirs.apply_chat_template(messages, return_dict=False) == example.tokens.tolist()
+            assert theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False) == prompt
+
+
+def test_what_goes_on_from_a_run_goes_on_in_its_style(instruct, call, tmp_path):
+    """By the defaults, where strings would be plain."""
+    from train.dpo import main as dpo
+    from train.grpo import main as grpo
+
+    instruct(*GIVEN, "--sample-every=0", "--evaluate-every=0", "--steps=1")
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Say {word}.", "chosen": word, "rejected": "no"}) + "\n" for word in WORDS)
+    )
+    given = ("--init-from=run", "--train=all", "--steps=1", "--batch-size=2")
+    out, err = call(dpo, "--data=pairs.jsonl", "--out=dpo", "--sample-every=0", *given)
+    assert err == "" and "(template: chat)" in out and "llmq chat dpo" in out
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {word}."}) + "\n" for word in WORDS))
+    options = ("--prompts-per-step=1", "--group-size=2", "--max-new-tokens=2", "--reward=length:1", "--sample-every=1")
+    call(grpo, "--data=prompts.jsonl", "--out=grpo", "--evaluate-every=0", *options, *given[:-1])
+    assert "### Instruction: Say " in Path("grpo/samples.txt").read_text()
+    template = lq.load("run").tokenizer.chat_template.source
+    assert {lq.load(run).tokenizer.chat_template.source for run in ("dpo", "grpo")} == {template}
+
+    # A run that goes on in the style says nothing of it, one in another does.
+    again = ("--sample-every=0", "--evaluate-every=0", "--steps=1", "--init-from=run")
+    _, out, _ = instruct("--data", "ALPACA", *again, "--out=again")
+    assert "(template: chat)" in out and "in the style" not in out
+    (tmp_path / "strings.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) + "\n")
+    _, out, _ = instruct("--data=strings.jsonl", *again, "--out=other", "--template=plain")
+    assert "style plain, which is its chat template from now on; the model's own stays with run\n" in out
+    assert lq.load("other").chat_tokens([{"role": "user", "content": "1 + 1 ="}]) == list(b"1 + 1 =")
+
+
+def test_a_chat_model_that_learns_in_another_style(instruct):
+    """The run's style is what it answers to; where the model's own template is, is told."""
+    given = ("--template=alpaca", "--sample-every=0", "--steps=1")
+    _, out, _ = instruct("--data", "ALPACA", "--init-from", "CHAT", *given)
+    assert re.search("the run answers in the style alpaca, .*; the model's own stays with .*/chat0/model\n", out)
+    said = [{"role": "user", "content": "Hi"}]
+    assert lq.load("run").tokenizer.chat_template.render(said).endswith("### Instruction:\nHi\n\n### Response:\n")
+
+
+def test_a_run_that_began_without_a_style_goes_on(instruct, monkeypatch):
+    """As those of earlier versions did; its next checkpoint has it."""
+    from llmq_jax.training.engine import _Loop
+
+    options = (*GIVEN, "--sample-every=0", "--checkpoint-every=2", "--evaluate-every=0")
+    read = _Loop.read
+
+    def interrupted(loop, done):
+        if done.step == 5:
+            raise KeyboardInterrupt
+        read(loop, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.instruct.in_style", lambda options, conversations, tokenizer: tokenizer)
+        patch.setattr(_Loop, "read", interrupted)
+        assert instruct(*options)[0] == 130
+    assert lq.load("run").tokenizer.chat_template is None
+    code, out, err = instruct(*options)
+    assert (code, err) == (0, "") and "resuming run from step 4" in out
+    assert lq.load("run").tokenizer.chat_template is not None
+
+
+def test_texts_without_prompts_have_no_style(instruct, tmp_path):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} and more"}) + "\n" for i in range(4)))
+    given = ("--data=texts.jsonl", "--train-on=all", "--sample-every=0", "--steps=1")
+    for model in ("MODEL", "CHAT"):
+        _, out, _ = instruct(*given, "--init-from", model, f"--out=of-{model}")
+        assert f"next:\n  llmq generate of-{model} --prompt The\n" in out
+    assert lq.load("of-MODEL").tokenizer.chat_template is None
+    assert lq.load("of-CHAT").tokenizer.chat_template.source == CHATML
 
 
 PREVIEW = ("--batch-size=2", "--train=all", "--preview")
@@ -379,7 +492,7 @@ def test_a_run_has_a_folder_and_a_preview_no_steps(instruct):
 
 
 def test_a_misspelt_field_is_found_before_the_model_is_loaded(instruct, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"question": "x", "answer": "y"}\n')
+    (tmp_path / "a.jsonl").write_text('{"question": "x", "anwser": "y"}\n')
     code, _, err = instruct("--data", "a.jsonl", "--init-from", "nowhere")
     assert code == 2 and "a.jsonl: line 1 is no conversation" in err
 
