@@ -142,8 +142,6 @@ class ConfigTable:
     """{their field: the only value that we compute}; written on export."""
     ignored: frozenset[str] = frozenset()
     """Fields of this architecture that do not change what we compute."""
-    token_ids: Mapping[str, int] = field(default_factory=dict)
-    """Special tokens that transformers assumes where config.json names none."""
     own: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """{our field that transformers does not compute: (the value that it computes with, what to do with another)}."""
     training: frozenset[str] = frozenset()

@@ -21,6 +21,7 @@ from llmq_jax.interop.configs import (
     ConfigTable,
     require_whole_heads,
 )
+from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
@@ -84,7 +85,8 @@ def read_multimodal(values: Mapping[str, Any]) -> dict[str, Any]:
     # The head of the whole model is the text part's; what it tells apart, whether it is tied and how weights are kept,
     # the whole model's config says.
     head = {name: values.get(name) for name in (*CLASSIFIER_FIELDS, "quantization_config")}
-    return {**text, **head, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    special = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
+    return {**text, **head, **special, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def write_gemma2(config: Gemma2Config, values: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +108,6 @@ _SHARED = """
 """
 SHARED = GROUPED | set(_SHARED.split())
 OWN = {"norm": ("zero_centred_rms_norm", KEEP), "experts": (None, KEEP)}
-TOKEN_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 # The activation is hidden_activation's, whatever hidden_act says; caches are ours.
 IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"})
 
@@ -119,7 +120,6 @@ GEMMA2_CONFIG = ConfigTable(
     fixed={"use_bidirectional_attention": False},
     own=OWN,
     ignored=IGNORED,
-    token_ids=TOKEN_IDS,
     read=read_rope,
     write=write_gemma2,
 )
@@ -133,7 +133,6 @@ GEMMA3_CONFIG = ConfigTable(
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     own=OWN | {"attn_logit_softcapping": (None, KEEP)},
     ignored=IGNORED | {"_sliding_window_pattern"},
-    token_ids=TOKEN_IDS,
     read=read_gemma3,
     write=write_gemma3,
 )

@@ -63,7 +63,6 @@ CONFIG = ConfigTable(
     },
     # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
     ignored=frozenset({"output_router_logits"}),
-    token_ids={"bos_token_id": 1, "eos_token_id": 2},
     read=read_rope,
     write=write_sizes,
 )

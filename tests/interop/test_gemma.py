@@ -1,6 +1,7 @@
 """Gemma's names and config.json, there and back: spellings of layers and RoPE, the text of the multimodal model."""
 
 import json
+import shutil
 import warnings
 from functools import cache
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
+from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load, save
 from llmq_jax.layers.positions import DynamicRope, LinearRope, Rope
@@ -441,6 +443,24 @@ def test_the_text_part_of_a_multimodal_folder(multimodal, spelling, tmp_path):
     with torch.no_grad():
         found = theirs(input_ids=torch.arange(40)[None] % 11).logits.numpy()
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "outer", [{}, {"eos_token_id": [3, 4]}, {"eos_token_id": None, "bos_token_id": 5}], ids=["text", "both", "null"]
+)
+def test_special_tokens_of_a_multimodal_folder(multimodal, outer, tmp_path):
+    """Those of the whole model's config, and of its text part's what that does not name."""
+    folder, _ = multimodal
+    values = json.loads((folder / "config.json").read_text())
+    values = {name: value for name, value in values.items() if not name.endswith("_token_id")}
+    values["text_config"] |= {"bos_token_id": None, "eos_token_id": [1, 6], "pad_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values | outer))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path, "config.json", _from_model_config=True)
+    with pytest.warns(UserWarning, match="other parts are ignored"):
+        found = load(tmp_path).generation
+    assert found.token_ids() == {name: getattr(theirs, name) for name in TOKEN_IDS}
+    assert found.pad_token_id == 2
 
 
 def test_a_multimodal_folder_that_lacks_weights_is_refused(multimodal):

@@ -165,6 +165,28 @@ def test_special_tokens_of_config_json_where_there_is_no_generation_config(their
         load(theirs)
 
 
+def test_special_tokens_that_no_file_names(tmp_path):
+    """transformers' class of a Llama's config has some, by which its models end no text."""
+    folder = tmp_path / "theirs"
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", bos_token_id=..., eos_token_id=...)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.config.eos_token_id == 2
+    assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (None, None)
+    lm = load(folder)
+    assert lm.generation == GenerationConfig()
+    assert json.loads((save_hf(lm, tmp_path / "ours") / "config.json").read_text())["eos_token_id"] is None
+    # The tokenizer's own end token ends what the model writes, unless a file says that none does.
+    ByteTokenizer().save(folder)
+    assert load(folder).generation == GenerationConfig(eos_token_id=(256,))
+    edit_json(folder / "config.json", eos_token_id=None)
+    assert load(folder).generation == GenerationConfig()
+
+
 def test_tokenizer_files_are_kept(lm, tmp_path):
     gpt2 = GPT2Tokenizer()
     config = dataclasses.replace(CONFIG, vocab_size=gpt2.vocab_size)
