@@ -117,7 +117,7 @@ def test_a_merge_of_what_is_no_token(tmp_path):
             lambda values: values["post_processor"]["single"].append({"Sequence": {"id": "A", "type_id": 0}}),
             "drops or repeats the text",
         ),
-        ("tokenizer_config.json", lambda values: values.update(eos_token="\ud800"), "is not valid Unicode"),
+        ("special_tokens_map.json", lambda values: values.update(eos_token="\ud800"), "is not valid Unicode"),
     ],
 )
 def test_tokenizers(tmp_path, name, change, message):
