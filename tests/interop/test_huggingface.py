@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
@@ -26,6 +28,7 @@ from llmq_jax.interop.safetensors_files import open_safetensors, write_safetenso
 from llmq_jax.language_model import LanguageModel, load
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.weight_type import weight_type
 from tests.byte_fallback import fallback_tokenizer
 
 CONFIG = GPT2Config(
@@ -128,6 +131,27 @@ def test_export_in_another_type(lm, tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     assert load(folder).params["final_norm"]["scale"].dtype == ml_dtypes.bfloat16
     assert load(folder, dtype="float32").params["final_norm"]["scale"].dtype == np.float32
+
+
+@pytest.mark.parametrize("stored", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_float8_is_for_storage_alone(theirs, stored):
+    """Without scales; transformers, too, computes in bfloat16 what is stored so."""
+    state = {name: array.astype(stored) for name, array in load_file(theirs / "model.safetensors").items()}
+    torch_type = {ml_dtypes.float8_e4m3fn: torch.float8_e4m3fn, ml_dtypes.float8_e5m2: torch.float8_e5m2}[stored]
+    safetensors.torch.save_file(
+        {name: torch.tensor(array.view(np.uint8)).view(torch_type) for name, array in state.items()},
+        theirs / "model.safetensors",
+        {"format": "pt"},
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.bfloat16).eval()
+    lm = load(theirs)
+    assert weight_type(jax.tree.leaves(lm.params)) == ml_dtypes.bfloat16
+    tokens = tokens_for(lm)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.float().numpy()
+    np.testing.assert_allclose(lm.logits(tokens), expected, rtol=0, atol=0.02)
+    for array in jax.tree.leaves(load(theirs, dtype="float32").params):
+        assert array.dtype == np.float32
 
 
 def test_shards(lm, tmp_path):
