@@ -27,7 +27,7 @@ from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.language_model import LanguageModel, load
 from llmq_jax.models import build
 from llmq_jax.models.llama3 import Llama3Config
-from tests.fuzz.bounds import bounded
+from tests.fuzz.bounds import bounded, bounded_time
 from tests.fuzz.readers import gguf_file, tokenizer_files
 from tests.interop.weights import draw_variables
 
@@ -247,12 +247,28 @@ def test_gguf_sizes_are_held_against_the_file(watched, place, length):
     assert "not a GGUF file, or truncated or damaged" in refused(open_gguf, watched / "model.gguf")
 
 
-@pytest.mark.parametrize("pattern", ["(.*.*)*x", "((a+)+)+$", ".*.*.*.*.*.*x", "(", "a" * 5000])
-def test_an_adapter_whose_patterns_take_for_ever(watched, pattern):
+def adapted(folder: Path, **fields) -> LanguageModel:
+    """A model with the adapter that is written into a folder, which is at the queries of its only layer."""
     lm = LanguageModel(CONFIG, build(CONFIG), draw_variables(CONFIG), None, GenerationConfig())
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     state = {name.format("A"): np.ones((2, 8), np.float32), name.format("B"): np.ones((8, 2), np.float32)}
-    safetensors.numpy.save_file(state, watched / "adapter_model.safetensors")
-    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {pattern: 4}}
-    (watched / "adapter_config.json").write_text(json.dumps(values))
-    assert "pattern" in refused(load_adapter, lm, watched)
+    safetensors.numpy.save_file(state, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return load_adapter(lm, folder)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(.*.*)*x", "((a+)+)+$", ".*.*.*.*.*.*x", ".?" * 200 + "X", "(.|.)" * 40 + "X", "q_proj|(.*.*)*x"]
+)
+def test_an_adapter_whose_patterns_take_for_ever(watched, pattern):
+    """By Python's own search."""
+    with bounded(60), bounded_time():
+        lm = adapted(watched, alpha_pattern={pattern: 6})
+    scale = lm.variables["lora_fixed"]["group_0"]["block_0"]["attention"]["query"]["kernel"]["scale"]
+    assert scale.tolist() == [3.0 if pattern.startswith("q_proj") else 2.0]
+
+
+@pytest.mark.parametrize("pattern", ["(", "a" * 5000, "a{1000}", r"(.+)\1", "(?!x)q_proj", "\ud800", "(?:" * 300])
+def test_an_adapter_whose_patterns_are_not_searched_for(watched, pattern):
+    assert "pattern" in refused(adapted, watched, rank_pattern={pattern: 4})
