@@ -25,6 +25,7 @@ from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.models.config import MOST_LAYERS
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
 
 GEMMA3 = WeightTable(
@@ -70,7 +71,8 @@ def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
     values = read_ropes(values)
     every = values.pop("sliding_window_pattern", None)
     layers = values.get("num_hidden_layers", Gemma3Config.num_hidden_layers)
-    if values.get("layer_types") is None and every is not None and type(layers) is int:
+    listed = type(layers) is int and layers <= MOST_LAYERS  # more are refused as they are
+    if values.get("layer_types") is None and every is not None and listed:
         if type(every) is not int or every < 1:
             raise BadInput(f"sliding_window_pattern={every!r} is not the distance of two global layers, at least 1")
         values["layer_types"] = [GLOBAL if (layer + 1) % every == 0 else LOCAL for layer in range(layers)]

@@ -20,7 +20,7 @@ from gguf import GGUFWriter
 from llmq_jax.adapters import load_adapter
 from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.architectures import config_to_hf, to_state_dict
+from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import open_gguf
 from llmq_jax.interop.safetensors_files import open_safetensors
@@ -183,6 +183,13 @@ def test_a_config_that_asks_for_code(watched):
 def test_sizes_that_no_memory_holds(watched, fields):
     write_model(watched, **fields)
     assert refused(load, watched).startswith(f"{watched}")
+
+
+@pytest.mark.parametrize("layers", [10**8, 2**62])
+def test_layers_that_are_not_listed_one_by_one(watched, layers):
+    fields = {"num_hidden_layers": layers, "sliding_window_pattern": 6}
+    with bounded_time():
+        assert "num_hidden_layers=" in refused(config_from_hf, {"model_type": "gemma3_text", **fields})
 
 
 def test_labels_cannot_write_to_the_terminal(watched):
