@@ -54,6 +54,7 @@ def test_json_that_python_does_not_read(tmp_path, content):
         ),
         ({"architectures": CLASSIFIER, "num_labels": 2**40}, "classes is not supported"),
         ({"architectures": CLASSIFIER, "id2label": {"0": 1}}, "has names that are no strings"),
+        ({"architectures": CLASSIFIER, "id2label": {"0": "\ud800"}}, "has half a surrogate pair"),
         ({"architectures": CLASSIFIER, "problem_type": []}, "problem_type=[] is not supported"),
         ({"model_type": ["llama"]}, "model_type=['llama'] is no name"),
         ({"rms_norm_eps": 10**400}, "is not of the type float"),
