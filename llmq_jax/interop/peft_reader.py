@@ -100,6 +100,8 @@ def base_of(folder: Path) -> tuple[str, int]:
     if values.get("revision") and is_hub_id(base):
         base = f"{base}@{values['revision']}"
     score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
+    if score is not None and len(score.shape) != 2:
+        raise BadInput(f"{folder / WEIGHTS}: {HEAD} is {list(score.shape)}, and a head has two axes")
     return base, 0 if score is None else score.shape[0]
 
 
@@ -419,6 +421,8 @@ class _Reader:
         return self.values.get("base_model_name_or_path")
 
     def _scale(self, module: str, rank: int) -> np.float32:
+        if rank < 1:
+            raise BadInput(f"{self.folder / WEIGHTS}: the adapter of {module} has the rank {rank}; it needs at least 1")
         alpha = self._pattern("alpha_pattern", module, self.values.get("lora_alpha", 8))
         return np.float32(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 
