@@ -34,6 +34,7 @@ from llmq_jax.layers.lora import (
 from llmq_jax.models import abstract_variables
 
 HEAD = f"{PREFIX}score.weight"
+ADAPTED_HEAD = f"{PREFIX}lm_head.base_layer.weight"
 # Fields of adapter_config.json that are read, with their types.
 FIELDS = {
     "peft_type": str,
@@ -282,15 +283,18 @@ class _Reader:
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def whole_matrices(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Variables with a classifier's head that the folder holds (`modules_to_save`) in place of theirs."""
-        head = self.state.get(HEAD)
-        if head is None or self.config.labels is None:
-            return variables
-        kernel = variables["params"]["score"]["kernel"]
-        if head.shape != kernel.shape[::-1]:
-            raise self._other_base(HEAD, head.shape, kernel.shape[::-1])
-        del self.state[HEAD]
-        params = {**variables["params"], "score": {"kernel": jnp.asarray(head.T, kernel.dtype)}}
+        """Variables with the heads that the folder holds in place of theirs: a classifier's (`modules_to_save`), and a
+        language model's that has an adapter, which PEFT keeps beside it."""
+        params = dict(variables["params"])
+        for name, module in ((HEAD, "score"), (ADAPTED_HEAD, "lm_head")):
+            head = self.state.get(name)
+            if head is None or module not in params:
+                continue
+            kernel = params[module]["kernel"]
+            if head.shape != kernel.shape[::-1]:
+                raise self._other_base(name, head.shape, kernel.shape[::-1])
+            del self.state[name]
+            params[module] = {"kernel": jnp.asarray(head.T, kernel.dtype)}
         return {**variables, "params": params}
 
     def check_all_read(self) -> None:
