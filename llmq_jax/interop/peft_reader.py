@@ -309,6 +309,10 @@ class _Reader:
                 hint = f"; modules_to_save={whole} are not supported but for a classifier's head: merge them in PEFT"
             elif some[0].removeprefix(PREFIX).startswith(self.beside):
                 hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
+            elif some[0].startswith(f"{PREFIX}lm_head."):
+                hint = "; it adapts the head, which is the embedding here (tie_word_embeddings): merge it in PEFT"
+            elif any("lora_embedding_" in name for name in some):
+                hint = "; adapters of embeddings are not supported: merge them in PEFT"
             elif "lora_" in some[0]:
                 hint = ": it is an adapter of another base" + (f" ({base})" if (base := self._base()) else "")
             raise BadInput(

@@ -275,6 +275,22 @@ def test_an_adapter_at_the_head_comes_with_its_matrix(pair_of, tmp_path):
         np.testing.assert_allclose(lq.load_adapter(lm, tmp_path / name).logits(tokens), expected, atol=LOGITS, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("targets", "hint"),
+    [
+        (["q_proj", "lm_head"], "it adapts the head, which is the embedding here"),
+        (["q_proj", "embed_tokens"], "adapters of embeddings are not supported: merge them in PEFT"),
+    ],
+)
+def test_adapters_of_embeddings_are_refused_by_name(pair_of, tmp_path, targets, hint):
+    anew, lm = pair_of("gemma2")
+    spec = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted_by(anew(), spec).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=f"has no place in this gemma2; {hint}"):
+        lq.load_adapter(lm, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """(ours, a folder with an adapter for it)."""
