@@ -136,6 +136,8 @@ class ConfigTable:
     `training` is a field of somebody's own, which transformers would pass over."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """{our field: their field} where the names differ; both are read, theirs is written."""
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """{another name of a field in config.json: the field}, transformers' `attribute_map`."""
     aliases: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     """{our field: {their value: our value}} for values that mean the same."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -154,7 +156,11 @@ class ConfigTable:
     def from_hf(self, values: Mapping[str, Any]) -> Any:
         """Our config; fields that are absent take transformers' defaults, which ours are too."""
         labels = read_labels(values)
-        values = self.read(without_blocks(values))
+        values = without_blocks(values)
+        for other, name in self.other_names.items():
+            if other in values and values.get(name, values[other]) != values[other]:
+                raise BadInput(f"{name}={values[name]!r} and {other}={values[other]!r} are one field; keep one of them")
+        values = self.read({self.other_names.get(name, name): value for name, value in values.items()})
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
             if value != supported and (supported or value is not None):

@@ -137,6 +137,7 @@ CONFIG = ConfigTable(
     architecture="DeepseekV3ForCausalLM",
     classifier="DeepseekV3ForSequenceClassification",
     shared=ROTARY | set(_SHARED.split()),
+    other_names={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),

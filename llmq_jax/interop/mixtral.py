@@ -52,6 +52,7 @@ CONFIG = ConfigTable(
     architecture="MixtralForCausalLM",
     classifier="MixtralForSequenceClassification",
     shared=GROUPED | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef"},
+    other_names={"num_experts": "num_local_experts"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0, "sliding_window": None},
     own={

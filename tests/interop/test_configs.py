@@ -126,6 +126,21 @@ def test_values_that_do_not_fit_together():
         config_from_hf({**ORIGINAL, "n_head": 7})
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_other_names_of_fields(model_type):
+    """transformers' attribute_map; where both names stand it goes by their order."""
+    other_names = TABLES[model_type].config.other_names
+    values = {"model_type": model_type} | dict.fromkeys(other_names, 64)
+    theirs = transformers.AutoConfig.for_model(**values)
+    assert dict(theirs.attribute_map) == other_names
+    same = dict.fromkeys(other_names.values(), 64)
+    for ours in (config_from_hf(values), config_from_hf(values | same)):
+        for name in other_names.values():
+            assert getattr(ours, name) == getattr(theirs, name) == 64
+    for other, name in other_names.items():
+        assert f"{name}=32 and {other}=64 are one field" in refused(config_from_hf, values | {name: 32})
+
+
 def test_unknown_architecture():
     with pytest.raises(BadInput, match="model_type 'bert' is not supported; supported: gpt2"):
         config_from_hf({"model_type": "bert"})
