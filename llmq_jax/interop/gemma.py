@@ -66,9 +66,21 @@ GEMMA2 = replace(
 GEMMA3_LAYOUTS, GEMMA2_LAYOUTS = {"hf": GEMMA3}, {"hf": GEMMA2}
 
 
+def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:
+    return within_context(read_rope(values), Gemma2Config)
+
+
+def within_context(values: dict[str, Any], config_class: type[Gemma2Config]) -> dict[str, Any]:
+    """Without what a window has beyond the longest sequence, where it hides nothing."""
+    window, longest = (getattr(config_class, name) for name in ("sliding_window", "max_position_embeddings"))
+    window, longest = values.get("sliding_window", window), values.get("max_position_embeddings", longest)
+    shorter = type(window) is type(longest) is int and window > longest
+    return values | {"sliding_window": longest} if shorter else values
+
+
 def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
     """One spelling: older files say where global layers stand by their distance, and let layer_types out."""
-    values = read_ropes(values)
+    values = within_context(read_ropes(values), Gemma3Config)
     every = values.pop("sliding_window_pattern", None)
     layers = values.get("num_hidden_layers", Gemma3Config.num_hidden_layers)
     listed = type(layers) is int and layers <= MOST_LAYERS  # more are refused as they are
@@ -122,7 +134,7 @@ GEMMA2_CONFIG = ConfigTable(
     fixed={"use_bidirectional_attention": False},
     own=OWN,
     ignored=IGNORED,
-    read=read_rope,
+    read=read_gemma2,
     write=write_gemma2,
 )
 GEMMA3_CONFIG = ConfigTable(

@@ -329,7 +329,6 @@ def test_spellings_of_layers():
     [
         ({"sliding_window": 0}, "Gemma3Config.sliding_window=0 must be at least 1"),
         ({"sliding_window": -4}, "Gemma3Config.sliding_window=-4 must be at least 1"),
-        ({"sliding_window": 65}, "sliding_window=65 must be at most max_position_embeddings=64"),
         ({"sliding_window": None}, "sliding_window=None is not of the type int"),
         ({"sliding_window": 5.5}, "sliding_window=5.5 is not of the type int"),
         ({"layer_types": [LOCAL] * 6}, "has 6 kinds for num_hidden_layers=7"),
@@ -355,8 +354,23 @@ def test_what_makes_no_sense_is_refused(changes, message):
     assert message in refused(config_from_hf, SMALL | changes)
 
 
-def test_a_window_without_a_layer_that_has_it_may_be_any():
-    assert config_from_hf(SMALL | {"layer_types": [GLOBAL] * 7, "sliding_window": 4096}).sliding_window == 4096
+def test_a_window_longer_than_the_context():
+    assert override(GEMMA3, layer_types=[GLOBAL] * 7, sliding_window=4096).sliding_window == 4096
+    assert "sliding_window=65 must be at most max_position_embeddings=64" in refused(
+        override, GEMMA3, sliding_window=65
+    )
+    # In a file it stands for one that hides nothing.
+    for model_type, model in (("gemma3_text", "Gemma3ForCausalLM"), ("gemma2", "Gemma2ForCausalLM")):
+        theirs = transformers.AutoConfig.for_model(model_type, **SIZES | {"sliding_window": 4096})
+        config = config_from_hf(theirs.to_dict())
+        assert config.sliding_window == 64
+        network = getattr(transformers, model)._from_config(theirs, attn_implementation="eager").eval()
+        variables = from_state_dict(network.state_dict(), config)
+        tokens = np.arange(64)[None] % 11
+        with torch.no_grad():
+            expected = network(torch.tensor(tokens)).logits.numpy()
+        ours = LanguageModel(config, build(config), variables)
+        np.testing.assert_allclose(ours.logits(tokens), expected, rtol=0, atol=1e-4)
 
 
 def test_what_transformers_does_not_compute_cannot_be_exported():
