@@ -163,7 +163,8 @@ class ConfigTable:
         values = self.read({self.other_names.get(name, name): value for name, value in values.items()})
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
-            if value != supported and (supported or value is not None):
+            absent = value is None and (name in FIXED or not supported)
+            if value != supported and not absent:
                 raise BadInput(f"{name}={value!r} is not supported, only {supported!r}")
         fields = {}
         for name, hint in typing.get_type_hints(self.config_class).items():

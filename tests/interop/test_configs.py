@@ -12,6 +12,7 @@ import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.interop.architectures import TABLES
+from llmq_jax.interop.configs import FIXED
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import ARCHITECTURES, Architecture, build, init
@@ -99,6 +100,14 @@ def test_what_changes_the_computation_is_refused_by_name(field, value):
 )
 def test_what_does_not_is_passed_over(field, value):
     assert config_from_hf({**ORIGINAL, field: value}) == GPT2Config()
+
+
+@pytest.mark.parametrize("field", FIXED)
+def test_null_is_what_is_not_said(field):
+    values = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 4}
+    assert config_from_hf({**values, field: None}) == config_from_hf(values)
+    theirs = [transformers.AutoConfig.for_model(**values, **said) for said in ({}, {field: None})]
+    assert theirs[0].rope_parameters == theirs[1].rope_parameters
 
 
 @pytest.mark.parametrize(
