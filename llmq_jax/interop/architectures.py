@@ -149,9 +149,11 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
         return config_from_state_dict(state, layout, **given) if stored is None else override(stored, **given)
     if given is None and stored is None:
         missing = TABLES[_recognise(state, layout)].underivable
+        fields = ", ".join(f"{name!r}: ..." for name in missing)
+        option = " or, to convert.from_hf, --num-attention-heads" if missing == ("num_attention_heads",) else ""
         raise BadInput(
-            f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; "
-            f"pass config={{{missing[0]!r}: ...}} (--{missing[0].replace('_', '-')}), or a whole config"
+            f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; put the model's "
+            f"config.json beside them, or pass config={{{fields}}} in Python{option}"
         )
     return stored if given is None else given
 

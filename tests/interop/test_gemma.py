@@ -127,6 +127,13 @@ def test_the_config_from_shapes():
         assert expected in refused(config_from_state_dict, state)
 
 
+def test_all_that_weights_without_a_config_lack_is_named_at_once(tmp_path):
+    save_file(state_of(GEMMA3), tmp_path / "model.safetensors")
+    fields = "config={'num_attention_heads': ..., 'sliding_window': ..., 'query_pre_attn_scalar': ...} in Python"
+    message = refused(load, tmp_path)
+    assert message.endswith(f"put the model's config.json beside them, or pass {fields}")
+
+
 def test_what_does_not_fit_is_named():
     state = dict(state_of(GEMMA3))
     del state["model.layers.2.self_attn.q_norm.weight"]
