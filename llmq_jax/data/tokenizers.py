@@ -309,6 +309,11 @@ class FileTokenizer(Tokenizer):
         # A tokenizer.json may carry the padding and truncation of whoever saved it, and would silently cut texts.
         loaded.no_padding()
         loaded.no_truncation()
+        # Tokens with a name are special, whatever tokenizer.json says of them, as in transformers.
+        with self._told("be read"):
+            named = set(self._files.named_tokens().values())
+            added = loaded.get_added_tokens_decoder().values()
+            loaded.add_special_tokens([token for token in added if token.content in named and not token.special])
         loaded.encode_special_tokens = special_is_text
         return loaded
 

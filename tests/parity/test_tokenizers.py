@@ -122,6 +122,23 @@ def test_tokens_that_are_named_beside_a_vocabulary_are_kept(tmp_path):
         assert again.pad_token_id == (None if is_ours else 50257)
 
 
+def test_a_token_with_a_name_is_special(tmp_path):
+    """Whatever tokenizer.json says of it: else a text could spell the end of a document."""
+    ByteTokenizer().save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"][0]["special"] = False
+    path.write_text(json.dumps(values))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = f"a{END}b"
+    assert not isinstance(ours, ByteTokenizer)
+    assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"] == list(text.encode())
+    assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"] == [97, 256, 98]
+    for skip in (False, True):
+        assert ours.decode([97, 256], skip_special_tokens=skip) == theirs.decode([97, 256], skip_special_tokens=skip)
+    assert json.loads(ours.files()["tokenizer.json"])["added_tokens"][0]["special"] is False  # kept as it came
+
+
 def test_gpt2_ids_equal_transformers():
     """transformers' own class from OpenAI's files, without anything that we wrote in between."""
     vocabulary = packaged_vocabulary()
