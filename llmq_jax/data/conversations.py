@@ -35,9 +35,9 @@ FORMS = {
 }
 """{form: the fields that it must have}, in the order in which they are looked for."""
 LOST = {
-    "messages": ("tools", "functions", "conversations"),
-    "conversations": ("tools", "functions", "system"),
-    "prompt": ("tools",),
+    "messages": ("tools", "functions", "conversations", "chat_template_kwargs"),
+    "conversations": ("tools", "functions", "system", "chat_template_kwargs"),
+    "prompt": ("tools", "chat_template_kwargs"),
     "alpaca": ("system", "history"),
     "question": ("tools", "context", "choices"),
 }
@@ -121,7 +121,7 @@ def as_conversation(record: Record) -> Conversation:
 
 def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
     for name in names:
-        if fields.get(name):
+        if fields.get(name) and fields[name] != "[]":  # a list in JSON, as TRL reads `tools`
             raise BadInput(f"{where} has {name!r}, which is not read: write it into the text, or remove it")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.records import Record, no_field, read_records
+from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 
@@ -199,7 +199,7 @@ def _label(record: Record, name: str) -> str:
     label = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(label, str) or not label or label.isspace():
         raise BadInput(f"{record.where}: field {name!r} is {value!r} and must be a label: a string or a whole number")
-    return label.strip()
+    return checked_text(label, f"{record.where}: field {name!r}").strip()
 
 
 def _is_number(label: str) -> bool:

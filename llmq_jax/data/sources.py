@@ -88,6 +88,11 @@ def text_files(path: DataPath) -> list[Path]:
         raise BadInput(f"there is no file or folder {path}")
     if path.is_file() and path.stat().st_size == 0:
         raise BadInput(f"{path} is empty")
+    if path.is_file() and not _holds_records(path) and b"\0" in _start_of(path):
+        raise BadInput(
+            f"{path} has zero bytes near its start, as UTF-16 and binary files have: only text in UTF-8 is read "
+            "(iconv -f UTF-16LE -t UTF-8 converts it)"
+        )
     return [path]
 
 
@@ -124,14 +129,18 @@ def is_jsonl(path: str | Path) -> bool:
     return format_of(Path(path)) == ".jsonl"
 
 
+def _start_of(path: Path) -> bytes:
+    with FileBytes(path) as stream:
+        return stream.read(_SNIFFED_BYTES)
+
+
 def _passed_over(path: Path) -> str | None:
     return "binary" if not _holds_records(path) and _is_binary(path) else None
 
 
 def _is_binary(path: Path) -> bool:
     """A zero byte near the start, or no UTF-8 there: not a text file."""
-    with FileBytes(path) as stream:
-        start = stream.read(_SNIFFED_BYTES)
+    start = _start_of(path)
     if b"\0" in start:
         return True
     try:

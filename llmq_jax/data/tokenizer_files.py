@@ -54,10 +54,12 @@ class TokenizerFiles:
         return self._json("tokenizer_config.json")
 
     def named_tokens(self) -> dict[str, str]:
-        """{"eos_token": "</s>", ...}, in which tokenizer_config.json has the last word."""
-        named = {}
-        for file in ("special_tokens_map.json", "tokenizer_config.json"):
-            for name, token in self._json(file).items():
+        """{"eos_token": "</s>", ...}: special_tokens_map.json has the last word, as in transformers, which does not
+        read it where tokenizer_config.json has the form of later versions."""
+        config, named = self.config(), {}
+        others = {} if "added_tokens_decoder" in config else self._json("special_tokens_map.json")
+        for values in (config, others):
+            for name, token in values.items():
                 content = token.get("content") if isinstance(token, dict) else token  # an AddedToken written out
                 if name in NAMED_TOKENS and isinstance(content, str):
                     named[name] = content

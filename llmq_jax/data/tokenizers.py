@@ -43,6 +43,8 @@ from llmq_jax.errors import BadInput
 BLOCK_CHARACTERS = 2**20
 """Documents are encoded in blocks of about this many characters, which bounds memory and feeds all cores."""
 
+GPT2_NAMED_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+
 
 class Tokenizer(ABC):
     """What every tokenizer offers."""
@@ -261,7 +263,7 @@ class GPT2Tokenizer(Tokenizer):
             raise BadInput(f"{self.name}: the id of {moved[0]!r} leaves a gap, which a tokenizer.json cannot hold")
         config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "clean_up_tokenization_spaces": False}
         if self.end_of_text is not None:
-            config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+            config |= GPT2_NAMED_TOKENS
         merges = "".join(f"{left} {right}\n" for left, right in self._vocabulary.merges)
         return {
             **_hf_files(exported, config),
@@ -307,6 +309,11 @@ class FileTokenizer(Tokenizer):
         # A tokenizer.json may carry the padding and truncation of whoever saved it, and would silently cut texts.
         loaded.no_padding()
         loaded.no_truncation()
+        # Tokens with a name are special, whatever tokenizer.json says of them, as in transformers.
+        with self._told("be read"):
+            named = set(self._files.named_tokens().values())
+            added = loaded.get_added_tokens_decoder().values()
+            loaded.add_special_tokens([token for token in added if token.content in named and not token.special])
         loaded.encode_special_tokens = special_is_text
         return loaded
 
@@ -454,14 +461,15 @@ def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
     companions = TokenizerFiles.companions(folder)
     config = companions.config()
     kind = config.get("tokenizer_class") or "GPT2Tokenizer"
-    if str(kind).removesuffix("Fast") != "GPT2Tokenizer" or config.get("add_prefix_space"):
-        what = "add_prefix_space" if config.get("add_prefix_space") else f"a {kind}"
+    flag = next((name for name in ("add_prefix_space", "add_bos_token", "add_eos_token") if config.get(name)), None)
+    if str(kind).removesuffix("Fast") != "GPT2Tokenizer" or flag:
+        what = flag or f"a {kind}"
         raise BadInput(
             f"{folder}: tokenizer_config.json names {what}, and vocab.json with merges.txt is read as plain "
             "GPT2Tokenizer alone: have transformers write a tokenizer.json (AutoTokenizer's save_pretrained)"
         )
     named = companions.named_tokens()
-    if companions.chat_template() is None and named.get("eos_token", END_OF_TEXT) == END_OF_TEXT:
+    if companions.chat_template() is None and named.items() <= GPT2_NAMED_TOKENS.items():
         return tokenizer
     files = tokenizer.files()
     own = json.loads(files["tokenizer_config.json"]) | named  # where there is none, it is ours that is kept

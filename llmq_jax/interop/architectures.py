@@ -85,10 +85,17 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
         raise BadInput(f"config.json has no model_type; supported: {SUPPORTED}")
     if not isinstance(values["model_type"], str):
         raise BadInput(f"model_type={values['model_type']!r} is no name; supported: {SUPPORTED}")
-    if values["model_type"] in PARTS:
-        part = PARTS[values["model_type"]]
-        return config_table(part.model_type).from_hf(part.read(values))
+    values = language_part(values)
     return config_table(values["model_type"]).from_hf(values)
+
+
+def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a larger model's config.json says of the part that we have; any other as it is."""
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in PARTS:
+        return values
+    part = PARTS[model_type]
+    return {**part.read(values), "model_type": part.model_type}
 
 
 def config_to_hf(config: Any) -> dict[str, Any]:
@@ -142,9 +149,11 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
         return config_from_state_dict(state, layout, **given) if stored is None else override(stored, **given)
     if given is None and stored is None:
         missing = TABLES[_recognise(state, layout)].underivable
+        fields = ", ".join(f"{name!r}: ..." for name in missing)
+        option = " or, to convert.from_hf, --num-attention-heads" if missing == ("num_attention_heads",) else ""
         raise BadInput(
-            f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; "
-            f"pass config={{{missing[0]!r}: ...}} (--{missing[0].replace('_', '-')}), or a whole config"
+            f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; put the model's "
+            f"config.json beside them, or pass config={{{fields}}} in Python{option}"
         )
     return stored if given is None else given
 

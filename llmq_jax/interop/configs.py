@@ -136,14 +136,14 @@ class ConfigTable:
     `training` is a field of somebody's own, which transformers would pass over."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """{our field: their field} where the names differ; both are read, theirs is written."""
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """{another name of a field in config.json: the field}, transformers' `attribute_map`."""
     aliases: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     """{our field: {their value: our value}} for values that mean the same."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """{their field: the only value that we compute}; written on export."""
     ignored: frozenset[str] = frozenset()
     """Fields of this architecture that do not change what we compute."""
-    token_ids: Mapping[str, int] = field(default_factory=dict)
-    """Special tokens that transformers assumes where config.json names none."""
     own: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     """{our field that transformers does not compute: (the value that it computes with, what to do with another)}."""
     training: frozenset[str] = frozenset()
@@ -156,10 +156,15 @@ class ConfigTable:
     def from_hf(self, values: Mapping[str, Any]) -> Any:
         """Our config; fields that are absent take transformers' defaults, which ours are too."""
         labels = read_labels(values)
-        values = self.read(without_blocks(values))
+        values = without_blocks(values)
+        for other, name in self.other_names.items():
+            if other in values and values.get(name, values[other]) != values[other]:
+                raise BadInput(f"{name}={values[name]!r} and {other}={values[other]!r} are one field; keep one of them")
+        values = self.read({self.other_names.get(name, name): value for name, value in values.items()})
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
-            if value != supported and (supported or value is not None):
+            absent = value is None and (name in FIXED or not supported)
+            if value != supported and not absent:
                 raise BadInput(f"{name}={value!r} is not supported, only {supported!r}")
         fields = {}
         for name, hint in typing.get_type_hints(self.config_class).items():

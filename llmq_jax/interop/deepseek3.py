@@ -137,6 +137,7 @@ CONFIG = ConfigTable(
     architecture="DeepseekV3ForCausalLM",
     classifier="DeepseekV3ForSequenceClassification",
     shared=ROTARY | set(_SHARED.split()),
+    other_names={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),
@@ -149,7 +150,6 @@ CONFIG = ConfigTable(
     # devices and how DeepSeek's own code is found is not ours.
     ignored=frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "output_router_logits"})
     | {"pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"},
-    token_ids={"bos_token_id": 0, "eos_token_id": 1},
     read=read_fields,
     write=write_fields,
 )

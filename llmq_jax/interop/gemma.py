@@ -21,9 +21,11 @@ from llmq_jax.interop.configs import (
     ConfigTable,
     require_whole_heads,
 )
+from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.models.config import MOST_LAYERS
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
 
 GEMMA3 = WeightTable(
@@ -64,12 +66,25 @@ GEMMA2 = replace(
 GEMMA3_LAYOUTS, GEMMA2_LAYOUTS = {"hf": GEMMA3}, {"hf": GEMMA2}
 
 
+def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:
+    return within_context(read_rope(values), Gemma2Config)
+
+
+def within_context(values: dict[str, Any], config_class: type[Gemma2Config]) -> dict[str, Any]:
+    """Without what a window has beyond the longest sequence, where it hides nothing."""
+    window, longest = (getattr(config_class, name) for name in ("sliding_window", "max_position_embeddings"))
+    window, longest = values.get("sliding_window", window), values.get("max_position_embeddings", longest)
+    shorter = type(window) is type(longest) is int and window > longest
+    return values | {"sliding_window": longest} if shorter else values
+
+
 def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
     """One spelling: older files say where global layers stand by their distance, and let layer_types out."""
-    values = read_ropes(values)
+    values = within_context(read_ropes(values), Gemma3Config)
     every = values.pop("sliding_window_pattern", None)
     layers = values.get("num_hidden_layers", Gemma3Config.num_hidden_layers)
-    if values.get("layer_types") is None and every is not None and type(layers) is int:
+    listed = type(layers) is int and layers <= MOST_LAYERS  # more are refused as they are
+    if values.get("layer_types") is None and every is not None and listed:
         if type(every) is not int or every < 1:
             raise BadInput(f"sliding_window_pattern={every!r} is not the distance of two global layers, at least 1")
         values["layer_types"] = [GLOBAL if (layer + 1) % every == 0 else LOCAL for layer in range(layers)]
@@ -84,7 +99,8 @@ def read_multimodal(values: Mapping[str, Any]) -> dict[str, Any]:
     # The head of the whole model is the text part's; what it tells apart, whether it is tied and how weights are kept,
     # the whole model's config says.
     head = {name: values.get(name) for name in (*CLASSIFIER_FIELDS, "quantization_config")}
-    return {**text, **head, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    special = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
+    return {**text, **head, **special, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def write_gemma2(config: Gemma2Config, values: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +122,6 @@ _SHARED = """
 """
 SHARED = GROUPED | set(_SHARED.split())
 OWN = {"norm": ("zero_centred_rms_norm", KEEP), "experts": (None, KEEP)}
-TOKEN_IDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 # The activation is hidden_activation's, whatever hidden_act says; caches are ours.
 IGNORED = frozenset({"cache_implementation", "hidden_act", "sliding_window_size"})
 
@@ -119,8 +134,7 @@ GEMMA2_CONFIG = ConfigTable(
     fixed={"use_bidirectional_attention": False},
     own=OWN,
     ignored=IGNORED,
-    token_ids=TOKEN_IDS,
-    read=read_rope,
+    read=read_gemma2,
     write=write_gemma2,
 )
 GEMMA3_CONFIG = ConfigTable(
@@ -133,7 +147,6 @@ GEMMA3_CONFIG = ConfigTable(
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     own=OWN | {"attn_logit_softcapping": (None, KEEP)},
     ignored=IGNORED | {"_sliding_window_pattern"},
-    token_ids=TOKEN_IDS,
     read=read_gemma3,
     write=write_gemma3,
 )

@@ -191,7 +191,6 @@ CONFIG = ConfigTable(
             "summary_use_proj",
         }
     ),
-    token_ids={"bos_token_id": 50256, "eos_token_id": 50256},
     own={"norm": ("layer_norm", KEEP), "experts": (None, KEEP)},
 )
 

@@ -19,9 +19,9 @@ from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.interop.architectures import (
     config_from_hf,
-    config_table,
     config_to_hf,
     from_state_dict,
+    language_part,
     resolve_config,
     weight_table,
 )
@@ -92,7 +92,8 @@ def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = Non
         variables = from_state_dict(state, config, layout, dtype)
     except BadInput as error:
         raise located(path, error) from error
-    return Contents(config, variables, tokenizer_in(folder), _read_generation_config(folder, values, config))
+    tokenizer = tokenizer_in(folder)
+    return Contents(config, variables, tokenizer, _read_generation_config(folder, values, config, tokenizer))
 
 
 def located(path: Path, error: BadInput) -> BadInput:
@@ -253,15 +254,22 @@ def _stored_config(folder: Path, values: Mapping[str, Any], given: Any) -> Any:
         raise BadInput(f"{folder / CONFIG}: {error}") from error
 
 
-def _read_generation_config(folder: Path, values: Mapping[str, Any], config: Any) -> GenerationConfig:
-    """Special tokens from generation_config.json, where it is silent from config.json, as in transformers."""
-    # Where config.json does not name them, transformers fills them in, fitting or not.
-    assumed = config_table(config.model_type).token_ids if values else {}
-    fitting = {name: token for name, token in assumed.items() if token < config.vocab_size}
-    tokens = fitting | {name: values[name] for name in TOKEN_IDS if name in values}
+def _read_generation_config(
+    folder: Path, values: Mapping[str, Any], config: Any, tokenizer: Tokenizer | None
+) -> GenerationConfig:
+    """Special tokens from generation_config.json, where it is silent from config.json; the end token, where both are,
+    from the tokenizer.
+
+    transformers reads one of the two files, and without an end token in it writes on and on.
+    """
     path = folder / GENERATION_CONFIG
     try:
-        return GenerationConfig.from_hf(tokens | (read_json(path) if path.is_file() else {}))
+        own = language_part(values)
+        said = {name: own[name] for name in TOKEN_IDS if name in own} | (read_json(path) if path.is_file() else {})
+        end = None if tokenizer is None else tokenizer.end_of_text
+        if end is not None and end < config.vocab_size:
+            said.setdefault("eos_token_id", end)
+        return GenerationConfig.from_hf(said)
     except BadInput as error:
         raise BadInput(f"{path if path.is_file() else folder / CONFIG}: {error}") from error
 

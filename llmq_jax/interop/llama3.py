@@ -140,7 +140,6 @@ CONFIG = ConfigTable(
         "attention_output_bias": (None, "load its weights with attention_bias=True, and the other biases are zeros"),
     },
     ignored=frozenset({"pretraining_tp"}),
-    token_ids={"bos_token_id": 1, "eos_token_id": 2},
     read=read_rope,
     write=write_fields,
 )

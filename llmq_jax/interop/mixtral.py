@@ -52,6 +52,7 @@ CONFIG = ConfigTable(
     architecture="MixtralForCausalLM",
     classifier="MixtralForSequenceClassification",
     shared=GROUPED | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef"},
+    other_names={"num_experts": "num_local_experts"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0, "sliding_window": None},
     own={
@@ -63,7 +64,6 @@ CONFIG = ConfigTable(
     },
     # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
     ignored=frozenset({"output_router_logits"}),
-    token_ids={"bos_token_id": 1, "eos_token_id": 2},
     read=read_rope,
     write=write_sizes,
 )

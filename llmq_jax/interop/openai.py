@@ -17,13 +17,14 @@ from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import from_state_dict, resolve_config
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.gpt2 import CONFIG
 from llmq_jax.interop.huggingface import Contents, located
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.interop.tensorflow_bundle import open_tensorflow
 from llmq_jax.models.gpt2 import GPT2Config
 
 HPARAMS = "hparams.json"
+END_OF_TEXT = 50256
+"""Its number in GPT-2's vocabulary."""
 LAYOUT = "openai"
 FIELDS = {
     "n_vocab": "vocab_size",
@@ -90,7 +91,7 @@ def checkpoint_index(folder: Path) -> Path:
 
 def _generation_config(tokenizer: Tokenizer | None, config: GPT2Config) -> GenerationConfig:
     """One token ends and begins a text: the tokenizer's, or GPT-2's where it fits and there is no tokenizer."""
-    end = CONFIG.token_ids["eos_token_id"] if tokenizer is None else tokenizer.end_of_text
+    end = END_OF_TEXT if tokenizer is None else tokenizer.end_of_text
     if end is None or end >= config.vocab_size:
         return GenerationConfig()
     return GenerationConfig(eos_token_id=(end,), bos_token_id=end)

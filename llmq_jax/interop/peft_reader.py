@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.compute
 from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput
@@ -33,6 +34,7 @@ from llmq_jax.layers.lora import (
 from llmq_jax.models import abstract_variables
 
 HEAD = f"{PREFIX}score.weight"
+ADAPTED_HEAD = f"{PREFIX}lm_head.base_layer.weight"
 # Fields of adapter_config.json that are read, with their types.
 FIELDS = {
     "peft_type": str,
@@ -99,6 +101,8 @@ def base_of(folder: Path) -> tuple[str, int]:
     if values.get("revision") and is_hub_id(base):
         base = f"{base}@{values['revision']}"
     score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
+    if score is not None and len(score.shape) != 2:
+        raise BadInput(f"{folder / WEIGHTS}: {HEAD} is {list(score.shape)}, and a head has two axes")
     return base, 0 if score is None else score.shape[0]
 
 
@@ -120,15 +124,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_pattern(folder: Path, pattern: str) -> None:
-    """Patterns are regular expressions by whoever made the file, and some of them take for ever: those that repeat what
-    is in parentheses, or repeat more than a few times over."""
+    """Patterns are regular expressions by whoever made the file, and Python's search for some of them takes for ever.
+
+    Arrow has RE2, whose time is linear in the lengths of name and pattern, but for counts ({1,1000}), which it writes
+    out. It has no references to what was matched, and no looking ahead.
+    """
+    if len(pattern) > 1000 or "{" in pattern:
+        raise BadInput(f"{folder / CONFIG}: the pattern {pattern!r:.60} is too complicated; name the modules")
     try:
         re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise BadInput(f"{folder / CONFIG}: {pattern!r:.60} is no pattern of modules' names ({error})") from None
-    repeated = re.findall(r"(?<!\\)[*+{]", pattern)
-    if len(pattern) > 1000 or len(repeated) > 3 or re.search(r"\)[*+{]", pattern):
-        raise BadInput(f"{folder / CONFIG}: the pattern {pattern!r:.60} is too complicated; name the modules")
+        _ends_with("", pattern)
+    except (re.error, RecursionError, OverflowError, ValueError) as error:
+        raise BadInput(
+            f"{folder / CONFIG}: {pattern!r:.60} is no pattern of modules' names that could be searched for in linear "
+            f"time ({error!s:.200}); name the modules"
+        ) from None
+
+
+def _ends_with(name: str, pattern: str) -> bool:
+    """Whether a module's name, or what stands in it behind some dot, is this pattern."""
+    found = pyarrow.compute.match_substring_regex(pyarrow.scalar(name), rf"^(?:.*\.)?(?:{pattern})$")
+    return bool(found.as_py())
 
 
 def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
@@ -267,15 +283,18 @@ class _Reader:
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def whole_matrices(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Variables with a classifier's head that the folder holds (`modules_to_save`) in place of theirs."""
-        head = self.state.get(HEAD)
-        if head is None or self.config.labels is None:
-            return variables
-        kernel = variables["params"]["score"]["kernel"]
-        if head.shape != kernel.shape[::-1]:
-            raise self._other_base(HEAD, head.shape, kernel.shape[::-1])
-        del self.state[HEAD]
-        params = {**variables["params"], "score": {"kernel": jnp.asarray(head.T, kernel.dtype)}}
+        """Variables with the heads that the folder holds in place of theirs: a classifier's (`modules_to_save`), and a
+        language model's that has an adapter, which PEFT keeps beside it."""
+        params = dict(variables["params"])
+        for name, module in ((HEAD, "score"), (ADAPTED_HEAD, "lm_head")):
+            head = self.state.get(name)
+            if head is None or module not in params:
+                continue
+            kernel = params[module]["kernel"]
+            if head.shape != kernel.shape[::-1]:
+                raise self._other_base(name, head.shape, kernel.shape[::-1])
+            del self.state[name]
+            params[module] = {"kernel": jnp.asarray(head.T, kernel.dtype)}
         return {**variables, "params": params}
 
     def check_all_read(self) -> None:
@@ -290,6 +309,10 @@ class _Reader:
                 hint = f"; modules_to_save={whole} are not supported but for a classifier's head: merge them in PEFT"
             elif some[0].removeprefix(PREFIX).startswith(self.beside):
                 hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
+            elif some[0].startswith(f"{PREFIX}lm_head."):
+                hint = "; it adapts the head, which is the embedding here (tie_word_embeddings): merge it in PEFT"
+            elif any("lora_embedding_" in name for name in some):
+                hint = "; adapters of embeddings are not supported: merge them in PEFT"
             elif "lora_" in some[0]:
                 hint = ": it is an adapter of another base" + (f" ({base})" if (base := self._base()) else "")
             raise BadInput(
@@ -406,6 +429,8 @@ class _Reader:
         return self.values.get("base_model_name_or_path")
 
     def _scale(self, module: str, rank: int) -> np.float32:
+        if rank < 1:
+            raise BadInput(f"{self.folder / WEIGHTS}: the adapter of {module} has the rank {rank}; it needs at least 1")
         alpha = self._pattern("alpha_pattern", module, self.values.get("lora_alpha", 8))
         return np.float32(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 
@@ -419,11 +444,7 @@ class _Reader:
         ]
         if (own := module.removesuffix(".weight")) in self.old_modules:
             names.append(self.old_modules[own])
-        ends = (
-            value
-            for pattern, value in patterns.items()
-            if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
-        )
+        ends = (value for pattern, value in patterns.items() if any(_ends_with(name, pattern) for name in names))
         return next(ends, default)
 
     def _stacked(

@@ -405,8 +405,10 @@ def _theirs(part: Placement, leaf: Any, dtype: Any) -> LazyTensor:
 
 
 def _widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """A stacked leaf has one type: the smallest that holds those of all its layers."""
-    return functools.reduce(jnp.promote_types, dtypes)
+    """A stacked leaf has one type: the smallest that holds those of all its layers, and is for more than storage: what
+    is in 8 bits becomes bfloat16, which holds it exactly."""
+    wide = (jnp.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype for dtype in dtypes)
+    return functools.reduce(jnp.promote_types, wide)
 
 
 def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:

@@ -6,6 +6,7 @@ say what is padding, never by the value of a token: wherever the padding stands 
 same. A head of one class gives a scalar, a score of the text.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,9 @@ def set_labels(config: Any) -> None:
     names = not isinstance(labels, str) and all(isinstance(label, str) and label for label in labels)
     require(names, config, "labels", 'must be the names of the classes, as ("ham", "spam")')
     require(len(labels) > 0, config, "labels", "must name at least one class; None is a language model")
+    # What is written about them is UTF-8, which has no half of a surrogate pair.
+    whole = all(label.isascii() or not re.search("[\ud800-\udfff]", label) for label in labels)
+    require(whole, config, "labels", "has half a surrogate pair, which is no character")
     for label, count in Counter(labels).items():
         require(count == 1, config, "labels", f"names {label!r} twice")
     object.__setattr__(config, "labels", tuple(labels))

@@ -128,7 +128,7 @@ def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_pa
     ours = save(load(source), tmp_path / "ours")
     for path, options, message in (
         (training_checkpoint, {}, "those of layout='original'; pass that (--layout original)"),
-        (training_checkpoint, {"layout": "original"}, "do not tell num_attention_heads; pass"),
+        (training_checkpoint, {"layout": "original"}, "do not tell num_attention_heads; put"),
         (
             training_checkpoint,
             {**original, "tokenizer": "gpt2"},

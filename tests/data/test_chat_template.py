@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, chat_template
@@ -295,15 +296,18 @@ def test_where_a_tokenizer_s_template_is_found(folder):
     assert FileTokenizer(folder).chat_template.source == "jinja"
 
 
-def test_special_tokens_reach_the_template(folder):
-    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "unk_token": "<?>"}))
-    write_config(
-        folder,
-        unk_token="<|endoftext|>",
-        extra_special_tokens=["x"],
-        chat_template="{{ bos_token }}{{ eos_token }}{{ unk_token }}",
-    )
-    assert FileTokenizer(folder).chat_template.render(CONVERSATIONS[0]) == "<s>" + 2 * "<|endoftext|>"
+@pytest.mark.parametrize("added", [False, True], ids=["old", "with added_tokens_decoder"])
+def test_special_tokens_reach_the_template(folder, added):
+    """As transformers names them: special_tokens_map.json has the last word, and none beside the newer form."""
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "a"}, "unk_token": "b"}))
+    template = "{{ bos_token }} {{ eos_token }} {{ unk_token }}"
+    write_config(folder, bos_token="c", unk_token="d", extra_special_tokens=["x"], chat_template=template)
+    if added:
+        write_config(folder, added_tokens_decoder={"256": {"content": "<|endoftext|>", "special": True}})
+    expected = "c <|endoftext|> d" if added else "a <|endoftext|> b"
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.apply_chat_template(CONVERSATIONS[0], tokenize=False) == expected
+    assert FileTokenizer(folder).chat_template.render(CONVERSATIONS[0]) == expected
 
 
 def test_tokenizers_of_our_own_have_none():

@@ -73,6 +73,14 @@ def test_messages(tmp_path):
         rendered.chosen((2,))
 
 
+@pytest.mark.parametrize("nothing", [None, [], "[]", ""])
+def test_no_tools_are_none_however_they_are_written(tmp_path, nothing):
+    """TRL reads a string as JSON."""
+    record = {"messages": [user("Hi"), assistant("Hello")]}
+    row = {**record, "tools": nothing, "chat_template_kwargs": {}}
+    assert read(tmp_path, row)[0].messages == read(tmp_path, record)[0].messages
+
+
 def test_prompt_and_completion(tmp_path):
     (conversation,) = read(tmp_path, PROMPT)
     rendered = render(conversation, "plain")
@@ -321,6 +329,12 @@ BAD = [
     ),
     ({**SHAREGPT, "system": "Be brief."}, r"has 'system', which is not read: write it into the text"),
     ({**SHAREGPT, "tools": "[1]"}, r"has 'tools', which is not read"),
+    ({**CHAT, "chat_template_kwargs": {"enable_thinking": False}}, r"has 'chat_template_kwargs', which is not read"),
+    ({**SHAREGPT, "chat_template_kwargs": {"x": 1}}, r"has 'chat_template_kwargs', which is not read"),
+    (
+        {"prompt": [user("x")], "completion": [assistant("y")], "chat_template_kwargs": {"x": 1}},
+        r"has 'chat_template_kwargs', which is not read",
+    ),
     ({**CHAT, **SHAREGPT}, r"has 'conversations', which is not read: .*, or remove it"),
 ]
 

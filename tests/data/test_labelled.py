@@ -79,6 +79,7 @@ def test_names_of_another_file(tmp_path):
         ('{"text": "x", "label": ""}', r"line 1: field 'label' is '' and must be a label"),
         ('{"text": "x", "label": 0.5}', r"field 'label' is 0\.5 and must be a label: a string or a whole number"),
         ('{"text": "x", "label": true}', r"field 'label' is True and must be a label"),
+        ('{"text": "x", "label": "a\\ud800"}', r"line 1: field 'label': half a surrogate pair at character 1"),
     ],
 )
 def test_bad_rows(tmp_path, content, message):

@@ -99,6 +99,8 @@ BAD = [
     ("empty.txt", "", r"empty\.txt is empty"),
     ("blank.txt", " \n ", r"blank\.txt holds no text"),
     ("latin1.txt", b"abc\xe9d", r"latin1\.txt: byte 3 \(0xe9\) is not UTF-8"),
+    ("utf16.txt", "a text".encode("utf-16-le"), r"utf16\.txt has zero bytes near its start, as UTF-16 .* have: only"),
+    ("utf16.py", "a text".encode("utf-16-be"), r"utf16\.py has zero bytes near its start"),
     ("latin1.jsonl", b'"ab"\n"c\xe9"', r"latin1\.jsonl: byte 7 \(0xe9\) is not UTF-8"),
     ("latin1.csv", b"text\nc\xe9", r"byte 6 \(0xe9\) is not UTF-8"),
     (

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from llmq_jax.data.records import read_records
 from llmq_jax.data.tokenizers import GPT2Tokenizer, tokenizer_in
@@ -54,6 +56,7 @@ def test_json_that_python_does_not_read(tmp_path, content):
         ),
         ({"architectures": CLASSIFIER, "num_labels": 2**40}, "classes is not supported"),
         ({"architectures": CLASSIFIER, "id2label": {"0": 1}}, "has names that are no strings"),
+        ({"architectures": CLASSIFIER, "id2label": {"0": "\ud800"}}, "has half a surrogate pair"),
         ({"architectures": CLASSIFIER, "problem_type": []}, "problem_type=[] is not supported"),
         ({"model_type": ["llama"]}, "model_type=['llama'] is no name"),
         ({"rms_norm_eps": 10**400}, "is not of the type float"),
@@ -117,7 +120,7 @@ def test_a_merge_of_what_is_no_token(tmp_path):
             lambda values: values["post_processor"]["single"].append({"Sequence": {"id": "A", "type_id": 0}}),
             "drops or repeats the text",
         ),
-        ("tokenizer_config.json", lambda values: values.update(eos_token="\ud800"), "is not valid Unicode"),
+        ("special_tokens_map.json", lambda values: values.update(eos_token="\ud800"), "is not valid Unicode"),
     ],
 )
 def test_tokenizers(tmp_path, name, change, message):
@@ -163,6 +166,27 @@ def test_adapters(tmp_path, change):
     write_files(tmp_path, {**parts, "adapter_config.json": json.dumps(values).encode()})
     with pytest.raises(BadInput, match=r"adapter_config\.json: "):
         reader.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: {name: tensor[:0] if "lora_A" in name else tensor[:, :0] for name, tensor in state.items()},
+            "has the rank 0; it needs at least 1",
+        ),
+        (
+            lambda state: state | {"base_model.model.score.weight": np.ones((), np.float32)},
+            r"score\.weight is \[\], and a head has two axes",
+        ),
+    ],
+)
+def test_adapters_of_odd_shapes(tmp_path, change, message):
+    write_files(tmp_path, READERS["adapter"].parts())
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(BadInput, match=message):
+        READERS["adapter"].read(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", NESTED, '{"step": 1, "speed": 2}', "{}", '{"step": "1", "version": 1}'])

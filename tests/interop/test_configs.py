@@ -12,6 +12,7 @@ import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.interop.architectures import TABLES
+from llmq_jax.interop.configs import FIXED
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import ARCHITECTURES, Architecture, build, init
@@ -101,6 +102,14 @@ def test_what_does_not_is_passed_over(field, value):
     assert config_from_hf({**ORIGINAL, field: value}) == GPT2Config()
 
 
+@pytest.mark.parametrize("field", FIXED)
+def test_null_is_what_is_not_said(field):
+    values = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 4}
+    assert config_from_hf({**values, field: None}) == config_from_hf(values)
+    theirs = [transformers.AutoConfig.for_model(**values, **said) for said in ({}, {field: None})]
+    assert theirs[0].rope_parameters == theirs[1].rope_parameters
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"), [("gelu_fast", "gelu_new"), ("gelu_python", "gelu"), ("gelu_pytorch_tanh", "gelu_pytorch_tanh")]
 )
@@ -124,6 +133,21 @@ def test_a_value_of_another_type(value):
 def test_values_that_do_not_fit_together():
     with pytest.raises(BadInput, match="num_attention_heads=7 must divide hidden_size=768"):
         config_from_hf({**ORIGINAL, "n_head": 7})
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+def test_other_names_of_fields(model_type):
+    """transformers' attribute_map; where both names stand it goes by their order."""
+    other_names = TABLES[model_type].config.other_names
+    values = {"model_type": model_type} | dict.fromkeys(other_names, 64)
+    theirs = transformers.AutoConfig.for_model(**values)
+    assert dict(theirs.attribute_map) == other_names
+    same = dict.fromkeys(other_names.values(), 64)
+    for ours in (config_from_hf(values), config_from_hf(values | same)):
+        for name in other_names.values():
+            assert getattr(ours, name) == getattr(theirs, name) == 64
+    for other, name in other_names.items():
+        assert f"{name}=32 and {other}=64 are one field" in refused(config_from_hf, values | {name: 32})
 
 
 def test_unknown_architecture():

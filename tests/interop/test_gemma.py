@@ -1,6 +1,7 @@
 """Gemma's names and config.json, there and back: spellings of layers and RoPE, the text of the multimodal model."""
 
 import json
+import shutil
 import warnings
 from functools import cache
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
+from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load, save
 from llmq_jax.layers.positions import DynamicRope, LinearRope, Rope
@@ -123,6 +125,13 @@ def test_the_config_from_shapes():
         assert config_from_state_dict(state, **{name: getattr(config, name) for name in told}) == config
         expected = "do not tell num_attention_heads and sliding_window and query_pre_attn_scalar; give it in the config"
         assert expected in refused(config_from_state_dict, state)
+
+
+def test_all_that_weights_without_a_config_lack_is_named_at_once(tmp_path):
+    save_file(state_of(GEMMA3), tmp_path / "model.safetensors")
+    fields = "config={'num_attention_heads': ..., 'sliding_window': ..., 'query_pre_attn_scalar': ...} in Python"
+    message = refused(load, tmp_path)
+    assert message.endswith(f"put the model's config.json beside them, or pass {fields}")
 
 
 def test_what_does_not_fit_is_named():
@@ -327,7 +336,6 @@ def test_spellings_of_layers():
     [
         ({"sliding_window": 0}, "Gemma3Config.sliding_window=0 must be at least 1"),
         ({"sliding_window": -4}, "Gemma3Config.sliding_window=-4 must be at least 1"),
-        ({"sliding_window": 65}, "sliding_window=65 must be at most max_position_embeddings=64"),
         ({"sliding_window": None}, "sliding_window=None is not of the type int"),
         ({"sliding_window": 5.5}, "sliding_window=5.5 is not of the type int"),
         ({"layer_types": [LOCAL] * 6}, "has 6 kinds for num_hidden_layers=7"),
@@ -353,8 +361,23 @@ def test_what_makes_no_sense_is_refused(changes, message):
     assert message in refused(config_from_hf, SMALL | changes)
 
 
-def test_a_window_without_a_layer_that_has_it_may_be_any():
-    assert config_from_hf(SMALL | {"layer_types": [GLOBAL] * 7, "sliding_window": 4096}).sliding_window == 4096
+def test_a_window_longer_than_the_context():
+    assert override(GEMMA3, layer_types=[GLOBAL] * 7, sliding_window=4096).sliding_window == 4096
+    assert "sliding_window=65 must be at most max_position_embeddings=64" in refused(
+        override, GEMMA3, sliding_window=65
+    )
+    # In a file it stands for one that hides nothing.
+    for model_type, model in (("gemma3_text", "Gemma3ForCausalLM"), ("gemma2", "Gemma2ForCausalLM")):
+        theirs = transformers.AutoConfig.for_model(model_type, **SIZES | {"sliding_window": 4096})
+        config = config_from_hf(theirs.to_dict())
+        assert config.sliding_window == 64
+        network = getattr(transformers, model)._from_config(theirs, attn_implementation="eager").eval()
+        variables = from_state_dict(network.state_dict(), config)
+        tokens = np.arange(64)[None] % 11
+        with torch.no_grad():
+            expected = network(torch.tensor(tokens)).logits.numpy()
+        ours = LanguageModel(config, build(config), variables)
+        np.testing.assert_allclose(ours.logits(tokens), expected, rtol=0, atol=1e-4)
 
 
 def test_what_transformers_does_not_compute_cannot_be_exported():
@@ -441,6 +464,24 @@ def test_the_text_part_of_a_multimodal_folder(multimodal, spelling, tmp_path):
     with torch.no_grad():
         found = theirs(input_ids=torch.arange(40)[None] % 11).logits.numpy()
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "outer", [{}, {"eos_token_id": [3, 4]}, {"eos_token_id": None, "bos_token_id": 5}], ids=["text", "both", "null"]
+)
+def test_special_tokens_of_a_multimodal_folder(multimodal, outer, tmp_path):
+    """Those of the whole model's config, and of its text part's what that does not name."""
+    folder, _ = multimodal
+    values = json.loads((folder / "config.json").read_text())
+    values = {name: value for name, value in values.items() if not name.endswith("_token_id")}
+    values["text_config"] |= {"bos_token_id": None, "eos_token_id": [1, 6], "pad_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values | outer))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path, "config.json", _from_model_config=True)
+    with pytest.warns(UserWarning, match="other parts are ignored"):
+        found = load(tmp_path).generation
+    assert found.token_ids() == {name: getattr(theirs, name) for name in TOKEN_IDS}
+    assert found.pad_token_id == 2
 
 
 def test_a_multimodal_folder_that_lacks_weights_is_refused(multimodal):

@@ -256,7 +256,8 @@ def test_a_training_checkpoint_without_what_is_needed(checkpoint):
     path, layout, _, config = checkpoint
     assert refused(load, path, layout=layout) == (
         f"{path}: has weights but no config, and their shapes do not tell num_attention_heads; "
-        "pass config={'num_attention_heads': ...} (--num-attention-heads), or a whole config"
+        "put the model's config.json beside them, or pass config={'num_attention_heads': ...} in Python or, to "
+        "convert.from_hf, --num-attention-heads"
     )
     for given in (None, config, {"num_attention_heads": 3}):
         message = refused(load, path, config=given)

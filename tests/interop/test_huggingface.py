@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -28,6 +30,7 @@ from llmq_jax.interop.safetensors_files import open_safetensors, write_safetenso
 from llmq_jax.language_model import LanguageModel, load
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.weight_type import weight_type
 from tests.byte_fallback import fallback_tokenizer
 
 CONFIG = GPT2Config(
@@ -132,6 +135,27 @@ def test_export_in_another_type(lm, tmp_path):
     assert load(folder, dtype="float32").params["final_norm"]["scale"].dtype == np.float32
 
 
+@pytest.mark.parametrize("stored", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_float8_is_for_storage_alone(theirs, stored):
+    """Without scales; transformers, too, computes in bfloat16 what is stored so."""
+    state = {name: array.astype(stored) for name, array in load_file(theirs / "model.safetensors").items()}
+    torch_type = {ml_dtypes.float8_e4m3fn: torch.float8_e4m3fn, ml_dtypes.float8_e5m2: torch.float8_e5m2}[stored]
+    safetensors.torch.save_file(
+        {name: torch.tensor(array.view(np.uint8)).view(torch_type) for name, array in state.items()},
+        theirs / "model.safetensors",
+        {"format": "pt"},
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.bfloat16).eval()
+    lm = load(theirs)
+    assert weight_type(jax.tree.leaves(lm.params)) == ml_dtypes.bfloat16
+    tokens = tokens_for(lm)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.float().numpy()
+    np.testing.assert_allclose(lm.logits(tokens), expected, rtol=0, atol=0.02)
+    for array in jax.tree.leaves(load(theirs, dtype="float32").params):
+        assert array.dtype == np.float32
+
+
 def test_shards(lm, tmp_path):
     folder = save_hf(lm, tmp_path / "ours", max_shard_size="10KB")
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -165,6 +189,28 @@ def test_special_tokens_of_config_json_where_there_is_no_generation_config(their
     edit_json(theirs / "config.json", eos_token_id="2")
     with pytest.raises(BadInput, match="eos_token_id='2' is neither a token id nor a list"):
         load(theirs)
+
+
+def test_special_tokens_that_no_file_names(tmp_path):
+    """transformers' class of a Llama's config has some, by which its models end no text."""
+    folder = tmp_path / "theirs"
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", bos_token_id=..., eos_token_id=...)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.config.eos_token_id == 2
+    assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (None, None)
+    lm = load(folder)
+    assert lm.generation == GenerationConfig()
+    assert json.loads((save_hf(lm, tmp_path / "ours") / "config.json").read_text())["eos_token_id"] is None
+    # The tokenizer's own end token ends what the model writes, unless a file says that none does.
+    ByteTokenizer().save(folder)
+    assert load(folder).generation == GenerationConfig(eos_token_id=(256,))
+    edit_json(folder / "config.json", eos_token_id=None)
+    assert load(folder).generation == GenerationConfig()
 
 
 def test_tokenizer_files_are_kept(lm, tmp_path):

@@ -20,14 +20,14 @@ from gguf import GGUFWriter
 from llmq_jax.adapters import load_adapter
 from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.architectures import config_to_hf, to_state_dict
+from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import open_gguf
 from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.language_model import LanguageModel, load
 from llmq_jax.models import build
 from llmq_jax.models.llama3 import Llama3Config
-from tests.fuzz.bounds import bounded
+from tests.fuzz.bounds import bounded, bounded_time
 from tests.fuzz.readers import gguf_file, tokenizer_files
 from tests.interop.weights import draw_variables
 
@@ -185,6 +185,13 @@ def test_sizes_that_no_memory_holds(watched, fields):
     assert refused(load, watched).startswith(f"{watched}")
 
 
+@pytest.mark.parametrize("layers", [10**8, 2**62])
+def test_layers_that_are_not_listed_one_by_one(watched, layers):
+    fields = {"num_hidden_layers": layers, "sliding_window_pattern": 6}
+    with bounded_time():
+        assert "num_hidden_layers=" in refused(config_from_hf, {"model_type": "gemma3_text", **fields})
+
+
 def test_labels_cannot_write_to_the_terminal(watched):
     write_model(watched, id2label={"0": "\x1b]0;harm\x07\n\x1b[2J", "1": "\x1b[2J", "7": "x"})
     assert refused(load, watched).isprintable()
@@ -247,12 +254,28 @@ def test_gguf_sizes_are_held_against_the_file(watched, place, length):
     assert "not a GGUF file, or truncated or damaged" in refused(open_gguf, watched / "model.gguf")
 
 
-@pytest.mark.parametrize("pattern", ["(.*.*)*x", "((a+)+)+$", ".*.*.*.*.*.*x", "(", "a" * 5000])
-def test_an_adapter_whose_patterns_take_for_ever(watched, pattern):
+def adapted(folder: Path, **fields) -> LanguageModel:
+    """A model with the adapter that is written into a folder, which is at the queries of its only layer."""
     lm = LanguageModel(CONFIG, build(CONFIG), draw_variables(CONFIG), None, GenerationConfig())
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     state = {name.format("A"): np.ones((2, 8), np.float32), name.format("B"): np.ones((8, 2), np.float32)}
-    safetensors.numpy.save_file(state, watched / "adapter_model.safetensors")
-    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {pattern: 4}}
-    (watched / "adapter_config.json").write_text(json.dumps(values))
-    assert "pattern" in refused(load_adapter, lm, watched)
+    safetensors.numpy.save_file(state, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return load_adapter(lm, folder)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(.*.*)*x", "((a+)+)+$", ".*.*.*.*.*.*x", ".?" * 200 + "X", "(.|.)" * 40 + "X", "q_proj|(.*.*)*x"]
+)
+def test_an_adapter_whose_patterns_take_for_ever(watched, pattern):
+    """By Python's own search."""
+    with bounded(60), bounded_time():
+        lm = adapted(watched, alpha_pattern={pattern: 6})
+    scale = lm.variables["lora_fixed"]["group_0"]["block_0"]["attention"]["query"]["kernel"]["scale"]
+    assert scale.tolist() == [3.0 if pattern.startswith("q_proj") else 2.0]
+
+
+@pytest.mark.parametrize("pattern", ["(", "a" * 5000, "a{1000}", r"(.+)\1", "(?!x)q_proj", "\ud800", "(?:" * 300])
+def test_an_adapter_whose_patterns_are_not_searched_for(watched, pattern):
+    assert "pattern" in refused(adapted, watched, rank_pattern={pattern: 4})

@@ -258,6 +258,39 @@ def test_a_classifiers_head_goes_along(tmp_path):
         np.testing.assert_allclose(back(input_ids=torch.tensor(tokens)).logits, expected, atol=LOGITS, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_at_the_head_comes_with_its_matrix(pair_of, tmp_path):
+    """PEFT writes it beside the adapter, and puts it in the place of the base's."""
+    anew, lm = pair_of("llama")
+    spec = peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = adapted_by(anew(), spec)
+    tokens = draw_tokens(lm)
+    for name, factor in (("same", 1.0), ("other", 1.25)):
+        with torch.no_grad():
+            adapted.base_model.model.lm_head.base_layer.weight.mul_(factor)
+        adapted.save_pretrained(tmp_path / name)
+        back = peft.PeftModel.from_pretrained(anew(), tmp_path / name).eval()
+        expected = their_logits(back, tokens)
+        np.testing.assert_allclose(their_logits(adapted, tokens), expected, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(lq.load_adapter(lm, tmp_path / name).logits(tokens), expected, atol=LOGITS, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("targets", "hint"),
+    [
+        (["q_proj", "lm_head"], "it adapts the head, which is the embedding here"),
+        (["q_proj", "embed_tokens"], "adapters of embeddings are not supported: merge them in PEFT"),
+    ],
+)
+def test_adapters_of_embeddings_are_refused_by_name(pair_of, tmp_path, targets, hint):
+    anew, lm = pair_of("gemma2")
+    spec = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted_by(anew(), spec).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match=f"has no place in this gemma2; {hint}"):
+        lq.load_adapter(lm, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """(ours, a folder with an adapter for it)."""

@@ -91,6 +91,8 @@ def test_files_beside_a_vocabulary_count(tmp_path):
     for change, message in (
         ({"tokenizer_class": "Qwen2Tokenizer"}, "names a Qwen2Tokenizer, and vocab"),
         ({"add_prefix_space": True}, "names add_prefix_space, and vocab"),
+        ({"add_bos_token": True}, "names add_bos_token, and vocab"),
+        ({"add_eos_token": True}, "names add_eos_token, and vocab"),
         (
             {"added_tokens_decoder": {50257: {"content": "<think>", "special": False}}},
             "'<think>' is added and not special",
@@ -103,6 +105,38 @@ def test_files_beside_a_vocabulary_count(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
         with pytest.raises(BadInput, match=message):
             load_tokenizer(tmp_path)
+
+
+def test_tokens_that_are_named_beside_a_vocabulary_are_kept(tmp_path):
+    files = GPT2Tokenizer().files()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes(files[name])
+    (tmp_path / "added_tokens.json").write_text('{"<|pad|>": 50257}')
+    for named, is_ours in (({}, True), ({"bos_token": END}, True), ({"pad_token": "<|pad|>"}, False)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **named}))
+        ours = load_tokenizer(tmp_path)
+        assert isinstance(ours, GPT2Tokenizer) == is_ours
+        ours.save(tmp_path / "again")
+        theirs, again = map(transformers.AutoTokenizer.from_pretrained, (tmp_path, tmp_path / "again"))
+        assert again.special_tokens_map == theirs.special_tokens_map
+        assert again.pad_token_id == (None if is_ours else 50257)
+
+
+def test_a_token_with_a_name_is_special(tmp_path):
+    """Whatever tokenizer.json says of it: else a text could spell the end of a document."""
+    ByteTokenizer().save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"][0]["special"] = False
+    path.write_text(json.dumps(values))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = f"a{END}b"
+    assert not isinstance(ours, ByteTokenizer)
+    assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"] == list(text.encode())
+    assert ours.encode(text, allow_special=True) == theirs(text)["input_ids"] == [97, 256, 98]
+    for skip in (False, True):
+        assert ours.decode([97, 256], skip_special_tokens=skip) == theirs.decode([97, 256], skip_special_tokens=skip)
+    assert json.loads(ours.files()["tokenizer.json"])["added_tokens"][0]["special"] is False  # kept as it came
 
 
 def test_gpt2_ids_equal_transformers():
