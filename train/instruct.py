@@ -40,7 +40,7 @@ from train.options import (
 )
 from train.pretrain import exports
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, check_what_trains, prepared
+from train.what_trains import WhatTrains, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 IDLE_IN_PREVIEW = (
@@ -202,6 +202,7 @@ def instruct(options: Options) -> Any:
         schedule=schedule,
         evaluate=None if held_out is None else evaluate,
         sample=sample,
+        flops_per_token=flops_of(options, learner, [len(example.tokens) for example in learned.examples]),
         next_commands=tuple(next_commands(options, config)),
     )
 

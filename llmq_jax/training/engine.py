@@ -24,6 +24,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.training import processes
 from llmq_jax.training.checkpoints import Checkpoints, JudgedBy, config_dict
 from llmq_jax.training.expert_plots import plot_experts
+from llmq_jax.training.flops import token_utilisation
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, OWN_LOSSES, read_metrics, shown_loss
@@ -33,7 +34,7 @@ from llmq_jax.training.plots import Points, curve, plot_losses, training_curve
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
 from llmq_jax.training.progress import Status, TextOutput
 from llmq_jax.training.recorder import Recorder
-from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
+from llmq_jax.training.report import RunResult, device_memory_bytes, peak_memory_bytes, report_text
 from llmq_jax.training.report_page import write_report_page
 from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest
 from llmq_jax.training.run_options import RunOptions
@@ -67,6 +68,7 @@ def run(
     judged_by: JudgedBy = ("loss", "lowest"),
     sample: Callable[[dict[str, Any], int], str] | None = None,
     tokens_per_step: int | None = None,
+    flops_per_token: float | None = None,
     show: Sequence[str] = (),
     next_commands: Sequence[str] = (),
     output: TextOutput | None = None,
@@ -87,6 +89,7 @@ def run(
     * `tokens_per_step`, over all processes, is what `batches.count_tokens(i)` says where not given, or else counted
       from each batch, of which other processes are taken to have as many; a step that draws its own tokens tells how
       many by a metric `tokens`, which is no array of the device unless it may be waited for.
+    * `flops_per_token`, from `token_flops`, is what the device's utilisation (MFU) is told by, if its peak is known.
     * `show` names metrics of a step that stand beside the loss on the console.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).
@@ -134,6 +137,7 @@ def run(
             judged_by=judged_by,
             sample=sample,
             tokens_per_step=tokens_per_step,
+            flops_per_token=flops_per_token,
             show=show,
         )
         if run_folder is not None and run_folder.finished:
@@ -183,6 +187,7 @@ class _Loop:
     judged_by: JudgedBy
     sample: Callable[..., Any] | None
     tokens_per_step: int | None
+    flops_per_token: float | None = None
     show: Sequence[str] = ()
     step: int = 0
     tokens: int = 0
@@ -199,6 +204,7 @@ class _Loop:
         self.step = int(self.state.step)
         self.judged = f"validation_{self.judged_by[0]}"
         self.shares = row_share()["process_count"]  # of a batch; this process counts the tokens of its own
+        self.utilisation = token_utilisation(self.flops_per_token, self.state, getattr(self.train_step, "replicas", 1))
         self.pace = Pace(self.options.steps)
         self.time = TimeSpent()
         self.profile = Profile()
@@ -368,25 +374,35 @@ class _Loop:
         last = options.patience is not None and options.due(options.evaluate_every, done.step)
         if options.log_every and (done.step == 1 or last or options.due(options.log_every, done.step)):
             others = jax.device_get({name: value for name, value in done.metrics.items() if name not in checked})
+            speed = self.pace.since_mark()
+            of_device = {"mfu": self.mfu(speed), "memory_bytes": device_memory_bytes()}
             record = {
                 "step": done.step,
                 "tokens": done.tokens,
                 "loss": checked["loss"],
                 **rate,
                 **checked,
-                "tokens_per_second": self.pace.since_mark(),
+                "tokens_per_second": speed,
+                **{name: value for name, value in of_device.items() if value is not None},
                 **self.time.since_mark(),
                 **others,
             }
+        mean_speed = self.pace.tokens_per_second()
         status = Status(
             step=done.step,
             loss=shown,
             learning_rate=rate.get("learning_rate"),
-            tokens_per_second=self.pace.tokens_per_second(),
+            tokens_per_second=mean_speed,
+            mfu=self.mfu(mean_speed),
             seconds_left=self.pace.seconds_left(),
             shown=tuple((name, checked[name]) for name in self.show if name in checked),
         )
         self.recorder.step(status, record)
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        if self.utilisation is None or tokens_per_second is None:
+            return None
+        return self.utilisation * tokens_per_second
 
     def pause(self, stop: StopSignals) -> None:
         """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
@@ -534,6 +550,7 @@ class _Loop:
     def result(self) -> RunResult:
         best = self.best()
         lowest = best if self.judged == "validation_loss" else None
+        mean_speed = self.pace.tokens_per_second()
         return RunResult(
             state=self.state,
             step=self.step,
@@ -544,7 +561,8 @@ class _Loop:
             best_step=best,
             seconds=self.pace.seconds(),
             time=self.time.total(),
-            tokens_per_second=self.pace.tokens_per_second(),
+            tokens_per_second=mean_speed,
+            mfu=self.mfu(mean_speed),
             peak_memory_bytes=peak_memory_bytes(),
         )
 
