@@ -166,8 +166,6 @@ def dpo(options: Options) -> Any:
         def sample(variables, at_step):
             return ask(whole(variables))
 
-        if not folder.resumed and options.evaluate_every != 0:
-            print(f"before training: {figures(evaluate(learner.variables))}", flush=True)
         if not folder.resumed and options.sample_every != 0:
             print(printable(ask(source.variables)), flush=True)
         lengths = [len(answer.tokens) for answer in answers(learned)]

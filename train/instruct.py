@@ -181,11 +181,8 @@ def instruct(options: Options) -> Any:
         f"{model.attention_choice(training=True)}",
         flush=True,
     )
-    if not Path(options.out).exists():  # a new run: what it starts from
-        if options.evaluate_every != 0:
-            print(f"before training: validation loss {evaluate(learner.variables)['loss']:.4f}", flush=True)
-        if options.sample_every != 0:
-            print(printable(ask(source.variables)), flush=True)
+    if not Path(options.out).exists() and options.sample_every != 0:  # a new run: what it starts from
+        print(printable(ask(source.variables)), flush=True)
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     digests |= chat_template_digest(options, tokenizer)

@@ -201,7 +201,7 @@ class _Loop:
     """Step of the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        self.step = int(self.state.step)
+        self.step = self.start = int(self.state.step)
         self.judged = f"validation_{self.judged_by[0]}"
         self.shares = row_share()["process_count"]  # of a batch; this process counts the tokens of its own
         self.utilisation = token_utilisation(self.flops_per_token, self.state, getattr(self.train_step, "replicas", 1))
@@ -223,7 +223,8 @@ class _Loop:
         if self.folder is not None:
             self.resume(say)
         first = processes.first()
-        self.recorder = Recorder(self.folder if first else None, self.options, self.step, output)
+        folder = self.folder if first else None
+        self.recorder = Recorder(folder, self.options, self.step, output, anew=self.saved is None)
         if profiled and first:
             assert self.folder is not None
             self.profile = Profile(profiled, self.folder.path / PROFILE, self.step)
@@ -288,6 +289,7 @@ class _Loop:
             records = [record for record in (read_metrics(path) if path.exists() else []) if record["step"] <= step]
             losses = training_curve(records)
             judged, validation, rates = (curve(records, n) for n in (self.judged, "validation_loss", "learning_rate"))
+            judged = [(step, value) for step, value in judged if step > self.start]
             return losses[-1][1] if losses else None, judged, validation, rates
 
         found = processes.share(processes.together(lambda: read() if processes.first() else None))
@@ -313,6 +315,8 @@ class _Loop:
         pending = None
         if self.step < options.steps:
             self.make_batch()
+        if self.saved is None and options.evaluate_first:
+            self.evaluation()
         while self.step < self.options.steps:  # which an early stop lowers
             if self.profile.begins_with(self.step + 1):
                 jax.block_until_ready(self.state)
@@ -410,22 +414,8 @@ class _Loop:
         options, step = self.options, self.step
         best_to_keep = False
         if options.due(options.evaluate_every, step):
-            with self.time.on("evaluation", step):
-                assert self.evaluate is not None
-                found = self.evaluate(self.state.variables)
-                # All processes go by the figures of one: they must save, and stop, at the same steps.
-                means = processes.share({f"validation_{name}": float(value) for name, value in found.items()})
-            if "validation_loss" in means:
-                self.validation_losses[step] = means["validation_loss"]
-            if self.judged in means:
-                self.validated(means[self.judged])
-                best_to_keep = self.best_to_keep()
-            elif options.patience is not None:
-                raise BadInput(
-                    f"patience is {options.patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
-                    "return it, or leave patience out"
-                )
-            self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
+            self.evaluation()
+            best_to_keep = step in self.validation and self.best_to_keep()
             self.stop_early(self.recorder.message)
             options = self.options
         if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
@@ -443,11 +433,31 @@ class _Loop:
         if options.due(options.sample_every, step):
             self.write_sample()
 
+    def evaluation(self) -> None:
+        """Evaluate this step, and record it."""
+        patience = self.options.patience
+        with self.time.on("evaluation", self.step):
+            assert self.evaluate is not None
+            found = self.evaluate(self.state.variables)
+            # All processes go by the figures of one: they must save, and stop, at the same steps.
+            means = processes.share({f"validation_{name}": float(value) for name, value in found.items()})
+        if "validation_loss" in means:
+            self.validation_losses[self.step] = means["validation_loss"]
+        if self.judged in means:
+            self.validated(means[self.judged])
+        elif patience is not None:
+            raise BadInput(
+                f"patience is {patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
+                "return it, or leave patience out"
+            )
+        self.recorder.evaluation({"step": self.step, "tokens": self.tokens, **means})
+
     def validated(self, value: float) -> None:
-        """Note what this step is judged by."""
+        """Note what this step is judged by. What a run begins from is no step of its own, and has no checkpoint."""
         if not math.isfinite(value):
             raise self.broken(self.step, f"{self.judged.replace('_', ' ')} is {value}", look_at="the validation data")
-        self.validation[self.step] = value
+        if self.step > self.start:
+            self.validation[self.step] = value
 
     def best_to_keep(self) -> bool:
         """Whether this step is better than every checkpoint. The best step so far may have none: it was damaged, or
