@@ -4,19 +4,13 @@
     python -m bench.gpu llama3.2-1b --batch-size 8    one of them
 
 Training is a step of the library: bfloat16 products, float32 weights, clipping, AdamW, cuDNN's attention by name.
-
-    MFU = tokens a second · FLOP a token / peak         model FLOP utilisation (Chowdhery et al. 2022, appendix B)
-    FLOP a token = 3 · (2 · weights + attention)        backward counts twice forward; recomputing counts nothing
-    weights: entries of the matrices that a token passes: of k experts and the shared ones, no embedding but as a head
-    attention = (T + 1) / 2 · heads · 2 · (key width + value width) a layer: the keys that a token sees, and no others;
-    of a window W at most W of them. Of MLA the widths are those of training, 192 and 128 in DeepSeek-V3.
+Its MFU is by the formula and the peaks of llmq_jax/training/flops.py.
 
 Decoding is one row in bfloat16; its limit is the memory, of which every token reads the same weights, and its cache:
 
     share = tokens a second · (bytes of weights + bytes of cache, in the mean) / bandwidth
 """
 
-import re
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -25,17 +19,6 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, Positional, default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput, did_you_mean
 
-PEAKS = {
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100 NVL": (835e12, 3.9e12),
-    "H100": (989e12, 3.35e12),
-    "H200": (989e12, 4.8e12),
-    "A100-(SXM4|PCIE)-40GB": (312e12, 1.555e12),
-    "A100": (312e12, 2.04e12),
-    "B200": (2250e12, 8.0e12),
-}
-"""Dense FLOP a second in bfloat16, and bytes a second, by the first pattern that is in a device's name: of SXM boards
-where it does not say, from NVIDIA's data sheets."""
 SMALL = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -91,8 +74,10 @@ def main(options: Options) -> None:
     use_device(options.device)
     import jax
 
+    from llmq_jax.training.flops import passed_weights, peak_of
+
     kind = jax.devices()[0].device_kind
-    peak, bandwidth = next((peaks for name, peaks in PEAKS.items() if re.search(rf"\b{name}\b", kind)), (None, None))
+    peak, bandwidth = peak_of(kind) or (None, None)
     told = "peak unknown" if peak is None else f"peak {peak / 1e12:,.0f} TFLOP/s in bfloat16, {bandwidth / 1e12:g} TB/s"
     print(f"{kind}: {told}; JAX {jax.__version__}", flush=True)
     for name in options.models or WORK:
@@ -123,6 +108,7 @@ def training(config: Any, rows: int, length: int, peak: float | None, options: O
     import numpy as np
 
     import llmq_jax as lq
+    from llmq_jax.training.flops import token_flops
 
     model = lq.build(
         config,
@@ -166,6 +152,7 @@ def decoding(config: Any, bandwidth: float | None) -> str:
     import numpy as np
 
     import llmq_jax as lq
+    from llmq_jax.training.flops import passed_weights
 
     variables = jax.tree.map(lambda x: x.astype("bfloat16"), lq.init(config))
     lm = lq.LanguageModel(config, lq.build(config), variables)
@@ -184,56 +171,15 @@ def decoding(config: Any, bandwidth: float | None) -> str:
     return f"decoding, 1 row: {rate:,.1f} tokens/s, {held / 1e9:.2f} GB a token{share}"
 
 
-def passed_weights(config: Any) -> int:
-    """Entries of the matrices that a token passes through: see above."""
-    import jax
-
-    from llmq_jax.layers.axes import EXPERTS, path_names
-    from llmq_jax.models import abstract_variables
-
-    total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(config)["params"]):
-        names = path_names(path)
-        if names[-1] in EXPERTS and names[-1].endswith("kernel"):
-            experts = leaf.shape[-len(EXPERTS[names[-1]])]
-            total += leaf.size * config.num_experts_per_tok // experts
-        elif names[-1] == "kernel" or (names[0] == "token_embedding" and config.tie_word_embeddings):
-            total += leaf.size
-    return total
-
-
-def token_flops(config: Any, length: int) -> float:
-    """Of training, a token of rows of `length`: see above."""
-    return 3 * (2 * passed_weights(config) + attention_flops(config, length))
-
-
-def attention_flops(config: Any, length: int) -> float:
-    """Forward, a token, of all layers."""
-    key, value = widths(config)
-    kinds = getattr(config, "layer_kinds", ("full_attention",) * config.num_hidden_layers)
-    total = 0.0
-    for kind in kinds:
-        window = min(length, config.sliding_window) if kind == "sliding_attention" else length
-        seen = (window * (window + 1) / 2 + (length - window) * window) / length
-        total += seen * config.num_attention_heads * 2 * (key + value)
-    return total
-
-
-def widths(config: Any) -> tuple[int, int]:
-    """Of a head's keys and values in training."""
-    if hasattr(config, "v_head_dim"):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width, width
-
-
 def cache_bytes(config: Any, length: int) -> float:
     """Of what a token reads of its row's cache after `length` tokens, in bfloat16."""
+    from llmq_jax.training.flops import head_widths
+
     if hasattr(config, "kv_lora_rank"):
         entries = config.kv_lora_rank + config.qk_rope_head_dim
     else:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        entries = heads * sum(widths(config))
+        entries = heads * sum(head_widths(config))
     return 2.0 * entries * length * config.num_hidden_layers
 
 

@@ -38,7 +38,7 @@ from train.options import (
 from train.pretrain import exports
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, check_what_trains, prepared
+from train.what_trains import WhatTrains, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 TEST_FRACTION = 0.2
@@ -182,6 +182,7 @@ def classifier(options: Options) -> Any:
         schedule=schedule,
         evaluate=evaluate,
         sample=sample,
+        flops_per_token=flops_of(options, learner, [min(len(row), longest) for row in rows["training"]]),
         next_commands=tuple(next_commands(options, config)),
     )
     if result.state is not None:

@@ -38,6 +38,7 @@ from train.options import (
 from train.preferences import (
     EPOCHS,
     PreferenceData,
+    answers,
     check_preference_options,
     described,
     numbered,
@@ -47,7 +48,7 @@ from train.preferences import (
 from train.pretrain import exports
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, prepared
+from train.what_trains import WhatTrains, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
 REFERENCE_FILE = "reference_logprobs.npz"
@@ -168,10 +169,10 @@ def dpo(options: Options) -> Any:
         def sample(variables, at_step):
             return ask(whole(variables))
 
-        if not folder.resumed and options.evaluate_every != 0:
-            print(f"before training: {figures(evaluate(learner.variables))}", flush=True)
         if not folder.resumed and options.sample_every != 0:
             print(printable(ask(source.variables)), flush=True)
+        lengths = [len(answer.tokens) for answer in answers(learned)]
+        unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
         # Where a part of the model trains, what it was at first is all that it takes to have the reference again.
         began = None
         if options.train != "all" and options.reference is None:
@@ -188,6 +189,7 @@ def dpo(options: Options) -> Any:
             schedule=schedule,
             evaluate=evaluate,
             sample=sample,
+            flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
             next_commands=tuple(next_commands(options, config)),
         )

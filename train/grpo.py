@@ -274,9 +274,6 @@ def grpo(options: Options) -> Any:
     def sample(variables, at_step):
         return table(loop, variables, PromptBatches(len(training), options.prompts_per_step, options.seed)[at_step - 1])
 
-    if not Path(options.out).exists() and options.evaluate_every != 0:
-        means = evaluate(learner.variables)
-        print(f"before training: {', '.join(f'{name} {value:.4f}' for name, value in means.items())}", flush=True)
     parts = {"training": training, "validation": validation}
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
     digests |= reward_digests(options, replay_data, score) | chat_template_digest(options, source.tokenizer)

@@ -47,7 +47,7 @@ from train.options import (
 from train.pretrain import exports
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, check_what_trains, prepared
+from train.what_trains import WhatTrains, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 IDLE_IN_PREVIEW = (
@@ -195,11 +195,8 @@ def instruct(options: Options) -> Any:
         f"{model.attention_choice(training=True)}",
         flush=True,
     )
-    if not Path(options.out).exists():  # a new run: what it starts from
-        if options.evaluate_every != 0:
-            print(f"before training: validation loss {evaluate(learner.variables)['loss']:.4f}", flush=True)
-        if options.sample_every != 0:
-            print(printable(ask(source.variables)), flush=True)
+    if not Path(options.out).exists() and options.sample_every != 0:  # a new run: what it starts from
+        print(printable(ask(source.variables)), flush=True)
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     digests |= chat_template_digest(options, tokenizer)
@@ -217,6 +214,7 @@ def instruct(options: Options) -> Any:
         schedule=schedule,
         evaluate=None if held_out is None else evaluate,
         sample=sample,
+        flops_per_token=flops_of(options, learner, [len(example.tokens) for example in learned.examples]),
         next_commands=tuple(next_commands(options, config, training[0].form != "text" and kept.chat_template)),
     )
 

@@ -104,6 +104,11 @@ class TrainingOptions:
     """Steps to trace with JAX's profiler, counted from 1, both included, as 10:15; see docs/training.md."""
 
     @property
+    def evaluate_first(self) -> bool:
+        """Whether a run is evaluated before its first step: one that begins from weights."""
+        return bool(getattr(self, "init_from", None)) and self.evaluate_every != 0
+
+    @property
     def loss_of_parts(self) -> bool:
         """Whether the loss averages over micro-batches, so that another --accumulate makes it another one."""
         return False

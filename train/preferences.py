@@ -116,11 +116,16 @@ def numbered(part: Any) -> Any:
     """All that is learned of the pairs as one array, to be told from others by."""
     import numpy as np
 
-    sides = [side for pair in part.pairs for side in (pair.chosen, pair.rejected)]
+    sides = answers(part)
     texts = np.concatenate([np.stack([side.tokens, side.learned], axis=1).ravel() for side in sides])
     lengths = [len(side.tokens) for side in sides]
     margins = np.array([pair.margin or 0.0 for pair in part.pairs], np.float64).view(np.int64)
     return np.concatenate([texts.astype(np.int64), np.array(lengths, np.int64), margins])
+
+
+def answers(part: Any) -> list:
+    """Both answers of each pair, with the prompt, as tokens."""
+    return [side for pair in part.pairs for side in (pair.chosen, pair.rejected)]
 
 
 def described(options: PreferenceData, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:

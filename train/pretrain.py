@@ -180,6 +180,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     from llmq_jax.language_model import LanguageModel, TextFiles, load
     from llmq_jax.models import abstract_variables, init
     from llmq_jax.training import engine, step
+    from llmq_jax.training.flops import token_flops
     from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
 
@@ -280,6 +281,10 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         evaluate=None if text.validation is None else evaluate,
         sample=sample,
         tokens_per_step=options.batch_size * options.context,
+        # Of documents that do not see each other the lengths are not known.
+        flops_per_token=(
+            None if options.separate_documents else token_flops(config, options.context, modules=modules(config))
+        ),
         next_commands=tuple(next_commands(config)),
     )
 

@@ -35,6 +35,7 @@ from train.options import (
 from train.preferences import (
     EPOCHS,
     PreferenceData,
+    answers,
     check_preference_options,
     described,
     numbered,
@@ -44,7 +45,7 @@ from train.preferences import (
 from train.pretrain import exports
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, prepared
+from train.what_trains import WhatTrains, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5
 SAMPLES = 3
@@ -152,6 +153,7 @@ def reward(options: Options) -> Any:
         schedule=schedule,
         evaluate=evaluate,
         sample=sample,
+        flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in answers(learned)]),
         next_commands=tuple(next_commands(options, config)),
     )
     if result.state is not None:

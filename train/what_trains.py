@@ -1,5 +1,6 @@
 """Which part of a model learns in fine-tuning: all of it, its last blocks, its head, or adapters beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -110,6 +111,16 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
         numbers = _count(variables[PARAMS])
     total = sum(_count(tree) for name, tree in variables.items() if name in (PARAMS, FROZEN, lora.LORA))
     return Prepared(model, variables, trainable, f"training {numbers:,} of {total:,} parameters ({options.train})")
+
+
+def flops_of(options: WhatTrains, learner: Prepared, lengths: Sequence[int], unembedded: float = 1.0) -> float | None:
+    """FLOP of a token in training: see `token_flops`. None where layers below what trains have no backward pass, which
+    that formula does not know."""
+    from llmq_jax.training.flops import token_flops
+
+    if options.train not in ("all", "lora") or learner.model.frozen_layers:
+        return None
+    return token_flops(learner.model.config, lengths, adapters=options.train == "lora", unembedded=unembedded)
 
 
 def _spec(options: WhatTrains) -> Any:

@@ -1,11 +1,12 @@
-"""Compare runs: losses and speed, the options in which they differ, their validation losses in one plot.
+"""Compare runs: what each is judged by, speed, the options in which they differ, and a metric of all in one plot.
 
 llmq compare runs/mine runs/dyt --out losses.png
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Positional, default_is
 from llmq_jax.errors import BadInput
@@ -19,46 +20,45 @@ class Options:
     """A run folder."""
     others: Annotated[Positional[tuple[str, ...]], default_is("none")] = ()
     """More of them."""
+    metric: Annotated[str | None, default_is("the loss, or what all runs are judged by")] = None
+    """What to show and draw: any number in metrics.jsonl, as validation_accuracy."""
+    x: Annotated[Literal["step", "tokens", "seconds"] | None, default_is("step")] = None
+    """What to draw it over: seconds are those of training, without compiling, evaluation and checkpoints."""
     out: Annotated[str | None, default_is("no plot")] = None
-    """PNG to draw the losses into."""
+    """PNG to draw into."""
 
 
 def main(options: Options) -> None:
-    import statistics
-
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from llmq_jax.training.plots import curve, plot_comparison, read_run, run_names, training_curve
+    from llmq_jax.training.plots import plot_comparison, read_records, run_names
     from llmq_jax.training.run_folder import what_differs
 
-    runs = (options.run, *options.others)
-    names = run_names(runs)
+    folders = (options.run, *options.others)
+    names = run_names(folders)
     if options.out is not None and Path(options.out).suffix.lower() != ".png":
         raise BadInput(f"--out {options.out}: the plot is a PNG; give it a name that ends in .png")
     if options.out is not None and not Path(options.out).parent.is_dir():
         raise BadInput(f"--out {options.out}: there is no folder {Path(options.out).parent}; make it first")
+    if options.out is None and options.x is not None:
+        raise BadInput("--x has no effect without --out; leave it out, or give a PNG to draw into")
 
+    runs = {name: read_records(Path(folder)) for name, folder in zip(names, folders, strict=True)}
+    judges = [judged_by(Path(folder), records) for folder, records in zip(folders, runs.values(), strict=True)]
+    titles = ["training", "validation", "last", "best", "at step"]
+    if options.metric is not None:
+        titles = ["last", "lowest", "at step", "highest", "at step"]
     table = Table("run", box=None, header_style="bold", pad_edge=False)
-    for title in ("steps", "training loss", "validation", "lowest", "at step", "tokens/s"):
+    for title in ("steps", *titles, "tokens/s"):
         table.add_column(title, justify="right")
-    for name, run in zip(names, runs, strict=True):
-        records = read_run(Path(run))
-        training, validation = training_curve(records), curve(records, "validation_loss")
-        at_step, lowest = min(validation, key=lambda point: point[1], default=(None, None))
-        speeds = [speed for _, speed in curve(records, "tokens_per_second")]
-        table.add_row(
-            Text(name),  # in which brackets are no style
-            f"{records[-1]['step']:,}",
-            _number(training[-1][1] if training else None),
-            _number(validation[-1][1] if validation else None),
-            _number(lowest),
-            "" if at_step is None else f"{at_step:,}",
-            f"{statistics.median(speeds):,.0f}" if speeds else "",
-        )
+    for (name, records), judge in zip(runs.items(), judges, strict=True):
+        table.add_row(*map(Text, (name, *cells(name, records, judge, options.metric))))  # brackets are no style
+    if options.metric is not None:
+        print(options.metric)
     Console().print(table)
-    if differing := what_differs(runs):
+    if differing := what_differs(folders):
         apart = Table("differing in", box=None, header_style="bold", pad_edge=False)
         for name in names:
             apart.add_column(Text(name), justify="right")
@@ -68,8 +68,45 @@ def main(options: Options) -> None:
         print()
         Console().print(apart)
     if options.out is not None:
-        print(f"drawn: {plot_comparison(runs, options.out)}")
+        means = {None if judge is None else judge[0] for judge in judges}
+        (agreed,) = means if len(means) == 1 else (None,)
+        metric = options.metric or (f"validation_{agreed}" if agreed not in (None, "loss") else None)
+        print(f"drawn: {plot_comparison(folders, options.out, metric, options.x or 'step')}")
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:
+    """The validation mean that a run's best step is told by, and which of its values is the best, by its checkpoints;
+    without any the loss, if it was measured."""
+    from llmq_jax.training.checkpoints import Checkpoints
+
+    found = Checkpoints(folder / "checkpoints").judged_by()
+    return found or (("loss", "lowest") if any("validation_loss" in record for record in records) else None)
+
+
+def cells(name: str, records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: str | None) -> list[str]:
+    """The row of a run, beside its name: of what it is judged by or, where one is given, of a metric."""
+    import statistics
+
+    from llmq_jax.training.plots import curve, require_metric, shown_value, training_curve
+
+    def last(points: list[tuple[int, float]]) -> str:
+        return shown_value(points[-1][1]) if points else ""
+
+    def extreme(points: list[tuple[int, float]], pick: Callable[..., Any]) -> list[str]:
+        """Of the values, and the first step that has it."""
+        if not points:
+            return ["", ""]
+        step, value = pick(points, key=lambda point: point[1])
+        return [shown_value(value), f"{step:,}"]
+
+    if metric is None:
+        mean, best = judge or ("", "lowest")
+        found = curve(records, f"validation_{mean}")
+        made = [point for point in found if point[0] > 0]  # the best step is one that the run has made
+        row = [last(training_curve(records)), mean, last(found), *extreme(made, min if best == "lowest" else max)]
+    else:
+        require_metric(name, records, metric)
+        found = curve(records, metric)
+        row = [last(found), *extreme(found, min), *extreme(found, max)]
+    speeds = [speed for _, speed in curve(records, "tokens_per_second")]
+    return [f"{records[-1]['step']:,}", *row, f"{statistics.median(speeds):,.0f}" if speeds else ""]

@@ -2,6 +2,7 @@
 
 from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
 from llmq_jax.training.engine import NonFiniteLoss, run
+from llmq_jax.training.flops import token_flops
 from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.report import RunResult
@@ -31,5 +32,6 @@ __all__ = [
     "muon",
     "plot_losses",
     "run",
+    "token_flops",
     "warmup_schedule",
 ]

@@ -119,6 +119,15 @@ class Checkpoints:
                     costs[step] = cost
         return min(costs, key=costs.__getitem__, default=None)
 
+    def judged_by(self) -> JudgedBy | None:
+        """What the newest checkpoint that says it is judged by; None where none does."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(CorruptCheckpoint, BadInput):
+                info = _read_info(self.path(step))
+                if info.judged_by is not None:
+                    return info.judged_by, "highest" if info.best == "highest" else "lowest"
+        return None
+
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.folder / f"{step:08d}"

@@ -33,6 +33,7 @@ from llmq_jax.training.checkpoints import (
     restore_checkpoint,
 )
 from llmq_jax.training.expert_plots import plot_experts
+from llmq_jax.training.flops import token_utilisation
 from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.manifest import CorruptCheckpoint
 from llmq_jax.training.metrics import METRICS, OWN_LOSSES, read_metrics, shown_loss
@@ -42,7 +43,7 @@ from llmq_jax.training.plots import Points, curve, plot_losses, training_curve
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
 from llmq_jax.training.progress import Status, TextOutput
 from llmq_jax.training.recorder import Recorder
-from llmq_jax.training.report import RunResult, peak_memory_bytes, report_text
+from llmq_jax.training.report import RunResult, device_memory_bytes, peak_memory_bytes, report_text
 from llmq_jax.training.report_page import write_report_page
 from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest, differences
 from llmq_jax.training.run_options import RunOptions
@@ -76,6 +77,7 @@ def run(
     judged_by: JudgedBy = ("loss", "lowest"),
     sample: Callable[[dict[str, Any], int], str] | None = None,
     tokens_per_step: int | None = None,
+    flops_per_token: float | None = None,
     show: Sequence[str] = (),
     next_commands: Sequence[str] = (),
     output: TextOutput | None = None,
@@ -96,6 +98,7 @@ def run(
     * `tokens_per_step`, over all processes, is what `batches.count_tokens(i)` says where not given, or else counted
       from each batch, of which other processes are taken to have as many; a step that draws its own tokens tells how
       many by a metric `tokens`, which is no array of the device unless it may be waited for.
+    * `flops_per_token`, from `token_flops`, is what the device's utilisation (MFU) is told by, if its peak is known.
     * `show` names metrics of a step that stand beside the loss on the console.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).
@@ -143,6 +146,7 @@ def run(
             judged_by=judged_by,
             sample=sample,
             tokens_per_step=tokens_per_step,
+            flops_per_token=flops_per_token,
             show=show,
         )
         if run_folder is not None and run_folder.finished:
@@ -192,6 +196,7 @@ class _Loop:
     judged_by: JudgedBy
     sample: Callable[..., Any] | None
     tokens_per_step: int | None
+    flops_per_token: float | None = None
     show: Sequence[str] = ()
     step: int = 0
     tokens: int = 0
@@ -205,9 +210,10 @@ class _Loop:
     """Step of the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        self.step = int(self.state.step)
+        self.step = self.start = int(self.state.step)
         self.judged = f"validation_{self.judged_by[0]}"
         self.shares = row_share()["process_count"]  # of a batch; this process counts the tokens of its own
+        self.utilisation = token_utilisation(self.flops_per_token, self.state, getattr(self.train_step, "replicas", 1))
         self.pace = Pace(self.options.steps)
         self.time = TimeSpent()
         self.profile = Profile()
@@ -228,7 +234,8 @@ class _Loop:
         else:
             self.resume(say)
         first = processes.first()
-        self.recorder = Recorder(self.folder if first else None, self.options, self.step, output)
+        folder = self.folder if first else None
+        self.recorder = Recorder(folder, self.options, self.step, output, anew=self.saved is None)
         if profiled and first:
             assert self.folder is not None
             self.profile = Profile(profiled, self.folder.path / PROFILE, self.step)
@@ -321,6 +328,7 @@ class _Loop:
             records = [record for record in (read_metrics(path) if path.exists() else []) if record["step"] <= step]
             losses = training_curve(records)
             judged, validation, rates = (curve(records, n) for n in (self.judged, "validation_loss", "learning_rate"))
+            judged = [(step, value) for step, value in judged if step > self.start]
             return losses[-1][1] if losses else None, judged, validation, rates
 
         found = processes.share(processes.together(lambda: read() if processes.first() else None))
@@ -346,6 +354,8 @@ class _Loop:
         pending = None
         if self.step < options.steps:
             self.make_batch()
+        if self.saved is None and options.evaluate_first:
+            self.evaluation()
         while self.step < self.options.steps:  # which an early stop lowers
             if self.profile.begins_with(self.step + 1):
                 jax.block_until_ready(self.state)
@@ -407,25 +417,35 @@ class _Loop:
         last = options.patience is not None and options.due(options.evaluate_every, done.step)
         if options.log_every and (done.step == 1 or last or options.due(options.log_every, done.step)):
             others = jax.device_get({name: value for name, value in done.metrics.items() if name not in checked})
+            speed = self.pace.since_mark()
+            of_device = {"mfu": self.mfu(speed), "memory_bytes": device_memory_bytes()}
             record = {
                 "step": done.step,
                 "tokens": done.tokens,
                 "loss": checked["loss"],
                 **rate,
                 **checked,
-                "tokens_per_second": self.pace.since_mark(),
+                "tokens_per_second": speed,
+                **{name: value for name, value in of_device.items() if value is not None},
                 **self.time.since_mark(),
                 **others,
             }
+        mean_speed = self.pace.tokens_per_second()
         status = Status(
             step=done.step,
             loss=shown,
             learning_rate=rate.get("learning_rate"),
-            tokens_per_second=self.pace.tokens_per_second(),
+            tokens_per_second=mean_speed,
+            mfu=self.mfu(mean_speed),
             seconds_left=self.pace.seconds_left(),
             shown=tuple((name, checked[name]) for name in self.show if name in checked),
         )
         self.recorder.step(status, record)
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        if self.utilisation is None or tokens_per_second is None:
+            return None
+        return self.utilisation * tokens_per_second
 
     def pause(self, stop: StopSignals) -> None:
         """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
@@ -433,22 +453,8 @@ class _Loop:
         options, step = self.options, self.step
         best_to_keep = False
         if options.due(options.evaluate_every, step):
-            with self.time.on("evaluation", step):
-                assert self.evaluate is not None
-                found = self.evaluate(self.state.variables)
-                # All processes go by the figures of one: they must save, and stop, at the same steps.
-                means = processes.share({f"validation_{name}": float(value) for name, value in found.items()})
-            if "validation_loss" in means:
-                self.validation_losses[step] = means["validation_loss"]
-            if self.judged in means:
-                self.validated(means[self.judged])
-                best_to_keep = self.best_to_keep()
-            elif options.patience is not None:
-                raise BadInput(
-                    f"patience is {options.patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
-                    "return it, or leave patience out"
-                )
-            self.recorder.evaluation({"step": step, "tokens": self.tokens, **means})
+            self.evaluation()
+            best_to_keep = step in self.validation and self.best_to_keep()
             self.stop_early(self.recorder.message)
             options = self.options
         if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
@@ -466,11 +472,31 @@ class _Loop:
         if options.due(options.sample_every, step):
             self.write_sample()
 
+    def evaluation(self) -> None:
+        """Evaluate this step, and record it."""
+        patience = self.options.patience
+        with self.time.on("evaluation", self.step):
+            assert self.evaluate is not None
+            found = self.evaluate(self.state.variables)
+            # All processes go by the figures of one: they must save, and stop, at the same steps.
+            means = processes.share({f"validation_{name}": float(value) for name, value in found.items()})
+        if "validation_loss" in means:
+            self.validation_losses[self.step] = means["validation_loss"]
+        if self.judged in means:
+            self.validated(means[self.judged])
+        elif patience is not None:
+            raise BadInput(
+                f"patience is {patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
+                "return it, or leave patience out"
+            )
+        self.recorder.evaluation({"step": self.step, "tokens": self.tokens, **means})
+
     def validated(self, value: float) -> None:
-        """Note what this step is judged by."""
+        """Note what this step is judged by. What a run begins from is no step of its own, and has no checkpoint."""
         if not math.isfinite(value):
             raise self.broken(self.step, f"{self.judged.replace('_', ' ')} is {value}", look_at="the validation data")
-        self.validation[self.step] = value
+        if self.step > self.start:
+            self.validation[self.step] = value
 
     def best_to_keep(self) -> bool:
         """Whether this step is better than every checkpoint. The best step so far may have none: it was damaged, or
@@ -573,6 +599,7 @@ class _Loop:
     def result(self) -> RunResult:
         best = self.best()
         lowest = best if self.judged == "validation_loss" else None
+        mean_speed = self.pace.tokens_per_second()
         return RunResult(
             state=self.state,
             step=self.step,
@@ -583,7 +610,8 @@ class _Loop:
             best_step=best,
             seconds=self.pace.seconds(),
             time=self.time.total(),
-            tokens_per_second=self.pace.tokens_per_second(),
+            tokens_per_second=mean_speed,
+            mfu=self.mfu(mean_speed),
             peak_memory_bytes=peak_memory_bytes(),
         )
 

@@ -2,7 +2,8 @@
 
 A record of training has `step`, `tokens` (seen so far), `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, the
 objective's own figures, and what the time since the last one went to (`step_seconds`, `input_seconds`, ...: see
-time_spent.py); a record of evaluation `step`, `tokens`, `validation_loss` and further `validation_...`.
+time_spent.py); where they are known `mfu` (see flops.py) and `memory_bytes`, the most that the device has held so far.
+A record of evaluation has `step`, `tokens`, `validation_loss` and further `validation_...`.
 Equal runs write equal records, `TIME_FIELDS` apart. After a kill both files are cut back to the checkpoint's step.
 """
 
@@ -23,6 +24,8 @@ OWN_LOSSES = ("next_token_loss", "classification_loss", "reward_loss", "preferen
 """The loss without what an objective adds to it: balance losses of experts, further tokens."""
 TIME_FIELDS = (
     "tokens_per_second",
+    "mfu",
+    "memory_bytes",
     *SECONDS.values(),
     "rollout_seconds",
     "scoring_seconds",

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmq_jax.atomic_files import write_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, shown_loss
@@ -14,6 +16,8 @@ TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
 
 Points = list[tuple[int, float]]
+ACROSS = {"step": "steps", "tokens": "tokens seen", "seconds": "seconds of training"}
+"""What curves may be drawn over, and what stands below the axis."""
 
 
 def plot_losses(folder: str | Path) -> Path:
@@ -32,18 +36,64 @@ def plot_losses(folder: str | Path) -> Path:
     return save_figure(figure, folder / "losses.png")
 
 
-def plot_comparison(folders: Sequence[str | Path], path: str | Path) -> Path:
-    """Draw the validation losses of several runs over steps as `path`; the training losses where one has no other."""
-    runs = dict(zip(run_names(folders), (read_run(Path(folder)) for folder in folders), strict=True))
+def plot_comparison(
+    folders: Sequence[str | Path], path: str | Path, metric: str | None = None, across: str = "step"
+) -> Path:
+    """Draw a metric of several runs as `path`, over steps, tokens or seconds (`ACROSS`). None: the validation losses;
+    the training losses where one has no other."""
+    runs = dict(zip(run_names(folders), (read_records(Path(folder)) for folder in folders), strict=True))
     validated = all(curve(records, "validation_loss") for records in runs.values())
-    figure, axes = blank_axes("validation loss" if validated else "training loss", list(runs.values()))
-    for index, (name, records) in enumerate(runs.items()):
-        points = curve(records, "validation_loss") if validated else training_curve(records)
+    name = "validation_loss" if metric is None and validated else metric
+    title = metric or ("validation loss" if validated else "training loss")
+    drawn, axes = blank_axes(title, list(runs.values()), across)
+    axes.set_ylabel(metric or "loss", color=INK, parse_math=False)
+    for index, (run, records) in enumerate(runs.items()):
+        if metric is not None:
+            require_metric(run, records, metric)
+        values = [shown_loss(record) if name is None else figure(record, name) for record in records]
+        points = [(record["step"], value) for record, value in zip(records, values, strict=True) if value is not None]
         if not points:
-            raise BadInput(f"{name} has validation losses alone, and others have none: there is nothing to compare")
-        _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], name)
+            raise BadInput(
+                f"{run} has no training losses, and one of the others no validation losses: there is nothing to "
+                "compare; name a metric that all have"
+            )
+        at = [x for x, value in zip(positions(run, records, across), values, strict=True) if value is not None]
+        _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], run, at)
+    if across != "step":  # of which blank_axes knows the last
+        axes.set_xlim(left=0)
     legend(axes)
-    return save_figure(figure, path)
+    return save_figure(drawn, path)
+
+
+def require_metric(run: str, records: list[Record], metric: str) -> None:
+    """BadInput where the records of this run have no such figure."""
+    numbers = ((name, value) for record in records for name, value in record.items() if name != "step")
+    known = dict.fromkeys(name for name, value in numbers if isinstance(value, int | float))
+    if metric not in known:
+        raise BadInput(f"{run} has no {metric!r} in its {METRICS}; choose from {', '.join(known)}")
+
+
+def positions(run: str, records: list[Record], across: str) -> list[float]:
+    """Where each record stands on an axis of `ACROSS`. BadInput where the records of this run do not tell."""
+    if across == "step":
+        return [float(record["step"]) for record in records]
+    if not all("tokens" in record for record in records):
+        raise BadInput(f"{run} has no tokens in its {METRICS}; draw it over steps")
+    tokens = [float(record["tokens"]) for record in records]
+    if across == "tokens":
+        return tokens
+    # A record's speed is that since the one before, without compiling, evaluation and checkpoints. Where a run was
+    # resumed in between it stands for the steps before, too, whose time went with their process.
+    seen, seconds, speed = [0.0], [0.0], 0.0
+    for count, record in zip(tokens, records, strict=True):
+        if measured := figure(record, "tokens_per_second"):
+            speed = measured
+            seconds.append(seconds[-1] + (count - seen[-1]) / speed)
+            seen.append(count)
+    if not speed:
+        raise BadInput(f"{run} has no tokens_per_second in its {METRICS}; draw it over steps or tokens")
+    beyond = [max(0.0, count - seen[-1]) / speed for count in tokens]
+    return [float(np.interp(count, seen, seconds)) + more for count, more in zip(tokens, beyond, strict=True)]
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
@@ -88,11 +138,19 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
     return figure
 
 
-def read_run(folder: Path) -> list[Record]:
+def read_records(folder: Path) -> list[Record]:
     """The metrics of a run; BadInput where there are none."""
     if not (folder / METRICS).is_file():
         raise BadInput(f"no {METRICS} in {folder}; give the folder of a run")
     records = read_metrics(folder / METRICS)
+    if not records:
+        raise BadInput(f"{folder / METRICS} has no records yet; train for some steps first")
+    return records
+
+
+def read_run(folder: Path) -> list[Record]:
+    """The same, with losses; BadInput where there are none."""
+    records = read_records(folder)
     if not curve(records, "loss") and not curve(records, "validation_loss"):
         raise BadInput(f"{folder / METRICS} has no losses yet; train for some steps first")
     return records
@@ -133,20 +191,24 @@ def blank_figure(size: tuple[float, float] = (8, 4.8)) -> Any:
     return figure
 
 
-def blank_axes(title: str, runs: list[list[Record]]) -> tuple[Any, Any]:
-    """An empty figure for losses over steps, with tokens seen above where they are the same in all runs."""
+def blank_axes(title: str, runs: list[list[Record]], across: str = "step") -> tuple[Any, Any]:
+    """An empty figure for losses; over steps, with tokens seen above where they are the same in all runs."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = blank_figure()
     axes = figure.add_subplot()
-    axes.set_xlabel("steps", color=INK)
+    axes.set_xlabel(ACROSS[across], color=INK)
     axes.set_ylabel("loss", color=INK)
     axes.set_title(title, loc="left", color=INK, fontweight="bold", parse_math=False)
-    axes.set_xlim(left=0, right=max(record["step"] for records in runs for record in records))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["right"]].set_visible(False)
+    if across != "step":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.spines[["top"]].set_visible(False)
+        return figure, axes
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0, right=max(1, *(record["step"] for records in runs for record in records)))
 
     # Batches are alike, so tokens seen grow evenly with steps; exact at the last one.
     per_step = {records[-1]["tokens"] / records[-1]["step"] if records[-1].get("tokens") else None for records in runs}
@@ -160,14 +222,21 @@ def blank_axes(title: str, runs: list[list[Record]]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _draw(axes: Any, points: Points, colour: str, name: str) -> None:
+def _draw(axes: Any, points: Points, colour: str, name: str, at: Sequence[float] | None = None) -> None:
+    """A curve of (step, value), over its steps unless `at` says where each is drawn."""
     marker = "o" if len(points) <= 50 else None
+    steps, values = zip(*points, strict=True)
     label = _label(name, points)
-    axes.plot(*zip(*points, strict=True), color=colour, linewidth=2, marker=marker, markersize=4, label=label)
+    axes.plot(steps if at is None else at, values, color=colour, linewidth=2, marker=marker, markersize=4, label=label)
 
 
 def _label(name: str, points: Points) -> str:
-    return f"{shown(name)}, {points[-1][1]:.4f} at step {points[-1][0]:,}"
+    return f"{shown(name)}, {shown_value(points[-1][1])} at step {points[-1][0]:,}"
+
+
+def shown_value(value: float) -> str:
+    """Four places, or as many as a small number needs."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.3g}"
 
 
 def shown(name: str) -> str:

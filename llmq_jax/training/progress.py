@@ -21,6 +21,8 @@ class Status:
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    mfu: float | None = None
+    """Model FLOP utilisation."""
     shown: tuple[tuple[str, float], ...] = ()
     """What else the run is about: (name, value)."""
 
@@ -37,9 +39,10 @@ class LineProgress:
             width = len(str(self.steps))
             loss, rate, speed, left = _figures(status)
             others = "".join(f"{name} {value:>7.4f}  " for name, value in status.shown)
+            mfu = "" if status.mfu is None else f"  MFU {status.mfu:>5.1%}"
             self.message(
                 f"step {status.step:>{width}}/{self.steps}  {100 * status.step // self.steps:>3}%  loss {loss:>7}  "
-                f"{others}lr {rate:>8}  {speed:>5} tokens/s  ETA {left:>7}"
+                f"{others}lr {rate:>8}  {speed:>5} tokens/s{mfu}  ETA {left:>7}"
             )
 
     def message(self, text: str) -> None:
@@ -89,7 +92,8 @@ class BarProgress:
         if self._status is not None:
             loss, rate, speed, left = _figures(self._status)
             others = "".join(f"{name} {value:.3f} " for name, value in self._status.shown)
-            figures = f"loss {loss} {others}lr {rate} {speed:>5} tokens/s ETA {left:>5}"
+            mfu = "" if self._status.mfu is None else f" MFU {self._status.mfu:.0%}"
+            figures = f"loss {loss} {others}lr {rate} {speed:>5} tokens/s{mfu} ETA {left:>5}"
             self._bar.update(self._task, completed=self._status.step, figures=figures, refresh=True)
 
 

@@ -25,21 +25,25 @@ from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases
 
 class Recorder:
     """Open what the options ask for, cut back to the step that the run starts from; a sample due at that step, which
-    comes after its checkpoint, is to be written anew. Without a folder, the terminal alone."""
+    comes after its checkpoint, is to be written anew, and of a run that begins `anew` the evaluation, too. Without a
+    folder, the terminal alone."""
 
-    def __init__(self, folder: RunFolder | None, options: RunOptions, start: int, output: TextOutput):
+    def __init__(
+        self, folder: RunFolder | None, options: RunOptions, start: int, output: TextOutput, *, anew: bool = False
+    ):
         self._metrics = self._samples = None
         self._goes_on = options.on_full_disk == "continue"
         self._told = False
         self._trackers: list[TensorBoard | WeightsAndBiases] = []
         if folder is not None:
-            drop_metrics_after(folder.path / METRICS, start)
+            recorded = start - anew
+            drop_metrics_after(folder.path / METRICS, recorded)
             drop_samples_after(folder.path / SAMPLES, start - options.due(options.sample_every, start))
             self._metrics = MetricsFile(folder.path / METRICS)
             if options.sample_every:
                 self._samples = SamplesFile(folder.path / SAMPLES)
             if options.tensorboard:
-                self._trackers.append(TensorBoard(folder.path / "tensorboard", start))
+                self._trackers.append(TensorBoard(folder.path / "tensorboard", recorded))
             if options.wandb:
                 config = {**folder.config, "options": dataclasses.asdict(options)}
                 name = folder.path.absolute().name

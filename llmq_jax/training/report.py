@@ -31,6 +31,8 @@ class RunResult:
     time: dict[str, float] | None = None
     """Seconds of all of it, by what they went to: see time_spent.py."""
     tokens_per_second: float | None = None
+    mfu: float | None = None
+    """Model FLOP utilisation, where it is known: see flops.py."""
     peak_memory_bytes: int | None = None
     """On the accelerator, or of the process where there is none."""
 
@@ -40,11 +42,16 @@ class RunResult:
         return {name: getattr(self, name) for name in names}
 
 
+def device_memory_bytes() -> int | None:
+    """The most that the accelerator has held so far; None where JAX does not tell, as of a CPU."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return int(statistics["peak_bytes_in_use"]) if "peak_bytes_in_use" in statistics else None
+
+
 def peak_memory_bytes() -> int:
     """The accelerator's where JAX tells it (GPU), otherwise the process's."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in statistics:
-        return int(statistics["peak_bytes_in_use"])
+    if (held := device_memory_bytes()) is not None:
+        return held
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -55,6 +62,8 @@ def report_text(result: RunResult, folder: Path | None, further: str = "", next_
         parts.append(f"{clock(result.seconds)} of training")
     if result.tokens_per_second is not None:
         parts.append(f"{result.tokens_per_second:,.0f} tokens/s")
+    if result.mfu is not None:
+        parts.append(f"MFU {result.mfu:.1%}")
     if result.peak_memory_bytes is not None:
         parts.append(f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB")
     lines = ["", "finished: " + ", ".join(parts)]

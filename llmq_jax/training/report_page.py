@@ -124,6 +124,7 @@ def _figures(finished: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> 
         "accuracy": _number(found.get("validation_accuracy")),
         "training": clock(found["seconds"]) if "seconds" in found else None,
         "tokens/s": _number(found.get("tokens_per_second"), "{:,.0f}"),
+        "MFU": _number(found.get("mfu"), "{:.1%}"),
         "peak memory": _number(found.get("peak_memory_bytes", 0) / 2**20 or None, "{:,.0f} MiB"),
     }
     boxes = (f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in shown.items() if text is not None)
@@ -147,7 +148,9 @@ def _image(png: bytes, name: str) -> str:
 def _curves(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A panel for each number that was measured at more than one step."""
     names = dict.fromkeys(name for record in records for name in record if name not in BESIDE)
-    found = {name: [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)] for name in names}
+    found = {
+        name: [(r["step"], float(r[name])) for r in records if isinstance(r.get(name), int | float)] for name in names
+    }
     panels = [(name, {name: points}) for name, points in found.items() if len(points) > 1]
     if panels:
         png = io.BytesIO()

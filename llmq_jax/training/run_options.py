@@ -9,6 +9,7 @@ from llmq_jax.training.profile import profiled_steps
 TIMES_A_RUN = 10
 
 NEUTRAL_OPTIONS = (
+    "evaluate_first",
     "sample_every",
     "checkpoint_every",
     "keep_last",
@@ -19,7 +20,7 @@ NEUTRAL_OPTIONS = (
     "profile",
     "on_full_disk",
 )
-"""Options that change neither metrics nor weights."""
+"""Options that change neither metrics of training nor weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,9 @@ class RunOptions:
     log_every: int = 10
     """Steps between two records in metrics.jsonl (the first step is logged too)."""
     evaluate_every: int | None = None
+    evaluate_first: bool = False
+    """Evaluate before the first step too: what a run from weights begins from. Neither patience nor the choice of the
+    best step counts it."""
     patience: int | None = None
     """Stop after so many evaluations in a row without a new best; None: never."""
     sample_every: int | None = None
@@ -81,6 +85,8 @@ class RunOptions:
             intervals[name] = (max(1, self.steps // TIMES_A_RUN) if able else 0) if every is None else every
         if self.patience is not None and not intervals["evaluate_every"]:
             raise BadInput(f"patience is {self.patience}, but the run has no evaluations; give it some or leave it out")
+        if self.evaluate_first and not intervals["evaluate_every"]:
+            raise BadInput("evaluate_first is asked for, but the run has no evaluations; give it some or leave it out")
         for name in ("wandb", "profile"):
             if getattr(self, name) is not None and not saves:
                 raise BadInput(f"{name} is asked for, but the run has no folder; give it one, or leave it out")

@@ -5,15 +5,14 @@ import pytest
 
 @pytest.fixture
 def run(tmp_path):
-    """`run(name, *losses)` makes a run folder with a validation loss every 10 steps."""
+    """`run(name, *losses)` makes a run folder with a validation loss, or another figure, every 10 steps."""
 
-    def make(name, *validation, training=2.5, speed=1000.0):
+    def make(name, *validation, training=2.5, speed=1000.0, figure="validation_loss"):
         folder = tmp_path / name
         folder.mkdir()
         records = [{"step": 10, "tokens": 320, "loss": training, "tokens_per_second": speed}]
         records += [
-            {"step": 10 * step, "tokens": 320 * step, "validation_loss": loss}
-            for step, loss in enumerate(validation, start=1)
+            {"step": 10 * step, "tokens": 320 * step, figure: loss} for step, loss in enumerate(validation, start=1)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return folder
@@ -30,8 +29,8 @@ def test_table_and_plot(llmq, run, tmp_path, monkeypatch):
     code, out, err = llmq("compare", first, second, "--out", tmp_path / "both.png")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
-    assert rows[1] == ["first", "30", "2.5000", "2.2500", "2.0000", "20", "1,000"]
-    assert rows[2] == ["second", "10", "2.5000", "2.5000", "2.5000", "10"]
+    assert rows[1] == ["first", "30", "2.5000", "loss", "2.2500", "2.0000", "20", "1,000"]
+    assert rows[2] == ["second", "10", "2.5000", "loss", "2.5000", "2.5000", "10"]
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = figures[0].axes
     assert [line.get_ydata().tolist() for line in axes.lines] == [[3.0, 2.0, 2.25], [2.5]]
@@ -63,6 +62,103 @@ def test_names_are_names_whatever_they_look_like(llmq, run, tmp_path, monkeypatc
     assert shown == names
 
 
+def judged(folder, name, best):
+    """A run folder whose checkpoint says what it is judged by."""
+    checkpoint = folder / "checkpoints" / "00000010"
+    checkpoint.mkdir(parents=True)
+    info = {"step": 10, "judged_by": name, "best": best, "value": 0.5, "version": 2}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    return figures
+
+
+def test_each_run_shows_what_it_is_judged_by(llmq, run, tmp_path, drawn):
+    """Rewards are best where they are highest; of runs that agree on one it is drawn, not the loss."""
+    reward = "validation_reward"
+    one = judged(run("one", 0.25, 0.75, 0.5, figure=reward), "reward", "highest")
+    two = judged(run("two", 0.0, figure=reward), "reward", "highest")
+    other = judged(run("other", 3.0, 2.0), "loss", "lowest")
+    code, out, err = llmq("compare", one, two, other, "--out", tmp_path / "x.png")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["run", "steps", "training", "validation", "last", "best", "at", "step", "tokens/s"]
+    assert rows[1] == ["one", "30", "2.5000", "reward", "0.5000", "0.7500", "20", "1,000"]
+    assert rows[2] == ["two", "10", "2.5000", "reward", "0.0000", "0.0000", "10", "1,000"]
+    assert rows[3] == ["other", "20", "2.5000", "loss", "2.0000", "2.0000", "20", "1,000"]
+    assert drawn[0].axes[0].get_title(loc="left") == "training loss"
+    assert llmq("compare", one, two, "--out", tmp_path / "x.png")[0] == 0
+    (axes,) = drawn[1].axes
+    assert (axes.get_title(loc="left"), axes.get_ylabel()) == (reward, reward)
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.25, 0.75, 0.5], [0.0]]
+
+
+def test_a_run_without_losses_is_compared_by_what_it_has(llmq, tmp_path):
+    """As GRPO's with --log-every 0, which is judged by its reward."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 4, "tokens": 8, "validation_reward": 0.5}\n')
+    code, out, _ = llmq("compare", judged(tmp_path / "run", "reward", "highest"))
+    assert (code, out.splitlines()[1].split()) == (0, ["run", "4", "reward", "0.5000", "0.5000", "4"])
+
+
+def test_what_a_run_began_from_is_not_its_best_step(llmq, run):
+    folder = run("run", 3.0, 2.5)
+    records = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "tokens": 0, "validation_loss": 1.0}\n' + records)
+    assert llmq("compare", folder)[1].splitlines()[1].split()[-4:] == ["2.5000", "2.5000", "20", "1,000"]
+    assert llmq("compare", folder, "--metric", "validation_loss")[1].splitlines()[2].split()[3:5] == ["1.0000", "0"]
+
+
+def test_any_metric_is_shown_and_drawn(llmq, run, tmp_path, drawn):
+    accuracy = "validation_rewards/accuracies"
+    runs = [run("a", 0.5, 0.75, 0.25, figure=accuracy), run("b", 0.00001, figure=accuracy)]
+    code, out, err = llmq("compare", *runs, "--metric", accuracy, "--out", tmp_path / "x.png")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == [accuracy]
+    assert rows[1] == ["run", "steps", "last", "lowest", "at", "step", "highest", "at", "step", "tokens/s"]
+    assert rows[2] == ["a", "30", "0.2500", "0.2500", "30", "0.7500", "20", "1,000"]
+    assert rows[3] == ["b", "10", "1e-05", "1e-05", "10", "1e-05", "10", "1,000"]
+    (axes,) = drawn[0].axes
+    assert axes.get_title(loc="left") == accuracy
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.5, 0.75, 0.25], [0.00001]]
+
+
+def test_the_plot_is_over_tokens_or_seconds_of_training(llmq, tmp_path, drawn):
+    """Seconds are tokens by the speed that was measured over them; the first step's, of which none is known, by that of
+    the record after it, and those of a tail without a record by the last one."""
+    (tmp_path / "run").mkdir()
+    records = [
+        {"step": 0, "tokens": 0, "validation_loss": 4.0},
+        {"step": 1, "tokens": 100, "loss": 3.5, "tokens_per_second": None},
+        {"step": 4, "tokens": 400, "loss": 3.0, "tokens_per_second": 50.0},
+        {"step": 6, "tokens": 600, "validation_loss": 2.5},
+        {"step": 8, "tokens": 800, "loss": 2.0, "tokens_per_second": 100.0},
+        {"step": 9, "tokens": 900, "validation_loss": 1.5},
+    ]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for x, label, validated, trained in (
+        ("step", "steps", [0, 6, 9], [1, 4, 8]),
+        ("tokens", "tokens seen", [0, 600, 900], [100, 400, 800]),
+        ("seconds", "seconds of training", [0, 10, 13], [2, 8, 12]),
+    ):
+        for metric, expected in (("validation_loss", validated), ("loss", trained)):
+            arguments = ["--metric", metric, "--x", x, "--out", tmp_path / "x.png"]
+            assert llmq("compare", tmp_path / "run", *arguments)[0] == 0
+            (axes,) = drawn[-1].axes
+            assert axes.lines[0].get_xdata() == pytest.approx(expected) and axes.get_xlabel() == label
+            assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] >= expected[-1]
+            assert axes.get_legend().get_texts()[0].get_text().endswith(f"at step {9 if expected is validated else 8}")
+
+
 def test_runs_of_one_name_and_what_they_differ_in(llmq, run, tmp_path):
     folders = []
     for rate in (0.001, 0.003):
@@ -88,9 +184,22 @@ def test_bad_input(llmq, run, tmp_path):
         ([], "missing RUN"),
         ([tmp_path / "empty"], "no metrics.jsonl in"),
         ([folder, folder], "a is given twice; name each run once"),
-        ([run("b"), apart, "--out", tmp_path / "x.png"], "validated has validation losses alone"),
+        (
+            [run("b"), apart, "--out", tmp_path / "x.png"],
+            "validated has no training losses, and one of the others no validation losses",
+        ),
         ([folder, "--out", "a.jpg"], "give it a name that ends in .png"),
         ([folder, "--out", tmp_path / "no" / "a.png"], "there is no folder"),
+        ([folder, "--x", "tokens"], "--x has no effect without --out"),
+        (
+            [folder, "--metric", "acc"],
+            "a has no 'acc' in its metrics.jsonl; choose from tokens, loss, tokens_per_second, ",
+        ),
+        (
+            [folder, apart, "--metric", "loss"],
+            "validated has no 'loss' in its metrics.jsonl; choose from tokens, valid",
+        ),
+        ([apart, "--x", "seconds", "--out", tmp_path / "x.png"], "validated has no tokens_per_second in its metrics"),
     ):
         code, _, err = llmq("compare", *arguments)
         assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1

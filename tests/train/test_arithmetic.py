@@ -29,7 +29,7 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
     call()
     out = capsys.readouterr().out
     assert "warm-up: 5 steps of 4 sums" in out
-    assert "before training: reward" in out
+    assert "step 0: validation reward" in out
     training, watched, held_out = arithmetic.sums(0)
     assert len({*training, *watched, *held_out}) == len(training) + len(watched) + len(held_out) == 10_000
     record = json.loads(Path("runs/add/held-out.jsonl").read_text().splitlines()[0])

@@ -111,11 +111,11 @@ def test_a_run_learns_and_leaves_what_it_promises(instruct, drawn):
     assert (code, err) == (0, "")
     first, *_, last = losses()
     assert first > 5 and last < 3
-    assert [record["step"] for record in metrics() if "validation_loss" in record] == [20, 40]
+    assert [record["step"] for record in metrics() if "validation_loss" in record] == [0, 20, 40]
     for name in ("config.json", "samples.txt", "losses.png", "checkpoints", "tensorboard"):
         assert Path("run", name).exists()
     assert "11 conversations to learn, 1 held out (template: alpaca)" in out
-    assert re.search(r"before training: validation loss \d\.\d{4}\nSay ", out) and "step 20: sample" in out
+    assert re.search(r"\nSay .*step 0: validation loss \d\.\d{4}\n", out, re.DOTALL) and "step 20: sample" in out
     assert out.endswith("next:\n  llmq chat run\n  python -m convert.to_hf run run-hf\n")
     config = json.loads(Path("run/config.json").read_text())
     assert {"template": "alpaca", "context": 320, "train_on": "response", "pack": True}.items() <= config.items()
@@ -166,7 +166,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_says_so(instruct, monkeypatch,
         patch.setattr(_Loop, "read", interrupted)
         assert instruct(*options)[0] == 130
     code, out, _ = instruct(*options)
-    assert code == 0 and "resuming run from step 4" in out and "before training" not in out
+    assert code == 0 and "resuming run from step 4" in out and "step 0: validation" not in out
     assert losses() == losses("whole")
     assert "run is finished already" in instruct(*options)[1]
 
@@ -450,7 +450,7 @@ def test_what_is_too_long_is_told(instruct, tmp_path):
     assert "4 conversations to learn, 1 held out (template: plain)" in out
     told = "longer than the context of 16 tokens: 1 truncated, 1 left out; choose a longer --context for all of them"
     assert f"\nto learn, {told}\n" in out and "held out, longer" not in out
-    assert "before training: validation loss" in out and "\npp\n-> " in out
+    assert "step 0: validation loss" in out and "\npp\n-> " in out
     _, out, _ = instruct(*given, "--too-long", "drop", "--out", "other", "--sample-every", 0)
     assert "0 truncated, 2 left out" in out
     code, _, err = instruct(*given, "--too-long", "error", "--out", "third")
@@ -605,7 +605,7 @@ ARCHITECTURES = {
 
 def test_without_evaluations_everything_is_learned(instruct):
     code, out, err = instruct(*GIVEN, "--evaluate-every=0", "--steps=1", "--sample-every=0")
-    assert (code, err) == (0, "") and ", 0 held out" in out and "before training" not in out
+    assert (code, err) == (0, "") and ", 0 held out" in out and "validation" not in out
     config = json.loads(Path("run/config.json").read_text())
     assert "training_sha256" in config and "validation_sha256" not in config
 

@@ -658,6 +658,72 @@ def test_evaluations_may_come_at_other_steps_when_a_run_goes_on(whole, tmp_path)
     assert result.best_step == STEPS
 
 
+FIRST = replace(OPTIONS, evaluate_first=True)
+
+
+def test_what_a_run_begins_from_is_evaluated_and_changes_nothing_else(whole, tmp_path):
+    _, said = quiet(tmp_path / "run", options=FIRST)
+    first, *others = timeless(tmp_path / "run")
+    began = tiny_run.evaluate(tiny_run.new_state().variables)["loss"]
+    assert first == {"step": 0, "tokens": 0, "validation_loss": began}
+    assert said.splitlines()[0] == f"step 0: validation loss {began:.4f}"
+    assert others == timeless(whole)
+    assert_same_arrays(final_state(tmp_path / "run"), final_state(whole))
+
+
+def test_a_run_that_goes_on_was_evaluated_at_its_beginning_already(tmp_path):
+    quiet(tmp_path / "whole", options=FIRST)
+    for bad in (2, 9):  # before and after the first checkpoint
+        with pytest.raises(RuntimeError, match="no batch"):
+            quiet(tmp_path / "run", Batches(broken_at(bad)), FIRST)
+    _, said = quiet(tmp_path / "run", options=FIRST)
+    assert "from step 8" in said and "step 0:" not in said
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_from_before_it_was_evaluated_first_goes_on(whole, tmp_path):
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(tmp_path / "run", Batches(broken_at(9)))
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["options"]["evaluate_first"]  # which it did not know of
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    _, said = quiet(tmp_path / "run", options=FIRST)
+    assert "from step 8" in said and "step 0:" not in said
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("bad", [None, 13])
+def test_what_a_run_begins_from_is_neither_the_best_step_nor_waited_for(tmp_path, bad):
+    """Though it is better than all that follow; of a run that was interrupted, too."""
+    losses = {0: 0.1, 4: 0.5, 8: 0.4, 12: 0.6, 16: 0.7, 20: 0.8}
+    options = replace(FIRST, patience=2)
+
+    def falling(begin):
+        steps = iter(step for step in losses if step >= begin)
+        return lambda variables: {"loss": losses[next(steps)]}
+
+    if bad is not None:
+        with pytest.raises(RuntimeError, match="no batch"):
+            quiet(tmp_path / "run", Batches(broken_at(bad)), options, evaluate=falling(0))
+    result, said = quiet(tmp_path / "run", options=options, evaluate=falling(16 if bad else 0))
+    assert (
+        "stopped early after step 16: 2 evaluations in a row without a new best; best: validation loss 0.4000" in said
+    )
+    assert (result.step, result.best_step, result.best_validation_loss) == (16, 8, 0.4)
+    assert Checkpoints(tmp_path / "run/checkpoints").best_step() == 8
+
+
+def test_what_a_run_begins_from_must_be_finite_too(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="stopped at step 0: validation loss is nan; no checkpoint was saved"):
+        quiet(tmp_path / "run", options=FIRST, evaluate=lambda variables: {"loss": float("nan")})
+
+
+def test_an_evaluation_at_first_is_refused_where_a_run_has_none(tmp_path):
+    for evaluate, every in ((None, None), (tiny_run.evaluate, 0)):
+        with pytest.raises(BadInput, match="evaluate_first is asked for, but the run has no evaluations; give it some"):
+            quiet(tmp_path / "run", options=replace(FIRST, evaluate_every=every), evaluate=evaluate)
+
+
 def test_what_decides_where_a_run_ends_must_stay(impatient):
     folder, _ = impatient
     for changed, said in (

@@ -2,6 +2,7 @@ import io
 import os
 import pty
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +25,12 @@ def test_lines_are_aligned_and_only_for_logged_steps():
     assert first == "step    1/2000    0%  loss 10.2500  lr        -      - tokens/s  ETA       -"
     assert last == "step 2000/2000  100%  loss  0.5000  lr 1.00e-04    999 tokens/s  ETA    0:00"
     assert message == "step 5: saved"
+
+
+def test_utilisation_stands_beside_the_speed():
+    output = io.StringIO()
+    make_progress(9, output).update(replace(STATUS, mfu=0.4125), logged=True)
+    assert "12.3k tokens/s  MFU 41.2%  ETA" in output.getvalue()
 
 
 @pytest.fixture
@@ -61,9 +68,11 @@ def test_bar_on_a_terminal_shows_everything_in_80_columns_with_messages_above(te
     bar = shown[-1]
     assert re.fullmatch(r"step 7/100000 +0% [━╸╺ ]+ loss 2.5000 lr 1.00e-03 12.3k tokens/s ETA +1:05 *", bar)
     assert len(bar) <= 80
-    progress.update(Status(100_000, 1.25, 1e-5, 12345.0, 0.0), logged=False)
+    progress.update(Status(100_000, 1.25, 1e-5, 12345.0, 0.0, mfu=0.4125), logged=False)
     progress.close()
-    assert "step 100000/100000 100%" in read()
+    last = [line for line in read().split("\n") if line.strip()][-1].strip()
+    assert last.startswith("step 100000/100000 100%") and len(last) <= 80
+    assert last.endswith("12.3k tokens/s MFU 41% ETA  0:00")
 
 
 def test_many_steps_cost_few_refreshes(terminal):

@@ -1,0 +1,123 @@
+"""What a token of training costs in products, and what devices could do: model FLOP utilisation.
+
+    MFU = tokens a second · FLOP a token / peak of all devices
+    FLOP a token = 6 · weights + 3 · attention                       all of the model learns
+                 = 4 · weights + 3 · attention                       adapters learn, and no weight has a gradient
+
+    weights      entries of the matrices that a token passes: of k experts and the shared ones, no embedding but as a
+                 head; forward takes 2 FLOP each, the gradient of what goes in 2, and that of the weight 2
+    attention    forward, (T + 1) / 2 · heads · 2 · (key width + value width) a layer: the keys that a token sees, and
+                 no others; of a window W at most W of them. Of MLA the widths are those of training, 192 and 128 in
+                 DeepSeek-V3. Neither factor is a weight: backward takes twice as much
+
+Chowdhery et al. 2022 (arXiv:2204.02311), appendix B. What is computed again in the backward pass counts nothing, nor do
+norms, rotations, the adapters' own products and the optimizer.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from llmq_jax.layers.axes import EXPERTS, path_names
+from llmq_jax.models import abstract_variables
+from llmq_jax.models.deepseek3 import MTP
+
+
+class Peak(NamedTuple):
+    """What a device could do."""
+
+    flops: float
+    """FLOP a second, dense, in bfloat16."""
+    bandwidth: float
+    """Bytes a second, from its memory."""
+
+
+PEAKS = {
+    "H100 PCIe": Peak(756e12, 2.0e12),
+    "H100 NVL": Peak(835e12, 3.9e12),
+    "H100": Peak(989e12, 3.35e12),
+    "H200": Peak(989e12, 4.8e12),
+    "A100-(SXM4|PCIE)-40GB": Peak(312e12, 1.555e12),
+    "A100": Peak(312e12, 2.04e12),
+    "B200": Peak(2250e12, 8.0e12),
+}
+"""By the first pattern that is in a device's name: of SXM boards where it does not say, from NVIDIA's data sheets."""
+
+
+def peak_of(device_kind: str) -> Peak | None:
+    """What a device of this name could do; None where that is not known, as of a CPU."""
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_kind)), None)
+
+
+def token_utilisation(flops_per_token: float | None, state: Any, replicas: int = 1) -> float | None:
+    """The MFU of one token a second, on the devices that hold the arrays of `state`, or `replicas` of its device. None
+    where the FLOP of a token or the peak are not known."""
+    if flops_per_token is None:
+        return None
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    devices: set[Any] = set().union(*(array.sharding.device_set for array in arrays))
+    peak = peak_of(next(iter(devices)).device_kind) if devices else None
+    return None if peak is None else flops_per_token / (peak.flops * max(len(devices), replicas))
+
+
+def token_flops(
+    config: Any, lengths: int | Sequence[int], *, adapters: bool = False, modules: int = 0, unembedded: float = 1.0
+) -> float:
+    """FLOP of a token in training, by the formula above, in a model of this config.
+
+    `lengths` are those of the sequences that see themselves alone, padding left out, or one for all. `adapters`:
+    nothing but adapters learns, from the first layer on. `modules` of multi-token prediction run beside the model.
+    `unembedded` is the part of the tokens that the head is computed of.
+    """
+    weights = passed_weights(config, modules, unembedded)
+    return (4 if adapters else 6) * weights + 3 * attention_flops(config, lengths, modules)
+
+
+def passed_weights(config: Any, modules: int = 0, unembedded: float = 1.0) -> float:
+    """Entries of the matrices that a token passes through; arguments as in `token_flops`."""
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(config)["params"]):
+        names = path_names(path)
+        if names[0] == MTP and not modules:
+            continue
+        if names[-1] in EXPERTS and names[-1].endswith("kernel"):
+            total += leaf.size * config.experts.top_k / leaf.shape[-len(EXPERTS[names[-1]])]
+        elif _is_head(names, config):
+            total += leaf.size * (unembedded + modules)
+        elif names[-1] == "kernel":
+            total += leaf.size
+    return total
+
+
+def _is_head(names: Sequence[str], config: Any) -> bool:
+    """Whether this is the matrix that gives logits of tokens; a classifier has none."""
+    tied: bool = config.tie_word_embeddings
+    return config.labels is None and names[0] == ("token_embedding" if tied else "lm_head") and names[-1] != "bias"
+
+
+def attention_flops(config: Any, lengths: int | Sequence[int], modules: int = 0) -> float:
+    """Forward, a token, of all layers; arguments as in `token_flops`."""
+    lengths = [lengths] if isinstance(lengths, int) else lengths
+    kinds = getattr(config, "layer_kinds", ("full_attention",) * config.num_hidden_layers)
+    key, value = head_widths(config)
+    total = 0.0
+    for kind in (*kinds, *("full_attention",) * modules):
+        longest = config.sliding_window if kind == "sliding_attention" else max(lengths)
+        pairs = sum(_seen(length, min(length, longest)) for length in lengths)
+        total += pairs / sum(lengths) * config.num_attention_heads * 2 * (key + value)
+    return total
+
+
+def _seen(length: int, window: int) -> float:
+    """Keys that all tokens of a sequence see, with so many at most for each."""
+    return window * (window + 1) / 2 + (length - window) * window
+
+
+def head_widths(config: Any) -> tuple[int, int]:
+    """Of a head's keys and values in training."""
+    if hasattr(config, "v_head_dim"):
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width, width
