@@ -123,7 +123,7 @@ class Checkpoints:
         """What the newest checkpoint that says it is judged by; None where none does."""
         for step in reversed(self.steps()):
             with contextlib.suppress(CorruptCheckpoint, BadInput):
-                info = _read_info(self.path(step))
+                info = read_info(self.path(step))
                 if info.judged_by is not None:
                     return info.judged_by, "highest" if info.best == "highest" else "lowest"
         return None

@@ -354,7 +354,7 @@ class _Loop:
         pending = None
         if self.step < options.steps:
             self.make_batch()
-        if self.saved is None and options.evaluate_first:
+        if self.saved is None and options.evaluate_first and options.branch_from is None:
             self.evaluation()
         while self.step < self.options.steps:  # which an early stop lowers
             if self.profile.begins_with(self.step + 1):
