@@ -54,7 +54,6 @@ class RunOptions:
     """Steps to trace, the first and the last: "10:15"."""
     on_full_disk: Literal["stop", "continue"] = "stop"
     """Where there is no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
-
     branch_from: str | None = None
     """Checkpoint of another run, or that run's folder for its newest one. A run begins with all of its state: weights,
     moments, and the step, by which it goes on in data and rates."""
