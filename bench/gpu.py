@@ -210,10 +210,10 @@ def token_flops(config: Any, length: int) -> float:
 def attention_flops(config: Any, length: int) -> float:
     """Forward, a token, of all layers."""
     key, value = widths(config)
-    kinds = getattr(config, "layer_kinds", ("full_attention",) * config.num_hidden_layers)
+    windows = getattr(config, "layer_windows", (None,) * config.num_hidden_layers)
     total = 0.0
-    for kind in kinds:
-        window = min(length, config.sliding_window) if kind == "sliding_attention" else length
+    for window in windows:
+        window = min(length, window or length)
         seen = (window * (window + 1) / 2 + (length - window) * window) / length
         total += seen * config.num_attention_heads * 2 * (key + value)
     return total
