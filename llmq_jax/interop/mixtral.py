@@ -54,13 +54,7 @@ CONFIG = ConfigTable(
     shared=GROUPED | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0, "sliding_window": None},
-    own={
-        "norm": ("rms_norm", KEEP),
-        "experts": (None, KEEP),
-        "attention_bias": (False, KEEP),
-        "attention_output_bias": (None, KEEP),
-        "mlp_bias": (False, KEEP),
-    },
+    own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
     # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
     ignored=frozenset({"output_router_logits"}),
     token_ids={"bos_token_id": 1, "eos_token_id": 2},
