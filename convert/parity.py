@@ -29,7 +29,7 @@ class Options:
     model: Annotated[Positional[str | None], default_is("none")] = None
     """A Hugging Face folder, or a hub id."""
     random: Annotated[str | None, default_is("none")] = None
-    """Instead of a folder, a small random model of this architecture: gpt2, llama, mixtral, gemma2 or gemma3_text."""
+    """Instead of a folder, a small random model of this model_type: gpt2, llama, qwen3, mixtral, gemma3_text, ..."""
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 compares what both sides predict in bfloat16 with what transformers predicts in float32."""
     batch_size: int = 2

@@ -312,7 +312,8 @@ def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
 
     rows = options.prompts_per_step * options.group_size // (options.accumulate * row_parts(options))
     # Answers look at all that a cache holds, masked: of long ones, blocks of themselves alone cost less.
-    worth_it = options.max_new_tokens <= min(2 * longest_prompt, getattr(model.config, "sliding_window", math.inf))
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    worth_it = options.max_new_tokens <= min(2 * longest_prompt, window)
     return options.group_size if worth_it and can_share_prompts(model) and rows % options.group_size == 0 else 1
 
 

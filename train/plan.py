@@ -71,7 +71,7 @@ def main(options: Options) -> int:
         remat=options.remat,
         optimizer=options.optimizer,
         moments=options.moments,
-        attention=options.attention or ("blocked" if hasattr(config, "sliding_window") else "masked"),
+        attention=options.attention or ("blocked" if getattr(config, "sliding_window", None) else "masked"),
     )
     found, memory = plan(given), int(options.device_memory * 2**30)
     print(plan_text(found, memory), flush=True)

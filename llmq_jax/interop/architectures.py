@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mixtral
+from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
 from llmq_jax.models import override
@@ -24,9 +24,14 @@ class Tables(NamedTuple):
 
 
 GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar")
+# Weights without a config are those of the first that has most of their names: hence Llama before those that have no
+# others, and Qwen 3, all of whose names Gemma 3 has, before that.
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "mistral": Tables(mistral.LAYOUTS, mistral.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "qwen2": Tables(qwen.QWEN2_LAYOUTS, qwen.QWEN2_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "mixtral": Tables(
         mixtral.LAYOUTS, mixtral.CONFIG, mixtral.derive, underivable=("num_attention_heads", "num_experts_per_tok")
     ),

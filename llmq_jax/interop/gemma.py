@@ -25,8 +25,8 @@ from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
-from llmq_jax.models.config import MOST_LAYERS
-from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
+from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
+from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 
 GEMMA3 = WeightTable(
     rules=(

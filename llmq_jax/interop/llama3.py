@@ -128,17 +128,17 @@ def write_sizes(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
     return write_rope(config.rope, values | sizes, config.head_width)
 
 
+OWN = {"norm": ("rms_norm", KEEP), "experts": (None, KEEP), "attention_output_bias": (None, KEEP)}
+"""What transformers has in no model that is built as Llama."""
+
 CONFIG = ConfigTable(
     config_class=Llama3Config,
     architecture="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
     shared=GROUPED | {"attention_bias", "hidden_act", "mlp_bias"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
-    own={
-        "norm": ("rms_norm", KEEP),
-        "experts": (None, KEEP),
-        "attention_output_bias": (None, "load its weights with attention_bias=True, and the other biases are zeros"),
-    },
+    own=OWN
+    | {"attention_output_bias": (None, "load its weights with attention_bias=True, and the other biases are zeros")},
     ignored=frozenset({"pretraining_tp"}),
     read=read_rope,
     write=write_fields,
@@ -151,7 +151,7 @@ def derive(
     """The fields of the config of weights that come without one; their shapes do not tell the number of heads."""
     return derive_sizes(shapes, layers, tied, given) | {
         "rms_norm_eps": 1e-5 if layout == "original" else Llama3Config.rms_norm_eps,
-        "attention_output_bias": True if layout == "original" else None,
+        "attention_output_bias": "params/{block}/attention/out/bias" in shapes,
         "intermediate_size": gated_width(shapes),
         "mlp_bias": "params/{block}/mlp/gate/bias" in shapes,
     }

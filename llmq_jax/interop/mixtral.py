@@ -55,13 +55,7 @@ CONFIG = ConfigTable(
     other_names={"num_experts": "num_local_experts"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0, "sliding_window": None},
-    own={
-        "norm": ("rms_norm", KEEP),
-        "experts": (None, KEEP),
-        "attention_bias": (False, KEEP),
-        "attention_output_bias": (None, KEEP),
-        "mlp_bias": (False, KEEP),
-    },
+    own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
     # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
     ignored=frozenset({"output_router_logits"}),
     read=read_rope,

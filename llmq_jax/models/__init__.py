@@ -14,13 +14,15 @@ from flax.typing import Dtype
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import as_type, has_type, type_name
 from llmq_jax.layers.axes import constrain_like_params
-from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mixtral
+from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
+from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.mixtral import Mixtral, MixtralConfig
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 
 __all__ = [
     "ARCHITECTURES",
@@ -35,8 +37,11 @@ __all__ = [
     "Gemma3Config",
     "Llama3",
     "Llama3Config",
+    "MistralConfig",
     "Mixtral",
     "MixtralConfig",
+    "Qwen2Config",
+    "Qwen3Config",
     "abstract_variables",
     "architecture",
     "build",
@@ -56,6 +61,9 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "gpt2": Architecture(GPT2Config, GPT2),
     "llama": Architecture(Llama3Config, Llama3),
+    "mistral": Architecture(MistralConfig, Llama3),
+    "qwen2": Architecture(Qwen2Config, Llama3),
+    "qwen3": Architecture(Qwen3Config, Llama3),
     "mixtral": Architecture(MixtralConfig, Mixtral),
     "deepseek_v3": Architecture(DeepSeekV3Config, DeepSeek3),
     "gemma2": Architecture(Gemma2Config, Gemma),
@@ -65,6 +73,8 @@ ARCHITECTURES = {
 PRESETS: dict[str, Any] = {
     **gpt2.PRESETS,
     **llama3.PRESETS,
+    **mistral.PRESETS,
+    **qwen.PRESETS,
     **mixtral.PRESETS,
     **deepseek3.PRESETS,
     **gemma.PRESETS,

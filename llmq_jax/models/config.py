@@ -35,3 +35,23 @@ def require_sizes(fields: Mapping[str, Any]) -> None:
 def require_positive(config: object, *fields: str) -> None:
     for field in fields:
         require(getattr(config, field) > 0, config, field, "must be positive")
+
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+"""The kinds of layers, by transformers' names: local ones see a window of keys, global ones all."""
+
+
+def set_layer_types(config: Any, usual: tuple[str, ...]) -> None:
+    """Check `layer_types`, the kind of each layer, of a config being made; None stands for the `usual` ones."""
+    if config.layer_types is None:
+        return
+    kinds = tuple(config.layer_types)
+    object.__setattr__(config, "layer_types", kinds)
+    for kind in kinds:
+        require(kind in (LOCAL, GLOBAL), config, "layer_types", f"has {kind!r}, which is neither {LOCAL} nor {GLOBAL}")
+    layers = config.num_hidden_layers
+    require(len(kinds) == layers, config, "layer_types", f"has {len(kinds)} kinds for num_hidden_layers={layers}")
+    # The usual ones, written out, are held as None: so equal models have equal configs, and `override` of
+    # num_hidden_layers lengthens or shortens them.
+    if kinds == usual:
+        object.__setattr__(config, "layer_types", None)

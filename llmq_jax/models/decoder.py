@@ -50,12 +50,49 @@ class LayerGroup:
     repeats: int
 
 
-def dense_then_experts(block: Callable[..., nn.Module], layers: int, experts: Experts | None) -> tuple[LayerGroup, ...]:
-    """Equal blocks, of which those from `experts.first_layer` on are given the experts."""
-    if experts is None:
-        return (LayerGroup((block,), layers),)
-    dense = (LayerGroup((block,), experts.first_layer),) if experts.first_layer else ()
-    return (*dense, LayerGroup((partial(block, experts=experts),), layers - experts.first_layer))
+def layers_in_groups(
+    block: Callable[..., nn.Module], windows: Sequence[int | None], experts: Experts | None
+) -> tuple[LayerGroup, ...]:
+    """Layers that differ in nothing but these: each sees a window of so many keys, or all (None), and those from
+    `experts.first_layer` on have experts. A block is told of its window, and of its experts, where it has one."""
+    first = len(windows) if experts is None else experts.first_layer
+
+    def make(window: int | None, has_experts: bool) -> Callable[..., nn.Module]:
+        told = {"window": window, "experts": experts if has_experts else None}
+        return partial(block, **{name: value for name, value in told.items() if value is not None})
+
+    kinds = tuple((window, layer >= first) for layer, window in enumerate(windows))
+    return tuple(
+        LayerGroup(tuple(make(*kind) for kind in pattern), repeats) for pattern, repeats in repeating_patterns(kinds)
+    )
+
+
+def repeating_patterns(kinds: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int]]:
+    """Kinds of layers as repeating patterns, [(pattern, repeats)]: each time the one that covers most of what is left.
+
+    26 layers of Gemma 3 are 4 times six and 2 times one. What repeats nowhere goes layer by layer.
+    """
+
+    def repeats(length: int) -> int:
+        count = 1
+        while kinds[count * length : (count + 1) * length] == kinds[:length]:
+            count += 1
+        return count
+
+    def covered(length: int) -> int:
+        count = repeats(length)
+        return length * count if count > 1 or length == 1 else 0
+
+    patterns = []
+    while kinds:
+        best = 1
+        for length in range(2, len(kinds) // 2 + 1):
+            if covered(best) == len(kinds):  # as of equal layers, however many
+                break
+            best = length if covered(length) > covered(best) else best
+        patterns.append((kinds[:best], repeats(best)))
+        kinds = kinds[best * repeats(best) :]
+    return patterns
 
 
 class Output(struct.PyTreeNode):

@@ -37,7 +37,7 @@ from llmq_jax.layers.moe import Experts, balance_from, experts_from, feed_forwar
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_positive
-from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, dense_then_experts
+from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 from llmq_jax.models.llama3 import Llama3
 
@@ -321,7 +321,7 @@ class DeepSeek3(Llama3):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return dense_then_experts(partial(DeepSeekBlock, c, self.dtype), c.num_hidden_layers, self.experts)
+        return layers_in_groups(partial(DeepSeekBlock, c, self.dtype), (None,) * c.num_hidden_layers, self.experts)
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:

@@ -33,12 +33,10 @@ from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
-from llmq_jax.models.config import require, require_at_least, require_positive
-from llmq_jax.models.decoder import Decoder, LayerGroup
+from llmq_jax.models.config import GLOBAL, LOCAL, require, require_at_least, require_positive, set_layer_types
+from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
-"""The kinds of layers, by transformers' names."""
 FAST, SLOW = Rope(rope_theta=10_000.0), Rope(rope_theta=1_000_000.0)
 
 
@@ -112,7 +110,7 @@ class Gemma2Config:
         require(
             self.hidden_activation in ACTIVATIONS, self, "hidden_activation", f"is none of {', '.join(ACTIVATIONS)}"
         )
-        self._set_layer_types()
+        set_layer_types(self, self.family_layer_types)
         require(
             LOCAL not in self.layer_kinds or self.sliding_window <= self.max_position_embeddings,
             self,
@@ -128,26 +126,6 @@ class Gemma2Config:
         self._set_rope("rope_parameters")
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         set_labels(self)
-
-    def _set_layer_types(self) -> None:
-        if self.layer_types is None:
-            return
-        object.__setattr__(self, "layer_types", tuple(self.layer_types))
-        for kind in self.layer_types:
-            require(
-                kind in (LOCAL, GLOBAL), self, "layer_types", f"has {kind!r}, which is neither {LOCAL} nor {GLOBAL}"
-            )
-        count = len(self.layer_types)
-        require(
-            count == self.num_hidden_layers,
-            self,
-            "layer_types",
-            f"has {count} kinds for num_hidden_layers={self.num_hidden_layers}",
-        )
-        # The family's pattern, written out, is held as None: so equal models have equal configs, and `override` of
-        # num_hidden_layers lengthens or shortens it.
-        if self.layer_types == self.family_layer_types:
-            object.__setattr__(self, "layer_types", None)
 
     def _set_rope(self, name: str) -> None:
         parameters = getattr(self, name)
@@ -165,6 +143,11 @@ class Gemma2Config:
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer."""
         return self.family_layer_types if self.layer_types is None else tuple(self.layer_types)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Keys that a token sees in each layer; None is all."""
+        return tuple(self.sliding_window if kind == LOCAL else None for kind in self.layer_kinds)
 
     @property
     def rope(self) -> Rope:
@@ -308,12 +291,7 @@ class Gemma(Decoder):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        first = c.num_hidden_layers if self.experts is None else self.experts.first_layer
-        kinds = tuple((kind, self.experts if layer >= first else None) for layer, kind in enumerate(c.layer_kinds))
-        return tuple(
-            LayerGroup(tuple(partial(GemmaBlock, c, kind, self.dtype, experts) for kind, experts in pattern), repeats)
-            for pattern, repeats in repeating_patterns(kinds)
-        )
+        return layers_in_groups(partial(GemmaBlock, c, self.dtype), c.layer_windows, self.experts)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens)
@@ -332,36 +310,13 @@ class Gemma(Decoder):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def repeating_patterns(kinds: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int]]:
-    """Kinds of layers as repeating patterns, [(pattern, repeats)]: each time the one that covers most of what is left.
-
-    26 layers of Gemma 3 are 4 times six and 2 times one. What repeats nowhere goes layer by layer.
-    """
-
-    def repeats(length: int) -> int:
-        count = 1
-        while kinds[count * length : (count + 1) * length] == kinds[:length]:
-            count += 1
-        return count
-
-    def covered(length: int) -> int:
-        count = repeats(length)
-        return length * count if count > 1 or length == 1 else 0
-
-    patterns = []
-    while kinds:
-        length = max(range(1, len(kinds) + 1), key=lambda length: (covered(length), -length))
-        patterns.append((kinds[:length], repeats(length)))
-        kinds = kinds[length * repeats(length) :]
-    return patterns
-
-
 class GemmaBlock(nn.Module):
     """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`."""
 
     config: Gemma2Config
-    kind: str
     dtype: Dtype | None = None
+    window: int | None = None
+    """Keys that a token sees, its own among them, in a local layer; None is a global one."""
     experts: Experts | None = None
 
     @nn.compact
@@ -370,7 +325,7 @@ class GemmaBlock(nn.Module):
     ) -> tuple[Array, FullCache | RingCache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        attention = GemmaAttention(c, self.kind, self.dtype, name="attention")
+        attention = GemmaAttention(c, self.dtype, self.window, name="attention")
         mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + norm("post_attention_norm")(mixed)
 
@@ -392,9 +347,9 @@ class GemmaBlock(nn.Module):
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:
         c = self.config
-        if self.kind == GLOBAL:
+        if self.window is None:
             return FullCache.create(batch, length, c.num_key_value_heads, c.head_dim, dtype)
-        return RingCache.create(batch, length, c.sliding_window, lookahead, c.num_key_value_heads, c.head_dim, dtype)
+        return RingCache.create(batch, length, self.window, lookahead, c.num_key_value_heads, c.head_dim, dtype)
 
 
 class GemmaAttention(nn.Module):
@@ -404,14 +359,14 @@ class GemmaAttention(nn.Module):
     """
 
     config: Gemma2Config
-    kind: str
     dtype: Dtype | None = None
+    window: int | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
     ) -> tuple[Array, FullCache | RingCache | None]:
-        c, local = self.config, self.kind == LOCAL
+        c = self.config
         normal = nn.initializers.normal(c.initializer_range)
 
         def heads(count: int, name: str) -> Linear:
@@ -426,7 +381,7 @@ class GemmaAttention(nn.Module):
         if c.normalises_queries:
             norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_dim, c.initializer_range)
             query, key = norm("query_norm")(query), norm("key_norm")(key)
-        rotation = context.local_rotation if local else context.rotation
+        rotation = context.rotation if self.window is None else context.local_rotation
         assert rotation is not None
         mixed, cache = attention(
             rotation.apply(query),
@@ -435,7 +390,7 @@ class GemmaAttention(nn.Module):
             context,
             cache,
             scale=c.query_pre_attn_scalar**-0.5,
-            window=c.sliding_window if local else None,
+            window=self.window,
             softcap=c.attn_logit_softcapping,
             dropout_rate=c.attention_dropout,
             dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,

@@ -29,7 +29,7 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.models.config import require, require_at_least
-from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
+from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 
 
@@ -125,7 +125,7 @@ class GPT2(Decoder):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return dense_then_experts(partial(GPT2Block, c, self.dtype), c.num_hidden_layers, self.experts)
+        return layers_in_groups(partial(GPT2Block, c, self.dtype), (None,) * c.num_hidden_layers, self.experts)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens) + self.position_embedding(positions)

@@ -23,14 +23,14 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
-from llmq_jax.layers.caches import FullCache
+from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, feed_forward
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require, require_at_least, require_positive
-from llmq_jax.models.decoder import Decoder, LayerGroup, dense_then_experts
+from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 
 DEFAULT_ROPE = Rope()
@@ -41,6 +41,8 @@ class Llama3Config:
     """Fields bear transformers' names and defaults (Llama 7B); the sizes people use are presets."""
 
     model_type: ClassVar[str] = "llama"
+    normalises_queries: ClassVar[bool] = False
+    """Whether queries and keys are normalised, by head and before RoPE (Qwen 3)."""
 
     vocab_size: int = 32000
     max_position_embeddings: int = 2048
@@ -138,6 +140,11 @@ class Llama3Config:
     def key_value_heads(self) -> int:
         """Heads of keys and values, K."""
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Keys that a token sees in each layer; None is all. Some that are built as Llama have windows (Mistral)."""
+        return (None,) * self.num_hidden_layers
 
 
 LLAMA_3_2_ROPE: dict[str, Any] = {
@@ -245,7 +252,7 @@ class Llama3(Decoder):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return dense_then_experts(partial(Llama3Block, c, self.dtype), c.num_hidden_layers, self.experts)
+        return layers_in_groups(partial(Llama3Block, c, self.dtype), c.layer_windows, self.experts)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens)
@@ -262,15 +269,17 @@ class Llama3Block(nn.Module):
 
     config: Llama3Config
     dtype: Dtype | None = None
+    window: int | None = None
+    """Keys that a token sees, its own among them; None is all."""
     experts: Experts | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None
-    ) -> tuple[Array, FullCache | None, dict[str, Any]]:
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
+    ) -> tuple[Array, FullCache | RingCache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        attention = GroupedQueryAttention(c, self.dtype, name="attention")
+        attention = GroupedQueryAttention(c, self.dtype, self.window, name="attention")
         mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + mixed
 
@@ -290,8 +299,11 @@ class Llama3Block(nn.Module):
         return x + update, cache, counts
 
     @nn.nowrap
-    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache:
-        return FullCache.create(batch, length, self.config.key_value_heads, self.config.head_width, dtype)
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:
+        c = self.config
+        if self.window is None:
+            return FullCache.create(batch, length, c.key_value_heads, c.head_width, dtype)
+        return RingCache.create(batch, length, self.window, lookahead, c.key_value_heads, c.head_width, dtype)
 
 
 class GroupedQueryAttention(nn.Module):
@@ -299,11 +311,12 @@ class GroupedQueryAttention(nn.Module):
 
     config: Llama3Config
     dtype: Dtype | None = None
+    window: int | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None
-    ) -> tuple[Array, FullCache | None]:
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
+    ) -> tuple[Array, FullCache | RingCache | None]:
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
 
@@ -317,6 +330,9 @@ class GroupedQueryAttention(nn.Module):
             heads(c.key_value_heads, "key"),
             heads(c.key_value_heads, "value"),
         )
+        if c.normalises_queries:
+            norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_width, c.initializer_range)
+            query, key = norm("query_norm")(query), norm("key_norm")(key)
         assert context.rotation is not None
         mixed, cache = attention(
             context.rotation.apply(query),
@@ -325,6 +341,7 @@ class GroupedQueryAttention(nn.Module):
             context,
             cache,
             scale=c.head_width**-0.5,
+            window=self.window,
             dropout_rate=c.attention_dropout,
             dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
         )

@@ -100,11 +100,11 @@ def _is_head(names: Sequence[str], config: Any) -> bool:
 def attention_flops(config: Any, lengths: int | Sequence[int], modules: int = 0) -> float:
     """Forward, a token, of all layers; arguments as in `token_flops`."""
     lengths = [lengths] if isinstance(lengths, int) else lengths
-    kinds = getattr(config, "layer_kinds", ("full_attention",) * config.num_hidden_layers)
+    windows = getattr(config, "layer_windows", (None,) * config.num_hidden_layers)
     key, value = head_widths(config)
     total = 0.0
-    for kind in (*kinds, *("full_attention",) * modules):
-        longest = config.sliding_window if kind == "sliding_attention" else max(lengths)
+    for window in (*windows, *(None,) * modules):
+        longest = window or max(lengths)
         pairs = sum(_seen(length, min(length, longest)) for length in lengths)
         total += pairs / sum(lengths) * config.num_attention_heads * 2 * (key + value)
     return total

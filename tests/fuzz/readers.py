@@ -46,7 +46,9 @@ from llmq_jax.models.deepseek3 import DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3Config
+from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.mixtral import MixtralConfig
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 from llmq_jax.training.checkpoints import Checkpoints, config_dict, read_info
 from llmq_jax.training.manifest import verify_manifest, write_manifest
 from llmq_jax.training.plots import read_run, training_curve
@@ -211,6 +213,9 @@ def torch_file(is_zip: bool) -> Callable[[Path], None]:
 CONFIGS = {
     "gpt2": GPT2Config(vocab_size=12, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, labels=("no", "yes")),
     "llama": LLAMA,
+    "mistral": MistralConfig(vocab_size=12),
+    "qwen2": Qwen2Config(vocab_size=12, sliding_window=8),
+    "qwen3": Qwen3Config(vocab_size=12),
     "mixtral": MixtralConfig(vocab_size=12),
     "deepseek": DeepSeekV3Config(vocab_size=12),
     "gemma2": Gemma2Config(vocab_size=12),

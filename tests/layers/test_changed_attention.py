@@ -66,7 +66,7 @@ def change(monkeypatch):
     """`change(name)` edits the library as the page says."""
 
     def change(name):
-        if name == "qk-norm":
+        if name == "value-norm":
             place = "assert context.rotation is not None"
             edited = changed(llama3, "GroupedQueryAttention", place, LINES[name], replace=False)
             monkeypatch.setattr(llama3, "GroupedQueryAttention", edited)
@@ -89,7 +89,7 @@ def lm_of(config, number, implementation):
     return lq.LanguageModel(config, lq.build(config, attention=implementation), variables)
 
 
-CASES = [("qk-norm", LLAMA, "auto", 1), ("alibi", GEMMA, "plain", 2), ("sink", DEEPSEEK, "plain", 1)]
+CASES = [("value-norm", LLAMA, "auto", 1), ("alibi", GEMMA, "plain", 2), ("sink", DEEPSEEK, "plain", 1)]
 CASES += [("alibi", LLAMA, "plain by default", 2)]
 
 
@@ -98,7 +98,7 @@ def test_what_is_changed_trains_and_generates(change, name, config, implementati
     """Tokens that are drawn through caches have the log-probabilities of the whole pass, which are not those of the
     model as it was."""
     number = CASES.index((name, config, implementation, rows))
-    if name == "qk-norm":
+    if name == "value-norm":
         change(name)
         lm = lm_of(config, number, implementation)
     else:
@@ -144,4 +144,4 @@ def test_alibi_is_its_formula(change):
 
 
 def test_the_page_shows_these_changes():
-    assert set(LINES) == {"qk-norm", "alibi", "sink"}
+    assert set(LINES) == {"value-norm", "alibi", "sink"}

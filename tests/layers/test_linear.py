@@ -54,6 +54,7 @@ def test_changed_attention_generates_what_the_whole_pass_says(projections, monke
     class Changed(nn.Module):
         config: lq.Llama3Config
         dtype: None = None
+        window: None = None
 
         @nn.compact
         def __call__(self, x, context, cache=None):

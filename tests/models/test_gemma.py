@@ -10,7 +10,8 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.linear import by_output
 from llmq_jax.models import abstract_variables, build, init, override, preset
-from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config, repeating_patterns
+from llmq_jax.models.decoder import repeating_patterns
+from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
 from llmq_jax.training.roles import roles
 from tests.models.compiled import apply, decode
 
@@ -131,10 +132,11 @@ def test_any_arrangement_of_layers_holds_every_layer_once():
         model = build(config)
         groups = model.layer_groups()
         found = [
-            groups[int(group.removeprefix("group_"))].blocks[int(block.removeprefix("block_"))].args[1]
+            groups[int(group.removeprefix("group_"))].blocks[int(block.removeprefix("block_"))].keywords.get("window")
             for (group, block), _ in model.layer_slots()
         ]
-        assert tuple(found) == config.layer_kinds == kinds
+        assert config.layer_kinds == kinds
+        assert found == [config.sliding_window if kind == LOCAL else None for kind in kinds]
 
 
 @pytest.mark.parametrize(("config_class", "turn"), [(Gemma3Config, 6), (Gemma2Config, 2)])

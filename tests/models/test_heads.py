@@ -22,6 +22,15 @@ SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "max_position_embeddings": 6
 CONFIGS = {
     "gpt2": lq.GPT2Config(vocab_size=257, num_attention_heads=2, **SIZES),
     "llama": override(PRESETS["llama-10m"], **SIZES, num_attention_heads=2, num_key_value_heads=1),
+    "mistral": lq.MistralConfig(
+        vocab_size=257, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, sliding_window=16, **SIZES
+    ),
+    "qwen2": lq.Qwen2Config(
+        vocab_size=257, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, **SIZES
+    ),
+    "qwen3": lq.Qwen3Config(
+        vocab_size=257, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24, **SIZES
+    ),
     "mixtral": override(PRESETS["mixtral-10m"], **SIZES, num_attention_heads=2, num_key_value_heads=1),
     "deepseek_v3": override(PRESETS["deepseek-10m"], **SIZES, num_attention_heads=2, tie_word_embeddings=False),
     "gemma2": lq.Gemma2Config(

@@ -39,6 +39,9 @@ FIELDS = {
     "gpt2": {"vocab_size": 101, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
     | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "llama": SIZES | {"num_key_value_heads": 2},
+    "mistral": SIZES | {"num_key_value_heads": 2, "sliding_window": 7},
+    "qwen2": SIZES | {"num_key_value_heads": 2},
+    "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 10},
     "mixtral": SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7, "final_logit_softcapping": 0.1},
     "gemma3_text": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
@@ -50,6 +53,9 @@ FIELDS = {
 CLASSES_OF_TRANSFORMERS = {
     "gpt2": transformers.GPT2ForSequenceClassification,
     "llama": transformers.LlamaForSequenceClassification,
+    "mistral": transformers.MistralForSequenceClassification,
+    "qwen2": transformers.Qwen2ForSequenceClassification,
+    "qwen3": transformers.Qwen3ForSequenceClassification,
     "mixtral": transformers.MixtralForSequenceClassification,
     "gemma2": transformers.Gemma2ForSequenceClassification,
     "gemma3_text": transformers.Gemma3TextForSequenceClassification,

@@ -39,6 +39,8 @@ FIELDS = {
     "gpt2": {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
     | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "llama": SIZES | {"num_key_value_heads": 2, "attention_bias": True},
+    "qwen2": SIZES | {"num_key_value_heads": 2},
+    "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 10},
     "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
     "gemma3_text": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
     "mixtral": SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},

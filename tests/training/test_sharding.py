@@ -65,7 +65,9 @@ def test_every_shape_of_mesh_trains_as_one_device(architecture):
     compared(architecture, [text for text in texts if text not in MESHES[architecture]])
 
 
-@pytest.mark.parametrize("name", ["gpt2-124m", "smollm2-135m", "gemma3-1b", "mixtral-8x7b", "deepseek-v3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2-124m", "smollm2-135m", "gemma3-1b", "qwen3-0.6b", "mixtral-8x7b", "deepseek-v3"]
+)
 def test_every_parameter_has_its_dimensions(name):
     variables = abstract_variables(PRESETS[name])["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):

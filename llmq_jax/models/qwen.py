@@ -1,0 +1,146 @@
+"""Qwen 2.5 (Qwen Team 2024, arXiv:2412.15115; Qwen 2, arXiv:2407.10671, is the same) and Qwen 3 (Qwen Team 2025,
+arXiv:2505.09388), its dense models.
+
+Llama (grouped-query attention, RoPE, RMSNorm, SwiGLU) with one change each:
+- Qwen 2: queries, keys and values have biases, and nothing else does
+- Qwen 3: no biases; queries and keys are normalised, by head and before RoPE (`normalises_queries`), and a head is 128
+  features wide, whatever hidden_size is
+
+Long contexts are YaRN's (`rope_parameters`). The layers that `layer_types` calls sliding_attention see a window of
+`sliding_window` keys; the published models have none.
+
+Reference: transformers' `Qwen2ForCausalLM` and `Qwen3ForCausalLM`. Deviations: none by default.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llmq_jax.models.config import GLOBAL, LOCAL, require, require_at_least, set_layer_types
+from llmq_jax.models.llama3 import Llama3Config
+
+
+@dataclass(frozen=True)
+class Qwen2Config(Llama3Config):
+    """What differs from Llama; the defaults are transformers'."""
+
+    model_type: ClassVar[str] = "qwen2"
+
+    vocab_size: int = 151936
+    max_position_embeddings: int = 32768
+    num_key_value_heads: int | None = 32
+    intermediate_size: int = 22016
+    attention_bias: bool = True
+    attention_output_bias: bool | None = False
+    sliding_window: int | None = None
+    """Keys that a token of a local layer sees, its own among them; None: there are no such layers."""
+    layer_types: tuple[str, ...] | list[str] | None = None
+    """"sliding_attention" (local) or "full_attention" (global) for each layer; None: all are local if there is a
+    `sliding_window`, else all are global."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sliding_window is not None:
+            require_at_least(1, self, "sliding_window")
+        set_layer_types(self, self.usual_layer_types)
+        require(
+            self.sliding_window is None or LOCAL in self.layer_kinds,
+            self,
+            "sliding_window",
+            f"has no effect, since layer_types has no {LOCAL}",
+        )
+        require(
+            self.sliding_window is not None or LOCAL not in self.layer_kinds,
+            self,
+            "layer_types",
+            f"has {LOCAL}, and sliding_window is None",
+        )
+
+    @property
+    def usual_layer_types(self) -> tuple[str, ...]:
+        """The kind of each layer where `layer_types` is None."""
+        return (GLOBAL if self.sliding_window is None else LOCAL,) * self.num_hidden_layers
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.usual_layer_types if self.layer_types is None else tuple(self.layer_types)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        return tuple(self.sliding_window if kind == LOCAL else None for kind in self.layer_kinds)
+
+
+@dataclass(frozen=True)
+class Qwen3Config(Qwen2Config):
+    """What differs from Qwen 2."""
+
+    model_type: ClassVar[str] = "qwen3"
+    normalises_queries: ClassVar[bool] = True
+
+    head_dim: int | None = 128
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+
+
+QWEN_2_5: dict[str, Any] = {"rope_parameters": {"rope_theta": 1_000_000.0}}
+QWEN_3: dict[str, Any] = {**QWEN_2_5, "max_position_embeddings": 40960, "num_key_value_heads": 8}
+PRESETS = {
+    "qwen2.5-0.5b": Qwen2Config(
+        **QWEN_2_5,
+        hidden_size=896,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-1.5b": Qwen2Config(
+        **QWEN_2_5,
+        hidden_size=1536,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        **QWEN_2_5,
+        vocab_size=152064,
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+    ),
+    "qwen3-0.6b": Qwen3Config(
+        **QWEN_3,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        intermediate_size=3072,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-1.7b": Qwen3Config(
+        **QWEN_3,
+        hidden_size=2048,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        intermediate_size=6144,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-4b": Qwen3Config(
+        **QWEN_3,
+        hidden_size=2560,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        intermediate_size=9728,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": Qwen3Config(
+        **QWEN_3,
+        hidden_size=4096,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        intermediate_size=12288,
+    ),
+}

@@ -1,0 +1,139 @@
+"""Mistral, Qwen 2 and Qwen 3, which are Llama with one change each, against transformers: all that decoders have in
+common, with windows that are shorter than the rows; other configs; what is exported."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from llmq_jax.interop import config_from_hf, config_to_hf
+from llmq_jax.interop.huggingface import save_hf
+from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.models import build, init
+from llmq_jax.models.config import GLOBAL, LOCAL
+from llmq_jax.models.mistral import MistralConfig
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
+from tests.parity.decoders import (
+    LOGITS,
+    SameAsTransformers,
+    assert_same_logits,
+    assert_same_loss_and_gradients,
+    draw_tokens,
+    make_pair,
+    their_logits,
+)
+
+SIZES = {
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 56,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+FROM_THE_SECOND_LAYER_ON = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+PAIRS = {
+    "mistral": ("mistral", SIZES | {"sliding_window": 7}),
+    "qwen 2": ("qwen2", SIZES | FROM_THE_SECOND_LAYER_ON | {"rope_parameters": YARN}),
+    "qwen 3": ("qwen3", SIZES | {"head_dim": 10, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}),
+}
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def pair(request):
+    return make_pair(*PAIRS[request.param])
+
+
+class TestLlamaFamily(SameAsTransformers):
+    pass
+
+
+EVERYTHING = {
+    "head_dim": 10,
+    "hidden_act": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    "tie_word_embeddings": True,
+}
+IRREGULAR = {"use_sliding_window": True, "sliding_window": 7, "layer_types": [LOCAL, GLOBAL]}
+OTHERS = {
+    "mistral, no window": ("mistral", SIZES | EVERYTHING | {"sliding_window": None}),
+    "mistral, a window beyond the context": ("mistral", SIZES | {"sliding_window": 4096}),
+    "qwen 2, no window": ("qwen2", SIZES | {"tie_word_embeddings": True}),
+    "qwen 2, everything": ("qwen2", SIZES | EVERYTHING | IRREGULAR),
+    "qwen 3, everything": ("qwen3", SIZES | EVERYTHING | IRREGULAR | {"attention_bias": True}),
+    "qwen 3, yarn": ("qwen3", SIZES | {"rope_parameters": YARN}),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_configs(name):
+    pair = make_pair(*OTHERS[name])
+    assert_same_logits(pair)
+    assert_same_loss_and_gradients(pair)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen 2"])
+def test_a_window_is_seen(name):
+    """With another one on our side alone logits differ by far more than the tolerance: the rows hide none."""
+    theirs, ours = make_pair(*PAIRS[name])
+    tokens = draw_tokens(ours)
+    expected = their_logits(theirs, tokens)
+    for window in (6, 8):
+        config = dataclasses.replace(ours.config, sliding_window=window)
+        found = build(config).apply(ours.variables, tokens)
+        assert np.abs(found - expected).max() > 10 * LOGITS, window
+
+
+FAMILY = {
+    MistralConfig: transformers.MistralConfig,
+    Qwen2Config: transformers.Qwen2Config,
+    Qwen3Config: transformers.Qwen3Config,
+}
+
+
+@pytest.mark.parametrize("config_class", FAMILY)
+def test_config_defaults_are_those_of_transformers(config_class):
+    assert config_from_hf({"model_type": config_class.model_type}) == config_class()
+    assert config_from_hf(FAMILY[config_class]().to_dict()) == config_class()
+
+
+@pytest.mark.parametrize("config_class", FAMILY)
+def test_exported_models_are_those_of_transformers(config_class, tmp_path):
+    """Fields away from their defaults, and the logits of what transformers makes of the folder."""
+    fields = {} if config_class is MistralConfig else {"layer_types": (GLOBAL, LOCAL)}
+    ours = config_class(
+        **SIZES,
+        **EVERYTHING | {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}},
+        **fields | ({"attention_bias": True} if config_class is Qwen3Config else {}),
+        sliding_window=7,
+        attention_dropout=0.2,
+        initializer_range=0.2,
+    )
+    values = config_to_hf(ours)
+    # Qwen 2's config does not declare head_dim, which its model reads.
+    assert set(values) <= set(FAMILY[config_class]().to_dict()) | {"head_dim"}
+    theirs = FAMILY[config_class](**values, bos_token_id=0, eos_token_id=0)
+    assert theirs.to_dict().items() >= {k: v for k, v in values.items() if k != "architectures"}.items()
+    assert config_from_hf(theirs.to_dict()) == ours
+
+    lm = LanguageModel(ours, build(ours), init(ours, seed=3))
+    folder = save_hf(lm, tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    assert type(model).__name__ == values["architectures"][0]
+    tokens = draw_tokens(lm)
+    np.testing.assert_allclose(lm.logits(tokens), their_logits(model, tokens), rtol=0, atol=LOGITS)
+
+    # And back, from what transformers writes.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    back = load(tmp_path / "theirs")
+    assert back.config == ours
+    np.testing.assert_allclose(back.logits(tokens), their_logits(model, tokens), rtol=0, atol=10 * LOGITS)
