@@ -17,7 +17,6 @@ CONFIG = ConfigTable(
     shared=GROUPED | {"hidden_act", "sliding_window"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
-    token_ids={"bos_token_id": 1, "eos_token_id": 2},
     read=read_rope,
     write=llama3.write_sizes,
 )
