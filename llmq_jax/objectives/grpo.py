@@ -338,7 +338,7 @@ def kl_estimate(
         return -difference
     if estimator == "k2":
         return difference**2 / 2
-    return jnp.exp(difference) - difference - 1
+    return jnp.expm1(difference) - difference
 
 
 def averaged(
