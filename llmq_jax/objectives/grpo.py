@@ -315,7 +315,10 @@ def surrogate(ratio: Array, logprobs: Float[Array, "B C"], advantages: Array, op
         temperature = jnp.where(advantages > 0, positive, negative)
         return 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
     # The lesser of the two: only a ratio that moved too far in the direction of its advantage loses its gradient.
-    return jnp.minimum(ratio * advantages, jnp.clip(ratio, *options.bounds) * advantages)
+    lower, upper = options.bounds
+    # Not jnp.clip, which halves the gradient at a bound; torch.clamp does not.
+    clipped = jnp.where(ratio < lower, lower, jnp.where(ratio > upper, upper, ratio))
+    return jnp.minimum(ratio * advantages, clipped * advantages)
 
 
 def kl_estimate(
