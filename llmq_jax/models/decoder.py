@@ -232,8 +232,10 @@ class Decoder(nn.Module):
         segment_ids: Tokens | None = None,
         caches: Any = None,
     ) -> Output:
-        """One pass. Positions default to 0, 1, ... in each segment."""
+        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token."""
         tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
+        if tokens.size == 0:
+            raise BadInput(f"tokens of the shape {tokens.shape} are none; give one row or more, of one token or more")
         positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         x = constrain(self.embed(tokens, positions), "batch")

@@ -21,7 +21,7 @@ class Chunks:
         """Of so many rows with so many tokens in all: chunks of at most `longest` tokens of each group."""
         groups = row_groups(rows)
         count = tokens // groups
-        return cls(groups, count, -(-count // longest))
+        return cls(groups, count, max(1, -(-count // longest)))  # one also of no token
 
     @property
     def size(self) -> int:

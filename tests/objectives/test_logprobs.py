@@ -172,6 +172,19 @@ def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
     assert unembedded == [4]
 
 
+def test_rows_of_one_token_have_no_log_probability(lm):
+    model, variables = lm
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def total(variables):
+        values = token_logprobs(model, variables, jnp.zeros((3, 1), jnp.int32))
+        return values.sum(), values
+
+    (_, values), gradients = total(variables)
+    assert values.shape == (3, 0) and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
+
+
 def test_no_logits_of_all_tokens_exist(lm, small_chunks):
     model, variables = lm
 
