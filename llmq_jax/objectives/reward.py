@@ -116,13 +116,15 @@ def model_rewards(
     rngs: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, " B"], Any]:
     """(the reward of each row in float32, counts). Rows are padded on the right to `lengths`; "last" needs no
-    `response_mask`, and takes only the last token's hidden state through the head. Errors as in `sequence_rewards`."""
+    `response_mask`, and takes only the last token's hidden state through the head. Empty rows and errors as in
+    `sequence_rewards`."""
     if pooling != "last":
         scores, counts = token_scores(model, variables, tokens, lengths, rngs)
         return sequence_rewards(scores, lengths, response_mask, pooling), counts
     output, segment_ids = _forward(model, variables, tokens, lengths, rngs)
     last = last_hidden(output.hidden, segment_ids)
-    return model.apply(variables, last, method="class_logits", rngs=rngs)[:, 0], output.counts
+    rewards = model.apply(variables, last, method="class_logits", rngs=rngs)[:, 0]
+    return jnp.where(lengths > 0, rewards, 0.0), output.counts
 
 
 def token_scores(
