@@ -140,8 +140,8 @@ def greedy_logprobs(
     targets: Int[Array, "N T"],
     mask: Bool[Array, "N T"],
 ) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
-    """(log p(target | tokens up to its place), whether no token is likelier) of the targets in the mask; elsewhere 0
-    and False.
+    """(log p(target | tokens up to its place), whether it is the likeliest token, of equally likely ones the first) of
+    the targets in the mask; elsewhere 0 and False.
 
     `rows` says which row of tokens each row of targets follows: several may follow one, which is read once. Tokens are
     padded on the right to `lengths`.
