@@ -66,6 +66,7 @@ def _cos_and_sin(angles: Float[Array, "B T half"], scale: Float[Array, ""]) -> F
     return turns
 
 
+@jax.jit  # or each call outside of a program would form [B, T, T], also for frequencies that do not depend on it
 def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Int[Array, "B S"]:
     """The length of each token's document, its last position + 1: [B, T], or [B, 1] where rows are documents."""
     if segment_ids is None:
