@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Int
 from llmq_jax.generation.sampling import Sampler, sample
 from llmq_jax.layers.axes import constrain, replicated
 from llmq_jax.models.decoder import Decoder, Output
-from llmq_jax.weight_type import weight_type
 
 
 class DecodeState(struct.PyTreeNode):
@@ -97,9 +96,8 @@ def read_prompts(
     lookahead: int,
 ) -> tuple[Output, tuple[Any, ...]]:
     """A pass over the prompts: (what it gives, the caches of each layer, of `length` slots)."""
-    dtype = model.dtype or weight_type(jax.tree.leaves(variables["params"]))
     rows, width = prompts.shape
-    caches = model.create_caches(rows, width, dtype, lookahead)
+    caches = model.create_caches(rows, width, model.compute_dtype(variables), lookahead)
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     real = (positions < prompt_lengths[:, None]).astype(jnp.int32)
     output = model.apply(variables, prompts, positions, real, caches, method="forward")

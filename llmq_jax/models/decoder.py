@@ -30,6 +30,7 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
 from llmq_jax.models.heads import LM_HEAD, SCORE, last_hidden, shown
+from llmq_jax.weight_type import weight_type
 
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -284,6 +285,11 @@ class Decoder(nn.Module):
         return self.layer_slots()
 
     @nn.nowrap
+    def compute_dtype(self, variables: Mapping[str, Any]) -> Dtype:
+        """The type to compute in, and of caches: `dtype`, or where that is None the type of most weights."""
+        return self.dtype or weight_type(jax.tree.leaves(variables["params"]))
+
+    @nn.nowrap
     def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict[str, Any]:
         """Empty caches for `length` positions in all layers, in the structure of `Output.caches`.
 
@@ -302,8 +308,8 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def attention_choice(self, training: bool = False) -> str:
-        """What `attention` comes to on this machine: one line, to be shown once. BadInput: what is asked for by name
-        cannot run here."""
+        """What `attention` comes to on this machine: one line, to be shown once. Where `dtype` is None it is told of
+        weights in float32. BadInput: what is asked for by name cannot run here."""
         c, dtype = self.config, self.dtype or jnp.float32
         dropout = getattr(c, "attention_dropout", 0.0) or getattr(c, "attn_pdrop", 0.0)
         softcap = getattr(c, "attn_logit_softcapping", None)

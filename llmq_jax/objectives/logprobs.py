@@ -123,7 +123,7 @@ def _after_prompts(
     (first, width), count = prompts[::group_size].shape, tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width), (first, width))
     real = (positions < prompt_lengths[::group_size, None] - 1).astype(jnp.int32)
-    caches = model.create_caches(first, width + count, model.dtype or jnp.float32)
+    caches = model.create_caches(first, width + count, model.compute_dtype(variables))
     read = model.apply(variables, prompts[::group_size], positions, real, caches, method="forward")
     caches = jax.tree.map(lambda leaf: jnp.repeat(leaf, group_size, axis=1), read.caches)  # [layers, rows, ...]
     positions = prompt_lengths[:, None] - 1 + jnp.arange(count)
