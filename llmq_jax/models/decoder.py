@@ -132,9 +132,10 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def set_groups(self) -> None:
-        """The layers, as `self.group_0`, ...: for `setup`."""
-        for name, group in self.make_groups().items():
-            setattr(self, name, group)
+        """The layers, as `self.group_0`, ..., a loop over each of `stacks`: for `setup`."""
+        check_implementation(self.attention)
+        for name, group in self.stacks().items():
+            setattr(self, name, self.stacked(Pattern, group.repeats)(group.blocks))
 
     @nn.nowrap
     def set_head(self) -> None:
@@ -187,14 +188,9 @@ class Decoder(nn.Module):
         head = head if self.config.labels is None else SCORE
         return {name: {head: tree[head]} for name, tree in spread(variables).items() if head in tree}
 
-    def make_groups(self) -> dict[str, nn.Module]:
-        """A stack of modules for each of `layer_groups`, or two where the group is cut."""
-        check_implementation(self.attention)
-        return {name: self.stacked(Pattern, group.repeats)(group.blocks) for name, group in self.stacks().items()}
-
     @nn.nowrap
     def stacks(self) -> dict[str, LayerGroup]:
-        """The layers in the stacks that they run in, by name."""
+        """The layers in the stacks that they run in, by name: one for each of `layer_groups`, two where it is cut."""
         stacks = {}
         below = self.frozen_layers
         for i, group in enumerate(self.layer_groups()):
