@@ -42,7 +42,7 @@ from llmq_jax.layers.positions import DynamicRope, LongRope
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
-from llmq_jax.objectives.next_token import safe_divide
+from llmq_jax.objectives.means import safe_divide
 
 Mask = Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"]
 Advantages = Float[Array, " B"] | Float[Array, "B C"]

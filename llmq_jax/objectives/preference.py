@@ -29,7 +29,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.logprobs import logprobs_and_counts
-from llmq_jax.objectives.next_token import safe_divide
+from llmq_jax.objectives.means import safe_divide
 
 LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
 SMOOTHED = ("sigmoid", "robust")
