@@ -53,7 +53,7 @@ class LoRA:
     """Layers that get them, from 0 on; None is all (layers_to_transform)."""
     variant: Literal["lora", "dora", "lora-xs", "tinylora"] = "lora"
     use_rslora: bool = False
-    """Divide alpha by the root of the rank."""
+    """Whether alpha is divided by the root of the rank in place of the rank (rsLoRA; use_rslora)."""
     dropout: float = 0.0
     """Part of the features of x that the update does not see in training (lora_dropout)."""
     numbers: int | None = None
@@ -86,7 +86,7 @@ class LoRA:
 
     @property
     def length(self) -> int:
-        """Of v."""
+        """TinyLoRA: length of v."""
         return NUMBERS_BY_DEFAULT if self.numbers is None else self.numbers
 
 

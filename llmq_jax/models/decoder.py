@@ -65,11 +65,11 @@ class Output(struct.PyTreeNode):
     hidden: Float[Array, "B T D"]
     """Hidden states after the final norm."""
     before_norm: Float[Array, "B T stream"]
-    """And before it: as wide as the stream, which a model of one's own may have made wider."""
+    """The stream before the final norm; a model of one's own may have made it wider than D."""
     caches: Any = None
     """By group, then by block of its pattern: the caches of all repetitions, stacked. None where none were given."""
     counts: Any = None
-    """By group, then by block: the block's counts, stacked."""
+    """By group, then by block of its pattern: what a block counts, stacked over repetitions."""
 
 
 class Pattern(nn.Module):

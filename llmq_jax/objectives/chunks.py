@@ -11,10 +11,14 @@ from llmq_jax.layers.axes import constrain, row_groups
 
 @dataclass(frozen=True)
 class Chunks:
+    """How many tokens there are, and how they are cut."""
+
     groups: int
+    """Groups of devices."""
     count: int
     """Tokens of a group."""
     chunks: int
+    """Chunks, each with tokens of every group."""
 
     @classmethod
     def of(cls, rows: int, tokens: int, longest: int) -> "Chunks":
@@ -39,5 +43,5 @@ class Chunks:
         return constrain(parts.swapaxes(0, 1), None, "batch")
 
     def join(self, x: Array) -> Array:
-        """[chunks, groups, size] to [groups, chunks · size], what filled up at the end."""
+        """[chunks, groups, size] to [groups, chunks · size], of which those after the first `count` filled up."""
         return x.swapaxes(0, 1).reshape(self.groups, self.chunks * self.size)

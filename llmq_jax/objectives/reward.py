@@ -6,8 +6,8 @@ equation 1). The strength is a scalar head on the last token's hidden state, as 
 what that head says on each token of the response, as in the original repository.
 
 Only differences count, so that all rewards may drift together: `center` adds a multiple of (r(chosen) + r(rejected))²,
-which holds their mean near 0 (Eisenstein et al. 2023, section 2). With a `margin` m that was told for a pair the loss
-is -log σ(r(chosen) - r(rejected) - m) (Touvron et al. 2023, "Llama 2", equation 2).
+which holds their mean near 0 (Eisenstein et al. 2023, arXiv:2312.09244, equation 2). With a `margin` m that was told
+for a pair the loss is -log σ(r(chosen) - r(rejected) - m) (Touvron et al. 2023, "Llama 2", equation 2).
 
 Shapes: B rows of T tokens; of pairs [B, 2, T], the chosen answer first. An objective as `next_token` describes it.
 """
