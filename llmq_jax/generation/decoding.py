@@ -10,8 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, sample
 from llmq_jax.layers.axes import constrain, replicated
-from llmq_jax.models.decoder import Decoder, Output
-from llmq_jax.weight_type import weight_type
+from llmq_jax.models.decoder import Decoder, Output, segments_of
 
 
 class DecodeState(struct.PyTreeNode):
@@ -97,12 +96,11 @@ def read_prompts(
     lookahead: int,
 ) -> tuple[Output, tuple[Any, ...]]:
     """A pass over the prompts: (what it gives, the caches of each layer, of `length` slots)."""
-    dtype = model.dtype or weight_type(jax.tree.leaves(variables["params"]))
     rows, width = prompts.shape
-    caches = model.create_caches(rows, width, dtype, lookahead)
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    real = (positions < prompt_lengths[:, None]).astype(jnp.int32)
-    output = model.apply(variables, prompts, positions, real, caches, method="forward")
+    caches = model.create_caches(rows, width, model.compute_dtype(variables), lookahead)
+    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+    segment_ids = segments_of(prompt_lengths, width)
+    output = model.apply(variables, prompts, positions, segment_ids, caches, method="forward")
     return output, divided(tuple(cache.extend(length) for cache in model.slice_caches(output.caches)))
 
 

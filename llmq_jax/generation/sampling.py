@@ -10,6 +10,8 @@ from llmq_jax.defaults import TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
 
 NEVER = float("-inf")
+LEAST_TEMPERATURE = 1e-30
+"""Logits divided by less could be infinite."""
 # Tokens of a block: see `draw`.
 BLOCK = 128
 
@@ -19,7 +21,7 @@ class Sampler:
     """How the next token is drawn."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token (greedy)."""
+    """Divides the logits; 0 takes the most probable token (greedy). At least 1e-30 otherwise."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -30,6 +32,7 @@ class Sampler:
     def __post_init__(self) -> None:
         for name, allowed, rule in (
             ("temperature", 0.0 <= self.temperature < float("inf"), "must be 0 (greedy) or positive"),
+            ("temperature", not 0.0 < self.temperature < LEAST_TEMPERATURE, f"is below {LEAST_TEMPERATURE}; take 0"),
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or positive"),
             ("top_p", 0.0 < self.top_p <= 1.0, "must be above 0 and at most 1"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "must be between 0 and 1"),

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.generation.decoding import DecodeState, divided, is_end, read_prompts, readable
 from llmq_jax.generation.sampling import Sampler, draw, filter_logits, first_largest, sample
-from llmq_jax.models.decoder import Decoder, Output
+from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.models.deepseek3 import DeepSeek3
 
 # Streams of random numbers that a row draws from in one pass, beside those of its drafts 0, 1, ...
@@ -116,9 +116,11 @@ class MultiTokenDraft:
         self, variables: dict[str, Any], output: Output, prompts: Array, lengths: Array, newest: Array, length: int
     ) -> State:
         caches = self.model.create_ahead_caches(len(prompts), prompts.shape[1], output.hidden.dtype)
-        real = (jnp.arange(prompts.shape[1]) < lengths[:, None]).astype(jnp.int32)
+        segment_ids = segments_of(lengths, prompts.shape[1])
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
-        ahead = self.model.apply(variables, output, prompts, segment_ids=real, caches=stacked, method="look_ahead")
+        ahead = self.model.apply(
+            variables, output, prompts, segment_ids=segment_ids, caches=stacked, method="look_ahead"
+        )
         caches = tuple(jax.tree.map(lambda leaf, k=k: leaf[k], ahead.caches).extend(length) for k in range(self.count))
         caches = divided(caches)
         places = jnp.maximum(lengths[:, None] - self.places + jnp.arange(self.places), 0)

@@ -1,12 +1,16 @@
-"""Key/value caches for decoding: one per layer, explicit arguments and results.
+"""Caches for decoding, of keys and values or of the latents that these are made of: one per layer, explicit arguments
+and results.
 
-Every kind of cache offers the same operations:
+Every kind of cache offers the same operations, of what it holds: keys and values, or in `LatentCache` latents.
 
     cache = Kind.create(...)                                        empty, of a given length
-    cache = cache.write(keys, values, positions, segment_ids)       at the given position of each row
-    keys, values, key_positions = cache.read()                      all slots, and the position that each stands for
-    cache, (keys, values, key_positions) = cache.update(...)        write, and what the tokens written may look at
+    cache = cache.write(*held, positions, segment_ids)              at the given position of each row
+    *held, key_positions = cache.read()                             all slots, and the position that each stands for
     cache = cache.extend(length)                                    more slots
+
+Those of keys and values have one more:
+
+    cache, (keys, values, key_positions) = cache.update(...)        write, and what the tokens written may look at
 
 Tokens of segment 0 are padding and are not written. Nothing records how many slots are filled. Attention masks by
 position, a token is written before it looks, and a row is written in order, so that whatever stands beyond a row's
@@ -108,7 +112,7 @@ class RingCache(struct.PyTreeNode):
     keys: Float[Array, "*L B K H S"]
     values: Float[Array, "*L B K S H"]
     positions: Int[Array, "*L B S"]
-    """Of the token in each slot."""
+    """The position of the token in each slot."""
     window: int = struct.field(pytree_node=False)
     lookahead: int = struct.field(pytree_node=False)
     empty: bool = struct.field(pytree_node=False, default=False)

@@ -18,7 +18,7 @@ class Embedding(nn.Module):
     dtype: Dtype | None = None
     """Type to compute in; None computes in the table's own type."""
     scale: float | None = None
-    """What rows that are looked up are multiplied by, once it is rounded to the table's own type."""
+    """A factor of the vectors that are looked up, not of the head; it is rounded to the table's own type first."""
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))

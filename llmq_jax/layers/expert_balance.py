@@ -35,20 +35,24 @@ class Balance:
     """Coefficients of the losses that are added in training, and the speed of the bias. 0: without."""
 
     load_balance: float = 0.0
-    """Of E Σ f P in each layer (Fedus et al. 2021, arXiv:2101.03961, eq. 4; DeepSeekMoE, arXiv:2401.06066, eq. 12),
-    averaged over layers."""
+    """Coefficient of E Σ f P in each layer (Fedus et al. 2021, arXiv:2101.03961, eq. 4; DeepSeekMoE, arXiv:2401.06066,
+    eq. 12), averaged over layers."""
     pooled: bool = False
-    """f and P over the tokens of all layers together, as transformers' Mixtral has it, in place of layer by layer."""
+    """Whether f and P of `load_balance` are over the tokens of all layers together, as transformers' Mixtral has it, in
+    place of layer by layer."""
     divide_by_top_k: bool = True
-    """f = c / (k n); False is c / n, as transformers has it: the loss is k times as large."""
+    """Whether f of `load_balance` is c / (k n); False is c / n, as transformers has it: the loss is then k times as
+    large."""
     router_z: float = 0.0
-    """Of the mean square of the logits' logsumexp (ST-MoE, arXiv:2202.08906, eq. 5), averaged over layers."""
-    sequence: float = 0.0
-    """Of E Σ f P within each row, f = c / (k n) (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20), averaged over rows and
+    """Coefficient of the mean square of the logits' logsumexp (ST-MoE, arXiv:2202.08906, eq. 5), averaged over
     layers."""
+    sequence: float = 0.0
+    """Coefficient of E Σ f P within each row, f = c / (k n) (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20), averaged
+    over rows and layers."""
     device: float = 0.0
-    """Of D Σ f P over groups of experts, one for each of `devices` (DeepSeekMoE, eq. 15), averaged over layers."""
+    """Coefficient of D Σ f P over D groups of experts (DeepSeekMoE, eq. 15), averaged over layers."""
     devices: int = 1
+    """D, the number of groups of experts that `device` balances: one for each device that has experts."""
     bias_rate: float = 0.0
     """What the bias for selection moves by after each step."""
     bias_update: str = "sign"
@@ -83,13 +87,13 @@ class RouterReport(struct.PyTreeNode):
     assigned: Any
     """int32 [E]: assignments to each expert."""
     dropped: Any
-    """int32: those that found no slot."""
+    """int32: assignments that found no slot."""
     tokens: Any
-    """int32."""
+    """int32: real tokens."""
     probability: Any
     """float32 [E]: Σ over tokens of the router's probabilities."""
     squared_logsumexp: Any
-    """float32: Σ over tokens."""
+    """float32: Σ over tokens of the square of the logits' logsumexp."""
     sequence_balance: Any
     """float32: Σ over rows of E Σ f P within the row, f divided by k."""
     sequences: Any

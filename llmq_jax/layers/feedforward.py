@@ -10,43 +10,31 @@ from llmq_jax.layers.recomputation import recomputed
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them (Vaswani et al. 2017, arXiv:1706.03762, eq. 2)."""
+    """Two linear layers with an activation between them (Vaswani et al. 2017, arXiv:1706.03762, eq. 2).
+
+    `gated`: three, `down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, eq. 6), which is SwiGLU with
+    `activation="silu"`, GeGLU with one of the GELUs.
+    """
 
     intermediate_size: int
     activation: str
     kernel_init: Initializer
     down_init: Initializer
+    """Draws the kernel of "down", whose output is added to the stream."""
     dtype: Dtype | None = None
     use_bias: bool = True
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        up = Linear(self.intermediate_size, self.use_bias, self.kernel_init, self.dtype, name="up")
-        down = Linear(x.shape[-1], self.use_bias, self.down_init, self.dtype, name="down")
-        return down(recomputed(ACTIVATIONS[self.activation])(up(x)))
+        def linear(features: int, initialise: Initializer, name: str) -> Linear:
+            return Linear(features, self.use_bias, initialise, self.dtype, name=name)
 
-
-class GatedMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, eq. 6).
-
-    SwiGLU with `activation="silu"`, GeGLU with one of the GELUs.
-    """
-
-    intermediate_size: int
-    activation: str
-    use_bias: bool
-    kernel_init: Initializer
-    dtype: Dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        def linear(features: int, name: str) -> Linear:
-            return Linear(features, self.use_bias, self.kernel_init, self.dtype, name=name)
-
-        size = self.intermediate_size
-        gate, up = side_by_side(x, linear(size, "gate"), linear(size, "up"))
-
-        def gated(gate: Array, up: Array) -> Array:
-            return ACTIVATIONS[self.activation](gate) * up
-
-        return linear(x.shape[-1], "down")(recomputed(gated)(gate, up))
+        activation = ACTIVATIONS[self.activation]
+        up = linear(self.intermediate_size, self.kernel_init, "up")
+        if self.gated:
+            gate = linear(self.intermediate_size, self.kernel_init, "gate")
+            hidden = recomputed(lambda gate, up: activation(gate) * up)(*side_by_side(x, gate, up))
+        else:
+            hidden = recomputed(activation)(up(x))
+        return linear(x.shape[-1], self.down_init, "down")(hidden)

@@ -46,9 +46,9 @@ class LatentSizes:
     content_width: int
     """Features of a head's queries and keys that are not rotated (qk_nope_head_dim)."""
     rotary_width: int
-    """Those that are (qk_rope_head_dim)."""
+    """Features of a head's queries and keys that are rotated (qk_rope_head_dim)."""
     value_width: int
-    """v_head_dim."""
+    """Features of a head's values (v_head_dim)."""
 
     @property
     def key_width(self) -> int:
@@ -71,7 +71,7 @@ class LatentAttention(nn.Module):
     use_bias: bool
     up_bias: bool
     epsilon: float
-    """Of the norms of the latents."""
+    """Added to the mean square in the norms of the latents."""
     kernel_init: Initializer
     dropout_rate: float = 0.0
     dtype: Dtype | None = None

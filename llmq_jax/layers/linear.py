@@ -25,17 +25,18 @@ SIDE_BY_SIDE = (
 
 
 class JoinedKernels(struct.PyTreeNode):
-    """What `by_output` leaves each of the layers whose kernels it has joined: all of them, and which rows are its."""
+    """What a layer holds in place of its kernel where `by_output` has joined those of several layers."""
 
     kernels: Float[Array, "out D"]
-    """One array, whichever of the layers holds it."""
+    """The kernels of all these layers, one array that each of them refers to."""
     names: tuple[str, ...] = struct.field(pytree_node=False)
-    """Of the layers, in the order of their rows."""
+    """The names of these layers, in the order of their rows in `kernels`."""
     start: int = struct.field(pytree_node=False)
     end: int = struct.field(pytree_node=False)
 
     @property
     def own(self) -> Float[Array, "rows D"]:
+        """The kernel of the layer that holds this: rows `start` to `end`."""
         return self.kernels[self.start : self.end]
 
 

@@ -53,7 +53,7 @@ class LoRA:
     """Layers that get them, from 0 on; None is all (layers_to_transform)."""
     variant: Literal["lora", "dora", "lora-xs", "tinylora"] = "lora"
     use_rslora: bool = False
-    """Divide alpha by the root of the rank."""
+    """Whether alpha is divided by the root of the rank in place of the rank (rsLoRA; use_rslora)."""
     dropout: float = 0.0
     """Part of the features of x that the update does not see in training (lora_dropout)."""
     numbers: int | None = None
@@ -86,7 +86,7 @@ class LoRA:
 
     @property
     def length(self) -> int:
-        """Of v."""
+        """TinyLoRA: length of v."""
         return NUMBERS_BY_DEFAULT if self.numbers is None else self.numbers
 
 
@@ -110,7 +110,8 @@ def adapted(
     low = x.astype(y.dtype) @ first.astype(y.dtype)
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
-        y = y * _stretch(kernel, first, last, trained, fixed).astype(y.dtype)
+        # In float32: near 1, where all of them start, bfloat16 has too few numbers for what m learns.
+        y = (y * _stretch(kernel, first, last, trained, fixed)).astype(y.dtype)
     return y
 
 
@@ -153,12 +154,13 @@ def _stretch(kernel: Array, first: Array, last: Array, trained: dict[str, Any], 
 
 
 def _column_norms(kernel: Array, first: Array, last: Array) -> Float[Array, "*stack F"]:
-    """‖W + A B‖ of each column. ‖w + A b‖² = ‖w‖² + 2 (Aᵀ w) · b + b · (Aᵀ A b), without the product A B."""
+    """‖W + A B‖ of each column. ‖w + A b‖² = ‖w‖² + 2 (Aᵀ w) · b + b · (Aᵀ A b), without the product A B. Above 0 also
+    where a column is of zeros: it is divided by."""
     stack = first.ndim - 2
     w, a = _matrices(kernel, stack), first.astype(jnp.float32)
     b = _matrices(last, stack)
     squares = jnp.square(w).sum(-2) + 2 * ((a.mT @ w) * b).sum(-2) + (b * (a.mT @ a @ b)).sum(-2)
-    return jnp.sqrt(squares)
+    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
 
 
 def _matrices(leaf: Array, stack: int) -> Float[Array, "*stack D F"]:

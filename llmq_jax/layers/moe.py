@@ -25,7 +25,7 @@ from llmq_jax.layers.attention import Context
 from llmq_jax.layers.expert_balance import Balance, RouterReport, report
 from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
-from llmq_jax.layers.feedforward import MLP, GatedMLP
+from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
 
@@ -279,9 +279,7 @@ class MixtureOfExperts(nn.Module):
         hidden = e.num_shared * (e.intermediate_size or self.intermediate_size)
         activation = e.activation or self.activation
         bias = self.use_bias if e.bias is None else e.bias
-        if gated:
-            return GatedMLP(hidden, activation, bias, self.kernel_init, self.dtype, name="shared")
-        return MLP(hidden, activation, self.kernel_init, self.down_init, self.dtype, bias, name="shared")
+        return MLP(hidden, activation, self.kernel_init, self.down_init, self.dtype, bias, gated, name="shared")
 
 
 def feed_forward(
@@ -303,6 +301,4 @@ def feed_forward(
         real = None if context.segment_ids is None else context.segment_ids != 0
         mixed, report = MixtureOfExperts(experts, *kind, dtype, name="moe")(x, real)
         return mixed, {"router": report}
-    if gated:
-        return GatedMLP(intermediate_size, activation, use_bias, kernel_init, dtype, name="mlp")(x), {}
-    return MLP(intermediate_size, activation, kernel_init, down_init, dtype, use_bias, name="mlp")(x), {}
+    return MLP(intermediate_size, activation, kernel_init, down_init, dtype, use_bias, gated, name="mlp")(x), {}

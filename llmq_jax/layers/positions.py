@@ -70,8 +70,11 @@ def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"
     """The length of each token's document, its last position + 1: [B, T], or [B, 1] where rows are documents."""
     if segment_ids is None:
         return positions.max(axis=1, keepdims=True) + 1
-    together = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return jnp.where(together, positions[:, None, :], -1).max(axis=2) + 1
+    # A document is a run of one segment in which positions rise: its last token has the last of them.
+    length = segment_ids.shape[1]
+    ends = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, jnp.arange(length), length), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1
 
 
 def inverse_frequencies(base: Any, width: int) -> Any:

@@ -64,7 +64,8 @@ def attend(
 
 
 class Saved(NamedTuple):
-    """What the gradient by hand reads. Of a query's scores: their exponentials, less the largest; it; their total."""
+    """What the gradient by hand reads, the inputs among it. Of each query: the `exponentials` exp(score - largest), the
+    `largest` score, the exponentials' `total`, and the `mixed` values that came out, in float32."""
 
     query: Float[Array, "B K G T H"]
     key: Float[Array, "B K S H"]

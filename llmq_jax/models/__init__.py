@@ -156,14 +156,14 @@ def init(config: Any, seed: int = 0) -> dict[str, Any]:
 
 def abstract_variables(config: Any) -> dict[str, Any]:
     """The shapes and types of `init(config)`, without making any array."""
-    shapes: dict[str, Any] = jax.tree.map(lambda leaf: leaf, _shapes(config))  # dicts of the caller's own
+    shapes: dict[str, Any] = jax.tree.map(lambda leaf: leaf, _shapes(build(config)))  # dicts of the caller's own
     return shapes
 
 
 @lru_cache(maxsize=32)
-def _shapes(config: Any) -> dict[str, Any]:
-    """A weight's readers and writers ask again and again, and each answer traces a whole pass."""
-    model = build(config)
+def _shapes(model: Decoder) -> dict[str, Any]:
+    """A weight's readers and writers ask again and again, and each answer traces a whole pass. By model: another may be
+    registered for the same config."""
     shapes: dict[str, Any] = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     return shapes
 

@@ -30,6 +30,7 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
 from llmq_jax.models.heads import LM_HEAD, SCORE, last_hidden, shown
+from llmq_jax.weight_type import weight_type
 
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -101,11 +102,11 @@ class Output(struct.PyTreeNode):
     hidden: Float[Array, "B T D"]
     """Hidden states after the final norm."""
     before_norm: Float[Array, "B T stream"]
-    """And before it: as wide as the stream, which a model of one's own may have made wider."""
+    """The stream before the final norm; a model of one's own may have made it wider than D."""
     caches: Any = None
     """By group, then by block of its pattern: the caches of all repetitions, stacked. None where none were given."""
     counts: Any = None
-    """By group, then by block: the block's counts, stacked."""
+    """By group, then by block of its pattern: what a block counts, stacked over repetitions."""
 
 
 class Pattern(nn.Module):
@@ -168,9 +169,10 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def set_groups(self) -> None:
-        """The layers, as `self.group_0`, ...: for `setup`."""
-        for name, group in self.make_groups().items():
-            setattr(self, name, group)
+        """The layers, as `self.group_0`, ..., a loop over each of `stacks`: for `setup`."""
+        check_implementation(self.attention)
+        for name, group in self.stacks().items():
+            setattr(self, name, self.stacked(Pattern, group.repeats)(group.blocks))
 
     @nn.nowrap
     def set_head(self) -> None:
@@ -223,14 +225,9 @@ class Decoder(nn.Module):
         head = head if self.config.labels is None else SCORE
         return {name: {head: tree[head]} for name, tree in spread(variables).items() if head in tree}
 
-    def make_groups(self) -> dict[str, nn.Module]:
-        """A stack of modules for each of `layer_groups`, or two where the group is cut."""
-        check_implementation(self.attention)
-        return {name: self.stacked(Pattern, group.repeats)(group.blocks) for name, group in self.stacks().items()}
-
     @nn.nowrap
     def stacks(self) -> dict[str, LayerGroup]:
-        """The layers in the stacks that they run in, by name."""
+        """The layers in the stacks that they run in, by name: one for each of `layer_groups`, two where it is cut."""
         stacks = {}
         below = self.frozen_layers
         for i, group in enumerate(self.layer_groups()):
@@ -269,8 +266,10 @@ class Decoder(nn.Module):
         segment_ids: Tokens | None = None,
         caches: Any = None,
     ) -> Output:
-        """One pass. Positions default to 0, 1, ... in each segment."""
+        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token."""
         tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
+        if tokens.size == 0:
+            raise BadInput(f"tokens of the shape {tokens.shape} are none; give one row or more, of one token or more")
         positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         x = constrain(self.embed(tokens, positions), "batch")
@@ -319,6 +318,11 @@ class Decoder(nn.Module):
         return self.layer_slots()
 
     @nn.nowrap
+    def compute_dtype(self, variables: Mapping[str, Any]) -> Dtype:
+        """The type to compute in, and of caches: `dtype`, or where that is None the type of most weights."""
+        return self.dtype or weight_type(jax.tree.leaves(variables["params"]))
+
+    @nn.nowrap
     def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict[str, Any]:
         """Empty caches for `length` positions in all layers, in the structure of `Output.caches`.
 
@@ -338,7 +342,8 @@ class Decoder(nn.Module):
     @nn.nowrap
     def attention_choice(self, training: bool = False) -> str:
         """What `attention` comes to on this machine, on a GPU with what keeps "auto" from the fused kernel: one line,
-        to be shown once. BadInput: what is asked for by name cannot run here."""
+        to be shown once. Where `dtype` is None it is told of weights in float32. BadInput: what is asked for by name
+        cannot run here."""
         c, dtype = self.config, self.dtype or jnp.float32
         dropout = getattr(c, "attention_dropout", 0.0) or getattr(c, "attn_pdrop", 0.0)
         softcap = getattr(c, "attn_logit_softcapping", None)

@@ -73,8 +73,9 @@ class DeepSeekV3Config:
     qk_nope_head_dim: int = 128
     """Features of a head's queries and keys that RoPE leaves alone."""
     qk_rope_head_dim: int = 64
-    """Those that it turns."""
+    """Features of a head's queries and keys that RoPE turns."""
     v_head_dim: int = 128
+    """Features of a head's values."""
     intermediate_size: int = 18432
     """Width of the feed-forward networks of the first layers."""
     first_k_dense_replace: int = 3
@@ -95,7 +96,8 @@ class DeepSeekV3Config:
     num_nextn_predict_layers: int = 1
     """Modules of multi-token prediction."""
     mtp_hidden: str = "after_norm"
-    """What these are fed: the hidden state "after_norm", as transformers does, or "before_norm"."""
+    """What modules of multi-token prediction are fed: the hidden state "after_norm", as transformers does, or
+    "before_norm"."""
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     rope_parameters: Rope | dict[str, Any] = DEFAULT_ROPE
@@ -105,8 +107,8 @@ class DeepSeekV3Config:
     attention_bias: bool = False
     """Whether the down projections and attention's output have biases."""
     attention_up_bias: bool = False
-    """Whether the projections that make heads have, too. With it, with `attention_bias` and without `rope_interleave`
-    this is the original repository's attention."""
+    """Whether the projections that make heads have biases. With it, with `attention_bias` and without
+    `rope_interleave` this is the original repository's attention."""
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

@@ -73,7 +73,7 @@ class Gemma2Config:
     attn_logit_softcapping: float | None = 50.0
     """c: scores are c · tanh(scores / c), thus between -c and c; None leaves them."""
     final_logit_softcapping: float | None = 30.0
-    """The same for the logits."""
+    """c: logits are c · tanh(logits / c), thus between -c and c; None leaves them."""
     attention_bias: bool = False
     """Whether queries, keys, values and attention's output have biases."""
     attention_dropout: float = 0.0
@@ -174,7 +174,7 @@ class Gemma3Config(Gemma2Config):
     rope_parameters: Rope | dict[str, Any] = SLOW
     """The base of RoPE in global layers, and its scaling."""
     local_rope_parameters: Rope | dict[str, Any] = FAST
-    """The same in local layers."""
+    """The base of RoPE and its scaling in local layers: one of `layers.positions`, or a dict as in config.json."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 

@@ -5,8 +5,9 @@ from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losse
 from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.grpo import GRPO, group_advantages, grpo_loss, process_advantages
 from llmq_jax.objectives.logprobs import sequence_logprobs, token_logprobs
+from llmq_jax.objectives.means import safe_divide
 from llmq_jax.objectives.multi_token import MultiToken
-from llmq_jax.objectives.next_token import NextToken, safe_divide
+from llmq_jax.objectives.next_token import NextToken
 from llmq_jax.objectives.preference import DPO, dpo_loss, pair_logprobs
 from llmq_jax.objectives.reward import RewardModel, bradley_terry_loss, model_rewards, sequence_rewards, token_scores
 

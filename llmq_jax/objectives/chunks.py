@@ -11,17 +11,21 @@ from llmq_jax.layers.axes import constrain, row_groups
 
 @dataclass(frozen=True)
 class Chunks:
+    """How many tokens there are, and how they are cut."""
+
     groups: int
+    """Groups of devices."""
     count: int
     """Tokens of a group."""
     chunks: int
+    """Chunks, each with tokens of every group."""
 
     @classmethod
     def of(cls, rows: int, tokens: int, longest: int) -> "Chunks":
         """Of so many rows with so many tokens in all: chunks of at most `longest` tokens of each group."""
         groups = row_groups(rows)
         count = tokens // groups
-        return cls(groups, count, -(-count // longest))
+        return cls(groups, count, max(1, -(-count // longest)))  # one also of no token
 
     @property
     def size(self) -> int:
@@ -39,5 +43,5 @@ class Chunks:
         return constrain(parts.swapaxes(0, 1), None, "batch")
 
     def join(self, x: Array) -> Array:
-        """[chunks, groups, size] to [groups, chunks · size], what filled up at the end."""
+        """[chunks, groups, size] to [groups, chunks · size], of which those after the first `count` filled up."""
         return x.swapaxes(0, 1).reshape(self.groups, self.chunks * self.size)

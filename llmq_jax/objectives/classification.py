@@ -16,7 +16,7 @@ from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
 from llmq_jax.objectives.cross_entropy import token_losses
 from llmq_jax.objectives.expert_balance import with_balance_losses
-from llmq_jax.objectives.next_token import safe_divide
+from llmq_jax.objectives.means import safe_divide
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,12 @@ def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) 
         loss, head_grad, row_grad = gradients(*chunk)
         return (total + loss, jax.tree.map(jnp.add, head_gradient, head_grad)), row_grad
 
-    # Groups add up at the end, once: in the loop they would do so for every chunk.
+    # Groups add up at the end, once: in the loop they would do so for every chunk. In float32: chunks are many.
     groups = mask.shape[1]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((groups, *leaf.shape), leaf.dtype), learns)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((groups, *leaf.shape), jnp.float32), learns)
     start = jnp.zeros(groups, jnp.float32), zeros
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, (hidden, targets, mask))
-    head_gradient = jax.tree.map(lambda leaf: leaf.sum(0), head_gradient)
+    head_gradient = jax.tree.map(lambda total, leaf: total.sum(0).astype(leaf.dtype), head_gradient, learns)
     return total.sum(), (head_gradient, hidden_gradient)
 
 

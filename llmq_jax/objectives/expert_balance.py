@@ -46,7 +46,9 @@ def with_balance_losses(
     this micro-batch's part of the batch.
     """
     penalty, balance = balance_terms(experts, counts, share)
-    return loss + penalty, {name: loss, **metrics, **balance} if balance else metrics, counts
+    if balance:
+        metrics = {name: loss, **metrics, **balance}
+    return loss + penalty, metrics, counts
 
 
 def load_metrics(experts: Experts | None, counts: dict[str, Any]) -> dict[str, Array]:

@@ -42,7 +42,7 @@ from llmq_jax.layers.positions import DynamicRope, LongRope
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
-from llmq_jax.objectives.next_token import safe_divide
+from llmq_jax.objectives.means import safe_divide
 
 Mask = Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"]
 Advantages = Float[Array, " B"] | Float[Array, "B C"]
@@ -147,15 +147,15 @@ class LossOptions:
     """How far below 1 the ratio may fall before a bad answer no longer pushes it down; 0.2. For gspo, whose ratio is a
     mean over tokens, its paper has 3e-4, and 4e-4 above."""
     clip_high: float | None = None
-    """How far above 1 it may rise before a good answer no longer pushes it up; as clip_low, in DAPO 0.28. For cispo the
-    greatest ratio itself; 5.0."""
+    """How far above 1 the ratio may rise before a good answer no longer pushes it up; None is as clip_low, DAPO has
+    0.28. For cispo the greatest ratio itself; 5.0."""
     beta: float = 0.0
     """What the distance from the reference costs. 0: no reference is read."""
     kl: str | None = None
-    """The estimator of this distance, see `kl_estimate`; k3."""
+    """The estimator of the distance from the reference, see `kl_estimate`; k3."""
     kl_by_ratio: bool = False
-    """Whether each token's distance is multiplied by its ratio (DeepSeek-V3.2, arXiv:2512.02556; TRL's
-    use_bias_correction_kl). With k1 and k3 the gradient is then that of KL(π || π_ref) on average, also where the
+    """Whether each token's distance from the reference is multiplied by its ratio (DeepSeek-V3.2, arXiv:2512.02556;
+    TRL's use_bias_correction_kl). With k1 and k3 the gradient is then that of KL(π || π_ref) on average, also where the
     policy has moved away from the one that answered."""
     max_length: int | None = None
     """For dr_grpo: the longest that an answer may be, in tokens, the same for all batches."""
@@ -164,7 +164,7 @@ class LossOptions:
     sapo_temperature_positive: float | None = None
     """For sapo: how fast a token's gradient fades as its ratio leaves 1, where the advantage is positive; 1.0."""
     sapo_temperature_negative: float | None = None
-    """And where it is not; 1.05."""
+    """For sapo: how fast a token's gradient fades as its ratio leaves 1, where the advantage is not positive; 1.05."""
 
     def __post_init__(self) -> None:
         if self.loss_type not in OPTIONS:
@@ -315,7 +315,10 @@ def surrogate(ratio: Array, logprobs: Float[Array, "B C"], advantages: Array, op
         temperature = jnp.where(advantages > 0, positive, negative)
         return 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
     # The lesser of the two: only a ratio that moved too far in the direction of its advantage loses its gradient.
-    return jnp.minimum(ratio * advantages, jnp.clip(ratio, *options.bounds) * advantages)
+    lower, upper = options.bounds
+    # Not jnp.clip, which halves the gradient at a bound; torch.clamp does not.
+    clipped = jnp.where(ratio < lower, lower, jnp.where(ratio > upper, upper, ratio))
+    return jnp.minimum(ratio * advantages, clipped * advantages)
 
 
 def kl_estimate(
@@ -338,7 +341,7 @@ def kl_estimate(
         return -difference
     if estimator == "k2":
         return difference**2 / 2
-    return jnp.exp(difference) - difference - 1
+    return jnp.expm1(difference) - difference
 
 
 def averaged(
@@ -423,7 +426,7 @@ class GRPO(LossOptions):
 
     model: Decoder
     temperature: float = field(default=1.0, kw_only=True)
-    """Of sampling: the policy that learns is the one that answered, with its logits divided by the temperature."""
+    """That of sampling: the policy that learns is the one that answered, with its logits divided by it."""
     group_size: int = field(default=1, kw_only=True)
     """So many neighbouring rows of every micro-batch answer the same prompt, which is read once for all of them. The
     loss is the same. Not for experts, whose balance counts every token of every row."""

@@ -122,9 +122,9 @@ def _after_prompts(
     """A pass over tokens that follow all but the last of their prompts' tokens, with what these left in caches."""
     (first, width), count = prompts[::group_size].shape, tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width), (first, width))
-    real = (positions < prompt_lengths[::group_size, None] - 1).astype(jnp.int32)
-    caches = model.create_caches(first, width + count, model.dtype or jnp.float32)
-    read = model.apply(variables, prompts[::group_size], positions, real, caches, method="forward")
+    segment_ids = segments_of(prompt_lengths[::group_size] - 1, width)
+    caches = model.create_caches(first, width + count, model.compute_dtype(variables))
+    read = model.apply(variables, prompts[::group_size], positions, segment_ids, caches, method="forward")
     caches = jax.tree.map(lambda leaf: jnp.repeat(leaf, group_size, axis=1), read.caches)  # [layers, rows, ...]
     positions = prompt_lengths[:, None] - 1 + jnp.arange(count)
     output: Output = model.apply(variables, tokens, positions, counted.astype(jnp.int32), caches, method="forward")
@@ -140,8 +140,8 @@ def greedy_logprobs(
     targets: Int[Array, "N T"],
     mask: Bool[Array, "N T"],
 ) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
-    """(log p(target | tokens up to its place), whether no token is likelier) of the targets in the mask; elsewhere 0
-    and False.
+    """(log p(target | tokens up to its place), whether it is the likeliest token, of equally likely ones the first) of
+    the targets in the mask; elsewhere 0 and False.
 
     `rows` says which row of tokens each row of targets follows: several may follow one, which is read once. Tokens are
     padded on the right to `lengths`.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy
 from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.means import safe_divide
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,6 @@ def head_loss(
 ) -> Float[Array, ""]:
     """Sum over tokens of mask · (-log p(target)), by the model's head."""
     return chunked_cross_entropy(partial(_unembed, model), model.head_variables(variables), hidden, targets, mask)
-
-
-def safe_divide(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
-    """total / weight; 0 where nothing counts. Sums over micro-batches, each divided by the weight of the whole batch,
-    add up to the batch's mean."""
-    return total / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
 
 def _unembed(model: Decoder, head: dict[str, Any], hidden: Array) -> Array:

@@ -29,7 +29,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.logprobs import logprobs_and_counts
-from llmq_jax.objectives.next_token import safe_divide
+from llmq_jax.objectives.means import safe_divide
 
 LOSS_TYPES = ("sigmoid", "robust", "hinge", "ipo")
 SMOOTHED = ("sigmoid", "robust")
@@ -72,8 +72,12 @@ def dpo_loss(
 def rewards_of(chosen: Float[Array, " B"], rejected: Float[Array, " B"], beta: float) -> dict[str, Float[Array, " B"]]:
     """The metrics of `dpo_loss`, from log-ratios of the policy to its reference."""
     delta = chosen - rejected
-    accuracies = (delta > 0) + 0.5 * (delta == 0)
-    return dict(zip(REWARDS, (beta * chosen, beta * rejected, beta * delta, accuracies), strict=True))
+    return {
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/margins": beta * delta,
+        "rewards/accuracies": (delta > 0) + 0.5 * (delta == 0),
+    }
 
 
 def check_dpo(beta: float, label_smoothing: float, loss_type: str) -> None:
@@ -127,9 +131,13 @@ class DPO:
         reference = batch["reference_logprobs"]
         means = self.normalise or self.loss_type == "ipo"
         tokens = jnp.maximum(batch["response_mask"].sum(axis=-1), 1) if means else jnp.ones_like(reference)
+        policy_chosen, policy_rejected = (policy / tokens).T
+        reference_chosen, reference_rejected = (reference / tokens).T
         losses, _ = dpo_loss(
-            *(policy / tokens).T,
-            *(reference / tokens).T,
+            policy_chosen,
+            policy_rejected,
+            reference_chosen,
+            reference_rejected,
             beta=self.beta,
             label_smoothing=self.label_smoothing,
             loss_type=self.loss_type,
@@ -137,7 +145,7 @@ class DPO:
         chosen, rejected = (policy - reference).T
         # Not those of dpo_loss, which are of means where the loss is: these are of sums, always (docs/dpo.md).
         metrics = rewards_of(chosen, rejected, self.beta)
-        metrics |= dict(zip(LOGPROBS, policy.T, strict=True))
+        metrics |= {"logps/chosen": policy[:, 0], "logps/rejected": policy[:, 1]}
         metrics = {name: safe_divide((mask * value).sum(), weights["loss"]) for name, value in metrics.items()}
         loss = safe_divide((mask * losses).sum(), weights["loss"])
         if rng is None:

@@ -6,8 +6,8 @@ equation 1). The strength is a scalar head on the last token's hidden state, as 
 what that head says on each token of the response, as in the original repository.
 
 Only differences count, so that all rewards may drift together: `center` adds a multiple of (r(chosen) + r(rejected))²,
-which holds their mean near 0 (Eisenstein et al. 2023, section 2). With a `margin` m that was told for a pair the loss
-is -log σ(r(chosen) - r(rejected) - m) (Touvron et al. 2023, "Llama 2", equation 2).
+which holds their mean near 0 (Eisenstein et al. 2023, arXiv:2312.09244, equation 2). With a `margin` m that was told
+for a pair the loss is -log σ(r(chosen) - r(rejected) - m) (Touvron et al. 2023, "Llama 2", equation 2).
 
 Shapes: B rows of T tokens; of pairs [B, 2, T], the chosen answer first. An objective as `next_token` describes it.
 """
@@ -24,7 +24,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
 from llmq_jax.objectives.expert_balance import with_balance_losses
-from llmq_jax.objectives.next_token import safe_divide
+from llmq_jax.objectives.means import safe_divide
 
 POOLINGS = ("last", "mean")
 
@@ -116,13 +116,15 @@ def model_rewards(
     rngs: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, " B"], Any]:
     """(the reward of each row in float32, counts). Rows are padded on the right to `lengths`; "last" needs no
-    `response_mask`, and takes only the last token's hidden state through the head. Errors as in `sequence_rewards`."""
+    `response_mask`, and takes only the last token's hidden state through the head. Empty rows and errors as in
+    `sequence_rewards`."""
     if pooling != "last":
         scores, counts = token_scores(model, variables, tokens, lengths, rngs)
         return sequence_rewards(scores, lengths, response_mask, pooling), counts
     output, segment_ids = _forward(model, variables, tokens, lengths, rngs)
     last = last_hidden(output.hidden, segment_ids)
-    return model.apply(variables, last, method="class_logits", rngs=rngs)[:, 0], output.counts
+    rewards = model.apply(variables, last, method="class_logits", rngs=rngs)[:, 0]
+    return jnp.where(lengths > 0, rewards, 0.0), output.counts
 
 
 def token_scores(

@@ -5,7 +5,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
-from llmq_jax.generation.sampling import BLOCK, draw, filter_logits, first_largest, sample
+from llmq_jax.generation.sampling import BLOCK, LEAST_TEMPERATURE, draw, filter_logits, first_largest, sample
 
 
 def kept(logits, **options):
@@ -103,10 +103,18 @@ def test_greedy_takes_the_first_of_the_largest():
     np.testing.assert_allclose(logprobs, jax.nn.log_softmax(jnp.array([0.0, 3.0, 3.0]))[1], rtol=1e-6)
 
 
+def test_a_temperature_near_0_is_as_good_as_greedy():
+    """The least that is taken, and the next that is refused below."""
+    logits = jnp.asarray([[1e4, -1e4, 9999.0]])
+    tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 1), Sampler(LEAST_TEMPERATURE, top_p=0.9))
+    assert tokens.tolist() == [0] and logprobs.tolist() == [0.0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+        ({"temperature": 1e-38}, "temperature=1e-38 is below 1e-30; take 0"),
         ({"top_k": -1}, "top_k=-1 must be 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0"),
         ({"min_p": 2.0}, "min_p=2.0 must be between"),

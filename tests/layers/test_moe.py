@@ -11,6 +11,7 @@ from flax import linen as nn
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
 from llmq_jax.layers.expert_dispatch import ExpertWeights, block_lengths, dispatch, in_blocks, slots_each
+from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.moe import Experts, MixtureOfExperts, balance_from, experts_from, route
 
 NORMAL = nn.initializers.normal(0.3)
@@ -282,6 +283,19 @@ def test_shared_experts_see_every_token_at_a_learned_weight():
     gate = np.asarray(x) @ kernels["gate"]
     shared = (gate / (1 + np.exp(-gate)) * (np.asarray(x) @ kernels["up"])) @ kernels["down"]
     np.testing.assert_allclose(np.asarray(mixed) - np.asarray(routed), shared / 2, **CLOSE)  # sigmoid(0)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_all_kernels_that_add_to_the_stream_start_as_they_are_told(gated):
+    """Those of the routed experts, of the shared ones, and of the network whose place they take."""
+    x = jnp.ones((1, 3, 6))
+    kind = (8, gated, "silu", False, NORMAL, nn.initializers.ones)
+    moe = drawn(MixtureOfExperts(Experts(4, 2, num_shared=1), *kind), x)["params"]
+    mlp = drawn(MLP(8, "silu", NORMAL, nn.initializers.ones, gated=gated), x)["params"]
+    for kernel in (moe["down_kernel"], moe["shared"]["down"]["kernel"], mlp["down"]["kernel"]):
+        assert (kernel == 1).all()
+    assert {name for name in mlp if name != "down"} == ({"gate", "up"} if gated else {"up"})
+    assert not any((mlp[name]["kernel"] == 1).any() for name in mlp if name != "down")
 
 
 def test_layers_are_counted_in_order():

@@ -5,6 +5,7 @@ Those that transformers has are compared with its tables in tests/parity/test_ro
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,6 +142,14 @@ def test_document_lengths():
     positions = jnp.array([[0, 1, 0, 1, 2], [0, 0, 0, 1, 2]])
     segments = jnp.array([[1, 1, 2, 2, 2], [0, 0, 1, 1, 1]])
     np.testing.assert_array_equal(document_lengths(positions, segments), [[2, 2, 3, 3, 3], [1, 1, 3, 3, 3]])
+
+
+@pytest.mark.parametrize("rope", [Rope(), DynamicRope(**TRAINED)])
+def test_rotations_of_packed_rows_are_linear_in_their_length(rope):
+    """An entry for every pair of 16,384 tokens would be 1 GB."""
+    tokens = jnp.ones((1, 40), jnp.int32)
+    program = str(jax.make_jaxpr(lambda *rows: rope.rotation(rows[0], WIDTH, rows[1]))(tokens, tokens))
+    assert "[1,40]" in program and "[1,40,40]" not in program
 
 
 def assert_same_rotation(found, expected):

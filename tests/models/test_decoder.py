@@ -1,5 +1,6 @@
 """What all architectures share: how attention runs, by name, and caches of both kinds."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -57,6 +58,12 @@ def test_attention_that_cannot_be(variables, attention, message):
     with pytest.raises(BadInput) as error:
         build(CONFIG, attention=attention).apply(variables, TOKENS)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)])
+def test_no_token_is_told(variables, shape):
+    with pytest.raises(BadInput, match=re.escape(f"tokens of the shape {shape} are none; give one row or more")):
+        build(CONFIG).apply(variables, np.zeros(shape, np.int32))
 
 
 def test_the_choice_in_a_line():

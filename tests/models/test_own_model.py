@@ -72,6 +72,25 @@ def test_other_layers_mix_values_of_the_first(shown):
     assert float(np.abs(pair[0] - pair[1]).max()) > 1e-2
 
 
+def test_a_model_that_is_registered_anew_has_its_own_shapes(shown):
+    """As in a notebook, where the cell that defines it is edited and run again."""
+    config = shown["CappedConfig"](**SIZES)
+    before = ARCHITECTURES["capped"]
+
+    class Edited(shown["Capped"]):
+        def setup(self):
+            super().setup()
+            self.more = self.param("more", lambda key: jax.numpy.zeros(3))
+
+    assert "more" not in lq.models.abstract_variables(config)["params"]
+    ARCHITECTURES["capped"] = before._replace(model_class=Edited)
+    try:
+        assert "more" in lq.models.abstract_variables(config)["params"]
+    finally:
+        ARCHITECTURES["capped"] = before
+    assert "more" not in lq.models.abstract_variables(config)["params"]
+
+
 def test_a_model_that_is_not_registered_is_told(shown):
     class Unknown(shown["CappedConfig"]):
         model_type = "unknown"

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,31 @@ def test_value_and_gradients_equal_the_plain_form(chunk_size):
     got = jax.value_and_grad(chunked, argnums=(0, 1))(head, hidden)
     np.testing.assert_allclose(chunked(head, hidden), wanted[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
+
+
+def test_no_token_costs_nothing():
+    head, hidden, targets, mask = draw(tokens=(3, 0))
+    loss = partial(chunked_cross_entropy, unembed, targets=targets, mask=mask)
+    value, gradients = jax.value_and_grad(lambda head: loss(head, hidden))(head)
+    assert float(loss(head, hidden)) == float(value) == 0 and not gradients["kernel"].any()
+
+
+def test_gradients_of_a_head_in_bfloat16_add_up_in_float32():
+    """Of as many chunks as there are tokens: in bfloat16 the sum stands still where a chunk adds less than its half
+    step."""
+    head, hidden, targets, mask = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, draw(tokens=(1, 600))
+    )
+    hidden = jnp.broadcast_to(hidden[:, :1], hidden.shape)
+    targets, mask = jnp.zeros_like(targets), jnp.ones(mask.shape)
+
+    @partial(jax.grad, argnums=0)
+    def gradient(head, size):
+        return chunked_cross_entropy(unembed, head, hidden, targets, mask, chunk_size=size)
+
+    one, many = gradient(head, 600)["kernel"], gradient(head, 1)["kernel"]
+    assert one.dtype == many.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(many), np.float32(one), rtol=0, atol=0.01 * float(jnp.abs(one).max()))
 
 
 def test_what_is_added_to_the_loss_of_a_token_has_a_gradient(monkeypatch):

@@ -98,6 +98,14 @@ def test_estimates_of_the_kl_divergence():
     assert kl > 0.1
 
 
+def test_k3_near_the_reference():
+    """It is d² / 2 there, of which exp(d) - d - 1 would leave little but the rounding of 1."""
+    difference = np.array([1e-3, -1e-3, 4e-4, 0.0], np.float32)
+    exact = np.expm1(difference.astype(np.float64)) - difference
+    found = kl_estimate(jnp.zeros((1, 4)), jnp.asarray(difference)[None])[0]
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
+
+
 def some_answers(rows=6, length=5, seed=0):
     rng = np.random.default_rng(seed)
     policy = rng.uniform(-3, -0.1, (rows, length))

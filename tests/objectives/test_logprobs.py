@@ -154,6 +154,26 @@ def test_answers_go_on_from_one_reading_of_their_prompt(name, options):
         np.testing.assert_allclose(one, other, atol=1e-5 * max(float(np.abs(other).max()), 1e-3), rtol=0)
 
 
+@pytest.mark.parametrize("computes_in", [None, "float32"])
+def test_prompts_are_held_in_the_type_that_is_computed_in(lm, computes_in):
+    """Of weights in bfloat16 that is theirs, unless another is asked for."""
+    held = []
+
+    class Recording(lq.Llama3):
+        def create_caches(self, batch, length, dtype, lookahead=0):
+            held.append(jnp.dtype(dtype))
+            return super().create_caches(batch, length, dtype, lookahead)
+
+    model, variables = lm
+    model = Recording(model.config, dtype=computes_in and jnp.dtype(computes_in))
+    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+    tokens, _, lengths = map(jnp.asarray, rows())
+    prompt_lengths = jnp.full(3, 4)
+    shared = {"prompts": tokens[:, :4], "group_size": 1}
+    jax.eval_shape(lambda v: completion_logprobs(model, v, tokens, lengths, prompt_lengths, 16, **shared), variables)
+    assert held == [jnp.dtype(computes_in or jnp.bfloat16)]
+
+
 def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
     model, variables = lm
     tokens, _, _ = rows()
@@ -170,6 +190,19 @@ def test_what_does_not_count_is_not_unembedded(lm, small_chunks):
     jax.effects_barrier()
     assert (values != 0).sum() == 4
     assert unembedded == [4]
+
+
+def test_rows_of_one_token_have_no_log_probability(lm):
+    model, variables = lm
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def total(variables):
+        values = token_logprobs(model, variables, jnp.zeros((3, 1), jnp.int32))
+        return values.sum(), values
+
+    (_, values), gradients = total(variables)
+    assert values.shape == (3, 0) and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
 def test_no_logits_of_all_tokens_exist(lm, small_chunks):

@@ -175,6 +175,15 @@ def test_scores_of_tokens_and_rewards_of_rows(model_and_variables):
         np.testing.assert_allclose(rewards_of(model, variables, other, lengths, mask, pooling), found, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_row_without_tokens_has_the_reward_0(pooling):
+    model, variables = made(DENSE)
+    tokens, lengths = a_batch()["tokens"][:, 0], jnp.asarray([0, 3] * (PAIRS // 2))
+    mask = (jnp.arange(WIDTH) < lengths[:, None]).astype(jnp.float32)
+    found = rewards_of(model, variables, tokens, lengths, mask, pooling)
+    assert ((found != 0) == (lengths > 0)).all()
+
+
 @pytest.mark.parametrize(("pooling", "rows"), [("last", 2 * PAIRS), ("mean", 2 * PAIRS * WIDTH)])
 def test_how_many_positions_go_through_the_head(pooling, rows):
     model, variables = made(DENSE)
