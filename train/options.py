@@ -105,21 +105,22 @@ class TrainingOptions:
 
 def check_ranges(options: TrainingOptions) -> None:
     """BadInput for a number that no training can mean."""
-    evaluated = getattr(options, "evaluate_batches", None)  # where a recipe has it
+    size = options.batch_size
     for name, holds, rule in (
-        ("steps", options.steps > 0, "be at least 1"),
-        ("batch_size", options.batch_size > 0, "be at least 1"),
-        ("accumulate", options.accumulate > 0, "be at least 1"),
-        ("accumulate", options.batch_size % options.accumulate == 0, f"divide --batch-size {options.batch_size}"),
-        ("learning_rate", options.learning_rate > 0, "be positive"),
-        ("betas", all(0 <= beta < 1 for beta in options.betas), "be at least 0 and below 1"),
-        ("weight_decay", options.weight_decay >= 0, "not be negative"),
-        ("clip", options.clip >= 0, "not be negative (0 does not clip)"),
-        ("seed", 0 <= options.seed < 2**32, "be at least 0 and below 2^32"),
-        ("evaluate_batches", evaluated is None or evaluated > 0, "be at least 1"),
+        ("steps", lambda steps: steps > 0, "be at least 1"),
+        ("batch_size", lambda size: size > 0, "be at least 1"),
+        ("accumulate", lambda parts: parts > 0, "be at least 1"),
+        ("accumulate", lambda parts: size is None or size % parts == 0, f"divide --batch-size {size}"),
+        ("learning_rate", lambda rate: rate > 0, "be positive"),
+        ("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "be at least 0 and below 1"),
+        ("weight_decay", lambda decay: decay >= 0, "not be negative"),
+        ("clip", lambda norm: norm >= 0, "not be negative (0 does not clip)"),
+        ("seed", lambda seed: 0 <= seed < 2**32, "be at least 0 and below 2^32"),
+        ("evaluate_batches", lambda count: count > 0, "be at least 1"),
     ):
-        if not holds:
-            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must {rule}")
+        value = getattr(options, name, None)  # a recipe may lack it, or leave it open
+        if value is not None and not holds(value):
+            raise BadInput(f"{option_name(name)} is {value} and must {rule}")
     refuse_idle(
         options,
         (

@@ -408,6 +408,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"group_size": 1}, "--group-size is 1, and an answer alone has no others to be better than; choose 2 or more"),
         ({"prompts_per_step": 0}, "--prompts-per-step is 0 and must be at least 1"),
         ({"accumulate": 3}, "--accumulate is 3 and must divide the 8 rows of a step"),
+        ({"accumulate": 0}, "--accumulate is 0 and must be at least 1"),
         ({"temperature": 0}, "--temperature is 0.0 and must be positive"),
         ({"top_p": 0}, "--top-p is 0.0 and must be above 0 and at most 1"),
         ({"beta": -1}, "--beta is -1.0 and must not be negative"),

@@ -398,6 +398,7 @@ BAD = {
     ),
     "field and model": (["--init-from", "x", "--out", "run", "--config", "norm=dyt"], "--config has no effect beside"),
     "accumulate": (["--accumulate", "3"], "--accumulate is 3 and must divide --batch-size 4"),
+    "no parts": (["--accumulate", "0"], "--accumulate is 0 and must be at least 1"),
     "epochs and steps": (["--epochs", "1"], "--epochs has no effect beside --steps; leave it out"),
     "constant minimum": (
         ["--data", "TEXT", "--schedule", "constant", "--minimum-learning-rate", "1e-5"],
