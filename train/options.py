@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, option_name, use_device
+from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, use_device
 from llmq_jax.errors import BadInput
 
 LONGEST_CONTEXT = 1024
@@ -271,14 +271,6 @@ def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
     if options.layout:
         print(sharding.layout_text(variables, sizes), flush=True)
         raise SystemExit(0)
-
-
-def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
-    """BadInput for an option that is given where it can do nothing. Cases: (field, whether it is idle, why)."""
-    for name, idle, why in cases:
-        value = getattr(options, name)
-        if idle and value is not None and value is not False:
-            raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
 
 
 def filled(options: Any, **values: Any) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from llmq_jax.command_line import Flag, default_is, option_name
+from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.errors import BadInput
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
@@ -66,9 +66,7 @@ def check_what_trains(options: WhatTrains) -> None:
         (f"lora_{name}", options.lora_variant != "tinylora", "without --lora-variant tinylora")
         for name in ("numbers", "tied")
     ]
-    for name, idle, why in cases:
-        if idle and getattr(options, name) not in (None, False):
-            raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
+    refuse_idle(options, cases)
     if options.optimizer == "muon" and options.train in ("lora", "head"):
         raise BadInput(
             f"--optimizer muon has no effect with --train {options.train}, which trains no matrix of a layer; leave it "
@@ -95,8 +93,9 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
         if lora.LORA not in variables:
             spec = _spec(options)
             variables = lora.add(variables, model.layer_slots(), spec, module_names(lm.config), options.seed)
-        elif any(getattr(options, f"lora_{name}") not in (None, False) for name in LORA_OPTIONS):
-            raise BadInput("--init-from has adapters already, which go on as they are; leave out the options of LoRA")
+        else:
+            why = "on --init-from, which has adapters already, and they go on as they are"
+            refuse_idle(options, ((f"lora_{name}", True, why) for name in LORA_OPTIONS))
         numbers = lora.trained_numbers(variables)
         model, variables, trainable = train_adapters(model, variables, (SCORE,) if classifier else ())
         numbers += _count(variables[PARAMS]) if PARAMS in trainable else 0
