@@ -104,10 +104,14 @@ class TrainingOptions:
 
 
 def check_ranges(options: TrainingOptions) -> None:
-    """BadInput for a number that no training can mean."""
+    """BadInput for a number that no training can mean, for what would have no effect, and for W&B that is not there: of
+    shared options, before a model is loaded."""
+    from llmq_jax.training.run_options import LEAST
+    from llmq_jax.training.trackers import require_wandb
+
     size = options.batch_size
     for name, holds, rule in (
-        ("steps", lambda steps: steps > 0, "be at least 1"),
+        *((name, lambda number, least=least: number >= least, f"be at least {least}") for name, least in LEAST.items()),
         ("batch_size", lambda size: size > 0, "be at least 1"),
         ("accumulate", lambda parts: parts > 0, "be at least 1"),
         ("accumulate", lambda parts: size is None or size % parts == 0, f"divide --batch-size {size}"),
@@ -128,6 +132,8 @@ def check_ranges(options: TrainingOptions) -> None:
             ("patience", options.evaluate_every == 0, "with --evaluate-every 0"),
         ),
     )
+    if options.wandb:
+        require_wandb()
 
 
 def context_of(options: Any, config: Any) -> int:

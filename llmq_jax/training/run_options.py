@@ -21,6 +21,12 @@ NEUTRAL_OPTIONS = (
 )
 """Options that change neither metrics nor weights."""
 
+LEAST = {
+    **dict.fromkeys(("steps", "keep_last", "patience"), 1),
+    **dict.fromkeys(("log_every", "evaluate_every", "sample_every", "checkpoint_every"), 0),
+}
+"""What the numbers among the options must be at least; 0: never."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
@@ -52,12 +58,9 @@ class RunOptions:
     """Where there is no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0), ("patience", 1)):
+        for name, least in LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("evaluate_every", "sample_every", "checkpoint_every"):
-            if (getattr(self, name) or 0) < 0:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 (0: never)")
         if self.on_full_disk not in ("stop", "continue"):
             raise BadInput(f"on_full_disk is {self.on_full_disk!r}; it must be stop or continue")
         if self.profile is not None:

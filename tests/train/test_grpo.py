@@ -427,7 +427,11 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ),
         ({"split_seed": 5, "evaluate_every": 0}, "--split-seed has no effect with --evaluate-every 0; leave it out"),
         ({"patience": 2, "evaluate_every": 0}, "--patience has no effect with --evaluate-every 0; leave it out"),
-        ({"patience": 0}, "patience is 0; it must be at least 1"),
+        # What the loop takes is refused before an answer has its reward.
+        ({"patience": 0, "reward": "RW:broken"}, "--patience is 0 and must be at least 1"),
+        ({"keep_last": 0, "reward": "RW:broken"}, "--keep-last is 0 and must be at least 1"),
+        ({"log_every": -1, "reward": "RW:broken"}, "--log-every is -1 and must be at least 0"),
+        ({"sample_every": -1, "reward": "RW:broken"}, "--sample-every is -1 and must be at least 0"),
         ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
         ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
         ({"base_dtype": "bfloat16", "train": "lora"}, "would learn by another policy than the one that answers; add"),
@@ -435,6 +439,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),
         ({"steps_per_iteration": 2}, "--steps-per-iteration has no effect without a reference that moves"),
         ({"initial_learning_rate": 0}, "--initial-learning-rate has no effect without warm-up; leave it out"),
+        ({"wandb": "p", "reward": "RW:broken"}, "wandb is not installed"),
         # Prompts.
         ({"data": "EMPTY"}, "empty.jsonl: line 2: the prompt is empty, so there is nothing to answer"),
         ({"data": "ONE"}, "holds one prompt, and some are held out: give more, or --validation-data"),
@@ -483,7 +488,10 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({**JUDGE, "replay": 1}, "--replay is 1.0 and must lie between 0 and 1"),
     ],
 )
-def test_bad_input_is_one_line(grpo, options, message):
+def test_bad_input_is_one_line(grpo, monkeypatch, options, message):
+    if "wandb" in options:
+        # As on a machine without it.
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, errors = grpo(**options)
     assert code == 2
     assert message in errors

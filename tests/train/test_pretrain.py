@@ -451,7 +451,7 @@ BAD = {
     ),
     "no room for the default prompt": (["--data", "TEXT", "--context", "1"], "--sample-prompt '\\n' is 1 tokens long"),
     "start without warm-up": (["--initial-learning-rate", "1e-5"], "--initial-learning-rate has no effect"),
-    "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "keep_last is 0"),
+    "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "--keep-last is 0 and must be at least 1"),
     "keep what is not saved": (["--keep-last", "2", "--checkpoint-every", "0"], "--keep-last has no effect"),
     "wandb": (["--data", "TEXT", "--wandb", "p"], "wandb is not installed"),
     "folder of something else": (["--data", "TEXT", "--out", "full"], "full is not empty and not the folder of a run"),
