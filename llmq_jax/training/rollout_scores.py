@@ -49,9 +49,9 @@ class TextRewards:
 
     rewards: Rewards
 
-    def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
+    def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None, alone: bool = True) -> Scores:
         columns = columns_of(rollout.prompts, rollout.group_size)
-        return Scores(*self.rewards(rollout.prompt_texts(), rollout.completions, columns))
+        return Scores(*self.rewards(rollout.prompt_texts(), rollout.completions, columns, alone=alone))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SummedRewards:
     weight: float
 
     def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
-        texts, model = self.texts(rollout), self.model(rollout, variables)
+        texts, model = self.texts(rollout, alone=False), self.model(rollout, variables)
         return Scores(texts.rewards + self.weight * model.rewards, {**texts.by_name, **model.by_name})
 
 

@@ -21,7 +21,7 @@ from llmq_jax.rewards import Rewards
 from llmq_jax.training.grpo import REFERENCE, Loop, reference_variables
 from llmq_jax.training.optimizer import adamw
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
-from llmq_jax.training.rollout_scores import ModelReward, TextRewards, step_ends
+from llmq_jax.training.rollout_scores import ModelReward, SummedRewards, TextRewards, step_ends
 from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
@@ -349,6 +349,20 @@ def test_rewards_of_a_model(lm, reward_lm):
     mask = rollout.response_mask(rollout.lengths, rollout.tokens.shape[1])
     means = (scores * mask).sum(1) / rollout.answer_lengths
     np.testing.assert_allclose(ModelReward(reward_lm, "mean")(rollout).rewards, means, atol=1e-5)
+
+
+def test_functions_may_be_silent_beside_a_reward_model(lm, reward_lm):
+    rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(8))
+
+    def of_the_first_prompt(completions, best, **_):
+        return [1.0 if place == 0 else None for place in best]
+
+    texts, model = text_rewards(of_the_first_prompt), ModelReward(reward_lm)
+    scores = SummedRewards(texts, model, 0.5)(rollout)
+    np.testing.assert_allclose(scores.rewards, np.repeat([1, 0], GROUP) + 0.5 * model(rollout).rewards, atol=1e-6)
+    assert np.isnan(scores.by_name["bytes"][GROUP:]).all()
+    with pytest.raises(BadInput, match=r"no reward of completion 4"):
+        texts(rollout)
 
 
 def test_an_end_that_the_reward_model_takes_for_padding_is_not_read(lm, reward_lm):
