@@ -126,6 +126,7 @@ def dpo(options: Options) -> Any:
     tell_of_no_end(options, end)
     source = source.replace(model=model, generation=ending_with(end, source.generation))
     learner = prepared(source, options)
+    reference, source = source, source.replace(variables={})
     check_mesh(options, learner.variables, options.batch_size)
     schedule, optimizer = optimizer_of(options)
     objective = DPO(learner.model, options.beta, options.label_smoothing or 0.0, options.loss, options.normalise)
@@ -147,9 +148,11 @@ def dpo(options: Options) -> Any:
     }
     # Loaded before the folder is begun, since it may not fit; and not where an earlier start has asked it.
     asked = (Path(options.out) / REFERENCE_FILE).exists()
-    reference = source if asked or options.reference is None else other_reference(options, source)
+    if not asked and options.reference is not None:
+        reference = other_reference(options, source)
     with engine.open_folder(options.out, run_options(options), **settings) as folder:
         found = reference_logprobs(options, reference, parts, folder.path / REFERENCE_FILE)
+        del reference  # a second model or, whole, the layers that were cut
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}
         size, longest = options.batch_size, options.context
         batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"], **row_share())
@@ -168,7 +171,7 @@ def dpo(options: Options) -> Any:
         if not folder.resumed and options.evaluate_every != 0:
             print(f"before training: {figures(evaluate(learner.variables))}", flush=True)
         if not folder.resumed and options.sample_every != 0:
-            print(printable(ask(source.variables)), flush=True)
+            print(printable(ask(whole(learner.variables))), flush=True)
         # Where a part of the model trains, what it was at first is all that it takes to have the reference again.
         began = None
         if options.train != "all" and options.reference is None:

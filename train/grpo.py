@@ -217,6 +217,7 @@ def grpo(options: Options) -> Any:
     model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)
+    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
     check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
 
     schedule, optimizer = optimizer_of(options, options.iterations)

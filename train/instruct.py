@@ -161,6 +161,7 @@ def instruct(options: Options) -> Any:
     generation = ending_with(end, source.generation)
     source = source.replace(model=model, generation=generation)
     learner = prepared(source, options)
+    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -185,7 +186,7 @@ def instruct(options: Options) -> Any:
         if options.evaluate_every != 0:
             print(f"before training: validation loss {evaluate(learner.variables)['loss']:.4f}", flush=True)
         if options.sample_every != 0:
-            print(printable(ask(source.variables)), flush=True)
+            print(printable(ask(whole(learner.variables))), flush=True)
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     digests |= chat_template_digest(options, tokenizer)

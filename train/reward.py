@@ -114,6 +114,7 @@ def reward(options: Options) -> Any:
     # What trains, of a model that computes as the options say.
     model = model_of(options, config)
     learner = prepared(source.replace(model=model), options)
+    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)

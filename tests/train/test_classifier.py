@@ -158,6 +158,11 @@ ARCHITECTURES = {
 
 
 @pytest.mark.exhaustive
+def test_layers_that_are_cut_are_in_memory_once(classifier, beside_state):
+    classifier("--train", "blocks")
+    assert len(beside_state) == 1 and beside_state[0] < 0.2
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_architectures(classifier, architecture, tmp_path):
     """By what is the default: adapters, on experts too."""

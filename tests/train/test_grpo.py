@@ -327,6 +327,14 @@ def test_functions_and_a_model_are_weighed(grpo):
     assert first["reward"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_layers_that_are_cut_are_in_memory_once(grpo, request):
+    config = lq.Llama3Config(vocab_size=257, **SIZES | {"num_hidden_layers": 2})
+    model = save_model(Path("deep"), config=config)
+    beside_state = request.getfixturevalue("beside_state")  # beside what was there before
+    grpo(init_from=model, train="blocks")
+    assert len(beside_state) == 1 and beside_state[0] < 0.2
+
+
 def test_rewards_without_spread_are_told(grpo):
     code, out, _ = grpo(reward="RW:equal", steps=2)
     assert code == 0

@@ -370,6 +370,13 @@ def test_bad_options(instruct, options, message):
     assert code == 2 and err.count("\n") == 1 and message in err and not Path("run").exists()
 
 
+def test_layers_that_are_cut_are_in_memory_once(instruct, beside_state):
+    config = lq.Llama3Config(vocab_size=257, **SIZES | {"num_hidden_layers": 2})
+    lq.save(LanguageModel(config, lq.build(config), lq.init(config), ByteTokenizer()), "deep")
+    instruct("--data", "ALPACA", "--init-from", "deep", "--train", "blocks")
+    assert len(beside_state) == 1 and beside_state[0] < 0.2
+
+
 def test_a_run_has_a_folder_and_a_preview_no_steps(instruct):
     code, _, err = instruct(*GIVEN, tiny=[])
     assert code == 2 and "missing --out: name a folder for the run" in err
