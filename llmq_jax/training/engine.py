@@ -477,7 +477,7 @@ class _Loop:
 
     def save(self, goes_on: bool) -> str | None:
         """Save the checkpoint of this step. Where there is no room and the run `goes_on`: what to say."""
-        if not _all_finite(self.state.variables):
+        if not all_finite(self.state.variables):
             raise self.broken(self.step, "the update made parameters that are not finite")
         try:
             # The checkpoint promises all records up to its step.
@@ -594,6 +594,7 @@ def _table(schedule: Callable[..., Any], steps: int) -> np.ndarray:
 
 
 @jax.jit
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of every array is."""
     floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floating]))

@@ -305,10 +305,14 @@ def test_a_reward_model_that_learns_changes_what_is_rewarded(grpo):
         assert grpo(reward="JUDGED", steps=3, evaluate_every=3, **options)[0] == 0
         rewards.append([record["reward"] for record in records() if "reward" in record])
         assert Path("run/reward_model").exists() == (options is learning)
+        told = [record["step"] for record in records() if "reward_model/accuracy" in record]
+        assert told == ([2] if options is learning else [])
         if options is learning:  # what it became is a model like any other
             assert lq.load("run/reward_model").config.labels == ("reward",)
         shutil.rmtree("run")
     assert rewards[0][:2] == rewards[1][:2]
+    code, _, err = grpo(reward="JUDGED", steps=3, **{**learning, "reward_learning_rate": 1e30})
+    assert code == 2 and err.count("\n") == 1 and err.endswith("lower --reward-learning-rate\n")
     assert rewards[0][2] != rewards[1][2]
 
 

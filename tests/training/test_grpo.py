@@ -482,13 +482,15 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
         "response_mask": np.ones((1, 2, 8), np.float32),
         "mask": np.ones(1, np.float32),
     }
-    seen = []
+    seen, told = [], []
     optimizer = adamw(lambda step: 0.01, weight_decay=0.0)
     update = make_train_step(RewardModel(reward_lm.model), optimizer)
 
     def watched(state, batch):
         seen.append(jax.tree.map(np.asarray, batch))
-        return update(state, batch)
+        state, metrics = update(state, batch)
+        told.append(jax.device_get(metrics))
+        return state, metrics
 
     variables = jax.tree.map(jnp.array, jax.device_get(reward_lm.variables))
     learner = RewardLearner(
@@ -498,10 +500,12 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
     begin = jax.tree.map(np.asarray, state.carried[REWARD_MODEL].variables)
     batches = PromptBatches(5, 2)
     first, _, _ = loop.answered(state, batches[0])
-    state, _ = loop.step(state, batches[0])
+    state, metrics = loop.step(state, batches[0])
     assert same(state.carried[REWARD_MODEL].variables, begin)
-    assert not seen
-    state, _ = loop.step(state, batches[1])
+    assert not seen and "reward_model/loss" not in metrics
+    state, metrics = loop.step(state, batches[1])
+    for name in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[f"reward_model/{name}"], np.mean([x[name] for x in told]), rtol=1e-6)
     assert not same(state.carried[REWARD_MODEL].variables, begin)
     assert [batch["tokens"].shape for batch in seen] == [(3, 2, width)] * 2
     judged = np.asarray(bytes_of(first.completions, None)).reshape(2, GROUP)
