@@ -43,11 +43,6 @@ from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
 EPOCHS = 3.0
-IDLE_IN_PREVIEW = (
-    *("steps", "epochs", "learning_rate", "schedule", "minimum_learning_rate", "initial_learning_rate", "warmup_steps"),
-    *("evaluate_every", "evaluate_batches", "patience", "sample_every", "sample_prompt", "checkpoint_every"),
-    *("keep_last", "wandb"),
-)
 OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed", "evaluate_batches")
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
@@ -117,7 +112,8 @@ def main(options: Options) -> None:
 @on_devices
 def instruct(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
-    check_preview(options)
+    if options.out is None and not options.preview:
+        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
     check(options)
 
@@ -153,6 +149,7 @@ def instruct(options: Options) -> Any:
     tell_of_no_end(options, end)
     if options.preview:
         print(described(options, learned, held_out, len(batches), config))
+        print("a preview: no model is trained")
         return show(batches[0], tokenizer)
     options = with_steps(options, len(batches), EPOCHS)
 
@@ -205,14 +202,6 @@ def instruct(options: Options) -> Any:
         sample=sample,
         next_commands=tuple(next_commands(options, config)),
     )
-
-
-def check_preview(options: Options) -> None:
-    """BadInput for a run that has no folder, and for options of a run beside --preview, which is none."""
-    if options.preview:
-        refuse_idle(options, ((name, True, "beside --preview") for name in IDLE_IN_PREVIEW))
-    elif options.out is None:
-        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
 
 
 def check(options: Options) -> None:
