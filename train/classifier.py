@@ -23,7 +23,6 @@ from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
     TrainingOptions,
-    check_epochs,
     check_mesh,
     check_ranges,
     model_of,
@@ -188,13 +187,10 @@ def classifier(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
+    check_ranges(options)
     check_what_trains(options)
-    check_epochs(options)
     if options.max_length is not None and options.max_length < 1:
         raise BadInput(f"--max-length is {options.max_length} and must be at least 1")
-    if options.split_seed is not None and options.split_seed < 0:
-        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
     if options.balance and options.class_weights:
         raise BadInput("--class-weights has no effect beside --balance, which makes all classes equal; leave one out")
     if options.sample_prompt is not None and not options.sample_prompt.strip():
@@ -204,14 +200,10 @@ def check(options: Options) -> None:
     refuse_idle(
         options,
         (
-            ("epochs", options.steps is not None, "beside --steps"),
             ("columns", not any(map(may_lack_names, paths)), "without a .csv or .tsv file"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("test_fraction", options.test_data, "beside --test-data"),
             ("split_seed", files and not options.balance, "beside --validation-data and --test-data"),
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
 

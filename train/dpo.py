@@ -204,7 +204,7 @@ def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
     from llmq_jax.objectives.preference import SMOOTHED
 
-    check_preference_options(options, FULL_RATE)
+    check_preference_options(options)
     if not 0 < options.beta < float("inf"):
         raise BadInput(f"--beta is {options.beta} and must be positive")
     if not 0 <= (options.label_smoothing or 0) < 0.5:

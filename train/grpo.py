@@ -26,6 +26,7 @@ from train.answers import one_line
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.options import (
     MAY_CHANGE,
+    VALIDATION_FRACTION,
     TrainingOptions,
     check_mesh,
     check_ranges,
@@ -79,7 +80,7 @@ class Questions:
     """Prompts of more tokens are left out."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Prompts to measure the validation reward on, by the likeliest answer to each."""
-    validation_fraction: Annotated[float | None, default_is("0.1")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation. With --evaluate-every 0 nothing is held out."""
     validation_prompts: Annotated[int | None, default_is("all that are held out")] = None
     """So many of the held-out prompts at most."""
@@ -333,9 +334,7 @@ def resolved(options: Options) -> Options:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingOptions)}
-    shared["learning_rate"] = FULL_RATE if options.learning_rate is None else options.learning_rate
-    check_ranges(TrainingOptions(**{**shared, "batch_size": max(options.accumulate, 1)}))
+    check_ranges(options)
     check_what_trains(options)
     check_chat_template(options)
     if options.base_dtype == "bfloat16" and options.dtype != "bfloat16":
@@ -358,7 +357,7 @@ def check(options: Options) -> None:
         )
     if not 0 < options.temperature < math.inf:
         raise BadInput(f"--temperature is {options.temperature} and must be positive: equal answers teach nothing")
-    for name in ("beta", "clip_low", "clip_high", "top_k", "split_seed"):
+    for name in ("beta", "clip_low", "clip_high", "top_k"):
         if getattr(options, name) is not None and not 0 <= getattr(options, name) < math.inf:
             raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must not be negative")
     if options.clip_low is not None and options.clip_low > 1:
@@ -371,8 +370,6 @@ def check(options: Options) -> None:
         raise BadInput(f"--reward-learning-rate is {options.reward_learning_rate} and must be positive")
     if options.replay is not None and not 0 < options.replay < 1:
         raise BadInput(f"--replay is {options.replay} and must lie between 0 and 1")
-    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
-        raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
     if options.reward is not None and not names(options.reward):
         raise BadInput("--reward names no reward; leave it out for answer")
     if options.step_separator == "":
@@ -399,13 +396,11 @@ def check(options: Options) -> None:
             ("replay_data", options.judge is None, "without --judge"),
             ("replay", options.judge is None or options.replay_data is None, "without --judge and --replay-data"),
             ("reward_learning_rate", options.judge is None, "without --judge"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("split_seed", options.validation_data, "beside --validation-data"),
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_prompts", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_fraction", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("split_seed", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
             ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),
     )
@@ -468,7 +463,7 @@ def questions(options: Options, source: Any) -> tuple[list, list]:
         validation = read(options.validation_data)
     else:
         distinct = list({prompt.text: prompt for prompt in everything}.values())
-        fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
+        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
         if len(distinct) < 2:
             raise BadInput(f"{options.data} holds one prompt, and some are held out: give more, or --validation-data")
         _, validation = split_documents(distinct, fraction, options.split_seed or 0)

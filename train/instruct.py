@@ -8,7 +8,6 @@ Records have instruction, input and output; or messages; or ShareGPT's conversat
 command again resumes a run that was stopped, and says so when it is finished.
 """
 
-import dataclasses
 import itertools
 import json
 import shlex
@@ -24,8 +23,8 @@ from train.chat_templates import chat_template_digest, check_chat_template, tell
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
+    VALIDATION_FRACTION,
     TrainingOptions,
-    check_epochs,
     check_mesh,
     check_ranges,
     filled,
@@ -43,7 +42,7 @@ from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 
 EPOCHS = 3.0
-OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed", "evaluate_batches")
+OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed")
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 
@@ -59,7 +58,7 @@ class Instructions:
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Conversations to measure the validation loss on, that of the answers."""
-    validation_fraction: Annotated[float | None, default_is("0.1")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the conversations held out for validation; what equals one of them is not learned. With --evaluate-every
     0 nothing is held out."""
     split_seed: Annotated[int | None, default_is("0")] = None
@@ -209,23 +208,14 @@ def check(options: Options) -> None:
     train_on(options)
     check_chat_template(options)
     check_what_trains(options)
-    check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
+    check_ranges(options)
     if options.context is not None and options.context < 2:
         raise BadInput(f"--context is {options.context} and must be at least 2")
-    check_epochs(options)
-    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
-        raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
-    if options.split_seed is not None and options.split_seed < 0:
-        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
     refuse_idle(
         options,
         (
-            ("epochs", options.steps is not None, "beside --steps"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("split_seed", options.validation_data, "beside --validation-data"),
             *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
-            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
 
@@ -267,7 +257,7 @@ def conversations(options: Options) -> tuple[list, list]:
                 f"{options.data} holds no two different conversations, and some are held out: give more, or "
                 "--validation-data"
             )
-        fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
+        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
         _, validation = split_documents(list(distinct.values()), fraction, options.split_seed or 0)
         learned_once = len(everything) - len(validation)
     held_out = set(map(said, validation))

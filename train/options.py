@@ -121,17 +121,23 @@ def check_ranges(options: TrainingOptions) -> None:
         ("clip", lambda norm: norm >= 0, "not be negative (0 does not clip)"),
         ("seed", lambda seed: 0 <= seed < 2**32, "be at least 0 and below 2^32"),
         ("evaluate_batches", lambda count: count > 0, "be at least 1"),
+        ("epochs", lambda count: 0 < count < math.inf, "be positive"),
+        ("validation_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
+        ("split_seed", lambda seed: seed >= 0, "not be negative"),
     ):
         value = getattr(options, name, None)  # a recipe may lack it, or leave it open
         if value is not None and not holds(value):
             raise BadInput(f"{option_name(name)} is {value} and must {rule}")
-    refuse_idle(
-        options,
-        (
-            ("minimum_learning_rate", options.schedule == "constant", "with --schedule constant"),
-            ("patience", options.evaluate_every == 0, "with --evaluate-every 0"),
-        ),
+    cases = (
+        ("minimum_learning_rate", options.schedule == "constant", "with --schedule constant"),
+        ("epochs", options.steps is not None, "beside --steps"),
+        ("validation_fraction", getattr(options, "validation_data", None), "beside --validation-data"),
+        ("evaluate_batches", options.evaluate_every == 0, "with --evaluate-every 0"),
+        ("patience", options.evaluate_every == 0, "with --evaluate-every 0"),
+        ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
+        ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
     )
+    refuse_idle(options, (case for case in cases if hasattr(options, case[0])))
     if options.wandb:
         require_wandb()
 
@@ -145,12 +151,6 @@ def context_of(options: Any, config: Any) -> int:
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
     given: int = options.context
     return given
-
-
-def check_epochs(options: Any) -> None:
-    """BadInput for a number of epochs that no training can mean."""
-    if options.epochs is not None and not 0 < options.epochs < math.inf:
-        raise BadInput(f"--epochs is {options.epochs} and must be positive")
 
 
 def on_devices(recipe: Callable) -> Callable:

@@ -22,8 +22,8 @@ from llmq_jax.errors import BadInput, did_you_mean
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
+    VALIDATION_FRACTION,
     TrainingOptions,
-    check_epochs,
     check_mesh,
     check_ranges,
     context_of,
@@ -42,7 +42,7 @@ from train.texts import LIBRARY_FRACTION, token_streams
 SAMPLE_TOKENS = 120
 STEPS = 2000
 OF_TEXT = ("text_field", "validation_fraction")  # which tokens that were made of it do not have
-OF_VALIDATION = ("validation_data", "validation_fraction", "evaluate_batches")
+OF_VALIDATION = ("validation_data", "validation_fraction")
 MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
 
@@ -57,7 +57,7 @@ class TextAndModel:
     validation_data: Annotated[str | None, default_is("a part of --data")] = None
     """Text to measure the validation loss on, in consecutive windows: all of it, or --evaluate-batches."""
     validation_fraction: Annotated[
-        float | None, default_is(f"0.1; {LIBRARY_FRACTION} of the standard library's modules")
+        float | None, default_is(f"{VALIDATION_FRACTION}; {LIBRARY_FRACTION} of the standard library's modules")
     ] = None
     """Part of the data held out for validation: whole documents, or the end of a single text. With --evaluate-every 0
     nothing is held out."""
@@ -313,8 +313,7 @@ def check(options: Options) -> None:
         raise BadInput(f"unknown preset {options.preset!r}: {did_you_mean(options.preset, [*RUNS, *PRESETS])}")
     if options.init_from and not options.out:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
-    check_ranges(options if options.steps is not None else replace(options, steps=1))
-    check_epochs(options)
+    check_ranges(options)
     from_model = "beside --init-from, which brings model and tokenizer"
     brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads", "config")
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))
@@ -327,11 +326,7 @@ def check(options: Options) -> None:
                 "on data without fields",
             ),
             ("validation_fraction", prepared, "on prepared tokens, whose held-out part was chosen with them"),
-            ("epochs", options.steps is not None, "beside --steps"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
-            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
 

@@ -166,7 +166,7 @@ def reward(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    check_preference_options(options, FULL_RATE)
+    check_preference_options(options)
     if not 0 <= options.center < float("inf"):
         raise BadInput(f"--center is {options.center} and must not be negative (0 does not centre)")
 
