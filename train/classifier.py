@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
@@ -34,7 +35,6 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 

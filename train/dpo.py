@@ -21,6 +21,7 @@ from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
@@ -44,7 +45,6 @@ from train.preferences import (
     pair_tokens,
     read_pairs,
 )
-from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, prepared
 

@@ -24,6 +24,7 @@ from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
@@ -41,7 +42,6 @@ from train.options import (
     train_step_of,
     warmup_steps,
 )
-from train.pretrain import exports
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
@@ -327,7 +327,7 @@ def resolved(options: Options) -> Options:
     if options.reward is None:
         values["reward"] = "answer"
     if options.steps_per_iteration is None:
-        values["steps_per_iteration"] = max(options.steps, 1)
+        values["steps_per_iteration"] = options.steps
     options = dataclasses.replace(options, **values)
     return completed(options)
 

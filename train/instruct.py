@@ -20,6 +20,7 @@ from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
 from train.chat_templates import chat_template_digest, check_chat_template, tell_of_no_end, with_text_options
+from train.exports import exports
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
@@ -37,7 +38,6 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, prepared
 

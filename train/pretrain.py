@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput, did_you_mean
+from train.exports import exports
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
@@ -149,7 +150,7 @@ def starting_options(given: dict[str, str]) -> Options:
 
 
 def main(options: Options) -> None:
-    out = options.out or f"runs/{options.preset or 'demo'}"
+    out = run_folder(options)
 
     def next_commands(config: Any) -> Iterator[str]:
         trained, exported = shlex.quote(out), shlex.quote(f"{out}-hf")
@@ -159,6 +160,11 @@ def main(options: Options) -> None:
             yield f"python -m convert.to_hf {trained} {exported}"
 
     pretrain(options, next_commands)
+
+
+def run_folder(options: Options) -> str:
+    """--out, or what it stands for."""
+    return options.out or f"runs/{options.preset or 'demo'}"
 
 
 @on_devices
@@ -177,7 +183,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     )
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import LanguageModel, TextFiles, load
-    from llmq_jax.models import abstract_variables, init
+    from llmq_jax.models import abstract_variables, init, parameter_count
     from llmq_jax.training import engine, step
     from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
@@ -198,7 +204,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         config = new_config(options, tokenizer.vocab_size)
     options = filled(
         options,
-        out=f"runs/{options.preset or 'demo'}",
+        out=run_folder(options),
         context=context_of(options, config),
         # What comes with --init-from has a path for a name, which a new checkpoint there changes.
         tokenizer=None if options.init_from else tokenizer.name,
@@ -256,7 +262,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         return options.sample_prompt + written.text[0]
 
     print(
-        f"{model_size(variables):,} parameters; {len(text.training):,} tokens to learn, "
+        f"{parameter_count(variables['params']):,} parameters; {len(text.training):,} tokens to learn, "
         f"{0 if text.validation is None else len(text.validation):,} held out (tokenizer: {tokenizer.name})"
     )
     if text.validation is not None:
@@ -379,25 +385,6 @@ def with_dropout(config: Any, rate: float | None) -> Any:
     if not names:
         raise BadInput(f"--dropout has no effect on {config.model_type}, which has no dropout; leave it out")
     return dataclasses.replace(config, **dict.fromkeys(names, rate))
-
-
-def exports(config: Any) -> bool:
-    """Whether transformers has a model of this config, with a place for each of its weights; none is made."""
-    from llmq_jax.interop.architectures import config_to_hf, weight_table
-    from llmq_jax.models import abstract_variables
-
-    try:
-        config_to_hf(config)
-        weight_table(config.model_type).lazy_state_dict(abstract_variables(config), config)
-    except BadInput:
-        return False
-    return True
-
-
-def model_size(variables: dict) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 if __name__ == "__main__":

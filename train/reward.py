@@ -19,6 +19,7 @@ from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, with_text_options
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
@@ -41,7 +42,6 @@ from train.preferences import (
     pair_tokens,
     read_pairs,
 )
-from train.pretrain import exports
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, prepared
 

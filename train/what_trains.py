@@ -80,6 +80,7 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
     """The model and its variables, parted into what trains and what stays as it is."""
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
+    from llmq_jax.models import parameter_count
     from llmq_jax.models.heads import SCORE
     from llmq_jax.training.parts import FROZEN, PARAMS, freeze_all_but, train_adapters
 
@@ -87,7 +88,7 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
     if options.train != "lora":
         lm.require_no_adapters(options.init_from)
     if options.train == "all":
-        return Prepared(model, variables, (PARAMS,), f"training all {_count(variables[PARAMS]):,} parameters")
+        return Prepared(model, variables, (PARAMS,), f"training all {parameter_count(variables[PARAMS]):,} parameters")
     classifier = lm.config.labels is not None
     if options.train == "lora":
         if lora.LORA not in variables:
@@ -98,7 +99,7 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
             refuse_idle(options, ((f"lora_{name}", True, why) for name in LORA_OPTIONS))
         numbers = lora.trained_numbers(variables)
         model, variables, trainable = train_adapters(model, variables, (SCORE,) if classifier else ())
-        numbers += _count(variables[PARAMS]) if PARAMS in trainable else 0
+        numbers += parameter_count(variables[PARAMS]) if PARAMS in trainable else 0
     else:
         blocks = 0 if options.train == "head" else 1 if options.blocks is None else options.blocks
         head = SCORE if classifier else "lm_head"
@@ -106,8 +107,8 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
             raise BadInput("--train head: this model's head is its embedding; choose blocks, lora or all")
         model, variables = freeze_all_but(model, variables, blocks, (head,))
         trainable = (PARAMS,)
-        numbers = _count(variables[PARAMS])
-    total = sum(_count(tree) for name, tree in variables.items() if name in (PARAMS, FROZEN, lora.LORA))
+        numbers = parameter_count(variables[PARAMS])
+    total = sum(parameter_count(tree) for name, tree in variables.items() if name in (PARAMS, FROZEN, lora.LORA))
     return Prepared(model, variables, trainable, f"training {numbers:,} of {total:,} parameters ({options.train})")
 
 
@@ -146,9 +147,3 @@ def _layers(text: str) -> tuple[int, ...]:
             raise BadInput(f"--lora-layers {text!r} is no list of layers; write 0,1,2 or 20-29")
         layers += found
     return tuple(layers)
-
-
-def _count(tree: Any) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

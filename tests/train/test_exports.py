@@ -20,9 +20,9 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import ARCHITECTURES, Architecture
 from llmq_jax.training.parts import whole
 from train.classifier import main as classifier
+from train.exports import exports
 from train.instruct import Options
 from train.instruct import main as instruct
-from train.pretrain import exports
 from train.what_trains import prepared
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
