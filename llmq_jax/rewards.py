@@ -164,7 +164,10 @@ def find(name: str) -> RewardFunction:
     if not colon and name.endswith(".py"):
         raise BadInput(f"the reward {name!r} is a file; add the name of a function in it, as {name}:reward")
     known = ", ".join((*_BUILT_IN, "length:CHARACTERS"))
-    raise BadInput(f"there is no reward {name!r}; choose from {known} or path/to/file.py:function")
+    raise BadInput(
+        f"there is no reward {name!r}; choose from {known}, path/to/file.py:function or, for --reward of train.grpo, "
+        "the folder of a reward model"
+    )
 
 
 def _from_file(path: Path, name: str) -> RewardFunction:

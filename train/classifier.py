@@ -288,11 +288,10 @@ def completed_fractions(options: Options) -> Options:
     idle = {"validation_fraction": options.validation_data, "test_fraction": options.test_data}
     values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
     options = dataclasses.replace(options, **values, split_seed=options.split_seed or 0)
-    held_out = [getattr(options, name) or 0.0 for name in defaults]
-    if not (min(held_out) >= 0 and sum(held_out) < 1) or any(getattr(options, name) == 0 for name in defaults):
+    validation, test = options.validation_fraction or 0, options.test_fraction or 0
+    if validation + test >= 1:
         raise BadInput(
-            f"--validation-fraction {held_out[0]} and --test-fraction {held_out[1]} must be positive and leave texts "
-            "to learn"
+            f"--validation-fraction {validation} and --test-fraction {test} leave no texts to learn; give less"
         )
     return options
 

@@ -123,6 +123,7 @@ def check_ranges(options: TrainingOptions) -> None:
         ("evaluate_batches", lambda count: count > 0, "be at least 1"),
         ("epochs", lambda count: 0 < count < math.inf, "be positive"),
         ("validation_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
+        ("test_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
         ("split_seed", lambda seed: seed >= 0, "not be negative"),
     ):
         value = getattr(options, name, None)  # a recipe may lack it, or leave it open
@@ -176,7 +177,12 @@ def on_devices(recipe: Callable) -> Callable:
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()
             if devices > 1 and not (mesh or options.pmap or getattr(options, "preview", False)):
-                print(f"1 of {devices} devices computes; all do with --mesh fsdp={devices}, which must divide a batch")
+                of_prompts = hasattr(options, "prompts_per_step")
+                rows = "--prompts-per-step times --group-size" if of_prompts else "--batch-size"
+                print(
+                    f"only 1 of {devices} devices is used; add --mesh fsdp={devices} ({rows} must then be a multiple "
+                    f"of {devices * options.accumulate})"
+                )
             stack.enter_context(advice_on_memory(options))
             return recipe(options, *arguments)
 
@@ -222,10 +228,10 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     from llmq_jax.training.sharding import row_devices
 
     sizes = devices_of(options)
+    of_prompts = hasattr(options, "prompts_per_step")
     changes = []
     if in_steps:
         # The rows of a batch, or of a GRPO step, and a way to take fewer of them at once.
-        of_prompts = hasattr(options, "prompts_per_step")
         name = "prompts_per_step" if of_prompts else "batch_size"
         count, each = getattr(options, name), options.group_size if of_prompts else 1
         devices, parts = row_devices(sizes), options.accumulate
@@ -240,7 +246,9 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     train = getattr(options, "train", "all")
     muon = " (then without --optimizer muon)" if options.optimizer == "muon" else ""
     changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
-    changes += ["--base-dtype float32 -> bfloat16"] if train == "lora" and options.weight_dtype == "float32" else []
+    both = " and --dtype float32 -> bfloat16" if of_prompts and options.dtype == "float32" else ""  # GRPO wants both
+    in_float32 = train == "lora" and options.weight_dtype == "float32"
+    changes += [f"--base-dtype float32 -> bfloat16{both}"] if in_float32 else []
     many_moments = train == "all" and options.moments == "float32"
     changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
     here = jax.device_count()

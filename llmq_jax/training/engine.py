@@ -269,7 +269,7 @@ class _Loop:
         self.checkpoints.delete_old()  # the process that saved this one may have been killed before it did
         say(f"resuming {self.folder.path} from step {self.step}")
         if processes.first() and self.folder.code_changed:
-            say("the code is not what it was when this run began: from here on its figures may be others")
+            say("the code has changed since this run began; results from here on may differ")
         self.stop_early(say)
 
     def read_back(self, step: int) -> Points:
