@@ -67,7 +67,7 @@ class LabelledData:
     test_fraction: Annotated[float | None, default_is(f"{TEST_FRACTION}")] = None
     """Part of each class held out for the test."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out, and of what --balance keeps."""
+    """Seed of the choice of what is held out, and of what --balance keeps."""
     balance: Flag = False
     """Keep as many texts of each class as the smallest has, before anything is held out."""
     class_weights: Flag = False
@@ -85,7 +85,7 @@ class Options(TrainingOptions, WhatTrains, LabelledData):  # dataclasses collect
     batch_size: int = 8
     """Texts in a batch."""
     learning_rate: float = 1e-4
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.01

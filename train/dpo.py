@@ -59,7 +59,7 @@ class Preference:
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     """sigmoid: DPO or, with --label-smoothing, cDPO; robust: unbiased by wrong labels; hinge; ipo: a fixed margin."""
     beta: float = 0.1
-    """How much the distance from the reference costs."""
+    """β of the loss: the greater, the closer the policy stays to the reference."""
     label_smoothing: Annotated[float | None, default_is("0")] = None
     """How often the labels are thought to be wrong, for sigmoid and robust."""
     normalise: Flag = False
@@ -75,7 +75,7 @@ class Options(TrainingOptions, WhatTrains, Preference, PreferenceData):  # field
     batch_size: int = 8
     """Pairs in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0

@@ -83,15 +83,15 @@ class Questions:
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation. With --evaluate-every 0 nothing is held out."""
     validation_prompts: Annotated[int | None, default_is("all that are held out")] = None
-    """So many of the held-out prompts at most."""
+    """Held-out prompts that validation takes at most."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out."""
+    """Seed of the choice of what is held out."""
 
     # What answers are worth.
     reward: Annotated[str | None, default_is("answer")] = None
     """Reward functions and at most one reward model, with commas between them."""
     reward_weights: Annotated[str | None, default_is("1 for each")] = None
-    """What each is multiplied by before they are added: 1,0.5."""
+    """What each reward of --reward is multiplied by before they are added: 1,0.5."""
     reward_pooling: Annotated[Literal["last", "mean"] | None, default_is("last")] = None
     """The reward of a reward model: that of the last token, or the mean over the answer."""
     supervision: Literal["outcome", "process"] = "outcome"
@@ -110,7 +110,7 @@ class Algorithm:
     max_new_tokens: int = 128
     """Tokens of the longest answer."""
     temperature: float = 1.0
-    """Of drawing answers."""
+    """Temperature that answers are drawn at."""
     top_k: int = 0
     """Draw from the k likeliest tokens; 0: from all."""
     top_p: float = 1.0
@@ -122,21 +122,22 @@ class Algorithm:
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo"] = "grpo"
     """How tokens are averaged and ratios bounded: see docs/grpo.md."""
     clip_low: Annotated[float | None, default_is("0.2")] = None
-    """How far the ratio to the old policy may fall below 1."""
-    clip_high: Annotated[float | None, default_is("--clip-low; for cispo 5, the greatest ratio")] = None
-    """How far it may rise above 1; 0.28 in DAPO."""
+    """How far a token's probability ratio to the old policy may fall below 1."""
+    clip_high: Annotated[float | None, default_is("--clip-low; for --loss cispo 5, the greatest ratio")] = None
+    """How far a token's probability ratio to the old policy may rise above 1; 0.28 in DAPO."""
     beta: float = 0.0
-    """What the distance from the reference costs; 0: there is no reference."""
+    """Weight of the KL divergence from the reference in the loss; 0: there is no reference."""
     kl: Annotated[Literal["k1", "k2", "k3"] | None, default_is("k3")] = None
-    """The estimator of this distance."""
+    """KL estimator of the --beta term: k1, k2 or k3 (Schulman 2020)."""
     kl_by_ratio: Flag = False
-    """Multiply each token's distance by its ratio to the old policy, as TRL does unless told otherwise."""
+    """Multiply each token's KL divergence by its ratio to the old policy, as TRL does unless told otherwise."""
     reference: Annotated[Literal["iteration", "start", "old"] | None, default_is("iteration")] = None
-    """The policy at the start of each --steps-per-iteration, that of the run's start, or the old policy."""
+    """Reference of the --beta term: the policy at the start of each --steps-per-iteration, or of the run, or the old
+    policy."""
     steps_per_iteration: Annotated[int | None, default_is("the whole run")] = None
     """M, steps between two references, and two updates of a reward model that learns."""
     entropy_coefficient: float = 0.0
-    """What a nat of the policy's entropy earns."""
+    """Weight of the entropy bonus: what a nat of the policy's entropy takes off the loss."""
     mask_truncated: Flag = False
     """Answers that were cut teach nothing."""
     dynamic_sampling: Flag = False
@@ -148,9 +149,9 @@ class Algorithm:
     replay_data: Annotated[str | None, default_is("none")] = None
     """The pairs that the reward model learned from before."""
     replay: Annotated[float | None, default_is("0.1")] = None
-    """Their share of what it goes on learning from."""
+    """Share of old pairs, from --replay-data, in what the reward model goes on learning from by --judge."""
     reward_learning_rate: Annotated[float | None, default_is(f"{REWARD_RATE:g}")] = None
-    """Of the reward model."""
+    """Learning rate of a reward model that goes on learning, by --judge."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Options(TrainingOptions, WhatTrains, Algorithm, Questions):  # dataclasses
     """Steps of the algorithm; each draws answers and makes --iterations updates."""
     batch_size: None = dataclasses.field(default=None, init=False)  # prompts_per_step x group_size
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0

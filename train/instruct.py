@@ -62,7 +62,7 @@ class Instructions:
     """Part of the conversations held out for validation; what equals one of them is not learned. With --evaluate-every
     0 nothing is held out."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out."""
+    """Seed of the choice of what is held out."""
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
     """Batches that the validation loss is measured on, spread evenly over what is held out."""
 
@@ -71,7 +71,8 @@ class Instructions:
         Literal["alpaca", "chat", "plain"] | None,
         default_is("chat with --chat-template; plain for prompts and texts; else chat or, where there is none, alpaca"),
     ] = None
-    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and completion as they are."""
+    """How a conversation is written: with Alpaca's headings, by the model's chat template, or prompt and completion as
+    they are."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     train_on: str = "response"
@@ -81,7 +82,7 @@ class Instructions:
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a row, and in the longest conversation."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a longer conversation: its beginning is kept, it is left out, or the run ends."""
+    """What becomes of a conversation longer than --context: its beginning is kept, it is left out, or the run ends."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
     """Times that every conversation is learned, in place of --steps."""
     preview: Flag = False
@@ -95,7 +96,7 @@ class Options(TrainingOptions, WhatTrains, Instructions):  # dataclasses collect
     batch_size: int = 8
     """Rows in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0

@@ -27,16 +27,16 @@ class TrainingOptions:
     accumulate: int = 1
     """Cut each batch into this many parts, whose gradients add up: the same result in less memory."""
     learning_rate: float = 6e-4
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"] | None, default_is("cosine")] = None
-    """How the rate falls from there to the last step: cosine, linear, wsd (linear over the last tenth), or not at
-    all."""
+    """How the learning rate falls from its peak to the last step: cosine, linear, wsd (linear over the last tenth), or
+    not at all."""
     minimum_learning_rate: Annotated[float | None, default_is("a tenth of the peak")] = None
-    """What it falls to at the last step."""
+    """The learning rate at the last step."""
     initial_learning_rate: Annotated[float | None, default_is("0")] = None
-    """What the warm-up starts from."""
+    """The learning rate that the warm-up starts from."""
     warmup_steps: Annotated[int | None, default_is("a twentieth of the steps, at most 100")] = None
-    """Steps until the peak."""
+    """Steps until the peak of the learning rate."""
     optimizer: Annotated[Literal["adamw", "muon"] | None, default_is("adamw")] = None
     """AdamW, or Muon for the matrices of the layers and AdamW for all else: see docs/training.md."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -48,7 +48,7 @@ class TrainingOptions:
     moments: Literal["float32", "bfloat16"] = "float32"
     """Type that the gradient's moments are kept in; bfloat16 wants --betas of at most 0.99."""
     seed: int = 0
-    """Of initial weights, order of the data and dropout; equal options give equal runs."""
+    """Seed of initial weights, order of the data and dropout; equal options give equal runs."""
 
     # How to compute.
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -60,9 +60,9 @@ class TrainingOptions:
     coordinator: Annotated[str | None, default_is("what SLURM or Kubernetes tells")] = None
     """Address of process 0, HOST:PORT, where several processes run this command."""
     processes: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 1")] = None
-    """How many run it."""
+    """How many processes run this command."""
     process: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 0")] = None
-    """Which of them this is, from 0."""
+    """Which of the --processes this one is, from 0."""
     layout: Flag = False
     """Show where --mesh puts each parameter, and stop there."""
     dtype: Literal["float32", "bfloat16"] = "float32"

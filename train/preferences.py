@@ -27,7 +27,7 @@ class PreferenceData:
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation, with all their pairs; with --evaluate-every 0, for the end."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out."""
+    """Seed of the choice of what is held out."""
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
     """Batches that the validation loss is measured on during the run; at its end it is all of them."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
@@ -38,13 +38,14 @@ class PreferenceData:
         Literal["alpaca", "chat", "plain"] | None,
         default_is("chat with --chat-template; plain for strings; else chat or, where there is none, alpaca"),
     ] = None
-    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
+    """How a pair is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens of the longest text."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a pair with a longer one: the beginnings are kept, it is left out, or the run ends."""
+    """What becomes of a pair with a text longer than --context: the beginnings are kept, it is left out, or the run
+    ends."""
 
 
 def check_preference_options(options: TrainingOptions) -> None:

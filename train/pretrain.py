@@ -82,11 +82,11 @@ class TextAndModel:
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a window; given for fresh weights also the longest text that the model will take."""
     num_hidden_layers: Annotated[int | None, default_is("the preset's")] = None
-    """Layers."""
+    """Layers of the model."""
     hidden_size: Annotated[int | None, default_is("the preset's")] = None
-    """Width."""
+    """Width of the model."""
     num_attention_heads: Annotated[int | None, default_is("the preset's")] = None
-    """Attention heads; they divide the width."""
+    """Attention heads of a layer; they divide the width."""
     config: Annotated[tuple[str, ...] | None, default_is("the preset's", metavar="FIELD=VALUE ...")] = None
     """Other fields of the model's config: norm=dyt intermediate_size=512."""
     dropout: Annotated[float | None, default_is("the model's: 0.1 in the sizes of GPT-2")] = None
@@ -94,8 +94,8 @@ class TextAndModel:
 
     mtp_coefficient: Annotated[float | None, default_is("0.3")] = None
     """Weight of multi-token prediction: of the mean loss of the model's modules for it (num_nextn_predict_layers)."""
-    mtp_coefficient_end: Annotated[float | None, default_is("the same")] = None
-    """The same at the last step, reached along a straight line."""
+    mtp_coefficient_end: Annotated[float | None, default_is("--mtp-coefficient")] = None
+    """The --mtp-coefficient at the last step, reached along a straight line."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class WhatTrains:
     lora_rslora: Flag = False
     """Divide alpha by the root of the rank."""
     lora_numbers: Annotated[int | None, default_is("64")] = None
-    """TinyLoRA's numbers."""
+    """How many numbers TinyLoRA trains."""
     lora_tied: Flag = False
     """All matrices share TinyLoRA's numbers."""
     base_dtype: Annotated[Literal["float32", "bfloat16"] | None, default_is("float32")] = None

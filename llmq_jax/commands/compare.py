@@ -18,7 +18,7 @@ class Options:
     run: Positional[str]
     """A run folder."""
     others: Annotated[Positional[tuple[str, ...]], default_is("none")] = ()
-    """More of them."""
+    """More run folders."""
     out: Annotated[str | None, default_is("no plot")] = None
     """PNG to draw the losses into."""
 
