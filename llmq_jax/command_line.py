@@ -24,7 +24,7 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -309,6 +309,14 @@ def _is_prose(line: str) -> bool:
 def option_name(field: str) -> str:
     """ "--batch-size" for the field `batch_size`."""
     return "--" + field.replace("_", "-")
+
+
+def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
+    """BadInput for an option that is given where it can do nothing. Cases: (field, whether it is idle, why)."""
+    for name, idle, why in cases:
+        value = getattr(options, name)
+        if idle and value is not None and value is not False:  # 0 is given, though it equals False
+            raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
 
 
 def _check_names(options: type, arguments: list[str], program: str) -> None:

@@ -208,7 +208,10 @@ def find(name: str) -> RewardFunction:
     if not colon and name.endswith(".py"):
         raise BadInput(f"the reward {name!r} is a file; add the name of a function in it, as {name}:reward")
     known = ", ".join((*_BUILT_IN, "length:CHARACTERS"))
-    raise BadInput(f"there is no reward {name!r}; choose from {known} or path/to/file.py:function")
+    raise BadInput(
+        f"there is no reward {name!r}; choose from {known}, path/to/file.py:function or, for --reward of train.grpo, "
+        "the folder of a reward model"
+    )
 
 
 def _from_file(path: Path, name: str) -> RewardFunction:
@@ -260,13 +263,18 @@ class Rewards:
                 raise BadInput(f"the weight of the reward {name!r} is {weight}; give a finite number")
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        alone: bool = True,
     ) -> tuple[Float[np.ndarray, " B"], dict[str, Float[np.ndarray, " B"]]]:
         """(Σ weight · reward, the rewards by name) of each completion, in float32.
 
         Where a function returned None its reward is nan, and it has no part in the sum. Raises BadInput, with the name
         of the function, for one that fails or does not return a finite number or None for each completion, and for a
-        completion that no function had anything to say about: 0 would be as good as any other reward.
+        completion that no function had anything to say about: 0 would be as good as any other reward. With `alone`
+        False, where something else has a reward for each completion, the sum is 0 there.
         """
         values = {
             name: _called(name, function, prompts, completions, columns)
@@ -274,7 +282,7 @@ class Rewards:
         }
         table = np.stack(list(values.values()), axis=1)
         silent = np.isnan(table).all(axis=1)
-        if silent.any():
+        if alone and silent.any():
             row = int(silent.argmax())
             raise BadInput(
                 f"no reward of completion {row} ({_shown(prompts[row])}): all functions ({', '.join(self.names)}) "

@@ -266,7 +266,8 @@ def test_names(tmp_path):
     [
         (
             "anwser",
-            "there is no reward 'anwser'; choose from answer, exact, format, think, length:CHARACTERS or path/to/fil",
+            "there is no reward 'anwser'; choose from answer, exact, format, think, length:CHARACTERS, "
+            "path/to/file.py:function or, for --reward of train.grpo, the folder of a reward model",
         ),
         ("length", "the reward 'length' needs a number of characters, as length:400"),
         ("length:-4", "the reward 'length:-4' needs a number of characters"),
@@ -302,7 +303,9 @@ def test_a_new_reward_wants_one_entry(tmp_path, monkeypatch):
     monkeypatch.setitem(rewards_module._BUILT_IN, "brief", think_answer_format)
     assert find("brief") is think_answer_format and is_built_in("brief")
     assert reward_models(given) == ["judge"]
-    with pytest.raises(BadInput, match="choose from answer, exact, format, think, brief, length:CHARACTERS or path"):
+    with pytest.raises(
+        BadInput, match="choose from answer, exact, format, think, brief, length:CHARACTERS, path/to/file"
+    ):
         find("short")
 
 

@@ -48,7 +48,7 @@ class Options:
     out: str
     """Folder for the sums, the model after its warm-up, and the run."""
     seed: int = 0
-    """Of the split, the model and the run."""
+    """Seed of the split, the model and the run."""
     steps: int = 350
     """Steps of GRPO."""
     device: Literal["auto", "cpu", "gpu"] = "auto"

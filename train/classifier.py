@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
     TrainingOptions,
-    check_epochs,
     check_mesh,
     check_ranges,
     model_of,
@@ -35,7 +35,6 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.pretrain import exports
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, flops_of, prepared
@@ -70,7 +69,7 @@ class LabelledData:
     test_fraction: Annotated[float | None, default_is(f"{TEST_FRACTION}")] = None
     """Part of each class held out for the test."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out, and of what --balance keeps."""
+    """Seed of the choice of what is held out, and of what --balance keeps."""
     balance: Flag = False
     """Keep as many texts of each class as the smallest has, before anything is held out."""
     class_weights: Flag = False
@@ -88,7 +87,7 @@ class Options(TrainingOptions, WhatTrains, LabelledData):  # dataclasses collect
     batch_size: int = 8
     """Texts in a batch."""
     learning_rate: float = 1e-4
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.01
@@ -145,6 +144,7 @@ def classifier(options: Options) -> Any:
     # What trains, of a model that computes as the options say.
     model = model_of(options, config)
     learner = prepared(source.replace(model=model), options)
+    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -192,13 +192,10 @@ def classifier(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
+    check_ranges(options)
     check_what_trains(options)
-    check_epochs(options)
     if options.max_length is not None and options.max_length < 1:
         raise BadInput(f"--max-length is {options.max_length} and must be at least 1")
-    if options.split_seed is not None and options.split_seed < 0:
-        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
     if options.balance and options.class_weights:
         raise BadInput("--class-weights has no effect beside --balance, which makes all classes equal; leave one out")
     if options.sample_prompt is not None and not options.sample_prompt.strip():
@@ -208,14 +205,10 @@ def check(options: Options) -> None:
     refuse_idle(
         options,
         (
-            ("epochs", options.steps is not None, "beside --steps"),
             ("columns", not any(map(may_lack_names, paths)), "without a .csv or .tsv file"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("test_fraction", options.test_data, "beside --test-data"),
             ("split_seed", files and not options.balance, "beside --validation-data and --test-data"),
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
 
@@ -301,11 +294,10 @@ def completed_fractions(options: Options, sources: Sources) -> Options:
     idle = {"validation_fraction": sources.validation, "test_fraction": sources.test}
     values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
     options = dataclasses.replace(options, **values, split_seed=options.split_seed or 0)
-    held_out = [getattr(options, name) or 0.0 for name in defaults]
-    if not (min(held_out) >= 0 and sum(held_out) < 1) or any(getattr(options, name) == 0 for name in defaults):
+    validation, test = options.validation_fraction or 0, options.test_fraction or 0
+    if validation + test >= 1:
         raise BadInput(
-            f"--validation-fraction {held_out[0]} and --test-fraction {held_out[1]} must be positive and leave texts "
-            "to learn"
+            f"--validation-fraction {validation} and --test-fraction {test} leave no texts to learn; give less"
         )
     return options
 

@@ -21,6 +21,7 @@ from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
@@ -45,7 +46,6 @@ from train.preferences import (
     pair_tokens,
     read_pairs,
 )
-from train.pretrain import exports
 from train.sources import sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, flops_of, prepared
@@ -61,7 +61,7 @@ class Preference:
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     """sigmoid: DPO or, with --label-smoothing, cDPO; robust: unbiased by wrong labels; hinge; ipo: a fixed margin."""
     beta: float = 0.1
-    """How much the distance from the reference costs."""
+    """β of the loss: the greater, the closer the policy stays to the reference."""
     label_smoothing: Annotated[float | None, default_is("0")] = None
     """How often the labels are thought to be wrong, for sigmoid and robust."""
     normalise: Flag = False
@@ -77,7 +77,7 @@ class Options(TrainingOptions, WhatTrains, Preference, PreferenceData):  # field
     batch_size: int = 8
     """Pairs in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
@@ -130,6 +130,7 @@ def dpo(options: Options) -> Any:
     tell_of_no_end(options, end)
     source = source.replace(model=model, generation=ending_with(end, source.generation))
     learner = prepared(source, options)
+    reference, source = source, source.replace(variables={})
     check_mesh(options, learner.variables, options.batch_size)
     schedule, optimizer = optimizer_of(options)
     objective = DPO(learner.model, options.beta, options.label_smoothing or 0.0, options.loss, options.normalise)
@@ -151,9 +152,11 @@ def dpo(options: Options) -> Any:
     }
     # Loaded before the folder is begun, since it may not fit; and not where an earlier start has asked it.
     asked = (Path(options.out) / REFERENCE_FILE).exists()
-    reference = source if asked or options.reference is None else other_reference(options, source)
+    if not asked and options.reference is not None:
+        reference = other_reference(options, source)
     with engine.open_folder(options.out, run_options(options), **settings) as folder:
         found = reference_logprobs(options, reference, parts, folder.path / REFERENCE_FILE)
+        del reference  # a second model or, whole, the layers that were cut
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}
         size, longest = options.batch_size, options.context
         batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"], **row_share())
@@ -170,7 +173,7 @@ def dpo(options: Options) -> Any:
             return ask(whole(variables))
 
         if not folder.resumed and options.sample_every != 0:
-            print(printable(ask(source.variables)), flush=True)
+            print(printable(ask(whole(learner.variables))), flush=True)
         lengths = [len(answer.tokens) for answer in answers(learned)]
         unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
         # Where a part of the model trains, what it was at first is all that it takes to have the reference again.
@@ -206,7 +209,7 @@ def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
     from llmq_jax.objectives.preference import SMOOTHED
 
-    check_preference_options(options, FULL_RATE)
+    check_preference_options(options)
     if not 0 < options.beta < float("inf"):
         raise BadInput(f"--beta is {options.beta} and must be positive")
     if not 0 <= (options.label_smoothing or 0) < 0.5:

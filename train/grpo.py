@@ -25,8 +25,10 @@ from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
+    VALIDATION_FRACTION,
     TrainingOptions,
     check_mesh,
     check_ranges,
@@ -41,7 +43,6 @@ from train.options import (
     train_step_of,
     warmup_steps,
 )
-from train.pretrain import exports
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.sources import Sources, one_split, sources_of
 from train.texts import fingerprint
@@ -82,18 +83,18 @@ class Questions:
     """Prompts of more tokens are left out."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Prompts to measure the validation reward on, by the likeliest answer to each."""
-    validation_fraction: Annotated[float | None, default_is("0.1")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation. With --evaluate-every 0 nothing is held out."""
     validation_prompts: Annotated[int | None, default_is("all that are held out")] = None
-    """So many of the held-out prompts at most."""
+    """Held-out prompts that validation takes at most."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out."""
+    """Seed of the choice of what is held out."""
 
     # What answers are worth.
     reward: Annotated[str | None, default_is("answer")] = None
     """Reward functions and at most one reward model, with commas between them."""
     reward_weights: Annotated[str | None, default_is("1 for each")] = None
-    """What each is multiplied by before they are added: 1,0.5."""
+    """What each reward of --reward is multiplied by before they are added: 1,0.5."""
     reward_pooling: Annotated[Literal["last", "mean"] | None, default_is("last")] = None
     """The reward of a reward model: that of the last token, or the mean over the answer."""
     supervision: Literal["outcome", "process"] = "outcome"
@@ -112,7 +113,7 @@ class Algorithm:
     max_new_tokens: int = 128
     """Tokens of the longest answer."""
     temperature: float = 1.0
-    """Of drawing answers."""
+    """Temperature that answers are drawn at."""
     top_k: int = 0
     """Draw from the k likeliest tokens; 0: from all."""
     top_p: float = 1.0
@@ -124,21 +125,22 @@ class Algorithm:
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo"] = "grpo"
     """How tokens are averaged and ratios bounded: see docs/grpo.md."""
     clip_low: Annotated[float | None, default_is("0.2")] = None
-    """How far the ratio to the old policy may fall below 1."""
-    clip_high: Annotated[float | None, default_is("--clip-low; for cispo 5, the greatest ratio")] = None
-    """How far it may rise above 1; 0.28 in DAPO."""
+    """How far a token's probability ratio to the old policy may fall below 1."""
+    clip_high: Annotated[float | None, default_is("--clip-low; for --loss cispo 5, the greatest ratio")] = None
+    """How far a token's probability ratio to the old policy may rise above 1; 0.28 in DAPO."""
     beta: float = 0.0
-    """What the distance from the reference costs; 0: there is no reference."""
+    """Weight of the KL divergence from the reference in the loss; 0: there is no reference."""
     kl: Annotated[Literal["k1", "k2", "k3"] | None, default_is("k3")] = None
-    """The estimator of this distance."""
+    """KL estimator of the --beta term: k1, k2 or k3 (Schulman 2020)."""
     kl_by_ratio: Flag = False
-    """Multiply each token's distance by its ratio to the old policy, as TRL does unless told otherwise."""
+    """Multiply each token's KL divergence by its ratio to the old policy, as TRL does unless told otherwise."""
     reference: Annotated[Literal["iteration", "start", "old"] | None, default_is("iteration")] = None
-    """The policy at the start of each --steps-per-iteration, that of the run's start, or the old policy."""
+    """Reference of the --beta term: the policy at the start of each --steps-per-iteration, or of the run, or the old
+    policy."""
     steps_per_iteration: Annotated[int | None, default_is("the whole run")] = None
     """M, steps between two references, and two updates of a reward model that learns."""
     entropy_coefficient: float = 0.0
-    """What a nat of the policy's entropy earns."""
+    """Weight of the entropy bonus: what a nat of the policy's entropy takes off the loss."""
     mask_truncated: Flag = False
     """Answers that were cut teach nothing."""
     dynamic_sampling: Flag = False
@@ -150,9 +152,9 @@ class Algorithm:
     replay_data: Annotated[str | None, default_is("none")] = None
     """The pairs that the reward model learned from before, as train.reward takes them."""
     replay: Annotated[float | None, default_is("0.1")] = None
-    """Their share of what it goes on learning from."""
+    """Share of old pairs, from --replay-data, in what the reward model goes on learning from by --judge."""
     reward_learning_rate: Annotated[float | None, default_is(f"{REWARD_RATE:g}")] = None
-    """Of the reward model."""
+    """Learning rate of a reward model that goes on learning, by --judge."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Options(TrainingOptions, WhatTrains, Algorithm, Questions):  # dataclasses
     """Steps of the algorithm; each draws answers and makes --iterations updates."""
     batch_size: None = dataclasses.field(default=None, init=False)  # prompts_per_step x group_size
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
@@ -223,6 +225,7 @@ def grpo(options: Options) -> Any:
     model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)
+    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
     check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
 
     schedule, optimizer = optimizer_of(options, options.iterations)
@@ -329,16 +332,14 @@ def resolved(options: Options) -> Options:
     if options.reward is None:
         values["reward"] = "answer"
     if options.steps_per_iteration is None:
-        values["steps_per_iteration"] = max(options.steps, 1)
+        values["steps_per_iteration"] = options.steps
     options = dataclasses.replace(options, **values)
     return completed(options)
 
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(TrainingOptions)}
-    shared["learning_rate"] = FULL_RATE if options.learning_rate is None else options.learning_rate
-    check_ranges(TrainingOptions(**{**shared, "batch_size": max(options.accumulate, 1)}))
+    check_ranges(options)
     check_what_trains(options)
     check_chat_template(options)
     if options.base_dtype == "bfloat16" and options.dtype != "bfloat16":
@@ -361,7 +362,7 @@ def check(options: Options) -> None:
         )
     if not 0 < options.temperature < math.inf:
         raise BadInput(f"--temperature is {options.temperature} and must be positive: equal answers teach nothing")
-    for name in ("beta", "clip_low", "clip_high", "top_k", "split_seed"):
+    for name in ("beta", "clip_low", "clip_high", "top_k"):
         if getattr(options, name) is not None and not 0 <= getattr(options, name) < math.inf:
             raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must not be negative")
     if options.clip_low is not None and options.clip_low > 1:
@@ -374,8 +375,6 @@ def check(options: Options) -> None:
         raise BadInput(f"--reward-learning-rate is {options.reward_learning_rate} and must be positive")
     if options.replay is not None and not 0 < options.replay < 1:
         raise BadInput(f"--replay is {options.replay} and must lie between 0 and 1")
-    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
-        raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
     if options.reward is not None and not names(options.reward):
         raise BadInput("--reward names no reward; leave it out for answer")
     if options.step_separator == "":
@@ -402,13 +401,11 @@ def check(options: Options) -> None:
             ("replay_data", options.judge is None, "without --judge"),
             ("replay", options.judge is None or options.replay_data is None, "without --judge and --replay-data"),
             ("reward_learning_rate", options.judge is None, "without --judge"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("split_seed", options.validation_data, "beside --validation-data"),
             ("validation_data", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_prompts", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("validation_fraction", options.evaluate_every == 0, "with --evaluate-every 0"),
             ("split_seed", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
             ("initial_learning_rate", warmup_steps(options) == 0, "without warm-up"),
         ),
     )
@@ -471,7 +468,7 @@ def questions(options: Options, sources: Sources, source: Any) -> tuple[list, li
         validation = read(sources.validation)
     else:
         distinct = list({prompt.text: prompt for prompt in everything}.values())
-        fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
+        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
         if len(distinct) < 2:
             raise BadInput(
                 f"{sources.training} holds one prompt, and some are held out: give more, or --validation-data"

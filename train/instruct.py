@@ -8,7 +8,6 @@ Records have instruction, input and output; or messages; or ShareGPT's conversat
 question and answer. The same command again resumes a run that was stopped, and says so when it is finished.
 """
 
-import dataclasses
 import itertools
 import json
 import shlex
@@ -27,11 +26,12 @@ from train.chat_templates import (
     tell_of_no_end,
     with_text_options,
 )
+from train.exports import exports
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
+    VALIDATION_FRACTION,
     TrainingOptions,
-    check_epochs,
     check_mesh,
     check_ranges,
     filled,
@@ -44,18 +44,12 @@ from train.options import (
     train_step_of,
     with_steps,
 )
-from train.pretrain import exports
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
-IDLE_IN_PREVIEW = (
-    *("steps", "epochs", "learning_rate", "schedule", "minimum_learning_rate", "initial_learning_rate", "warmup_steps"),
-    *("evaluate_every", "evaluate_batches", "patience", "sample_every", "sample_prompt", "checkpoint_every"),
-    *("keep_last", "wandb"),
-)
-OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed", "evaluate_batches")
+OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed")
 LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 
@@ -72,11 +66,11 @@ class Instructions:
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Conversations to measure the validation loss on, that of the answers."""
-    validation_fraction: Annotated[float | None, default_is("0.1")] = None
+    validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the conversations held out for validation; what equals one of them is not learned. With --evaluate-every
     0 nothing is held out."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out."""
+    """Seed of the choice of what is held out."""
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
     """Batches that the validation loss is measured on, spread evenly over what is held out."""
 
@@ -88,8 +82,8 @@ class Instructions:
             "else chat or, where there is none, alpaca"
         ),
     ] = None
-    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and completion as they are.
-    What it learned by is the run's chat template."""
+    """How a conversation is written: with Alpaca's headings, by the model's chat template, or prompt and completion as
+    they are. What the run learned by is its chat template."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     train_on: str = "response"
@@ -99,7 +93,7 @@ class Instructions:
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a row, and in the longest conversation."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a longer conversation: its beginning is kept, it is left out, or the run ends."""
+    """What becomes of a conversation longer than --context: its beginning is kept, it is left out, or the run ends."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
     """Times that every conversation is learned, in place of --steps."""
     preview: Flag = False
@@ -113,7 +107,7 @@ class Options(TrainingOptions, WhatTrains, Instructions):  # dataclasses collect
     batch_size: int = 8
     """Rows in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
@@ -129,7 +123,8 @@ def main(options: Options) -> None:
 @on_devices
 def instruct(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
-    check_preview(options)
+    if options.out is None and not options.preview:
+        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
     check(options)
 
@@ -167,6 +162,7 @@ def instruct(options: Options) -> Any:
     tell_of_no_end(options, end)
     if options.preview:
         print(described(options, learned, held_out, len(batches), config))
+        print("a preview: no model is trained")
         return show(batches[0], tokenizer)
     options = with_steps(options, len(batches), EPOCHS)
 
@@ -175,6 +171,7 @@ def instruct(options: Options) -> Any:
     generation = ending_with(end, source.generation)
     source = source.replace(model=model, generation=generation)
     learner = prepared(source, options)
+    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -196,7 +193,7 @@ def instruct(options: Options) -> Any:
         flush=True,
     )
     if not Path(options.out).exists() and options.sample_every != 0:  # a new run: what it starts from
-        print(printable(ask(source.variables)), flush=True)
+        print(printable(ask(whole(learner.variables))), flush=True)
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     digests |= chat_template_digest(options, tokenizer)
@@ -219,36 +216,19 @@ def instruct(options: Options) -> Any:
     )
 
 
-def check_preview(options: Options) -> None:
-    """BadInput for a run that has no folder, and for options of a run beside --preview, which is none."""
-    if options.preview:
-        refuse_idle(options, ((name, True, "beside --preview") for name in IDLE_IN_PREVIEW))
-    elif options.out is None:
-        raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
-
-
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
     train_on(options)
     check_chat_template(options)
     check_what_trains(options)
-    check_ranges(options if options.steps is not None else dataclasses.replace(options, steps=1))
+    check_ranges(options)
     if options.context is not None and options.context < 2:
         raise BadInput(f"--context is {options.context} and must be at least 2")
-    check_epochs(options)
-    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
-        raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
-    if options.split_seed is not None and options.split_seed < 0:
-        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
     refuse_idle(
         options,
         (
-            ("epochs", options.steps is not None, "beside --steps"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             ("split_seed", options.validation_data, "beside --validation-data"),
             *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
-            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
 
@@ -290,7 +270,7 @@ def conversations(options: Options, sources: Sources) -> tuple[list, list]:
                 f"{sources.training} holds no two different conversations, and some are held out: give more, or "
                 "--validation-data"
             )
-        fraction = 0.1 if options.validation_fraction is None else options.validation_fraction
+        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
         _, validation = split_documents(list(distinct.values()), fraction, options.split_seed or 0)
         learned_once = len(everything) - len(validation)
     held_out = set(map(said, validation))

@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, option_name, use_device
+from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, use_device
 from llmq_jax.errors import BadInput
 
 LONGEST_CONTEXT = 1024
@@ -27,18 +27,18 @@ class TrainingOptions:
     accumulate: int = 1
     """Cut each batch into this many parts, whose gradients add up: the same result in less memory."""
     learning_rate: float = 6e-4
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"] | None, default_is("cosine")] = None
-    """How the rate falls from there to the last step: cosine, linear, wsd (linear over --decay-steps), or not at
-    all."""
+    """How the learning rate falls from its peak to the last step: cosine, linear, wsd (linear over --decay-steps), or
+    not at all."""
     decay_steps: Annotated[int | None, default_is("a tenth of the steps")] = None
-    """Steps over which the rate of --schedule wsd falls, the last ones."""
+    """Steps over which the learning rate of --schedule wsd falls, the last ones."""
     minimum_learning_rate: Annotated[float | None, default_is("a tenth of the peak")] = None
-    """What it falls to at the last step."""
+    """The learning rate at the last step."""
     initial_learning_rate: Annotated[float | None, default_is("0")] = None
-    """What the warm-up starts from."""
+    """The learning rate that the warm-up starts from."""
     warmup_steps: Annotated[int | None, default_is("a twentieth of the steps, at most 100")] = None
-    """Steps until the peak."""
+    """Steps until the peak of the learning rate."""
     optimizer: Annotated[Literal["adamw", "muon"] | None, default_is("adamw")] = None
     """AdamW, or Muon for the matrices of the layers and AdamW for all else: see docs/training.md."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -50,7 +50,7 @@ class TrainingOptions:
     moments: Literal["float32", "bfloat16"] = "float32"
     """Type that the gradient's moments are kept in; bfloat16 wants --betas of at most 0.99."""
     seed: int = 0
-    """Of initial weights, order of the data and dropout; equal options give equal runs."""
+    """Seed of initial weights, order of the data and dropout; equal options give equal runs."""
 
     branch_from: Annotated[str | None, default_is("none", metavar="CHECKPOINT")] = None
     """Checkpoint of another run, or its folder for the newest one: begin with its whole state, weights, moments and
@@ -66,9 +66,9 @@ class TrainingOptions:
     coordinator: Annotated[str | None, default_is("what SLURM or Kubernetes tells")] = None
     """Address of process 0, HOST:PORT, where several processes run this command."""
     processes: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 1")] = None
-    """How many run it."""
+    """How many processes run this command."""
     process: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 0")] = None
-    """Which of them this is, from 0."""
+    """Which of the --processes this one is, from 0."""
     layout: Flag = False
     """Show where --mesh puts each parameter, and stop there."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -115,30 +115,44 @@ class TrainingOptions:
 
 
 def check_ranges(options: TrainingOptions) -> None:
-    """BadInput for a number that no training can mean."""
-    evaluated = getattr(options, "evaluate_batches", None)  # where a recipe has it
+    """BadInput for a number that no training can mean, for what would have no effect, and for W&B that is not there: of
+    shared options, before a model is loaded."""
+    from llmq_jax.training.run_options import LEAST
+    from llmq_jax.training.trackers import require_wandb
+
+    size = options.batch_size
     for name, holds, rule in (
-        ("steps", options.steps > 0, "be at least 1"),
-        ("batch_size", options.batch_size > 0, "be at least 1"),
-        ("accumulate", options.accumulate > 0, "be at least 1"),
-        ("accumulate", options.batch_size % options.accumulate == 0, f"divide --batch-size {options.batch_size}"),
-        ("learning_rate", options.learning_rate > 0, "be positive"),
-        ("betas", all(0 <= beta < 1 for beta in options.betas), "be at least 0 and below 1"),
-        ("weight_decay", options.weight_decay >= 0, "not be negative"),
-        ("clip", options.clip >= 0, "not be negative (0 does not clip)"),
-        ("seed", 0 <= options.seed < 2**32, "be at least 0 and below 2^32"),
-        ("evaluate_batches", evaluated is None or evaluated > 0, "be at least 1"),
+        *((name, lambda number, least=least: number >= least, f"be at least {least}") for name, least in LEAST.items()),
+        ("batch_size", lambda size: size > 0, "be at least 1"),
+        ("accumulate", lambda parts: parts > 0, "be at least 1"),
+        ("accumulate", lambda parts: size is None or size % parts == 0, f"divide --batch-size {size}"),
+        ("learning_rate", lambda rate: rate > 0, "be positive"),
+        ("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "be at least 0 and below 1"),
+        ("weight_decay", lambda decay: decay >= 0, "not be negative"),
+        ("clip", lambda norm: norm >= 0, "not be negative (0 does not clip)"),
+        ("seed", lambda seed: 0 <= seed < 2**32, "be at least 0 and below 2^32"),
+        ("evaluate_batches", lambda count: count > 0, "be at least 1"),
+        ("epochs", lambda count: 0 < count < math.inf, "be positive"),
+        ("validation_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
+        ("test_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
+        ("split_seed", lambda seed: seed >= 0, "not be negative"),
     ):
-        if not holds:
-            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must {rule}")
-    refuse_idle(
-        options,
-        (
-            ("minimum_learning_rate", options.schedule == "constant", "with --schedule constant"),
-            ("decay_steps", options.schedule != "wsd", "without --schedule wsd"),
-            ("patience", options.evaluate_every == 0, "with --evaluate-every 0"),
-        ),
+        value = getattr(options, name, None)  # a recipe may lack it, or leave it open
+        if value is not None and not holds(value):
+            raise BadInput(f"{option_name(name)} is {value} and must {rule}")
+    cases = (
+        ("minimum_learning_rate", options.schedule == "constant", "with --schedule constant"),
+        ("decay_steps", options.schedule != "wsd", "without --schedule wsd"),
+        ("epochs", options.steps is not None, "beside --steps"),
+        ("validation_fraction", getattr(options, "validation_data", None), "beside --validation-data"),
+        ("evaluate_batches", options.evaluate_every == 0, "with --evaluate-every 0"),
+        ("patience", options.evaluate_every == 0, "with --evaluate-every 0"),
+        ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
+        ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
     )
+    refuse_idle(options, (case for case in cases if hasattr(options, case[0])))
+    if options.wandb:
+        require_wandb()
 
 
 def context_of(options: Any, config: Any) -> int:
@@ -150,12 +164,6 @@ def context_of(options: Any, config: Any) -> int:
         raise BadInput(f"--context {options.context} exceeds the model's, {longest}; choose a shorter one")
     given: int = options.context
     return given
-
-
-def check_epochs(options: Any) -> None:
-    """BadInput for a number of epochs that no training can mean."""
-    if options.epochs is not None and not 0 < options.epochs < math.inf:
-        raise BadInput(f"--epochs is {options.epochs} and must be positive")
 
 
 def on_devices(recipe: Callable) -> Callable:
@@ -181,7 +189,12 @@ def on_devices(recipe: Callable) -> Callable:
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()
             if devices > 1 and not (mesh or options.pmap or getattr(options, "preview", False)):
-                print(f"1 of {devices} devices computes; all do with --mesh fsdp={devices}, which must divide a batch")
+                of_prompts = hasattr(options, "prompts_per_step")
+                rows = "--prompts-per-step times --group-size" if of_prompts else "--batch-size"
+                print(
+                    f"only 1 of {devices} devices is used; add --mesh fsdp={devices} ({rows} must then be a multiple "
+                    f"of {devices * options.accumulate})"
+                )
             stack.enter_context(advice_on_memory(options))
             return recipe(options, *arguments)
 
@@ -227,10 +240,10 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     from llmq_jax.training.sharding import row_devices
 
     sizes = devices_of(options)
+    of_prompts = hasattr(options, "prompts_per_step")
     changes = []
     if in_steps:
         # The rows of a batch, or of a GRPO step, and a way to take fewer of them at once.
-        of_prompts = hasattr(options, "prompts_per_step")
         name = "prompts_per_step" if of_prompts else "batch_size"
         count, each = getattr(options, name), options.group_size if of_prompts else 1
         devices, parts = row_devices(sizes), options.accumulate
@@ -245,7 +258,9 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     train = getattr(options, "train", "all")
     muon = " (then without --optimizer muon)" if options.optimizer == "muon" else ""
     changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
-    changes += ["--base-dtype float32 -> bfloat16"] if train == "lora" and options.weight_dtype == "float32" else []
+    both = " and --dtype float32 -> bfloat16" if of_prompts and options.dtype == "float32" else ""  # GRPO wants both
+    in_float32 = train == "lora" and options.weight_dtype == "float32"
+    changes += [f"--base-dtype float32 -> bfloat16{both}"] if in_float32 else []
     many_moments = train == "all" and options.moments == "float32"
     changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
     here = jax.device_count()
@@ -282,14 +297,6 @@ def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
     if options.layout:
         print(sharding.layout_text(variables, sizes), flush=True)
         raise SystemExit(0)
-
-
-def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
-    """BadInput for an option that is given where it can do nothing. Cases: (field, whether it is idle, why)."""
-    for name, idle, why in cases:
-        value = getattr(options, name)
-        if idle and value is not None and value is not False:
-            raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
 
 
 def filled(options: Any, **values: Any) -> Any:

@@ -1,13 +1,12 @@
 """What recipes that learn from preference pairs have in common: the options of the data, and the way to tokens."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is
 from llmq_jax.errors import BadInput
 from train.chat_templates import check_chat_template
-from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, TrainingOptions, check_epochs, check_ranges, refuse_idle
+from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, TrainingOptions, check_ranges, refuse_idle
 from train.sources import Sources
 from train.what_trains import check_what_trains
 
@@ -29,7 +28,7 @@ class PreferenceData:
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation, with all their pairs; with --evaluate-every 0, for the end."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Of the choice of what is held out."""
+    """Seed of the choice of what is held out."""
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
     """Batches that the validation loss is measured on during the run; at its end it is all of them."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
@@ -43,40 +42,24 @@ class PreferenceData:
             "where there is none, alpaca"
         ),
     ] = None
-    """How it is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
+    """How a pair is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens of the longest text."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a pair with a longer one: the beginnings are kept, it is left out, or the run ends."""
+    """What becomes of a pair with a text longer than --context: the beginnings are kept, it is left out, or the run
+    ends."""
 
 
-def check_preference_options(options: TrainingOptions, rate: float) -> None:
-    """BadInput for what cannot be, or would have no effect. `rate` stands for a learning rate that is left open."""
-    known = {"steps": 1 if options.steps is None else options.steps}
-    known["learning_rate"] = rate if options.learning_rate is None else options.learning_rate
-    check_ranges(dataclasses.replace(options, **known))
+def check_preference_options(options: TrainingOptions) -> None:
+    """BadInput for what cannot be, or would have no effect."""
+    check_ranges(options)
     check_what_trains(options)
-    check_epochs(options)
     check_chat_template(options)
     if options.context is not None and options.context < 2:
         raise BadInput(f"--context is {options.context} and must be at least 2")
-    if options.validation_fraction is not None and not 0 < options.validation_fraction < 1:
-        raise BadInput(f"--validation-fraction is {options.validation_fraction} and must lie between 0 and 1")
-    if options.split_seed is not None and options.split_seed < 0:
-        raise BadInput(f"--split-seed is {options.split_seed} and must not be negative")
-    refuse_idle(
-        options,
-        (
-            ("epochs", options.steps is not None, "beside --steps"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
-            ("split_seed", options.validation_data, "beside --validation-data"),
-            ("evaluate_batches", options.evaluate_every == 0, "with --evaluate-every 0"),
-            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
-        ),
-    )
+    refuse_idle(options, [("split_seed", options.validation_data, "beside --validation-data")])
 
 
 def read_pairs(options: PreferenceData, sources: Sources) -> tuple[list, list]:

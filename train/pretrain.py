@@ -19,11 +19,12 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, option_name, run
 from llmq_jax.errors import BadInput, did_you_mean
+from train.exports import exports
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
+    VALIDATION_FRACTION,
     TrainingOptions,
-    check_epochs,
     check_mesh,
     check_ranges,
     context_of,
@@ -42,7 +43,7 @@ from train.texts import LIBRARY_FRACTION, text_sources, token_streams
 SAMPLE_TOKENS = 120
 STEPS = 2000
 OF_TEXT = ("text_field", "validation_fraction")  # which tokens that were made of it do not have
-OF_VALIDATION = ("validation_data", "validation_fraction", "evaluate_batches")
+OF_VALIDATION = ("validation_data", "validation_fraction")
 MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
 
@@ -57,7 +58,7 @@ class TextAndModel:
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Text to measure the validation loss on, in consecutive windows: all of it, or --evaluate-batches."""
     validation_fraction: Annotated[
-        float | None, default_is(f"0.1; {LIBRARY_FRACTION} of the standard library's modules")
+        float | None, default_is(f"{VALIDATION_FRACTION}; {LIBRARY_FRACTION} of the standard library's modules")
     ] = None
     """Part of the data held out for validation: whole documents, or the end of a single text. With --evaluate-every 0
     nothing is held out."""
@@ -81,11 +82,11 @@ class TextAndModel:
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a window; given for fresh weights also the longest text that the model will take."""
     num_hidden_layers: Annotated[int | None, default_is("the preset's")] = None
-    """Layers."""
+    """Layers of the model."""
     hidden_size: Annotated[int | None, default_is("the preset's")] = None
-    """Width."""
+    """Width of the model."""
     num_attention_heads: Annotated[int | None, default_is("the preset's")] = None
-    """Attention heads; they divide the width."""
+    """Attention heads of a layer; they divide the width."""
     config: Annotated[tuple[str, ...] | None, default_is("the preset's", metavar="FIELD=VALUE ...")] = None
     """Other fields of the model's config: norm=dyt intermediate_size=512. Beside --init-from those that no weight
     depends on: activation_function=relu2."""
@@ -94,8 +95,8 @@ class TextAndModel:
 
     mtp_coefficient: Annotated[float | None, default_is("0.3")] = None
     """Weight of multi-token prediction: of the mean loss of the model's modules for it (num_nextn_predict_layers)."""
-    mtp_coefficient_end: Annotated[float | None, default_is("the same")] = None
-    """The same at the last step, reached along a straight line."""
+    mtp_coefficient_end: Annotated[float | None, default_is("--mtp-coefficient")] = None
+    """The --mtp-coefficient at the last step, reached along a straight line."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def starting_options(given: dict[str, str]) -> Options:
 
 
 def main(options: Options) -> None:
-    out = options.out or f"runs/{options.preset or 'demo'}"
+    out = run_folder(options)
 
     def next_commands(config: Any) -> Iterator[str]:
         trained, exported = shlex.quote(out), shlex.quote(f"{out}-hf")
@@ -160,6 +161,11 @@ def main(options: Options) -> None:
             yield f"python -m convert.to_hf {trained} {exported}"
 
     pretrain(options, next_commands)
+
+
+def run_folder(options: Options) -> str:
+    """--out, or what it stands for."""
+    return options.out or f"runs/{options.preset or 'demo'}"
 
 
 @on_devices
@@ -178,7 +184,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
     )
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.language_model import LanguageModel, TextFiles, load
-    from llmq_jax.models import abstract_variables, init
+    from llmq_jax.models import abstract_variables, init, parameter_count
     from llmq_jax.training import engine, step
     from llmq_jax.training.flops import token_flops
     from llmq_jax.training.sharding import row_share
@@ -202,7 +208,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         config = new_config(options, tokenizer.vocab_size)
     options = filled(
         options,
-        out=f"runs/{options.preset or 'demo'}",
+        out=run_folder(options),
         context=context_of(options, config),
         # What comes with --init-from has a path for a name, which a new checkpoint there changes.
         tokenizer=None if options.init_from else tokenizer.name,
@@ -260,7 +266,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         return options.sample_prompt + written.text[0]
 
     print(
-        f"{model_size(variables):,} parameters; {len(text.training):,} tokens to learn, "
+        f"{parameter_count(variables['params']):,} parameters; {len(text.training):,} tokens to learn, "
         f"{0 if text.validation is None else len(text.validation):,} held out (tokenizer: {tokenizer.name})"
     )
     if text.validation is not None:
@@ -321,8 +327,7 @@ def check(options: Options) -> None:
         raise BadInput(f"unknown preset {options.preset!r}: {did_you_mean(options.preset, [*RUNS, *PRESETS])}")
     if options.init_from and not options.out:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
-    check_ranges(options if options.steps is not None else replace(options, steps=1))
-    check_epochs(options)
+    check_ranges(options)
     from_model = "beside --init-from, which brings model and tokenizer"
     brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads")
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))
@@ -335,11 +340,7 @@ def check(options: Options) -> None:
                 "on data without fields",
             ),
             ("validation_fraction", prepared, "on prepared tokens, whose held-out part was chosen with them"),
-            ("epochs", options.steps is not None, "beside --steps"),
-            ("validation_fraction", options.validation_data, "beside --validation-data"),
             *((name, options.evaluate_every == 0, "with --evaluate-every 0") for name in OF_VALIDATION),
-            ("sample_prompt", options.sample_every == 0, "with --sample-every 0"),
-            ("keep_last", options.checkpoint_every == 0, "with --checkpoint-every 0"),
         ),
     )
 
@@ -405,25 +406,6 @@ def with_dropout(config: Any, rate: float | None) -> Any:
     if not names:
         raise BadInput(f"--dropout has no effect on {config.model_type}, which has no dropout; leave it out")
     return dataclasses.replace(config, **dict.fromkeys(names, rate))
-
-
-def exports(config: Any) -> bool:
-    """Whether transformers has a model of this config, with a place for each of its weights; none is made."""
-    from llmq_jax.interop.architectures import config_to_hf, weight_table
-    from llmq_jax.models import abstract_variables
-
-    try:
-        config_to_hf(config)
-        weight_table(config.model_type).lazy_state_dict(abstract_variables(config), config)
-    except BadInput:
-        return False
-    return True
-
-
-def model_size(variables: dict) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 if __name__ == "__main__":

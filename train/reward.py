@@ -19,6 +19,7 @@ from llmq_jax.command_line import default_is, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, with_text_options
+from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     TrainingOptions,
@@ -42,7 +43,6 @@ from train.preferences import (
     pair_tokens,
     read_pairs,
 )
-from train.pretrain import exports
 from train.sources import sources_of
 from train.texts import fingerprint
 from train.what_trains import WhatTrains, flops_of, prepared
@@ -68,7 +68,7 @@ class Options(TrainingOptions, WhatTrains, Rewards, PreferenceData):  # fields a
     batch_size: int = 8
     """Pairs in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
-    """The peak, reached after the warm-up."""
+    """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
@@ -118,6 +118,7 @@ def reward(options: Options) -> Any:
     # What trains, of a model that computes as the options say.
     model = model_of(options, config)
     learner = prepared(source.replace(model=model), options)
+    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -170,7 +171,7 @@ def reward(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read or written."""
-    check_preference_options(options, FULL_RATE)
+    check_preference_options(options)
     if not 0 <= options.center < float("inf"):
         raise BadInput(f"--center is {options.center} and must not be negative (0 does not centre)")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from llmq_jax.command_line import Flag, default_is, option_name
+from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.errors import BadInput
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
@@ -34,7 +34,7 @@ class WhatTrains:
     lora_rslora: Flag = False
     """Divide alpha by the root of the rank."""
     lora_numbers: Annotated[int | None, default_is("64")] = None
-    """TinyLoRA's numbers."""
+    """How many numbers TinyLoRA trains."""
     lora_tied: Flag = False
     """All matrices share TinyLoRA's numbers."""
     base_dtype: Annotated[Literal["float32", "bfloat16"] | None, default_is("float32")] = None
@@ -67,9 +67,7 @@ def check_what_trains(options: WhatTrains) -> None:
         (f"lora_{name}", options.lora_variant != "tinylora", "without --lora-variant tinylora")
         for name in ("numbers", "tied")
     ]
-    for name, idle, why in cases:
-        if idle and getattr(options, name) not in (None, False):
-            raise BadInput(f"{option_name(name)} has no effect {why}; leave it out")
+    refuse_idle(options, cases)
     if options.optimizer == "muon" and options.train in ("lora", "head"):
         raise BadInput(
             f"--optimizer muon has no effect with --train {options.train}, which trains no matrix of a layer; leave it "
@@ -83,6 +81,7 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
     """The model and its variables, parted into what trains and what stays as it is."""
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
+    from llmq_jax.models import parameter_count
     from llmq_jax.models.heads import SCORE
     from llmq_jax.training.parts import FROZEN, PARAMS, freeze_all_but, train_adapters
 
@@ -90,17 +89,18 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
     if options.train != "lora":
         lm.require_no_adapters(options.init_from)
     if options.train == "all":
-        return Prepared(model, variables, (PARAMS,), f"training all {_count(variables[PARAMS]):,} parameters")
+        return Prepared(model, variables, (PARAMS,), f"training all {parameter_count(variables[PARAMS]):,} parameters")
     classifier = lm.config.labels is not None
     if options.train == "lora":
         if lora.LORA not in variables:
             spec = _spec(options)
             variables = lora.add(variables, model.layer_slots(), spec, module_names(lm.config), options.seed)
-        elif any(getattr(options, f"lora_{name}") not in (None, False) for name in LORA_OPTIONS):
-            raise BadInput("--init-from has adapters already, which go on as they are; leave out the options of LoRA")
+        else:
+            why = "on --init-from, which has adapters already, and they go on as they are"
+            refuse_idle(options, ((f"lora_{name}", True, why) for name in LORA_OPTIONS))
         numbers = lora.trained_numbers(variables)
         model, variables, trainable = train_adapters(model, variables, (SCORE,) if classifier else ())
-        numbers += _count(variables[PARAMS]) if PARAMS in trainable else 0
+        numbers += parameter_count(variables[PARAMS]) if PARAMS in trainable else 0
     else:
         blocks = 0 if options.train == "head" else 1 if options.blocks is None else options.blocks
         head = SCORE if classifier else "lm_head"
@@ -108,8 +108,8 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
             raise BadInput("--train head: this model's head is its embedding; choose blocks, lora or all")
         model, variables = freeze_all_but(model, variables, blocks, (head,))
         trainable = (PARAMS,)
-        numbers = _count(variables[PARAMS])
-    total = sum(_count(tree) for name, tree in variables.items() if name in (PARAMS, FROZEN, lora.LORA))
+        numbers = parameter_count(variables[PARAMS])
+    total = sum(parameter_count(tree) for name, tree in variables.items() if name in (PARAMS, FROZEN, lora.LORA))
     return Prepared(model, variables, trainable, f"training {numbers:,} of {total:,} parameters ({options.train})")
 
 
@@ -158,9 +158,3 @@ def _layers(text: str) -> tuple[int, ...]:
             raise BadInput(f"--lora-layers {text!r} is no list of layers; write 0,1,2 or 20-29")
         layers += found
     return tuple(layers)
-
-
-def _count(tree: Any) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -19,7 +19,7 @@ class Options:
     run: Positional[str]
     """A run folder."""
     others: Annotated[Positional[tuple[str, ...]], default_is("none")] = ()
-    """More of them."""
+    """More run folders."""
     metric: Annotated[str | None, default_is("the loss, or what all runs are judged by")] = None
     """What to show and draw: any number in metrics.jsonl, as validation_accuracy."""
     x: Annotated[Literal["step", "tokens", "seconds"] | None, default_is("step")] = None

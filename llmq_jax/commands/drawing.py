@@ -18,7 +18,7 @@ class SamplingOptions:
     max_new_tokens: int | None = None
     """Stop after this many tokens, if nothing stops it before."""
     temperature: float = TEMPERATURE
-    """Below 1 favours what is likely, above 1 what is not; 0 always takes the likeliest token."""
+    """Temperature: below 1 favours what is likely, above 1 what is not; 0 always takes the likeliest token."""
     top_k: int = 0
     """Draw from this many likeliest tokens only; 0 draws from all."""
     top_p: Annotated[float | None, default_is(f"{TOP_P}; 1 at temperature 0")] = None

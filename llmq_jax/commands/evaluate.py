@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, default_is, option_name
+from llmq_jax.command_line import Flag, Positional, default_is, option_name, refuse_idle
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
@@ -79,9 +79,7 @@ def evaluate_text(options: Options) -> None:
     from llmq_jax.data import has_fields, read_documents
 
     assert options.file is not None
-    for name in OF_TASKS:
-        if getattr(options, name) not in (None, False):
-            raise BadInput(f"{option_name(name)} is for --tasks and has no effect on a text; leave it out")
+    refuse_idle(options, ((name, True, "on a text, only on --tasks") for name in OF_TASKS))
     if options.text_field is not None and not has_fields(options.file):
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
     documents = read_documents(one_text(options.file), options.text_field or "text")

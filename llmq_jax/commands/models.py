@@ -49,8 +49,6 @@ def main(options: Options) -> None:
 
 def count_parameters(config: Any) -> int:
     """Parameters of a model of this config, tied ones once; from shapes alone, no array is made."""
-    import jax
+    from llmq_jax.models import abstract_variables, parameter_count
 
-    from llmq_jax.models import abstract_variables
-
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(config)["params"]))
+    return parameter_count(abstract_variables(config)["params"])

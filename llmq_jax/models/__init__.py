@@ -49,6 +49,7 @@ __all__ = [
     "init",
     "module_slots",
     "override",
+    "parameter_count",
     "preset",
 ]
 
@@ -158,6 +159,11 @@ def abstract_variables(config: Any) -> dict[str, Any]:
     """The shapes and types of `init(config)`, without making any array."""
     shapes: dict[str, Any] = jax.tree.map(lambda leaf: leaf, _shapes(build(config)))  # dicts of the caller's own
     return shapes
+
+
+def parameter_count(params: Any) -> int:
+    """Numbers in a tree of arrays, or of their shapes: those of one or several collections of variables."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @lru_cache(maxsize=32)

@@ -289,7 +289,7 @@ class _Loop:
         self.checkpoints.delete_old()  # the process that saved this one may have been killed before it did
         say(f"resuming {self.folder.path} from step {self.step}")
         if processes.first() and self.folder.code_changed:
-            say("the code is not what it was when this run began: from here on its figures may be others")
+            say("the code has changed since this run began; results from here on may differ")
         self.stop_early(say)
 
     def branch(self, say: Callable[[str], None]) -> None:
@@ -542,7 +542,7 @@ class _Loop:
 
     def save(self, goes_on: bool) -> str | None:
         """Save the checkpoint of this step. Where there is no room and the run `goes_on`: what to say."""
-        if not _all_finite(self.state.variables):
+        if not all_finite(self.state.variables):
             raise self.broken(self.step, "the update made parameters that are not finite")
         try:
             # The checkpoint promises all records up to its step.
@@ -673,6 +673,7 @@ def _released(state: Any) -> Any:
 
 
 @jax.jit
-def _all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of every array is."""
     floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floating]))

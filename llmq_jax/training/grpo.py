@@ -121,8 +121,8 @@ class Loop:
         learned = time.monotonic()
         if self.reward_learner is not None:  # line 12
             last = (number + 1) % self.steps_per_iteration == 0
-            state = self.reward_learner.step(state, rollout, number % self.steps_per_iteration, last)
-            metrics |= {"reward_model_seconds": np.float32(time.monotonic() - learned)}
+            state, figures = self.reward_learner.step(state, rollout, number % self.steps_per_iteration, last)
+            metrics |= {**figures, "reward_model_seconds": np.float32(time.monotonic() - learned)}
         metrics |= self.figures(asked, rollout, scores, rows["completion_mask"])
         metrics |= {"rollout_seconds": np.float32(asked.seconds)}
         metrics |= {"scoring_seconds": np.float32(scored - begin - asked.seconds)}

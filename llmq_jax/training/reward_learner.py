@@ -4,15 +4,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmq_jax.training.engine import NonFiniteLoss, all_finite
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout
 from llmq_jax.training.state import TrainState
 
 REWARD_MODEL, PAIRS = "reward_model", "pairs"
 """What a state carries."""
+METRICS = ("loss", "accuracy", "grad_norm")
+"""What is told of its updates, as reward_model/loss and so on."""
 
 
 @dataclass(eq=False)
@@ -47,19 +51,30 @@ class RewardLearner:
         }
         return state.replace(carried={**(state.carried or {}), REWARD_MODEL: self.state, PAIRS: pairs})
 
-    def step(self, state: TrainState, rollout: Rollout, place: int, last: bool) -> TrainState:
-        """Keep the pairs of a step, the iteration's `place`-th; with the `last` one the reward model learns."""
+    def step(
+        self, state: TrainState, rollout: Rollout, place: int, last: bool
+    ) -> tuple[TrainState, dict[str, np.float32]]:
+        """Keep the pairs of a step, the iteration's `place`-th; with the `last` one the reward model learns: (state,
+        the means of METRICS over its updates, if it made any). NonFiniteLoss where it breaks down."""
         new = self.pairs(rollout)
         pairs = {name: array.at[place].set(new[name]) for name, array in state.carried[PAIRS].items()}
-        learner = state.carried[REWARD_MODEL]
+        learner, updates = state.carried[REWARD_MODEL], []
         if last:
             for number in range(self.steps_per_iteration):
                 old = self.widened(self.replay[int(learner.step)])
                 batch = {name: np.concatenate([array[number], old[name]]) for name, array in pairs.items()}
                 if "margins" in old:  # the judge has none to tell
                     batch["margins"] = np.concatenate([np.zeros(self.new_pairs, np.float32), old["margins"]])
-                learner, _ = self.update(learner, batch)
-        return state.replace(carried={**state.carried, REWARD_MODEL: learner, PAIRS: pairs})
+                learner, metrics = self.update(learner, batch)
+                updates.append({name: metrics[name] for name in METRICS})
+            if not all_finite(learner.variables):
+                raise NonFiniteLoss(
+                    f"the reward model, which goes on learning, has weights that are not finite after its update "
+                    f"{int(learner.step)}; lower --reward-learning-rate"
+                )
+        means = jax.tree.map(lambda *values: np.float32(np.mean(values)), *jax.device_get(updates)) if updates else {}
+        figures = {f"{REWARD_MODEL}/{name}": value for name, value in means.items()}
+        return state.replace(carried={**state.carried, REWARD_MODEL: learner, PAIRS: pairs}), figures
 
     def pairs(self, rollout: Rollout) -> dict[str, np.ndarray]:
         """The best and the worst answer of each group; under mask 0 where the judge sees no difference."""

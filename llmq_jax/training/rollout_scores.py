@@ -50,12 +50,12 @@ class TextRewards:
 
     rewards: Rewards
 
-    def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
+    def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None, alone: bool = True) -> Scores:
         """One process asks for all: a function may draw, or ask others, and does so once."""
 
         def ask() -> tuple[list[float], dict[str, list[float]]]:
             columns = columns_of(rollout.prompts, rollout.group_size)
-            total, by_name = self.rewards(rollout.prompt_texts(), rollout.completions, columns)
+            total, by_name = self.rewards(rollout.prompt_texts(), rollout.completions, columns, alone=alone)
             return total.tolist(), {name: values.tolist() for name, values in by_name.items()}
 
         total, by_name = processes.share(processes.together(lambda: ask() if processes.first() else None))
@@ -71,7 +71,7 @@ class SummedRewards:
     weight: float
 
     def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
-        texts, model = self.texts(rollout), self.model(rollout, variables)
+        texts, model = self.texts(rollout, alone=False), self.model(rollout, variables)
         return Scores(texts.rewards + self.weight * model.rewards, {**texts.by_name, **model.by_name})
 
 

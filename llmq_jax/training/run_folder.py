@@ -26,9 +26,9 @@ from llmq_jax.training.processes import first, same, share, together
 
 CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
 MARK = "run_format"
+"""Field of config.json that tells a run folder from a model folder, which has a config.json too."""
 CODE = "code"
 """Of the config: the digest of the code, which may change."""
-"""Field of config.json that tells a run folder from a model folder, which has a config.json too."""
 FORMAT = 1
 
 
@@ -181,15 +181,17 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
 @functools.cache
 def code_digest() -> str:
     """Twelve digits of the SHA-256 of the library's code and the running script's (of `python -m`: and that of the
-    modules beside it), by which a change of either is seen."""
+    modules beside it), by which a change of either is seen: of the files and their names, wherever the two stand."""
     main = sys.modules["__main__"]
     script = getattr(main, "__file__", None)
-    files = [*Path(__file__).parents[1].rglob("*.py")]
+    library = Path(__file__).parents[1]
+    files = {f"library/{file.relative_to(library).as_posix()}": file for file in library.rglob("*.py")}
     if script is not None:
-        files += Path(script).parent.glob("*.py") if main.__package__ else [Path(script)]
+        beside = Path(script).parent.glob("*.py") if main.__package__ else [Path(script)]
+        files |= {f"script/{file.name}": file for file in beside}
     digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(file.read_bytes())
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name].read_bytes()).digest())
     return digest.hexdigest()[:12]
 
 

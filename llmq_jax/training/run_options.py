@@ -22,6 +22,12 @@ NEUTRAL_OPTIONS = (
 )
 """Options that change neither metrics of training nor weights."""
 
+LEAST = {
+    **dict.fromkeys(("steps", "keep_last", "patience"), 1),
+    **dict.fromkeys(("log_every", "evaluate_every", "sample_every", "checkpoint_every"), 0),
+}
+"""What the numbers among the options must be at least; 0: never."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
@@ -59,12 +65,9 @@ class RunOptions:
     moments, and the step, by which it goes on in data and rates."""
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("keep_last", 1), ("log_every", 0), ("patience", 1)):
+        for name, least in LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("evaluate_every", "sample_every", "checkpoint_every"):
-            if (getattr(self, name) or 0) < 0:
-                raise BadInput(f"{name} is {getattr(self, name)}; it must be at least 0 (0: never)")
         if self.on_full_disk not in ("stop", "continue"):
             raise BadInput(f"on_full_disk is {self.on_full_disk!r}; it must be stop or continue")
         if self.profile is not None:

@@ -1,8 +1,12 @@
 """A small text, the options of a tiny run on it, and the pictures of runs."""
 
+import gc
 import random
 
+import jax
 import pytest
+
+from llmq_jax.errors import BadInput
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +27,29 @@ def drawn_where_asked(request, monkeypatch):
     """Drawing takes two seconds of every run, most of it in matplotlib: other tests' pictures are empty."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, image, **options: None)
+
+
+@pytest.fixture
+def beside_state(monkeypatch):
+    """A list that gets, as a recipe hands its state to the engine, the bytes of arrays that it still has beside that,
+    as a part of those of the layers; the recipe ends there."""
+    found, before = [], jax.live_arrays()
+
+    def run(state, *_, **__):
+        gc.collect()
+        known = {id(array) for array in (*before, *jax.tree.leaves(state))}
+        layers = sum(
+            leaf.nbytes
+            for tree in state.variables.values()
+            for name, stack in tree.items()
+            if name.startswith("group_")
+            for leaf in jax.tree.leaves(stack)
+        )
+        found.append(sum(array.nbytes for array in jax.live_arrays() if id(array) not in known) / layers)
+        raise BadInput("measured")
+
+    monkeypatch.setattr("llmq_jax.training.engine.run", run)
+    return found
 
 
 TINY = [

@@ -158,6 +158,11 @@ ARCHITECTURES = {
 
 
 @pytest.mark.exhaustive
+def test_layers_that_are_cut_are_in_memory_once(classifier, beside_state):
+    classifier("--train", "blocks")
+    assert len(beside_state) == 1 and beside_state[0] < 0.2
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_other_architectures(classifier, architecture, tmp_path):
     """By what is the default: adapters, on experts too."""
@@ -352,14 +357,17 @@ def test_class_weights_are_told(classifier):
         (["--epochs", 2, "--steps", 3], "--epochs has no effect beside --steps"),
         (["--columns", "label,text"], "messages.csv: line 1 is a header; leave out --columns"),
         (["--data", "x.jsonl", "--columns", "a,b"], "--columns has no effect without a .csv or .tsv file"),
-        (["--sample-prompt", " "], "--sample-prompt holds no text"),
+        (["--sample-prompt", " ", "--sample-every", 1], "--sample-prompt holds no text"),
         (["--epochs", 0], "--epochs is 0.0 and must be positive"),
         (["--balance", "--class-weights"], "--class-weights has no effect beside --balance"),
         (["--max-length", 49], "--max-length 49 exceeds the model's context, 48"),
         (["--max-length", 0], "--max-length is 0 and must be at least 1"),
-        (["--validation-fraction", 0.6, "--test-fraction", 0.5], "must be positive and leave texts to learn"),
-        (["--validation-fraction", "nan"], "must be positive and leave texts to learn"),
-        (["--test-fraction", 0], "must be positive and leave texts to learn"),
+        (["--validation-fraction", 0.6, "--test-fraction", 0.5], "0.6 and --test-fraction 0.5 leave no texts to learn"),
+        (["--test-fraction", 0.9], "--validation-fraction 0.1 and --test-fraction 0.9 leave no texts to learn"),
+        (["--validation-data", "x.csv", "--test-fraction", 1.5], "--test-fraction is 1.5 and must lie between 0 and 1"),
+        (["--validation-fraction", "nan"], "--validation-fraction is nan and must lie between 0 and 1"),
+        (["--keep-last", 2, "--checkpoint-every", 0], "--keep-last has no effect with --checkpoint-every 0; leave it"),
+        (["--test-fraction", 0], "--test-fraction is 0.0 and must lie between 0 and 1"),
         (["--test-data", "x.csv", "--test-fraction", 0.1], "--test-fraction has no effect beside --test-data"),
         (["--label-field", "class"], "has no field 'class' (fields found: label, text): choose one with --label-field"),
         (["--text-field", "body"], "has no field 'body'"),

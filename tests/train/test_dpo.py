@@ -183,6 +183,12 @@ def test_a_part_may_train(dpo, tmp_path, files, part):
     jax.tree.map(np.testing.assert_array_equal, *below)
 
 
+@pytest.mark.parametrize("reference", [[], ["--reference=OTHER"]])
+def test_layers_that_are_cut_are_in_memory_once_and_no_reference(dpo, beside_state, reference):
+    dpo("--train=blocks", *reference)
+    assert len(beside_state) == 1 and beside_state[0] < 0.2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

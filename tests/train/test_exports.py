@@ -1,7 +1,7 @@
 """What fine-tuning leaves behind, in transformers and PEFT: whole models, and adapters on their base."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import peft
@@ -14,12 +14,16 @@ import llmq_jax as lq
 from convert.to_hf import main as to_hf
 from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
+from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import ARCHITECTURES, Architecture
+from llmq_jax.training.parts import whole
 from train.classifier import main as classifier
+from train.exports import exports
+from train.instruct import Options
 from train.instruct import main as instruct
-from train.pretrain import exports
+from train.what_trains import prepared
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
 
@@ -73,7 +77,7 @@ def test_adapters_that_were_instructed(base, tmp_path, capsys, monkeypatch):
     assert len(lq.generate(lm, "a", max_new_tokens=3, sampler=Sampler(temperature=0.0)).text) == 1
     assert call(instruct, "--data=data.json", "--init-from=run", "--out=on", *TINY[:-2], "--device=cpu") == 0
     assert call(instruct, "--data=data.json", "--init-from=run", "--out=no", *TINY) == 2
-    assert "--init-from has adapters already" in capsys.readouterr().err
+    assert "--lora-rank has no effect on --init-from, which has adapters already" in capsys.readouterr().err
 
     assert call(to_hf, base, "none", "--adapter") == 2
     assert "this model has no adapters to write" in capsys.readouterr().err
@@ -110,6 +114,7 @@ def test_classifiers_of_which_a_part_was_trained(base, tmp_path, capsys, monkeyp
     ("options", "message"),
     [
         (("--train=all", "--lora-rank=4"), "--lora-rank has no effect without --train lora; leave it out"),
+        (("--train=all", "--lora-rank=0"), "--lora-rank has no effect without --train lora; leave it out"),
         (("--lora-numbers=4",), "--lora-numbers has no effect without --lora-variant tinylora; leave it out"),
         (("--blocks=2",), "--blocks has no effect without --train blocks; leave it out"),
         (("--train=blocks", "--blocks=3"), "3 blocks cannot train: the model has 2"),
@@ -133,6 +138,15 @@ def test_what_cannot_train_is_refused_in_one_line(base, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [{"lora_rank": 4}, {"lora_dropout": 0.0}])
+def test_adapters_that_are_there_take_no_options(base, given):
+    lm, options = lq.load(base), Options(data="data.json", init_from="lm")
+    adapted = lm.replace(variables=whole(prepared(lm, options).variables))
+    assert prepared(adapted, options).trainable == ("lora",)
+    with pytest.raises(BadInput, match=r"--lora-\w+ has no effect on --init-from, which has adapters already"):
+        prepared(adapted, replace(options, **given))
 
 
 def tied(lm):

@@ -305,10 +305,14 @@ def test_a_reward_model_that_learns_changes_what_is_rewarded(grpo):
         assert grpo(reward="JUDGED", steps=3, evaluate_every=3, **options)[0] == 0
         rewards.append([record["reward"] for record in records() if "reward" in record])
         assert Path("run/reward_model").exists() == (options is learning)
+        told = [record["step"] for record in records() if "reward_model/accuracy" in record]
+        assert told == ([2] if options is learning else [])
         if options is learning:  # what it became is a model like any other
             assert lq.load("run/reward_model").config.labels == ("reward",)
         shutil.rmtree("run")
     assert rewards[0][:2] == rewards[1][:2]
+    code, _, err = grpo(reward="JUDGED", steps=3, **{**learning, "reward_learning_rate": 1e30})
+    assert code == 2 and err.count("\n") == 1 and err.endswith("lower --reward-learning-rate\n")
     assert rewards[0][2] != rewards[1][2]
 
 
@@ -325,6 +329,14 @@ def test_functions_and_a_model_are_weighed(grpo):
     first = records()[0]
     expected = 2 * first["rewards/small/mean"] + 0.5 * first["rewards/model/mean"]
     assert first["reward"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_layers_that_are_cut_are_in_memory_once(grpo, request):
+    config = lq.Llama3Config(vocab_size=257, **SIZES | {"num_hidden_layers": 2})
+    model = save_model(Path("deep"), config=config)
+    beside_state = request.getfixturevalue("beside_state")  # beside what was there before
+    grpo(init_from=model, train="blocks")
+    assert len(beside_state) == 1 and beside_state[0] < 0.2
 
 
 def test_rewards_without_spread_are_told(grpo):
@@ -408,6 +420,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"group_size": 1}, "--group-size is 1, and an answer alone has no others to be better than; choose 2 or more"),
         ({"prompts_per_step": 0}, "--prompts-per-step is 0 and must be at least 1"),
         ({"accumulate": 3}, "--accumulate is 3 and must divide the 8 rows of a step"),
+        ({"accumulate": 0}, "--accumulate is 0 and must be at least 1"),
         ({"temperature": 0}, "--temperature is 0.0 and must be positive"),
         ({"top_p": 0}, "--top-p is 0.0 and must be above 0 and at most 1"),
         ({"beta": -1}, "--beta is -1.0 and must not be negative"),
@@ -426,7 +439,11 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ),
         ({"split_seed": 5, "evaluate_every": 0}, "--split-seed has no effect with --evaluate-every 0; leave it out"),
         ({"patience": 2, "evaluate_every": 0}, "--patience has no effect with --evaluate-every 0; leave it out"),
-        ({"patience": 0}, "patience is 0; it must be at least 1"),
+        # What the loop takes is refused before an answer has its reward.
+        ({"patience": 0, "reward": "RW:broken"}, "--patience is 0 and must be at least 1"),
+        ({"keep_last": 0, "reward": "RW:broken"}, "--keep-last is 0 and must be at least 1"),
+        ({"log_every": -1, "reward": "RW:broken"}, "--log-every is -1 and must be at least 0"),
+        ({"sample_every": -1, "reward": "RW:broken"}, "--sample-every is -1 and must be at least 0"),
         ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
         ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
         ({"base_dtype": "bfloat16", "train": "lora"}, "would learn by another policy than the one that answers; add"),
@@ -434,6 +451,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),
         ({"steps_per_iteration": 2}, "--steps-per-iteration has no effect without a reference that moves"),
         ({"initial_learning_rate": 0}, "--initial-learning-rate has no effect without warm-up; leave it out"),
+        ({"wandb": "p", "reward": "RW:broken"}, "wandb is not installed"),
         # Prompts.
         ({"data": "EMPTY"}, "empty.jsonl: line 2: the prompt is empty, so there is nothing to answer"),
         ({"data": "ONE"}, "holds one prompt, and some are held out: give more, or --validation-data"),
@@ -482,7 +500,10 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({**JUDGE, "replay": 1}, "--replay is 1.0 and must lie between 0 and 1"),
     ],
 )
-def test_bad_input_is_one_line(grpo, options, message):
+def test_bad_input_is_one_line(grpo, monkeypatch, options, message):
+    if "wandb" in options:
+        # As on a machine without it.
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, errors = grpo(**options)
     assert code == 2
     assert message in errors

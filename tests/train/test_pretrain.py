@@ -196,7 +196,7 @@ def test_a_run_that_goes_on_says_that_the_code_has_changed(pretrain, monkeypatch
         Path("run/finished.json").unlink()
         code, out, _ = pretrain(*options)
         assert code == 0 and "resuming run from step 6" in out
-        assert ("the code is not what it was when this run began" in out) == told
+        assert ("the code has changed since this run began; results from here on may differ" in out) == told
 
 
 def test_a_part_of_the_held_out_text_may_be_evaluated(pretrain):
@@ -424,6 +424,7 @@ BAD = {
         "hidden_size=8: is 16 by the other options",
     ),
     "accumulate": (["--accumulate", "3"], "--accumulate is 3 and must divide --batch-size 4"),
+    "no parts": (["--accumulate", "0"], "--accumulate is 0 and must be at least 1"),
     "epochs and steps": (["--epochs", "1"], "--epochs has no effect beside --steps; leave it out"),
     "constant minimum": (
         ["--data", "TEXT", "--schedule", "constant", "--minimum-learning-rate", "1e-5"],
@@ -476,7 +477,7 @@ BAD = {
     ),
     "no room for the default prompt": (["--data", "TEXT", "--context", "1"], "--sample-prompt '\\n' is 1 tokens long"),
     "start without warm-up": (["--initial-learning-rate", "1e-5"], "--initial-learning-rate has no effect"),
-    "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "keep_last is 0"),
+    "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "--keep-last is 0 and must be at least 1"),
     "keep what is not saved": (["--keep-last", "2", "--checkpoint-every", "0"], "--keep-last has no effect"),
     "wandb": (["--data", "TEXT", "--wandb", "p"], "wandb is not installed"),
     "folder of something else": (["--data", "TEXT", "--out", "full"], "full is not empty and not the folder of a run"),

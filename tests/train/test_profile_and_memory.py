@@ -88,6 +88,17 @@ def test_what_a_recipe_makes_before_its_steps_may_not_fit_either():
         recipe(TrainingOptions())
 
 
+def test_devices_that_are_not_used_are_told(monkeypatch, capsys):
+    monkeypatch.setattr("jax.device_count", lambda: 8)
+    grpo = GRPOOptions("data", "model", "run")
+    for options, rows in (
+        (TrainingOptions(accumulate=2), "--batch-size must then be a multiple of 16"),
+        (grpo, "--prompts-per-step times --group-size must then be a multiple of 8"),
+    ):
+        on_devices(lambda options: None)(options)
+        assert capsys.readouterr().out == f"only 1 of 8 devices is used; add --mesh fsdp=8 ({rows})\n"
+
+
 def test_only_what_can_still_be_changed_is_advised():
     used = {"batch_size": 1, "remat": "full", "dtype": "bfloat16", "moments": "bfloat16"}
     assert less_memory(TrainingOptions(**used)) == ["--mesh none -> fsdp=2 on 2 devices", "the model to a smaller one"]
@@ -101,5 +112,8 @@ def test_only_what_can_still_be_changed_is_advised():
     assert less_memory(TrainingOptions(), in_steps=False)[0] == "--moments float32 -> bfloat16"
     assert less_memory(TrainingOptions(betas=(0.9, 0.999)), in_steps=False)[0].startswith("--mesh")
     assert less_memory(InstructOptions("data", "model", "run"), in_steps=False)[0] == "--base-dtype float32 -> bfloat16"
+    adapted = GRPOOptions("data", "model", "run", train="lora")
+    both = "--base-dtype float32 -> bfloat16 and --dtype float32 -> bfloat16"  # alone the recipe refuses it
+    assert less_memory(adapted, in_steps=False)[0] == both
     tuned = InstructOptions("data", "model", "run", train="all")
     assert less_memory(tuned, in_steps=False)[0] == "--train all -> lora"

@@ -311,6 +311,11 @@ def test_long_pairs_are_told(reward):
     assert code == 2 and "tokens and the context 9: shorten it" in err
 
 
+def test_layers_that_are_cut_are_in_memory_once(reward, beside_state):
+    reward("--train", "blocks")
+    assert len(beside_state) == 1 and beside_state[0] < 0.2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

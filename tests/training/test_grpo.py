@@ -21,7 +21,7 @@ from llmq_jax.rewards import Rewards
 from llmq_jax.training.grpo import REFERENCE, Loop, reference_variables
 from llmq_jax.training.optimizer import adamw
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
-from llmq_jax.training.rollout_scores import ModelReward, TextRewards, step_ends
+from llmq_jax.training.rollout_scores import ModelReward, SummedRewards, TextRewards, step_ends
 from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
@@ -351,6 +351,20 @@ def test_rewards_of_a_model(lm, reward_lm):
     np.testing.assert_allclose(ModelReward(reward_lm, "mean")(rollout).rewards, means, atol=1e-5)
 
 
+def test_functions_may_be_silent_beside_a_reward_model(lm, reward_lm):
+    rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(8))
+
+    def of_the_first_prompt(completions, best, **_):
+        return [1.0 if place == 0 else None for place in best]
+
+    texts, model = text_rewards(of_the_first_prompt), ModelReward(reward_lm)
+    scores = SummedRewards(texts, model, 0.5)(rollout)
+    np.testing.assert_allclose(scores.rewards, np.repeat([1, 0], GROUP) + 0.5 * model(rollout).rewards, atol=1e-6)
+    assert np.isnan(scores.by_name["bytes"][GROUP:]).all()
+    with pytest.raises(BadInput, match=r"no reward of completion 4"):
+        texts(rollout)
+
+
 def test_an_end_that_the_reward_model_takes_for_padding_is_not_read(lm, reward_lm):
     rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(8))
     last = rollout.tokens[np.arange(8), rollout.lengths - 1]
@@ -468,13 +482,15 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
         "response_mask": np.ones((1, 2, 8), np.float32),
         "mask": np.ones(1, np.float32),
     }
-    seen = []
+    seen, told = [], []
     optimizer = adamw(lambda step: 0.01, weight_decay=0.0)
     update = make_train_step(RewardModel(reward_lm.model), optimizer)
 
     def watched(state, batch):
         seen.append(jax.tree.map(np.asarray, batch))
-        return update(state, batch)
+        state, metrics = update(state, batch)
+        told.append(jax.device_get(metrics))
+        return state, metrics
 
     variables = jax.tree.map(jnp.array, jax.device_get(reward_lm.variables))
     learner = RewardLearner(
@@ -484,10 +500,12 @@ def test_a_reward_model_learns_on_from_answers_that_are_judged(lm, reward_lm):
     begin = jax.tree.map(np.asarray, state.carried[REWARD_MODEL].variables)
     batches = PromptBatches(5, 2)
     first, _, _ = loop.answered(state, batches[0])
-    state, _ = loop.step(state, batches[0])
+    state, metrics = loop.step(state, batches[0])
     assert same(state.carried[REWARD_MODEL].variables, begin)
-    assert not seen
-    state, _ = loop.step(state, batches[1])
+    assert not seen and "reward_model/loss" not in metrics
+    state, metrics = loop.step(state, batches[1])
+    for name in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[f"reward_model/{name}"], np.mean([x[name] for x in told]), rtol=1e-6)
     assert not same(state.carried[REWARD_MODEL].variables, begin)
     assert [batch["tokens"].shape for batch in seen] == [(3, 2, width)] * 2
     judged = np.asarray(bytes_of(first.completions, None)).reshape(2, GROUP)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training import run_folder
 from llmq_jax.training.run_folder import RunFolder
 
 CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
@@ -78,6 +80,26 @@ def test_what_an_older_version_did_not_know_of_is_not_used(tmp_path):
         assert folder.resumed
     with pytest.raises(BadInput, match=r"options: count \(not set\) -> 0;"):
         RunFolder(tmp_path / "run", {**CONFIG, "count": 0})
+
+
+def test_the_digest_of_the_code_is_that_of_files_and_names_wherever_they_stand(tmp_path, monkeypatch):
+    library, scripts = tmp_path / "m" / "library", [tmp_path / name / "train.py" for name in ("a", "z")]
+    for file in (library / "training" / "run_folder.py", library / "step.py", *scripts):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"# {file.name}\n")
+    monkeypatch.setattr(run_folder, "__file__", str(library / "training" / "run_folder.py"))
+
+    def digest(script):
+        monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__file__=str(script), __package__=""))
+        return run_folder.code_digest.__wrapped__()
+
+    before = digest(scripts[0])
+    assert digest(scripts[1]) == before
+    (library / "step.py").rename(library / "steps.py")
+    assert digest(scripts[0]) != before
+    (library / "steps.py").rename(library / "step.py")
+    scripts[0].write_text("# another\n")
+    assert digest(scripts[0]) != before
 
 
 @pytest.mark.parametrize(
