@@ -258,8 +258,9 @@ class _Loop:
                 raise
             raise self.out_of_memory(error) from error
         finally:
-            self.profile.close()
-            self.recorder.close()
+            with self.pace.pause():  # W&B's client uploads for seconds
+                self.profile.close()
+                self.recorder.close()
         result = self.result()
         if self.folder is not None and first:
             if self.options.plot and (self.options.log_every or self.validation_losses):
