@@ -1,7 +1,7 @@
 """The weights of one model in another: what an idea leaves alone starts as it was learned, and the rest afresh."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput
 from llmq_jax.language_model import LanguageModel
+from llmq_jax.layers.lora import LORA
 from llmq_jax.models import abstract_variables, init, module_slots
 from llmq_jax.weight_type import weight_type
 
@@ -40,27 +41,35 @@ def with_config(
     Weights have names that count layers through, in whatever stacks they are: "token_embedding/embedding",
     "layers/3/qkv/kernel". What both models have in one shape is taken over. All else must be named, by patterns in
     which * stands for anything: in `fresh` what is to be drawn as `init` draws it, by `seed` (what the new model alone
-    has, or shall not take over); in `unused` what is to be left out. Where a block of yours has other modules,
-    `renamed(name)` is the name in this model of a weight of the new one.
+    has, or shall not take over); in `unused`, by the old names, what the new model has no place for. Where a block of
+    yours has other modules, or layers in another order, `renamed` tells of each name in the new model the one in this
+    model: of two the same, to have a layer twice.
 
     BadInput, which names them: weights that differ and are not named, a pattern without a match, adapters (merge them
     first).
     """
-    lm.require_no_adapters("this model")
+    if LORA in lm.variables:
+        raise BadInput("this model has adapters, which belong to its own matrices; merge them first: lq.merge(lm)")
     wanted, there = _places(abstract_variables(config), config), _places(lm.variables, lm.config)
-    old_names = {renamed(name): name for name in wanted}
-    there = {old_names.get(name, name): place for name, place in there.items()}  # by the new names
-    drawn, left_out = _matching("fresh", fresh, wanted), _matching("unused", unused, there)
-    taken = {name for name in wanted if name not in drawn and name in there and wanted[name].shape == there[name].shape}
+    drawn = _matching("fresh", fresh, wanted)
+    origins = {name: renamed(name) for name in wanted}
+    left = [name for name in there if name not in origins.values()]
+    left_out = _matching("unused", unused, left)
+    taken = {
+        name: there[origin]
+        for name, origin in origins.items()
+        if name not in drawn and origin in there and wanted[name].shape == there[origin].shape
+    }
     unknown = [name for name in wanted if name not in taken and name not in drawn]
-    _check(wanted, there, unknown, [name for name in there if name not in wanted and name not in left_out])
+    of_other_shapes = {name: there[origins[name]].shape for name in unknown if origins[name] in there}
+    _check(wanted, unknown, of_other_shapes, [name for name in left if name not in left_out])
 
     old, dtype = flatten_dict(lm.variables), weight_type(jax.tree.leaves(lm.params))
     paths = {wanted[name].path for name in drawn}
     new = jax.jit(lambda: {path: leaf for path, leaf in flatten_dict(init(config, seed)).items() if path in paths})()
 
     def weight(name: str) -> Any:
-        path, layer, _ = there[name] if name in taken else wanted[name]
+        path, layer, _ = taken.get(name, wanted[name])
         leaf = old[path] if name in taken else new[path]
         if name in drawn and path[0] == PARAMS:  # a router's bias keeps its own type
             leaf = leaf.astype(dtype)
@@ -69,8 +78,8 @@ def with_config(
     variables = {}
     for path, expected in flatten_dict(abstract_variables(config)).items():
         names = [name for name, place in wanted.items() if place.path == path]
-        as_it_is = path in old and old[path].shape == expected.shape and taken.issuperset(names)
-        if as_it_is and all(there[name] == wanted[name] for name in names):
+        as_it_is = all(taken.get(name) == wanted[name] for name in names)
+        if as_it_is and old[path].shape == expected.shape:
             variables[path] = old[path]
         elif wanted[names[0]].layer is None:
             variables[path] = weight(names[0])
@@ -95,25 +104,29 @@ def _places(variables: Mapping[str, Any], config: Any) -> dict[str, Place]:
     return places
 
 
-def _matching(option: str, patterns: Sequence[str], names: Iterable[str]) -> set[str]:
+def _matching(option: str, patterns: Sequence[str], names: Collection[str]) -> set[str]:
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
-            raise BadInput(f"{option}: {pattern!r} matches no weight; there are {_shown(names)}")
+            there = f"there are {_shown(names)}" if names else "there are none"
+            raise BadInput(f"{option}: {pattern!r} matches no weight of those that may be named; {there}")
         found |= matched
     return found
 
 
 def _check(
-    wanted: Mapping[str, Place], there: Mapping[str, Place], unknown: Sequence[str], without_place: Sequence[str]
+    wanted: Mapping[str, Place],
+    unknown: Sequence[str],
+    of_other_shapes: Mapping[str, tuple[int, ...]],
+    without_place: Sequence[str],
 ) -> None:
     """BadInput for weights that are to be neither taken over nor drawn, and for those that would be lost."""
     faults = []
-    if missing := [name for name in unknown if name not in there]:
+    if missing := [name for name in unknown if name not in of_other_shapes]:
         faults.append(f"the model has no {_shown(missing)}")
-    if other := next((name for name in unknown if name in there), None):
-        shapes = f"{list(there[other].shape)} in the model and {list(wanted[other].shape)} by the config"
+    if other := next(iter(of_other_shapes), None):
+        shapes = f"{list(of_other_shapes[other])} in the model and {list(wanted[other].shape)} by the config"
         faults.append(f"{other} is {shapes}")
     if unknown:
         faults.append(f"to draw them anew, fresh={_patterns(unknown)}")

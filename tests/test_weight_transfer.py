@@ -67,6 +67,24 @@ def test_layers_are_added_and_left_out(gpt2):
     jax.tree.map(np.testing.assert_array_equal, back.variables, gpt2.variables)
 
 
+def test_layers_go_to_other_places_and_to_several(gpt2):
+    """New layers 0, 1, 2, 3 are the old 2, 0, 0, 1; without the last, old layer 1 is lost unless it is named."""
+    order = (2, 0, 0, 1)
+
+    def renamed(name):
+        part, *rest = name.split("/", 2)
+        return "/".join((part, str(order[int(rest[0])]), rest[1])) if part == "layers" else name
+
+    before = gpt2.model.slice_layers(gpt2.variables)[1]
+    for count in (4, 3):
+        config, unused = dataclasses.replace(GPT2, num_hidden_layers=count), ["layers/1/*"][: 4 - count]
+        moved = lq.with_config(gpt2, config, renamed=renamed, unused=unused)
+        after = moved.model.slice_layers(moved.variables)[1]
+        jax.tree.map(np.testing.assert_array_equal, after, tuple(before[at] for at in order[:count]))
+    with pytest.raises(BadInput, match=r"no place for .*to leave them out, unused=\['layers/\*/"):
+        lq.with_config(gpt2, config, renamed=renamed)
+
+
 def test_what_is_named_fresh_is_drawn_though_it_is_there(gpt2):
     again = lq.with_config(gpt2, GPT2, fresh="token_embedding/*", seed=3)
     drawn = lq.init(GPT2, 3)["params"]
@@ -107,8 +125,12 @@ def test_modules_of_further_tokens_are_left_out_and_a_routers_bias_stays():
             {},
             r"the config has no place for layers/\*/.*to leave them out, unused=\['layers/\*/",
         ),
-        ({}, {"fresh": ["nothing/*"]}, "fresh: 'nothing/\\*' matches no weight; there are "),
-        ({}, {"unused": ["nothing/*"]}, "unused: 'nothing/\\*' matches no weight; there are "),
+        ({}, {"fresh": ["nothing/*"]}, "fresh: 'nothing/\\*' matches no weight of those that may be named; there are "),
+        (
+            {},
+            {"unused": ["nothing/*"]},
+            "unused: 'nothing/\\*' matches no weight of those that may be named; there are none",
+        ),
     ],
 )
 def test_what_is_not_named_is_refused(gpt2, change, given, message):
@@ -117,5 +139,5 @@ def test_what_is_not_named_is_refused(gpt2, change, given, message):
 
 
 def test_adapters_are_refused(gpt2):
-    with pytest.raises(BadInput, match="merge them first"):
+    with pytest.raises(BadInput, match=r"merge them first: lq\.merge"):
         lq.with_config(lq.lora(gpt2, rank=2), GPT2)

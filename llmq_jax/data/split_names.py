@@ -17,11 +17,11 @@ SPLITS = {
     "test": ("test",),
 }
 """{split: the words that name it}: a whole name of a file or folder, its beginning before - _ . or a digit, or its end
-(of a file's, before its suffix) after - _ or a dot."""
+(of a file's, before its suffix and the number of a shard) after - _ or a dot."""
 
 _WORDS = {word: split for split, words in SPLITS.items() for word in words}
 _ANY = "|".join(_WORDS)
-_NAMED = re.compile(rf"^({_ANY})(?=[-_.0-9]|$)|[-_.]({_ANY})(?=(?:\.[a-z]+)*$)", re.IGNORECASE)
+_NAMED = re.compile(rf"^({_ANY})(?=[-_.0-9]|$)|[-_.]({_ANY})(?=(?:-\d+-of-\d+)?(?:\.[a-z]+)*$)", re.IGNORECASE)
 _ADVICE = "name the files to read, or give one folder per split"
 _log = logging.getLogger(__name__)
 

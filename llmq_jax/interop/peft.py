@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmq_jax.interop.architectures import weight_table
+from llmq_jax.interop.architectures import TABLES, weight_table
 from llmq_jax.interop.tables import Placement, WeightTable, experts_out_in, in_out, out_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,6 +57,8 @@ def is_hub_id(name: str) -> bool:
 
 def module_names(config: Any) -> dict[str, set[str]]:
     """{the last part of a module's name: paths of our matrices inside a block, or outside of the blocks}."""
+    if config.model_type not in TABLES:  # a model of one's own goes by our names alone
+        return {}
     names: dict[str, set[str]] = {}
     for site in sites_of(config):
         path = site.placement.path

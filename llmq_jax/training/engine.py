@@ -127,6 +127,14 @@ def run(
     shown_on: TextOutput = sys.stdout if output is None else output
     keep_freed_memory()
 
+    # What fails before the first step leaves no folder behind, which another command would find taken.
+    first_means = None
+    if isinstance(folder, str | Path) and processes.share(processes.first() and not Path(folder).exists()):
+        if options.branch_from is not None:
+            branch_source(options)
+        elif options.evaluate_first:
+            assert evaluate is not None
+            first_means = evaluate(state.variables)
     opened: contextlib.AbstractContextManager[RunFolder | None]
     if isinstance(folder, str | Path):
         opened = open_folder(folder, options, config=config, may_change=may_change, model_config=model_config, **able)
@@ -148,6 +156,7 @@ def run(
             tokens_per_step=tokens_per_step,
             flops_per_token=flops_per_token,
             show=show,
+            first_means=first_means,
         )
         if run_folder is not None and run_folder.finished:
             result = loop.finished_before()
@@ -161,6 +170,25 @@ def run(
         report = report_text(result, path, further, next_commands if usable else ())
         print(report, file=shown_on, flush=True)
         return result
+
+
+def branch_source(options: RunOptions) -> Path:
+    """The checkpoint that `branch_from` names. BadInput where there is none, or none that leaves steps to do."""
+
+    def find() -> str:
+        source = str(options.branch_from)
+        found = find_checkpoint(source)
+        if found is None:
+            raise BadInput(f"branch_from is {source}, where no checkpoint is; name one, or the folder of a run")
+        step = read_info(found).step
+        if step >= options.steps:
+            raise BadInput(
+                f"branch_from is {found}, the state after step {step}, and steps is {options.steps}, which counts from "
+                "the other run's beginning; give more"
+            )
+        return str(found)
+
+    return Path(processes.share(processes.together(lambda: find() if processes.first() else None)))
 
 
 def count_tokens(batch: dict[str, Any]) -> int:
@@ -198,6 +226,8 @@ class _Loop:
     tokens_per_step: int | None
     flops_per_token: float | None = None
     show: Sequence[str] = ()
+    first_means: dict[str, float] | None = None
+    """Of the evaluation before the first step, where that is made already."""
     step: int = 0
     tokens: int = 0
     batch: Any = None
@@ -295,29 +325,15 @@ class _Loop:
 
     def branch(self, say: Callable[[str], None]) -> None:
         """Begin with the state of a checkpoint of another run, if the options name one."""
-        source = self.options.branch_from
-        if source is None:
+        if self.options.branch_from is None:
             return
-        found = processes.share(processes.together(lambda: self.to_branch_from(source) if processes.first() else None))
-        restored = restore_checkpoint(Path(found), _released(self.state))
+        found = branch_source(self.options)
+        restored = restore_checkpoint(found, _released(self.state))
         self.state, self.step, self.tokens = restored.state, restored.info.step, restored.info.tokens
         say(f"beginning with the state of {found}, after step {self.step}")
         model = json.loads(json_bytes(config_dict(self.model_config)))
-        if model and (differing := differences(read_config(Path(found)), model)):
+        if model and (differing := differences(read_config(found), model)):
             say(f"the model is configured otherwise than it was: {', '.join(differing)}")
-
-    def to_branch_from(self, source: str) -> str:
-        """The checkpoint that `branch_from` names. BadInput where there is none, or none that leaves steps to do."""
-        found = find_checkpoint(source)
-        if found is None:
-            raise BadInput(f"branch_from is {source}, where no checkpoint is; name one, or the folder of a run")
-        step = read_info(found).step
-        if step >= self.options.steps:
-            raise BadInput(
-                f"branch_from is {found}, the state after step {step}, and steps is {self.options.steps}, which counts "
-                "from the other run's beginning; give more"
-            )
-        return str(found)
 
     def read_back(self, step: int) -> Points:
         """Take up the figures up to a step, and return the learning rates. One process reads them for all, which must
@@ -356,7 +372,7 @@ class _Loop:
         if self.step < options.steps:
             self.make_batch()
         if self.saved is None and options.evaluate_first and options.branch_from is None:
-            self.evaluation()
+            self.evaluation(self.first_means)
         while self.step < self.options.steps:  # which an early stop lowers
             if self.profile.begins_with(self.step + 1):
                 jax.block_until_ready(self.state)
@@ -473,12 +489,12 @@ class _Loop:
         if options.due(options.sample_every, step):
             self.write_sample()
 
-    def evaluation(self) -> None:
-        """Evaluate this step, and record it."""
+    def evaluation(self, found: dict[str, float] | None = None) -> None:
+        """Evaluate this step, unless these means of it are found already, and record it."""
         patience = self.options.patience
         with self.time.on("evaluation", self.step):
             assert self.evaluate is not None
-            found = self.evaluate(self.state.variables)
+            found = self.evaluate(self.state.variables) if found is None else found
             # All processes go by the figures of one: they must save, and stop, at the same steps.
             means = processes.share({f"validation_{name}": float(value) for name, value in found.items()})
         if "validation_loss" in means:

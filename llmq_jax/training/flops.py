@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 
 from llmq_jax.layers.axes import EXPERTS, path_names
-from llmq_jax.models import abstract_variables
+from llmq_jax.models import abstract_variables, build
 from llmq_jax.models.deepseek3 import MTP
 
 
@@ -77,13 +77,14 @@ def token_flops(
 
 def passed_weights(config: Any, modules: int = 0, unembedded: float = 1.0) -> float:
     """Entries of the matrices that a token passes through; arguments as in `token_flops`."""
-    total = 0.0
+    total, experts = 0.0, build(config).experts
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_variables(config)["params"]):
         names = path_names(path)
         if names[0] == MTP and not modules:
             continue
         if names[-1] in EXPERTS and names[-1].endswith("kernel"):
-            total += leaf.size * config.experts.top_k / leaf.shape[-len(EXPERTS[names[-1]])]
+            assert experts is not None
+            total += leaf.size * experts.top_k / leaf.shape[-len(EXPERTS[names[-1]])]
         elif _is_head(names, config):
             total += leaf.size * (unembedded + modules)
         elif names[-1] == "kernel":

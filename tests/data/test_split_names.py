@@ -40,7 +40,14 @@ def test_words_as_the_beginning_of_a_file_s_name(tmp_path, word, name):
     }
 
 
-@pytest.mark.parametrize("names", [("gsm8k_train.jsonl", "gsm8k_test.jsonl"), ("a.train.jsonl.gz", "a-Test.en.jsonl")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("gsm8k_train.jsonl", "gsm8k_test.jsonl"),
+        ("a.train.jsonl.gz", "a-Test.en.jsonl"),
+        ("alpaca-train-00000-of-00001.jsonl", "alpaca-test-00000-of-00001.jsonl"),
+    ],
+)
 def test_words_as_the_end_of_a_file_s_name(tmp_path, names):
     assert split(made(tmp_path, *names)) == {"train": [names[0]], "test": [names[1]]}
 

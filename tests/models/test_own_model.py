@@ -10,6 +10,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import ARCHITECTURES
+from llmq_jax.training.roles import ROLES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_model.md").read_text()
 MARK = "<!-- executed by tests/models/test_own_model.py -->"
@@ -20,16 +21,18 @@ SIZES |= {"num_hidden_layers": 3, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_p
 @pytest.fixture(scope="module")
 def shown():
     """What the page defines; its entries are taken out again."""
-    before = dict(ARCHITECTURES)
+    before, roles = dict(ARCHITECTURES), dict(ROLES)
     scope: dict = {"__name__": "own_model"}
     for code in re.findall(rf"{re.escape(MARK)}\n```python\n(.*?)```", PAGE, re.DOTALL):
         exec(compile(code, "docs/own_model.md", "exec"), scope)
     yield scope
     for name in ARCHITECTURES.keys() - before.keys():
         del ARCHITECTURES[name]
+    for name in ROLES.keys() - roles.keys():
+        del ROLES[name]
 
 
-@pytest.mark.parametrize("name", ["CappedConfig", "ValueResidualConfig"])
+@pytest.mark.parametrize("name", ["CappedConfig", "ValueResidualConfig", "GainConfig"])
 def test_models_of_the_page_train_and_come_back(name, shown, tmp_path):
     config = shown[name](**SIZES)
     tokens = np.frombuffer(b"abcdefgh" * 200, np.uint8)
@@ -48,6 +51,21 @@ def test_models_of_the_page_train_and_come_back(name, shown, tmp_path):
     for token in made:
         assert int(lm.logits([prompt])[0, -1].argmax()) == token
         prompt.append(int(token))
+
+
+@pytest.mark.parametrize("name", ["CappedConfig", "ValueResidualConfig", "GainConfig"])
+def test_models_of_the_page_take_adapters(name, shown):
+    config = shown[name](**SIZES)
+    lm = lq.language_model.LanguageModel(config, lq.build(config), lq.init(config))
+    learner = lq.lora(lm, rank=2, targets="attention" if name != "ValueResidualConfig" else ("qkv",))
+    np.testing.assert_array_equal(learner.logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]))
+    assert lq.merge(learner).logits([[1, 2, 3]]).shape == (1, 3, 257)
+
+
+def test_gains_begin_as_the_model_that_they_join(shown):
+    gpt2 = lq.GPT2Config(**SIZES)
+    lm = lq.language_model.LanguageModel(gpt2, lq.build(gpt2), lq.init(gpt2))
+    np.testing.assert_allclose(shown["with_gains"](lm).logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]), atol=1e-5)
 
 
 def test_capped_logits_are_capped(shown):

@@ -79,7 +79,7 @@ def test_a_run_learns_and_leaves_what_it_promises(classifier, drawn):
     assert "test:       18 texts (12 ham, 6 spam)" in out
     assert "classes: ham, spam; the head is fresh" in out
     assert json.loads(Path("run/config.json").read_text())["options"]["steps"] == 40  # 5 times 8 batches
-    first, last = records()[0], [r for r in records() if "accuracy" in r][-1]
+    first, *_, last = [r for r in records() if "accuracy" in r]
     assert last["loss"] < 0.2 < first["loss"]
     assert [r["step"] for r in records() if "validation_accuracy" in r] == [0, 20, 40]
 
@@ -323,7 +323,7 @@ def test_tokens_are_those_of_the_texts(classifier, messages):
     _, out, _ = classifier("--steps", 2, "--batch-size", 63)
     assert 'llmq classify run --text "..."' in out
     training, _, _ = read_labelled(messages).without_duplicates().kept.stratified_split((0.7, 0.1, 0.2))
-    assert records()[0]["tokens"] == sum(map(len, training.texts))
+    assert next(r["tokens"] for r in records() if "loss" in r) == sum(map(len, training.texts))
 
 
 def test_labels_may_hold_anything(classifier, tmp_path):

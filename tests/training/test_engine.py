@@ -630,6 +630,7 @@ def test_a_branch_may_differ_in_all_but_its_arrays(whole, tmp_path):
 def test_what_no_run_can_branch_off_is_refused(source, changed, message, whole, tmp_path):
     with pytest.raises(BadInput, match=message):
         quiet(tmp_path / "branch", options=branching(whole / source, **changed))
+    assert not (tmp_path / "branch").exists()
 
 
 def test_a_resumed_run_holds_one_state(whole, tmp_path):
