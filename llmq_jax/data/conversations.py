@@ -5,7 +5,7 @@
     conversations                 ShareGPT's: [{"from": "system", "human" or "gpt", "value": text}, ...]
     prompt, completion            two strings, or two lists of messages
     text                          all in one, for training on all of it
-    question, answer              GSM8K's: two strings, which are a prompt and its completion
+    question, answer              GSM8K's: two strings, which are an instruction and its output
 
 Messages may have either spelling, wherever they stand.
 How they become text is in prompt_templates.py, how tokens and batches in instruction_batches.py.
@@ -52,7 +52,7 @@ class Conversation:
     where: str
     """The file and the row, for messages."""
     form: str
-    """One of FORMS. ShareGPT's conversations and two lists are "messages", a question and its answer are "prompt"."""
+    """One of FORMS. ShareGPT's conversations and two lists are "messages", a question and its answer are "alpaca"."""
     messages: tuple[Message, ...]
     """All messages, whatever the form: a prompt is the user's, what answers it the assistant's."""
     given: int = 0
@@ -111,7 +111,7 @@ def as_conversation(record: Record) -> Conversation:
     if form == "prompt":
         return _prompt_and_completion(record)
     if form == "question":
-        return Conversation(where, "prompt", _asked_and_answered(record, "question", "answer"), given=1)
+        return Conversation(where, "alpaca", _asked_and_answered(record, "question", "answer"), given=1)
     if form == "alpaca":
         given = record.text("input") if "input" in fields else ""
         messages = _asked_and_answered(record, "instruction", "output")

@@ -93,13 +93,14 @@ def test_prompt_and_completion(tmp_path):
 
 
 def test_question_and_answer(tmp_path):
-    """As a prompt and its completion, with a calculator's marks as they are; beside a form of its own they are no more
-    than other fields."""
+    """As an instruction and its output, with a calculator's marks as they are; beside a form of its own they are no
+    more than other fields."""
     answer = "48/2 = <<48/2=24>>24\n#### 24"
-    asked, prompt = read(tmp_path, {"question": "How many?", "answer": answer}, {"prompt": "a", "completion": "b"})
-    assert (asked.form, asked.given) == (prompt.form, prompt.given) == ("prompt", 1)
+    asked, told = read(tmp_path, {"question": "How many?", "answer": answer}, {"instruction": "a", "output": "b"})
+    assert (asked.form, asked.given) == (told.form, told.given) == ("alpaca", 1)
     assert asked.messages == (user("How many?"), assistant(answer))
-    assert learned(render(asked, "plain")) == [answer]
+    assert learned(render(asked, "alpaca")) == [answer]
+    assert default_template([asked], ByteTokenizer()) == "alpaca"
     for record in (PROMPT, ALPACA, CHAT, {"text": "x"}):
         (alone,), (beside,) = read(tmp_path, record), read(tmp_path, {**record, "question": "q", "answer": "a"})
         assert alone == beside
