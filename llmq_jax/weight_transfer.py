@@ -53,7 +53,8 @@ def with_config(
     wanted, there = _places(abstract_variables(config), config), _places(lm.variables, lm.config)
     drawn = _matching("fresh", fresh, wanted)
     origins = {name: renamed(name) for name in wanted}
-    left = [name for name in there if name not in origins.values()]
+    used = set(origins.values())
+    left = [name for name in there if name not in used]
     left_out = _matching("unused", unused, left)
     taken = {
         name: there[origin]

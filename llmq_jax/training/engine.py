@@ -127,9 +127,10 @@ def run(
     shown_on: TextOutput = sys.stdout if output is None else output
     keep_freed_memory()
 
-    # What fails before the first step leaves no folder behind, which another command would find taken.
+    # What fails before the first step leaves no folder behind, which another command would find taken. Several
+    # processes open it first: that tells whether they agree, and if they did not they would wait for one another here.
     first_means = None
-    if isinstance(folder, str | Path) and processes.share(processes.first() and not Path(folder).exists()):
+    if isinstance(folder, str | Path) and jax.process_count() == 1 and not Path(folder).exists():
         if options.branch_from is not None:
             branch_source(options)
         elif options.evaluate_first:
