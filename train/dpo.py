@@ -105,7 +105,7 @@ def dpo(options: Options) -> Any:
     from llmq_jax.data.records import record_files
     from llmq_jax.language_model import TextFiles, load
     from llmq_jax.objectives.preference import DPO
-    from llmq_jax.training import engine, step
+    from llmq_jax.training import engine, resuming, step
     from llmq_jax.training.metrics import printable
     from llmq_jax.training.parts import whole
     from llmq_jax.training.sharding import own_rows, row_share
@@ -154,7 +154,7 @@ def dpo(options: Options) -> Any:
     asked = (Path(options.out) / REFERENCE_FILE).exists()
     if not asked and options.reference is not None:
         reference = other_reference(options, source)
-    with engine.open_folder(options.out, run_options(options), **settings) as folder:
+    with resuming.open_folder(options.out, run_options(options), **settings) as folder:
         found = reference_logprobs(options, reference, parts, folder.path / REFERENCE_FILE)
         del reference  # a second model or, whole, the layers that were cut
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}

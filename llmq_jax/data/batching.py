@@ -5,6 +5,7 @@ Packing is planned once, from the lengths alone; batches are then built from the
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -122,6 +123,17 @@ def multi_token_rows(
     main = {"tokens": tokens[:, 0], "targets": targets[:, 0], "mask": mask[:, 0], "segment_ids": mask[:, 0]}
     ahead = {"tokens": tokens, "targets": targets, "mask": mask, "segment_ids": mask}
     return main | {f"ahead_{name}": array[:, 1:] for name, array in ahead.items()}
+
+
+def count_tokens(batch: dict[str, Any]) -> int:
+    """Tokens that are no padding: as many as `lengths` say, or those of `segment_ids`; without, the ones in `mask` or,
+    in batches of several parts, in every `..._mask`."""
+    if "lengths" in batch:
+        return int(np.sum(batch["lengths"]))
+    if "segment_ids" in batch:
+        return int(np.count_nonzero(batch["segment_ids"]))
+    masks = [array for name, array in batch.items() if name == "mask" or name.endswith("_mask")]
+    return sum(int(np.count_nonzero(mask)) for mask in masks) if masks else int(np.size(batch.get("tokens", ())))
 
 
 def _check_lengths(lengths: np.ndarray, limit: int) -> None:

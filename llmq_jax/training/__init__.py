@@ -1,7 +1,8 @@
 """How models are trained: optimizer, step, and the loop that runs them."""
 
 from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_checkpoint_variables
-from llmq_jax.training.engine import NonFiniteLoss, run
+from llmq_jax.training.engine import run
+from llmq_jax.training.failures import NonFiniteLoss
 from llmq_jax.training.flops import token_flops
 from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
 from llmq_jax.training.plots import plot_losses

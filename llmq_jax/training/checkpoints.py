@@ -34,7 +34,7 @@ from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
 from llmq_jax.layers.axes import axis_sizes, path_names, sharding_of
 from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
-from llmq_jax.training.processes import first, share, together, wait_for_all
+from llmq_jax.training.processes import first, of_first, share, together, wait_for_all
 
 Name = tuple[str, ...]
 """Of an array: its path in the state."""
@@ -191,7 +191,7 @@ class Checkpoints:
         """
         if step is None:
             # One process chooses for all: a file system may show another one less.
-            step = share(together(lambda: self._newest_whole(warn) if first() else None))
+            step = of_first(lambda: self._newest_whole(warn))
             return None if step is None else read_checkpoint(self.path(step), example)
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 
 class Pace:
     """Fed with every finished step. The clock starts when the first one is finished, so that compiling does not count;
-    nor do pauses (evaluation, samples, checkpoints), but for the time left, which they lengthen."""
+    nor do pauses (evaluation, samples, checkpoints), but for the time left, which they lengthen. `utilisation` is the
+    MFU of one token a second, where it is known: see flops.py."""
 
-    def __init__(self, steps: int, now: Callable[[], float] = time.perf_counter):
+    def __init__(self, steps: int, now: Callable[[], float] = time.perf_counter, utilisation: float | None = None):
         self._steps = steps
+        self._utilisation = utilisation
         self._now = now
         self._paused = 0.0
         self._first: tuple[int, int, float] | None = None  # step, tokens, time
@@ -50,6 +52,12 @@ class Pace:
             return None
         (tokens, seconds), self._marked = self._marked, (self.tokens, self.seconds())
         return (self.tokens - tokens) / max(self._marked[1] - seconds, 1e-9)
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        """Model FLOP utilisation at this speed, where it is known."""
+        if self._utilisation is None or tokens_per_second is None:
+            return None
+        return self._utilisation * tokens_per_second
 
     def seconds_left(self) -> float | None:
         if self._first is None or self.step == self._first[0]:

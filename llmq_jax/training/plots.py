@@ -15,7 +15,9 @@ from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, sho
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
 
-Points = list[tuple[int, float]]
+Point = tuple[int, float]
+"""(step, value)"""
+Points = list[Point]
 ACROSS = {"step": "steps", "tokens": "tokens seen", "seconds": "seconds of training"}
 """What curves may be drawn over, and what stands below the axis."""
 

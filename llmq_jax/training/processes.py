@@ -192,6 +192,11 @@ def together(action: Callable[[], Any]) -> Any:
     raise BadInput(said if faults[0] else f"process {int(faults.argmax())}: {said}")
 
 
+def of_first(action: Callable[[], Any]) -> Any:
+    """What process 0 finds, which JSON can hold, on all of them; or its BadInput."""
+    return share(together(lambda: action() if first() else None))
+
+
 def same(config: dict[str, Any], differences: Callable[[dict[str, Any], dict[str, Any]], list[str]]) -> None:
     """BadInput on all processes where one has other options or other data than process 0."""
     if jax.process_count() == 1:

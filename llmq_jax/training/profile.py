@@ -1,6 +1,7 @@
 """A trace of some steps by JAX's profiler: what device and host did, and for how long."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -26,9 +27,6 @@ class Profile:
         self.folder = folder
         self.running = self.done = False
 
-    def begins_with(self, step: int) -> bool:
-        return step == self.first <= self.last
-
     def ends_with(self, step: int) -> bool:
         return self.running and step == self.last
 
@@ -36,7 +34,11 @@ class Profile:
         """A context that shows a step in the trace; without one it does nothing."""
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
-    def start(self) -> None:
+    def begin(self, step: int, state: Any) -> None:
+        """Start if this step comes next and is the first one: once those before it are done, which make this state."""
+        if not step == self.first <= self.last:
+            return
+        jax.block_until_ready(state)
         assert self.folder is not None
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # a million calls, of compiling a step, would leave no room for what follows
@@ -50,8 +52,17 @@ class Profile:
         self.done = True
         return f"step {self.last}: profile saved"
 
+    def ended(self, step: int) -> str:
+        """The run goes no further than this step, in the middle of the trace or before it; what to say of it, if
+        anything."""
+        if self.running:
+            self.last = step
+        elif step < self.first <= self.last:
+            return f"no profile: the run stopped before step {self.first}"
+        return ""
+
     def close(self) -> None:
-        """The run ends, in the middle of the trace or not."""
+        """What is traced is written, the run having ended or failed."""
         if self.running:
             self.stop()
 

@@ -1,9 +1,10 @@
 """Everything a run tells the world: files in its folder, trackers, and the terminal."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from llmq_jax.atomic_files import full_disk
@@ -16,21 +17,43 @@ from llmq_jax.training.metrics import (
     drop_metrics_after,
     drop_samples_after,
     printable,
+    shown_loss,
 )
+from llmq_jax.training.pace import Pace
 from llmq_jax.training.progress import Status, TextOutput, make_progress
+from llmq_jax.training.report import device_memory_bytes
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.time_spent import TimeSpent
 from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases
+
+
+class Step(NamedTuple):
+    """A step that was handed to the device, whose metrics may not be there yet."""
+
+    step: int
+    tokens: int
+    """Of the whole run, up to this step."""
+    metrics: dict[str, Any]
 
 
 class Recorder:
     """Open what the options ask for, cut back to the step that the run starts from; a sample due at that step, which
     comes after its checkpoint, is to be written anew, and of a run that begins `anew` the evaluation, too. Without a
-    folder, the terminal alone."""
+    folder, the terminal alone, on which the metrics in `show` stand beside the loss."""
 
     def __init__(
-        self, folder: RunFolder | None, options: RunOptions, start: int, output: TextOutput, *, anew: bool = False
+        self,
+        folder: RunFolder | None,
+        options: RunOptions,
+        start: int,
+        output: TextOutput,
+        *,
+        anew: bool = False,
+        learning_rates: np.ndarray | None = None,
+        show: Sequence[str] = (),
     ):
+        self._options, self._learning_rates, self._show = options, learning_rates, show
         self._metrics = self._samples = None
         self._goes_on = options.on_full_disk == "continue"
         self._told = False
@@ -50,8 +73,22 @@ class Recorder:
                 self._trackers.append(WeightsAndBiases(options.wandb, folder.path, name, config))
         self._progress = make_progress(options.steps, output, start)
 
-    def step(self, status: Status, record: Record | None) -> None:
-        """A finished step, and its record where it is logged."""
+    def step(self, done: Step, figures: dict[str, float], pace: Pace, time: TimeSpent) -> None:
+        """A finished step, of which these metrics are read already; it is logged where that is due."""
+        rate = None if self._learning_rates is None else float(self._learning_rates[done.step - 1])
+        record = self._record(done, figures, rate, pace, time) if self._is_logged(done.step) else None
+        mean_speed = pace.tokens_per_second()
+        loss = shown_loss(figures)
+        assert loss is not None
+        status = Status(
+            step=done.step,
+            loss=loss,
+            learning_rate=rate,
+            tokens_per_second=mean_speed,
+            mfu=pace.mfu(mean_speed),
+            seconds_left=pace.seconds_left(),
+            shown=tuple((name, figures[name]) for name in self._show if name in figures),
+        )
         self._progress.update(status, logged=record is not None)
         if record is not None:
             self._write(record)
@@ -85,6 +122,28 @@ class Recorder:
         for each in closing:
             if each:
                 each.close()
+
+    def _is_logged(self, step: int) -> bool:
+        options = self._options
+        # With patience an evaluation may turn out to be the end, whose figures are logged.
+        may_be_last = options.patience is not None and options.due(options.evaluate_every, step)
+        return bool(options.log_every) and (step == 1 or may_be_last or options.due(options.log_every, step))
+
+    def _record(self, done: Step, figures: dict[str, float], rate: float | None, pace: Pace, time: TimeSpent) -> Record:
+        others = jax.device_get({name: value for name, value in done.metrics.items() if name not in figures})
+        speed = pace.since_mark()
+        of_device = {"mfu": pace.mfu(speed), "memory_bytes": device_memory_bytes()}
+        return {
+            "step": done.step,
+            "tokens": done.tokens,
+            "loss": figures["loss"],
+            **({} if rate is None else {"learning_rate": rate}),
+            **figures,
+            "tokens_per_second": speed,
+            **{name: value for name, value in of_device.items() if value is not None},
+            **time.since_mark(),
+            **others,
+        }
 
     def _write(self, record: Record) -> None:
         if self._metrics:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmq_jax.training.engine import NonFiniteLoss, all_finite
+from llmq_jax.training.failures import NonFiniteLoss, all_finite
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout
 from llmq_jax.training.state import TrainState

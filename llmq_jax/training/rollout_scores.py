@@ -58,7 +58,7 @@ class TextRewards:
             total, by_name = self.rewards(rollout.prompt_texts(), rollout.completions, columns, alone=alone)
             return total.tolist(), {name: values.tolist() for name, values in by_name.items()}
 
-        total, by_name = processes.share(processes.together(lambda: ask() if processes.first() else None))
+        total, by_name = processes.of_first(ask)
         return Scores(np.asarray(total, np.float32), {name: np.asarray(v, np.float32) for name, v in by_name.items()})
 
 

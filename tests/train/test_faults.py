@@ -159,7 +159,7 @@ from llmq_jax.training.time_spent import TimeSpent
 
 recipe, place, number, delay, *arguments = sys.argv[1:]
 left = int(number)
-on, resume = TimeSpent.on, engine._Loop.resume
+on, resume = TimeSpent.on, engine.resume
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -181,9 +181,9 @@ def fatal_part(self, part, *rest):
 
 def fatal_resume(*arguments):
     with fatal("resume"):
-        resume(*arguments)
+        return resume(*arguments)
 
-TimeSpent.on, engine._Loop.resume = fatal_part, fatal_resume
+TimeSpent.on, engine.resume = fatal_part, fatal_resume
 module = importlib.import_module(f"train.{recipe}")
 run(module.main, arguments, program=f"python -m train.{recipe}", defaults=getattr(module, "starting_options", None))
 """

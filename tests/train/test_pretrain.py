@@ -8,7 +8,7 @@ import tokenizers as hf_tokenizers
 
 import llmq_jax as lq
 from llmq_jax.data import read_documents
-from llmq_jax.training import engine
+from llmq_jax.training import resuming
 from tests.train.conftest import PRETRAINED
 from train.pretrain import RUNS, Options, starting_options
 
@@ -192,7 +192,7 @@ def test_a_run_that_goes_on_says_that_the_code_has_changed(pretrain, monkeypatch
     assert "code" not in pretrain(*options)[1]
     for digest, told in ((None, False), ("0123456789ab", True)):
         if digest:
-            monkeypatch.setattr(engine, "code_digest", lambda digest=digest: digest)
+            monkeypatch.setattr(resuming, "code_digest", lambda digest=digest: digest)
         Path("run/finished.json").unlink()
         code, out, _ = pretrain(*options)
         assert code == 0 and "resuming run from step 6" in out

@@ -16,10 +16,11 @@ import tiny_run
 from old_checkpoints import in_format_1
 from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
+from llmq_jax.data.batching import count_tokens
 from llmq_jax.errors import BadInput
 from llmq_jax.training import engine
 from llmq_jax.training.checkpoints import Checkpoints, load_checkpoint_variables
-from llmq_jax.training.engine import DiskFull, NonFiniteLoss, count_tokens
+from llmq_jax.training.failures import DiskFull, NonFiniteLoss
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions

@@ -14,7 +14,7 @@ from tiny_run import OPTIONS
 import llmq_jax as lq
 from bench.products import products_of
 from llmq_jax.layers import lora
-from llmq_jax.training import engine, flops
+from llmq_jax.training import flops, recorder
 from llmq_jax.training.flops import Peak, attention_flops, passed_weights, peak_of, token_flops, token_utilisation
 from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.parts import LORA
@@ -150,7 +150,7 @@ def trained(folder, **changed):
 
 
 def test_a_run_tells_its_utilisation_and_what_the_device_held(tmp_path, known, monkeypatch):
-    monkeypatch.setattr(engine, "device_memory_bytes", lambda: 12345)
+    monkeypatch.setattr(recorder, "device_memory_bytes", lambda: 12345)
     result, said, records = trained(tmp_path / "run", flops_per_token=1000.0)
     training = [record for record in records if "loss" in record]
     assert "mfu" not in training[0]  # nor is there a speed

@@ -1,0 +1,196 @@
+"""How a run comes to its state: from the newest checkpoint in its own folder, once its options are seen to be the same
+(resuming), or from a checkpoint of another run, whose options may be others (branching)."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llmq_jax.atomic_files import json_bytes
+from llmq_jax.errors import BadInput
+from llmq_jax.training import processes
+from llmq_jax.training.checkpoints import (
+    CheckpointInfo,
+    Checkpoints,
+    Restored,
+    config_dict,
+    find_checkpoint,
+    read_config,
+    read_info,
+    restore_checkpoint,
+)
+from llmq_jax.training.manifest import CorruptCheckpoint
+from llmq_jax.training.metrics import METRICS, read_metrics
+from llmq_jax.training.plots import Point, curve, training_curve
+from llmq_jax.training.report import RunResult
+from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest, differences
+from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.validation import LOSS, Validation
+
+
+def open_folder(
+    folder: str | Path,
+    options: RunOptions,
+    *,
+    config: dict[str, Any] | None = None,
+    may_change: Collection[str] = (),
+    model_config: Any = None,
+    evaluates: bool = True,
+    samples: bool = True,
+) -> RunFolder:
+    """The folder of a run, for those who have something to do there before `run`, which takes it in place of its path;
+    arguments are those of `run`, and whether it is given the two functions."""
+    options = options.resolved(evaluates=evaluates, samples=samples, saves=True)
+    described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
+    described[CODE] = code_digest()
+    may_change = [*may_change, CODE, *(f"options.{name}" for name in options.neutral)]
+    return RunFolder(folder, described, may_change=may_change)
+
+
+class Resumed(NamedTuple):
+    state: Any
+    info: CheckpointInfo
+    loss: float | None
+    """The training loss that was logged last."""
+
+
+def resume(
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    state: Any,
+    validation: Validation,
+    learning_rates: np.ndarray | None,
+    say: Callable[[str], None],
+) -> Resumed | None:
+    """The newest whole checkpoint in the place of `state`, whose arrays are freed; `validation` takes up the
+    evaluations before it. None where there is no checkpoint yet."""
+    checkpoints.remove_leftovers()
+    if processes.of_first(checkpoints.latest_step) is None:
+        if folder.resumed:
+            say(f"no checkpoint in {folder.path} yet: starting from the beginning")
+        return None
+    restored = checkpoints.restore(released(state), warn=say)
+    assert restored is not None
+    step = restored.info.step
+    history = read_history(folder, step, validation.name)
+    validation.take_up(history.judged, history.validation_losses)
+    check_rates(folder, history.learning_rates, learning_rates)
+    checkpoints.set_aside_after(step)
+    checkpoints.delete_old()  # the process that saved this one may have been killed before it did
+    say(f"resuming {folder.path} from step {step}")
+    if processes.first() and folder.code_changed:
+        say("the code has changed since this run began; results from here on may differ")
+    return Resumed(*restored, history.loss)
+
+
+def finished_result(
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    state: Any,
+    validation: Validation,
+    learning_rates: np.ndarray | None,
+) -> RunResult:
+    """The result of a run that was finished by an earlier process, with its last state in the place of `state`. Never
+    with that of an earlier step."""
+    report = folder.report()
+    history = History()
+    with contextlib.suppress(BadInput):  # of its records a finished run needs none
+        history = read_history(folder, report["step"], validation.name)
+    validation.take_up(history.judged, history.validation_losses)
+    check_rates(folder, history.learning_rates, learning_rates)
+    if report["step"] not in checkpoints.steps():
+        return RunResult(state=None, **report)
+    try:
+        restored = checkpoints.restore(released(state), report["step"])
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(
+            f"{folder.path} is finished, but {error}; or remove {folder.path / FINISHED}, and the same "
+            f"command goes on from the newest whole one"
+        ) from None
+    assert restored is not None
+    return RunResult(state=restored.state, **report)
+
+
+class History(NamedTuple):
+    """What metrics.jsonl has kept of a run."""
+
+    loss: float | None = None
+    """The training loss, as it was shown last."""
+    judged: Sequence[Point] = ()
+    validation_losses: Sequence[Point] = ()
+    learning_rates: Sequence[Point] = ()
+
+
+def read_history(folder: RunFolder, step: int, judged: str) -> History:
+    """The figures up to a step, with those named `judged`. One process reads them for all, which must come to the same
+    decisions."""
+
+    def read() -> tuple[float | None, list[list[Point]]]:
+        path = folder.path / METRICS
+        records = [record for record in (read_metrics(path) if path.exists() else []) if record["step"] <= step]
+        losses = training_curve(records)
+        return losses[-1][1] if losses else None, [curve(records, name) for name in (judged, LOSS, "learning_rate")]
+
+    loss, curves = processes.of_first(read)
+    return History(loss, *([(step, value) for step, value in points] for points in curves))
+
+
+def check_rates(folder: RunFolder, recorded: Sequence[Point], learning_rates: np.ndarray | None) -> None:
+    """A script may have another schedule than when it began the run, and not say so in `config`."""
+    if learning_rates is None:
+        return
+    for step, rate in recorded:
+        now = float(learning_rates[step - 1])
+        if not math.isclose(rate, now, rel_tol=1e-4, abs_tol=1e-12):
+            raise BadInput(
+                f"{folder.path} holds a run with another learning rate: {rate:.6g} in step {step}, where it "
+                f"would be {now:.6g}; give that schedule, or another folder"
+            )
+
+
+def branch(options: RunOptions, state: Any, model_config: Any, say: Callable[[str], None]) -> Restored:
+    """The checkpoint that `branch_from` names in the place of `state`, whose arrays are freed."""
+    found = branch_source(options)
+    restored = restore_checkpoint(found, released(state))
+    say(f"beginning with the state of {found}, after step {restored.info.step}")
+    model = json.loads(json_bytes(config_dict(model_config)))
+    if model and (differing := differences(read_config(found), model)):
+        say(f"the model is configured otherwise than it was: {', '.join(differing)}")
+    return restored
+
+
+def branch_source(options: RunOptions) -> Path:
+    """The checkpoint that `branch_from` names. BadInput where there is none, or none that leaves steps to do."""
+
+    def find() -> str:
+        source = str(options.branch_from)
+        found = find_checkpoint(source)
+        if found is None:
+            raise BadInput(f"branch_from is {source}, where no checkpoint is; name one, or the folder of a run")
+        step = read_info(found).step
+        if step >= options.steps:
+            raise BadInput(
+                f"branch_from is {found}, the state after step {step}, and steps is {options.steps}, which counts from "
+                "the other run's beginning; give more"
+            )
+        return str(found)
+
+    return Path(processes.of_first(find))
+
+
+def released(state: Any) -> Any:
+    """The shapes and places of a state whose arrays are freed: what is restored in its place need not fit beside it."""
+
+    def described(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    example = jax.tree.map(described, state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    return example

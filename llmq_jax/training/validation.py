@@ -1,0 +1,87 @@
+"""What a run is judged by: the mean that its evaluations return, the best step so far, and when to stop waiting for a
+better one (early stopping)."""
+
+from collections.abc import Mapping, Sequence
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training.checkpoints import JudgedBy
+from llmq_jax.training.plots import Point
+
+PREFIX = "validation_"
+"""Of what records call the means of an evaluation."""
+LOSS = f"{PREFIX}loss"
+
+
+class Validation:
+    """The evaluations of a run. `judged_by` is (mean, "lowest" or "highest"): which one tells how good a step is, and
+    which of its values is the best; `patience` is after how many evaluations without a new best to stop.
+
+    What a run begins from, at step `start`, is no step of its own: it has no checkpoint, and is never the best one.
+    """
+
+    def __init__(self, judged_by: JudgedBy, patience: int | None = None, start: int = 0):
+        if judged_by[1] not in ("lowest", "highest"):
+            raise BadInput(
+                f"judged_by is {judged_by!r}; it must be a mean that evaluate returns, and lowest or highest"
+            )
+        self.judged_by = judged_by
+        self.name = PREFIX + judged_by[0]
+        self.patience = patience
+        self.start = start
+        self.values: dict[int, float] = {}
+        """What the run is judged by, by step."""
+        self.losses: dict[int, float] = {}
+        """The validation loss, which need not be what it is judged by."""
+
+    def add(self, step: int, means: Mapping[str, float]) -> None:
+        """Note an evaluation. BadInput where there is nothing to be patient about."""
+        if LOSS in means:
+            self.losses[step] = means[LOSS]
+        if self.name in means:
+            if step > self.start:
+                self.values[step] = means[self.name]
+        elif self.patience is not None:
+            raise BadInput(
+                f"patience is {self.patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
+                "return it, or leave patience out"
+            )
+
+    def take_up(self, judged: Sequence[Point], losses: Sequence[Point]) -> None:
+        """The evaluations of a run that goes on: what it was judged by, and the validation losses."""
+        self.values = {step: value for step, value in judged if step > self.start}
+        self.losses = dict(losses)
+
+    def best_step(self) -> int | None:
+        """The earliest on a tie; None where no step was judged."""
+        return min(self.values, key=self.cost, default=None)
+
+    def best_loss(self) -> float | None:
+        """The validation loss of the best step, where that is what the run is judged by."""
+        best = self.best_step()
+        return None if best is None or self.name != LOSS else self.losses[best]
+
+    def cost(self, step: int) -> float:
+        """What a step is judged by, so that lower is better."""
+        return self.values[step] if self.judged_by[1] == "lowest" else -self.values[step]
+
+    def is_better(self, step: int, than: int | None) -> bool:
+        """Whether a step is judged to be better than another one, or than one that is unknown."""
+        return step in self.values and (than not in self.values or self.cost(step) < self.cost(than))
+
+    def patience_is_out(self) -> bool:
+        """Whether so many evaluations in a row brought no new best."""
+        best = self.best_step()
+        if best is None or self.patience is None:
+            return False
+        return sum(step > best for step in self.values) >= self.patience
+
+    def patience_text(self) -> str:
+        count = "1 evaluation" if self.patience == 1 else f"{self.patience} evaluations in a row"
+        return f"{count} without a new best; {self.best_text()}"
+
+    def best_text(self) -> str:
+        """ "best: validation reward 0.9000 at step 8"; "" where no step was judged."""
+        best = self.best_step()
+        if best is None:
+            return ""
+        return f"best: {self.name.replace('_', ' ')} {self.values[best]:.4f} at step {best:,}"
