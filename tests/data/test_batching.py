@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmq_jax.data import multi_token_rows, pack, packed_rows, pad
+from llmq_jax.data.batching import count_tokens
 from llmq_jax.errors import BadInput
 
 
@@ -122,3 +123,12 @@ def test_every_stream_learns_one_end_of_each_document(lengths, depth, shrink):
         for length, row, counts in zip(kept, targets, mask, strict=True):
             read = length - (depth if shrink else k)
             assert row[counts == 1].tolist() == [*range(k + 2, k + read + 1), 0]
+
+
+def test_tokens_are_counted_from_the_masks():
+    ones, some = np.ones((2, 3)), np.array([[1, 0, 0], [1, 1, 0]])
+    assert count_tokens({"tokens": ones, "mask": some}) == 3
+    assert count_tokens({"tokens": ones, "mask": some, "segment_ids": np.array([[1, 1, 2], [1, 2, 0]])}) == 5
+    assert count_tokens({"chosen_mask": some, "rejected_mask": np.ones((2, 3))}) == 9
+    assert count_tokens({"tokens": ones, "mask": np.ones(2), "lengths": np.array([3, 1])}) == 4
+    assert count_tokens({"tokens": ones}) == 6

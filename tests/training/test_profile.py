@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tiny_run
-from test_engine import assert_same_run, quiet, whole  # noqa: F401 (a fixture)
+from compared_runs import assert_same_run, quiet
 from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
 from llmq_jax.errors import BadInput
@@ -27,7 +27,7 @@ def traced_steps(folder):
     return found
 
 
-def test_these_steps_are_traced_and_nothing_else_changes(whole, tmp_path):  # noqa: F811
+def test_these_steps_are_traced_and_nothing_else_changes(whole, tmp_path):
     folder = tmp_path / "run"
     _, said = quiet(folder, options=replace(OPTIONS, profile="10:13"))
     assert traced_steps(folder) == [[10, 11, 12, 13]]
@@ -39,7 +39,7 @@ def test_these_steps_are_traced_and_nothing_else_changes(whole, tmp_path):  # no
     assert "profile" not in quiet(folder)[1].replace("profile/", "")  # finished, and nothing was traced
 
 
-def test_a_run_that_goes_on_traces_what_is_left_of_them(whole, tmp_path):  # noqa: F811
+def test_a_run_that_goes_on_traces_what_is_left_of_them(whole, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(StoppedBySignal):
         stop = Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)

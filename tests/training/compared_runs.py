@@ -1,0 +1,62 @@
+"""What the tests of runs ask of them: the tiny run, quietly, and whether two runs are the same."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import tiny_run
+
+from llmq_jax.training.checkpoints import Checkpoints
+from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
+
+
+def timeless(folder):
+    """The records of a run without what may differ between equal runs."""
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in TIME_FIELDS} for record in records]
+
+
+def state_at(folder, step):
+    return Checkpoints(folder / "checkpoints").restore(tiny_run.new_state(), step).state
+
+
+def final_state(folder):
+    return state_at(folder, json.loads((folder / "finished.json").read_text())["step"])
+
+
+def assert_same_run(one, other):
+    assert timeless(one) == timeless(other)
+    assert (one / "samples.txt").read_bytes() == (other / "samples.txt").read_bytes()
+    assert_same_arrays(final_state(one), final_state(other))
+    assert Checkpoints(one / "checkpoints").steps() == Checkpoints(other / "checkpoints").steps()
+
+
+def assert_same_arrays(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+def quiet(folder, *arguments, **named):
+    output = io.StringIO()
+    result = tiny_run.run(folder, *arguments, output=output, **named)
+    return result, output.getvalue()
+
+
+def flip_a_bit(checkpoint):
+    largest = max((path for path in checkpoint.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def broken_at(bad):
+    """For Batches: an error in the place of this batch."""
+
+    def before(step):
+        if step == bad:
+            raise RuntimeError(f"no batch {bad}")
+
+    return before

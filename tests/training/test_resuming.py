@@ -1,0 +1,216 @@
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import pytest
+import tiny_run
+from compared_runs import assert_same_arrays, assert_same_run, broken_at, final_state, flip_a_bit, quiet, timeless
+from tiny_run import OPTIONS, STEPS, Batches
+
+from llmq_jax.errors import BadInput
+from llmq_jax.training import engine
+from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.signals import StoppedBySignal
+
+
+@pytest.mark.exhaustive
+def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_path):
+    folder = tmp_path / "killed"
+    script = [sys.executable, tiny_run.__file__, str(folder)]
+    for kill in (
+        "step:3",  # before the first checkpoint
+        "torn:6",  # in the middle of a line of metrics.jsonl
+        "arrays:8",  # in a checkpoint: arrays written, no manifest
+        "manifest:8",  # manifest written, not renamed
+        "committed:8",
+        "orbax:12",  # 30 ms into a checkpoint
+        "deletion:12",  # in the middle of deleting an old checkpoint
+        "committed:20",  # the last one, before an older one is deleted
+        "plot",  # after the last checkpoint, before the run is marked as finished
+    ):
+        done = subprocess.run([*script, kill], capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (kill, done.stdout, done.stderr)
+    assert not (folder / "finished.json").exists()
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "from step 20" in done.stdout
+    assert_same_run(whole, folder)
+    assert json.loads((folder / "finished.json").read_text())["step"] == STEPS
+    assert not [name for name in os.listdir(folder / "checkpoints") if not name.isdigit()]
+
+
+def test_finished_run_says_so_and_returns_its_result(whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.*")}
+    result, said = quiet(whole, Batches(lambda step: pytest.fail("trained again")))
+    assert "is finished already; nothing to do" in said
+    assert (result.step, result.best_step is not None) == (STEPS, True)
+    assert_same_arrays(result.state, final_state(whole))
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.*") if path.name != "run.lock"} == {
+        path: time for path, time in before.items() if path.name != "run.lock"
+    }
+
+
+def test_another_schedule_is_another_run(whole, tmp_path):
+    """Whether it was stopped or is finished: a script that changes its rate alone would be given the old result."""
+    faster = tiny_run.optax.linear_schedule(0.1, 0.0, STEPS)
+    with pytest.raises(BadInput, match=r"another learning rate: 0\.05 in step 1, where it would be 0\.1; give that"):
+        quiet(whole, schedule=faster)
+    stopping = Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    with pytest.raises(StoppedBySignal):
+        quiet(tmp_path / "run", stopping)
+    with pytest.raises(BadInput, match="holds a run with another learning rate"):
+        quiet(tmp_path / "run", schedule=faster)
+    quiet(tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_damaged_newest_checkpoint_is_named_and_passed_over(whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(StoppedBySignal):
+        quiet(folder, Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 10 else None))
+    flip_a_bit(folder / "checkpoints" / "00000010")
+    _, said = quiet(folder)
+    warning, following = said.splitlines()[:2]
+    assert warning.startswith("warning: checkpoint") and "00000010 is damaged" in warning
+    assert following.endswith("from step 8")
+    assert (folder / "checkpoints" / "damaged-00000010").is_dir()
+    assert_same_run(whole, folder)
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_new_start(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(StoppedBySignal):
+        quiet(folder, Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None))
+    flip_a_bit(folder / "checkpoints" / "00000002")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(BadInput, match=r"no checkpoint in .* is whole"):
+        quiet(folder)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_torn_sample_of_the_checkpoints_step_is_written_anew(whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(9)))
+    samples = (folder / "samples.txt").read_text()
+    assert samples.startswith("step 8\n")
+    (folder / "samples.txt").write_text(samples[:14])
+    quiet(folder)
+    assert_same_run(whole, folder)
+
+
+def test_a_finished_run_needs_none_of_its_records(tmp_path):
+    quiet(tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text("{torn\n" * 3)
+    assert "is finished already; nothing to do" in quiet(tmp_path / "run")[1]
+
+
+def test_finished_run_never_shows_the_state_of_an_earlier_step(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    flip_a_bit(folder / "checkpoints" / "00000020")
+    with pytest.raises(BadInput, match=r"run is finished, but checkpoint .*00000020 is damaged.*finished\.json"):
+        quiet(folder)
+    (folder / "finished.json").unlink()  # as the message says
+    quiet(folder)
+    assert_same_run(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "00000020")
+    result, said = quiet(folder)
+    assert "is finished already" in said and (result.state, result.step) == (None, STEPS)
+
+
+def test_run_folder_of_the_caller_is_used_and_stays_locked(whole, tmp_path):
+    with RunFolder(tmp_path / "run", {"lr": 1}) as folder:
+        quiet(folder)
+        with pytest.raises(BadInput, match="another process"):
+            RunFolder(tmp_path / "run", {"lr": 1})
+        with pytest.raises(BadInput, match="config has no effect"):
+            quiet(folder, config={"lr": 2})
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_another_run_is_refused_and_neutral_options_may_change(whole):
+    with pytest.raises(BadInput, match=r"options.log_every 2 -> 5;"):
+        quiet(whole, options=replace(OPTIONS, log_every=5))
+    with pytest.raises(BadInput, match=r"model.width 8 -> 9;"):
+        quiet(whole, model_config={"width": 9})
+    quiet(whole, options=replace(OPTIONS, keep_last=7, plot=False, sample_every=3, evaluate_every=5))
+
+
+def branching(source, **changed):
+    return replace(OPTIONS, branch_from=str(source), **changed)
+
+
+def test_a_branch_of_a_run_goes_on_from_its_whole_state(whole, tmp_path):
+    """With equal options it is that run: dropout's key, the moments and the place in the data come along. Killed before
+    its first checkpoint it branches off once more, and after it goes on from its own."""
+    source, folder = tmp_path / "stopped", tmp_path / "branch"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(source, Batches(broken_at(9)))
+    for broken in (10, 14):
+        with pytest.raises(RuntimeError, match="no batch"):
+            quiet(folder, Batches(broken_at(broken)), branching(source))
+    shutil.rmtree(source)  # which it needs no more
+    result, said = quiet(folder, options=branching(source))
+    assert "from step 12" in said
+    assert_same_arrays(result.state, final_state(whole))
+    assert timeless(folder) == [record for record in timeless(whole) if record["step"] > 8]
+    assert result.tokens == timeless(whole)[-1]["tokens"]
+
+
+def test_a_branch_may_differ_in_all_but_its_arrays(whole, tmp_path):
+    at_16 = whole / "checkpoints" / "00000016"
+    said = quiet(tmp_path / "longer", options=branching(at_16, steps=24), model_config={"width": 8, "depth": 2})[1]
+    assert f"beginning with the state of {at_16}, after step 16" in said
+    assert "the model is configured otherwise than it was: depth (not set) -> 2" in said
+    slow = tiny_run.optax.linear_schedule(1e-3, 0.0, 24)
+    result, _ = quiet(tmp_path / "slow", options=branching(at_16, steps=24), schedule=slow)
+    assert (result.step, [r["step"] for r in timeless(tmp_path / "slow") if "loss" in r]) == (24, [18, 20, 22, 24])
+    result, _ = quiet(None, options=branching(at_16, checkpoint_every=0))
+    assert_same_arrays(result.state, final_state(whole))
+
+
+@pytest.mark.parametrize(
+    ("source", "changed", "message"),
+    [
+        ("nothing", {}, "branch_from is .*nothing, where no checkpoint is; name one, or the folder of a run"),
+        ("", {}, "00000020, the state after step 20, and steps is 20, which counts from the other run's beginning"),
+    ],
+)
+def test_what_no_run_can_branch_off_is_refused(source, changed, message, whole, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        quiet(tmp_path / "branch", options=branching(whole / source, **changed))
+    assert not (tmp_path / "branch").exists()
+
+
+def test_a_resumed_run_holds_one_state(whole, tmp_path):
+    """The one that it was given makes room for the one on the disk."""
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(9)))
+    given = tiny_run.new_state()
+    arguments = {"schedule": tiny_run.SCHEDULE, "evaluate": tiny_run.evaluate, "sample": tiny_run.sample}
+    arguments |= {"model_config": {"width": tiny_run.WIDTH}, "output": io.StringIO()}
+    result = engine.run(given, tiny_run.train_step, Batches(), OPTIONS, folder=folder, **arguments)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert_same_arrays(result.state, final_state(whole))
+
+
+def test_evaluations_may_come_at_other_steps_when_a_run_goes_on(whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(9)))
+    result, _ = quiet(folder, options=replace(OPTIONS, evaluate_every=7))
+    records = timeless(folder)
+    assert [record["step"] for record in records if "validation_loss" in record] == [4, 8, 14, 20]
+    training = [record for record in records if "loss" in record]
+    assert training == [record for record in timeless(whole) if "loss" in record]
+    assert_same_arrays(final_state(folder), final_state(whole))
+    assert result.best_step == STEPS
