@@ -71,7 +71,11 @@ def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def within_context(values: dict[str, Any], config_class: type[Gemma2Config]) -> dict[str, Any]:
-    """Without what a window has beyond the longest sequence, where it hides nothing."""
+    """Without what a window has beyond the longest sequence, where it hides nothing; and without a window that is null
+    where no layer has one."""
+    kinds = values.get("layer_types")
+    if values.get("sliding_window", 0) is None and isinstance(kinds, list) and LOCAL not in kinds:
+        values = {name: value for name, value in values.items() if name != "sliding_window"}
     window, longest = (getattr(config_class, name) for name in ("sliding_window", "max_position_embeddings"))
     window, longest = values.get("sliding_window", window), values.get("max_position_embeddings", longest)
     shorter = type(window) is type(longest) is int and window > longest

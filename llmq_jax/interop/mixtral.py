@@ -51,10 +51,11 @@ CONFIG = ConfigTable(
     config_class=MixtralConfig,
     architecture="MixtralForCausalLM",
     classifier="MixtralForSequenceClassification",
-    shared=GROUPED | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef"},
+    shared=GROUPED
+    | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef", "sliding_window"},
     other_names={"num_experts": "num_local_experts"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
-    fixed={"router_jitter_noise": 0.0, "sliding_window": None},
+    fixed={"router_jitter_noise": 0.0},
     own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
     # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
     ignored=frozenset({"output_router_logits"}),

@@ -471,5 +471,5 @@ def _in_slots(
 
 
 def slots_each(factor: float, assignments: int, num_experts: int) -> int:
-    """Slots of an expert: `factor` times what each would get if all got as many."""
-    return int(np.ceil(factor * assignments / num_experts))
+    """Slots of an expert: `factor` times what each would get if all got as many, and no more than there are in all."""
+    return min(int(np.ceil(factor * assignments / num_experts)), assignments)

@@ -104,13 +104,14 @@ class Experts:
         self._require(
             self.num_shared > 0 or not self.shared_weight, "shared_weight", "has no effect without num_shared"
         )
-        self._require(self.scaling_factor > 0, "scaling_factor", "must be positive")
+        self._require(0 < self.scaling_factor < math.inf, "scaling_factor", "must be positive, and finite")
         check_implementation(self.dispatch)
         given = self.capacity_factor is not None
         self._require(given or self.dispatch != "capacity", "capacity_factor", "is needed by dispatch='capacity'")
         self._require(not given or self.dispatch == "capacity", "capacity_factor", "needs dispatch='capacity'")
         positive = self.capacity_factor is None or self.capacity_factor > 0
         self._require(positive, "capacity_factor", "must be positive, or all is dropped")
+        self._require(self.capacity_factor != math.inf, "capacity_factor", "must be finite")
         if balance is not None:
             if balance.bias_rate and not self.selection_bias:
                 raise BadInput(f"balance: bias_rate={balance.bias_rate} moves a bias that needs selection_bias=true")

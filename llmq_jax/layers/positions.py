@@ -419,8 +419,11 @@ def _read(values: dict[str, Any], max_position_embeddings: int) -> Rope:
     values = {name: _as_kind(fields[name], value) for name, value in values.items()}
     if "original_max_position_embeddings" in fields:
         original = values.setdefault("original_max_position_embeddings", max_position_embeddings)
-        if rope_type in ("yarn", "longrope"):
-            values.setdefault("factor", max_position_embeddings / original)
+        ratio = max_position_embeddings / original
+        if rope_type == "yarn":
+            values.setdefault("factor", ratio)
+        elif rope_type == "longrope":  # whose factor scales attention alone, and up alone
+            values.setdefault("factor", max(ratio, 1.0))
     missing = [name for name, entry in fields.items() if entry.default is dataclasses.MISSING and name not in values]
     if missing:
         raise BadInput(f"rope_parameters lacks {' and '.join(missing)}, which rope_type {rope_type!r} needs")

@@ -1,10 +1,11 @@
 """Mixtral (Jiang et al. 2024, "Mixtral of Experts", arXiv:2401.04088): the classic sparse mixture of experts.
 
-Llama (grouped-query attention, RoPE, RMSNorm, SwiGLU) in which every feed-forward network is 8 experts, of which each
+Mistral (grouped-query attention, RoPE, RMSNorm, SwiGLU) in which every feed-forward network is 8 experts, of which each
 token passes through 2:
 - the router is a linear layer; softmax over all experts, the two largest renormalised to add up to 1 (section 2.1)
 - no token is dropped, no shared expert
 - in training a load-balancing loss over the tokens of all layers together (transformers' `router_aux_loss_coef`)
+- no window, unless a config has one, as early ones do
 
 Reference: transformers' `MixtralForCausalLM`. Deviations: none; its jitter on the router's input
 (`router_jitter_noise`) is not here.
@@ -17,23 +18,24 @@ from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.moe import Experts, experts_from, require_same_sizes
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import require
-from llmq_jax.models.llama3 import Llama3, Llama3Config
+from llmq_jax.models.llama3 import Llama3
+from llmq_jax.models.mistral import MistralConfig
 
 MIXTRAL_ROPE = Rope(rope_theta=1_000_000.0)
 
 
 @dataclass(frozen=True)
-class MixtralConfig(Llama3Config):
-    """What differs from Llama; the defaults are transformers'. Experts are told by its fields."""
+class MixtralConfig(MistralConfig):
+    """What differs from Mistral; the defaults are transformers'. Experts are told by its fields."""
 
     model_type: ClassVar[str] = "mixtral"
 
-    max_position_embeddings: int = 131072
-    num_key_value_heads: int | None = 8
     intermediate_size: int = 14336
     """Width of an expert."""
     rms_norm_eps: float = 1e-5
     rope_parameters: Rope | dict[str, Any] = MIXTRAL_ROPE
+    sliding_window: int | None = None
+    """Keys that a token sees, its own among them; None is all."""
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001

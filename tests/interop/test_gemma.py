@@ -361,6 +361,15 @@ def test_what_makes_no_sense_is_refused(changes, message):
     assert message in refused(config_from_hf, SMALL | changes)
 
 
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gemma2"])
+def test_a_file_of_global_layers_may_have_no_window(model_type):
+    values = {**SMALL, "model_type": model_type, "layer_types": [GLOBAL] * 7, "sliding_window": None}
+    config = config_from_hf(values)
+    assert config.layer_windows == (None,) * 7
+    assert transformers.AutoConfig.for_model(**values).sliding_window is None
+    assert config_from_hf(config_to_hf(config)) == config
+
+
 def test_a_window_longer_than_the_context():
     assert override(GEMMA3, layer_types=[GLOBAL] * 7, sliding_window=4096).sliding_window == 4096
     assert "sliding_window=65 must be at most max_position_embeddings=64" in refused(

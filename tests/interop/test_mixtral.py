@@ -260,6 +260,8 @@ def test_a_file_of_the_hub():
     assert written.items() >= {"sliding_window": None, "router_jitter_noise": 0.0, "num_local_experts": 8}.items()
     assert "rope_theta" not in written and "attention_bias" not in written and "experts" not in written
     assert config_from_hf(written) == config
+    early = config_from_hf(hub(sliding_window=4096))
+    assert early.layer_windows == (4096,) * 32 and config_from_hf(config_to_hf(early)) == early
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_spellings_of_rope(spelling, rope):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window": 4096}, "sliding_window=4096 is not supported, only None"),
+        ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported, only 0.0"),
         ({"num_experts_per_tok": 6}, "top_k=6 is more than num_experts=5"),
         ({"num_local_experts": 0}, "num_experts=0 must be at least 1"),

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 from functools import partial
 
@@ -141,6 +142,7 @@ def test_capacity_drops_the_last_tokens_of_a_full_expert_and_counts_them():
     (expected, _), _ = value_and_gradients("dense", x, kept, weights, experts)
     assert_close(mixed, expected)
     assert slots_each(1.25, 4096, 8) == 640
+    assert slots_each(100.0, 4096, 8) == 4096, "more slots than there is to hold"
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -323,6 +325,8 @@ def test_layers_are_counted_in_order():
         ({"capacity_factor": 1.0}, "capacity_factor=1.0 needs dispatch='capacity'"),
         ({"dispatch": "capacity"}, "capacity_factor=None is needed by dispatch='capacity'"),
         ({"dispatch": "capacity", "capacity_factor": 0.0}, "must be positive, or all is dropped"),
+        ({"dispatch": "capacity", "capacity_factor": math.inf}, "capacity_factor=inf must be finite"),
+        ({"scaling_factor": math.inf}, "scaling_factor=inf must be positive, and finite"),
         ({"dispatch": "sorted"}, "dispatch='sorted' is unknown"),
         ({"score": "tanh"}, "score='tanh'"),
         ({"activation": "tanh"}, "activation='tanh' is none of"),

@@ -209,6 +209,8 @@ def test_what_a_dict_leaves_out():
     assert rope_from({"rope_type": "dynamic", "factor": 2}, WIDTH, 128).original_max_position_embeddings == 128
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
     assert rope_from({"rope_type": "longrope", **factors}, WIDTH, 128).factor == 2.0
+    # As transformers: a longest row within the trained context is no reason to scale.
+    assert rope_from({"rope_type": "longrope", **factors}, WIDTH, 32).attention_scale == 1.0
 
 
 LLAMA3 = {"rope_type": "llama3", **PARAMETERS["llama3"]}

@@ -43,6 +43,7 @@ CONFIGS = {
         "tie_word_embeddings": True,
         "num_local_experts": 7,
         "num_experts_per_tok": 3,
+        "sliding_window": 7,
     },
 }
 
@@ -153,6 +154,7 @@ def test_exported_config_is_understood_by_transformers():
         tie_word_embeddings=True,
         num_local_experts=5,
         num_experts_per_tok=3,
+        sliding_window=7,
         router_aux_loss_coef=0.25,
     )
     values = config_to_hf(ours)
