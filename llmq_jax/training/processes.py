@@ -192,7 +192,8 @@ def share(value: Any) -> Any:
 
 
 def together(action: Callable[[], Any]) -> Any:
-    """Run on each process; where it is BadInput on one, all raise it, the first one's words."""
+    """Run on each process; where it is BadInput on one, or a file that cannot be had, all raise BadInput, in the first
+    one's words."""
     if jax.process_count() == 1:
         return action()
     from jax.experimental import multihost_utils
@@ -202,6 +203,10 @@ def together(action: Callable[[], Any]) -> Any:
         result = action()
     except BadInput as error:
         fault = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fault = f"{error.strerror}: {error.filename}"
     faults = np.asarray(multihost_utils.process_allgather(np.int32(bool(fault))))
     if not faults.any():
         return result

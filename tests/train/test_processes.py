@@ -131,6 +131,13 @@ def test_processes_with_other_meshes_stop_at_the_start(begin, folder):
 
 
 @pytest.mark.exhaustive
+def test_a_folder_that_cannot_be_made_stops_both_at_once(begin, folder):
+    (folder / "file").touch()
+    for code, _, fault in ended(two(begin, "file/run")):
+        assert code == 2 and f"error: Not a directory: {folder / 'file' / 'run'}" in fault, fault
+
+
+@pytest.mark.exhaustive
 def test_processes_that_are_told_other_numbers_of_them_stop_at_the_start(begin, folder):
     at = ("--coordinator", f"127.0.0.1:{free_port()}")
     processes = [begin("numbers", *at, "--processes", str(2 + i), "--process", str(i)) for i in range(2)]
