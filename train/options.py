@@ -184,11 +184,12 @@ def on_devices(recipe: Callable) -> Callable:
             use_device(options.device)
             stack.enter_context(one_speaks())
             mesh = mesh_of(options)
-            same({"mesh": mesh}, differences)  # processes with other meshes would wait for one another
-            if mesh and not options.layout:  # which needs no devices
+            # Processes with other meshes would wait for one another; how many there are is what process 0 says.
+            same({"mesh": mesh, "processes": options.processes}, differences)
+            if mesh is not None and not options.layout:  # which needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()
-            if devices > 1 and not (mesh or options.pmap or getattr(options, "preview", False)):
+            if devices > 1 and not (mesh is not None or options.pmap or getattr(options, "preview", False)):
                 of_prompts = hasattr(options, "prompts_per_step")
                 rows = "--prompts-per-step times --group-size" if of_prompts else "--batch-size"
                 print(
@@ -205,9 +206,9 @@ def mesh_of(options: TrainingOptions) -> str | None:
     """The mesh that the options ask for: of several processes all devices, however they are used."""
     import jax
 
-    if options.pmap and options.mesh:
+    if options.pmap and options.mesh is not None:
         raise BadInput("--mesh has no effect with --pmap; leave one of them out")
-    if jax.process_count() == 1 or options.mesh:
+    if jax.process_count() == 1 or options.mesh is not None:
         return options.mesh
     if options.pmap:
         raise BadInput(f"--pmap is for one process, and here are {jax.process_count()}; use --mesh in its place")
@@ -276,7 +277,8 @@ def devices_of(options: TrainingOptions) -> dict[str, int]:
 
     from llmq_jax.training import sharding
 
-    return sharding.mesh_sizes((f"data={jax.device_count()}" if options.pmap else mesh_of(options)) or "data=1")
+    mesh = f"data={jax.device_count()}" if options.pmap else mesh_of(options)
+    return sharding.mesh_sizes("data=1" if mesh is None else mesh)
 
 
 def row_parts(options: TrainingOptions) -> int:

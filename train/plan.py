@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from llmq_jax.command_line import default_is, run, use_device
 from llmq_jax.errors import BadInput
-from train.options import TrainingOptions
+from train.options import LONGEST_CONTEXT, TrainingOptions, context_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
     """Devices along the axes data, fsdp, expert and tensor, as data=2,fsdp=4: see docs/scaling.md."""
     batch_size: Annotated[int | None, default_is("one window a device and micro-batch")] = None
     """Windows in a batch."""
-    context: Annotated[int | None, default_is("the model's")] = None
+    context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a window."""
     accumulate: int = TrainingOptions.accumulate
     """Cut each batch into this many parts, whose gradients add up."""
@@ -65,7 +65,7 @@ def main(options: Options) -> int:
         config,
         sizes,
         batch_size=options.batch_size or options.accumulate * row_devices(sizes),
-        context=options.context or config.max_position_embeddings,
+        context=context_of(options, config),
         accumulate=options.accumulate,
         dtype=options.dtype,
         remat=options.remat,

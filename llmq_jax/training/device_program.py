@@ -102,7 +102,7 @@ class Device(Partitioner):
         def measure(part: str, more: Counter[str]) -> None:
             found = Counter({UNSUMMED: unsummed} if unsummed else {}) + more
             for value, size in live.items():
-                found[self.label(value, value in crossing)] += size
+                found[self.label(value, born.get(value), value in crossing)] += size
             if found.total() > most.get(part, Counter()).total():
                 most[part] = found
 
@@ -130,12 +130,15 @@ class Device(Partitioner):
             measure("", Counter({UNSUMMED: summed}))
         return most
 
-    def label(self, value: Value, kept: bool) -> str:
-        """`kept`: for another part of the step."""
+    def label(self, value: Value, born: str | None, kept: bool) -> str:
+        """`born`: the part of the step that makes it, None before all; `kept`: for another part."""
         if value.label:
             return value.label
         if self.is_weight(value) and self.depth < self.passes:
-            return GRADIENTS if value.aval.dtype == "float32" else COPIES
+            lower = value.aval.dtype != "float32"
+            # Going forward, what has a weight's shape may be an activation, as where a window is as long as it is wide.
+            if born != FORWARD or (lower and value.source is not None and self.is_weight(value.source)):
+                return COPIES if lower else GRADIENTS
         if value.aval.shape[-1:] == (self.vocabulary,) and not self.is_weight(value):
             return LOGITS
         return KEPT if kept else WORKING

@@ -140,7 +140,8 @@ class Partitioner:
     def summed(self, op: Operation, out: Value, axes: Sequence[str]) -> None:
         """Partial sums over these axes are added up. A gradient ends divided as its weight is."""
         whole = now = self.bytes(out)
-        out.gradient = self.is_weight(out) and not {DATA, FSDP} & set(axes_in(out.spec))
+        of_rows = list(axes) != [TENSOR]  # which divides no rows: what it adds up are activations
+        out.gradient = self.is_weight(out) and of_rows and not {DATA, FSDP} & set(axes_in(out.spec))
         if out.gradient:
             self.divide_as_weight(out)
             if FSDP in axes and FSDP in axes_in(out.spec):
@@ -311,6 +312,9 @@ class Partitioner:
                 carry, self.sent = found, sent
         self.rounds, self.backward = outside
         stacked = [((), *(out.spec or out.wanted or ((),) * len(out.aval.shape))) for out in results[count:]]
+        slices = dict(zip(inner, op.inputs, strict=True))
+        for each, out in zip(results[count:], op.outputs[count:], strict=True):
+            out.source = slices.get(each.source)
         self.close(op, [*carry, *stacked], lives)
 
     def rule_while(self, op: Operation) -> None:

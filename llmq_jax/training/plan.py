@@ -53,6 +53,7 @@ ROWS = (
     *(LOGITS, GATHERED, UNSUMMED, WORKING),
 )
 GROWTH = (2, 4, 8, 16, 32)  # of the number of devices, where nothing else helps
+OPTIONS = ("moments", "attention", "dtype", "accumulate", "remat")  # that change, the one to be rid of first in front
 WORTH = 0.97  # A change that leaves more of the total than this is none.
 
 
@@ -172,6 +173,7 @@ def _variants(run: Run) -> list[list[Run]]:
         [replace(run, remat=remat) for remat in remats[remats.index(run.remat) + 1 :]],
         [replace(run, accumulate=n) for n in range(run.accumulate + 1, rows + 1) if rows % n == 0],
         [replace(run, dtype="bfloat16")] if run.dtype == "float32" else [],
+        [replace(run, attention="blocked")] if run.attention != "blocked" else [],
         [replace(run, moments="bfloat16")] if run.moments == "float32" else [],
         [
             replace(run, sizes={**run.sizes, "data": data // n, "fsdp": fsdp * n})
@@ -218,7 +220,7 @@ def _combined(given: Plan, memory: int) -> list[Change]:
             break
     else:
         return []
-    for name in ("moments", "dtype", "accumulate", "remat"):
+    for name in OPTIONS:
         if getattr(best.run, name) != getattr(given.run, name):
             found = _planned(replace(best.run, **{name: getattr(given.run, name)}))
             best = found if found and found.total <= memory else best
@@ -229,7 +231,7 @@ def words(before: Run, after: Run) -> str:
     """The options that differ, as one would write them."""
     options = [
         f"--{name} {getattr(after, name)}"
-        for name in ("remat", "accumulate", "dtype", "moments")
+        for name in reversed(OPTIONS)
         if getattr(after, name) != getattr(before, name)
     ]
     if after.batch_size != before.batch_size:
@@ -280,6 +282,9 @@ def changes_text(given: Plan, memory: int) -> str:
     """What to change, one line each."""
     found = changes(given, memory)
     if not found:
-        return f"no change that was tried makes it fit, nor all of them on {GROWTH[-1]} times the devices"
+        return (
+            f"no change that was tried makes it fit, nor all of them on {GROWTH[-1]} times the devices; choose a "
+            "shorter --context or a smaller model"
+        )
     lines = ["what makes it fit, each alone:" if len(found) > 1 else "what makes it fit:"]
     return "\n".join([*lines, *(f"  {change.words}: {change.plan.total / 2**30:.2f} GiB" for change in found)])

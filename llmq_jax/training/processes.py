@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -73,14 +74,19 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
         where = f"the coordinator that {cluster} tells of"
     else:
         host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal():
-            raise BadInput(f"--coordinator is {coordinator!r} and must be the address of process 0, HOST:PORT")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise BadInput(
+                f"--coordinator is {coordinator!r} and must be the address of process 0, HOST:PORT, with a port from 1 "
+                "to 65535"
+            )
         if processes is None or process is None:
             raise BadInput("--coordinator needs --processes, how many there are, and --process, which one this is")
         if processes < 2:
             raise BadInput(f"--processes is {processes}, and one needs no --coordinator; leave it out")
         if not 0 <= process < processes:
             raise BadInput(f"--process is {process} and must be from 0 to {processes - 1}, one less than --processes")
+        if process == 0:
+            _check_port(coordinator, int(port))
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
         where = f"the coordinator at {coordinator}"
     if CLUSTERS["SLURM"] in os.environ:
@@ -94,6 +100,18 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
                 f"processes cannot be joined: {said}; give --coordinator, --processes and --process, or --processes 1"
             ) from None
     return True
+
+
+def _check_port(coordinator: str, port: int) -> None:
+    """BadInput where process 0 cannot listen there. JAX would tell of it in words of its C++; and where another process
+    0 of this machine is there already, both would share the port, and be ended by a signal."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise BadInput(
+            f"--coordinator {coordinator}: process 0 cannot listen at port {port} of its machine ({error.strerror}); "
+            "give all processes another port, and each its own --process"
+        ) from None
 
 
 def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
@@ -174,7 +192,8 @@ def share(value: Any) -> Any:
 
 
 def together(action: Callable[[], Any]) -> Any:
-    """Run on each process; where it is BadInput on one, all raise it, the first one's words."""
+    """Run on each process; where it is BadInput on one, or a file that cannot be had, all raise BadInput, in the first
+    one's words."""
     if jax.process_count() == 1:
         return action()
     from jax.experimental import multihost_utils
@@ -184,6 +203,10 @@ def together(action: Callable[[], Any]) -> Any:
         result = action()
     except BadInput as error:
         fault = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fault = f"{error.strerror}: {error.filename}"
     faults = np.asarray(multihost_utils.process_allgather(np.int32(bool(fault))))
     if not faults.any():
         return result

@@ -194,5 +194,5 @@ def layout_text(variables: dict[str, Any], sizes: Mapping[str, int]) -> str:
     for row in rows:
         lines.append(f"{row.name:{names}}  {list(row.shape)!s:{shapes}}  {row.axes:{axes}}  {row.bytes_per_device:16,}")
     devices, total = math.prod(sizes.values()), sum(row.bytes_per_device for row in rows)
-    lines.append(f"{devices} devices, {total:,} bytes of parameters on each")
+    lines.append(f"{devices} device{'s' if devices > 1 else ''}, {total:,} bytes of parameters on each")
     return "\n".join(lines)

@@ -30,6 +30,19 @@ def test_a_plan_without_devices(planned):
     assert lines[-1].endswith("on each of 8 devices: fits 80 GiB")
 
 
+def test_a_window_is_as_long_as_the_recipe_makes_it(planned):
+    code, out, _ = planned("--preset", "llama3.2-1b")  # which takes 131,072 tokens
+    assert code == 0
+    assert planned("--preset", "llama3.2-1b", "--context", 1024)[1] == out
+
+
+def test_attention_block_by_block_is_among_what_makes_a_run_fit(planned):
+    words = ("--preset", "llama3.2-1b", "--mesh", "fsdp=8", "--context", 8192, "--dtype", "bfloat16", "--remat", "full")
+    code, out, _ = planned(*words, "--device-memory", 10)
+    assert code == 1
+    assert "\n  --attention blocked: 7." in out
+
+
 def test_what_to_change(planned):
     code, out, _ = planned("--preset", "llama-10m", "--batch-size", 4, "--device-memory", 0.3)
     assert code == 1

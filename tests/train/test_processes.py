@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.processes import gpus_of_task
+from llmq_jax.training.processes import gpus_of_task, joined
 from tests.devices import with_devices
 from tests.train.test_mesh import ROOT, SIZES, TELLS, free_port, records
 
@@ -130,6 +131,23 @@ def test_processes_with_other_meshes_stop_at_the_start(begin, folder):
 
 
 @pytest.mark.exhaustive
+def test_a_folder_that_cannot_be_made_stops_both_at_once(begin, folder):
+    (folder / "file").touch()
+    for code, _, fault in ended(two(begin, "file/run")):
+        assert code == 2 and f"error: Not a directory: {folder / 'file' / 'run'}" in fault, fault
+
+
+@pytest.mark.exhaustive
+def test_processes_that_are_told_other_numbers_of_them_stop_at_the_start(begin, folder):
+    at = ("--coordinator", f"127.0.0.1:{free_port()}")
+    processes = [begin("numbers", *at, "--processes", str(2 + i), "--process", str(i)) for i in range(2)]
+    for code, _, fault in ended(processes):
+        assert code == 2, fault
+        assert "process 1: has other options or data than process 0: processes 2 -> 3" in fault
+    assert not (folder / "numbers").exists()
+
+
+@pytest.mark.exhaustive
 def test_a_cluster_is_found_and_what_cannot_be_is_told(begin, folder):
     slurm = {
         "SLURM_JOB_ID": str(free_port()),
@@ -164,6 +182,16 @@ def test_a_coordinator_that_does_not_answer():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and "did not bring the processes together within 3 s" in done.stderr, done.stderr
     assert done.stderr.count("error:") == 1
+
+
+def test_a_port_that_cannot_be_listened_at_is_told_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BadInput, match=f"process 0 cannot listen at port {port} .*already in use"):
+            joined(f"127.0.0.1:{port}", 2, 0).__enter__()
+    for port in (0, 99999):
+        with pytest.raises(BadInput, match="HOST:PORT, with a port from 1 to 65535"):
+            joined(f"127.0.0.1:{port}", 2, 1).__enter__()
 
 
 def test_the_error_of_one_process_is_told_while_others_go_on():

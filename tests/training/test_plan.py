@@ -172,6 +172,16 @@ def test_sums_by_hand():
     assert along == pytest.approx(2 * (2 + 5) * 6 * 8 * 32 * 384 * 4 / 2, rel=0.001)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_window_as_long_as_it_is_wide_is_none_of_the_weights(dtype):
+    sizes = sharding.mesh_sizes("tensor=8")
+    square, other = (plan(Run(lq.preset("llama3.2-1b"), sizes, 1, length, dtype=dtype)) for length in (2048, 2040))
+    assert square.sent.keys() == other.sent.keys() == {("all-reduce of activations", "tensor")}
+    for part, found in square.parts.items():
+        for kind, size in found.items():
+            assert size == pytest.approx(other.parts[part][kind], rel=0.02, abs=2**24), (part, kind)
+
+
 def test_deepseek_by_hand():
     found = plan(Run(lq.preset("deepseek-v3"), sharding.mesh_sizes("fsdp=32,tensor=8,expert=8"), 256, 4096))
     layers, experts = 58 + 1, 256 * 3 * 7168 * 2048  # one of them looks a token ahead
@@ -216,7 +226,7 @@ def test_no_change_is_enough(monkeypatch):
     monkeypatch.setattr("llmq_jax.training.plan.GROWTH", (2,))
     options = {"accumulate": 2, "dtype": "bfloat16", "remat": "full", "moments": "bfloat16"}
     least = plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes("data=1"), 2, 256, **options))
-    assert changes_text(least, 1000).endswith("nor all of them on 2 times the devices")
+    assert "nor all of them on 2 times the devices; choose a shorter --context" in changes_text(least, 1000)
 
 
 @pytest.mark.parametrize(
