@@ -11,7 +11,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,14 @@ LAYOUTS = {
         tied={"output.weight": "token_embd.weight"},
     ),
 }
+
+
+def in_halves(table: WeightTable) -> WeightTable:
+    """The table with the rows of queries and keys as transformers has them: what llama.cpp does of other models."""
+    plain = (
+        entry._replace(transform=Transform(entry.transform.merge, entry.transform.transposed)) for entry in table.rules
+    )
+    return replace(table, rules=tuple(plain))
 
 
 def write_fields(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
