@@ -1,6 +1,7 @@
 """Llama's weights and config in the layouts that its checkpoints come in.
 
 - `hf`: transformers' `LlamaForCausalLM`. Linear layers are torch's, stored (out, in). A tied head is not in the file.
+  Files of `LlamaModel`, which has no head, leave out the prefix `model.`.
 - `original`: the model of the PyTorch repository that this project re-implements. Its head and its embedding are one
   tensor under two names, its attention's output has a bias and nothing else does (with `attention_bias=True` the other
   biases are zeros, as transformers needs them), and its feed-forward network's `lin1` is the gate, `lin_gate` the other
@@ -64,6 +65,7 @@ LAYOUTS = {
             SCORE,
         ),
         ignorable=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
+        optional_prefix="model.",
         tied={"lm_head.weight": "model.embed_tokens.weight"},
     ),
     "original": WeightTable(
