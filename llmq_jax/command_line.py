@@ -241,7 +241,7 @@ def _parse(options: type, arguments: list[str], program: str, default: Any) -> A
             )
     except SystemExit as exit:
         if exit.code:
-            raise BadInput(_one_line(complained.getvalue(), arguments, program)) from None
+            raise BadInput(_one_line(complained.getvalue(), options, arguments, program)) from None
         print(said.text().replace(DESCRIPTION, _description(options), 1), end="")
         raise
     return _as(options, parsed)
@@ -334,7 +334,7 @@ def _check_names(options: type, arguments: list[str], program: str) -> None:
             raise BadInput(f'unknown option {name}: {hint}ee "{program} --help"')
 
 
-def _one_line(box: str, arguments: list[str], program: str) -> str:
+def _one_line(box: str, options: type, arguments: list[str], program: str) -> str:
     """tyro's box retold as one line. Its sections are parted by rules: the fault, the option's help text, a footer.
 
     The frame is drawn in the characters of the stream: "╭─ Title ──╮" and "│ text │", or " Title", a rule, "  text".
@@ -354,7 +354,9 @@ def _one_line(box: str, arguments: list[str], program: str) -> str:
         count = "a value" if match[2] == "1" else f"{match[2]} values"
         return f"{match[1]} needs {count}: {see}"
     if match := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*)\)", text):
-        choices = [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
+        choices = _in_order(
+            options, match[2], [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
+        )
         return f"{match[2]} cannot be {match[1]!r}: choose from {', '.join(choices)}"
     if (match := re.match(r"Error parsing (\S+?): ", text)) and len(explanation) > 1:
         wanted = explanation[1].strip().removeprefix(match[1]).strip()
@@ -363,6 +365,13 @@ def _one_line(box: str, arguments: list[str], program: str) -> str:
     if match := re.match(r"Unrecognized options: (.*)", text):
         return f"no option takes {match[1]!r}: {see}"
     return f"{text}: {see}"
+
+
+def _in_order(options: type, name: str, choices: list[str]) -> list[str]:
+    """An option's choices in the order that it has them in: of one that may be None, tyro tells them in any."""
+    hint = typing.get_type_hints(options).get(name.removeprefix("--").replace("-", "_"))
+    declared = [value for part in (hint, *typing.get_args(hint)) for value in typing.get_args(part)]
+    return [value for value in declared if value in choices] or choices
 
 
 def _values_after(option: str, arguments: list[str]) -> str:

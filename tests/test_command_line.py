@@ -168,7 +168,22 @@ def test_bad_input_is_one_line_and_code_2(case, capsys):
 def test_no_box_gets_through_whatever_tyro_says(capsys):
     """A complaint that `_one_line` has no words of its own for still becomes one line without frames."""
     box = "╭─ News ─────╮\n│ Something  │\n│ happened.  │\n│ ────────── │\n│ Footer     │\n╰────────────╯\n"
-    assert command_line._one_line(box, [], "bake") == 'Something happened.: see "bake --help"'
+    assert command_line._one_line(box, Options, [], "bake") == 'Something happened.: see "bake --help"'
+
+
+def test_choices_are_told_in_their_order(capsys):
+    """Of an option that may be None, too."""
+
+    @dataclass(frozen=True)
+    class Stirring:
+        tool: Literal["whisk", "spoon", "fork", "knife", "hands"] | None = None
+
+    def stir(options: Stirring) -> None:
+        print(options)
+
+    assert run(["--tool", "saw"], stir) == 2
+    fault = "error: --tool cannot be 'saw': choose from whisk, spoon, fork, knife, hands\n"
+    assert capsys.readouterr().err == fault
 
 
 def test_defaults_come_from_a_preset_and_explicit_options_win(capsys):

@@ -41,6 +41,13 @@ def test_a_config_of_ones_own_brings_its_model(gpt2, shown):  # noqa: F811
     np.testing.assert_array_equal(replaced.logits(TOKENS), capped.logits(TOKENS))
 
 
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 5}, None, lq.GPT2Config])
+def test_what_is_no_config_is_told(gpt2, config):
+    for take in (lambda: lq.with_config(gpt2, config), lambda: gpt2.replace(config=config)):
+        with pytest.raises(BadInput, match=r"is no config of a model: give an instance"):
+            take()
+
+
 def test_layers_are_taken_from_whatever_stacks_they_stand_in(gpt2, shown):  # noqa: F811
     """The page's model has its first layer in a stack of its own, and queries, keys and values in no module."""
     config = shown["ValueResidualConfig"](**vars(GPT2))

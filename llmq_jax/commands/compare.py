@@ -29,10 +29,10 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from llmq_jax.commands.tables import print_table
     from llmq_jax.training.plots import plot_comparison, read_records, run_names
     from llmq_jax.training.run_folder import what_differs
 
@@ -57,7 +57,7 @@ def main(options: Options) -> None:
         table.add_row(*map(Text, (name, *cells(name, records, judge, options.metric))))  # brackets are no style
     if options.metric is not None:
         print(options.metric)
-    Console().print(table)
+    print_table(table)
     if differing := what_differs(folders):
         apart = Table("differing in", box=None, header_style="bold", pad_edge=False)
         for name in names:
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
             cut = [value if len(value) <= LONGEST else f"{value[:LONGEST]}…" for value in values]
             apart.add_row(option, *map(Text, cut))
         print()
-        Console().print(apart)
+        print_table(apart)
     if options.out is not None:
         means = {None if judge is None else judge[0] for judge in judges}
         (agreed,) = means if len(means) == 1 else (None,)

@@ -6,7 +6,7 @@
 
 A text goes by once, in consecutive windows of the model's context; every token but the first is predicted, from what
 stands before it in its window. The documents of a file with several of them are joined by the end-of-text token. A
-folder is one text, so that one with several splits (train.jsonl beside test.jsonl) is refused.
+folder is one text: of one with several splits (train.jsonl beside test.jsonl), --split says which.
 Bits per byte are those of all predicted tokens, over all bytes of the text.
 
 Tasks are those of lm_eval (lm-evaluation-harness), read, prompted and scored by it.
@@ -26,6 +26,7 @@ from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
 
 LONGEST = 2048
+OF_TEXTS = ("text_field", "split")
 OF_TASKS = ("limit", "num_fewshot", "include_path", "chat", "out")
 """Options that texts have no use for."""
 
@@ -35,8 +36,9 @@ class EvaluationOptions:
     model: Positional[str]
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     file: Annotated[Positional[str | None], default_is("none")] = None
-    """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these, of one
-    split."""
+    """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
+    split: Annotated[Literal["train", "validation", "test"] | None, default_is("all files, which are of one")] = None
+    """Of a folder with several splits, as the names of files tell, the one to read."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column that holds the text."""
     tasks: Annotated[str | None, default_is("none")] = None
@@ -82,26 +84,33 @@ def evaluate_text(options: Options) -> None:
     refuse_idle(options, ((name, True, "on a text, only on --tasks") for name in OF_TASKS))
     if options.text_field is not None and not has_fields(options.file):
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
-    documents = read_documents(one_text(options.file), options.text_field or "text")
+    documents = read_documents(one_text(options.file, options.split), options.text_field or "text")
     with options.on_devices(options.batch_size):
         result = figures(options, documents)
     print(json.dumps(result) if options.json else _table(result))
 
 
-def one_text(path: str) -> Any:
-    """What to read at a path. BadInput: a folder with several splits, whose loss together is that of none."""
+def one_text(path: str, split: str | None = None) -> Any:
+    """What to read at a path, of a folder with several splits the files of the one that is named. BadInput where none
+    is, since their loss together is that of none, and for a split that is not there."""
     from llmq_jax.data.folders import FolderFiles
     from llmq_jax.data.sources import text_files
     from llmq_jax.data.split_names import files_by_split
 
     folder = Path(path)
+    files = text_files(folder) if folder.is_dir() else []
+    parts = files_by_split(folder, files)
+    if split is not None and not parts:
+        raise BadInput(f"--split has no effect on {path}, which is no folder of several splits; leave it out")
     if not folder.is_dir():
         return path
-    files = text_files(folder)
-    if parts := files_by_split(folder, files):
+    if not parts:
+        return FolderFiles(folder, tuple(files))
+    if split not in parts:
         names = ", ".join(str(part.files[0].relative_to(folder)) for part in parts.values())
-        raise BadInput(f"{path} holds files of several splits ({names}): name a file, or a folder of one split")
-    return FolderFiles(folder, tuple(files))
+        fault = "files of several splits" if split is None else f"no {split} files, but others"
+        raise BadInput(f"{path} holds {fault} ({names}): choose by --split {' or --split '.join(parts)}")
+    return parts[split]
 
 
 def figures(options: Options, documents: list[str]) -> dict[str, Any]:
@@ -189,8 +198,7 @@ def check_tasks(options: Options) -> None:
     """Refuse what cannot be before the harness is imported, which takes seconds."""
     from llmq_jax.commands.generate import check_out
 
-    if options.text_field is not None:
-        raise BadInput("--text-field is for a text and has no effect on --tasks; leave it out")
+    refuse_idle(options, ((name, True, "on --tasks, only on a text") for name in OF_TEXTS))
     for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
         if (value := getattr(options, name)) is not None and value < least:
             raise BadInput(f"{option_name(name)} is {value} and must be at least {least}")

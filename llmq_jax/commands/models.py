@@ -19,9 +19,9 @@ class Options:
 def main(options: Options) -> None:
     import dataclasses
 
-    from rich.console import Console
     from rich.table import Table
 
+    from llmq_jax.commands.tables import print_table
     from llmq_jax.models import PRESETS
 
     if options.json:
@@ -44,7 +44,7 @@ def main(options: Options) -> None:
             count_parameters(config),
         )
         table.add_row(name, config.model_type, *(f"{size:,}" for size in sizes))
-    Console().print(table)
+    print_table(table)
 
 
 def count_parameters(config: Any) -> int:

@@ -1,7 +1,8 @@
 """Models in GGUF files: config, weights, tokenizer and chat template, all of them in one file's metadata and tensors.
 
-Source: ggml-org/llama.cpp (`convert_hf_to_gguf.py` writes such files, `src/llama-model.cpp` reads them). Architecture:
-llama, which is what llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute the same.
+Source: ggml-org/llama.cpp (`convert_hf_to_gguf.py` writes such files, `src/llama-model.cpp` reads them). Architectures:
+llama, which is what llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute the same; qwen2 (Qwen 2
+and 2.5) and qwen3, its dense models.
 """
 
 import warnings
@@ -18,9 +19,11 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
 from llmq_jax.interop.huggingface import Contents, is_hf, located
 from llmq_jax.models.llama3 import Llama3Config
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 
 LAYOUT = "gguf"
-ARCHITECTURE = "llama"
+ARCHITECTURES: dict[str, type[Llama3Config]] = {"llama": Llama3Config, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+"""By `general.architecture`."""
 EMBEDDING, QUERY, HEAD, ROPE_DIVISORS = "token_embd.weight", "blk.0.attn_q.weight", "output.weight", "rope_freqs.weight"
 
 FIXED = {
@@ -72,18 +75,20 @@ def _only_file(path: Path) -> Path:
 
 def _check_kind(metadata: Mapping[str, Any]) -> None:
     architecture, parts = metadata.get("general.architecture"), metadata.get("split.count", 1)
-    if architecture != ARCHITECTURE:
-        raise BadInput(f"holds a model of the architecture {architecture!r}; supported is {ARCHITECTURE!r}")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise BadInput(f"holds a model of the architecture {_shortened(architecture)}; supported are {supported}")
     if parts != 1:
         raise BadInput(f"is one of {parts} parts of a model; join them (llama-gguf-split --merge) and load the whole")
 
 
 class _Metadata:
-    """The keys of the architecture, `llama.*`; those that were read are remembered."""
+    """The keys of the architecture, as `llama.*`; those that were read are remembered."""
 
     def __init__(self, gguf: GGUF):
         self._tensors = gguf.tensors
-        prefix = f"{ARCHITECTURE}."
+        self._architecture: str = gguf.metadata["general.architecture"]
+        prefix = f"{self._architecture}."
         self._values = {
             key.removeprefix(prefix): value for key, value in gguf.metadata.items() if key.startswith(prefix)
         }
@@ -103,10 +108,10 @@ class _Metadata:
             (f"attention.head_count * {head_dim}", heads * head_dim, self._rows(QUERY), f"rows of {QUERY}"),
         ):
             if value != found:
-                raise BadInput(f"{ARCHITECTURE}.{key} is {value}, but the file has {found} {what}")
+                raise BadInput(f"{self._architecture}.{key} is {value}, but the file has {found} {what}")
         context = self._integer("context_length")
         attention_bias, output_bias = (f"blk.0.attn_{part}.bias" in self._tensors for part in ("q", "output"))
-        config = Llama3Config(
+        config = ARCHITECTURES[self._architecture](
             vocab_size=vocab_size,
             max_position_embeddings=context,
             hidden_size=width,
@@ -131,7 +136,7 @@ class _Metadata:
         for key, supported in FIXED.items():
             value = self._values.get(key, supported)
             if value != supported:
-                raise BadInput(f"{ARCHITECTURE}.{key}={_shortened(value)} is not supported, only {supported!r}")
+                raise BadInput(f"{self._architecture}.{key}={_shortened(value)} is not supported, only {supported!r}")
 
     def _rows(self, name: str) -> int:
         if name not in self._tensors or not self._tensors[name].shape:
@@ -139,7 +144,7 @@ class _Metadata:
         return self._tensors[name].shape[0]
 
     def _head_dim(self, default: int) -> int:
-        turned = self._integer("rope.dimension_count", default)
+        turned = self._integer("rope.dimension_count", self._integer("attention.key_length", default))
         width = self._integer("attention.key_length", turned)
         values = self._integer("attention.value_length", width)
         if not turned == width == values:
@@ -160,7 +165,9 @@ class _Metadata:
             for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
         }
         if scaling not in ("none", "linear", "yarn"):
-            raise BadInput(f"{ARCHITECTURE}.rope.scaling.type={scaling!r} is not supported, only none, linear and yarn")
+            raise BadInput(
+                f"{self._architecture}.rope.scaling.type={scaling!r} is not supported, only none, linear and yarn"
+            )
         scaled = scaling != "none" and factor not in (0.0, 1.0)
         if ROPE_DIVISORS in self._tensors:
             if scaled:
@@ -182,19 +189,19 @@ class _Metadata:
         self._read.add(key)
         value = self._values.get(key, default)
         if value is None:
-            raise BadInput(f"the metadata lacks {ARCHITECTURE}.{key}")
+            raise BadInput(f"the metadata lacks {self._architecture}.{key}")
         return value
 
     def _integer(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
         if type(value) is not int:
-            raise BadInput(f"{ARCHITECTURE}.{key}={_shortened(value)} is not an integer")
+            raise BadInput(f"{self._architecture}.{key}={_shortened(value)} is not an integer")
         return value
 
     def _number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         if type(value) not in (int, float):
-            raise BadInput(f"{ARCHITECTURE}.{key}={_shortened(value)} is not a number")
+            raise BadInput(f"{self._architecture}.{key}={_shortened(value)} is not a number")
         return float(value)
 
 

@@ -1,6 +1,7 @@
 """Llama's weights and config in the layouts that its checkpoints come in.
 
 - `hf`: transformers' `LlamaForCausalLM`. Linear layers are torch's, stored (out, in). A tied head is not in the file.
+  Files of `LlamaModel`, which has no head, leave out the prefix `model.`.
 - `original`: the model of the PyTorch repository that this project re-implements. Its head and its embedding are one
   tensor under two names, its attention's output has a bias and nothing else does (with `attention_bias=True` the other
   biases are zeros, as transformers needs them), and its feed-forward network's `lin1` is the gate, `lin_gate` the other
@@ -11,7 +12,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ LAYOUTS = {
             SCORE,
         ),
         ignorable=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
+        optional_prefix="model.",
         tied={"lm_head.weight": "model.embed_tokens.weight"},
     ),
     "original": WeightTable(
@@ -114,6 +116,14 @@ LAYOUTS = {
         tied={"output.weight": "token_embd.weight"},
     ),
 }
+
+
+def in_halves(table: WeightTable) -> WeightTable:
+    """The table with the rows of queries and keys as transformers has them: what llama.cpp does of other models."""
+    plain = (
+        entry._replace(transform=Transform(entry.transform.merge, entry.transform.transposed)) for entry in table.rules
+    )
+    return replace(table, rules=tuple(plain))
 
 
 def write_fields(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:

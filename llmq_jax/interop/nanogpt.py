@@ -17,12 +17,13 @@ from llmq_jax.data.tokenizers import GPT2Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import from_state_dict, resolve_config
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.huggingface import Contents, located
+from llmq_jax.interop.huggingface import Contents, is_hf, located
 from llmq_jax.interop.torch_files import is_torch, open_torch, saved_beside
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.gpt2 import GPT2Config
 
 LAYOUT = "nanogpt"
+CHECKPOINT = "ckpt.pt"
 MODEL_ARGS = "model_args"
 SIZES = {
     "n_layer": "num_hidden_layers",
@@ -37,15 +38,19 @@ GPT2_VOCABULARIES = (50257, 50304)
 
 
 def is_nanogpt(path: Path) -> bool:
-    """Whether a path is a file of PyTorch's that holds `model_args`. BadInput: a damaged file, or no PyTorch."""
+    """Whether a path is a file of PyTorch's that holds `model_args`, or nanoGPT's `out_dir` with such a `ckpt.pt` and
+    without weights in Hugging Face's formats. BadInput: a damaged file, or no PyTorch."""
+    if path.is_dir() and not is_hf(path):
+        path = path / CHECKPOINT
     return path.is_file() and is_torch(path) and isinstance(saved_beside(path, MODEL_ARGS), Mapping)
 
 
 def read_nanogpt(path: Path, config: Any = None, dtype: Any = None) -> Contents:
-    """Read such a file; a given `config` takes the place of its `model_args`, a dict changes fields of it.
+    """Read such a file or folder; a given `config` takes the place of its `model_args`, a dict changes fields of it.
 
     A tokenizer that lies in the same folder comes before GPT-2's.
     """
+    path = path / CHECKPOINT if path.is_dir() else path
     state = open_torch(path)
     try:
         # A whole config is given for files whose model_args say what we do not know, too.

@@ -2,6 +2,7 @@
 
 - `hf`: transformers' `Qwen2ForCausalLM`, whose names are Llama's, and `Qwen3ForCausalLM`, which has two more: the norms
   of queries and keys.
+- `gguf`: the names of llama.cpp, likewise; of Qwen it keeps the order of queries and keys.
 
 Older files say which layers have a window by `use_sliding_window`, `sliding_window` and `max_window_layers`, from which
 layer on; newer ones by `layer_types` as well. Both are read and both written.
@@ -19,20 +20,24 @@ from llmq_jax.interop.tables import WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 
-NORMS = (
-    rule("model.layers.{layer}.self_attn.q_norm.weight", "{block}/attention/query_norm/scale", vector),
-    rule("model.layers.{layer}.self_attn.k_norm.weight", "{block}/attention/key_norm/scale", vector),
-)
 
-
-def with_norms(table: WeightTable) -> WeightTable:
-    """Llama's table with the norms of queries and keys before attention's output."""
+def with_norms(table: WeightTable, query: str, key: str) -> WeightTable:
+    """Llama's table with the norms of queries and keys, by these names, before attention's output."""
+    norms = (
+        rule(f"{query}.weight", "{block}/attention/query_norm/scale", vector),
+        rule(f"{key}.weight", "{block}/attention/key_norm/scale", vector),
+    )
     out = next(i for i, entry in enumerate(table.rules) if entry.path.endswith("attention/out/kernel"))
-    return replace(table, rules=(*table.rules[:out], *NORMS, *table.rules[out:]))
+    return replace(table, rules=(*table.rules[:out], *norms, *table.rules[out:]))
 
 
-QWEN2_LAYOUTS = {"hf": llama3.LAYOUTS["hf"]}
-QWEN3_LAYOUTS = {"hf": with_norms(llama3.LAYOUTS["hf"])}
+QWEN2_LAYOUTS = {"hf": llama3.LAYOUTS["hf"], "gguf": llama3.in_halves(llama3.LAYOUTS["gguf"])}
+QWEN3_LAYOUTS = {
+    "hf": with_norms(
+        QWEN2_LAYOUTS["hf"], "model.layers.{layer}.self_attn.q_norm", "model.layers.{layer}.self_attn.k_norm"
+    ),
+    "gguf": with_norms(QWEN2_LAYOUTS["gguf"], "blk.{layer}.attn_q_norm", "blk.{layer}.attn_k_norm"),
+}
 
 # What transformers takes where config.json does not say.
 WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}

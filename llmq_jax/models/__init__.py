@@ -138,7 +138,12 @@ def build(
 
 
 def architecture(config: Any) -> Architecture:
-    """The one of a config. BadInput where no model is registered for it."""
+    """The one of a config. BadInput for what is no config, and where no model is registered for it."""
+    if isinstance(config, type) or not isinstance(getattr(config, "model_type", None), str):
+        raise BadInput(
+            f"{config!r:.60} is no config of a model: give an instance of one of its classes, as lq.GPT2Config(...); "
+            "dataclasses.replace changes fields of another"
+        )
     if config.model_type not in ARCHITECTURES:
         raise BadInput(
             f"no model is registered for model_type {config.model_type!r}; before it is built, name one: "

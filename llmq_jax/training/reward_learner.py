@@ -11,7 +11,7 @@ import numpy as np
 from llmq_jax.training.failures import NonFiniteLoss, all_finite
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout
-from llmq_jax.training.state import TrainState
+from llmq_jax.training.state import TrainState, bound_alike
 
 REWARD_MODEL, PAIRS = "reward_model", "pairs"
 """What a state carries."""
@@ -49,7 +49,9 @@ class RewardLearner:
             "response_mask": jnp.zeros((*shape, 2, self.width), jnp.float32),
             "mask": jnp.zeros(shape, jnp.float32),
         }
-        return state.replace(carried={**(state.carried or {}), REWARD_MODEL: self.state, PAIRS: pairs})
+        carried = {**(state.carried or {}), REWARD_MODEL: self.state, PAIRS: pairs}
+        started: TrainState = bound_alike(state.replace(carried=carried))
+        return started
 
     def step(
         self, state: TrainState, rollout: Rollout, place: int, last: bool

@@ -63,5 +63,19 @@ def create_state(
         key=jax.random.key_data(jax.random.key(seed)),
         trainable=names,
     )
-    placed: TrainState = place(state)
+    placed: TrainState = bound_alike(place(state))
     return placed
+
+
+def bound_alike(tree: Any) -> Any:
+    """A tree of arrays, all of them bound to the one device that some are bound to (JAX's "committed"); as it is where
+    none is, where it is spread over several, and while a function is traced.
+
+    Arrays of a checkpoint are bound to their device and fresh ones are not. Of such a mixture a step makes arrays that
+    are all bound, for which the next step would be compiled a second time.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return tree
+    devices = {device for leaf in leaves if leaf.committed for device in leaf.devices()}
+    return jax.device_put(tree, devices.pop()) if len(devices) == 1 else tree

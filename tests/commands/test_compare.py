@@ -37,6 +37,15 @@ def test_table_and_plot(llmq, run, tmp_path, monkeypatch):
     assert axes.get_title(loc="left") == "validation loss" and axes.get_xlim() == (0, 30)
 
 
+def test_a_narrow_terminal_costs_no_figures(llmq, run, monkeypatch):
+    folders = [run(f"a run of a name that takes some room, {number}", 3.0, 2.0) for number in range(2)]
+    _, wide, _ = llmq("compare", *folders)
+    monkeypatch.setenv("COLUMNS", "40")
+    code, narrow, err = llmq("compare", *folders)
+    assert (code, err) == (0, "") and "…" not in narrow
+    assert [line.split() for line in narrow.splitlines()] == [line.split() for line in wide.splitlines()]
+
+
 def test_training_losses_where_a_run_has_no_others(llmq, run, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

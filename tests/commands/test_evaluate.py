@@ -140,10 +140,17 @@ def test_a_folder_is_of_one_split(llmq, model_folder, tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number, text in enumerate(texts):
             (tmp_path / "data" / name / f"{number}.txt").write_text(text)
-    code, out, err = llmq("evaluate", model_folder, tmp_path / "data")
-    assert (code, out) == (2, "") and err == (
-        f"error: {tmp_path}/data holds files of several splits (train/0.txt, test/0.txt): name a file, or a folder of "
-        "one split\n"
-    )
-    code, out, err = llmq("evaluate", model_folder, tmp_path / "data" / "test", "--json")
-    assert (code, err) == (0, "") and json.loads(out)["bytes"] == len("first" + "second one")
+    data = tmp_path / "data"
+    for options, fault in (
+        ((), "files of several splits (train/0.txt, test/0.txt)"),
+        (("--split", "validation"), "no validation files, but others (train/0.txt, test/0.txt)"),
+    ):
+        code, out, err = llmq("evaluate", model_folder, data, *options)
+        assert (code, out) == (2, "")
+        assert err == f"error: {data} holds {fault}: choose by --split train or --split test\n"
+    for arguments in ((data / "test",), (data, "--split", "test")):
+        code, out, err = llmq("evaluate", model_folder, *arguments, "--json")
+        assert (code, err) == (0, "") and json.loads(out)["bytes"] == len("first" + "second one")
+    for path in (data / "test", data / "test" / "0.txt"):
+        code, out, err = llmq("evaluate", model_folder, path, "--split", "test")
+        assert (code, out) == (2, "") and "--split has no effect on" in err

@@ -160,6 +160,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -197,7 +199,8 @@ def llama3_divisors(rope: dict, width: int) -> np.ndarray:
 def write_llama(path, model, change=None, kind="F32") -> None:
     """A model of transformers as llama.cpp's converter writes it, with a vocabulary of bytes."""
     config, rope = model.config, model.config.rope_parameters
-    writer = GGUFWriter(path, "llama")
+    is_llama = config.model_type == "llama"
+    writer = GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -207,20 +210,22 @@ def write_llama(path, model, change=None, kind="F32") -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.head_dim)
-    if config.head_dim * config.num_attention_heads != config.hidden_size:
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if is_llama:
+        writer.add_rope_dimension_count(width)
+    if width * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(width)
+        writer.add_value_length(width)
     if rope["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, config.head_dim))
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(rope, width))
     if change is not None:
         change(writer)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if is_llama else {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -265,9 +270,10 @@ MODELS = {
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 40))
 
 
-def make_model(**changes):
+def make_model(model_type="llama", **changes):
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE | changes)).eval()
+    config = transformers.AutoConfig.for_model(model_type, **BASE | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)  # biases begin as zeros, norms as ones
@@ -294,6 +300,32 @@ def test_models_against_transformers(tmp_path, name):
     if name == "llama3":  # the divisors are a scaling that transformers has as well, under another name
         exported = transformers.AutoModelForCausalLM.from_pretrained(save_hf(lm, tmp_path / "hf")).eval()
         np.testing.assert_allclose(their_logits(exported), expected, atol=LOGITS)
+
+
+QWEN = {
+    "qwen 2": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": MODELS["plain"]["rope_parameters"]}),
+    "qwen 2, yarn": ("qwen2", MODELS["yarn"]),
+    "qwen 3": ("qwen3", {"head_dim": 128, "rope_parameters": MODELS["plain"]["rope_parameters"]}),
+    "qwen 3, narrow heads": ("qwen3", {"head_dim": 10}),
+}
+NOT_READ_BY_TRANSFORMERS = ("qwen 2, yarn", "qwen 3, narrow heads")  # it takes heads of Qwen 3 to be 128 wide
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_qwen_against_transformers(tmp_path, name):
+    """The model that was written, and what transformers' own reader makes of the file."""
+    model_type, changes = QWEN[name]
+    model = make_model(model_type, **changes)
+    path = tmp_path / "model.gguf"
+    write_llama(path, model)
+    lm = load(path)
+    assert lm.config.model_type == model_type
+    np.testing.assert_allclose(lm.logits(TOKENS), their_logits(model), atol=LOGITS)
+    if name not in NOT_READ_BY_TRANSFORMERS:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+        np.testing.assert_allclose(lm.logits(TOKENS), their_logits(theirs), atol=LOGITS)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(save_hf(lm, tmp_path / "hf")).eval()
+    np.testing.assert_allclose(their_logits(exported), their_logits(model), atol=LOGITS)
 
 
 def as_stored(model, kind: str):
@@ -446,10 +478,11 @@ def test_numbers_that_the_tensors_do_not_confirm(tiny, tmp_path, key):
 
 def test_other_architectures(tmp_path):
     path = tmp_path / "other.gguf"
-    writer = GGUFWriter(path, "qwen3")
+    writer = GGUFWriter(path, "qwen3moe")
     writer.add_tensor("token_embd.weight", np.zeros((2, 2), np.float32))
     write(writer)
-    assert "holds a model of the architecture 'qwen3'; supported is 'llama'" in refused(load, path)
+    message = refused(load, path)
+    assert "holds a model of the architecture 'qwen3moe'; supported are llama, qwen2, qwen3" in message
 
 
 def test_missing_metadata(tmp_path):

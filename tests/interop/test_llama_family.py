@@ -5,6 +5,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
+import torch
 import transformers
 
 import llmq_jax as lq
@@ -38,6 +39,21 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.mark.parametrize("model_type", ["llama", *CONFIGS])
+def test_files_of_the_model_without_a_head(tmp_path, model_type):
+    """transformers' `AutoModel` writes its names without a prefix; with a tied head all weights are there."""
+    config = transformers.AutoConfig.for_model(model_type, **SIZES, tie_word_embeddings=True)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = np.arange(11)[None]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(lq.load(tmp_path).logits(tokens), expected, atol=1e-5)
+    config.tie_word_embeddings = False
+    config.save_pretrained(tmp_path)
+    assert "1 missing (lm_head.weight)" in refused(lq.load, tmp_path)
 
 
 # Weights.

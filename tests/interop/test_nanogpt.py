@@ -128,6 +128,17 @@ def test_logits(tmp_path, bias, compiled):
     assert has_config(path)
 
 
+def test_the_folder_stands_for_the_file(tmp_path):
+    """`out_dir` of nanoGPT's train.py; weights for transformers beside it come first, as a folder's do."""
+    checkpoint(tmp_path)
+    lm = load(tmp_path)
+    np.testing.assert_array_equal(lm.logits(TOKENS), load(tmp_path / "ckpt.pt").logits(TOKENS))
+    assert has_config(tmp_path)
+    save_hf(lm, tmp_path / "hf")
+    (tmp_path / "hf" / "ckpt.pt").write_bytes(b"no checkpoint")
+    np.testing.assert_array_equal(load(tmp_path / "hf").logits(TOKENS), lm.logits(TOKENS))
+
+
 def test_without_biases_they_are_zeros(tmp_path):
     params = load(checkpoint(tmp_path, bias=False)[1]).params
     block = params["group_0"]["block_0"]

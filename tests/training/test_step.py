@@ -146,3 +146,22 @@ def test_a_metric_without_a_weight_is_told_before_anything_runs():
     eval_step = make_eval_step(Forgetful(build(CONFIG)))
     with pytest.raises(BadInput, match=r"^Forgetful\.weights lacks rewards/accuracies: give it what"):
         jax.eval_shape(eval_step.program, drawn(CONFIG), ragged_batch(0))
+
+
+@pytest.mark.parametrize("bound", ["all", "some", "none"])
+def test_a_step_is_compiled_once_wherever_weights_come_from(bound):
+    """Weights of a checkpoint are bound to a device, fresh optimizer states are not: the first step must not find
+    another mixture than the second."""
+    variables = init(CONFIG)
+    if bound != "none":
+        device = jax.devices()[0]
+        names = variables["params"] if bound == "all" else ["token_embedding"]
+        params = {
+            name: jax.device_put(leaf, device) if name in names else leaf for name, leaf in variables["params"].items()
+        }
+        variables = {"params": params}
+    state = create_state(variables, adamw(lambda step: 1e-3))
+    step = make_train_step(NextToken(build(CONFIG)), adamw(lambda step: 1e-3))
+    before = [leaf.committed for leaf in jax.tree.leaves(state)]
+    state, _ = step(state, ragged_batch(0))
+    assert [leaf.committed for leaf in jax.tree.leaves(state)] == before
