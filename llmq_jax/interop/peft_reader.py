@@ -322,7 +322,12 @@ class _Reader:
     def _pair(self, site: Site) -> Pair | None:
         name = f"{PREFIX}{site.module}"
         pair = self._take_pair(name, *self._widths(site))
-        return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
+        if pair is None:
+            return None
+        parameter = f"{site.module}.weight"
+        # Of a module's weight that was adapted as a parameter, patterns have the parameter's name.
+        pattern_name = parameter if self._is_target_parameter(parameter) else site.pattern_name
+        return *pair, self._scale(pattern_name, len(pair[1]))
 
     def _take_pair(self, name: str, width: int, features: int) -> tuple[np.ndarray, np.ndarray] | None:
         """A [D, R] and B [R, F] of a module."""
@@ -399,8 +404,11 @@ class _Reader:
         )
 
     def _targets(self, site: Site) -> bool:
+        return site.of_experts and self._is_target_parameter(site.module)
+
+    def _is_target_parameter(self, parameter: str) -> bool:
         names = self.values.get("target_parameters") or ()
-        return site.of_experts and any(site.module == name or site.module.endswith(f".{name}") for name in names)
+        return any(parameter == name or parameter.endswith(f".{name}") for name in names)
 
     def _widths(self, site: Site, experts: bool = False) -> tuple[int, ...]:
         shape = site.placement.our_shape(self.shapes[site.placement.path])
