@@ -7,16 +7,19 @@ from typing import Any
 
 from train.options import context_of, refuse_idle
 
+KWARGS = "--chat-template-kwargs"
 WITHOUT_CHAT_TEMPLATE = "give one with --chat-template FILE, or choose another --template"
 
 
 def check_chat_template(options: Any) -> None:
-    """BadInput for a --chat-template that is no template, or that nothing would be written by."""
-    from llmq_jax.data.chat_template import read_chat_template
+    """BadInput for a --chat-template that is no template, or that nothing would be written by, and the same of its
+    variables."""
+    from llmq_jax.data.chat_template import parse_variables, read_chat_template
 
-    refuse_idle(
-        options, [("chat_template", options.template not in (None, "chat"), f"with --template {options.template}")]
-    )
+    otherwise = options.template not in (None, "chat"), f"with --template {options.template}"
+    refuse_idle(options, [("chat_template", *otherwise), ("chat_template_kwargs", *otherwise)])
+    if options.chat_template_kwargs is not None:
+        parse_variables(options.chat_template_kwargs, KWARGS)
     if options.chat_template is not None:
         read_chat_template(options.chat_template)
 
@@ -28,20 +31,25 @@ def with_text_options(options: Any, conversations: list, lm: Any) -> tuple[Any, 
 
     lm.require_tokenizer(options.init_from)
     lm = with_chat_template(options, lm)
-    template = options.template or ("chat" if options.chat_template else default_template(conversations, lm.tokenizer))
+    by_chat = options.chat_template or options.chat_template_kwargs
+    template = options.template or ("chat" if by_chat else default_template(conversations, lm.tokenizer))
     if template == "chat":
         lm.require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
     return dataclasses.replace(options, context=context_of(options, lm.config), template=template), lm
 
 
 def with_chat_template(options: Any, lm: Any) -> Any:
-    """The model with the template of --chat-template in place of its own, if one is given."""
-    from llmq_jax.data.chat_template import read_chat_template
+    """The model with the template of --chat-template in place of its own, if one is given, and with the variables of
+    --chat-template-kwargs."""
+    from llmq_jax.data.chat_template import parse_variables, read_chat_template
 
-    if options.chat_template is None:
-        return lm
     tokenizer = lm.require_tokenizer(options.init_from)
-    return lm.replace(tokenizer=tokenizer.with_chat_template(read_chat_template(options.chat_template)))
+    if options.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(read_chat_template(options.chat_template))
+    if options.chat_template_kwargs is not None:
+        lm.replace(tokenizer=tokenizer).require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
+        tokenizer = tokenizer.with_chat_variables(parse_variables(options.chat_template_kwargs, KWARGS))
+    return lm.replace(tokenizer=tokenizer)
 
 
 def chat_template_digest(options: Any, tokenizer: Any) -> dict[str, str]:

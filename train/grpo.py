@@ -79,6 +79,8 @@ class Questions:
     """How prompts are written: by the model's chat template, or as they are."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
+    chat_template_kwargs: Annotated[str | None, default_is("none")] = None
+    """Variables of the chat template, in JSON: {"enable_thinking": false} of Qwen 3; the run's tokenizer keeps them."""
     max_prompt: Annotated[int | None, default_is("what the context leaves beside --max-new-tokens")] = None
     """Prompts of more tokens are left out."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None

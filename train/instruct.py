@@ -78,7 +78,8 @@ class Instructions:
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
         default_is(
-            "chat with --chat-template; plain for texts, and for prompts unless the model has an earlier run's style; "
+            "chat with --chat-template or --chat-template-kwargs; "
+            "plain for texts, and for prompts unless the model has an earlier run's style; "
             "else chat or, where there is none, alpaca"
         ),
     ] = None
@@ -86,6 +87,8 @@ class Instructions:
     they are. What the run learned by is its chat template."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
+    chat_template_kwargs: Annotated[str | None, default_is("none")] = None
+    """Variables of the chat template, in JSON: {"enable_thinking": false} of Qwen 3; the run's tokenizer keeps them."""
     train_on: str = "response"
     """What is learned: response (every answer), last (the last one), all (prompts too), or numbers of answers: 0,2."""
     pack: bool = True

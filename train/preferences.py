@@ -38,13 +38,16 @@ class PreferenceData:
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
         default_is(
-            "chat with --chat-template; plain for strings unless the model has an earlier run's style; else chat or, "
+            "chat with --chat-template or --chat-template-kwargs; "
+            "plain for strings unless the model has an earlier run's style; else chat or, "
             "where there is none, alpaca"
         ),
     ] = None
     """How a pair is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
     """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
+    chat_template_kwargs: Annotated[str | None, default_is("none")] = None
+    """Variables of the chat template, in JSON: {"enable_thinking": false} of Qwen 3; the run's tokenizer keeps them."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens of the longest text."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"

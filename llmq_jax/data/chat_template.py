@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -32,7 +32,8 @@ from jinja2.utils import Namespace, _PassArg
 from jinja2.visitor import NodeTransformer
 
 from llmq_jax.data.records import read_text
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.json_text import parse_json
 
 MAX_STEPS = 10**6
 MAX_CHARACTERS = 2**24
@@ -46,6 +47,10 @@ MAX_DEPTH = 100
 """Of values within values."""
 MAX_BITS = 2**14
 """Of an integer."""
+
+
+ABSENT = ("tools", "documents")
+"""Variables that are None: templates ask whether they are none, and some whether they are defined."""
 
 
 class ChatTemplate:
@@ -63,6 +68,30 @@ class ChatTemplate:
         except Exception as error:  # Jinja folds constants as it compiles, and nests as deep as the template does
             raise BadInput(f"the chat template cannot be compiled: {_one_line(error)}") from error
 
+    def variables(self) -> list[str]:
+        """What it reads beside the conversation and the special tokens, such as `enable_thinking`."""
+        given = {"messages", "add_generation_prompt", *ABSENT, *self.special_tokens}
+        return sorted(meta.find_undeclared_variables(self._sandbox.parse(self.source)) - given)
+
+    def with_variables(self, values: Mapping[str, Any]) -> str:
+        """The source of this template in which these variables have these values wherever they are not given.
+
+        As a part of the template they go where it goes: to `llmq chat`, to exports, to transformers. BadInput: it reads
+        no such variable, or a value is no string, number or truth value.
+        """
+        known = self.variables()
+        for name, value in values.items():
+            if name not in known:
+                advice = did_you_mean(name, known) if known else "it reads none at all"
+                raise BadInput(f"the chat template reads no variable {name!r}; {advice}")
+            if not isinstance(value, str | bool | int | float) or value in (math.inf, -math.inf) or value != value:
+                raise BadInput(f"the chat template's variable {name!r} must be text, a number, true or false")
+        # JSON's texts, numbers, true and false are Jinja's. `trim_blocks`, which chat templates have everywhere, takes
+        # the line breaks.
+        texts = ((name, json.dumps(value, ensure_ascii=False)) for name, value in values.items())
+        lines = (f"{{% if {name} is not defined %}}{{% set {name} = {text} %}}{{% endif %}}\n" for name, text in texts)
+        return "".join(lines) + self.source
+
     def render(self, messages: Any, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation: messages {"role": ..., "content": ...}, whose other keys are the template's too.
 
@@ -72,9 +101,7 @@ class ChatTemplate:
         """
         given = {
             **self.special_tokens,
-            # Templates ask whether these are none, and some whether they are defined.
-            "tools": None,
-            "documents": None,
+            **dict.fromkeys(ABSENT),
             **variables,
             "messages": _checked(messages),
             "add_generation_prompt": add_generation_prompt,
@@ -103,6 +130,17 @@ def read_chat_template(path: str | Path) -> str:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     return source
+
+
+def parse_variables(text: str, option: str) -> dict[str, Any]:
+    """The variables of a template as an `option` has them in JSON: {"enable_thinking": false}. BadInput: it is not."""
+    try:
+        values = parse_json(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not values:
+        raise BadInput(f"{option} {text!r:.60} is no object in JSON; write '{{\"enable_thinking\": false}}'")
+    return values
 
 
 class _Generation(Extension):

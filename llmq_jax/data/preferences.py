@@ -4,7 +4,8 @@ record's fields tell which form it has:
     instruction, input, chosen, rejected    Alpaca's; `input` may be missing or empty, `output` is not read
     prompt, chosen, rejected                three strings; or a list of messages and, as answers, two strings or two
                                             lists of messages
-    chosen, rejected                        two lists of messages, whose common beginning is the prompt
+    chosen, rejected                        two lists of messages, whose common beginning is the prompt; `prompt` may
+                                            say as a string what the user says there, as in UltraFeedback
 
 `margin`, a number, may say by how much the one is better. All become two conversations with the same beginning, and
 these text and tokens as conversations do: see prompt_templates.py and instruction_batches.py.
@@ -141,6 +142,16 @@ def as_preference(record: Record) -> Preference:
         given = record.text("input") if "input" in fields else ""
         prompt = ({"role": "user", "content": record.text("instruction")},)
         answers = [(answer(record, side),) for side in SIDES]
+    elif (
+        form == "prompt" and all(isinstance(fields[side], list) for side in SIDES) and isinstance(fields["prompt"], str)
+    ):
+        prompt, answers = _implicit_prompt(record)
+        if all(message["content"] != fields["prompt"] for message in prompt):
+            raise BadInput(
+                f"{where}: no message that chosen and rejected begin with is the prompt's string: give the prompt as "
+                "messages, or remove it where chosen and rejected begin with it"
+            )
+        form = "messages"
     elif form == "prompt" and isinstance(fields["prompt"], str):
         prompt, answers = _strings(record)
     elif form == "prompt":

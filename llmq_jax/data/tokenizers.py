@@ -139,6 +139,14 @@ class Tokenizer(ABC):
         files = TokenizerFiles(self.files(), self.name).with_chat_template(source)
         return FileTokenizer.from_files(files.contents, self.name)
 
+    def with_chat_variables(self, values: Mapping[str, Any]) -> "FileTokenizer":
+        """The tokenizer whose chat template has these values of its own variables, such as {"enable_thinking": False},
+        wherever none are given. BadInput: there is no template, or it reads no such variable."""
+        template = self.chat_template
+        if template is None:
+            raise BadInput(f"tokenizer {self.name} has no chat template that could have variables; give it one")
+        return self.with_chat_template(template.with_variables(values))
+
     @property
     def dtype(self) -> np.dtype:
         """The smallest unsigned integer that holds every id: uint16 up to 65,536 tokens, else uint32."""

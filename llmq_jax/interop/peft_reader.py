@@ -17,7 +17,7 @@ from llmq_jax.field_types import has_type, type_name
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, memory_table, sites_of
 from llmq_jax.interop.safetensors_files import open_safetensors
-from llmq_jax.interop.tables import Placement
+from llmq_jax.interop.tables import Placement, in_out
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
     DROPOUT,
@@ -320,9 +320,18 @@ class _Reader:
             )
 
     def _pair(self, site: Site) -> Pair | None:
-        name = f"{PREFIX}{site.module}"
-        pair = self._take_pair(name, *self._widths(site))
-        return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
+        name, parameter = f"{PREFIX}{site.module}", f"{site.module}.weight"
+        width, features = self._widths(site)
+        if not self._is_target_parameter(parameter):
+            pair = self._take_pair(name, width, features)
+            return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
+        # A module's weight that was adapted as a parameter: patterns have the parameter's name, and B A is as it lies.
+        lies_in_out = site.placement.transform is in_out
+        pair = self._take_pair(name, *((features, width) if lies_in_out else (width, features)))
+        if pair is None:
+            return None
+        first, last = (pair[1].T, pair[0].T) if lies_in_out else pair
+        return first, last, self._scale(parameter, len(last))
 
     def _take_pair(self, name: str, width: int, features: int) -> tuple[np.ndarray, np.ndarray] | None:
         """A [D, R] and B [R, F] of a module."""
@@ -399,8 +408,11 @@ class _Reader:
         )
 
     def _targets(self, site: Site) -> bool:
+        return site.of_experts and self._is_target_parameter(site.module)
+
+    def _is_target_parameter(self, parameter: str) -> bool:
         names = self.values.get("target_parameters") or ()
-        return site.of_experts and any(site.module == name or site.module.endswith(f".{name}") for name in names)
+        return any(parameter == name or parameter.endswith(f".{name}") for name in names)
 
     def _widths(self, site: Site, experts: bool = False) -> tuple[int, ...]:
         shape = site.placement.our_shape(self.shapes[site.placement.path])

@@ -16,6 +16,7 @@ do stacked experts (`expert_dispatch`): W gets no gradient, and no product of it
 Factors of stacked layers are stacked like their matrices; layers without an adapter have the scale 0 there.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -67,7 +68,7 @@ class LoRA:
                 raise BadInput(f"LoRA: {name}={getattr(self, name)!r} {rule}")
 
         require(self.rank >= 1, "rank", "must be at least 1")
-        require(self.alpha is None or self.alpha > 0, "alpha", "must be positive")
+        require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "must be positive, and finite")
         require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
         require(self.variant in ("lora", "dora", "lora-xs", "tinylora"), "variant", "is unknown")
         require(self.numbers is None or self.numbers >= 1, "numbers", "must be at least 1")
@@ -197,8 +198,11 @@ def merge(variables: dict[str, Any]) -> dict[str, Any]:
 def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any]:
     """The way back, to rounding: the adapters of `adapted` are taken out of `variables`, and stand beside them.
 
-    BadInput for DoRA: merged matrices do not tell how long the columns of W + s A B were.
+    BadInput for DoRA: merged matrices do not tell how long the columns of W + s A B were; for `variables` that have
+    adapters beside their matrices, so that none were merged, and for those of another model.
     """
+    if LORA in variables:
+        raise BadInput("this model has adapters beside its matrices, so that they are not merged; merge them first")
     found = adapters(spread(adapted))
     if any(MAGNITUDE in trained for trained, _ in found.values()):
         raise BadInput("a merged DoRA cannot be unmerged: it does not tell how long its columns were; keep the base")
@@ -211,6 +215,14 @@ def _moved(variables: dict[str, Any], found: Mapping[Path, tuple[dict[str, Any],
     missing = [path for path in found if path not in params]
     if missing:
         raise BadInput(f"adapters at {'/'.join(missing[0])}, where this model has no matrix; load those of this model")
+    for path, pair in found.items():
+        first, last = factors(*pair)
+        shape = (*first.shape[:-1], *last.shape[first.ndim - 1 :])
+        if shape != params[path].shape:
+            raise BadInput(
+                f"adapters at {'/'.join(path)} of a matrix {list(shape)}, where this model has "
+                f"{list(params[path].shape)}; load those of this model"
+            )
     params |= {path: _merged(params[path], *pair) for path, pair in found.items()}
     rest = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     return {**rest, "params": unflatten_dict(params)} if found else rest
@@ -325,8 +337,8 @@ def _means(pattern: str, path: Path, name: str, aliases: Mapping[str, Collection
         return ordinary
     if pattern in (ATTENTION, MLP):
         return ordinary and (parts[0] == ATTENTION) == (pattern == ATTENTION)
-    names = {name, parts[-1]}
-    return name in aliases.get(pattern, ()) or any(fnmatch(candidate, pattern) for candidate in names)
+    names = {name, parts[-1], *(alias for alias, theirs in aliases.items() if name in theirs)}
+    return any(fnmatch(candidate, pattern) for candidate in names)
 
 
 def _fresh(

@@ -86,6 +86,29 @@ def test_every_line_gets_a_reply_that_knows_those_before(chat, chat_model):
     assert second != chat_model.chat([user(" two")], max_new_tokens=8, sampler=SAMPLER, seed=8)
 
 
+def test_variables_of_the_chat_template(llmq, chat_model, tmp_path, monkeypatch):
+    template = chat_model.tokenizer.chat_template.source + "{%- if brief -%}in short{%- endif -%}"
+    lm = chat_model.replace(tokenizer=chat_model.tokenizer.with_chat_template(template))
+    lq.save_hf(lm, tmp_path / "model")
+
+    def call(variables):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n")))
+        given = ("--max-new-tokens", 8, "--chat-template-kwargs", variables)
+        return llmq("chat", tmp_path / "model", *given)
+
+    prompt = [USER, *b"one", END, ASSISTANT, *b"in short"]
+    expected = lq.generate(chat_model, [prompt], max_new_tokens=8, sampler=SAMPLER, seed=0).text[0]
+    assert call('{"brief": true}') == (0, f"{expected}\n", "")
+    (reply,) = replies(chat_model, ["one"])
+    assert call('{"brief": false}') == (0, f"{reply}\n", "") and reply != expected
+    assert call('{"breif": true}') == (
+        *(2, ""),
+        "error: the chat template reads no variable 'breif'; did you mean brief?\n",
+    )
+    code, _, err = call("brief=true")
+    assert code == 2 and err.startswith("error: --chat-template-kwargs 'brief=true' is no object in JSON; write")
+
+
 def test_options_reach_the_model(chat, chat_model):
     (reply,) = replies(chat_model, ["one"], system="be good")
     assert chat("one\n", "--system", "be good") == (0, f"{reply}\n", "")

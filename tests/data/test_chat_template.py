@@ -11,7 +11,7 @@ import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, chat_template
-from llmq_jax.data.chat_template import ChatTemplate, read_chat_template
+from llmq_jax.data.chat_template import ChatTemplate, parse_variables, read_chat_template
 from llmq_jax.errors import BadInput
 
 CONVERSATIONS = [
@@ -337,3 +337,51 @@ def test_a_template_in_a_file_of_its_own(tmp_path):
         assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
     with pytest.raises(BadInput, match=r"b\.jinja cannot be read \(No such file"):
         read_chat_template(tmp_path / "b.jinja")
+
+
+THINKS = (
+    "\n  {% macro said(m) %}{{ m.content }}{% if enable_thinking is defined and not enable_thinking %} briefly"
+    "{% endif %}{% endmacro %}{% for m in messages %}{{ said(m) }}|{% endfor %}"
+    "{% if level is not defined %}{% set level = 3 %}{% endif %}{{ level }}"
+    "{% if add_generation_prompt and not enable_thinking | default(true) %}<t></t>{% endif %}"
+)
+
+
+def test_variables_become_a_part_of_the_template():
+    """Also inside of macros and loops, without changing its white space, and of less weight than what is given."""
+    template, said = ChatTemplate(THINKS, {"eos_token": "</s>"}), [{"role": "user", "content": "a"}]
+    assert template.variables() == ["enable_thinking", "level"]
+    assert template.render(said) == "\na|3"
+    source = template.with_variables({"enable_thinking": False, "level": 'high "é"'})
+    ours = ChatTemplate(source)
+    assert ours.render(said) == '\na briefly|high "é"<t></t>'
+    assert theirs(source, said, add_generation_prompt=True) == ours.render(said)
+    for values in ({"enable_thinking": True}, {"level": 2}, {"enable_thinking": True, "level": "low"}):
+        expected = template.render(said, **{"enable_thinking": False, "level": 'high "é"', **values})
+        assert ours.render(said, **values) == expected
+        assert ChatTemplate(ours.with_variables(values)).render(said) == expected
+    assert ChatTemplate(template.with_variables({})).source == THINKS
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"enable_thinkin": True}, "reads no variable 'enable_thinkin'; did you mean enable_thinking"),
+        ({"messages": "x"}, "reads no variable 'messages'"),
+        ({"tools": True}, "reads no variable 'tools'"),
+        ({"level": None}, "variable 'level' must be text, a number, true or false"),
+        ({"level": [1]}, "variable 'level' must be text, a number, true or false"),
+        ({"level": float("nan")}, "variable 'level' must be text, a number, true or false"),
+    ],
+)
+def test_variables_that_a_template_does_not_read(values, message):
+    with pytest.raises(BadInput, match=message):
+        ChatTemplate(THINKS).with_variables(values)
+    with pytest.raises(BadInput, match="it reads none at all"):
+        ChatTemplate("{{ messages[0].content }}").with_variables({"level": 1})
+
+
+@pytest.mark.parametrize("text", ["", "enable_thinking=false", "{}", "[1]", "{'a': false}", "null"])
+def test_variables_that_are_no_json(text):
+    with pytest.raises(BadInput, match=r"--chat-template-kwargs .* is no object in JSON"):
+        parse_variables(text, "--chat-template-kwargs")

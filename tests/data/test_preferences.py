@@ -43,6 +43,7 @@ LISTS = {
     "rejected": [assistant("e"), user("f"), assistant("g")],
 }
 MIXED = {**LISTS, "chosen": "d", "rejected": "e"}
+BOTH = {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
 IMPLICIT = {side: LISTS["prompt"] + LISTS[side] for side in ("chosen", "rejected")}
 
 
@@ -101,6 +102,16 @@ def test_messages(read, chat, record):
     prompt = f"<|im_start|>user\na<|im_end|>\n{opened}b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n{opened}"
     assert chosen == (prompt, "d<|im_end|>\n")
     assert rejected == (f"{prompt}<|im_start|>user\nf<|im_end|>\n{opened}", "e<|im_end|>\ng<|im_end|>\n")
+
+
+def test_messages_beside_their_prompt_as_a_string(read):
+    """As in UltraFeedback, whose `prompt` is what the user says in the messages."""
+    system = {"role": "system", "content": "s"}
+    spoken = {side: [system, *BOTH[side]] for side in ("chosen", "rejected")}
+    for record in (BOTH, BOTH | spoken):
+        implicit = {side: record[side] for side in ("chosen", "rejected")}
+        (found,), (expected,) = read(record).pairs, read(implicit).pairs
+        assert found == expected
 
 
 def test_messages_of_sharegpt(read):
@@ -241,6 +252,8 @@ BAD = [
     ({**STRINGS, "prompt": "\n"}, "the prompt is empty"),
     ({**STRINGS, "rejected": ""}, "field 'rejected': the response is empty"),
     ({**STRINGS, "rejected": [assistant("x")]}, "the prompt is a string and rejected a list of messages: give the"),
+    ({**BOTH, "prompt": "x"}, "no message that chosen and rejected begin with is the prompt's string"),
+    ({**BOTH, "prompt": "a", "chosen": [assistant("x")], "rejected": [assistant("y")]}, "must begin with the same"),
     ({**STRINGS, "chosen": 5}, "field 'chosen' must be a string, not a number"),
     ({**LISTS, "prompt": []}, "field 'prompt' must be a list of"),
     ({**LISTS, "prompt": [user(" ")]}, "the prompt is empty"),

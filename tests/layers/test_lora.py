@@ -330,6 +330,8 @@ def test_targets_are_named_by_groups_our_names_or_those_of_transformers():
     assert inside("mlp.down_proj") == {"mlp/down"}
     assert inside("down_proj") == {"mlp/down", "moe/shared/down", "moe/down_kernel"}
     assert inside("latent_*", "router") == {"attention/latent_down", "attention/latent_up", "moe/router"}
+    assert inside("kv_*_proj*") == {"attention/latent_down", "attention/latent_up"}
+    assert inside("mlp.*_proj", "self_attn.o*") == {"mlp/gate", "mlp/up", "mlp/down", "attention/out"}
 
 
 def test_what_trains_is_counted_in_the_layers_that_have_it():
@@ -351,6 +353,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
         ({"alpha": 0.0}, "alpha=0.0 must be positive"),
+        ({"alpha": float("inf")}, "alpha=inf must be positive, and finite"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"tied": True}, "tied=True has no effect but on tinylora"),
         ({"numbers": 3}, "numbers=3 has no effect but on tinylora"),
@@ -402,6 +405,19 @@ def test_modules_of_multi_token_prediction_stay_as_they_are():
     ahead = jax.jit(lambda variables: model.apply(variables, TOKENS, method="mtp_logits"))
     for found, expected in zip(ahead(lora.merge(adapted)), ahead(adapted), strict=True):
         np.testing.assert_allclose(found, expected, atol=5e-5, rtol=0)
+
+
+def test_what_was_never_merged_is_not_unmerged():
+    model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
+    adapted = lora.add(variables, model.layer_slots(), LoRA(rank=2))
+    with pytest.raises(BadInput, match="has adapters beside its matrices, so that they are not merged"):
+        lora.unmerge(adapted, adapted)
+    shallow = drawn(override(CONFIGS["llama"], num_hidden_layers=1))
+    message = (
+        r"adapters at group_0/block_0/attention/key/kernel of a matrix \[3, 24, .*\], where this model has \[1, 24"
+    )
+    with pytest.raises(BadInput, match=message):
+        lora.unmerge(shallow, adapted)
 
 
 def test_a_model_with_adapters_takes_no_others():

@@ -477,6 +477,26 @@ def test_patterns_name_a_router_with_its_parameter(pair_of, tmp_path):
     np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
 
 
+@pytest.mark.parametrize(("model_type", "name"), [("llama", "q_proj"), ("gpt2", "attn.c_proj"), ("gpt2", "c_fc")])
+@pytest.mark.filterwarnings("ignore")
+def test_patterns_name_a_matrix_that_was_adapted_as_a_parameter(pair_of, tmp_path, model_type, name):
+    """`target_parameters` may name what is a module's weight, too; patterns then have the parameter's name, and A and B
+    are as the parameter lies, which GPT-2's does the other way round than their modules' adapters."""
+    anew, lm = pair_of(model_type)
+    fields = {"target_modules": [], "target_parameters": [f"{name}.weight"], "init_lora_weights": False}
+    patterns = {name: 9, rf".*1\..*{name}.weight": 40}  # the first matches nothing
+    spec = peft.LoraConfig(r=2, alpha_pattern=patterns, task_type="CAUSAL_LM", **fields)
+    adapted = adapted_by(anew(), spec)
+    adapted.save_pretrained(tmp_path / "theirs")
+    tokens = draw_tokens(lm)
+    expected = their_logits(adapted, tokens)
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
+    lq.save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
+    np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+
+
 def test_adapters_of_a_multimodal_model_fit_its_text_part(pair_of, tmp_path):
     """Names of transformers 5 and 4; patterns, too."""
     _, lm = pair_of("gemma3_text")

@@ -411,6 +411,10 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
     (tmp_path / "own.jinja").write_text(template + "{# the same #}")
     code, _, err = grpo(chat_template="own.jinja", steps=1, evaluate_every=0, sample_every=1)
     assert code == 2 and "other options: chat_template_sha256 " in err
+    (tmp_path / "own.jinja").write_text(template + "{{ mood }}")
+    given = {"chat_template": "own.jinja", "chat_template_kwargs": '{"mood": "?"}', "out": "moody"}
+    code, _, err = grpo(**given, steps=1, evaluate_every=0, sample_every=1)
+    assert (code, err) == (0, "") and ":!?" in Path("moody/samples.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -394,9 +394,26 @@ def test_a_chat_template_without_an_end(instruct, chats):
     )
 
 
+def test_variables_of_a_chat_template_stay_with_the_run(instruct, chats):
+    Path("own.jinja").write_text("{% if brief is defined and brief %}Briefly. {% endif %}" + OWN)
+    variables = ("--chat-template-kwargs", '{"brief": true}')
+    given = ("--data=chats.jsonl", "--init-from", "MODEL", "--chat-template=own.jinja", *variables)
+    code, out, err = instruct(*given, tiny=PREVIEW)
+    assert (code, err) == (0, "") and "\nBriefly. Q: " in out
+    assert instruct(*given, "--steps=1")[0] == 0
+    template = lq.load("run").tokenizer.chat_template
+    assert template.render([{"role": "user", "content": "Hi"}]) == "Briefly. Q: Hi\nA: "
+    assert template.render([{"role": "user", "content": "Hi"}], brief=False) == "Q: Hi\nA: "
+    code, _, err = instruct(*given[:-1], '{"long": true}', tiny=PREVIEW)
+    assert code == 2 and err == "error: the chat template reads no variable 'long'; choose from brief\n"
+    code, _, err = instruct("--data=chats.jsonl", "--init-from", "MODEL", *variables, tiny=PREVIEW)
+    assert code == 2 and "has no chat template, so it cannot converse; give one with --chat-template FILE" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--chat-template-kwargs=brief"], "--chat-template-kwargs 'brief' is no object in JSON; write"),
         (["--template=alpaca"], "--chat-template has no effect with --template alpaca; leave it out"),
         (["--template=plain"], "--chat-template has no effect with --template plain; leave it out"),
         (["--chat-template=none.jinja"], "none.jinja cannot be read (No such file or directory)"),
