@@ -271,9 +271,16 @@ class _Loop:
         if self.newest is None and options.evaluate_first and options.branch_from is None:
             self.evaluation(self.first_means)
         unread = None
+        shapes = set()
         while self.step < self.options.steps:  # which an early stop lowers
+            shape = tuple((name, np.shape(array)) for name, array in self.batch.items())
+            if unread and shape not in shapes:
+                # The step is compiled anew: if that went on beside the step before, its time would be that one's.
+                self.read(unread)
+                unread = None
+            shapes.add(shape)
             self.profile.begin(self.step + 1, self.state)
-            with self.time.on("step", self.step + 1), self.profile.mark(self.step + 1):
+            with self.pace.handing_over(), self.time.on("step", self.step + 1), self.profile.mark(self.step + 1):
                 self.state, metrics = self.train_step(self.state, self.batch)
             self.step += 1
             stop.after(self.step)
@@ -315,7 +322,6 @@ class _Loop:
         names = [name for name in ("loss", *OWN_LOSSES, "grad_norm", *self.show) if name in done.metrics]
         with self.time.on("step", done.step):
             values = jax.device_get([done.metrics[name] for name in names])
-        self.time.started()
         figures = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in figures.items():
             require_finite(name, value, done.step, self.newest)

@@ -4,17 +4,25 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from llmq_jax.training.compile_time import compile_seconds
+
 
 class Pace:
-    """Fed with every finished step. The clock starts when the first one is finished, so that compiling does not count;
-    nor do pauses (evaluation, samples, checkpoints), but for the time left, which they lengthen. `utilisation` is the
-    MFU of one token a second, where it is known: see flops.py."""
+    """Fed with every finished step. The clock starts when the first one is finished, and stands while a later one is
+    compiled, so that compiling does not count; nor do pauses (evaluation, samples, checkpoints), but for the time left,
+    which they lengthen. `utilisation` is the MFU of one token a second, where it is known: see flops.py."""
 
-    def __init__(self, steps: int, now: Callable[[], float] = time.perf_counter, utilisation: float | None = None):
+    def __init__(
+        self,
+        steps: int,
+        now: Callable[[], float] = time.perf_counter,
+        utilisation: float | None = None,
+        compiled: Callable[[], float] = compile_seconds,
+    ):
         self._steps = steps
         self._utilisation = utilisation
-        self._now = now
-        self._paused = 0.0
+        self._now, self._compiled = now, compiled
+        self._paused = self._compiling = 0.0
         self._first: tuple[int, int, float] | None = None  # step, tokens, time
         self._marked: tuple[int, float] | None = None  # tokens, seconds of training
         self.step = 0
@@ -36,9 +44,19 @@ class Pace:
             if self._first is not None:
                 self._paused += self._now() - began
 
+    @contextlib.contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """While a step is handed to the device, which compiles it if its batch is the first of such a shape."""
+        before = self._compiled()
+        try:
+            yield
+        finally:
+            if self._first is not None:
+                self._compiling += self._compiled() - before
+
     def seconds(self) -> float:
         """Time spent training, by this process."""
-        return 0.0 if self._first is None else self._now() - self._first[2] - self._paused
+        return 0.0 if self._first is None else self._now() - self._first[2] - self._compiling - self._paused
 
     def tokens_per_second(self) -> float | None:
         """Mean since the first finished step."""
@@ -63,4 +81,4 @@ class Pace:
         if self._first is None or self.step == self._first[0]:
             return None
         step, _, began = self._first
-        return (self._now() - began) / (self.step - step) * (self._steps - self.step)
+        return (self._now() - began - self._compiling) / (self.step - step) * (self._steps - self.step)

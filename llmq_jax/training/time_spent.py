@@ -3,7 +3,7 @@
 JAX computes a step while Python goes on, and no step is waited for to be measured: what is counted is the time of the
 loop, by what it does and where it waits anyway.
 
-    first step   until this process's first step is done: compiling it, most of all
+    compiling    tracing and compiling steps: the first one, and where batches differ in shape, the first of each
     step         handing steps over and waiting for them
     input        making the next batch, if the device ran out of work before the batch was there: at most so much was
                  lost. Otherwise the batch cost nothing, and its time counts as that of the step under way
@@ -18,20 +18,21 @@ from typing import Any
 
 import jax
 
-PARTS = ("first step", "step", "input", "evaluation", "samples", "checkpoints")
-SECONDS = {part: f"{part.replace(' ', '_')}_seconds" for part in PARTS}
+from llmq_jax.training.compile_time import compile_seconds
+
+PARTS = ("compiling", "step", "input", "evaluation", "samples", "checkpoints")
+SECONDS = {part: f"{part}_seconds" for part in PARTS}
 """What records call them."""
 
 
 class TimeSpent:
     """Seconds of each part, from the making of this object on."""
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter):
-        self._now = now
+    def __init__(self, now: Callable[[], float] = time.perf_counter, compiled: Callable[[], float] = compile_seconds):
+        self._now, self._compiled = now, compiled
         self._began = now()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._marked = dict(self._seconds)
-        self._started = False
         self.place = "the beginning"
         """What the loop is at; after an error, what it was at."""
 
@@ -39,16 +40,17 @@ class TimeSpent:
     def on(self, part: str, step: int, under_way: Any = None) -> Iterator[None]:
         """`under_way`: a result of the step that the device may still be at when this part is done."""
         self.place = f"step {step}" if part == "step" else f"the {part} of step {step}"
-        began = self._now()
+        began, compiled = self._now(), self._compiled()
         with jax.profiler.TraceAnnotation(part):  # shown in a profile, if one is made
             yield
         if hasattr(under_way, "is_ready") and not under_way.is_ready():
             part = "step"
-        self._seconds["first step" if part == "step" and not self._started else part] += self._now() - began
-
-    def started(self) -> None:
-        """A step is done: those that follow are compiled."""
-        self._started = True
+        spent = self._now() - began
+        if part == "step":
+            compiling = min(self._compiled() - compiled, spent)
+            self._seconds["compiling"] += compiling
+            spent -= compiling
+        self._seconds[part] += spent
 
     def since_mark(self) -> dict[str, float]:
         """Fields of a record: what each part took since the last call, if anything."""

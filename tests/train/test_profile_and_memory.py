@@ -21,9 +21,9 @@ def test_a_profiled_run_tells_where_its_time_went(pretrain):
     assert (code, err) == (0, "")
     assert "step 5: profile saved" in out and "profile of steps 4 to 5: run/profile" in out
     time = json.loads(Path("run/finished.json").read_text())["time"]
-    assert min(time[part] for part in ("first step", "step", "evaluation", "samples", "checkpoints")) > 0
+    assert min(time[part] for part in ("compiling", "step", "evaluation", "samples", "checkpoints")) > 0
     (line,) = [line for line in out.splitlines() if line.startswith("time: ")]
-    assert "first step" in line and "% (" in line
+    assert "compiling" in line and "% (" in line
     assert "profile" not in json.loads(Path("run/config.json").read_text())
 
 

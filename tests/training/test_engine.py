@@ -1,8 +1,10 @@
 import io
+import json
 import os
 import signal
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,6 +94,36 @@ def test_device_is_never_waited_for_before_the_next_step_is_handed_over(tmp_path
         ("read", 3),
         ("read", 4),
     ]
+
+
+class ShorterBatches(Batches):
+    """Two columns less from step 4 on."""
+
+    def __getitem__(self, step):
+        batch = super().__getitem__(step)
+        return {name: array[:, :4] for name, array in batch.items()} if step >= 3 else batch
+
+
+def test_compiling_is_told_by_itself_whenever_it_is(tmp_path):
+    jax.clear_caches()
+    options = replace(OPTIONS, steps=6, log_every=1, evaluate_every=0, sample_every=0, checkpoint_every=0)
+    quiet(tmp_path / "run", ShorterBatches(), options)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "compiling_seconds" in record] == [1, 4]
+
+
+def test_a_step_is_read_before_the_next_is_compiled(tmp_path, monkeypatch):
+    """Or its time would be lost in the compiling."""
+    order = []
+
+    def step(state, batch):
+        order.append(("step", int(state.step) + 1))
+        return tiny_run.train_step(state, batch)
+
+    read = engine._Loop.read
+    monkeypatch.setattr(engine._Loop, "read", lambda self, done: (order.append(("read", done.step)), read(self, done)))
+    engine.run(tiny_run.new_state(), step, ShorterBatches(), RunOptions(steps=5), output=io.StringIO())
+    assert order.index(("read", 3)) < order.index(("step", 4)) < order.index(("step", 5)) < order.index(("read", 4))
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_told_before_the_first_step(tmp_path):

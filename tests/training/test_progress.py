@@ -117,3 +117,16 @@ def test_pace_leaves_out_compiling_and_pauses():
     assert pace.seconds() == 3.0
     assert pace.tokens_per_second() == 2000 / 3
     assert pace.seconds_left() == 11 / 2 * 5
+
+
+def test_pace_leaves_out_a_step_that_is_compiled_later():
+    """As of a batch of another shape."""
+    time, compiled = 0.0, 7.0
+    pace = Pace(steps=6, now=lambda: time, compiled=lambda: compiled)
+    pace.finished(1, tokens=1000)
+    with pace.handing_over():
+        time, compiled = 51.0, 57.0
+    time = 52.0
+    pace.finished(2, tokens=2000)
+    assert (pace.seconds(), pace.tokens_per_second(), pace.since_mark()) == (2.0, 500.0, 500.0)
+    assert pace.seconds_left() == 8.0
