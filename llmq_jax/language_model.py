@@ -522,7 +522,10 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise BadInput(f"{path}: model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}")
+        raise BadInput(
+            f"{path}: model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}; one of your own is loaded from "
+            "Python, after the file that registers it is imported (docs/own_model.md)"
+        )
     try:
         require_sizes(fields)
         return create(ARCHITECTURES[model_type].config_class, fields)

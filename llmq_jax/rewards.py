@@ -7,9 +7,11 @@ same form.
 """
 
 import importlib.util
+import inspect
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -303,10 +305,19 @@ def _called(
         given = (
             f"; the columns of the data are {', '.join(columns)}" if columns and isinstance(error, TypeError) else ""
         )
-        raise BadInput(f"the reward {name!r} failed with {_told(error)}{given}") from error
+        raise BadInput(f"the reward {name!r} failed with {_told(error)}{_place(error, function)}{given}") from error
     if len(values) != len(completions):
         raise BadInput(f"the reward {name!r} returned {len(values)} values for {len(completions)} completions")
     return np.asarray([_number(name, row, value) for row, value in enumerate(values)], np.float64)
+
+
+def _place(error: Exception, function: RewardFunction) -> str:
+    """ " (my_rewards.py, line 7)": the last place in the file that holds the function, whatever libraries it called;
+    nothing where the call itself failed."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    called = traceback.extract_tb(error.__traceback__)[1:]  # behind the frame that calls it
+    own = [frame for frame in called if code is not None and frame.filename == code.co_filename]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def _number(name: str, row: int, value: Any) -> float:

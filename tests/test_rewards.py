@@ -192,10 +192,13 @@ def failing(prompts, completions, **_):
     raise ValueError("no\nsuch thing")
 
 
+LINE = failing.__code__.co_firstlineno + 1
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (failing, "the reward 'mine' failed with ValueError: no such thing"),
+        (failing, f"the reward 'mine' failed with ValueError: no such thing (test_rewards.py, line {LINE})"),
         (numeric_answer, "argument: 'answer'; the columns of the data are question"),
         (lambda prompts, completions, **_: None, "the reward 'mine' failed with TypeError: 'NoneType' object"),
         (lambda prompts, completions, **_: [1.0], "the reward 'mine' returned 1 values for 2 completions"),

@@ -1,7 +1,9 @@
 """Print what makes a shell complete commands, options and files after a tab.
 
-eval "$(llmq completion bash)"      in ~/.bashrc
-eval "$(llmq completion zsh)"       in ~/.zshrc
+One of these lines belongs in the file that the shell reads when it starts:
+
+    eval "$(llmq completion bash)"      # ~/.bashrc
+    eval "$(llmq completion zsh)"       # ~/.zshrc
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ decoder takes any of them.
 """
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -125,7 +126,12 @@ class EmbeddingScale(nn.Module):
         return x * scale.astype(x.dtype)
 
 
-NORMS = ("layer_norm", "rms_norm", "zero_centred_rms_norm", "dyt")
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layer_norm": LayerNorm,
+    "rms_norm": RMSNorm,
+    "zero_centred_rms_norm": ZeroCentredRMSNorm,
+    "dyt": DyT,
+}
 
 
 def norm_layer(
@@ -137,7 +143,5 @@ def norm_layer(
     before_attention: bool = False,
 ) -> nn.Module:
     """A layer by its name in a config; `epsilon` is for those that divide, the range of initial weights for DyT."""
-    if norm == "dyt":
-        return DyT(alpha_init(width, before_attention, initializer_range), name=name)
-    layers = {"layer_norm": LayerNorm, "rms_norm": RMSNorm, "zero_centred_rms_norm": ZeroCentredRMSNorm}
-    return layers[norm](epsilon, name=name)
+    start = alpha_init(width, before_attention, initializer_range) if norm == "dyt" else epsilon
+    return NORMS[norm](start, name=name)

@@ -279,8 +279,8 @@ class Llama3Block(nn.Module):
     ) -> tuple[Array, FullCache | RingCache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        attention = GroupedQueryAttention(c, self.dtype, self.window, name="attention")
-        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
+        normalised = norm("attention_norm", before_attention=True)(x)
+        mixed, cache = GroupedQueryAttention(c, self.dtype, self.window, name="attention")(normalised, context, cache)
         x = x + mixed
 
         normal = nn.initializers.normal(c.initializer_range)

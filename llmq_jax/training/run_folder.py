@@ -116,8 +116,9 @@ class RunFolder:
             raise BadInput(f"{self.path} is not empty and not the folder of a run; name a new or empty folder")
         if differing := differences(saved, self.config, may_change):
             raise BadInput(
-                f"{self.path} holds a run with other options: {', '.join(differing)}; "
-                f"give it its own options to resume it, or name another folder for a new run"
+                f"{self.path} holds a run with other options: {', '.join(differing)}; give it its own options to "
+                "resume it, or name another folder for a new run, which --branch-from takes from this one's last "
+                "state on, to more steps or otherwise"
             )
         return True
 
