@@ -39,13 +39,14 @@ from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.grpo import GRPO, group_advantages, process_advantages
 from llmq_jax.objectives.logprobs import completion_logprobs
+from llmq_jax.objectives.means import EXTREMES, combined
 from llmq_jax.training.parts import as_read, whole
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.sharding import own_rows
 from llmq_jax.training.state import TrainState
-from llmq_jax.training.step import EXTREMES, ROUTER, combined
+from llmq_jax.training.step import ROUTER
 
 REFERENCE = "reference"
 """What a state carries."""

@@ -13,24 +13,13 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
 from llmq_jax.objectives.expert_balance import load_metrics, move_biases
+from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
 from llmq_jax.training.state import TrainState
 
 ROUTER = "router"
-EXTREMES = {
-    "min_reward": jnp.minimum,
-    "max_reward": jnp.maximum,
-    "clip_ratio/low_min": jnp.minimum,
-    "clip_ratio/high_max": jnp.maximum,
-}
-"""Metrics that do not add over batches, but are the least or the greatest of them."""
 REPLICAS = "replicas"
-COLLECTIVES = {
-    **{name: jax.lax.pmin if pick is jnp.minimum else jax.lax.pmax for name, pick in EXTREMES.items()},
-    "coefficient": jax.lax.pmax,  # a weight that is the same in every part of a batch
-}
-"""Of what does not add up over replicas."""
 
 
 @runtime_checkable
@@ -88,15 +77,12 @@ def make_train_step(
     experts = objective.model.experts
     neighbours = getattr(objective, "group_size", 1)  # rows that only together are what the objective takes them for
 
-    def over_replicas(tree: Any, combine: Callable[..., Any] = jax.lax.psum) -> Any:
-        return combine(tree, REPLICAS) if pmap else tree
-
-    def each_over_replicas(named: dict[str, Any]) -> dict[str, Any]:
-        return {name: over_replicas(value, COLLECTIVES.get(name, jax.lax.psum)) for name, value in named.items()}
+    def whole_batch(named: dict[str, Any]) -> dict[str, Any]:
+        return over_devices(named, REPLICAS) if pmap else named
 
     def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
         trained = state.trained
-        weights = each_over_replicas(objective.weights(batch, state.step))
+        weights = whole_batch(objective.weights(batch, state.step))
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if pmap:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(REPLICAS))
@@ -117,8 +103,9 @@ def make_train_step(
         else:
             microbatches = _split(batch, accumulate, neighbours)
             value, (metrics, counts), grads = _accumulated(gradients, microbatches, accumulate)
-        value, counts, grads = over_replicas((value, counts, grads))
-        metrics = each_over_replicas(metrics)
+        if pmap:
+            value, counts, grads = jax.lax.psum((value, counts, grads), REPLICAS)
+        metrics = whole_batch(metrics)
 
         after, found = _updated(state, optimizer, experts, grads, counts)
         metrics = {"loss": value, **metrics, **found}
@@ -200,11 +187,6 @@ def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], pa
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, numbered)[0]
-
-
-def combined(name: str, a: Any, b: Any) -> Any:
-    """A metric of two batches: the lesser or greater one of EXTREMES, the sum of all others."""
-    return EXTREMES.get(name, jnp.add)(a, b)
 
 
 def make_eval_step(objective: Objective) -> EvalStep:
