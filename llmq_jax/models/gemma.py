@@ -16,6 +16,7 @@ default. Gemma 3 with `attn_logit_softcapping` caps its scores; transformers has
 `norm="dyt"` puts Dynamic Tanh in place of the norms.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -119,7 +120,7 @@ class Gemma2Config:
         )
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             cap = getattr(self, name)
-            require(cap is None or cap > 0, self, name, "must be positive, or None")
+            require(cap is None or 0 < cap < math.inf, self, name, "must be positive and finite, or None")
         require_positive(self, "rms_norm_eps", "initializer_range")
         require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
         require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")

@@ -346,7 +346,7 @@ def test_spellings_of_layers():
         ({"head_dim": 5}, "head_dim=5 must be even: RoPE turns pairs of features"),
         ({"num_key_value_heads": 2}, "num_key_value_heads=2 must divide num_attention_heads=3"),
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be at least 1"),
-        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0 must be positive, or None"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0 must be positive and finite, or None"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported, only None"),
         ({"hidden_activation": "relu"}, "hidden_activation='relu' is none of"),
         ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be at least 0 and below 1"),

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -312,7 +314,8 @@ def test_other_decoders_take_gemma_s_norm():
         ({"layer_types": []}, "layer_types=() has 0 kinds for num_hidden_layers=26"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=8"),
-        ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0 must be positive, or None"),
+        ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping=-1.0 must be positive and finite, or None"),
+        ({"final_logit_softcapping": math.inf}, "final_logit_softcapping=inf must be positive and finite, or None"),
         ({"norm": "batch_norm"}, "norm='batch_norm' must be one of"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
     ],
