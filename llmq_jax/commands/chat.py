@@ -38,8 +38,6 @@ class Options(DrawingOptions):
     """End a reply after this many tokens, if the model does not before."""
     system: Annotated[str | None, default_is("that of the chat template, if any")] = None
     """What the model is told before the conversation begins: who it is and how it should answer."""
-    chat_template_kwargs: Annotated[str | None, default_is("none")] = None
-    """Variables of the model's chat template, in JSON: {"enable_thinking": false} of Qwen 3."""
 
 
 def main(options: Options) -> int:
@@ -51,13 +49,8 @@ def main(options: Options) -> int:
 
 def converse(options: Options) -> int:
     """The exit code, when no line comes any more."""
-    from llmq_jax.data.chat_template import parse_variables
-
     lm, drawing = options.load()
     lm.require_chat_template(options.model)
-    if options.chat_template_kwargs is not None:
-        values = parse_variables(options.chat_template_kwargs, "--chat-template-kwargs")
-        lm = lm.replace(tokenizer=lm.tokenizer.with_chat_variables(values))
     half = context_of(lm, drawing) // 2
     drawing["max_new_tokens"] = min(NEW_TOKENS, half) if options.max_new_tokens is None else options.max_new_tokens
     conversation = Conversation(lm, options, drawing)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, Repeated, default_is
+from llmq_jax.command_line import Positional, Repeated, default_is, option_name
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
@@ -27,6 +27,8 @@ class SamplingOptions:
     """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
     stop: Repeated = ()
     """Stop before this text appears; may be given several times."""
+    chat_template_kwargs: Annotated[str | None, default_is("none")] = None
+    """Variables of the model's chat template, in JSON: {"enable_thinking": false} of Qwen 3."""
     draft: Annotated[str | None, default_is("none")] = None
     """A small model (same tokenizer) that guesses ahead; mtp: the model's own modules. Greedy text stays the same."""
     draft_tokens: Annotated[int | None, default_is("4")] = None
@@ -53,6 +55,14 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
             )
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
+        self.chat_variables()
+
+    def chat_variables(self) -> dict[str, Any]:
+        """Of the chat template; empty where none are given."""
+        from llmq_jax.data.chat_template import parse_variables
+
+        text = self.chat_template_kwargs
+        return {} if text is None else parse_variables(text, option_name("chat_template_kwargs"))
 
     def load(self) -> tuple[Any, dict[str, Any]]:
         """(the model, what `lq.generate` and `lq.stream` take beside prompt, length and seed), by `on_devices`."""
@@ -68,6 +78,9 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
         lm = self.load_model(self.model, dtype)
         lm.require_language_model(self.model)
         lm.require_tokenizer(self.model)
+        if variables := self.chat_variables():
+            lm.require_chat_template(self.model)
+            lm = lm.replace(tokenizer=lm.tokenizer.with_chat_variables(variables))
         draft = self.draft if self.draft is None or self.draft == MTP else lq.load(self.draft, dtype=dtype)
         drafting = {"draft": draft, "draft_tokens": self.draft_tokens}
         return lm, {"sampler": sampler, "stop": list(self.stop) or None, **drafting}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, option_name
+from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import standard_input
@@ -71,9 +71,13 @@ def main(options: Options) -> None:
 
 
 def _continue_text(options: Options) -> None:
-    for name in ("batch_size", "out"):
-        if getattr(options, name) is not None:
-            raise BadInput(f"{option_name(name)} has no effect without a .jsonl file of prompts; leave it out")
+    refuse_idle(
+        options,
+        (
+            *((name, True, "without a .jsonl file of prompts") for name in ("batch_size", "out")),
+            ("chat_template_kwargs", not options.chat, "without --chat"),
+        ),
+    )
     options.check_one_row("one prompt")
     text = _text(options)
     with options.on_devices():
@@ -152,6 +156,8 @@ def _continue_file(options: Options) -> None:
     if options.out is not None:
         check_out(Path(options.out))
     numbers, records = _read_records(options)
+    by_template = options.chat or any("messages" in record for record in records)
+    refuse_idle(options, [("chat_template_kwargs", not by_template, "on texts without --chat")])
     if options.chat and not any("prompt" in record for record in records):
         raise BadInput(f"--chat has no effect on {options.source}, where all are messages already; leave it out")
     with options.on_devices(size):

@@ -99,6 +99,8 @@ def test_variables_of_the_chat_template(llmq, chat_model, tmp_path, monkeypatch)
     prompt = [USER, *b"one", END, ASSISTANT, *b"in short"]
     expected = lq.generate(chat_model, [prompt], max_new_tokens=8, sampler=SAMPLER, seed=0).text[0]
     assert call('{"brief": true}') == (0, f"{expected}\n", "")
+    asked = ("--prompt", "one", "--chat", "--max-new-tokens", 8, "--chat-template-kwargs", '{"brief": true}')
+    assert llmq("generate", tmp_path / "model", *asked) == (0, f"{expected}\n", "")
     (reply,) = replies(chat_model, ["one"])
     assert call('{"brief": false}') == (0, f"{reply}\n", "") and reply != expected
     assert call('{"breif": true}') == (

@@ -108,6 +108,10 @@ BAD = {
     "two prompts": (["MODEL", "--prompt", "x", "--prompt-file", "-"], "two prompts were given: give either --prompt"),
     "no prompt file": (["MODEL", "--prompt-file", "nothing.txt"], "nothing.txt cannot be read"),
     "batch of one": (["MODEL", "--prompt", "x", "--batch-size", "8"], "--batch-size has no effect without a .jsonl"),
+    "variables for a text": (
+        ["MODEL", "--prompt", "x", "--chat-template-kwargs", '{"brief": true}'],
+        "--chat-template-kwargs has no effect without --chat; leave it out",
+    ),
     "out for one": (["MODEL", "--prompt-file", "-", "--out", "o"], "--out has no effect without a .jsonl file"),
     "no chat template": (["MODEL", "--prompt", "x", "--chat"], "has no chat template, so it cannot converse"),
     "seed": (["MODEL", "--prompt", "x", "--seed", "4294967296"], "--seed 4294967296 must lie between 0 and 4294967295"),
