@@ -19,13 +19,15 @@ class Embedding(nn.Module):
     """Type to compute in; None computes in the table's own type."""
     scale: float | None = None
     """A factor of the vectors that are looked up, not of the head; it is rounded to the table's own type first."""
+    rows: str | None = "vocabulary"
+    """What its rows are, by which a mesh divides them; None are rows that every device has."""
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         # Of whole vectors, or a mesh would look parts of them up and put them together.
-        rows = constrain(self.embedding, "vocabulary")[ids]
+        rows = constrain(self.embedding, self.rows)[ids]
         if self.scale is not None:
             rows = rows * jnp.asarray(self.scale, rows.dtype)
         return rows.astype(self.dtype or rows.dtype)

@@ -115,7 +115,7 @@ class GPT2(Decoder):
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
         # The original initialises positions at half the scale of tokens (0.01 against 0.02).
         half = nn.initializers.normal(c.initializer_range / 2)
-        self.position_embedding = Embedding(c.max_position_embeddings, c.hidden_size, half, self.dtype)
+        self.position_embedding = Embedding(c.max_position_embeddings, c.hidden_size, half, self.dtype, rows=None)
         self.embedding_dropout = nn.Dropout(c.embd_pdrop)
         if c.norm == "dyt":
             self.embedding_scale = EmbeddingScale()
