@@ -59,9 +59,10 @@ def test_a_run_on_a_mesh_equals_one_on_a_device_and_goes_on_on_another(train, al
     (folder / "finished.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "00000012")
     otherwise = ("--accumulate", "2", "--remat", "full", "--no-scan-layers")  # computed, with the same result
-    _, done = train("mesh", "--mesh", "data=2,fsdp=2,tensor=2", *otherwise)
+    _, done = train("mesh", "--mesh", "fsdp=4,tensor=2", *otherwise)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming" in done.stdout and "from step 6" in done.stdout
+    assert "full rematerialization" not in done.stderr  # XLA's word for a division that it cannot change but by copies
     assert records(folder) == pytest.approx(records(alone), rel=2e-5)
 
 
