@@ -78,4 +78,13 @@ def bound_alike(tree: Any) -> Any:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return tree
     devices = {device for leaf in leaves if leaf.committed for device in leaf.devices()}
-    return jax.device_put(tree, devices.pop()) if len(devices) == 1 else tree
+    if len(devices) != 1:
+        return tree
+    (device,) = devices
+
+    def bound(leaf: Any) -> Any:
+        # What is bound stays the same array: of a second one beside it a step could not take the memory.
+        fresh = isinstance(leaf, jax.Array) and not leaf.committed
+        return jax.device_put(leaf, device) if fresh else leaf
+
+    return jax.tree.map(bound, tree)
