@@ -459,13 +459,8 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
             lq.load_adapter(lm, folder)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_patterns_name_a_router_with_its_parameter(pair_of, tmp_path):
-    """As PEFT matches them: `mlp.gate.weight`, where modules go without."""
-    anew, lm = pair_of("mixtral")
-    fields = {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "init_lora_weights": False}
-    patterns = {"gate": 9, "block_sparse_moe.gate": 9, "mlp.gate.weight": 40}  # the first two match nothing
-    spec = peft.LoraConfig(r=2, alpha_pattern=patterns, task_type="CAUSAL_LM", **fields)
+def assert_both_ways(anew, lm, spec, tmp_path):
+    """PEFT's adapter has its logits here, and in PEFT again after it was saved here."""
     adapted = adapted_by(anew(), spec)
     adapted.save_pretrained(tmp_path / "theirs")
     tokens = draw_tokens(lm)
@@ -475,6 +470,16 @@ def test_patterns_name_a_router_with_its_parameter(pair_of, tmp_path):
     lq.save_adapter(ours, tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
     np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patterns_name_a_router_with_its_parameter(pair_of, tmp_path):
+    """As PEFT matches them: `mlp.gate.weight`, where modules go without."""
+    anew, lm = pair_of("mixtral")
+    fields = {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate.weight"], "init_lora_weights": False}
+    patterns = {"gate": 9, "block_sparse_moe.gate": 9, "mlp.gate.weight": 40}  # the first two match nothing
+    spec = peft.LoraConfig(r=2, alpha_pattern=patterns, task_type="CAUSAL_LM", **fields)
+    assert_both_ways(anew, lm, spec, tmp_path)
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("llama", "q_proj"), ("gpt2", "attn.c_proj"), ("gpt2", "c_fc")])
@@ -486,15 +491,7 @@ def test_patterns_name_a_matrix_that_was_adapted_as_a_parameter(pair_of, tmp_pat
     fields = {"target_modules": [], "target_parameters": [f"{name}.weight"], "init_lora_weights": False}
     patterns = {name: 9, rf".*1\..*{name}.weight": 40}  # the first matches nothing
     spec = peft.LoraConfig(r=2, alpha_pattern=patterns, task_type="CAUSAL_LM", **fields)
-    adapted = adapted_by(anew(), spec)
-    adapted.save_pretrained(tmp_path / "theirs")
-    tokens = draw_tokens(lm)
-    expected = their_logits(adapted, tokens)
-    ours = lq.load_adapter(lm, tmp_path / "theirs")
-    np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
-    lq.save_adapter(ours, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
-    np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+    assert_both_ways(anew, lm, spec, tmp_path)
 
 
 def test_adapters_of_a_multimodal_model_fit_its_text_part(pair_of, tmp_path):
