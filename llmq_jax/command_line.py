@@ -44,6 +44,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
+FILE = "options"  # the field that names a file of further options, in a dataclass that has it
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
@@ -68,17 +69,23 @@ def run(
         # A terminal or a file that is not in UTF-8 must not end a run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    of_file: dict[str, list[str]] = {}
     try:
         if isinstance(command, Mapping):
             command, arguments, program = _choose_verb(command, arguments, program)
         options = _options_class(command)
         arguments = _join_texts(options, arguments)
+        of_file = _of_file(options, arguments)
+        arguments = [*itertools.chain.from_iterable(of_file.values()), *arguments]
         default = defaults(_given(arguments)) if defaults else tyro.MISSING_NONPROP
         result = command(_parse(options, arguments, program, default))
         code = result if isinstance(result, int) else 0
         sys.stdout.flush()
     except BadInput as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        words = str(error).split()
+        if words[0] in of_file:
+            words.insert(0, f"{_given(arguments)[FILE]}:")
+        print("error:", *words, file=sys.stderr)
         code = BAD_INPUT
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -221,6 +228,19 @@ def _given(arguments: list[str]) -> dict[str, str]:
     return given
 
 
+def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
+    """{option: arguments} of the file that `--options` names, but for what the arguments give themselves."""
+    kinds = {field.name: hint for field, hint in _fields_and_hints(options)}
+    given = _given(arguments)
+    if FILE not in kinds or not given.get(FILE):
+        return {}
+    from llmq_jax.option_files import read_options
+
+    del kinds[FILE]
+    found = read_options(given[FILE], kinds, {name.removeprefix("no_") for name in given})
+    return {option_name(name): values for name, values in found.items()}
+
+
 def _parse(options: type, arguments: list[str], program: str, default: Any) -> Any:
     """An instance of the options from the arguments; BadInput for what cannot be understood, exit after `--help`."""
     _check_names(options, arguments, program)
@@ -253,12 +273,11 @@ def _with_help_on_one_line(options: type) -> type:
     texts: dict[str, str | None] = {}
     for ancestor in reversed(options.__mro__[:-1]):
         texts |= {field.arg_name: field.description for field in docstring_parser.parse_from_object(ancestor).params}
-    hints = typing.get_type_hints(options, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []
-    for field in _given_fields(options):
+    for field, hint in _fields_and_hints(options):
         help_text = tyro.conf.arg(help=" ".join((texts.get(field.name) or "").split()))
         kept = {name: getattr(field, name) for name in ("default", "default_factory", "kw_only")}
-        fields.append((field.name, typing.Annotated[hints[field.name], help_text], dataclasses.field(**kept)))
+        fields.append((field.name, typing.Annotated[hint, help_text], dataclasses.field(**kept)))
     return dataclasses.make_dataclass(options.__name__, fields, frozen=True)
 
 
@@ -270,6 +289,12 @@ def _as(kind: type, options: Any) -> Any:
 def _given_fields(options: type) -> list[dataclasses.Field[Any]]:
     """Without those that a recipe has set for good."""
     return [field for field in dataclasses.fields(options) if field.init]
+
+
+def _fields_and_hints(options: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """The fields that can be given, and their annotations with what tyro reads in them."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    return [(field, hints[field.name]) for field in _given_fields(options)]
 
 
 class _Caught(io.TextIOWrapper):

@@ -69,6 +69,8 @@ def write_data(disk: Path) -> None:
     write(disk / "story.txt", "Once upon a time")
     write(disk / "questions.txt", "Why is the sky blue?\nAnd at night?\n")
 
+    write_options(disk)
+
     spam = [("spam", f"You have won {word}!") for word in WORDS] + [("ham", f"See you at {word}.") for word in WORDS]
     for name in ("spam.tsv", "SMSSpamCollection.tsv"):
         write(disk / name, "".join(f"{label}\t{text}\n" for label, text in spam))
@@ -99,6 +101,12 @@ def write_data(disk: Path) -> None:
     ):
         lines = name.endswith(".jsonl")
         write(disk / name, "".join(json.dumps(x) + "\n" for x in records) if lines else json.dumps(records))
+
+
+def write_options(disk: Path) -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    (options,) = re.findall(r"```yaml\n# small.yaml\n(.*?)```", page, re.DOTALL)
+    write(disk / "small.yaml", options)
 
 
 def write_tasks(disk: Path) -> None:

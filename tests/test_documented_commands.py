@@ -8,6 +8,7 @@ import pytest
 from llmq_jax.command_line import run
 from llmq_jax.commands import VERBS
 from tests.documented import PAGES, PROGRAMS, commands
+from tests.documented_disk import write_options
 
 CASES = [
     pytest.param(command, id=f"{command.where} {str(command)[:60]}")
@@ -18,7 +19,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("command", CASES)
-def test_it_is_understood(command, capsys):
+def test_it_is_understood(command, capsys, tmp_path, monkeypatch):
+    if "--options" in command.words:
+        write_options(tmp_path)
+        monkeypatch.chdir(tmp_path)
     verb = command.program == "llmq"
     module = importlib.import_module(VERBS[command.words[1]] if verb else command.program)
 

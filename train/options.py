@@ -56,6 +56,9 @@ class TrainingOptions:
     """Checkpoint of another run, or its folder for the newest one: begin with its whole state, weights, moments and
     step, and go on from there with these options; see docs/training.md."""
 
+    options: Annotated[str | None, default_is("none", metavar="FILE")] = None
+    """YAML file of options, as learning_rate: 3e-4, one in a line; those of the command line win over it."""
+
     # How to compute.
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
@@ -378,8 +381,8 @@ def run_options(options: TrainingOptions) -> Any:
     return RunOptions(**{name: getattr(options, name) for name in names})
 
 
-PLACES = ("out", "device", "mesh", "pmap", "layout", "coordinator", "processes", "process")
-"""Options of where a run goes and what it runs on, which it may leave for others."""
+PLACES = ("out", "options", "device", "mesh", "pmap", "layout", "coordinator", "processes", "process")
+"""Options of where a run goes, where they come from and what it runs on, which it may leave for others."""
 
 
 MAY_CHANGE = (

@@ -49,6 +49,7 @@ from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.mixtral import MixtralConfig
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
+from llmq_jax.option_files import read_options
 from llmq_jax.training.checkpoints import Checkpoints, config_dict, read_info
 from llmq_jax.training.manifest import verify_manifest, write_manifest
 from llmq_jax.training.plots import read_run, training_curve
@@ -466,6 +467,7 @@ def read_token_files(folder: Path) -> None:
 MODEL_ARGS = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 12, "dropout": 0.1, "bias": True}
 INFO = {"step": 5, "tokens": 50, "judged_by": "reward", "best": "highest", "value": 0.9, "version": 2}
 OLD_INFO = {"step": 5, "tokens": 50, "validation_loss": 1.5, "version": 1}
+OPTIONS = {"heat": float, "betas": tuple[float, float], "cream": bool, "spices": tuple[str, ...]}
 READERS: dict[str, Reader] = {
     "gguf": Reader(files_of(gguf_file), read_gguf_file),
     "gguf to model": Reader(files_of(gguf_file), lambda folder: read_gguf(folder / "model.gguf"), cost=10),
@@ -512,6 +514,10 @@ READERS: dict[str, Reader] = {
         for name in NESTED
         for suffix in ("json", "jsonl", "parquet")
     },
+    "options": Reader(
+        lambda: {"options.yaml": b"heat: 1e2\nbetas: [0.5, 9e-1]\ncream: no\nspices: [\"salt=1\", 'pepper']\n"},
+        lambda folder: read_options(str(folder / "options.yaml"), OPTIONS, ()),
+    ),
     "run folder": Reader(run_files, read_run_folder),
     "metrics.jsonl": Reader(metrics, lambda folder: training_curve(read_run(folder))),
     "manifest.json": Reader(files_of(checkpoint), verify_manifest),

@@ -1,0 +1,85 @@
+"""Options of a command from a YAML file, laid under those of the command line.
+
+    data: lyrics.txt
+    learning_rate: 3e-4
+    betas: [0.9, 0.99]
+    separate_documents: true
+
+A value is the text that would stand behind the option: what YAML itself would read is not asked, which takes 10:15 for
+the number 615, and 3e-4 for no number. JSON is YAML.
+"""
+
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmq_jax.errors import BadInput, close_names
+
+NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
+TRUE = ("true", "yes", "on")
+
+
+def read_options(path: str, kinds: dict[str, Any], given: Iterable[str]) -> dict[str, list[str]]:
+    """{field: arguments that give its option} of a file, without those of `given`; one that is null has none.
+
+    `kinds` are the annotations of the fields that there are. BadInput, with the line: not YAML, no such option, one
+    that stands twice, or a value of another shape.
+    """
+    found: dict[str, list[str]] = {}
+    for key, value in _entries(path):
+        where = f"{path}: line {key.start_mark.line + 1}"
+        name = _text(key, where).replace("-", "_")
+        if name not in kinds:
+            near = close_names(name, list(kinds), count=1)
+            hint = f"did you mean {near[0]}?" if near else "--help tells which there are"
+            raise BadInput(f"{where}: there is no option {name!r}; {hint}")
+        if name in found:
+            raise BadInput(f"{where}: {name} stands there a second time; leave one of them out")
+        found[name] = list(_arguments(name, value, kinds[name], where))
+    return {name: arguments for name, arguments in found.items() if arguments and name not in given}
+
+
+def _entries(path: str) -> list[tuple[Any, Any]]:
+    """The pairs of the file's one mapping, as YAML's nodes."""
+    text = Path(path).read_bytes()
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f": line {mark.line + 1}" if mark else ""
+        fault = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
+        raise BadInput(f"{path}{line}: not YAML ({fault}); write options as batch_size: 8, one in a line") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise BadInput(f"{path}: holds no options; write them as batch_size: 8, one in a line")
+    entries: list[tuple[Any, Any]] = root.value
+    return entries
+
+
+def _arguments(name: str, node: Any, kind: Any, where: str) -> Iterator[str]:
+    option = "--" + name.replace("_", "-")
+    if node.tag == NULL:
+        return
+    bare, of_option = typing.get_args(kind)[:2] if typing.get_origin(kind) is typing.Annotated else (kind, None)
+    if bare is bool:
+        if node.tag != BOOL:
+            raise BadInput(f"{where}: {name} must be true or false")
+        if node.value.lower() in TRUE:
+            yield option
+        elif of_option is None:  # one that is on unless it is switched off
+            yield option.replace("--", "--no-", 1)
+    elif isinstance(node, yaml.SequenceNode):
+        if tuple not in {typing.get_origin(part) for part in (bare, *typing.get_args(bare))}:
+            raise BadInput(f"{where}: {name} takes one value, not a list")
+        yield option
+        yield from (_text(item, where) for item in node.value)
+    else:
+        yield f"{option}={_text(node, where)}"
+
+
+def _text(node: Any, where: str) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise BadInput(f"{where}: a mapping or a list stands where a value is meant; write the value alone")
+    return str(node.value)

@@ -1,0 +1,145 @@
+"""Options from a file: `--options FILE`, laid under the command line."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+
+from llmq_jax import command_line
+from llmq_jax.command_line import Flag, default_is
+from train.options import PLACES, TrainingOptions, own_options
+
+
+@dataclass(frozen=True)
+class Options:
+    """Bake a cake."""
+
+    options: Annotated[str | None, default_is("none", metavar="FILE")] = None
+    """A file of these."""
+    topping: str = "none"
+    """What goes on top."""
+    batch_size: int = 3
+    """Cakes at a time."""
+    heat: float | None = None
+    """Degrees."""
+    profile: Annotated[str | None, default_is("none")] = None
+    """Which to look at."""
+    where: Literal["oven", "pan"] = "oven"
+    """How."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Eggs."""
+    spices: Annotated[tuple[str, ...] | None, default_is("none")] = None
+    """What goes in."""
+    cream: bool = True
+    """With cream."""
+    quiet: Flag = False
+    """Say nothing."""
+
+
+def baked(tmp_path, capsys, text, *arguments):
+    """(what the command was given, what was said on stderr)."""
+    file, given = tmp_path / "cake.yaml", []
+    file.write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(bake_into(given), ["--options", str(file), *arguments], program="bake")
+    assert exit.value.code == (0 if given else 2)
+    return given[0] if given else None, capsys.readouterr().err
+
+
+def bake_into(given):
+    def bake(options: Options) -> None:
+        given.append(options)
+
+    return bake
+
+
+ALL = """# for Sunday
+topping: jam
+batch-size: 4
+heat: 1e2
+profile: 10:15
+where: pan
+betas: [0.5, 9e-1]
+spices: [salt=1, 'pepper={"black": true}']
+cream: no
+quiet: true
+"""
+
+
+def test_a_value_is_what_would_stand_behind_the_option(tmp_path, capsys):
+    options, _ = baked(tmp_path, capsys, ALL)
+    assert options == Options(
+        options=str(tmp_path / "cake.yaml"),
+        topping="jam",
+        batch_size=4,
+        heat=100.0,
+        profile="10:15",
+        where="pan",
+        betas=(0.5, 0.9),
+        spices=("salt=1", 'pepper={"black": true}'),
+        cream=False,
+        quiet=True,
+    )
+
+
+def test_the_command_line_wins(tmp_path, capsys):
+    given = ("--topping", "none of it", "--cream", "--spices", "salt=2", "--betas=0.1", "0.2")
+    options, _ = baked(tmp_path, capsys, ALL, *given)
+    assert (options.topping, options.cream, options.spices) == ("none of it", True, ("salt=2",))
+    assert (options.betas, options.batch_size, options.quiet) == ((0.1, 0.2), 4, True)
+    options, _ = baked(tmp_path, capsys, "cream: true\nquiet: false\nheat: null", "--no-cream")
+    assert (options.cream, options.quiet, options.heat) == (False, False, None)
+
+
+def test_json_is_read(tmp_path, capsys):
+    options, _ = baked(tmp_path, capsys, '{"batch_size": 5, "heat": null, "cream": false, "betas": [0.1, 1e-3]}')
+    assert (options.batch_size, options.cream, options.betas) == (5, False, (0.1, 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("topping: jam\nbatch_sise: 3", "line 2: there is no option 'batch_sise'; did you mean batch_size?"),
+        ("flour: 3", "line 1: there is no option 'flour'; --help tells which there are"),
+        ("options: other.yaml", "line 1: there is no option 'options'"),
+        ("batch_size: many", "--batch-size takes an integer, not 'many'"),
+        ("where: pot", "--where cannot be 'pot': choose from oven, pan"),
+        ("batch_size: true", "--batch-size takes an integer, not 'true'"),
+        ("batch_size: [1, 2]", "line 1: batch_size takes one value, not a list"),
+        ("betas: 3", "--betas needs 2 values"),
+        ("betas: []", "--betas needs 2 values"),
+        ("betas: [1, [2]]", "line 1: a mapping or a list stands where a value is meant"),
+        ("spices: {salt: 1}", "line 1: a mapping or a list stands where a value is meant"),
+        ("quiet: 3", "line 1: quiet must be true or false"),
+        ("heat: 1\ntopping: jam\nheat: 2", "line 3: heat stands there a second time"),
+        ("- heat", "holds no options; write them as batch_size: 8"),
+        ("", "holds no options"),
+        ("heat: [1,\ntopping: 2", "line 2: not YAML"),
+        ("a: 1\n---\nb: 2", "line 2: not YAML"),
+        ("[" * 5000, "not YAML"),
+    ],
+)
+def test_a_fault_is_told_with_its_file(tmp_path, capsys, text, said):
+    options, error = baked(tmp_path, capsys, text)
+    assert options is None
+    assert error.startswith(f"error: {tmp_path}/cake.yaml: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_fault_of_the_command_line_is_its_own(tmp_path, capsys):
+    _, error = baked(tmp_path, capsys, "topping: jam", "--batch-size", "many")
+    assert error.startswith("error: --batch-size takes an integer, not 'many'")
+
+
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(bake_into([]), ["--options", str(tmp_path / "none.yaml")], program="bake")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"error: No such file or directory: {tmp_path}/none.yaml\n"
+
+
+def test_a_run_does_not_depend_on_the_name_of_its_file():
+    assert "options" in PLACES
+    given, not_given = TrainingOptions(options="a.yaml", keep_last=3), TrainingOptions(keep_last=3)
+    assert own_options(given) == own_options(not_given)
