@@ -68,6 +68,47 @@ class Choice(NamedTuple):
     """Why it is not the fused one, where "auto" would take that and it cannot run."""
 
 
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K V"],
+    context: Context,
+    cache: Any = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    **others: Any,
+) -> tuple[Float[Array, "B T N V"], Any]:
+    """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache).
+
+    `others` go to `attend` as they are: what a formula of yours reads beside the scores, such as a learned sink. Only
+    "plain" knows of them, so that "auto" takes it; BadInput for another implementation by name.
+    """
+    if others:
+        if context.implementation not in ("auto", "plain"):
+            known = f"attention={context.implementation!r} does not compute with {' and '.join(others)}"
+            raise BadInput(f"{known}, which only the formula in `attend` may know of; take 'plain' or 'auto'")
+        context = context.replace(implementation="plain")
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
+    if cache is None or cache.empty:
+        options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        mixed = self_attention(query, key, value, context, scale=scale, window=window, **options, **others)
+        if cache is not None:
+            cache = cache.write(key, value, context.positions, context.segment_ids)
+    else:
+        cache, (keys, values, key_positions) = cache.update(key, value, context.positions, context.segment_ids)
+        if reads_plainly(context.implementation, window is not None):
+            positions, options = (context.positions, key_positions), {"scale": scale, "softcap": softcap, **others}
+            mixed = plain_attention(query, keys, values, positions, window=window, **options)
+        else:
+            mask = visible(context.positions, key_positions, window=window)
+            mixed = lean_attend(query, keys, values, mask, scale, softcap)
+    return mixed.swapaxes(1, 2), cache
+
+
 def self_attention(
     query: Float[Array, "B N T H"],
     key: Float[Array, "B K T H"],
@@ -79,8 +120,9 @@ def self_attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    **others: Any,
 ) -> Float[Array, "B N T V"]:
-    """Causal attention of a sequence to itself, as `context.implementation` says.
+    """Causal attention of a sequence to itself, as `context.implementation` says; `others` are for "plain" alone.
 
     Within a segment positions must rise by 1 or more from place to place (by exactly 1 for "fused" with a window), as
     in every batch here. Blocks and kernels skip by place, the mask goes by position: so nothing that the mask shows is
@@ -105,6 +147,7 @@ def self_attention(
     if name == "plain":
         positions, segments = context.positions, context.segment_ids
         both = None if segments is None else (segments, segments)
+        options |= others
         return plain_attention(query, key, value, (positions, positions), both, window, dropout_key, **options)
     if name == "masked":
         return query_blocks(query, key, value, context, length, window, dropout_key, **options)
@@ -274,34 +317,3 @@ def _fused_obstacle(
     if heads[0] % parts == 0 and heads[1] % parts:
         return f"heads of queries and keys must be divided alike, and tensor={parts} divides {heads[0]}, not {heads[1]}"
     return None
-
-
-def attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K V"],
-    context: Context,
-    cache: Any = None,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-) -> tuple[Float[Array, "B T N V"], Any]:
-    """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache)."""
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
-    if cache is None or cache.empty:
-        options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
-        mixed = self_attention(query, key, value, context, scale=scale, window=window, **options)
-        if cache is not None:
-            cache = cache.write(key, value, context.positions, context.segment_ids)
-    else:
-        cache, (keys, values, key_positions) = cache.update(key, value, context.positions, context.segment_ids)
-        if reads_plainly(context.implementation, window is not None):
-            positions = context.positions, key_positions
-            mixed = plain_attention(query, keys, values, positions, window=window, scale=scale, softcap=softcap)
-        else:
-            mask = visible(context.positions, key_positions, window=window)
-            mixed = lean_attend(query, keys, values, mask, scale, softcap)
-    return mixed.swapaxes(1, 2), cache

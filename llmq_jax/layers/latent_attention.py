@@ -7,6 +7,15 @@ Keys and values of all heads are made of one short latent vector per token, and 
     r_t = RoPE(W_rotary x_t)          one rotated key, which all heads share         eq. 15
     q_t = [content; RoPE(rotary)]     queries, of x_t or of a latent of their own    eq. 12 to 14
 
+The paper's matrices, by the names of the modules here (each gives what stands in brackets in one product, as in
+DeepSeek's checkpoints):
+
+    latent_down   [W^DKV; W^KR]       W_down and W_rotary
+    latent_up     [W^UK; W^UV]        W_up
+    query_down    W^DQ
+    query_up      [W^UQ; W^QR]        `query` where queries are made of x_t
+    out           W^O
+
 A head's score is q · [k; r]. RoPE has features of its own: a rotation between q and W_up, another one for each
 distance, could not be absorbed (section 2.1.3). Attention is computed in one of two forms:
 
@@ -14,8 +23,6 @@ distance, could not be absorbed (section 2.1.3). Attention is computed in one of
 - absorbed (decoding): q · W_up c = (W_upᵀ q) · c, and the mixed values W_up Σ w c = Σ w (W_up c). So queries meet the
   latents themselves, as the one head of keys and values of multi-query attention, and nothing is expanded (section
   2.1.2). Not with attention="plain", which forms all keys and values of the latents in the cache.
-
-The down projection gives [c; r] at once, as in DeepSeek's checkpoints.
 """
 
 from dataclasses import dataclass

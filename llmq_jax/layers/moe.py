@@ -9,6 +9,7 @@ Any decoder takes experts in place of its feed-forward networks: `config.experts
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,8 @@ from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
 
-SCORES = ("softmax", "sigmoid")
+SCORES: dict[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+"""What makes the scores of the router's logits [..., E]; a score is above 0, or 0."""
 # A group's score is the sum of its best two experts', as in DeepSeek's code. The paper (section 2.1.2) sums the best
 # top_k / top_groups, which in V3 is 2 as well.
 BEST_OF_GROUP = 2
@@ -56,7 +58,7 @@ class Experts:
     bias: bool | None = None
     """Whether experts have biases."""
     score: str = "softmax"
-    """"softmax" over the experts, or "sigmoid" of each."""
+    """"softmax" over the experts, or "sigmoid" of each: an entry of `SCORES`."""
     router_bias: bool = False
     """Whether the router's logits have a bias of their own."""
     renormalise: bool = True
@@ -158,23 +160,28 @@ def route(
 ) -> tuple[Int[Array, "*batch k"], Float[Array, "*batch k"], Float[Array, "*batch E"]]:
     """(int32 ids of the chosen experts, their weights, the router's probabilities); the latter two in float32.
 
-    The probabilities add up to 1 over all experts, for the balance losses (arXiv:2412.19437, eq. 19).
+    Equations are those of DeepSeek-V3 (arXiv:2412.19437), of which Mixtral's are a case. The probabilities add up to 1
+    over all experts, for the balance losses (eq. 19).
     """
-    logits = logits.astype(jnp.float32)
-    scores = jax.nn.softmax(logits) if experts.score == "softmax" else jax.nn.sigmoid(logits)
-    choice = jax.lax.stop_gradient(scores if bias is None else scores + bias)
+    scores = SCORES[experts.score](logits.astype(jnp.float32))  # s, eq. 15
+    selection = jax.lax.stop_gradient(scores if bias is None else scores + bias)  # s + b, eq. 16
     if experts.num_groups > 1:
-        groups = choice.reshape(*choice.shape[:-1], experts.num_groups, -1)
-        best = jax.lax.top_k(groups, min(BEST_OF_GROUP, groups.shape[-1]))[0].sum(-1)
-        _, chosen = jax.lax.top_k(best, experts.top_groups)
-        allowed = jax.nn.one_hot(chosen, experts.num_groups).sum(-2) > 0
-        choice = jnp.where(allowed[..., None], groups, -jnp.inf).reshape(choice.shape)
-    _, ids = jax.lax.top_k(choice, experts.top_k)
-    weights = jnp.take_along_axis(scores, ids, axis=-1)
+        selection = _in_best_groups(selection, experts)
+    _, ids = jax.lax.top_k(selection, experts.top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)  # g', eq. 14: of the scores alone
     if experts.renormalise:
-        weights /= weights.sum(-1, keepdims=True) + 1e-20
+        weights /= weights.sum(-1, keepdims=True) + 1e-20  # g, eq. 13
     probabilities = scores if experts.score == "softmax" else scores / (scores.sum(-1, keepdims=True) + 1e-20)
     return ids, weights * experts.scaling_factor, probabilities
+
+
+def _in_best_groups(selection: Float[Array, "*batch E"], experts: Experts) -> Float[Array, "*batch E"]:
+    """-inf for the experts of all groups but the best `top_groups` (section 2.1.2, node-limited routing)."""
+    groups = selection.reshape(*selection.shape[:-1], experts.num_groups, -1)
+    best = jax.lax.top_k(groups, min(BEST_OF_GROUP, groups.shape[-1]))[0].sum(-1)
+    _, chosen = jax.lax.top_k(best, experts.top_groups)
+    allowed = jax.nn.one_hot(chosen, experts.num_groups).sum(-2) > 0
+    return jnp.where(allowed[..., None], groups, -jnp.inf).reshape(selection.shape)
 
 
 class MixtureOfExperts(nn.Module):
@@ -283,7 +290,7 @@ class MixtureOfExperts(nn.Module):
         return MLP(hidden, activation, self.kernel_init, self.down_init, self.dtype, bias, gated, name="shared")
 
 
-def feed_forward(
+def mlp_or_experts(
     x: Float[Array, "B T D"],
     context: Context,
     experts: Experts | None,

@@ -142,6 +142,8 @@ def norm_layer(
     name: str | None = None,
     before_attention: bool = False,
 ) -> nn.Module:
-    """A layer by its name in a config; `epsilon` is for those that divide, the range of initial weights for DyT."""
-    start = alpha_init(width, before_attention, initializer_range) if norm == "dyt" else epsilon
-    return NORMS[norm](start, name=name)
+    """A layer by its name in a config. The first field of its class is `epsilon`, or of DyT where alpha starts, which
+    goes by the width, the place and the range of initial weights."""
+    if norm == "dyt":
+        return DyT(alpha_init(width, before_attention, initializer_range), name=name)
+    return NORMS[norm](epsilon, name=name)

@@ -158,11 +158,69 @@ class Decoder(nn.Module):
         """What the first layer is given."""
         raise NotImplementedError
 
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        """What all layers are told of where the tokens stand."""
+        return Context(positions, segment_ids)
+
     @property
     def experts(self) -> Experts | None:
         """The experts of the layers that have them."""
         experts: Experts | None = self.config.experts
         return experts
+
+    # The pass.
+
+    def forward(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        caches: Any = None,
+    ) -> Output:
+        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token."""
+        tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
+        if tokens.size == 0:
+            raise BadInput(f"tokens of the shape {tokens.shape} are none; give one row or more, of one token or more")
+        positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
+        context = self.context(positions, segment_ids).replace(implementation=self.attention)
+        x = constrain(self.embed(tokens, positions), "batch")
+        new_caches, counts = {}, {}
+        for name in self.stacks():  # the loops over layers that `set_groups` made: self.group_0, ...
+            cache = None if caches is None else caches[name]
+            x, (new_caches[name], counts[name]) = getattr(self, name)(x, cache, context)
+        return Output(self.normalise(x), x, None if caches is None else new_caches, counts)
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm."""
+        return self.forward(tokens, positions, segment_ids).hidden
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
+        """Logits in float32, of tokens or of a classifier's classes. A training loss should not call this but `hidden`,
+        and unembed in chunks."""
+        if self.config.labels is not None:
+            return self.classify(tokens, positions, segment_ids)
+        return self.unembed(self.hidden(tokens, positions, segment_ids))
+
+    def classify(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+    ) -> Float[Array, "B C"]:
+        """Logits of the classes of each row, by its last token that is not padding (segment 0), in float32."""
+        hidden = self.hidden(tokens, positions, segment_ids)
+        return self.class_logits(last_hidden(hidden, None if segment_ids is None else jnp.asarray(segment_ids)))
 
     # What all share, from the modules `token_embedding`, `final_norm` and a head: `lm_head`, unless it is tied, or the
     # `score` of a classifier.
@@ -184,11 +242,6 @@ class Decoder(nn.Module):
         elif not c.tie_word_embeddings:
             self.lm_head = head(c.vocab_size, dtype=self.dtype)
 
-    @nn.nowrap
-    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
-        """What all layers are told of where the tokens stand."""
-        return Context(positions, segment_ids)
-
     def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm after the last layer."""
         normalised: Array = self.final_norm(x)
@@ -207,16 +260,6 @@ class Decoder(nn.Module):
         if self.config.labels is None:
             raise BadInput("this model is a language model and knows no classes; give it a head by with_classifier")
         return self.score(hidden).astype(jnp.float32)
-
-    def classify(
-        self,
-        tokens: Tokens,
-        positions: Tokens | None = None,
-        segment_ids: Tokens | None = None,
-    ) -> Float[Array, "B C"]:
-        """Logits of the classes of each row, by its last token that is not padding (segment 0), in float32."""
-        hidden = self.hidden(tokens, positions, segment_ids)
-        return self.class_logits(last_hidden(hidden, None if segment_ids is None else jnp.asarray(segment_ids)))
 
     @nn.nowrap
     def head_variables(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -258,47 +301,6 @@ class Decoder(nn.Module):
             # weights that it always gave.
             check_constancy_invariants=self.is_initializing(),
         )
-
-    def forward(
-        self,
-        tokens: Tokens,
-        positions: Tokens | None = None,
-        segment_ids: Tokens | None = None,
-        caches: Any = None,
-    ) -> Output:
-        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token."""
-        tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
-        if tokens.size == 0:
-            raise BadInput(f"tokens of the shape {tokens.shape} are none; give one row or more, of one token or more")
-        positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
-        context = self.context(positions, segment_ids).replace(implementation=self.attention)
-        x = constrain(self.embed(tokens, positions), "batch")
-        new_caches, counts = {}, {}
-        for name in self.stacks():
-            cache = None if caches is None else caches[name]
-            x, (new_caches[name], counts[name]) = getattr(self, name)(x, cache, context)
-        return Output(self.normalise(x), x, None if caches is None else new_caches, counts)
-
-    def hidden(
-        self,
-        tokens: Tokens,
-        positions: Tokens | None = None,
-        segment_ids: Tokens | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm."""
-        return self.forward(tokens, positions, segment_ids).hidden
-
-    def __call__(
-        self,
-        tokens: Tokens,
-        positions: Tokens | None = None,
-        segment_ids: Tokens | None = None,
-    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
-        """Logits in float32, of tokens or of a classifier's classes. A training loss should not call this but `hidden`,
-        and unembed in chunks."""
-        if self.config.labels is not None:
-            return self.classify(tokens, positions, segment_ids)
-        return self.unembed(self.hidden(tokens, positions, segment_ids))
 
     # Decoding: layers sliced once, run one after another.
 

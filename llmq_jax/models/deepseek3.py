@@ -33,7 +33,7 @@ from llmq_jax.layers.caches import LatentCache
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.moe import Experts, balance_from, experts_from, feed_forward, require_same_sizes
+from llmq_jax.layers.moe import Experts, balance_from, experts_from, mlp_or_experts, require_same_sizes
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_positive
@@ -296,11 +296,10 @@ PRESETS = {
 
 
 class Ahead(struct.PyTreeNode):
-    """What the modules of multi-token prediction give, stacked over their depths 1 to D."""
+    """What the modules of multi-token prediction give, stacked over their depths from 1 on."""
 
-    hidden: Float[Array, "D B T M"]
-    """At place i of depth k what predicts token i + k + 1, after the module's norm. D is the number of modules here, as
-    in the paper, and M the width, elsewhere D."""
+    hidden: Float[Array, "depth B T D"]
+    """At place i of depth k what predicts token i + k + 1, after the module's norm."""
     caches: Any = None
     counts: Any = None
 
@@ -354,8 +353,8 @@ class DeepSeek3(Llama3):
         tokens: Tokens,
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
-        seen: Int[Array, "B D T"] | None = None,
-        seen_segment_ids: Int[Array, "B D T"] | None = None,
+        seen: Int[Array, "B depth T"] | None = None,
+        seen_segment_ids: Int[Array, "B depth T"] | None = None,
         caches: Any = None,
     ) -> Ahead:
         """The modules, on what `forward` gave for the same tokens (eq. 21 to 23).
@@ -385,8 +384,8 @@ class DeepSeek3(Llama3):
         tokens: Tokens,
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
-        seen: Int[Array, "B D T"] | None = None,
-        seen_segment_ids: Int[Array, "B D T"] | None = None,
+        seen: Int[Array, "B depth T"] | None = None,
+        seen_segment_ids: Int[Array, "B depth T"] | None = None,
     ) -> tuple[Output, Ahead]:
         """The model and its modules in one pass; the counts of both stand in the former's."""
         output = self.forward(tokens, positions, segment_ids)
@@ -456,12 +455,19 @@ class DeepSeekBlock(nn.Module):
     ) -> tuple[Array, LatentCache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        normal = nn.initializers.normal(c.initializer_range)
         attention = latent_attention(c, self.dtype, name="attention")
         mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + mixed
-        update, counts = feed_forward(
-            norm("mlp_norm")(x),
+        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
+        return x + update, cache, counts
+
+    @nn.nowrap
+    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """SwiGLU, or experts: (what is added to the stream, the block's counts)."""
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        return mlp_or_experts(
+            x,
             context,
             self.experts,
             intermediate_size=c.intermediate_size,
@@ -472,7 +478,6 @@ class DeepSeekBlock(nn.Module):
             down_init=normal,
             dtype=self.dtype,
         )
-        return x + update, cache, counts
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> LatentCache:

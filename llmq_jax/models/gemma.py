@@ -31,7 +31,7 @@ from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, side_by_side
-from llmq_jax.layers.moe import Experts, experts_from, feed_forward
+from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import GLOBAL, LOCAL, require, require_at_least, require_positive, set_layer_types
@@ -329,10 +329,16 @@ class GemmaBlock(nn.Module):
         attention = GemmaAttention(c, self.dtype, self.window, name="attention")
         mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + norm("post_attention_norm")(mixed)
+        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
+        return x + norm("post_mlp_norm")(update), cache, counts
 
+    @nn.nowrap
+    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """GeGLU, or experts: (what is added to the stream, the block's counts)."""
+        c = self.config
         normal = nn.initializers.normal(c.initializer_range)
-        update, counts = feed_forward(
-            norm("mlp_norm")(x),
+        return mlp_or_experts(
+            x,
             context,
             self.experts,
             intermediate_size=c.intermediate_size,
@@ -343,7 +349,6 @@ class GemmaBlock(nn.Module):
             down_init=normal,
             dtype=self.dtype,
         )
-        return x + norm("post_mlp_norm")(update), cache, counts
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:

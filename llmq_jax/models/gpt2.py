@@ -13,12 +13,13 @@ Reference: openai/gpt-2 `src/model.py` and transformers' `GPT2LMHeadModel`. Devi
 `activation_function="gelu"` computes the exact GELU, `norm="dyt"` puts Dynamic Tanh in place of the norms.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 from flax import linen as nn
-from flax.typing import Dtype, Initializer
+from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.activations import ACTIVATIONS
@@ -26,7 +27,7 @@ from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.moe import Experts, experts_from, feed_forward
+from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.models.config import require, require_at_least
 from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
@@ -95,6 +96,12 @@ class GPT2Config:
         """Width of the feed-forward networks."""
         return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
 
+    @property
+    def residual_range(self) -> float:
+        """The initial scale of the matrices whose output is added to the stream. Each of the 2L branches adds its
+        variance: scaled down, that of all is the variance of one."""
+        return self.initializer_range / math.sqrt(2 * self.num_hidden_layers)
+
 
 PRESETS = {
     "gpt2-124m": GPT2Config(),
@@ -147,29 +154,30 @@ class GPT2Block(nn.Module):
     ) -> tuple[Array, FullCache | None, dict[str, Any]]:
         c = self.config
         deterministic = not self.has_rng("dropout")
-        normal = nn.initializers.normal(c.initializer_range)
-        # Each of the 2L residual branches adds its variance to the stream: scaled down, it stays that of one.
-        residual = nn.initializers.normal(c.initializer_range / (2 * c.num_hidden_layers) ** 0.5)
-
-        attention = GPT2Attention(c, normal, residual, self.dtype, name="attention")
         norm = partial(norm_layer, c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
+        attention = GPT2Attention(c, self.dtype, name="attention")
         mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
+        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
+        x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
+        return x, cache, counts
 
-        update, counts = feed_forward(
-            norm("mlp_norm")(x),
+    @nn.nowrap
+    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """Two matrices with GELU between them, or experts: (what is added to the stream, the block's counts)."""
+        c = self.config
+        return mlp_or_experts(
+            x,
             context,
             self.experts,
             intermediate_size=c.mlp_width,
             gated=False,
             activation=c.activation_function,
             use_bias=True,
-            kernel_init=normal,
-            down_init=residual,
+            kernel_init=nn.initializers.normal(c.initializer_range),
+            down_init=nn.initializers.normal(c.residual_range),
             dtype=self.dtype,
         )
-        x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
-        return x, cache, counts
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache:
@@ -180,8 +188,6 @@ class GPT2Attention(nn.Module):
     """Multi-head attention; one product gives queries, keys and values."""
 
     config: GPT2Config
-    kernel_init: Initializer
-    out_init: Initializer
     dtype: Dtype | None = None
 
     @nn.compact
@@ -190,7 +196,8 @@ class GPT2Attention(nn.Module):
     ) -> tuple[Array, FullCache | None]:
         c = self.config
         heads = (3, c.num_attention_heads, c.head_dim)
-        qkv = Linear(heads, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)
+        normal, residual = (nn.initializers.normal(scale) for scale in (c.initializer_range, c.residual_range))
+        qkv = Linear(heads, kernel_init=normal, dtype=self.dtype, name="qkv")(x)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each [B, T, N, H]
         dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
         mixed, cache = attention(
@@ -203,5 +210,5 @@ class GPT2Attention(nn.Module):
             dropout_rate=c.attn_pdrop,
             dropout_key=dropout_key,
         )
-        out = Linear(c.hidden_size, kernel_init=self.out_init, dtype=self.dtype, name="out")
+        out = Linear(c.hidden_size, kernel_init=residual, dtype=self.dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)), cache

@@ -26,7 +26,7 @@ from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, side_by_side
-from llmq_jax.layers.moe import Experts, experts_from, feed_forward
+from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
 from llmq_jax.layers.positions import Rope, rope_from
 from llmq_jax.models.config import require, require_at_least, require_positive
@@ -282,10 +282,16 @@ class Llama3Block(nn.Module):
         normalised = norm("attention_norm", before_attention=True)(x)
         mixed, cache = GroupedQueryAttention(c, self.dtype, self.window, name="attention")(normalised, context, cache)
         x = x + mixed
+        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
+        return x + update, cache, counts
 
+    @nn.nowrap
+    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """SwiGLU, or experts: (what is added to the stream, the block's counts)."""
+        c = self.config
         normal = nn.initializers.normal(c.initializer_range)
-        update, counts = feed_forward(
-            norm("mlp_norm")(x),
+        return mlp_or_experts(
+            x,
             context,
             self.experts,
             intermediate_size=c.intermediate_size,
@@ -296,7 +302,6 @@ class Llama3Block(nn.Module):
             down_init=normal,
             dtype=self.dtype,
         )
-        return x + update, cache, counts
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:

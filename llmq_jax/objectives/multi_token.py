@@ -26,7 +26,7 @@ from llmq_jax.objectives.next_token import head_loss
 class MultiToken:
     """Batches are those of `NextToken`. The k-th module then sees the tokens k places further on, and has the targets
     k places further on; or it is given its own: `ahead_tokens`, `ahead_targets`, `ahead_mask` and `ahead_segment_ids`
-    [B, D, T].
+    [B, depth, T].
 
     Evaluation takes the main loss alone, so that it compares with models that have no such modules, and reports each
     module's beside it: `mtp_1_loss`, ...

@@ -58,15 +58,13 @@ def dpo_loss(
     delta = chosen - rejected
     right, wrong = -jax.nn.log_sigmoid(beta * delta), -jax.nn.log_sigmoid(-beta * delta)
     e = label_smoothing
-    if loss_type == "sigmoid":
-        loss = (1 - e) * right + e * wrong
-    elif loss_type == "robust":
-        loss = ((1 - e) * right - e * wrong) / (1 - 2 * e)
-    elif loss_type == "hinge":
-        loss = jax.nn.relu(1 - beta * delta)
-    else:
-        loss = (delta - 1 / (2 * beta)) ** 2
-    return loss, rewards_of(chosen, rejected, beta)
+    losses = {
+        "sigmoid": (1 - e) * right + e * wrong,
+        "robust": ((1 - e) * right - e * wrong) / (1 - 2 * e),
+        "hinge": jax.nn.relu(1 - beta * delta),
+        "ipo": (delta - 1 / (2 * beta)) ** 2,
+    }
+    return losses[loss_type], rewards_of(chosen, rejected, beta)
 
 
 def rewards_of(chosen: Float[Array, " B"], rejected: Float[Array, " B"], beta: float) -> dict[str, Float[Array, " B"]]:

@@ -18,7 +18,7 @@ from llmq_jax.training.time_spent import time_text
 class RunResult:
     """What `run` returns. Times and peak memory are those of the process that finished the run."""
 
-    state: Any
+    state: Any = dataclasses.field(repr=False)
     """The last state; None where a run that was finished before has no checkpoint of its last step."""
     step: int
     tokens: int

@@ -30,7 +30,10 @@ ROLES = {
 def role(path: tuple[str, ...]) -> str:
     """The role of the parameter at a path: "kernel", "embedding", "norm" or "bias"."""
     if path[-1] not in ROLES:
-        raise BadInput(f"parameter {'/'.join(path)} has no role; give the name {path[-1]!r} one in {__name__}.ROLES")
+        raise BadInput(
+            f"parameter {'/'.join(path)} has no role; give the name {path[-1]!r} one in {__name__}.ROLES: kernel or "
+            "embedding, which decay, norm or bias, which do not"
+        )
     return ROLES[path[-1]]
 
 

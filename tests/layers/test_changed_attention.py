@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.errors import BadInput
 from llmq_jax.layers import attention, latent_attention, scaled_dot_product
 from llmq_jax.models import llama3, override
 from llmq_jax.models.gemma import GLOBAL, LOCAL
@@ -46,16 +47,19 @@ DEEPSEEK = lq.DeepSeekV3Config(
     num_nextn_predict_layers=0,
     **SIZES,
 )
+SOFTMAX = "weights = jax.nn.softmax("
 TEXT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
-def changed(module, name, place, lines, replace=True):
-    """A function or class of a module as its source would be with `lines` in the place of the line that begins so, or
-    before it."""
+def changed(module, name, *edits):
+    """A function or class of a module as its source would be after edits: (beginning of a line, lines, whether they
+    stand in its place or before it)."""
     source = inspect.getsource(module)
-    (found,) = re.findall(rf"^ *{re.escape(place)}.*\n", inspect.getsource(getattr(module, name)), re.MULTILINE)
-    start = source.index(inspect.getsource(getattr(module, name)))
-    head, tail = source[:start], source[start:].replace(found, lines + ("" if replace else found), 1)
+    own = inspect.getsource(getattr(module, name))
+    head, tail = source[: source.index(own)], source[source.index(own) :]
+    for place, lines, replace in edits:
+        (found,) = re.findall(rf"^ *{re.escape(place)}.*\n", own, re.MULTILINE)
+        tail = tail.replace(found, lines + ("" if replace else found), 1)
     scope = {"__name__": module.__name__}
     exec(compile(head + tail, module.__file__, "exec"), scope)
     return scope[name]
@@ -68,14 +72,22 @@ def change(monkeypatch):
     def change(name):
         if name == "value-norm":
             place = "assert context.rotation is not None"
-            edited = changed(llama3, "GroupedQueryAttention", place, LINES[name], replace=False)
+            edited = changed(llama3, "GroupedQueryAttention", (place, LINES[name], False))
             monkeypatch.setattr(llama3, "GroupedQueryAttention", edited)
         elif name == "alibi":
-            edited = changed(attention, "plain_attention", "return attend(", LINES[name])
+            edited = changed(attention, "plain_attention", ("return attend(", LINES[name], True))
             for module in (attention, latent_attention):
                 monkeypatch.setattr(module, "plain_attention", edited)
         elif name == "sink":
-            edited = changed(scaled_dot_product, "attend", "weights = jax.nn.softmax(", LINES[name])
+            edited = changed(scaled_dot_product, "attend", (SOFTMAX, LINES[name], True))
+            monkeypatch.setattr(attention, "attend", edited)
+        elif name == "learned-sink":
+            given = "window=self.window,", "            sink=sink,\n", False
+            parameter = "mixed, cache = attention(", LINES["sink-parameter"], False
+            module = changed(llama3, "GroupedQueryAttention", given, parameter)
+            monkeypatch.setattr(llama3, "GroupedQueryAttention", module)
+            argument = "dropout_rate: float = 0.0,", LINES["sink-argument"], False
+            edited = changed(scaled_dot_product, "attend", argument, (SOFTMAX, LINES[name], True))
             monkeypatch.setattr(attention, "attend", edited)
 
     return change
@@ -90,7 +102,7 @@ def lm_of(config, number, implementation):
 
 
 CASES = [("value-norm", LLAMA, "auto", 1), ("alibi", GEMMA, "plain", 2), ("sink", DEEPSEEK, "plain", 1)]
-CASES += [("alibi", LLAMA, "plain by default", 2)]
+CASES += [("alibi", LLAMA, "plain by default", 2), ("learned-sink", LLAMA, "auto", 2)]
 
 
 @pytest.mark.parametrize(("name", "config", "implementation", "rows"), CASES)
@@ -98,7 +110,7 @@ def test_what_is_changed_trains_and_generates(change, name, config, implementati
     """Tokens that are drawn through caches have the log-probabilities of the whole pass, which are not those of the
     model as it was."""
     number = CASES.index((name, config, implementation, rows))
-    if name == "value-norm":
+    if implementation == "auto":
         change(name)
         lm = lm_of(config, number, implementation)
     else:
@@ -144,4 +156,11 @@ def test_alibi_is_its_formula(change):
 
 
 def test_the_page_shows_these_changes():
-    assert set(LINES) == {"value-norm", "alibi", "sink"}
+    assert set(LINES) == {"value-norm", "alibi", "sink", "sink-parameter", "sink-argument", "learned-sink"}
+
+
+def test_only_the_formula_takes_arguments_of_its_own():
+    rows = jnp.ones((1, 4, 2, 8))
+    context = attention.Context(jnp.arange(4)[None], implementation="blocked")
+    with pytest.raises(BadInput, match=r"attention='blocked' does not compute with sink, .*; take 'plain' or 'auto'"):
+        attention.attention(rows, rows, rows, context, scale=1.0, sink=jnp.zeros(2))

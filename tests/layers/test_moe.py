@@ -13,7 +13,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
 from llmq_jax.layers.expert_dispatch import ExpertWeights, block_lengths, dispatch, in_blocks, slots_each
 from llmq_jax.layers.feedforward import MLP
-from llmq_jax.layers.moe import Experts, MixtureOfExperts, balance_from, experts_from, route
+from llmq_jax.layers.moe import SCORES, Experts, MixtureOfExperts, balance_from, experts_from, route
 
 NORMAL = nn.initializers.normal(0.3)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -164,6 +164,15 @@ def test_routing_in_groups_with_a_bias(score):
     plain = dataclasses.replace(experts, renormalise=False, scaling_factor=1.0)
     ids, weights, _ = route(jnp.asarray(logits, jnp.float32), plain)
     np.testing.assert_allclose(weights, np.take_along_axis(scores, np.asarray(ids), 1), rtol=1e-5)
+
+
+def test_a_score_of_ones_own_is_what_chooses_and_weighs(monkeypatch):
+    monkeypatch.setitem(SCORES, "squared", lambda logits: jnp.square(jax.nn.relu(logits)))
+    logits = jnp.array([[3.0, -4.0, 2.0, 1.0]])
+    ids, weights, probabilities = route(logits, Experts(4, 2, score="squared"))
+    assert ids.tolist() == [[0, 2]]
+    np.testing.assert_allclose(weights, [[9 / 13, 4 / 13]], rtol=1e-6)
+    np.testing.assert_allclose(probabilities, [[9 / 14, 0, 4 / 14, 1 / 14]], rtol=1e-6)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -32,7 +32,7 @@ def shown():
         del ROLES[name]
 
 
-@pytest.mark.parametrize("name", ["CappedConfig", "ValueResidualConfig", "GainConfig"])
+@pytest.mark.parametrize("name", ["CappedConfig", "ValueResidualConfig", "SwishConfig", "GainConfig"])
 def test_models_of_the_page_train_and_come_back(name, shown, tmp_path):
     config = shown[name](**SIZES)
     tokens = np.frombuffer(b"abcdefgh" * 200, np.uint8)

@@ -167,7 +167,8 @@ def test_options_out_of_range_are_refused(changed):
 
 
 def test_report_shows_figures_files_and_next_commands(tmp_path):
-    _, said = quiet(tmp_path / "run", next_commands=["llmq generate run"])
+    result, said = quiet(tmp_path / "run", next_commands=["llmq generate run"])
+    assert "loss=" in repr(result) and "Array" not in repr(result), "a notebook would print all weights"
     report = said[said.index("finished:") :]
     assert "20 steps" in report and "tokens/s" in report and "peak memory" in report
     assert "best" in report and "losses.png" in report
