@@ -36,7 +36,8 @@ DAY = datetime(2024, 7, 26)
 
 REWRITTEN = (
     "has an answer that the chat template writes in another way when messages follow, as those do that leave out "
-    "earlier reasoning, so that where it ends cannot be told: train on the last one only"
+    "earlier reasoning, so that where it ends cannot be told: train on the last one only, or by a template that writes "
+    "all of them alike"
 )
 UNASKED = "begins with the assistant, which answers nothing: put a prompt before it, or train on the last answer only"
 """Why answers cannot be learned."""
