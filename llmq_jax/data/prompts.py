@@ -1,7 +1,8 @@
 """Prompts to answer, with what else their records know, for rewards that look at more than the answer.
 
 A record has `prompt`, a string or a list of messages; or any fields at all, and a format says how a prompt is made of
-them: "Question: {question}\nAnswer:". Its other fields are columns that reward functions are given.
+them: "Question: {question}\nAnswer:". Its other fields are columns that reward functions are given. Beside a prompt
+`tools` and `chat_template_kwargs` are the chat template's too; a format says by itself what the model reads.
 """
 
 import string
@@ -111,7 +112,8 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
             f"{where}: the model has no chat template: use strings and the template 'plain', or give one "
             "(--chat-template FILE)"
         )
-    conversation = Conversation(where, "messages", messages, given=len(messages), variables=template_variables(record))
+    variables = template_variables(record) if prompt_format is None else {}
+    conversation = Conversation(where, "messages", messages, given=len(messages), variables=variables)
     text = prompt_text(conversation, chat)
     return Prompt(where, text, tokenizer.encode(text, allow_special=True), columns)
 

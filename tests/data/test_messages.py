@@ -287,5 +287,7 @@ def test_prompts_with_tools(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     with pytest.raises(BadInput, match=r"data\.jsonl: line 1: the chat template has no place for 'tools'"):
         read_prompts(write(tmp_path, {"prompt": "a", "tools": TOOLS}), FileTokenizer(tmp_path))
+    (prompt,), _ = read_prompts(write(tmp_path, {"query": "a", "tools": TOOLS}), tokenizer, prompt_format="{query}!")
+    assert prompt.text == "[user]a!</s>[assistant]", "a format says what the model reads"
     (prompt,), _ = read_prompts(write(tmp_path, {"prompt": "a", "tools": ["x"]}), ByteTokenizer())
     assert prompt.columns == {"tools": ["x"]}, "a field like any other where prompts are texts"
