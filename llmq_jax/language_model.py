@@ -146,23 +146,30 @@ class LanguageModel:
         sampler: Sampler | None = None,
         stop: Sequence[Any] | SupportsIndex | str | None = None,
         seed: int = 0,
+        tools: Sequence[Any] | None = None,
     ) -> str:
-        """The reply to messages, each {"role": "system", "user" or "assistant", "content": text}.
+        """The reply to messages, each {"role": "system", "user" or "assistant", "content": text}; calls of tools, and
+        what these gave back, as data/messages.py has them. A call in the reply is text, as the template spells it.
 
-        The other arguments are those of `generate`. BadInput: the model has no chat template, the template refuses the
-        messages, or they and the new tokens exceed the model's context.
+        tools: those that the model may call, each an object that describes one by JSON Schema. The other arguments are
+        those of `generate`. BadInput: the model has no chat template, the template refuses the messages or has no place
+        for the tools, or they and the new tokens exceed the model's context.
         """
-        tokens = self.chat_tokens(messages)
+        tokens = self.chat_tokens(messages, tools)
         reply = generate(self, [tokens], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop, seed=seed)
         assert reply.text is not None
         return reply.text[0]
 
-    def chat_tokens(self, messages: Sequence[Any]) -> list[int]:
-        """Messages as the model's chat template writes them, up to where the reply begins.
+    def chat_tokens(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> list[int]:
+        """Messages, and the tools that may be called, as the model's chat template writes them, up to where the reply
+        begins.
 
         Special tokens that a message spells out become tokens, as in transformers.
         """
-        text = self.require_chat_template("this model").render(messages, add_generation_prompt=True)
+        template = self.require_chat_template("this model")
+        variables = {"tools": tools} if tools else {}
+        text = template.render(messages, add_generation_prompt=True, **variables)
+        template.refuse_unread(messages, variables)
         return self.require_tokenizer("this model").encode(text, allow_special=True)
 
     def replace(self, **changes: Any) -> "LanguageModel":

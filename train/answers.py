@@ -62,8 +62,10 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
 
 def question(conversation: Any) -> str | None:
     """What a conversation's last answer answers; None where it has none."""
+    from llmq_jax.data.messages import text_of
+
     pairs = itertools.pairwise(conversation.chat())
-    asked = [before["content"] for before, after in pairs if after["role"] == "assistant"]
+    asked = [text_of(before) for before, after in pairs if after["role"] == "assistant"]
     return asked[-1] if asked else None
 
 

@@ -256,7 +256,7 @@ def conversations(options: Options, sources: Sources) -> tuple[list, list]:
     from llmq_jax.data import read_conversations, split_documents
 
     def said(conversation):
-        return json.dumps([conversation.messages, conversation.given, conversation.input])
+        return json.dumps([conversation.messages, conversation.given, conversation.input, conversation.variables])
 
     everything = read_conversations(sources.training)
     if options.evaluate_every == 0:

@@ -208,6 +208,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     import jax
 
     from llmq_jax.data import PreferenceEvaluation
+    from llmq_jax.data.messages import text_of
     from llmq_jax.layers.axes import replicated
     from llmq_jax.objectives.reward import model_rewards
 
@@ -226,9 +227,9 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
         lines = []
         for index, found in zip(order, jax.device_get(rewards(variables, **rows)), strict=True):
             pair = by_place[pairs[index].where]
-            lines.append(one_line(pair.chosen.chat()[pair.chosen.given - 1]["content"], WIDTH))
+            lines.append(one_line(text_of(pair.chosen.chat()[pair.chosen.given - 1]), WIDTH))
             for reward, side, name in zip(found, (pair.chosen, pair.rejected), ("chosen", "rejected"), strict=True):
-                lines.append(f"  {reward:+8.3f} {name:8} {one_line(side.messages[-1]['content'], WIDTH)}")
+                lines.append(f"  {reward:+8.3f} {name:8} {one_line(text_of(side.messages[-1]), WIDTH)}")
         return "\n".join(lines)
 
     return shown

@@ -1,9 +1,9 @@
 """Continue a prompt with any model, or every prompt of a file.
 
 A prompt file whose name ends in .jsonl, or any with --jsonl, holds one JSON object a line, with "prompt" (a text) or
-"messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template). The same objects come
-out, one a line, with "completion" (the new text) and "tokens" (how many they are) added. The first prompt draws from
-the seed, each one after it from the next number.
+"messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template, beside which "tools"
+may list those that the model may call). The same objects come out, one a line, with "completion" (the new text) and
+"tokens" (how many they are) added. The first prompt draws from the seed, each one after it from the next number.
 """
 
 import contextlib
@@ -242,6 +242,8 @@ def _fault(record: Any) -> str | None:
         return f'has neither "prompt" nor "messages" (fields found: {names})'
     if not isinstance(record.get("prompt", ""), str):
         return 'has a "prompt" that is not a string'
+    if "messages" in record and not (record.get("tools") is None or isinstance(record["tools"], list)):
+        return 'has "tools" that are no list of objects'
     if taken := [name for name in ADDED if name in record]:
         return f'has a field "{taken[0]}" already, which the result would replace; rename it'
     try:
@@ -255,7 +257,9 @@ def _prompt(lm: Any, record: dict[str, Any], chat: bool) -> Any:
     """Token ids."""
     if "prompt" in record and not chat:
         return lm.tokenizer.encode_prompt(record["prompt"])
-    return lm.chat_tokens(record["messages"] if "messages" in record else _said(record["prompt"]))
+    if "prompt" in record:
+        return lm.chat_tokens(_said(record["prompt"]))
+    return lm.chat_tokens(record["messages"], record.get("tools"))
 
 
 @contextlib.contextmanager

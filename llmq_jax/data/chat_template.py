@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg
 from jinja2.visitor import NodeTransformer
 
+from llmq_jax.data.messages import REASONING, reasoning_of, text_of, text_parts
 from llmq_jax.data.records import read_text
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.json_text import parse_json
@@ -49,6 +51,7 @@ MAX_BITS = 2**14
 """Of an integer."""
 
 
+NOT_READ = "the chat template has no place{} for {!r}: use another template, or remove it"
 ABSENT = ("tools", "documents")
 """Variables that are None: templates ask whether they are none, and some whether they are defined."""
 
@@ -71,7 +74,43 @@ class ChatTemplate:
     def variables(self) -> list[str]:
         """What it reads beside the conversation and the special tokens, such as `enable_thinking`."""
         given = {"messages", "add_generation_prompt", *ABSENT, *self.special_tokens}
-        return sorted(meta.find_undeclared_variables(self._sandbox.parse(self.source)) - given)
+        return sorted(self._undeclared - given)
+
+    def reads(self, name: str) -> bool:
+        """Whether it reads a variable, such as `tools`, or a key of messages, such as `tool_calls`."""
+        return name in self._undeclared or name in self._keys
+
+    def refuse_unread(self, messages: Iterable[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
+        """BadInput for a variable, or calls of tools or a reasoning in messages, that the template would leave out."""
+        for name, value in variables.items():
+            if value and not self.reads(name):
+                raise BadInput(NOT_READ.format("", name))
+        for index, message in enumerate(messages):
+            for name in ("tool_calls", *REASONING):
+                read = any(map(self.reads, REASONING if name in REASONING else (name,)))
+                if message.get(name) and not read:
+                    raise BadInput(NOT_READ.format(f" in messages[{index}]", name))
+
+    @cached_property
+    def _undeclared(self) -> set[str]:
+        return meta.find_undeclared_variables(self._sandbox.parse(self.source))
+
+    @cached_property
+    def _keys(self) -> set[str]:
+        """The names of attributes and the texts in its code, one of which is the key of whatever it reads."""
+        tree = self._sandbox.parse(self.source)
+        attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+        return attributes | {str(node.value) for node in tree.find_all(nodes.Const)}
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether it writes the texts of a content that is a list of parts, and no more of the list."""
+        parts = [{"type": "text", "text": "said", "unread": "unsaid"}]
+        try:
+            text = self._written([{"role": "user", "content": parts}], add_generation_prompt=True)
+        except BadInput:
+            return False
+        return "said" in text and "unsaid" not in text
 
     def with_variables(self, values: Mapping[str, Any]) -> str:
         """The source of this template in which these variables have these values wherever they are not given.
@@ -93,19 +132,23 @@ class ChatTemplate:
         return "".join(lines) + self.source
 
     def render(self, messages: Any, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The text of a conversation: messages {"role": ..., "content": ...}, whose other keys are the template's too.
+        """The text of a conversation: messages as messages.py describes them, all of whose keys are the template's.
 
+        A content that is a list of parts goes to a template that reads such lists as it is, to others as one text.
         add_generation_prompt: end with the beginning of the assistant's answer. `variables` are what else the template
         reads, such as `tools`. To tokenize the text: `encode(text, allow_special=True)`, which adds no second beginning
-        token. BadInput: messages of another form, and whatever the template raises.
+        token. BadInput: messages of another form, and whatever the template raises. What it does not read is left out,
+        as in transformers: `refuse_unread` tells.
         """
-        given = {
-            **self.special_tokens,
-            **dict.fromkeys(ABSENT),
-            **variables,
-            "messages": _checked(messages),
-            "add_generation_prompt": add_generation_prompt,
-        }
+        checked = _checked(messages)
+        if any(isinstance(message.get("content"), list) for message in checked) and not self.takes_parts:
+            checked = [
+                message | {"content": text_of(message)} if "content" in message else message for message in checked
+            ]
+        return self._written(checked, add_generation_prompt=add_generation_prompt, **variables)
+
+    def _written(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        given = {**self.special_tokens, **dict.fromkeys(ABSENT), **variables, "messages": messages}
         pieces: list[str] = []
         characters = 0
         self._sandbox.begin()
@@ -398,11 +441,15 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise BadInput(f'messages[{index}] must be {{"role": ..., "content": ...}}, not {type(message).__name__}')
-        for key in ("role", "content"):
+        place = f"messages[{index}]"
+        only_calls = message.get("content") is None and message.get("tool_calls")
+        for key in ("role",) if only_calls else ("role", "content"):
             if key not in message:
-                raise BadInput(f"messages[{index}] has no {key!r}; its keys are {', '.join(map(repr, message))}")
-            if not isinstance(message[key], str):
-                raise BadInput(f"messages[{index}][{key!r}] must be text, not {type(message[key]).__name__}")
+                raise BadInput(f"{place} has no {key!r}; its keys are {', '.join(map(repr, message))}")
+            if key == "content" and isinstance(message[key], list):
+                text_parts(message[key], f"{place}[{key!r}]")
+            elif not isinstance(message[key], str):
+                raise BadInput(f"{place}[{key!r}] must be text, not {type(message[key]).__name__}")
     return [
         _with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages
     ]
@@ -410,8 +457,7 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Under both names that templates read it by, as transformers has it."""
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if name in message), None)
+    reasoning = reasoning_of(message)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 

@@ -1,30 +1,34 @@
 """Conversations to learn from, in the forms that people keep them in. A record's fields tell which form it has:
 
     instruction, input, output    Alpaca's; `input` may be missing or empty
-    messages                      [{"role": "system", "user" or "assistant", "content": text}, ...]
+    messages                      [{"role": "system", "user", "assistant" or "tool", "content": text}, ...]
     conversations                 ShareGPT's: [{"from": "system", "human" or "gpt", "value": text}, ...]
     prompt, completion            two strings, or two lists of messages
     text                          all in one, for training on all of it
     question, answer              GSM8K's: two strings, which are an instruction and its output
 
-Messages may have either spelling, wherever they stand.
-How they become text is in prompt_templates.py, how tokens and batches in instruction_batches.py.
+Messages may have either spelling, wherever they stand; messages.py says what they hold. `tools`, those that the
+assistant may call, and `chat_template_kwargs` are for the chat template.
+How conversations become text is in prompt_templates.py, how tokens and batches in instruction_batches.py.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.records import Record, checked_text, no_field, read_records
+from llmq_jax.data.messages import (
+    REASONING,
+    Message,
+    empty_response,
+    message_list,
+    refuse_lost,
+    template_variables,
+    text_of,
+)
+from llmq_jax.data.records import Record, read_records
 from llmq_jax.errors import BadInput
 
-Message = dict[str, str]
-"""{"role": ..., "content": ...}"""
-
-ROLES = ("system", "user", "assistant")
-SPEAKERS = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-"""{what ShareGPT calls who says something: the role}"""
 FORMS = {
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -35,14 +39,12 @@ FORMS = {
 }
 """{form: the fields that it must have}, in the order in which they are looked for."""
 LOST = {
-    "messages": ("tools", "functions", "conversations", "chat_template_kwargs"),
-    "conversations": ("tools", "functions", "system", "chat_template_kwargs"),
-    "prompt": ("tools", "chat_template_kwargs"),
+    "messages": ("functions", "conversations"),
+    "conversations": ("functions", "system"),
     "alpaca": ("system", "history"),
-    "question": ("tools", "context", "choices"),
+    "question": ("context", "choices"),
 }
-LOST_OF_MESSAGES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What other programs would train on, and is not read: refused where it is not empty."""
+"""{form: the fields that other programs would train on, and that are not read}: refused where they are not empty."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Conversation:
     """So many messages at the beginning are the prompt, and what the assistant says in them is not learned."""
     input: str = ""
     """Alpaca's, which belongs to the first message."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is given beside the messages: `tools`, and what else the record says."""
 
     def chat(self) -> list[Message]:
         """The messages as a chat has them, the input in the instruction."""
@@ -76,7 +80,13 @@ class Conversation:
                 "use the model's chat template (chat)"
             )
         prompt, answer = self.messages
-        return prompt["content"], answer["content"]
+        others = {**self.variables, **prompt, **answer}
+        if lost := [name for name in (*self.variables, "tool_calls", *REASONING) if others.get(name)]:
+            raise BadInput(
+                f"{self.where}: the template {template!r} has no place for {lost[0]!r}: use the model's chat template "
+                "(chat)"
+            )
+        return text_of(prompt), text_of(answer)
 
 
 def read_conversations(path: DataPath) -> list[Conversation]:
@@ -106,23 +116,21 @@ def as_conversation(record: Record) -> Conversation:
         forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
         raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
     refuse_lost(fields, LOST.get(form, ()), where)
+    if form == "text":
+        return Conversation(where, form, ({"role": "assistant", "content": _not_empty(record.text("text"), where)},))
+    return replace(_asked(record, form), variables=template_variables(record))
+
+
+def _asked(record: Record, form: str) -> Conversation:
+    where, fields = record
     if form in ("messages", "conversations"):
         return Conversation(where, "messages", message_list(record, form))
     if form == "prompt":
         return _prompt_and_completion(record)
     if form == "question":
         return Conversation(where, "alpaca", _asked_and_answered(record, "question", "answer"), given=1)
-    if form == "alpaca":
-        given = record.text("input") if "input" in fields else ""
-        messages = _asked_and_answered(record, "instruction", "output")
-        return Conversation(where, form, messages, given=1, input=given)
-    return Conversation(where, form, ({"role": "assistant", "content": _not_empty(record.text("text"), where)},))
-
-
-def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    for name in names:
-        if fields.get(name) and fields[name] != "[]":  # a list in JSON, as TRL reads `tools`
-            raise BadInput(f"{where} has {name!r}, which is not read: write it into the text, or remove it")
+    given = record.text("input") if "input" in fields else ""
+    return Conversation(where, form, _asked_and_answered(record, "instruction", "output"), given=1, input=given)
 
 
 def without_nulls(record: Record) -> Record:
@@ -150,46 +158,7 @@ def _prompt_and_completion(record: Record) -> Conversation:
     return Conversation(record.where, "messages", (*prompt, *completion), given=len(prompt))
 
 
-def message_list(record: Record, name: str) -> tuple[Message, ...]:
-    """The messages in a field. BadInput, which numbers them from 0, for what is none."""
-    value = record.fields[name]
-    where = f"{record.where}: field {name!r}"
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        keys = '"from": ..., "value"' if name == "conversations" else '"role": ..., "content"'
-        raise BadInput(f"{where} must be a list of {{{keys}: ...}}, not {_shown(value)}")
-    given = name == "prompt"
-    return tuple(_message(message, f"{record.where}: {name}[{index}]", given) for index, message in enumerate(value))
-
-
-def _message(message: Any, where: str, given: bool) -> Message:
-    if not isinstance(message, Mapping):
-        raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')
-    is_shared = "role" not in message and ("from" in message or "value" in message)
-    who, what = ("from", "value") if is_shared else ("role", "content")
-    for key in (who, what):
-        if key not in message:
-            raise BadInput(no_field(where, key, message))
-    role, content = message[who], checked_text(message[what], f"{where}: {what}")
-    refuse_lost(message, LOST_OF_MESSAGES, where)
-    if message.get("weight") == 0:
-        raise BadInput(f"{where} has the weight 0, which is not supported: choose what is learned by --train-on")
-    if is_shared:
-        if not isinstance(role, str) or role not in SPEAKERS:
-            raise BadInput(f"{where} is from {role!r}: choose from {', '.join(SPEAKERS)}")
-        role = SPEAKERS[role]
-    if role not in ROLES:
-        raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
-    if role == "assistant" and given and not content.strip():
-        raise BadInput(f"{where}: the assistant says nothing: remove the message, or fill it in")
-    return {"role": role, "content": _not_empty(content, where) if role == "assistant" else content}
-
-
 def _not_empty(text: str, where: str) -> str:
     if not text or text.isspace():
-        raise BadInput(f"{where}: the response is empty, so there is nothing to learn: remove the row, or fill it in")
+        raise BadInput(empty_response(where))
     return text
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

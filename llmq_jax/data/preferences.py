@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmq_jax.data.conversations import LOST, Conversation, Message, answer, message_list, refuse_lost, without_nulls
+from llmq_jax.data.conversations import LOST, Conversation, answer, without_nulls
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
+from llmq_jax.data.messages import Message, message_list, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import render
 from llmq_jax.data.records import Record, read_records
 from llmq_jax.data.splits import split_documents
@@ -51,7 +52,8 @@ class Preference:
     @property
     def prompt(self) -> str:
         """What both answer, to tell prompts apart by."""
-        return json.dumps([self.chosen.messages[: self.chosen.given], self.chosen.input])
+        asked = self.chosen
+        return json.dumps([asked.messages[: asked.given], asked.input, asked.variables])
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def as_preference(record: Record) -> Preference:
         form == "prompt" and all(isinstance(fields[side], list) for side in SIDES) and isinstance(fields["prompt"], str)
     ):
         prompt, answers = _implicit_prompt(record)
-        if all(message["content"] != fields["prompt"] for message in prompt):
+        if all(text_of(message) != fields["prompt"] for message in prompt):
             raise BadInput(
                 f"{where}: no message that chosen and rejected begin with is the prompt's string: give the prompt as "
                 "messages, or remove it where chosen and rejected begin with it"
@@ -159,11 +161,12 @@ def as_preference(record: Record) -> Preference:
         form = "messages"
     else:
         prompt, answers = _implicit_prompt(record)
-    if not given.strip() and not any(message["content"].strip() for message in prompt):
+    if not given.strip() and not any(text_of(message).strip() for message in prompt):
         raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
     for side, said in zip(SIDES, answers, strict=True):
         _check_answer(where, side, said)
-    chosen, rejected = (Conversation(where, form, (*prompt, *said), len(prompt), given) for said in answers)
+    variables = template_variables(record)
+    chosen, rejected = (Conversation(where, form, (*prompt, *said), len(prompt), given, variables) for said in answers)
     return Preference(where, chosen, rejected, _margin(record))
 
 

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.conversations import Conversation
+from llmq_jax.data.messages import Message, called, reasoning_of, text_of
 from llmq_jax.data.offsets import Span
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
@@ -35,7 +36,8 @@ DAY = datetime(2024, 7, 26)
 
 REWRITTEN = (
     "has an answer that the chat template writes in another way when messages follow, as those do that leave out "
-    "earlier reasoning, so that where it ends cannot be told: train on the last one only"
+    "earlier reasoning, so that where it ends cannot be told: train on the last one only, or by a template that writes "
+    "all of them alike"
 )
 UNASKED = "begins with the assistant, which answers nothing: put a prompt before it, or train on the last answer only"
 """Why answers cannot be learned."""
@@ -164,6 +166,16 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
     return f"{INSTRUCTION}{instruction}{PARAGRAPH}{section}{RESPONSE}"
 
 
+def prompt_text(conversation: Conversation, template: ChatTemplate) -> str:
+    """A conversation that is to be answered, by a chat template, with the beginning of the answer.
+
+    BadInput, which names the row, where the template has no place for what the conversation holds.
+    """
+    text = _written(conversation, template, conversation.chat(), opens_answer=True)
+    _refuse_left_out(conversation, template, text)
+    return text
+
+
 def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
     """Where answers begin and end is found by writing the conversation's beginnings too."""
     messages, where = conversation.chat(), conversation.where
@@ -172,12 +184,10 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
         messages = [{**first, "input": conversation.input}, *others]
 
     def written(count: int, *, opens_answer: bool = False) -> str:
-        try:
-            return template.render(messages[:count], add_generation_prompt=opens_answer, strftime_now=DAY.strftime)
-        except BadInput as error:
-            raise BadInput(f"{where}: {error}") from None
+        return _written(conversation, template, messages[:count], opens_answer)
 
     text = written(len(messages))
+    _refuse_left_out(conversation, template, text)
     answers: list[Span | str] = []
     for index in range(conversation.given, len(messages)):
         if messages[index]["role"] != "assistant":
@@ -193,12 +203,42 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
             answers.append(REWRITTEN)
             continue
         opened = text[_common_start(before, text) : start]
-        if not _holds(opened, text[start : len(after)], messages[index]["content"]):
-            raise BadInput(
-                f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
-            )
+        message = messages[index]
+        for said in (text_of(message), reasoning_of(message) or "", *called(message)):
+            if said.strip() and not _holds(opened, text[start : len(after)], said):
+                raise BadInput(
+                    f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
+                )
         answers.append((start, len(after)))
     return Rendered(where, text, tuple(answers), is_chat=True)
+
+
+def _written(conversation: Conversation, template: ChatTemplate, messages: list[Message], opens_answer: bool) -> str:
+    try:
+        return template.render(
+            messages, add_generation_prompt=opens_answer, strftime_now=DAY.strftime, **conversation.variables
+        )
+    except BadInput as error:
+        raise BadInput(f"{conversation.where}: {error}") from None
+
+
+def _refuse_left_out(conversation: Conversation, template: ChatTemplate, text: str) -> None:
+    """BadInput for what a conversation holds and the template leaves out of its text; answers are looked at apart."""
+    try:
+        template.refuse_unread(conversation.messages, conversation.variables)
+        text = "".join(text.split())
+        for index, message in enumerate(conversation.messages):
+            if message["role"] in ("developer", "tool") and not _stands_in(text, text_of(message)):
+                whose = f"messages[{index}], of the {message['role']}"
+                raise BadInput(f"the chat template leaves out {whose}: use another template")
+    except BadInput as error:
+        raise BadInput(f"{conversation.where}: {error}") from None
+
+
+def _stands_in(text: str, content: str) -> bool:
+    """Whether a text without white space holds what a message says, as it is or as a string in JSON."""
+    spelled = (content, *(json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
+    return any("".join(each.split()) in text for each in spelled)
 
 
 def _holds(opened: str, answer: str, content: str) -> bool:

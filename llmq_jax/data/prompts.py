@@ -1,7 +1,8 @@
 """Prompts to answer, with what else their records know, for rewards that look at more than the answer.
 
 A record has `prompt`, a string or a list of messages; or any fields at all, and a format says how a prompt is made of
-them: "Question: {question}\nAnswer:". Its other fields are columns that reward functions are given.
+them: "Question: {question}\nAnswer:". Its other fields are columns that reward functions are given. Beside a prompt
+`tools` and `chat_template_kwargs` are the chat template's too; a format says by itself what the model reads.
 """
 
 import string
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.data.conversations import message_list
+from llmq_jax.data.conversations import Conversation
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.prompt_templates import DAY
+from llmq_jax.data.messages import message_list, template_variables, text_of
+from llmq_jax.data.prompt_templates import prompt_text
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.data.tokenizers import Tokenizer
@@ -98,7 +100,7 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
     messages = ({"role": "user", "content": checked_text(value, where)},) if is_text else message_list(record, "prompt")
     if messages[-1]["role"] == "assistant":
         raise BadInput(f"{where}: the prompt ends with a message of the assistant: end it with what is to be answered")
-    if not any(message["content"].strip() for message in messages):
+    if not any(text_of(message).strip() for message in messages):
         raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
     chat = tokenizer.chat_template
     if template == "plain" and not is_text:
@@ -110,7 +112,9 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
             f"{where}: the model has no chat template: use strings and the template 'plain', or give one "
             "(--chat-template FILE)"
         )
-    text = chat.render(list(messages), add_generation_prompt=True, strftime_now=DAY.strftime)
+    variables = template_variables(record) if prompt_format is None else {}
+    conversation = Conversation(where, "messages", messages, given=len(messages), variables=variables)
+    text = prompt_text(conversation, chat)
     return Prompt(where, text, tokenizer.encode(text, allow_special=True), columns)
 
 

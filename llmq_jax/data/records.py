@@ -340,8 +340,10 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
                 if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
                     raise BadInput(f"{path}: column {name!r} must hold strings, not {kind}")
             for batch in file.iter_batches(batch_size=1024, columns=None if texts is None else list(texts)):
+                nested = [column for column in batch.schema if pa.types.is_nested(column.type) or _is_json(column.type)]
                 for fields in batch.to_pylist():
                     row += 1
+                    fields |= {column.name: _as_written(fields[column.name], column.type) for column in nested}
                     for name in texts or ():
                         if fields[name] is None:
                             raise BadInput(f"{path}: row {row}: column {name!r} must be a string, not null")
@@ -354,3 +356,24 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
     except (pa.ArrowException, OSError, OverflowError, LookupError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{path} is no Parquet file or is damaged ({reason})") from None
+
+
+def _as_written(value: Any, kind: Any, in_list: bool = False) -> Any:
+    """A value of a nested column as its row had it. JSON, which `datasets` keeps where rows differ in their keys, is
+    read; and the structs of a list have the keys of all of them, null where one has none: these are left out."""
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if _is_json(kind):
+        return parse_json(value)
+    if pa.types.is_struct(kind):
+        found = {part.name: _as_written(value[part.name], part.type, in_list) for part in kind}
+        return {name: part for name, part in found.items() if part is not None} if in_list else found
+    if isinstance(value, list) and not pa.types.is_map(kind):
+        return [_as_written(item, kind.value_type, in_list=True) for item in value]
+    return value
+
+
+def _is_json(kind: Any) -> bool:
+    return getattr(kind, "extension_name", None) == "arrow.json"

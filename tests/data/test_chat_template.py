@@ -261,7 +261,12 @@ def test_steps_do_not_add_up(monkeypatch):
         (["Hello"], 'messages[0] must be {"role": ..., "content": ...}, not str'),
         ([{"role": "user", "content": "a"}, {"role": "user"}], "messages[1] has no 'content'; its keys are 'role'"),
         ([{"from": "human", "value": "a"}], "messages[0] has no 'role'; its keys are 'from', 'value'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0]['content'] must be text, not list"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "messages[0]['content'][0]: text must be a string, not null",
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], "messages[0]['content'][0] is a part of the type 'image'"),
+        ([{"role": "user", "content": None}], "messages[0]['content'] must be text, not NoneType"),
         ([{"role": 1, "content": "a"}], "messages[0]['role'] must be text, not int"),
     ],
 )

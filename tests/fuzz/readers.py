@@ -54,6 +54,7 @@ from llmq_jax.training.checkpoints import Checkpoints, config_dict, read_info
 from llmq_jax.training.manifest import verify_manifest, write_manifest
 from llmq_jax.training.plots import read_run, training_curve
 from llmq_jax.training.run_folder import RunFolder
+from tests.data.tool_calls import LOOP, TOOLS
 from tests.interop.weights import draw_variables
 
 Parts = dict[str, bytes]
@@ -379,6 +380,7 @@ NESTED: dict[str, tuple[list[dict], Callable[[Path], Any]]] = {
     ),
     "prompts": ([{"prompt": MESSAGES[:1], "n": 1}], read_chat_prompts),
     "conversations": ([{"messages": MESSAGES}, {"messages": OTHER}], read_conversations),
+    "conversations with tools": ([{"messages": LOOP, "tools": TOOLS}, {"messages": MESSAGES}], read_conversations),
 }
 
 

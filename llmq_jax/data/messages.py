@@ -1,0 +1,196 @@
+"""Messages of a conversation, as chat templates read them: who says what, and which tools are called.
+
+    {"role": "user", "content": text}
+    {"role": "user", "content": [{"type": "text", "text": text}, ...]}
+    {"role": "assistant", "content": text, "reasoning_content": text}              or `reasoning`, or `thinking`
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": ..., "arguments": {...}}}]}
+    {"role": "tool", "name": ..., "tool_call_id": ..., "content": text}
+
+ShareGPT spells a message {"from": ..., "value": text}. A key that is null is absent, as in transformers. What tools and
+calls hold goes to the template as it is: some templates want the arguments as an object, others as a string in JSON.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmq_jax.data.records import Record, checked_text, no_field
+from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
+
+Message = dict[str, Any]
+"""{"role": ..., "content": text or parts}, and what it has of KEYS. Who calls tools may have no content."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CALL = "function_call"
+"""Who calls a tool in ShareGPT's conversations, by a value in JSON."""
+SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    CALL: "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+"""{what ShareGPT calls who says something: the role}"""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names of what the assistant thought before it answered; the first one that a message has counts."""
+KEYS = ("tool_calls", "tool_call_id", "name", *REASONING)
+"""What a message may hold for the template beside role and content."""
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """What a message says, the texts of its parts in a row; nothing where it only calls tools."""
+    content = message.get("content")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str | None:
+    """What was thought before it was said."""
+    return next((message[name] for name in REASONING if message.get(name) is not None), None)
+
+
+def called(message: Mapping[str, Any]) -> list[str]:
+    """The names of the tools that a message calls."""
+    return [str((call.get("function") or call).get("name")) for call in message.get("tool_calls") or ()]
+
+
+def text_parts(content: Any, where: str) -> list[dict[str, str]]:
+    """A content that is a list, whose parts must be text. BadInput, which numbers them from 0, for any others."""
+    parts = []
+    for index, part in enumerate(content):
+        place = f"{where}[{index}]"
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = repr(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
+            raise BadInput(f'{place} is a part of the type {kind}: only {{"type": "text", "text": ...}} is read')
+        parts.append({"type": "text", "text": checked_text(part.get("text"), f"{place}: text")})
+    if not parts:
+        raise BadInput(f"{where} is a list without a part")
+    return parts
+
+
+def message_list(record: Record, name: str) -> tuple[Message, ...]:
+    """The messages in a field. BadInput, which numbers them from 0, for what is none."""
+    value = record.fields[name]
+    where = f"{record.where}: field {name!r}"
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        keys = '"from": ..., "value"' if name == "conversations" else '"role": ..., "content"'
+        raise BadInput(f"{where} must be a list of {{{keys}: ...}}, not {_shown(value)}")
+    given = name == "prompt"
+    return tuple(_message(message, f"{record.where}: {name}[{index}]", given) for index, message in enumerate(value))
+
+
+def template_variables(record: Record) -> dict[str, Any]:
+    """What a record has for the chat template beside its messages: `tools`, a list of objects or that in JSON, and what
+    `chat_template_kwargs` holds. BadInput for what is neither."""
+    where, fields = record
+    variables = fields.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping):
+        raise BadInput(f"{where}: field 'chat_template_kwargs' must be an object, not {_shown(variables)}")
+    variables = {name: value for name, value in variables.items() if value is not None}
+    if own := sorted(variables.keys() & {"messages", "tools", "add_generation_prompt", "strftime_now"}):
+        raise BadInput(f"{where}: field 'chat_template_kwargs' holds {own[0]!r}, which the template is given already")
+    tools = fields.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = parse_json(tools)
+        except ValueError:
+            raise BadInput(f"{where}: field 'tools' is a string and no JSON") from None
+    if tools:
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise BadInput(f"{where}: field 'tools' must be a list of objects, not {_shown(tools)}")
+        variables["tools"] = tools
+    _check_json(variables, f"{where}: what it has for the chat template")
+    return variables
+
+
+def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """BadInput for what other programs would train on, and is not read."""
+    for name in names:
+        if fields.get(name) and fields[name] != "[]":
+            raise BadInput(f"{where} has {name!r}, which is not read: write it into the text, or remove it")
+
+
+def _message(message: Any, where: str, given: bool) -> Message:
+    if not isinstance(message, Mapping):
+        raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')
+    is_shared = "role" not in message and ("from" in message or "value" in message)
+    who, what = ("from", "value") if is_shared else ("role", "content")
+    if who not in message:
+        raise BadInput(no_field(where, who, message))
+    role = message[who]
+    if is_shared:
+        if not isinstance(role, str) or role not in SPEAKERS:
+            raise BadInput(f"{where} is from {role!r}: choose from {', '.join(SPEAKERS)}")
+        if role == CALL:
+            message = {what: "", "tool_calls": _calls_in_json(message.get(what), f"{where}: {what}")}
+        role = SPEAKERS[role]
+    if role not in ROLES:
+        raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
+    refuse_lost(message, ("function_call",), where)
+    if message.get("weight") == 0:
+        raise BadInput(f"{where} has the weight 0, which is not supported: choose what is learned by --train-on")
+    read = {name: message[name] for name in KEYS if message.get(name) is not None}
+    for name, value in read.items():
+        if name == "tool_calls":
+            _check_calls(value, role, f"{where}: {name}")
+        else:
+            checked_text(value, f"{where}: {name}")
+    if message.get(what) is None and read.get("tool_calls"):
+        return {"role": role, **read}
+    if what not in message:
+        raise BadInput(no_field(where, what, message))
+    content = message[what]
+    content = text_parts(content, f"{where}: {what}") if isinstance(content, list) else content
+    said: Message = {"role": role, "content": content, **read}
+    if not isinstance(content, list):
+        checked_text(content, f"{where}: {what}")
+    if role == "assistant" and not read.get("tool_calls") and not text_of(said).strip():
+        if given:
+            raise BadInput(f"{where}: the assistant says nothing: remove the message, or fill it in")
+        raise BadInput(empty_response(where))
+    return said
+
+
+def empty_response(where: str) -> str:
+    return f"{where}: the response is empty, so there is nothing to learn: remove the row, or fill it in"
+
+
+def _check_calls(calls: Any, role: str, where: str) -> None:
+    if not isinstance(calls, list):
+        raise BadInput(f"{where} must be a list of objects, not {_shown(calls)}")
+    if calls and role != "assistant":
+        raise BadInput(f"{where}: only the assistant calls tools, and the role is {role!r}")
+    for index, call in enumerate(calls):
+        function = (call.get("function") or call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadInput(
+                f'{where}[{index}] must be {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}, not '
+                f"{_shown(call)}"
+            )
+    _check_json(calls, where)
+
+
+def _calls_in_json(value: Any, where: str) -> list[dict[str, Any]]:
+    """One call, or a list of such, {"name": ..., "arguments": {...}}."""
+    try:
+        calls = parse_json(checked_text(value, where))
+    except ValueError:
+        raise BadInput(f"{where} must be a call of a tool in JSON, not {_shown(value)}") from None
+    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Parquet holds what no JSON has, such as times."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"{where} is no JSON: {error}") from None
+    checked_text(text, where)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
