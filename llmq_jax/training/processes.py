@@ -4,10 +4,9 @@
     python -m train.pretrain ... --coordinator 10.0.0.1:9911 --processes 2 --process 1      on the second
 
 Under SLURM and Kubernetes nothing need be said. Every process runs every line, in the same order: what only one of them
-did would leave the others waiting. Process 0 alone writes and speaks.
+did would leave the others waiting. Process 0 alone writes and speaks. How the error of one ends all: last_words.py.
 """
 
-import atexit
 import contextlib
 import json
 import os
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from llmq_jax.errors import BAD_INPUT, BadInput
+from llmq_jax.training.last_words import last_words
 from llmq_jax.training.signals import StopSignals
 
 CLUSTERS = {"SLURM": "SLURM_STEP_NODELIST", "Kubernetes": "JOB_COMPLETION_INDEX"}
@@ -37,18 +37,8 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     if not _join(coordinator, processes, process):
         yield
         return
-    try:
+    with last_words():
         yield
-    except BaseException:
-        # At exit, when the error has been told: where others go on, JAX waits for them for minutes.
-        atexit.register(_part)
-        raise
-    _part()
-
-
-def _part() -> None:
-    with contextlib.suppress(Exception):  # others may have gone already, and JAX counts them
-        jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
