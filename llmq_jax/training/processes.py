@@ -77,6 +77,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
             raise BadInput(f"--process is {process} and must be from 0 to {processes - 1}, one less than --processes")
         if process == 0:
             _check_port(coordinator, int(port))
+        _warn_of_name(coordinator, host)
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
         where = f"the coordinator at {coordinator}"
     if CLUSTERS["SLURM"] in os.environ:
@@ -102,6 +103,19 @@ def _check_port(coordinator: str, port: int) -> None:
             f"--coordinator {coordinator}: process 0 cannot listen at port {port} of its machine ({error.strerror}); "
             "give all processes another port, and each its own --process"
         ) from None
+
+
+def _warn_of_name(coordinator: str, host: str) -> None:
+    """No error: in Kubernetes a name is not known before its machine is ready."""
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except (OSError, UnicodeError) as error:  # the latter of one that no name can be
+        print(
+            f"warning: --coordinator {coordinator}: the name {host} is not known here yet "
+            f"({getattr(error, 'strerror', error)}); waiting for it, at most {PATIENCE_SECONDS} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
@@ -136,7 +150,8 @@ def _tasks_on_node(environment: Mapping[str, str]) -> int:
 
 @contextlib.contextmanager
 def _patience(where: str) -> Iterator[None]:
-    """The end of the process if this takes too long: JAX itself would end it by a signal, with a trace of its C++."""
+    """The end of the process if this takes too long: JAX itself would end it by a signal, with a trace of its C++. And
+    at once by Ctrl-C, which Python would not hear of while JAX waits."""
 
     def give_up() -> None:
         print(
@@ -150,10 +165,14 @@ def _patience(where: str) -> Iterator[None]:
     timer = threading.Timer(PATIENCE_SECONDS, give_up)
     timer.daemon = True
     timer.start()
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if in_main else None
     try:
         yield
     finally:
         timer.cancel()
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def first() -> bool:

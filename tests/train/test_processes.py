@@ -184,6 +184,19 @@ def test_a_coordinator_that_does_not_answer():
     assert done.stderr.count("error:") == 1
 
 
+@pytest.mark.exhaustive
+def test_a_coordinator_whose_name_is_not_known_is_told_at_once_and_ctrl_c_ends_the_waiting():
+    name = "x" * 64  # longer than any name may be, so that nobody is asked for it
+    program = f"from llmq_jax.training import processes\nwith processes.joined('{name}:9911', 2, 1): pass"
+    pipes = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        told = process.stderr.readline()
+        time.sleep(3)  # JAX waits by now
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+    assert f"warning: --coordinator {name}:9911: the name {name} is not known here yet" in told
+
+
 def test_a_port_that_cannot_be_listened_at_is_told_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
