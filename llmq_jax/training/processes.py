@@ -4,10 +4,9 @@
     python -m train.pretrain ... --coordinator 10.0.0.1:9911 --processes 2 --process 1      on the second
 
 Under SLURM and Kubernetes nothing need be said. Every process runs every line, in the same order: what only one of them
-did would leave the others waiting. Process 0 alone writes and speaks.
+did would leave the others waiting. Process 0 alone writes and speaks. How the error of one ends all: last_words.py.
 """
 
-import atexit
 import contextlib
 import json
 import os
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 from llmq_jax.errors import BAD_INPUT, BadInput
+from llmq_jax.training.last_words import last_words
 from llmq_jax.training.signals import StopSignals
 
 CLUSTERS = {"SLURM": "SLURM_STEP_NODELIST", "Kubernetes": "JOB_COMPLETION_INDEX"}
@@ -37,18 +37,8 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
     if not _join(coordinator, processes, process):
         yield
         return
-    try:
+    with last_words():
         yield
-    except BaseException:
-        # At exit, when the error has been told: where others go on, JAX waits for them for minutes.
-        atexit.register(_part)
-        raise
-    _part()
-
-
-def _part() -> None:
-    with contextlib.suppress(Exception):  # others may have gone already, and JAX counts them
-        jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
@@ -87,6 +77,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
             raise BadInput(f"--process is {process} and must be from 0 to {processes - 1}, one less than --processes")
         if process == 0:
             _check_port(coordinator, int(port))
+        _warn_of_name(coordinator, host)
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
         where = f"the coordinator at {coordinator}"
     if CLUSTERS["SLURM"] in os.environ:
@@ -112,6 +103,19 @@ def _check_port(coordinator: str, port: int) -> None:
             f"--coordinator {coordinator}: process 0 cannot listen at port {port} of its machine ({error.strerror}); "
             "give all processes another port, and each its own --process"
         ) from None
+
+
+def _warn_of_name(coordinator: str, host: str) -> None:
+    """No error: in Kubernetes a name is not known before its machine is ready."""
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except (OSError, UnicodeError) as error:  # the latter of one that no name can be
+        print(
+            f"warning: --coordinator {coordinator}: the name {host} is not known here yet "
+            f"({getattr(error, 'strerror', error)}); waiting for it, at most {PATIENCE_SECONDS} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
@@ -146,7 +150,8 @@ def _tasks_on_node(environment: Mapping[str, str]) -> int:
 
 @contextlib.contextmanager
 def _patience(where: str) -> Iterator[None]:
-    """The end of the process if this takes too long: JAX itself would end it by a signal, with a trace of its C++."""
+    """The end of the process if this takes too long: JAX itself would end it by a signal, with a trace of its C++. And
+    at once by Ctrl-C, which Python would not hear of while JAX waits."""
 
     def give_up() -> None:
         print(
@@ -160,10 +165,14 @@ def _patience(where: str) -> Iterator[None]:
     timer = threading.Timer(PATIENCE_SECONDS, give_up)
     timer.daemon = True
     timer.start()
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if in_main else None
     try:
         yield
     finally:
         timer.cancel()
+        if in_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def first() -> bool:

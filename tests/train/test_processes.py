@@ -184,6 +184,19 @@ def test_a_coordinator_that_does_not_answer():
     assert done.stderr.count("error:") == 1
 
 
+@pytest.mark.exhaustive
+def test_a_coordinator_whose_name_is_not_known_is_told_at_once_and_ctrl_c_ends_the_waiting():
+    name = "x" * 64  # longer than any name may be, so that nobody is asked for it
+    program = f"from llmq_jax.training import processes\nwith processes.joined('{name}:9911', 2, 1): pass"
+    pipes = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        told = process.stderr.readline()
+        time.sleep(3)  # JAX waits by now
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+    assert f"warning: --coordinator {name}:9911: the name {name} is not known here yet" in told
+
+
 def test_a_port_that_cannot_be_listened_at_is_told_at_once():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -194,30 +207,53 @@ def test_a_port_that_cannot_be_listened_at_is_told_at_once():
             joined(f"127.0.0.1:{port}", 2, 1).__enter__()
 
 
-def test_the_error_of_one_process_is_told_while_others_go_on():
-    """JAX waits for these, longer than anyone would for an error."""
+def ends_of_two(second):
+    """(exit code, standard error) of two processes, of which the first waits in an exchange, silenced as in saving a
+    checkpoint, for the second, that does this in its place. The seconds that they leave each other are fewer."""
     port = free_port()
     program = (
-        "import sys, time\n"
-        "from llmq_jax.training.processes import joined\n"
+        "import contextlib, io, os, signal, sys\n"
+        "from llmq_jax.training import last_words, processes\n"
+        "last_words.GRACE_SECONDS, last_words.PARTING_SECONDS = 1, 5\n"
         "process = int(sys.argv[1])\n"
-        f"with joined('127.0.0.1:{port}', 2, process):\n"
-        "    print('joined', flush=True)\n"
-        "    if process == 1: raise OSError('no room')\n"
-        "    time.sleep(600)\n"
+        f"with processes.joined('127.0.0.1:{port}', 2, process):\n"
+        "    processes.wait_for_all('both')\n"
+        f"    if process == 1: {second}\n"
+        "    with contextlib.redirect_stderr(io.StringIO()): processes.wait_for_all('one')\n"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(i)], **pipes) for i in range(2)]
+    environment = {"env": with_devices(1), **pipes}
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(i)], **environment) for i in range(2)]
     try:
-        for process in processes:
-            assert process.stdout.readline() == "joined\n"
-        begun = time.monotonic()
-        assert any("OSError: no room" in line for line in processes[1].stderr)
-        assert time.monotonic() - begun < 30
+        faults = [process.communicate(timeout=60)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
+    return [(process.returncode, fault) for process, fault in zip(processes, faults, strict=True)]
+
+
+def test_the_error_of_one_process_ends_the_others():
+    """JAX would wait for minutes, and end both by a signal."""
+    first, second = ends_of_two("raise OSError('no room')")
+    assert first == (2, "error: process 1 ended: OSError: no room; so this one cannot go on\n")
+    assert second[0] == 1 and second[1].splitlines()[-1] == "OSError: no room"
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_is_killed_ends_the_others():
+    first, second = ends_of_two("os.kill(os.getpid(), signal.SIGKILL)")
+    assert second == (-signal.SIGKILL, "")
+    assert first[0] == 2, first[1]
+    assert "BadInput: another process has gone without a word, or cannot be reached (Gloo" in first[1].splitlines()[-1]
+
+
+@pytest.mark.exhaustive
+def test_what_one_process_cannot_read_ends_both(begin, folder):
+    first, second = ended(two(begin, "unread", other=("--data", str(folder / "nowhere.txt"))))
+    told = f"there is no file or folder {folder / 'nowhere.txt'}"
+    assert first[0] == second[0] == 2
+    assert second[2] == f"error: {told}\n" and first[2] == f"error: process 1 ended: {told}; so this one cannot go on\n"
 
 
 @pytest.mark.parametrize(
