@@ -90,6 +90,15 @@ def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[st
     return {name: state[name] for name in state if not name.startswith(left_out)}
 
 
+def unkept(state: Mapping[str, Any], config: DeepSeekV3Config) -> dict[str, Any]:
+    """No modules of multi-token prediction, where the weights hold no tensor of any that the config announces."""
+    first, announced = config.num_hidden_layers, config.num_nextn_predict_layers
+    modules = tuple(f"{LAYER.format(layer=layer)}." for layer in range(first, first + announced))
+    if not modules or any(name.startswith(modules) for name in state):
+        return {}
+    return {"num_nextn_predict_layers": 0}
+
+
 EXPERTS = f"{LAYER}.mlp.experts"
 FUSED = table(
     rule(f"{EXPERTS}.gate_up_proj", "{block}/moe/up_kernel", experts_out_in),
