@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ROTARY, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, NULL_DROPOUT, ROTARY, ConfigTable
 from llmq_jax.interop.mixtral import GATE, UP
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, experts_out_in, out_in, rule, vector
@@ -159,6 +159,7 @@ CONFIG = ConfigTable(
     # devices and how DeepSeek's own code is found is not ours.
     ignored=frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "output_router_logits"})
     | {"pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"},
+    null=NULL_DROPOUT | {"norm_topk_prob": False, "num_nextn_predict_layers": 0, "rope_interleave": False},
     read=read_fields,
     write=write_fields,
 )

@@ -398,6 +398,18 @@ def test_a_config_that_announces_modules_which_the_folder_lacks(theirs, tmp_path
     assert "announces modules of multi-token prediction, of which the weights hold 0" in refused(lq.load, tmp_path)
 
 
+def test_null_in_its_config_is_what_transformers_takes_for_it():
+    """A switch that is null is off, though it is on where the field is absent."""
+    nulls = dict.fromkeys(("attention_dropout", "norm_topk_prob", "num_nextn_predict_layers", "rope_interleave"))
+    values = config_to_hf(PLAIN) | nulls
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**values)).eval()
+    randomise(model)
+    config = config_from_hf(values)
+    assert config == override(PLAIN, norm_topk_prob=False, rope_interleave=False)
+    lm = lq.LanguageModel(config, build(config), from_state_dict(numpy_state(model), config))
+    np.testing.assert_allclose(lm.logits(TOKENS), logits_of(model), atol=1e-4)
+
+
 @pytest.mark.exhaustive
 def test_a_folder_with_modules_and_back(tmp_path):
     variables, _ = drawn(AHEAD)
