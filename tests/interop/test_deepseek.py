@@ -410,6 +410,18 @@ def test_null_in_its_config_is_what_transformers_takes_for_it():
     np.testing.assert_allclose(lm.logits(TOKENS), logits_of(model), atol=1e-4)
 
 
+def test_no_shared_experts_in_a_folder_of_transformers(tmp_path):
+    """It has matrices of theirs all the same, without any number in them."""
+    values = config_to_hf(override(PLAIN, n_shared_experts=0))
+    with warnings.catch_warnings(action="ignore"):  # torch's, of nothing to initialise
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**values)).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert shapes["model.layers.1.mlp.shared_experts.up_proj.weight"] == [0, 12]
+    np.testing.assert_allclose(lq.load(tmp_path).logits(TOKENS), logits_of(model), atol=1e-4)
+
+
 @pytest.mark.exhaustive
 def test_a_folder_with_modules_and_back(tmp_path):
     variables, _ = drawn(AHEAD)
