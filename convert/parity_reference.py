@@ -269,7 +269,7 @@ def randomise(model: Any, seed: int = 0) -> None:
     import torch
 
     for name, tensor in _tensors(model).items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or not tensor.numel():  # none of DeepSeek's shared experts
             continue
         shape = tuple(tensor.shape)
         rng = np.random.default_rng([seed, crc32(name.encode())])

@@ -21,6 +21,9 @@ class Tables(NamedTuple):
     """Fields of a config from (shapes, layers, tied, layout, given fields); the first three as `WeightTable` tells."""
     underivable: tuple[str, ...]
     """Fields that shapes do not tell."""
+    unkept: Callable[[Mapping[str, Any], Any], dict[str, Any]] = lambda state, config: {}
+    """(a state, the config stored with it) to the fields that announce what transformers does not save, and the state
+    holds nothing of: what they are then."""
 
 
 GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar")
@@ -35,7 +38,9 @@ TABLES = {
     "mixtral": Tables(
         mixtral.LAYOUTS, mixtral.CONFIG, mixtral.derive, underivable=("num_attention_heads", "num_experts_per_tok")
     ),
-    "deepseek_v3": Tables(deepseek3.LAYOUTS, deepseek3.CONFIG, deepseek3.derive, deepseek3.UNDERIVABLE),
+    "deepseek_v3": Tables(
+        deepseek3.LAYOUTS, deepseek3.CONFIG, deepseek3.derive, deepseek3.UNDERIVABLE, deepseek3.unkept
+    ),
     "gemma2": Tables(gemma.GEMMA2_LAYOUTS, gemma.GEMMA2_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
     "gemma3_text": Tables(gemma.GEMMA3_LAYOUTS, gemma.GEMMA3_CONFIG, gemma.derive, GEMMA_UNDERIVABLE),
 }
@@ -148,11 +153,20 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
     """The config of weights, of the one given (None, a config, or a dict of some fields) and the one stored (or None).
 
     A config takes the place of the stored one. A dict changes fields of the stored one or, where there is none, adds
-    what shapes do not tell.
+    what shapes do not tell. What the stored one announces, transformers does not save and the state holds nothing of
+    is left out, with a warning, unless the dict asks for it.
     """
+    if stored is not None and (given is None or isinstance(given, Mapping)):
+        changes = dict(given or {})
+        for name, value in _tables(stored.model_type).unkept(state, stored).items():
+            if name not in changes:
+                announced = f"{name}={getattr(stored, name)} announces what the weights hold nothing of"
+                warnings.warn(f"{announced}: transformers does not save it; loaded with {name}={value}", stacklevel=5)
+                changes[name] = value
+        return override(stored, **changes)
     if isinstance(given, Mapping):
-        return config_from_state_dict(state, layout, **given) if stored is None else override(stored, **given)
-    if given is None and stored is None:
+        return config_from_state_dict(state, layout, **given)
+    if given is None:
         missing = TABLES[_recognise(state, layout)].underivable
         fields = ", ".join(f"{name!r}: ..." for name in missing)
         option = " or, to convert.from_hf, --num-attention-heads" if missing == ("num_attention_heads",) else ""
@@ -160,7 +174,7 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
             f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; put the model's "
             f"config.json beside them, or pass config={{{fields}}} in Python{option}"
         )
-    return stored if given is None else given
+    return given
 
 
 def weight_table(model_type: str, layout: str = "hf") -> WeightTable:

@@ -50,6 +50,9 @@ ACTIVATION_SPELLINGS = {
     "swish": "silu",
 }
 
+NULL_DROPOUT = {"attention_dropout": 0.0}
+"""`ConfigTable.null` of transformers' configs that take null for it."""
+
 # Fields of every config.json that do, with the only values that we compute.
 FIXED: dict[str, Any] = {
     "cross_attention_hidden_size": None,
@@ -148,6 +151,9 @@ class ConfigTable:
     """{our field that transformers does not compute: (the value that it computes with, what to do with another)}."""
     training: frozenset[str] = frozenset()
     """Our fields that training alone reads; config.json has no place for them, and they are not exported."""
+    null: Mapping[str, Any] = field(default_factory=dict)
+    """{their field: what transformers computes where it is null}, of those whose type here has no None. Not always what
+    it computes where the field is absent: a null switch is off."""
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Brings all spellings of a config.json to one, before anything else is read."""
     write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values
@@ -160,7 +166,8 @@ class ConfigTable:
         for other, name in self.other_names.items():
             if other in values and values.get(name, values[other]) != values[other]:
                 raise BadInput(f"{name}={values[name]!r} and {other}={values[other]!r} are one field; keep one of them")
-        values = self.read({self.other_names.get(name, name): value for name, value in values.items()})
+        values = {self.other_names.get(name, name): value for name, value in values.items()}
+        values = self.read({name: self.null.get(name) if value is None else value for name, value in values.items()})
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
             absent = value is None and (name in FIXED or not supported)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ROTARY, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, NULL_DROPOUT, ROTARY, ConfigTable
 from llmq_jax.interop.mixtral import GATE, UP
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, experts_out_in, out_in, rule, vector
@@ -90,6 +90,15 @@ def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[st
     return {name: state[name] for name in state if not name.startswith(left_out)}
 
 
+def unkept(state: Mapping[str, Any], config: DeepSeekV3Config) -> dict[str, Any]:
+    """No modules of multi-token prediction, where the weights hold no tensor of any that the config announces."""
+    first, announced = config.num_hidden_layers, config.num_nextn_predict_layers
+    modules = tuple(f"{LAYER.format(layer=layer)}." for layer in range(first, first + announced))
+    if not modules or any(name.startswith(modules) for name in state):
+        return {}
+    return {"num_nextn_predict_layers": 0}
+
+
 EXPERTS = f"{LAYER}.mlp.experts"
 FUSED = table(
     rule(f"{EXPERTS}.gate_up_proj", "{block}/moe/up_kernel", experts_out_in),
@@ -150,6 +159,7 @@ CONFIG = ConfigTable(
     # devices and how DeepSeek's own code is found is not ours.
     ignored=frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "output_router_logits"})
     | {"pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"},
+    null=NULL_DROPOUT | {"norm_topk_prob": False, "num_nextn_predict_layers": 0, "rope_interleave": False},
     read=read_fields,
     write=write_fields,
 )

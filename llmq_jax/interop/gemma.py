@@ -18,6 +18,7 @@ from llmq_jax.interop.configs import (
     CLASSIFIER_FIELDS,
     GROUPED,
     KEEP,
+    NULL_DROPOUT,
     ConfigTable,
     require_whole_heads,
 )
@@ -138,6 +139,7 @@ GEMMA2_CONFIG = ConfigTable(
     fixed={"use_bidirectional_attention": False},
     own=OWN,
     ignored=IGNORED,
+    null=NULL_DROPOUT,
     read=read_gemma2,
     write=write_gemma2,
 )
@@ -151,6 +153,7 @@ GEMMA3_CONFIG = ConfigTable(
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     own=OWN | {"attn_logit_softcapping": (None, KEEP)},
     ignored=IGNORED | {"_sliding_window_pattern"},
+    null=NULL_DROPOUT,
     read=read_gemma3,
     write=write_gemma3,
 )

@@ -17,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, KEEP, ConfigTable, require_whole_heads
+from llmq_jax.interop.configs import (
+    ACTIVATION_SPELLINGS,
+    GROUPED,
+    KEEP,
+    NULL_DROPOUT,
+    ConfigTable,
+    require_whole_heads,
+)
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
@@ -150,6 +157,7 @@ CONFIG = ConfigTable(
     own=OWN
     | {"attention_output_bias": (None, "load its weights with attention_bias=True, and the other biases are zeros")},
     ignored=frozenset({"pretraining_tp"}),
+    null=NULL_DROPOUT,
     read=read_rope,
     write=write_fields,
 )

@@ -320,7 +320,9 @@ class WeightTable:
     ) -> list[str]:
         wanted = {placement.key: placement for placement in placements}
         duplicates = [name for name in state if name not in names.values()]
-        unread = [names[key] for key in names if key not in wanted and key not in self.tied and not self._ignores(key)]
+        others = [key for key in names if key not in wanted and key not in self.tied and not self._ignores(key)]
+        # A tensor without a number has nothing to be read: transformers makes some where there are no shared experts.
+        unread = [names[key] for key in others if math.prod(_tensor(state, names[key]).shape)]
         wrong = []
         for key, placement in wanted.items():
             if key not in names:

@@ -471,5 +471,6 @@ def _in_slots(
 
 
 def slots_each(factor: float, assignments: int, num_experts: int) -> int:
-    """Slots of an expert: `factor` times what each would get if all got as many, and no more than there are in all."""
+    """Slots of an expert: `factor` times what each would get if all got as many, and no more than there are in all.
+    `assignments` are those of padding too (Fedus et al. 2021, arXiv:2101.03961, eq. 3): a shape cannot tell them."""
     return min(int(np.ceil(factor * assignments / num_experts)), assignments)

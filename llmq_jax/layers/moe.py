@@ -77,7 +77,8 @@ class Experts:
     dispatch: str = "auto"
     """How tokens come to their experts: see `layers.expert_dispatch`."""
     capacity_factor: float | None = None
-    """Slots of an expert, as a multiple of what each would get if all got as many; for dispatch="capacity"."""
+    """Slots of an expert, as a multiple of what each would get if all got as many; for dispatch="capacity". All places
+    of a batch are counted, also those of padding, which takes no slot."""
     balance: Balance | dict[str, Any] | None = None
     """Losses and the bias that keep the load even; None is without."""
 

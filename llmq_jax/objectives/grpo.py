@@ -302,7 +302,26 @@ def policy_ratio(
     log_ratio = logprobs - old_logprobs
     if sequence:
         log_ratio = _row_means(log_ratio, mask)[:, None]
-    return jnp.exp(log_ratio)
+    return _exp(log_ratio)
+
+
+@jax.custom_vjp
+def _exp(x: Array) -> Array:
+    """e^x. Where it is infinite and nothing depends on it, its gradient is 0, not 0 · inf: a policy that has moved as
+    far as that from the one that answered learns nothing from tokens behind their bound."""
+    return jnp.exp(x)
+
+
+def _exp_forward(x: Array) -> tuple[Array, Array]:
+    value = jnp.exp(x)
+    return value, value
+
+
+def _exp_backward(value: Array, grad: Array) -> tuple[Array]:
+    return (jnp.where(grad == 0, 0.0, grad * value),)
+
+
+_exp.defvjp(_exp_forward, _exp_backward)
 
 
 def surrogate(ratio: Array, logprobs: Float[Array, "B C"], advantages: Array, options: LossOptions) -> Array:
@@ -314,11 +333,12 @@ def surrogate(ratio: Array, logprobs: Float[Array, "B C"], advantages: Array, op
         positive, negative = options.value("sapo_temperature_positive"), options.value("sapo_temperature_negative")
         temperature = jnp.where(advantages > 0, positive, negative)
         return 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
-    # The lesser of the two: only a ratio that moved too far in the direction of its advantage loses its gradient.
+    # The lesser of the two: only a ratio that moved too far in the direction of its advantage loses its gradient. Each
+    # sign has one bound then, so that an infinite ratio is not multiplied by an advantage of 0.
     lower, upper = options.bounds
     # Not jnp.clip, which halves the gradient at a bound; torch.clamp does not.
-    clipped = jnp.where(ratio < lower, lower, jnp.where(ratio > upper, upper, ratio))
-    return jnp.minimum(ratio * advantages, clipped * advantages)
+    from_above, from_below = jnp.where(ratio > upper, upper, ratio), jnp.where(ratio < lower, lower, ratio)
+    return jnp.where(advantages < 0, from_below, from_above) * advantages
 
 
 def kl_estimate(

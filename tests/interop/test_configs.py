@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import transformers
 from flax import linen as nn
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
@@ -108,6 +109,18 @@ def test_null_is_what_is_not_said(field):
     assert config_from_hf({**values, field: None}) == config_from_hf(values)
     theirs = [transformers.AutoConfig.for_model(**values, **said) for said in ({}, {field: None})]
     assert theirs[0].rope_parameters == theirs[1].rope_parameters
+
+
+@pytest.mark.parametrize("model_type", [name for name in TABLES if name != "gpt2"])
+def test_a_null_dropout_is_none_where_transformers_takes_it(model_type):
+    values = {"model_type": model_type, "attention_dropout": None}
+    try:
+        transformers.AutoConfig.for_model(**values)
+    except StrictDataclassFieldValidationError:
+        with pytest.raises(BadInput, match="attention_dropout=None is not of the type float"):
+            config_from_hf(values)
+    else:
+        assert config_from_hf(values).attention_dropout == 0.0
 
 
 @pytest.mark.parametrize(

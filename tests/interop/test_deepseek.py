@@ -371,13 +371,55 @@ def test_the_router_s_bias_in_files_of_half_precision(theirs, folder, tmp_path):
 
 
 def test_a_config_that_announces_modules_which_the_folder_lacks(theirs, tmp_path):
-    """transformers' own files are such: it announces one by default, and saves none."""
-    theirs.save_pretrained(tmp_path)
-    edit(tmp_path, num_nextn_predict_layers=1)
-    message = refused(lq.load, tmp_path)
+    """transformers' own files are such: it announces one by default, and saves none. They are left out, and no config
+    announces them any longer; where some of a module is there, or where they are asked for, that is an error."""
+    config = transformers.DeepseekV3Config.from_dict({**theirs.config.to_dict(), "num_nextn_predict_layers": 1})
+    model = transformers.DeepseekV3ForCausalLM(config)
+    model.load_state_dict(theirs.state_dict())
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    with pytest.warns(UserWarning) as caught:
+        lm = lq.load(tmp_path)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "num_nextn_predict_layers=1 announces what the weights hold nothing of: transformers does not save it; loaded "
+        "with num_nextn_predict_layers=0"
+    )
+    assert lm.config == PLAIN
+    np.testing.assert_allclose(lm.logits(TOKENS), logits_of(theirs), atol=1e-4)
+    with warnings.catch_warnings(action="error"):
+        assert lq.load(tmp_path, config={"num_nextn_predict_layers": 0}).config == PLAIN
+    message = refused(lq.load, tmp_path, config={"num_nextn_predict_layers": 1})
     assert message.startswith(f"{tmp_path}: num_nextn_predict_layers=1 announces modules")
     assert message.endswith('load them with config={"num_nextn_predict_layers": 0}')
-    assert lq.load(tmp_path, config={"num_nextn_predict_layers": 0}).config == PLAIN
+
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"model.layers.3.eh_proj.weight": torch.zeros(16, 32)}, tmp_path / "model.safetensors")
+    assert "announces modules of multi-token prediction, of which the weights hold 0" in refused(lq.load, tmp_path)
+
+
+def test_null_in_its_config_is_what_transformers_takes_for_it():
+    """A switch that is null is off, though it is on where the field is absent."""
+    nulls = dict.fromkeys(("attention_dropout", "norm_topk_prob", "num_nextn_predict_layers", "rope_interleave"))
+    values = config_to_hf(PLAIN) | nulls
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**values)).eval()
+    randomise(model)
+    config = config_from_hf(values)
+    assert config == override(PLAIN, norm_topk_prob=False, rope_interleave=False)
+    lm = lq.LanguageModel(config, build(config), from_state_dict(numpy_state(model), config))
+    np.testing.assert_allclose(lm.logits(TOKENS), logits_of(model), atol=1e-4)
+
+
+def test_no_shared_experts_in_a_folder_of_transformers(tmp_path):
+    """It has matrices of theirs all the same, without any number in them."""
+    values = config_to_hf(override(PLAIN, n_shared_experts=0))
+    with warnings.catch_warnings(action="ignore"):  # torch's, of nothing to initialise
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**values)).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert shapes["model.layers.1.mlp.shared_experts.up_proj.weight"] == [0, 12]
+    np.testing.assert_allclose(lq.load(tmp_path).logits(TOKENS), logits_of(model), atol=1e-4)
 
 
 @pytest.mark.exhaustive

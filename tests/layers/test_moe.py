@@ -12,6 +12,7 @@ from flax import linen as nn
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
 from llmq_jax.layers.expert_dispatch import ExpertWeights, block_lengths, dispatch, in_blocks, slots_each
+from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.moe import SCORES, Experts, MixtureOfExperts, balance_from, experts_from, route
 
@@ -143,6 +144,17 @@ def test_capacity_drops_the_last_tokens_of_a_full_expert_and_counts_them():
     assert_close(mixed, expected)
     assert slots_each(1.25, 4096, 8) == 640
     assert slots_each(100.0, 4096, 8) == 4096, "more slots than there is to hold"
+
+
+def test_padding_counts_in_the_slots_and_takes_none():
+    """As in GShard and Switch: slots are a shape, so that what is padding leaves its share to the other tokens."""
+    x, _, weights, experts = draw(3, tokens=8, count=2, top_k=1)
+    alone, padded = jnp.zeros((4, 1), int), jnp.asarray([[0]] * 4 + [[2]] * 4)
+    _, dropped = dispatch_on_mesh(x[:4], alone, weights[:4], experts, activate, "capacity", 1.0)
+    assert dropped == 2  # 1.0 · 4 tokens / 2 experts
+    mixed, dropped = dispatch_on_mesh(x, padded, weights, experts, activate, "capacity", 1.0)
+    assert dropped == 0
+    assert_close(mixed, dispatch(x, padded, weights, experts, activate, "dense")[0])
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -198,6 +198,28 @@ def test_what_does_not_count_is_not_read():
     np.testing.assert_array_equal(gradient, grad)
 
 
+@pytest.mark.parametrize("loss_type", OPTIONS)
+def test_log_probabilities_in_bfloat16(loss_type):
+    """They are what they are in float32, also where a ratio is infinite, behind its bound."""
+    answers = some_answers()
+    answers["old_logprobs"] = answers["old_logprobs"].at[0, 0].add(-1e4).at[1, 0].add(100.0)
+    answers["advantages"] = answers["advantages"].at[0].set(1.0)
+    half = {name: array.astype(jnp.bfloat16) if name.endswith("logprobs") else array for name, array in answers.items()}
+    options = {"loss_type": loss_type, **OF_TYPE.get(loss_type, {})}
+    del half["reference_logprobs"]
+
+    def loss(policy, others):
+        others = {**others, "logprobs": policy, "old_logprobs": others["old_logprobs"].astype(policy.dtype)}
+        return grpo_loss(**others, reference_logprobs=None, **options)[0]
+
+    differentiated = jax.jit(jax.value_and_grad(loss))
+    value, gradient = differentiated(half["logprobs"], half)
+    expected, grad = differentiated(half["logprobs"].astype(jnp.float32), half)
+    assert float(value) == float(expected) and jnp.isfinite(value)
+    np.testing.assert_array_equal(gradient, grad.astype(jnp.bfloat16))
+    assert jnp.isfinite(gradient).all() and float(jnp.abs(gradient).max()) > 0.01
+
+
 def test_parts_that_are_clipped():
     """Four answers: half clipped below, wholly, one without tokens, and one that clipping would hit if its advantage
     were negative."""

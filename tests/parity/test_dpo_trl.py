@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections import defaultdict
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import transformers
 import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.interop import to_state_dict
-from llmq_jax.objectives.preference import DPO, pair_logprobs
+from llmq_jax.objectives.preference import DPO, dpo_loss, pair_logprobs
 from tests.parity.references import PAIRS, assert_same_gradients, numpy_gradients, randomise
 
 datasets = pytest.importorskip("datasets")
@@ -162,3 +164,63 @@ def test_conservative_dpo(folders, ours, tmp_path, caplog):
     value, plain = both(policy.variables, batch)
     np.testing.assert_allclose(value, np.mean(losses), rtol=1e-5)
     assert abs(float(value) - float(plain)) > 0.01
+
+
+FAR = [sign * gap for gap in (100.0, 1e4, 1e9) for sign in (1, -1)]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "options"),
+    [
+        ("sigmoid", {}),
+        ("robust", {"loss_type": "robust", "label_smoothing": 0.2}),
+        ("hinge", {"loss_type": "hinge"}),
+        ("ipo", {"loss_type": "ipo"}),
+        ("aot", {"label_smoothing": 0.2}),  # of one pair: conservative DPO
+    ],
+)
+def test_a_policy_that_has_moved_far_away(theirs, options):
+    """The trainer's own code, given log-ratios of up to a milliard in place of a model's: nothing overflows."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    def their_loss(logprobs, references):
+        trainer = SimpleNamespace(
+            model=SimpleNamespace(training=True),
+            accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+            loss_types=[theirs],
+            loss_weights=[1.0],
+            beta=0.1,
+            label_smoothing=options.get("label_smoothing", 0.0),
+            f_divergence_type="reverse_kl",
+            precompute_ref_logps=True,
+            ld_alpha=None,
+            aux_loss_enabled=False,
+            use_weighting=False,
+            _total_train_tokens=0,
+            _tp_size=1,
+            _metrics={"train": defaultdict(list)},
+        )
+        zeros = torch.zeros(2, 1)
+        outputs = SimpleNamespace(log_probs=logprobs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+        inputs = {
+            "input_ids": torch.zeros(2, 2, dtype=torch.long),
+            "attention_mask": torch.ones(2, 2),
+            "completion_mask": torch.tensor([[0, 1], [0, 1]]),
+            "ref_chosen_logps": references[:1],
+            "ref_rejected_logps": references[1:],
+        }
+        return DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+
+    @jax.jit
+    @jax.vmap
+    def found(policy, reference):
+        return jax.value_and_grad(lambda x: dpo_loss(*x[:, None], *reference[:, None], **options)[0][0])(policy)
+
+    references = [[-1 - gap, -1.0] for gap in FAR] + [[-1.0, -1 - gap] for gap in FAR]
+    losses, gradients = found(jnp.full((len(references), 2), -1.0), jnp.asarray(references))
+    for reference, loss, gradient in zip(references, losses, gradients, strict=True):
+        logprobs = torch.full((2, 1), -1.0, requires_grad=True)
+        expected = their_loss(logprobs, torch.tensor(reference))
+        expected.backward()
+        np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+        np.testing.assert_allclose(gradient, logprobs.grad[:, 0], rtol=1e-4, atol=1e-9)

@@ -49,6 +49,7 @@ def theirs(
     clips = {"clip_low": 0.2} | CLIPS.get(loss_type, {})
     low = clips["clip_low"]
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    shape = arrays["mask"].shape
     for name in ("logprobs", "entropies"):
         tensors[name].requires_grad_()
     trainer = SimpleNamespace(
@@ -80,7 +81,7 @@ def theirs(
         _metrics={"train": defaultdict(list)},
     )
     total = 0.0
-    for rows in np.split(np.arange(ROWS), parts):
+    for rows in np.split(np.arange(shape[0]), parts):
         part = {name: tensor[rows] for name, tensor in tensors.items()}
         trainer._get_per_token_logps_and_entropies = lambda *a, part=part, **k: (
             part["logprobs"],
@@ -90,7 +91,7 @@ def theirs(
         inputs = {
             "prompt_ids": torch.zeros(len(rows), 1, dtype=torch.long),
             "prompt_mask": torch.ones(len(rows), 1, dtype=torch.long),
-            "completion_ids": torch.zeros(len(rows), LENGTH, dtype=torch.long),
+            "completion_ids": torch.zeros(len(rows), shape[1], dtype=torch.long),
             "completion_mask": part["mask"].long(),
             "old_per_token_logps": part["old_logprobs"],
             "advantages": part["advantages"],
@@ -101,7 +102,7 @@ def theirs(
         total = total + GRPOTrainer._compute_loss(trainer, None, inputs)
     total.backward()
     gradients = [tensors[name].grad for name in ("logprobs", "entropies")]
-    gradients = [np.zeros((ROWS, LENGTH)) if gradient is None else gradient.numpy() for gradient in gradients]
+    gradients = [np.zeros(shape) if gradient is None else gradient.numpy() for gradient in gradients]
     return total.item(), gradients, trainer._metrics["train"]
 
 
@@ -178,6 +179,45 @@ def test_bounds_that_the_ratio_stands_on(loss_type, monkeypatch):
     _, gradients, _ = ours(arrays, 1, loss_type)
     np.testing.assert_allclose(gradients[0], grads[0], atol=1e-6)
     assert np.abs(grads[0]).max() > 0.01
+
+
+GAPS = (60.0, 100.0, 1e4, -100.0, -1e4)
+
+
+@pytest.mark.parametrize("moved_from", ["old_logprobs", "reference_logprobs"])
+@pytest.mark.parametrize("loss_type", OPTIONS)
+def test_a_policy_that_has_moved_far_away(loss_type, moved_from):
+    """exp(100) is no float32. What TRL has a number for is the same here; where its gradient alone is NaN, 0 · inf, as
+    that of a good answer behind the bound is, ours is the 0 that was meant; a loss that is infinite is so in both, and
+    ends a run."""
+    cases = [(gap, advantage) for gap in GAPS for advantage in (1.0, 0.0, -1.0)]
+    beta = 0.0 if moved_from == "old_logprobs" else 0.3
+    batches = []
+    for gap, advantage in cases:
+        batch = {name: np.full((2, 2), -1.0) for name in ("logprobs", "old_logprobs", "reference_logprobs")}
+        batch |= {"entropies": np.ones((2, 2)), "mask": np.ones((2, 2)), "advantages": np.array([advantage, 0.5])}
+        batch[moved_from][0] += gap if beta else -gap
+        batches.append({name: array.astype(np.float32) for name, array in batch.items()})
+    stacked = {name: jnp.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    @jax.jit
+    @jax.vmap
+    def found(batch):
+        def loss(logprobs):
+            reference = batch["reference_logprobs"] if beta else None
+            others = batch["old_logprobs"], reference, batch["advantages"], batch["mask"]
+            return grpo_loss(logprobs, *others, loss_type=loss_type, beta=beta, **CLIPS.get(loss_type, {}))[0]
+
+        return jax.value_and_grad(loss)(batch["logprobs"])
+
+    for case, batch, loss, gradient in zip(cases, batches, *found(stacked), strict=True):
+        expected, (grads, _), _ = theirs(batch, 1, loss_type, beta)
+        if np.isnan(expected):  # 0 · inf: nothing is to be gained, whatever the ratio
+            assert case[1] == 0
+            expected = theirs(batches[cases.index((60.0, 0.0))], 1, loss_type, beta)[0]
+        np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-7, err_msg=str(case))
+        if np.isfinite(expected):
+            np.testing.assert_allclose(gradient, np.nan_to_num(grads), rtol=1e-5, atol=1e-7, err_msg=str(case))
 
 
 @pytest.mark.parametrize("advantages_of", ["answers", "tokens"])
