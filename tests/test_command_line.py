@@ -1,10 +1,13 @@
 """Options, help and one-line errors. The parser is asked directly; processes are started only for exit codes."""
 
+import dataclasses
+import importlib
 import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from llmq_jax import command_line
 from llmq_jax.command_line import Flag, Positional, Repeated
 from llmq_jax.errors import BadInput
+from llmq_jax.option_names import OURS, RESUMING
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,11 @@ BAD = {
     "required option": (["cake"], r"missing --topping STR: see \"bake --help\""),
     "misspelt option": (["cake", "--toping", "jam"], r"unknown option --toping: did you mean --topping\? See \"bake"),
     "misspelt with =": ([*GOOD, "--batchsize=3"], r"unknown option --batchsize: did you mean --batch-size\?"),
+    "called otherwise elsewhere": (
+        [*GOOD, "--per_device_train_batch_size", "4"],
+        r"unknown option --per-device-train-batch-size: here it is --batch-size; see \"bake --help\"$",
+    ),
+    "like another in its hyphens": ([*GOOD, "--ham"], r"unknown option --ham: see \"bake --help\"$"),
     "strange option": ([*GOOD, "--xyzzy"], r"unknown option --xyzzy: see \"bake --help\""),
     "short option": ([*GOOD, "-z"], r"no option takes '-z': see"),
     "surplus argument": ([*GOOD, "bread"], r"no option takes 'bread': see"),
@@ -184,6 +193,33 @@ def test_choices_are_told_in_their_order(capsys):
     assert run(["--tool", "saw"], stir) == 2
     fault = "error: --tool cannot be 'saw': choose from whisk, spoon, fork, knife, hands\n"
     assert capsys.readouterr().err == fault
+
+
+RECIPES = ("pretrain", "instruct", "classifier", "reward", "dpo", "grpo")
+
+
+def test_names_from_elsewhere_stand_for_options_that_there_are():
+    known = {field.name for name in RECIPES for field in dataclasses.fields(recipe_options(name))}
+    assert OURS.keys() <= known
+    others = [other for names in OURS.values() for other in names]
+    assert len(set(others)) == len(others)
+    assert known.isdisjoint(RESUMING)
+
+
+def test_names_from_elsewhere_are_those_of_the_documentation():
+    """Whatever row of docs/from_trl.md names one option for one argument."""
+    ours = {other: command_line.option_name(field) for field, names in OURS.items() for other in names}
+    found = 0
+    for row in (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text().splitlines():
+        there, here = [re.findall("`([^`]+)`", cell) for cell in [*row.split("|"), "", "", "", ""][1:4:2]]
+        if len(there) == len(here) == 1 and there[0] in ours:
+            assert here[0].split()[0] == ours[there[0]], row
+            found += 1
+    assert found > 10
+
+
+def recipe_options(name: str) -> type:
+    return command_line._options_class(importlib.import_module(f"train.{name}").main)
 
 
 def test_defaults_come_from_a_preset_and_explicit_options_win(capsys):

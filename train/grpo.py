@@ -297,7 +297,7 @@ def grpo(options: Options) -> Any:
         judged_by=("reward", "highest"),
         sample=sample,
         show=SHOWN,
-        next_commands=tuple(next_commands(options, config)),
+        next_commands=tuple(next_commands(options, config, source.tokenizer)),
     )
     if options.log_every and first():
         print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
@@ -546,8 +546,10 @@ def numbered(prompts: Sequence[Any]) -> Any:
     return np.concatenate([*rows, np.frombuffer(columns, np.uint8).astype(np.int64)])
 
 
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    yield f'llmq generate {shlex.quote(options.out)} --prompt "..."'
+def next_commands(options: Options, config: Any, tokenizer: Any) -> Iterator[str]:
+    converses = options.template != "plain" and tokenizer.chat_template is not None
+    out = shlex.quote(options.out)
+    yield f"llmq chat {out}" if converses else f'llmq generate {out} --prompt "..."'
     if exports(config):
         yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
 

@@ -147,7 +147,15 @@ def starting_options(given: dict[str, str]) -> Options:
     if "init_from" in given:
         return Options(learning_rate=1e-4)  # gentler on weights that have learned
     options = RUNS.get(given.get("preset", "demo"), Options())
-    return replace(options, steps=None) if "epochs" in given else options
+    if "epochs" in given:
+        return replace(options, steps=None)
+    steps = given.get("steps", "")
+    if options.steps is None or not steps.isdecimal() or int(steps) >= options.steps:
+        return options
+    # A shorter run is logged, evaluated and sampled from as often as the whole one: its curves have as many points.
+    intervals = {name: getattr(options, name) for name in ("log_every", "evaluate_every", "sample_every")}
+    shorter = {name: max(1, every * int(steps) // options.steps) for name, every in intervals.items() if every}
+    return replace(options, **shorter)
 
 
 def main(options: Options) -> None:

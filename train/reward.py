@@ -155,6 +155,7 @@ def reward(options: Options) -> Any:
         evaluate=evaluate,
         sample=sample,
         flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in answers(learned)]),
+        show=("accuracy", "margin"),
         next_commands=tuple(next_commands(options, config)),
     )
     if result.state is not None:

@@ -108,11 +108,12 @@ def read_conversations(path: DataPath) -> list[Conversation]:
 
 def as_conversation(record: Record) -> Conversation:
     """A record in any of the forms. BadInput as for `read_conversations`."""
+    nulls = [name for name, value in record.fields.items() if value is None]
     record = without_nulls(record)
     where, fields = record
     form = next((form for form, needed in FORMS.items() if all(name in fields for name in needed)), None)
     if form is None:
-        names = ", ".join(fields) or "none"
+        names = (", ".join(fields) or "none") + (f"; null: {', '.join(nulls)}" if nulls else "")
         forms = "; or ".join(", ".join(needed) for needed in FORMS.values())
         raise BadInput(f"{where} is no conversation (fields found: {names}): it needs the fields {forms}")
     refuse_lost(fields, LOST.get(form, ()), where)

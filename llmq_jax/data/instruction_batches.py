@@ -109,7 +109,7 @@ def tokenize_conversations(
     if not examples:
         raise BadInput(
             f"none of the {len(conversations)} conversations has anything to learn within the context of {context} "
-            "tokens: choose a longer one"
+            "tokens: shorten the prompts or, if the model takes more, choose a longer one"
         )
     return Examples(examples, truncated, dropped)
 

@@ -97,7 +97,8 @@ def iterate_records(
             if isinstance(value, str) and string_field is not None:
                 value = {string_field: value}
             if not isinstance(value, dict):
-                raise BadInput(f"{where} must be an object with fields, not {_type_name(value)}")
+                hint = f": {LIST}" if kind == ".jsonl" and isinstance(value, list) else ""
+                raise BadInput(f"{where} must be an object with fields, not {_type_name(value)}{hint}")
             yield Record(where, value)
     elif kind == ".parquet":
         yield from _parquet_rows(path, texts, needed or {})
@@ -217,6 +218,9 @@ def read_text(path: str | Path) -> str:
 # JSON
 
 
+LIST = "a .jsonl file has one record a line, a .json file one list of them"
+
+
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of everything in a .json file's list, or on the lines of a .jsonl file."""
     if format_of(path) == ".jsonl":
@@ -250,7 +254,10 @@ def json_values(lines: Iterable[tuple[int, str]], source: str) -> Iterator[tuple
         try:
             record = parse_json(line.rstrip())
         except json.JSONDecodeError as error:
-            raise BadInput(f"{source}: broken JSON at line {number}, column {error.colno} ({error.msg})") from None
+            hint = f": {LIST}" if number == 1 and line.lstrip().startswith("[") else ""
+            raise BadInput(
+                f"{source}: broken JSON at line {number}, column {error.colno} ({error.msg}){hint}"
+            ) from None
         except ValueError as error:
             raise BadInput(f"{source}: line {number}: JSON that cannot be read: {error}") from None
         yield number, record

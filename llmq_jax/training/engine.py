@@ -88,7 +88,8 @@ def run(
       from each batch, of which other processes are taken to have as many; a step that draws its own tokens tells how
       many by a metric `tokens`, which is no array of the device unless it may be waited for.
     * `flops_per_token`, from `token_flops`, is what the device's utilisation (MFU) is told by, if its peak is known.
-    * `show` names metrics of a step that stand beside the loss on the console.
+    * `show` names metrics that stand beside the loss on the console, of a step, and of an evaluation, which without
+      `show` tells all of its means.
     * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
       progress goes (standard output).
 
@@ -269,7 +270,7 @@ class _Loop:
         if self.step < options.steps:
             self.make_batch()
         if self.newest is None and options.evaluate_first and options.branch_from is None:
-            self.evaluation(self.first_means)
+            self.recorder.message(f"step {self.step}: {self.evaluation(self.first_means)}")
         unread = None
         shapes = set()
         while self.step < self.options.steps:  # which an early stop lowers
@@ -333,15 +334,23 @@ class _Loop:
         """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
         before a sample, which may fail."""
         best_to_keep = False
+        said: list[str] = []
+        further: list[str] = []
         if self.options.due(self.options.evaluate_every, self.step):
-            self.evaluation()
+            said.append(self.evaluation())
             best_to_keep = self.best_to_keep()
-            self.stop_early(self.recorder.message)
+            self.stop_early(further.append)
         options, step = self.options, self.step
-        if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
-            with self.time.on("checkpoints", step):
-                said = self.save(needed=step == options.steps or stop.received is not None)
-            self.recorder.message(said)
+        try:
+            if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
+                with self.time.on("checkpoints", step):
+                    if self.save(needed=step == options.steps or stop.received is not None):
+                        said.append("checkpoint saved")
+        finally:
+            if said:  # in one line: most evaluations have a checkpoint
+                self.recorder.message(f"step {step}: {'; '.join(said)}")
+            for line in further:
+                self.recorder.message(line)
         if stop.received and step < options.steps:
             self.recorder.message(
                 f"stopped by {stop.received.name} after step {step}, which is saved; "
@@ -351,8 +360,8 @@ class _Loop:
         if options.due(options.sample_every, step):
             self.write_sample()
 
-    def evaluation(self, found: dict[str, float] | None = None) -> None:
-        """Evaluate this step, unless these means of it are found already, and record it."""
+    def evaluation(self, found: dict[str, float] | None = None) -> str:
+        """Evaluate this step, unless these means of it are found already, and record it; what to say of it."""
         with self.time.on("evaluation", self.step):
             assert self.evaluate is not None
             found = self.evaluate(self.state.variables) if found is None else found
@@ -362,7 +371,8 @@ class _Loop:
         if judged in means:
             require_finite(judged, means[judged], self.step, self.newest, look_at="the validation data")
         self.validation.add(self.step, means)
-        self.recorder.evaluation({"step": self.step, "tokens": self.tokens, **means})
+        record = {"step": self.step, "tokens": self.tokens, **means}
+        return self.recorder.evaluation(record, self.validation.judged_by[0])
 
     def best_to_keep(self) -> bool:
         """Whether this step is better than every checkpoint. The best step so far may have none: it was damaged, or
@@ -384,8 +394,8 @@ class _Loop:
             text = self.sample(self.state.variables, self.step)
         self.recorder.sample(self.step, text)
 
-    def save(self, needed: bool) -> str:
-        """Save the checkpoint of this step; what to say of it. One that is not needed may find no room, where the
+    def save(self, needed: bool) -> bool:
+        """Save the checkpoint of this step; whether that was done. One that is not needed may find no room, where the
         options have the run go on."""
         require_finite_update(self.state.variables, self.step, self.newest)
         try:
@@ -406,8 +416,9 @@ class _Loop:
             if why is None or needed or self.options.on_full_disk == "stop":
                 raise
             saved = newest_text(self.newest, "good checkpoint")
-            return f"warning: step {self.step}: checkpoint not saved: {why}; {saved}; going on"
-        return f"step {self.step}: checkpoint saved"
+            self.recorder.message(f"warning: step {self.step}: checkpoint not saved: {why}; {saved}; going on")
+            return False
+        return True
 
     def end(self) -> RunResult:
         """The result, and the files that a run leaves at its end."""

@@ -260,9 +260,10 @@ def _kept_in(scale: optax.GradientTransformation, moments: str, **decays: float)
         return scale
     for name, decay in decays.items():
         if 1 - decay < 2**-7:
+            option = {"b1": " (the first of --betas)", "b2": " (the second of --betas)"}.get(name, "")
             raise BadInput(
                 f"{name}={decay} with moments in {moments}: what one update changes is rounded away; choose "
-                f"{name}=0.99 or less, or moments in float32"
+                f"{name}=0.99 or less{option}, or moments in float32"
             )
 
     def cast(state: Any, to: Any) -> Any:

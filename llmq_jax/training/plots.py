@@ -132,6 +132,9 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
         for colour, (name, points) in zip(RUN_COLOURS, curves.items(), strict=False):
             _draw(axes, points, colour, name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        if index + columns >= len(panels):
+            axes.set_xlabel(ACROSS["step"], color=INK)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["right", "top"]].set_visible(False)

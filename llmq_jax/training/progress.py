@@ -38,7 +38,7 @@ class LineProgress:
         if logged:
             width = len(str(self.steps))
             loss, rate, speed, left = _figures(status)
-            others = "".join(f"{name} {value:>7.4f}  " for name, value in status.shown)
+            others = "".join(f"{name} {value:>z7.4f}  " for name, value in status.shown)
             mfu = "" if status.mfu is None else f"  MFU {status.mfu:>5.1%}"
             self.message(
                 f"step {status.step:>{width}}/{self.steps}  {100 * status.step // self.steps:>3}%  loss {loss:>7}  "
@@ -91,7 +91,7 @@ class BarProgress:
         self._refreshed = time.monotonic()
         if self._status is not None:
             loss, rate, speed, left = _figures(self._status)
-            others = "".join(f"{name} {value:.3f} " for name, value in self._status.shown)
+            others = "".join(f"{name} {value:z.3f} " for name, value in self._status.shown)
             mfu = "" if self._status.mfu is None else f" MFU {self._status.mfu:.0%}"
             figures = f"loss {loss} {others}lr {rate} {speed:>5} tokens/s{mfu} ETA {left:>5}"
             self._bar.update(self._task, completed=self._status.step, figures=figures, refresh=True)
@@ -122,7 +122,7 @@ def clock(seconds: int | float) -> str:
 def _figures(status: Status) -> tuple[str, str, str, str]:
     """Loss, learning rate, speed and time left as text."""
     return (
-        f"{status.loss:.4f}",
+        f"{status.loss:z.4f}",
         "-" if status.learning_rate is None else f"{status.learning_rate:.2e}",
         "-" if status.tokens_per_second is None else short_count(status.tokens_per_second),
         "-" if status.seconds_left is None else clock(status.seconds_left),

@@ -26,6 +26,7 @@ from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.time_spent import TimeSpent
 from llmq_jax.training.trackers import TensorBoard, WeightsAndBiases
+from llmq_jax.training.validation import PREFIX
 
 
 class Step(NamedTuple):
@@ -93,12 +94,13 @@ class Recorder:
         if record is not None:
             self._write(record)
 
-    def evaluation(self, record: Record) -> None:
-        figures = ", ".join(
-            f"{name.replace('_', ' ')} {value:.4f}" for name, value in record.items() if name.startswith("validation_")
-        )
-        self._progress.message(f"step {record['step']}: {figures}")
+    def evaluation(self, record: Record, judged_by: str) -> str:
+        """Write what was measured; the text of what people are shown of it, first what the run is judged by."""
         self._write(record)
+        means = {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
+        shown = dict.fromkeys((judged_by, "loss", *(self._show or means)))
+        figures = ", ".join(f"{name.replace('_', ' ')} {means[name]:z.4f}" for name in shown if name in means)
+        return f"validation {figures}"
 
     def sample(self, step: int, text: str) -> None:
         indented = printable(text).replace("\n", "\n  ")

@@ -68,7 +68,7 @@ def report_text(result: RunResult, folder: Path | None, further: str = "", next_
         parts.append(f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB")
     lines = ["", "finished: " + ", ".join(parts)]
     lines += [time_text(result.time)] if result.time else []
-    losses = [] if result.loss is None else [f"training loss {result.loss:.4f}"]
+    losses = [] if result.loss is None else [f"training loss {result.loss:z.4f}"]
     if result.validation_loss is not None:
         best = ""
         if result.best_validation_loss is not None:

@@ -278,6 +278,7 @@ BAD = [
         {"question": "x", "reply": "y"},
         r"is no conversation \(fields found: question, reply\): it needs .*; or prompt, c.*; or question, answer$",
     ),
+    ({"question": "x", "answer": None}, r"is no conversation \(fields found: question; null: answer\)"),
     ({"question": "x", "answer": 2}, r"field 'answer' must be a string, not a number"),
     ({"question": "x", "answer": ""}, r"field 'answer': the response is empty"),
     ({"question": "x", "answer": "y", "choices": ["y", "z"]}, r"has 'choices', which is not read: write it into the"),

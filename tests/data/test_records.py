@@ -128,6 +128,13 @@ def test_the_text_of_a_field():
         ("a.json", '["x"]', None, r"row 1 must be an object with fields, not a string"),
         ("a.json", '[{"x": 1}]', ["x"], r"a\.json has names for its fields already"),
         ("a.jsonl", '{"x": 1}\n5', None, r"line 2 must be an object with fields, not a number"),
+        (
+            "a.jsonl",
+            '[{"x": 1}]',
+            None,
+            r"line 1 must be .*, not a list: a \.jsonl file has one record a line, a \.json",
+        ),
+        ("a.jsonl", '[\n{"x": 1}]', None, r"broken JSON at line 1, .*: a \.jsonl file has one record a line, a \.json"),
         ("a.tsv", "a\tb\n1\n", None, r"line 2 has 1 fields and the header 2"),
         ("a.tsv", "a\ta\n1\t2\n", None, r"two columns are called 'a'"),
         ("a.csv", "a,b\n", None, r"holds no record"),

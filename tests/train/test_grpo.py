@@ -405,8 +405,9 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
     """It writes strings too; a run does not go on with another."""
     template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
     (tmp_path / "own.jinja").write_text(template)
-    code, _, err = grpo(chat_template="own.jinja", steps=1, evaluate_every=0, sample_every=1)
+    code, out, err = grpo(chat_template="own.jinja", steps=1, evaluate_every=0, sample_every=1)
     assert (code, err) == (0, "") and ":!" in Path("run/samples.txt").read_text()
+    assert "\n  llmq chat run\n" in out  # and not to generate from a bare prompt
     assert lq.load("run").tokenizer.chat_template.source == template
     (tmp_path / "own.jinja").write_text(template + "{# the same #}")
     code, _, err = grpo(chat_template="own.jinja", steps=1, evaluate_every=0, sample_every=1)

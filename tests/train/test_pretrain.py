@@ -391,6 +391,9 @@ def test_presets_hold_what_they_are_named_for():
     assert (options.batch_size, options.steps, options.dropout) == (12, 2000, 0.0)
     assert (options.learning_rate, options.betas, options.weight_decay, options.clip) == (1e-3, (0.9, 0.99), 0.1, 1.0)
     assert starting_options({}) == RUNS["demo"]
+    assert starting_options({"steps": "4000"}) == starting_options({"steps": "many"}) == RUNS["demo"]
+    shorter = starting_options({"steps": "60"})  # whose curves have as many points
+    assert (shorter.log_every, shorter.evaluate_every, shorter.sample_every) == (2, 30, 15)
     assert starting_options({"init_from": "x"}).preset is None
     assert starting_options({"preset": "gpt2-124m"}) == Options()
 

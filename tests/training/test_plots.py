@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.plots import TRAINING, VALIDATION, plot_losses
+from llmq_jax.training.plots import TRAINING, VALIDATION, draw_panels, plot_losses
 
 
 def run_folder(path, records):
@@ -55,6 +55,15 @@ def test_validation_alone_and_no_tokens_will_do(tmp_path):
 def test_a_dollar_in_a_name_begins_no_formula(tmp_path):
     path = plot_losses(run_folder(tmp_path / "a$_$", [{"step": 4, "loss": 3.0}]))
     assert has_colour(path, TRAINING)
+
+
+def test_panels_say_what_they_are_over_and_the_whole_of_their_figures():
+    """A figure that hardly moves would have its axis told as differences from a number above it."""
+    curves = {"entropy": [(1, 6.53748), (2, 6.53757), (3, 6.53770)]}
+    figure = draw_panels([("entropy", curves)] * 3)
+    figure.canvas.draw()
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "steps", "steps"]  # below each column
+    assert {axes.yaxis.get_offset_text().get_text() for axes in figure.axes} == {""}
 
 
 def test_nothing_to_plot_is_said(tmp_path):

@@ -27,6 +27,13 @@ def test_lines_are_aligned_and_only_for_logged_steps():
     assert message == "step 5: saved"
 
 
+def test_a_loss_that_rounds_to_nothing_has_no_sign():
+    """As GRPO's, which is 0 but for rounding."""
+    output = io.StringIO()
+    LineProgress(9, output).update(replace(STATUS, loss=-1e-8, shown=(("kl", -1e-9),)), logged=True)
+    assert "loss  0.0000  kl  0.0000  lr" in output.getvalue()
+
+
 def test_utilisation_stands_beside_the_speed():
     output = io.StringIO()
     make_progress(9, output).update(replace(STATUS, mfu=0.4125), logged=True)

@@ -116,6 +116,20 @@ def test_the_validation_loss_is_told_beside_what_a_run_is_judged_by(tmp_path):
     assert json.loads((tmp_path / "run/finished.json").read_text())["validation_loss"] == 2.0
 
 
+@pytest.mark.parametrize(
+    ("show", "told"),
+    [((), "loss 2.0000, margins/of all 3.0000, accuracy 0.5000"), (("accuracy",), "loss 2.0000, accuracy 0.5000")],
+)
+def test_an_evaluation_is_one_short_line_with_its_checkpoint(show, told, tmp_path):
+    """What the run is judged by, then what the console shows of steps too; all of it is in metrics.jsonl."""
+    means = {"margins/of_all": 3.0, "accuracy": 0.5, "loss": 2.0}
+    _, said = quiet(tmp_path / "run", options=replace(OPTIONS, steps=8), evaluate=lambda variables: means, show=show)
+    lines = [line for line in said.splitlines() if "validation" in line and line.startswith("step")]
+    assert lines == [f"step {step}: validation {told}; checkpoint saved" for step in (4, 8)]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {f"validation_{name}": value for name, value in means.items()}.items() <= records[-1].items()
+
+
 def test_a_new_best_is_what_no_checkpoint_is_as_good_as(tmp_path):
     """Where that of the best step has gone, the next one that is better than those left stays."""
     folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")

@@ -1,0 +1,70 @@
+"""What options are called elsewhere, so that who types such a name is told ours.
+
+The names are those of nanoGPT's config, of transformers' and TRL's arguments, and of their configs of models; what
+differs in meaning is in docs/from_trl.md.
+"""
+
+OURS = {
+    "data": ("dataset", "dataset_name", "train_dataset", "train_file"),
+    "validation_data": ("eval_dataset", "validation_file"),
+    "text_field": ("text_column", "text_key"),
+    "out": ("output", "output_dir", "out_dir", "save_dir", "run_name"),
+    "init_from": ("model", "model_name", "model_name_or_path", "pretrained"),
+    "context": (
+        "block_size",
+        "context_length",
+        "seq_len",
+        "max_length",
+        "max_seq_len",
+        "max_seq_length",
+        "n_positions",
+    ),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "layers", "depth"),
+    "hidden_size": ("n_embd", "d_model", "dim", "emb_dim", "embed_dim", "width"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "heads"),
+    "steps": ("max_steps", "max_iters", "iters", "num_steps", "train_steps"),
+    "epochs": ("num_train_epochs", "num_epochs"),
+    "batch_size": ("per_device_train_batch_size", "per_device_batch_size", "train_batch_size"),
+    "accumulate": ("gradient_accumulation_steps", "gradient_accumulation", "grad_accum_steps"),
+    "learning_rate": ("lr", "max_lr", "peak_lr"),
+    "minimum_learning_rate": ("min_lr",),
+    "warmup_steps": ("warmup", "warmup_iters"),
+    "schedule": ("lr_scheduler_type", "lr_schedule", "scheduler"),
+    "optimizer": ("optim",),
+    "betas": ("adam_beta1", "adam_beta2", "beta1", "beta2"),
+    "clip": ("grad_clip", "gradient_clip", "max_grad_norm", "clip_grad_norm"),
+    "weight_decay": ("wd",),
+    "dtype": ("bf16", "fp16", "bfloat16", "float16", "precision", "torch_dtype"),
+    "remat": ("activation_checkpointing", "gradient_checkpointing"),
+    "attention": ("attn_implementation", "flash_attention"),
+    "device": ("use_cpu", "cpu", "gpu"),
+    "log_every": ("log_interval", "logging_steps"),
+    "evaluate_every": ("eval_every", "eval_interval", "eval_steps"),
+    "evaluate_batches": ("eval_batches", "eval_iters"),
+    "checkpoint_every": ("save_every", "save_interval", "save_steps"),
+    "keep_last": ("save_total_limit",),
+    "patience": ("early_stopping_patience",),
+    "wandb": ("report_to", "wandb_project"),
+    "pack": ("packing",),
+    "train_on": ("assistant_only_loss", "completion_only_loss"),
+    "lora_rank": ("lora_r", "r", "rank"),
+    "lora_targets": ("lora_target_modules", "target_modules"),
+    "lora_rslora": ("use_rslora",),
+    "lora_layers": ("layers_to_transform",),
+    "reference": ("ref_model",),
+    "center": ("center_rewards_coefficient",),
+    "loss": ("loss_type",),
+    "reward": ("reward_funcs",),
+    "group_size": ("num_generations",),
+    "max_prompt": ("max_prompt_length",),
+    "max_new_tokens": ("max_tokens", "num_tokens", "max_completion_length"),
+    "scale": ("scale_rewards",),
+    "clip_low": ("epsilon",),
+    "clip_high": ("epsilon_high",),
+    "mask_truncated": ("mask_truncated_completions",),
+    "entropy_coefficient": ("entropy_coef",),
+}
+"""Names elsewhere, by the field that our options have for it."""
+
+RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
+"""What has no option: the same command again resumes a run."""
