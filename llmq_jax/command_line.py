@@ -32,8 +32,8 @@ import docstring_parser
 import tyro
 from tyro.conf import Positional as Positional
 
-from llmq_jax.errors import BAD_INPUT, BadInput, close_names, did_you_mean
-from llmq_jax.option_names import OURS, RESUMING
+from llmq_jax.errors import BAD_INPUT, BadInput, did_you_mean
+from llmq_jax.option_names import meant_by
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 """A bool that is off unless its option is given."""
@@ -353,22 +353,11 @@ def _check_names(options: type, arguments: list[str], program: str) -> None:
         name = argument.partition("=")[0].replace("_", "-")
         # tyro's own options print completions for shells.
         if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
-            hint = _hint(name, names)
+            meant = meant_by(name, [field.name for field in dataclasses.fields(options)], option_name)
+            hint = f"{meant} S" if meant.endswith("?") else f"{meant}; s" if meant else "s"
             if before.replace("_", "-") in _text_options(options):
                 hint = f"as the text of {before}, write {before}={argument}; s"
             raise BadInput(f'unknown option {name}: {hint}ee "{program} --help"')
-
-
-def _hint(name: str, names: list[str]) -> str:
-    """What an unknown option was meant to be, by what it is called elsewhere or else by its letters, up to "see"."""
-    elsewhere = name.removeprefix("--").replace("-", "_")
-    if elsewhere in RESUMING and "--out" in names:
-        return "the same command again resumes a run; s"
-    for field, others in OURS.items():
-        if elsewhere in others and option_name(field) in names:
-            return f"here it is {option_name(field)}; s"
-    near = close_names(elsewhere, [ours.removeprefix("--").replace("-", "_") for ours in names], count=1)
-    return f"did you mean {option_name(near[0])}? S" if near else "s"
 
 
 def _one_line(box: str, options: type, arguments: list[str], program: str) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from llmq_jax.errors import BadInput, close_names
+from llmq_jax.errors import BadInput
+from llmq_jax.option_names import meant_by
 
 NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
 TRUE = ("true", "yes", "on")
@@ -33,8 +34,7 @@ def read_options(path: str, kinds: dict[str, Any], given: Iterable[str]) -> dict
         where = f"{path}: line {key.start_mark.line + 1}"
         name = _text(key, where).replace("-", "_")
         if name not in kinds:
-            near = close_names(name, list(kinds), count=1)
-            hint = f"did you mean {near[0]}?" if near else "--help tells which there are"
+            hint = meant_by(name, kinds) or "--help tells which there are"
             raise BadInput(f"{where}: there is no option {name!r}; {hint}")
         if name in found:
             raise BadInput(f"{where}: {name} stands there a second time; leave one of them out")

@@ -4,6 +4,10 @@ The names are those of nanoGPT's config, of transformers' and TRL's arguments, a
 differs in meaning is in docs/from_trl.md.
 """
 
+from collections.abc import Callable, Collection
+
+from llmq_jax.errors import close_names
+
 OURS = {
     "data": ("dataset", "dataset_name", "train_dataset", "train_file"),
     "validation_data": ("eval_dataset", "validation_file"),
@@ -68,3 +72,16 @@ OURS = {
 
 RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
 """What has no option: the same command again resumes a run."""
+
+
+def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = str) -> str:
+    """What an unknown option was meant to be, by what it is called elsewhere or else by its letters; "" where nothing
+    is near. `shown` spells a field."""
+    elsewhere = name.removeprefix("--").replace("-", "_")
+    if elsewhere in RESUMING and "out" in fields:
+        return "the same command again resumes a run"
+    for field, others in OURS.items():
+        if elsewhere in others and field in fields:
+            return f"here it is {shown(field)}"
+    near = close_names(elsewhere, fields, count=1)
+    return f"did you mean {shown(near[0])}?" if near else ""

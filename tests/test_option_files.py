@@ -100,6 +100,8 @@ def test_json_is_read(tmp_path, capsys):
     ("text", "said"),
     [
         ("topping: jam\nbatch_sise: 3", "line 2: there is no option 'batch_sise'; did you mean batch_size?"),
+        ("bs: 3\ntrain_batch_size: 3", "line 1: there is no option 'bs'; --help tells which there are"),
+        ("train_batch_size: 3", "line 1: there is no option 'train_batch_size'; here it is batch_size"),
         ("flour: 3", "line 1: there is no option 'flour'; --help tells which there are"),
         ("options: other.yaml", "line 1: there is no option 'options'"),
         ("batch_size: many", "--batch-size takes an integer, not 'many'"),

@@ -241,7 +241,8 @@ class _Loop:
             assert self.checkpoints is not None
             self.state, info, self.loss = resumed
             self.step, self.tokens, self.newest = info.step, info.tokens, self.checkpoints.path(info.step)
-            self.stop_early(say)
+            if early := self.stop_early():
+                say(early)
         elif self.options.branch_from is not None:
             self.state, info = branch(self.options, self.state, self.model_config, say)
             self.step, self.tokens = info.step, info.tokens
@@ -333,24 +334,20 @@ class _Loop:
     def pause(self, stop: StopSignals) -> None:
         """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
         before a sample, which may fail."""
-        best_to_keep = False
-        said: list[str] = []
-        further: list[str] = []
+        best_to_keep, early = False, None
+        said = []  # in one line: most evaluations have a checkpoint
         if self.options.due(self.options.evaluate_every, self.step):
             said.append(self.evaluation())
             best_to_keep = self.best_to_keep()
-            self.stop_early(further.append)
+            early = self.stop_early()
         options, step = self.options, self.step
-        try:
-            if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
-                with self.time.on("checkpoints", step):
-                    if self.save(needed=step == options.steps or stop.received is not None):
-                        said.append("checkpoint saved")
-        finally:
-            if said:  # in one line: most evaluations have a checkpoint
-                self.recorder.message(f"step {step}: {'; '.join(said)}")
-            for line in further:
-                self.recorder.message(line)
+        if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
+            with self.time.on("checkpoints", step):
+                said += self.save(needed=step == options.steps or stop.received is not None)
+        if said:
+            self.recorder.message(f"step {step}: {'; '.join(said)}")
+        if early:
+            self.recorder.message(early)
         if stop.received and step < options.steps:
             self.recorder.message(
                 f"stopped by {stop.received.name} after step {step}, which is saved; "
@@ -381,12 +378,14 @@ class _Loop:
             return False
         return self.validation.is_better(self.step, than=processes.of_first(self.checkpoints.best_step))
 
-    def stop_early(self, say: Callable[[str], None]) -> None:
-        """Make this step the run's last one, with all that is due then, if the best step is that long ago."""
-        if self.step < self.options.steps and self.validation.patience_is_out():
-            say(f"stopped early after step {self.step}: {self.validation.patience_text()}")
-            # The steps to profile may lie behind the new end.
-            self.options = dataclasses.replace(self.options, steps=self.step, profile=None)
+    def stop_early(self) -> str | None:
+        """Make this step the run's last one, with all that is due then, if the best step is that long ago; what to say
+        of it then."""
+        if self.step == self.options.steps or not self.validation.patience_is_out():
+            return None
+        # The steps to profile may lie behind the new end.
+        self.options = dataclasses.replace(self.options, steps=self.step, profile=None)
+        return f"stopped early after step {self.step}: {self.validation.patience_text()}"
 
     def write_sample(self) -> None:
         with self.time.on("samples", self.step):
@@ -394,8 +393,8 @@ class _Loop:
             text = self.sample(self.state.variables, self.step)
         self.recorder.sample(self.step, text)
 
-    def save(self, needed: bool) -> bool:
-        """Save the checkpoint of this step; whether that was done. One that is not needed may find no room, where the
+    def save(self, needed: bool) -> list[str]:
+        """Save the checkpoint of this step; what to say of it. One that is not needed may find no room, where the
         options have the run go on."""
         require_finite_update(self.state.variables, self.step, self.newest)
         try:
@@ -417,8 +416,8 @@ class _Loop:
                 raise
             saved = newest_text(self.newest, "good checkpoint")
             self.recorder.message(f"warning: step {self.step}: checkpoint not saved: {why}; {saved}; going on")
-            return False
-        return True
+            return []
+        return ["checkpoint saved"]
 
     def end(self) -> RunResult:
         """The result, and the files that a run leaves at its end."""
