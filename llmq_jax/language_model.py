@@ -174,11 +174,15 @@ class LanguageModel:
 
     def replace(self, **changes: Any) -> "LanguageModel":
         """The same with some fields changed; a new config brings its own model unless one is given. A field that does
-        not exist is a TypeError."""
+        not exist is a TypeError. BadInput: a weight of the new config that is not there, or is of another shape;
+        `with_config` makes such a model."""
         if "config" in changes and "model" not in changes:
             before = self.model  # another config may be that of another class of models
             how = {name: getattr(before, name) for name in ("dtype", "remat", "scan_layers", "attention")}
             changes["model"] = build(changes["config"], **how).clone(frozen_layers=before.frozen_layers)
+            differing = _differing(changes.get("variables", self.variables), changes["config"], others=True)
+            if differing is not None:
+                raise BadInput(f"{differing}; lq.with_config(lm, config) takes over what fits")
         return dataclasses.replace(self, **changes)
 
     def logits(
@@ -512,7 +516,9 @@ def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> Languag
     else:
         if isinstance(config, Mapping):
             config = override(_config(path, loaded.config), **config)
-        _check_fit(path, variables, config)
+        differing = _differing(variables, config)
+        if differing is not None:
+            raise BadInput(f"{path}: {differing}")
     if dtype is not None:  # that of parameters: a router's bias keeps its own
         params = jax.tree.map(
             lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, variables["params"]
@@ -540,13 +546,15 @@ def _config(path: Path, fields: dict[str, Any]) -> Any:
         raise BadInput(f"{path}: its config is damaged, or of another version ({error})") from error
 
 
-def _check_fit(path: Path, variables: dict[str, Any], config: Any) -> None:
+def _differing(variables: dict[str, Any], config: Any, others: bool = False) -> str | None:
+    """How the first weight that does not fit a config differs; None where all fit. `others` may be there besides."""
     own = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), own))
-    for name in sorted(expected.keys() | found.keys()):
+    for name in sorted(expected.keys() | (set() if others else found.keys())):
         ours, theirs = (list(tree[name].shape) if name in tree else "absent" for tree in (expected, found))
         if ours != theirs:
-            raise BadInput(f"{path}: {name} is {theirs}, and {ours} by the config that was given")
+            return f"{name} is {theirs}, and {ours} by the config that was given"
+    return None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))

@@ -113,6 +113,20 @@ def test_replace(lm):
     assert lm.params is lm.variables["params"]
 
 
+def test_a_config_that_the_weights_do_not_fit(lm):
+    wider = dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size + 3)
+    message = (
+        rf"^params/token_embedding/embedding is \[{CONFIG.vocab_size}, {CONFIG.hidden_size}\], and "
+        rf"\[{wider.vocab_size}, {CONFIG.hidden_size}\] by the config that was given; lq.with_config\(lm, config\) "
+    )
+    with pytest.raises(BadInput, match=message):
+        lm.replace(config=wider)
+    untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    with pytest.raises(BadInput, match=r"params/lm_head/kernel is absent, and \["):
+        lm.replace(config=untied)
+    assert lm.replace(config=wider, variables=init(wider)).config == wider
+
+
 def test_a_representation_that_fits_on_a_line(lm):
     count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
     assert repr(lm) == f"LanguageModel(gpt2, {count:,} parameters in float32, tokenizer bytes)"

@@ -188,7 +188,8 @@ def test_a_template_for_one_message_is_asked_each_alone(llmq, chat_model, tmp_pa
 
 
 def test_a_draft_model_that_reads_less_has_the_say(chat_model):
-    short = chat_model.replace(config=dataclasses.replace(chat_model.config, max_position_embeddings=64))
+    fewer = dataclasses.replace(chat_model.config, max_position_embeddings=64)
+    short = lq.with_config(chat_model, fewer, fresh=["position_embedding/embedding"])
     asked = {"draft": None, "max_new_tokens": 40}
     rooms = [Conversation(chat_model, Options(model=""), {**asked, "draft": d})._room() for d in (None, 3, short)]
     assert rooms == [96 - 40, 96 - 40, 64 - 40]
