@@ -1,6 +1,8 @@
-"""Values from JSON against the annotations of dataclass fields."""
+"""Values from JSON, and of Python's callers, against the annotations of dataclass fields."""
 
 import dataclasses
+import functools
+import operator
 import typing
 from collections.abc import Mapping
 from types import UnionType
@@ -27,8 +29,12 @@ def has_type(value: Any, hint: Any) -> bool:
 
 def as_type(value: Any, hint: Any) -> Any:
     """A value that suits the annotation, in its type: JSON may write a float without a point."""
-    options = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    options = _options(hint)
     return float(value) if type(value) is int and float in options and int not in options else value
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
 
 
 def type_name(hint: Any) -> str:
@@ -51,3 +57,36 @@ def create(kind: type[T], values: Mapping[str, Any]) -> T:
         if entry.init and entry.name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
             raise BadInput(f"{kind.__name__.lower()}: lacks {entry.name}")
     return kind(**{name: as_type(value, hints[name]) for name, value in values.items()})
+
+
+PLAIN = (int, float, bool, str, type(None))
+
+
+def check_fields(instance: Any) -> None:
+    """BadInput for a field of a dataclass being made that is a number, a switch or a text by its annotation and not by
+    its value. Scalars of NumPy and JAX become Python's. Fields of other types are left to whoever reads them."""
+    kind: Any = type(instance)
+    for name, hint in _plain_hints(kind).items():
+        value = scalar(getattr(instance, name))
+        if not has_type(value, hint):
+            raise BadInput(f"{kind.__name__}.{name}={value!r} is not of the type {type_name(hint)}")
+        object.__setattr__(instance, name, value)
+
+
+@functools.cache
+def _plain_hints(kind: Any) -> dict[str, Any]:
+    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+    return {name: hint for name, hint in hints.items() if set(_options(hint)) <= set(PLAIN)}
+
+
+def scalar(value: Any) -> Any:
+    """A scalar of NumPy or JAX as Python's, any other value as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def whole(value: Any, name: str) -> int:
+    """An integer, Python's or any other. BadInput for what is none, by this name."""
+    try:
+        return operator.index(scalar(value))
+    except TypeError:
+        raise BadInput(f"{name}={value!r} must be an integer") from None

@@ -18,6 +18,7 @@ from llmq_jax.data.length_buckets import power_of_two
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import scalar, whole
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
 from llmq_jax.generation.sampling import DEFAULT, Sampler
 from llmq_jax.generation.speculative import (
@@ -109,11 +110,11 @@ def generate(
     )
     state = request.start()
     if not request.stop_strings:
-        return request.finish(request.advance(state, max_new_tokens))
+        return request.finish(request.advance(state, request.max_new_tokens))
     reached, texts = 1, [RowText(request) for _ in request.seeds]
-    while not bool(state.done.all()) and reached < max_new_tokens:
+    while not bool(state.done.all()) and reached < request.max_new_tokens:
         state = request.stop_at_strings(state, texts)
-        reached = min(reached + STRETCH, max_new_tokens)
+        reached = min(reached + STRETCH, request.max_new_tokens)
         state = request.advance(state, reached)
     return request.finish(request.stop_at_strings(state, texts))
 
@@ -234,6 +235,7 @@ class Request:
             raise BadInput("no prompt was given; pass at least one")
         if not isinstance(sampler, Sampler | None):
             raise BadInput(f"sampler={sampler!r} is not a Sampler; pass one, as Sampler(temperature=0.8)")
+        max_new_tokens = whole(max_new_tokens, "max_new_tokens")
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
         if samples < 1:
@@ -253,7 +255,9 @@ class Request:
             padded[i, : len(row)] = row
         end_tokens, stop_strings = _stops(lm, stop)
         count = len(rows) * samples
-        seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
+        seed = scalar(seed)
+        several = isinstance(seed, Iterable) and not isinstance(seed, str)
+        seeds = [whole(s, "seed") for s in seed] if several else [whole(seed, "seed") + i for i in range(count)]
         if len(seeds) != count:
             raise BadInput(f"{len(seeds)} seeds were given for {count} rows; give one seed, or one for each")
         if any(not 0 <= s < 2**32 for s in seeds):
@@ -412,8 +416,10 @@ def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
         ids = lm.tokenizer.encode_prompt(prompt)
     elif isinstance(prompt, Integral):
         raise BadInput(f"prompt {index} is the number {prompt}; give a list of prompts: strings or lists of token ids")
+    elif not isinstance(prompt, Iterable):
+        raise BadInput(f"prompt {index} is {prompt!r}; give a string or a list of token ids")
     else:
-        ids = [int(token) for token in prompt]
+        ids = [whole(token, f"prompt {index}: a token") for token in prompt]
     if not ids:
         raise BadInput(f"prompt {index} is empty; give it at least one token")
     for position, token in enumerate(ids):
@@ -430,7 +436,8 @@ def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ..
     special token, which texts do not show, is an end token itself."""
     if stop is None:
         return tuple(lm.generation.eos_token_id), ()
-    stops = [stop] if isinstance(stop, Integral | str) else list(stop)
+    stop = scalar(stop)
+    stops = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
     tokens = tuple(int(s) for s in stops if isinstance(s, Integral))
     strings = tuple(s for s in stops if isinstance(s, str))
     for s in stops:

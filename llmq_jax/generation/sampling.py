@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.defaults import TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import check_fields
 
 NEVER = float("-inf")
 LEAST_TEMPERATURE = 1e-30
@@ -30,6 +31,7 @@ class Sampler:
     """Keep tokens at least min_p times as probable as the most probable one (arXiv:2407.01082); 0 keeps all."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, allowed, rule in (
             ("temperature", 0.0 <= self.temperature < float("inf"), "must be 0 (greedy) or positive"),
             ("temperature", not 0.0 < self.temperature < LEAST_TEMPERATURE, f"is below {LEAST_TEMPERATURE}; take 0"),

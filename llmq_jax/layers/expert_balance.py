@@ -26,6 +26,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.field_types import check_fields
 
 BIAS_UPDATES = ("sign", "proportional")
 
@@ -59,6 +60,7 @@ class Balance:
     """How the bias moves: by the "sign" of mean load - own load, or "proportional" to that difference over the mean."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("load_balance", "router_z", "sequence", "device", "bias_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"balance: {name}={getattr(self, name)} must be at least 0, and finite")

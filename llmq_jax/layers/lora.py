@@ -29,6 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import check_fields
 from llmq_jax.layers.axes import on_host
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
@@ -63,6 +64,8 @@ class LoRA:
     """TinyLoRA: whether all matrices share one v (weight_tying=1)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+
         def require(condition: bool, name: str, rule: str) -> None:
             if not condition:
                 raise BadInput(f"LoRA: {name}={getattr(self, name)!r} {rule}")
@@ -75,6 +78,7 @@ class LoRA:
         tiny = self.variant == "tinylora"
         require(self.numbers is None or tiny, "numbers", "has no effect but on tinylora")
         require(not self.tied or tiny, "tied", "has no effect but on tinylora")
+        require(isinstance(self.targets, Sequence), "targets", "must be a name, or several: ('query', 'value')")
         require(len(self.targets) > 0, "targets", "names no matrix")
         require(self.layers is None or isinstance(self.layers, Sequence), "layers", "must be a sequence: (0, 1)")
         require(self.layers is None or len(self.layers) > 0, "layers", "names no layer")

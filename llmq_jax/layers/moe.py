@@ -20,7 +20,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import create
+from llmq_jax.field_types import check_fields, create
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.expert_balance import Balance, RouterReport, report
@@ -83,6 +83,7 @@ class Experts:
     """Losses and the bias that keep the load even; None is without."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         balance = balance_from(self.balance)
         object.__setattr__(self, "balance", balance)
         for name in ("num_experts", "top_k", "num_groups", "top_groups"):

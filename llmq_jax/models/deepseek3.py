@@ -27,6 +27,7 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
+from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import LatentCache
@@ -124,6 +125,7 @@ class DeepSeekV3Config:
     it has no modules of multi-token prediction, whatever num_nextn_predict_layers says."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         set_labels(self)
         if self.labels is not None:
             object.__setattr__(self, "num_nextn_predict_layers", 0)

@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache
@@ -64,6 +65,7 @@ class GPT2Config:
     """Names of the classes that the head tells apart; None is a language model."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_at_least(1, self, "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")
         require(self.mlp_width > 0, self, "intermediate_size", "must be at least 1")
         require(

@@ -21,6 +21,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import FullCache, RingCache
@@ -75,6 +76,7 @@ class Llama3Config:
     """Names of the classes that the head tells apart; None is a language model."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_at_least(
             1,
             self,

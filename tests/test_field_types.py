@@ -1,0 +1,107 @@
+"""Fields of dataclasses that Python's callers give: their types, and scalars of other libraries."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmq_jax.errors import BadInput
+from llmq_jax.field_types import check_fields, whole
+
+
+@dataclass(frozen=True)
+class Cake:
+    layers: int = 1
+    heat: float | None = None
+    cream: bool = True
+    name: str = "plain"
+    other: Any = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def test_scalars_become_pythons():
+    cake = Cake(layers=np.int64(3), heat=jnp.float32(0.5), cream=np.bool_(False), other=np.int64(1))
+    assert cake == Cake(3, 0.5, False, other=np.int64(1))
+    assert [type(value) for value in (cake.layers, cake.heat, cake.cream)] == [int, float, bool]
+    assert type(Cake(heat=2).heat) is int  # as it was given: a config is written as it was read
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"layers": 2.0}, "Cake.layers=2.0 is not of the type int"),
+        ({"layers": True}, "Cake.layers=True is not of the type int"),
+        ({"layers": None}, "Cake.layers=None is not of the type int"),
+        ({"layers": np.arange(2)}, "is not of the type int"),
+        ({"heat": "hot"}, "Cake.heat='hot' is not of the type float | None"),
+        ({"cream": "no"}, "Cake.cream='no' is not of the type bool"),
+        ({"name": 3}, "Cake.name=3 is not of the type str"),
+    ],
+)
+def test_another_type_is_refused(fields, said):
+    with pytest.raises(BadInput, match=said.replace("|", r"\|")):
+        Cake(**fields)
+
+
+def test_integers_of_all_kinds():
+    assert [whole(value, "n") for value in (3, np.int64(3), np.uint8(3), jnp.int32(3), np.array(3))] == [3] * 5
+    for value in (2.5, 2.0, "3", None, [3], np.float32(3)):
+        with pytest.raises(BadInput, match=r"n=.* must be an integer"):
+            whole(value, "n")
+
+
+SCRIPT = """
+import jax.numpy as jnp, numpy as np
+import llmq_jax as lq
+from llmq_jax.data import ByteTokenizer
+from llmq_jax.generation import Sampler, generate
+from llmq_jax.language_model import LanguageModel
+
+sizes = dict(vocab_size=257, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=128)
+config = lq.GPT2Config(**sizes | dict(num_hidden_layers=np.int64(1)))
+lm = LanguageModel(config, lq.build(config), lq.init(config, 0), ByteTokenizer())
+
+def refused(said, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except lq.BadInput as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
+
+for kind in (lq.GPT2Config, lq.Llama3Config, lq.Gemma3Config, lq.MixtralConfig, lq.DeepSeekV3Config):
+    refused(f"{kind.__name__}.num_hidden_layers=2.5", kind, num_hidden_layers=2.5)
+    refused(f"{kind.__name__}.tie_word_embeddings='no'", kind, tie_word_embeddings="no")
+refused("num_key_value_heads=2.0", lq.Llama3Config, num_key_value_heads=2.0)
+refused("Experts.top_k='2'", lq.Experts, num_experts=4, top_k="2")
+assert lq.Experts(num_experts=np.int64(4), top_k=np.int64(2)) == lq.Experts(num_experts=4, top_k=2)
+for options in (dict(rank=2.5), dict(rank="8"), dict(rank=None), dict(alpha="4"), dict(use_rslora="yes"),
+                dict(targets=None), dict(targets=5), dict(dropout=None)):
+    refused(next(iter(options)), lq.lora, lm, **options)
+assert lq.lora(lm, rank=np.int64(2)) is not None
+refused("Sampler.temperature='hot'", Sampler, temperature="hot")
+refused("Sampler.top_k=2.5", Sampler, top_k=2.5)
+greedy = Sampler(temperature=jnp.float32(0))
+assert hash(greedy) == hash(Sampler(temperature=0.0))
+expected = generate(lm, "ab", max_new_tokens=3, sampler=greedy, seed=3).tokens.tolist()
+given = dict(max_new_tokens=jnp.int32(3), sampler=greedy, seed=jnp.int32(3), stop=jnp.int32(255))
+assert generate(lm, np.array([[97, 98]]), **given).tokens.tolist() == expected
+refused("prompt 0: a token=1.5 must be an integer", generate, lm, [[1.5]])
+refused("prompt 0 is None", generate, lm, [None])
+refused("seed='0' must be an integer", generate, lm, "a", seed="0")
+refused("seed=None must be an integer", generate, lm, "a", seed=None)
+refused("max_new_tokens=2.5 must be an integer", generate, lm, "a", max_new_tokens=2.5)
+refused("stop=2.5", generate, lm, "a", stop=2.5)
+"""
+
+
+def test_what_the_public_functions_are_given():
+    """Without the checks of types that tests have and users have not."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
