@@ -24,6 +24,7 @@ import shutil
 import sys
 import textwrap
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -43,6 +44,7 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go
+_of_python = warnings.formatwarning
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
@@ -70,6 +72,7 @@ def run(
         # A terminal or a file that is not in UTF-8 must not end a run.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _warning
     of_file: dict[str, list[str]] = {}
     try:
         if isinstance(command, Mapping):
@@ -84,7 +87,7 @@ def run(
         sys.stdout.flush()
     except BadInput as error:
         words = str(error).split()
-        if words[0] in of_file:
+        if words and words[0] in of_file:
             words.insert(0, f"{_given(arguments)[FILE]}:")
         print("error:", *words, file=sys.stderr)
         code = BAD_INPUT
@@ -101,6 +104,15 @@ def run(
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Warnings for whoever runs a command are one line, without the place in the code that those of developers have."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return _of_python(message, category, filename, lineno, line)
 
 
 def default_is(text: str, metavar: str | None = None) -> Any:
@@ -233,8 +245,10 @@ def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
     """{option: arguments} of the file that `--options` names, but for what the arguments give themselves."""
     kinds = {field.name: hint for field, hint in _fields_and_hints(options)}
     given = _given(arguments)
-    if FILE not in kinds or not given.get(FILE):
+    if FILE not in kinds or FILE not in given:
         return {}
+    if not given[FILE]:
+        raise BadInput(f"{option_name(FILE)} needs a file: give its name, or leave the option out")
     from llmq_jax.option_files import read_options
 
     del kinds[FILE]

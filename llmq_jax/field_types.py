@@ -1,5 +1,6 @@
 """Values from JSON, and of Python's callers, against the annotations of dataclass fields."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -75,7 +76,9 @@ def check_fields(instance: Any) -> None:
 
 @functools.cache
 def _plain_hints(kind: Any) -> dict[str, Any]:
-    hints = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+    hints = {field.name: field.type for field in dataclasses.fields(kind)}
+    with contextlib.suppress(NameError):  # of a type that is there for type checkers alone
+        hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in hints}
     return {name: hint for name, hint in hints.items() if set(_options(hint)) <= set(PLAIN)}
 
 

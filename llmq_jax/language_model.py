@@ -160,14 +160,14 @@ class LanguageModel:
         assert reply.text is not None
         return reply.text[0]
 
-    def chat_tokens(self, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> list[int]:
-        """Messages, and the tools that may be called, as the model's chat template writes them, up to where the reply
-        begins.
+    def chat_tokens(self, messages: Sequence[Any], tools: Sequence[Any] | None = None, **variables: Any) -> list[int]:
+        """Messages, the tools that may be called, and what else the model's chat template reads, as it writes them, up
+        to where the reply begins.
 
         Special tokens that a message spells out become tokens, as in transformers.
         """
         template = self.require_chat_template("this model")
-        variables = {"tools": tools} if tools else {}
+        variables |= {"tools": tools} if tools else {}
         text = template.render(messages, add_generation_prompt=True, **variables)
         template.refuse_unread(messages, variables)
         return self.require_tokenizer("this model").encode(text, allow_special=True)

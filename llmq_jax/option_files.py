@@ -9,6 +9,7 @@ A value is the text that would stand behind the option: what YAML itself would r
 the number 615, and 3e-4 for no number. JSON is YAML.
 """
 
+import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ import yaml
 from llmq_jax.errors import BadInput
 from llmq_jax.option_names import meant_by
 
+YAMLS_OWN = re.compile(r"tag:yaml\.org,2002:\w+")
 NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
-TRUE = ("true", "yes", "on")
+NUMBER = re.compile(r"-[\d.][\w.+-]*")
+TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
 def read_options(path: str, kinds: dict[str, Any], given: Iterable[str]) -> dict[str, list[str]]:
@@ -60,11 +63,11 @@ def _entries(path: str) -> list[tuple[Any, Any]]:
 
 def _arguments(name: str, node: Any, kind: Any, where: str) -> Iterator[str]:
     option = "--" + name.replace("_", "-")
-    if node.tag == NULL:
+    if node.tag == NULL and node.value.lower() in ("", "~", "null"):
         return
     bare, of_option = typing.get_args(kind)[:2] if typing.get_origin(kind) is typing.Annotated else (kind, None)
     if bare is bool:
-        if node.tag != BOOL:
+        if node.tag != BOOL or node.value.lower() not in TRUE + FALSE:
             raise BadInput(f"{where}: {name} must be true or false")
         if node.value.lower() in TRUE:
             yield option
@@ -74,7 +77,10 @@ def _arguments(name: str, node: Any, kind: Any, where: str) -> Iterator[str]:
         if tuple not in {typing.get_origin(part) for part in (bare, *typing.get_args(bare))}:
             raise BadInput(f"{where}: {name} takes one value, not a list")
         yield option
-        yield from (_text(item, where) for item in node.value)
+        for text in (_text(item, where) for item in node.value):
+            if text.startswith("-") and not NUMBER.fullmatch(text):
+                raise BadInput(f"{where}: {text!r} in {name} would be an option of its own; write no hyphen before it")
+            yield text
     else:
         yield f"{option}={_text(node, where)}"
 
@@ -82,4 +88,6 @@ def _arguments(name: str, node: Any, kind: Any, where: str) -> Iterator[str]:
 def _text(node: Any, where: str) -> str:
     if not isinstance(node, yaml.ScalarNode):
         raise BadInput(f"{where}: a mapping or a list stands where a value is meant; write the value alone")
+    if not YAMLS_OWN.fullmatch(node.tag):
+        raise BadInput(f"{where}: the tag {node.tag!r} has no meaning here; leave it out")
     return str(node.value)

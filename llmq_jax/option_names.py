@@ -12,7 +12,7 @@ OURS = {
     "data": ("dataset", "dataset_name", "train_dataset", "train_file"),
     "validation_data": ("eval_dataset", "validation_file"),
     "text_field": ("text_column", "text_key"),
-    "out": ("output", "output_dir", "out_dir", "save_dir", "run_name"),
+    "out": ("output", "output_dir", "out_dir", "save_dir"),
     "init_from": ("model", "model_name", "model_name_or_path", "pretrained"),
     "context": (
         "block_size",

@@ -53,6 +53,17 @@ def bake(options: Options) -> int | None:
 GOOD = ["cake", "--topping", "jam"]
 
 
+def test_a_warning_is_one_line():
+    script = (
+        "import sys, warnings; from dataclasses import dataclass; from llmq_jax.command_line import run\n"
+        "@dataclass(frozen=True)\nclass Options:\n    x: int = 1\n"
+        "def main(options: Options) -> None:\n    warnings.warn('burnt', stacklevel=2)\n"
+        "run(main, [], program='bake')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "warning: burnt\n")
+
+
 def run(arguments, command=bake, **keywords):
     with pytest.raises(SystemExit) as exit:
         command_line.run(command, list(arguments), program="bake", **keywords)

@@ -78,6 +78,8 @@ def refused(said, function, *arguments, **options):
 for kind in (lq.GPT2Config, lq.Llama3Config, lq.Gemma3Config, lq.MixtralConfig, lq.DeepSeekV3Config):
     refused(f"{kind.__name__}.num_hidden_layers=2.5", kind, num_hidden_layers=2.5)
     refused(f"{kind.__name__}.tie_word_embeddings='no'", kind, tie_word_embeddings="no")
+refused("router_aux_loss_coef='0.1'", lq.MixtralConfig, router_aux_loss_coef="0.1")
+refused("MixtralConfig.num_local_experts='8'", lq.MixtralConfig, num_local_experts="8")
 refused("num_key_value_heads=2.0", lq.Llama3Config, num_key_value_heads=2.0)
 refused("Experts.top_k='2'", lq.Experts, num_experts=4, top_k="2")
 assert lq.Experts(num_experts=np.int64(4), top_k=np.int64(2)) == lq.Experts(num_experts=4, top_k=2)
@@ -92,6 +94,9 @@ assert hash(greedy) == hash(Sampler(temperature=0.0))
 expected = generate(lm, "ab", max_new_tokens=3, sampler=greedy, seed=3).tokens.tolist()
 given = dict(max_new_tokens=jnp.int32(3), sampler=greedy, seed=jnp.int32(3), stop=jnp.int32(255))
 assert generate(lm, np.array([[97, 98]]), **given).tokens.tolist() == expected
+assert generate(lm, jnp.array([[97, 98]]), **given | dict(stop=jnp.array([255]))).tokens.tolist() == expected
+refused("prompt 0 is the number 97", generate, lm, jnp.array([97, 98]))
+refused("samples=2.5 must be an integer", generate, lm, "a", samples=2.5)
 refused("prompt 0: a token=1.5 must be an integer", generate, lm, [[1.5]])
 refused("prompt 0 is None", generate, lm, [None])
 refused("seed='0' must be an integer", generate, lm, "a", seed="0")

@@ -91,6 +91,19 @@ def test_the_command_line_wins(tmp_path, capsys):
     assert (options.cream, options.quiet, options.heat) == (False, False, None)
 
 
+def test_what_editors_leave(tmp_path, capsys):
+    options, _ = baked(tmp_path, capsys, "\ufeffheat: 2\r\ntopping: !!null jam\r\nbetas: [-1, -.5e1]\r\n")
+    assert (options.heat, options.topping, options.betas) == (2, "jam", (-1, -5))
+
+
+def test_a_name_that_is_empty_names_no_file(capsys):
+    for arguments in (["--options", ""], ["--options="]):
+        with pytest.raises(SystemExit) as exit:
+            command_line.run(bake_into([]), arguments, program="bake")
+        assert exit.value.code == 2
+        assert capsys.readouterr().err.startswith("error: --options needs a file")
+
+
 def test_json_is_read(tmp_path, capsys):
     options, _ = baked(tmp_path, capsys, '{"batch_size": 5, "heat": null, "cream": false, "betas": [0.1, 1e-3]}')
     assert (options.batch_size, options.cream, options.betas) == (5, False, (0.1, 1e-3))
@@ -112,6 +125,10 @@ def test_json_is_read(tmp_path, capsys):
         ("betas: []", "--betas needs 2 values"),
         ("betas: [1, [2]]", "line 1: a mapping or a list stands where a value is meant"),
         ("spices: {salt: 1}", "line 1: a mapping or a list stands where a value is meant"),
+        ("spices: ['--quiet']", "line 1: '--quiet' in spices would be an option of its own"),
+        ("cream: !!bool maybe", "line 1: cream must be true or false"),
+        ("topping: !!python/name:os.system x", "line 1: the tag 'tag:yaml.org,2002:python/name:os.system'"),
+        ("topping: !mine x", "line 1: the tag '!mine' has no meaning here"),
         ("quiet: 3", "line 1: quiet must be true or false"),
         ("heat: 1\ntopping: jam\nheat: 2", "line 3: heat stands there a second time"),
         ("- heat", "holds no options; write them as batch_size: 8"),

@@ -153,8 +153,11 @@ def starting_options(given: dict[str, str]) -> Options:
     if options.steps is None or not steps.isdecimal() or int(steps) >= options.steps:
         return options
     # A shorter run is logged, evaluated and sampled from as often as the whole one: its curves have as many points.
-    intervals = {name: getattr(options, name) for name in ("log_every", "evaluate_every", "sample_every")}
-    shorter = {name: max(1, every * int(steps) // options.steps) for name, every in intervals.items() if every}
+    shorter = {
+        name: max(1, -(-every * int(steps) // options.steps))
+        for name in ("log_every", "evaluate_every", "sample_every")
+        if (every := getattr(options, name))
+    }
     return replace(options, **shorter)
 
 

@@ -1,9 +1,10 @@
 """Continue a prompt with any model, or every prompt of a file.
 
 A prompt file whose name ends in .jsonl, or any with --jsonl, holds one JSON object a line, with "prompt" (a text) or
-"messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template, beside which "tools"
-may list those that the model may call). The same objects come out, one a line, with "completion" (the new text) and
-"tokens" (how many they are) added. The first prompt draws from the seed, each one after it from the next number.
+"messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template, which also has "tools"
+and "chat_template_kwargs" that stand beside it). The same objects come out, one a line, with "completion" (the new
+text) and "tokens" (how many they are) added. The first prompt draws from the seed, each one after it from the next
+number.
 """
 
 import contextlib
@@ -167,11 +168,15 @@ def _continue_file(options: Options) -> None:
 def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int) -> None:
     lm, drawing = options.load()
     import llmq_jax as lq
+    from llmq_jax.data.messages import template_variables
+    from llmq_jax.data.records import Record
 
     prompts = []
     for number, record in zip(numbers, records, strict=True):
+        by_template = options.chat or "messages" in record
+        variables = template_variables(Record(f"{options.source}: line {number}", record)) if by_template else {}
         with _at_line(options, number):
-            prompts.append(_prompt(lm, record, options.chat))
+            prompts.append(_prompt(lm, record, by_template, variables))
     drawing["max_new_tokens"] = _new_tokens(options, lm, max(map(len, prompts)))
     _stream(options, lm, [0], drawing)  # computes nothing, and checks: here the options, then each prompt
     for number, prompt in zip(numbers, prompts, strict=True):
@@ -242,8 +247,6 @@ def _fault(record: Any) -> str | None:
         return f'has neither "prompt" nor "messages" (fields found: {names})'
     if not isinstance(record.get("prompt", ""), str):
         return 'has a "prompt" that is not a string'
-    if "messages" in record and not (record.get("tools") is None or isinstance(record["tools"], list)):
-        return 'has "tools" that are no list of objects'
     if taken := [name for name in ADDED if name in record]:
         return f'has a field "{taken[0]}" already, which the result would replace; rename it'
     try:
@@ -253,13 +256,12 @@ def _fault(record: Any) -> str | None:
     return None
 
 
-def _prompt(lm: Any, record: dict[str, Any], chat: bool) -> Any:
+def _prompt(lm: Any, record: dict[str, Any], by_template: bool, variables: dict[str, Any]) -> Any:
     """Token ids."""
-    if "prompt" in record and not chat:
+    if not by_template:
         return lm.tokenizer.encode_prompt(record["prompt"])
-    if "prompt" in record:
-        return lm.chat_tokens(_said(record["prompt"]))
-    return lm.chat_tokens(record["messages"], record.get("tools"))
+    messages = record["messages"] if "messages" in record else _said(record["prompt"])
+    return lm.chat_tokens(messages, **variables)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ A template cannot be stopped within a step; what a step can make bounds how long
 it compiles, but none that go through what is counted here.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -103,14 +104,19 @@ class ChatTemplate:
         return attributes | {str(node.value) for node in tree.find_all(nodes.Const)}
 
     @cached_property
-    def takes_parts(self) -> bool:
-        """Whether it writes the texts of a content that is a list of parts, and no more of the list."""
-        parts = [{"type": "text", "text": "said", "unread": "unsaid"}]
-        try:
-            text = self._written([{"role": "user", "content": parts}], add_generation_prompt=True)
-        except BadInput:
-            return False
-        return "said" in text and "unsaid" not in text
+    def takes_parts(self) -> set[str]:
+        """The roles in whose messages it writes the texts of a content that is a list of parts, and no more of it."""
+        first, last, unread = (f"{word}-by-the-probe" for word in ("first", "last", "unread"))
+        parts: Any = [{"type": "text", "text": text, "unread": unread} for text in (first, last)]
+        asked = [{"role": "user", "content": "a"}]
+        found = set()
+        for role, before, after in (("system", [], asked), ("user", [], []), ("assistant", asked, asked)):
+            with contextlib.suppress(BadInput):
+                messages = [*before, {"role": role, "content": parts}, *after]
+                text = self._written(messages, add_generation_prompt=True)
+                if first in text and last in text and unread not in text:
+                    found.add(role)
+        return found
 
     def with_variables(self, values: Mapping[str, Any]) -> str:
         """The source of this template in which these variables have these values wherever they are not given.
@@ -131,7 +137,7 @@ class ChatTemplate:
         lines = (f"{{% if {name} is not defined %}}{{% set {name} = {text} %}}{{% endif %}}\n" for name, text in texts)
         return "".join(lines) + self.source
 
-    def render(self, messages: Any, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: Any, /, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation: messages as messages.py describes them, all of whose keys are the template's.
 
         A content that is a list of parts goes to a template that reads such lists as it is, to others as one text.
@@ -141,13 +147,15 @@ class ChatTemplate:
         as in transformers: `refuse_unread` tells.
         """
         checked = _checked(messages)
-        if any(isinstance(message.get("content"), list) for message in checked) and not self.takes_parts:
-            checked = [
-                message | {"content": text_of(message)} if "content" in message else message for message in checked
-            ]
+        checked = [
+            message | {"content": text_of(message)}
+            if isinstance(message.get("content"), list) and message["role"] not in self.takes_parts
+            else message
+            for message in checked
+        ]
         return self._written(checked, add_generation_prompt=add_generation_prompt, **variables)
 
-    def _written(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def _written(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         given = {**self.special_tokens, **dict.fromkeys(ABSENT), **variables, "messages": messages}
         pieces: list[str] = []
         characters = 0

@@ -11,7 +11,7 @@ calls hold goes to the template as it is: some templates want the arguments as a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmq_jax.data.records import Record, checked_text, no_field
@@ -52,9 +52,26 @@ def reasoning_of(message: Mapping[str, Any]) -> str | None:
     return next((message[name] for name in REASONING if message.get(name) is not None), None)
 
 
-def called(message: Mapping[str, Any]) -> list[str]:
-    """The names of the tools that a message calls."""
-    return [str((call.get("function") or call).get("name")) for call in message.get("tool_calls") or ()]
+def called(message: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """(name, texts among the arguments) of each tool that a message calls."""
+    functions = [call.get("function") or call for call in message.get("tool_calls") or ()]
+    return [(str(function.get("name")), list(_texts(function.get("arguments")))) for function in functions]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value, that of JSON in a string too."""
+    if isinstance(value, str):
+        try:
+            read = parse_json(value)
+        except ValueError:
+            read = None
+        if isinstance(read, dict | list):
+            yield from _texts(read)
+        else:
+            yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def text_parts(content: Any, where: str) -> list[dict[str, str]]:
@@ -125,7 +142,8 @@ def _message(message: Any, where: str, given: bool) -> Message:
         if not isinstance(role, str) or role not in SPEAKERS:
             raise BadInput(f"{where} is from {role!r}: choose from {', '.join(SPEAKERS)}")
         if role == CALL:
-            message = {what: "", "tool_calls": _calls_in_json(message.get(what), f"{where}: {what}")}
+            calls = _calls_in_json(message.get(what), f"{where}: {what}")
+            message = {**message, what: "", "tool_calls": calls}
         role = SPEAKERS[role]
     if role not in ROLES:
         raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")

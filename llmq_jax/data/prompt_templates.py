@@ -13,6 +13,7 @@ asked in its style from then on: see chat_style.py.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -204,11 +205,12 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
             continue
         opened = text[_common_start(before, text) : start]
         message = messages[index]
-        for said in (text_of(message), reasoning_of(message) or "", *called(message)):
-            if said.strip() and not _holds(opened, text[start : len(after)], said):
-                raise BadInput(
-                    f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
-                )
+        answer = text[start : len(after)]
+        said = [each for each in (text_of(message), reasoning_of(message) or "") if each.strip()]
+        if not (all(_holds(opened, answer, each) for each in said) and _holds_calls(opened + answer, called(message))):
+            raise BadInput(
+                f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
+            )
         answers.append((start, len(after)))
     return Rendered(where, text, tuple(answers), is_chat=True)
 
@@ -228,7 +230,7 @@ def _refuse_left_out(conversation: Conversation, template: ChatTemplate, text: s
         template.refuse_unread(conversation.messages, conversation.variables)
         text = "".join(text.split())
         for index, message in enumerate(conversation.messages):
-            if message["role"] in ("developer", "tool") and not _stands_in(text, text_of(message)):
+            if message["role"] != "assistant" and not _stands_in(text, text_of(message)):
                 whose = f"messages[{index}], of the {message['role']}"
                 raise BadInput(f"the chat template leaves out {whose}: use another template")
     except BadInput as error:
@@ -236,9 +238,21 @@ def _refuse_left_out(conversation: Conversation, template: ChatTemplate, text: s
 
 
 def _stands_in(text: str, content: str) -> bool:
-    """Whether a text without white space holds what a message says, as it is or as a string in JSON."""
-    spelled = (content, *(json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
+    """Whether a text without white space holds what a message says, as it is or as a string in JSON or Python."""
+    spelled = (
+        content,
+        *(json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)),
+        repr(content)[1:-1],
+    )
     return any("".join(each.split()) in text for each in spelled)
+
+
+def _holds_calls(answer: str, calls: Sequence[tuple[str, list[str]]]) -> bool:
+    """Whether an answer has each tool's name as often as it is called, and the texts among the arguments."""
+    answer, times = "".join(answer.split()), Counter("".join(name.split()) for name, _ in calls)
+    if any(answer.count(name) < count for name, count in times.items()):
+        return False
+    return all(_stands_in(answer, text) for _, texts in calls for text in texts)
 
 
 def _holds(opened: str, answer: str, content: str) -> bool:

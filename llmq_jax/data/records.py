@@ -350,7 +350,7 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
                 nested = [column for column in batch.schema if pa.types.is_nested(column.type) or _is_json(column.type)]
                 for fields in batch.to_pylist():
                     row += 1
-                    fields |= {column.name: _as_written(fields[column.name], column.type) for column in nested}
+                    fields |= {column.name: _as_written(path, row, column, fields[column.name]) for column in nested}
                     for name in texts or ():
                         if fields[name] is None:
                             raise BadInput(f"{path}: row {row}: column {name!r} must be a string, not null")
@@ -365,21 +365,32 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
         raise BadInput(f"{path} is no Parquet file or is damaged ({reason})") from None
 
 
-def _as_written(value: Any, kind: Any, in_list: bool = False) -> Any:
+OF_TEMPLATES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")
+"""Columns that chat templates read, to which a key that is null and one that is absent are not the same."""
+
+
+def _as_written(path: Path, row: int, column: Any, value: Any) -> Any:
     """A value of a nested column as its row had it. JSON, which `datasets` keeps where rows differ in their keys, is
-    read; and the structs of a list have the keys of all of them, null where one has none: these are left out."""
+    read. The structs of a list have the keys of all of them, null where one has none: of what templates read these are
+    left out."""
     import pyarrow as pa
 
-    if value is None:
-        return None
-    if _is_json(kind):
-        return parse_json(value)
-    if pa.types.is_struct(kind):
-        found = {part.name: _as_written(value[part.name], part.type, in_list) for part in kind}
-        return {name: part for name, part in found.items() if part is not None} if in_list else found
-    if isinstance(value, list) and not pa.types.is_map(kind):
-        return [_as_written(item, kind.value_type, in_list=True) for item in value]
-    return value
+    def written(value: Any, kind: Any, in_list: bool) -> Any:
+        if value is None:
+            return None
+        if _is_json(kind):
+            return parse_json(value)
+        if pa.types.is_struct(kind):
+            found = {part.name: written(value[part.name], part.type, in_list) for part in kind}
+            return {name: part for name, part in found.items() if part is not None} if in_list else found
+        if isinstance(value, list) and not pa.types.is_map(kind):
+            return [written(item, kind.value_type, column.name in OF_TEMPLATES) for item in value]
+        return value
+
+    try:
+        return written(value, column.type, in_list=False)
+    except ValueError as error:
+        raise BadInput(f"{path}: row {row}: column {column.name!r} holds broken JSON ({error})") from None
 
 
 def _is_json(kind: Any) -> bool:

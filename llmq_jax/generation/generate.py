@@ -235,7 +235,7 @@ class Request:
             raise BadInput("no prompt was given; pass at least one")
         if not isinstance(sampler, Sampler | None):
             raise BadInput(f"sampler={sampler!r} is not a Sampler; pass one, as Sampler(temperature=0.8)")
-        max_new_tokens = whole(max_new_tokens, "max_new_tokens")
+        max_new_tokens, samples = whole(max_new_tokens, "max_new_tokens"), whole(samples, "samples")
         if max_new_tokens < 1:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
         if samples < 1:
@@ -394,7 +394,7 @@ def _drafting(
             raise BadInput(f"draft_tokens={count} has no effect beside draft={MTP!r}: each module drafts one token")
         assert isinstance(lm.model, DeepSeek3)
         return MultiTokenDraft(lm.model), lm
-    count = DRAFT_TOKENS if count is None else count
+    count = DRAFT_TOKENS if count is None else whole(count, "draft_tokens")
     if count < 1:
         raise BadInput(f"draft_tokens={count} must be at least 1")
     lm.require_same_vocabulary(draft, "the draft")
@@ -410,6 +410,7 @@ def _prompt_width(longest: int, context: int) -> int:
 
 
 def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
+    prompt = scalar(prompt)
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise BadInput("this model has no tokenizer; give prompts as lists of token ids")
@@ -437,7 +438,7 @@ def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ..
     if stop is None:
         return tuple(lm.generation.eos_token_id), ()
     stop = scalar(stop)
-    stops = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
+    stops = [scalar(s) for s in stop] if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
     tokens = tuple(int(s) for s in stops if isinstance(s, Integral))
     strings = tuple(s for s in stops if isinstance(s, str))
     for s in stops:

@@ -14,6 +14,7 @@ Reference: transformers' `MixtralForCausalLM`. Deviations: none; its jitter on t
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from llmq_jax.field_types import check_fields
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.moe import Experts, experts_from, require_same_sizes
 from llmq_jax.layers.positions import Rope
@@ -43,6 +44,7 @@ class MixtralConfig(MistralConfig):
     what these fields tell, `Experts` tell all of it anew."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.router_aux_loss_coef >= 0, self, "router_aux_loss_coef", "must be at least 0")
         given = experts_from(self.experts, self.num_hidden_layers, self.classic_experts)
         object.__setattr__(self, "experts", given)

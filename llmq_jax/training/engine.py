@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -335,17 +335,15 @@ class _Loop:
         """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
         before a sample, which may fail."""
         best_to_keep, early = False, None
-        said = []  # in one line: most evaluations have a checkpoint
-        if self.options.due(self.options.evaluate_every, self.step):
-            said.append(self.evaluation())
-            best_to_keep = self.best_to_keep()
-            early = self.stop_early()
-        options, step = self.options, self.step
-        if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
-            with self.time.on("checkpoints", step):
-                said += self.save(needed=step == options.steps or stop.received is not None)
-        if said:
-            self.recorder.message(f"step {step}: {'; '.join(said)}")
+        with self.one_line() as said:  # most evaluations have a checkpoint
+            if self.options.due(self.options.evaluate_every, self.step):
+                said.append(self.evaluation())
+                best_to_keep = self.best_to_keep()
+                early = self.stop_early()
+            options, step = self.options, self.step
+            if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
+                with self.time.on("checkpoints", step):
+                    said += self.save(needed=step == options.steps or stop.received is not None)
         if early:
             self.recorder.message(early)
         if stop.received and step < options.steps:
@@ -356,6 +354,16 @@ class _Loop:
             raise StoppedBySignal(128 + stop.received)  # a sample that is due is made on resuming
         if options.due(options.sample_every, step):
             self.write_sample()
+
+    @contextlib.contextmanager
+    def one_line(self) -> Iterator[list[str]]:
+        """Tells in the end, however it comes, what was said of this step."""
+        said: list[str] = []
+        try:
+            yield said
+        finally:
+            if said:
+                self.recorder.message(f"step {self.step}: {'; '.join(said)}")
 
     def evaluation(self, found: dict[str, float] | None = None) -> str:
         """Evaluate this step, unless these means of it are found already, and record it; what to say of it."""

@@ -22,8 +22,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from llmq_jax.errors import BAD_INPUT, BadInput
 from llmq_jax.training.signals import StoppedBySignal
@@ -56,13 +56,13 @@ def last_words() -> Iterator[None]:
             ending.acquire()  # for good; where the thread has it, until the process is gone
     except SystemExit as error:
         if error.code and not isinstance(error, StoppedBySignal):  # which all have agreed on
-            _tell(str(error) or "it has exited")
+            _tell("it has exited")
         atexit.register(_part, listener)  # when it has been told, as what follows
         raise
     except BaseException as error:
         gone = _of_one_gone(error)
         _tell(_in_one_line(gone or error))
-        atexit.register(_part_or_exit, listener)
+        atexit.register(_parting(listener))
         if gone is not None:
             raise gone from error
         raise
@@ -90,7 +90,7 @@ def _in_one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     said = " ".join(str(error).split())
-    return said if isinstance(error, BadInput) else f"{type(error).__name__}: {said}"
+    return said if isinstance(error, BadInput) else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _listen(ending: threading.Lock) -> None:
@@ -103,10 +103,11 @@ def _listen(ending: threading.Lock) -> None:
                 return  # this process has parted, or process 0 has gone
     time.sleep(GRACE_SECONDS)
     if ending.acquire(blocking=False):
-        # Not to sys.stderr, which is silenced while a checkpoint is saved.
-        print(f"error: {words}; so this one cannot go on", file=sys.__stderr__, flush=True)
-        _part_or_exit(None)
-        os._exit(BAD_INPUT)
+        with contextlib.suppress(OSError):  # a full disk, which may be what ended the other one
+            # Not to sys.stderr, which is silenced while a checkpoint is saved.
+            print(f"error: {words}; so this one cannot go on", file=sys.__stderr__, flush=True)
+        _parting(None)()
+        _exit()
 
 
 def _part(listener: threading.Thread | None) -> None:
@@ -120,17 +121,34 @@ def _part(listener: threading.Thread | None) -> None:
         listener.join(GRACE_SECONDS)
 
 
-def _part_or_exit(listener: threading.Thread | None) -> None:
-    """The same, or the end of this process if others do not leave: JAX would wait for minutes, and end it by a
-    signal."""
-    parting = threading.Thread(target=_part, args=(listener,), daemon=True)
+def _parting(listener: threading.Thread | None) -> Callable[[], None]:
+    """What parts at last, or ends this process if others do not leave: JAX would wait for minutes, and end it by a
+    signal. Its thread begins here, since at the interpreter's exit Python 3.12 begins none."""
+    leaving = threading.Event()
+
+    def part() -> None:
+        leaving.wait()
+        _part(listener)
+
+    thread = threading.Thread(target=part, daemon=True)
+    thread.start()
     seconds = PARTING_SECONDS * (2 if _state().process_id == 0 else 1)
-    parting.start()
-    parting.join(seconds)
-    if parting.is_alive():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(BAD_INPUT)
+
+    def leave() -> None:
+        leaving.set()
+        thread.join(seconds)
+        if thread.is_alive():
+            _exit()
+
+    return leave
+
+
+def _exit() -> NoReturn:
+    """At once, whatever else runs."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(BAD_INPUT)
 
 
 def _state() -> Any:

@@ -166,13 +166,15 @@ def _patience(where: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if in_main else None
+    by_python = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it may be ignored
+    if by_python:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     finally:
         timer.cancel()
-        if in_main:
-            signal.signal(signal.SIGINT, before)
+        if by_python:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def first() -> bool:

@@ -72,8 +72,8 @@ def report_text(result: RunResult, folder: Path | None, further: str = "", next_
     if result.validation_loss is not None:
         best = ""
         if result.best_validation_loss is not None:
-            best = f" (best {result.best_validation_loss:.4f} at step {result.best_step:,})"
-        losses.append(f"validation loss {result.validation_loss:.4f}{best}")
+            best = f" (best {result.best_validation_loss:z.4f} at step {result.best_step:,})"
+        losses.append(f"validation loss {result.validation_loss:z.4f}{best}")
     lines += [", ".join(losses)] if losses else []
     if folder is not None:
         names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "run.lock")

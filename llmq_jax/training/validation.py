@@ -84,4 +84,4 @@ class Validation:
         best = self.best_step()
         if best is None:
             return ""
-        return f"best: {self.name.replace('_', ' ')} {self.values[best]:.4f} at step {best:,}"
+        return f"best: {self.name.replace('_', ' ')} {self.values[best]:z.4f} at step {best:,}"

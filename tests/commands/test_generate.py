@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -241,6 +242,27 @@ def test_chat_makes_messages_of_prompts(llmq, chat_folder, chat_model, tmp_path)
     messages = [{"role": "user", "content": "hi"}]
     reply = chat_model.chat(messages, max_new_tokens=8, sampler=SAMPLER)
     assert json.loads(out)["completion"] == reply
+
+
+def test_what_a_template_reads_stands_beside_messages_or_a_prompt(llmq, chat_folder, tmp_path):
+    """As in training: tools may be JSON in a string, and other variables are an object."""
+    folder = shutil.copytree(chat_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ tools[0].name }}{{ mood }}{{ messages[0].content }}")
+    tools, mood = [{"name": "clock"}], {"mood": "!"}
+    messages = [{"role": "user", "content": "a"}]
+    beside = {"tools": json.dumps(tools), "chat_template_kwargs": mood}
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(given | beside) + "\n" for given in ({"messages": messages}, {"prompt": "a"})))
+    code, out, _ = llmq("generate", folder, "--prompt-file", path, "--chat", "--max-new-tokens", 8)
+    lm = lq.load(folder)
+    prompt = lm.chat_tokens(messages, tools, **mood)
+    assert prompt == lm.tokenizer.encode("clock!a")
+    expected = lq.generate(lm, [prompt] * 2, max_new_tokens=8, sampler=SAMPLER)
+    assert (code, [json.loads(line)["completion"] for line in out.splitlines()]) == (0, expected.text)
+
+    path.write_text(json.dumps({"messages": messages, "tools": ["clock"]}) + "\n")
+    code, _, err = llmq("generate", folder, "--prompt-file", path)
+    assert (code, err.startswith(f"error: {path}: line 1: field 'tools' must be a list of objects")) == (2, True)
 
 
 GOOD = '{"prompt": "a"}\n'

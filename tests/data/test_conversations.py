@@ -192,7 +192,11 @@ def test_a_template_that_leaves_out_the_answer(tmp_path):
     """As those for images do with plain text."""
     (conversation,) = read(tmp_path, CHAT)
     with pytest.raises(BadInput, match=r"line 1: the chat template leaves out a part of what messages\[2\] says"):
-        render(conversation, "chat", ChatTemplate("{% for m in messages %}[{{ m['role'] }}]{% endfor %}"))
+        render(
+            conversation,
+            "chat",
+            ChatTemplate("{% for m in messages %}[{{ m.role }}]{{ m.content if m.role != 'assistant' }}{% endfor %}"),
+        )
 
 
 THOUGHT = {"messages": [user("a"), assistant("<think>\nlong  ago\n</think>\n\n b ")]}

@@ -131,10 +131,20 @@ def test_parquet_gives_back_what_datasets_wrote(tmp_path, mixed):
     assert [conversation.messages for conversation in read_conversations(path)] == written
 
 
-def test_what_is_null_in_parquet_beside_lists_stays(tmp_path):
-    rows = [{"a": None, "b": {"c": 1, "d": None}, "e": [1, None], "f": [[{"g": None, "h": [None]}]]}]
-    pq.write_table(pa.Table.from_pylist(rows * 2), tmp_path / "a.parquet")
-    assert read_records(tmp_path / "a.parquet")[1].fields == {**rows[0], "f": [[{"h": [None]}]]}
+def test_null_in_parquet_is_absent_in_what_templates_read_alone(tmp_path):
+    """A reward's columns are as they are: tests of a program may expect None."""
+    nested = [[{"g": None, "h": [None]}]]
+    row = {"a": None, "b": {"c": 1, "d": None}, "e": [1, None], "tests": nested, "tools": nested}
+    pq.write_table(pa.Table.from_pylist([row] * 2), tmp_path / "a.parquet")
+    assert read_records(tmp_path / "a.parquet")[1].fields == {**row, "tools": [[{"h": [None]}]]}
+
+
+def test_broken_json_in_parquet(tmp_path):
+    kind = pa.json_(pa.string())
+    column = pa.ExtensionArray.from_storage(kind, pa.array(['{"a": 1}', "{"]))
+    pq.write_table(pa.table({"tools": column}), tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match=r"a\.parquet: row 2: column 'tools' holds broken JSON"):
+        read_records(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +184,56 @@ def test_a_template_that_has_no_place(tmp_path, record, source, message):
     with pytest.raises(BadInput, match=rf"data\.jsonl: line 1: the chat template {message}") as caught:
         render(conversation, "chat", ChatTemplate(source))
     assert "\n" not in str(caught.value)
+
+
+TWICE = [
+    user("Here and there?"),
+    assistant("", tool_calls=[call("weather", city="Bern"), call("weather", city="Genf")]),
+]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("call in m.tool_calls", "call in (m.tool_calls or [])[:1]"),
+        ("{{ call.function.arguments | tojson }}", "{{ '' if loop.index > 1 else call.function.arguments | tojson }}"),
+    ],
+    ids=["a second call", "its arguments"],
+)
+def test_a_call_is_not_lost_beside_another_of_its_tool(tmp_path, old, new):
+    (conversation,) = read(tmp_path, {"messages": TWICE, "tools": TOOLS})
+    assert learned(conversation, TOOLED)[0].count("weather") == 2
+    assert old in TOOLED
+    with pytest.raises(BadInput, match=r"leaves out a part of what messages\[1\] says"):
+        learned(conversation, TOOLED.replace(old, new))
+
+
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_what_is_asked_is_not_lost(tmp_path, role):
+    (conversation,) = read(tmp_path, {"messages": [{"role": role, "content": "Hi"}, user("a"), assistant("b")]})
+    source = CHATML.replace("{% for m in messages %}", "{% for m in messages[1:] %}")
+    with pytest.raises(BadInput, match=rf"leaves out messages\[0\], of the {role}"):
+        learned(conversation, source)
+
+
+def test_parts_are_one_text_for_roles_whose_lists_a_template_does_not_read(tmp_path):
+    """Gemma 3's writes the first part of what the system says."""
+    source = PARTED.replace("{% if m.content is string", "{% if m.role == 'system' %}{{ m.content[0].text if m.content "
+        "is not string else m.content }}{% elif m.content is string")  # fmt: skip
+    parts = [text_part("a "), text_part("b")]
+    messages = [{"role": "system", "content": parts}, user(parts), assistant("c")]
+    (conversation,) = read(tmp_path, {"messages": messages})
+    text = render(conversation, "chat", ChatTemplate(source)).text
+    assert text.startswith("<|im_start|>system\na b<|im_end|>\n<|im_start|>user\nab<|im_end|>\n")
+
+
+def test_a_call_of_sharegpt_keeps_what_stands_beside_it(tmp_path):
+    call_in_json = {"from": "function_call", "value": '{"name": "clock", "arguments": {}}'}
+    turns = [{"from": "human", "value": "How late?"}, {**call_in_json, "reasoning": "I look."}]
+    (shared,) = read(tmp_path, {"conversations": turns})
+    assert learned(shared, TOOLED) == ["<think>I look.</think><call>clock({})</call></s>"]
+    with pytest.raises(BadInput, match=r"conversations\[1\] has the weight 0"):
+        read(tmp_path, {"conversations": [turns[0], {**call_in_json, "weight": 0}]})
 
 
 def test_what_tools_say_may_stand_in_json(tmp_path):
