@@ -82,7 +82,7 @@ TABLE = [
     (f"{CLASSIFIER} --data one-class.csv", "every label is 'a', and a classifier tells classes apart"),
     # Conversations, adapters
     (f"{INSTRUCT} --data empty-answer.jsonl", "line 2: field 'completion': the response is empty"),
-    (f"{INSTRUCT} --data role.jsonl", "the role 'usher': choose from system, user, assistant"),
+    (f"{INSTRUCT} --data role.jsonl", "the role 'usher': choose from system, developer, user, assistant, tool"),
     (f"{INSTRUCT} --data answers.jsonl --lora-targets nothing", "nothing"),
     (f"{INSTRUCT} --data answers.jsonl --lora-rank 1000", "1000"),
     (f"{INSTRUCT} --data answers.jsonl --optimizer muon", "--optimizer muon has no effect with --train lora, which"),

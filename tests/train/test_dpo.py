@@ -77,7 +77,7 @@ def test_what_is_preferred_becomes_likelier(dpo, tmp_path, drawn):
     assert code == 0, output
     assert "12 pairs in" in output
     assert "1 of two equal answers left out" in output
-    assert "\nstep 0: validation" in output and "validation rewards/accuracies 0.5000" in output
+    assert "\nstep 0: validation loss" in output and ", rewards/accuracies 0.5000" in output
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert (records[0]["step"], records[0]["validation_rewards/margins"]) == (0, 0.0)
     first, *_, last = (record for record in records if "loss" in record)
