@@ -259,9 +259,9 @@ def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
 def _parse(options: type, arguments: list[str], program: str, default: Any) -> Any:
     """An instance of the options from the arguments; BadInput for what cannot be understood, exit after `--help`."""
     _check_names(options, arguments, program)
-    shown = _with_help_on_one_line(options)
+    shown = _in_groups(options)
     if isinstance(default, options):
-        default = _as(shown, default)
+        default = _grouped(shown, default)
     said, complained = _Caught(), io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
@@ -279,26 +279,43 @@ def _parse(options: type, arguments: list[str], program: str, default: Any) -> A
             raise BadInput(_one_line(complained.getvalue(), options, arguments, program)) from None
         print(said.text().replace(DESCRIPTION, _description(options), 1), end="")
         raise
-    return _as(options, parsed)
+    return options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
 
 
-def _with_help_on_one_line(options: type) -> type:
-    """A dataclass of the same fields, whose help texts tyro fills to the terminal's width: of our docstrings it would
-    keep the line breaks."""
+def _in_groups(options: type) -> type:
+    """A dataclass whose fields are dataclasses, one for each class that declares options, with these: tyro shows each
+    in a box of its own. That of `LoggingOptions` is headed "logging options", that of the command's own "options".
+
+    Their help texts are filled to the terminal's width: of our docstrings tyro would keep the line breaks.
+    """
     texts: dict[str, str | None] = {}
+    declared_by: dict[str, type] = {}
     for ancestor in reversed(options.__mro__[:-1]):
         texts |= {field.arg_name: field.description for field in docstring_parser.parse_from_object(ancestor).params}
-    fields: list[tuple[str, Any, Any]] = []
+        declared_by = {**dict.fromkeys(inspect.get_annotations(ancestor), ancestor), **declared_by}
+    groups: dict[str, list[tuple[str, Any, Any]]] = {}
     for field, hint in _fields_and_hints(options):
-        help_text = tyro.conf.arg(help=" ".join((texts.get(field.name) or "").split()))
+        # Without prefix_name=False it would be --optimizer.learning-rate.
+        shown = tyro.conf.arg(help=" ".join((texts.get(field.name) or "").split()), prefix_name=False)
         kept = {name: getattr(field, name) for name in ("default", "default_factory", "kw_only")}
-        fields.append((field.name, typing.Annotated[hint, help_text], dataclasses.field(**kept)))
-    return dataclasses.make_dataclass(options.__name__, fields, frozen=True)
+        declaring = declared_by[field.name]
+        words = [] if declaring is options else re.findall("[A-Z][a-z]*", declaring.__name__.removesuffix("Options"))
+        group = groups.setdefault("_".join(words).lower(), [])
+        group.append((field.name, typing.Annotated[hint, shown], dataclasses.field(**kept)))
+    boxes: list[tuple[str, Any]] = []
+    for name, fields in groups.items():
+        box = dataclasses.make_dataclass(name or "options", fields, frozen=True)
+        boxes.append((box.__name__, typing.Annotated[box, tyro.conf.arg(name=name.replace("_", " "))]))
+    return dataclasses.make_dataclass(options.__name__, boxes, frozen=True)
 
 
-def _as(kind: type, options: Any) -> Any:
-    """An instance of another dataclass with the same fields."""
-    return kind(**{field.name: getattr(options, field.name) for field in _given_fields(kind)})
+def _grouped(shown: type, options: Any) -> Any:
+    """An instance of what `_in_groups` made of the options' class."""
+    groups = {}
+    for group in dataclasses.fields(shown):
+        kind = typing.get_args(group.type)[0]
+        groups[group.name] = kind(**{field.name: getattr(options, field.name) for field in dataclasses.fields(kind)})
+    return shown(**groups)
 
 
 def _given_fields(options: type) -> list[dataclasses.Field[Any]]:

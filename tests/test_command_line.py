@@ -121,6 +121,50 @@ def test_underscores_and_hyphens_are_the_same_and_values_may_look_like_options(c
     assert capsys.readouterr().out.strip() == repr(Options("cake", "--jam", 5))
 
 
+@dataclass(frozen=True)
+class OvenOptions:
+    heat: float = 180.0
+    """Degrees."""
+
+
+@dataclass(frozen=True)
+class CakeAndTinOptions:
+    cake: Positional[str]
+    """Which one."""
+    tin: str = "round"
+    """Its shape."""
+
+
+@dataclass(frozen=True)
+class Grouped(OvenOptions, CakeAndTinOptions):
+    """Bake."""
+
+    heat: float = 200.0
+    """Degrees, many."""
+    minutes: int = 40
+    """How long."""
+
+
+def test_help_has_a_box_for_each_class_that_declares_options(capsys):
+    baked = []
+
+    def main(options: Grouped) -> None:
+        baked.append(options)
+
+    assert run(["--help"], main) == 0
+    out = capsys.readouterr().out
+    _, *parts = re.split(r"^[ ╭─]*((?:[a-z]+ )*(?:options|arguments))[ ╮─]*$", out, flags=re.MULTILINE)
+    assert {title: re.findall(r"--[a-z]+", text) for title, text in zip(parts[::2], parts[1::2], strict=True)} == {
+        "positional arguments": [],
+        "options": ["--help", "--minutes"],
+        "cake and tin options": ["--tin"],
+        "oven options": ["--heat"],  # where it was declared first, whoever has another default for it
+    }
+    assert "Degrees, many. (default: 200.0)" in out
+    assert run(["sponge", "--heat", "220"], main) == 0
+    assert baked == [Grouped(cake="sponge", heat=220.0)]
+
+
 def test_help_shows_meanings_and_defaults(capsys):
     assert run(["--help"]) == 0
     out = capsys.readouterr().out

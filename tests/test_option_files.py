@@ -7,7 +7,7 @@ import pytest
 
 from llmq_jax import command_line
 from llmq_jax.command_line import Flag, default_is
-from train.options import PLACES, TrainingOptions, own_options
+from train.options import PLACES, RecipeOptions, own_options
 
 
 @dataclass(frozen=True)
@@ -160,5 +160,5 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
 
 def test_a_run_does_not_depend_on_the_name_of_its_file():
     assert "options" in PLACES
-    given, not_given = TrainingOptions(options="a.yaml", keep_last=3), TrainingOptions(keep_last=3)
+    given, not_given = RecipeOptions(options="a.yaml", keep_last=3), RecipeOptions(keep_last=3)
     assert own_options(given) == own_options(not_given)

@@ -23,7 +23,7 @@ from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    TrainingOptions,
+    RecipeOptions,
     check_mesh,
     check_ranges,
     model_of,
@@ -37,7 +37,7 @@ from train.options import (
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, check_what_trains, flops_of, prepared
+from train.what_trains import TuningOptions, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 TEST_FRACTION = 0.2
@@ -45,8 +45,7 @@ SAMPLES = 3
 
 
 @dataclass(frozen=True)
-class LabelledData:
-    # What to learn from, and where it goes.
+class DataAndModelOptions:
     data: str
     """Texts with a label each, a file or folder (by the splits that its files are named for) of .csv, .tsv, .json,
     .jsonl or .parquet."""
@@ -81,7 +80,7 @@ class LabelledData:
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions, WhatTrains, LabelledData):  # dataclasses collect the fields from right to left
+class Options(RecipeOptions, TuningOptions, DataAndModelOptions):  # dataclasses collect the fields from right to left
     steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
     """Updates in the whole run."""
     batch_size: int = 8

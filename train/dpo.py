@@ -24,7 +24,7 @@ from train.chat_templates import chat_template_digest, tell_of_no_end, with_text
 from train.exports import exports
 from train.options import (
     MAY_CHANGE,
-    TrainingOptions,
+    RecipeOptions,
     check_mesh,
     filled,
     model_of,
@@ -38,7 +38,7 @@ from train.options import (
 )
 from train.preferences import (
     EPOCHS,
-    PreferenceData,
+    PairOptions,
     answers,
     check_preference_options,
     described,
@@ -48,7 +48,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, flops_of, prepared
+from train.what_trains import TuningOptions, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
 REFERENCE_FILE = "reference_logprobs.npz"
@@ -56,8 +56,7 @@ ANSWERS, ANSWER_TOKENS = 32, 64
 
 
 @dataclass(frozen=True)
-class Preference:
-    # What is learned from a pair.
+class LossOptions:
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
     """sigmoid: DPO or, with --label-smoothing, cDPO; robust: unbiased by wrong labels; hinge; ipo: a fixed margin."""
     beta: float = 0.1
@@ -71,7 +70,8 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions, WhatTrains, Preference, PreferenceData):  # fields are collected from right to left
+class Options(RecipeOptions, TuningOptions, LossOptions, PairOptions):
+    # Dataclasses collect the fields of their bases from right to left.
     steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
     """Updates in the whole run."""
     batch_size: int = 8

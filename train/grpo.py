@@ -29,7 +29,7 @@ from train.exports import exports
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    TrainingOptions,
+    RecipeOptions,
     check_mesh,
     check_ranges,
     completed,
@@ -46,7 +46,7 @@ from train.options import (
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.sources import Sources, one_split, sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, check_what_trains, prepared
+from train.what_trains import TuningOptions, check_what_trains, prepared
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
@@ -62,8 +62,7 @@ PANELS = (
 
 
 @dataclass(frozen=True)
-class Questions:
-    # What to answer, and where it goes.
+class DataAndModelOptions:
     data: str
     """Prompts, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
     .parquet."""
@@ -92,7 +91,9 @@ class Questions:
     split_seed: Annotated[int | None, default_is("0")] = None
     """Seed of the choice of what is held out."""
 
-    # What answers are worth.
+
+@dataclass(frozen=True)
+class RewardOptions:
     reward: Annotated[str | None, default_is("answer")] = None
     """Reward functions and at most one reward model, with commas between them."""
     reward_weights: Annotated[str | None, default_is("1 for each")] = None
@@ -106,8 +107,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Algorithm:
-    # The algorithm.
+class AlgorithmOptions:
     prompts_per_step: int = 8
     """P, prompts in a step."""
     group_size: int = 8
@@ -148,6 +148,9 @@ class Algorithm:
     dynamic_sampling: Flag = False
     """Prompts whose answers are all worth the same are replaced by others, up to two times."""
 
+
+@dataclass(frozen=True)
+class JudgeOptions:
     # A reward model that keeps learning (DeepSeekMath, 4.1.4).
     judge: Annotated[str | None, default_is("none: the reward model stays")] = None
     """Reward functions that rank the answers that the reward model goes on learning from."""
@@ -160,7 +163,8 @@ class Algorithm:
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions, WhatTrains, Algorithm, Questions):  # dataclasses collect the fields from right to left
+class Options(RecipeOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, DataAndModelOptions):
+    # Dataclasses collect the fields of their bases from right to left.
     steps: int = 200
     """Steps of the algorithm; each draws answers and makes --iterations updates."""
     batch_size: None = dataclasses.field(default=None, init=False)  # prompts_per_step x group_size

@@ -31,7 +31,7 @@ from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    TrainingOptions,
+    RecipeOptions,
     check_mesh,
     check_ranges,
     filled,
@@ -46,7 +46,7 @@ from train.options import (
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, check_what_trains, flops_of, prepared
+from train.what_trains import TuningOptions, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed")
@@ -54,8 +54,7 @@ LORA_RATE, FULL_RATE = 2e-4, 2e-5
 
 
 @dataclass(frozen=True)
-class Instructions:
-    # What to learn from, and where it goes.
+class DataAndModelOptions:
     data: str
     """Conversations, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
     .parquet; instruction and output, messages, conversations (ShareGPT's), prompt and completion, or question and
@@ -74,7 +73,9 @@ class Instructions:
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
     """Batches that the validation loss is measured on, spread evenly over what is held out."""
 
-    # How a conversation becomes tokens, and which are learned.
+
+@dataclass(frozen=True)
+class TemplateOptions:
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
         default_is(
@@ -104,7 +105,8 @@ class Instructions:
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions, WhatTrains, Instructions):  # dataclasses collect the fields from right to left
+class Options(RecipeOptions, TuningOptions, TemplateOptions, DataAndModelOptions):
+    # Dataclasses collect the fields of their bases from right to left.
     steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
     """Updates in the whole run."""
     batch_size: int = 8

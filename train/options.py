@@ -19,7 +19,6 @@ VALIDATION_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    # How to train.
     steps: int = 2000
     """Updates in the whole run."""
     batch_size: int = 12
@@ -59,7 +58,9 @@ class TrainingOptions:
     options: Annotated[str | None, default_is("none", metavar="FILE")] = None
     """YAML file of options, as learning_rate: 3e-4, one in a line; those of the command line win over it."""
 
-    # How to compute.
+
+@dataclass(frozen=True)
+class ComputeOptions:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
     mesh: Annotated[str | None, default_is("one device")] = None
@@ -84,7 +85,9 @@ class TrainingOptions:
     """How a sequence looks at itself: by the plain formula, all scores at once, block by block, or in a kernel of
     NVIDIA GPUs, which wants --dtype bfloat16; auto takes what suits the device: see docs/attention.md."""
 
-    # What to tell and keep.
+
+@dataclass(frozen=True)
+class LoggingOptions:
     log_every: int = 10
     """Steps between two lines of metrics."""
     evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None
@@ -106,6 +109,9 @@ class TrainingOptions:
     profile: Annotated[str | None, default_is("none", metavar="FIRST:LAST")] = None
     """Steps to trace with JAX's profiler, counted from 1, both included, as 10:15; see docs/training.md."""
 
+
+@dataclass(frozen=True)
+class RecipeOptions(LoggingOptions, ComputeOptions, TrainingOptions):  # fields are collected from right to left
     @property
     def evaluate_first(self) -> bool:
         """Whether a run is evaluated before its first step: one that begins from weights."""
@@ -117,7 +123,7 @@ class TrainingOptions:
         return False
 
 
-def check_ranges(options: TrainingOptions) -> None:
+def check_ranges(options: RecipeOptions) -> None:
     """BadInput for a number that no training can mean, for what would have no effect, and for W&B that is not there: of
     shared options, before a model is loaded."""
     from llmq_jax.training.run_options import LEAST
@@ -173,7 +179,7 @@ def on_devices(recipe: Callable) -> Callable:
     """A recipe, a function of its options, on the device that they ask for, or on a mesh of all that there are."""
 
     @functools.wraps(recipe)
-    def run(options: TrainingOptions, *arguments: Any) -> Any:
+    def run(options: RecipeOptions, *arguments: Any) -> Any:
         import jax
 
         from llmq_jax.training.processes import joined, one_speaks, same
@@ -205,7 +211,7 @@ def on_devices(recipe: Callable) -> Callable:
     return run
 
 
-def mesh_of(options: TrainingOptions) -> str | None:
+def mesh_of(options: RecipeOptions) -> str | None:
     """The mesh that the options ask for: of several processes all devices, however they are used."""
     import jax
 
@@ -219,7 +225,7 @@ def mesh_of(options: TrainingOptions) -> str | None:
 
 
 @contextlib.contextmanager
-def advice_on_memory(options: TrainingOptions) -> Iterator[None]:
+def advice_on_memory(options: RecipeOptions) -> Iterator[None]:
     """BadInput for memory that has run out, with what to change."""
     from llmq_jax.training.out_of_memory import ERRORS, OutOfMemory, placed, shortage
 
@@ -236,7 +242,7 @@ def advice_on_memory(options: TrainingOptions) -> Iterator[None]:
         ) from error
 
 
-def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
+def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
     """Three options at most by which steps need less memory, or a state does, from what they are to what they could be;
     none that is used up."""
     import jax
@@ -274,7 +280,7 @@ def less_memory(options: TrainingOptions, in_steps: bool = True) -> list[str]:
     return [*changes, "the model to a smaller one"][:3]
 
 
-def devices_of(options: TrainingOptions) -> dict[str, int]:
+def devices_of(options: RecipeOptions) -> dict[str, int]:
     """{axis: devices along it}"""
     import jax
 
@@ -284,14 +290,14 @@ def devices_of(options: TrainingOptions) -> dict[str, int]:
     return sharding.mesh_sizes("data=1" if mesh is None else mesh)
 
 
-def row_parts(options: TrainingOptions) -> int:
+def row_parts(options: RecipeOptions) -> int:
     """So many devices have other rows of a batch."""
     from llmq_jax.training import sharding
 
     return sharding.row_devices(devices_of(options))
 
 
-def check_mesh(options: TrainingOptions, variables: Any, rows: int) -> None:
+def check_mesh(options: RecipeOptions, variables: Any, rows: int) -> None:
     """BadInput where --mesh does not fit these variables (or their shapes) or batches of so many rows; with --layout,
     the table, and the end."""
     from llmq_jax.training import sharding
@@ -320,7 +326,7 @@ def completed(options: Any) -> Any:
     )
 
 
-def warmup_steps(options: TrainingOptions) -> int:
+def warmup_steps(options: RecipeOptions) -> int:
     return min(100, options.steps // 20) if options.warmup_steps is None else options.warmup_steps
 
 
@@ -333,7 +339,7 @@ def with_steps(options: Any, steps_in_an_epoch: float, epochs: float | None) -> 
     return completed(options)
 
 
-def model_of(options: TrainingOptions, config: Any, drops: bool = True) -> Any:
+def model_of(options: RecipeOptions, config: Any, drops: bool = True) -> Any:
     """The model of a config that computes as the options say. BadInput: an --attention that cannot run here; `drops` is
     whether the objective has dropout act in training."""
     from llmq_jax.models import build
@@ -344,7 +350,7 @@ def model_of(options: TrainingOptions, config: Any, drops: bool = True) -> Any:
     return model
 
 
-def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[Any, Any]:
+def optimizer_of(options: RecipeOptions, updates_per_step: int = 1) -> tuple[Any, Any]:
     """(schedule of steps, optimizer), its rate warmed up and let fall."""
     from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
 
@@ -366,14 +372,14 @@ def optimizer_of(options: TrainingOptions, updates_per_step: int = 1) -> tuple[A
     return schedule, optimizer(lambda update: schedule(update // updates_per_step), **fields)
 
 
-def train_step_of(options: TrainingOptions, objective: Any, optimizer: Any) -> Any:
+def train_step_of(options: RecipeOptions, objective: Any, optimizer: Any) -> Any:
     """The step that the options ask for."""
     from llmq_jax.training.step import make_train_step
 
     return make_train_step(objective, optimizer, accumulate=options.accumulate, pmap=options.pmap)
 
 
-def run_options(options: TrainingOptions) -> Any:
+def run_options(options: RecipeOptions) -> Any:
     """What of the options is the engine's."""
     from llmq_jax.training.run_options import RunOptions
 
@@ -394,7 +400,7 @@ the same but for rounding (dropout draws, and experts balance, by micro-batches;
 draws); and where the data lie, whose contents are told by digests."""
 
 
-def own_options(options: TrainingOptions, *without: str) -> dict[str, Any]:
+def own_options(options: RecipeOptions, *without: str) -> dict[str, Any]:
     """The others, which are a recipe's own, for config.json; but for where it runs and goes, and `without`."""
     theirs = {field.name for field in dataclasses.fields(run_options(options))}
     values = dataclasses.asdict(options)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from llmq_jax.command_line import default_is, run, use_device
 from llmq_jax.errors import BadInput
-from train.options import LONGEST_CONTEXT, TrainingOptions, context_of
+from train.options import LONGEST_CONTEXT, ComputeOptions, TrainingOptions, context_of
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Options:
     """Tokens in a window."""
     accumulate: int = TrainingOptions.accumulate
     """Cut each batch into this many parts, whose gradients add up."""
-    dtype: Literal["float32", "bfloat16"] = TrainingOptions.dtype
+    dtype: Literal["float32", "bfloat16"] = ComputeOptions.dtype
     """Type of activations and of products; weights and gradients stay in float32."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, of two moments, or Muon, of one for each matrix of a layer."""
     moments: Literal["float32", "bfloat16"] = TrainingOptions.moments
     """Type that the gradient's moments are kept in."""
-    remat: Literal["none", "dots", "full"] = TrainingOptions.remat
+    remat: Literal["none", "dots", "full"] = ComputeOptions.remat
     """Recompute in the backward pass: nothing, all but products with weights, or whole layers."""
     attention: Annotated[
         Literal["plain", "masked", "blocked"] | None, default_is("masked; blocked in models with windows")

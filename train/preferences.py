@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import default_is
 from llmq_jax.errors import BadInput
 from train.chat_templates import check_chat_template
-from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, TrainingOptions, check_ranges, refuse_idle
+from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, RecipeOptions, check_ranges, refuse_idle
 from train.sources import Sources
 from train.what_trains import check_what_trains
 
@@ -14,8 +14,7 @@ EPOCHS = 1.0
 
 
 @dataclass(frozen=True)
-class PreferenceData:
-    # What to learn from, and where it goes.
+class DataAndModelOptions:
     data: str
     """Pairs of answers, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
     .parquet; chosen and rejected, with what they answer."""
@@ -34,7 +33,9 @@ class PreferenceData:
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
     """Times that every pair is learned, in place of --steps."""
 
-    # How a pair becomes tokens.
+
+@dataclass(frozen=True)
+class TemplateOptions:
     template: Annotated[
         Literal["alpaca", "chat", "plain"] | None,
         default_is(
@@ -55,7 +56,12 @@ class PreferenceData:
     ends."""
 
 
-def check_preference_options(options: TrainingOptions) -> None:
+@dataclass(frozen=True)
+class PairOptions(TemplateOptions, DataAndModelOptions):  # fields are collected from right to left
+    pass
+
+
+def check_preference_options(options: RecipeOptions) -> None:
     """BadInput for what cannot be, or would have no effect."""
     check_ranges(options)
     check_what_trains(options)
@@ -65,7 +71,7 @@ def check_preference_options(options: TrainingOptions) -> None:
     refuse_idle(options, [("split_seed", options.validation_data, "beside --validation-data")])
 
 
-def read_pairs(options: PreferenceData, sources: Sources) -> tuple[list, list]:
+def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
     """(training, validation) pairs; says what was found. No prompt is in both."""
     from llmq_jax.data import read_preferences, split_preferences
 
@@ -85,7 +91,7 @@ def read_pairs(options: PreferenceData, sources: Sources) -> tuple[list, list]:
     return training, validation.pairs
 
 
-def pair_tokens(options: PreferenceData, part: list, source: Any) -> Any:
+def pair_tokens(options: PairOptions, part: list, source: Any) -> Any:
     """Pairs as tokens, all of which the model knows."""
     from llmq_jax.data import check_vocabulary, tokenize_preferences
 
@@ -114,7 +120,7 @@ def answers(part: Any) -> list:
     return [side for pair in part.pairs for side in (pair.chosen, pair.rejected)]
 
 
-def described(options: PreferenceData, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:
+def described(options: PairOptions, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:
     """What there is to learn, and what of it did not fit."""
     lines = [
         f"{len(learned):,} pairs to learn, {len(held_out):,} held out (template: {options.template}); "

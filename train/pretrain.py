@@ -24,7 +24,7 @@ from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    TrainingOptions,
+    RecipeOptions,
     check_mesh,
     check_ranges,
     context_of,
@@ -48,8 +48,7 @@ MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
 
 @dataclass(frozen=True)
-class TextAndModel:
-    # What to train on, and where it goes.
+class DataOptions:
     data: Annotated[str | None, default_is("the source of Python's standard library")] = None
     """Text to learn: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, a folder of these (by the
     splits that its files are named for), or one of tokens that train.prepare wrote."""
@@ -71,7 +70,9 @@ class TextAndModel:
     out: Annotated[str | None, default_is("runs/PRESET")] = None
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
 
-    # What to train.
+
+@dataclass(frozen=True)
+class ModelOptions:
     preset: Annotated[str | None, default_is("demo")] = None
     """A run (demo, nanogpt-shakespeare-cpu), which sets model and training, or a model size (see llmq models)."""
     init_from: Annotated[str | None, default_is("fresh weights")] = None
@@ -100,7 +101,7 @@ class TextAndModel:
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions, TextAndModel):  # dataclasses collect the fields from right to left
+class Options(RecipeOptions, ModelOptions, DataOptions):  # dataclasses collect the fields from right to left
     steps: Annotated[int | None, default_is(f"{STEPS}, without --epochs")] = None
     """Updates in the whole run."""
 

@@ -22,7 +22,7 @@ from train.chat_templates import chat_template_digest, with_text_options
 from train.exports import exports
 from train.options import (
     MAY_CHANGE,
-    TrainingOptions,
+    RecipeOptions,
     check_mesh,
     filled,
     model_of,
@@ -35,7 +35,7 @@ from train.options import (
 )
 from train.preferences import (
     EPOCHS,
-    PreferenceData,
+    PairOptions,
     answers,
     check_preference_options,
     described,
@@ -45,7 +45,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import WhatTrains, flops_of, prepared
+from train.what_trains import TuningOptions, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5
 SAMPLES = 3
@@ -53,8 +53,7 @@ WIDTH = 80
 
 
 @dataclass(frozen=True)
-class Rewards:
-    # How tokens become a reward.
+class RewardOptions:
     pooling: Literal["last", "mean"] = "last"
     """The reward of a text: that of its last token, or the mean over the tokens of its response."""
     center: float = 0.0
@@ -62,7 +61,8 @@ class Rewards:
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions, WhatTrains, Rewards, PreferenceData):  # fields are collected from right to left
+class Options(RecipeOptions, TuningOptions, RewardOptions, PairOptions):
+    # Dataclasses collect the fields of their bases from right to left.
     steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
     """Updates in the whole run."""
     batch_size: int = 8

@@ -11,8 +11,7 @@ LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rsl
 
 
 @dataclass(frozen=True)
-class WhatTrains:
-    # What trains.
+class TuningOptions:
     train: Literal["lora", "all", "blocks", "head"] = "lora"
     """lora: low-rank adapters, and a classifier's head; all: every parameter; blocks: the last --blocks layers, the
     final norm and the head, unless that is the embedding; head: the head alone."""
@@ -58,7 +57,7 @@ class Prepared(NamedTuple):
     """One line for the start of the run."""
 
 
-def check_what_trains(options: WhatTrains) -> None:
+def check_what_trains(options: TuningOptions) -> None:
     """BadInput for an option that would have no effect."""
     cases = [("blocks", options.train != "blocks", "without --train blocks")]
     cases += [("base_dtype", options.train != "lora", "without --train lora")]
@@ -77,7 +76,7 @@ def check_what_trains(options: WhatTrains) -> None:
         raise BadInput(f"--blocks is {options.blocks} and must be at least 1; --train head trains the head alone")
 
 
-def prepared(lm: Any, options: WhatTrains) -> Prepared:
+def prepared(lm: Any, options: TuningOptions) -> Prepared:
     """The model and its variables, parted into what trains and what stays as it is."""
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
@@ -113,7 +112,9 @@ def prepared(lm: Any, options: WhatTrains) -> Prepared:
     return Prepared(model, variables, trainable, f"training {numbers:,} of {total:,} parameters ({options.train})")
 
 
-def flops_of(options: WhatTrains, learner: Prepared, lengths: Sequence[int], unembedded: float = 1.0) -> float | None:
+def flops_of(
+    options: TuningOptions, learner: Prepared, lengths: Sequence[int], unembedded: float = 1.0
+) -> float | None:
     """FLOP of a token in training: see `token_flops`. None where layers below what trains have no backward pass, which
     that formula does not know."""
     from llmq_jax.training.flops import token_flops
@@ -123,7 +124,7 @@ def flops_of(options: WhatTrains, learner: Prepared, lengths: Sequence[int], une
     return token_flops(learner.model.config, lengths, adapters=options.train == "lora", unembedded=unembedded)
 
 
-def _spec(options: WhatTrains) -> Any:
+def _spec(options: TuningOptions) -> Any:
     from llmq_jax.layers.lora import LoRA
 
     rank = LoRA.rank if options.lora_rank is None else options.lora_rank

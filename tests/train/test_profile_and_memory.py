@@ -11,7 +11,7 @@ import pytest
 from llmq_jax.errors import BadInput
 from train.grpo import Options as GRPOOptions
 from train.instruct import Options as InstructOptions
-from train.options import TrainingOptions, less_memory, on_devices
+from train.options import RecipeOptions, less_memory, on_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,14 +85,14 @@ def test_what_a_recipe_makes_before_its_steps_may_not_fit_either():
     match += "to need less, change --moments float32 -> bfloat16, --mesh none -> fsdp=2 on 2 devices, "
     match += "the model to a smaller one$"
     with pytest.raises(BadInput, match=match):
-        recipe(TrainingOptions())
+        recipe(RecipeOptions())
 
 
 def test_devices_that_are_not_used_are_told(monkeypatch, capsys):
     monkeypatch.setattr("jax.device_count", lambda: 8)
     grpo = GRPOOptions("data", "model", "run")
     for options, rows in (
-        (TrainingOptions(accumulate=2), "--batch-size must then be a multiple of 16"),
+        (RecipeOptions(accumulate=2), "--batch-size must then be a multiple of 16"),
         (grpo, "--prompts-per-step times --group-size must then be a multiple of 8"),
     ):
         on_devices(lambda options: None)(options)
@@ -101,16 +101,16 @@ def test_devices_that_are_not_used_are_told(monkeypatch, capsys):
 
 def test_only_what_can_still_be_changed_is_advised():
     used = {"batch_size": 1, "remat": "full", "dtype": "bfloat16", "moments": "bfloat16"}
-    assert less_memory(TrainingOptions(**used)) == ["--mesh none -> fsdp=2 on 2 devices", "the model to a smaller one"]
-    assert less_memory(TrainingOptions(**{**used, "batch_size": 6}, accumulate=3, mesh="fsdp=1")) == [
+    assert less_memory(RecipeOptions(**used)) == ["--mesh none -> fsdp=2 on 2 devices", "the model to a smaller one"]
+    assert less_memory(RecipeOptions(**{**used, "batch_size": 6}, accumulate=3, mesh="fsdp=1")) == [
         "--batch-size 6 -> 3 or --accumulate 3 -> 6 (the same result)",
         "--mesh fsdp=1 -> fsdp=2 on 2 devices",
         "the model to a smaller one",
     ]
     grpo = GRPOOptions("data", "model", "run", prompts_per_step=3, group_size=4, accumulate=2)
     assert less_memory(grpo)[0] == "--accumulate 2 -> 3 (the same result)"
-    assert less_memory(TrainingOptions(), in_steps=False)[0] == "--moments float32 -> bfloat16"
-    assert less_memory(TrainingOptions(betas=(0.9, 0.999)), in_steps=False)[0].startswith("--mesh")
+    assert less_memory(RecipeOptions(), in_steps=False)[0] == "--moments float32 -> bfloat16"
+    assert less_memory(RecipeOptions(betas=(0.9, 0.999)), in_steps=False)[0].startswith("--mesh")
     assert less_memory(InstructOptions("data", "model", "run"), in_steps=False)[0] == "--base-dtype float32 -> bfloat16"
     adapted = GRPOOptions("data", "model", "run", train="lora")
     both = "--base-dtype float32 -> bfloat16 and --dtype float32 -> bfloat16"  # alone the recipe refuses it
