@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 TEST := $(VENV)/.test-installed
 
+# Two workers, of which one takes over from the other what it has not begun.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 .PHONY: demo test test-all test-golden fuzz bench lint clean
 
 ## demo: train a small GPT-2 on this computer, generate, export it to Hugging Face (about 3 minutes)
@@ -14,12 +17,13 @@ demo: $(CORE)
 
 ## test: the suite (about 13 minutes on two cores)
 test: $(TEST)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not exhaustive"
+	$(PYTEST) -m "not slow and not exhaustive"
 
 ## test-all: the suite, all combinations and every command of the docs, then everything slow, in programs compiled as users have them
+# Types, which `make test` has checked, go unchecked.
 test-all: test
-	$(BIN)/python -m pytest -n 2 -m "exhaustive and not slow"
-	OPTIMIZED_TESTS=true $(BIN)/python -m pytest -n 2 -m slow
+	JAXTYPING_DISABLE=1 $(PYTEST) -m "exhaustive and not slow"
+	JAXTYPING_DISABLE=1 OPTIMIZED_TESTS=true $(PYTEST) -m slow
 
 ## test-golden: without PyTorch, the arrays that the original computed; for a new Python: make test-golden PYTHON=python3.14
 test-golden:
