@@ -48,6 +48,14 @@ _of_python = warnings.formatwarning
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
+WITHOUT_NAME = {
+    "prompt": "a text is given by --prompt",
+    "prompt_file": "a file by --prompt-file",
+    "text": "a text is given by --text",
+    "data": "a file by --data",
+    "system": "messages are typed or come from standard input, and a system text is given by --system",
+}
+"""Where a value without an option's name may belong, by the fields that there are."""
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
@@ -420,7 +428,11 @@ def _one_line(box: str, options: type, arguments: list[str], program: str) -> st
         given = _values_after(match[1], arguments)
         return f"{match[1]} takes {KINDS.get(wanted, wanted)}, not {given!r}: {see}"
     if match := re.match(r"Unrecognized options: (.*)", text):
-        return f"no option takes {match[1]!r}: {see}"
+        fields = [field.name for field in dataclasses.fields(options)]
+        words = (
+            "" if match[1].startswith("-") else ", ".join(WITHOUT_NAME[name] for name in WITHOUT_NAME if name in fields)
+        )
+        return f"no option takes {match[1]!r}: {words and words + '; '}{see}"
     return f"{text}: {see}"
 
 

@@ -212,6 +212,21 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("classify", "a text is given by --text, a file by --data"),
+        ("generate", "a text is given by --prompt, a file by --prompt-file"),
+        ("chat", "messages are typed or come from standard input, and a system text is given by --system"),
+        ("pretrain", "a file by --data"),
+    ],
+)
+def test_a_value_without_an_options_name_is_told_where_it_belongs(verb, words, capsys):
+    where, arguments = ("train", []) if verb == "pretrain" else ("llmq_jax.commands", ["model"])
+    assert run([*arguments, "hello"], importlib.import_module(f"{where}.{verb}").main) == 2
+    assert capsys.readouterr().err == f"error: no option takes 'hello': {words}; see \"bake --help\"\n"
+
+
 @pytest.mark.parametrize("text", ["-jam", "- jam", "--- jam", "--jam and cream", "-", "-5"])
 def test_a_text_may_begin_with_hyphens(text, capsys):
     assert run(["cake", "--topping", text, "--stop", text, "--stop", "x"]) == 0
