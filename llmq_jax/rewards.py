@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -264,6 +264,16 @@ class Rewards:
             if not math.isfinite(weight):
                 raise BadInput(f"the weight of the reward {name!r} is {weight}; give a finite number")
 
+    def check_columns(self, names: Collection[str]) -> None:
+        """BadInput for a function that needs a column which is none of these: before anything is answered."""
+        for reward, function in zip(self.names, self.functions, strict=True):
+            for missing in _required(function) - {"prompts", "completions", *names}:
+                raise BadInput(
+                    f"the reward {reward!r} needs the field {missing!r}, which the records have not (beside the "
+                    f"prompt: {', '.join(names) or 'none'}): rename the one that is meant to {missing!r}, or take "
+                    "another reward, such as a function of your own, FILE.py:FUNCTION"
+                )
+
     def __call__(
         self,
         prompts: Sequence[Any],
@@ -278,6 +288,7 @@ class Rewards:
         completion that no function had anything to say about: 0 would be as good as any other reward. With `alone`
         False, where something else has a reward for each completion, the sum is 0 there.
         """
+        self.check_columns(columns)
         values = {
             name: _called(name, function, prompts, completions, columns)
             for name, function in zip(self.names, self.functions, strict=True)
@@ -292,6 +303,16 @@ class Rewards:
             )
         total = np.nansum(table * np.asarray(self.weights), axis=1)
         return total.astype(np.float32), {name: column.astype(np.float32) for name, column in values.items()}
+
+
+def _required(function: RewardFunction) -> set[str]:
+    """The names of the arguments that a function cannot be called without."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # one written in C may not tell
+        return set()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {each.name for each in arguments if each.kind in by_name and each.default is each.empty}
 
 
 def _called(

@@ -228,6 +228,9 @@ def grpo(options: Options) -> Any:
     config = source.config
     options = with_longest_prompt(options, config)
     training, validation = questions(options, sources, source)
+    for each in (functions, judge):
+        if each is not None:
+            each.rewards.check_columns(training[0].columns)
     model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)
