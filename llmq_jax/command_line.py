@@ -48,6 +48,7 @@ _of_python = warnings.formatwarning
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
+HELP = {"-h", "--help"}
 WITHOUT_NAME = {
     "prompt": "a text is given by --prompt",
     "prompt_file": "a file by --prompt-file",
@@ -193,7 +194,7 @@ def _choose_verb(
 ) -> tuple[Callable[..., Any], list[str], str]:
     """(the verb's main function, the arguments after it, the program's name with it)."""
     verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help"):
+    if verb in HELP:
         print(f"usage: {program} COMMAND [OPTIONS]\n")
         width = max(map(len, verbs))
         for name, module in verbs.items():
@@ -253,7 +254,7 @@ def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
     """{option: arguments} of the file that `--options` names, but for what the arguments give themselves."""
     kinds = {field.name: hint for field, hint in _fields_and_hints(options)}
     given = _given(arguments)
-    if FILE not in kinds or FILE not in given:
+    if FILE not in kinds or FILE not in given or HELP & set(arguments):
         return {}
     if not given[FILE]:
         raise BadInput(f"{option_name(FILE)} needs a file: give its name, or leave the option out")
