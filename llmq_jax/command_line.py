@@ -48,6 +48,7 @@ _of_python = warnings.formatwarning
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
+IDLE = "idle"  # in the metadata of a field: why its option would have no effect
 HELP = {"-h", "--help"}
 WITHOUT_NAME = {
     "prompt": "a text is given by --prompt",
@@ -130,6 +131,12 @@ def default_is(text: str, metavar: str | None = None) -> Any:
     return tyro.conf.arg(
         metavar=metavar, help_behavior_hint=lambda value: f"(default: {text if value in ('None', '') else value})"
     )
+
+
+def no_option(why: str) -> Any:
+    """For a field of options that a command has no use for: it is None for good, and its option not in the help; who
+    gives it is told why it would have no effect."""
+    return dataclasses.field(default=None, init=False, metadata={IDLE: why})
 
 
 def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
@@ -328,7 +335,7 @@ def _grouped(shown: type, options: Any) -> Any:
 
 
 def _given_fields(options: type) -> list[dataclasses.Field[Any]]:
-    """Without those that a recipe has set for good."""
+    """Without those of `no_option`."""
     return [field for field in dataclasses.fields(options) if field.init]
 
 
@@ -387,13 +394,19 @@ def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
 
 def _check_names(options: type, arguments: list[str], program: str) -> None:
     """Refuse an unknown option before tyro does: tyro would first complain of whatever its absence leaves missing."""
-    names = [option_name(field.name) for field in dataclasses.fields(options)]
+    given = [field.name for field in _given_fields(options)]
+    idle = {
+        option_name(each.name): each.metadata[IDLE] for each in dataclasses.fields(options) if IDLE in each.metadata
+    }
+    names = [option_name(field) for field in given]
     known = {*names, *(name.replace("--", "--no-", 1) for name in names), "--help", "--help-verbose"}
     for before, argument in itertools.pairwise(["", *arguments]):
         name = argument.partition("=")[0].replace("_", "-")
         # tyro's own options print completions for shells.
         if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
-            meant = meant_by(name, [field.name for field in dataclasses.fields(options)], option_name)
+            if name in idle:
+                raise BadInput(f"{name} has no effect {idle[name]}; leave it out")
+            meant = meant_by(name, given, option_name)
             hint = f"{meant} S" if meant.endswith("?") else f"{meant}; s" if meant else "s"
             if before.replace("_", "-") in _text_options(options):
                 hint = f"as the text of {before}, write {before}={argument}; s"
