@@ -48,6 +48,16 @@ _of_python = warnings.formatwarning
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
+IDLE = "idle"  # in the metadata of a field: why its option would have no effect
+HELP = {"-h", "--help"}
+WITHOUT_NAME = {
+    "prompt": "a text is given by --prompt",
+    "prompt_file": "a file by --prompt-file",
+    "text": "a text is given by --text",
+    "data": "a file by --data",
+    "system": "messages are typed or come from standard input, and a system text is given by --system",
+}
+"""Where a value without an option's name may belong, by the fields that there are."""
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
@@ -123,6 +133,12 @@ def default_is(text: str, metavar: str | None = None) -> Any:
     )
 
 
+def no_option(why: str) -> Any:
+    """For a field of options that a command has no use for: it is None for good, and its option not in the help; who
+    gives it is told why it would have no effect."""
+    return dataclasses.field(default=None, init=False, metadata={IDLE: why})
+
+
 def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
     """Bind JAX to a kind of device, before its first use; BadInput when there is none of that kind.
 
@@ -185,7 +201,7 @@ def _choose_verb(
 ) -> tuple[Callable[..., Any], list[str], str]:
     """(the verb's main function, the arguments after it, the program's name with it)."""
     verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help"):
+    if verb in HELP:
         print(f"usage: {program} COMMAND [OPTIONS]\n")
         width = max(map(len, verbs))
         for name, module in verbs.items():
@@ -245,7 +261,7 @@ def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
     """{option: arguments} of the file that `--options` names, but for what the arguments give themselves."""
     kinds = {field.name: hint for field, hint in _fields_and_hints(options)}
     given = _given(arguments)
-    if FILE not in kinds or FILE not in given:
+    if FILE not in kinds or FILE not in given or HELP & set(arguments):
         return {}
     if not given[FILE]:
         raise BadInput(f"{option_name(FILE)} needs a file: give its name, or leave the option out")
@@ -319,7 +335,7 @@ def _grouped(shown: type, options: Any) -> Any:
 
 
 def _given_fields(options: type) -> list[dataclasses.Field[Any]]:
-    """Without those that a recipe has set for good."""
+    """Without those of `no_option`."""
     return [field for field in dataclasses.fields(options) if field.init]
 
 
@@ -378,13 +394,19 @@ def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
 
 def _check_names(options: type, arguments: list[str], program: str) -> None:
     """Refuse an unknown option before tyro does: tyro would first complain of whatever its absence leaves missing."""
-    names = [option_name(field.name) for field in dataclasses.fields(options)]
+    given = [field.name for field in _given_fields(options)]
+    idle = {
+        option_name(each.name): each.metadata[IDLE] for each in dataclasses.fields(options) if IDLE in each.metadata
+    }
+    names = [option_name(field) for field in given]
     known = {*names, *(name.replace("--", "--no-", 1) for name in names), "--help", "--help-verbose"}
     for before, argument in itertools.pairwise(["", *arguments]):
         name = argument.partition("=")[0].replace("_", "-")
         # tyro's own options print completions for shells.
         if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
-            meant = meant_by(name, [field.name for field in dataclasses.fields(options)], option_name)
+            if name in idle:
+                raise BadInput(f"{name} has no effect {idle[name]}; leave it out")
+            meant = meant_by(name, given, option_name)
             hint = f"{meant} S" if meant.endswith("?") else f"{meant}; s" if meant else "s"
             if before.replace("_", "-") in _text_options(options):
                 hint = f"as the text of {before}, write {before}={argument}; s"
@@ -420,7 +442,11 @@ def _one_line(box: str, options: type, arguments: list[str], program: str) -> st
         given = _values_after(match[1], arguments)
         return f"{match[1]} takes {KINDS.get(wanted, wanted)}, not {given!r}: {see}"
     if match := re.match(r"Unrecognized options: (.*)", text):
-        return f"no option takes {match[1]!r}: {see}"
+        fields = [field.name for field in dataclasses.fields(options)]
+        words = (
+            "" if match[1].startswith("-") else ", ".join(WITHOUT_NAME[name] for name in WITHOUT_NAME if name in fields)
+        )
+        return f"no option takes {match[1]!r}: {words and words + '; '}{see}"
     return f"{text}: {see}"
 
 

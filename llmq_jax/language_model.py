@@ -20,7 +20,7 @@ from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import create
+from llmq_jax.field_types import create, whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
@@ -368,6 +368,8 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     The head's kernel [D, C] is drawn by the seed, normal with the config's `initializer_range`. BadInput for labels
     that are none, alike, empty or no strings.
     """
+    if not isinstance(labels, Iterable):
+        raise BadInput(f'labels={labels!r} must be the names of the classes, as ("ham", "spam")')
     config = override(lm.config, labels=labels if isinstance(labels, str) else tuple(labels))
     expected = abstract_variables(config)["params"]
     variables = {
@@ -375,7 +377,9 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
         for collection, tree in lm.variables.items()
     }
     kernel = expected[SCORE]["kernel"]
-    fresh = config.initializer_range * jax.random.normal(jax.random.key(seed), kernel.shape, kernel.dtype)
+    fresh = config.initializer_range * jax.random.normal(
+        jax.random.key(whole(seed, "seed")), kernel.shape, kernel.dtype
+    )
     variables["params"][SCORE] = {"kernel": fresh.astype(weight_type(jax.tree.leaves(lm.params)))}
     return lm.replace(config=config, variables=variables)
 
@@ -402,6 +406,8 @@ def load(
     """
     from llmq_jax.training.sharding import make_mesh, place
 
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise BadInput(f"path={path!r} names no model; give a path or a hub id, as a text")
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         lm = _load(path, layout, config, dtype)
@@ -506,11 +512,11 @@ class TextFiles:
 
 
 def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> LanguageModel:
+    from llmq_jax.training import parts
     from llmq_jax.training.checkpoints import load_checkpoint_variables
-    from llmq_jax.training.parts import whole
 
     loaded = load_checkpoint_variables(path)
-    variables = whole(loaded.variables)
+    variables = parts.whole(loaded.variables)
     if config is None:
         config = _config(path, loaded.config)
     else:

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -264,6 +264,24 @@ class Rewards:
             if not math.isfinite(weight):
                 raise BadInput(f"the weight of the reward {name!r} is {weight}; give a finite number")
 
+    def check_columns(self, names: Collection[str]) -> None:
+        """BadInput, before anything is answered, for a function that needs a column which is none of these, or takes
+        less than it is given."""
+        given = ("prompts", "completions", *names)
+        for reward, function in zip(self.names, self.functions, strict=True):
+            needed, taken = _arguments(function)
+            for missing in sorted(needed - set(given)):
+                raise BadInput(
+                    f"the reward {reward!r} needs the field {missing!r}, which the records have not (beside the "
+                    f"prompt: {', '.join(names) or 'none'}): rename the one that is meant to {missing!r}, or take "
+                    "another reward, such as a function of your own, FILE.py:FUNCTION"
+                )
+            for name in given:
+                if taken is not None and name not in taken:
+                    raise BadInput(
+                        f"the reward {reward!r} takes no {name!r}, which it is given: end its arguments with **_"
+                    )
+
     def __call__(
         self,
         prompts: Sequence[Any],
@@ -278,6 +296,7 @@ class Rewards:
         completion that no function had anything to say about: 0 would be as good as any other reward. With `alone`
         False, where something else has a reward for each completion, the sum is 0 there.
         """
+        self.check_columns(columns)
         values = {
             name: _called(name, function, prompts, completions, columns)
             for name, function in zip(self.names, self.functions, strict=True)
@@ -294,6 +313,18 @@ class Rewards:
         return total.astype(np.float32), {name: column.astype(np.float32) for name, column in values.items()}
 
 
+def _arguments(function: RewardFunction) -> tuple[set[str], set[str] | None]:
+    """(the names of arguments that a function must be given, all that it takes; None where these are any)."""
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # one written in C may not tell
+        return set(), None
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {each.name: each.default is each.empty for each in arguments if each.kind in by_name}
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in arguments)
+    return {name for name, must in named.items() if must}, None if takes_any else set(named)
+
+
 def _called(
     name: str, function: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> Float[np.ndarray, " B"]:
@@ -302,10 +333,7 @@ def _called(
         returned = function(prompts=prompts, completions=completions, **columns)
         values = list(returned)
     except Exception as error:
-        given = (
-            f"; the columns of the data are {', '.join(columns)}" if columns and isinstance(error, TypeError) else ""
-        )
-        raise BadInput(f"the reward {name!r} failed with {_told(error)}{_place(error, function)}{given}") from error
+        raise BadInput(f"the reward {name!r} failed with {_told(error)}{_place(error, function)}") from error
     if len(values) != len(completions):
         raise BadInput(f"the reward {name!r} returned {len(values)} values for {len(completions)} completions")
     return np.asarray([_number(name, row, value) for row, value in enumerate(values)], np.float64)

@@ -212,6 +212,35 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        ("classify", "a text is given by --text, a file by --data"),
+        ("generate", "a text is given by --prompt, a file by --prompt-file"),
+        ("chat", "messages are typed or come from standard input, and a system text is given by --system"),
+        ("pretrain", "a file by --data"),
+    ],
+)
+def test_a_value_without_an_options_name_is_told_where_it_belongs(verb, words, capsys):
+    where, arguments = ("train", []) if verb == "pretrain" else ("llmq_jax.commands", ["model"])
+    assert run([*arguments, "hello"], importlib.import_module(f"{where}.{verb}").main) == 2
+    assert capsys.readouterr().err == f"error: no option takes 'hello': {words}; see \"bake --help\"\n"
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "grpo"])
+def test_an_option_without_use_is_not_in_the_help_and_says_why(recipe, capsys):
+    main = importlib.import_module(f"train.{recipe}").main
+    assert run(["--help"], main) == 0
+    out = capsys.readouterr().out
+    assert "--lora-rank" in out and "--lora-dropout" not in out
+    assert run(["--lora-dropout", "0.1"], main) == 2
+    assert re.match(
+        r"error: --lora-dropout has no effect in .*without dropout; leave it out\n$", capsys.readouterr().err
+    )
+    assert run(["--lora-dropuot", "0.1"], main) == 2
+    assert "--lora-dropout" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["-jam", "- jam", "--- jam", "--jam and cream", "-", "-5"])
 def test_a_text_may_begin_with_hyphens(text, capsys):
     assert run(["cake", "--topping", text, "--stop", text, "--stop", "x"]) == 0

@@ -103,6 +103,13 @@ refused("seed='0' must be an integer", generate, lm, "a", seed="0")
 refused("seed=None must be an integer", generate, lm, "a", seed=None)
 refused("max_new_tokens=2.5 must be an integer", generate, lm, "a", max_new_tokens=2.5)
 refused("stop=2.5", generate, lm, "a", stop=2.5)
+refused("prompts=None must be a text", generate, lm, None)
+refused("path=None names no model", lq.load, None)
+refused("path='' names no model", lq.load, "")
+refused("seed=1.5 must be an integer", lq.init, config, seed=1.5)
+assert str(lq.init(config, seed=jnp.int32(1))) == str(lq.init(config, seed=1))
+refused("labels=3 must be the names of the classes", lq.with_classifier, lm, labels=3)
+refused("seed=None must be an integer", lq.with_classifier, lm, ["a", "b"], seed=None)
 """
 
 

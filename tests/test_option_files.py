@@ -104,6 +104,19 @@ def test_a_name_that_is_empty_names_no_file(capsys):
         assert capsys.readouterr().err.startswith("error: --options needs a file")
 
 
+def test_help_needs_no_file(capsys):
+    for arguments in (["--options", "none.yaml", "--help"], ["--help", "--options", "none.yaml"]):
+        with pytest.raises(SystemExit) as exit:
+            command_line.run(bake_into([]), arguments, program="bake")
+        assert exit.value.code == 0
+        assert capsys.readouterr().out.startswith("usage: bake")
+    for last in ("-h", "--help"):
+        with pytest.raises(SystemExit) as exit:
+            command_line.run(bake_into([]), ["--options", last], program="bake")
+        assert exit.value.code == 2
+        assert capsys.readouterr().err == 'error: --options needs a value: see "bake --help"\n'
+
+
 def test_json_is_read(tmp_path, capsys):
     options, _ = baked(tmp_path, capsys, '{"batch_size": 5, "heat": null, "cream": false, "betas": [0.1, 1e-3]}')
     assert (options.batch_size, options.cream, options.betas) == (5, False, (0.1, 1e-3))

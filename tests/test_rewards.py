@@ -199,7 +199,15 @@ LINE = failing.__code__.co_firstlineno + 1
     ("function", "message"),
     [
         (failing, f"the reward 'mine' failed with ValueError: no such thing (test_rewards.py, line {LINE})"),
-        (numeric_answer, "argument: 'answer'; the columns of the data are question"),
+        (
+            numeric_answer,
+            "the reward 'mine' needs the field 'answer', which the records have not (beside the prompt: question): "
+            "rename the one that is meant to 'answer', or take another reward, such as a function of your own",
+        ),
+        (
+            lambda completions: [0],
+            "the reward 'mine' takes no 'prompts', which it is given: end its arguments with **_",
+        ),
         (lambda prompts, completions, **_: None, "the reward 'mine' failed with TypeError: 'NoneType' object"),
         (lambda prompts, completions, **_: [1.0], "the reward 'mine' returned 1 values for 2 completions"),
         (one_of(lambda text: float("nan")), "the reward 'mine' returned nan for completion 0; it must return a finite"),

@@ -32,7 +32,8 @@ def main(options: Options) -> int:
     out, export = Path(options.out), Path(f"{options.out}-hf")
 
     # Train, or find the run finished.
-    settings = replace(pretrain.RUNS["demo"], out=options.out, steps=options.steps, device=options.device)
+    settings = pretrain.starting_options({"steps": str(options.steps)})
+    settings = replace(settings, out=options.out, steps=options.steps, device=options.device)
     result = pretrain.pretrain(settings)
 
     import numpy as np

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, run
+from llmq_jax.command_line import Flag, default_is, no_option, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
@@ -84,6 +84,7 @@ class Options(RecipeOptions, TuningOptions, LossOptions, PairOptions):
     """Decay of kernels and embeddings, times the learning rate."""
     sample_prompt: Annotated[str | None, default_is("the first that is held out")] = None
     """An instruction for the samples to answer."""
+    lora_dropout: None = no_option("in DPO, which compares with a reference without dropout")
 
 
 def main(options: Options) -> None:
@@ -215,13 +216,7 @@ def check(options: Options) -> None:
     if not 0 <= (options.label_smoothing or 0) < 0.5:
         raise BadInput(f"--label-smoothing is {options.label_smoothing} and must be at least 0 and below 0.5")
     idle = options.loss not in SMOOTHED
-    refuse_idle(
-        options,
-        (
-            ("label_smoothing", idle, f"with --loss {options.loss}"),
-            ("lora_dropout", True, "in DPO, which compares with a reference without dropout"),
-        ),
-    )
+    refuse_idle(options, [("label_smoothing", idle, f"with --loss {options.loss}")])
     if options.normalise and options.loss == "ipo":
         raise BadInput("--normalise has no effect with --loss ipo, which always compares means; leave it out")
 

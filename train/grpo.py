@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, option_name, run
+from llmq_jax.command_line import Flag, default_is, no_option, option_name, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
@@ -167,7 +167,7 @@ class Options(RecipeOptions, TuningOptions, JudgeOptions, AlgorithmOptions, Rewa
     # Dataclasses collect the fields of their bases from right to left.
     steps: int = 200
     """Steps of the algorithm; each draws answers and makes --iterations updates."""
-    batch_size: None = dataclasses.field(default=None, init=False)  # prompts_per_step x group_size
+    batch_size: None = no_option("in GRPO, whose rows are --prompts-per-step times --group-size")
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -182,7 +182,8 @@ class Options(RecipeOptions, TuningOptions, JudgeOptions, AlgorithmOptions, Rewa
     """Steps between two checkpoints, besides those of a new highest validation reward; 0: no checkpoints at all."""
     keep_last: Annotated[int | None, default_is("3")] = None
     """Checkpoints to keep, besides the one of highest validation reward."""
-    sample_prompt: None = dataclasses.field(default=None, init=False)  # samples answer the step's own prompts
+    sample_prompt: None = no_option("in GRPO, whose samples answer the step's own prompts")
+    lora_dropout: None = no_option("in GRPO, whose policy learns as it answers, without dropout")
 
     @property
     def loss_of_parts(self) -> bool:
@@ -228,6 +229,9 @@ def grpo(options: Options) -> Any:
     config = source.config
     options = with_longest_prompt(options, config)
     training, validation = questions(options, sources, source)
+    for each in (functions, judge):
+        if each is not None:
+            each.rewards.check_columns(training[0].columns)
     model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)
@@ -395,7 +399,6 @@ def check(options: Options) -> None:
             ("clip_high", options.loss == "sapo", "with --loss sapo"),
             ("clip_low", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
             ("clip_high", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
-            ("lora_dropout", True, "in GRPO, whose policy learns as it answers, without dropout"),
             ("kl", options.beta == 0, "with --beta 0"),
             ("kl_by_ratio", options.beta == 0, "with --beta 0"),
             ("reference", options.beta == 0, "with --beta 0"),

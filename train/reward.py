@@ -12,10 +12,10 @@ resumes a run that was stopped.
 import dataclasses
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is, run
+from llmq_jax.command_line import default_is, no_option, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, with_text_options
@@ -75,7 +75,7 @@ class Options(RecipeOptions, TuningOptions, RewardOptions, PairOptions):
     """Decay of kernels and embeddings, times the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two samples, the rewards of a few pairs that are held out; 0: never."""
-    sample_prompt: None = field(default=None, init=False)  # there is nothing to go on from
+    sample_prompt: None = no_option("on a reward model, which goes on from nothing")
 
 
 def main(options: Options) -> None:

@@ -58,9 +58,11 @@ ABSENT = ("tools", "documents")
 
 
 class ChatTemplate:
-    """A compiled template, with `special_tokens` ({"bos_token": "<s>", ...}) as variables. BadInput: it is no Jinja."""
+    """A compiled template, with `special_tokens` ({"bos_token": "<s>", ...}) as variables; where tools are given it is
+    that of `tool_use`, if there is one. BadInput: it is no Jinja."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, tool_use: str | None = None):
+        self.tool_use = None if tool_use is None else ChatTemplate(tool_use, special_tokens)
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         self._sandbox = _Sandbox()
@@ -83,12 +85,13 @@ class ChatTemplate:
 
     def refuse_unread(self, messages: Iterable[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
         """BadInput for a variable, or calls of tools or a reasoning in messages, that the template would leave out."""
+        reads = self._with(variables).reads
         for name, value in variables.items():
-            if value and not self.reads(name):
+            if value and not reads(name):
                 raise BadInput(NOT_READ.format("", name))
         for index, message in enumerate(messages):
             for name in ("tool_calls", *REASONING):
-                read = any(map(self.reads, REASONING if name in REASONING else (name,)))
+                read = any(map(reads, REASONING if name in REASONING else (name,)))
                 if message.get(name) and not read:
                     raise BadInput(NOT_READ.format(f" in messages[{index}]", name))
 
@@ -146,14 +149,18 @@ class ChatTemplate:
         token. BadInput: messages of another form, and whatever the template raises. What it does not read is left out,
         as in transformers: `refuse_unread` tells.
         """
+        template = self._with(variables)
         checked = _checked(messages)
         checked = [
             message | {"content": text_of(message)}
-            if isinstance(message.get("content"), list) and message["role"] not in self.takes_parts
+            if isinstance(message.get("content"), list) and message["role"] not in template.takes_parts
             else message
             for message in checked
         ]
-        return self._written(checked, add_generation_prompt=add_generation_prompt, **variables)
+        return template._written(checked, add_generation_prompt=add_generation_prompt, **variables)
+
+    def _with(self, variables: Mapping[str, Any]) -> "ChatTemplate":
+        return self if self.tool_use is None or variables.get("tools") is None else self.tool_use
 
     def _written(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         given = {**self.special_tokens, **dict.fromkeys(ABSENT), **variables, "messages": messages}

@@ -86,27 +86,36 @@ class TokenizerFiles:
         return hf_tokenizers.Tokenizer.from_buffer(self.contents["tokenizer.json"])
 
     def chat_template(self) -> ChatTemplate | None:
-        """That of `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`; None where none has one."""
+        """That of `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`; None where none has one. Of
+        several under names it is "default", and "tool_use" where tools are given."""
         source: Any = self.contents.get("chat_template.jinja", b"").decode(errors="replace")
         for file in ("chat_template.json", "tokenizer_config.json"):
             source = source or self._json(file).get("chat_template")
-        if isinstance(source, list):  # several under names, such as one for tools
+        tool_use = None
+        if isinstance(source, list):
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
+            source, tool_use = named.get("default"), named.get("tool_use")
         if not isinstance(source, str):
             return None
         try:
-            return ChatTemplate(source, self.named_tokens())
+            return ChatTemplate(source, self.named_tokens(), tool_use if isinstance(tool_use, str) else None)
         except BadInput as error:
             raise BadInput(f"{self.source}: {error}") from error
 
-    def with_chat_template(self, source: str) -> "TokenizerFiles":
-        """The files with this chat template, and no other."""
-        contents = {name: content for name, content in self.contents.items() if name != "chat_template.json"}
+    def with_chat_template(self, source: str, tool_use: str | None = None) -> "TokenizerFiles":
+        """The files with this chat template, that in its place where tools are given, and no other."""
+        files = ("chat_template.json", "chat_template.jinja")
+        contents = {name: content for name, content in self.contents.items() if name not in files}
         config = self.config()
-        if config.pop("chat_template", None) is not None:
+        before = config.pop("chat_template", None)
+        if tool_use is None:
+            contents["chat_template.jinja"] = source.encode()
+        else:
+            named = {"default": source, "tool_use": tool_use}
+            config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+        if before is not None or tool_use is not None:
             contents["tokenizer_config.json"] = _written(config)
-        return TokenizerFiles(contents | {"chat_template.jinja": source.encode()}, self.source)
+        return TokenizerFiles(contents, self.source)
 
     def _json(self, name: str) -> dict[str, Any]:
         """What is in one of the files, {} where there is no such file."""

@@ -134,9 +134,10 @@ class Tokenizer(ABC):
         """How a conversation is written as text; None where the tokenizer has no template of its own."""
         return None
 
-    def with_chat_template(self, source: str) -> "FileTokenizer":
-        """The tokenizer with this chat template, a text in Jinja, in place of its own."""
-        files = TokenizerFiles(self.files(), self.name).with_chat_template(source)
+    def with_chat_template(self, source: str, tool_use: str | None = None) -> "FileTokenizer":
+        """The tokenizer with this chat template, a text in Jinja, in place of its own; and with that where tools are
+        given, if it is another."""
+        files = TokenizerFiles(self.files(), self.name).with_chat_template(source, tool_use)
         return FileTokenizer.from_files(files.contents, self.name)
 
     def with_chat_variables(self, values: Mapping[str, Any]) -> "FileTokenizer":
@@ -145,7 +146,11 @@ class Tokenizer(ABC):
         template = self.chat_template
         if template is None:
             raise BadInput(f"tokenizer {self.name} has no chat template that could have variables; give it one")
-        return self.with_chat_template(template.with_variables(values))
+        tool_use = template.tool_use
+        if tool_use is None:
+            return self.with_chat_template(template.with_variables(values))
+        read = {name: value for name, value in values.items() if name in tool_use.variables()}
+        return self.with_chat_template(template.with_variables(values), tool_use.with_variables(read))
 
     @property
     def dtype(self) -> np.dtype:

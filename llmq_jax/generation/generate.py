@@ -230,6 +230,8 @@ class Request:
         draft_tokens: int | None = None,
         samples: int = 1,
     ) -> "Request":
+        if not isinstance(prompts, Iterable):
+            raise BadInput(f"prompts={prompts!r:.60} must be a text, or a list of texts or of lists of token ids")
         rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(prompts)]
         if not rows:
             raise BadInput("no prompt was given; pass at least one")

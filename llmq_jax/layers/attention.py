@@ -19,6 +19,9 @@ transposed once on the way in and the result once on the way out (caches hold ke
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
 
+from collections.abc import Iterable
+from inspect import signature
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -85,12 +88,14 @@ def attention(
     """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache).
 
     `others` go to `attend` as they are: what a formula of yours reads beside the scores, such as a learned sink. Only
-    "plain" knows of them, so that "auto" takes it; BadInput for another implementation by name.
+    "plain" knows of them, so that "auto" takes it; BadInput for another implementation by name, and for what `attend`
+    does not take either.
     """
     if others:
         if context.implementation not in ("auto", "plain"):
             known = f"attention={context.implementation!r} does not compute with {' and '.join(others)}"
             raise BadInput(f"{known}, which only the formula in `attend` may know of; take 'plain' or 'auto'")
+        _refuse_unknown(others)
         context = context.replace(implementation="plain")
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
     if cache is None or cache.empty:
@@ -107,6 +112,19 @@ def attention(
             mask = visible(context.positions, key_positions, window=window)
             mixed = lean_attend(query, keys, values, mask, scale, softcap)
     return mixed.swapaxes(1, 2), cache
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
+    """BadInput for a keyword that nothing on the way to `attend` takes, nor `attend`."""
+    formula = signature(attend).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in formula):
+        return
+    ways = (signature(way).parameters.values() for way in (attention, self_attention, plain_attention))
+    taken = [*chain.from_iterable(ways), *formula]
+    known = dict.fromkeys(each.name for each in taken if each.kind is each.KEYWORD_ONLY)
+    for name in names:
+        if name not in [each.name for each in taken]:
+            raise BadInput(f"attention takes no {name!r}, and neither does `attend`; {did_you_mean(name, known)}")
 
 
 def self_attention(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import as_type, has_type, type_name
+from llmq_jax.field_types import as_type, has_type, type_name, whole
 from llmq_jax.layers.axes import constrain_like_params
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
 from llmq_jax.models.decoder import Decoder
@@ -155,6 +155,7 @@ def architecture(config: Any) -> Architecture:
 def init(config: Any, seed: int = 0) -> dict[str, Any]:
     """Fresh variables in float32: one dict of collections, "params" among them. On a mesh each device makes its own."""
     model = build(config)
+    seed = seed if isinstance(seed, jax.Array) else whole(seed, "seed")  # one of JAX's may be traced
     initialise = jax.jit(lambda key: constrain_like_params(model.init(key, jnp.zeros((1, 1), jnp.int32))))
     variables: dict[str, Any] = initialise(jax.random.key(seed))
     return variables

@@ -31,7 +31,8 @@ def plot_losses(folder: str | Path) -> Path:
 
     figure, axes = blank_axes(folder.absolute().name, [records])
     if training:
-        axes.plot(*zip(*training, strict=True), color=TRAINING, linewidth=1.2, label=_label("training", training))
+        label = _label("training", training)
+        axes.plot(*zip(*training, strict=True), color=TRAINING, linewidth=1.2, label=label, clip_on=False)
     if validation:
         _draw(axes, validation, VALIDATION, "validation")
     legend(axes)
@@ -231,8 +232,9 @@ def _draw(axes: Any, points: Points, colour: str, name: str, at: Sequence[float]
     """A curve of (step, value), over its steps unless `at` says where each is drawn."""
     marker = "o" if len(points) <= 50 else None
     steps, values = zip(*points, strict=True)
-    label = _label(name, points)
-    axes.plot(steps if at is None else at, values, color=colour, linewidth=2, marker=marker, markersize=4, label=label)
+    style: dict[str, Any] = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 4}
+    # The first point and the last stand on the edges of the axes, which would cut them in halves.
+    axes.plot(steps if at is None else at, values, label=_label(name, points), clip_on=False, **style)
 
 
 def _label(name: str, points: Points) -> str:

@@ -8,7 +8,6 @@ Pictures are inside it, no script runs and nothing is fetched, so that it can be
 import base64
 import html
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
 from llmq_jax.training.plots import draw_panels
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, text_of
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
@@ -208,7 +207,7 @@ def _options(config: dict[str, Any]) -> str:
 def _pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if value is not None:
-            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield name, value if isinstance(value, str) else text_of(value)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], ready: Sequence[int] = ()) -> str:

@@ -168,15 +168,27 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
     names = [name for name in [*new, *(old.keys() - new.keys())] if not _within(name, may_change)]
     absent = "(not set)"
 
-    def shown(value: Any) -> str:
-        return value if value is absent else json.dumps(value)
+    def change(before: Any, after: Any) -> str:
+        texts = [value if value is absent else text_of(value) for value in (before, after)]
+        return " -> ".join(texts if texts[0] != texts[1] else map(json.dumps, (before, after)))
 
     pairs = [(name, old.get(name, absent), new.get(name, absent)) for name in names]
     return [
-        f"{name} {shown(before)} -> {shown(after)}"
+        f"{name} {change(before, after)}"
         for name, before, after in pairs
         if before != after and not (before is absent and (after is None or after is False))
     ]
+
+
+def text_of(value: Any) -> str:
+    """A value of a config as JSON, for people: without what a division leaves in the last digits of a number."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        return float(f"{value:.12g}") if isinstance(value, float) else value
+
+    return json.dumps(rounded(value), ensure_ascii=False)
 
 
 @functools.cache
@@ -201,7 +213,7 @@ def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
     that has no config of a run."""
 
     def shown(value: Any) -> str:
-        return value if isinstance(value, str) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+        return value if isinstance(value, str) else text_of(value)
 
     configs = [_flat(_read_run_config(Path(folder) / CONFIG) or {}) for folder in folders]
     names = dict.fromkeys(name for config in configs for name in config)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -143,6 +144,28 @@ def test_a_chat_with_tools(folder, monkeypatch):
     monkeypatch.setattr(lq.language_model, "generate", lambda _, prompts, **options: asked.extend(prompts) or lq)
     monkeypatch.setattr(lq, "text", ["It is cold."], raising=False)
     assert (lm.chat(messages, tools=TOOLS), asked) == ("It is cold.", [expected])
+
+
+def test_a_template_of_its_own_for_tools(folder, tmp_path):
+    """Of several under names; values of variables go into each that reads them."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    named = {"default": "{{ mood }}" + TOOLED.replace("tools", "none"), "tool_use": QWENISH, "rag": "{{ documents }}"}
+    listed = [{"name": name, "template": template} for name, template in named.items()]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": listed}))
+    for values in ({}, {"mood": "!"}):
+        lm = lq.load(tmp_path)
+        if values:
+            lm.tokenizer.with_chat_variables(values).save(tmp_path)
+            lm = lq.load(tmp_path)
+        theirs, texts = transformers.AutoTokenizer.from_pretrained(tmp_path), []
+        for tools in (None, TOOLS):
+            messages = LOOP if tools else [user("Hi")]
+            expected = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
+            assert lm.chat_tokens(messages, tools) == expected
+            texts.append(lm.tokenizer.decode(expected))
+        assert texts[0].startswith("!") == bool(values) and TOOLS[0]["function"]["name"] in texts[1]
 
 
 def test_the_differences(prepared):

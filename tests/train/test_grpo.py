@@ -93,6 +93,7 @@ def files(tmp_path_factory):
         "PAIRS": write(folder / "pairs.jsonl", pairs),
         "DATA": write(folder / "prompts.jsonl", [{"prompt": f"say {i}:", "answer": str(i)} for i in range(10)]),
         "EMPTY": write(folder / "empty.jsonl", [{"prompt": "a", "answer": "1"}, {"prompt": " ", "answer": "1"}]),
+        "BARE": write(folder / "bare.jsonl", [{"prompt": f"say {i}:", "solution": str(i)} for i in range(4)]),
         "ONE": write(folder / "one.jsonl", [{"prompt": "a", "answer": "1"}]),
         "LONG": write(folder / "long.jsonl", [{"prompt": "abc" * 10, "answer": "1"}] * 2),
         "RW": folder / "rewards.py",
@@ -477,6 +478,10 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"reward": "RW:smal"}, "has no function 'smal' for a reward; did you mean"),
         ({"reward": "RW:small,RW:small"}, "names a reward twice"),
         ({"reward": ","}, "--reward names no reward"),
+        (
+            {"reward": "answer", "data": "BARE"},
+            "the reward 'answer' needs the field 'answer', which the records have not (beside the prompt: solution)",
+        ),
         ({"reward": "RW:broken"}, "the reward 'broken' failed with RuntimeError: no such lab"),
         ({"reward": "RW:short", "validation_fraction": 0.3}, "the reward 'short' returned 1 values for 3 completions"),
         ({"reward": "RW:infinite"}, "the reward 'infinite' returned inf for completion 0"),

@@ -1,5 +1,6 @@
 """Who hears the last words of another process; real processes are in tests/train/test_processes.py."""
 
+import io
 import threading
 from types import SimpleNamespace
 
@@ -37,6 +38,12 @@ def heard(monkeypatch):
 
 def test_it_ends_where_its_own_words_find_no_room(heard):
     assert heard(Full())
+
+
+def test_it_ends_where_nobody_listens(heard):
+    closed = io.StringIO()
+    closed.close()
+    assert heard(closed)
 
 
 def test_it_leaves_to_itself_a_process_that_is_ending(monkeypatch, heard):

@@ -37,6 +37,7 @@ def test_draws_both_losses_over_steps_and_tokens(tmp_path, monkeypatch):
     training, validation = axes.lines
     np.testing.assert_array_equal(training.get_xydata(), [(s, 5 / s) for s in range(1, 9)])
     np.testing.assert_array_equal(validation.get_xydata(), [(4, 3.0), (8, 2.0)])
+    assert not training.get_clip_on() and not validation.get_clip_on()  # points on the edges are whole
     (top,) = axes.child_axes
     assert (axes.get_xlabel(), top.get_xlabel(), axes.get_xlim(), top.get_xlim()) == (
         "steps",

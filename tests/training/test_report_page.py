@@ -75,8 +75,12 @@ def test_a_run_under_way_has_a_page_too(folder, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:10])  # torn
     step = json.loads(lines[2])["step"]
     assert f"not finished: step {step}" in Reader(write_report_page(tmp_path).read_text()).text
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"minimum_learning_rate": 0.1 + 0.2}))
     (tmp_path / "metrics.jsonl").unlink()
-    assert "nothing measured yet" in write_report_page(tmp_path).read_text()
+    page = write_report_page(tmp_path).read_text()
+    assert "<td>minimum_learning_rate</td><td>0.3</td>" in page
+    assert "nothing measured yet" in page
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]", '{"model_type": "gpt2"}'])

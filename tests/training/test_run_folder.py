@@ -13,7 +13,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import run_folder
-from llmq_jax.training.run_folder import RunFolder
+from llmq_jax.training.run_folder import RunFolder, differences
 
 CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
 
@@ -61,6 +61,13 @@ def test_other_config_lists_every_difference_and_touches_nothing(tmp_path):
         assert difference in message
     assert "betas" not in message and "data" not in message and "\n" not in message
     assert contents(tmp_path) == before
+
+
+def test_numbers_are_told_without_what_a_division_leaves_in_their_last_digits():
+    """Unless they differ by it alone."""
+    before, after = {"rate": 3e-3 / 10, "betas": [0.1 + 0.2, 1]}, {"rate": 1e-3, "betas": [0.4, 1]}
+    assert differences(before, after) == ["rate 0.0003 -> 0.001", "betas [0.3, 1] -> [0.4, 1]"]
+    assert differences({"rate": 0.3}, {"rate": 0.1 + 0.2}) == ["rate 0.3 -> 0.30000000000000004"]
 
 
 def test_fields_that_change_no_result_may_change(tmp_path):
