@@ -40,7 +40,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.positions import DynamicRope, LongRope
 from llmq_jax.models.decoder import Decoder
-from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.means import safe_divide
 

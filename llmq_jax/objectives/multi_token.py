@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models.deepseek3 import DeepSeek3, has_token_ahead
-from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.means import safe_divide
 from llmq_jax.objectives.next_token import head_loss
 
