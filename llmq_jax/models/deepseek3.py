@@ -314,7 +314,7 @@ class DeepSeek3(Llama3):
     def setup(self) -> None:
         super().setup()
         if self.config.num_nextn_predict_layers:
-            self.mtp = self.stacked(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
+            self.mtp = self.scanned(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
 
     @property
     def experts(self) -> Experts | None:
@@ -402,9 +402,9 @@ class DeepSeek3(Llama3):
         return tuple(self.unembed(hidden[:, :-k]) for k, hidden in enumerate(ahead.hidden, start=1))
 
     @nn.nowrap
-    def module_slots(self) -> tuple[tuple[tuple[str, str], int], ...]:
+    def all_layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
         ahead = tuple(((MTP, BLOCK), depth) for depth in range(self.config.num_nextn_predict_layers))
-        return (*self.layer_slots(), *ahead)
+        return (*self.layer_paths(), *ahead)
 
     @nn.nowrap
     def create_ahead_caches(self, batch: int, length: int, dtype: Dtype) -> tuple[LatentCache, ...]:

@@ -455,8 +455,8 @@ class GRPO(LossOptions):
         super().__post_init__()
         if self.group_size > 1 and not can_share_prompts(self.model):
             raise BadInput(
-                f"group_size={self.group_size}: a model with experts, a cut stack or a RoPE that goes by the length of "
-                "a row cannot share its prompts"
+                f"group_size={self.group_size}: a model with experts, frozen layers or a RoPE that goes by the length "
+                "of a row cannot share its prompts"
             )
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"temperature={self.temperature} of GRPO must be positive")

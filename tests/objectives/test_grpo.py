@@ -308,7 +308,7 @@ def test_options_that_are_refused(options, message):
         (lambda x: group_advantages(x[:, 0], 2, scale="groups"), "scale='groups' of advantages is unknown"),
         (lambda x: process_advantages(x, x, 3), "4 answers are no whole number of groups of 3"),
         (lambda x: kl_estimate(x, x, "k0"), "kl='k0' is unknown"),
-        (lambda x: GRPO(build(SPARSE), group_size=2), "group_size=2: a model with experts, a cut stack or a RoPE"),
+        (lambda x: GRPO(build(SPARSE), group_size=2), "group_size=2: a model with experts, frozen layers or a RoPE"),
         (lambda x: GRPO(build(DENSE), temperature=0.0), "temperature=0.0 of GRPO must be positive"),
     ],
 )
