@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from functools import cache
 
 import jax
@@ -41,11 +40,7 @@ FULL = {"attention_bias": True, "tie_word_embeddings": False}
 CONFIGS = (GEMMA3, GEMMA2, Gemma3Config(**SIZES, **FULL), Gemma2Config(**SIZES, **FULL))
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 # Weights.
