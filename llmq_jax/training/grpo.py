@@ -37,7 +37,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
-from llmq_jax.objectives.grpo import GRPO, group_advantages, process_advantages
+from llmq_jax.objectives.advantages import group_advantages, process_advantages
+from llmq_jax.objectives.grpo import GRPO
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.means import EXTREMES, combined
 from llmq_jax.training.parts import as_read, whole
