@@ -58,13 +58,13 @@ def compare_models(
     """
     table = table or weight_table(config.model_type)
     ours = build(config)
-    placements, slots = table.placements(config), ours.layer_slots()
+    placements, layer_paths = table.placements(config), ours.layer_paths()
     reference = Reference.of(model, [placement.key for placement in placements])
     state = reference.state()
     variables, unmatched = parity_weights.fill(config, table, state)
     if inject is not None:
         variables = parity_weights.perturb(variables, parity_weights.find(inject, placements), seed)
-    pairs = parity_trace.pair_modules(placements, slots, reference.owners, reference.modules())
+    pairs = parity_trace.pair_modules(placements, layer_paths, reference.owners, reference.modules())
     names = [pair.theirs for pair in pairs]
     theirs = reference.run(tokens, names)
     with parity_reference.nudged(model, seed):
@@ -84,7 +84,7 @@ def compare_models(
     named = parity_weights.named(variables, placements)
     return Parity(
         (*places, Place(None, ("loss",), "", (), of_loss)),
-        parity_weights.compare_gradients(gradients, theirs.gradients, nudged.gradients, placements, slots),
+        parity_weights.compare_gradients(gradients, theirs.gradients, nudged.gradients, placements, layer_paths),
         unmatched,
         {
             key: float(np.abs(ours - state[key]).max())

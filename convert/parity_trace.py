@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from convert.parity_reference import Pass
-from convert.parity_weights import IN_A_LAYER, IN_ALL_LAYERS, Difference, Slots, home
+from convert.parity_weights import IN_A_LAYER, IN_ALL_LAYERS, Difference, LayerPaths, home
 from llmq_jax.interop.tables import Placement
 from llmq_jax.models.decoder import Decoder, default_positions
 
@@ -96,19 +96,19 @@ def first_difference(places: Sequence[Place], tolerance: float) -> First | None:
 
 
 def pair_modules(
-    placements: Iterable[Placement], slots: Slots, owners: Mapping[str, str], modules: Collection[str]
+    placements: Iterable[Placement], layer_paths: LayerPaths, owners: Mapping[str, str], modules: Collection[str]
 ) -> list[Pair]:
     """The modules of both sides that hold the same parameters.
 
-    `slots` are the model's `layer_slots()`, `owners` the reference's names in memory by name in a file, and `modules`
-    those of its modules that compute. Where several, one inside the other, hold the same, they pair from outside in.
+    `layer_paths` are our model's, `owners` the reference's names in memory by name in a file, and `modules` those of
+    its modules that compute. Where several, one inside the other, hold the same, they pair from outside in.
     """
     ours: dict[tuple[int | None, ModulePath], list[str]] = {}
     theirs: dict[str, list[str]] = {}
     for placement in placements:
         if placement.key not in owners:
             continue
-        layer, leaf = home(placement, slots)
+        layer, leaf = home(placement, layer_paths)
         for depth in range(1 if layer is None else 0, len(leaf)):
             ours.setdefault((layer, leaf[:depth]), []).append(placement.key)
         owner = owners[placement.key].split(".")
@@ -145,11 +145,7 @@ def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[in
     ids = jnp.asarray(tokens, jnp.int32)
     context = model.context(default_positions(ids))
     outside, layers = model.slice_layers(variables)
-    blocks = {
-        (f"group_{g}", f"block_{b}"): _recorded(make(parent=None))
-        for g, group in enumerate(model.layer_groups())
-        for b, make in enumerate(group.blocks)
-    }
+    blocks = {path: _recorded(block) for path, block in model.unbound_blocks().items()}
     inputs: dict = {}
     outputs: dict = {}
 
@@ -166,7 +162,7 @@ def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[in
     embedded, captured = _recorded(model, "embed")(outside, ids, context.positions)
     stages["embed"] = note(None, captured)
     x = embedded
-    for layer, ((path, _), own) in enumerate(zip(model.layer_slots(), layers, strict=True)):
+    for layer, ((path, _), own) in enumerate(zip(model.layer_paths(), layers, strict=True)):
         reached, theirs = x, given.get(layer)
         if theirs is not None and theirs.shape == x.shape:
             x = jnp.asarray(theirs, x.dtype)

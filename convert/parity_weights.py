@@ -14,8 +14,8 @@ from llmq_jax.models import abstract_variables, init
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.next_token import NextToken
 
-Slots = Sequence[tuple[tuple[str, str], int]]
-"""A model's `layer_slots()`."""
+LayerPaths = Sequence[tuple[tuple[str, str], int]]
+"""A model's `layer_paths()`."""
 
 PERTURBATION = 0.1
 """How much of its size `perturb` adds to a parameter."""
@@ -62,10 +62,10 @@ class Unmatched(NamedTuple):
     """On both sides, in shapes that do not fit; ours keeps its initial value."""
 
 
-def home(placement: Placement, slots: Slots) -> tuple[int | None, tuple[str, ...]]:
+def home(placement: Placement, layer_paths: LayerPaths) -> tuple[int | None, tuple[str, ...]]:
     """(layer, path inside its block) of a leaf, or (None, path inside the model) where it stands outside the layers."""
     path = placement.path[1:]  # without the collection
-    for layer, (block, repeat) in enumerate(slots):
+    for layer, (block, repeat) in enumerate(layer_paths):
         if path[:2] == block and placement.slot[:1] == (repeat,):
             return layer, path[2:]
     return None, path
@@ -172,7 +172,7 @@ def compare_gradients(
     theirs: Mapping[str, np.ndarray],
     nudged: Mapping[str, np.ndarray],
     placements: Sequence[Placement],
-    slots: Slots,
+    layer_paths: LayerPaths,
 ) -> list[Gradient]:
     """Every parameter's gradient, in the order of the weight table; `nudged` are theirs with other last bits.
 
@@ -189,7 +189,7 @@ def compare_gradients(
             continue  # reported as a parameter of another shape
         moved = elements_difference(nudged[placement.key], expected, floor).relative
         difference = elements_difference(mine, expected, floor)._replace(rounding=IN_ALL_LAYERS * moved)
-        gradients.append(Gradient(placement.key, our_name(placement), home(placement, slots)[0], difference))
+        gradients.append(Gradient(placement.key, our_name(placement), home(placement, layer_paths)[0], difference))
     return gradients
 
 

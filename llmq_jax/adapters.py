@@ -41,7 +41,7 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     if spec is not None and fields:
         raise BadInput("give a LoRA or its fields, not both")
     spec = LoRA(**fields) if spec is None else spec
-    variables = low_rank.add(lm.variables, lm.model.layer_slots(), spec, module_names(lm.config), seed)
+    variables = low_rank.add(lm.variables, lm.model.layer_paths(), spec, module_names(lm.config), seed)
     return lm.replace(variables=variables)
 
 

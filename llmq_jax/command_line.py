@@ -44,7 +44,6 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go
-_of_python = warnings.formatwarning
 DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
@@ -116,13 +115,16 @@ def run(
     sys.exit(code)
 
 
+_python_warning = warnings.formatwarning
+
+
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Warnings for whoever runs a command are one line, without the place in the code that those of developers have."""
     if category is UserWarning:
         return f"warning: {message}\n"
-    return _of_python(message, category, filename, lineno, line)
+    return _python_warning(message, category, filename, lineno, line)
 
 
 def default_is(text: str, metavar: str | None = None) -> Any:

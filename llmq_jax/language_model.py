@@ -82,8 +82,8 @@ class LanguageModel:
     @functools.cached_property
     def sliced_ahead(self) -> tuple[dict[str, Any], ...]:
         """Variables of each module of multi-token prediction: what drafting by them reads."""
-        slots = self.model.module_slots()[len(self.model.layer_slots()) :]
-        return slice_modules(spread(self.variables), slots)
+        paths = self.model.all_layer_paths()[len(self.model.layer_paths()) :]
+        return slice_modules(spread(self.variables), paths)
 
     @functools.cached_property
     def _sliced(self) -> dict[bool, tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:

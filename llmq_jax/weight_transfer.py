@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llmq_jax.errors import BadInput
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.lora import LORA
-from llmq_jax.models import abstract_variables, init, module_slots
+from llmq_jax.models import abstract_variables, all_layer_paths, init
 from llmq_jax.weight_type import weight_type
 
 PARAMS = "params"
@@ -38,7 +38,7 @@ def with_config(
     """The model of another config, which may be one of your own, with the weights of this one: how a model that has
     learned takes up a new idea. Tokenizer and end tokens stay.
 
-    Weights have names that count layers through, in whatever stacks they are: "token_embedding/embedding",
+    Weights have names that count layers through, in whatever groups they are: "token_embedding/embedding",
     "layers/3/qkv/kernel". What both models have in one shape is taken over. All else must be named, by patterns in
     which * stands for anything: in `fresh` what is to be drawn as `init` draws it, by `seed` (what the new model alone
     has, or shall not take over); in `unused`, by the old names, what the new model has no place for. Where a block of
@@ -92,7 +92,7 @@ def with_config(
 def _places(variables: Mapping[str, Any], config: Any) -> dict[str, Place]:
     """Every weight by its name; those of layers in order."""
     numbers: dict[tuple[str, str], list[int]] = {}
-    for number, (block, _) in enumerate(module_slots(config)):
+    for number, (block, _) in enumerate(all_layer_paths(config)):
         numbers.setdefault(block, []).append(number)
     places = {}
     for path, leaf in flatten_dict(variables).items():

@@ -13,7 +13,6 @@ or a reward model of train.reward. The same command again resumes a run that was
 """
 
 import dataclasses
-import json
 import math
 import shlex
 from collections.abc import Iterator, Sequence
@@ -43,8 +42,9 @@ from train.options import (
     train_step_of,
     warmup_steps,
 )
+from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
-from train.sources import Sources, one_split, sources_of
+from train.sources import one_split, sources_of
 from train.texts import fingerprint
 from train.what_trains import TuningOptions, check_what_trains, prepared
 
@@ -228,7 +228,7 @@ def grpo(options: Options) -> Any:
     source = with_chat_template(options, source)
     config = source.config
     options = with_longest_prompt(options, config)
-    training, validation = questions(options, sources, source)
+    training, validation = prompts_of(options, sources, source)
     for each in (functions, judge):
         if each is not None:
             each.rewards.check_columns(training[0].columns)
@@ -449,47 +449,6 @@ def with_longest_prompt(options: Options, config: Any) -> Options:
     return dataclasses.replace(options, max_prompt=options.max_prompt or longest)
 
 
-def questions(options: Options, sources: Sources, source: Any) -> tuple[list, list]:
-    """(training, validation) prompts, none of which is in both."""
-    import numpy as np
-
-    from llmq_jax.data import check_vocabulary, split_documents
-    from llmq_jax.data.prompts import read_prompts
-
-    def read(path):
-        found, dropped = read_prompts(
-            path,
-            source.tokenizer,
-            template=options.template,
-            prompt_format=options.prompt_format,
-            longest=options.max_prompt,
-        )
-        if dropped:
-            print(f"{path}: {dropped:,} prompts of more than {options.max_prompt} tokens are left out")
-        for prompt in found:
-            check_vocabulary(np.asarray(prompt.tokens), source.config.vocab_size, prompt.where)
-        return found
-
-    everything = read(sources.training)
-    if options.evaluate_every == 0:
-        return everything, []
-    if sources.validation:
-        validation = read(sources.validation)
-    else:
-        distinct = list({prompt.text: prompt for prompt in everything}.values())
-        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
-        if len(distinct) < 2:
-            raise BadInput(
-                f"{sources.training} holds one prompt, and some are held out: give more, or --validation-data"
-            )
-        _, validation = split_documents(distinct, fraction, options.split_seed or 0)
-    held_out = {prompt.text for prompt in validation}
-    training = [prompt for prompt in everything if prompt.text not in held_out]
-    if not training:
-        raise BadInput(f"{sources.training}: every prompt is in {sources.validation} too; give others to learn from")
-    return training, validation[: options.validation_prompts]
-
-
 def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> dict[str, float]:
     """The mean reward of the likeliest answer to each prompt that is held out, by function too; of a reward model as it
     was at first, which all of a run is measured by."""
@@ -542,15 +501,6 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
             f"{answers.answer_lengths[row]} tokens{cut}: {one_line(answers.completions[row], WIDTH)}"
         )
     return "\n".join(lines)
-
-
-def numbered(prompts: Sequence[Any]) -> Any:
-    """All prompts, and what else rewards know of them, as one array, to be told from others by."""
-    import numpy as np
-
-    columns = json.dumps([prompt.columns for prompt in prompts], default=str).encode()
-    rows = [np.asarray([len(prompt.tokens), *prompt.tokens], np.int64) for prompt in prompts]
-    return np.concatenate([*rows, np.frombuffer(columns, np.uint8).astype(np.int64)])
 
 
 def next_commands(options: Options, config: Any, tokenizer: Any) -> Iterator[str]:

@@ -93,7 +93,7 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     if options.train == "lora":
         if lora.LORA not in variables:
             spec = _spec(options)
-            variables = lora.add(variables, model.layer_slots(), spec, module_names(lm.config), options.seed)
+            variables = lora.add(variables, model.layer_paths(), spec, module_names(lm.config), options.seed)
         else:
             why = "on --init-from, which has adapters already, and they go on as they are"
             refuse_idle(options, ((f"lora_{name}", True, why) for name in LORA_OPTIONS))

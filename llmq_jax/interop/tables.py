@@ -28,7 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import put
-from llmq_jax.models import abstract_variables, module_slots
+from llmq_jax.models import abstract_variables, all_layer_paths
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
@@ -171,11 +171,11 @@ class WeightTable:
         More than `most` are BadInput: a damaged config would make any number of them.
         """
         leaves = flatten_dict(abstract_variables(config), sep="/")
-        slots = [(f"{group}/{block}", repeat) for (group, block), repeat in module_slots(config)]
+        layers = [(f"{group}/{block}", repeat) for (group, block), repeat in all_layer_paths(config)]
         placements: list[Placement] = []
         for in_layers, rules in itertools.groupby(self.rules, lambda entry: "{block}" in entry.path):
             run = tuple(rules)
-            for layer, (block, repeat) in enumerate(slots) if in_layers else [(0, ("", 0))]:
+            for layer, (block, repeat) in enumerate(layers) if in_layers else [(0, ("", 0))]:
                 entries = [entry._replace(path=entry.path.format(block=block)) for entry in run]
                 held = [entry for entry in entries if entry.path in leaves]
                 found = _expert_by_expert(held, leaves, layer, (repeat,) if in_layers else ())

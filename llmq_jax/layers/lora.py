@@ -248,20 +248,20 @@ def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Ar
 
 def add(
     variables: dict[str, Any],
-    slots: Sequence[tuple[tuple[str, str], int]],
+    layer_paths: Sequence[tuple[tuple[str, str], int]],
     spec: LoRA,
     aliases: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The variables with fresh adapters, which change nothing yet.
 
-    `slots` are the model's `layer_slots`. `aliases` are other names of matrices: {"q_proj": {"attention/query"}}.
+    `layer_paths` are the model's. `aliases` are other names of matrices: {"q_proj": {"attention/query"}}.
     BadInput: adapters there already, a pattern or layer that names nothing, a rank above a matrix's.
     """
     if LORA in variables:
         raise BadInput("this model has adapters already; merge them first, or start from the base")
     params = flatten_dict(variables["params"])
-    chosen = _chosen(params, slots, spec, aliases or {})
+    chosen = _chosen(params, layer_paths, spec, aliases or {})
     trained, fixed = {}, {}
     for key, (path, in_layer) in zip(jax.random.split(jax.random.key(seed), len(chosen)), chosen.items(), strict=True):
         trained[path], fixed[path] = _fresh(params[path], path, np.array(in_layer), spec, key)
@@ -301,15 +301,15 @@ CHOOSERS = ("router", "noise")
 
 
 def _chosen(
-    params: Mapping[Path, Any], slots: Sequence[Any], spec: LoRA, aliases: Mapping[str, Collection[str]]
+    params: Mapping[Path, Any], layer_paths: Sequence[Any], spec: LoRA, aliases: Mapping[str, Collection[str]]
 ) -> dict[Path, list[bool]]:
-    """{path of a matrix: for each layer of its stack, whether it gets an adapter}."""
-    layers = range(len(slots)) if spec.layers is None else spec.layers
-    outside = [layer for layer in layers if not 0 <= layer < len(slots)]
+    """{path of a matrix: for each layer of its group, whether it gets an adapter}."""
+    layers = range(len(layer_paths)) if spec.layers is None else spec.layers
+    outside = [layer for layer in layers if not 0 <= layer < len(layer_paths)]
     if outside:
-        raise BadInput(f"LoRA: layer {outside[0]} does not exist; the model has layers 0 to {len(slots) - 1}")
-    places: dict[Path, list[bool]] = {block: [] for block, _ in slots}
-    for layer, (block, _) in enumerate(slots):
+        raise BadInput(f"LoRA: layer {outside[0]} does not exist; the model has layers 0 to {len(layer_paths) - 1}")
+    places: dict[Path, list[bool]] = {block: [] for block, _ in layer_paths}
+    for layer, (block, _) in enumerate(layer_paths):
         places[block].append(layer in layers)
     matrices = {
         path: "/".join(path[2:] if path[-1] in EXPERT_KERNELS else path[2:-1])

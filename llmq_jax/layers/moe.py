@@ -214,7 +214,7 @@ class MixtureOfExperts(nn.Module):
             bias = self.variable("router", "bias", jnp.zeros, (e.num_experts,), jnp.float32).value
         ids, weights, probabilities = route(logits, e, bias)
         gated = self.gated if e.gated is None else e.gated
-        kernels = self.stacked(x.shape[-1], 2 if gated else 1)
+        kernels = self.expert_weights(x.shape[-1], 2 if gated else 1)
         activation = ACTIVATIONS[e.activation or self.activation]
 
         def activate(parts: Float[Array, "*rows P F"]) -> Float[Array, "*rows F"]:
@@ -250,7 +250,8 @@ class MixtureOfExperts(nn.Module):
                 logits += drawn * jax.nn.softplus(size)
         return logits
 
-    def stacked(self, width: int, parts: int) -> ExpertWeights:
+    def expert_weights(self, width: int, parts: int) -> ExpertWeights:
+        """The weights of all experts, stacked, and their adapters; `parts` is 2 in gated networks, else 1."""
         e = self.experts
         hidden = e.intermediate_size or self.intermediate_size
 

@@ -12,7 +12,7 @@ so that a model trained on short contexts can read long ones. They are one small
 | ntk | slow pairs more, through the base | NTK-aware scaling (bloc97 2023), arXiv:2309.00071, definition 1 |
 | dynamic | the same, by the length of the document at hand | arXiv:2309.00071, section 3.3 |
 | by_parts | slow pairs, a ramp in turns per context | NTK-by-parts, arXiv:2309.00071, definition 2 |
-| by_parts_ntk | the two stacked | the default of the repository that this project re-implements |
+| by_parts_ntk | as by_parts, over the base of ntk | the default of the repository that this project re-implements |
 | llama3 | as by_parts | Llama 3.1 (arXiv:2407.21783, section 3.4.2) |
 | yarn | slow pairs, a ramp in the index of the pair, and a temperature | YaRN as released, arXiv:2309.00071 |
 | longrope | each pair by a factor of its own | LongRoPE, arXiv:2402.13753 |
@@ -109,7 +109,7 @@ class Rope:
     def rotation(
         self, positions: Int[Array, "B T"], width: int, segment_ids: Int[Array, "B T"] | None = None
     ) -> Rotation:
-        """Angles for heads of `width` features at the positions of a batch."""
+        """How heads of `width` features turn at the positions of a batch; `segment_ids` tell the documents' lengths."""
         frequencies = self.frequencies(width, document_lengths(positions, segment_ids))
         angles = positions[..., None].astype(jnp.float32) * jnp.float32(frequencies)
         return Rotation(*_cos_and_sin(angles, jnp.float32(self.attention_scale)))

@@ -43,11 +43,11 @@ __all__ = [
     "Qwen2Config",
     "Qwen3Config",
     "abstract_variables",
+    "all_layer_paths",
     "architecture",
     "build",
     "fields_from_text",
     "init",
-    "module_slots",
     "override",
     "parameter_count",
     "preset",
@@ -180,6 +180,6 @@ def _shapes(model: Decoder) -> dict[str, Any]:
     return shapes
 
 
-def module_slots(config: Any) -> tuple[tuple[tuple[str, str], int], ...]:
-    """For all that checkpoints number as layers, in order: ((group, block), repetition), where its parameters stand."""
-    return build(config).module_slots()
+def all_layer_paths(config: Any) -> tuple[tuple[tuple[str, str], int], ...]:
+    """`Decoder.all_layer_paths` of the model of a config."""
+    return build(config).all_layer_paths()

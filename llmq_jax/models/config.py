@@ -1,9 +1,10 @@
 """Validation shared by the config dataclasses."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.positions import Rope, rope_from
 
 
 def require(condition: bool, config: object, field: str, rule: str) -> None:
@@ -35,6 +36,26 @@ def require_sizes(fields: Mapping[str, Any]) -> None:
 def require_positive(config: object, *fields: str) -> None:
     for field in fields:
         require(getattr(config, field) > 0, config, field, "must be positive")
+
+
+def require_rates(config: object, *fields: str) -> None:
+    """Each of these fields is a rate of dropout."""
+    for field in fields:
+        require(0.0 <= getattr(config, field) < 1.0, config, field, "must be at least 0 and below 1")
+
+
+def require_one_of(names: Collection[str], config: object, field: str) -> None:
+    require(getattr(config, field) in names, config, field, f"must be one of {', '.join(names)}")
+
+
+def set_rope(config: Any, field: str, head_width: int) -> None:
+    """Check a field of a config being made that holds a rope. A dict, as in config.json, is read; where it is silent on
+    the base, that is the class's own."""
+    rope = getattr(config, field)
+    if not isinstance(rope, Rope):
+        base = {"rope_theta": getattr(type(config), field).rope_theta}
+        rope = base | {name: value for name, value in rope.items() if value is not None}
+    object.__setattr__(config, field, rope_from(rope, head_width, config.max_position_embeddings))
 
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"

@@ -1,13 +1,17 @@
 """The skeleton that all decoders share: embed, run the layers, final norm, unembed, thread the caches.
 
-An architecture derives from `Decoder` and says what its embedding and head are and which blocks it has. Blocks come in
-groups of a repeating pattern (GPT-2: one group of one block, n times; Gemma 3: five local blocks and a global one, n
-times). The parameters of a group are stacked on a leading axis and run by `nn.scan`, so that the time to compile does
-not grow with depth. Decoding slices the layers once and runs them one after another (`decode`), which is up to 1.8
-times as fast as scanning inside the decoding loop.
+An architecture derives from `Decoder` and says what its embedding and head are and which blocks it has. Three words:
 
-A block is a module `block(x, context, cache) -> (x, cache, counts)` with a method `create_cache`: `counts` are the sums
-that a training step collects from it ({"router": a RouterReport} of experts), an empty dict where there are none.
+- A block is the module of one layer, called as `block(x, context, cache) -> (x, cache, counts)`, with a method
+  `create_cache`. `counts` are the sums that a training step collects from it ({"router": a RouterReport} of experts),
+  an empty dict where there are none.
+- A pattern is a few blocks that follow each other: in GPT-2 one, in Gemma 3 five local ones and a global one.
+- A group is a pattern that repeats. Its parameters are stacked over the repetitions, on a leading axis, and it is run
+  by `nn.scan`, so that the time to compile does not grow with depth. Where a layer's parameters stand in it is the
+  layer's path: layer 7 of Gemma 3, counted from 0, is `block_1` of `group_0` in repetition 1.
+
+Decoding slices the layers once and runs them one after another (`decode`), which is up to 1.8 times as fast as scanning
+inside the decoding loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +145,7 @@ class Decoder(nn.Module):
     attention: str = "auto"
     """How a sequence attends to itself: "plain", "masked", "blocked", "fused", or "auto": what suits the backend."""
     frozen_layers: int = 0
-    """How many of the lowest layers are frozen. A stack that this cuts runs as two: see `training.parts`."""
+    """How many of the lowest layers are frozen. A group that this cuts runs as two: see `training.parts`."""
 
     @nn.nowrap
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +190,7 @@ class Decoder(nn.Module):
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         x = constrain(self.embed(tokens, positions), "batch")
         new_caches, counts = {}, {}
-        for name in self.stacks():  # the loops over layers that `set_groups` made: self.group_0, ...
+        for name in self.groups():  # the loops over layers that `set_groups` made: self.group_0, ...
             cache = None if caches is None else caches[name]
             x, (new_caches[name], counts[name]) = getattr(self, name)(x, cache, context)
         return Output(self.normalise(x), x, None if caches is None else new_caches, counts)
@@ -227,10 +231,10 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def set_groups(self) -> None:
-        """The layers, as `self.group_0`, ..., a loop over each of `stacks`: for `setup`."""
+        """The layers, as `self.group_0`, ..., a loop over each of `groups`: for `setup`."""
         check_implementation(self.attention)
-        for name, group in self.stacks().items():
-            setattr(self, name, self.stacked(Pattern, group.repeats)(group.blocks))
+        for name, group in self.groups().items():
+            setattr(self, name, self.scanned(Pattern, group.repeats)(group.blocks))
 
     @nn.nowrap
     def set_head(self) -> None:
@@ -269,22 +273,22 @@ class Decoder(nn.Module):
         return {name: {head: tree[head]} for name, tree in spread(variables).items() if head in tree}
 
     @nn.nowrap
-    def stacks(self) -> dict[str, LayerGroup]:
-        """The layers in the stacks that they run in, by name: one for each of `layer_groups`, two where it is cut."""
-        stacks = {}
+    def groups(self) -> dict[str, LayerGroup]:
+        """`layer_groups` by name, as they run: one that `frozen_layers` cuts is two, such as group_0, group_0_upper."""
+        groups = {}
         below = self.frozen_layers
         for i, group in enumerate(self.layer_groups()):
             name, repeats = f"group_{i}", max(below, 0) // len(group.blocks)
             below -= group.repeats * len(group.blocks)
             if 0 < repeats < group.repeats:
-                stacks[name] = LayerGroup(group.blocks, repeats)
-                stacks[upper_part(name)] = LayerGroup(group.blocks, group.repeats - repeats)
+                groups[name] = LayerGroup(group.blocks, repeats)
+                groups[upper_part(name)] = LayerGroup(group.blocks, group.repeats - repeats)
             else:
-                stacks[name] = group
-        return stacks
+                groups[name] = group
+        return groups
 
     @nn.nowrap
-    def stacked(self, module: type[nn.Module], repeats: int) -> Callable[..., nn.Module]:
+    def scanned(self, module: type[nn.Module], repeats: int) -> Callable[..., nn.Module]:
         """The constructor of a loop over so many modules, called as `(x, what each is given, what all are given)`."""
         if self.remat not in REMAT_POLICIES:
             raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
@@ -305,8 +309,8 @@ class Decoder(nn.Module):
     # Decoding: layers sliced once, run one after another.
 
     @nn.nowrap
-    def layer_slots(self) -> tuple[tuple[tuple[str, str], int], ...]:
-        """For each layer from the first to the last: ((group, block), repetition), where its parameters stand."""
+    def layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
+        """Where the parameters of each layer stand, from the first to the last: ((group, block), repetition)."""
         return tuple(
             ((f"group_{g}", f"block_{b}"), repeat)
             for g, group in enumerate(self.layer_groups())
@@ -315,9 +319,18 @@ class Decoder(nn.Module):
         )
 
     @nn.nowrap
-    def module_slots(self) -> tuple[tuple[tuple[str, str], int], ...]:
-        """The same of all that checkpoints number as layers: of an architecture that has more than its layers."""
-        return self.layer_slots()
+    def all_layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
+        """The same of all that checkpoints number as layers, modules of multi-token prediction among them."""
+        return self.layer_paths()
+
+    @nn.nowrap
+    def unbound_blocks(self) -> dict[tuple[str, str], Any]:
+        """The modules of each group's pattern by (group, block), to be applied to the variables of one layer."""
+        return {
+            (f"group_{g}", f"block_{b}"): make(parent=None)
+            for g, group in enumerate(self.layer_groups())
+            for b, make in enumerate(group.blocks)
+        }
 
     @nn.nowrap
     def compute_dtype(self, variables: Mapping[str, Any]) -> Dtype:
@@ -351,8 +364,8 @@ class Decoder(nn.Module):
         softcap = getattr(c, "attn_logit_softcapping", None)
         heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         names, obstacle = {}, None
-        for make in (make for group in self.layer_groups() for make in group.blocks):
-            cache = make(parent=None).create_cache(1, 1, dtype)
+        for block in self.unbound_blocks().values():
+            cache = block.create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # which a layer's cache knows
             facts: dict[str, Any] = {"window": window, "dtype": dtype, "heads": heads}
             facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
@@ -374,22 +387,22 @@ class Decoder(nn.Module):
     def slice_layers(
         self, variables: dict[str, Any], arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
-        """(variables outside of `module_slots`, variables of each layer in order), each as `arrange` returns it, with
-        adapters merged into it."""
+        """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), each as `arrange`
+        returns it, with adapters merged into it."""
         variables = spread(variables)
-        groups = {group for (group, _), _ in self.module_slots()}
+        groups = {group for (group, _), _ in self.all_layer_paths()}
         outside = {
             collection: {name: leaf for name, leaf in tree.items() if name not in groups}
             for collection, tree in variables.items()
         }
-        return arrange(merge(outside)), slice_modules(variables, self.layer_slots(), arrange)
+        return arrange(merge(outside)), slice_modules(variables, self.layer_paths(), arrange)
 
     @nn.nowrap
     def slice_caches(self, caches: dict[str, Any]) -> tuple[Any, ...]:
         """Stacked caches, as `forward` returns them, to one cache a layer."""
         return tuple(
             jax.tree.map(lambda leaf, i=repeat: leaf[i], caches[group][block])
-            for (group, block), repeat in self.layer_slots()
+            for (group, block), repeat in self.layer_paths()
         )
 
     @nn.nowrap
@@ -408,13 +421,9 @@ class Decoder(nn.Module):
         alone = jnp.broadcast_to(jnp.arange(1, tokens.shape[1] + 1), tokens.shape)
         context = self.context(positions, alone).replace(segment_ids=None, implementation=self.attention)
         x = self.apply(outside, tokens, positions, method="embed")
-        blocks = {
-            (f"group_{g}", f"block_{b}"): make(parent=None)
-            for g, group in enumerate(self.layer_groups())
-            for b, make in enumerate(group.blocks)
-        }
+        blocks = self.unbound_blocks()
         new_caches = []
-        for (path, _), layer, cache in zip(self.layer_slots(), layers, caches, strict=True):
+        for (path, _), layer, cache in zip(self.layer_paths(), layers, caches, strict=True):
             given: Any = blocks[path].apply(layer, x, context, cache)
             x, cache, _ = given
             new_caches.append(cache)
@@ -436,11 +445,11 @@ class Decoder(nn.Module):
 
 def slice_modules(
     variables: dict[str, Any],
-    slots: Sequence[tuple[tuple[str, str], int]],
+    paths: Sequence[tuple[tuple[str, str], int]],
     arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree,
 ) -> tuple[dict[str, Any], ...]:
-    """The variables of the module at each slot, as `arrange` returns them, with adapters merged into them."""
-    variables = merge(variables)  # of whole stacks: a few products in place of some for each layer
+    """The variables of the module at each path, as `arrange` returns them, with adapters merged into them."""
+    variables = merge(variables)  # of whole groups: a few products in place of some for each layer
 
     def module(block: tuple[str, str], repeat: int) -> dict[str, Any]:
         group, name = block
@@ -448,7 +457,7 @@ def slice_modules(
         sliced: dict[str, Any] = _slice_of(stack, repeat)
         return sliced
 
-    return tuple(arrange(module(*slot)) for slot in slots)
+    return tuple(arrange(module(*path)) for path in paths)
 
 
 # One program for all layers: slices taken one leaf at a time take three times as long.
@@ -459,7 +468,7 @@ def _slice_of(stack: dict[str, Any], index: Int[Array, ""]) -> dict[str, Any]:
 
 
 def upper_part(group: str) -> str:
-    """The name of the upper of two stacks that a group is cut into."""
+    """The name of the upper of the two groups that a group is cut into."""
     return f"{group}_upper"
 
 

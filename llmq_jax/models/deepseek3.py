@@ -36,8 +36,8 @@ from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, balance_from, experts_from, mlp_or_experts, require_same_sizes
 from llmq_jax.layers.norms import NORMS, norm_layer
-from llmq_jax.layers.positions import Rope, YarnRope, rope_from, yarn_scale
-from llmq_jax.models.config import require, require_at_least, require_positive
+from llmq_jax.layers.positions import Rope, YarnRope, yarn_scale
+from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
 from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 from llmq_jax.models.llama3 import Llama3
@@ -147,25 +147,20 @@ class DeepSeekV3Config:
             "moe_intermediate_size",
         )
         require_at_least(0, self, "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-        rule = (
-            f"must be below max_position_embeddings={self.max_position_embeddings}: each module looks a token further"
-        )
-        require(self.num_nextn_predict_layers <= 64, self, "num_nextn_predict_layers", "must be at most 64")
-        fits = self.num_nextn_predict_layers < self.max_position_embeddings
-        require(fits, self, "num_nextn_predict_layers", rule)
-        rank = self.q_lora_rank
-        require(
-            rank is None or rank > 0, self, "q_lora_rank", "must be at least 1; None makes queries without a latent"
-        )
+        depth, longest = self.num_nextn_predict_layers, self.max_position_embeddings
+        require(depth <= 64, self, "num_nextn_predict_layers", "must be at most 64")
+        rule = f"must be below max_position_embeddings={longest}: each module looks a token further"
+        require(depth < longest, self, "num_nextn_predict_layers", rule)
+        rank, rule = self.q_lora_rank, "must be at least 1; None makes queries without a latent"
+        require(rank is None or rank > 0, self, "q_lora_rank", rule)
         width = self.qk_rope_head_dim
         require(width > 0 and width % 2 == 0, self, "qk_rope_head_dim", "must be even and above 0: RoPE turns pairs")
-        require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"must be one of {', '.join(ACTIVATIONS)}")
+        require_one_of(ACTIVATIONS, self, "hidden_act")
         require_positive(self, "rms_norm_eps", "initializer_range")
-        require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
-        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
-        require(self.mtp_hidden in MTP_HIDDEN, self, "mtp_hidden", f"must be one of {', '.join(MTP_HIDDEN)}")
-        rope = rope_from(self.rope_parameters, width, self.max_position_embeddings)
-        object.__setattr__(self, "rope_parameters", rope)
+        require_rates(self, "attention_dropout")
+        require_one_of(NORMS, self, "norm")
+        require_one_of(MTP_HIDDEN, self, "mtp_hidden")
+        set_rope(self, "rope_parameters", width)
         object.__setattr__(self, "balance", balance_from(self.balance))
         sparse = self.first_k_dense_replace < self.num_hidden_layers
         if sparse:
@@ -314,7 +309,7 @@ class DeepSeek3(Llama3):
     def setup(self) -> None:
         super().setup()
         if self.config.num_nextn_predict_layers:
-            self.mtp = self.stacked(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
+            self.mtp = self.scanned(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
 
     @property
     def experts(self) -> Experts | None:
@@ -402,9 +397,9 @@ class DeepSeek3(Llama3):
         return tuple(self.unembed(hidden[:, :-k]) for k, hidden in enumerate(ahead.hidden, start=1))
 
     @nn.nowrap
-    def module_slots(self) -> tuple[tuple[tuple[str, str], int], ...]:
+    def all_layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
         ahead = tuple(((MTP, BLOCK), depth) for depth in range(self.config.num_nextn_predict_layers))
-        return (*self.layer_slots(), *ahead)
+        return (*self.layer_paths(), *ahead)
 
     @nn.nowrap
     def create_ahead_caches(self, batch: int, length: int, dtype: Dtype) -> tuple[LatentCache, ...]:

@@ -34,8 +34,18 @@ from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
-from llmq_jax.layers.positions import Rope, rope_from
-from llmq_jax.models.config import GLOBAL, LOCAL, require, require_at_least, require_positive, set_layer_types
+from llmq_jax.layers.positions import Rope
+from llmq_jax.models.config import (
+    GLOBAL,
+    LOCAL,
+    require,
+    require_at_least,
+    require_one_of,
+    require_positive,
+    require_rates,
+    set_layer_types,
+    set_rope,
+)
 from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 
@@ -110,9 +120,7 @@ class Gemma2Config:
             f"must divide num_attention_heads={self.num_attention_heads}",
         )
         require(self.head_dim % 2 == 0, self, "head_dim", "must be even: RoPE turns pairs of features")
-        require(
-            self.hidden_activation in ACTIVATIONS, self, "hidden_activation", f"is none of {', '.join(ACTIVATIONS)}"
-        )
+        require_one_of(ACTIVATIONS, self, "hidden_activation")
         set_layer_types(self, self.family_layer_types)
         require(
             LOCAL not in self.layer_kinds or self.sliding_window <= self.max_position_embeddings,
@@ -124,18 +132,11 @@ class Gemma2Config:
             cap = getattr(self, name)
             require(cap is None or 0 < cap < math.inf, self, name, "must be positive and finite, or None")
         require_positive(self, "rms_norm_eps", "initializer_range")
-        require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
-        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
-        self._set_rope("rope_parameters")
+        require_rates(self, "attention_dropout")
+        require_one_of(NORMS, self, "norm")
+        set_rope(self, "rope_parameters", self.head_dim)
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         set_labels(self)
-
-    def _set_rope(self, name: str) -> None:
-        parameters = getattr(self, name)
-        if not isinstance(parameters, Rope):
-            default = {"rope_theta": getattr(type(self), name).rope_theta}
-            parameters = default | {key: value for key, value in parameters.items() if value is not None}
-        object.__setattr__(self, name, rope_from(parameters, self.head_dim, self.max_position_embeddings))
 
     @property
     def family_layer_types(self) -> tuple[str, ...]:
@@ -183,7 +184,7 @@ class Gemma3Config(Gemma2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set_rope("local_rope_parameters")
+        set_rope(self, "local_rope_parameters", self.head_dim)
 
     @property
     def local_rope(self) -> Rope:

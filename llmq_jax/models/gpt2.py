@@ -30,7 +30,7 @@ from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
-from llmq_jax.models.config import require, require_at_least
+from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates
 from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 
@@ -74,17 +74,10 @@ class GPT2Config:
             "num_attention_heads",
             f"must divide hidden_size={self.hidden_size}",
         )
-        require(
-            self.activation_function in ACTIVATIONS,
-            self,
-            "activation_function",
-            f"must be one of {', '.join(ACTIVATIONS)}",
-        )
-        require(self.layer_norm_epsilon > 0, self, "layer_norm_epsilon", "must be positive")
-        require(self.initializer_range > 0, self, "initializer_range", "must be positive")
-        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            require(0.0 <= getattr(self, name) < 1.0, self, name, "must be at least 0 and below 1")
+        require_one_of(ACTIVATIONS, self, "activation_function")
+        require_positive(self, "layer_norm_epsilon", "initializer_range")
+        require_one_of(NORMS, self, "norm")
+        require_rates(self, "embd_pdrop", "attn_pdrop", "resid_pdrop")
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         set_labels(self)
 

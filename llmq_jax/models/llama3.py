@@ -29,8 +29,8 @@ from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
-from llmq_jax.layers.positions import Rope, rope_from
-from llmq_jax.models.config import require, require_at_least, require_positive
+from llmq_jax.layers.positions import Rope
+from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
 from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
 
@@ -109,21 +109,13 @@ class Llama3Config:
             f"must divide hidden_size={self.hidden_size}, unless head_dim is given",
         )
         width = self.head_width
-        require(
-            width > 0 and width % 2 == 0, self, "head_dim", f"gives heads of {width} features, but RoPE turns pairs"
-        )
-        require(self.hidden_act in ACTIVATIONS, self, "hidden_act", f"must be one of {', '.join(ACTIVATIONS)}")
+        rule = f"gives heads of {width} features, but RoPE turns pairs"
+        require(width > 0 and width % 2 == 0, self, "head_dim", rule)
+        require_one_of(ACTIVATIONS, self, "hidden_act")
         require_positive(self, "rms_norm_eps", "initializer_range")
-        require(0.0 <= self.attention_dropout < 1.0, self, "attention_dropout", "must be at least 0 and below 1")
-        require(self.norm in NORMS, self, "norm", f"must be one of {', '.join(NORMS)}")
-        rope = self.rope_parameters
-        if isinstance(rope, dict):
-            given = {name: value for name, value in rope.items() if value is not None}
-            default_rope = type(self).rope_parameters
-            assert isinstance(default_rope, Rope)
-            rope = {"rope_theta": default_rope.rope_theta} | given
-        rope = rope_from(rope, self.head_width, self.max_position_embeddings)
-        object.__setattr__(self, "rope_parameters", rope)
+        require_rates(self, "attention_dropout")
+        require_one_of(NORMS, self, "norm")
+        set_rope(self, "rope_parameters", self.head_width)
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         set_labels(self)
 

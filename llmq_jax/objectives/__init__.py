@@ -1,9 +1,10 @@
 """One training objective a file."""
 
+from llmq_jax.objectives.advantages import group_advantages, process_advantages
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.classification import Classification
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
-from llmq_jax.objectives.expert_balance import with_balance_losses
-from llmq_jax.objectives.grpo import GRPO, group_advantages, grpo_loss, process_advantages
+from llmq_jax.objectives.grpo import GRPO, grpo_loss
 from llmq_jax.objectives.logprobs import sequence_logprobs, token_logprobs
 from llmq_jax.objectives.means import safe_divide
 from llmq_jax.objectives.multi_token import MultiToken

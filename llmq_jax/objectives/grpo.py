@@ -4,7 +4,7 @@ The policy answers each question several times, the answers are scored, and an a
 did than the others of its group: no critic is trained. Then the policy π learns from them, for one or more steps, near
 the policy π_old that they were sampled from and, where β > 0, near a reference π_ref. Of token t of answer i:
 
-    A_i = (r_i - mean(r)) / (std(r) + ε)          advantage: r are the rewards of the group        section 4.1.2
+    A_i = (r_i - mean(r)) / (std(r) + ε)          advantage (`objectives.advantages`), r: rewards of the group
     ρ_t = π(o_t | q, o_<t) / π_old(o_t | q, o_<t)                                                  ratio
     D_t = π_ref/π - log(π_ref/π) - 1              distance from the reference                      eq. 4
     loss = -average of (surrogate(ρ_t, A_i) - β D_t)                                               eq. 3, 19
@@ -40,14 +40,13 @@ from jaxtyping import Array, Bool, Float, Int
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.positions import DynamicRope, LongRope
 from llmq_jax.models.decoder import Decoder
-from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.means import safe_divide
 
 Mask = Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"]
 Advantages = Float[Array, " B"] | Float[Array, "B C"]
 
-SCALES = ("group", "batch", "none")
 ESTIMATORS = ("k1", "k2", "k3")
 # The options that each loss type reads beside those of all, with their defaults; clip_high None is clip_low.
 _CLIPPED: dict[str, float | None] = {"clip_low": 0.2, "clip_high": None}
@@ -61,75 +60,6 @@ OPTIONS: dict[str, dict[str, float | None]] = {
     "cispo": {"clip_high": 5.0},
 }
 TOKEN_AVERAGES = ("dapo", "cispo")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages
-
-
-def group_advantages(
-    rewards: Float[Array, " B"], group_size: int, *, scale: str = "group", epsilon: float = 1e-4
-) -> Float[Array, " B"]:
-    """How much better each answer did than its group: A_i = (r_i - mean(r)) / (std(r) + ε).
-
-    Answers to the same question are neighbours, `group_size` of them. `scale`: what is divided by, the unbiased
-    standard deviation of the rewards of the "group" (DeepSeekMath, section 4.1.2) or of the whole "batch", or "none"
-    (Dr. GRPO: a division by the group's favours questions that are too easy or too hard). The mean is always the
-    group's. Where all answers of a group did equally well, the advantages are exactly 0. BadInput: rewards that are no
-    whole number of groups, a scale that is unknown, a group of one that would be divided by its spread.
-    """
-    groups = _groups(rewards, group_size, scale)
-    if scale == "group" and group_size == 1:
-        raise BadInput("a group of one answer has no spread to divide by; sample group_size=2 or more, or scale='none'")
-    return _standardised(groups, jnp.ones_like(groups), scale, epsilon).reshape(-1)
-
-
-def process_advantages(
-    step_rewards: Float[Array, "B C"], step_ends: Mask, group_size: int, *, scale: str = "group", epsilon: float = 1e-4
-) -> Float[Array, "B C"]:
-    """Advantages of tokens where the steps of an answer are rewarded, not its outcome (DeepSeekMath, section 4.1.3).
-
-    `step_ends` is 1 on the last token of each step, where `step_rewards` has the step's reward. The rewards are
-    compared as those of `group_advantages`, with the mean and the standard deviation of all steps of all answers of
-    the group; a token's advantage is the sum over the steps that end with it or after it. After the last step it is 0.
-    """
-    groups, counted = _groups(step_rewards, group_size, scale), _groups(step_ends != 0, group_size, scale)
-    relative = _standardised(groups, counted.astype(jnp.float32), scale, epsilon).reshape(step_rewards.shape)
-    return jnp.cumsum(relative[:, ::-1], axis=1)[:, ::-1]
-
-
-def _groups(values: Array, group_size: int, scale: str) -> Array:
-    """[B, ...] to [groups, all values of a group]."""
-    if scale not in SCALES:
-        raise BadInput(f"scale={scale!r} of advantages is unknown; {did_you_mean(scale, SCALES)}")
-    if group_size < 1 or len(values) % group_size:
-        raise BadInput(f"{len(values)} answers are no whole number of groups of {group_size}; change one of the two")
-    return values.reshape(len(values) // group_size, -1)
-
-
-def _standardised(rewards: Array, counted: Array, scale: str, epsilon: float) -> Array:
-    """(r - mean of its group) / (spread + ε) where `counted` is 1, 0 elsewhere: [groups, N] all of them."""
-    centred, deviation = _centred(rewards, counted, axis=1)
-    if scale == "none":
-        return centred
-    if scale == "batch":
-        _, deviation = _centred(rewards, counted, axis=None)
-    # Without spread and without ε: 0, not NaN.
-    return centred / jnp.maximum(deviation + epsilon, jnp.finfo(jnp.float32).tiny)
-
-
-def _centred(rewards: Array, counted: Array, axis: int | None) -> tuple[Array, Array]:
-    """(r - mean(r), unbiased standard deviation) along an axis, or of all.
-
-    Rewards are first measured from the lowest: the mean of zeros is 0. That of equal numbers need not be that number
-    (three times 1.7 in float32), and a division by ε would make an advantage of the rounding.
-    """
-    lowest = jnp.where(counted > 0, rewards, jnp.inf).min(axis=axis, keepdims=True)
-    above = jnp.where(counted > 0, rewards - lowest, 0.0)
-    number = counted.sum(axis=axis, keepdims=True)
-    centred = (above - above.sum(axis=axis, keepdims=True) / jnp.maximum(number, 1)) * counted
-    variance = (centred**2).sum(axis=axis, keepdims=True) / jnp.maximum(number - 1, 1)
-    return centred, jnp.sqrt(variance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,8 +385,8 @@ class GRPO(LossOptions):
         super().__post_init__()
         if self.group_size > 1 and not can_share_prompts(self.model):
             raise BadInput(
-                f"group_size={self.group_size}: a model with experts, a cut stack or a RoPE that goes by the length of "
-                "a row cannot share its prompts"
+                f"group_size={self.group_size}: a model with experts, frozen layers or a RoPE that goes by the length "
+                "of a row cannot share its prompts"
             )
         if not 0 < self.temperature < math.inf:
             raise BadInput(f"temperature={self.temperature} of GRPO must be positive")

@@ -69,7 +69,7 @@ def logprobs_and_counts(
     if lengths is not None:
         counted *= segments_of(lengths, tokens.shape[1])
     rows = output.hidden[:, :-1], tokens[:, 1:], counted[:, 1:]
-    (logprobs,) = _scores(model, variables, *rows, temperature, (_of_target,))
+    (logprobs,) = _measured(model, variables, *rows, temperature, (_of_target,))
     return logprobs, output.counts
 
 
@@ -107,7 +107,7 @@ def completion_logprobs(
         hidden = output.hidden
     targets = jnp.take_along_axis(tokens, places, axis=1)
     measures = (_of_target, _entropy) if entropies else (_of_target,)
-    return *_scores(model, variables, hidden, targets, counted, temperature, measures), output.counts
+    return *_measured(model, variables, hidden, targets, counted, temperature, measures), output.counts
 
 
 def _after_prompts(
@@ -148,7 +148,7 @@ def greedy_logprobs(
     """
     hidden = _forward(model, variables, tokens, lengths).hidden[rows]
     measures = (_of_target, _is_likeliest)
-    logprobs, greedy = _scores(model, variables, hidden, targets, mask.astype(jnp.float32), 1.0, measures)
+    logprobs, greedy = _measured(model, variables, hidden, targets, mask.astype(jnp.float32), 1.0, measures)
     return logprobs, greedy > 0
 
 
@@ -157,7 +157,7 @@ def _forward(model: Decoder, variables: dict[str, Any], tokens: Array, lengths: 
     return model.apply(variables, tokens, None, segment_ids, method="forward")
 
 
-def _scores(
+def _measured(
     model: Decoder,
     variables: dict[str, Any],
     hidden: Float[Array, "B T D"],
@@ -195,13 +195,13 @@ def _scores(
         return None, jax.lax.cond(any_counted, of_rows, nothing, heads, rows, target)
 
     any_counted = (split(mask) != 0).any(axis=(1, 2))
-    _, scores = jax.lax.scan(chunk, None, (split(hidden), split(targets), any_counted))
+    _, measured = jax.lax.scan(chunk, None, (split(hidden), split(targets), any_counted))
 
-    def unsplit(score: Array) -> Array:
-        in_order: Array = sorted_by(chunks.join(score), back)
+    def unsplit(values: Array) -> Array:
+        in_order: Array = sorted_by(chunks.join(values), back)
         return in_order.reshape(mask.shape) * mask
 
-    return tuple(map(unsplit, scores))
+    return tuple(map(unsplit, measured))
 
 
 def _of_target(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:

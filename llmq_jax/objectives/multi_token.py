@@ -1,6 +1,6 @@
 """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the next token, and D further ones.
 
-    loss = L_main + λ/D Σ_k L_k                                                      eq. 25
+    loss = L_main + λ/D Σ_k L_k                                                      the second term is eq. 25
     L_k = -Σ_i log p_k(token i + k + 1 | tokens up to i + k) / their number          eq. 24, which divides by T
 
 p_k is what the k-th of the model's modules gives, by the head that all share. Where a row or a document ends before
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models.deepseek3 import DeepSeek3, has_token_ahead
-from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.means import safe_divide
 from llmq_jax.objectives.next_token import head_loss
 

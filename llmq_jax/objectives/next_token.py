@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.models.decoder import Decoder
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy
-from llmq_jax.objectives.expert_balance import with_balance_losses
 from llmq_jax.objectives.means import safe_divide
 
 

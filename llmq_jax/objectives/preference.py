@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder
-from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.logprobs import logprobs_and_counts
 from llmq_jax.objectives.means import safe_divide
 

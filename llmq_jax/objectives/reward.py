@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
-from llmq_jax.objectives.expert_balance import with_balance_losses
+from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.means import safe_divide
 
 POOLINGS = ("last", "mean")

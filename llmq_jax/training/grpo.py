@@ -37,7 +37,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.layers.axes import replicated
 from llmq_jax.models.decoder import Decoder
-from llmq_jax.objectives.grpo import GRPO, group_advantages, process_advantages
+from llmq_jax.objectives.advantages import group_advantages, process_advantages
+from llmq_jax.objectives.grpo import GRPO
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.means import EXTREMES, combined
 from llmq_jax.training.parts import as_read, whole
@@ -145,14 +146,15 @@ class Loop:
         """The model that answers, with the variables of a state."""
         return self.lm.replace(variables=whole(variables))
 
-    def answered(self, state: TrainState, batch: dict[str, Any]) -> tuple[Rollout, Scores, "Asked"]:
+    def answered(self, state: TrainState, batch: dict[str, Any]) -> tuple[Rollout, Scores, Asked]:
         """(answers of the policy as it is, what they are worth, what asking took)."""
         number, count = int(batch["step"]), len(batch["prompts"])
         begin = time.monotonic()
         policy = self.policy(state.variables)
-        seconds, drawn, places, seen = time.monotonic() - begin, 0, list(batch["prompts"]), set()
+        seconds, drawn = time.monotonic() - begin, 0
+        places, seen = list(batch["prompts"]), set()  # which prompts are asked next, and which were
         kept: list[tuple[Rollout, Scores]] = []
-        needed, spare = count, None
+        needed, spare = count, None  # groups that are still to be found, and a round with some that teach nothing
         for attempt in range(ROUNDS if self.dynamic_sampling else 1):
             begin = time.monotonic()
             seeds = row_seeds(self.seed, number, count * self.group_size, attempt)

@@ -1,7 +1,7 @@
 """Training a part of a model: its head, its last layers, or adapters beside it.
 
-What stays as it is stands in a collection of its own, `frozen`, beside `params`, which train. Where a stack of layers
-is cut in two, its upper layers are another stack, `group_0_upper` beside `group_0`, which the model runs after it
+What stays as it is stands in a collection of its own, `frozen`, beside `params`, which train. Where a group of layers
+is cut in two, its upper layers are another group, `group_0_upper` beside `group_0`, which the model runs after it
 (`Decoder.frozen_layers`): gradients end there, and neither time nor memory goes to the layers below.
 
     {"params": {"group_0_upper", "final_norm"}, "frozen": {"token_embedding", "group_0"}}     the last blocks
@@ -31,13 +31,13 @@ def as_read(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(variables: dict[str, Any]) -> dict[str, Any]:
-    """The same for the model as it was: the layers that stood apart are one stack again."""
+    """The same for the model as it was: the layers that stood apart are one group again."""
     variables = as_read(variables)
     return {name: _joined(tree, variables[PARAMS]) for name, tree in variables.items()}
 
 
 def _joined(tree: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """A collection with stacks that were cut as one. Adapters have no lower part, but there they are zeros."""
+    """A collection with groups that were cut as one. Adapters have no lower part, but there they are zeros."""
     joined = dict(tree)
     for lower in params:
         upper = joined.pop(upper_part(lower), None)
@@ -50,14 +50,14 @@ def _joined(tree: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut(model: Decoder, variables: dict[str, Any], blocks: int) -> tuple[Decoder, dict[str, Any], set[str]]:
-    """(the model, variables, names of the stacks below) with the last `blocks` layers in stacks of their own."""
-    layers = len(model.layer_slots())
+    """(the model, variables, names of the groups below) with the last `blocks` layers in groups of their own."""
+    layers = len(model.layer_paths())
     if not 0 <= blocks <= layers:
         raise BadInput(f"{blocks} blocks cannot train: the model has {layers}")
     model = model.clone(frozen_layers=layers - blocks)
-    stacks = model.stacks()
+    groups = model.groups()
     below, at = set(), 0
-    for name, group in stacks.items():
+    for name, group in groups.items():
         at += group.repeats * len(group.blocks)
         if at <= layers - blocks:
             below.add(name)
@@ -70,8 +70,8 @@ def cut(model: Decoder, variables: dict[str, Any], blocks: int) -> tuple[Decoder
     def divided(tree: dict[str, Any]) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         for name, leaf in tree.items():
-            if upper_part(name) in stacks:
-                count = stacks[name].repeats
+            if upper_part(name) in groups:
+                count = groups[name].repeats
                 parts[name] = jax.tree.map(lambda x, n=count: x[:n], leaf)
                 parts[upper_part(name)] = jax.tree.map(lambda x, n=count: x[n:], leaf)
             else:
@@ -93,7 +93,7 @@ def freeze_all_but(
             "what to compute in, lq.build(config, dtype=...), or load them in float32"
         )
     model, variables, below = cut(model, variables, blocks)
-    trained = {*heads, *((set(model.stacks()) - below | {"final_norm"}) if blocks else ())}
+    trained = {*heads, *((set(model.groups()) - below | {"final_norm"}) if blocks else ())}
     params = variables.pop(PARAMS)
     parts = {
         PARAMS: {name: leaf for name, leaf in params.items() if name in trained},
@@ -108,19 +108,19 @@ def train_adapters(
     """(the model, variables, the collections that train): the adapters and `heads`. Below the first layer that has an
     adapter there is nothing to train, and no gradient goes there."""
     found = adapters(variables)
-    slots = model.layer_slots()
+    layer_paths = model.layer_paths()
 
     def adapts(layer: int) -> bool:
-        block, repeat = slots[layer]
+        block, repeat = layer_paths[layer]
         return any(path[:2] == block and np.asarray(fixed[SCALE])[repeat] for path, (_, fixed) in found.items())
 
-    first = next((layer for layer in range(len(slots)) if adapts(layer)), len(slots))
+    first = next((layer for layer in range(len(layer_paths)) if adapts(layer)), len(layer_paths))
     # A pattern of layers stands together.
     while first and not _between_patterns(model, first):
         first -= 1
-    model, variables, below = cut(model, variables, len(slots) - first)
+    model, variables, below = cut(model, variables, len(layer_paths) - first)
     for name in (LORA, LORA_FIXED):
-        variables[name] = {stack: tree for stack, tree in variables[name].items() if stack not in below}
+        variables[name] = {group: tree for group, tree in variables[name].items() if group not in below}
     trained = {name: leaf for name, leaf in variables[PARAMS].items() if name in heads}
     if not trained:
         return model, variables, (LORA,)

@@ -12,8 +12,8 @@ from jax.extend.core import jaxpr_as_fun
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
-from llmq_jax.objectives.expert_balance import load_metrics, move_biases
 from llmq_jax.objectives.means import EXTREMES, combined, over_devices
+from llmq_jax.training.expert_load import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
 from llmq_jax.training.state import TrainState

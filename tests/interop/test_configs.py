@@ -1,7 +1,6 @@
 """config.json, read and written."""
 
 import dataclasses
-import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -48,11 +47,7 @@ ORIGINAL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def test_original_file():

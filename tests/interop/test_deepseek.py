@@ -70,11 +70,7 @@ TOKENS = np.random.default_rng(0).integers(0, 13, (2, 9))
 BIAS = "mlp.gate.e_score_correction_bias"
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

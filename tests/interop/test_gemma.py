@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from functools import cache
 
 import jax
@@ -41,11 +40,7 @@ FULL = {"attention_bias": True, "tie_word_embeddings": False}
 CONFIGS = (GEMMA3, GEMMA2, Gemma3Config(**SIZES, **FULL), Gemma2Config(**SIZES, **FULL))
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 # Weights.
@@ -348,7 +343,7 @@ def test_spellings_of_layers():
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be at least 1"),
         ({"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0 must be positive and finite, or None"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported, only None"),
-        ({"hidden_activation": "relu"}, "hidden_activation='relu' is none of"),
+        ({"hidden_activation": "relu"}, "hidden_activation='relu' must be one of"),
         ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be at least 0 and below 1"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported, only False"),
         ({"rope_parameters": {"rope_theta": 500.0}}, "rope_parameters has rope_theta outside of full_attention and"),

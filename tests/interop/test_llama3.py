@@ -42,11 +42,7 @@ ORIGINAL = override(TIED, attention_output_bias=True, rms_norm_eps=1e-5)
 CONFIGS = {"hf": (TIED, UNTIED), "gguf": (TIED, UNTIED), "original": (ORIGINAL,)}
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 # Weights.

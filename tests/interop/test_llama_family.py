@@ -1,7 +1,5 @@
 """The layouts and config.json of Mistral, Qwen 2 and Qwen 3: names and shapes, files of the hub, windows, refusals."""
 
-import warnings
-
 import jax
 import numpy as np
 import pytest
@@ -34,11 +32,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 @pytest.mark.parametrize("model_type", ["llama", *CONFIGS])

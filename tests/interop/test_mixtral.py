@@ -1,7 +1,6 @@
 """Mixtral's weights and config.json: two spellings of experts, there and back, what is refused."""
 
 import json
-import warnings
 
 import jax
 import ml_dtypes
@@ -40,11 +39,7 @@ TIED = override(UNTIED, tie_word_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9))
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def fused(state, config=UNTIED):

@@ -110,7 +110,7 @@ def largest_difference(a, b):
 @pytest.mark.product("adapters")
 def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, name):
     model, variables = base
-    fresh = lora.add(variables, model.layer_slots(), VARIANTS[name])
+    fresh = lora.add(variables, model.layer_paths(), VARIANTS[name])
     reference = np.asarray(apply(model, variables))
     # Zeros are added; but another program rounds elsewhere, and a DoRA divides by what it multiplies with.
     np.testing.assert_allclose(apply(model, fresh), reference, atol=2e-7 if name != "dora" else 1e-6, rtol=0)
@@ -134,7 +134,7 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, n
 @pytest.mark.product("adapters")
 def test_decoding_and_modules_have_the_adapters_too(base, name):
     model, variables = base
-    adapted = moved(lora.add(variables, model.layer_slots(), VARIANTS[name]))
+    adapted = moved(lora.add(variables, model.layer_paths(), VARIANTS[name]))
     expected = np.asarray(apply(model, adapted))
     outside, layers = model.slice_layers(adapted)
     caches = model.slice_caches(model.create_caches(2, 16, jnp.float32))
@@ -147,12 +147,12 @@ def test_decoding_and_modules_have_the_adapters_too(base, name):
 def test_layers_that_were_not_chosen_get_no_gradient(base):
     model, variables = base
     for spec in (LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), variant="dora", targets="attention")):
-        adapted = moved(lora.add(variables, model.layer_slots(), spec))
+        adapted = moved(lora.add(variables, model.layer_paths(), spec))
 
         def loss(trained, adapted=adapted):
             return jnp.square(model.apply({**adapted, "lora": trained}, TOKENS)).mean()
 
-        slots = dict(enumerate(model.layer_slots()))
+        slots = dict(enumerate(model.layer_paths()))
         gradients = flatten_dict(jax.jit(jax.grad(loss))(adapted["lora"]))
         assert gradients
         for path, gradient in gradients.items():
@@ -179,7 +179,7 @@ def matrices_formed(base, spec):
     48 and 52 of them are no width of any model here."""
     model, variables = base
     if spec is not None:
-        variables = lora.add(variables, model.layer_slots(), spec)
+        variables = lora.add(variables, model.layer_paths(), spec)
     trained = "params" if spec is None else "lora"
     objective = NextToken(model)
     batch = {"tokens": jnp.array(TOKENS), "targets": jnp.array(TOKENS), "mask": jnp.ones(TOKENS.shape)}
@@ -205,7 +205,7 @@ def test_no_gradient_of_a_matrix_is_formed(base):
 
 def test_the_linear_layer_drops_the_adapters_input_alone():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
-    fresh = lora.add(variables, model.layer_slots(), LoRA(rank=3, dropout=0.5))
+    fresh = lora.add(variables, model.layer_paths(), LoRA(rank=3, dropout=0.5))
     first, second = jax.random.split(jax.random.key(0))
     np.testing.assert_allclose(apply(model, fresh, first), apply(model, variables), atol=2e-7)
     adapted = moved(fresh)
@@ -317,7 +317,7 @@ def test_targets_are_named_by_groups_our_names_or_those_of_transformers():
     aliases = module_names(CONFIGS["deepseek"])
 
     def inside(*targets):
-        found = lora.adapters(lora.add(variables, model.layer_slots(), LoRA(rank=1, targets=targets), aliases))
+        found = lora.adapters(lora.add(variables, model.layer_paths(), LoRA(rank=1, targets=targets), aliases))
         return {"/".join(path[2:] if path[-1] != "kernel" else path[2:-1]) or path[0] for path in found}
 
     attention = {f"attention/{name}" for name in ("query_down", "query_up", "latent_down", "latent_up", "out")}
@@ -338,7 +338,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
 
     def count(**fields):
-        return lora.trained_numbers(lora.add(variables, model.layer_slots(), LoRA(**fields)))
+        return lora.trained_numbers(lora.add(variables, model.layer_paths(), LoRA(**fields)))
 
     assert count(rank=2, targets="query") == 3 * 2 * (24 + 24)
     assert count(rank=2, targets="query", layers=(1,)) == 2 * (24 + 24)
@@ -369,7 +369,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
 def test_bad_adapters_are_refused_in_one_line(fields, message):
     config = CONFIGS["mixtral"]
     with pytest.raises(BadInput) as error:
-        lora.add(drawn(config), build(config).layer_slots(), LoRA(**fields))
+        lora.add(drawn(config), build(config).layer_paths(), LoRA(**fields))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -377,14 +377,14 @@ def test_bad_adapters_are_refused_in_one_line(fields, message):
 def test_a_pattern_that_the_chosen_layers_lack_is_refused():
     model, variables = build(CONFIGS["deepseek"]), drawn(CONFIGS["deepseek"])
     with pytest.raises(BadInput, match=r"layers 0 have no moe/\*; leave it out"):
-        lora.add(variables, model.layer_slots(), LoRA(targets=("attention", "moe/*"), layers=(0,), rank=2))
+        lora.add(variables, model.layer_paths(), LoRA(targets=("attention", "moe/*"), layers=(0,), rank=2))
 
 
 @pytest.mark.exhaustive
 def test_a_base_in_bfloat16_keeps_its_type():
     model, variables = build(CONFIGS["mixtral"]), init(CONFIGS["mixtral"])
     variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
-    adapted = moved(lora.add(variables, model.layer_slots(), LoRA(rank=2)), size=1.0)
+    adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)), size=1.0)
     expected = model.apply(adapted, TOKENS)
     merged = lora.merge(adapted)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
@@ -400,7 +400,7 @@ def test_a_base_in_bfloat16_keeps_its_type():
 def test_modules_of_multi_token_prediction_stay_as_they_are():
     config = override(CONFIGS["deepseek"], num_nextn_predict_layers=1)
     model, variables = build(config), init(config)
-    adapted = moved(lora.add(variables, model.layer_slots(), LoRA(rank=2)))
+    adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)))
     assert all(path[0].startswith("group_") for path in lora.adapters(adapted))
     ahead = jax.jit(lambda variables: model.apply(variables, TOKENS, method="mtp_logits"))
     for found, expected in zip(ahead(lora.merge(adapted)), ahead(adapted), strict=True):
@@ -409,7 +409,7 @@ def test_modules_of_multi_token_prediction_stay_as_they_are():
 
 def test_what_was_never_merged_is_not_unmerged():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
-    adapted = lora.add(variables, model.layer_slots(), LoRA(rank=2))
+    adapted = lora.add(variables, model.layer_paths(), LoRA(rank=2))
     with pytest.raises(BadInput, match="has adapters beside its matrices, so that they are not merged"):
         lora.unmerge(adapted, adapted)
     shallow = drawn(override(CONFIGS["llama"], num_hidden_layers=1))
@@ -422,6 +422,6 @@ def test_what_was_never_merged_is_not_unmerged():
 
 def test_a_model_with_adapters_takes_no_others():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
-    adapted = lora.add(variables, model.layer_slots(), LoRA())
+    adapted = lora.add(variables, model.layer_paths(), LoRA())
     with pytest.raises(BadInput, match="has adapters already"):
-        lora.add(adapted, model.layer_slots(), LoRA())
+        lora.add(adapted, model.layer_paths(), LoRA())

@@ -239,7 +239,7 @@ def test_modules_decode_as_they_look_ahead(case):
     """The first tokens at once, into empty caches; the others in pieces, absorbed."""
     model, variables, output, ahead = case
     outside, _ = model.slice_layers(variables)
-    modules = slice_modules(variables, model.module_slots()[model.config.num_hidden_layers :])
+    modules = slice_modules(variables, model.all_layer_paths()[model.config.num_hidden_layers :])
     caches = list(model.create_ahead_caches(2, 12, jnp.float32))
     decode = jax.jit(model.decode_ahead)
     segments, start = np.ones((2, 12), np.int32), 0

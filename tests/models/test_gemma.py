@@ -135,7 +135,7 @@ def test_any_arrangement_of_layers_holds_every_layer_once():
         groups = model.layer_groups()
         found = [
             groups[int(group.removeprefix("group_"))].blocks[int(block.removeprefix("block_"))].keywords.get("window")
-            for (group, block), _ in model.layer_slots()
+            for (group, block), _ in model.layer_paths()
         ]
         assert config.layer_kinds == kinds
         assert found == [config.sliding_window if kind == LOCAL else None for kind in kinds]

@@ -14,7 +14,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import build, init
-from llmq_jax.objectives.expert_balance import balance_terms
+from llmq_jax.objectives.balance_losses import balance_terms
 from llmq_jax.objectives.reward import RewardModel, bradley_terry_loss, model_rewards, sequence_rewards, token_scores
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmq_jax.objectives.grpo import LossOptions, group_advantages, grpo_loss, kl_estimate, policy_ratio, surrogate
+from llmq_jax.objectives.advantages import group_advantages
+from llmq_jax.objectives.grpo import LossOptions, grpo_loss, kl_estimate, policy_ratio, surrogate
 
 LOOPS = ("grpo_training_loop", "grpo_training_loop_single_prompt", "grpo_training_loop_variant_experimental")
 

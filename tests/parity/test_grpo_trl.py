@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmq_jax.objectives.grpo import OPTIONS, TOKEN_AVERAGES, group_advantages, grpo_loss, loss_weights
+from llmq_jax.objectives.advantages import group_advantages
+from llmq_jax.objectives.grpo import OPTIONS, TOKEN_AVERAGES, grpo_loss, loss_weights
 
 pytest.importorskip("trl")
 from trl.trainer.grpo_trainer import GRPOTrainer

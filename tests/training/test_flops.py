@@ -83,7 +83,7 @@ def test_with_adapters_no_weight_has_a_gradient():
     """But for the adapters' own products, which do not count, and the first layer, before which nothing learns."""
     config = CONFIGS["llama3"]()
     model, _, tokens = plain(config)
-    variables = lora.add(lq.init(config), model.layer_slots(), lora.LoRA(rank=1))
+    variables = lora.add(lq.init(config), model.layer_paths(), lora.LoRA(rank=1))
     trained, rest = {LORA: variables.pop(LORA)}, variables
     found = trained_products(model, trained, rest, tokens)
     found -= 3 * (ALL_SCORES - 1) * attention_flops(config, LENGTH)

@@ -74,7 +74,7 @@ def test_what_trains_gets_the_gradient_that_it_gets_in_the_whole_model(case):
     value, expected = gradients(objective, variables)
     parted_value, found = gradients(parted_objective, parted)
     np.testing.assert_allclose(parted_value, value, rtol=1e-6)
-    layers = model.layer_slots()
+    layers = model.layer_paths()
     assert found.keys() & {"token_embedding", "position_embedding"} == set()
     for name, gradient in found.items():
         group = name.removesuffix("_upper")
@@ -130,7 +130,7 @@ def test_no_time_goes_to_the_layers_below():
 def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
     config, _ = CASES[name]
     model = build(config)
-    adapted = lora.add(init(config), model.layer_slots(), LoRA(rank=2, layers=layers))
+    adapted = lora.add(init(config), model.layer_paths(), LoRA(rank=2, layers=layers))
     noise = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapted["lora"])
     adapted = {**adapted, "lora": noise}
     parted_model, parted, trainable = train_adapters(model, adapted)
@@ -169,7 +169,7 @@ def test_the_bias_of_a_router_moves_where_the_router_trains(train):
     model, variables = build(config), init(config)
     trainable = ("params",)
     if train == "lora":
-        adapted = lora.add(variables, model.layer_slots(), LoRA(rank=2, targets="attention"))
+        adapted = lora.add(variables, model.layer_paths(), LoRA(rank=2, targets="attention"))
         model, variables, trainable = train_adapters(model, adapted)
     elif train == "blocks":
         model, variables = freeze_all_but(model, variables, 1, ())

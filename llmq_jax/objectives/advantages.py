@@ -1,0 +1,82 @@
+"""The advantages of GRPO: how much better an answer did than the others of its group, so that no critic is trained.
+
+DeepSeekMath (Shao et al. 2024, arXiv:2402.03300), sections 4.1.2, where answers are rewarded, and 4.1.3, where each of
+their steps is. What the policy learns from them is in `objectives.grpo`.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llmq_jax.errors import BadInput, did_you_mean
+
+SCALES = ("group", "batch", "none")
+
+
+def group_advantages(
+    rewards: Float[Array, " B"], group_size: int, *, scale: str = "group", epsilon: float = 1e-4
+) -> Float[Array, " B"]:
+    """How much better each answer did than its group: A_i = (r_i - mean(r)) / (std(r) + ε).
+
+    Answers to the same question are neighbours, `group_size` of them. `scale`: what is divided by, the unbiased
+    standard deviation of the rewards of the "group" (DeepSeekMath, section 4.1.2) or of the whole "batch", or "none"
+    (Dr. GRPO: a division by the group's favours questions that are too easy or too hard). The mean is always the
+    group's. Where all answers of a group did equally well, the advantages are exactly 0. BadInput: rewards that are no
+    whole number of groups, a scale that is unknown, a group of one that would be divided by its spread.
+    """
+    groups = _groups(rewards, group_size, scale)
+    if scale == "group" and group_size == 1:
+        raise BadInput("a group of one answer has no spread to divide by; sample group_size=2 or more, or scale='none'")
+    return _standardised(groups, jnp.ones_like(groups), scale, epsilon).reshape(-1)
+
+
+def process_advantages(
+    step_rewards: Float[Array, "B C"],
+    step_ends: Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"],
+    group_size: int,
+    *,
+    scale: str = "group",
+    epsilon: float = 1e-4,
+) -> Float[Array, "B C"]:
+    """Advantages of tokens where the steps of an answer are rewarded, not its outcome (DeepSeekMath, section 4.1.3).
+
+    `step_ends` is 1 on the last token of each step, where `step_rewards` has the step's reward. The rewards are
+    compared as those of `group_advantages`, with the mean and the standard deviation of all steps of all answers of
+    the group; a token's advantage is the sum over the steps that end with it or after it. After the last step it is 0.
+    """
+    groups, counted = _groups(step_rewards, group_size, scale), _groups(step_ends != 0, group_size, scale)
+    relative = _standardised(groups, counted.astype(jnp.float32), scale, epsilon).reshape(step_rewards.shape)
+    return jnp.cumsum(relative[:, ::-1], axis=1)[:, ::-1]
+
+
+def _groups(values: Array, group_size: int, scale: str) -> Array:
+    """[B, ...] to [groups, all values of a group]."""
+    if scale not in SCALES:
+        raise BadInput(f"scale={scale!r} of advantages is unknown; {did_you_mean(scale, SCALES)}")
+    if group_size < 1 or len(values) % group_size:
+        raise BadInput(f"{len(values)} answers are no whole number of groups of {group_size}; change one of the two")
+    return values.reshape(len(values) // group_size, -1)
+
+
+def _standardised(rewards: Array, counted: Array, scale: str, epsilon: float) -> Array:
+    """(r - mean of its group) / (spread + ε) where `counted` is 1, 0 elsewhere: [groups, N] all of them."""
+    centred, deviation = _centred(rewards, counted, axis=1)
+    if scale == "none":
+        return centred
+    if scale == "batch":
+        _, deviation = _centred(rewards, counted, axis=None)
+    # Without spread and without ε: 0, not NaN.
+    return centred / jnp.maximum(deviation + epsilon, jnp.finfo(jnp.float32).tiny)
+
+
+def _centred(rewards: Array, counted: Array, axis: int | None) -> tuple[Array, Array]:
+    """(r - mean(r), unbiased standard deviation) along an axis, or of all.
+
+    Rewards are first measured from the lowest: the mean of zeros is 0. That of equal numbers need not be that number
+    (three times 1.7 in float32), and a division by ε would make an advantage of the rounding.
+    """
+    lowest = jnp.where(counted > 0, rewards, jnp.inf).min(axis=axis, keepdims=True)
+    above = jnp.where(counted > 0, rewards - lowest, 0.0)
+    number = counted.sum(axis=axis, keepdims=True)
+    centred = (above - above.sum(axis=axis, keepdims=True) / jnp.maximum(number, 1)) * counted
+    variance = (centred**2).sum(axis=axis, keepdims=True) / jnp.maximum(number - 1, 1)
+    return centred, jnp.sqrt(variance)

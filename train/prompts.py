@@ -1,0 +1,59 @@
+"""The prompts of `train.grpo`: which are learned from, which are held out, and what tells them from others."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llmq_jax.errors import BadInput
+from train.options import VALIDATION_FRACTION
+from train.sources import Sources
+
+
+def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]:
+    """(training, validation) prompts, none of which is in both."""
+    import numpy as np
+
+    from llmq_jax.data import check_vocabulary, split_documents
+    from llmq_jax.data.prompts import read_prompts
+
+    def read(path):
+        found, dropped = read_prompts(
+            path,
+            source.tokenizer,
+            template=options.template,
+            prompt_format=options.prompt_format,
+            longest=options.max_prompt,
+        )
+        if dropped:
+            print(f"{path}: {dropped:,} prompts of more than {options.max_prompt} tokens are left out")
+        for prompt in found:
+            check_vocabulary(np.asarray(prompt.tokens), source.config.vocab_size, prompt.where)
+        return found
+
+    everything = read(sources.training)
+    if options.evaluate_every == 0:
+        return everything, []
+    if sources.validation:
+        validation = read(sources.validation)
+    else:
+        distinct = list({prompt.text: prompt for prompt in everything}.values())
+        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
+        if len(distinct) < 2:
+            raise BadInput(
+                f"{sources.training} holds one prompt, and some are held out: give more, or --validation-data"
+            )
+        _, validation = split_documents(distinct, fraction, options.split_seed or 0)
+    held_out = {prompt.text for prompt in validation}
+    training = [prompt for prompt in everything if prompt.text not in held_out]
+    if not training:
+        raise BadInput(f"{sources.training}: every prompt is in {sources.validation} too; give others to learn from")
+    return training, validation[: options.validation_prompts]
+
+
+def numbered(prompts: Sequence[Any]) -> Any:
+    """All prompts, and what else rewards know of them, as one array, to be told from others by."""
+    import numpy as np
+
+    columns = json.dumps([prompt.columns for prompt in prompts], default=str).encode()
+    rows = [np.asarray([len(prompt.tokens), *prompt.tokens], np.int64) for prompt in prompts]
+    return np.concatenate([*rows, np.frombuffer(columns, np.uint8).astype(np.int64)])
