@@ -25,7 +25,7 @@ from llmq_jax.training.metrics import TIME_FIELDS
 from llmq_jax.training.time_spent import TimeSpent
 from train import grpo, instruct, pretrain
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 ROOT = Path(__file__).parents[2]
 MODULES = {"pretrain": pretrain, "instruct": instruct, "grpo": grpo}

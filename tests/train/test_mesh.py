@@ -121,7 +121,7 @@ def ran(recipe, out, folder, options, devices, *more):
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", FINE_TUNING)
 def test_adapters_learn_on_many_devices_as_on_one(case, model, reward_model, tmp_path):
     """On a mesh, and of two processes, each with its share of a batch."""

@@ -31,7 +31,7 @@ def command(text_file, out):
     return [sys.executable, "-m", "train.pretrain", *(f"--{name}={value}" for name, value in options.items())]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sigterm_saves_and_a_second_process_is_refused(tmp_path, text_file):
     folder = tmp_path / "run"
     process = subprocess.Popen(

@@ -112,7 +112,7 @@ def test_samples_are_read_as_they_were_written(tmp_path):
     assert read_samples(tmp_path / "samples.txt") == texts[:2]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_in_a_real_browser(folder, tmp_path):
     """Without a network; what it shows is what it was given, and its pictures are drawn."""

@@ -56,7 +56,7 @@ def test_other_architectures_train_by_pmap_too(architecture):
     compared(architecture, [PMAP])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", ["llama3", "mixtral"])
 def test_every_shape_of_mesh_trains_as_one_device(architecture):
     axes = [axis for axis in MESH_AXES if axis != "expert" or MESHES[architecture] is EXPERTS]
