@@ -261,16 +261,22 @@ def _given(arguments: list[str]) -> dict[str, str]:
 
 def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
     """{option: arguments} of the file that `--options` names, but for what the arguments give themselves."""
-    kinds = {field.name: hint for field, hint in _fields_and_hints(options)}
+    kinds = {field.name: str | None for field in dataclasses.fields(options) if IDLE in field.metadata}
+    kinds |= {field.name: hint for field, hint in _fields_and_hints(options)}
     given = _given(arguments)
-    if FILE not in kinds or FILE not in given or HELP & set(arguments):
+    if FILE not in kinds or FILE not in given:
         return {}
-    if not given[FILE]:
-        raise BadInput(f"{option_name(FILE)} needs a file: give its name, or leave the option out")
     from llmq_jax.option_files import read_options
 
     del kinds[FILE]
-    found = read_options(given[FILE], kinds, {name.removeprefix("no_") for name in given})
+    try:
+        if not given[FILE]:
+            raise BadInput(f"{option_name(FILE)} needs a file: give its name, or leave the option out")
+        found = read_options(given[FILE], kinds, {name.removeprefix("no_") for name in given})
+    except (BadInput, OSError):
+        if HELP & set(arguments):
+            return {}
+        raise
     return {option_name(name): values for name, values in found.items()}
 
 
@@ -435,20 +441,20 @@ def _one_line(box: str, options: type, arguments: list[str], program: str) -> st
         count = "a value" if match[2] == "1" else f"{match[2]} values"
         return f"{match[1]} needs {count}: {see}"
     if match := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*)\)", text):
-        choices = _in_order(
-            options, match[2], [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"]
-        )
-        return f"{match[2]} cannot be {match[1]!r}: choose from {', '.join(choices)}"
+        name = match[2].rpartition(".")[2]  # one without an option's name is called by its group, too
+        choices = _in_order(options, name, [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"])
+        return f"{name} cannot be {match[1]!r}: choose from {', '.join(choices)}"
     if (match := re.match(r"Error parsing (\S+?): ", text)) and len(explanation) > 1:
         wanted = explanation[1].strip().removeprefix(match[1]).strip()
         given = _values_after(match[1], arguments)
         return f"{match[1]} takes {KINDS.get(wanted, wanted)}, not {given!r}: {see}"
     if match := re.match(r"Unrecognized options: (.*)", text):
-        fields = [field.name for field in dataclasses.fields(options)]
-        words = (
-            "" if match[1].startswith("-") else ", ".join(WITHOUT_NAME[name] for name in WITHOUT_NAME if name in fields)
-        )
-        return f"no option takes {match[1]!r}: {words and words + '; '}{see}"
+        fields = {field.name for field in dataclasses.fields(options)}
+        places = [words for name, words in WITHOUT_NAME.items() if name in fields]
+        begins = [index for index, argument in enumerate(arguments) if f"{match[1]} ".startswith(f"{argument} ")]
+        after_an_option = any(argument.startswith("-") for argument in arguments[: max(begins, default=0) + 1])
+        words = "" if after_an_option or not places else f"{', '.join(places)}; "
+        return f"no option takes {match[1]!r}: {words}{see}"
     return f"{text}: {see}"
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from llmq_jax.errors import BadInput, did_you_mean
 
@@ -272,9 +271,9 @@ class Rewards:
             needed, taken = _arguments(function)
             for missing in sorted(needed - set(given)):
                 raise BadInput(
-                    f"the reward {reward!r} needs the field {missing!r}, which the records have not (beside the "
-                    f"prompt: {', '.join(names) or 'none'}): rename the one that is meant to {missing!r}, or take "
-                    "another reward, such as a function of your own, FILE.py:FUNCTION"
+                    f"the reward {reward!r} needs {missing!r}, which it is not given: there are prompts, completions "
+                    f"and, beside the prompt, the records' fields ({', '.join(names) or 'none'}); rename the field "
+                    "that is meant, or the argument of a function of your own"
                 )
             for name in given:
                 if taken is not None and name not in taken:
@@ -288,8 +287,8 @@ class Rewards:
         completions: Sequence[str],
         columns: Mapping[str, Sequence[Any]],
         alone: bool = True,
-    ) -> tuple[Float[np.ndarray, " B"], dict[str, Float[np.ndarray, " B"]]]:
-        """(Σ weight · reward, the rewards by name) of each completion, in float32.
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(Σ weight · reward, the rewards by name) of each completion, float32 [B].
 
         Where a function returned None its reward is nan, and it has no part in the sum. Raises BadInput, with the name
         of the function, for one that fails or does not return a finite number or None for each completion, and for a
@@ -316,7 +315,7 @@ class Rewards:
 def _arguments(function: RewardFunction) -> tuple[set[str], set[str] | None]:
     """(the names of arguments that a function must be given, all that it takes; None where these are any)."""
     try:
-        arguments = inspect.signature(function).parameters.values()
+        arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):  # one written in C may not tell
         return set(), None
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -327,8 +326,8 @@ def _arguments(function: RewardFunction) -> tuple[set[str], set[str] | None]:
 
 def _called(
     name: str, function: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
-) -> Float[np.ndarray, " B"]:
-    """What one function returns, checked, with nan for None."""
+) -> np.ndarray:
+    """What one function returns, checked, float64 [B], with nan for None."""
     try:
         returned = function(prompts=prompts, completions=completions, **columns)
         values = list(returned)

@@ -33,7 +33,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ and os.environ.get("OPTIMIZED_TESTS")
 
 from jaxtyping import config, install_import_hook
 
-# Shapes and types are checked where arrays are annotated. Of all else mypy sees the types, and looking at them at each
+# Shapes and types are checked where shapes are annotated. Of all else mypy sees the types, and looking at them at each
 # call as well took a third of the time.
 PACKAGE = Path(__file__).parent.parent / "llmq_jax"
 WITH_ARRAYS = [file.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py") if "jaxtyping" in file.read_text()]

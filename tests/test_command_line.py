@@ -227,6 +227,11 @@ def test_a_value_without_an_options_name_is_told_where_it_belongs(verb, words, c
     assert capsys.readouterr().err == f"error: no option takes 'hello': {words}; see \"bake --help\"\n"
 
 
+def test_a_value_too_many_of_an_option_has_no_place(capsys):
+    assert run(["--data", "a.txt", "b.txt"], importlib.import_module("train.pretrain").main) == 2
+    assert capsys.readouterr().err == "error: no option takes 'b.txt': see \"bake --help\"\n"
+
+
 @pytest.mark.parametrize("recipe", ["dpo", "grpo"])
 def test_an_option_without_use_is_not_in_the_help_and_says_why(recipe, capsys):
     main = importlib.import_module(f"train.{recipe}").main

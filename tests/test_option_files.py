@@ -7,6 +7,7 @@ import pytest
 
 from llmq_jax import command_line
 from llmq_jax.command_line import Flag, default_is
+from train import dpo, pretrain
 from train.options import PLACES, RecipeOptions, own_options
 
 
@@ -175,3 +176,25 @@ def test_a_run_does_not_depend_on_the_name_of_its_file():
     assert "options" in PLACES
     given, not_given = RecipeOptions(options="a.yaml", keep_last=3), RecipeOptions(keep_last=3)
     assert own_options(given) == own_options(not_given)
+
+
+def test_an_option_without_use_says_why_in_a_file_too(tmp_path, capsys):
+    file = tmp_path / "dpo.yaml"
+    for value, message in (("0.1", "--lora-dropout has no effect in DPO"), ("null", "error: missing --data STR")):
+        file.write_text(f"lora_dropout: {value}\n")
+        with pytest.raises(SystemExit):
+            command_line.run(dpo.main, ["--options", str(file)], program="dpo")
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_help_shows_the_defaults_that_a_file_sets(tmp_path, capsys, there):
+    file = tmp_path / "run.yaml"
+    if there:
+        file.write_text("preset: nanogpt-shakespeare-cpu\n")
+    with pytest.raises(SystemExit) as exit:
+        command_line.run(
+            pretrain.main, ["--options", str(file), "--help"], program="x", defaults=pretrain.starting_options
+        )
+    assert exit.value.code == 0
+    assert f"Windows in a batch. (default: {12 if there else 6})" in " ".join(capsys.readouterr().out.split())

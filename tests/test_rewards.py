@@ -1,5 +1,6 @@
 """Rewards by rules: what they give, where they have nothing to say, and what names itself when it fails."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,6 +189,20 @@ def test_numbers_of_any_type():
     np.testing.assert_array_equal(total, [1.0, 0.5, 3.0, 2.0])
 
 
+def test_a_function_in_another_takes_what_that_one_takes():
+    """Whatever the inner one's arguments are called."""
+
+    def inner(completions, solution):
+        return [float(text == solution) for text in completions]
+
+    @functools.wraps(inner)
+    def outer(completions, answer, **_):
+        return inner(completions, answer)
+
+    total, _ = Rewards(("wrapped",), (outer,), (1.0,))(["?"], ["7"], {"answer": "7"})
+    np.testing.assert_array_equal(total, [1.0])
+
+
 def failing(prompts, completions, **_):
     raise ValueError("no\nsuch thing")
 
@@ -201,8 +216,8 @@ LINE = failing.__code__.co_firstlineno + 1
         (failing, f"the reward 'mine' failed with ValueError: no such thing (test_rewards.py, line {LINE})"),
         (
             numeric_answer,
-            "the reward 'mine' needs the field 'answer', which the records have not (beside the prompt: question): "
-            "rename the one that is meant to 'answer', or take another reward, such as a function of your own",
+            "the reward 'mine' needs 'answer', which it is not given: there are prompts, completions and, beside the "
+            "prompt, the records' fields (question); rename the field that is meant, or the argument of a function",
         ),
         (
             lambda completions: [0],

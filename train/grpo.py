@@ -230,8 +230,9 @@ def grpo(options: Options) -> Any:
     options = with_longest_prompt(options, config)
     training, validation = prompts_of(options, sources, source)
     for each in (functions, judge):
-        if each is not None:
-            each.rewards.check_columns(training[0].columns)
+        for part in (training, validation):
+            if each is not None and part:
+                each.rewards.check_columns(part[0].columns)
     model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)

@@ -62,9 +62,9 @@ class ChatTemplate:
     that of `tool_use`, if there is one. BadInput: it is no Jinja."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, tool_use: str | None = None):
-        self.tool_use = None if tool_use is None else ChatTemplate(tool_use, special_tokens)
         self.source = source
         self.special_tokens = dict(special_tokens or {})
+        self._tool_use = tool_use
         self._sandbox = _Sandbox()
         try:
             self._sandbox.begin()
@@ -73,6 +73,11 @@ class ChatTemplate:
             raise BadInput(f"the chat template is not valid Jinja: line {error.lineno}: {_one_line(error)}") from error
         except Exception as error:  # Jinja folds constants as it compiles, and nests as deep as the template does
             raise BadInput(f"the chat template cannot be compiled: {_one_line(error)}") from error
+
+    @cached_property
+    def tool_use(self) -> "ChatTemplate | None":
+        """The template where tools are given, compiled when they first are."""
+        return None if self._tool_use is None else ChatTemplate(self._tool_use, self.special_tokens)
 
     def variables(self) -> list[str]:
         """What it reads beside the conversation and the special tokens, such as `enable_thinking`."""
@@ -160,7 +165,7 @@ class ChatTemplate:
         return template._written(checked, add_generation_prompt=add_generation_prompt, **variables)
 
     def _with(self, variables: Mapping[str, Any]) -> "ChatTemplate":
-        return self if self.tool_use is None or variables.get("tools") is None else self.tool_use
+        return self if variables.get("tools") is None else self.tool_use or self
 
     def _written(self, messages: list[dict[str, Any]], /, **variables: Any) -> str:
         given = {**self.special_tokens, **dict.fromkeys(ABSENT), **variables, "messages": messages}

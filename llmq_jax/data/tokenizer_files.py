@@ -47,7 +47,12 @@ class TokenizerFiles:
     def companions(cls, folder: Path) -> "TokenizerFiles":
         """What is in a folder beside a tokenizer.json."""
         paths = {name: folder / name for name in COMPANION_FILES}
-        return cls({name: path.read_bytes() for name, path in paths.items() if path.is_file()}, folder)
+        files = cls({name: path.read_bytes() for name, path in paths.items() if path.is_file()}, folder)
+        default, tool_use = paths["chat_template.jinja"], folder / "additional_chat_templates" / "tool_use.jinja"
+        if default.is_file() and tool_use.is_file():  # transformers' newer place for what tokenizer_config.json has had
+            both = (path.read_text("utf-8", errors="replace") for path in (default, tool_use))
+            files = files.with_chat_template(*both)
+        return files
 
     def config(self) -> dict[str, Any]:
         """What is in tokenizer_config.json."""

@@ -149,8 +149,12 @@ class Tokenizer(ABC):
         tool_use = template.tool_use
         if tool_use is None:
             return self.with_chat_template(template.with_variables(values))
-        read = {name: value for name, value in values.items() if name in tool_use.variables()}
-        return self.with_chat_template(template.with_variables(values), tool_use.with_variables(read))
+        read = [set(each.variables()) for each in (template, tool_use)]
+        # Each has what it reads; what neither does, it refuses.
+        ours, theirs = (
+            {name: values[name] for name in values if name not in other - own} for own, other in (read, read[::-1])
+        )
+        return self.with_chat_template(template.with_variables(ours), tool_use.with_variables(theirs))
 
     @property
     def dtype(self) -> np.dtype:

@@ -462,7 +462,7 @@ class _Reader:
     def _stacked(
         self, path: tuple[Any, ...], entries: list[Any], dropout: float
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Leaves over all layers of a stack, zero where a layer has no adapter, and up to the largest rank."""
+        """Leaves over all repetitions of a block, zero where a layer has no adapter, and up to the largest rank."""
         kernel = self.shapes[("params", *path)]
         stacked = path[0].startswith("group_")
         of_experts = entries[0][0].of_experts

@@ -30,7 +30,7 @@ from flax import struct
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
-from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.errors import BadInput, close_names, did_you_mean
 from llmq_jax.layers.axes import TENSOR, axis_sizes
 from llmq_jax.layers.positions import Rotation
 from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
@@ -88,14 +88,14 @@ def attention(
     """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache).
 
     `others` go to `attend` as they are: what a formula of yours reads beside the scores, such as a learned sink. Only
-    "plain" knows of them, so that "auto" takes it; BadInput for another implementation by name, and for what `attend`
-    does not take either.
+    "plain" knows of them, so that "auto" takes it; BadInput for another implementation by name, and for one that looks
+    like a slip for an argument that there is.
     """
     if others:
+        _refuse_misspelt(others)
         if context.implementation not in ("auto", "plain"):
             known = f"attention={context.implementation!r} does not compute with {' and '.join(others)}"
             raise BadInput(f"{known}, which only the formula in `attend` may know of; take 'plain' or 'auto'")
-        _refuse_unknown(others)
         context = context.replace(implementation="plain")
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
     if cache is None or cache.empty:
@@ -114,17 +114,14 @@ def attention(
     return mixed.swapaxes(1, 2), cache
 
 
-def _refuse_unknown(names: Iterable[str]) -> None:
-    """BadInput for a keyword that nothing on the way to `attend` takes, nor `attend`."""
-    formula = signature(attend).parameters.values()
-    if any(each.kind is each.VAR_KEYWORD for each in formula):
-        return
-    ways = (signature(way).parameters.values() for way in (attention, self_attention, plain_attention))
-    taken = [*chain.from_iterable(ways), *formula]
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    """BadInput for a keyword that nothing on the way to `attend` takes, nor `attend`, and that is close to one."""
+    ways = (signature(way).parameters.values() for way in (attention, self_attention, plain_attention, attend))
+    taken = list(chain.from_iterable(ways))
     known = dict.fromkeys(each.name for each in taken if each.kind is each.KEYWORD_ONLY)
     for name in names:
-        if name not in [each.name for each in taken]:
-            raise BadInput(f"attention takes no {name!r}, and neither does `attend`; {did_you_mean(name, known)}")
+        if name not in [each.name for each in taken] and close_names(name, known):
+            raise BadInput(f"attention takes no {name!r}; {did_you_mean(name, known)}")
 
 
 def self_attention(

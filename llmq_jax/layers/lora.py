@@ -303,7 +303,7 @@ CHOOSERS = ("router", "noise")
 def _chosen(
     params: Mapping[Path, Any], layer_paths: Sequence[Any], spec: LoRA, aliases: Mapping[str, Collection[str]]
 ) -> dict[Path, list[bool]]:
-    """{path of a matrix: for each layer of its group, whether it gets an adapter}."""
+    """{path of a matrix: for each repetition of its block, whether it gets an adapter}."""
     layers = range(len(layer_paths)) if spec.layers is None else spec.layers
     outside = [layer for layer in layers if not 0 <= layer < len(layer_paths)]
     if outside:

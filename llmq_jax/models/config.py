@@ -53,6 +53,7 @@ def set_rope(config: Any, field: str, head_width: int) -> None:
     the base, that is the class's own."""
     rope = getattr(config, field)
     if not isinstance(rope, Rope):
+        require(isinstance(rope, Mapping), config, field, "must be a Rope, or a dict of its fields")
         base = {"rope_theta": getattr(type(config), field).rope_theta}
         rope = base | {name: value for name, value in rope.items() if value is not None}
     object.__setattr__(config, field, rope_from(rope, head_width, config.max_position_embeddings))

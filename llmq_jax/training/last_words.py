@@ -103,9 +103,8 @@ def _listen(ending: threading.Lock) -> None:
                 return  # this process has parted, or process 0 has gone
     time.sleep(GRACE_SECONDS)
     if ending.acquire(blocking=False):
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a full disk, which may be what ended the other one; it is closed
+        # A full disk, which may be what ended the other one, or a standard error that is closed.
+        with contextlib.suppress(OSError, ValueError):
             # Not to sys.stderr, which is silenced while a checkpoint is saved.
             print(f"error: {words}; so this one cannot go on", file=sys.__stderr__, flush=True)
         _parting(None)()

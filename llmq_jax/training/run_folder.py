@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +212,21 @@ def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
     """{option or field of the model: its value in each of these runs}, where these are not all the same; "" in a folder
     that has no config of a run."""
 
-    def shown(value: Any) -> str:
-        return value if isinstance(value, str) else text_of(value)
-
     configs = [_flat(_read_run_config(Path(folder) / CONFIG) or {}) for folder in folders]
     names = dict.fromkeys(name for config in configs for name in config)
-    rows = {name: [shown(config.get(name)) if config else "" for config in configs] for name in names}
-    return {name: values for name, values in rows.items() if len({value for value in values if value}) > 1}
+
+    def row(name: str, text: Callable[[Any], str]) -> list[str]:
+        values = [config.get(name) for config in configs]
+        texts = [value if isinstance(value, str) else text(value) for value in values]
+        return [text if config else "" for text, config in zip(texts, configs, strict=True)]
+
+    def differ(texts: list[str]) -> bool:
+        return len({text for text in texts if text}) > 1
+
+    exact = {name: row(name, json.dumps) for name in names}
+    return {
+        name: short if differ(short := row(name, text_of)) else exact[name] for name in names if differ(exact[name])
+    }
 
 
 def _within(name: str, fields: Collection[str]) -> bool:

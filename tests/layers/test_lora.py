@@ -152,13 +152,13 @@ def test_layers_that_were_not_chosen_get_no_gradient(base):
         def loss(trained, adapted=adapted):
             return jnp.square(model.apply({**adapted, "lora": trained}, TOKENS)).mean()
 
-        slots = dict(enumerate(model.layer_paths()))
+        paths = dict(enumerate(model.layer_paths()))
         gradients = flatten_dict(jax.jit(jax.grad(loss))(adapted["lora"]))
         assert gradients
         for path, gradient in gradients.items():
-            for block, repeat in slots.values():
+            for block, repeat in paths.values():
                 if path[:2] == block:
-                    layer = next(i for i, slot in slots.items() if slot == (block, repeat))
+                    layer = next(i for i, path_of in paths.items() if path_of == (block, repeat))
                     assert np.any(gradient[repeat]) == (layer == 1), path
 
 

@@ -154,7 +154,14 @@ def test_a_template_of_its_own_for_tools(folder, tmp_path):
     named = {"default": "{{ mood }}" + TOOLED.replace("tools", "none"), "tool_use": QWENISH, "rag": "{{ documents }}"}
     listed = [{"name": name, "template": template} for name, template in named.items()]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": listed}))
-    for values in ({}, {"mood": "!"}):
+    for values in ("as transformers saves it", {}, {"mood": "!"}):
+        if values == "as transformers saves it":
+            (saved := tmp_path / "saved").mkdir()
+            transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(saved)
+            assert (saved / "additional_chat_templates" / "tool_use.jinja").is_file()
+            ours = lq.data.load_tokenizer(saved).chat_template
+            assert (ours.source, ours.tool_use.source) == (named["default"], named["tool_use"])
+            continue
         lm = lq.load(tmp_path)
         if values:
             lm.tokenizer.with_chat_variables(values).save(tmp_path)

@@ -480,7 +480,12 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"reward": ","}, "--reward names no reward"),
         (
             {"reward": "answer", "data": "BARE"},
-            "the reward 'answer' needs the field 'answer', which the records have not (beside the prompt: solution)",
+            "the reward 'answer' needs 'answer', which it is not given: there are prompts, completions and, beside the "
+            "prompt, the records' fields (solution)",
+        ),
+        (
+            {"reward": "answer", "validation_data": "BARE"},
+            "the reward 'answer' needs 'answer', which it is not given",
         ),
         ({"reward": "RW:broken"}, "the reward 'broken' failed with RuntimeError: no such lab"),
         ({"reward": "RW:short", "validation_fraction": 0.3}, "the reward 'short' returned 1 values for 3 completions"),

@@ -13,7 +13,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import run_folder
-from llmq_jax.training.run_folder import RunFolder, differences
+from llmq_jax.training.run_folder import RunFolder, differences, what_differs
 
 CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
 
@@ -63,11 +63,16 @@ def test_other_config_lists_every_difference_and_touches_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_numbers_are_told_without_what_a_division_leaves_in_their_last_digits():
+def test_numbers_are_told_without_what_a_division_leaves_in_their_last_digits(tmp_path):
     """Unless they differ by it alone."""
     before, after = {"rate": 3e-3 / 10, "betas": [0.1 + 0.2, 1]}, {"rate": 1e-3, "betas": [0.4, 1]}
     assert differences(before, after) == ["rate 0.0003 -> 0.001", "betas [0.3, 1] -> [0.4, 1]"]
     assert differences({"rate": 0.3}, {"rate": 0.1 + 0.2}) == ["rate 0.3 -> 0.30000000000000004"]
+    folders = [tmp_path / name for name in "ab"]
+    for folder, rate in zip(folders, (0.3, 0.1 + 0.2), strict=True):
+        RunFolder(folder, {"rate": rate, "minimum": rate / 10 if rate == 0.3 else 0.04}).close()
+    found = what_differs(folders)
+    assert (found["rate"], found["minimum"]) == (["0.3", "0.30000000000000004"], ["0.03", "0.04"])
 
 
 def test_fields_that_change_no_result_may_change(tmp_path):
