@@ -436,7 +436,7 @@ def _one_line(box: str, options: type, arguments: list[str], program: str) -> st
 
     if text.startswith("Missing from"):  # the options stand four columns in, their help text eight
         missing = [line.strip() for line in fault if re.match(r" {4}\S", line)]
-        return f"missing {' and '.join(missing)}: {see}"
+        return f"missing {' and '.join(', '.join(missing).rsplit(', ', 1))}: {see}"
     if match := re.match(r"Missing value for argument '(.*?)'. Expected (\d+) values", text):
         count = "a value" if match[2] == "1" else f"{match[2]} values"
         return f"{match[1]} needs {count}: {see}"

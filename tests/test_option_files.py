@@ -180,7 +180,10 @@ def test_a_run_does_not_depend_on_the_name_of_its_file():
 
 def test_an_option_without_use_says_why_in_a_file_too(tmp_path, capsys):
     file = tmp_path / "dpo.yaml"
-    for value, message in (("0.1", "--lora-dropout has no effect in DPO"), ("null", "error: missing --data STR")):
+    for value, message in (
+        ("0.1", "--lora-dropout has no effect in DPO"),
+        ("null", "missing --data STR, --init-from STR and --out STR: see"),
+    ):
         file.write_text(f"lora_dropout: {value}\n")
         with pytest.raises(SystemExit):
             command_line.run(dpo.main, ["--options", str(file)], program="dpo")
