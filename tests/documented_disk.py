@@ -128,7 +128,7 @@ def write_models(disk: Path) -> None:
         ("gpt2", lq.GPT2Config, {**GPT2, "max_position_embeddings": 2 * LENGTH}, plain),
         ("HuggingFaceTB/SmolLM2-135M", lq.Llama3Config, LLAMA, plain),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", lq.Llama3Config, LLAMA, chat),
-        ("MODEL", lq.Llama3Config, {**LLAMA, "hidden_size": 32, "num_hidden_layers": 30}, chat),
+        ("MODEL", lq.Llama3Config, {**LLAMA, "hidden_size": 32, "num_hidden_layers": 2}, chat),
         ("google/gemma-3-270m", lq.Gemma3Config, GEMMA, plain),
     ):
         config = kind(vocab_size=tokenizer.vocab_size, **fields)

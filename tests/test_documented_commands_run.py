@@ -62,6 +62,7 @@ SMALLER = (
     ("--mesh data=2|--coordinator", "--batch-size 8"),
     (r"train\.grpo", "--steps 2 --prompts-per-step 2 --group-size 2 --max-new-tokens 8"),
     ("--judge", "--steps 3 --steps-per-iteration 2"),
+    ("--lora-layers 20-29", "--lora-layers 0-1"),
     ("--branch-from", "--branch-from runs/plateau --steps 4 --decay-steps 2"),
     (r"train\.arithmetic", "--steps 2"),
     (r"bench\.run", "--seconds 0.01 --rounds 1"),

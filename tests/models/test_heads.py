@@ -159,7 +159,7 @@ def test_our_own_format_keeps_labels(classifier, tmp_path):
     save(classifier, tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert again.config == classifier.config
-    np.testing.assert_array_equal(again.classify([[1, 2, 3]]), classifier.classify([[1, 2, 3]]))
+    jax.tree.map(np.testing.assert_array_equal, again.variables, classifier.variables)
 
 
 def refused(call, *arguments, **named):

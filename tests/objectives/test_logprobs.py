@@ -123,9 +123,11 @@ SHARING = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": False}, {"remat": "full"}], ids=str)
-@pytest.mark.parametrize("name", SHARING)
-@pytest.mark.product
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in SHARING), ("llama", {"scan_layers": False}), ("llama", {"remat": "full"})],
+    ids=str,
+)
 def test_answers_go_on_from_one_reading_of_their_prompt(name, options):
     """Values and gradients are those of rows that each read their own, from prompts of one token to some longer than a
     window."""

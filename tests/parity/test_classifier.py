@@ -6,9 +6,9 @@ lengths or segments.
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -133,13 +133,16 @@ def test_the_side_and_the_tokens_of_padding_change_nothing(pair):
 @pytest.mark.parametrize("class_weights", [None, (0.5, 3.0, 1.25)])
 @pytest.mark.product
 def test_loss_and_gradients(pair, class_weights):
-    """By class weights as torch's CrossEntropyLoss has them; rows that do not count are as if not there."""
+    """Their own loss, or by class weights as torch's CrossEntropyLoss has them; rows that do not count are as if not
+    there."""
     theirs, ours = pair
     tokens, real = rows()
     theirs.zero_grad()
-    logits = theirs(**their_inputs(tokens, real), use_cache=False).logits
-    weight = None if class_weights is None else torch.tensor(class_weights)
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(CLASSES), weight=weight)
+    classes = torch.tensor(CLASSES)
+    output = theirs(**their_inputs(tokens, real), labels=classes, use_cache=False)
+    expected = output.loss
+    if class_weights is not None:
+        expected = torch.nn.functional.cross_entropy(output.logits, classes, weight=torch.tensor(class_weights))
     expected.backward()
 
     batch = {
@@ -151,31 +154,18 @@ def test_loss_and_gradients(pair, class_weights):
     objective = Classification(ours.model, class_weights)
 
     @jax.jit
-    @jax.value_and_grad
+    @partial(jax.value_and_grad, has_aux=True)
     def loss_and_gradients(variables, batch):
-        return objective.loss(variables, batch, objective.weights(batch))[0]
+        return objective.loss(variables, batch, objective.weights(batch))[:2]
 
-    loss, gradients = loss_and_gradients(ours.variables, batch)
+    (loss, metrics), gradients = loss_and_gradients(ours.variables, batch)
     assert abs(float(loss) - expected.item()) < LOSS
+    right = (output.logits.detach().numpy().argmax(-1) == CLASSES).mean()
+    assert float(metrics["accuracy"]) == pytest.approx(right)
     found = to_state_dict(gradients, ours.config)
     for name in [name for name, _ in theirs.named_buffers() if name in found]:
         assert not found.pop(name).any()
     assert_same_gradients(found, numpy_gradients(theirs, found))
-
-
-@pytest.mark.exhaustive
-def test_their_own_loss(pair):
-    theirs, ours = pair
-    tokens, real = rows()
-    with torch.no_grad():
-        expected = theirs(**their_inputs(tokens, real), labels=torch.tensor(CLASSES), use_cache=False).loss.item()
-    batch = {"tokens": tokens, "lengths": LENGTHS, "labels": CLASSES, "mask": np.ones(4)}
-    batch = {name: jnp.asarray(array, jnp.int32) for name, array in batch.items()}
-    objective = Classification(ours.model)
-    loss, metrics, _ = objective.loss(ours.variables, batch, objective.weights(batch))
-    assert abs(float(loss) - expected) < LOSS
-    right = (their_logits(theirs, tokens, real).argmax(-1) == CLASSES).mean()
-    assert float(metrics["accuracy"]) == pytest.approx(right)
 
 
 def test_a_folder_of_transformers_is_loaded(pair, tmp_path):

@@ -59,7 +59,7 @@ EXPERTS = (
 )
 CASES = {
     "gpt2": (*DENSE, "dots:1:data=2,fsdp=4"),
-    "llama3": (*DENSE, "dots:2:data=2,fsdp=4", "full:2:data=4,tensor=2"),
+    "llama3": (*DENSE, "full:2:data=4,tensor=2"),
     "gemma3": DENSE,
     "mixtral": EXPERTS,
     "deepseek3": EXPERTS,
