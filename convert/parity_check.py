@@ -1,5 +1,6 @@
 """A whole parity check: both models on the same tokens, in float32 place by place, in bfloat16 by what they predict."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.tables import WeightTable
 from llmq_jax.models import build
+from llmq_jax.models.decoder import Decoder
 
 
 class Parity(NamedTuple):
@@ -74,7 +76,7 @@ def compare_models(
     # On a GPU products would otherwise be in TensorFloat-32, good to three digits.
     with jax.default_matmul_precision("highest"):
         traced = parity_trace.trace(ours, variables, tokens, given)
-        logits = np.asarray(jax.jit(ours.apply)(variables, tokens))
+        logits = np.asarray(_logits(ours, variables, tokens))
         loss, gradients = parity_weights.loss_and_gradients(ours, variables, tokens)
     places = parity_trace.compare(pairs, traced, logits, theirs, nudged, tokens)
     of_loss, moved = (
@@ -113,8 +115,13 @@ def compare_distributions(
     theirs = parity_reference.logits(parity_reference.load(folder, "bfloat16"), tokens)
     return (
         _distribution("transformers in bfloat16", theirs, expected),
-        _distribution("ours in bfloat16", np.asarray(jax.jit(ours.apply)(narrow, tokens)), expected),
+        _distribution("ours in bfloat16", np.asarray(_logits(ours, narrow, tokens)), expected),
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Decoder, variables: dict, tokens: Any) -> Any:
+    return model.apply(variables, tokens)
 
 
 def _distribution(name: str, logits: np.ndarray, expected: np.ndarray) -> Distribution:

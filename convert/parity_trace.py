@@ -8,6 +8,7 @@ and what comes out of it is compared. Each of our layers is given what theirs wa
 would grow in the next ones beyond small faults, and a fault would be seen in all that come after it.
 """
 
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[in
     ids = jnp.asarray(tokens, jnp.int32)
     context = model.context(default_positions(ids))
     outside, layers = model.slice_layers(variables)
-    blocks = {path: _recorded(block) for path, block in model.unbound_blocks().items()}
+    blocks = model.unbound_blocks()
     inputs: dict = {}
     outputs: dict = {}
 
@@ -159,24 +160,25 @@ def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[in
         return {path[:-1] for path in notes}
 
     stages = {}
-    embedded, captured = _recorded(model, "embed")(outside, ids, context.positions)
+    embedded, captured = _recorded(model, "embed", outside, ids, context.positions)
     stages["embed"] = note(None, captured)
     x = embedded
     for layer, ((path, _), own) in enumerate(zip(model.layer_paths(), layers, strict=True)):
         reached, theirs = x, given.get(layer)
         if theirs is not None and theirs.shape == x.shape:
             x = jnp.asarray(theirs, x.dtype)
-        (x, _, _), captured = blocks[path](own, x, context)
+        (x, _, _), captured = _recorded(blocks[path], OUTPUT, own, x, context)
         note(layer, captured)
         inputs[layer, ()] = np.asarray(reached, np.float32)
     for method in ("normalise", "unembed"):
-        x, captured = _recorded(model, method)(outside, x)
+        x, captured = _recorded(model, method, outside, x)
         stages[method] = note(None, captured)
     return Trace(inputs, outputs, stages, np.asarray(embedded, np.float32))
 
 
-def _recorded(module: nn.Module, method: str = OUTPUT) -> Any:
-    """A compiled call of a method: (its result, what its sub-modules were given and gave)."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _recorded(module: nn.Module, method: str, variables: dict, *args: Any) -> Any:
+    """(what a method gives, what its sub-modules were given and gave)."""
 
     def note_input(call, args, kwargs, context):
         if context.method_name == OUTPUT and args:
@@ -184,12 +186,8 @@ def _recorded(module: nn.Module, method: str = OUTPUT) -> Any:
             context.module.sow("intermediates", INPUT, args[0])
         return call(*args, **kwargs)
 
-    @jax.jit
-    def call(variables, *args):
-        with nn.intercept_methods(note_input):
-            return module.apply(variables, *args, method=method, capture_intermediates=True, mutable=["intermediates"])
-
-    return call
+    with nn.intercept_methods(note_input):
+        return module.apply(variables, *args, method=method, capture_intermediates=True, mutable=["intermediates"])
 
 
 def _flatten(tree: Mapping[str, Any], path: ModulePath = ()) -> Iterable[tuple[ModulePath, Any]]:

@@ -1,5 +1,6 @@
 """The parameters of a parity check: named, filled from the reference, perturbed, and their gradients compared."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -150,7 +151,8 @@ def perturb(variables: dict, placement: Placement, seed: int) -> dict:
     return unflatten_dict(leaves | {placement.path: jnp.asarray(leaf)})
 
 
-def loss_and_gradients(model: Decoder, variables: dict, tokens: np.ndarray) -> tuple[float, dict]:
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_gradients(model: Decoder, variables: dict, tokens: Any) -> tuple[Any, dict]:
     """Next-token loss of tokens [B, T], and its gradients as a tree {"params": ...}."""
     ids = jnp.asarray(tokens, jnp.int32)
     # The last token has no target, but is read as it is by transformers: frequencies may depend on the row's length.
@@ -158,13 +160,11 @@ def loss_and_gradients(model: Decoder, variables: dict, tokens: np.ndarray) -> t
     batch = {"tokens": ids, "targets": jnp.roll(ids, -1, axis=1), "mask": mask}
     objective = NextToken(model)
 
-    @jax.jit
-    @jax.value_and_grad
     def compute(params):
         return objective.loss({**variables, "params": params}, batch, objective.weights(batch))[0]
 
-    loss, gradients = compute(variables["params"])
-    return float(loss), {"params": gradients}
+    loss, gradients = jax.value_and_grad(compute)(variables["params"])
+    return loss, {"params": gradients}
 
 
 def compare_gradients(

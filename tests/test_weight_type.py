@@ -46,6 +46,7 @@ def test_it_generates_with_caches_of_the_matrices_type(mixed):
     state = Request.create(lm, [[1, 2, 3]], 4, GREEDY, (), 0).start()
     assert {leaf.dtype for leaf in jax.tree.leaves(state.caches)} == {dtype}
     found = lq.generate(lm, [[1, 2, 3]], max_new_tokens=4, sampler=GREEDY)
+    assert found.logprobs.dtype == np.float32
     assert np.isfinite(found.logprobs).all() and found.lengths.tolist() == [4]
 
 

@@ -272,13 +272,6 @@ def test_the_context_may_be_filled_and_not_exceeded(lm):
         lq.generate(lm, "x" * 50, max_new_tokens=15)
 
 
-def test_bfloat16_parameters_generate_in_bfloat16(lm):
-    half = lm.replace(variables=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.variables))
-    result = lq.generate(half, PROMPTS, max_new_tokens=4, sampler=lq.Sampler(temperature=0.0))
-    assert result.logprobs.dtype == np.float32
-    assert np.isfinite(result.logprobs).all()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

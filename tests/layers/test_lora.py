@@ -385,13 +385,13 @@ def test_a_base_in_bfloat16_keeps_its_type():
     model, variables = build(CONFIGS["mixtral"]), init(CONFIGS["mixtral"])
     variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
     adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)), size=1.0)
-    expected = model.apply(adapted, TOKENS)
+    expected = apply(model, adapted)
     merged = lora.merge(adapted)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
     precise = {**adapted, "params": jax.tree.map(lambda x: x.astype(jnp.float32), adapted["params"])}
-    reference = model.apply(precise, TOKENS)
-    moved_by = np.abs(reference - model.apply({"params": precise["params"]}, TOKENS)).max()
-    for found in (expected, model.apply(merged, TOKENS)):
+    reference = apply(model, precise)
+    moved_by = np.abs(reference - apply(model, {"params": precise["params"]})).max()
+    for found in (expected, apply(model, merged)):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, reference, atol=0.25 * moved_by, rtol=0)
 

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +96,9 @@ def test_a_laptop_s_preset_starts_from_chance():
     assert config.sliding_window < config.max_position_embeddings and GLOBAL in config.layer_kinds
     config = override(config, num_hidden_layers=2)
     tokens = np.random.default_rng(0).integers(0, 257, (2, 16)).astype(np.int32)
+    variables = init(config)
     for dtype in (None, "bfloat16"):
-        logits = build(config, dtype=dtype).apply(init(config), tokens)
+        logits = apply(build(config, dtype=dtype), variables, tokens)
         assert logits.dtype == jnp.float32
         losses = -jax.nn.log_softmax(logits[:, :-1])
         loss = jnp.take_along_axis(losses, tokens[:, 1:, None], axis=-1).mean()
@@ -168,16 +170,18 @@ def test_a_local_layer_sees_its_window_and_a_global_one_everything():
         assert np.array_equal(np.flatnonzero(np.abs(grad).max(axis=(0, 1, 3))), np.arange(40 - seen, 40))
 
 
+@partial(jax.jit, static_argnums=0)
+def value_and_gradient(model, variables):
+    return jax.value_and_grad(lambda v: jnp.square(model.apply(v, TOKENS)).mean())(variables)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"scan_layers": False}, {"remat": "full"}, {"attention": "masked"}])
 @pytest.mark.product
 def test_ways_to_run_the_layers_agree(config, variables, options):
     """Forward and back."""
-
-    def value_and_gradient(model):
-        return jax.jit(jax.value_and_grad(lambda v: jnp.square(model.apply(v, TOKENS)).mean()))(variables)
-
-    expected, found = value_and_gradient(build(config)), value_and_gradient(build(config, **options))
+    expected = value_and_gradient(build(config), variables)
+    found = value_and_gradient(build(config, **options), variables)
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), found, expected)
 
 
@@ -215,17 +219,16 @@ def test_local_layers_keep_a_window_and_the_lookahead(config):
 def test_a_draft_is_taken_back(config, variables):
     """Written past the window, rejected, and overwritten by other tokens at the same positions."""
     model = build(config)
-    whole = model.apply(variables, TOKENS)
+    whole = np.asarray(apply(model, variables, TOKENS))
     outside, layers = model.slice_layers(variables)
     caches = model.create_caches(2, 40, jnp.float32, lookahead=3)
-    output = model.apply(variables, TOKENS[:, :20], None, None, caches, method="forward")
+    output = apply(model, variables, TOKENS[:, :20], None, None, caches, method="forward")
     caches = model.slice_caches(output.caches)
     draft = (TOKENS[:, 20:23] + 1) % 29
-    _, caches = model.decode(outside, layers, draft, np.array([[20, 21, 22]] * 2), caches)
+    _, caches = decode(model, outside, layers, draft, np.array([[20, 21, 22]] * 2), caches)
     for start, end in ((20, 21), (21, 25)):
         positions = np.tile(np.arange(start, end), (2, 1))
-        hidden, caches = model.decode(outside, layers, TOKENS[:, start:end], positions, caches)
-        logits = model.apply(outside, hidden, method="unembed")
+        logits, caches = decode(model, outside, layers, TOKENS[:, start:end], positions, caches)
         np.testing.assert_allclose(logits, whole[:, start:end], atol=1e-4)
 
 

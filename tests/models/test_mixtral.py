@@ -8,6 +8,7 @@ import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import build, fields_from_text, init, override, preset
 from llmq_jax.models.mixtral import MixtralConfig
+from tests.models.compiled import apply
 
 SIZES = {
     "vocab_size": 31,
@@ -65,17 +66,17 @@ def test_any_decoder_takes_experts_from_a_layer_on(config):
     with_experts = sum("moe" in block for _, block in blocks)
     assert with_experts and with_experts < len(blocks)
     tokens = np.random.default_rng(0).integers(0, 31, (2, 20))
-    whole = model.apply(variables, tokens)
-    written_out = build(config, scan_layers=False).apply(variables, tokens)
+    whole = apply(model, variables, tokens)
+    written_out = apply(build(config, scan_layers=False), variables, tokens)
     np.testing.assert_allclose(written_out, whole, atol=1e-5)
     dense = build(dataclasses.replace(config, experts=dataclasses.replace(EXPERTS, dispatch="dense")))
-    np.testing.assert_allclose(dense.apply(variables, tokens), whole, atol=1e-5)
+    np.testing.assert_allclose(apply(dense, variables, tokens), whole, atol=1e-5)
     # Decoding goes through the experts one token at a time.
     lm = lq.LanguageModel(config, model, variables)
     found = lq.generate(lm, tokens[:, :4].tolist(), max_new_tokens=8, sampler=lq.Sampler(temperature=0.0), stop=())
     for row in range(2):
         text = np.concatenate([tokens[row, :4], found.tokens[row]])
-        np.testing.assert_array_equal(model.apply(variables, text[None])[0, 3:-1].argmax(-1), found.tokens[row])
+        np.testing.assert_array_equal(apply(model, variables, text[None])[0, 3:-1].argmax(-1), found.tokens[row])
 
 
 def test_a_model_with_experts_is_kept_and_read_again(tmp_path):

@@ -14,6 +14,7 @@ from llmq_jax.models import build, init
 from llmq_jax.objectives.grpo import GRPO, OPTIONS, grpo_loss, kl_estimate, loss_weights
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+from tests.models.compiled import apply
 
 
 def test_estimates_of_the_kl_divergence():
@@ -296,7 +297,7 @@ def a_batch(rows=4, count=5, reference=False):
 
 def scores(model, variables, batch, temperature=1.0):
     """(log-probabilities, entropies) of the completions, token by token, from all logits."""
-    logprobs = np.asarray(jax.nn.log_softmax(model.apply(variables, batch["tokens"]) / temperature))
+    logprobs = np.asarray(jax.nn.log_softmax(apply(model, variables, batch["tokens"]) / temperature))
     found = np.zeros((2, *batch["completion_mask"].shape), np.float32)
     for i, row in enumerate(logprobs):
         prompt, length = int(batch["prompt_lengths"][i]), int(batch["lengths"][i])

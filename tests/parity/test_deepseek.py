@@ -19,6 +19,8 @@ from tests.parity.decoders import (
     LOSS,
     SameAsTransformers,
     assert_same_gradients_by_name,
+    assert_same_logits,
+    assert_same_loss_and_gradients,
     draw_tokens,
     make_pair,
     packed,
@@ -86,7 +88,6 @@ CONFIGS = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
-    "experts everywhere": SIZES | {"first_k_dense_replace": 0, "num_hidden_layers": 2},
 }
 
 
@@ -97,6 +98,12 @@ def pair(request):
 
 class TestDeepSeek(SameAsTransformers):
     pass
+
+
+def test_experts_in_every_layer():
+    pair = make_pair("deepseek_v3", SIZES | {"first_k_dense_replace": 0, "num_hidden_layers": 2})
+    assert_same_logits(pair)
+    assert_same_loss_and_gradients(pair)
 
 
 def test_the_bias_for_selection_is_read_and_matters(pair):

@@ -2,6 +2,7 @@
 log-probabilities in place of a model's."""
 
 from collections import defaultdict
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -115,7 +116,8 @@ def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=Non
         weights["tokens"] = jnp.asarray(tokens)
 
     @jax.jit
-    def loss(logprobs, entropies, part):
+    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def compute(logprobs, entropies, part):
         return grpo_loss(
             logprobs,
             part["old_logprobs"],
@@ -134,8 +136,7 @@ def ours(arrays, parts, loss_type, beta=0.0, entropy_coefficient=0.0, tokens=Non
     total, gradients, metrics = 0.0, ([], []), []
     for rows in np.split(np.arange(ROWS), parts):
         part = {name: array[rows] for name, array in arrays.items()}
-        differentiated = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (value, found), grads = differentiated(part["logprobs"], part["entropies"], part)
+        (value, found), grads = compute(part["logprobs"], part["entropies"], part)
         total += float(value)
         metrics.append(found)
         for collected, grad in zip(gradients, grads, strict=True):

@@ -85,8 +85,7 @@ def test_a_window_is_seen(name):
     tokens = draw_tokens(ours)
     expected = their_logits(theirs, tokens)
     for window in (6, 8):
-        config = dataclasses.replace(ours.config, sliding_window=window)
-        found = build(config).apply(ours.variables, tokens)
+        found = ours.replace(config=dataclasses.replace(ours.config, sliding_window=window)).logits(tokens)
         assert np.abs(found - expected).max() > 10 * LOGITS, window
 
 
