@@ -23,6 +23,7 @@ from llmq_jax.training import checkpoints as checkpoints_module
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS
 from llmq_jax.training.time_spent import TimeSpent
+from tests.forks import Forks
 from train import grpo, instruct, pretrain
 
 pytestmark = pytest.mark.exhaustive
@@ -151,43 +152,7 @@ pretraining = pytest.mark.parametrize("recipe", ["pretrain"], indirect=True)
 
 # Kills.
 
-KILLED = """
-import contextlib, importlib, os, signal, sys, threading
-from llmq_jax.command_line import run
-from llmq_jax.training import engine
-from llmq_jax.training.time_spent import TimeSpent
-
-recipe, place, number, delay, *arguments = sys.argv[1:]
-left = int(number)
-on, resume = TimeSpent.on, engine.resume
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-@contextlib.contextmanager
-def fatal(here):
-    global left
-    left -= here == place
-    if here == place and left == 0:
-        threading.Timer(float(delay), kill).start()
-        yield
-        kill()
-    yield
-
-@contextlib.contextmanager
-def fatal_part(self, part, *rest):
-    with on(self, part, *rest), fatal(part):
-        yield
-
-def fatal_resume(*arguments):
-    with fatal("resume"):
-        return resume(*arguments)
-
-TimeSpent.on, engine.resume = fatal_part, fatal_resume
-module = importlib.import_module(f"train.{recipe}")
-run(module.main, arguments, program=f"python -m train.{recipe}", defaults=getattr(module, "starting_options", None))
-"""
-"""A recipe that is killed at its n-th coming to a place: a moment after, and at the latest when it leaves it."""
+KILLED = Path(__file__).parent / "killed_recipe.py"
 
 PLACES = {  # how often a run comes there at most before it is killed, and how long it stays, in seconds
     "step": (12, 0.005),
@@ -210,45 +175,46 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(recipe):
     chance = random.Random(recipe.name)
     moments = chance.sample(MOMENTS, len(MOMENTS))
     assert len(moments) == 20
-    for out in ("first", "second", "third", "fourth", "fifth"):
-        if not moments:
-            break
-        arguments = recipe.arguments(out, **options)
-        while True:
-            place = moments[-1] if moments else None
-            code, said = killed(recipe, command, arguments, place, chance)
-            if code == 0:
+    with Forks(f"train.{recipe.name}", "llmq_jax.language_model") as forks:
+        for out in ("first", "second", "third", "fourth", "fifth"):
+            if not moments:
                 break
-            assert code == -signal.SIGKILL, said
-            moments.pop()
-            if (recipe.folder / out / "metrics.jsonl").exists():
-                records(recipe.folder / out)
-            if (samples := recipe.folder / out / "samples.txt").exists():
-                assert samples.read_text() == "" or samples.read_text().endswith("\n\n")
-        assert recipe.left_by(out) == whole
-        assert half_written(recipe.folder / out) == []
+            arguments = recipe.arguments(out, **options)
+            while True:
+                place = moments[-1] if moments else None
+                code, said = killed(forks, recipe, arguments, place, chance)
+                if code == 0:
+                    break
+                assert code == -signal.SIGKILL, said
+                moments.pop()
+                if (recipe.folder / out / "metrics.jsonl").exists():
+                    records(recipe.folder / out)
+                if (samples := recipe.folder / out / "samples.txt").exists():
+                    assert samples.read_text() == "" or samples.read_text().endswith("\n\n")
+            assert recipe.left_by(out) == whole
+            assert half_written(recipe.folder / out) == []
     assert moments == []
 
 
-def killed(recipe, command, arguments, place, chance):
+def killed(forks, recipe, arguments, place, chance):
     """(exit code, output) of a process that is killed at the place, if it comes there."""
+    number, delay = 0, 0.0
     if place in PLACES:
         most, stay = PLACES[place]
         number, delay = chance.randint(1, most), chance.uniform(0, 1.5 * stay)
-        command = [sys.executable, "-c", KILLED, recipe.name, place, str(number), str(delay)]
-    process = subprocess.Popen(
-        command + arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipe = recipe.folder / "pipe"
+    if not pipe.exists():
+        os.mkfifo(pipe)
+    process = forks.begin(KILLED, recipe.name, place, number, delay, *arguments, output=pipe, errors=pipe)
     said = []
-    if place == ANYWHERE:
-        for line in process.stdout:  # until training begins
+    with open(pipe) as lines:
+        for line in lines:
             said.append(line)
-            if line.startswith(("step", "resuming")):
+            if place == ANYWHERE and line.startswith(("step", "resuming")):  # training begins
                 time.sleep(chance.uniform(0, 2))
-                process.send_signal(signal.SIGKILL)
-                break
-    said.append(process.communicate()[0])
-    return process.returncode, "".join(said)
+                os.kill(process, signal.SIGKILL)
+                place = None
+    return forks.wait(), "".join(said)
 
 
 # Damaged checkpoints.

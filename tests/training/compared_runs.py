@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import tiny_run
 
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
+from tests.forks import Forks
 
 
 def timeless(folder):
@@ -60,3 +62,19 @@ def broken_at(bad):
             raise RuntimeError(f"no batch {bad}")
 
     return before
+
+
+def killed(folder, kills, *words):
+    """(exit code, stdout, stderr) of the tiny run, which goes on to its end after a process that was killed at each of
+    these points."""
+    out, errors = folder.parent / "out", folder.parent / "errors"
+    with Forks("llmq_jax.training.engine") as forks:
+        for kill in (*kills, None):
+            assert not (folder / "finished.json").exists()
+            out.write_text("")
+            errors.write_text("")
+            forks.begin(tiny_run.__file__, folder, *words, *([kill] if kill else []), output=out, errors=errors)
+            code = forks.wait()
+            if kill:
+                assert code == -signal.SIGKILL, (kill, out.read_text(), errors.read_text())
+    return code, out.read_text(), errors.read_text()

@@ -3,14 +3,21 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import jax
 import pytest
 import tiny_run
-from compared_runs import assert_same_arrays, assert_same_run, broken_at, final_state, flip_a_bit, quiet, timeless
+from compared_runs import (
+    assert_same_arrays,
+    assert_same_run,
+    broken_at,
+    final_state,
+    flip_a_bit,
+    killed,
+    quiet,
+    timeless,
+)
 from tiny_run import OPTIONS, STEPS, Batches
 
 from llmq_jax.errors import BadInput
@@ -22,8 +29,7 @@ from llmq_jax.training.signals import StoppedBySignal
 @pytest.mark.exhaustive
 def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_path):
     folder = tmp_path / "killed"
-    script = [sys.executable, tiny_run.__file__, str(folder)]
-    for kill in (
+    kills = (
         "step:3",  # before the first checkpoint
         "torn:6",  # in the middle of a line of metrics.jsonl
         "arrays:8",  # in a checkpoint: arrays written, no manifest
@@ -33,14 +39,10 @@ def test_killed_at_every_kind_of_point_and_run_again_is_the_same_run(whole, tmp_
         "deletion:12",  # in the middle of deleting an old checkpoint
         "committed:20",  # the last one, before an older one is deleted
         "plot",  # after the last checkpoint, before the run is marked as finished
-    ):
-        done = subprocess.run([*script, kill], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, (kill, done.stdout, done.stderr)
-    assert not (folder / "finished.json").exists()
-    done = subprocess.run(script, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "from step 20" in done.stdout
+    )
+    code, out, errors = killed(folder, kills)
+    assert (code, errors) == (0, "")
+    assert "from step 20" in out
     assert_same_run(whole, folder)
     assert json.loads((folder / "finished.json").read_text())["step"] == STEPS
     assert not [name for name in os.listdir(folder / "checkpoints") if not name.isdigit()]

@@ -2,14 +2,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny_run
-from compared_runs import assert_same_arrays, assert_same_run, broken_at, final_state, quiet, state_at, timeless
+from compared_runs import assert_same_arrays, assert_same_run, broken_at, final_state, killed, quiet, state_at, timeless
 from old_checkpoints import in_format_1
 from tiny_run import OPTIONS, PATIENT, STEPS, Batches
 
@@ -207,13 +205,10 @@ def test_a_run_that_broke_off_at_its_early_end_comes_to_it(impatient, tmp_path):
 @pytest.mark.exhaustive
 def test_killed_at_every_kind_of_point_a_run_stops_early_at_the_same_step(impatient, tmp_path):
     folder = tmp_path / "killed"
-    script = [sys.executable, tiny_run.__file__, str(folder), "patient"]
-    for kill in ("step:7", "torn:10", "manifest:12", "step:13", "manifest:14", "committed:14", "plot"):
-        done = subprocess.run([*script, kill], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, (kill, done.stdout, done.stderr)
-    done = subprocess.run(script, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "from step 14" in done.stdout and STOPPED in done.stdout
+    kills = ("step:7", "torn:10", "manifest:12", "step:13", "manifest:14", "committed:14", "plot")
+    code, out, errors = killed(folder, kills, "patient")
+    assert (code, errors) == (0, "")
+    assert "from step 14" in out and STOPPED in out
     assert_same_run(impatient[0], folder)
 
 

@@ -1,0 +1,81 @@
+"""Programs as forks of a process that has imported what they need, for tests that begin many of them to kill them: the
+imports take longer than what is killed. `Forks` starts that process and asks it:
+
+    python -m tests.forks MODULE ...
+
+A fork has none of its parent's threads, and JAX begins threads with its devices: so the parent computes nothing.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from jax._src import xla_bridge
+
+LATE = (
+    "orbax.checkpoint",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "tensorboardX",
+    "grain",
+    "jax.scipy.stats",
+)
+"""What a run imports as it comes to need it."""
+
+
+class Forks:
+    """A context, with one child at a time, which has the environment of whoever enters it."""
+
+    def __init__(self, *modules: str):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "tests.forks", *modules, *LATE]
+        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes)
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate(timeout=60)  # at the end of its input it ends
+
+    def begin(self, program: str | Path, *arguments: object, output: Path, errors: Path) -> int:
+        """The id of a process, and of its group, that runs the file as `python PROGRAM ARGUMENTS` would."""
+        return self._ask([str(program), *map(str, arguments)], str(output), str(errors))
+
+    def wait(self) -> int:
+        """The exit code of the child; -9 of one that was killed. Until then its id is no other process's."""
+        return self._ask()
+
+    def _ask(self, *request: object) -> int:
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+def serve() -> list[str]:
+    """Returns in a child, with its program and arguments; here it exits."""
+    child = 0
+    for line in sys.stdin:
+        if request := json.loads(line):
+            assert threading.active_count() == 1 and not xla_bridge.backends_are_initialized()
+            if (child := os.fork()) == 0:
+                os.setpgid(0, 0)
+                words, *files = request
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                for number, path in enumerate(files, 1):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+                # New ones: a stream asks only once whether its file can be sought in, and these were others.
+                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+                return words
+        print(child if request else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    sys.exit()
+
+
+if __name__ == "__main__":
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+    sys.argv = serve()
+    runpy.run_path(sys.argv[0], run_name="__main__")
