@@ -1,12 +1,13 @@
 """A row from end to end: same losses on all sides, times in rounds, a roofline, a report."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from bench import measure, report
+from bench import measure, report, worker
 from bench.products import Product, products_of, time_in_jax, time_in_torch
 from bench.rows import (
     CACHED_SIDES,
@@ -23,11 +24,29 @@ from bench.rows import (
     gpt2,
 )
 
-pytestmark = pytest.mark.slow  # every side starts a process of its own
+pytestmark = pytest.mark.slow  # some sides start processes of their own
 
 TINY = TrainStep(
     "tiny", gpt2(2, 2, 16, 8, 31), batch=2, context=8, sides=("ours", "transformers, eager", "plain torch, eager")
 )
+
+
+class SideOfThisProcess:
+    """In the place of `measure.Worker`: the same side, and no process that imports all again to hold it."""
+
+    def __init__(self, row, folder, name):
+        self.side, self.idle = worker.create_side(row, folder, name), 0.0
+
+    def ask(self, call, **arguments):
+        return json.loads(json.dumps(getattr(self.side, call)(**json.loads(json.dumps(arguments)))))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(measure, "Worker", SideOfThisProcess)
 
 
 def test_a_row_end_to_end(monkeypatch):
@@ -56,7 +75,7 @@ def test_rows_that_are_not_measured_stay_on_the_page(monkeypatch):
     assert "| second | c | d | **missed** |\n\n## second\n\nY.\n" in text and "gone" not in text
 
 
-def test_windowed_attention_end_to_end():
+def test_windowed_attention_end_to_end(in_this_process):
     row = WindowedAttention("window", length=256, window=16, heads=2, width=8)
     result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
     losses = result.sides["torch, masked"].facts["losses"]
@@ -67,7 +86,7 @@ def test_windowed_attention_end_to_end():
     assert result.ours.facts["temporary_bytes"] < result.sides["ours, full"].facts["temporary_bytes"]
 
 
-def test_experts_end_to_end():
+def test_experts_end_to_end(in_this_process):
     row = ExpertNetworks("experts", tokens=64, width=8, intermediate_size=16, num_experts=4, many=16)
     result = measure.measure(row, rounds=1, seconds=0.01, report=lambda text: None)
     losses = {name: side.facts["losses"] for name, side in result.sides.items() if "losses" in side.facts}
@@ -87,7 +106,7 @@ def test_experts_end_to_end():
     assert shares["ours, exact"] and not shares["ours, 16 experts"] and not shares["ours, 16 exact"]
 
 
-def test_a_step_of_a_model_with_experts():
+def test_a_step_of_a_model_with_experts(in_this_process):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 8, "vocab_size": 31}
     fields = MIXTRAL | sizes | {"num_hidden_layers": 2, "num_local_experts": 4}
     row = TrainStep("mixtral", fields, 2, 8, "mixtral", sides=("ours", "transformers, eager"))
@@ -100,7 +119,7 @@ def test_a_step_of_a_model_with_experts():
     assert {(4, 8, 16, 48), (4, 8, 24, 16)} <= shapes
 
 
-def test_a_step_of_adapters():
+def test_a_step_of_adapters(in_this_process):
     sides = ("ours, scanned", "ours, full, scanned", "PEFT, eager")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     fields = SMOLLM2 | sizes | {"num_hidden_layers": 2, "vocab_size": 31}
