@@ -55,6 +55,8 @@ def test_every_mesh_trains_as_one_device(architecture):
 def test_every_shape_of_mesh_trains_as_one_device(architecture):
     axes = [axis for axis in MESH_AXES if axis != "expert" or MESHES[architecture] is EXPERTS]
     shapes = (sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(axes)) if math.prod(sizes) == 8)
+    # Of two axes the longer one first: the other order divides the same dimensions.
+    shapes = (sizes for sizes in shapes if [n for n in sizes if n > 1] != [2, 4])
     texts = (",".join(f"{axis}={n}" for axis, n in zip(axes, sizes, strict=True) if n > 1) for sizes in shapes)
     others = [text for text in texts if text not in MESHES[architecture]]
     compared(architecture, [*others, PMAP] if architecture == "llama3" else others)
