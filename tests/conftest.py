@@ -22,9 +22,11 @@ import subprocess
 import sys
 
 # Tests compile thousands of programs and run each once or twice: what they wait for is the compiler. With these flags
-# it takes a quarter of its time, for slower programs. An XLA that does not know one of them does not start, so they are
-# tried first.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# it takes a quarter of its time, for slower programs; on one core there is no gain in cutting a program into 32 pieces
+# to compile. An XLA that does not know one of them does not start, so they are tried first.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 if "PYTEST_XDIST_WORKER" not in os.environ and os.environ.get("OPTIMIZED_TESTS") != "true":
     quick = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()}
     command = [sys.executable, "-c", "import jax; jax.devices()"]

@@ -211,7 +211,6 @@ def code_digest() -> str:
 def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
     """{option or field of the model: its value in each of these runs}, where these are not all the same; "" in a folder
     that has no config of a run."""
-
     configs = [_flat(_read_run_config(Path(folder) / CONFIG) or {}) for folder in folders]
     names = dict.fromkeys(name for config in configs for name in config)
 
