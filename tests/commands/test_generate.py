@@ -211,6 +211,20 @@ def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, pip
     assert (code, err) == (2, 'error: standard input: line 2 has a "prompt" that is not a string\n')
 
 
+def test_one_long_prompt_does_not_shorten_the_others_in_silence(llmq, model_folder, tmp_path):
+    """Without --max-new-tokens all get as many as the longest leaves room for, here 3."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a"}) + "\n\n" + json.dumps({"prompt": "x" * 29}) + "\n")
+    code, out, err = llmq("generate", model_folder, "--prompt-file", path, "--temperature", 0)
+    assert (code, [json.loads(line)["tokens"] for line in out.splitlines()]) == (0, [3, 3])
+    assert err == (
+        f"note: {path}: line 3 has 29 tokens and leaves room for 3 new ones in the model's context of 32, which are "
+        "all that any prompt gets; shorten it, or say so by --max-new-tokens 3\n"
+    )
+    said = llmq("generate", model_folder, "--prompt-file", path, "--temperature", 0, "--max-new-tokens", 3)
+    assert said == (0, out, "")
+
+
 def test_out_is_a_file_of_the_same_lines(llmq, chat_folder, prompt_file, tmp_path):
     arguments = ["generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8, "--stop", "e"]
     _, expected, _ = llmq(*arguments)
