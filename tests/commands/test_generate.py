@@ -51,6 +51,12 @@ def test_without_a_length_it_fills_the_context(llmq, model_folder, tiny_model):
     assert (code, out) == (0, "x" * 30 + expected + TAIL)
 
 
+def test_a_stop_text_may_be_a_line_break(model_folder):
+    r"""Which a shell leaves as the two characters of \n: they stand in no text, and nothing would stop."""
+    _, drawing = DrawingOptions(model=str(model_folder), stop=(r"\n\n", r"a\tb", "e")).load()
+    assert drawing["stop"] == ["\n\n", "a\tb", "e"]
+
+
 def test_prompt_from_standard_input(llmq, model_folder, piped):
     given = llmq("generate", model_folder, "--prompt", "one\ntwo", "--max-new-tokens", 4)
     piped("one\ntwo\n")
