@@ -168,13 +168,17 @@ def _continue_file(options: Options) -> None:
 def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int) -> None:
     lm, drawing = options.load()
     import llmq_jax as lq
-    from llmq_jax.data.messages import template_variables
+    from llmq_jax.data.conversations import LOST
+    from llmq_jax.data.messages import refuse_lost, template_variables
     from llmq_jax.data.records import Record
 
     prompts = []
     for number, record in zip(numbers, records, strict=True):
         by_template = options.chat or "messages" in record
-        variables = template_variables(Record(f"{options.source}: line {number}", record)) if by_template else {}
+        where, variables = f"{options.source}: line {number}", {}
+        if by_template:
+            variables = template_variables(Record(where, record))
+            refuse_lost(record, LOST["prompt"] if "prompt" in record else (), where)
         with _at_line(options, number):
             prompts.append(_prompt(lm, record, by_template, variables))
     number, longest = max(zip(numbers, map(len, prompts), strict=True), key=lambda line: line[1])

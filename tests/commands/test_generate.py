@@ -307,6 +307,11 @@ BAD_FILES = {
         [],
         "FILE: line 1: the chat template refused these messages: no cooks",
     ),
+    "lost system": (
+        GOOD + '{"prompt": "a", "system": "b"}',
+        ["--chat"],
+        "FILE: line 2 has 'system', which is not read: write it into the text, or remove it",
+    ),
     "idle chat": ('{"messages": [{"role": "user", "content": "a"}]}', ["--chat"], "--chat has no effect on FILE"),
     "batch size": (GOOD, ["--batch-size", "0"], "--batch-size 0 must be at least 1"),
     "no new token": (GOOD, ["--max-new-tokens", "0"], "error: max_new_tokens=0 must be at least 1"),
