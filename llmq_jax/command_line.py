@@ -392,6 +392,11 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def with_breaks(text: str) -> str:
+    r"""A text of the command line, in which \n and \t, as a shell leaves them, become the line break and the tab."""
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:
     """BadInput for an option that is given where it can do nothing. Cases: (field, whether it is idle, why)."""
     for name, idle, why in cases:

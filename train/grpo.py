@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, no_option, option_name, run
+from llmq_jax.command_line import Flag, default_is, no_option, option_name, run, with_breaks
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
@@ -332,9 +332,9 @@ def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
 
 
 def resolved(options: Options) -> Options:
-    r"""The options with what they leave open; \n and \t, which a shell leaves as they are, become what they mean."""
+    """The options with what they leave open."""
     values: dict[str, Any] = {
-        name: text.replace(r"\n", "\n").replace(r"\t", "\t")
+        name: with_breaks(text)
         for name in ("prompt_format", "step_separator")
         if (text := getattr(options, name)) is not None
     }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, Repeated, default_is, option_name
+from llmq_jax.command_line import Positional, Repeated, default_is, option_name, with_breaks
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
@@ -26,7 +26,7 @@ class SamplingOptions:
     min_p: float = 0.0
     """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
     stop: Repeated = ()
-    """Stop before this text appears; may be given several times."""
+    r"""Stop before this text appears, in which \n is a line break and \t a tab; may be given several times."""
     chat_template_kwargs: Annotated[str | None, default_is("none")] = None
     """Variables of the model's chat template, in JSON: {"enable_thinking": false} of Qwen 3."""
     draft: Annotated[str | None, default_is("none")] = None
@@ -83,7 +83,7 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
             lm = lm.replace(tokenizer=lm.tokenizer.with_chat_variables(variables))
         draft = self.draft if self.draft is None or self.draft == MTP else lq.load(self.draft, dtype=dtype)
         drafting = {"draft": draft, "draft_tokens": self.draft_tokens}
-        return lm, {"sampler": sampler, "stop": list(self.stop) or None, **drafting}
+        return lm, {"sampler": sampler, "stop": [*map(with_breaks, self.stop)] or None, **drafting}
 
     def seed_of(self, number: int) -> int:
         """The seed of one of several texts, numbered from 0."""

@@ -168,20 +168,33 @@ def _continue_file(options: Options) -> None:
 def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int) -> None:
     lm, drawing = options.load()
     import llmq_jax as lq
-    from llmq_jax.data.messages import template_variables
+    from llmq_jax.data.conversations import LOST
+    from llmq_jax.data.messages import refuse_lost, template_variables
     from llmq_jax.data.records import Record
 
     prompts = []
     for number, record in zip(numbers, records, strict=True):
         by_template = options.chat or "messages" in record
-        variables = template_variables(Record(f"{options.source}: line {number}", record)) if by_template else {}
+        where, variables = f"{options.source}: line {number}", {}
+        if by_template:
+            variables = template_variables(Record(where, record))
+            refuse_lost(record, LOST["prompt"] if "prompt" in record else (), where)
         with _at_line(options, number):
             prompts.append(_prompt(lm, record, by_template, variables))
-    drawing["max_new_tokens"] = _new_tokens(options, lm, max(map(len, prompts)))
+    number, longest = max(zip(numbers, map(len, prompts), strict=True), key=lambda line: line[1])
+    drawing["max_new_tokens"] = _new_tokens(options, lm, longest)
     _stream(options, lm, [0], drawing)  # computes nothing, and checks: here the options, then each prompt
-    for number, prompt in zip(numbers, prompts, strict=True):
-        with _at_line(options, number):
+    for line, prompt in zip(numbers, prompts, strict=True):
+        with _at_line(options, line):
             _stream(options, lm, prompt, drawing)
+    count = drawing["max_new_tokens"]
+    if options.max_new_tokens is None and len(prompts) > 1 and count < NEW_TOKENS:
+        print(
+            f"note: {options.source}: line {number} has {longest} tokens and leaves room for {count} new ones in the "
+            f"model's context of {lm.config.max_position_embeddings}, which are all that any prompt gets; shorten it, "
+            f"or say so by --max-new-tokens {count}",
+            file=sys.stderr,
+        )
 
     start, lines = time.perf_counter(), []
     size = min(size, options.rows_of(len(prompts)))

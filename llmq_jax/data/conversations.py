@@ -41,6 +41,7 @@ FORMS = {
 LOST = {
     "messages": ("functions", "conversations"),
     "conversations": ("functions", "system"),
+    "prompt": ("system",),
     "alpaca": ("system", "history"),
     "question": ("context", "choices"),
 }

@@ -136,7 +136,8 @@ def as_preference(record: Record) -> Preference:
         raise BadInput(f"{where} is no preference pair (fields found: {names}): it needs the fields {forms}")
     if form == "alpaca" and "prompt" in fields:
         raise BadInput(f"{where} has both an instruction and a prompt: remove one of the two fields")
-    refuse_lost(fields, LOST["alpaca" if form == "alpaca" else "messages"], where)
+    of_lists = () if form == "alpaca" else LOST["messages"]
+    refuse_lost(fields, (*LOST[form], *of_lists), where)
     given = ""
     prompt: tuple[Message, ...]
     answers: list[tuple[Message, ...]]

@@ -344,7 +344,7 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
                     raise BadInput(no_field(str(path), name, schema.names, "--text-field"))
                 kind = schema.field(name).type
                 value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-                if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
+                if value_kind not in (pa.string(), pa.large_string(), pa.string_view()):
                     raise BadInput(f"{path}: column {name!r} must hold strings, not {kind}")
             for batch in file.iter_batches(batch_size=1024, columns=None if texts is None else list(texts)):
                 nested = [column for column in batch.schema if pa.types.is_nested(column.type) or _is_json(column.type)]

@@ -34,7 +34,8 @@ class Validation:
         """The validation loss, which need not be what it is judged by."""
 
     def add(self, step: int, means: Mapping[str, float]) -> None:
-        """Note an evaluation. BadInput where there is nothing to be patient about."""
+        """Note an evaluation. BadInput where it has not the mean that the run is to be judged by; a run without a loss
+        may be judged by nothing, unless it is to be patient."""
         if LOSS in means:
             self.losses[step] = means[LOSS]
         if self.name in means:
@@ -44,6 +45,11 @@ class Validation:
             raise BadInput(
                 f"patience is {self.patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
                 "return it, or leave patience out"
+            )
+        elif self.name != LOSS:
+            found = ", ".join(sorted(name.removeprefix(PREFIX) for name in means)) or "nothing"
+            raise BadInput(
+                f"judged_by is {self.judged_by[0]}, and evaluate returns {found}: name one of these, or return it"
             )
 
     def take_up(self, judged: Sequence[Point], losses: Sequence[Point]) -> None:

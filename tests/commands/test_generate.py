@@ -51,6 +51,12 @@ def test_without_a_length_it_fills_the_context(llmq, model_folder, tiny_model):
     assert (code, out) == (0, "x" * 30 + expected + TAIL)
 
 
+def test_a_stop_text_may_be_a_line_break(model_folder):
+    r"""Which a shell leaves as the two characters of \n: they stand in no text, and nothing would stop."""
+    _, drawing = DrawingOptions(model=str(model_folder), stop=(r"\n\n", r"a\tb", "e")).load()
+    assert drawing["stop"] == ["\n\n", "a\tb", "e"]
+
+
 def test_prompt_from_standard_input(llmq, model_folder, piped):
     given = llmq("generate", model_folder, "--prompt", "one\ntwo", "--max-new-tokens", 4)
     piped("one\ntwo\n")
@@ -211,6 +217,20 @@ def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, pip
     assert (code, err) == (2, 'error: standard input: line 2 has a "prompt" that is not a string\n')
 
 
+def test_one_long_prompt_does_not_shorten_the_others_in_silence(llmq, model_folder, tmp_path):
+    """Without --max-new-tokens all get as many as the longest leaves room for, here 3."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "a"}) + "\n\n" + json.dumps({"prompt": "x" * 29}) + "\n")
+    code, out, err = llmq("generate", model_folder, "--prompt-file", path, "--temperature", 0)
+    assert (code, [json.loads(line)["tokens"] for line in out.splitlines()]) == (0, [3, 3])
+    assert err == (
+        f"note: {path}: line 3 has 29 tokens and leaves room for 3 new ones in the model's context of 32, which are "
+        "all that any prompt gets; shorten it, or say so by --max-new-tokens 3\n"
+    )
+    said = llmq("generate", model_folder, "--prompt-file", path, "--temperature", 0, "--max-new-tokens", 3)
+    assert said == (0, out, "")
+
+
 def test_out_is_a_file_of_the_same_lines(llmq, chat_folder, prompt_file, tmp_path):
     arguments = ["generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8, "--stop", "e"]
     _, expected, _ = llmq(*arguments)
@@ -286,6 +306,11 @@ BAD_FILES = {
         '{"messages": [{"role": "cook", "content": ""}]}',
         [],
         "FILE: line 1: the chat template refused these messages: no cooks",
+    ),
+    "lost system": (
+        GOOD + '{"prompt": "a", "system": "b"}',
+        ["--chat"],
+        "FILE: line 2 has 'system', which is not read: write it into the text, or remove it",
     ),
     "idle chat": ('{"messages": [{"role": "user", "content": "a"}]}', ["--chat"], "--chat has no effect on FILE"),
     "batch size": (GOOD, ["--batch-size", "0"], "--batch-size 0 must be at least 1"),

@@ -310,6 +310,7 @@ BAD = [
     ({"messages": [user("x"), {**assistant("y"), "weight": 0}]}, r"messages\[1\] has the weight 0, .* --train-on"),
     ({"messages": [user("x"), assistant("y")], "functions": [{"name": "z"}]}, r"has 'functions', which is not read"),
     ({**ALPACA, "system": "You are terse."}, r"has 'system', which is not read: write it into the text"),
+    ({**PROMPT, "system": "You are terse."}, r"has 'system', which is not read: write it into the text"),
     ({"messages": [user("\ud800")]}, r"messages\[0\]: content: half a surrogate pair"),
     (
         {"conversations": [said("human", "x"), said("chatgpt", "y")]},

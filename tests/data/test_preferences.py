@@ -243,6 +243,7 @@ BAD = [
     ({**STRINGS, "rejected": None}, r"is no preference pair \(fields found: prompt, chosen\)"),
     ({**ALPACA, "prompt": "x"}, "has both an instruction and a prompt"),
     ({**ALPACA, "system": "Be brief."}, "has 'system', which is not read: write it into the text, or remove it"),
+    ({**STRINGS, "system": "Be brief."}, "has 'system', which is not read: write it into the text, or remove it"),
     ({**LISTS, "tools": ["search"]}, r"field 'tools' must be a list of objects, not \['search'\]"),
     ({**IMPLICIT, "conversations": [{"from": "human", "value": "a"}]}, "has 'conversations', which is not read"),
     ({**ALPACA, "chosen": " \n"}, "field 'chosen': the response is empty"),

@@ -65,7 +65,9 @@ def test_long_csv_field(tmp_path):
     assert read_documents(write(tmp_path / "a.csv", "text\n" + "x" * 300_000)) == ["x" * 300_000]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet(tmp_path, kind):
     texts = [f"text {i}" for i in range(5000)]
     pq.write_table(pa.table({"n": range(5000), "text": pa.array(texts).cast(kind)}), tmp_path / "a.parquet")

@@ -51,6 +51,12 @@ def test_saving_new_bests_changes_nothing_else_and_resumes_exactly(whole, tmp_pa
     assert_same_run(whole, folder)
 
 
+def test_a_run_is_not_judged_by_a_mean_that_nobody_returns(tmp_path):
+    """Its best step would be none, and its checkpoint not kept."""
+    with pytest.raises(BadInput, match="judged_by is acurracy, and evaluate returns accuracy, loss: name one of these"):
+        quiet(tmp_path / "run", judged_by=("acurracy", "highest"), evaluate=lambda _: {"loss": 1.0, "accuracy": 0.5})
+
+
 REWARDS = {4: 0.2, 8: 0.9, 12: 0.9, 16: 0.5, 20: 0.1}
 
 
