@@ -46,8 +46,7 @@ from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.sharding import own_rows
-from llmq_jax.training.state import TrainState
-from llmq_jax.training.step import ROUTER
+from llmq_jax.training.state import ROUTER, TrainState
 
 REFERENCE = "reference"
 """What a state carries."""

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from llmq_jax.training.parts import PARAMS
 from llmq_jax.training.sharding import place
+
+ROUTER = "router"
+"""The collection of what a step moves without gradients, where `params` train: the routers' biases for selection."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -47,14 +51,15 @@ def create_state(
     seed: int = 0,
     trainable: str | tuple[str, ...] = ("params",),
 ) -> TrainState:
-    """State of step 0. What trains is held in float32, whatever type it came in. On a mesh (`training.sharding`) every
-    device gets its part.
+    """State of step 0. What trains, and the routers' biases that move with it, is held in float32, whatever type it
+    came in. On a mesh (`training.sharding`) every device gets its part.
 
     `variables` are those of `init` or of a LanguageModel; `optimizer` makes its state for the collections `trainable`;
     `seed` is that of dropout.
     """
     names = (trainable,) if isinstance(trainable, str) else trainable
-    trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in names}
+    learns = (*names, ROUTER) if PARAMS in names and ROUTER in variables else names
+    trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in learns}
     variables = place({**variables, **trained})
     state = TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -16,9 +16,8 @@ from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.expert_load import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
-from llmq_jax.training.state import TrainState
+from llmq_jax.training.state import ROUTER, TrainState
 
-ROUTER = "router"
 REPLICAS = "replicas"
 
 

@@ -4,6 +4,8 @@ import json
 import warnings
 
 import pytest
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf
@@ -23,10 +25,20 @@ def test_what_yarns_own_configs_say_besides_is_passed_over():
     assert read(rope_scaling=YARN | {"finetuned": False, "attn_factor": 1.0, "extrapolation_factor": 1}) == expected
 
 
+def test_a_factor_of_attention_by_the_name_in_yarns_own_code_counts_as_little_as_in_transformers():
+    """deepseek-ai/DeepSeek-R1-0528-Qwen3-8B. What reads the name, as vLLM does, computes with another scale."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attn_factor": 0.878}
+    with pytest.warns(UserWarning, match=r"'yarn' has attn_factor=0\.878, which counts for nothing"):
+        rope = read(max_position_embeddings=131072, rope_scaling=dict(scaling))
+    theirs = transformers.LlamaConfig(max_position_embeddings=131072, rope_parameters={**scaling, "rope_theta": 1e4})
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, None)
+    assert rope.attention_scale == pytest.approx(factor)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rope_scaling": YARN | {"attn_factor": 2.0}}, "rope_parameters.attn_factor is not a parameter of"),
+        ({"rope_scaling": YARN | {"beta": 2.0}}, "rope_parameters.beta is not a parameter of rope_type 'yarn'"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor and lacks rope_type; name one of default, linear"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "rope_parameters has factor and lacks rope_type"),
         (json.loads('{"rope_theta": NaN}'), "rope_parameters.rope_theta=nan is not a number"),

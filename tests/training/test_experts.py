@@ -110,6 +110,16 @@ def test_the_bias_moves_by_the_load_of_all_micro_batches_and_by_no_gradient():
     assert np.abs(jax.tree.leaves(twice.variables["router"])[0]).max() > 0.01
 
 
+def test_a_bias_that_came_in_half_precision_moves_in_float32():
+    """Some files of DeepSeek's kind hold it so. Were its type another after a step, no checkpoint would fit the state
+    that a run begins with, and none could be resumed."""
+    variables = {**drawn(CONFIG), "router": jax.tree.map(lambda leaf: leaf.astype("bfloat16"), drawn(CONFIG)["router"])}
+    state = create_state(variables, SGD)
+    types = jax.tree.map(lambda leaf: leaf.dtype, state.variables)
+    state, _ = train_step(CONFIG, 1)(state, batch())
+    assert jax.tree.map(lambda leaf: leaf.dtype, state.variables) == types
+
+
 def test_without_a_rate_the_bias_stays():
     still = dataclasses.replace(CONFIG, experts=dataclasses.replace(EXPERTS, balance=None))
     state, metrics = train(still)
