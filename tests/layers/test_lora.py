@@ -20,10 +20,10 @@ from llmq_jax.models import (
     Llama3Config,
     MixtralConfig,
     build,
+    init,
     override,
 )
 from llmq_jax.objectives import NextToken
-from tests.weights import draw_variables
 
 SIZES = {
     "vocab_size": 61,
@@ -87,7 +87,7 @@ def moved(variables, seed=1, size=0.3):
 
 @cache
 def drawn(config):
-    return draw_variables(config)
+    return init(config)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -382,7 +382,7 @@ def test_a_pattern_that_the_chosen_layers_lack_is_refused():
 
 @pytest.mark.exhaustive
 def test_a_base_in_bfloat16_keeps_its_type():
-    model, variables = build(CONFIGS["mixtral"]), draw_variables(CONFIGS["mixtral"])
+    model, variables = build(CONFIGS["mixtral"]), init(CONFIGS["mixtral"])
     variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
     adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)), size=1.0)
     expected = apply(model, adapted)
@@ -399,7 +399,7 @@ def test_a_base_in_bfloat16_keeps_its_type():
 @pytest.mark.exhaustive
 def test_modules_of_multi_token_prediction_stay_as_they_are():
     config = override(CONFIGS["deepseek"], num_nextn_predict_layers=1)
-    model, variables = build(config), draw_variables(config)
+    model, variables = build(config), init(config)
     adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)))
     assert all(path[0].startswith("group_") for path in lora.adapters(adapted))
     ahead = jax.jit(lambda variables: model.apply(variables, TOKENS, method="mtp_logits"))
