@@ -14,9 +14,10 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load, save
-from llmq_jax.models import build, init
+from llmq_jax.models import build
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.training.checkpoints import Checkpoints
+from tests.weights import draw_variables
 
 CONFIG = GPT2Config(
     vocab_size=257, max_position_embeddings=8, hidden_size=12, num_hidden_layers=2, num_attention_heads=3
@@ -26,7 +27,7 @@ CONFIG = GPT2Config(
 @pytest.fixture(scope="module")
 def lm():
     generation = GenerationConfig(eos_token_id=(256, 10), pad_token_id=0, other={"top_k": 5})
-    return LanguageModel(CONFIG, build(CONFIG), init(CONFIG, seed=1), ByteTokenizer(), generation)
+    return LanguageModel(CONFIG, build(CONFIG), draw_variables(CONFIG, seed=1), ByteTokenizer(), generation)
 
 
 def assert_same_variables(left, right):
@@ -124,7 +125,7 @@ def test_a_config_that_the_weights_do_not_fit(lm):
     untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     with pytest.raises(BadInput, match=r"params/lm_head/kernel is absent, and \["):
         lm.replace(config=untied)
-    assert lm.replace(config=wider, variables=init(wider)).config == wider
+    assert lm.replace(config=wider, variables=draw_variables(wider)).config == wider
 
 
 def test_a_representation_that_fits_on_a_line(lm):

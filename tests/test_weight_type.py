@@ -10,6 +10,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.generation.generate import Request
 from llmq_jax.weight_type import weight_type
+from tests.weights import draw_variables
 
 GREEDY = lq.Sampler(temperature=0.0)
 
@@ -17,7 +18,7 @@ GREEDY = lq.Sampler(temperature=0.0)
 def small_model():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = lq.Llama3Config(vocab_size=64, max_position_embeddings=32, num_key_value_heads=1, head_dim=8, **sizes)
-    return lq.LanguageModel(config, lq.build(config), lq.init(config))
+    return lq.LanguageModel(config, lq.build(config), draw_variables(config))
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16"])

@@ -55,7 +55,7 @@ from llmq_jax.training.manifest import verify_manifest, write_manifest
 from llmq_jax.training.plots import read_run, training_curve
 from llmq_jax.training.run_folder import RunFolder
 from tests.data.tool_calls import LOOP, TOOLS
-from tests.interop.weights import draw_variables
+from tests.weights import draw_variables
 
 Parts = dict[str, bytes]
 DATA = Path(__file__).parent.parent / "interop" / "data"

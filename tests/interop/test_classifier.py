@@ -13,8 +13,9 @@ from llmq_jax.interop.architectures import TABLES, config_from_state_dict, from_
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load
-from llmq_jax.models import build, init
-from tests.interop.weights import draw_variables, refused
+from llmq_jax.models import build
+from tests.interop.refusals import refused
+from tests.weights import draw_variables
 
 LABELS = ("ham", "spam")
 CONFIG = lq.GPT2Config(
@@ -31,7 +32,7 @@ LANGUAGE_MODEL = lq.GPT2Config(
 
 
 def model(config=CONFIG, **fields):
-    return LanguageModel(config, build(config), init(config, seed=3), **fields)
+    return LanguageModel(config, build(config), draw_variables(config, seed=3), **fields)
 
 
 @pytest.mark.parametrize("model_type", TABLES)
@@ -157,7 +158,7 @@ def test_labels_may_be_renamed(tmp_path):
 
 def test_weights_without_a_config(tmp_path):
     """Their shapes tell how many classes there are."""
-    state = to_state_dict(init(CONFIG, seed=3), CONFIG)
+    state = to_state_dict(draw_variables(CONFIG, seed=3), CONFIG)
     assert config_from_state_dict(state, num_attention_heads=3).labels == ("LABEL_0", "LABEL_1")
     save_file(state, tmp_path / "model.safetensors")
     lm = load(tmp_path / "model.safetensors", config={"num_attention_heads": 3, "labels": ["ham", "spam"]})
@@ -168,5 +169,5 @@ def test_weights_without_a_config(tmp_path):
 @pytest.mark.parametrize("layout", ["book", "original", "openai"])
 def test_layouts_without_classifiers(layout):
     assert "without a place in this layout (params/score/kernel)" in refused(
-        to_state_dict, init(CONFIG), CONFIG, layout=layout
+        to_state_dict, draw_variables(CONFIG), CONFIG, layout=layout
     )

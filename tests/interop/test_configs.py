@@ -18,7 +18,8 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import ARCHITECTURES, Architecture, build, init
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
-from tests.interop.weights import refused
+from tests.interop.refusals import refused
+from tests.weights import draw_variables
 
 # The config.json of the hub's gpt2, written years ago and never changed.
 ORIGINAL = {
@@ -217,7 +218,7 @@ def test_a_field_that_transformers_lacks_is_exported_at_its_default_alone(tmp_pa
     assert config_to_hf(Scaled(**SIZES)) == config_to_hf(Llama3Config(**SIZES))
     config = Scaled(**SIZES, my_scale=1.0)
     assert refused(config_to_hf, config) == REFUSED
-    lm = LanguageModel(config, build(config), init(config))
+    lm = LanguageModel(config, build(config), draw_variables(config))
     assert refused(lq.save_hf, lm, tmp_path / "hf") == REFUSED
     assert not (tmp_path / "hf").exists()
 

@@ -23,8 +23,9 @@ from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.positions import Rope, YarnRope
 from llmq_jax.models import build, override, preset
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
-from tests.interop.weights import draw_variables, refused
+from tests.interop.refusals import refused
 from tests.parity.references import numpy_state, randomise
+from tests.weights import draw_variables
 
 # V 13, D 12, N 3, E 6: no two sizes are equal, and those of experts are multiples of 4, in which torch multiplies.
 SIZES = {
@@ -155,7 +156,7 @@ def test_there_and_back(config):
 
 @pytest.mark.exhaustive
 def test_there_and_back_in_half_precision():
-    variables = draw_variables(AHEAD, ml_dtypes.bfloat16)
+    variables = draw_variables(AHEAD, dtype=ml_dtypes.bfloat16)
     assert_equal_trees(from_state_dict(to_state_dict(variables, AHEAD), AHEAD), variables)
 
 

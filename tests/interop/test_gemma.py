@@ -18,9 +18,10 @@ from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, load, save
 from llmq_jax.layers.positions import DynamicRope, LinearRope, Rope
-from llmq_jax.models import abstract_variables, build, init, override, preset
+from llmq_jax.models import abstract_variables, build, override, preset
 from llmq_jax.models.gemma import GLOBAL, LOCAL, PRESETS, Gemma2Config, Gemma3Config
-from tests.interop.weights import draw_variables, refused
+from tests.interop.refusals import refused
+from tests.weights import draw_variables
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 10.
 SIZES = {
@@ -93,7 +94,7 @@ def test_names_and_shapes():
 )
 def test_there_and_back(dtype, configs):
     for config in configs:
-        variables = draw_variables(config, dtype)
+        variables = draw_variables(config, dtype=dtype)
         back = from_state_dict(to_state_dict(variables, config), config)
         assert jax.tree.structure(back) == jax.tree.structure(variables)
         for found, expected in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
@@ -400,13 +401,13 @@ def test_what_transformers_does_not_compute_cannot_be_exported():
 def test_folders_there_and_back(base, tmp_path):
     """transformers' format and our own, where layer_types are irregular and rope is scaled."""
     config = override(base, layer_types=[GLOBAL, LOCAL, LOCAL, GLOBAL, LOCAL, GLOBAL, GLOBAL], rope_parameters=LINEAR)
-    lm = LanguageModel(config, build(config), init(config))
+    lm = LanguageModel(config, build(config), draw_variables(config))
     tokens = np.arange(40)[None] % 11
     for back in (load(save_hf(lm, tmp_path / "hf")), load(save(lm, tmp_path / "own"))):
         assert back.config == config
         np.testing.assert_array_equal(back.logits(tokens), lm.logits(tokens))
     dyt = override(config, norm="dyt")
-    lm = LanguageModel(dyt, build(dyt), init(dyt))
+    lm = LanguageModel(dyt, build(dyt), draw_variables(dyt))
     assert load(save(lm, tmp_path / "dyt")).config == dyt
 
 

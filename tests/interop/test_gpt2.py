@@ -12,7 +12,8 @@ from llmq_jax.interop import config_from_state_dict, from_state_dict, to_state_d
 from llmq_jax.interop.gpt2 import LAYOUTS
 from llmq_jax.language_model import load
 from llmq_jax.models.gpt2 import GPT2Config
-from tests.interop.weights import draw_variables, refused
+from tests.interop.refusals import refused
+from tests.weights import draw_variables
 
 TIED = GPT2Config(vocab_size=11, max_position_embeddings=7, hidden_size=6, num_hidden_layers=2, num_attention_heads=3)
 UNTIED = dataclasses.replace(TIED, tie_word_embeddings=False, intermediate_size=5)
@@ -69,7 +70,7 @@ def test_there_and_back(layout, dtype):
     for config in (TIED, UNTIED):
         if layout == "openai" and not config.tie_word_embeddings:
             continue
-        variables = draw_variables(config, dtype)
+        variables = draw_variables(config, dtype=dtype)
         state = to_state_dict(variables, config, layout)
         assert_same(from_state_dict(state, config, layout), variables)
 
@@ -105,7 +106,7 @@ def test_where_queries_keys_and_values_end_up():
 
 @pytest.mark.parametrize("layout", APART)
 def test_absent_biases_are_zeros(layout):
-    state = to_state_dict(draw_variables(TIED, ml_dtypes.bfloat16), TIED, layout)
+    state = to_state_dict(draw_variables(TIED, dtype=ml_dtypes.bfloat16), TIED, layout)
     parts = ("w_queries", "w_keys", "w_values", "W_query", "W_key", "W_value")
     biases = [name for name in state if name.endswith(".bias") and name.split(".")[-2] in parts]
     assert len(biases) == 6

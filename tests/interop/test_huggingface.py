@@ -32,6 +32,7 @@ from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.weight_type import weight_type
 from tests.byte_fallback import fallback_tokenizer
+from tests.weights import draw_variables
 
 CONFIG = GPT2Config(
     vocab_size=257, max_position_embeddings=16, hidden_size=12, num_hidden_layers=2, num_attention_heads=3
@@ -42,7 +43,7 @@ TEXT = "Größe: 3 µm — “ja”\n\tdef f(x): return x<|endoftext|>🙂"
 @pytest.fixture
 def lm():
     generation = GenerationConfig(eos_token_id=(256, 10), bos_token_id=256, other={"temperature": 0.5})
-    return LanguageModel(CONFIG, build(CONFIG), init(CONFIG, seed=3), ByteTokenizer(), generation)
+    return LanguageModel(CONFIG, build(CONFIG), draw_variables(CONFIG, seed=3), ByteTokenizer(), generation)
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_special_tokens_that_no_file_names(tmp_path):
 def test_tokenizer_files_are_kept(lm, tmp_path):
     gpt2 = GPT2Tokenizer()
     config = dataclasses.replace(CONFIG, vocab_size=gpt2.vocab_size)
-    lm = LanguageModel(config, build(config), init(config), gpt2)
+    lm = LanguageModel(config, build(config), draw_variables(config), gpt2)
     first = save_hf(lm, tmp_path / "first")
     (first / "chat_template.jinja").write_text("{{ messages }}")
     second = save_hf(load(first), tmp_path / "second")

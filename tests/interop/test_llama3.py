@@ -20,9 +20,10 @@ from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.llama3 import LAYOUTS
 from llmq_jax.language_model import LanguageModel, load, save
 from llmq_jax.layers.positions import DynamicRope, Llama3Rope, LongRope, Rope, YarnRope
-from llmq_jax.models import build, init, override, preset
+from llmq_jax.models import build, override, preset
 from llmq_jax.models.llama3 import Llama3Config
-from tests.interop.weights import draw_variables, refused
+from tests.interop.refusals import refused
+from tests.weights import draw_variables
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 10.
 SIZES = {
@@ -104,7 +105,7 @@ def test_names_and_shapes(layout):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_there_and_back(layout, dtype):
     for config in CONFIGS[layout]:
-        variables = draw_variables(config, dtype)
+        variables = draw_variables(config, dtype=dtype)
         back = from_state_dict(to_state_dict(variables, config, layout), config, layout)
         assert jax.tree.structure(back) == jax.tree.structure(variables)
         for found, expected in zip(jax.tree.leaves(back), jax.tree.leaves(variables), strict=True):
@@ -372,7 +373,7 @@ def test_another_norm_cannot_be_exported(norm, tmp_path):
         f"norm={norm!r} cannot be exported: transformers' llama does not compute it; keep such a model in our own"
     )
     assert expected in refused(config_to_hf, config)
-    lm = LanguageModel(config, build(config), init(config))
+    lm = LanguageModel(config, build(config), draw_variables(config))
     assert expected in refused(save_hf, lm, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
@@ -397,7 +398,7 @@ ROPES = {
 @pytest.mark.parametrize("rope_type", ROPES)
 def test_our_own_format_keeps_rope(rope_type, tmp_path):
     config = override(TIED, norm="dyt", rope_parameters={"rope_type": rope_type, **ROPES[rope_type]})
-    lm = LanguageModel(config, build(config), init(config))
+    lm = LanguageModel(config, build(config), draw_variables(config))
     back = load(save(lm, tmp_path / "saved"))
     assert back.config == config and type(back.config.rope_parameters) is type(config.rope_parameters)
     tokens = np.arange(40)[None] % 11
@@ -406,7 +407,7 @@ def test_our_own_format_keeps_rope(rope_type, tmp_path):
 
 def test_a_folder_there_and_back(tmp_path):
     config = dataclasses.replace(UNTIED, rope_parameters={"rope_type": "yarn", **ROPES["yarn"]})
-    lm = LanguageModel(config, build(config), init(config))
+    lm = LanguageModel(config, build(config), draw_variables(config))
     back = load(save_hf(lm, tmp_path / "hf"))
     assert back.config == config
     jax.tree.map(np.testing.assert_array_equal, back.variables, lm.variables)

@@ -12,7 +12,8 @@ from llmq_jax.models import override, preset
 from llmq_jax.models.config import GLOBAL, LOCAL
 from llmq_jax.models.mistral import PRESETS as MISTRAL
 from llmq_jax.models.qwen import PRESETS as QWEN
-from tests.interop.weights import draw_variables, refused
+from tests.interop.refusals import refused
+from tests.weights import draw_variables
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 10.
 SIZES = {

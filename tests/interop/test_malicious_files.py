@@ -29,7 +29,7 @@ from llmq_jax.models import build
 from llmq_jax.models.llama3 import Llama3Config
 from tests.fuzz.bounds import bounded, bounded_time
 from tests.fuzz.readers import gguf_file, tokenizer_files
-from tests.interop.weights import draw_variables
+from tests.weights import draw_variables
 
 CONFIG = Llama3Config(
     vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=6, labels=("no", "yes")

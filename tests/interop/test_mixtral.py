@@ -18,8 +18,9 @@ from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.positions import LinearRope, Rope
 from llmq_jax.models import Gemma2Config, Gemma3Config, GPT2Config, Llama3Config, build, override
 from llmq_jax.models.mixtral import MixtralConfig
-from tests.interop.weights import draw_variables, refused
+from tests.interop.refusals import refused
 from tests.parity.references import numpy_state, randomise
+from tests.weights import draw_variables
 
 # V 11, D 12, N 3, K 1, H 6 (not 12 / 3), F 8, E 5: multiples of 4 where torch multiplies by experts.
 SIZES = {
@@ -85,7 +86,7 @@ def test_names_and_shapes():
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("config", [UNTIED, TIED], ids=["untied", "tied"])
 def test_there_and_back(config, dtype):
-    variables = draw_variables(config, dtype)
+    variables = draw_variables(config, dtype=dtype)
     state = to_state_dict(variables, config)
     for spelling in (state, fused(state)):
         back = from_state_dict(spelling, config)

@@ -14,7 +14,7 @@ from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import has_config, load
 from llmq_jax.models import override
 from llmq_jax.models.gpt2 import GPT2Config
-from tests.interop.weights import refused
+from tests.interop.refusals import refused
 
 SIZES = {"n_layer": 2, "n_head": 3, "n_embd": 12, "block_size": 16, "vocab_size": 37, "dropout": 0.2}
 CONFIG = GPT2Config(

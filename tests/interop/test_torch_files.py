@@ -18,8 +18,9 @@ from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.tensor_files import TensorFiles
 from llmq_jax.interop.torch_files import open_torch
 from llmq_jax.language_model import LanguageModel, load
-from llmq_jax.models import build, init
+from llmq_jax.models import build
 from llmq_jax.models.gpt2 import GPT2Config
+from tests.weights import draw_variables
 
 TENSORS = {
     "float32": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -270,7 +271,7 @@ def test_torch_is_imported_only_when_it_is_needed(tmp_path):
     config = GPT2Config(
         vocab_size=9, max_position_embeddings=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1
     )
-    folder = save_hf(LanguageModel(config, build(config), init(config)), tmp_path / "hf")
+    folder = save_hf(LanguageModel(config, build(config), draw_variables(config)), tmp_path / "hf")
     code = "import sys, llmq_jax as lq; lq.load(sys.argv[1]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, folder], check=True, cwd=Path(__file__).parents[2])
 

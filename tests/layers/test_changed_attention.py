@@ -14,6 +14,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers import attention, latent_attention, scaled_dot_product
 from llmq_jax.models import llama3, override
 from llmq_jax.models.gemma import GLOBAL, LOCAL
+from tests.weights import draw_variables
 
 PAGE = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
 MARK = r"<!-- executed by tests/layers/test_changed_attention.py: ([\w-]+) -->\n```python\n(.*?)```"
@@ -96,9 +97,7 @@ def change(monkeypatch):
 def lm_of(config, number, implementation):
     """Compiled programs are kept by the model's config, so each case has a vocabulary of its own."""
     config = override(config, vocab_size=config.vocab_size + number)
-    rng = np.random.default_rng(0)  # biases start at zero
-    variables = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), lq.init(config, seed=1))
-    return lq.LanguageModel(config, lq.build(config, attention=implementation), variables)
+    return lq.LanguageModel(config, lq.build(config, attention=implementation), draw_variables(config, seed=1))
 
 
 CASES = [("value-norm", LLAMA, "auto", 1), ("alibi", GEMMA, "plain", 2), ("sink", DEEPSEEK, "plain", 1)]

@@ -10,6 +10,7 @@ import llmq_jax as lq
 from llmq_jax.layers.attention import attention
 from llmq_jax.layers.linear import JOINED_KERNELS, KERNEL_BY_OUTPUT, Linear, by_output, flat_by_output, side_by_side
 from llmq_jax.models import llama3, override
+from tests.weights import draw_variables
 
 CONFIG = lq.Llama3Config(
     vocab_size=37,
@@ -69,9 +70,7 @@ def test_changed_attention_generates_what_the_whole_pass_says(projections, monke
     monkeypatch.setattr(llama3, "GroupedQueryAttention", Changed)
     # Compiled programs are kept by the model's config, so each case has one of its own.
     config = override(CONFIG, vocab_size=37 + CHANGED.index(projections))
-    lm = lq.LanguageModel(config, lq.build(config), lq.init(config, seed=3))
-    rng = np.random.default_rng(0)  # biases start at zero
-    lm = lm.replace(variables=jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), lm.variables))
+    lm = lq.LanguageModel(config, lq.build(config), draw_variables(config, seed=3))
     text = [3, 1, 4, 1, 5]
     made = lq.generate(lm, [text], max_new_tokens=8, sampler=lq.Sampler(temperature=1.0))
     tokens = made.tokens[0].tolist()

@@ -10,8 +10,9 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.caches import FullCache, RingCache
-from llmq_jax.models import Gemma3Config, GPT2Config, build, init, override
+from llmq_jax.models import Gemma3Config, GPT2Config, build, override
 from tests.models.compiled import apply, decode
+from tests.weights import draw_variables
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 CONFIG = Gemma3Config(
@@ -33,7 +34,7 @@ TOKENS = np.random.default_rng(0).integers(0, 29, (2, 150)).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def variables():
-    return init(CONFIG)
+    return draw_variables(CONFIG)
 
 
 def test_implementations_of_attention_agree(variables):

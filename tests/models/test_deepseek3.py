@@ -13,6 +13,7 @@ from llmq_jax.models import abstract_variables, build, fields_from_text, init, o
 from llmq_jax.models.decoder import slice_modules
 from llmq_jax.models.deepseek3 import PAPER_BALANCE, DeepSeekV3Config
 from llmq_jax.training.roles import roles
+from tests.weights import draw_variables
 
 TINY = DeepSeekV3Config(
     vocab_size=29,
@@ -52,16 +53,7 @@ CONFIGS = {
 TOKENS = np.random.default_rng(0).integers(0, 29, (2, 14)).astype(np.int32)
 
 
-@cache
-def drawn(config):
-    """Variables with every leaf off its initial value, biases and the router's among them."""
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        around = 1.0 if path[-1].key in ("scale", "alpha") else 0.0
-        return jnp.asarray(around + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_variables(config))
+drawn = cache(partial(draw_variables, seed=1))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -17,6 +17,7 @@ from llmq_jax.models.decoder import repeating_patterns
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
 from llmq_jax.training.roles import roles
 from tests.models.compiled import apply, decode
+from tests.weights import draw_variables
 
 SIZES = {
     "vocab_size": 29,
@@ -45,10 +46,7 @@ def config(request):
 
 @pytest.fixture(scope="module")
 def variables(config):
-    """Norms away from 0."""
-    rng = np.random.default_rng(1)
-    drawn = jax.device_get(init(config))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32)), drawn)
+    return draw_variables(config)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +155,7 @@ def test_a_local_layer_sees_its_window_and_a_global_one_everything():
     """By which tokens the last one's logits depend on."""
     for kind, seen in ((LOCAL, 5), (GLOBAL, 40)):
         config = override(GEMMA2, num_hidden_layers=1, layer_types=[kind])
-        model, variables = build(config), init(config)
+        model, variables = build(config), draw_variables(config)
 
         def logits(embedding, model=model, variables=variables):
             context = model.context(jnp.arange(40)[None])

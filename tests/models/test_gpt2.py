@@ -12,6 +12,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.linear import by_output
 from llmq_jax.models import ARCHITECTURES, PRESETS, GPT2Config, abstract_variables, build, decoder, init, preset
 from tests.models.compiled import apply, decode
+from tests.weights import draw_variables
 
 TINY = GPT2Config(
     vocab_size=29,
@@ -25,7 +26,7 @@ TINY = GPT2Config(
 
 @pytest.fixture(scope="module")
 def variables():
-    return init(TINY)
+    return draw_variables(TINY)
 
 
 TOKENS = np.random.default_rng(0).integers(0, 29, (2, 13)).astype(np.int32)
@@ -127,7 +128,7 @@ def test_going_back_in_the_cache_forgets_what_was_written(variables):
 
 def test_compute_type_and_output_type():
     model = build(TINY, dtype="bfloat16")
-    variables = init(TINY)
+    variables = draw_variables(TINY)
     assert apply(model, variables, TOKENS, method="hidden").dtype == jnp.bfloat16
     logits = apply(model, variables, TOKENS)
     assert logits.dtype == jnp.float32

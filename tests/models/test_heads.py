@@ -13,9 +13,10 @@ from llmq_jax.data import ByteTokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import generate
 from llmq_jax.language_model import LanguageModel, load, save, with_classifier
-from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, fields_from_text, init, override
+from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, fields_from_text, override
 from llmq_jax.models.heads import last_hidden
 from llmq_jax.objectives import NextToken
+from tests.weights import draw_variables
 
 LABELS = ("ham", "spam")
 SIZES = {"num_hidden_layers": 2, "hidden_size": 16, "max_position_embeddings": 64, "initializer_range": 0.3}
@@ -42,7 +43,7 @@ CONFIGS = {
 
 def language_model(model_type, **changes):
     config = override(CONFIGS[model_type], **changes)
-    return LanguageModel(config, build(config), init(config, seed=3), ByteTokenizer())
+    return LanguageModel(config, build(config), draw_variables(config, seed=3), ByteTokenizer())
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -62,7 +63,7 @@ def test_a_classifier_has_a_head_of_its_own(lm):
     params = abstract_variables(config)["params"]
     assert params["score"]["kernel"].shape == (16, 3) and "bias" not in params["score"]
     assert "lm_head" not in params and "token_embedding" in params and "mtp" not in params
-    assert jax.jit(build(config).apply)(init(config), np.ones((2, 5), np.int32)).shape == (2, 3)
+    assert jax.jit(build(config).apply)(draw_variables(config), np.ones((2, 5), np.int32)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -11,6 +11,7 @@ from llmq_jax.models import Llama3Config, abstract_variables, build, init, overr
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.training.roles import roles
 from tests.models.compiled import apply, decode
+from tests.weights import draw_variables
 
 SIZES = {
     "vocab_size": 29,
@@ -31,7 +32,7 @@ TOKENS = np.random.default_rng(0).integers(0, 29, (2, 13)).astype(np.int32)
 
 @pytest.fixture(scope="module")
 def variables():
-    return init(TINY)
+    return draw_variables(TINY)
 
 
 def count(config):
@@ -120,7 +121,7 @@ def test_dropout_is_of_attention_weights(variables):
 def test_a_first_token_keeps_the_whole_of_a_head_twice_or_nothing():
     """Its only weight is 1: dropped by half, 2 or 0, in each of three heads."""
     config = override(TINY, num_hidden_layers=1)
-    variables = init(config)
+    variables = draw_variables(config)
     block = variables["params"]["group_0"]["block_0"]
 
     @jax.jit

@@ -9,6 +9,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models import build, fields_from_text, init, override, preset
 from llmq_jax.models.mixtral import MixtralConfig
 from tests.models.compiled import apply
+from tests.weights import draw_variables
 
 SIZES = {
     "vocab_size": 31,
@@ -59,7 +60,7 @@ def test_the_sizes_of_mixtral_8x7b():
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
 def test_any_decoder_takes_experts_from_a_layer_on(config):
-    variables, model = init(config, seed=1), build(config)
+    variables, model = draw_variables(config, seed=1), build(config)
     blocks = [
         block for group in variables["params"].items() if group[0].startswith("group") for block in group[1].items()
     ]
@@ -81,7 +82,7 @@ def test_any_decoder_takes_experts_from_a_layer_on(config):
 
 def test_a_model_with_experts_is_kept_and_read_again(tmp_path):
     config = OTHERS["llama"]
-    variables = init(config)
+    variables = draw_variables(config)
     variables["router"] = jax.tree.map(lambda leaf: leaf + 0.25, variables["router"])
     lq.save(lq.LanguageModel(config, build(config), variables), tmp_path / "kept")
     again = lq.load(tmp_path / "kept")

@@ -10,10 +10,11 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.models import build, init
+from llmq_jax.models import build
 from llmq_jax.objectives.classification import Classification
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+from tests.weights import draw_variables
 
 SIZES = {"vocab_size": 31, "max_position_embeddings": 16, "hidden_size": 16, "num_hidden_layers": 2}
 LABELS = ("a", "b", "c")
@@ -45,7 +46,7 @@ def a_batch(rows=8, seed=0):
 
 @functools.cache
 def made(config):
-    return build(config), init(config, seed=1)
+    return build(config), draw_variables(config, seed=1)
 
 
 @pytest.fixture(params=[DENSE, SPARSE], ids=["dense", "experts"])

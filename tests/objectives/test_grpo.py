@@ -10,11 +10,12 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.models import build, init
+from llmq_jax.models import build
 from llmq_jax.objectives.grpo import GRPO, OPTIONS, grpo_loss, kl_estimate, loss_weights
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
 from tests.models.compiled import apply
+from tests.weights import draw_variables
 
 
 def test_estimates_of_the_kl_divergence():
@@ -273,7 +274,7 @@ SPARSE = lq.MixtralConfig(
 
 @cache
 def made(config):
-    return build(config), init(config, seed=1)
+    return build(config), draw_variables(config, seed=1)
 
 
 def a_batch(rows=4, count=5, reference=False):

@@ -10,6 +10,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.objectives import logprobs
 from llmq_jax.objectives.logprobs import completion_logprobs, greedy_logprobs, sequence_logprobs, token_logprobs
+from tests.weights import draw_variables
 
 CONFIG = lq.Llama3Config(
     vocab_size=61,
@@ -25,7 +26,7 @@ CONFIG = lq.Llama3Config(
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def lm(request):
     config = lq.models.override(CONFIG, tie_word_embeddings=request.param)
-    return lq.build(config), lq.init(config, seed=3)
+    return lq.build(config), draw_variables(config, seed=3)
 
 
 def rows():
@@ -131,7 +132,7 @@ SHARING = {
 def test_answers_go_on_from_one_reading_of_their_prompt(name, options):
     """Values and gradients are those of rows that each read their own, from prompts of one token to some longer than a
     window."""
-    model, variables = lq.build(SHARING[name], **options), lq.init(SHARING[name], seed=3)
+    model, variables = lq.build(SHARING[name], **options), draw_variables(SHARING[name], seed=3)
     rng = np.random.default_rng(0)
     prompt_lengths = np.repeat(np.asarray([9, 1, 4], np.int32), 2)
     lengths = prompt_lengths + np.asarray([11, 3, 8, 0, 1, 7], np.int32)

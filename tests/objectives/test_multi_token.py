@@ -11,11 +11,12 @@ import pytest
 from llmq_jax.data import multi_token_rows
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, moved_bias
-from llmq_jax.models import build, init, override
+from llmq_jax.models import build, override
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+from tests.weights import draw_variables
 
 # The bias moves; a balance loss, which accumulation would change, there is none.
 BALANCE = Balance(bias_rate=0.01)
@@ -50,7 +51,8 @@ SGD = optax.sgd(0.1)
 
 @cache
 def variables():
-    return init(CONFIG, seed=3)
+    drawn = draw_variables(CONFIG, seed=3)
+    return {**drawn, "router": jax.tree.map(jnp.zeros_like, drawn["router"])}  # as they begin: a step's part is read
 
 
 def fresh_state(optimizer=SGD):

@@ -13,6 +13,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.objectives.preference import DPO, dpo_loss, pair_logprobs
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+from tests.weights import draw_variables
 
 POLICY = jnp.asarray([-10.0, -12.0, -3.0]), jnp.asarray([-11.0, -9.0, -3.0])
 REFERENCE = jnp.asarray([-10.5, -12.5, -4.0]), jnp.asarray([-10.0, -10.0, -4.0])
@@ -81,7 +82,7 @@ def lm():
         attn_pdrop=0.0,
         resid_pdrop=0.0,
     )
-    return lq.build(config), lq.init(config, seed=1)
+    return lq.build(config), draw_variables(config, seed=1)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -13,11 +13,12 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.models import build, init
+from llmq_jax.models import build
 from llmq_jax.objectives.balance_losses import balance_terms
 from llmq_jax.objectives.reward import RewardModel, bradley_terry_loss, model_rewards, sequence_rewards, token_scores
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+from tests.weights import draw_variables
 
 SIZES = {"vocab_size": 31, "max_position_embeddings": 16, "hidden_size": 16, "num_hidden_layers": 2}
 LABELS = ("reward",)
@@ -39,7 +40,7 @@ PAIRS, REAL, WIDTH = 8, 6, 10
 
 @functools.cache
 def made(config):
-    return build(config), init(config, seed=1)
+    return build(config), draw_variables(config, seed=1)
 
 
 def a_batch(seed=0, margins=True):

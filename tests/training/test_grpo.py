@@ -26,6 +26,7 @@ from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
 from tests.byte_fallback import byte_ids, fallback_tokenizer
+from tests.weights import draw_variables
 
 GROUP, NEW = 4, 6
 SAMPLER = Sampler(temperature=1.3)
@@ -45,7 +46,7 @@ def lm():
     )
     tokenizer = lq.ByteTokenizer()
     ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text, *range(0, 256, 16)))
-    return lq.LanguageModel(config, lq.build(config), lq.init(config, seed=2), tokenizer, ends)
+    return lq.LanguageModel(config, lq.build(config), draw_variables(config, seed=2), tokenizer, ends)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +332,7 @@ def test_the_reference_of_a_router_is_its_own():
     )
     tokenizer = lq.ByteTokenizer()
     ends = lq.GenerationConfig(eos_token_id=(tokenizer.end_of_text,))
-    lm = lq.LanguageModel(config, lq.build(config), lq.init(config, seed=2), tokenizer, ends)
+    lm = lq.LanguageModel(config, lq.build(config), draw_variables(config, seed=2), tokenizer, ends)
     loop, state = make_loop(lm, beta=0.1, reference="start")
     begin = jax.tree.map(np.asarray, state.variables["router"])
     state, _ = loop.step(state, PromptBatches(5, 2)[0])

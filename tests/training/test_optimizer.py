@@ -12,6 +12,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, init
 from llmq_jax.training.optimizer import adamw, decay_mask, muon, orthogonalised, warmup_schedule
 from llmq_jax.training.roles import roles
+from tests.weights import draw_variables
 
 
 def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactly():
@@ -103,7 +104,7 @@ def test_adapters_of_every_kind_have_roles(fields):
     """Or they could not be trained."""
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = lq.Llama3Config(**sizes, intermediate_size=8)
-    lm = lq.LanguageModel(config, lq.build(config), lq.init(config), None, lq.GenerationConfig())
+    lm = lq.LanguageModel(config, lq.build(config), draw_variables(config), None, lq.GenerationConfig())
     fields = {"variant": "tinylora", **fields} if "tied" in fields else fields
     adapted = lq.lora(lm, rank=2, **fields)
     assert set(jax.tree.leaves(roles(adapted.variables["lora"]))) <= {"kernel", "norm"}
@@ -161,7 +162,7 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_singular_v
 
 def test_muon_keeps_one_moment_of_matrices_in_the_type_asked_for():
     config = GPT2Config(vocab_size=11, hidden_size=4, num_hidden_layers=2, num_attention_heads=2)
-    params = init(config)["params"]
+    params = draw_variables(config)["params"]
     matrices = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path))
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = muon(1e-3, b2=0.95, moments="bfloat16").init(params)

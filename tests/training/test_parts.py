@@ -17,6 +17,7 @@ from llmq_jax.training.parts import FROZEN, as_read, freeze_all_but, train_adapt
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
 from tests.models.compiled import apply
+from tests.weights import draw_variables
 
 SIZES = {
     "vocab_size": 29,
@@ -54,7 +55,7 @@ def batch():
 @pytest.fixture(params=CASES)
 def case(request):
     config, blocks = CASES[request.param]
-    return build(config), init(config), blocks
+    return build(config), draw_variables(config), blocks
 
 
 def test_what_trains_gets_the_gradient_that_it_gets_in_the_whole_model(case):
@@ -110,7 +111,7 @@ def test_the_rest_stays_as_it_is_and_the_checkpoint_is_one_model(case, tmp_path)
 def test_no_time_goes_to_the_layers_below():
     """Of the gradient's program for one block of many: no loop over the others but the forward one."""
     config = Llama3Config(**SIZES | {"num_hidden_layers": 8}, num_key_value_heads=1)
-    model, variables = freeze_all_but(build(config), init(config), 1, ())
+    model, variables = freeze_all_but(build(config), draw_variables(config), 1, ())
     objective, rows = NextToken(model), jax.tree.map(jnp.asarray, batch())
 
     def loss(trained):
@@ -131,7 +132,7 @@ def test_no_time_goes_to_the_layers_below():
 def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
     config, _ = CASES[name]
     model = build(config)
-    adapted = lora.add(init(config), model.layer_paths(), LoRA(rank=2, layers=layers))
+    adapted = lora.add(draw_variables(config), model.layer_paths(), LoRA(rank=2, layers=layers))
     noise = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapted["lora"])
     adapted = {**adapted, "lora": noise}
     parted_model, parted, trainable = train_adapters(model, adapted)
@@ -167,7 +168,7 @@ def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
 def test_the_bias_of_a_router_moves_where_the_router_trains(train):
     experts = {"num_experts": 4, "selection_bias": True, "balance": {"bias_rate": 0.1}}
     config = Llama3Config(**SIZES, num_key_value_heads=1, experts=experts)
-    model, variables = build(config), init(config)
+    model, variables = build(config), init(config)  # whose bias is 0
     trainable = ("params",)
     if train == "lora":
         adapted = lora.add(variables, model.layer_paths(), LoRA(rank=2, targets="attention"))
@@ -183,7 +184,7 @@ def test_the_bias_of_a_router_moves_where_the_router_trains(train):
 
 def test_parameters_in_half_precision_need_a_type_to_compute_in():
     config = Llama3Config(**SIZES, num_key_value_heads=1)
-    half = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(config)["params"])}
+    half = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), draw_variables(config)["params"])}
     with pytest.raises(BadInput, match=r"parameters in bfloat16 stay so .* lq\.build\(config, dtype=\.\.\.\)"):
         freeze_all_but(build(config), half, 1, ())
     model, parted = freeze_all_but(build(config, dtype="bfloat16"), half, 1, ())
@@ -192,7 +193,7 @@ def test_parameters_in_half_precision_need_a_type_to_compute_in():
 
 
 def test_bad_numbers_of_blocks():
-    model, variables = build(GEMMA), init(GEMMA)
+    model, variables = build(GEMMA), draw_variables(GEMMA)
     with pytest.raises(BadInput, match="the model has 4"):
         freeze_all_but(model, variables, 5, ())
     with pytest.raises(BadInput, match="cut through a pattern of 2 layers"):
