@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -26,10 +27,12 @@ LATE = (
     "jax.scipy.stats",
 )
 """What a run imports as it comes to need it."""
+MOST_SECONDS = 600
+"""That a child is waited for: then the process ends, and whoever has asked is told nothing."""
 
 
 class Forks:
-    """A context, with one child at a time, which has the environment of whoever enters it."""
+    """A context, whose children have the environment of whoever makes it."""
 
     def __init__(self, *modules: str):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -42,13 +45,14 @@ class Forks:
     def __exit__(self, *_: object) -> None:
         self.process.communicate(timeout=60)  # at the end of its input it ends
 
-    def begin(self, program: str | Path, *arguments: object, output: Path, errors: Path) -> int:
-        """The id of a process, and of its group, that runs the file as `python PROGRAM ARGUMENTS` would."""
-        return self._ask([str(program), *map(str, arguments)], str(output), str(errors))
+    def begin(self, program: str | Path, *arguments: object, output: Path, errors: Path, **variables: str) -> int:
+        """The id of a process, and of its group, that runs the file as `python PROGRAM ARGUMENTS` would, with these
+        variables in its environment as well."""
+        return self._ask([str(program), *map(str, arguments)], [str(output), str(errors)], variables)
 
-    def wait(self) -> int:
-        """The exit code of the child; -9 of one that was killed. Until then its id is no other process's."""
-        return self._ask()
+    def wait(self, process: int) -> int:
+        """The exit code of this child; -9 of one that was killed. Until then its id is no other process's."""
+        return self._ask(process)
 
     def _ask(self, *request: object) -> int:
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -57,20 +61,25 @@ class Forks:
 
 def serve() -> list[str]:
     """Returns in a child, with its program and arguments; here it exits."""
-    child = 0
     for line in sys.stdin:
-        if request := json.loads(line):
-            assert threading.active_count() == 1 and not xla_bridge.backends_are_initialized()
-            if (child := os.fork()) == 0:
-                os.setpgid(0, 0)
-                words, *files = request
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                for number, path in enumerate(files, 1):
-                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-                # New ones: a stream asks only once whether its file can be sought in, and these were others.
-                sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
-                return words
-        print(child if request else os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        request = json.loads(line)
+        if len(request) == 1:
+            signal.alarm(MOST_SECONDS)
+            print(os.waitstatus_to_exitcode(os.waitpid(*request, 0)[1]), flush=True)
+            signal.alarm(0)
+            continue
+        assert threading.active_count() == 1 and not xla_bridge.backends_are_initialized()
+        if (child := os.fork()) == 0:
+            os.setpgid(0, 0)
+            words, files, variables = request
+            os.environ.update(variables)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for number, path in enumerate(files, 1):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            # New ones: a stream asks only once whether its file can be sought in, and these were others.
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+            return words
+        print(child, flush=True)
     sys.exit()
 
 

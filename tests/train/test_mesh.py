@@ -1,4 +1,4 @@
-"""A recipe on 8 virtual devices, which a process must ask for before JAX starts, from its options to its samples."""
+"""Recipes on 8 virtual devices, from their options to their samples."""
 
 import json
 import shutil
@@ -12,6 +12,8 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.language_model import LanguageModel
 from tests.devices import with_devices
+from tests.forks import Forks
+from tests.train.mesh_program import OnDevices
 
 ROOT = Path(__file__).parents[2]
 SIZES = "--num-hidden-layers 2 --hidden-size 16 --num-attention-heads 2 --context 16 --batch-size 8 --steps 12"
@@ -19,15 +21,21 @@ TELLS = "--log-every 1 --evaluate-every 6 --sample-every 12 --checkpoint-every 6
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
+def devices():
+    with OnDevices() as devices:
+        yield devices
+
+
+@pytest.fixture(scope="module")
+def train(devices, tmp_path_factory):
+    """`train(out, *options)` -> (its folder, exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("mesh")
     text = folder / "text.txt"
     text.write_text("To be, or not to be, that is the question. " * 60)
 
     def run(out, *options):
         words = [*SIZES.split(), *TELLS.split(), "--data", str(text), "--out", str(folder / out), *options]
-        command = [sys.executable, "-m", "train.pretrain", *words]
-        return folder / out, subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=with_devices(8))
+        return folder / out, *devices.call("pretrain", words)
 
     return run
 
@@ -45,24 +53,24 @@ def records(folder):
 
 @pytest.fixture(scope="module")
 def alone(train):
-    folder, done = train("alone")
-    assert done.returncode == 0, done.stderr[-2000:]
+    folder, code, _, fault = train("alone")
+    assert code == 0, fault[-2000:]
     return folder
 
 
 def test_a_run_on_a_mesh_equals_one_on_a_device_and_goes_on_on_another(train, alone):
-    folder, done = train("mesh", "--mesh", "data=8")
-    assert done.returncode == 0, done.stderr[-2000:]
+    folder, code, _, fault = train("mesh", "--mesh", "data=8")
+    assert code == 0, fault[-2000:]
     assert records(folder) == pytest.approx(records(alone), rel=2e-5)  # Adam makes more of rounding
     assert (folder / "samples.txt").read_text() == (alone / "samples.txt").read_text()
     # As if it had been killed after step 6.
     (folder / "finished.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "00000012")
     otherwise = ("--accumulate", "2", "--remat", "full", "--no-scan-layers")  # computed, with the same result
-    _, done = train("mesh", "--mesh", "fsdp=4,tensor=2", *otherwise)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "resuming" in done.stdout and "from step 6" in done.stdout
-    assert "full rematerialization" not in done.stderr  # XLA's word for a division that it cannot change but by copies
+    _, code, said, fault = train("mesh", "--mesh", "fsdp=4,tensor=2", *otherwise)
+    assert code == 0, fault[-2000:]
+    assert "resuming" in said and "from step 6" in said
+    assert "full rematerialization" not in fault  # XLA's word for a division that it cannot change but by copies
     assert records(folder) == pytest.approx(records(alone), rel=2e-5)
 
 
@@ -110,58 +118,65 @@ WRITTEN = {
     "label": "{:.1}",
 }
 ONE, MESH, PROCESSES = "one_device", "mesh", "processes"
+IN_PROCESSES = ("instruct", "grpo by a model")
+"""What reads batches, and what draws answers and has them judged by another model."""
+RECIPE = Path(__file__).parent / "killed_recipe.py", "nowhere", 0, 0
+"""With the name of a recipe as the second, the arguments of a fork that runs it."""
 
 
-def ran(recipe, out, folder, options, devices, *more):
-    """A process that trains, with so many virtual devices."""
-    shared = f"--data data.jsonl --out {out} --steps 4 --log-every 1 --lora-rank 2 --evaluate-every 2 --sample-every 4"
-    command = [sys.executable, "-m", f"train.{recipe}", *shared.split(), *options, *more]
-    environment = {**with_devices(devices), "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+def two_processes(recipe, words, folder):
+    """Ends two processes with a device each, of which each divides model and batches with the other."""
+    where = f"--mesh fsdp=2 --coordinator 127.0.0.1:{free_port()} --processes 2"
+    program, *nowhere = RECIPE
+    with Forks(f"train.{recipe}", "llmq_jax.language_model") as forks:
+        begun = []
+        for number in range(2):
+            more, fault = (*where.split(), "--process", number), folder / f"fault_{number}"
+            arguments = program, recipe, *nowhere, *words, *more
+            begun.append((forks.begin(*arguments, output=folder / f"said_{number}", errors=fault), fault))
+        for process, fault in begun:
+            assert forks.wait(process) == 0, fault.read_text()[-2000:]
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", FINE_TUNING)
-def test_adapters_learn_on_many_devices_as_on_one(case, model, reward_model, tmp_path):
-    """On a mesh, and of two processes, each with its share of a batch."""
+def test_adapters_learn_on_many_devices_as_on_one(case, devices, model, reward_model, tmp_path):
+    """On a mesh, and in two processes, each with its share of a batch."""
     recipe = case.split()[0]
     words = ("ab", "ba", "aab", "bba", "abab", "baba", "a", "b", "aa", "bb")
     rows = [{name: WRITTEN[name].format(word) for name in FIELDS[recipe]} for word in words]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = f"--init-from {model} --validation-fraction 0.2 {FINE_TUNING[case]}".replace("REWARD", str(reward_model))
-    mesh, where = "--mesh data=2,fsdp=2,tensor=2", f"--coordinator 127.0.0.1:{free_port()} --processes 2"
-    plans = {
-        ONE: (1, [""]),
-        MESH: (8, [mesh]),
-        PROCESSES: (4, [f"{mesh} {where} --process {number}" for number in range(2)]),
-    }
+    options += " --steps 4 --log-every 1 --lora-rank 2 --evaluate-every 2 --sample-every 4"
     found = {}
-    for name, (devices, each) in plans.items():
-        processes = [ran(recipe, name, tmp_path, options.split(), devices, *more.split()) for more in each]
-        for process in processes:
-            _, fault = process.communicate(timeout=300)
-            assert process.returncode == 0, fault[-2000:]
+    for name in (ONE, MESH, *([PROCESSES] if case in IN_PROCESSES else [])):
+        words = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / name), *options.split()]
+        if name == PROCESSES:
+            two_processes(recipe, words, tmp_path)
+        else:
+            mesh = ["--mesh", "data=2,fsdp=2,tensor=2"] if name == MESH else []
+            code, _, fault = devices.call(recipe, words + mesh)
+            assert code == 0, fault[-2000:]
         rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         names = ("loss", "grad_norm", "reward", "kl", "accuracy", "margin", "validation_loss", "validation_reward")
         found[name] = {(row["step"], name): row[name] for row in rows for name in names if name in row}
         assert lq.load(tmp_path / name).config.model_type == "llama"
     assert len(found[ONE]) >= 10
-    assert found[MESH] == pytest.approx(found[ONE], rel=1e-4, abs=1e-6)
-    assert found[PROCESSES] == pytest.approx(found[ONE], rel=1e-4, abs=1e-6)
+    for several in found.values():
+        assert several == pytest.approx(found[ONE], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.exhaustive
-def test_checkpoints_are_cast_and_joined_on_a_mesh(model, tmp_path):
+def test_checkpoints_are_cast_and_joined_on_a_mesh(devices, model, tmp_path):
     """One is cast, of one the layers that learned are joined with the others: of arrays that one device had alone."""
     (tmp_path / "data.jsonl").write_text(
         '{"prompt": "Say a:", "completion": "a"}\n{"prompt": "b", "completion": "c"}\n'
     )
-    options = f"--data data.jsonl --init-from {model} --out cut --train blocks --steps 1 --batch-size 1 --context 64"
-    command = [sys.executable, "-m", "train.instruct", *options.split(), "--evaluate-every", "0", "--sample-every", "0"]
+    words = ["--data", str(tmp_path / "data.jsonl"), "--init-from", str(model), "--out", str(tmp_path / "cut")]
+    options = "--train blocks --steps 1 --batch-size 1 --context 64 --evaluate-every 0 --sample-every 0"
+    code, _, fault = devices.call("instruct", words + options.split())
+    assert code == 0, fault[-2000:]
     environment = {**with_devices(8), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
     program = (
         "import llmq_jax as lq\n"
         f"for folder, dtype in (({str(model)!r}, 'bfloat16'), ('cut', None)):\n"
@@ -206,14 +221,14 @@ def test_what_cannot_be_is_told_in_a_line(train):
         (("--mesh", "data=8", "--accumulate", "2"), "a batch of 8 rows in 2 parts cannot be divided among 8 devices"),
         (("--mesh", "expert=8"), "expert=8 has no effect: this model has nothing along"),
     ):
-        folder, done = train("refused", *options)
-        assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        folder, code, _, fault = train("refused", *options)
+        assert code == 2 and why in fault and len(fault.splitlines()) == 1, fault
         assert not folder.exists()
 
 
 def test_the_layout_needs_no_devices(train):
-    folder, done = train("layout", "--mesh", "fsdp=4,tensor=2", "--batch-size", "12", "--layout")
-    assert done.returncode == 0, done.stderr
-    row = next(line for line in done.stdout.splitlines() if "mlp/up/kernel" in line)
+    folder, code, said, fault = train("layout", "--mesh", "fsdp=4,tensor=2", "--batch-size", "12", "--layout")
+    assert code == 0, fault
+    row = next(line for line in said.splitlines() if "mlp/up/kernel" in line)
     assert row.split() == ["params/group_0/block_0/mlp/up/kernel", "[2,", "16,", "64]", ".", "fsdp", "tensor", "1,024"]
     assert not folder.exists()

@@ -1,18 +1,22 @@
-"""A recipe in two processes on this machine, with 4 virtual devices each, joined over loopback."""
+"""A recipe in two processes on this machine, joined over loopback: with a device each, and on meshes of 4 each."""
 
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.processes import gpus_of_task, joined
 from tests.devices import with_devices
-from tests.train.test_mesh import ROOT, SIZES, TELLS, free_port, records
+from tests.forks import Forks
+from tests.train.test_mesh import RECIPE, ROOT, SIZES, TELLS, free_port, records
 
 
 @pytest.fixture(scope="module")
@@ -22,57 +26,90 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def forks():
+    with Forks("train.pretrain", "llmq_jax.language_model") as forks:
+        yield forks
+
+
+@dataclass
+class Begun:
+    """A process that trains."""
+
+    forks: Forks
+    id: int
+    said: Path
+    fault: Path
+    code: int | None = None
+
+    def wait(self):
+        """Its exit code."""
+        if self.code is None:
+            self.code = self.forks.wait(self.id)
+        return self.code
+
+    def ended(self):
+        """(exit code, standard output, standard error)."""
+        return self.wait(), self.said.read_text(), self.fault.read_text()
+
+
+def started(forks, folder, name, out, *options, devices=4, **variables):
+    """A process with so many devices; what it says goes to files of that name."""
+    data = () if "--data" in options else ("--data", folder / "text.txt")
+    words = [*SIZES.split(), *TELLS.split(), *data, "--out", folder / out, *options]
+    said, fault = folder / f"{name}.said", folder / f"{name}.fault"
+    program, *nowhere = RECIPE
+    variables["XLA_FLAGS"] = with_devices(devices)["XLA_FLAGS"]
+    process = forks.begin(program, "pretrain", *nowhere, *words, output=said, errors=fault, **variables)
+    return Begun(forks, process, said, fault)
+
+
 @pytest.fixture
-def begin(folder):
+def begin(forks, folder, request):
     """`begin(out, *options)` starts a process with 4 or so many devices; none outlives its test."""
     begun = []
 
-    def begin(out, *options, devices=4, **variables):
-        environment = {**with_devices(devices), **variables}
-        data = () if "--data" in options else ("--data", str(folder / "text.txt"))
-        words = [*SIZES.split(), *TELLS.split(), *data, "--out", str(folder / out), *options]
-        command = [sys.executable, "-m", "train.pretrain", *words]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        begun.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    def begin(out, *options, **others):
+        begun.append(started(forks, folder, f"{request.node.name}-{len(begun)}", out, *options, **others))
         return begun[-1]
 
     yield begin
     for process in begun:
-        process.kill()
-        process.communicate()
+        if process.code is None:
+            os.kill(process.id, signal.SIGKILL)
+            process.wait()
 
 
-def two(begin, out, *options, other=None):
-    """Two processes with these options, the second with `other` ones."""
+def two(begin, out, *options, other=None, devices=1):
+    """Two processes with these options, the second with `other` ones, and so many devices each."""
     where = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2")
-    return [begin(out, *where, "--process", str(i), *(other if i and other else options)) for i in range(2)]
+    each = options, other or options
+    return [begin(out, *where, "--process", str(i), *each[i], devices=devices) for i in range(2)]
 
 
 def ended(processes):
     """(exit code, standard output, standard error) of each."""
-    outputs = [process.communicate(timeout=300) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+    return [process.ended() for process in processes]
 
 
-def wait_for_steps(run, process):
-    """Until the run of this process has told of some."""
+def wait_for_steps(run):
+    """Until it has told of some."""
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_bytes()) < 2000:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
-    words = [*SIZES.split(), *TELLS.split(), "--data", str(folder / "text.txt"), "--out", str(folder / "alone")]
-    done = subprocess.run([sys.executable, "-m", "train.pretrain", *words], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+def alone(forks, folder):
+    code, _, fault = started(forks, folder, "alone", "alone", devices=1).ended()
+    assert code == 0, fault[-2000:]
     return folder / "alone"
 
 
 @pytest.mark.exhaustive
 def test_two_processes_train_as_one_and_one_goes_on_where_they_stopped(begin, folder, alone):
-    first, second = ended(two(begin, "pair", "--mesh", "data=2,fsdp=2,tensor=2"))
+    first, second = ended(two(begin, "pair", "--mesh", "data=2,fsdp=2,tensor=2", devices=4))
     assert first[0] == second[0] == 0, first[2][-2000:] + second[2][-2000:]
     assert "finished: 12 steps, 1,536 tokens" in first[1] and "step" not in second[1]  # one speaks
     run = folder / "pair"
@@ -92,7 +129,7 @@ def test_two_processes_go_on_where_one_stopped(begin, alone, folder):
     shutil.copytree(alone, run)
     (run / "finished.json").unlink()
     shutil.rmtree(run / "checkpoints" / "00000012")
-    (first, said, fault), (second, *_) = ended(two(begin, "joined", "--mesh", "data=2,fsdp=4"))
+    (first, said, fault), (second, *_) = ended(two(begin, "joined", "--mesh", "data=2,fsdp=4", devices=4))
     assert first == second == 0 and "from step 6" in said, fault[-2000:]
     assert records(run) == pytest.approx(records(alone), rel=2e-5)
 
@@ -100,8 +137,8 @@ def test_two_processes_go_on_where_one_stopped(begin, alone, folder):
 @pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_both_after_the_same_step(begin, folder):
     processes = two(begin, "stopped", "--steps", "100000", "--checkpoint-every", "100000", "--evaluate-every", "0")
-    wait_for_steps(folder / "stopped", processes[0])
-    processes[1].send_signal(signal.SIGTERM)
+    wait_for_steps(folder / "stopped")
+    os.kill(processes[1].id, signal.SIGTERM)
     first, second = ended(processes)
     assert first[0] == second[0] == 128 + signal.SIGTERM, first[2][-2000:] + second[2][-2000:]
     assert "stopped by SIGTERM after step" in first[1]
@@ -123,7 +160,7 @@ def test_processes_that_disagree_stop_at_the_start(begin, folder):
 
 @pytest.mark.exhaustive
 def test_processes_with_other_meshes_stop_at_the_start(begin, folder):
-    both = ended(two(begin, "meshes", "--mesh", "data=8", other=("--mesh", "data=4,fsdp=2")))
+    both = ended(two(begin, "meshes", "--mesh", "data=8", other=("--mesh", "data=4,fsdp=2"), devices=4))
     for code, _, fault in both:
         assert code == 2 and fault.count("error:") == 1, fault[-2000:]
         assert 'process 1: has other options or data than process 0: mesh "data=8" -> "data=4,fsdp=2"' in fault
@@ -140,7 +177,7 @@ def test_a_folder_that_cannot_be_made_stops_both_at_once(begin, folder):
 @pytest.mark.exhaustive
 def test_processes_that_are_told_other_numbers_of_them_stop_at_the_start(begin, folder):
     at = ("--coordinator", f"127.0.0.1:{free_port()}")
-    processes = [begin("numbers", *at, "--processes", str(2 + i), "--process", str(i)) for i in range(2)]
+    processes = [begin("numbers", *at, "--processes", str(2 + i), "--process", str(i), devices=1) for i in range(2)]
     for code, _, fault in ended(processes):
         assert code == 2, fault
         assert "process 1: has other options or data than process 0: processes 2 -> 3" in fault
@@ -155,7 +192,7 @@ def test_a_cluster_is_found_and_what_cannot_be_is_told(begin, folder):
         "SLURM_NTASKS": "2",
         "JAX_COORDINATOR_PORT": str(free_port()),
     }
-    processes = [begin("slurm", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **slurm) for i in range(2)]
+    processes = [begin("slurm", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), devices=1, **slurm) for i in range(2)]
     for wrong, why in (
         (("--processes", "2", "--process", "0"), "have no effect without --coordinator"),
         (("--coordinator", "here"), "must be the address of process 0, HOST:PORT"),
@@ -293,6 +330,6 @@ def test_gpus_that_tasks_cannot_share():
 def test_a_signal_without_checkpoints_ends_a_process_at_once(begin, folder):
     endless = ("--steps", "100000", "--checkpoint-every", "0", "--evaluate-every", "0", "--sample-every", "0")
     processes = two(begin, "unsaved", *endless)
-    wait_for_steps(folder / "unsaved", processes[0])
-    processes[1].send_signal(signal.SIGTERM)
-    assert processes[1].wait(timeout=60) == -signal.SIGTERM
+    wait_for_steps(folder / "unsaved")
+    os.kill(processes[1].id, signal.SIGTERM)
+    assert processes[1].wait() == -signal.SIGTERM

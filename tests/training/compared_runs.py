@@ -73,8 +73,8 @@ def killed(folder, kills, *words):
             assert not (folder / "finished.json").exists()
             out.write_text("")
             errors.write_text("")
-            forks.begin(tiny_run.__file__, folder, *words, *([kill] if kill else []), output=out, errors=errors)
-            code = forks.wait()
+            arguments = tiny_run.__file__, folder, *words, *([kill] if kill else [])
+            code = forks.wait(forks.begin(*arguments, output=out, errors=errors))
             if kill:
                 assert code == -signal.SIGKILL, (kill, out.read_text(), errors.read_text())
     return code, out.read_text(), errors.read_text()

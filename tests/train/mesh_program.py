@@ -1,0 +1,64 @@
+"""Recipes on 8 virtual devices, one after another in one process, which must ask for devices before JAX starts: imports
+are half of a tiny run. `OnDevices` starts that process and asks it:
+
+    python -m tests.train.mesh_program
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llmq_jax.command_line import run
+from tests.devices import with_devices
+
+ROOT = Path(__file__).parents[2]
+
+
+class OnDevices:
+    """A context: `call(recipe, words)` -> (exit code, stdout, stderr) of `python -m train.RECIPE WORDS`."""
+
+    def __enter__(self) -> "OnDevices":
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "tests.train.mesh_program"]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=with_devices(8), **pipes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate(timeout=60)  # at the end of its input it ends
+
+    def call(self, recipe: str, words: list[str]) -> tuple[int, str, str]:
+        print(json.dumps([recipe, words]), file=self.process.stdin, flush=True)
+        return tuple(json.loads(self.process.stdout.readline()))
+
+
+def ended(recipe: str, words: list[str]) -> tuple[int, str, str]:
+    """With what XLA says, which writes to the standard error that is no stream of Python's."""
+    module = importlib.import_module(f"train.{recipe}")
+    defaults, code = getattr(module, "starting_options", None), None
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            run(module.main, words, program=f"python -m train.{recipe}", defaults=defaults)
+        except SystemExit as exit:
+            code = exit.code or 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        out.seek(0)
+        err.seek(0)
+        return code, out.read(), err.read()
+
+
+if __name__ == "__main__":
+    from matplotlib.figure import Figure
+
+    Figure.savefig = lambda figure, image, **options: None  # which takes two seconds of every run
+    answers, errors = os.fdopen(os.dup(1), "w"), os.dup(2)
+    for line in sys.stdin:
+        answer = ended(*json.loads(line))
+        os.dup2(errors, 2)  # for a fault of this program
+        print(json.dumps(answer), file=answers, flush=True)
