@@ -26,14 +26,14 @@ CHAT_TOKENS = ["<|im_start|>", "<|im_end|>"]
 LENGTH = 256
 LLAMA = {
     "max_position_embeddings": LENGTH,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "intermediate_size": 24,
 }
-GPT2 = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-GEMMA = {**LLAMA, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}
+GPT2 = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA = {**LLAMA, "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}
 WORDS = ["ab", "ba", "aa", "bb", "abab", "a", "b", "bab", "aba", "bba", "aab", "abb"]
 MADE = (
     (
@@ -128,7 +128,7 @@ def write_models(disk: Path) -> None:
         ("gpt2", lq.GPT2Config, {**GPT2, "max_position_embeddings": 2 * LENGTH}, plain),
         ("HuggingFaceTB/SmolLM2-135M", lq.Llama3Config, LLAMA, plain),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", lq.Llama3Config, LLAMA, chat),
-        ("MODEL", lq.Llama3Config, {**LLAMA, "hidden_size": 32, "num_hidden_layers": 2}, chat),
+        ("MODEL", lq.Llama3Config, LLAMA, chat),
         ("google/gemma-3-270m", lq.Gemma3Config, GEMMA, plain),
     ):
         config = kind(vocab_size=tokenizer.vocab_size, **fields)

@@ -18,9 +18,8 @@ def test_published_sizes():
 def test_it_runs(monkeypatch, capsys):
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16}
     monkeypatch.setattr(gpu, "SMALL", {**gpu.SMALL, **small, "kv_lora_rank": 16, "num_attention_heads": 2})
-    monkeypatch.setattr(gpu, "STEPS", 1)
-    monkeypatch.setattr(gpu, "SHORT", 4)
-    monkeypatch.setattr(gpu, "LONG", 8)
+    for name, value in {"WARM_UP": 1, "ROUNDS": 1, "STEPS": 1, "PROMPT": 8, "SHORT": 4, "LONG": 8}.items():
+        monkeypatch.setattr(gpu, name, value)
     words = [gpu.MIXTURE, "--device", "cpu", "--attention", "auto", "--layers", "2", "--batch-size", "2"]
     with pytest.raises(SystemExit) as stop:
         run(gpu.main, [*words, "--context", "16"], program="gpu")

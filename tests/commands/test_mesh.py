@@ -34,7 +34,7 @@ def folder(chat_folder, tmp_path_factory):
         intermediate_size=24,
         num_local_experts=4,
         num_experts_per_tok=2,
-        **SIZES,
+        **{**SIZES, "num_hidden_layers": 1},
     )
     ends = lq.GenerationConfig(eos_token_id=(260,))
     for name, config in (("llama", llama), ("experts", experts)):
