@@ -118,8 +118,8 @@ WRITTEN = {
     "label": "{:.1}",
 }
 ONE, MESH, PROCESSES = "one_device", "mesh", "processes"
-IN_PROCESSES = ("instruct", "grpo by a model")
-"""What reads batches, and what draws answers and has them judged by another model."""
+IN_PROCESSES = ("classifier", "instruct", "dpo", "grpo by a model")
+"""What reads batches, what gathers predictions, what asks a reference, what draws answers and has them judged."""
 RECIPE = Path(__file__).parent / "killed_recipe.py", "nowhere", 0, 0
 """With the name of a recipe as the second, the arguments of a fork that runs it."""
 
