@@ -4,17 +4,19 @@ A prompt file whose name ends in .jsonl, or any with --jsonl, holds one JSON obj
 "messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template, which also has "tools"
 and "chat_template_kwargs" that stand beside it). The same objects come out, one a line, with "completion" (the new
 text) and "tokens" (how many they are) added. The first prompt draws from the seed, each one after it from the next
-number.
+number. What --out names is written at the end; when the command is stopped before, what is done stays in
+FILE.partial, and the same command goes on from there.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +44,8 @@ class PromptOptions:
     batch_size: Annotated[int | None, default_is(f"{BATCH_SIZE}")] = None
     """Prompts of a .jsonl file that go through the model at a time."""
     out: Annotated[str | None, default_is("standard output")] = None
-    """A new file for what a .jsonl file gives; it appears complete or not at all."""
+    """A new file for what a .jsonl file gives. Until all is done that is in FILE.partial, from which the same command
+    goes on."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,24 @@ def _continue_file(options: Options) -> None:
     refuse_idle(options, [("chat_template_kwargs", not by_template, "on texts without --chat")])
     if options.chat and not any("prompt" in record for record in records):
         raise BadInput(f"--chat has no effect on {options.source}, where all are messages already; leave it out")
-    with options.on_devices(size):
-        _print_records(options, numbers, records, size)
+    with _kept_lines(options, records) as kept, options.on_devices(size):
+        _print_records(options, numbers, records, size, kept)
 
 
-def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int) -> None:
+def _kept_lines(options: Options, records: list[dict[str, Any]]) -> contextlib.AbstractContextManager[Any]:
+    """None, where the lines are printed."""
+    if options.out is None:
+        return contextlib.nullcontext()
+    from llmq_jax.commands.kept_lines import kept_lines
+
+    command = asdict(options)
+    for name in ("out", "batch_size", "jsonl"):  # they do not change a line
+        del command[name]
+    command["prompt_file"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()
+    return kept_lines(Path(options.out), command, len(records))
+
+
+def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int, kept: Any) -> None:
     lm, drawing = options.load()
     import llmq_jax as lq
     from llmq_jax.data.conversations import LOST
@@ -196,25 +212,23 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
             file=sys.stderr,
         )
 
-    start, lines = time.perf_counter(), []
+    start = time.perf_counter()
     size = min(size, options.rows_of(len(prompts)))
-    batches = range(0, len(prompts), size)
-    for first in batches if options.out is None else with_progress(batches, "generating"):
+    batches = range(0 if kept is None else len(kept.lines), len(prompts), size)
+    for first in batches if kept is None else with_progress(batches, "generating"):
         # The last batch is filled up with its last prompt: another shape would be compiled anew.
         rows = [min(row, len(prompts) - 1) for row in range(first, first + size)]
         seeds = [options.seed_of(row) for row in rows]
         generation = lq.generate(lm, [prompts[row] for row in rows], seed=seeds, **drawing)
+        assert generation.text is not None
+        lines = []
         for row, record in enumerate(records[first : first + size]):
-            assert generation.text is not None
             added = {"completion": generation.text[row], "tokens": int(generation.lengths[row])}
-            lines.append(json.dumps({**record, **added}, ensure_ascii=False) + "\n")
-        if options.out is None:
-            print("".join(lines), end="", flush=True)
-            lines.clear()
-    if options.out is not None:
-        from llmq_jax.atomic_files import write_atomically
-
-        write_atomically(Path(options.out), "".join(lines).encode())
+            lines.append(json.dumps({**record, **added}, ensure_ascii=False))
+        if kept is None:
+            print(*lines, sep="\n", flush=True)
+        else:
+            kept.add(lines)
     _tell_time(start)
 
 

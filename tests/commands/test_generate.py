@@ -240,19 +240,63 @@ def test_out_is_a_file_of_the_same_lines(llmq, chat_folder, prompt_file, tmp_pat
     assert code == 2 and err == f"error: --out {tmp_path / 'out.jsonl'} is there already; name a new file\n"
 
 
-def test_nothing_is_written_unless_everything_is(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
+def stop_at(call, monkeypatch):
+    """Ctrl-C in that call of `lq.generate`, and what the calls were given."""
     generate, calls = lq.generate, []
 
     def interrupted(*arguments, **keywords):
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return generate(*arguments, **keywords)
 
     monkeypatch.setattr(lq, "generate", interrupted)
-    options = ["--max-new-tokens", 8, "--batch-size", 2, "--out", tmp_path / "out.jsonl"]
-    assert llmq("generate", chat_folder, "--prompt-file", prompt_file, *options)[0] == 130
-    assert len(calls) == 2 and sorted(tmp_path.iterdir()) == [prompt_file]
+    return calls
+
+
+def test_what_was_done_stays_and_the_same_command_goes_on(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
+    arguments = ["generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8]
+    _, expected, _ = llmq(*arguments)
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    arguments += ["--out", out]
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        said = f"2 of 5 are in {partial}; the same command goes on from there\n"
+        assert llmq(*arguments, "--batch-size", 2) == (130, "", said)
+    assert sorted(tmp_path.iterdir()) == [partial, prompt_file]
+    heading, *lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert lines == expected.splitlines(keepends=True)[:2]
+
+    other_prompts = tmp_path / "other_prompts.jsonl"
+    other_prompts.write_text('{"prompt": "a"}\n')
+    for options, differing in (
+        (["--seed", 1], "--seed"),
+        (["--top-k", 3, "--stop", "x"], "--top-k, --stop"),
+        (["--prompt-file", other_prompts], "--prompt-file"),
+    ):
+        code, _, err = llmq(*arguments, *options)
+        assert (code, partial.exists()) == (2, True)
+        assert f"{partial} was begun by a command that differs in {differing}; give that one again" in err
+    for other in ('["neither"]\n', "nor JSON\n"):
+        (tmp_path / "other.jsonl.partial").write_text(other)
+        code, _, err = llmq(*arguments[:-1], tmp_path / "other.jsonl")
+        assert code == 2 and "other.jsonl.partial is no part of such a file; rename or remove it" in err
+    (tmp_path / "other.jsonl.partial").unlink()
+    other_prompts.unlink()
+
+    partial.write_text("".join((heading, *lines, lines[0][:9])), encoding="utf-8")  # as a kill tears a line
+    calls = stop_at(0, monkeypatch)
+    said = f"going on after 2 of 5, found in {partial}\n"
+    assert llmq(*arguments) == (0, "", said)
+    assert len(calls) == 1 and sorted(tmp_path.iterdir()) == [out, prompt_file]
+    assert out.read_text(encoding="utf-8") == expected
+
+
+def test_nothing_is_left_of_what_has_not_begun(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
+    stop_at(1, monkeypatch)
+    options = ["--max-new-tokens", 8, "--out", tmp_path / "out.jsonl"]
+    assert llmq("generate", chat_folder, "--prompt-file", prompt_file, *options) == (130, "", "")
+    assert sorted(tmp_path.iterdir()) == [prompt_file]
 
 
 def test_chat_makes_messages_of_prompts(llmq, chat_folder, chat_model, tmp_path):

@@ -19,6 +19,7 @@ import safetensors.numpy
 import tokenizers
 import torch
 
+from llmq_jax.commands.kept_lines import KeptLines
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.data.conversations import read_conversations
 from llmq_jax.data.labelled import read_labelled
@@ -519,6 +520,10 @@ READERS: dict[str, Reader] = {
     "options": Reader(
         lambda: {"options.yaml": b"heat: 1e2\nbetas: [0.5, 9e-1]\ncream: no\nspices: [\"salt=1\", 'pepper']\n"},
         lambda folder: read_options(str(folder / "options.yaml"), OPTIONS, ()),
+    ),
+    "lines of a command that was stopped": Reader(
+        lambda: {"out.jsonl.partial": b'{"seed": 1}\n{"prompt": "a", "tokens": 2}\n{"prompt": "b", "tokens": 3}\n'},
+        lambda folder: KeptLines(folder / "out.jsonl", {"seed": 1}),
     ),
     "run folder": Reader(run_files, read_run_folder),
     "metrics.jsonl": Reader(metrics, lambda folder: training_curve(read_run(folder))),
