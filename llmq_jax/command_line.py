@@ -393,8 +393,10 @@ def option_name(field: str) -> str:
 
 
 def with_breaks(text: str) -> str:
-    r"""A text of the command line, in which \n and \t, as a shell leaves them, become the line break and the tab."""
-    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+    r"""A text of the command line, in which \n and \t, as a shell leaves them, become the line break and the tab, and
+    two backslashes one."""
+    meant = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: meant[found[1]], text)
 
 
 def refuse_idle(options: Any, cases: Iterable[tuple[str, Any, str]]) -> None:

@@ -8,9 +8,9 @@ from llmq_jax.models import abstract_variables
 
 
 def draw_variables(config, seed=0, dtype=np.float32):
-    """Variables much as `init` draws them, in numpy, but norms and biases too, around where they begin: hardly an
-    element equals another, so that none can be forgotten or stand in another's place. A test of how a step moves
-    the bias of a router needs it at 0."""
+    """Variables much as `init` draws them, in numpy, but norms and biases too, around where they begin: in float32
+    hardly an element equals another, so that none can be forgotten or stand in another's place. A test of how a step
+    moves the bias of a router needs it at 0."""
     rng = np.random.default_rng(seed)
     norms = 0.0 if config.norm == "zero_centred_rms_norm" else 1.0
 

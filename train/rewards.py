@@ -113,20 +113,15 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
 def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]:
     """SHA-256 of what rewards come from besides the options, which a run that resumes must find again: Python files, a
     reward model's weights, the pairs that it goes on learning from (`replay_data`, None without)."""
-    import jax
-
-    from llmq_jax.layers.axes import on_host
     from llmq_jax.training.rollout_scores import ModelReward
+    from llmq_jax.weight_digest import weight_digest
 
     given = [name.rpartition(":")[0] or name for name in (*names(options.reward), *names(options.judge))]
     files = sorted({name for name in given if Path(name).suffix == ".py"})
     digests: dict[str, Any] = {"reward_sha256": {name: file_digest(name) for name in files}} if files else {}
     if reward_models(options):
         model = score if isinstance(score, ModelReward) else score.model
-        weights = hashlib.sha256()
-        for leaf in jax.tree.leaves(model.lm.variables):
-            weights.update(on_host(leaf).tobytes())
-        digests["reward_model_sha256"] = weights.hexdigest()
+        digests["reward_model_sha256"] = weight_digest(model.lm.variables)
     if replay_data is not None:
         digests["replay_sha256"] = data_digest(replay_data)
     return digests

@@ -26,7 +26,8 @@ class SamplingOptions:
     min_p: float = 0.0
     """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
     stop: Repeated = ()
-    r"""Stop before this text appears, in which \n is a line break and \t a tab; may be given several times."""
+    r"""Stop before this text appears, in which \n is a line break, \t a tab and \\ a backslash; may be given several
+    times."""
     chat_template_kwargs: Annotated[str | None, default_is("none")] = None
     """Variables of the model's chat template, in JSON: {"enable_thinking": false} of Qwen 3."""
     draft: Annotated[str | None, default_is("none")] = None

@@ -24,6 +24,7 @@ from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import standard_input
+from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 
 NEW_TOKENS = 128
@@ -164,26 +165,38 @@ def _continue_file(options: Options) -> None:
     refuse_idle(options, [("chat_template_kwargs", not by_template, "on texts without --chat")])
     if options.chat and not any("prompt" in record for record in records):
         raise BadInput(f"--chat has no effect on {options.source}, where all are messages already; leave it out")
-    with _kept_lines(options, records) as kept, options.on_devices(size):
-        _print_records(options, numbers, records, size, kept)
+    with options.on_devices(size):
+        _print_records(options, numbers, records, size)
 
 
-def _kept_lines(options: Options, records: list[dict[str, Any]]) -> contextlib.AbstractContextManager[Any]:
-    """None, where the lines are printed."""
-    if options.out is None:
-        return contextlib.nullcontext()
-    from llmq_jax.commands.kept_lines import kept_lines
-
-    command = asdict(options)
-    for name in ("out", "batch_size", "jsonl"):  # they do not change a line
-        del command[name]
-    command["prompt_file"] = hashlib.sha256(json.dumps(records).encode()).hexdigest()
-    return kept_lines(Path(options.out), command, len(records))
-
-
-def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int, kept: Any) -> None:
+def _print_records(options: Options, numbers: list[int], records: list[dict[str, Any]], size: int) -> None:
     lm, drawing = options.load()
-    import llmq_jax as lq
+    prompts = _prompts(options, lm, numbers, records)
+    lengths = [len(prompt) for prompt in prompts]
+    drawing["max_new_tokens"] = _new_tokens(options, lm, max(lengths))
+    _stream(options, lm, [0], drawing)  # computes nothing, and checks: here the options, then each prompt
+    for number, prompt in zip(numbers, prompts, strict=True):
+        with _at_line(options, number):
+            _stream(options, lm, prompt, drawing)
+    if drawing["max_new_tokens"] < _new_tokens(options, lm, min(lengths)):
+        _tell_of_longest(options, lm, numbers, lengths)
+
+    start = time.perf_counter()
+    size = min(size, options.rows_of(len(prompts)))
+    with _kept_lines(options, records, prompts, lm, drawing) as kept:
+        begin = 0 if kept is None else len(kept.lines)
+        batches = range(begin, len(prompts), size)
+        for first in batches if kept is None else with_progress(batches, "generating"):
+            lines = _batch(options, lm, records, prompts, range(first, first + size), drawing)
+            if kept is None:
+                print(*lines, sep="\n", flush=True)
+            else:
+                kept.add(lines)
+    _tell_time(start)
+
+
+def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[str, Any]]) -> list[Any]:
+    """The token ids of each."""
     from llmq_jax.data.conversations import LOST
     from llmq_jax.data.messages import refuse_lost, template_variables
     from llmq_jax.data.records import Record
@@ -194,42 +207,62 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
         where, variables = f"{options.source}: line {number}", {}
         if by_template:
             variables = template_variables(Record(where, record))
-            refuse_lost(record, LOST["prompt"] if "prompt" in record else (), where)
+            refuse_lost(record, LOST["prompt" if "prompt" in record else "messages"], where)
         with _at_line(options, number):
             prompts.append(_prompt(lm, record, by_template, variables))
-    number, longest = max(zip(numbers, map(len, prompts), strict=True), key=lambda line: line[1])
-    drawing["max_new_tokens"] = _new_tokens(options, lm, longest)
-    _stream(options, lm, [0], drawing)  # computes nothing, and checks: here the options, then each prompt
-    for line, prompt in zip(numbers, prompts, strict=True):
-        with _at_line(options, line):
-            _stream(options, lm, prompt, drawing)
-    count = drawing["max_new_tokens"]
-    if options.max_new_tokens is None and len(prompts) > 1 and count < NEW_TOKENS:
-        print(
-            f"note: {options.source}: line {number} has {longest} tokens and leaves room for {count} new ones in the "
-            f"model's context of {lm.config.max_position_embeddings}, which are all that any prompt gets; shorten it, "
-            f"or say so by --max-new-tokens {count}",
-            file=sys.stderr,
-        )
+    return prompts
 
-    start = time.perf_counter()
-    size = min(size, options.rows_of(len(prompts)))
-    batches = range(0 if kept is None else len(kept.lines), len(prompts), size)
-    for first in batches if kept is None else with_progress(batches, "generating"):
-        # The last batch is filled up with its last prompt: another shape would be compiled anew.
-        rows = [min(row, len(prompts) - 1) for row in range(first, first + size)]
-        seeds = [options.seed_of(row) for row in rows]
-        generation = lq.generate(lm, [prompts[row] for row in rows], seed=seeds, **drawing)
-        assert generation.text is not None
-        lines = []
-        for row, record in enumerate(records[first : first + size]):
-            added = {"completion": generation.text[row], "tokens": int(generation.lengths[row])}
-            lines.append(json.dumps({**record, **added}, ensure_ascii=False))
-        if kept is None:
-            print(*lines, sep="\n", flush=True)
-        else:
-            kept.add(lines)
-    _tell_time(start)
+
+def _tell_of_longest(options: Options, lm: Any, numbers: list[int], lengths: list[int]) -> None:
+    longest = max(lengths)
+    count = _new_tokens(options, lm, longest)
+    print(
+        f"note: {options.source}: line {numbers[lengths.index(longest)]} has {longest} tokens and leaves room for "
+        f"{count} new ones in the model's context of {lm.config.max_position_embeddings}, which are all that any "
+        f"prompt gets; shorten it, or say so by --max-new-tokens {count}",
+        file=sys.stderr,
+    )
+
+
+def _batch(
+    options: Options, lm: Any, records: list[dict[str, Any]], prompts: list[Any], rows: range, drawing: dict[str, Any]
+) -> list[str]:
+    """The lines of these rows."""
+    import llmq_jax as lq
+
+    # The last batch is filled up with its last prompt: another shape would be compiled anew.
+    filled = [min(row, len(prompts) - 1) for row in rows]
+    seeds = [options.seed_of(row) for row in filled]
+    generation = lq.generate(lm, [prompts[row] for row in filled], seed=seeds, **drawing)
+    assert generation.text is not None
+    lines = []
+    for i, record in enumerate(records[rows.start : rows.stop]):
+        added = {"completion": generation.text[i], "tokens": int(generation.lengths[i])}
+        lines.append(json.dumps({**record, **added}, ensure_ascii=False))
+    return lines
+
+
+def _kept_lines(
+    options: Options, records: list[dict[str, Any]], prompts: list[Any], lm: Any, drawing: dict[str, Any]
+) -> contextlib.AbstractContextManager[Any]:
+    """The `KeptLines` of --out; None where lines are printed."""
+    if options.out is None:
+        return contextlib.nullcontext()
+    from llmq_jax.commands.kept_lines import kept_lines
+    from llmq_jax.weight_digest import weight_digest
+
+    command = asdict(options)
+    for name in ("out", "jsonl", "batch_size", "device", "mesh"):  # they do not change a line
+        del command[name]
+    # What stands behind a name may change, as a run that trains on, and so may what an option leaves open.
+    del command["dtype"]  # weights of another have another digest
+    command["model"] = weight_digest(lm.variables)
+    if options.draft not in (None, MTP):
+        command["draft"] = weight_digest(drawing["draft"].variables)
+    command["max_new_tokens"] = drawing["max_new_tokens"]
+    tokens = [[int(token) for token in prompt] for prompt in prompts]
+    command["prompt_file"] = hashlib.sha256(json.dumps([records, tokens]).encode()).hexdigest()
+    return kept_lines(Path(options.out), command, records)
 
 
 def check_out(out: Path) -> None:

@@ -6,74 +6,96 @@ Until all is done the lines stand in FILE.partial, after a first one that tells 
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.atomic_files import AppendedFile, write_atomically
+from llmq_jax.atomic_files import AppendedFile, sync_folder, write_atomically
 from llmq_jax.command_line import option_name
 from llmq_jax.errors import BadInput
 
+MARK = "lines of"
+"""The one field of the first line: it holds the command."""
+
 
 class KeptLines:
-    """The lines of a file that is being written, without their line breaks."""
+    """The lines of a file that is being written, without their line breaks: for each of `records` an object that has
+    the record's fields, in their order."""
 
-    def __init__(self, path: Path, command: dict[str, Any]):
-        """`command` holds whatever decides on the lines, by name. BadInput: lines of another one are there."""
+    def __init__(self, path: Path, command: Mapping[str, Any], records: Sequence[dict[str, Any]]):
+        """`command` holds whatever else decides on the lines, by the names of options. BadInput: FILE.partial is of
+        another command, or was not written by one."""
         self.partial = path.with_name(f"{path.name}.partial")
-        self.lines: list[str] = []
-        self._heading = json.dumps(command)
-        found = self.partial.read_bytes() if self.partial.exists() else b""
-        self._whole = found[: found.rfind(b"\n") + 1]  # without a last line that a kill has torn
-        if self._whole:
-            self.lines = self._found(json.loads(self._heading))
+        self.records = records
+        self._heading = json.dumps({MARK: command})
         self._file: AppendedFile | None = None
+        self._kept = 0
+        """Bytes of FILE.partial that are whole lines."""
+        self.lines = self._found() if self.partial.exists() else []
 
     def add(self, lines: Sequence[str]) -> None:
         """Append lines, which are on the disk before this returns."""
         if self._file is None:
             self._file = AppendedFile(self.partial)
-            self._file.cut(len(self._whole))
-            if not self._whole:
-                self._file.append(_data([self._heading]))
-        self._file.append(_data(lines))
+            self._file.cut(self._kept)  # a kill may have torn the last line
+            sync_folder(self.partial.parent)
+        self._file.append(as_data(lines if self._kept or self.lines else [self._heading, *lines]))
         self._file.sync()
         self.lines += lines
 
-    def _found(self, command: dict[str, Any]) -> list[str]:
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _found(self) -> list[str]:
+        found = self.partial.read_bytes()
+        self._kept = found.rfind(b"\n") + 1
+        if not self._kept and self._heading.encode().startswith(found):
+            return []  # torn in its first line
+        stranger = BadInput(f"{self.partial} was not written by this command for these prompts; rename or remove it")
         try:
-            heading, *lines = self._whole.decode().split("\n")[:-1]
+            heading, *lines = found[: self._kept].decode().split("\n")[:-1]
             told, *rows = map(json.loads, (heading, *lines))
         except (ValueError, RecursionError):
-            told, rows = None, []
-        if not all(isinstance(row, dict) for row in (told, *rows)):
-            raise BadInput(f"{self.partial} is no part of such a file; rename or remove it")
-        differing = [option_name(name) for name in {**told, **command} if told.get(name) != command.get(name)]
-        if differing:
+            raise stranger from None
+        begun, command = (told.get(MARK) if isinstance(told, dict) else None), json.loads(self._heading)[MARK]
+        if not isinstance(begun, dict):
+            raise stranger
+        if differing := [name for name in {**begun, **command} if begun.get(name) != command.get(name)]:
             raise BadInput(
-                f"{self.partial} was begun by a command that differs in {', '.join(differing)}; give that one again to "
-                "go on, or remove the file"
+                f"{self.partial} was begun by a command that differs in {', '.join(map(option_name, differing))}; give "
+                "that one again to go on, or remove the file"
             )
+        if len(rows) > len(self.records) or not all(map(_is_of, rows, self.records)):
+            raise stranger
         return lines
 
 
+def _is_of(row: Any, record: dict[str, Any]) -> bool:
+    # By their texts: NaN is no equal of itself.
+    return isinstance(row, dict) and json.dumps({name: row.get(name) for name in record}) == json.dumps(record)
+
+
 @contextlib.contextmanager
-def kept_lines(path: Path, command: dict[str, Any], count: int) -> Iterator[KeptLines]:
-    """The lines of `path`, to which to add until they are `count`: the file is written at the end. What ends it earlier
-    leaves them, and whoever stopped it is told."""
-    kept = KeptLines(path, command)
+def kept_lines(path: Path, command: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> Iterator[KeptLines]:
+    """The lines of `path`, to which to add one for each record: the file is written at the end. What ends it earlier
+    leaves those that are done, and whoever stopped it is told."""
+    kept, count = KeptLines(path, command, records), f"{len(records):,}"
     if kept.lines:
-        print(f"going on after {len(kept.lines):,} of {count:,}, found in {kept.partial}", file=sys.stderr)
+        print(f"going on after {len(kept.lines):,} of {count}, found in {kept.partial}", file=sys.stderr)
     try:
         yield kept
+        write_atomically(path, as_data(kept.lines))
     except BaseException:
         if kept.lines:
-            said = f"{len(kept.lines):,} of {count:,} are in {kept.partial}; the same command goes on from there"
-            print(said, file=sys.stderr)
+            print(
+                f"{len(kept.lines):,} of {count} are in {kept.partial}: the command goes on from there", file=sys.stderr
+            )
         raise
-    write_atomically(path, _data(kept.lines))
+    finally:
+        kept.close()
     kept.partial.unlink(missing_ok=True)
 
 
-def _data(lines: Sequence[str]) -> bytes:
+def as_data(lines: Sequence[str]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()

@@ -39,7 +39,7 @@ FORMS = {
 }
 """{form: the fields that it must have}, in the order in which they are looked for."""
 LOST = {
-    "messages": ("functions", "conversations"),
+    "messages": ("functions", "conversations", "system"),
     "conversations": ("functions", "system"),
     "prompt": ("system",),
     "alpaca": ("system", "history"),

@@ -47,12 +47,13 @@ def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
         name = next(name for name, parameters in spellings.items() if untyped[0] in parameters)
         raise BadInput(f"{name} has {', '.join(untyped)} and lacks rope_type; name one of {', '.join(ROPES)}")
     if merged.get("rope_type") == "yarn" and "attn_factor" in merged:
-        warnings.warn(
-            f"rope_type 'yarn' has attn_factor={merged.pop('attn_factor')!r:.60}, which counts for nothing, as in "
-            "transformers; vLLM and llama.cpp scale by it: to do so, give as attention_factor its product with "
-            "0.1 ln(factor) + 1",
-            stacklevel=4,
-        )
+        given = merged.pop("attn_factor")
+        if "attention_factor" not in merged:
+            warnings.warn(
+                f"rope_type 'yarn' has attn_factor={given!r:.60}, which counts for nothing, as in transformers; vLLM "
+                "and llama.cpp scale by it: to do so, give as attention_factor its product with 0.1 ln(factor) + 1",
+                stacklevel=4,
+            )
     _warn_of_another_ratio(merged, values.get("max_position_embeddings"))
     if merged.get("rope_type", "default") in WITHOUT_ORIGINAL:
         merged.pop(ORIGINAL, None)

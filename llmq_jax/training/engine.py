@@ -95,9 +95,10 @@ def run(
 
     Under Linux the process's malloc is told to keep freed memory, for good: see host_memory.py.
 
-    Raises BadInput before anything runs; NonFiniteLoss when training breaks down; OutOfMemory; DiskFull, unless
-    the options have the run go on and the checkpoint without room is not its last; StoppedBySignal, which
-    exits, after SIGTERM or SIGINT, once the state is saved (without checkpoints, both signals act as usual).
+    Raises BadInput, before anything runs, but for a mean of `judged_by` that an evaluation turns out to lack;
+    NonFiniteLoss when training breaks down; OutOfMemory; DiskFull, unless the options have the run go on and the
+    checkpoint without room is not its last; StoppedBySignal, which exits, after SIGTERM or SIGINT, once the state is
+    saved (without checkpoints, both signals act as usual).
     """
     able = {"evaluates": evaluate is not None, "samples": sample is not None}
     options = options.resolved(**able, saves=folder is not None)
@@ -125,6 +126,7 @@ def run(
         elif options.evaluate_first:
             assert evaluate is not None
             first_means = evaluate(state.variables)
+            validation.require_judged(first_means)
     opened: contextlib.AbstractContextManager[RunFolder | None]
     if isinstance(folder, str | Path):
         opened = open_folder(folder, options, config=config, may_change=may_change, model_config=model_config, **able)

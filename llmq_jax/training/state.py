@@ -21,7 +21,7 @@ class TrainState(struct.PyTreeNode):
     step: Any
     """int32: the number of finished updates."""
     variables: dict[str, Any]
-    """All collections, the trained one in float32."""
+    """All collections, in float32 those that a step changes."""
     optimizer_state: Any
     key: Any
     """uint32 [2]: step s draws its dropout from fold_in(key, s)."""
@@ -54,7 +54,8 @@ def create_state(
     """State of step 0. What trains, and the routers' biases that move with it, is held in float32, whatever type it
     came in. On a mesh (`training.sharding`) every device gets its part.
 
-    `variables` are those of `init` or of a LanguageModel; `optimizer` makes its state for the collections `trainable`;
+    `variables` are those of `init` or of a LanguageModel. What is in float32 already is not copied, and the first step
+    consumes it: that LanguageModel is of no more use then. `optimizer` makes its state for the collections `trainable`;
     `seed` is that of dropout.
     """
     names = (trainable,) if isinstance(trainable, str) else trainable

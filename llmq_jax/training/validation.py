@@ -1,7 +1,7 @@
 """What a run is judged by: the mean that its evaluations return, the best step so far, and when to stop waiting for a
 better one (early stopping)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import JudgedBy
@@ -34,23 +34,27 @@ class Validation:
         """The validation loss, which need not be what it is judged by."""
 
     def add(self, step: int, means: Mapping[str, float]) -> None:
-        """Note an evaluation. BadInput where it has not the mean that the run is to be judged by; a run without a loss
-        may be judged by nothing, unless it is to be patient."""
+        """Note an evaluation. BadInput as by `require_judged`."""
+        self.require_judged([name.removeprefix(PREFIX) for name in means])
         if LOSS in means:
             self.losses[step] = means[LOSS]
-        if self.name in means:
-            if step > self.start:
-                self.values[step] = means[self.name]
-        elif self.patience is not None:
+        if self.name in means and step > self.start:
+            self.values[step] = means[self.name]
+
+    def require_judged(self, names: Collection[str]) -> None:
+        """BadInput where an evaluation of these means lacks what the run is to be judged by. A run without a loss may
+        be judged by nothing, unless it is to be patient."""
+        wanted = self.judged_by[0]
+        if wanted in names:
+            return
+        if self.patience is not None:
             raise BadInput(
-                f"patience is {self.patience}, but evaluate returns no {self.judged_by[0]} to judge the run by; "
+                f"patience is {self.patience}, but evaluate returns no {wanted} to judge the run by; "
                 "return it, or leave patience out"
             )
-        elif self.name != LOSS:
-            found = ", ".join(sorted(name.removeprefix(PREFIX) for name in means)) or "nothing"
-            raise BadInput(
-                f"judged_by is {self.judged_by[0]}, and evaluate returns {found}: name one of these, or return it"
-            )
+        if self.name != LOSS:
+            found = ", ".join(sorted(names)) or "nothing"
+            raise BadInput(f"judged_by is {wanted}, and evaluate returns {found}: name one of these, or return it")
 
     def take_up(self, judged: Sequence[Point], losses: Sequence[Point]) -> None:
         """The evaluations of a run that goes on: what it was judged by, and the validation losses."""

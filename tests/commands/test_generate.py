@@ -53,8 +53,8 @@ def test_without_a_length_it_fills_the_context(llmq, model_folder, tiny_model):
 
 def test_a_stop_text_may_be_a_line_break(model_folder):
     r"""Which a shell leaves as the two characters of \n: they stand in no text, and nothing would stop."""
-    _, drawing = DrawingOptions(model=str(model_folder), stop=(r"\n\n", r"a\tb", "e")).load()
-    assert drawing["stop"] == ["\n\n", "a\tb", "e"]
+    _, drawing = DrawingOptions(model=str(model_folder), stop=(r"\n\n", r"a\tb", r"\\nabla", "e")).load()
+    assert drawing["stop"] == ["\n\n", "a\tb", r"\nabla", "e"]
 
 
 def test_prompt_from_standard_input(llmq, model_folder, piped):
@@ -241,7 +241,7 @@ def test_out_is_a_file_of_the_same_lines(llmq, chat_folder, prompt_file, tmp_pat
 
 
 def stop_at(call, monkeypatch):
-    """Ctrl-C in that call of `lq.generate`, and what the calls were given."""
+    """Ctrl-C in that call of `lq.generate`."""
     generate, calls = lq.generate, []
 
     def interrupted(*arguments, **keywords):
@@ -251,45 +251,76 @@ def stop_at(call, monkeypatch):
         return generate(*arguments, **keywords)
 
     monkeypatch.setattr(lq, "generate", interrupted)
-    return calls
 
 
-def test_what_was_done_stays_and_the_same_command_goes_on(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
-    arguments = ["generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8]
-    _, expected, _ = llmq(*arguments)
-    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    arguments += ["--out", out]
+@pytest.fixture
+def stopped(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
+    """(the command, what it would have written, the file with the two lines of five that it came to)."""
+    command = ["generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8]
+    _, expected, _ = llmq(*command)
+    command += ["--out", tmp_path / "out.jsonl"]
+    partial = tmp_path / "out.jsonl.partial"
     with monkeypatch.context() as patch:
         stop_at(2, patch)
-        said = f"2 of 5 are in {partial}; the same command goes on from there\n"
-        assert llmq(*arguments, "--batch-size", 2) == (130, "", said)
+        said = f"2 of 5 are in {partial}: the command goes on from there\n"
+        assert llmq(*command, "--batch-size", 2) == (130, "", said)
     assert sorted(tmp_path.iterdir()) == [partial, prompt_file]
-    heading, *lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    assert lines == expected.splitlines(keepends=True)[:2]
+    assert partial.read_text(encoding="utf-8").splitlines(keepends=True)[1:] == expected.splitlines(keepends=True)[:2]
+    return command, expected, partial
 
-    other_prompts = tmp_path / "other_prompts.jsonl"
-    other_prompts.write_text('{"prompt": "a"}\n')
-    for options, differing in (
+
+def test_the_same_command_goes_on_where_it_was_stopped(stopped, llmq, tmp_path, monkeypatch):
+    command, expected, partial = stopped
+    whole = partial.read_bytes()
+    partial.write_bytes(whole + whole[-9:-1])  # as a kill tears a line
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        code, _, err = llmq(*command, "--batch-size", 1)
+    assert (code, err.splitlines()[0]) == (130, f"going on after 2 of 5, found in {partial}")
+    assert partial.read_bytes() == whole + expected.encode().splitlines(keepends=True)[2]
+    assert llmq(*command)[:2] == (0, "")
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == expected
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
         (["--seed", 1], "--seed"),
         (["--top-k", 3, "--stop", "x"], "--top-k, --stop"),
-        (["--prompt-file", other_prompts], "--prompt-file"),
-    ):
-        code, _, err = llmq(*arguments, *options)
-        assert (code, partial.exists()) == (2, True)
-        assert f"{partial} was begun by a command that differs in {differing}; give that one again" in err
-    for other in ('["neither"]\n', "nor JSON\n"):
-        (tmp_path / "other.jsonl.partial").write_text(other)
-        code, _, err = llmq(*arguments[:-1], tmp_path / "other.jsonl")
-        assert code == 2 and "other.jsonl.partial is no part of such a file; rename or remove it" in err
-    (tmp_path / "other.jsonl.partial").unlink()
-    other_prompts.unlink()
+        (["--dtype", "bfloat16"], "--model"),  # other weights
+        (["--prompt-file", "OTHER"], "--prompt-file"),
+    ],
+)
+def test_another_command_does_not_go_on(stopped, llmq, tmp_path, options, named):
+    command, _, partial = stopped
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "a"}\n')
+    before = partial.read_bytes()
+    code, _, err = llmq(*command, *(other if word == "OTHER" else word for word in options))
+    assert (code, partial.read_bytes()) == (2, before)
+    assert f"{partial} was begun by a command that differs in {named}; give that one again to go on" in err
 
-    partial.write_text("".join((heading, *lines, lines[0][:9])), encoding="utf-8")  # as a kill tears a line
-    calls = stop_at(0, monkeypatch)
-    said = f"going on after 2 of 5, found in {partial}\n"
-    assert llmq(*arguments) == (0, "", said)
-    assert len(calls) == 1 and sorted(tmp_path.iterdir()) == [out, prompt_file]
-    assert out.read_text(encoding="utf-8") == expected
+
+def test_lines_of_others_are_left_alone(stopped, llmq):
+    """Those of no command, and those that came twice, as of two processes at a time."""
+    command, _, partial = stopped
+    heading, first, second = partial.read_bytes().splitlines(keepends=True)
+    for found in (
+        b"notes",
+        b"notes\n",
+        b'{"a": 1}\n',
+        first,
+        heading + first * 2,
+        heading + second + b"1\n",
+        heading * 2,
+    ):
+        partial.write_bytes(found)
+        code, _, err = llmq(*command)
+        assert (code, partial.read_bytes()) == (2, found)
+        assert err == f"error: {partial} was not written by this command for these prompts; rename or remove it\n"
+    partial.write_bytes(heading[:20])
+    assert llmq(*command) == (0, "", "")
 
 
 def test_nothing_is_left_of_what_has_not_begun(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):

@@ -522,8 +522,8 @@ READERS: dict[str, Reader] = {
         lambda folder: read_options(str(folder / "options.yaml"), OPTIONS, ()),
     ),
     "lines of a command that was stopped": Reader(
-        lambda: {"out.jsonl.partial": b'{"seed": 1}\n{"prompt": "a", "tokens": 2}\n{"prompt": "b", "tokens": 3}\n'},
-        lambda folder: KeptLines(folder / "out.jsonl", {"seed": 1}),
+        lambda: {"out.jsonl.partial": b'{"lines of": {"seed": 1}}\n{"prompt": "a", "tokens": 2}\n'},
+        lambda folder: KeptLines(folder / "out.jsonl", {"seed": 1}, [{"prompt": "a"}, {"prompt": "b"}]),
     ),
     "run folder": Reader(run_files, read_run_folder),
     "metrics.jsonl": Reader(metrics, lambda folder: training_curve(read_run(folder))),

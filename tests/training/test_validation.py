@@ -55,6 +55,10 @@ def test_a_run_is_not_judged_by_a_mean_that_nobody_returns(tmp_path):
     """Its best step would be none, and its checkpoint not kept."""
     with pytest.raises(BadInput, match="judged_by is acurracy, and evaluate returns accuracy, loss: name one of these"):
         quiet(tmp_path / "run", judged_by=("acurracy", "highest"), evaluate=lambda _: {"loss": 1.0, "accuracy": 0.5})
+    first = replace(OPTIONS, evaluate_first=True)
+    with pytest.raises(BadInput, match="judged_by is reward, and evaluate returns loss: name one of these"):
+        quiet(tmp_path / "first", judged_by=("reward", "highest"), evaluate=lambda _: {"loss": 1.0}, options=first)
+    assert not (tmp_path / "first").exists()
 
 
 REWARDS = {4: 0.2, 8: 0.9, 12: 0.9, 16: 0.5, 20: 0.1}

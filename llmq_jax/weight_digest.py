@@ -1,0 +1,16 @@
+"""What tells one model's weights from another's, wherever they were read from."""
+
+import hashlib
+from typing import Any
+
+import jax
+
+from llmq_jax.layers.axes import on_host
+
+
+def weight_digest(variables: dict[str, Any]) -> str:
+    """SHA-256 of all numbers, in the type that they are held in. On a mesh of several processes all must ask."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        digest.update(on_host(leaf).tobytes())
+    return digest.hexdigest()
