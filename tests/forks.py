@@ -1,5 +1,5 @@
-"""Programs as forks of a process that has imported what they need, for tests that begin many of them to kill them: the
-imports take longer than what is killed. `Forks` starts that process and asks it:
+"""Programs as forks of a process that has imported what they need, for tests that begin many of them, to kill them or
+to have two at a time: the imports take longer than the rest. `Forks` starts that process and asks it:
 
     python -m tests.forks MODULE ...
 
@@ -28,11 +28,11 @@ LATE = (
 )
 """What a run imports as it comes to need it."""
 MOST_SECONDS = 600
-"""That a child is waited for: then the process ends, and whoever has asked is told nothing."""
+"""That a child is waited for: then it is killed."""
 
 
 class Forks:
-    """A context, whose children have the environment of whoever makes it."""
+    """A context, whose children have the environment of whoever makes it; none outlives it."""
 
     def __init__(self, *modules: str):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -48,11 +48,15 @@ class Forks:
     def begin(self, program: str | Path, *arguments: object, output: Path, errors: Path, **variables: str) -> int:
         """The id of a process, and of its group, that runs the file as `python PROGRAM ARGUMENTS` would, with these
         variables in its environment as well."""
-        return self._ask([str(program), *map(str, arguments)], [str(output), str(errors)], variables)
+        return self._ask("begin", [str(program), *map(str, arguments)], [str(output), str(errors)], variables)
 
     def wait(self, process: int) -> int:
         """The exit code of this child; -9 of one that was killed. Until then its id is no other process's."""
-        return self._ask(process)
+        return self._ask("wait", process)
+
+    def has_ended(self, process: int) -> bool:
+        """Whether this child has, which is still to be waited for."""
+        return bool(self._ask("has_ended", process))
 
     def _ask(self, *request: object) -> int:
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -61,26 +65,49 @@ class Forks:
 
 def serve() -> list[str]:
     """Returns in a child, with its program and arguments; here it exits."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        if len(request) == 1:
-            signal.alarm(MOST_SECONDS)
-            print(os.waitstatus_to_exitcode(os.waitpid(*request, 0)[1]), flush=True)
-            signal.alarm(0)
-            continue
-        assert threading.active_count() == 1 and not xla_bridge.backends_are_initialized()
-        if (child := os.fork()) == 0:
-            os.setpgid(0, 0)
-            words, files, variables = request
-            os.environ.update(variables)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            for number, path in enumerate(files, 1):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-            # New ones: a stream asks only once whether its file can be sought in, and these were others.
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
-            return words
-        print(child, flush=True)
+    children = set()  # that were not waited for
+    try:
+        for line in sys.stdin:
+            match json.loads(line):
+                case ["begin", words, files, variables]:
+                    assert threading.active_count() == 1 and not xla_bridge.backends_are_initialized()
+                    if (child := os.fork()) == 0:
+                        children.clear()
+                        become(files, variables)
+                        return words
+                    os.setpgid(child, child)
+                    children.add(child)
+                    print(child, flush=True)
+                case ["wait", child]:
+                    print(exit_code(child), flush=True)
+                    children.remove(child)
+                case ["has_ended", child]:
+                    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                    print(int(ended is not None), flush=True)
+    finally:
+        for child in children:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     sys.exit()
+
+
+def become(files: list[str], variables: dict[str, str]) -> None:
+    """Makes this process, a child, one that writes to these two files, with these variables."""
+    os.environ.update(variables)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in enumerate(files, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    # New ones: a stream asks only once whether its file can be sought in, and these were others.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+
+
+def exit_code(child: int) -> int:
+    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
+    signal.alarm(MOST_SECONDS)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as children are to have it
+    return code
 
 
 if __name__ == "__main__":

@@ -50,15 +50,12 @@ def save_model(folder, seed):
     lq.save(LanguageModel(config, lq.build(config), lq.init(config, seed=seed), ByteTokenizer(), ends), folder)
 
 
-FINISHED = {}
-"""(Folder of the recipe, copy of the run's, what it left) by the recipe's name and options."""
-
-
 class Recipe:
-    """A recipe with tiny options and files of its own in `folder`; its runs go to folders there."""
+    """A recipe with tiny options and files of its own in `folder`; its runs go to folders there, and copies of them to
+    `whole_runs`, for other tests."""
 
-    def __init__(self, name, folder):
-        self.name, self.folder, self.module = name, folder, MODULES[name]
+    def __init__(self, name, folder, whole_runs):
+        self.name, self.folder, self.whole_runs, self.module = name, folder, whole_runs, MODULES[name]
         getattr(self, name)()
 
     def pretrain(self):
@@ -108,14 +105,13 @@ class Recipe:
     def finished(self, out, capsys, **others):
         """The same, of one run for all tests that ask for it with these options: `out` gets a copy, as if it had been
         trained here."""
-        if (run := (self.name, *others.items())) not in FINISHED:
-            left = self.finish(out, capsys, **others)
-            FINISHED[run] = self.folder, shutil.copytree(self.folder / out, self.folder / "finished" / out), left
+        whole = self.whole_runs / " ".join([self.name, *(f"{name}={value}" for name, value in others.items())])
+        if not whole.exists():
+            self.finish(out, capsys, **others)
+            moved(self.folder / out, whole, self.folder, "FOLDER")
         else:
-            folder, whole, left = FINISHED[run]
-            config = shutil.copytree(whole, self.folder / out) / "config.json"
-            config.write_text(config.read_text().replace(str(folder), str(self.folder)))
-        return dict(left)
+            moved(whole, self.folder / out, "FOLDER", self.folder)
+        return self.left_by(out)
 
     def left_by(self, out):
         """All that a run leaves and that equal runs have equal."""
@@ -128,6 +124,12 @@ class Recipe:
             "state": arrays(checkpoints.path(checkpoints.latest_step())),
             "report": json.loads((folder / "finished.json").read_text())["validation_loss"],
         }
+
+
+def moved(run, to, before, after):
+    """A copy, whose files were in the folder `before` and are in `after`."""
+    config = shutil.copytree(run, to) / "config.json"
+    config.write_text(config.read_text().replace(str(before), str(after)))
 
 
 def records(folder):
@@ -156,9 +158,14 @@ def half_written(folder):
     ]
 
 
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole_runs")
+
+
 @pytest.fixture
-def recipe(request, tmp_path):
-    return Recipe(request.param, tmp_path)
+def recipe(request, tmp_path, whole_runs):
+    return Recipe(request.param, tmp_path, whole_runs)
 
 
 every_recipe = pytest.mark.parametrize("recipe", MODULES, indirect=True)
@@ -167,7 +174,7 @@ pretraining = pytest.mark.parametrize("recipe", ["pretrain"], indirect=True)
 
 # Kills.
 
-KILLED = Path(__file__).parent / "killed_recipe.py"
+RUN_RECIPE = Path(__file__).parent / "run_recipe.py"
 
 PLACES = {  # how often a run comes there at most before it is killed, and how long it stays, in seconds
     "step": (12, 0.005),
@@ -183,8 +190,9 @@ MOMENTS = [*PLACES, "checkpoints"] * 2 + ["checkpoints"] * 2 + [ANYWHERE] * 4  #
 
 @every_recipe
 def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(recipe, capsys):
-    # What a process that is killed need not come to it does not compile.
-    options = {"steps": 32, "evaluate_every": 8, "sample_every": 8}
+    # Each process compiles evaluation and samples anew, hence few of them; and samples between checkpoints, so that a
+    # kill may leave one that is newer than the last checkpoint.
+    options = {"steps": 32, "evaluate_every": 8, "sample_every": 7}
     whole = recipe.finish("whole", capsys, **options)
     chance = random.Random(recipe.name)
     moments = chance.sample(MOMENTS, len(MOMENTS))
@@ -212,20 +220,21 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(recipe, capsy
 
 def killed(forks, recipe, arguments, place, chance):
     """(exit code, output) of a process that is killed at the place, if it comes there."""
-    number, delay = 0, 0.0
+    kill = []
     if place in PLACES:
         most, stay = PLACES[place]
-        number, delay = chance.randint(1, most), chance.uniform(0, 1.5 * stay)
+        kill = ["--kill-at", place, chance.randint(1, most), chance.uniform(0, 1.5 * stay)]
     pipe = recipe.folder / "pipe"
     if not pipe.exists():
         os.mkfifo(pipe)
-    process = forks.begin(KILLED, recipe.name, place, number, delay, *arguments, output=pipe, errors=pipe)
-    said = []
+    process = forks.begin(RUN_RECIPE, *kill, recipe.name, *arguments, output=pipe, errors=pipe)
+    said, lines_left = [], chance.randint(1, 4)  # of its training, before it is killed anywhere
     with open(pipe) as lines:
         for line in lines:
             said.append(line)
-            if place == ANYWHERE and line.startswith(("step", "resuming")):  # training begins
-                time.sleep(chance.uniform(0, 2))
+            lines_left -= line.startswith(("resuming", "step"))
+            if place == ANYWHERE and lines_left == 0:
+                time.sleep(chance.uniform(0, 0.5))
                 os.kill(process, signal.SIGKILL)
                 place = None
     return forks.wait(process), "".join(said)

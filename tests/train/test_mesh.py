@@ -13,7 +13,7 @@ import llmq_jax as lq
 from llmq_jax.language_model import LanguageModel
 from tests.devices import with_devices
 from tests.forks import Forks
-from tests.train.mesh_program import OnDevices
+from tests.train.on_devices import OnDevices
 
 ROOT = Path(__file__).parents[2]
 SIZES = "--num-hidden-layers 2 --hidden-size 16 --num-attention-heads 2 --context 16 --batch-size 8 --steps 12"
@@ -118,22 +118,19 @@ WRITTEN = {
     "label": "{:.1}",
 }
 ONE, MESH, PROCESSES = "one_device", "mesh", "processes"
-IN_PROCESSES = ("classifier", "instruct", "dpo", "grpo by a model")
-"""What reads batches, what gathers predictions, what asks a reference, what draws answers and has them judged."""
-RECIPE = Path(__file__).parent / "killed_recipe.py", "nowhere", 0, 0
-"""With the name of a recipe as the second, the arguments of a fork that runs it."""
+RUN_RECIPE = Path(__file__).parent / "run_recipe.py"
 
 
 def two_processes(recipe, words, folder):
-    """Ends two processes with a device each, of which each divides model and batches with the other."""
-    where = f"--mesh fsdp=2 --coordinator 127.0.0.1:{free_port()} --processes 2"
-    program, *nowhere = RECIPE
+    """Ends two processes with two devices each: the model is divided in each of them, a batch between them."""
+    where = f"--mesh data=2,fsdp=2 --coordinator 127.0.0.1:{free_port()} --processes 2"
     with Forks(f"train.{recipe}", "llmq_jax.language_model") as forks:
         begun = []
         for number in range(2):
             more, fault = (*where.split(), "--process", number), folder / f"fault_{number}"
-            arguments = program, recipe, *nowhere, *words, *more
-            begun.append((forks.begin(*arguments, output=folder / f"said_{number}", errors=fault), fault))
+            files = {"output": folder / f"said_{number}", "errors": fault}
+            process = forks.begin(RUN_RECIPE, recipe, *words, *more, **files, **with_devices(2))
+            begun.append((process, fault))
         for process, fault in begun:
             assert forks.wait(process) == 0, fault.read_text()[-2000:]
 
@@ -149,7 +146,7 @@ def test_adapters_learn_on_many_devices_as_on_one(case, devices, model, reward_m
     options = f"--init-from {model} --validation-fraction 0.2 {FINE_TUNING[case]}".replace("REWARD", str(reward_model))
     options += " --steps 4 --log-every 1 --lora-rank 2 --evaluate-every 2 --sample-every 4"
     found = {}
-    for name in (ONE, MESH, *([PROCESSES] if case in IN_PROCESSES else [])):
+    for name in (ONE, MESH, PROCESSES):
         words = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / name), *options.split()]
         if name == PROCESSES:
             two_processes(recipe, words, tmp_path)

@@ -16,7 +16,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.training.processes import gpus_of_task, joined
 from tests.devices import with_devices
 from tests.forks import Forks
-from tests.train.test_mesh import RECIPE, ROOT, SIZES, TELLS, free_port, records
+from tests.train.test_mesh import ROOT, RUN_RECIPE, SIZES, TELLS, free_port, records
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,9 @@ class Begun:
             self.code = self.forks.wait(self.id)
         return self.code
 
+    def has_ended(self):
+        return self.code is not None or self.forks.has_ended(self.id)
+
     def ended(self):
         """(exit code, standard output, standard error)."""
         return self.wait(), self.said.read_text(), self.fault.read_text()
@@ -58,9 +61,8 @@ def started(forks, folder, name, out, *options, devices=4, **variables):
     data = () if "--data" in options else ("--data", folder / "text.txt")
     words = [*SIZES.split(), *TELLS.split(), *data, "--out", folder / out, *options]
     said, fault = folder / f"{name}.said", folder / f"{name}.fault"
-    program, *nowhere = RECIPE
-    variables["XLA_FLAGS"] = with_devices(devices)["XLA_FLAGS"]
-    process = forks.begin(program, "pretrain", *nowhere, *words, output=said, errors=fault, **variables)
+    variables |= with_devices(devices)
+    process = forks.begin(RUN_RECIPE, "pretrain", *words, output=said, errors=fault, **variables)
     return Begun(forks, process, said, fault)
 
 
@@ -74,10 +76,11 @@ def begin(forks, folder, request):
         return begun[-1]
 
     yield begin
-    for process in begun:
-        if process.code is None:
-            os.kill(process.id, signal.SIGKILL)
-            process.wait()
+    left = [process for process in begun if process.code is None]
+    for process in left:
+        os.kill(process.id, signal.SIGKILL)
+    for process in left:
+        process.wait()
 
 
 def two(begin, out, *options, other=None, devices=1):
@@ -92,10 +95,12 @@ def ended(processes):
     return [process.ended() for process in processes]
 
 
-def wait_for_steps(run):
+def wait_for_steps(run, processes):
     """Until it has told of some."""
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_bytes()) < 2000:
+        for process in processes:
+            assert not process.has_ended(), process.fault.read_text()[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -137,7 +142,7 @@ def test_two_processes_go_on_where_one_stopped(begin, alone, folder):
 @pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_both_after_the_same_step(begin, folder):
     processes = two(begin, "stopped", "--steps", "100000", "--checkpoint-every", "100000", "--evaluate-every", "0")
-    wait_for_steps(folder / "stopped")
+    wait_for_steps(folder / "stopped", processes)
     os.kill(processes[1].id, signal.SIGTERM)
     first, second = ended(processes)
     assert first[0] == second[0] == 128 + signal.SIGTERM, first[2][-2000:] + second[2][-2000:]
@@ -330,6 +335,8 @@ def test_gpus_that_tasks_cannot_share():
 def test_a_signal_without_checkpoints_ends_a_process_at_once(begin, folder):
     endless = ("--steps", "100000", "--checkpoint-every", "0", "--evaluate-every", "0", "--sample-every", "0")
     processes = two(begin, "unsaved", *endless)
-    wait_for_steps(folder / "unsaved")
+    wait_for_steps(folder / "unsaved", processes)
+    sent = time.monotonic()
     os.kill(processes[1].id, signal.SIGTERM)
     assert processes[1].wait() == -signal.SIGTERM
+    assert time.monotonic() - sent < 60
