@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 demo: $(CORE)
 	$(BIN)/python -m train.demo
 
-## test: the suite (about 13 minutes on two cores)
+## test: the suite (15 to 25 minutes on two cores)
 test: $(TEST)
 	$(PYTEST) -m "not slow and not exhaustive"
 
