@@ -50,6 +50,10 @@ class AppendedFile:
         """Drop what comes after so many bytes."""
         self._file.truncate(size)
 
+    def cut_torn_line(self) -> None:
+        """Drop a last line without its end, which a kill has left so."""
+        self.cut(self.path.read_bytes().rfind(b"\n") + 1)
+
     def sync(self) -> None:
         """Put everything on the disk, what waits too."""
         self.append()

@@ -256,9 +256,9 @@ def _kept_lines(
         del command[name]
     # What stands behind a name may change, as a run that trains on, and so may what an option leaves open.
     del command["dtype"]  # weights of another have another digest
-    command["model"] = weight_digest(lm.variables)
-    if options.draft not in (None, MTP):
-        command["draft"] = weight_digest(drawing["draft"].variables)
+    models = {"model": lm} | ({} if options.draft in (None, MTP) else {"draft": drawing["draft"]})
+    for name, model in models.items():
+        command[name] = [repr(model.config), repr(model.generation), weight_digest(model.variables)]
     command["max_new_tokens"] = drawing["max_new_tokens"]
     tokens = [[int(token) for token in prompt] for prompt in prompts]
     command["prompt_file"] = hashlib.sha256(json.dumps([records, tokens]).encode()).hexdigest()

@@ -29,18 +29,19 @@ class KeptLines:
         self.records = records
         self._heading = json.dumps({MARK: command})
         self._file: AppendedFile | None = None
-        self._kept = 0
-        """Bytes of FILE.partial that are whole lines."""
+        self._begun = False
+        """Whether FILE.partial has its first line."""
         self.lines = self._found() if self.partial.exists() else []
 
     def add(self, lines: Sequence[str]) -> None:
         """Append lines, which are on the disk before this returns."""
         if self._file is None:
             self._file = AppendedFile(self.partial)
-            self._file.cut(self._kept)  # a kill may have torn the last line
+            self._file.cut_torn_line()
             sync_folder(self.partial.parent)
-        self._file.append(as_data(lines if self._kept or self.lines else [self._heading, *lines]))
+        self._file.append(as_data(lines if self._begun else [self._heading, *lines]))
         self._file.sync()
+        self._begun = True
         self.lines += lines
 
     def close(self) -> None:
@@ -49,12 +50,12 @@ class KeptLines:
 
     def _found(self) -> list[str]:
         found = self.partial.read_bytes()
-        self._kept = found.rfind(b"\n") + 1
-        if not self._kept and self._heading.encode().startswith(found):
+        if self._heading.encode().startswith(found):
             return []  # torn in its first line
+        self._begun = True
         stranger = BadInput(f"{self.partial} was not written by this command for these prompts; rename or remove it")
         try:
-            heading, *lines = found[: self._kept].decode().split("\n")[:-1]
+            heading, *lines = found[: found.rfind(b"\n") + 1].decode().split("\n")[:-1]
             told, *rows = map(json.loads, (heading, *lines))
         except (ValueError, RecursionError):
             raise stranger from None

@@ -56,7 +56,7 @@ class MetricsFile(AppendedFile):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        self.cut(self.path.read_bytes().rfind(b"\n") + 1)
+        self.cut_torn_line()
 
     def write(self, record: Record) -> None:
         """A figure that is not finite becomes null, which every JSON reader takes."""
