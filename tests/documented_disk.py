@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
 from gguf import GGUFWriter
@@ -67,6 +68,10 @@ def write_data(disk: Path) -> None:
         write(disk / name, verse * 60)
     write(disk / "other.txt", "Whether 'tis nobler in the mind to suffer.\n" * 5)
     write(disk / "story.txt", "Once upon a time")
+    openwebtext = disk / "nanoGPT/data/openwebtext"
+    openwebtext.mkdir(parents=True)
+    for name in ("train.bin", "val.bin"):
+        np.array(lq.GPT2Tokenizer().encode(verse * 60), np.uint16).tofile(openwebtext / name)
     write(disk / "questions.txt", "Why is the sky blue?\nAnd at night?\n")
 
     write_options(disk)

@@ -6,6 +6,10 @@
 The text streams through: a block of it is in memory at a time, and its tokens are worked out on all cores. It is read
 three times: to count the documents, for those that are learned, and for those that are held out. A run maps the tokens
 into memory, has the same batches as from the text itself, and processes on several machines may read the same folder.
+
+    python -m train.prepare --data nanoGPT/data/openwebtext --tokenizer gpt2 --out openwebtext
+
+Tokens that nanoGPT has made, train.bin and val.bin, are taken over as they are.
 """
 
 import dataclasses
@@ -24,7 +28,7 @@ from train.texts import Text, text_sources, texts
 class Options:
     data: str
     """Text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these (by the splits
-    that its files are named for)."""
+    that its files are named for). Or a folder of tokens, nanoGPT's train.bin and val.bin."""
     tokenizer: str
     """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. To go on from a model
     take its own."""
@@ -40,10 +44,14 @@ class Options:
 
 def main(options: Options) -> None:
     from llmq_jax.commands.progress import with_progress
-    from llmq_jax.data import encode_documents, encoded_blocks, has_fields, load_tokenizer, split_tokens, write_tokens
+    from llmq_jax.data import encode_documents, encoded_blocks, has_fields, load_tokenizer, split_tokens
+    from llmq_jax.data.nanogpt_tokens import is_nanogpt_folder
     from llmq_jax.data.token_files import check_new
 
     check_new(options.out)
+    if is_nanogpt_folder(options.data):
+        of_nanogpt(options)
+        return
     files = [path for path in (options.data, options.validation_data) if path]
     refuse_idle(
         options,
@@ -73,19 +81,53 @@ def main(options: Options) -> None:
     sample = next((document for document in text if document and not document.isspace()), None)
     if sample is None:
         raise BadInput(f"{options.data} holds no text to learn, beside what is held out")
-    made = write_tokens(
-        options.out,
-        tokenizer,
-        training,
-        validation,
-        separated=text.separated,
-        sample=sample,
-        about={"options": dataclasses.asdict(options)},
+    write(options, tokenizer, training, validation, text.separated, sample, f"; documents to learn: {text.count:,}")
+
+
+def of_nanogpt(options: Options) -> None:
+    """The tokens of a folder of nanoGPT's, with the tokenizer that made them."""
+    from llmq_jax.commands.progress import with_progress
+    from llmq_jax.data import load_tokenizer, split_tokens
+    from llmq_jax.data.nanogpt_tokens import PIECE, TRAINING, VALIDATION, pieces, read_nanogpt_tokens
+
+    found = read_nanogpt_tokens(options.data)
+    refuse_idle(
+        options,
+        (
+            ("text_field", True, f"on nanoGPT's {TRAINING}"),
+            ("validation_data", True, f"on nanoGPT's {TRAINING}"),
+            ("validation_fraction", found.validation is not None, f"beside {found.folder / VALIDATION}"),
+        ),
     )
+    tokenizer = load_tokenizer(options.tokenizer)
+    sample = found.text_of_beginning(tokenizer)
+    training, validation = found.training, found.validation
+    fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
+    if validation is None and fraction:
+        training, validation = split_tokens(training, fraction)
+
+    def checked(stream: Any, title: str) -> Iterator[Any]:
+        for piece in with_progress(pieces(stream), title, total=-(-len(stream) // PIECE)):
+            if piece.max() >= tokenizer.vocab_size:
+                raise BadInput(f"{found.folder}: the token id {piece.max()} is none of {tokenizer.name}'s")
+            yield piece
+
+    held_out = None if validation is None else checked(validation, "tokens held out")
+    write(options, tokenizer, checked(training, "tokens to learn"), held_out, found.separated(tokenizer), sample)
+
+
+def write(
+    options: Options, tokenizer: Any, training: Any, validation: Any, separated: bool, sample: str, more: str = ""
+) -> None:
+    """Write the folder, and say what it holds."""
+    from llmq_jax.data import write_tokens
+
+    about = {"options": dataclasses.asdict(options)}
+    made = write_tokens(options.out, tokenizer, training, validation, separated=separated, sample=sample, about=about)
     idle = " --evaluate-every 0" if made.validation is None else ""
     print(
         f"{len(made.training):,} tokens to learn, {0 if made.validation is None else len(made.validation):,} held out "
-        f"(tokenizer: {tokenizer.name}; documents to learn: {text.count:,})\n\n"
+        f"(tokenizer: {tokenizer.name}{more})\n\n"
         f"    python -m train.pretrain --data {shlex.quote(options.out)} --out runs/mine{idle}"
     )
 

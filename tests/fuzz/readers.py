@@ -23,6 +23,7 @@ from llmq_jax.commands.kept_lines import KeptLines
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.data.conversations import read_conversations
 from llmq_jax.data.labelled import read_labelled
+from llmq_jax.data.nanogpt_tokens import read_nanogpt_tokens
 from llmq_jax.data.preferences import read_preferences
 from llmq_jax.data.prompts import read_prompts
 from llmq_jax.data.sources import read_documents
@@ -510,6 +511,10 @@ READERS: dict[str, Reader] = {
     "adapter_config.json": Reader(ADAPTER, read_peft, WRITE_ADAPTER),
     "tokenizer.json": Reader(files_of(tokenizer_files), read_tokenizer),
     "tokens": Reader(files_of(token_files), read_token_files),
+    "tokens of nanoGPT": Reader(
+        lambda: {"train.bin": np.arange(60, 90, dtype="<u2").tobytes(), "val.bin": b"a\0b\0"},
+        lambda folder: read_nanogpt_tokens(folder).text_of_beginning(ByteTokenizer()),
+    ),
     "vocab.json and merges.txt": Reader(files_of(vocabulary_files), read_vocabulary),
     **{f"{name}.{suffix}": rows_reader(*ROWS[name], suffix) for name in ROWS for suffix in FORMATS},
     **{

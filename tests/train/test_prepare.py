@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmq_jax.data import ByteTokenizer, encode_documents, read_tokens, split_documents, split_tokens, write_tokens
+from llmq_jax.data import (
+    ByteTokenizer,
+    encode_documents,
+    load_tokenizer,
+    read_tokens,
+    split_documents,
+    split_tokens,
+    write_tokens,
+)
 from llmq_jax.errors import BadInput
 
 DOCUMENTS = [f"document {number} " + "abba ab" * (5 + number % 7) for number in range(40)]
@@ -119,6 +127,67 @@ def test_a_model_goes_on_with_tokens_of_its_own_tokenizer(prepare, pretrain, pre
     assert code == 2 and err.count("\n") == 1
     assert "gpt2 holds tokens of the tokenizer gpt2, and bytes makes others of the same text" in err
     assert pretrain("--data", "bytes", *start, tiny=tiny)[0] == 0
+
+
+def nanogpt_folder(name, training, validation=None):
+    """What nanoGPT's prepare.py writes, the files of its own and the text among them."""
+    folder = Path(name)
+    folder.mkdir()
+    (folder / "input.txt").write_text("text")
+    for file, ids in (("train.bin", training), ("val.bin", validation)):
+        if ids is not None:
+            np.array(ids, np.uint16).tofile(folder / file)
+
+
+def test_tokens_of_nanogpt(prepare, pretrain, monkeypatch):
+    monkeypatch.setattr("llmq_jax.data.nanogpt_tokens.PIECE", 100)
+    tokenizer = load_tokenizer("gpt2")
+    training, held_out = (encode_documents(tokenizer, part).tolist() for part in split_documents(DOCUMENTS, 0.25))
+    nanogpt_folder("owt", training, held_out)
+    code, out, err = prepare("--data", "owt", "--tokenizer", "gpt2", "--out", "tokens")
+    assert (code, err) == (0, "") and f"{len(training):,} tokens to learn, {len(held_out):,} held out" in out
+    tokens = read_tokens("tokens")
+    assert tokens.training.tolist() == training and tokens.validation.tolist() == held_out
+    assert tokens.facts.separated and tokens.largest_id == 50256
+    assert pretrain("--data", "tokens", "--out", "run", *QUIET, "--separate-documents")[0] == 0
+
+    one = tokenizer.encode("\n".join(DOCUMENTS))
+    nanogpt_folder("shakespeare", one)
+    assert prepare("--data", "shakespeare", "--tokenizer", "gpt2", "--out", "one")[0] == 0
+    assert not read_tokens("one").facts.separated
+    for name, part in zip(("training", "validation"), split_tokens(np.array(one), 0.1), strict=True):
+        np.testing.assert_array_equal(getattr(read_tokens("one"), name), part)
+    options = ("--data", "shakespeare", "--tokenizer", "gpt2", "--validation-fraction", 0, "--out", "all")
+    assert prepare(*options)[0] == 0
+    assert read_tokens("all").training.tolist() == one and read_tokens("all").validation is None
+
+
+TEXT = list(b"plain text, of which all bytes are tokens")
+BAD_NANOGPT = {
+    "tokenizer": (["--tokenizer", "gpt2"], TEXT, "train.bin does not begin with tokens as gpt2 makes them"),
+    "vocabulary": ([], [300, 1], "train.bin does not begin with tokens as bytes makes them"),
+    "a late id": ([], [*TEXT * 50, 300], "the token id 300 is none of bytes's"),
+    "fraction": (["--validation-fraction", 0.5], TEXT, "--validation-fraction has no effect beside made/val.bin"),
+    "text": (["--validation-data", "one.txt"], TEXT, "--validation-data has no effect on nanoGPT's train.bin"),
+    "empty": ([], [], "train.bin has 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NANOGPT)
+def test_bad_tokens_of_nanogpt(prepare, case):
+    options, training, message = BAD_NANOGPT[case]
+    nanogpt_folder("made", training, TEXT)
+    tokenizer = [] if "--tokenizer" in options else ["--tokenizer", "bytes"]
+    code, _, err = prepare("--data", "made", "--out", "new", *tokenizer, *options)
+    assert code == 2 and err.count("\n") == 1 and message in err, err
+    assert not Path("new").exists()
+
+
+def test_characters_of_nanogpt_are_refused(prepare):
+    nanogpt_folder("made", TEXT)
+    Path("made/meta.pkl").write_bytes(b"")
+    code, _, err = prepare("--data", "made", "--tokenizer", "bytes", "--out", "new")
+    assert code == 2 and err == "error: made holds tokens of characters (by its meta.pkl); prepare the text itself\n"
 
 
 BAD = {
