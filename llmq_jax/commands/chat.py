@@ -7,7 +7,7 @@ message, and the exit code is 1 if one of them found no room.
 
 When a conversation outgrows the model's context, its oldest turns are forgotten, which a note says; so are those that
 the model's chat template refuses, as one does that takes a single message. The first reply draws from the seed, each
-one after it from the next number.
+one after it from one that follows from it.
 """
 
 import contextlib

@@ -88,4 +88,6 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
 
     def seed_of(self, number: int) -> int:
         """The seed of one of several texts, numbered from 0."""
-        return ((self.seed or 0) + number) % SEEDS
+        from llmq_jax.generation import row_seed
+
+        return row_seed(self.seed or 0, number)

@@ -3,8 +3,8 @@
 A prompt file whose name ends in .jsonl, or any with --jsonl, holds one JSON object a line, with "prompt" (a text) or
 "messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template, which also has "tools"
 and "chat_template_kwargs" that stand beside it). The same objects come out, one a line, with "completion" (the new
-text) and "tokens" (how many they are) added. The first prompt draws from the seed, each one after it from the next
-number. What --out names is written at the end; when the command is stopped before, what is done stays in
+text) and "tokens" (how many they are) added. The first prompt draws from the seed, each one after it from one that
+follows from it. What --out names is written at the end; when the command is stopped before, what is done stays in
 FILE.partial, and the same command goes on from there.
 """
 

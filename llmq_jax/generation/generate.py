@@ -20,7 +20,7 @@ from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import scalar, whole
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
-from llmq_jax.generation.sampling import DEFAULT, Sampler
+from llmq_jax.generation.sampling import DEFAULT, Sampler, row_seed
 from llmq_jax.generation.speculative import (
     Draft,
     ModelDraft,
@@ -88,9 +88,10 @@ def generate(
 
     A row ends at any of the `stop` tokens (which is kept and counted) or stop strings (cut from the text). None stands
     for the end tokens of the model's generation config, which stop strings add to and stop tokens replace; () stops at
-    nothing. Row r draws from seed + r, or from the r-th of a list of seeds. Without a sampler, temperature 0.8 and
-    top_p 0.95. Raises BadInput where a prompt and its new tokens do not fit the model's context, for an empty prompt,
-    an id outside the vocabulary, text without a tokenizer, and options that are out of range or have no effect.
+    nothing. Row r draws from `row_seed(seed, r)`, which is the seed itself in row 0, or from the r-th of a list of
+    seeds. Without a sampler, temperature 0.8 and top_p 0.95. Raises BadInput where a prompt and its new tokens do not
+    fit the model's context, for an empty prompt, an id outside the vocabulary, text without a tokenizer, and options
+    that are out of range or have no effect.
 
     `draft` proposes tokens that the model then checks several at a time (`generation.speculative`): another
     LanguageModel of the same vocabulary, which proposes `draft_tokens` (4), or "mtp", the model's own modules of
@@ -259,11 +260,13 @@ class Request:
         count = len(rows) * samples
         seed = scalar(seed)
         several = isinstance(seed, Iterable) and not isinstance(seed, str)
-        seeds = [whole(s, "seed") for s in seed] if several else [whole(seed, "seed") + i for i in range(count)]
-        if len(seeds) != count:
-            raise BadInput(f"{len(seeds)} seeds were given for {count} rows; give one seed, or one for each")
+        seeds = [whole(s, "seed") for s in (seed if several else [seed])]
         if any(not 0 <= s < 2**32 for s in seeds):
             raise BadInput(f"seed={seed!r} must lie between 0 and 2^32 - 1")
+        if not several:
+            seeds = [row_seed(seeds[0], row) for row in range(count)]
+        if len(seeds) != count:
+            raise BadInput(f"{len(seeds)} seeds were given for {count} rows; give one seed, or one for each")
         pad = lm.generation.pad_token_id
         if pad is None:
             pad = end_tokens[0] if end_tokens else 0

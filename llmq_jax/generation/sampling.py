@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.defaults import TEMPERATURE, TOP_P
@@ -126,6 +127,12 @@ def _where_reached(masses: Float[Array, "B N"], share: Float[Array, "B 1"]) -> I
     reached = some & (sums > share * sums[:, -1:])
     last = masses.shape[-1] - 1 - some[:, ::-1].argmax(axis=-1)
     return jnp.where(reached.any(axis=-1), reached.argmax(axis=-1), last).astype(jnp.int32)
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed that one of several rows draws from: of row 0 the seed itself, of the others a number hashed from both.
+    With seed + row, neighbouring seeds would draw almost the same rows."""
+    return int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) if row else seed
 
 
 def first_largest(scores: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:

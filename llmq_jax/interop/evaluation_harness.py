@@ -28,7 +28,7 @@ from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows, power_of_two
 from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput, close_names
-from llmq_jax.generation import Sampler, generate
+from llmq_jax.generation import Sampler, generate, row_seed
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel, load
 from llmq_jax.layers.axes import axis_sizes, replicated, row_devices
@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     `batch_size` texts of similar length go through the model at a time. `max_length` is how many tokens it reads, by
     default as many as it can; `dtype`, for a name, that of `lq.load`. Where a task draws its answers, the request at
-    place i draws from the seed + i. It computes on the mesh that is set (`jax.set_mesh`), if one is.
+    place i draws from `row_seed(seed, i)`. It computes on the mesh that is set (`jax.set_mesh`), if one is.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 max_new_tokens=count,
                 sampler=sampler,
                 stop=stop,
-                seed=[self.seed + places[number] for number in filled],
+                seed=[row_seed(self.seed, places[number]) for number in filled],
             )
             for row, number in enumerate(numbers):
                 tokens = generation.tokens[row, : generation.lengths[row]]

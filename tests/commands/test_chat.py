@@ -32,7 +32,7 @@ def replies(lm, questions, new_tokens=8, seed=0, system=None):
     messages = [] if system is None else [{"role": "system", "content": system}]
     for number, question in enumerate(questions):
         messages.append(user(question))
-        reply = lm.chat(messages, max_new_tokens=new_tokens, sampler=SAMPLER, seed=seed + number)
+        reply = lm.chat(messages, max_new_tokens=new_tokens, sampler=SAMPLER, seed=generation.row_seed(seed, number))
         messages.append({"role": "assistant", "content": reply})
     return [message["content"] for message in messages if message["role"] == "assistant"]
 
@@ -120,7 +120,10 @@ def test_options_reach_the_model(chat, chat_model):
 def test_commands(chat, chat_model):
     code, out, err = chat("one\n/reset\n/help\none\n /quit \nnever read\n", "--system", "be")
     messages = [{"role": "system", "content": "be"}, user("one")]
-    expected = [chat_model.chat(messages, max_new_tokens=8, sampler=SAMPLER, seed=seed) for seed in (0, 1)]
+    expected = [
+        chat_model.chat(messages, max_new_tokens=8, sampler=SAMPLER, seed=generation.row_seed(0, number))
+        for number in (0, 1)
+    ]
     assert (code, out) == (0, "".join(f"{reply}\n" for reply in expected))
     assert [line.split()[0] for line in err.splitlines()] == ["/help", "/reset", "/quit"]
 
@@ -178,7 +181,11 @@ def test_a_template_for_one_message_is_asked_each_alone(llmq, chat_model, tmp_pa
     lm = chat_model.replace(tokenizer=tokenizer)
     lq.save(lm, tmp_path / "model")
     lines = ["one", "two", "three"]
-    expected = [lm.chat([user(line)], max_new_tokens=8, sampler=SAMPLER, seed=seed) for seed, line in enumerate(lines)]
+    seeds = [generation.row_seed(0, number) for number in range(3)]
+    expected = [
+        lm.chat([user(line)], max_new_tokens=8, sampler=SAMPLER, seed=seed)
+        for seed, line in zip(seeds, lines, strict=True)
+    ]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
     code, out, err = llmq("chat", tmp_path / "model", "--max-new-tokens", 8)
     assert (code, out) == (0, "".join(f"{reply}\n" for reply in expected))
@@ -258,7 +265,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_conversation(llmq, chat_folder, chat_m
     whole = list(lq.stream(chat_model, chat_model.chat_tokens([user("one")]), max_new_tokens=8, sampler=SAMPLER))
     said = "".join(whole[:3])
     messages = [user("one"), {"role": "assistant", "content": said}, user("two")]
-    second = chat_model.chat(messages, max_new_tokens=8, sampler=SAMPLER, seed=1)
+    second = chat_model.chat(messages, max_new_tokens=8, sampler=SAMPLER, seed=generation.row_seed(0, 1))
     terminal = Terminal(["one", "two", "^D"], stop_after=3)
     monkeypatch.setattr("sys.stdin", terminal)
     monkeypatch.setattr("sys.stdout", terminal)

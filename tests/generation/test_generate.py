@@ -52,9 +52,17 @@ def test_a_row_depends_on_its_own_seed_only(lm):
     np.testing.assert_array_equal(together.tokens[1], alone.tokens[0])
     np.testing.assert_allclose(together.logprobs[1], alone.logprobs[0], atol=1e-4)
     numbered = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=5)
-    listed = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=[5, 6, 7])
+    seeds = [lq.generation.row_seed(5, row) for row in range(3)]
+    listed = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=seeds)
+    assert seeds[0] == 5
     np.testing.assert_array_equal(numbered.tokens, listed.tokens)
     assert not np.array_equal(numbered.tokens, together.tokens)
+
+
+def test_neighbouring_seeds_share_no_draws(lm):
+    drawn = [lq.generate(lm, PROMPTS[0], max_new_tokens=12, sampler=SAMPLER, samples=3, seed=s) for s in range(3)]
+    rows = {tuple(row) for generation in drawn for row in generation.tokens.tolist()}
+    assert len(rows) == 9
 
 
 @pytest.mark.parametrize("draft", [False, True])
@@ -121,17 +129,16 @@ def test_end_tokens_stop_their_row_alone(lm):
 
 
 def test_stop_strings_end_the_text_and_the_tokens(lm):
-    free = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=1)
+    free = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=[1, 2, 3])
     string = free.text[1][20:22]
-    stopped = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=1, stop=[string, "never there"])
+    stopped = lq.generate(lm, PROMPTS, max_new_tokens=40, sampler=SAMPLER, seed=[1, 2, 3], stop=[string, "never there"])
     assert stopped.text[1] == free.text[1][: free.text[1].index(string)]
     length = stopped.lengths[1]
     assert string in lm.tokenizer.decode(free.tokens[1, :length].tolist())
     assert string not in lm.tokenizer.decode(free.tokens[1, : length - 1].tolist())
     np.testing.assert_array_equal(stopped.tokens[1, :length], free.tokens[1, :length])
-    assert (
-        "".join(lq.stream(lm, PROMPTS[1], max_new_tokens=40, sampler=SAMPLER, seed=2, stop=string)) == (stopped.text[1])
-    )
+    streamed = lq.stream(lm, PROMPTS[1], max_new_tokens=40, sampler=SAMPLER, seed=2, stop=string)
+    assert "".join(streamed) == stopped.text[1]
 
 
 def test_a_stop_string_that_spells_a_special_token_is_an_end_token(lm):
@@ -139,7 +146,7 @@ def test_a_stop_string_that_spells_a_special_token_is_an_end_token(lm):
     end = lm.tokenizer.end_of_text
     own = lm.replace(generation=lq.GenerationConfig(eos_token_id=(5,)))
     (string,) = [lm.tokenizer.decode([end])]
-    drawn = {"max_new_tokens": 40, "sampler": lq.Sampler(temperature=1.0), "seed": 10}
+    drawn = {"max_new_tokens": 40, "sampler": lq.Sampler(temperature=1.0), "seed": 11}
     by_string = lq.generate(own, PROMPTS, **drawn, stop=string)
     by_tokens = lq.generate(own, PROMPTS, **drawn, stop=[5, end])
     np.testing.assert_array_equal(by_string.lengths, by_tokens.lengths)

@@ -230,7 +230,7 @@ def test_draws_follow_seeds_and_places(llama_pair):
     asked = requests("generate_until", [("one", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 12})] * 3)
     answers = ours.generate_until(asked, disable_tqdm=True)
     assert len(set(answers)) == 3 and ours.generate_until(asked, disable_tqdm=True) == answers
-    assert HarnessModel(ours.lm, seed=1).generate_until(asked[:2], disable_tqdm=True) == answers[1:]
+    assert not set(HarnessModel(ours.lm, seed=ours.seed + 1).generate_until(asked, disable_tqdm=True)) & set(answers)
 
 
 MESSAGES = [{"role": "system", "content": "short"}, {"role": "user", "content": " what is warm? "}]
