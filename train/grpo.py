@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, no_option, option_name, run, with_breaks
 from llmq_jax.errors import BadInput
-from train.answers import one_line
+from train.answers import ending_with, one_line
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.exports import exports
 from train.options import (
@@ -226,6 +226,7 @@ def grpo(options: Options) -> Any:
     source.require_language_model(options.init_from)
     source.require_tokenizer(options.init_from)
     source = with_chat_template(options, source)
+    source = source.replace(generation=ending_with(source.tokenizer.end_of_text, source.generation))
     config = source.config
     options = with_longest_prompt(options, config)
     training, validation = prompts_of(options, sources, source)

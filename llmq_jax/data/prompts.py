@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.data.conversations import Conversation
+from llmq_jax.data.conversations import LOST, Conversation
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.messages import message_list, template_variables, text_of
+from llmq_jax.data.messages import message_list, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import prompt_text
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
@@ -49,8 +49,8 @@ def read_prompts(
     template: "chat", the model's chat template, for which a string is what the user says; "plain", a string as it is;
     None: chat for messages, and wherever the model has a chat template.
 
-    Raises BadInput, which names the row, for a prompt that is missing, empty or of another kind, fields that differ
-    between records, and where no prompt is short enough.
+    Raises BadInput, which names the row, for a prompt that is missing, empty or of another kind, a `system` beside it,
+    which the model would not read, fields that differ between records, and where no prompt is short enough.
     """
     if template is not None and template not in TEMPLATES:
         raise BadInput(f"unknown template {template!r} for prompts: choose from {', '.join(TEMPLATES)}")
@@ -85,6 +85,7 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
     if prompt_format is not None:
         value: Any = _formatted(prompt_format, record)
     elif "prompt" in fields:
+        refuse_lost(fields, LOST["prompt"], where)
         value = fields["prompt"]
     else:
         raise BadInput(

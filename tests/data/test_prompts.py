@@ -57,6 +57,8 @@ def test_a_format_makes_prompts_of_any_fields(read):
     assert prompt.columns == records[0]  # rewards may look at all of them
     (prompt,), _ = read([{"prompt": "2", "answer": "2"}], prompt_format="Q: {prompt}")
     assert (prompt.text, prompt.columns) == ("Q: 2", {"answer": "2"})
+    (prompt,), _ = read([{"prompt": "2", "system": "Add."}], prompt_format="{system} {prompt}")
+    assert (prompt.text, prompt.columns) == ("Add. 2", {"system": "Add."})
 
 
 def test_a_format_names_fields_with_spaces(read):
@@ -136,6 +138,8 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(read):
             "line 2 has the fields none beside the prompt, and",
         ),
         ([{"prompt": "a", "completions": "b"}], {}, "has a field 'completions', which reward functions are given"),
+        ([{"prompt": "a", "system": "b"}], {}, "line 1 has 'system', which is not read: write it into the text, or"),
+        ([{"prompt": [user("a")], "system": "b"}], {}, "line 1 has 'system', which is not read: write it into the"),
         ([{"prompt": "abc"}, {"prompt": "abcd"}], {"longest": 2}, "longer than 2 tokens, the shortest has 3"),
         ([{"q": "a"}], {"prompt_format": "Q:"}, "the prompt format names no field, so all prompts would be the same"),
         ([{"q": "a"}], {"prompt_format": "{q"}, "the prompt format '{q' is broken"),

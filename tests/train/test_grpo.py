@@ -402,6 +402,14 @@ def test_old_pairs_stand_beside_new_ones_in_batches_that_devices_share():
 JUDGE = {"reward": "JUDGED", "judge": "RW:small", "replay_data": "PAIRS", "steps_per_iteration": 2}
 
 
+def test_the_tokenizers_end_ends_answers_too(grpo, tmp_path, files):
+    """As in TRL, where the generation config names others."""
+    lm = lq.load(files["MODEL"])
+    lq.save(lm.replace(generation=lq.GenerationConfig(eos_token_id=(0,))), tmp_path / "other")
+    assert grpo(init_from="other", steps=1, evaluate_every=0)[0] == 0
+    assert lq.load("run").generation.eos_token_id == (0, lm.tokenizer.end_of_text)
+
+
 def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
     """It writes strings too; a run does not go on with another."""
     template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
