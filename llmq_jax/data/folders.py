@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +31,15 @@ DataPath = str | Path | FolderFiles
 
 
 def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: str) -> list[Path]:
-    """The files below a folder that a reader takes, sorted by path. What is hidden, empty or no file (a broken link) is
-    passed over; the number of all that is passed over is logged.
+    """The files below a folder that a reader takes, those in linked folders too, sorted by path. What is hidden, empty
+    or no file (a broken link) is passed over; the number of all that is passed over is logged.
 
     passed_over: what kind of file it is that the reader does not take ("binary"), None for one that it takes.
     wanted: what errors call those that it takes. Raises BadInput where there is none.
     """
     files: list[Path] = []
     skipped: Counter[str] = Counter()
-    for where, folders, names in os.walk(folder, onerror=_cannot_list):
+    for where, folders, names in _walk(folder):
         skipped["hidden"] += sum(name.startswith(".") for name in folders + names)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(where, name) for name in names if not name.startswith(".")):
@@ -57,6 +57,23 @@ def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: st
     if counts:
         _log.warning("%s: read %d files, skipped %s", folder, len(files), counts)
     return sorted(files, key=lambda path: path.relative_to(folder).parts)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, and then into folders that links lead to, unless these were gone into already or are what the link
+    lies in."""
+    seen = {str(above) for above in Path(os.path.realpath(folder)).parents}
+    ahead = [str(folder)]
+    for start in ahead:
+        for where, folders, names in os.walk(start, onerror=_cannot_list):
+            real = os.path.realpath(where)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()  # of several ways to a folder it is always the same that is gone
+            yield where, folders, names
+            ahead += sorted(path for path in (os.path.join(where, name) for name in folders) if os.path.islink(path))
 
 
 def _cannot_list(error: OSError) -> None:

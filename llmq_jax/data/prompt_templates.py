@@ -196,21 +196,25 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
         if index == 0:
             answers.append(UNASKED)
             continue
-        opening, before, after = written(index, opens_answer=True), written(index), written(index + 1)
-        # What opens an answer may be more than stands before one that was given, such as an empty thought: but the
-        # messages before it are the same.
-        start = _common_start(opening, text)
-        if start < _common_start(before, opening) or not text.startswith(after):
+        opening = written(index, opens_answer=True)
+        after = text if index + 1 == len(messages) else written(index + 1)
+        if not text.startswith(after):
             answers.append(REWRITTEN)
             continue
-        opened = text[_common_start(before, text) : start]
-        message = messages[index]
+        start = _common_start(opening, text)
         answer = text[start : len(after)]
-        said = [each for each in (text_of(message), reasoning_of(message) or "") if each.strip()]
-        if not (all(_holds(opened, answer, each) for each in said) and _holds_calls(opened + answer, called(message))):
-            raise BadInput(
-                f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
-            )
+        # Mostly all of it stands behind all that opens it, and what stood before that need not be written.
+        if start < len(opening) or not _says("", answer, messages[index]):
+            before = written(index)
+            # What opens an answer may be more than stands before one that was given, such as an empty thought: but the
+            # messages before it are the same.
+            if start < _common_start(before, opening):
+                answers.append(REWRITTEN)
+                continue
+            if not _says(text[_common_start(before, text) : start], answer, messages[index]):
+                raise BadInput(
+                    f"{where}: the chat template leaves out a part of what messages[{index}] says: use another template"
+                )
         answers.append((start, len(after)))
     return Rendered(where, text, tuple(answers), is_chat=True)
 
@@ -245,6 +249,12 @@ def _stands_in(text: str, content: str) -> bool:
         repr(content)[1:-1],
     )
     return any("".join(each.split()) in text for each in spelled)
+
+
+def _says(opened: str, answer: str, message: Message) -> bool:
+    """Whether an answer has all that a message says, thinks and calls, whose beginning may stand in what opens it."""
+    said = [each for each in (text_of(message), reasoning_of(message) or "") if each.strip()]
+    return all(_holds(opened, answer, each) for each in said) and _holds_calls(opened + answer, called(message))
 
 
 def _holds_calls(answer: str, calls: Sequence[tuple[str, list[str]]]) -> bool:

@@ -126,8 +126,9 @@ def is_table(path: str | Path) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """The suffix that names the format: `.jsonl` for `x.jsonl` and for `x.jsonl.gz`."""
-    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    """The suffix that names the format: `.jsonl` for `x.jsonl`, for `x.jsonl.gz`, and for `x.ndjson`, another name."""
+    suffix = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+    return ".jsonl" if suffix == ".ndjson" else suffix
 
 
 # Fields

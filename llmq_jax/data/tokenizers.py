@@ -12,7 +12,7 @@ Three rules hold for all of them:
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -259,10 +259,14 @@ class GPT2Tokenizer(Tokenizer):
         return self._encoding.decode([i for i in _plain_ints(ids) if i in shown])
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        for text in texts:
-            _utf8(text)
-        with ThreadPoolExecutor() as threads, self._told():  # tiktoken releases the interpreter lock
-            return list(threads.map(lambda text: self._encoding.encode_to_numpy(text, disallowed_special=()), texts))
+        def encoded(piece: str) -> np.ndarray:
+            return self._encoding.encode_to_numpy(piece, disallowed_special=()).astype(self.dtype)
+
+        def all_encoded(pieces: list[str]) -> Iterator[np.ndarray]:
+            with ThreadPoolExecutor() as threads, self._told():  # tiktoken releases the interpreter lock
+                yield from threads.map(encoded, pieces)
+
+        return _in_pieces(texts, all_encoded, self.dtype)
 
     def _told(self) -> AbstractContextManager[None]:
         """BadInput for a text that tiktoken's patterns cannot take, as a million spaces in a row."""
@@ -403,19 +407,13 @@ class FileTokenizer(Tokenizer):
         return {i: byte for byte, i in enumerate(ids) if i is not None and self.decode([i]) != names[byte]}
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        pieces, counts = [], []
-        for text in texts:
-            _utf8(text)
-            cut = list(cut_at_line_breaks(text, BLOCK_CHARACTERS // 16)) if self._may_cut else [text]
-            pieces.extend(cut)
-            counts.append(len(cut))
-        arrays: list[np.ndarray] = []
-        for block in _blocks(pieces):
-            with self._told("encode"):
-                encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
-            arrays.extend(np.array(encoding.ids, self.dtype) for encoding in encodings)
-        ends = np.cumsum(counts)
-        return [_join(arrays[end - count : end], self.dtype) for end, count in zip(ends, counts, strict=True)]
+        def all_encoded(pieces: list[str]) -> Iterator[np.ndarray]:
+            for block in _blocks(pieces):
+                with self._told("encode"):
+                    encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
+                yield from (np.array(encoding.ids, self.dtype) for encoding in encodings)
+
+        return _in_pieces(texts, all_encoded, self.dtype, may_cut=self._may_cut)
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and the files that came with it, byte for byte."""
@@ -538,6 +536,21 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
             block, characters = [], 0
     if block:
         yield block
+
+
+def _in_pieces(
+    texts: Sequence[str], encode: Callable[[list[str]], Iterable[np.ndarray]], dtype: np.dtype, may_cut: bool = True
+) -> list[np.ndarray]:
+    """Token ids of each text, of which long ones are encoded in pieces, so that all cores work at one text too."""
+    pieces, counts = [], []
+    for text in texts:
+        _utf8(text)
+        cut = list(cut_at_line_breaks(text, BLOCK_CHARACTERS // 16)) if may_cut else [text]
+        pieces.extend(cut)
+        counts.append(len(cut))
+    arrays = list(encode(pieces))
+    ends = np.cumsum(counts)
+    return [_join(arrays[end - count : end], dtype) for end, count in zip(ends, counts, strict=True)]
 
 
 def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:

@@ -73,6 +73,21 @@ def test_messages(tmp_path):
         rendered.chosen((2,))
 
 
+def test_an_answer_is_found_by_two_beginnings(monkeypatch, tmp_path):
+    """Each takes time as the whole conversation does: its prompt with what opens the answer, and up to its end."""
+    written = []
+    render_as_it_is = ChatTemplate.render
+
+    def counted(self, messages, **variables):
+        written.append((len(messages), variables["add_generation_prompt"]))
+        return render_as_it_is(self, messages, **variables)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    (conversation,) = read(tmp_path, CHAT)
+    render(conversation, "chat", ChatTemplate(CHATML))
+    assert written == [(5, False), (2, True), (3, False), (4, True)]
+
+
 @pytest.mark.parametrize("nothing", [None, [], "[]", ""])
 def test_no_tools_are_none_however_they_are_written(tmp_path, nothing):
     """TRL reads a string as JSON."""

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmq_jax.data import iterate_documents, read_documents
+from llmq_jax.data.sources import text_files
 from llmq_jax.errors import BadInput
 
 TEXTS = ["first", "second, with a comma\nand a line", "drîtter 😀"]
@@ -90,6 +91,29 @@ def test_folder(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert read_documents(tmp_path) == ["1", "2", "3", "4", "5"]
     assert "read 4 files, skipped 2 binary, 1 empty, 2 hidden, 1 special" in caplog.text
+
+
+def test_json_lines_by_their_other_name_are_no_text(tmp_path):
+    write(tmp_path / "a.ndjson", '{"text": "x\\ny"}\n')
+    write(tmp_path / "b.ndjson.gz", '{"text": "z"}\n')
+    assert read_documents(tmp_path) == ["x\ny", "z"]
+
+
+def test_folders_that_links_lead_to(tmp_path):
+    """Each is read once, and a link upwards leads nowhere."""
+    for folder in ("disk/shards", "data/b", "data/.hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / "disk" / "shards" / "x.txt", "linked")
+    write(tmp_path / "data" / "b" / "y.txt", "own")
+    write(tmp_path / "outside.txt", "no")
+    links = {"b/up": "data", "c/above": ".", "a": "data/b", "c/train": "disk/shards", "again": "disk", ".hidden/h": "."}
+    (tmp_path / "data" / "c").mkdir()
+    for link, target in links.items():
+        (tmp_path / "data" / link).symlink_to(tmp_path / target, target_is_directory=True)
+    assert read_documents(tmp_path / "data") == ["linked", "own"]
+    assert text_files(tmp_path / "data")[1] == tmp_path / "data" / "b" / "y.txt"
+    (tmp_path / "linked").symlink_to(tmp_path / "data")
+    assert read_documents(tmp_path / "linked") == ["linked", "own"]
 
 
 def test_a_character_cut_through_by_sniffing_is_no_binary(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers as hf_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -249,6 +250,22 @@ def test_encode_documents(monkeypatch, saved, metaspace_folder, which):
     joined = encode_documents(tokenizer, documents, append_end_of_text=False)
     assert joined.tolist() == [i for document in documents for i in [*start, *tokenizer.encode(document)]]
     assert encode_documents(tokenizer, []).shape == (0,)
+
+
+def test_cores_share_a_long_document(monkeypatch):
+    monkeypatch.setattr(tokenizers_module, "BLOCK_CHARACTERS", 64)
+    read: list[str] = []
+
+    class Recording(tiktoken.Encoding):
+        def encode_to_numpy(self, text, **options):
+            read.append(text)
+            return super().encode_to_numpy(text, **options)
+
+    monkeypatch.setattr(tokenizers_module.tiktoken, "Encoding", Recording)
+    tokenizer = load_tokenizer("gpt2")
+    (ids,) = tokenizer.encode_arrays(["one\ntwo\nthree\n"])
+    assert sorted(read) == ["one\ntwo\n", "three\n"]
+    assert ids.dtype == np.uint16 and ids.tolist() == tokenizer.encode("one\ntwo\nthree\n")
 
 
 def test_encode_documents_needs_an_end_of_text_token(tmp_path):
