@@ -105,15 +105,9 @@ class RunFolder:
 
     def _check(self, may_change: Collection[str]) -> bool:
         """False where the folder is free, True where it is this run's, BadInput where it is neither."""
-        if self.path.exists() and not self.path.is_dir():
-            raise BadInput(f"{self.path} is a file; a run needs a folder: name another one")
-        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
-        # A process killed while it began leaves the lock, and perhaps a part of the config.
-        if names <= {LOCK, f".{CONFIG}.partial"}:
-            return False
-        saved = read_run_config(self.path / CONFIG)
+        saved = config_of_run(self.path)
         if saved is None:
-            raise BadInput(f"{self.path} is not empty and not the folder of a run; name a new or empty folder")
+            return False
         if differing := differences(saved, self.config, may_change):
             raise BadInput(
                 f"{self.path} holds a run with other options: {', '.join(differing)}; give it its own options to "
@@ -150,6 +144,20 @@ def read_finished(folder: Path) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise BadInput(f"{folder / FINISHED} is damaged (no JSON object); remove it and run the same again")
     return report
+
+
+def config_of_run(folder: Path) -> dict[str, Any] | None:
+    """The config of the run in this folder; None where the folder is free, BadInput where it is neither."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; a run needs a folder: name another one")
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    # A process killed while it began leaves the lock, and perhaps a part of the config.
+    if names <= {LOCK, f".{CONFIG}.partial"}:
+        return None
+    saved = read_run_config(folder / CONFIG)
+    if saved is None:
+        raise BadInput(f"{folder} is not empty and not the folder of a run; name a new or empty folder")
+    return saved
 
 
 def read_run_config(path: Path) -> dict[str, Any] | None:
