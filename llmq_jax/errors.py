@@ -42,5 +42,8 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names that are most like this one, at most `count`, the nearest first; often none."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.6)
+    """The known names that are most like this one, at most `count`, the nearest first; often none. Those that it begins
+    are nearest: `prompts` is more like `max_prompt` by its letters, and means `prompts_per_step`."""
+    known = list(known)
+    begun = sorted((each for each in known if len(name) > 2 and each.startswith(name)), key=len)
+    return list(dict.fromkeys([*begun, *difflib.get_close_matches(name, known, n=count, cutoff=0.6)]))[:count]

@@ -14,7 +14,7 @@ import pytest
 
 from llmq_jax import command_line
 from llmq_jax.command_line import Flag, Positional, Repeated
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, close_names
 from llmq_jax.option_names import OURS, RESUMING
 
 
@@ -51,6 +51,15 @@ def bake(options: Options) -> int | None:
 
 
 GOOD = ["cake", "--topping", "jam"]
+
+
+def test_the_nearest_name_is_one_that_begins_so():
+    """By their letters alone `max_prompt` is nearer, and `generate` not near at all."""
+    assert close_names("prompts", ["max_prompt", "prompts_per_step"]) == ["prompts_per_step", "max_prompt"]
+    assert close_names("gen", ["chat", "generate"]) == ["generate"]
+    assert close_names("step", ["steps_per_iteration", "steps"]) == ["steps", "steps_per_iteration"]
+    assert close_names("temprature", ["temperature", "top_p"]) == ["temperature"]
+    assert close_names("t", ["temperature", "top_p"]) == []
 
 
 def test_a_warning_is_one_line():

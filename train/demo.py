@@ -79,7 +79,7 @@ def show(result, text: str, out: Path, export: Path, identical: bool, reached: b
     table.add_row("trained", trained)
     table.add_row("took", f"{seconds:.0f} s in all")
     table.add_row("")
-    table.add_row("files", f"{out}/checkpoints, metrics.jsonl, samples.txt, losses.png, config.json")
+    table.add_row("files", f"{out}/report.html, losses.png, samples.txt, metrics.jsonl, config.json, checkpoints")
     table.add_row("", f"{export}/model.safetensors, config.json, tokenizer.json: for transformers")
     table.add_row("")
     table.add_row("next", f'llmq generate {out} --prompt "import "')

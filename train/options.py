@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, use_device
@@ -182,9 +183,9 @@ def on_devices(recipe: Callable) -> Callable:
     def run(options: RecipeOptions, *arguments: Any) -> Any:
         import jax
 
-        from llmq_jax.training.processes import joined, one_speaks, same
+        from llmq_jax.training.processes import first, joined, one_speaks, same, together
         from llmq_jax.training.profile import profiled_steps
-        from llmq_jax.training.run_folder import differences
+        from llmq_jax.training.run_folder import config_of_run, differences
         from llmq_jax.training.sharding import make_mesh
 
         if options.profile is not None:
@@ -195,6 +196,9 @@ def on_devices(recipe: Callable) -> Callable:
             mesh = mesh_of(options)
             # Processes with other meshes would wait for one another; how many there are is what process 0 says.
             same({"mesh": mesh, "processes": options.processes}, differences)
+            # The run itself opens its folder once data and model, which may take long, have told what it is of.
+            if (out := getattr(options, "out", None)) is not None:
+                together(lambda: config_of_run(Path(out)) if first() else None)
             if mesh is not None and not options.layout:  # which needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()

@@ -11,6 +11,7 @@ import numpy as np
 from llmq_jax.atomic_files import write_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, shown_loss
+from llmq_jax.training.run_folder import CONFIG, read_run_config
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
@@ -20,6 +21,13 @@ Point = tuple[int, float]
 Points = list[Point]
 ACROSS = {"step": "steps", "tokens": "tokens seen", "seconds": "seconds of training"}
 """What curves may be drawn over, and what stands below the axis."""
+LOSS_UNITS = {
+    "train.pretrain": "nats a token",
+    "train.instruct": "nats a token",
+    "train.classifier": "nats a text",
+    "train.reward": "nats a pair",
+}
+"""Of the loss, by the recipe whatever its options; what IPO and GRPO minimise has none."""
 
 
 def plot_losses(folder: str | Path) -> Path:
@@ -30,6 +38,7 @@ def plot_losses(folder: str | Path) -> Path:
     training, validation = training_curve(records), curve(records, "validation_loss")
 
     figure, axes = blank_axes(folder.absolute().name, [records])
+    axes.set_ylabel(_loss_with_unit([folder]), color=INK)
     if training:
         label = _label("training", training)
         axes.plot(*zip(*training, strict=True), color=TRAINING, linewidth=1.2, label=label, clip_on=False)
@@ -49,7 +58,7 @@ def plot_comparison(
     name = "validation_loss" if metric is None and validated else metric
     title = metric or ("validation loss" if validated else "training loss")
     drawn, axes = blank_axes(title, list(runs.values()), across)
-    axes.set_ylabel(metric or "loss", color=INK, parse_math=False)
+    axes.set_ylabel(metric or _loss_with_unit(folders), color=INK, parse_math=False)
     for index, (run, records) in enumerate(runs.items()):
         if metric is not None:
             require_metric(run, records, metric)
@@ -66,6 +75,13 @@ def plot_comparison(
         axes.set_xlim(left=0)
     legend(axes)
     return save_figure(drawn, path)
+
+
+def _loss_with_unit(folders: Sequence[str | Path]) -> str:
+    """What stands beside the axis of losses: with their unit where it is known and the same in all runs."""
+    units = {LOSS_UNITS.get(str((read_run_config(Path(folder) / CONFIG) or {}).get("recipe"))) for folder in folders}
+    unit = units.pop()
+    return f"loss ({unit})" if unit and not units else "loss"
 
 
 def require_metric(run: str, records: list[Record], metric: str) -> None:
@@ -132,7 +148,7 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
         axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold", parse_math=False)
         for colour, (name, points) in zip(RUN_COLOURS, curves.items(), strict=False):
             _draw(axes, points, colour, name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(12 // columns, integer=True))  # their numbers stand side by side
         axes.ticklabel_format(axis="y", useOffset=False)
         if index + columns >= len(panels):
             axes.set_xlabel(ACROSS["step"], color=INK)
@@ -204,7 +220,6 @@ def blank_axes(title: str, runs: list[list[Record]], across: str = "step") -> tu
     figure = blank_figure()
     axes = figure.add_subplot()
     axes.set_xlabel(ACROSS[across], color=INK)
-    axes.set_ylabel("loss", color=INK)
     axes.set_title(title, loc="left", color=INK, fontweight="bold", parse_math=False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

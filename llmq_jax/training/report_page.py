@@ -14,12 +14,11 @@ from typing import Any
 
 from llmq_jax.atomic_files import write_atomically
 from llmq_jax.errors import BadInput
-from llmq_jax.json_text import parse_json
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
 from llmq_jax.training.plots import draw_panels
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, text_of
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, text_of
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
@@ -67,11 +66,8 @@ def write_report_page(folder: str | Path) -> Path:
 
 def report_page(folder: Path) -> str:
     """The page, as text."""
-    try:
-        config = parse_json((folder / CONFIG).read_bytes())
-    except (OSError, ValueError):
-        config = {}
-    if not isinstance(config, dict) or MARK not in config:
+    config = read_run_config(folder / CONFIG)
+    if config is None:
         raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     finished = read_finished(folder) if (folder / FINISHED).is_file() else None

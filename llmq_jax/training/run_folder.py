@@ -75,7 +75,7 @@ class RunFolder:
     @property
     def code_changed(self) -> bool:
         """Whether the run began with other code, if that is known."""
-        before = (_read_run_config(self.path / CONFIG) or {}).get(CODE)
+        before = (read_run_config(self.path / CONFIG) or {}).get(CODE)
         return before is not None and before != self.config.get(CODE)
 
     @property
@@ -105,15 +105,9 @@ class RunFolder:
 
     def _check(self, may_change: Collection[str]) -> bool:
         """False where the folder is free, True where it is this run's, BadInput where it is neither."""
-        if self.path.exists() and not self.path.is_dir():
-            raise BadInput(f"{self.path} is a file; a run needs a folder: name another one")
-        names = set(os.listdir(self.path)) if self.path.is_dir() else set()
-        # A process killed while it began leaves the lock, and perhaps a part of the config.
-        if names <= {LOCK, f".{CONFIG}.partial"}:
-            return False
-        saved = _read_run_config(self.path / CONFIG)
+        saved = config_of_run(self.path)
         if saved is None:
-            raise BadInput(f"{self.path} is not empty and not the folder of a run; name a new or empty folder")
+            return False
         if differing := differences(saved, self.config, may_change):
             raise BadInput(
                 f"{self.path} holds a run with other options: {', '.join(differing)}; give it its own options to "
@@ -152,7 +146,21 @@ def read_finished(folder: Path) -> dict[str, Any]:
     return report
 
 
-def _read_run_config(path: Path) -> dict[str, Any] | None:
+def config_of_run(folder: Path) -> dict[str, Any] | None:
+    """The config of the run in this folder; None where the folder is free, BadInput where it is neither."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; a run needs a folder: name another one")
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    # A process killed while it began leaves the lock, and perhaps a part of the config.
+    if names <= {LOCK, f".{CONFIG}.partial"}:
+        return None
+    saved = read_run_config(folder / CONFIG)
+    if saved is None:
+        raise BadInput(f"{folder} is not empty and not the folder of a run; name a new or empty folder")
+    return saved
+
+
+def read_run_config(path: Path) -> dict[str, Any] | None:
     """None where this is not the config of a run."""
     try:
         config = parse_json(path.read_bytes())
@@ -211,7 +219,7 @@ def code_digest() -> str:
 def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
     """{option or field of the model: its value in each of these runs}, where these are not all the same; "" in a folder
     that has no config of a run."""
-    configs = [_flat(_read_run_config(Path(folder) / CONFIG) or {}) for folder in folders]
+    configs = [_flat(read_run_config(Path(folder) / CONFIG) or {}) for folder in folders]
     names = dict.fromkeys(name for config in configs for name in config)
 
     def row(name: str, text: Callable[[Any], str]) -> list[str]:

@@ -57,7 +57,7 @@ def test_demo_trains_exports_and_compares(tiny_demo, drawn):
     told = [record["step"] for record in read_metrics(Path("runs/demo/metrics.jsonl")) if "loss" in record]
     assert told == list(range(1, 31))
     assert "within the bound of 5.0" in out and "logits identical" in out and "MISSED" not in out
-    for name in ("checkpoints", "metrics.jsonl", "samples.txt", "losses.png", "config.json"):
+    for name in ("report.html", "losses.png", "samples.txt", "metrics.jsonl", "config.json", "checkpoints"):
         assert name in out and Path("runs/demo", name).exists()
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert name in out and Path("runs/demo-hf", name).exists()

@@ -490,7 +490,10 @@ BAD = {
     "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "--keep-last is 0 and must be at least 1"),
     "keep what is not saved": (["--keep-last", "2", "--checkpoint-every", "0"], "--keep-last has no effect"),
     "wandb": (["--data", "TEXT", "--wandb", "p"], "wandb is not installed"),
-    "folder of something else": (["--data", "TEXT", "--out", "full"], "full is not empty and not the folder of a run"),
+    "folder of something else, before data are read": (
+        ["--data", "missing.txt", "--out", "full"],
+        "full is not empty and not the folder of a run",
+    ),
     "out is a file": (["--data", "TEXT", "--out", "blank.txt"], "blank.txt is a file"),
 }
 

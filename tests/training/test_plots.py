@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.training.plots import TRAINING, VALIDATION, draw_panels, plot_losses
+from llmq_jax.training.plots import TRAINING, VALIDATION, draw_panels, plot_comparison, plot_losses
 
 
 def run_folder(path, records):
@@ -65,6 +66,44 @@ def test_panels_say_what_they_are_over_and_the_whole_of_their_figures():
     figure.canvas.draw()
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "steps", "steps"]  # below each column
     assert {axes.yaxis.get_offset_text().get_text() for axes in figure.axes} == {""}
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+def test_the_steps_below_panels_stand_apart(columns):
+    figure = draw_panels([("entropy", {"entropy": [(1, 2.0), (2_800, 1.0)]})] * columns, columns)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+        boxes = [label.get_window_extent() for label in labels]
+        assert len(boxes) > 2
+        assert all(left.x1 + 5 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("recipes", "label"),
+    [
+        (["train.instruct"], "loss (nats a token)"),
+        (["train.grpo"], "loss"),
+        ([None], "loss"),  # of lq.training.run, whose objective may be any
+        (["train.pretrain", "train.instruct"], "loss (nats a token)"),
+        (["train.pretrain", "train.classifier"], "loss"),
+    ],
+)
+def test_the_axis_tells_the_unit_of_a_recipe_s_loss(tmp_path, monkeypatch, recipes, label):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    runs = []
+    for index, recipe in enumerate(recipes):
+        runs.append(run_folder(tmp_path / f"run{index}", [{"step": 4, "tokens": 8, "loss": 3.0}]))
+        config = {"run_format": 1} if recipe is None else {"run_format": 1, "recipe": recipe}
+        (runs[-1] / "config.json").write_text(json.dumps(config))
+    if len(runs) == 1:
+        plot_losses(runs[0])
+    plot_comparison(runs, tmp_path / "losses.png")
+    assert {figure.axes[0].get_ylabel() for figure in figures} == {label}
 
 
 def test_nothing_to_plot_is_said(tmp_path):
