@@ -1,7 +1,7 @@
 """The folder of one run: whose it is, who trains in it, and whether it is finished.
 
     config.json    every option of the run; a command with the same options resumes it
-    run.lock       held (flock) by the process that trains here
+    run.lock       held (flock) by the process that trains here; tells its id; where others train with it, a number too
     checkpoints/   see checkpoints.py
     metrics.jsonl, samples.txt, losses.png, tensorboard/
     finished.json  the figures of the end report, once the run is finished
@@ -14,10 +14,14 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from llmq_jax.atomic_files import json_bytes, write_json_atomically
 from llmq_jax.errors import BadInput
@@ -30,6 +34,8 @@ MARK = "run_format"
 CODE = "code"
 """Of the config: the digest of the code, which may change."""
 FORMAT = 1
+SEEN_SECONDS = 10
+"""Until every process must see what process 0 has written: a file system of many machines may take a moment."""
 
 
 class RunFolder:
@@ -40,7 +46,8 @@ class RunFolder:
     where the folder is anything else. Fields named in `may_change` ("device", or "options.keep_last" for nested ones)
     do not change results and may differ; config.json keeps what the run began with.
 
-    With several processes (training.processes) all open it together: process 0 writes and locks.
+    With several processes (training.processes) all open it together: process 0 writes and locks. BadInput where one of
+    them does not see that folder.
 
     Also a context manager, which unlocks at its end. A killed process leaves no lock behind.
     """
@@ -51,21 +58,44 @@ class RunFolder:
         self._lock: int | None = None
         self.resumed = False
         same(self.config, differences)
-        together(lambda: self._open(may_change) if first() else None)
-        self.resumed = share(first() and self.resumed)
-
-    def _open(self, may_change: Collection[str]) -> None:
-        self._check(may_change)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        owner = f"{os.getpid()}\n"
+        if jax.process_count() > 1:
+            owner = share(f"{owner}{secrets.token_hex(8)}\n")  # a number that no older lock on another disk has
         try:
-            # Once more under the lock: another process may have begun here a moment ago.
-            self.resumed = self._check(may_change)
-            if not self.resumed:
-                write_json_atomically(self.path / CONFIG, self.config)
+            together(lambda: self._take(owner, may_change) if first() else None)
+            self._require_shared(owner)
+            together(lambda: self._begin(may_change) if first() else None)
         except BaseException:
             self.close()
             raise
+        self.resumed = share(first() and self.resumed)
+
+    def _take(self, owner: str, may_change: Collection[str]) -> None:
+        self._check(may_change)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock(owner)
+
+    def _require_shared(self, owner: str) -> None:
+        """BadInput where a process has another folder by this name than process 0, as on its machine's own disk: parts
+        of every checkpoint would be written there, and the first save would wait for them without end."""
+
+        def look() -> None:
+            lock, until = self.path / LOCK, time.monotonic() + SEEN_SECONDS
+            while not (lock.is_file() and lock.read_text(errors="replace") == owner):
+                if time.monotonic() > until:
+                    raise BadInput(
+                        f"{self.path.absolute()} is not the folder that process 0 trains in; give all processes one "
+                        "that they all see, on a file system that their machines share"
+                    )
+                time.sleep(0.1)
+
+        together(lambda: None if first() else look())
+
+    def _begin(self, may_change: Collection[str]) -> None:
+        # Once more under the lock: another process may have begun here a moment ago.
+        self.resumed = self._check(may_change)
+        if not self.resumed:
+            write_json_atomically(self.path / CONFIG, self.config)
 
     @property
     def finished(self) -> bool:
@@ -116,15 +146,15 @@ class RunFolder:
             )
         return True
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, owner: str) -> None:
         self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.read(self._lock, 32).decode(errors="replace").strip() or "unknown"
+            other = os.read(self._lock, 32).decode(errors="replace").partition("\n")[0] or "unknown"
             self.close()
             raise BadInput(
-                f"another process (id {owner}) is training in {self.path}; wait for it, or name another folder"
+                f"another process (id {other}) is training in {self.path}; wait for it, or name another folder"
             ) from None
         except OSError as error:
             self.close()
@@ -132,7 +162,8 @@ class RunFolder:
                 f"{self.path}: its file system cannot lock files ({error.strerror}); name a folder on another one"
             ) from None
         os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"{os.getpid()}\n".encode())
+        os.write(self._lock, owner.encode())
+        os.fsync(self._lock)  # a file that stays open may be seen by other machines only then
 
 
 def read_finished(folder: Path) -> dict[str, Any]:
