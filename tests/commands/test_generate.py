@@ -318,7 +318,7 @@ def test_lines_of_others_are_left_alone(stopped, llmq):
         partial.write_bytes(found)
         code, _, err = llmq(*command)
         assert (code, partial.read_bytes()) == (2, found)
-        assert err == f"error: {partial} was not written by this command for these prompts; rename or remove it\n"
+        assert err == f"error: {partial} was not written by this command for these texts; rename or remove it\n"
     partial.write_bytes(heading[:20])
     assert llmq(*command) == (0, "", "")
 
