@@ -2,9 +2,12 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import tokenizers as hf_tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
+import llmq_jax as lq
 from llmq_jax.data import FileTokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -29,6 +32,16 @@ def fallback_tokenizer(decoder: decoders.Decoder = LLAMA_DECODER) -> FileTokeniz
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
     files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
     return FileTokenizer.from_files(files, "fallback")
+
+
+def one_word_model(word: str) -> lq.LanguageModel:
+    """A model that says this token again and again."""
+    sizes = {"max_position_embeddings": 64, "hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = lq.GPT2Config(vocab_size=len(TOKENS), **sizes)
+    params = jax.tree.map(jnp.zeros_like, lq.init(config)["params"])
+    params["final_norm"]["bias"] = jnp.ones(2)
+    params["token_embedding"]["embedding"] = jnp.zeros((len(TOKENS), 2)).at[TOKENS.index(word)].set(1.0)
+    return lq.LanguageModel(config, lq.build(config), {"params": params}, fallback_tokenizer())
 
 
 def byte_ids(content: bytes) -> list[int]:

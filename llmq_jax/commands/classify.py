@@ -5,9 +5,12 @@
     llmq classify runs/spam --data messages.tsv --columns id,text --out classified.jsonl           without a header
 
 Of a file, the same records come out, one a line, with "label" (the likeliest) and "probabilities" added; of a model
-with a single label, which is a number, with "scores".
+with a single label, which is a number, with "scores". What --out names is written at the end; when the command is
+stopped before, what is done stays in FILE.partial, and the same command goes on from there.
 """
 
+import contextlib
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -19,8 +22,6 @@ from llmq_jax.command_line import Flag, Positional, Repeated, default_is, option
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
-
-ADDED = ("label", "probabilities")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class TextOptions:
     columns: Annotated[str | None, default_is("those of the header")] = None
     """Names of the columns of a .csv or .tsv without a header, with commas between them: id,text."""
     out: Annotated[str | None, default_is("the terminal")] = None
-    """A new file, a line of JSON for each text: .jsonl; it appears complete or not at all."""
+    """A new .jsonl file, a line of JSON for each text. Until all is done they are in FILE.partial, from which the same
+    command goes on."""
     max_length: Annotated[int | None, default_is("the model's context")] = None
     """Tokens of a text that are read; what is longer is cut, and counted."""
     batch_size: int = 16
@@ -55,46 +57,82 @@ class Options(DeviceOptions, TextOptions):  # the fields of the last class come 
 def main(options: Options) -> None:
     check(options)
     records = read(options)
-    texts = [record.fields[options.text_field or "text"] for record in records]
     with options.on_devices(options.batch_size):
-        labels, results = classified(options, records, texts)
-    from llmq_jax.atomic_files import write_atomically
-    from llmq_jax.training.classification_report import prediction_line
-
-    lines = [as_json({**record.fields, **said}) for record, said in zip(records, results, strict=True)]
+        labels, lines = classified(options, records)
+    results = [{name: record[name] for name in added(labels)} for record in map(json.loads, lines)]
     if options.out is not None:
-        write_atomically(Path(options.out), "".join(line + "\n" for line in lines).encode())
         print(f"written: {options.out}, {summary(labels, results)}")
     elif options.json:
         print("\n".join(lines))
     else:
-        for text, said in zip(texts, results, strict=True):
-            print(prediction_line(text, said))
+        from llmq_jax.training.classification_report import prediction_line
+
+        for record, said in zip(records, results, strict=True):
+            print(prediction_line(record.fields[options.text_field or "text"], said))
 
 
-def classified(options: Options, records: list[Any], texts: list[str]) -> tuple[Sequence[str], list[dict[str, Any]]]:
-    """(the classes, what is said of each text)."""
+def classified(options: Options, records: list[Any]) -> tuple[Sequence[str], Sequence[str]]:
+    """(the classes, a line of JSON for each record), which --out has, too."""
+    from llmq_jax.data.length_buckets import POOL
     from llmq_jax.training.classification_report import prediction
 
     lm = options.load_model(options.model, options.dtype)
     labels = lm.require_labels(options.model)
     lm.require_tokenizer(options.model)
+    rows = _rows(options, lm, labels, records)
+    # Fewer than a batch are one of their own, which a mesh divides likewise.
+    size = min(options.batch_size, options.rows_of(len(rows)))
+    with _kept_lines(options, lm, records, rows) as kept:
+        lines = [] if kept is None else kept.lines
+        add, begin = lines.extend if kept is None else kept.add, len(lines)
+        with contextlib.closing(with_progress(range(begin, len(rows), size), "classifying")) as bar:
+            # Lines are kept in the order of the texts; batches of similar length are made of those kept at a time.
+            for first in range(begin, len(rows), POOL * size):
+                places = range(first, min(first + POOL * size, len(rows)))
+                stretch = [rows[place] for place in places] + [rows[-1]] * (size - len(places))
+                logits = lm.classify_rows(
+                    stretch, size, watch=lambda batches: (batch for batch, _ in zip(batches, bar, strict=False))
+                )
+                said = [prediction(labels, row) for row in logits[: len(places)]]
+                add([as_json({**records[place].fields, **each}) for place, each in zip(places, said, strict=True)])
+    return labels, lines
+
+
+def _kept_lines(
+    options: Options, lm: Any, records: list[Any], rows: list[list[int]]
+) -> contextlib.AbstractContextManager[Any]:
+    """The `KeptLines` of --out; None where lines are printed."""
+    if options.out is None:
+        return contextlib.nullcontext()
+    from llmq_jax.commands.kept_lines import kept_lines
+    from llmq_jax.weight_digest import weight_digest
+
+    fields, digest = [json.loads(as_json(record.fields)) for record in records], hashlib.sha256()
+    for each in zip(fields, rows, strict=True):
+        digest.update(json.dumps(each).encode())
+    command = {name: getattr(options, name) for name in ("text_field", "columns", "max_length")}
+    command["model"] = [repr(lm.config), weight_digest(lm.variables)]
+    command["text" if options.data is None else "data"] = digest.hexdigest()
+    return kept_lines(Path(options.out), command, fields)
+
+
+def _rows(options: Options, lm: Any, labels: Sequence[str], records: list[Any]) -> list[list[int]]:
+    """The token ids of each text."""
     longest = lm.config.max_position_embeddings
     if options.max_length is not None and not 0 < options.max_length <= longest:
         raise BadInput(f"--max-length {options.max_length} must lie between 1 and the model's {longest}")
     for record in records:
-        if taken := [name for name in (("scores",) if len(labels) == 1 else ADDED) if name in record.fields]:
+        if taken := [name for name in added(labels) if name in record.fields]:
             raise BadInput(
                 f"{record.where} has a field {taken[0]!r} already, which the result would replace; rename it"
             )
     wanted = options.max_length or longest
+    texts = [record.fields[options.text_field or "text"] for record in records]
+    rows: list[list[int]]
     rows, cut = lm.class_tokens(texts, wanted)
     if cut:
         print(f"{cut} of {len(rows)} texts are cut to {wanted} tokens", file=sys.stderr)
-    # Fewer than a batch are one of their own, which a mesh divides likewise.
-    rows += rows[-1:] * (options.rows_of(len(rows)) - len(rows))
-    logits = lm.classify_rows(rows, options.batch_size, watch=lambda batches: with_progress(batches, "classifying"))
-    return labels, [prediction(labels, row) for row in logits[: len(records)]]
+    return rows
 
 
 def check(options: Options) -> None:
@@ -142,6 +180,11 @@ def read(options: Options) -> list[Any]:
         except UnicodeEncodeError:  # JSON can spell it (\ud800)
             raise BadInput(f"{record.where} holds half a surrogate pair, which is not valid Unicode") from None
     return records
+
+
+def added(labels: Sequence[str]) -> tuple[str, ...]:
+    """The fields that a record gets."""
+    return ("scores",) if len(labels) == 1 else ("label", "probabilities")
 
 
 def as_json(fields: dict[str, Any]) -> str:

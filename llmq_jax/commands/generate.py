@@ -93,11 +93,13 @@ def _print_text(options: Options, text: str) -> None:
     lm, drawing = options.load()
     if options.chat:
         lm.require_chat_template(options.model)
-        prompt, shown = lm.chat_tokens(_said(text)), ""
+        tokens = lm.chat_tokens(_said(text))
+        prompt, shown = tokens, ""
     else:
-        prompt, shown = lm.tokenizer.encode_prompt(text), text
-    drawing["max_new_tokens"] = _new_tokens(options, lm, len(prompt))
-    pieces = _stream(options, lm, prompt, drawing)
+        tokens = lm.tokenizer.encode_prompt(text)
+        prompt, shown = text, text
+    drawing["max_new_tokens"] = _new_tokens(options, lm, len(tokens))
+    pieces = _stream(options, lm, prompt, len(tokens), drawing)
     start = time.perf_counter()
     print(shown, end="", flush=True)
     for piece in pieces:
@@ -130,11 +132,12 @@ def _new_tokens(options: Options, lm: Any, longest: int) -> int:
     return max(1, min(NEW_TOKENS, int(lm.config.max_position_embeddings) - max(1, longest)))
 
 
-def _stream(options: Options, lm: Any, prompt: Any, drawing: dict[str, Any]) -> Iterator[str]:
-    """The pieces of a text, which is not computed before they are asked for; what is wrong is told at once."""
+def _stream(options: Options, lm: Any, prompt: Any, tokens: int, drawing: dict[str, Any]) -> Iterator[str]:
+    """The pieces of a text, which is not computed before they are asked for; what is wrong is told at once. The prompt
+    has so many tokens."""
     import llmq_jax as lq
 
-    length, context = max(1, len(prompt)), lm.config.max_position_embeddings
+    length, context = max(1, tokens), lm.config.max_position_embeddings
     if length + drawing["max_new_tokens"] > context:
         if options.max_new_tokens is None:
             raise BadInput(f"the prompt has {length} tokens, which leave no room in the model's context of {context}")
@@ -174,10 +177,10 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
     prompts = _prompts(options, lm, numbers, records)
     lengths = [len(prompt) for prompt in prompts]
     drawing["max_new_tokens"] = _new_tokens(options, lm, max(lengths))
-    _stream(options, lm, [0], drawing)  # computes nothing, and checks: here the options, then each prompt
+    _stream(options, lm, [0], 1, drawing)  # computes nothing, and checks: here the options, then each prompt
     for number, prompt in zip(numbers, prompts, strict=True):
         with _at_line(options, number):
-            _stream(options, lm, prompt, drawing)
+            _stream(options, lm, prompt, len(prompt), drawing)
     if drawing["max_new_tokens"] < _new_tokens(options, lm, min(lengths)):
         _tell_of_longest(options, lm, numbers, lengths)
 
@@ -203,7 +206,7 @@ def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[s
 
     prompts = []
     for number, record in zip(numbers, records, strict=True):
-        by_template = options.chat or "messages" in record
+        by_template = _by_template(options, record)
         where, variables = f"{options.source}: line {number}", {}
         if by_template:
             variables = template_variables(Record(where, record))
@@ -211,6 +214,11 @@ def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[s
         with _at_line(options, number):
             prompts.append(_prompt(lm, record, by_template, variables))
     return prompts
+
+
+def _by_template(options: Options, record: dict[str, Any]) -> bool:
+    """Whether the chat template writes the prompt."""
+    return options.chat or "messages" in record
 
 
 def _tell_of_longest(options: Options, lm: Any, numbers: list[int], lengths: list[int]) -> None:
@@ -233,7 +241,9 @@ def _batch(
     # The last batch is filled up with its last prompt: another shape would be compiled anew.
     filled = [min(row, len(prompts) - 1) for row in rows]
     seeds = [options.seed_of(row) for row in filled]
-    generation = lq.generate(lm, [prompts[row] for row in filled], seed=seeds, **drawing)
+    # What goes on a text is decoded as such: behind it.
+    given = [prompts[row] if _by_template(options, records[row]) else records[row]["prompt"] for row in filled]
+    generation = lq.generate(lm, given, seed=seeds, **drawing)
     assert generation.text is not None
     lines = []
     for i, record in enumerate(records[rows.start : rows.stop]):

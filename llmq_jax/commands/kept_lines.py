@@ -53,7 +53,7 @@ class KeptLines:
         if self._heading.encode().startswith(found):
             return []  # torn in its first line
         self._begun = True
-        stranger = BadInput(f"{self.partial} was not written by this command for these prompts; rename or remove it")
+        stranger = BadInput(f"{self.partial} was not written by this command for these texts; rename or remove it")
         try:
             heading, *lines = found[: found.rfind(b"\n") + 1].decode().split("\n")[:-1]
             told, *rows = map(json.loads, (heading, *lines))

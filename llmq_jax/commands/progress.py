@@ -1,10 +1,10 @@
 """A bar that shows how far a command has come."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 
-def with_progress(items: Any, title: str, total: int | None = None) -> Iterator[Any]:
+def with_progress(items: Any, title: str, total: int | None = None) -> Generator[Any, None, None]:
     """The items, with a bar on a terminal's stderr that is gone when they are; `total`: their number, where they
     have no length.
 

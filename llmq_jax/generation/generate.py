@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.data.length_buckets import power_of_two
-from llmq_jax.data.text_stream import TextStream
+from llmq_jax.data.text_stream import TextStream, decode_behind, last_text
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import scalar, whole
@@ -63,7 +63,8 @@ class Generation:
     logprobs: np.ndarray
     """float32 [B, max_new_tokens]: log-probability of each new token at the temperature; 0 in the padding."""
     text: list[str] | None
-    """The new tokens decoded, without special tokens and stop string; None for a model without a tokenizer."""
+    """The new tokens decoded, without special tokens and stop string: what is appended to a prompt that is a text, the
+    space between them included, and behind token ids a text of its own. None for a model without a tokenizer."""
     drafted: int = 0
     """Tokens that a draft proposed, over all rows."""
     accepted: int = 0
@@ -112,7 +113,7 @@ def generate(
     state = request.start()
     if not request.stop_strings:
         return request.finish(request.advance(state, request.max_new_tokens))
-    reached, texts = 1, [RowText(request) for _ in request.seeds]
+    reached, texts = 1, [RowText(request, row) for row in range(len(request.seeds))]
     while not bool(state.done.all()) and reached < request.max_new_tokens:
         state = request.stop_at_strings(state, texts)
         reached = min(reached + STRETCH, request.max_new_tokens)
@@ -144,7 +145,7 @@ def stream(
 
 
 def _pieces(request: "Request") -> Iterator[str]:
-    row, shown = RowText(request), 0
+    row, shown = RowText(request, 0), 0
     state, finished = request.start(), False
     while not finished:
         tokens, length, done = jax.device_get((state.tokens[0], state.lengths[0], state.done[0]))
@@ -162,7 +163,7 @@ def _pieces(request: "Request") -> Iterator[str]:
 class RowText:
     """The text of one row, read as its tokens come, up to the first token with which it holds a stop string."""
 
-    def __init__(self, request: "Request"):
+    def __init__(self, request: "Request", row: int):
         assert request.lm.tokenizer is not None
         self.text = ""
         """What is certain."""
@@ -171,7 +172,7 @@ class RowText:
         self.stop: int | None = None
         """Where in the text the stop string begins, None while there is none."""
         self._request = request
-        self._stream = TextStream(request.lm.tokenizer, skip_special_tokens=True)
+        self._stream = TextStream(request.lm.tokenizer, skip_special_tokens=True, behind=request.behind[row])
         self._bytes = request.lm.tokenizer.byte_tokens
         self._longest = max(map(len, request.stop_strings), default=0)
         self._last_bytes = {string.encode()[-1] for string in request.stop_strings}
@@ -212,6 +213,8 @@ class Request:
     stop_strings: tuple[str, ...]
     seeds: np.ndarray
     pad: int
+    behind: tuple[tuple[int, ...], ...]
+    """Of each row the token of its prompt that the text stands behind, () where it is a text of its own."""
     draft: Draft | None = None
     draft_lm: LanguageModel | None = None
     """The model whose variables the draft reads."""
@@ -233,7 +236,8 @@ class Request:
     ) -> "Request":
         if not isinstance(prompts, Iterable):
             raise BadInput(f"prompts={prompts!r:.60} must be a text, or a list of texts or of lists of token ids")
-        rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(prompts)]
+        given = [scalar(prompt) for prompt in prompts]
+        rows = [_token_ids(lm, prompt, i) for i, prompt in enumerate(given)]
         if not rows:
             raise BadInput("no prompt was given; pass at least one")
         if not isinstance(sampler, Sampler | None):
@@ -243,6 +247,11 @@ class Request:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
         if samples < 1:
             raise BadInput(f"samples={samples} must be at least 1")
+        behind = tuple(
+            last_text(lm.tokenizer, row) if isinstance(prompt, str) and lm.tokenizer is not None else ()
+            for prompt, row in zip(given, rows, strict=True)
+            for _ in range(samples)
+        )
         if draft is not None:  # which reads prompts row by row
             rows, samples = [row for row in rows for _ in range(samples)], 1
         context = lm.config.max_position_embeddings
@@ -282,6 +291,7 @@ class Request:
             stop_strings,
             np.array(seeds, np.uint32),
             pad,
+            behind,
             *drafting,
             samples,
         )
@@ -354,7 +364,8 @@ class Request:
         tokens, logprobs = tokens[:, : self.max_new_tokens], logprobs[:, : self.max_new_tokens]
         text = None
         if self.lm.tokenizer is not None:
-            text = [self._decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
+            whole = zip(tokens, lengths, self.behind, strict=True)
+            text = [self._decode(row[:length].tolist(), behind) for row, length, behind in whole]
             text = [t[: self.stop_position(t)] for t in text]
         counts = (0, 0)
         if isinstance(state, SpeculativeState):
@@ -370,11 +381,11 @@ class Request:
                     end = min(end, len(text) - size)
         return end
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int], behind: tuple[int, ...]) -> str:
         if ids and ids[-1] in self.end_tokens:
             ids = ids[:-1]
         assert self.lm.tokenizer is not None
-        return self.lm.tokenizer.decode(ids, skip_special_tokens=True)
+        return decode_behind(self.lm.tokenizer, behind, ids, skip_special_tokens=True)
 
     def stop_position(self, text: str, start: int = 0) -> int | None:
         """Where the first stop string from `start` on begins."""
@@ -415,7 +426,6 @@ def _prompt_width(longest: int, context: int) -> int:
 
 
 def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
-    prompt = scalar(prompt)
     if isinstance(prompt, str):
         if lm.tokenizer is None:
             raise BadInput("this model has no tokenizer; give prompts as lists of token ids")

@@ -1,3 +1,4 @@
+import datetime
 import json
 
 import numpy as np
@@ -6,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.data import length_buckets
 from llmq_jax.language_model import with_classifier
 from llmq_jax.training.classification_report import probabilities
 
@@ -91,6 +93,79 @@ def test_kinds_of_files(llmq, classifier, folder, kind, tmp_path):
         chances = expected(classifier, text)
         said = {"label": max(chances, key=chances.get), "probabilities": pytest.approx(chances, abs=1e-5)}
         assert json.loads(line) == {**record, **said}
+
+
+@pytest.fixture
+def stopped(llmq, folder, tmp_path, monkeypatch):
+    """(the command, what it writes without a stop, the file with the two lines of five that it came to)."""
+    monkeypatch.setattr(length_buckets, "POOL", 1)  # lines are kept as often as this many batches are done
+    data, partial = tmp_path / "texts.jsonl", tmp_path / "out.jsonl.partial"
+    texts = ["No, thanks, not today", "?", *TEXTS]
+    data.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    command = ["classify", folder, "--data", data, "--batch-size", 2]
+    whole = tmp_path / "whole.jsonl"
+    llmq(*command, "--out", whole)
+    command += ["--out", tmp_path / "out.jsonl"]
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        assert llmq(*command) == (130, "", f"2 of 5 are in {partial}: the command goes on from there\n")
+    assert sorted(tmp_path.iterdir()) == [partial, data, whole]
+    return command, whole.read_text(), partial
+
+
+def stop_at(call, monkeypatch):
+    """Ctrl-C in that call of `classify_rows`."""
+    classify_rows, calls = lq.LanguageModel.classify_rows, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return classify_rows(*arguments, **keywords)
+
+    monkeypatch.setattr(lq.LanguageModel, "classify_rows", interrupted)
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(stopped, llmq, tmp_path):
+    command, expected, partial = stopped
+    assert partial.read_text().splitlines()[1:] == expected.splitlines()[:2]
+    with partial.open("a") as file:
+        file.write(expected.splitlines()[2][:-9])  # as a kill tears a line
+    code, out, err = llmq(*command)
+    assert (code, err) == (0, f"going on after 2 of 5, found in {partial}\n")
+    assert out.startswith(f"written: {tmp_path / 'out.jsonl'}, 5 texts: ")
+    assert (tmp_path / "out.jsonl").read_text() == expected
+    assert not partial.exists()
+
+
+def test_another_command_does_not_go_on(stopped, llmq, tmp_path):
+    command, _, partial = stopped
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "a"}\n')
+    before = partial.read_bytes()
+    for options, named in (
+        (["--max-length", 3], "--max-length, --data"),
+        (["--dtype", "bfloat16"], "--model"),  # other weights
+        (["--data", other], "--data"),
+    ):
+        code, _, err = llmq(*command, *options)
+        assert (code, partial.read_bytes()) == (2, before)
+        assert f"{partial} was begun by a command that differs in {named}; give that one again to go on" in err
+
+
+def test_what_json_has_no_form_for_goes_on(llmq, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(length_buckets, "POOL", 1)
+    days = [
+        {"day": datetime.date(2024, 1, day), "figure": float("nan"), "text": text} for day, text in enumerate(TEXTS, 1)
+    ]
+    pq.write_table(pa.Table.from_pylist(days), tmp_path / "texts.parquet")
+    command = ["classify", folder, "--data", tmp_path / "texts.parquet", "--batch-size", 1]
+    _, expected, _ = llmq(*command, "--json")
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        llmq(*command, "--out", tmp_path / "out.jsonl")
+    assert llmq(*command, "--out", tmp_path / "out.jsonl")[0] == 0
+    assert (tmp_path / "out.jsonl").read_text() == expected and '"2024-01-01", "figure": NaN' in expected
 
 
 BAD_FILES = [

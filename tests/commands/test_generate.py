@@ -12,6 +12,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.generation.sampling import DEFAULT
+from tests.byte_fallback import one_word_model
 
 TAIL = "\n"
 SAMPLER = lq.Sampler(temperature=0.8, top_p=0.95)  # the default
@@ -206,6 +207,16 @@ def test_every_line_of_a_file_is_completed_in_order(llmq, chat_folder, chat_mode
     assert llmq("generate", chat_folder, "--prompt-file", prompt_file, *options, "--batch-size", 2) == (0, out, "")
 
 
+def test_the_space_before_the_first_new_word(llmq, tmp_path):
+    """Of a tokenizer as Llama 2's, which drops it where a text begins."""
+    lq.save_hf(one_word_model("▁hi"), tmp_path / "model")
+    command = ["generate", tmp_path / "model", "--max-new-tokens", 2, "--temperature", 0]
+    assert llmq(*command, "--prompt", "x hi") == (0, "x hi hi hi\n", "")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n')
+    line = json.dumps({"prompt": "x", "completion": " hi hi", "tokens": 2})
+    assert llmq(*command, "--prompt-file", tmp_path / "prompts.jsonl") == (0, f"{line}\n", "")
+
+
 def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, piped):
     expected = llmq("generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8)
     piped(prompt_file.read_text())
@@ -318,7 +329,7 @@ def test_lines_of_others_are_left_alone(stopped, llmq):
         partial.write_bytes(found)
         code, _, err = llmq(*command)
         assert (code, partial.read_bytes()) == (2, found)
-        assert err == f"error: {partial} was not written by this command for these prompts; rename or remove it\n"
+        assert err == f"error: {partial} was not written by this command for these texts; rename or remove it\n"
     partial.write_bytes(heading[:20])
     assert llmq(*command) == (0, "", "")
 

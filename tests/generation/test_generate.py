@@ -6,7 +6,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
 from llmq_jax.generation.generate import STRETCH, Request
-from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer
+from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer, one_word_model
 
 PROMPTS = ["hello", "hi there, you two", "a"]
 SAMPLER = lq.Sampler(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
@@ -242,6 +242,22 @@ def test_stop_strings_among_tokens_of_bytes(writes, before, content, stop, kept,
     made, tokens, pieces = writes([*start, *ids], stop=stop)
     assert (made, "".join(pieces)) == ("h" * before + text,) * 2
     assert tokens == [*start, *ids[:kept]]
+
+
+@pytest.mark.parametrize("prompt", ["x hi", "x", "x ", "x é</s>", ""])
+def test_a_text_goes_on_as_the_whole_is_decoded(prompt):
+    """Alone the new tokens would lose the space before their first word."""
+    lm = one_word_model("▁hi")
+    options = {"max_new_tokens": 3, "sampler": lq.Sampler(temperature=0.0)}
+    ids = lm.tokenizer.encode_prompt(prompt)
+    both = ids, [*ids, *[TOKENS.index("▁hi")] * 3]
+    before, whole = (lm.tokenizer.decode(each, skip_special_tokens=True) for each in both)
+    assert before + lq.generate(lm, prompt, **options).text[0] == whole
+    assert lq.generate(lm, ["hi", prompt], samples=2, **options).text[2:] == [whole[len(before) :]] * 2
+    assert before + "".join(lq.stream(lm, prompt, **options)) == whole
+    options["stop"] = " hi hi"
+    assert lq.generate(lm, prompt, **options).text[0] == ("hi" if prompt == "" else "")
+    assert lq.generate(lm, [ids], max_new_tokens=3, sampler=options["sampler"]).text[0] == "hi hi hi"
 
 
 def test_a_stop_string_before_the_end_token(writes):
