@@ -61,14 +61,22 @@ def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
 def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageModel:
     """The model with the adapters in a folder, or a hub id, of PEFT's; those that it had are left out.
 
-    A classifier's head, which PEFT keeps with them, takes the place of the one that was there, and so do a tokenizer
-    and a `generation_config.json` beside them: they are what the adapters learned by. BadInput: no adapter is there, it
-    is damaged or of a kind that is not supported, or it is one of another base.
+    A head or an embedding that PEFT keeps with them (`modules_to_save`) takes the place of the one that was there, and
+    so do a tokenizer and a `generation_config.json` beside them: they are what the adapters learned by. BadInput: no
+    adapter is there, it is damaged or of a kind that is not supported, or it is one of another base; a model that has
+    the embedding or the head of other adapters.
     """
     path = find(folder)
     if not path.is_dir() or not is_adapter(path):
         raise BadInput(f"{folder}: holds no adapter_config.json; give a folder that PEFT or lq.save_adapter wrote")
-    adapted = lm.replace(variables=read_adapter(path, lm.config, base_variables(lm)))
+    if low_rank.WHOLE in lm.variables.get(low_rank.LORA_FIXED, {}):
+        raise BadInput(
+            "this model has the embedding or the head of other adapters in place of its base's; load the base, then "
+            "these adapters onto it"
+        )
+    config, variables = read_adapter(path, lm.config, base_variables(lm))
+    changes = {} if config == lm.config else {"config": config}
+    adapted = lm.replace(variables=variables, **changes)
     return _with_own_text_files(adapted, path)
 
 

@@ -33,7 +33,7 @@ from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.layers.axes import replicated
 from llmq_jax.layers.linear import by_output
-from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, spread, trained_numbers
+from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, spread, trained_numbers
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
@@ -373,7 +373,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     config = override(lm.config, labels=labels if isinstance(labels, str) else tuple(labels))
     expected = abstract_variables(config)["params"]
     variables = {
-        collection: {name: leaf for name, leaf in tree.items() if name in (*expected, TIED) and name != SCORE}
+        collection: {name: leaf for name, leaf in tree.items() if name in (*expected, TIED, WHOLE) and name != SCORE}
         for collection, tree in lm.variables.items()
     }
     kernel = expected[SCORE]["kernel"]

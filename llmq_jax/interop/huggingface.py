@@ -53,7 +53,7 @@ EXPORTED = (
 """All that an export may consist of."""
 TOKENIZER_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja")
 DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", *TOKENIZER_DOWNLOADED)
-DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin",)
+DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 class Contents(NamedTuple):

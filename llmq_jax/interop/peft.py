@@ -16,10 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import TABLES, weight_table
-from llmq_jax.interop.tables import Placement, WeightTable, experts_out_in, in_out, out_in
+from llmq_jax.interop.safetensors_files import open_safetensors
+from llmq_jax.interop.tables import LazyTensor, Placement, WeightTable, experts_out_in, in_out, out_in
+from llmq_jax.interop.torch_files import open_torch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TORCH_WEIGHTS = "adapter_model.bin"
+"""What PEFT wrote until 0.6 (2023)."""
 PREFIX = "base_model.model."
 EXPERTS_INNER = ".base_layer"
 
@@ -48,6 +53,20 @@ class Site(NamedTuple):
 
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
+
+
+def weights_file(folder: Path) -> Path:
+    """Where its tensors are, or would be."""
+    has_old_alone = (folder / TORCH_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file()
+    return folder / (TORCH_WEIGHTS if has_old_alone else WEIGHTS)
+
+
+def open_tensors(folder: Path) -> Mapping[str, LazyTensor]:
+    """The tensors of such a folder; BadInput where it has none."""
+    file = weights_file(folder)
+    if not file.is_file():
+        raise BadInput(f"{folder}: has no {WEIGHTS} beside its {CONFIG}; get it again, or save the adapter again")
+    return open_torch(file) if file.name == TORCH_WEIGHTS else open_safetensors(file)
 
 
 def is_hub_id(name: str) -> bool:

@@ -15,18 +15,30 @@ from flax.traverse_util import flatten_dict
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import has_type, type_name
 from llmq_jax.interop.architectures import weight_table
-from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, memory_table, sites_of
-from llmq_jax.interop.safetensors_files import open_safetensors
+from llmq_jax.interop.peft import (
+    CONFIG,
+    PREFIX,
+    Site,
+    experts_module,
+    is_hub_id,
+    memory_table,
+    open_tensors,
+    sites_of,
+    weights_file,
+)
+from llmq_jax.interop.peft_whole import EMBEDDING, embedding_adapter, module_name, take_whole
 from llmq_jax.interop.tables import Placement, in_out
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
     DROPOUT,
     LORA,
+    LORA_FIXED,
     MAGNITUDE,
     NUMBERS,
     PROJECTIONS,
     SCALE,
     TIED,
+    WHOLE,
     A,
     B,
     from_adapters,
@@ -34,7 +46,6 @@ from llmq_jax.layers.lora import (
 from llmq_jax.models import abstract_variables
 
 HEAD = f"{PREFIX}score.weight"
-ADAPTED_HEAD = f"{PREFIX}lm_head.base_layer.weight"
 # Fields of adapter_config.json that are read, with their types.
 FIELDS = {
     "peft_type": str,
@@ -69,8 +80,9 @@ PLAIN = {
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables with the adapters of such a folder, and with the matrices that it holds whole in place of theirs.
+def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(config, variables) with the adapters of such a folder, and with the embedding and the head that it holds whole
+    in place of theirs: the config may have another vocabulary then, or a head of its own.
 
     Strict: BadInput names what the folder has no place for, and the shapes of what is of another base.
     """
@@ -79,19 +91,19 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> dict[s
     if kind not in ("LORA", "TINYLORA"):
         raise BadInput(f"{folder / CONFIG}: peft_type={kind!r} is not supported; LORA and TINYLORA are")
     _require_plain(folder, values)
-    if not (folder / WEIGHTS).is_file():
-        raise BadInput(f"{folder}: has no {WEIGHTS}; save the adapter as safetensors")
-    state = {name: np.asarray(tensor) for name, tensor in open_safetensors(folder / WEIGHTS).items()}
+    state = {name: np.asarray(tensor) for name, tensor in open_tensors(folder).items()}
     reader = _Reader(folder, values, state, config)
+    variables = reader.take_whole(variables)
     found = reader.tiny() if kind == "TINYLORA" else reader.low_rank()
-    variables = reader.whole_matrices(variables)
     reader.check_all_read()
     if not found:
-        raise BadInput(f"{folder / WEIGHTS}: holds no adapter")
+        raise BadInput(f"{reader.file}: holds no adapter")
     trees = from_adapters(found)
     if reader.shared is not None:
         trees[LORA] = {TIED: {NUMBERS: jnp.asarray(reader.shared)}}
-    return {**variables, **trees}
+    if reader.replaced:
+        trees[LORA_FIXED][WHOLE] = {name: jnp.ones(()) for name in reader.replaced}
+    return reader.config, {**variables, **trees}
 
 
 def base_of(folder: Path) -> tuple[str, int]:
@@ -100,9 +112,10 @@ def base_of(folder: Path) -> tuple[str, int]:
     base = values.get("base_model_name_or_path") or ""
     if values.get("revision") and is_hub_id(base):
         base = f"{base}@{values['revision']}"
-    score = open_safetensors(folder / WEIGHTS).get(HEAD) if (folder / WEIGHTS).is_file() else None
+    file = weights_file(folder)
+    score = open_tensors(folder).get(HEAD) if file.is_file() else None
     if score is not None and len(score.shape) != 2:
-        raise BadInput(f"{folder / WEIGHTS}: {HEAD} is {list(score.shape)}, and a head has two axes")
+        raise BadInput(f"{file}: {HEAD} is {list(score.shape)}, and a head has two axes")
     return base, 0 if score is None else score.shape[0]
 
 
@@ -150,7 +163,9 @@ def _ends_with(name: str, pattern: str) -> bool:
 def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
     for name, plain in PLAIN.items():
         if values.get(name, plain) not in (plain, None):
-            raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}")
+            raise BadInput(
+                f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}: merge it in PEFT"
+            )
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
         raise BadInput(
@@ -186,8 +201,8 @@ class _Reader:
     """One folder's tensors, from which those that have been read are taken."""
 
     def __init__(self, folder: Path, values: Mapping[str, Any], state: dict[str, np.ndarray], config: Any):
-        self.folder, self.values, self.config = folder, values, config
-        self.sites = sites_of(config)
+        self.folder, self.file, self.values = folder, weights_file(folder), values
+        self._set_config(config)
         self.within, self.beside = memory_table(config).within, memory_table(config).beside
         self.renamed, self.apart = _names_of_files(config, self.sites)
         self.in_file: dict[str, str] = {}
@@ -197,8 +212,13 @@ class _Reader:
         for name in state:
             self._give_own_name(name)
         self.state = {own: state[name] for own, name in self.in_file.items()}
+        self.replaced: list[str] = []
+        """The embedding and the head, where the folder has others than the base."""
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
+
+    def _set_config(self, config: Any) -> None:
+        self.config, self.sites = config, sites_of(config)
         self.shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(config)).items()}
 
     def _give_own_name(self, name: str) -> None:
@@ -215,7 +235,7 @@ class _Reader:
                 self.old_modules[ours] = theirs
                 break
         if own in self.in_file:
-            raise BadInput(f"{self.folder / WEIGHTS}: {self.in_file[own]} and {name} are two names of one tensor")
+            raise BadInput(f"{self.file}: {self.in_file[own]} and {name} are two names of one tensor")
         self.in_file[own] = name
 
     def low_rank(self) -> Found:
@@ -259,7 +279,7 @@ class _Reader:
         for index, site in enumerate(names):
             name = f"{PREFIX}{site.module}.tinylora"
             if f"{name}_P" not in self.state:
-                raise BadInput(f"{self.folder / WEIGHTS}: holds no projections; save the adapter with save_projection")
+                raise BadInput(f"{self.file}: holds no projections; save the adapter with save_projection")
             width, features = self._widths(site)
             first = self._take(f"{name}_A", (None, width))
             assert first is not None  # it names the matrices
@@ -270,7 +290,7 @@ class _Reader:
             projections = projections.swapaxes(1, 2)
             key = f"base_model.tinylora_v.{min(index // size, groups - 1)}"
             if last is None or key not in self.state or self.state[key].shape != projections.shape[:1]:
-                raise BadInput(f"{self.folder / WEIGHTS}: {name}_B or {key} is missing or of another length")
+                raise BadInput(f"{self.file}: {name}_B or {key} is missing or of another length")
             last = last.T
             used.add(key)
             fixed = {A: first, B: last, PROJECTIONS: projections, SCALE: np.float32(1)}
@@ -282,20 +302,29 @@ class _Reader:
         dropout = float(self.values.get("tinylora_dropout", 0))
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
-    def whole_matrices(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Variables with the heads that the folder holds in place of theirs: a classifier's (`modules_to_save`), and a
-        language model's that has an adapter, which PEFT keeps beside it."""
-        params = dict(variables["params"])
-        for name, module in ((HEAD, "score"), (ADAPTED_HEAD, "lm_head")):
-            head = self.state.get(name)
-            if head is None or module not in params:
-                continue
-            kernel = params[module]["kernel"]
-            if head.shape != kernel.shape[::-1]:
-                raise self._other_base(name, head.shape, kernel.shape[::-1])
-            del self.state[name]
-            params[module] = {"kernel": jnp.asarray(head.T, kernel.dtype)}
-        return {**variables, "params": params}
+    def take_whole(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Variables with the matrices that the folder holds whole in place of theirs, an adapter at the embedding added
+        to it; from here on the config is that of these."""
+        copies = self.values.get("modules_to_save", [])
+        config, variables, self.replaced = take_whole(
+            self.file, self.state, self.in_file, copies, self.config, variables
+        )
+        if config != self.config:
+            self._set_config(config)
+        name, embedding = embedding_adapter(self.config), variables["params"][EMBEDDING]["embedding"]
+        first = self._take(f"{name}A", (None, embedding.shape[0]))
+        if first is None:
+            return variables
+        last = self._take(f"{name}B", (embedding.shape[1], len(first)))
+        if last is None:
+            raise BadInput(
+                f"{self.file}: has {self.in_file[f'{name}A']} and no lora_embedding_B; save the adapter again"
+            )
+        scale = self._scale(module_name(self.config, EMBEDDING), len(first))
+        total = jnp.asarray(embedding, jnp.float32) + scale * (last @ first).T
+        self.replaced = [EMBEDDING, *(other for other in self.replaced if other != EMBEDDING)]
+        added = {EMBEDDING: {"embedding": total.astype(embedding.dtype)}}
+        return {**variables, "params": {**variables["params"], **added}}
 
     def check_all_read(self) -> None:
         if self.state:
@@ -306,18 +335,14 @@ class _Reader:
             if HEAD in some:
                 hint = "; it is a classifier's: load it onto one (lq.with_classifier)"
             elif any(f".{name}." in some[0] for name in whole):
-                hint = f"; modules_to_save={whole} are not supported but for a classifier's head: merge them in PEFT"
+                hint = f"; of modules_to_save={whole} only embeddings and heads are supported: merge it in PEFT"
             elif some[0].removeprefix(PREFIX).startswith(self.beside):
                 hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
-            elif some[0].startswith(f"{PREFIX}lm_head."):
-                hint = "; it adapts the head, which is the embedding here (tie_word_embeddings): merge it in PEFT"
-            elif any("lora_embedding_" in name for name in some):
-                hint = "; adapters of embeddings are not supported: merge them in PEFT"
+            elif any("lora_embedding_" in name for name in self.in_file):
+                hint = "; of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT"
             elif "lora_" in some[0]:
                 hint = ": it is an adapter of another base" + (f" ({base})" if (base := self._base()) else "")
-            raise BadInput(
-                f"{self.folder / WEIGHTS}: {some[0]}{more} has no place in this {self.config.model_type}{hint}"
-            )
+            raise BadInput(f"{self.file}: {some[0]}{more} has no place in this {self.config.model_type}{hint}")
 
     def _pair(self, site: Site) -> Pair | None:
         name, parameter = f"{PREFIX}{site.module}", f"{site.module}.weight"
@@ -341,7 +366,7 @@ class _Reader:
         last = self._take(f"{name}.lora_B.weight", (features, len(first)))
         if last is None:
             name = self.in_file[f"{name}.lora_A.weight"]
-            raise BadInput(f"{self.folder / WEIGHTS}: has {name} and no lora_B; save the adapter again")
+            raise BadInput(f"{self.file}: has {name} and no lora_B; save the adapter again")
         return first.T, last.T
 
     def _pairs_apart(self, site: Site) -> Pair | None:
@@ -373,8 +398,7 @@ class _Reader:
             at = part.slot[len(site.placement.slot) + 2 :]  # behind the expert and D
             if f"{PREFIX}{module}.lora_magnitude_vector" in self.state:
                 raise BadInput(
-                    f"{self.folder / WEIGHTS}: has a DoRA of {module}, and experts have plain LoRA alone; merge it in "
-                    "PEFT"
+                    f"{self.file}: has a DoRA of {module}, and experts have plain LoRA alone; merge it in PEFT"
                 )
             pair = self._take_pair(f"{PREFIX}{module}", width, np.zeros(features, bool)[at].size)
             if pair is None:
@@ -383,7 +407,7 @@ class _Reader:
                 found.setdefault(str(at), []).append((at, *pair, self._scale(module, len(pair[1]))))
         for part_of, module in missing:
             if part_of in found:
-                raise BadInput(f"{self.folder / WEIGHTS}: has adapters of other experts and none of {module}")
+                raise BadInput(f"{self.file}: has adapters of other experts and none of {module}")
         return list(found.values())
 
     def _expert_pair(self, site: Site) -> Pair | None:
@@ -400,7 +424,7 @@ class _Reader:
             raise self._other_base(f"{PREFIX}{module}.lora_A.weight", first.shape, (rank * count, width))
         last = self._take(f"{PREFIX}{module}.lora_B.weight", (features, rank * count))
         if last is None:
-            raise BadInput(f"{self.folder / WEIGHTS}: has {module}.lora_A.weight and no lora_B; save the adapter again")
+            raise BadInput(f"{self.file}: has {module}.lora_A.weight and no lora_B; save the adapter again")
         return (
             first.reshape(count, rank, width).swapaxes(1, 2),
             last.reshape(features, rank, count).transpose(2, 1, 0),
@@ -434,7 +458,7 @@ class _Reader:
     def _other_base(self, name: str, found: tuple[Any, ...], wanted: tuple[Any, ...]) -> BadInput:
         shown = ", ".join("r" if size is None else str(size) for size in wanted)
         base = self._base()
-        what = f"{self.folder / WEIGHTS}: {self.in_file[name]} is {list(found)} instead of [{shown}]"
+        what = f"{self.file}: {self.in_file[name]} is {list(found)} instead of [{shown}]"
         return BadInput(f"{what}: it is an adapter of another base" + (f" ({base})" if base else ""))
 
     def _base(self) -> str | None:
@@ -442,7 +466,7 @@ class _Reader:
 
     def _scale(self, module: str, rank: int) -> np.float32:
         if rank < 1:
-            raise BadInput(f"{self.folder / WEIGHTS}: the adapter of {module} has the rank {rank}; it needs at least 1")
+            raise BadInput(f"{self.file}: the adapter of {module} has the rank {rank}; it needs at least 1")
         alpha = self._pattern("alpha_pattern", module, self.values.get("lora_alpha", 8))
         return np.float32(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 

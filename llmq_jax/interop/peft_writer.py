@@ -16,16 +16,19 @@ from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
+from llmq_jax.interop.peft_whole import EMBEDDING, HEAD, module_name
 from llmq_jax.interop.tables import in_out
 from llmq_jax.interop.tensor_files import write_json
 from llmq_jax.layers.lora import (
     DROPOUT,
     LORA,
+    LORA_FIXED,
     MAGNITUDE,
     NUMBERS,
     PROJECTIONS,
     SCALE,
     TIED,
+    WHOLE,
     A,
     B,
     adapters,
@@ -53,7 +56,8 @@ def write_adapter(
     """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them, for
     one of the hub also "org/name@revision".
 
-    A classifier's head is written whole, as PEFT's `modules_to_save` has it. `text_files`, which has a method
+    A classifier's head, and an embedding or a head that came with the adapters, are written whole, as PEFT's
+    `modules_to_save` has them. `text_files`, which has a method
     `save(folder)`, is what goes beside them for text. BadInput where there are no adapters, or one where PEFT has none.
     """
     tied = TIED in variables.get(LORA, {})
@@ -77,12 +81,21 @@ def write_adapter(
     if config.labels is not None:
         score = np.asarray(variables["params"]["score"]["kernel"])
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
+    whole = {name: module_name(config, name) for name in variables[LORA_FIXED].get(WHOLE, {})}
+    if config.labels is None and EMBEDDING in whole and HEAD not in variables["params"]:
+        # PEFT takes a copy of the embedding for one of itself alone: a head that is the same comes along.
+        whole[HEAD] = module_name(config, HEAD)
+    for name, module in whole.items():
+        has_own = name == HEAD and HEAD in variables["params"]
+        matrix = variables["params"][HEAD]["kernel"].T if has_own else variables["params"][EMBEDDING]["embedding"]
+        tensors[f"{PREFIX}{module}.weight"] = np.ascontiguousarray(matrix, np.float32)
+    saved = [*whole.values(), *(["score"] if config.labels is not None else [])]
     values |= _named_base(base) | {
         "task_type": "CAUSAL_LM" if config.labels is None else "SEQ_CLS",
         "bias": "none",
         "fan_in_fan_out": any(site.placement.transform is in_out for site in sites),
         "inference_mode": True,
-        "modules_to_save": None if config.labels is None else ["score"],
+        "modules_to_save": [module.split(".")[-1] for module in saved] or None,
         "layers_to_transform": None,
         "peft_version": PEFT_VERSION,
     }

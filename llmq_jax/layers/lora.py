@@ -36,6 +36,8 @@ LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
 TIED = "tied"
 """Where `lora` keeps the numbers v that all matrices share."""
+WHOLE = "whole"
+"""Where `lora_fixed` names what came with the adapters in place of the base's own: an embedding, a head."""
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 
@@ -179,7 +181,8 @@ def adapters(variables: dict[str, Any]) -> dict[Path, tuple[dict[str, Any], dict
     """{path of a matrix in `params`: (what trains beside it, what is fixed)}."""
     found: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
     for collection, place in ((LORA, 0), (LORA_FIXED, 1)):
-        for path, leaf in flatten_dict(variables.get(collection, {})).items():
+        tree = {name: leaf for name, leaf in variables.get(collection, {}).items() if name != WHOLE}
+        for path, leaf in flatten_dict(tree).items():
             found.setdefault(path[:-1], ({}, {}))[place][path[-1]] = leaf
     return found
 

@@ -286,20 +286,111 @@ def test_an_adapter_at_the_head_comes_with_its_matrix(pair_of, tmp_path):
         np.testing.assert_allclose(lq.load_adapter(lm, tmp_path / name).logits(tokens), expected, atol=LOGITS, rtol=0)
 
 
+def with_whole(anew, fields, more_tokens=0):
+    """(a function that gives the base as the adapter knows it, PEFT's model), whose whole matrices differ, too."""
+
+    def resized():
+        base = anew()
+        if more_tokens:
+            base.resize_token_embeddings(base.config.vocab_size + more_tokens, mean_resizing=False)
+        return base
+
+    torch.manual_seed(0)
+    base = resized()
+    with torch.no_grad():
+        spec = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+        adapted = adapted_by(base, peft.LoraConfig(**(spec | fields)))
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name or "lora_embedding_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return resized, adapted
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("targets", "hint"),
+    ("model_type", "fields", "more_tokens", "whole", "tied"),
     [
-        (["q_proj", "lm_head"], "it adapts the head, which is the embedding here"),
-        (["q_proj", "embed_tokens"], "adapters of embeddings are not supported: merge them in PEFT"),
+        ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, 3, ["lm_head", "token_embedding"], False),
+        ("gemma2", {}, 3, ["token_embedding"], True),
+        pytest.param(
+            "gemma2", {"modules_to_save": ["embed_tokens"]}, 0, ["token_embedding"], False, marks=pytest.mark.exhaustive
+        ),
+        ("gemma2", {"modules_to_save": ["lm_head"]}, -3, ["lm_head", "token_embedding"], False),
+        pytest.param(
+            "gemma2",
+            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+            0,
+            ["token_embedding"],
+            True,
+            marks=pytest.mark.exhaustive,
+        ),
+        ("gemma2", {"target_modules": ["q_proj", "embed_tokens"]}, 0, ["token_embedding"], False),
+        pytest.param("gemma2", {"target_modules": ["q_proj", "lm_head"]}, 0, [], False, marks=pytest.mark.exhaustive),
     ],
 )
-def test_adapters_of_embeddings_are_refused_by_name(pair_of, tmp_path, targets, hint):
-    anew, lm = pair_of("gemma2")
-    spec = peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
-    adapted_by(anew(), spec).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match=f"has no place in this gemma2; {hint}"):
+def test_embeddings_and_heads_that_come_whole(pair_of, tmp_path, model_type, fields, more_tokens, whole, tied):
+    """Of a tied base PEFT trains the one and leaves the other, so that they are two; unless it is told not to."""
+    anew, lm = pair_of(model_type)
+    resized, adapted = with_whole(anew, fields, more_tokens)
+    resized().save_pretrained(tmp_path / "resized")
+    anew().save_pretrained(tmp_path / "base")
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")  # PEFT looks at its vocabulary
+    adapted.save_pretrained(tmp_path / "theirs")
+    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size + more_tokens, (2, 9))
+    expected = their_logits(peft.PeftModel.from_pretrained(resized(), tmp_path / "theirs").eval(), tokens)
+    np.testing.assert_array_equal(expected, their_logits(adapted, tokens))
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    assert ours.config.vocab_size == lm.config.vocab_size + more_tokens
+    assert sorted(ours.variables["lora_fixed"].get("whole", {})) == whole
+    assert ours.config.tie_word_embeddings == tied
+    np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
+
+    # A run, and a folder of ours, keep what came with the adapters.
+    kept = lq.load(lq.language_model.save(ours, tmp_path / "own"))
+    lq.save_adapter(kept, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(resized(), tmp_path / "ours").eval()
+    np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
+    again = lq.load_adapter(lm, tmp_path / "ours")
+    assert again.config == ours.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
+    assert "lora_fixed" not in lq.merge(ours).variables
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whole_matrices_belong_to_their_adapters(pair_of, tmp_path):
+    anew, lm = pair_of("llama")
+    _, adapted = with_whole(anew, {"modules_to_save": ["embed_tokens"]})
+    adapted.save_pretrained(tmp_path / "theirs")
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    with pytest.raises(BadInput, match="has the embedding or the head of other adapters in place of its base's"):
+        lq.load_adapter(ours, tmp_path / "theirs")
+    classifier = lq.with_classifier(ours, ("a", "b"))
+    lq.save_adapter(classifier, tmp_path / "classifier")
+    of_base = lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / "classifier")
+    jax.tree.map(np.testing.assert_array_equal, of_base.params, classifier.params)
+    back = lq.unmerge(lq.merge(ours), ours)
+    np.testing.assert_allclose(back.params["lm_head"]["kernel"], lm.params["lm_head"]["kernel"], atol=1e-6)
+    name = "base_model.model.model.embed_tokens.weight"
+    for size, message in (
+        ((61, 16), r"is \[61, 16\] instead of \[v, 32\]"),
+        ((64, 32), "a head of 61; save the adapter"),
+    ):
+        wrong = changed(tmp_path / "theirs", tmp_path / f"{size}", {}, lambda s, size=size: s | {name: np.zeros(size)})
+        with pytest.raises(BadInput, match=message):
+            lq.load_adapter(lm, wrong)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_of_pytorch_where_there_are_no_safetensors(llama, tmp_path):
+    """PEFT wrote them until 2023."""
+    lm, folder = llama
+    state = {name: torch.tensor(x) for name, x in load_file(folder / "adapter_model.safetensors").items()}
+    shutil.copy(folder / "adapter_config.json", tmp_path)
+    with pytest.raises(BadInput, match=r"has no adapter_model\.safetensors"):
         lq.load_adapter(lm, tmp_path)
+    torch.save(state, tmp_path / "adapter_model.bin")
+    found, expected = lq.load_adapter(lm, tmp_path), lq.load_adapter(lm, folder)
+    jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
 
 
 @pytest.fixture(scope="module")
@@ -564,14 +655,19 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
             "it is a classifier's: load it onto one (lq.with_classifier)",
         ),
         (
-            {"modules_to_save": ["lm_head"]},
-            lambda state: state | {"base_model.model.lm_head.weight": np.zeros((61, 32))},
-            "modules_to_save=['lm_head'] are not supported but for a classifier's head: merge them in PEFT",
+            {"modules_to_save": ["norm"]},
+            lambda state: state | {"base_model.model.model.norm.weight": np.zeros(32)},
+            "of modules_to_save=['norm'] only embeddings and heads are supported: merge it in PEFT",
         ),
         (
-            {"modules_to_save": ["embed_tokens"]},
-            lambda state: state | {"base_model.model.model.embed_tokens.weight": np.zeros((61, 32))},
-            "modules_to_save=['embed_tokens'] are not supported but for a classifier's head: merge them in PEFT",
+            {},
+            lambda state: (
+                state
+                | {"base_model.model.model.embed_tokens.lora_magnitude_vector": np.zeros(61)}
+                | {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((2, 61))}
+                | {"base_model.model.model.embed_tokens.lora_embedding_B": np.zeros((32, 2))}
+            ),
+            "of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT",
         ),
         (
             {},
