@@ -18,7 +18,7 @@ from llmq_jax.interop.tables import KEEP as KEEP
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.heads import numbered_labels
 
-# Fields of every config.json that do not change what a decoder computes.
+# Fields of every config.json that do not change what a decoder computes, those of other programs at the end.
 _HARMLESS = """
     _attn_implementation _name_or_path _num_labels architectures attn_implementation begin_suppress_tokens
     bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
@@ -29,6 +29,8 @@ _HARMLESS = """
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
     use_bfloat16 use_cache
+    _attn_implementation_autoset _commit_hash _flash_attn_2_enabled is_llama_config max_sequence_length
+    transformers.js_config unsloth_fixed unsloth_version
 """
 HARMLESS = frozenset(_HARMLESS.split())
 

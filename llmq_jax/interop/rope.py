@@ -25,14 +25,26 @@ WITHOUT_TYPE = ("rope_theta", "partial_rotary_factor", ORIGINAL)
 """What may be said where nothing is scaled."""
 
 
-def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with all that it says of RoPE as one `rope_parameters`."""
+def read_rope(values: Mapping[str, Any], updated: bool = False) -> dict[str, Any]:
+    """A config.json with all that it says of RoPE as one `rope_parameters`.
+
+    Where it has that and `rope_scaling` too, transformers reads the latter alone or, `updated`, updates the one by the
+    other.
+    """
     values = dict(values)
     spellings = {name: values.pop(name, None) or {} for name in ("rope_parameters", "rope_scaling")}
     for name, parameters in spellings.items():
         if not isinstance(parameters, dict):
             raise BadInput(f"{name}={parameters!r} is not an object of parameters")
     outside = {name: values.pop(name, None) for name in ("rope_theta", ORIGINAL)}
+    new, old = spellings.values()
+    read = {"rope_type" if key == "type" else key for key, value in (outside | old).items() if value is not None}
+    unread = [key for key, value in new.items() if value is not None and key not in (*read, "type")]
+    if old and unread and not updated:
+        raise BadInput(
+            f"rope_parameters has {', '.join(unread)}, which rope_scaling lacks: transformers reads rope_scaling in "
+            "its place, without; keep one of the two"
+        )
     merged: dict[str, Any] = {}
     for name, parameters in (spellings | {"config.json": outside}).items():
         for key, value in parameters.items():
@@ -87,7 +99,10 @@ def read_ropes(values: Mapping[str, Any]) -> dict[str, Any]:
     if by_kind:
         raise BadInput(f"rope_parameters has {', '.join(by_kind)} outside of {FULL} and {SLIDING}, the kinds of layers")
     local = read_rope({"rope_parameters": sliding, "rope_theta": values.pop("rope_local_base_freq", None)})
-    return {**read_rope({**values, "rope_parameters": full}), "local_rope_parameters": local["rope_parameters"]}
+    return {
+        **read_rope({**values, "rope_parameters": full}, updated=True),
+        "local_rope_parameters": local["rope_parameters"],
+    }
 
 
 def write_rope(rope: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:

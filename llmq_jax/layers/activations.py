@@ -1,9 +1,15 @@
-"""Activation functions, by the names that transformers gives them in `config.json`."""
+"""Activation functions, by the names that transformers gives them in `config.json`.
 
+All that it has are here but `prelu` and `xielu`, whose parameters are learned.
+"""
+
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import erf
 from jaxtyping import Array, Float
 
 
@@ -27,10 +33,54 @@ def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.square(jax.nn.relu(x))
 
 
+def gelu_quick(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x · sigmoid(1.702 x), another form of GELU (arXiv:1606.08415, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu_clipped(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact GELU, between -10 and 10, for integers of few bits (Wu et al. 2020, arXiv:2004.09602)."""
+    return _between(-10.0, gelu_exact(x), 10.0)
+
+
+def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x, or what of 0 and 6 it is beyond."""
+    return _between(0.0, x, 6.0)
+
+
+def leaky_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A hundredth of x where it is not positive: at 0 by torch's gradient too, where `jax.nn.leaky_relu` has 1."""
+    return jnp.where(x > 0, x, 0.01 * x)
+
+
+def _between(low: float, x: Array, high: float) -> Array:
+    """x within bounds. On them its gradient is 0, as torch's, where `jnp.clip` has 1/2."""
+    return lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
+
+
+def laplace(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A Gaussian's distribution function, which meets max(x, 0)^2 and its slope at sqrt(1/2) (Ma et al. 2022, Mega,
+    arXiv:2209.10655)."""
+    mean, deviation = math.sqrt(1 / 2), math.sqrt(1 / (4 * math.pi))
+    return 0.5 * (1.0 + erf((x - mean) / (deviation * math.sqrt(2.0))))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "gelu": gelu_exact,
+    "gelu_10": gelu_clipped,
+    "quick_gelu": gelu_quick,
     "silu": silu,
+    "mish": jax.nn.mish,
+    "hardswish": lambda x: x * relu6(x + 3.0) / 6.0,
+    "relu": jax.nn.relu,
     "relu2": relu_squared,
+    "relu6": relu6,
+    "leaky_relu": leaky_relu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+    "laplace": laplace,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "linear": lambda x: x,
 }

@@ -83,7 +83,7 @@ def test_our_names_are_read_too():
         ("is_encoder_decoder", True),
         ("pruned_heads", {"0": [1]}),
         ("quantization_config", {"quant_method": "gptq"}),
-        ("activation_function", "relu"),
+        ("activation_function", "prelu"),
     ],
 )
 def test_what_changes_the_computation_is_refused_by_name(field, value):
@@ -93,7 +93,15 @@ def test_what_changes_the_computation_is_refused_by_name(field, value):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("reorder_and_upcast_attn", True), ("use_cache", False), ("pruned_heads", {}), ("dtype", "x")]
+    ("field", "value"),
+    [
+        ("reorder_and_upcast_attn", True),
+        ("use_cache", False),
+        ("pruned_heads", {}),
+        ("dtype", "x"),
+        ("unsloth_version", "2025.3"),  # which its fine-tuned models carry
+        ("_attn_implementation_autoset", True),  # and those that transformers 4.47 and its like saved
+    ],
 )
 def test_what_does_not_is_passed_over(field, value):
     assert config_from_hf({**ORIGINAL, field: value}) == GPT2Config()

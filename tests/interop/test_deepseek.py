@@ -721,7 +721,7 @@ def test_groups_that_are_not_said():
         ({"n_group": 4}, "n_group=4 must divide n_routed_experts=6"),
         ({"n_routed_experts": "8"}, "n_routed_experts='8' is not of the type int"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3 must be even"),
-        ({"hidden_act": "relu"}, "hidden_act='relu' must be one of"),
+        ({"hidden_act": "prelu"}, "hidden_act='prelu' must be one of"),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_parameters.factor=0.5 must be at least 1"),
     ],
 )

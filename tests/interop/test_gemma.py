@@ -344,7 +344,7 @@ def test_spellings_of_layers():
         ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 must be at least 1"),
         ({"final_logit_softcapping": 0.0}, "final_logit_softcapping=0.0 must be positive and finite, or None"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported, only None"),
-        ({"hidden_activation": "relu"}, "hidden_activation='relu' must be one of"),
+        ({"hidden_activation": "prelu"}, "hidden_activation='prelu' must be one of"),
         ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be at least 0 and below 1"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported, only False"),
         ({"rope_parameters": {"rope_theta": 500.0}}, "rope_parameters has rope_theta outside of full_attention and"),

@@ -233,9 +233,9 @@ def test_files_of_the_hub():
         "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "rms_norm_eps": 1e-05,
         "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
         "initializer_range": 0.041666666666666664, "rope_interleaved": False, "is_llama_config": True,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
     }  # fmt: skip
-    with pytest.warns(UserWarning, match="unknown fields are ignored: is_llama_config"):
-        assert config_from_hf(smollm) == preset("smollm2-135m")
+    assert config_from_hf(smollm) == preset("smollm2-135m")
 
 
 SMALL = {"model_type": "llama", **SIZES}
@@ -354,7 +354,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
         ({"head_dim": None, "hidden_size": 9}, "gives heads of 3 features, but RoPE turns pairs"),
         ({"head_dim": None, "hidden_size": 10}, "num_attention_heads=3 must divide hidden_size=10"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
-        ({"hidden_act": "relu"}, "hidden_act='relu' must be one of"),
+        ({"hidden_act": "prelu"}, "hidden_act='prelu' must be one of"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive"),
         ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be at least 0 and below 1"),
         ({"rope_interleaved": True}, "rope_interleaved=True is not supported, only False"),

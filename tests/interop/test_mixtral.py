@@ -287,7 +287,7 @@ def test_spellings_of_rope(spelling, rope):
         ({"num_local_experts": 0}, "num_experts=0 must be at least 1"),
         ({"num_local_experts": "8"}, "num_local_experts='8' is not of the type int"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 must be at least 0"),
-        ({"hidden_act": "relu"}, "hidden_act='relu' must be one of"),
+        ({"hidden_act": "prelu"}, "hidden_act='prelu' must be one of"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, message):

@@ -1,5 +1,6 @@
 """RoPE in config.json: what is passed over, what is warned of and what is refused, in words that help."""
 
+import copy
 import json
 import warnings
 
@@ -87,3 +88,16 @@ def test_ratios_that_are_in_order(longest, scaling):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read(max_position_embeddings=longest, rope_scaling=scaling)
+
+
+def test_rope_parameters_beside_rope_scaling():
+    """transformers reads the latter alone, without the former's base; of Gemma 3 it reads both."""
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    both = {"model_type": "llama", "rope_parameters": {"rope_theta": 500.0}, "rope_scaling": scaling}
+    assert transformers.AutoConfig.for_model(**copy.deepcopy(both)).rope_parameters["rope_theta"] == 10_000.0
+    with pytest.raises(BadInput, match="rope_parameters has rope_theta, which rope_scaling lacks"):
+        config_from_hf(both)
+    assert config_from_hf({**both, "rope_theta": 500.0}).rope.rope_theta == 500.0
+    by_kind = {**both, "model_type": "gemma3_text", "rope_parameters": {"full_attention": both["rope_parameters"]}}
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(by_kind)).rope_parameters["full_attention"]
+    assert config_from_hf(by_kind).rope.to_dict() == theirs

@@ -354,7 +354,7 @@ def test_layers_are_counted_in_order():
         ({"scaling_factor": math.inf}, "scaling_factor=inf must be positive, and finite"),
         ({"dispatch": "sorted"}, "dispatch='sorted' is unknown"),
         ({"score": "tanh"}, "score='tanh'"),
-        ({"activation": "tanh"}, "activation='tanh' is none of"),
+        ({"activation": "prelu"}, "activation='prelu' is none of"),
         ({"shared_weight": True}, "has no effect without num_shared"),
         ({"experts": 3}, "there is no field 'experts'"),
         ({"first_layer": 4}, "first_layer=4 leaves no expert in 4 layers"),

@@ -345,7 +345,7 @@ def test_dynamic_tanh_in_the_place_of_the_norm():
         ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1 must be at least 0"),
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers=-1 must be at least 0"),
         ({"mtp_hidden": "norm"}, "mtp_hidden='norm' must be one of after_norm, before_norm"),
-        ({"hidden_act": "relu"}, "hidden_act='relu' must be one of"),
+        ({"hidden_act": "prelu"}, "hidden_act='prelu' must be one of"),
         ({"norm": "rms"}, "norm='rms' must be one of"),
         ({"attention_dropout": 1.0}, "attention_dropout=1.0 must be at least 0 and below 1"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive"),

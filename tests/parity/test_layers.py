@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from llmq_jax.layers.activations import gelu_exact, gelu_tanh, relu_squared, silu
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS
+from llmq_jax.layers.activations import ACTIVATIONS, silu
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.norms import DyT, LayerNorm, RMSNorm
 
@@ -95,22 +96,21 @@ def test_dynamic_tanh():
         np.testing.assert_allclose(grads["params"][ours], expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (gelu_tanh, lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
-        (gelu_exact, torch.nn.functional.gelu),
-        (silu, torch.nn.functional.silu),
-        (relu_squared, ACT2FN["relu2"]),
-    ],
-)
-def test_activations(ours, theirs):
-    x = np.linspace(-12, 12, 4001, dtype=np.float32)
+# With parameters that are learned, which our networks have no place for.
+LEARNED = {"prelu", "xielu"}
+
+
+@pytest.mark.parametrize("name", sorted(set(ACT2CLS) - LEARNED))
+def test_activations(name):
+    """All of transformers', by its names; at 0 and at their other corners too, where a gradient is a convention."""
+    ours = ACTIVATIONS[ACTIVATION_SPELLINGS.get(name, name)]
+    x = np.append(np.linspace(-12, 12, 4001, dtype=np.float32), np.float32([-3, 0, 3, 6]))
     torch_x = torch.tensor(x, requires_grad=True)
-    torch_y = theirs(torch_x)
+    torch_y = ACT2FN[name](torch_x)
     torch_y.sum().backward()
     np.testing.assert_allclose(ours(jnp.asarray(x)), torch_y.detach(), atol=2e-6)
     np.testing.assert_allclose(jax.vmap(jax.grad(ours))(jnp.asarray(x)), torch_x.grad, atol=1e-5)
+    assert ours(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_linear_with_several_feature_axes():
