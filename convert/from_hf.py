@@ -27,7 +27,7 @@ def main(options: Options) -> None:
     from llmq_jax.data.tokenizers import load_tokenizer
     from llmq_jax.errors import BadInput
     from llmq_jax.interop.huggingface import find
-    from llmq_jax.language_model import has_config, load, save
+    from llmq_jax.model_files import has_config, load, save
 
     if options.num_attention_heads is not None and has_config(find(options.source)):
         raise BadInput(f"{options.source}: has a config of its own; drop --num-attention-heads")

@@ -24,7 +24,7 @@ def main(options: Options) -> None:
     from llmq_jax.errors import BadInput
     from llmq_jax.interop.huggingface import save_hf
     from llmq_jax.interop.openai import is_openai
-    from llmq_jax.language_model import load
+    from llmq_jax.model_files import load
 
     source = Path(options.source).expanduser()
     if not is_openai(source):

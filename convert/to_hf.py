@@ -29,7 +29,7 @@ class Options:
 
 def main(options: Options) -> None:
     from llmq_jax.interop.huggingface import save_hf
-    from llmq_jax.language_model import load
+    from llmq_jax.model_files import load
 
     if options.base is not None and not options.adapter:
         raise BadInput("--base has no effect without --adapter; leave it out")

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from llmq_jax.generation import Generation, Sampler, generate, stream
     from llmq_jax.interop.generation_config import GenerationConfig
     from llmq_jax.interop.huggingface import save_hf
-    from llmq_jax.language_model import LanguageModel, load, save, with_classifier
+    from llmq_jax.language_model import LanguageModel, with_classifier
     from llmq_jax.layers.expert_balance import Balance
     from llmq_jax.layers.lora import LoRA
     from llmq_jax.layers.moe import Experts
+    from llmq_jax.model_files import load, save
     from llmq_jax.models import (
         GPT2,
         DeepSeek3,
@@ -73,13 +74,13 @@ _HOME = {
     "build": "models",
     "generate": "generation",
     "init": "models",
-    "load": "language_model",
+    "load": "model_files",
     "load_adapter": "adapters",
     "load_tokenizer": "data",
     "lora": "adapters",
     "merge": "adapters",
     "preset": "models",
-    "save": "language_model",
+    "save": "model_files",
     "save_adapter": "adapters",
     "save_hf": "interop.huggingface",
     "stream": "generation",

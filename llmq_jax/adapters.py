@@ -21,9 +21,10 @@ from llmq_jax.interop.peft import is_adapter, module_names
 from llmq_jax.interop.peft_reader import base_of, read_adapter
 from llmq_jax.interop.peft_writer import write_adapter
 from llmq_jax.interop.tensor_files import read_json
-from llmq_jax.language_model import LanguageModel, TextFiles, load, load_weights, with_classifier
+from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.lora import LORA, LoRA
+from llmq_jax.model_files import TextFiles, load, load_weights
 from llmq_jax.models.heads import numbered_labels
 
 

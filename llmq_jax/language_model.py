@@ -1,12 +1,9 @@
-"""LanguageModel: config, model, variables and tokenizer together; `load` and `save`."""
+"""LanguageModel: config, model, variables and tokenizer together."""
 
-import contextlib
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 import jax
@@ -18,28 +15,19 @@ from jaxtyping import Array, Float
 
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
-from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
+from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import create, whole
+from llmq_jax.field_types import whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.gguf import is_gguf, read_gguf
-from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
-from llmq_jax.interop.nanogpt import LAYOUT as NANOGPT
-from llmq_jax.interop.nanogpt import is_nanogpt, read_nanogpt
-from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
-from llmq_jax.interop.peft import is_adapter
-from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.layers.axes import replicated
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, spread, trained_numbers
-from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, override
-from llmq_jax.models.config import require_sizes
+from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
 from llmq_jax.weight_type import weight_type
-from llmq_jax.whole_folders import whole_folder
 
 Integers = ArrayLike | Sequence[Any]
 
@@ -180,7 +168,7 @@ class LanguageModel:
             before = self.model  # another config may be that of another class of models
             how = {name: getattr(before, name) for name in ("dtype", "remat", "scan_layers", "attention")}
             changes["model"] = build(changes["config"], **how).clone(frozen_layers=before.frozen_layers)
-            differing = _differing(changes.get("variables", self.variables), changes["config"], others=True)
+            differing = differing_weight(changes.get("variables", self.variables), changes["config"], others=True)
             if differing is not None:
                 raise BadInput(f"{differing}; lq.with_config(lm, config) takes over what fits")
         return dataclasses.replace(self, **changes)
@@ -384,175 +372,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     return lm.replace(config=config, variables=variables)
 
 
-def load(
-    path: str | os.PathLike[str], layout: str = "hf", config: Any = None, dtype: Any = None, mesh: Any = None
-) -> LanguageModel:
-    """Load a model: a Hugging Face folder, a hub id, a file of weights, GGUF, nanoGPT's `ckpt.pt`, OpenAI's GPT-2, or a
-    run of ours.
-
-    A hub id may name a revision, a commit or a tag, to get the same files for ever: "org/name@revision".
-
-    Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
-    the weights in a folder or file: "hf", for GPT-2 also "book", "original" and "nanogpt". `config` takes the place of
-    the one stored with the weights. A dict changes just some of its fields; for weights that come without one it says
-    what their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
-
-    A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The
-    variables are divided over `mesh`, a text as "fsdp=4,tensor=2" or of `training.make_mesh`, else over the one that
-    is set, if one is.
-
-    BadInput, which names the file: there is no model, it is damaged, an architecture or a field that changes the
-    computation is not supported, or weights and config do not fit each other.
-    """
-    from llmq_jax.training.sharding import make_mesh, place
-
-    if not isinstance(path, str | os.PathLike) or not str(path):
-        raise BadInput(f"path={path!r} names no model; give a path or a hub id, as a text")
-    mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        lm = _load(path, layout, config, dtype)
-        return lm.replace(variables=place(lm.variables))
-
-
-def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) -> LanguageModel:
-    from llmq_jax.training.checkpoints import find_checkpoint
-
-    dtype = float_type(dtype)
-    if str(path) in PRESETS and not Path(path).exists():
-        raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
-    source = find(path)
-    if find_checkpoint(source) is not None:
-        if layout != "hf":
-            raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
-        return _load_checkpoint(source, config, dtype)
-    if is_adapter(source):
-        from llmq_jax.adapters import load_with_base
-
-        return load_with_base(source, layout, config, dtype, is_path=Path(path).expanduser().exists())
-    return load_weights(path, source, layout, config, dtype)
-
-
-def load_weights(
-    path: str | os.PathLike[str], source: Path, layout: str = "hf", config: Any = None, dtype: Any = None
-) -> LanguageModel:
-    """`load` of what is neither a checkpoint of ours nor an adapter; `path` is how it was called."""
-    dtype = float_type(dtype)
-    if is_nanogpt(source):
-        if layout not in ("hf", NANOGPT):
-            raise BadInput(f"{path}: is a checkpoint of nanoGPT's; layout={layout!r} would have no effect")
-        contents = read_nanogpt(source, config, dtype)
-    elif is_hf(source):
-        contents = read_hf(source, layout, config, dtype)
-    elif is_openai(source):
-        if layout not in ("hf", "openai"):
-            raise BadInput(f"{path}: is a folder of OpenAI's; layout={layout!r} would have no effect")
-        contents = read_openai(source, config, dtype)
-    elif is_gguf(source):
-        if layout not in ("hf", "gguf"):
-            raise BadInput(f"{path}: is a GGUF file; layout={layout!r} would have no effect")
-        contents = read_gguf(source, config, dtype)
-    else:
-        raise BadInput(
-            f"{path}: is {_describe(source)}, not a model; give a Hugging Face folder (with model.safetensors or "
-            "pytorch_model.bin), a file of weights (.safetensors, .bin, .pth), a GGUF file, OpenAI's GPT-2 folder, a "
-            "hub id, a run folder or a checkpoint"
-        )
-    return LanguageModel(
-        contents.config, build(contents.config), contents.variables, contents.tokenizer, contents.generation
-    )
-
-
-def has_config(source: Path) -> bool:
-    """Whether a config comes with the weights there; where none does, `load` may have to be told."""
-    from llmq_jax.training.checkpoints import find_checkpoint
-
-    folder = source.parent if source.is_file() else source
-    has_file = any((folder / name).is_file() for name in (CONFIG, HPARAMS))
-    with_config = (is_nanogpt, is_gguf, is_adapter)
-    return has_file or any(test(source) for test in with_config) or find_checkpoint(source) is not None
-
-
-def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
-    """Save a model in our own format, which `load` and every recipe's `--init-from` read; returns the folder.
-
-    It must not exist or be empty, else it is BadInput; it appears complete or not at all.
-    """
-    from llmq_jax.training.checkpoints import Checkpoints
-
-    folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
-    files = TextFiles(lm.tokenizer, lm.generation)
-    with whole_folder(folder.resolve()) as partial:
-        checkpoints = Checkpoints(partial / "checkpoints")
-        checkpoints.save(0, {"variables": lm.variables}, model_config=lm.config, tokenizer=files)
-    return folder
-
-
-@dataclass(frozen=True)
-class TextFiles:
-    """The tokenizer's files and `generation_config.json`: what a checkpoint keeps for text, as its tokenizer."""
-
-    tokenizer: Tokenizer | None
-    generation: GenerationConfig
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        if self.tokenizer is not None:
-            self.tokenizer.save(Path(folder))
-        write_json(Path(folder) / GENERATION_CONFIG, self.generation.to_hf())
-
-    @classmethod
-    def read(cls, folder: Path, name: str) -> "TextFiles":
-        """`name` is for a tokenizer that has none. Without a generation config its end-of-text token ends texts."""
-        tokenizer = tokenizer_in(folder, name)
-        if (folder / GENERATION_CONFIG).is_file():
-            return cls(tokenizer, GenerationConfig.from_hf(read_json(folder / GENERATION_CONFIG)))
-        end = None if tokenizer is None else tokenizer.end_of_text
-        return cls(tokenizer, GenerationConfig(eos_token_id=() if end is None else (end,)))
-
-
-def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> LanguageModel:
-    from llmq_jax.training import parts
-    from llmq_jax.training.checkpoints import load_checkpoint_variables
-
-    loaded = load_checkpoint_variables(path)
-    variables = parts.whole(loaded.variables)
-    if config is None:
-        config = _config(path, loaded.config)
-    else:
-        if isinstance(config, Mapping):
-            config = override(_config(path, loaded.config), **config)
-        differing = _differing(variables, config)
-        if differing is not None:
-            raise BadInput(f"{path}: {differing}")
-    if dtype is not None:  # that of parameters: a router's bias keeps its own
-        params = jax.tree.map(
-            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, variables["params"]
-        )
-        variables = {**variables, "params": params}
-    files = TextFiles(None, GenerationConfig())
-    if loaded.tokenizer_folder:
-        files = TextFiles.read(loaded.tokenizer_folder, path.resolve().name)
-    return LanguageModel(config, build(config), variables, files.tokenizer, files.generation)
-
-
-def _config(path: Path, fields: dict[str, Any]) -> Any:
-    """A config dataclass from the dict that a checkpoint keeps."""
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise BadInput(
-            f"{path}: model_type {model_type!r} is none of {', '.join(ARCHITECTURES)}; one of your own is loaded from "
-            "Python, after the file that registers it is imported (docs/own_model.md)"
-        )
-    try:
-        require_sizes(fields)
-        return create(ARCHITECTURES[model_type].config_class, fields)
-    except BadInput as error:
-        raise BadInput(f"{path}: its config is damaged, or of another version ({error})") from error
-
-
-def _differing(variables: dict[str, Any], config: Any, others: bool = False) -> str | None:
+def differing_weight(variables: dict[str, Any], config: Any, others: bool = False) -> str | None:
     """How the first weight that does not fit a config differs; None where all fit. `others` may be there besides."""
     own = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), own))
@@ -597,13 +417,3 @@ def _check_order(positions: np.ndarray, segment_ids: np.ndarray) -> None:
             f"positions[{row}, {column + 1}] is {positions[row, column + 1]}, after {positions[row, column]} in the "
             "same document; give tokens in order, and number the documents of a row in segment_ids"
         )
-
-
-def _describe(path: Path) -> str:
-    if path.is_file():
-        return f"a {path.suffix} file" if path.suffix else "a file"
-    names = sorted(entry.name for entry in path.iterdir())
-    if not names:
-        return "an empty folder"
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"a folder with {', '.join(names[:4])}{more}"

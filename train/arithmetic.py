@@ -104,7 +104,8 @@ def warm_up(training: list, watched: list, seed: int, folder: Path) -> None:
     import numpy as np
 
     import llmq_jax as lq
-    from llmq_jax.language_model import LanguageModel, save
+    from llmq_jax.language_model import LanguageModel
+    from llmq_jax.model_files import save
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training.optimizer import adamw
     from llmq_jax.training.state import create_state

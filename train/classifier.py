@@ -109,7 +109,7 @@ def classifier(options: Options) -> Any:
     # JAX has its device; what imports it may follow.
     from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
     from llmq_jax.data.records import record_files
-    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.classification import Classification
     from llmq_jax.training import engine, step
     from llmq_jax.training.classification_report import prediction, prediction_line

@@ -40,7 +40,7 @@ def main(options: Options) -> int:
 
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.interop.huggingface import save_hf
-    from llmq_jax.language_model import load
+    from llmq_jax.model_files import load
 
     # Generate from the checkpoint, export it, and load the export again.
     lm = load(out)

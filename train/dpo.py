@@ -104,7 +104,7 @@ def dpo(options: Options) -> Any:
 
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.data.records import record_files
-    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, resuming, step
     from llmq_jax.training.metrics import printable
@@ -253,7 +253,7 @@ def npz_bytes(arrays: dict[str, Any]) -> bytes:
 
 def other_reference(options: Options, source: Any) -> Any:
     """The model of --reference, which must read the policy's tokens."""
-    from llmq_jax.language_model import load
+    from llmq_jax.model_files import load
     from llmq_jax.models import build
 
     reference = load(options.reference)
@@ -305,8 +305,8 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     from llmq_jax.data.batching import pad
     from llmq_jax.data.prompts import row_seeds
     from llmq_jax.generation import Sampler, generate
-    from llmq_jax.language_model import load
     from llmq_jax.layers.axes import replicated
+    from llmq_jax.model_files import load
     from llmq_jax.objectives.logprobs import sequence_logprobs
 
     longest = policy.config.max_position_embeddings - ANSWER_TOKENS

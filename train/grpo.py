@@ -206,7 +206,7 @@ def grpo(options: Options) -> Any:
     from llmq_jax.data.prompts import PromptBatches
     from llmq_jax.data.records import record_files
     from llmq_jax.generation import Sampler
-    from llmq_jax.language_model import TextFiles, load, save
+    from llmq_jax.model_files import TextFiles, load, save
     from llmq_jax.objectives.grpo import GRPO
     from llmq_jax.training import engine
     from llmq_jax.training.grpo import Loop

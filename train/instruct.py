@@ -136,7 +136,7 @@ def instruct(options: Options) -> Any:
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import SomeBatches, instruction_batches
     from llmq_jax.data.records import record_files
-    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.next_token import NextToken
     from llmq_jax.training import engine, step
     from llmq_jax.training.metrics import printable

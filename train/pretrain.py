@@ -195,7 +195,8 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         training_batches,
     )
     from llmq_jax.generation import Sampler, generate
-    from llmq_jax.language_model import LanguageModel, TextFiles, load
+    from llmq_jax.language_model import LanguageModel
+    from llmq_jax.model_files import TextFiles, load
     from llmq_jax.models import abstract_variables, init, parameter_count
     from llmq_jax.training import engine, step
     from llmq_jax.training.flops import token_flops

@@ -91,7 +91,7 @@ def reward(options: Options) -> Any:
     # JAX has its device; what imports it may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.data.records import record_files
-    from llmq_jax.language_model import TextFiles, load
+    from llmq_jax.model_files import TextFiles, load
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
     from llmq_jax.training.parts import whole

@@ -76,7 +76,7 @@ def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
 def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
     """What scores a rollout, whose rows have up to `longest` tokens: functions of texts, a reward model, or both."""
     from llmq_jax.data import chat_ending
-    from llmq_jax.language_model import load
+    from llmq_jax.model_files import load
     from llmq_jax.training.rollout_scores import ModelReward, SummedRewards
 
     models = reward_models(options)

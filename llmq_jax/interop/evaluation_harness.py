@@ -30,8 +30,9 @@ from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.generation import Sampler, generate, row_seed
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.axes import axis_sizes, replicated, row_devices
+from llmq_jax.model_files import load
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.logprobs import greedy_logprobs
 from llmq_jax.weight_type import weight_type

@@ -18,7 +18,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import LanguageModel, load, save
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
 

@@ -25,7 +25,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.interop.architectures import SUPPORTED, weight_table
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import load
+from llmq_jax.model_files import load
 from llmq_jax.models import gpt2
 from tests.smollm2 import smollm2_gguf
 

@@ -42,7 +42,7 @@ from llmq_jax.interop.safetensors_files import open_safetensors
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.interop.tensorflow_bundle import FOOTER, MAGIC, open_tensorflow
 from llmq_jax.interop.torch_files import open_torch
-from llmq_jax.language_model import _config
+from llmq_jax.model_files import _config
 from llmq_jax.models import abstract_variables
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config

@@ -12,7 +12,8 @@ from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.interop.architectures import TABLES, config_from_state_dict, from_state_dict, to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.model_files import load
 from llmq_jax.models import build
 from tests.interop.refusals import refused
 from tests.weights import draw_variables

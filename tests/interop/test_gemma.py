@@ -16,8 +16,9 @@ from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_h
 from llmq_jax.interop.architectures import ASSUMED
 from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import LanguageModel, load, save
+from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.positions import DynamicRope, LinearRope, Rope
+from llmq_jax.model_files import load, save
 from llmq_jax.models import abstract_variables, build, override, preset
 from llmq_jax.models.gemma import GLOBAL, LOCAL, PRESETS, Gemma2Config, Gemma3Config
 from tests.interop.refusals import refused

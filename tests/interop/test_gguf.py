@@ -18,7 +18,7 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import END_OF_TURN
 from llmq_jax.interop.gguf_files import AT_ONCE, open_gguf
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import has_config, load
+from llmq_jax.model_files import has_config, load
 from llmq_jax.models.llama3 import Llama3Config
 from tests.smollm2 import smollm2_gguf
 

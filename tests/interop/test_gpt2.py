@@ -10,7 +10,7 @@ import torch
 
 from llmq_jax.interop import config_from_state_dict, from_state_dict, to_state_dict
 from llmq_jax.interop.gpt2 import LAYOUTS
-from llmq_jax.language_model import load
+from llmq_jax.model_files import load
 from llmq_jax.models.gpt2 import GPT2Config
 from tests.interop.refusals import refused
 from tests.weights import draw_variables

@@ -27,7 +27,8 @@ from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.safetensors_files import open_safetensors, write_safetensors
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.model_files import load
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.weight_type import weight_type
@@ -539,7 +540,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import jax
-from llmq_jax.language_model import load
+from llmq_jax.model_files import load
 from llmq_jax.interop.huggingface import save_hf
 folder = Path(sys.argv[1])
 jax.numpy.zeros(3).block_until_ready()

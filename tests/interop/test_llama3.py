@@ -18,8 +18,9 @@ from llmq_jax.interop import (
 )
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.llama3 import LAYOUTS
-from llmq_jax.language_model import LanguageModel, load, save
+from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.positions import DynamicRope, Llama3Rope, LongRope, Rope, YarnRope
+from llmq_jax.model_files import load, save
 from llmq_jax.models import build, override, preset
 from llmq_jax.models.llama3 import Llama3Config
 from tests.interop.refusals import refused

@@ -25,7 +25,8 @@ from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_stat
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import open_gguf
 from llmq_jax.interop.safetensors_files import open_safetensors
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.model_files import load
 from llmq_jax.models import build
 from llmq_jax.models.llama3 import Llama3Config
 from tests.fuzz.bounds import bounded, bounded_time

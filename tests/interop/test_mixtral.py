@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.positions import LinearRope, Rope
+from llmq_jax.model_files import load
 from llmq_jax.models import Gemma2Config, Gemma3Config, GPT2Config, Llama3Config, build, override
 from llmq_jax.models.mixtral import MixtralConfig
 from tests.interop.refusals import refused

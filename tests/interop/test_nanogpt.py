@@ -11,7 +11,7 @@ from llmq_jax.data.tokenizers import ByteTokenizer, GPT2Tokenizer
 from llmq_jax.interop import to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import has_config, load
+from llmq_jax.model_files import has_config, load
 from llmq_jax.models import override
 from llmq_jax.models.gpt2 import GPT2Config
 from tests.interop.refusals import refused

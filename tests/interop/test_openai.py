@@ -14,7 +14,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import from_state_dict, to_state_dict
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.openai import checkpoint_index
-from llmq_jax.language_model import load
+from llmq_jax.model_files import load
 from llmq_jax.models.gpt2 import GPT2Config
 from tests.interop.data.make_openai_checkpoint import HPARAMS, draw, openai_variables
 

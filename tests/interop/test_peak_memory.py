@@ -23,7 +23,7 @@ PEAK = """
 import re, sys, threading, time
 from pathlib import Path
 import jax
-from llmq_jax.language_model import load
+from llmq_jax.model_files import load
 folder = Path(sys.argv[1])
 jax.numpy.zeros(3).block_until_ready()
 load(folder / "small", config={"num_attention_heads": 3})  # whatever a first load allocates

@@ -17,7 +17,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.tensor_files import TensorFiles
 from llmq_jax.interop.torch_files import open_torch
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.model_files import load
 from llmq_jax.models import build
 from llmq_jax.models.gpt2 import GPT2Config
 from tests.weights import draw_variables

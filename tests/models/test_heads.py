@@ -12,7 +12,8 @@ import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import generate
-from llmq_jax.language_model import LanguageModel, load, save, with_classifier
+from llmq_jax.language_model import LanguageModel, with_classifier
+from llmq_jax.model_files import load, save
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, fields_from_text, override
 from llmq_jax.models.heads import last_hidden
 from llmq_jax.objectives import NextToken

@@ -10,7 +10,8 @@ import transformers
 
 from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import LanguageModel, load
+from llmq_jax.language_model import LanguageModel
+from llmq_jax.model_files import load
 from llmq_jax.models import build, init
 from llmq_jax.models.config import GLOBAL, LOCAL
 from llmq_jax.models.mistral import MistralConfig

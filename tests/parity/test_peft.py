@@ -20,8 +20,9 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, from_state_dict
 from llmq_jax.interop.peft import PREFIX, experts_module, sites_of
 from llmq_jax.interop.peft_reader import base_of
-from llmq_jax.language_model import LanguageModel, has_config
+from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
+from llmq_jax.model_files import has_config
 from llmq_jax.models import build
 from llmq_jax.objectives import NextToken
 from tests.parity.decoders import LOGITS, LOSS, draw_tokens, make_pair, their_logits
@@ -346,7 +347,7 @@ def test_embeddings_and_heads_that_come_whole(pair_of, tmp_path, model_type, fie
     np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
 
     # A run, and a folder of ours, keep what came with the adapters.
-    kept = lq.load(lq.language_model.save(ours, tmp_path / "own"))
+    kept = lq.load(lq.model_files.save(ours, tmp_path / "own"))
     lq.save_adapter(kept, tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(resized(), tmp_path / "ours").eval()
     np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
@@ -420,7 +421,7 @@ def test_several_adapters_share_their_base(llama, tmp_path):
     np.testing.assert_array_equal(lq.generate(first, prompt, max_new_tokens=8, sampler=greedy).tokens, expected)
     loaded = lq.load(lq.save_hf(first, tmp_path / "merged"))
     np.testing.assert_allclose(loaded.logits(tokens), first.logits(tokens), atol=LOGITS, rtol=0)
-    lq.language_model.save(first, tmp_path / "own")
+    lq.model_files.save(first, tmp_path / "own")
     np.testing.assert_array_equal(lq.load(tmp_path / "own").logits(tokens), first.logits(tokens))
 
 

@@ -10,7 +10,7 @@ import transformers
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.huggingface import save_hf
-from llmq_jax.language_model import load
+from llmq_jax.model_files import load
 from tests.smollm2 import smollm2_gguf
 
 QUESTIONS = (

@@ -11,7 +11,8 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer, read_labelled
-from llmq_jax.language_model import LanguageModel, load, save, with_classifier
+from llmq_jax.language_model import LanguageModel, with_classifier
+from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
 from train.classifier import main
 

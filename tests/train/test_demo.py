@@ -95,6 +95,6 @@ def test_an_export_that_differs_is_told(tiny_demo, finished, monkeypatch):
             lm.params["final_norm"]["scale"] = lm.params["final_norm"]["scale"].at[0].add(1e-6)
         return lm
 
-    monkeypatch.setattr("llmq_jax.language_model.load", spoiled)
+    monkeypatch.setattr("llmq_jax.model_files.load", spoiled)
     code, out = tiny_demo(bound=5.0)
     assert code == 1 and "logits DIFFER" in out

@@ -197,7 +197,7 @@ def test_killed_at_twenty_moments_a_run_ends_as_if_it_had_not_been(recipe, capsy
     chance = random.Random(recipe.name)
     moments = chance.sample(MOMENTS, len(MOMENTS))
     assert len(moments) == 20
-    with Forks(f"train.{recipe.name}", "llmq_jax.language_model") as forks:
+    with Forks(f"train.{recipe.name}", "llmq_jax.model_files") as forks:
         for out in ("first", "second", "third", "fourth", "fifth"):
             if not moments:
                 break

@@ -124,7 +124,7 @@ RUN_RECIPE = Path(__file__).parent / "run_recipe.py"
 def two_processes(recipe, words, folder):
     """Ends two processes with two devices each: the model is divided in each of them, a batch between them."""
     where = f"--mesh data=2,fsdp=2 --coordinator 127.0.0.1:{free_port()} --processes 2"
-    with Forks(f"train.{recipe}", "llmq_jax.language_model") as forks:
+    with Forks(f"train.{recipe}", "llmq_jax.model_files") as forks:
         begun = []
         for number in range(2):
             more, fault = (*where.split(), "--process", number), folder / f"fault_{number}"

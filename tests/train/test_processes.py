@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forks():
-    with Forks("train.pretrain", "llmq_jax.language_model") as forks:
+    with Forks("train.pretrain", "llmq_jax.model_files") as forks:
         yield forks
 
 

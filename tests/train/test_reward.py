@@ -14,7 +14,8 @@ import llmq_jax as lq
 from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer, FileTokenizer, read_preferences, tokenize_preferences
 from llmq_jax.data.preference_batches import PreferenceBatches
-from llmq_jax.language_model import LanguageModel, load, save, with_classifier
+from llmq_jax.language_model import LanguageModel, with_classifier
+from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
 from llmq_jax.objectives.reward import model_rewards
 from train.reward import main

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.language_model import load
 from llmq_jax.layers import lora
 from llmq_jax.layers.lora import LoRA
+from llmq_jax.model_files import load
 from llmq_jax.models import Gemma3Config, GPT2Config, Llama3Config, build, init
 from llmq_jax.objectives import NextToken
 from llmq_jax.training.checkpoints import Checkpoints
