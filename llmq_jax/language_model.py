@@ -364,6 +364,8 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
         collection: {name: leaf for name, leaf in tree.items() if name in (*expected, TIED, WHOLE) and name != SCORE}
         for collection, tree in lm.variables.items()
     }
+    if own := variables.get(LORA_FIXED, {}).get(WHOLE):  # a head that came with the adapters goes, too
+        variables[LORA_FIXED][WHOLE] = {name: mark for name, mark in own.items() if name in expected}
     kernel = expected[SCORE]["kernel"]
     fresh = config.initializer_range * jax.random.normal(
         jax.random.key(whole(seed, "seed")), kernel.shape, kernel.dtype

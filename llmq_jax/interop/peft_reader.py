@@ -44,8 +44,9 @@ from llmq_jax.layers.lora import (
     from_adapters,
 )
 from llmq_jax.models import abstract_variables
+from llmq_jax.models.heads import LM_HEAD
 
-HEAD = f"{PREFIX}score.weight"
+SCORE_WEIGHT = f"{PREFIX}score.weight"
 # Fields of adapter_config.json that are read, with their types.
 FIELDS = {
     "peft_type": str,
@@ -93,11 +94,12 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
     _require_plain(folder, values)
     state = {name: np.asarray(tensor) for name, tensor in open_tensors(folder).items()}
     reader = _Reader(folder, values, state, config)
-    variables = reader.take_whole(variables)
+    variables = reader.take_embedding_and_head(variables)
     found = reader.tiny() if kind == "TINYLORA" else reader.low_rank()
     reader.check_all_read()
     if not found:
-        raise BadInput(f"{reader.file}: holds no adapter")
+        beside = " beside an embedding or a head: merge it in PEFT" if reader.replaced else ""
+        raise BadInput(f"{reader.file}: holds no adapter of a layer{beside}")
     trees = from_adapters(found)
     if reader.shared is not None:
         trees[LORA] = {TIED: {NUMBERS: jnp.asarray(reader.shared)}}
@@ -113,9 +115,9 @@ def base_of(folder: Path) -> tuple[str, int]:
     if values.get("revision") and is_hub_id(base):
         base = f"{base}@{values['revision']}"
     file = weights_file(folder)
-    score = open_tensors(folder).get(HEAD) if file.is_file() else None
+    score = open_tensors(folder).get(SCORE_WEIGHT) if file.is_file() else None
     if score is not None and len(score.shape) != 2:
-        raise BadInput(f"{file}: {HEAD} is {list(score.shape)}, and a head has two axes")
+        raise BadInput(f"{file}: {SCORE_WEIGHT} is {list(score.shape)}, and a head has two axes")
     return base, 0 if score is None else score.shape[0]
 
 
@@ -259,7 +261,7 @@ class _Reader:
                 stacklevel=2,
             )
             dropout = 0.0
-        head = ("lm_head", "kernel")
+        head = (LM_HEAD, "kernel")
         if dropout and head in parts:
             warnings.warn(
                 f"{self.folder / CONFIG}: lora_dropout={dropout} is left out at lm_head, which works within the loss",
@@ -302,7 +304,7 @@ class _Reader:
         dropout = float(self.values.get("tinylora_dropout", 0))
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
-    def take_whole(self, variables: dict[str, Any]) -> dict[str, Any]:
+    def take_embedding_and_head(self, variables: dict[str, Any]) -> dict[str, Any]:
         """Variables with the matrices that the folder holds whole in place of theirs, an adapter at the embedding added
         to it; from here on the config is that of these."""
         copies = self.values.get("modules_to_save", [])
@@ -332,13 +334,15 @@ class _Reader:
             more = f" and {len(some) - 1} more" if len(some) > 1 else ""
             hint = ""
             whole = self.values.get("modules_to_save") or ()
-            if HEAD in some:
+            if SCORE_WEIGHT in some:
                 hint = "; it is a classifier's: load it onto one (lq.with_classifier)"
+            elif self.config.labels is not None and some[0].startswith(f"{PREFIX}{LM_HEAD}."):
+                hint = "; it is a language model's head, and this is a classifier: load it onto the language model"
             elif any(f".{name}." in some[0] for name in whole):
                 hint = f"; of modules_to_save={whole} only embeddings and heads are supported: merge it in PEFT"
             elif some[0].removeprefix(PREFIX).startswith(self.beside):
                 hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
-            elif any("lora_embedding_" in name for name in self.in_file):
+            elif "lora_embedding_" in some[0] or some[0].startswith(f"{PREFIX}{module_name(self.config, EMBEDDING)}."):
                 hint = "; of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT"
             elif "lora_" in some[0]:
                 hint = ": it is an adapter of another base" + (f" ({base})" if (base := self._base()) else "")

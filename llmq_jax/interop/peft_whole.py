@@ -8,28 +8,21 @@ are the same.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.peft import PREFIX, memory_table
+from llmq_jax.layers.axes import on_host
 from llmq_jax.models import override
+from llmq_jax.models.heads import LM_HEAD, SCORE
 
-EMBEDDING, HEAD, SCORE = "token_embedding", "lm_head", "score"
-LEAVES = {EMBEDDING: "embedding", HEAD: "kernel", SCORE: "kernel"}
+EMBEDDING = "token_embedding"
+LEAVES = {EMBEDDING: "embedding", LM_HEAD: "kernel", SCORE: "kernel"}
 TWICE = ("modules_to_save", "original_module")
 """Under these names, too, PEFT saves the copy and the base's where it has both reasons to save a module."""
-
-
-class Whole(NamedTuple):
-    """A base with a folder's whole matrices in place of its own."""
-
-    config: Any
-    variables: dict[str, Any]
-    replaced: list[str]
-    """The embedding and the head, by our names, where they are others than the base's."""
 
 
 def module_name(config: Any, name: str) -> str:
@@ -50,15 +43,16 @@ def take_whole(
     copies: Sequence[str],
     config: Any,
     variables: dict[str, Any],
-) -> Whole:
-    """Take such matrices out of `state`; `in_file` has their names in the file, `copies` are the `modules_to_save`.
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """Take such matrices out of `state`, into a base: (its config, its variables, our names of what changed: embedding,
+    head). `in_file` has their names in the file, `copies` are the `modules_to_save`.
 
     BadInput: one of another base, or an embedding and a head of different numbers of tokens.
     """
     params = dict(variables["params"])
-    tied = config.labels is None and HEAD not in params
+    tied = config.labels is None and LM_HEAD not in params
     given, copied = {}, set()
-    for name in (EMBEDDING, SCORE if config.labels is not None else HEAD):
+    for name in (EMBEDDING, SCORE if config.labels is not None else LM_HEAD):
         module = module_name(config, name)
         width = params[EMBEDDING]["embedding"].shape[1]
         rows = str(params[SCORE]["kernel"].shape[1]) if name == SCORE else "v"
@@ -77,11 +71,12 @@ def take_whole(
                 state.pop(f"{PREFIX}{module}.{twice}.weight", None)
     if tied and given:  # what is no copy is the base's one matrix
         of_base = next((matrix for name, matrix in given.items() if name not in copied), params[EMBEDDING]["embedding"])
-        given = {name: given.get(name, of_base) for name in (EMBEDDING, HEAD)}
-    apart = (f"{PREFIX}{module_name(config, HEAD)}.lora_", embedding_adapter(config))
-    if tied and (any(key.startswith(apart) for key in state) or not _equal(*(given.get(n) for n in (EMBEDDING, HEAD)))):
-        given.setdefault(HEAD, params[EMBEDDING]["embedding"])
-        params[HEAD] = {"kernel": params[EMBEDDING]["embedding"].T}
+        given = {name: given.get(name, of_base) for name in (EMBEDDING, LM_HEAD)}
+    apart = (f"{PREFIX}{module_name(config, LM_HEAD)}.lora_", embedding_adapter(config))
+    adapts_one = any(key.startswith(apart) for key in state)
+    if tied and (adapts_one or not _equal(given.get(EMBEDDING), given.get(LM_HEAD))):
+        given.setdefault(LM_HEAD, params[EMBEDDING]["embedding"])
+        params[LM_HEAD] = {"kernel": params[EMBEDDING]["embedding"].T}
     replaced = []
     for name, matrix in given.items():
         if name not in params:
@@ -94,16 +89,16 @@ def take_whole(
             params[name] = {leaf: after}
             replaced += [name] if name != SCORE else []
     vocab_size = len(params[EMBEDDING]["embedding"])
-    if HEAD in params and params[HEAD]["kernel"].shape[1] != vocab_size:
+    if LM_HEAD in params and params[LM_HEAD]["kernel"].shape[1] != vocab_size:
         raise BadInput(
             f"{file}: would leave an embedding of {vocab_size} tokens beside a head of "
-            f"{params[HEAD]['kernel'].shape[1]}; save the adapter with both (save_embedding_layers=True)"
+            f"{params[LM_HEAD]['kernel'].shape[1]}; save the adapter with both (save_embedding_layers=True)"
         )
-    if (vocab_size, HEAD in params) != (config.vocab_size, HEAD in variables["params"]):
-        is_tied = config.tie_word_embeddings and HEAD not in params
+    if (vocab_size, LM_HEAD in params) != (config.vocab_size, LM_HEAD in variables["params"]):
+        is_tied = config.tie_word_embeddings and LM_HEAD not in params
         config = override(config, vocab_size=vocab_size, tie_word_embeddings=is_tied)
-    return Whole(config, {**variables, "params": params}, replaced)
+    return config, {**variables, "params": params}, replaced
 
 
 def _equal(left: Any, right: Any) -> bool:
-    return left is right or (left.shape == right.shape and bool((np.asarray(left) == np.asarray(right)).all()))
+    return left is right or (left.shape == right.shape and bool((on_host(left) == on_host(right)).all()))

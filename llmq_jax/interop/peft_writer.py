@@ -16,7 +16,7 @@ from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
-from llmq_jax.interop.peft_whole import EMBEDDING, HEAD, module_name
+from llmq_jax.interop.peft_whole import EMBEDDING, module_name
 from llmq_jax.interop.tables import in_out
 from llmq_jax.interop.tensor_files import write_json
 from llmq_jax.layers.lora import (
@@ -35,6 +35,7 @@ from llmq_jax.layers.lora import (
     factors,
     spread,
 )
+from llmq_jax.models.heads import LM_HEAD
 from llmq_jax.whole_folders import whole_folder
 
 PEFT_VERSION = "0.21.2"  # whose folders these are
@@ -82,12 +83,12 @@ def write_adapter(
         score = np.asarray(variables["params"]["score"]["kernel"])
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
     whole = {name: module_name(config, name) for name in variables[LORA_FIXED].get(WHOLE, {})}
-    if config.labels is None and EMBEDDING in whole and HEAD not in variables["params"]:
+    if config.labels is None and EMBEDDING in whole and LM_HEAD not in variables["params"]:
         # PEFT takes a copy of the embedding for one of itself alone: a head that is the same comes along.
-        whole[HEAD] = module_name(config, HEAD)
+        whole[LM_HEAD] = module_name(config, LM_HEAD)
     for name, module in whole.items():
-        has_own = name == HEAD and HEAD in variables["params"]
-        matrix = variables["params"][HEAD]["kernel"].T if has_own else variables["params"][EMBEDDING]["embedding"]
+        has_own = name == LM_HEAD and LM_HEAD in variables["params"]
+        matrix = variables["params"][LM_HEAD]["kernel"].T if has_own else variables["params"][EMBEDDING]["embedding"]
         tensors[f"{PREFIX}{module}.weight"] = np.ascontiguousarray(matrix, np.float32)
     saved = [*whole.values(), *(["score"] if config.labels is not None else [])]
     values |= _named_base(base) | {

@@ -210,7 +210,7 @@ def put(path: Sequence[str], leaf: Any) -> Array:
     return there
 
 
-def on_host(x: Array) -> np.ndarray:
+def on_host(x: Array | np.ndarray) -> np.ndarray:
     """The values of an array, whatever of it other processes hold. All of them must ask."""
     return np.asarray(x if getattr(x, "is_fully_addressable", True) else jax.jit(replicated)(x))
 

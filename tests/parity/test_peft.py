@@ -365,10 +365,14 @@ def test_whole_matrices_belong_to_their_adapters(pair_of, tmp_path):
     ours = lq.load_adapter(lm, tmp_path / "theirs")
     with pytest.raises(BadInput, match="has the embedding or the head of other adapters in place of its base's"):
         lq.load_adapter(ours, tmp_path / "theirs")
-    classifier = lq.with_classifier(ours, ("a", "b"))
-    lq.save_adapter(classifier, tmp_path / "classifier")
-    of_base = lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / "classifier")
-    jax.tree.map(np.testing.assert_array_equal, of_base.params, classifier.params)
+    with_whole(anew, {"modules_to_save": ["embed_tokens", "lm_head"]})[1].save_pretrained(tmp_path / "both")
+    for number, adapter in enumerate((ours, lq.load_adapter(lm, tmp_path / "both"))):
+        classifier = lq.with_classifier(adapter, ("a", "b"))
+        lq.save_adapter(classifier, tmp_path / f"classifier {number}")
+        of_base = lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / f"classifier {number}")
+        jax.tree.map(np.testing.assert_array_equal, of_base.params, classifier.params)
+    with pytest.raises(BadInput, match="a language model's head, and this is a classifier: load it onto the language"):
+        lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / "both")
     back = lq.unmerge(lq.merge(ours), ours)
     np.testing.assert_allclose(back.params["lm_head"]["kernel"], lm.params["lm_head"]["kernel"], atol=1e-6)
     name = "base_model.model.model.embed_tokens.weight"
@@ -630,6 +634,10 @@ def changed(folder, target, config=None, tensors=None):
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+AT_EMBEDDING = {
+    "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 61)),
+    "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((32, 2)),
+}
 
 
 @pytest.mark.parametrize(
@@ -662,11 +670,18 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (
             {},
+            lambda state: state | AT_EMBEDDING | {NAME.replace("layers.0", "layers.7"): np.zeros((3, 32))},
+            "layers.7.self_attn.q_proj.lora_A.weight has no place in this llama: it is an adapter of another base",
+        ),
+        (
+            {},
+            lambda state: AT_EMBEDDING,
+            "holds no adapter of a layer beside an embedding or a head: merge it in PEFT",
+        ),
+        (
+            {},
             lambda state: (
-                state
-                | {"base_model.model.model.embed_tokens.lora_magnitude_vector": np.zeros(61)}
-                | {"base_model.model.model.embed_tokens.lora_embedding_A": np.zeros((2, 61))}
-                | {"base_model.model.model.embed_tokens.lora_embedding_B": np.zeros((32, 2))}
+                state | AT_EMBEDDING | {"base_model.model.model.embed_tokens.lora_magnitude_vector": np.zeros(61)}
             ),
             "of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT",
         ),
