@@ -1,5 +1,6 @@
 """Token ids, one at a time, to text: what streaming and stop strings are built on."""
 
+import itertools
 from collections.abc import Sequence
 from typing import SupportsIndex
 
@@ -69,8 +70,9 @@ def decode_behind(
 
 def last_text(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, ...]:
     """Of the ids of a text the last that has a text of its own, which others may be decoded behind: none of a special
-    token, of half a character, or of a byte, which those behind it could change. () where there is none."""
-    for token in reversed(ids):
+    token, of half a character, or of a byte, which those behind it could change. Where there is none, the first of the
+    vocabulary, and () where that has none either."""
+    for token in itertools.chain(reversed(ids), range(tokenizer.vocab_size)):
         text = tokenizer.decode([token], skip_special_tokens=True)
         if text and REPLACEMENT not in text and token not in tokenizer.byte_tokens:
             return (token,)

@@ -247,11 +247,11 @@ class Request:
             raise BadInput(f"max_new_tokens={max_new_tokens} must be at least 1")
         if samples < 1:
             raise BadInput(f"samples={samples} must be at least 1")
-        behind = tuple(
-            last_text(lm.tokenizer, row) if isinstance(prompt, str) and lm.tokenizer is not None else ()
+        of_prompts = [
+            last_text(lm.tokenizer, row) if lm.tokenizer is not None and isinstance(prompt, str) and prompt else ()
             for prompt, row in zip(given, rows, strict=True)
-            for _ in range(samples)
-        )
+        ]
+        behind = tuple(each for each in of_prompts for _ in range(samples))
         if draft is not None:  # which reads prompts row by row
             rows, samples = [row for row in rows for _ in range(samples)], 1
         context = lm.config.max_position_embeddings
@@ -364,8 +364,8 @@ class Request:
         tokens, logprobs = tokens[:, : self.max_new_tokens], logprobs[:, : self.max_new_tokens]
         text = None
         if self.lm.tokenizer is not None:
-            whole = zip(tokens, lengths, self.behind, strict=True)
-            text = [self._decode(row[:length].tolist(), behind) for row, length, behind in whole]
+            rows = zip(tokens, lengths, self.behind, strict=True)
+            text = [self._decode(row[:length].tolist(), behind) for row, length, behind in rows]
             text = [t[: self.stop_position(t)] for t in text]
         counts = (0, 0)
         if isinstance(state, SpeculativeState):

@@ -244,7 +244,7 @@ def test_stop_strings_among_tokens_of_bytes(writes, before, content, stop, kept,
     assert tokens == [*start, *ids[:kept]]
 
 
-@pytest.mark.parametrize("prompt", ["x hi", "x", "x ", "x é</s>", ""])
+@pytest.mark.parametrize("prompt", ["x hi", "x", "x ", "x é</s>", "é", "</s>", ""])
 def test_a_text_goes_on_as_the_whole_is_decoded(prompt):
     """Alone the new tokens would lose the space before their first word."""
     lm = one_word_model("▁hi")
