@@ -303,7 +303,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     import numpy as np
 
     from llmq_jax.data.batching import pad
-    from llmq_jax.data.prompts import row_seeds
+    from llmq_jax.data.prompts import step_seeds
     from llmq_jax.generation import Sampler, generate
     from llmq_jax.layers.axes import replicated
     from llmq_jax.model_files import load
@@ -315,7 +315,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     if not prompts:
         return "KL to the reference: no prompt leaves room for an answer"
     drawn = generate(
-        policy, prompts, max_new_tokens=ANSWER_TOKENS, sampler=Sampler(), seed=row_seeds(options.seed, 0, len(prompts))
+        policy, prompts, max_new_tokens=ANSWER_TOKENS, sampler=Sampler(), seed=step_seeds(options.seed, 0, len(prompts))
     )
     answers = [row[:length].tolist() for row, length in zip(drawn.tokens, drawn.lengths, strict=True)]
     rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]

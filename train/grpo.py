@@ -484,10 +484,10 @@ def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> 
 def table(loop: Any, variables: dict, batch: dict) -> str:
     """A few answers to a prompt of the step, drawn anew, with their rewards (of a reward model as it was at first) and
     advantages."""
-    from llmq_jax.data.prompts import row_seeds
+    from llmq_jax.data.prompts import step_seeds
 
     prompt = loop.prompts[batch["prompts"][0]]
-    seeds = row_seeds(loop.seed, int(batch["step"]), loop.group_size, stream=100)
+    seeds = step_seeds(loop.seed, int(batch["step"]), loop.group_size, stream=100)
     answers = loop.sample(loop.policy(variables), [prompt], seeds)
     scores = loop.score(answers)
     advantages = loop.advantages(scores)

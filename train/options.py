@@ -119,6 +119,11 @@ class RecipeOptions(LoggingOptions, ComputeOptions, TrainingOptions):  # fields 
         return bool(getattr(self, "init_from", None)) and self.evaluate_every != 0
 
     @property
+    def folder(self) -> str | None:
+        """The run folder, None of a recipe that writes none."""
+        return getattr(self, "out", None)
+
+    @property
     def loss_of_parts(self) -> bool:
         """Whether the loss averages over micro-batches, so that another --accumulate makes it another one."""
         return False
@@ -188,6 +193,8 @@ def on_devices(recipe: Callable) -> Callable:
         from llmq_jax.training.run_folder import config_of_run, differences
         from llmq_jax.training.sharding import make_mesh
 
+        preview = getattr(options, "preview", False)
+        trains = not (options.layout or preview)
         if options.profile is not None:
             profiled_steps(options.profile, options.steps, "--profile")
         with joined(options.coordinator, options.processes, options.process), contextlib.ExitStack() as stack:
@@ -196,13 +203,13 @@ def on_devices(recipe: Callable) -> Callable:
             mesh = mesh_of(options)
             # Processes with other meshes would wait for one another; how many there are is what process 0 says.
             same({"mesh": mesh, "processes": options.processes}, differences)
-            # The run itself opens its folder once data and model, which may take long, have told what it is of.
-            if (out := getattr(options, "out", None)) is not None:
-                together(lambda: config_of_run(Path(out)) if first() else None)
+            if (folder := options.folder) is not None and trains:
+                # The run itself opens it once data and model, which may take long, have told what it is of.
+                together(lambda: config_of_run(Path(folder)) if first() else None)
             if mesh is not None and not options.layout:  # which needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()
-            if devices > 1 and not (mesh is not None or options.pmap or getattr(options, "preview", False)):
+            if devices > 1 and not (mesh is not None or options.pmap or preview):
                 of_prompts = hasattr(options, "prompts_per_step")
                 rows = "--prompts-per-step times --group-size" if of_prompts else "--batch-size"
                 print(

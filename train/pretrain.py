@@ -105,6 +105,10 @@ class Options(RecipeOptions, ModelOptions, DataOptions):  # dataclasses collect 
     steps: Annotated[int | None, default_is(f"{STEPS}, without --epochs")] = None
     """Updates in the whole run."""
 
+    @property
+    def folder(self) -> str:
+        return self.out or f"runs/{self.preset or 'demo'}"
+
 
 # Runs that set everything; an option given beside the preset wins over it.
 RUNS = {
@@ -163,21 +167,14 @@ def starting_options(given: dict[str, str]) -> Options:
 
 
 def main(options: Options) -> None:
-    out = run_folder(options)
-
     def next_commands(config: Any) -> Iterator[str]:
-        trained, exported = shlex.quote(out), shlex.quote(f"{out}-hf")
+        trained, exported = shlex.quote(options.folder), shlex.quote(f"{options.folder}-hf")
         yield f"llmq generate {trained} --prompt {'def' if options.data is None else 'The'}"
         yield f"llmq evaluate {trained} FILE"
         if exports(config):
             yield f"python -m convert.to_hf {trained} {exported}"
 
     pretrain(options, next_commands)
-
-
-def run_folder(options: Options) -> str:
-    """--out, or what it stands for."""
-    return options.out or f"runs/{options.preset or 'demo'}"
 
 
 @on_devices
@@ -221,7 +218,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         config = new_config(options, tokenizer.vocab_size)
     options = filled(
         options,
-        out=run_folder(options),
+        out=options.folder,
         context=context_of(options, config),
         # What comes with --init-from has a path for a name, which a new checkpoint there changes.
         tokenizer=None if options.init_from else tokenizer.name,

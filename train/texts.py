@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,11 +65,17 @@ class Streams:
 def text_sources(options: Any, *, hold_out: bool, prepared: bool = False) -> Sources:
     """Where the text of a run lies; with `prepared` tokens to learn, the text that is held out."""
     from llmq_jax.data import is_token_folder
+    from llmq_jax.data.nanogpt_tokens import is_nanogpt_folder
     from llmq_jax.data.sources import text_files
 
     def files_of(folder: str) -> list[Path]:
         if is_token_folder(folder):
             raise BadInput(f"{folder} holds tokens where text is read; give the text that they were made of")
+        if is_nanogpt_folder(folder):
+            raise BadInput(
+                f"{folder} holds nanoGPT's tokens where text is read; name its text file, or take the tokens over: "
+                f"python -m train.prepare --data {shlex.quote(folder)} --tokenizer gpt2 --out tokens"
+            )
         return text_files(folder)
 
     if prepared:

@@ -176,7 +176,7 @@ class PromptBatches:
         return int(self._orders[epoch][place])
 
 
-def row_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:
+def step_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:
     """A seed for each row of a step, of its own."""
     seeds: list[int] = np.random.SeedSequence([seed, step, stream]).generate_state(rows).tolist()
     return seeds

@@ -213,6 +213,10 @@ def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any
     found = adapters(spread(adapted))
     if any(MAGNITUDE in trained for trained, _ in found.values()):
         raise BadInput("a merged DoRA cannot be unmerged: it does not tell how long its columns were; keep the base")
+    for name in adapted.get(LORA_FIXED, {}).get(WHOLE, {}):
+        own, here = (jax.tree.map(jnp.shape, each["params"].get(name)) for each in (adapted, variables))
+        if own != here:
+            raise BadInput(f"adapters with a {name} {own}, where this model has {here}; load those of this model")
     taken_out = {path: (trained, {**fixed, SCALE: -fixed[SCALE]}) for path, (trained, fixed) in found.items()}
     return _moved(variables, taken_out) | {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
 

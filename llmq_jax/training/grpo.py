@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from llmq_jax.data.prompts import Prompt, row_seeds
+from llmq_jax.data.prompts import Prompt, step_seeds
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
@@ -156,7 +156,7 @@ class Loop:
         needed, spare = count, None  # groups that are still to be found, and a round with some that teach nothing
         for attempt in range(ROUNDS if self.dynamic_sampling else 1):
             begin = time.monotonic()
-            seeds = row_seeds(self.seed, number, count * self.group_size, attempt)
+            seeds = step_seeds(self.seed, number, count * self.group_size, attempt)
             rollout = self.sample(policy, [self.prompts[place] for place in places], seeds)
             seconds, drawn = seconds + time.monotonic() - begin, drawn + int(rollout.lengths.sum())
             scores = self.scored(state, rollout)

@@ -34,7 +34,7 @@ MARK = "run_format"
 CODE = "code"
 """Of the config: the digest of the code, which may change."""
 FORMAT = 1
-SEEN_SECONDS = 10
+SEEN_SECONDS = 60
 """Until every process must see what process 0 has written: a file system of many machines may take a moment."""
 
 

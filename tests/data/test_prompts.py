@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llmq_jax.data import ByteTokenizer, FileTokenizer
-from llmq_jax.data.prompts import PromptBatches, columns_of, read_prompts, row_seeds
+from llmq_jax.data.prompts import PromptBatches, columns_of, read_prompts, step_seeds
 from llmq_jax.errors import BadInput
 
 CHATML = (
@@ -182,9 +182,9 @@ def test_a_step_asks_the_same_whatever_was_asked_before():
 
 
 def test_every_row_draws_by_a_seed_of_its_own():
-    drawn = {(step, stream): row_seeds(7, step, 16, stream) for step in range(8) for stream in range(3)}
+    drawn = {(step, stream): step_seeds(7, step, 16, stream) for step in range(8) for stream in range(3)}
     everything = [seed for seeds in drawn.values() for seed in seeds]
     assert len(set(everything)) == len(everything)
-    assert row_seeds(7, 3, 16, 1) == drawn[3, 1]
-    assert row_seeds(8, 3, 16, 1) != drawn[3, 1]
+    assert step_seeds(7, 3, 16, 1) == drawn[3, 1]
+    assert step_seeds(8, 3, 16, 1) != drawn[3, 1]
     assert all(0 <= seed < 2**32 for seed in everything)

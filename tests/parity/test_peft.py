@@ -371,8 +371,14 @@ def test_whole_matrices_belong_to_their_adapters(pair_of, tmp_path):
         lq.save_adapter(classifier, tmp_path / f"classifier {number}")
         of_base = lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / f"classifier {number}")
         jax.tree.map(np.testing.assert_array_equal, of_base.params, classifier.params)
+    more = {name: np.ones((64, 32), np.float32) for name in ("model.embed_tokens", "lm_head")}
+    more = {f"base_model.model.{name}.weight": matrix for name, matrix in more.items()}
+    changed(tmp_path / "both", tmp_path / "longer", {}, lambda state: state | more)
     with pytest.raises(BadInput, match="a language model's head, and this is a classifier: load it onto the language"):
         lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / "both")
+    longer = lq.load_adapter(lm, tmp_path / "longer")
+    with pytest.raises(BadInput, match=r"a token_embedding .*\(64, 32\)}, where this model has .*\(61, 32\)"):
+        lq.unmerge(lm, longer)
     back = lq.unmerge(lq.merge(ours), ours)
     np.testing.assert_allclose(back.params["lm_head"]["kernel"], lm.params["lm_head"]["kernel"], atol=1e-6)
     name = "base_model.model.model.embed_tokens.weight"

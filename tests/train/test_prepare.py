@@ -150,6 +150,8 @@ def test_tokens_of_nanogpt(prepare, pretrain, monkeypatch):
     assert tokens.training.tolist() == training and tokens.validation.tolist() == held_out
     assert tokens.facts.separated and tokens.largest_id == 50256
     assert pretrain("--data", "tokens", "--out", "run", *QUIET, "--separate-documents")[0] == 0
+    code, _, err = pretrain("--data", "owt", "--out", "other", *QUIET)
+    assert code == 2 and "owt holds nanoGPT's tokens where text is read" in err and err.count("\n") == 1
 
     one = tokenizer.encode("\n".join(DOCUMENTS))
     nanogpt_folder("shakespeare", one)

@@ -510,6 +510,11 @@ def bad_files(pretrain):
     Path("full/thesis.tex").touch()
 
 
+def test_the_layout_takes_no_folder(pretrain, bad_files):
+    code, out, err = pretrain("--data", "TEXT", "--layout", "--out", "full")
+    assert (code, err) == (0, "") and "token_embedding" in out
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(pretrain, bad_files, monkeypatch, case):
     options, message = BAD[case]
