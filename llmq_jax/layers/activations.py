@@ -1,6 +1,6 @@
 """Activation functions, by the names that transformers gives them in `config.json`.
 
-All that it has are here but `prelu` and `xielu`, whose parameters are learned.
+All of transformers' functions are here except `prelu` and `xielu`, which have learned parameters.
 """
 
 import math
@@ -19,7 +19,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def gelu_exact(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU, x Φ(x) with the Gaussian's own distribution function; up to 4.7e-4 away from the tanh form."""
+    """GELU, x Φ(x) with Φ the standard normal distribution function; up to 4.7e-4 away from the tanh form."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -39,28 +39,28 @@ def gelu_quick(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def gelu_clipped(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact GELU, between -10 and 10, for integers of few bits (Wu et al. 2020, arXiv:2004.09602)."""
+    """The exact GELU clipped to [-10, 10], for low-bit integer quantisation (Wu et al. 2020, arXiv:2004.09602)."""
     return _between(-10.0, gelu_exact(x), 10.0)
 
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x, or what of 0 and 6 it is beyond."""
+    """min(max(x, 0), 6)."""
     return _between(0.0, x, 6.0)
 
 
 def leaky_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A hundredth of x where it is not positive: at 0 by torch's gradient too, where `jax.nn.leaky_relu` has 1."""
+    """x where it is positive, else 0.01 x. The gradient at 0 is 0.01, as in torch; `jax.nn.leaky_relu` has 1."""
     return jnp.where(x > 0, x, 0.01 * x)
 
 
 def _between(low: float, x: Array, high: float) -> Array:
-    """x within bounds. On them its gradient is 0, as torch's, where `jnp.clip` has 1/2."""
+    """x clipped to [low, high]. At the bounds the gradient is 0, as in torch; `jnp.clip` has 1/2."""
     return lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
 
 
 def laplace(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A Gaussian's distribution function, which meets max(x, 0)^2 and its slope at sqrt(1/2) (Ma et al. 2022, Mega,
-    arXiv:2209.10655)."""
+    """The distribution function of a normal whose mean and variance make value and slope equal those of max(x, 0)^2 at
+    x = sqrt(1/2) (Ma et al. 2022, Mega, arXiv:2209.10655)."""
     mean, deviation = math.sqrt(1 / 2), math.sqrt(1 / (4 * math.pi))
     return 0.5 * (1.0 + erf((x - mean) / (deviation * math.sqrt(2.0))))
 

@@ -1,20 +1,20 @@
 """The attention that all architectures share: `scaled_dot_product.py` under a mask of positions and segments, over the
 sequence itself or a cache.
 
-What may look at what comes from facts, never from token ids: positions (causality, windows) and segment ids (packed
-documents and padding, which is segment 0). A query sees a key of its own segment that does not lie after it and, in a
-layer with a window of W, is one of the last W, its own among them. Padding sees padding, so that no row of scores is
-ever empty and nothing becomes NaN.
+Masks are built from positions (causality, windows) and segment ids (packed documents; padding is segment 0), never from
+token ids. A query sees the keys of its own segment at its own position and before; in a layer with a window of W, only
+those at the last W positions, its own included. Padding sees padding, so that no row of scores is ever empty and
+nothing becomes NaN.
 
-A sequence looks at itself in one of four ways, equal in values and gradients, with and without a window:
+Self-attention has four implementations, equal in values and gradients, with and without a window:
 
-- plain: the formula as it is written (`attend`) under a mask, with JAX's own gradient; a cache is read so too;
-- masked: all T x T scores and a mask over them as well, with a gradient by hand, in fewer passes over the scores;
-- blocked: blocks of queries that meet only keys that some of them may see; in layers with a window, linear in T in time
-  and in memory, forward and back (`window_attention.py`);
-- fused: the accelerator's own kernel, which forms no scores in memory.
+- plain: the formula as it is written (`attend`) under a mask, with JAX's own gradient; it reads caches too;
+- masked: all T x T scores under a mask as well, with a hand-written gradient, in fewer passes over the scores;
+- blocked: blocks of queries, each scored only against keys that some of its queries may see; in layers with a window,
+  linear in T in time and in memory, forward and backward (`window_attention.py`);
+- fused: the accelerator's own kernel, which never stores the scores in memory.
 
-Projections give [B, T, heads, H]; products over positions want heads before positions. Queries, keys and values are
+Projections give [B, T, heads, H]; products over positions need heads before positions. Queries, keys and values are
 transposed once on the way in and the result once on the way out (caches hold keys and values in that order already):
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
@@ -37,38 +37,39 @@ from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
 from llmq_jax.layers.window_attention import window_block, window_blocks
 
 IMPLEMENTATIONS = ("auto", "plain", "masked", "blocked", "fused")
-# What "auto" takes, by backend: (in layers without a window, in layers with one). Where the fused kernel cannot run, it
-# takes ELSEWHERE's. ("plain", "plain") has a formula that you change in `attend` run everywhere (docs/attention.md).
+# What "auto" chooses, by backend: (in layers without a window, in layers with one). On other backends, and where the
+# fused kernel cannot run, it chooses ELSEWHERE. To run a formula that you change in `attend` everywhere, write
+# ("plain", "plain") for your backend (docs/attention.md).
 AUTOMATIC = {"cpu": ("blocked", "blocked"), "gpu": ("fused", "fused")}
 ELSEWHERE = ("masked", "blocked")
-# Blocks that a sequence is cut into without a window. Each is compiled apart, so there are few; and below a certain
-# length a block costs more than the masked part that it skips.
+# Into how many blocks a sequence is cut in layers without a window: few, because each is compiled separately. Below
+# the shortest length, a block costs more than the masked scores that it skips.
 QUERY_BLOCKS = 4
 SHORTEST_QUERY_BLOCK = 64
-# A sequence of no more windows than this is cut as one without a window, which is then as fast.
+# A sequence no longer than this many windows is cut as in layers without a window, which is then as fast.
 FEW_WINDOWS = 2
 
 
 class Context(struct.PyTreeNode):
-    """Where the tokens of a batch stand; the same for all layers."""
+    """Positions, segments and rotations of a batch's tokens; the same for all layers."""
 
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None = None
     """0 is padding; the documents packed into a row are numbered 1, 2, ... None: one document, nothing padded."""
     rotation: Rotation | None = None
-    """How RoPE turns queries and keys at these positions, in architectures that have it."""
+    """RoPE's rotation of queries and keys at these positions, in architectures that have it."""
     local_rotation: Rotation | None = None
-    """The same in layers with a window, where these have frequencies of their own."""
+    """The rotation in layers with a window, if they have frequencies of their own."""
     implementation: str = struct.field(pytree_node=False, default="auto")
-    """How a sequence looks at itself: one of `IMPLEMENTATIONS`."""
+    """How self-attention is computed: one of `IMPLEMENTATIONS`."""
 
 
 class Choice(NamedTuple):
-    """An implementation."""
+    """The implementation that `choose` selects."""
 
     name: str
     obstacle: str | None = None
-    """Why it is not the fused one, where "auto" would take that and it cannot run."""
+    """Why the fused kernel cannot run, where "auto" would have chosen it; otherwise None."""
 
 
 def attention(
@@ -85,11 +86,12 @@ def attention(
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
     **others: Any,
 ) -> tuple[Float[Array, "B T N V"], Any]:
-    """What a block calls: attention to the sequence itself and to what its cache holds: (mixed values, cache).
+    """What a block calls: attention to the sequence itself and to the tokens in its cache. Returns (mixed values,
+    cache).
 
-    `others` go to `attend` as they are: what a formula of yours reads beside the scores, such as a learned sink. Only
-    "plain" knows of them, so that "auto" takes it; BadInput for another implementation by name, and for one that looks
-    like a slip for an argument that there is.
+    `others` are passed to `attend` unchanged: further inputs of a formula of yours, such as a learned sink. "plain"
+    alone supports them, so "auto" becomes "plain"; BadInput if another implementation is named, or if a keyword looks
+    like a misspelling of an existing argument.
     """
     if others:
         _refuse_misspelt(others)
@@ -115,7 +117,8 @@ def attention(
 
 
 def _refuse_misspelt(names: Iterable[str]) -> None:
-    """BadInput for a keyword that nothing on the way to `attend` takes, nor `attend`, and that is close to one."""
+    """BadInput for a keyword that neither `attend` nor a function that calls it takes, but that resembles one of
+    theirs."""
     ways = (signature(way).parameters.values() for way in (attention, self_attention, plain_attention, attend))
     taken = list(chain.from_iterable(ways))
     known = dict.fromkeys(each.name for each in taken if each.kind is each.KEYWORD_ONLY)
@@ -139,9 +142,9 @@ def self_attention(
 ) -> Float[Array, "B N T V"]:
     """Causal attention of a sequence to itself, as `context.implementation` says; `others` are for "plain" alone.
 
-    Within a segment positions must rise by 1 or more from place to place (by exactly 1 for "fused" with a window), as
-    in every batch here. Blocks and kernels skip by place, the mask goes by position: so nothing that the mask shows is
-    skipped. Implementations may differ in padding, and draw dropout differently.
+    Within a segment, positions must rise by at least 1 from token to token (by exactly 1 for "fused" with a window), as
+    they do in every batch here. Blocks and kernels skip keys by their index in the row, masks go by position: with
+    rising positions no visible key is skipped. Implementations may differ at padding, and draw dropout differently.
     """
     if dropout_rate == 0.0:
         dropout_key = None
@@ -183,9 +186,9 @@ def plain_attention(
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
     **options: Any,
 ) -> Float[Array, "B N T V"]:
-    """All that attention="plain" computes, of a sequence's own keys and of those in a cache: `attend` under one mask.
-    `positions` and `segments` are those of queries and of keys; the slots of a cache that hold nothing stand after all
-    queries."""
+    """All that attention="plain" computes, on a sequence's own keys or on those in a cache: `attend` under one mask.
+    `positions` and `segments` are pairs, (of queries, of keys); empty slots of a cache have positions after all
+    queries, so that none sees them."""
     query_segments, key_segments = segments or (None, None)
     mask = visible(*positions, query_segments, key_segments, window)
     return attend(query, key, value, mask, dropout_key=dropout_key, **options)
@@ -208,8 +211,8 @@ def choose(
     heads: tuple[int, int] = (1, 1),
     device: Any = None,
 ) -> Choice:
-    """The implementation that is meant by a name, "auto" among them; `heads` are those of queries and of keys, where a
-    mesh may divide them. BadInput: there is none, or it cannot run."""
+    """The implementation to run for a name, which may be "auto"; `heads` are the numbers of query and of key heads,
+    which a mesh may divide. BadInput: the name is unknown, or it is "fused" and that cannot run."""
     check_implementation(name)
     device = device or jax.devices()[0]
     windowed, automatic = window is not None, name == "auto"
@@ -233,7 +236,8 @@ def _automatic(device: Any, windowed: bool) -> str:
 
 
 def reads_plainly(name: str, windowed: bool) -> bool:
-    """Whether a cache is read by the formula as it is written. All other names read it alike, whatever can run here."""
+    """Whether a cache is read by the formula as it is written ("plain"). All other implementations read it in one and
+    the same way, whether or not they can run here."""
     return (_automatic(jax.devices()[0], windowed) if name == "auto" else name) == "plain"
 
 
@@ -247,7 +251,8 @@ def query_blocks(
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
     **options: Any,
 ) -> Float[Array, "B N T V"]:
-    """Blocks of queries that skip the keys after them, written out: the upper triangle of scores is never computed."""
+    """An unrolled loop over blocks of queries, each scored against the keys up to its own end: scores above the blocks
+    on the diagonal are never computed."""
     length = query.shape[2]
     outputs = []
     for start in range(0, length, block):
@@ -283,9 +288,9 @@ def _mix(
 
 
 def _fused(query: Array, key: Array, value: Array, context: Context, scale: float, window: int | None) -> Array:
-    """cuDNN's flash attention. Its window counts places in the row, which in a segment is as good as positions. Its
-    values are as wide as its keys: narrower ones (MLA's) are filled up with zeros, which mix to zeros. Its masks are of
-    rows of an even length: an odd one gets a token of padding, which the others do not see."""
+    """cuDNN's flash attention. Its window counts tokens of the row, which within a segment equals positions. It needs
+    values as wide as keys: narrower ones (MLA's) are padded with zeros, which are cut off the result. Its masks need
+    rows of even length: an odd row gets one token of padding, which the others do not see."""
     segments, length, width = context.segment_ids, query.shape[2], value.shape[-1]
     value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
     if segments is not None and length % 2:

@@ -1,18 +1,18 @@
 """Which devices hold which part of an array: one table for the parameters of every architecture, and for activations.
 
-A mesh of devices has four axes, of which most have one device:
+A mesh of devices has four axes; those not in use have one device:
 
     data      data parallelism: rows of the batch are divided, parameters are replicated
     fsdp      rows are divided, and each parameter is too; it is gathered where it is used (ZeRO stage 3: Rajbhandari
               et al. 2020, arXiv:1910.02054)
-    expert    expert parallelism: rows are divided, and so are the experts, to which tokens travel (Lepikhin et al.
-              2020, arXiv:2006.16668)
+    expert    expert parallelism: rows are divided, and so are the experts; tokens are sent to the devices of their
+              experts (Lepikhin et al. 2020, arXiv:2006.16668)
     tensor    tensor parallelism: the same rows for all; heads and hidden units of each layer are divided (Shoeybi et
               al. 2019, arXiv:1909.08053)
 
-Dimensions have names (the "logical axes" of T5X and MaxText), and mesh axes divide a name (`AXES`). What a parameter's
-dimensions are is told by the module that holds it, never by its rank. Models name the dimensions of activations
-(`constrain`) and know no mesh axes; without a mesh (`jax.set_mesh`) names do nothing.
+Dimensions have names (the "logical axes" of T5X and MaxText), and `AXES` says which mesh axes divide a name. The names
+of a parameter's dimensions depend on the module that holds it, never on its rank. Models name the dimensions of
+activations (`constrain`) and know no mesh axes; without a mesh (`jax.set_mesh`) names do nothing.
 """
 
 import math
@@ -39,8 +39,8 @@ AXES = {
     "expert": (EXPERT,),
 }
 
-# The dimensions of a kernel or an embedding, by the module that holds it; a bias has all but the first. Along "parts"
-# stand matrices that are one array for speed.
+# The dimensions of a kernel or an embedding, by the module that holds it; a bias has all but the first. "parts" is the
+# axis along which several matrices are stored as one array, for speed.
 MODULES = {
     "token_embedding": ("vocabulary", "embed"),
     "position_embedding": (None, "embed"),
@@ -62,7 +62,7 @@ MODULES = {
     "lm_head": ("embed", "vocabulary"),
     "score": ("embed", None),
 }
-# Of what stands stacked over experts, by its own name.
+# The dimensions of parameters that are stacked over experts, by the parameter's own name.
 EXPERTS = {
     "up_kernel": ("expert", "embed", "parts", "hidden"),
     "up_bias": ("expert", "parts", "hidden"),
@@ -72,8 +72,8 @@ EXPERTS = {
 
 
 def dimensions(path: Sequence[str]) -> tuple[str | None, ...]:
-    """The names of a parameter's dimensions, the stacks in front of them left out; () for what every device has whole:
-    norms, adapters, and whatever else is small. BadInput where the path is a matrix's that no table knows."""
+    """The names of a parameter's dimensions, without leading stack axes; () for what is replicated on every device:
+    norms, adapters and other small parameters. BadInput for the path of a matrix that no table lists."""
     module, name = ("", *path)[-2:]
     if name in EXPERTS:
         return EXPERTS[name]
@@ -87,14 +87,14 @@ def dimensions(path: Sequence[str]) -> tuple[str | None, ...]:
 def partition_spec(
     path: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int], names: Sequence[str | None] | None = None
 ) -> PartitionSpec:
-    """How a parameter, or an array whose last dimensions have these `names`, is divided by the axes of a mesh, of these
-    sizes. A dimension that its axes do not divide stays whole."""
+    """How the axes of a mesh, with these sizes, divide a parameter, or an array whose last dimensions have these
+    `names`. A dimension that its axes do not divide evenly stays whole."""
     names = dimensions(path) if names is None else names
     stacked = len(shape) - len(names)
-    if stacked < 0:  # of an optimizer that keeps less than a number for each of the parameter's
+    if stacked < 0:  # optimizer state with fewer dimensions than its parameter
         return PartitionSpec()
     axes = [*(None,) * stacked, *(_axes_of(name, n, sizes) for name, n in zip(names, shape[stacked:], strict=True))]
-    while axes and axes[-1] is None:  # as the compiler writes it: the same program for what it gave
+    while axes and axes[-1] is None:  # the compiler's own form: its outputs, fed back, compile no second program
         axes.pop()
     return PartitionSpec(*axes)
 
@@ -107,8 +107,8 @@ def _axes_of(name: str | None, size: int, sizes: Mapping[str, int]) -> Any:
 
 
 def axis_sizes() -> dict[str, int]:
-    """Devices along each axis of the mesh that is set; {} without one, and among the replicas of `jax.pmap`, whose mesh
-    is not ours."""
+    """Number of devices along each axis of the current mesh; {} without one, and inside `jax.pmap`, whose axis is not
+    one of ours."""
     return {name: size for name, size in jax.sharding.get_abstract_mesh().shape.items() if name in MESH_AXES}
 
 
@@ -118,8 +118,8 @@ def _constrained(x: Array, spec: PartitionSpec) -> Array:
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """A sharding constraint on an activation: its dimensions, which have these names, are divided as `AXES` says. Names
-    at the end may be left out."""
+    """A sharding constraint on an activation whose dimensions have these names: `AXES` says how they are divided.
+    Trailing names may be left out."""
     sizes = axis_sizes()
     if not sizes:
         return x
@@ -128,20 +128,21 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 def row_devices(sizes: Mapping[str, int]) -> int:
-    """How many parts the axes of a mesh cut a batch into."""
+    """How many parts a mesh with axes of these sizes divides a batch into."""
     return math.prod(sizes[axis] for axis in AXES["batch"])
 
 
 def row_groups(rows: int) -> int:
-    """In how many equal parts so many rows of a batch lie on the mesh: 1 where none is set, or they lie everywhere."""
+    """Into how many equal parts the current mesh divides this many rows of a batch: 1 without a mesh, or where the rows
+    cannot be divided evenly."""
     sizes = axis_sizes()
     groups = row_devices(sizes) if sizes else 1
     return groups if rows % groups == 0 else 1
 
 
 def by_group(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of arrays that have `row_groups` in front, for each group alone: what it sums over rows stays apart,
-    on the devices that have these rows. One group takes the function as it is."""
+    """`function` applied to each group separately, on arrays with a leading axis of `row_groups`: sums over rows stay
+    separate, on the devices that hold these rows. A single group skips the vmap."""
 
     def apply(*arrays: Any) -> Any:
         if len(jax.tree.leaves(arrays)[0]) > 1:
@@ -153,8 +154,8 @@ def by_group(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def constrain_like_params(tree: Any) -> Any:
-    """A sharding constraint on a tree of parameters, or of what has their shapes, as an optimizer's moments have: each
-    leaf is divided as its parameter is."""
+    """A sharding constraint on a tree of parameters, or of arrays with their shapes, such as an optimizer's moments:
+    each leaf is divided as its parameter is."""
     sizes = axis_sizes()
     if not sizes:
         return tree
@@ -166,13 +167,14 @@ def constrain_like_params(tree: Any) -> Any:
 
 
 def in_use(names: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The dimensions of a parameter that stay divided where it meets activations: not those that only save memory."""
+    """The dimensions of a parameter that stay divided when it multiplies activations; those divided over fsdp alone,
+    only to save memory, become None."""
     return tuple(None if AXES.get(name or "") == (FSDP,) else name for name in names)
 
 
 def gathered_over_fsdp(tree: Any) -> Any:
-    """Parameters gathered over fsdp, as products take them: once, before a loop. Their gradients are constrained to the
-    parameters' own division, so that the sum over devices can be a reduce-scatter."""
+    """Parameters gathered over fsdp, as products need them: once, before a loop. Their gradients are constrained to the
+    parameters' own sharding, so that the sum over devices can be a reduce-scatter."""
     sizes = axis_sizes()
     if not sizes:
         return tree
@@ -192,14 +194,14 @@ def gathered_over_fsdp(tree: Any) -> Any:
 
 
 def sharding_of(path: Sequence[str], leaf: Any) -> NamedSharding:
-    """Where a parameter, or its shape, lies on the mesh that is set."""
+    """The sharding of a parameter, or of its shape, on the current mesh."""
     mesh = jax.sharding.get_mesh()
     return NamedSharding(mesh, partition_spec(path, leaf.shape, dict(mesh.shape)))
 
 
 def put(path: Sequence[str], leaf: Any) -> Array:
-    """A parameter where it belongs: where a mesh is set, each part straight on the devices that have it. Several
-    processes have the same one each, which is not compared, or one that lies on all of them."""
+    """A parameter on its devices: with a mesh, each part goes directly to the devices that hold it. Several processes
+    each pass the same whole array (which is not checked), or all pass one global array."""
     sharding = sharding_of(path, leaf) if axis_sizes() else None
     there: Array
     if jax.process_count() == 1 or sharding is None or (isinstance(leaf, Array) and not leaf.is_fully_addressable):
@@ -211,12 +213,12 @@ def put(path: Sequence[str], leaf: Any) -> Array:
 
 
 def on_host(x: Array | np.ndarray) -> np.ndarray:
-    """The values of an array, whatever of it other processes hold. All of them must ask."""
+    """The whole array on the host, even if other processes hold parts of it; then all of them must call this."""
     return np.asarray(x if getattr(x, "is_fully_addressable", True) else jax.jit(replicated)(x))
 
 
 def replicated(tree: Any) -> Any:
-    """A tree of small arrays, whole on every device of the mesh: any process can read them."""
+    """A tree of small arrays, replicated on every device of the mesh: any process can read them."""
     if not axis_sizes():
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), tree)

@@ -1,27 +1,27 @@
 """Caches for decoding, of keys and values or of the latents that these are made of: one per layer, explicit arguments
 and results.
 
-Every kind of cache offers the same operations, of what it holds: keys and values, or in `LatentCache` latents.
+Every kind of cache has the same operations on what it holds: keys and values, or latents in `LatentCache`.
 
     cache = Kind.create(...)                                        empty, of a given length
-    cache = cache.write(*held, positions, segment_ids)              at the given position of each row
-    *held, key_positions = cache.read()                             all slots, and the position that each stands for
+    cache = cache.write(*held, positions, segment_ids)              at the given positions of each row
+    *held, key_positions = cache.read()                             all slots, and the position of each
     cache = cache.extend(length)                                    more slots
 
-Those of keys and values have one more:
+Caches of keys and values have one more:
 
-    cache, (keys, values, key_positions) = cache.update(...)        write, and what the tokens written may look at
+    cache, (keys, values, key_positions) = cache.update(...)        write, then all that the new tokens may attend to
 
 Tokens of segment 0 are padding and are not written. Nothing records how many slots are filled. Attention masks by
-position, a token is written before it looks, and a row is written in order, so that whatever stands beyond a row's
-position (tokens of a rejected draft) is invisible until it is overwritten: to roll back is to write at an earlier
+position, a token is written before it attends, and a row is written in order. So whatever is stored beyond a row's
+position (tokens of a rejected draft) is invisible until it is overwritten, and rolling back is writing at an earlier
 position.
 
-Keys are held with features before slots: so the product of a few queries with them needs no transposed copy, which
-would take as long as the product.
+Keys are stored with features before slots: their product with a few queries then needs no transposed copy, which would
+take as long as the product.
 
-`empty` is a fact of the program, not of the data: True from `create` to the first `write`. A sequence that is read into
-an empty cache has only itself to look at.
+`empty` is static, a fact of the compiled program: True from `create` to the first `write`. A sequence that is written
+to an empty cache attends only to itself.
 """
 
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
 NOWHERE = int(np.iinfo(np.int32).max)
-"""The position of a slot that holds nothing: after all queries."""
+"""The position of an empty slot: after all queries, so that none sees it."""
 
 
 class FullCache(struct.PyTreeNode):
@@ -71,10 +71,10 @@ class FullCache(struct.PyTreeNode):
 
 
 class LatentCache(struct.PyTreeNode):
-    """What all heads make their keys and values of (multi-head latent attention); slot = position.
+    """The latents from which all heads form their keys and values (multi-head latent attention); slot = position.
 
-    For each token its latent and, beside it, the rotated key that all heads share: C features in all, once in place of
-    once for each head.
+    For each token the latent, followed by the rotated key that all heads share: C features, stored once instead of once
+    per head.
     """
 
     latents: Float[Array, "*L B S C"]
@@ -105,8 +105,8 @@ class LatentCache(struct.PyTreeNode):
 class RingCache(struct.PyTreeNode):
     """Keys and values of the last positions, for a layer with a window; slot = position modulo the number of slots.
 
-    `lookahead` slots beyond the window let as many tokens be taken back: a rejected draft has then overwritten only
-    keys that are outside the window of whatever comes next.
+    `lookahead` slots beyond the window allow a rollback of that many tokens: a rejected draft has then overwritten only
+    keys outside the window of every token that follows.
     """
 
     keys: Float[Array, "*L B K H S"]
@@ -136,8 +136,8 @@ class RingCache(struct.PyTreeNode):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "RingCache":
-        """Of more tokens than slots, each row's last ones are kept. In a cache that never wraps, every position of the
-        request has a slot of its own; positions beyond, which only drafts reach, are dropped."""
+        """If there are more tokens than slots, each row's last ones are kept. In a cache that never wraps, every
+        position of the request has a slot of its own; positions beyond, which only drafts reach, are dropped."""
         count, real = self.positions.shape[1], _real(positions, segment_ids)
         if self.never_wraps:
             slots = jnp.where(real, positions, NOWHERE)
@@ -162,8 +162,8 @@ class RingCache(struct.PyTreeNode):
         cache = self.write(keys, values, positions, segment_ids)
         if self.never_wraps or positions.shape[1] <= self.lookahead + 1:
             return cache, cache.read()
-        # The last of so many tokens overwrite keys that the first still see. So all look at the ring as it was before,
-        # without what a rejected draft left there at their own positions or later, and at each other.
+        # With so many tokens, the last overwrite keys that the first still see. So all attend to the ring as it was
+        # before (without what a rejected draft left there at their own positions or later) and to each other.
         real = _real(positions, segment_ids)
         added = jnp.where(real, positions, NOWHERE)
         held = jnp.where(self.positions < added.min(axis=1, keepdims=True), self.positions, NOWHERE)
@@ -174,8 +174,8 @@ class RingCache(struct.PyTreeNode):
         )
 
     def extend(self, length: int) -> "RingCache":
-        """The same cache for `length` positions in all. Only one with fewer than window + lookahead slots grows: it has
-        never wrapped."""
+        """The same cache for `length` positions in all. Only a cache with fewer than window + lookahead slots grows,
+        and such a cache has never wrapped."""
         slots = min(length, self.window + self.lookahead)
         more = [(0, 0)] * (self.positions.ndim - 1) + [(0, slots - self.positions.shape[-1])]
         return self.replace(
@@ -201,7 +201,7 @@ def _put(
     values: Float[Array, "B K T H"],
     slots: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]:
-    """Each token in its slot; those whose slot does not exist are dropped."""
+    """Write each token to its slot; tokens whose slot does not exist are dropped."""
     rows = jnp.arange(keys.shape[0])[:, None, None]
     heads = jnp.arange(keys.shape[1])[None, :, None]
     slots = slots[:, None, :]

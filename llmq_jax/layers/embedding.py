@@ -18,15 +18,15 @@ class Embedding(nn.Module):
     dtype: Dtype | None = None
     """Type to compute in; None computes in the table's own type."""
     scale: float | None = None
-    """A factor of the vectors that are looked up, not of the head; it is rounded to the table's own type first."""
+    """Multiplies the vectors that are looked up, not the head's scores; it is rounded to the table's type first."""
     rows: str | None = "vocabulary"
-    """What its rows are, by which a mesh divides them; None are rows that every device has."""
+    """Name of the rows' dimension, by which a mesh divides them (`axes.AXES`); None replicates them."""
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        # Of whole vectors, or a mesh would look parts of them up and put them together.
+        # Features are gathered first: otherwise each device would look up parts of vectors, to be joined afterwards.
         rows = constrain(self.embedding, self.rows)[ids]
         if self.scale is not None:
             rows = rows * jnp.asarray(self.scale, rows.dtype)

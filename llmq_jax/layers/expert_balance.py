@@ -1,19 +1,19 @@
 """Keeping experts evenly loaded: what a router reports, and the losses and the bias that follow from it.
 
-A router tends to send everything to few experts, which then learn all the more. Three remedies:
+A router tends to send most tokens to a few experts, which then learn even more. Three remedies:
 
-- losses that punish imbalance, added to the objective: `load_balance` (per layer, or pooled over layers), by sequence,
-  by device, and on the size of the router's logits (`router_z`);
+- losses that penalise imbalance, added to the objective: `load_balance` (per layer, or pooled over layers), `sequence`,
+  `device`, and `router_z`, on the size of the router's logits;
 - a bias on the scores, for selection only, moved after each step against the load: no loss, no gradient
   (`moved_bias`; Wang et al. 2024, arXiv:2408.15664);
 - noise on the logits (`Experts.noise`).
 
-E experts, k of them chosen by each of n tokens, c_e assignments to expert e, p_e(t) the router's probability:
+With E experts, of which each of n tokens chooses k, c_e assignments to expert e, and p_e(t) the router's probability:
 
     f_e = c_e / n, or c_e / (k n)      P_e = Σ_t p_e(t) / n      loss = E Σ_e f_e P_e
 
-With the division by k the loss is 1 where the load is even, without it k. Gradients flow through P alone. Padding
-counts nowhere.
+For an even load the loss is 1 with the division by k, and k without it. Gradients flow through P alone. Padding is
+counted nowhere.
 """
 
 import math
@@ -33,16 +33,16 @@ BIAS_UPDATES = ("sign", "proportional")
 
 @dataclass(frozen=True)
 class Balance:
-    """Coefficients of the losses that are added in training, and the speed of the bias. 0: without."""
+    """Coefficients of the losses that are added in training, and the update speed of the bias. 0 turns each off."""
 
     load_balance: float = 0.0
     """Coefficient of E Σ f P in each layer (Fedus et al. 2021, arXiv:2101.03961, eq. 4; DeepSeekMoE, arXiv:2401.06066,
     eq. 12), averaged over layers."""
     pooled: bool = False
-    """Whether f and P of `load_balance` are over the tokens of all layers together, as transformers' Mixtral has it, in
-    place of layer by layer."""
+    """Whether `load_balance` takes f and P over the tokens of all layers together, as transformers' Mixtral does,
+    instead of per layer."""
     divide_by_top_k: bool = True
-    """Whether f of `load_balance` is c / (k n); False is c / n, as transformers has it: the loss is then k times as
+    """Whether f of `load_balance` is c / (k n). False is c / n, as in transformers, which makes the loss k times as
     large."""
     router_z: float = 0.0
     """Coefficient of the mean square of the logits' logsumexp (ST-MoE, arXiv:2202.08906, eq. 5), averaged over
@@ -55,9 +55,9 @@ class Balance:
     devices: int = 1
     """D, the number of groups of experts that `device` balances: one for each device that has experts."""
     bias_rate: float = 0.0
-    """What the bias for selection moves by after each step."""
+    """How far the bias for selection moves after each step (γ of DeepSeek-V3, section 2.1.2)."""
     bias_update: str = "sign"
-    """How the bias moves: by the "sign" of mean load - own load, or "proportional" to that difference over the mean."""
+    """How the bias moves: by the "sign" of (mean load - own load), or "proportional" to (mean - own) / mean."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,10 +82,10 @@ class Balance:
 class RouterReport(struct.PyTreeNode):
     """What a layer's router did with the real tokens of a batch: sums, which add over batches and devices.
 
-    Layers that are run by a scan stack theirs, on a leading axis.
+    Layers that run in a scan stack theirs on a leading axis.
     """
 
-    # Leaves are Any: shapes stand in the places of arrays, too.
+    # Any, because leaves may be shapes as well as arrays.
     assigned: Any
     """int32 [E]: assignments to each expert."""
     dropped: Any
@@ -126,7 +126,7 @@ def report(
 
 
 def all_layers(counts: dict[str, Any]) -> RouterReport | None:
-    """The reports of all layers with experts, from the first to the last, of the counts of a pass through a decoder."""
+    """The reports of all layers with experts, from first to last, out of the counts that a decoder's pass returns."""
     groups = []
     for blocks in counts.values():
         reports = [block["router"] for block in blocks.values() if "router" in block]
@@ -138,7 +138,7 @@ def all_layers(counts: dict[str, Any]) -> RouterReport | None:
 
 
 def balance_losses(reports: RouterReport, balance: Balance, top_k: int) -> dict[str, Float[Array, ""]]:
-    """The losses that have a coefficient, before it, from the reports of all layers [L, ...]."""
+    """The losses whose coefficient is not 0, not yet multiplied by it, from the reports of all layers [L, ...]."""
     tokens = jnp.maximum(reports.tokens, 1)
     count = reports.assigned.shape[-1]
     losses = {}
@@ -180,6 +180,6 @@ def moved_bias(bias: Float[Array, "*L E"], assigned: Int[Array, "*L E"], balance
 
 
 def max_violation(assigned: Int[Array, "*L E"]) -> Float[Array, "*L"]:
-    """How far the fullest expert is above the mean load, as a part of it: 0 is even (arXiv:2408.15664, eq. 4)."""
+    """(largest load - mean load) / mean load over experts: 0 is even (arXiv:2408.15664, eq. 4)."""
     mean = jnp.maximum(assigned.mean(-1), jnp.finfo(jnp.float32).tiny)
     return (assigned.max(-1) - mean) / mean

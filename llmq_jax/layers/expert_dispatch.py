@@ -1,13 +1,12 @@
 """Tokens to their experts and back: one call, four implementations that give the same values and gradients.
 
-- dense: every expert on every token; what was not chosen counts nothing. The reference.
-- blocks: assignments sorted by expert and cut into blocks, none of which meets two experts: a loop over as many blocks
-  as there are, so that the work goes with the assignments, not with the experts (after Gale et al. 2022, MegaBlocks,
-  arXiv:2211.15841). Nothing is dropped.
-- capacity: a fixed number of slots for each expert, filled in the order of the tokens; what finds none is dropped and
-  counted (GShard, arXiv:2006.16668, section 2.2).
-- ragged: `jax.lax.ragged_dot` on the sorted assignments, which some backends lower to every expert's work for every
-  token.
+- dense: every expert on every token; outputs of experts that were not chosen get weight 0. The reference.
+- blocks: assignments are sorted by expert and cut into blocks of one expert each; a loop runs over these blocks, so
+  that the work grows with the assignments, not with the experts (after Gale et al. 2022, MegaBlocks, arXiv:2211.15841).
+  Nothing is dropped.
+- capacity: a fixed number of slots for each expert, filled in the order of the tokens; assignments that find no free
+  slot are dropped and counted (GShard, arXiv:2006.16668, section 2.2).
+- ragged: `jax.lax.ragged_dot` on the sorted assignments, for which some backends compute every expert on every token.
 
 An assignment is a (token, choice) pair: M tokens with k choices each have A = M · k of them. The id E stands for no
 expert (padding): such assignments are sorted last, cost nothing and give zero.
@@ -28,20 +27,20 @@ from llmq_jax.errors import BadInput, did_you_mean
 
 IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
 AUTOMATIC = "blocks"
-"""What "auto" takes: on a CPU the fastest, or nearly, from one token to thousands, of 8 experts or 64 (docs/moe.md)."""
-# A block is as long as one of these numbers of steps; a step is about a quarter of an expert's mean load. The half
-# steps around that mean (4) let most experts do with one block of little padding. Steps are multiples of SHORTEST_STEP,
-# which suits matrix products, and at most LONGEST_STEP, beyond which these get no faster.
+"""What "auto" means: on a CPU the fastest, or nearly, from one token to thousands, of 8 experts or 64 (docs/moe.md)."""
+# The length of a block is one of BLOCK_STEPS times a step, which is about 1 / STEPS_OF_MEAN of an expert's mean load.
+# The half steps around that mean (4) let most experts fit into one block with little padding. Steps are multiples of
+# SHORTEST_STEP, which suits matrix products, and at most LONGEST_STEP, beyond which these get no faster.
 BLOCK_STEPS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = (1, 2, 3, 3.5, 4, 4.5, 5, 6, 8), 4, 16, 128
 
 
 class ExpertWeights(struct.PyTreeNode):
-    """Stacked over experts: two linear layers with an activation between them.
+    """Two linear layers with an activation between them, stacked over experts.
 
     P is 2 in gated experts (the gate, then what it multiplies) and 1 in plain ones.
     """
 
-    # Leaves are Any: gradients of one expert alone, shapes and shardings stand in the places of arrays, too.
+    # Any, because leaves may also be the gradients of a single expert, shapes or shardings.
     up: Any
     """[E, D, P, F]."""
     down: Any
@@ -62,11 +61,11 @@ Activation = Callable[[Float[Array, "*rows P F"]], Float[Array, "*rows F"]]
 
 @dataclass(frozen=True)
 class Exchange:
-    """Devices that own equal parts of the experts, in order; each calls `dispatch` with its own tokens and experts."""
+    """For devices that own equal parts of the experts, in order; each calls `dispatch` with its tokens and experts."""
 
     devices: int
     all_to_all: Callable[[Any], Any]
-    """On [devices, ...]: part i goes to device i, and what device i sent here takes its place."""
+    """On [devices, ...]: part i is sent to device i and replaced by what device i sent here."""
 
 
 def dispatch(
@@ -81,8 +80,8 @@ def dispatch(
 ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
     """(Σ over choices of weight · expert(x), the number of dropped assignments).
 
-    `capacity` is slots an expert. With an `exchange`, ids count through the experts of all devices, and what is
-    dropped is so where the expert is.
+    `capacity` is the number of slots per expert. With an `exchange`, ids number the experts of all devices, and dropped
+    assignments are counted on the device of their expert.
     """
     name = choose(implementation)
     if name == "dense":
@@ -93,9 +92,9 @@ def dispatch(
     assignments = ids.size
 
     def own_experts(rows: Array, ids: Array, sizes: Array) -> tuple[Array, Array]:
-        """Rows sorted by our own experts, through them: (rows, the number of dropped ones)."""
+        """Pass rows sorted by expert through this device's experts: (rows, the number of dropped ones)."""
         if name == "blocks":
-            # As many assignments as are ours come to our experts, on average, of all that devices have room for.
+            # `rows` has room for all devices' assignments; on average as many arrive as this device's tokens have.
             lengths = block_lengths(assignments, len(sizes))
             return in_blocks(rows, experts, sizes, activation, lengths), jnp.zeros((), jnp.int32)
         if name == "ragged":
@@ -118,9 +117,9 @@ def dispatch(
 def _on_owners(
     rows: Float[Array, "A D"], sizes: Int[Array, " E"], exchange: Exchange, own_experts: Callable[..., Any]
 ) -> tuple[Float[Array, "A D"], Int[Array, ""]]:
-    """Sorted rows to the devices that own their experts, through these, and back.
+    """Send sorted rows to the devices that own their experts, apply these, and send the results back.
 
-    Nothing is dropped on the way: each device has room for all rows of each other one, and computes those that came.
+    Nothing is dropped in transit: each device has room for all rows of every other, and computes those that arrived.
     """
     count = len(rows)
     sizes = sizes.reshape(exchange.devices, -1)
@@ -129,7 +128,7 @@ def _on_owners(
     place = starts[:, None] + jnp.arange(count)
     parts = jnp.where((place < ends[:, None])[..., None], rows[jnp.minimum(place, count - 1)], 0)  # [devices, A, D]
     received, their_sizes = exchange.all_to_all(parts), exchange.all_to_all(sizes)
-    # Theirs are sorted too: a row's expert follows from its place. What is no row gets an id past our experts.
+    # Received rows are sorted too: a row's index tells its expert. Empty places get an id past this device's experts.
     ids = (jnp.arange(count)[:, None] >= jnp.cumsum(their_sizes, 1)[:, None]).sum(-1).reshape(-1)
     order, inverse = _sorted(ids)
     ours = _reorder(received.reshape(-1, rows.shape[1]), order, inverse)
@@ -152,13 +151,13 @@ def check_implementation(name: str) -> None:
 
 
 def choose(name: str) -> str:
-    """The implementation that is meant by a name, "auto" among them."""
+    """The implementation to run for a name, which may be "auto"."""
     check_implementation(name)
     return AUTOMATIC if name == "auto" else name
 
 
 def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
-    """Rows of the blocks of `in_blocks`, from the shortest to the longest."""
+    """The lengths, in rows, that blocks of `in_blocks` may have, ascending."""
     wanted = -(-assignments // (num_experts * STEPS_OF_MEAN * SHORTEST_STEP)) * SHORTEST_STEP
     step = min(wanted, LONGEST_STEP)
     return tuple(dict.fromkeys(min(int(step * count), assignments) for count in BLOCK_STEPS))
@@ -224,19 +223,19 @@ def in_blocks(
     activation: Activation,
     lengths: tuple[int, ...],
 ) -> Float[Array, "A D"]:
-    """Rows sorted by expert, `sizes[e]` of them for each, through their experts; zero for the rows after these.
+    """Pass rows sorted by expert, `sizes[e]` of them for expert e, through their experts; rows after these give zero.
 
-    An expert's rows are cut into blocks of the greatest length, and what is left into the shortest that holds it. Such
-    a block may read on into the next expert's rows, and what it writes, filled up to the greatest length, runs over
-    theirs: blocks go in order, so that the next one overwrites it. Weights are read block by block, those of idle
-    experts never.
+    An expert's rows are cut into blocks of the greatest length; the remainder gets the shortest block that holds it.
+    That block may read into the next expert's rows, and its output, padded to the greatest length, covers theirs:
+    blocks run in order, so that the next one overwrites it. Weights are read block by block, those of idle experts
+    never.
     """
     return _through_blocks(rows, experts, sizes, activation, lengths)[0]
 
 
 def _plan(sizes: Int[Array, " E"], rows: int, lengths: tuple[int, ...]) -> tuple[Array, dict[str, Array]]:
-    """(the number of blocks; for each of as many as there may be: its expert, the index of its length, its first row,
-    how many are real)."""
+    """(the number of blocks; for each of the most blocks that there may be: its expert, the index of its length, its
+    first row, the number of its own rows)."""
     longest = lengths[-1]
     blocks = -(-sizes // longest)
     ends = jnp.cumsum(blocks)
@@ -255,7 +254,8 @@ def _plan(sizes: Int[Array, " E"], rows: int, lengths: tuple[int, ...]) -> tuple
 def _blocks_forward(
     rows: Any, experts: Any, sizes: Any, activation: Activation, lengths: tuple[int, ...]
 ) -> tuple[Array, tuple[Any, ...]]:
-    """With `symbolic_zeros` arguments come as (value, perturbed): weights that are not perturbed get no gradient."""
+    """With `symbolic_zeros` arguments come as (value, perturbed): frozen weights are not perturbed, and no gradient is
+    computed for them."""
     learns = {
         name: getattr(experts, name)
         for name in WEIGHTS
@@ -282,15 +282,15 @@ def _through_blocks(
     by_length = [partial(_block_forward, activation=activation, length=n, longest=longest) for n in lengths]
 
     def one_block(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        before, mixed = carry
+        preactivations, mixed = carry
         block = jax.tree.map(lambda leaf: leaf[i], plan)
         up, down = jax.lax.switch(block["length"], by_length, block, padded, experts)
-        return _put(before, up, block["start"]), _put(mixed, down, block["start"])
+        return _put(preactivations, up, block["start"]), _put(mixed, down, block["start"])
 
     empty = jnp.zeros((len(padded), parts * hidden), rows.dtype), jnp.zeros_like(padded)
-    before, mixed = jax.lax.fori_loop(0, count, one_block, empty)
+    preactivations, mixed = jax.lax.fori_loop(0, count, one_block, empty)
     mixed = jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], mixed[: len(rows)], 0)
-    return mixed, (padded, before, experts, count, plan)
+    return mixed, (padded, preactivations, experts, count, plan)
 
 
 def _block_forward(
@@ -302,7 +302,7 @@ def _block_forward(
     length: int,
     longest: int,
 ) -> tuple[Float[Array, "longest _"], Float[Array, "longest D"]]:
-    """(what the activation is given, what the expert gives) of a block of `length` rows, filled up to the longest."""
+    """(pre-activations, the expert's outputs) of a block of `length` rows, both padded to the longest."""
     width, parts, hidden = experts.up.shape[1:]
     expert, start = block["expert"], block["start"]
     rows = _cut(padded, start, length)
@@ -323,7 +323,7 @@ def _block_forward(
 def _blocks_backward(
     activation: Activation, lengths: tuple[int, ...], saved: tuple[Any, ...], grad: Any
 ) -> tuple[Array, ExpertWeights, None]:
-    padded, before, experts, count, plan, learns = saved
+    padded, preactivations, experts, count, plan, learns = saved
     longest = lengths[-1]
     grad = jnp.zeros_like(padded) if _is_zero(grad) else jnp.pad(grad, ((0, longest), (0, 0)))
     options: dict[str, Any] = {"activation": activation, "learns": tuple(learns), "longest": longest}
@@ -332,7 +332,7 @@ def _blocks_backward(
     def one_block(i: Array, carry: tuple[Array, dict[str, Any]]) -> tuple[Array, dict[str, Any]]:
         row_grad, weights_grad = carry
         block = jax.tree.map(lambda leaf: leaf[i], plan)
-        back, own = jax.lax.switch(block["length"], by_length, block, padded, before, grad, experts)
+        back, own = jax.lax.switch(block["length"], by_length, block, padded, preactivations, grad, experts)
         weights_grad = jax.tree.map(lambda total, part: total.at[block["expert"]].add(part), weights_grad, own)
         return _put(row_grad, back, block["start"]), weights_grad
 
@@ -345,7 +345,7 @@ def _blocks_backward(
 def _block_gradients(
     block: dict[str, Array],
     padded: Array,
-    before: Array,
+    preactivations: Array,
     grad: Array,
     experts: ExpertWeights,
     *,
@@ -354,13 +354,13 @@ def _block_gradients(
     length: int,
     longest: int,
 ) -> tuple[Float[Array, "longest D"], dict[str, Any]]:
-    """(gradient of a block's rows, filled up to the longest; those of the weights named in `learns`, in float32)."""
+    """(gradient of a block's rows, padded to the longest; gradients of the weights named in `learns`, in float32)."""
     width, parts, hidden = experts.up.shape[1:]
     expert, start = block["expert"], block["start"]
     real = (jnp.arange(length) < block["real"])[:, None]
     down_grad = jnp.where(real, _cut(grad, start, length), 0)
-    activated, pull_back = jax.vjp(activation, _cut(before, start, length).reshape(length, parts, hidden))
-    # (W gradᵀ)ᵀ: of the two transposes that a product with Wᵀ may cost, the small ones.
+    activated, pull_back = jax.vjp(activation, _cut(preactivations, start, length).reshape(length, parts, hidden))
+    # grad Wᵀ, formed as (W gradᵀ)ᵀ: XLA then transposes the small arrays, not W.
     activated_grad = (experts.down[expert] @ down_grad.T).T
     own: dict[str, Any] = {}
     if "down" in learns:
@@ -471,6 +471,6 @@ def _in_slots(
 
 
 def slots_each(factor: float, assignments: int, num_experts: int) -> int:
-    """Slots of an expert: `factor` times what each would get if all got as many, and no more than there are in all.
-    `assignments` are those of padding too (Fedus et al. 2021, arXiv:2101.03961, eq. 3): a shape cannot tell them."""
+    """Slots per expert: `factor` times an equal share of the assignments, and at most all of them (Fedus et al. 2021,
+    arXiv:2101.03961, eq. 3). `assignments` include those of padding, because shapes cannot depend on the data."""
     return min(int(np.ceil(factor * assignments / num_experts)), assignments)

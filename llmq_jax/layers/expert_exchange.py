@@ -1,6 +1,6 @@
 """Experts on a mesh: each device sorts its own tokens, and sends them to the devices that have their experts.
 
-Without the compiler's help, by `jax.shard_map`: left to itself it would sort the tokens of all devices on each.
+Written by hand with `jax.shard_map`: the compiler alone would sort the tokens of all devices on each device.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ def dispatch_on_mesh(
     implementation: str = "auto",
     capacity_factor: float | None = None,
 ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
-    """`dispatch` on whatever mesh is set, and without one; equal on all, but for what "capacity" drops: a device's
-    experts have slots by the tokens that come from the devices along the axis of experts."""
+    """`dispatch` on the current mesh, or without one. Results are equal on every mesh, except for what "capacity"
+    drops: an expert's slots are a share of the tokens on the devices along the expert axis, not of the whole batch."""
     sizes = axis_sizes()
     count = experts.up.shape[0]
 
@@ -51,7 +51,7 @@ def dispatch_on_mesh(
             all_to_all = partial(jax.lax.all_to_all, axis_name=EXPERT, split_axis=0, concat_axis=0, tiled=True)
             exchange = Exchange(devices, all_to_all)
         if by_hidden and experts.down_bias is not None:
-            # Each device adds its part, and psum adds up the parts.
+            # Every device along the tensor axis adds the bias, and psum below adds these up.
             experts = experts.replace(down_bias=experts.down_bias / sizes[TENSOR])
         room = slots(ids.size * devices)
         mixed, dropped = dispatch(x, ids, weights, experts, activation, implementation, room, exchange)
@@ -65,7 +65,7 @@ def dispatch_on_mesh(
 
 
 def _spec(name: str, leaf: Any, sizes: Mapping[str, int]) -> Any:
-    """Of weights where they meet their tokens: whole along "embed", which was divided to save memory."""
+    """The partition of weights that multiply tokens: gathered along "embed", which is divided only to save memory."""
     if leaf is None:
         return None
     if name in _LOW_RANK:

@@ -12,15 +12,15 @@ from llmq_jax.layers.recomputation import recomputed
 class MLP(nn.Module):
     """Two linear layers with an activation between them (Vaswani et al. 2017, arXiv:1706.03762, eq. 2).
 
-    `gated`: three, `down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, eq. 6), which is SwiGLU with
-    `activation="silu"`, GeGLU with one of the GELUs.
+    `gated`: three layers, `down(activation(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202, eq. 6), which is SwiGLU
+    with `activation="silu"`, GeGLU with one of the GELUs.
     """
 
     intermediate_size: int
     activation: str
     kernel_init: Initializer
     down_init: Initializer
-    """Draws the kernel of "down", whose output is added to the stream."""
+    """Initialises the kernel of "down", whose output is added to the residual stream."""
     dtype: Dtype | None = None
     use_bias: bool = True
     gated: bool = False

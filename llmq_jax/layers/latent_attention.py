@@ -1,28 +1,28 @@
 """Multi-head latent attention (MLA; DeepSeek-AI 2024, "DeepSeek-V2", arXiv:2405.04434, section 2.1).
 
-Keys and values of all heads are made of one short latent vector per token, and that is all a cache keeps of them:
+The keys and values of all heads are formed from one short latent vector c_t per token. A cache holds c_t and r_t alone:
 
     c_t = norm(W_down x_t)            latent, R features                             eq. 9
     [k_t; v_t] = W_up c_t             each head's keys and values                    eq. 10, 11
     r_t = RoPE(W_rotary x_t)          one rotated key, which all heads share         eq. 15
-    q_t = [content; RoPE(rotary)]     queries, of x_t or of a latent of their own    eq. 12 to 14
+    q_t = [content; RoPE(rotary)]     queries, from x_t or a latent of their own     eq. 12 to 14
 
-The paper's matrices, by the names of the modules here (each gives what stands in brackets in one product, as in
-DeepSeek's checkpoints):
+The paper's matrices, by the names of the modules here (the matrices in brackets are one product, as in DeepSeek's
+checkpoints):
 
     latent_down   [W^DKV; W^KR]       W_down and W_rotary
     latent_up     [W^UK; W^UV]        W_up
     query_down    W^DQ
-    query_up      [W^UQ; W^QR]        `query` where queries are made of x_t
+    query_up      [W^UQ; W^QR]        named `query` where queries are formed from x_t
     out           W^O
 
-A head's score is q · [k; r]. RoPE has features of its own: a rotation between q and W_up, another one for each
-distance, could not be absorbed (section 2.1.3). Attention is computed in one of two forms:
+A head's score is q · [k; r]. RoPE has features of its own because a rotation between q and W_up, different for each
+distance, would keep W_up from being absorbed (section 2.1.3). Attention is computed in one of two forms:
 
-- expanded (training, prompts): keys and values are formed, and attention is that of any other model;
-- absorbed (decoding): q · W_up c = (W_upᵀ q) · c, and the mixed values W_up Σ w c = Σ w (W_up c). So queries meet the
-  latents themselves, as the one head of keys and values of multi-query attention, and nothing is expanded (section
-  2.1.2). Not with attention="plain", which forms all keys and values of the latents in the cache.
+- expanded (training, prompts): each head's keys and values are formed, and attention is that of any other model;
+- absorbed (decoding): q · W_up c = (W_upᵀ q) · c, and the mixed values W_up Σ w c = Σ w (W_up c). So queries attend to
+  the latents themselves, as to the single head of keys and values of multi-query attention, and nothing is expanded
+  (section 2.1.2). With attention="plain", decoding is expanded too: from the latents in the cache.
 """
 
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ from llmq_jax.layers.scaled_dot_product import visible
 
 @dataclass(frozen=True)
 class LatentSizes:
-    """What latent attention is made of; transformers' names in brackets."""
+    """The sizes of latent attention; transformers' names in brackets."""
 
     num_heads: int
     query_rank: int | None
-    """Features of the latent that queries are made of; None makes them of x (q_lora_rank)."""
+    """Features of the latent from which queries are formed; None forms them from x (q_lora_rank)."""
     latent_rank: int
-    """Features of the latent that keys and values are made of (kv_lora_rank)."""
+    """Features of the latent from which keys and values are formed (kv_lora_rank)."""
     content_width: int
     """Features of a head's queries and keys that are not rotated (qk_nope_head_dim)."""
     rotary_width: int
@@ -63,18 +63,18 @@ class LatentSizes:
 
     @property
     def cached_width(self) -> int:
-        """Features that a cache keeps of a token."""
+        """Features that a cache holds per token."""
         return self.latent_rank + self.rotary_width
 
 
 class LatentAttention(nn.Module):
-    """Biases: `use_bias` of the down projections and the output, `up_bias` of those that make heads."""
+    """`use_bias` gives biases to the down projections and the output, `up_bias` to the projections that form heads."""
 
     sizes: LatentSizes
     scale: float
     """What scores are multiplied by."""
     interleaved: bool
-    """Whether RoPE's pairs are neighbours (DeepSeek), or stand half a head apart."""
+    """Whether RoPE rotates pairs of neighbouring features (DeepSeek), or of features half a head apart."""
     use_bias: bool
     up_bias: bool
     epsilon: float
@@ -88,7 +88,7 @@ class LatentAttention(nn.Module):
         self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         assert context.rotation is not None
-        s, turn, linear = self.sizes, context.rotation.apply, self.linear
+        s, rotate, linear = self.sizes, context.rotation.apply, self.linear
         latent_down = linear(s.cached_width, "latent_down", self.use_bias)
         heads = (s.num_heads, s.key_width)
         if s.query_rank is None:
@@ -98,10 +98,10 @@ class LatentAttention(nn.Module):
             query = RMSNorm(self.epsilon, name="query_norm")(query)
             query = linear(heads, "query_up", self.up_bias)(query)
         content, rotary = jnp.split(query, [s.content_width], axis=-1)
-        rotary = turn(rotary, self.interleaved)
+        rotary = rotate(rotary, self.interleaved)
         latent, shared_key = jnp.split(down, [s.latent_rank], axis=-1)
         latent = RMSNorm(self.epsilon, name="latent_norm")(latent)
-        shared_key = turn(shared_key[:, :, None], self.interleaved)  # [B, T, 1, rotary]
+        shared_key = rotate(shared_key[:, :, None], self.interleaved)  # [B, T, 1, rotary]
 
         if cache is not None:
             stored = jnp.concatenate([latent, shared_key[:, :, 0]], axis=-1)
@@ -127,7 +127,7 @@ class LatentAttention(nn.Module):
         shared_key: Float[Array, "B T 1 _"],
         context: Context,
     ) -> Float[Array, "B T N V"]:
-        """Attention of the sequence to itself, with each head's keys and values formed of the latents."""
+        """Attention of the sequence to itself, with each head's keys and values formed from the latents."""
         return self_attention(
             *self.expand(content, rotary, latent, shared_key),
             context,
@@ -139,7 +139,7 @@ class LatentAttention(nn.Module):
     def expanded_from(
         self, cache: LatentCache, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context
     ) -> Float[Array, "B T N V"]:
-        """The same of what a cache holds: attention="plain"."""
+        """The same from the latents in a cache, for attention="plain"."""
         latents, places = cache.read()
         latent, shared_key = jnp.split(latents.astype(content.dtype), [self.sizes.latent_rank], axis=-1)
         query, key, value = self.expand(content, rotary, latent, shared_key[:, :, None])
@@ -152,7 +152,7 @@ class LatentAttention(nn.Module):
         latent: Float[Array, "B S R"],
         shared_key: Float[Array, "B S 1 _"],
     ) -> tuple[Float[Array, "B N T H"], Float[Array, "B N S H"], Float[Array, "B N S V"]]:
-        """Queries, and the keys and values that are formed of latents, with heads before positions."""
+        """Queries, and the keys and values formed from latents, with heads before positions."""
         s = self.sizes
         up = self.linear((s.num_heads, s.content_width + s.value_width), "latent_up", self.up_bias)(latent)
         keys, values = jnp.split(up, [s.content_width], axis=-1)
@@ -164,7 +164,8 @@ class LatentAttention(nn.Module):
     def absorbed(
         self, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context, cache: LatentCache
     ) -> Float[Array, "B T N V"]:
-        """Attention to the latents in a cache, without the keys' bias: it adds the same to all scores of a query."""
+        """Attention to the latents in a cache. The keys' bias is left out: it adds the same to all scores of a query,
+        which the softmax cancels."""
         s = self.sizes
         up = merge(dict(self.variables))["params"]["latent_up"]
         kernel = flat_by_output(up).astype(content.dtype).reshape(s.num_heads, -1, s.latent_rank)
@@ -184,10 +185,11 @@ class LatentAttention(nn.Module):
 def attend_to_latents(
     query: Float[Array, "B T N C"], latents: Float[Array, "B S C"], mask: Bool[Array, "B T S"], scale: float
 ) -> Float[Array, "B T N C"]:
-    """Multi-query attention in which keys and values are the same: of the result, the part of values is meant."""
+    """Multi-query attention with the cached features as keys and as values. The first R features of the result are the
+    mixed latents; the rest, mixed rotated keys, is of no use."""
     batch, length, heads, width = query.shape
     rows = query.reshape(batch, length * heads, width)
-    # (C qᵀ)ᵀ: of the two transposes that a product with Cᵀ may cost, the small ones.
+    # q Cᵀ, formed as (C qᵀ)ᵀ: XLA then transposes the small arrays, not C.
     scores = jnp.einsum("bsc,bmc->bsm", latents, rows, preferred_element_type=jnp.float32).mT
     scores = jnp.where(mask[:, :, None], scores.reshape(batch, length, heads, -1) * scale, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(latents.dtype).reshape(batch, length * heads, -1)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
 
 KERNEL, KERNEL_BY_OUTPUT, JOINED_KERNELS = "kernel", "kernel_by_output", "joined_kernels"
-# Layers of one input, under the names that attention and feed-forward networks give them.
+# Layers that share one input, by their names in attention and in feed-forward networks.
 SIDE_BY_SIDE = (
     ("query", "key", "value"),
     ("query", "latent_down"),
@@ -25,7 +25,7 @@ SIDE_BY_SIDE = (
 
 
 class JoinedKernels(struct.PyTreeNode):
-    """What a layer holds in place of its kernel where `by_output` has joined those of several layers."""
+    """What a layer holds in place of its kernel once `by_output` has joined the kernels of several layers."""
 
     kernels: Float[Array, "out D"]
     """The kernels of all these layers, one array that each of them refers to."""
@@ -60,7 +60,7 @@ class Linear(nn.Module):
         product: Float[Array, "..."] | None = None,
         batch: tuple[int, ...] | None = None,
     ) -> Float[Array, "..."]:
-        """`product`: x W, where `side_by_side` has formed it already. `batch`: the leading shape of the result, where x
+        """`product` is x W, if `side_by_side` has computed it already. `batch` is the leading shape of the result, if x
         comes as rows [M, D]."""
         features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
         y = self.times_kernel(x, features) if product is None else product
@@ -74,7 +74,7 @@ class Linear(nn.Module):
 
     @nn.nowrap
     def times_kernel(self, x: Float[Array, "*batch D"], features: tuple[int, ...]) -> Float[Array, "M ..."]:
-        """x W, by whichever layout of W the parameters have."""
+        """x W, whichever layout of W the parameters hold."""
         params = self.variables.get("params", {})
         if holds_by_output(params):
             return _product(x, flat_by_output(params), 1, self.dtype)
@@ -87,7 +87,8 @@ class Linear(nn.Module):
 
     @nn.nowrap
     def adapt(self, x: Float[Array, "*batch D"], y: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
-        """y = x W with what the adapter adds. Of kernels by output none has one: `lora.merge` comes before."""
+        """y = x W plus what the adapter adds. Kernels in the layout of `by_output` have no adapters: `lora.merge` runs
+        before."""
         adapter: dict[str, Any] = {name: self.get_variable(name, KERNEL) for name in (LORA, LORA_FIXED)}
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
         rows = x.reshape(-1, x.shape[-1])
@@ -95,7 +96,7 @@ class Linear(nn.Module):
 
 
 def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype | None) -> Float[Array, "B ..."]:
-    """x times a kernel, over its features and an axis of the kernel."""
+    """x times a kernel: x's features are contracted with this axis of the kernel."""
     dtype = dtype or kernel.dtype
     # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the kernel's
     # gradient (1.2 times the time of a whole training step).
@@ -104,11 +105,11 @@ def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype
 
 
 def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[Array, "..."], ...]:
-    """`linear(x)` for each. Kernels that `by_output` has joined are one product, split afterwards."""
+    """`linear(x)` of each layer. Kernels that `by_output` has joined take one product, which is split afterwards."""
     first = linears[0]
     joined: JoinedKernels | None = first.get_variable("params", JOINED_KERNELS)
     if joined is None or joined.names != tuple(linear.name for linear in linears):
-        rows = x.reshape(-1, x.shape[-1])  # one array, that the backward pass keeps once for all
+        rows = x.reshape(-1, x.shape[-1])  # flattened here, so that the backward pass keeps one copy for all layers
         return tuple(linear(rows, batch=x.shape[:-1]) for linear in linears)
     ends = np.cumsum([np.prod(linear.features) for linear in linears])
     products = jnp.split(_product(x, joined.kernels, 1, first.dtype), ends[:-1], axis=1)
@@ -119,12 +120,12 @@ def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[A
 
 
 def by_output(variables: dict[str, Any]) -> dict[str, Any]:
-    """The same variables with every `Linear`'s kernel as (out, in): each output reads a run of memory.
+    """The same variables with every `Linear`'s kernel as (out, in): each output reads contiguous memory.
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
-    (in, out); several rows 1.4 times as slowly. Kernels of layers that are called `SIDE_BY_SIDE` become one: one
-    product of 1 MB and more where small ones would wait for each other's threads. Layers of these names that are called
-    one by one, each with its own input, take their own rows of it.
+    (in, out); several rows 1.4 times as slowly. Kernels of layers that `SIDE_BY_SIDE` lists together are joined: one
+    product of 1 MB or more replaces small ones, which would wait for each other's threads. Layers of these names that
+    are called one by one, each with its own input, use their own rows of the joined kernel.
     """
     tree = {name: by_output(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
     if KERNEL in tree:
@@ -147,7 +148,7 @@ def holds_by_output(params: Mapping[str, Any]) -> bool:
 
 
 def flat_by_output(params: Mapping[str, Any]) -> Float[Array, "out D"]:
-    """The kernel of a `Linear`'s parameters, however they hold it."""
+    """The kernel of a `Linear` as (out, in), whichever layout its parameters hold."""
     if JOINED_KERNELS in params:
         own: Array = params[JOINED_KERNELS].own
         return own

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what a weight matrix learns beside itself, while it stays as it is.
+"""Low-rank adapters: a frozen weight matrix W learns an update of low rank, which is stored beside it.
 
     y = x W + s · x A B           LoRA: A [D, R], B [R, F] train              Hu et al. 2021, arXiv:2106.09685, eq. 3
     s = alpha / R                 alpha / √R with rsLoRA                      Kalajdzievski 2023, arXiv:2312.03732
@@ -8,10 +8,10 @@
     M = Σᵢ vᵢ Pᵢ                  TinyLoRA: v alone trains, Pᵢ are random     Morris et al. 2026, arXiv:2602.04118
                                   A = U √Σ, B = √Σ Vᵀ
 
-All of it is a transformation of a model's variables, which no architecture's file knows of. Two collections mirror the
-paths of `params`, with a dict of factors where a matrix is: `lora` holds what trains, `lora_fixed` what does not (the
-scale s, the rate of dropout, fixed factors). The linear layer adds the product when it finds them at its path, and so
-do stacked experts (`expert_dispatch`): W gets no gradient, and no product of its size is formed.
+Adapters are added by transforming a model's variables; no architecture's file knows of them. Two collections mirror the
+paths of `params`, with a dict of factors in the place of each matrix: `lora` holds what trains, `lora_fixed` what does
+not (the scale s, the rate of dropout, fixed factors). The linear layer adds the update when it finds factors at its
+path, and so do stacked experts (`expert_dispatch`): W gets no gradient, and A B is never formed.
 
 Factors of stacked layers are stacked like their matrices; layers without an adapter have the scale 0 there.
 """
@@ -35,9 +35,10 @@ from llmq_jax.layers.axes import on_host
 LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
 TIED = "tied"
-"""Where `lora` keeps the numbers v that all matrices share."""
+"""The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
-"""Where `lora_fixed` names what came with the adapters in place of the base's own: an embedding, a head."""
+"""The entry of `lora_fixed` that names parameters which came whole with the adapters, in place of the base's own: an
+embedding, a head."""
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 
@@ -59,7 +60,7 @@ class LoRA:
     use_rslora: bool = False
     """Whether alpha is divided by the root of the rank in place of the rank (rsLoRA; use_rslora)."""
     dropout: float = 0.0
-    """Part of the features of x that the update does not see in training (lora_dropout)."""
+    """Rate of dropout on the update's input in training (lora_dropout)."""
     numbers: int | None = None
     """TinyLoRA: length of v (u); None is 64."""
     tied: bool = False
@@ -108,8 +109,8 @@ def adapted(
     fixed: dict[str, Any],
     dropout_key: Any = None,
 ) -> Float[Array, "M *features"]:
-    """y = x W with what the adapter at W makes of it. A DoRA's norm is taken for a constant in gradients (section 4.3
-    of its paper)."""
+    """The output of the adapted layer, from y = x W. DoRA's norm is a constant in gradients (section 4.3 of its
+    paper)."""
     if DROPOUT in fixed and dropout_key is not None:
         keep = 1.0 - fixed[DROPOUT]
         x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep.astype(x.dtype), 0)
@@ -117,15 +118,15 @@ def adapted(
     low = x.astype(y.dtype) @ first.astype(y.dtype)
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
-        # In float32: near 1, where all of them start, bfloat16 has too few numbers for what m learns.
-        y = (y * _stretch(kernel, first, last, trained, fixed)).astype(y.dtype)
+        # In float32: near 1, where all these ratios start, bfloat16 is too coarse for what m learns.
+        y = (y * _magnitude_ratio(kernel, first, last, trained, fixed)).astype(y.dtype)
     return y
 
 
 @jax.custom_vjp
 def raised(low: Float[Array, "M R"], last: Float[Array, "R F"]) -> Float[Array, "M F"]:
-    """The product with B. Its gradient is formed as lowᵀ grad, R rows: JAX forms (gradᵀ low)ᵀ, F rows of the few
-    columns R, which XLA's CPU backend does several times as slowly."""
+    """low B. The gradient of B is formed as lowᵀ grad, with R rows: JAX would form (gradᵀ low)ᵀ, with F rows and only R
+    columns, which XLA's CPU backend computes several times as slowly."""
     return low @ last
 
 
@@ -151,18 +152,18 @@ def factors(trained: dict[str, Any], fixed: dict[str, Any]) -> tuple[Float[Array
     return first, (middle @ flat).reshape(scaled.shape)
 
 
-def _stretch(kernel: Array, first: Array, last: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
-    """m / ‖W + A B‖ of each column, which is 1 in layers without an adapter."""
+def _magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
+    """DoRA's m / ‖V‖ of each column of V = W + A B, with s contained in B; 1 in layers without an adapter."""
     stack = first.ndim - 2
     columns = jax.lax.stop_gradient(_column_norms(kernel, first, last))
-    stretch = trained[MAGNITUDE].reshape(columns.shape) / columns
+    ratio = trained[MAGNITUDE].reshape(columns.shape) / columns
     scale = fixed[SCALE].reshape(fixed[SCALE].shape + (1,) * (columns.ndim - fixed[SCALE].ndim))
-    return jnp.where(scale == 0, 1.0, stretch).reshape(*kernel.shape[:stack], *kernel.shape[stack + 1 :])
+    return jnp.where(scale == 0, 1.0, ratio).reshape(*kernel.shape[:stack], *kernel.shape[stack + 1 :])
 
 
 def _column_norms(kernel: Array, first: Array, last: Array) -> Float[Array, "*stack F"]:
-    """‖W + A B‖ of each column. ‖w + A b‖² = ‖w‖² + 2 (Aᵀ w) · b + b · (Aᵀ A b), without the product A B. Above 0 also
-    where a column is of zeros: it is divided by."""
+    """‖W + A B‖ of each column: ‖w + A b‖² = ‖w‖² + 2 (Aᵀ w) · b + b · (Aᵀ A b), without forming A B. Kept above 0,
+    also for a column of zeros, because it is a divisor."""
     stack = first.ndim - 2
     w, a = _matrices(kernel, stack), first.astype(jnp.float32)
     b = _matrices(last, stack)
@@ -174,7 +175,7 @@ def _matrices(leaf: Array, stack: int) -> Float[Array, "*stack D F"]:
     return leaf.astype(jnp.float32).reshape(*leaf.shape[: stack + 1], -1)
 
 
-# What becomes of variables.
+# Transformations of variables with adapters.
 
 
 def adapters(variables: dict[str, Any]) -> dict[Path, tuple[dict[str, Any], dict[str, Any]]]:
@@ -188,7 +189,7 @@ def adapters(variables: dict[str, Any]) -> dict[Path, tuple[dict[str, Any], dict
 
 
 def from_adapters(found: dict[Path, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """The two collections of such adapters."""
+    """The two collections, from what `adapters` returns."""
     trees: dict[str, dict[Path, Any]] = {LORA: {}, LORA_FIXED: {}}
     for path, pair in found.items():
         for tree, leaves in zip(trees.values(), pair, strict=True):
@@ -197,16 +198,17 @@ def from_adapters(found: dict[Path, tuple[dict[str, Any], dict[str, Any]]]) -> d
 
 
 def merge(variables: dict[str, Any]) -> dict[str, Any]:
-    """The same model without adapters: W + s A B in W's place, formed in float32 and rounded to W's type, which in
-    bfloat16 may be a good part of a small update."""
+    """The same model without adapters: W + s A B in W's place, formed in float32 and rounded to W's type. In bfloat16
+    the rounding may lose a good part of a small update."""
     return _moved(variables, adapters(variables))
 
 
 def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any]:
-    """The way back, to rounding: the adapters of `adapted` are taken out of `variables`, and stand beside them.
+    """The inverse of `merge`, up to rounding: the adapters of `adapted` are subtracted from the matrices of `variables`
+    and put beside them.
 
-    BadInput for DoRA: merged matrices do not tell how long the columns of W + s A B were; for `variables` that have
-    adapters beside their matrices, so that none were merged, and for those of another model.
+    BadInput for DoRA, because merged matrices do not tell the norms of the columns of W + s A B; for `variables` whose
+    adapters are not merged; and for those of another model.
     """
     if LORA in variables:
         raise BadInput("this model has adapters beside its matrices, so that they are not merged; merge them first")
@@ -246,11 +248,11 @@ def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Ar
     total = _matrices(kernel, stack) + first.astype(jnp.float32) @ _matrices(last, stack)
     total = total.reshape(kernel.shape)
     if MAGNITUDE in trained:
-        total *= jnp.expand_dims(_stretch(kernel, first, last, trained, fixed), stack)
+        total *= jnp.expand_dims(_magnitude_ratio(kernel, first, last, trained, fixed), stack)
     return total.astype(kernel.dtype)
 
 
-# Where new ones come from.
+# Fresh adapters.
 
 
 def add(
@@ -260,10 +262,10 @@ def add(
     aliases: Mapping[str, Collection[str]] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The variables with fresh adapters, which change nothing yet.
+    """The variables with fresh adapters, which do not change the outputs yet.
 
     `layer_paths` are the model's. `aliases` are other names of matrices: {"q_proj": {"attention/query"}}.
-    BadInput: adapters there already, a pattern or layer that names nothing, a rank above a matrix's.
+    BadInput: there are adapters already, a pattern or layer names nothing, the rank is above that of a matrix.
     """
     if LORA in variables:
         raise BadInput("this model has adapters already; merge them first, or start from the base")
@@ -279,7 +281,7 @@ def add(
 
 
 def spread(variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables in which numbers that matrices share stand at each of them, as a model reads them."""
+    """Variables in which TinyLoRA's shared v is repeated at each matrix, where the model reads it."""
     if TIED not in variables.get(LORA, {}):
         return variables
     numbers = variables[LORA][TIED][NUMBERS]
@@ -292,7 +294,7 @@ def spread(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained_numbers(variables: dict[str, Any]) -> int:
-    """Numbers that train in the layers that have adapters."""
+    """How many values train, counted only in layers that have adapters."""
     total: int = sum(leaf.size for leaf in jax.tree.leaves(variables[LORA].get(TIED, {})))
     for path, (trained, fixed) in adapters(variables).items():
         if path != (TIED,) and trained:
@@ -304,7 +306,7 @@ def trained_numbers(variables: dict[str, Any]) -> int:
 ALL_LINEAR, ATTENTION, MLP = "all-linear", "attention", "mlp"
 EXPERT_KERNELS = ("up_kernel", "down_kernel")
 CHOOSERS = ("router", "noise")
-"""Layers of a mixture of experts that "all-linear" does not mean: what chooses stays as it is."""
+"""Layers of a mixture of experts that "all-linear" leaves out: those that choose the experts stay as they are."""
 
 
 def _chosen(
@@ -355,7 +357,8 @@ def _means(pattern: str, path: Path, name: str, aliases: Mapping[str, Collection
 def _fresh(
     kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Array
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what trains, what is fixed) beside one matrix, or a stack of them, of which `in_layer` says which have it."""
+    """(what trains, what is fixed) beside one matrix, or a stack of them; `in_layer` says which of the stack have an
+    adapter."""
     name = "/".join(path)
     stacked = path[0].startswith("group_")
     of_experts = path[-1] in EXPERT_KERNELS
@@ -402,8 +405,8 @@ def _fresh(
 
 
 def _largest_singular(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(U [*, D, R], Σ [*, R], Vᵀ [*, R, F]) of the largest singular values, by the smaller Gram matrix in float64:
-    several times as fast as a whole decomposition."""
+    """(U [*, D, R], Σ [*, R], Vᵀ [*, R, F]) of the largest singular values, from the smaller Gram matrix in float64:
+    several times as fast as a full singular value decomposition."""
     from scipy.linalg import eigh
 
     def of_one(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -413,7 +416,7 @@ def _largest_singular(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.n
         size = len(w)
         squares, left = eigh(w @ w.T, subset_by_index=(size - rank, size - 1))
         left, values = left[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0))
-        real = values > values[0] * np.finfo(np.float32).eps  # what is less is rounding, of a matrix of lower rank
+        real = values > values[0] * np.finfo(np.float32).eps  # smaller ones are rounding errors of a lower rank
         values = np.where(real, values, 0)
         return left, values, np.where(real, left / np.where(real, values, 1), 0).T @ w
 

@@ -31,7 +31,7 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
 
 SCORES: dict[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
-"""What makes the scores of the router's logits [..., E]; a score is above 0, or 0."""
+"""Functions from the router's logits [..., E] to scores; a score is never negative."""
 # A group's score is the sum of its best two experts', as in DeepSeek's code. The paper (section 2.1.2) sums the best
 # top_k / top_groups, which in V3 is 2 as well.
 BEST_OF_GROUP = 2
@@ -39,21 +39,22 @@ BEST_OF_GROUP = 2
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a decoder. Sizes and kind are those of the network whose place they take, unless given."""
+    """The experts of a decoder. Width, gating, activation and biases that are not given are those of the feed-forward
+    network that the experts replace."""
 
     num_experts: int = 8
     top_k: int = 2
     """Experts for each token."""
     intermediate_size: int | None = None
-    """Width of an expert; None is that of the network whose place it takes."""
+    """Width of an expert; None is that of the network it replaces."""
     first_layer: int = 0
     """Layers before this one keep their feed-forward network."""
     num_shared: int = 0
-    """Experts that all tokens pass through, computed as one of that many times the width."""
+    """Experts that all tokens pass through, computed as one network of `num_shared` times the width."""
     shared_weight: bool = False
     """Whether the shared experts' output has a learned weight, sigmoid(p); p starts at 0."""
     gated: bool | None = None
-    """Three matrices (SwiGLU, GeGLU) or two; None is as the network whose place they take."""
+    """Three matrices (SwiGLU, GeGLU) or two; None is as in the network they replace."""
     activation: str | None = None
     bias: bool | None = None
     """Whether experts have biases."""
@@ -67,20 +68,20 @@ class Experts:
     scaling_factor: float = 1.0
     """What the weights are multiplied by."""
     selection_bias: bool = False
-    """Whether a bias is added to the scores to choose by, not to weigh by (DeepSeek's e_score_correction_bias): the
-    collection "router". A `balance.bias_rate` moves it in training."""
+    """Whether a bias is added to the scores when experts are chosen, but not when they are weighted (DeepSeek's
+    e_score_correction_bias). It is in the collection "router"; a `balance.bias_rate` moves it in training."""
     num_groups: int = 1
-    """Groups of neighbours; only experts of the best `top_groups` of them can be chosen."""
+    """Groups of consecutive experts; only experts of the best `top_groups` of them can be chosen."""
     top_groups: int = 1
     noise: bool = False
     """Whether training adds normal noise of a learned size to the logits (Shazeer et al. 2017, eq. 4)."""
     dispatch: str = "auto"
     """How tokens come to their experts: see `layers.expert_dispatch`."""
     capacity_factor: float | None = None
-    """Slots of an expert, as a multiple of what each would get if all got as many; for dispatch="capacity". All places
-    of a batch are counted, also those of padding, which takes no slot."""
+    """Slots per expert, as a multiple of an equal share of the assignments; for dispatch="capacity". The share counts
+    all tokens of a batch, padding included, although padding takes no slot."""
     balance: Balance | dict[str, Any] | None = None
-    """Losses and the bias that keep the load even; None is without."""
+    """Losses and the bias that keep the load even; None turns them off."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -149,7 +150,7 @@ def experts_from(given: Any, layers: int, default: Experts | None = None) -> Exp
 
 
 def require_same_sizes(given: Experts | None, sizes: tuple[int, int], config: object, names: str) -> None:
-    """BadInput where experts are not as many, in all and for each token, as other fields of their config say."""
+    """BadInput if num_experts and top_k are not `sizes`, which the fields called `names` of the same config say."""
     if given is not None and (given.num_experts, given.top_k) != sizes:
         raise BadInput(
             f"{type(config).__name__}.experts has num_experts={given.num_experts} and top_k={given.top_k}, and {names} "
@@ -162,8 +163,8 @@ def route(
 ) -> tuple[Int[Array, "*batch k"], Float[Array, "*batch k"], Float[Array, "*batch E"]]:
     """(int32 ids of the chosen experts, their weights, the router's probabilities); the latter two in float32.
 
-    Equations are those of DeepSeek-V3 (arXiv:2412.19437), of which Mixtral's are a case. The probabilities add up to 1
-    over all experts, for the balance losses (eq. 19).
+    Equations are those of DeepSeek-V3 (arXiv:2412.19437); Mixtral's are a special case. The probabilities, for the
+    balance losses, add up to 1 over all experts (eq. 19).
     """
     scores = SCORES[experts.score](logits.astype(jnp.float32))  # s, eq. 15
     selection = jax.lax.stop_gradient(scores if bias is None else scores + bias)  # s + b, eq. 16
@@ -187,9 +188,9 @@ def _in_best_groups(selection: Float[Array, "*batch E"], experts: Experts) -> Fl
 
 
 class MixtureOfExperts(nn.Module):
-    """A router, experts stacked in one array, and what all tokens share.
+    """A router, experts stacked in one array, and shared experts.
 
-    `gated`, `activation`, `use_bias` and `intermediate_size` describe the network whose place it takes.
+    `gated`, `activation`, `use_bias` and `intermediate_size` describe the feed-forward network that it replaces.
     """
 
     experts: Experts
@@ -256,7 +257,7 @@ class MixtureOfExperts(nn.Module):
         hidden = e.intermediate_size or self.intermediate_size
 
         def kernel(name: str, initialise: Initializer, shape: tuple[int, ...]) -> Array:
-            def draw(key: Array) -> Array:  # each expert's as the flat matrix that it is
+            def draw(key: Array) -> Array:  # a flat matrix per expert, so that initialisers see the true fan-in
                 keys = jax.random.split(key, shape[0])
                 matrix = (shape[1], math.prod(shape[2:]))
                 return jax.vmap(lambda key: initialise(key, matrix))(keys).reshape(shape)
@@ -306,7 +307,8 @@ def mlp_or_experts(
     down_init: Initializer,
     dtype: Dtype | None,
 ) -> tuple[Float[Array, "B T D"], dict[str, RouterReport]]:
-    """What a block calls: a feed-forward network "mlp", or experts "moe" in its place: (output, the block's counts)."""
+    """What a block calls: a feed-forward network "mlp", or experts "moe" in its place. Returns (output, the block's
+    counts)."""
     if experts is not None:
         kind = (intermediate_size, gated, activation, use_bias, kernel_init, down_init)
         real = None if context.segment_ids is None else context.segment_ids != 0

@@ -1,4 +1,4 @@
-"""What stands before each sub-layer and after the last: normalisation over the model width, or DyT in its place.
+"""Normalisation over the model width, before each sub-layer and after the last one; or DyT in its place.
 
 All compute in float32 and return the type that they were given. `NORMS` names them, and `norm_layer` makes one: any
 decoder takes any of them.
@@ -18,8 +18,8 @@ from llmq_jax.layers.recomputation import recomputed
 class LayerNorm(nn.Module):
     """Layer normalisation (Ba et al. 2016, arXiv:1607.06450, eq. 3-4) with scale and bias.
 
-    epsilon stands inside the root, `(x - mean) / sqrt(var + epsilon)`, as in GPT-2 and PyTorch. Outside of it
-    (`std + epsilon`) activations of small magnitude come out visibly different.
+    epsilon is inside the root, `(x - mean) / sqrt(var + epsilon)`, as in GPT-2 and PyTorch. Outside of it
+    (`std + epsilon`), activations of small magnitude come out visibly different.
     """
 
     epsilon: float = 1e-5
@@ -41,8 +41,8 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """Root mean square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4): neither mean nor bias.
 
-    As in Llama: epsilon inside the root, and the normalised values are rounded to the type of x before they meet the
-    scale.
+    As in Llama, epsilon is inside the root, and the normalised values are rounded to the type of x before the scale
+    multiplies them.
     """
 
     epsilon: float = 1e-6
@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
 class ZeroCentredRMSNorm(nn.Module):
     """RMSNorm whose scale is 1 + `scale`: what is learned starts at 0, and weight decay pulls it towards no scaling.
 
-    As in Gemma: the normalised values meet the scale in float32, and are rounded to the type of x after it.
+    As in Gemma, the scale multiplies the normalised values in float32, and the product is rounded to the type of x.
     """
 
     epsilon: float = 1e-6
@@ -82,8 +82,8 @@ class ZeroCentredRMSNorm(nn.Module):
 class DyT(nn.Module):
     """Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622, eq. 1): `scale * tanh(alpha * x) + bias`, with no statistics.
 
-    alpha is one learned number; `alpha_init` starts it. In language models the embeddings are scaled up by a learned
-    factor too (`EmbeddingScale`): a tanh sees the size of activations, which a norm hides.
+    alpha is one learned number, at first `alpha_init`. In language models the embeddings are scaled up by a learned
+    factor too (`EmbeddingScale`), because a tanh, unlike a norm, depends on the size of activations.
     """
 
     alpha_init: float = 0.5
@@ -142,8 +142,8 @@ def norm_layer(
     name: str | None = None,
     before_attention: bool = False,
 ) -> nn.Module:
-    """A layer by its name in a config. The first field of its class is `epsilon`, or of DyT where alpha starts, which
-    goes by the width, the place and the range of initial weights."""
+    """The norm of this name in a config. Its class takes `epsilon`; DyT takes the initial alpha instead, which depends
+    on the width, the place and the range of initial weights."""
     if norm == "dyt":
         return DyT(alpha_init(width, before_attention, initializer_range), name=name)
     return NORMS[norm](epsilon, name=name)

@@ -1,23 +1,23 @@
 """Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864, eq. 34) and its scalings to longer contexts.
 
-Pair i of a head's H features turns by the angle position · θᵢ, with the inverse frequencies θᵢ = base^(-2i/H): so the
-product of a query and a key depends on the distance between them. Scalings change the frequencies, each in its own way,
-so that a model trained on short contexts can read long ones. They are one small family of classes here, named by
-`rope_type` in `config.json`; each says what it does to the frequencies, and `rope_from` finds the class.
+Pair i of a head's H features is rotated by the angle position · θᵢ, with the inverse frequencies θᵢ = base^(-2i/H), so
+that the product of a query and a key depends on the distance between them alone. Scalings change the frequencies, each
+in its own way, so that a model trained on short contexts can read long ones. Each is a class here, named by `rope_type`
+in `config.json`, which computes the frequencies; `rope_from` finds the class.
 
-| rope_type | what turns slower | source |
+| rope_type | which pairs turn more slowly | source |
 | --- | --- | --- |
 | default | nothing | the paper |
 | linear | all pairs alike | position interpolation, arXiv:2306.15595 |
 | ntk | slow pairs more, through the base | NTK-aware scaling (bloc97 2023), arXiv:2309.00071, definition 1 |
 | dynamic | the same, by the length of the document at hand | arXiv:2309.00071, section 3.3 |
-| by_parts | slow pairs, a ramp in turns per context | NTK-by-parts, arXiv:2309.00071, definition 2 |
+| by_parts | slow pairs, by a ramp in their turns per context | NTK-by-parts, arXiv:2309.00071, definition 2 |
 | by_parts_ntk | as by_parts, over the base of ntk | the default of the repository that this project re-implements |
 | llama3 | as by_parts | Llama 3.1 (arXiv:2407.21783, section 3.4.2) |
-| yarn | slow pairs, a ramp in the index of the pair, and a temperature | YaRN as released, arXiv:2309.00071 |
+| yarn | slow pairs, by a ramp in the index of the pair; with a temperature | YaRN as released, arXiv:2309.00071 |
 | longrope | each pair by a factor of its own | LongRoPE, arXiv:2402.13753 |
 
-What transformers has (all but ntk, by_parts and by_parts_ntk) equals its tables.
+The types that transformers has (all but ntk, by_parts and by_parts_ntk) give its frequencies.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from llmq_jax.field_types import LARGEST_FLOAT
 
 
 class Rotation(struct.PyTreeNode):
-    """Cosine and sine of the angle by which every pair of features turns at every position; the same for all heads."""
+    """Cosine and sine of the angle by which each pair of features turns at each position; the same for all heads."""
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
@@ -56,10 +56,10 @@ class Rotation(struct.PyTreeNode):
         return whole.astype(x.dtype)
 
 
-@jax.jit  # or each call outside of a program would compile the loop
+@jax.jit  # or each call outside of a jitted function would compile the loop
 def _cos_and_sin(angles: Float[Array, "B T half"], scale: Float[Array, ""]) -> Float[Array, "2 B T half"]:
-    """In a loop, into which XLA does not look: it would work them out anew wherever a query or a key is turned, in each
-    layer, for each head, forward and back, which takes twenty times as long as turning does."""
+    """Computed in a loop, which XLA does not fuse into its users: it would recompute them wherever a query or a key is
+    rotated, in each layer and head, forward and backward, which takes twenty times as long as the rotation."""
     turns: Array = jax.lax.map(
         lambda is_sine: jnp.where(is_sine, jnp.sin(angles), jnp.cos(angles)) * scale, jnp.array([False, True])
     )
@@ -67,10 +67,10 @@ def _cos_and_sin(angles: Float[Array, "B T half"], scale: Float[Array, ""]) -> F
 
 
 def document_lengths(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Int[Array, "B S"]:
-    """The length of each token's document, its last position + 1: [B, T], or [B, 1] where rows are documents."""
+    """The length of each token's document, its last position + 1: [B, T], or [B, 1] where each row is one document."""
     if segment_ids is None:
         return positions.max(axis=1, keepdims=True) + 1
-    # A document is a run of one segment in which positions rise: its last token has the last of them.
+    # A document is a run of equal segment ids in which positions rise: its last token has its last position.
     length = segment_ids.shape[1]
     ends = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
     last = jax.lax.cummin(jnp.where(ends, jnp.arange(length), length), axis=1, reverse=True)
@@ -92,7 +92,7 @@ class Rope:
 
     rope_type: str = field(default="default", init=False)
     rope_theta: float = 10_000.0
-    """The base: how slowly the slowest pair turns."""
+    """The base: the larger, the more slowly the slow pairs turn."""
 
     def __post_init__(self) -> None:
         self.require(self.rope_theta > 1, "rope_theta", "must be above 1")
@@ -115,9 +115,9 @@ class Rope:
         return Rotation(*_cos_and_sin(angles, jnp.float32(self.attention_scale)))
 
     def check(self, width: int, max_position_embeddings: int) -> None:
-        """Raise BadInput where the parameters do not suit heads of that width, or there is no context to extend.
+        """Raise BadInput where the parameters do not suit heads of that width, or the original context is below 1.
 
-        A context shorter than the one that the scaling extends is fine: whoever trains on short rows has one.
+        A longest context below the original one is fine: training on short rows needs it.
         """
         if width < self.least_width:
             raise BadInput(f"rope_type {self.rope_type!r} needs heads of {self.least_width} features, not {width}")
@@ -130,7 +130,7 @@ class Rope:
             raise BadInput(f"rope_parameters.{field}={value!r} {rule} (rope_type {self.rope_type!r})")
 
     def exported(self, width: int) -> "Rope":
-        """The same frequencies as a type that transformers has."""
+        """A rope with the same frequencies, of a type that transformers has."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def ntk_base(base: float, factor: Any, width: int) -> Any:
 class DynamicRope(ScaledRope):
     """NTK-aware scaling by the length of the document at hand, where it exceeds what the model was trained on.
 
-    transformers takes the longest row of a batch for all of them; here a document's frequencies do not depend on its
-    neighbours.
+    transformers takes the length of the longest row for the whole batch; here a document's frequencies do not depend on
+    its neighbours.
     """
 
     least_width = 4
@@ -201,7 +201,8 @@ class DynamicRope(ScaledRope):
 @dataclass(frozen=True, kw_only=True)
 class Llama3Rope(ScaledRope):
     """Llama 3.1: pairs that turn less than `low_freq_factor` times in the trained context slow down by `factor`, those
-    that turn more than `high_freq_factor` times do not, and between the two a ramp in the number of turns leads over.
+    that turn more than `high_freq_factor` times do not, and between the two a linear ramp in the number of turns
+    interpolates the frequencies.
     """
 
     rope_type: str = field(default="llama3", init=False)
@@ -273,9 +274,9 @@ class ByPartsNTKRope(ByPartsRope):
 
 @dataclass(frozen=True, kw_only=True)
 class YarnRope(ScaledRope):
-    """YaRN as it was released and as transformers has it: the ramp between slowed and kept pairs is linear in the index
+    """YaRN as it was released and as transformers has it: the ramp between kept and slowed pairs is linear in the index
     of the pair, from the one that turns `beta_fast` times in the trained context to the one that turns `beta_slow`
-    times; and attention gets a temperature, by a factor on queries and keys (section 3.4, eq. 22).
+    times; a factor on queries and keys gives attention a temperature (section 3.4, eq. 22).
     """
 
     rope_type: str = field(default="yarn", init=False)
@@ -287,7 +288,7 @@ class YarnRope(ScaledRope):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-    """Whether the ends of the ramp are whole indices."""
+    """Whether the ends of the ramp are rounded to whole indices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,7 +328,7 @@ def yarn_scale(factor: float, weight: float = 1.0) -> float:
 class LongRope(ScaledRope):
     """LongRoPE: a divisor for each pair, one list for documents within the trained context and one for longer ones.
 
-    transformers takes the longest row of a batch for all of them. `factor` scales attention only.
+    transformers chooses one list for the whole batch, by its longest row. `factor` scales attention only.
     """
 
     rope_type: str = field(default="longrope", init=False)
@@ -390,8 +391,8 @@ WIDEST_HEAD = 2**16
 def rope_from(parameters: Rope | Mapping[str, Any], width: int, max_position_embeddings: int) -> Rope:
     """The rope of a `rope_parameters` dict, checked against the width of heads and the longest context.
 
-    The trained context, where the dict is silent, is the longest one, and yarn's and longrope's factor is the ratio of
-    the two, as in transformers. BadInput: an unknown rope_type, a parameter missing, unknown to the type, of a wrong
+    As in transformers, the trained context defaults to the longest one, and the factor of yarn and longrope to the
+    ratio of the two. BadInput: an unknown rope_type, or a parameter that is missing, unknown to the type, of a wrong
     kind, or in contradiction to another.
     """
     if width > WIDEST_HEAD:

@@ -1,7 +1,7 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1) of any queries to any keys, under a mask.
 
-It stands here twice: `attend` is the formula, with JAX's own gradient, and what runs with attention="plain" and where
-weights are dropped; `lean_attend` the same with a gradient by hand, which everything else runs but the fused kernel. A
+It is written twice. `attend` is the formula, with JAX's own gradient; it runs with attention="plain" and with dropout.
+`lean_attend` is the same with a hand-written gradient; it runs everywhere else, except where the fused kernel does. A
 change of the formula goes into `attend` (docs/attention.md, "To change the attention").
 
 Queries may outnumber keys and values: N query heads in K groups (K = N is multi-head attention, K = 1 multi-query).
@@ -64,8 +64,8 @@ def attend(
 
 
 class Saved(NamedTuple):
-    """What the gradient by hand reads, the inputs among it. Of each query: the `exponentials` exp(score - largest), the
-    `largest` score, the exponentials' `total`, and the `mixed` values that came out, in float32."""
+    """What the hand-written gradient reads: the inputs, and for each query the `exponentials` exp(score - largest), the
+    `largest` score, the exponentials' `total`, and the `mixed` values that are the output, in float32."""
 
     query: Float[Array, "B K G T H"]
     key: Float[Array, "B K S H"]
@@ -85,12 +85,13 @@ def lean_attend(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B N T V"]:
-    """`attend` without bias and dropout, in fewer passes over [T, S], forward and back.
+    """`attend` without bias and dropout, in fewer passes over [T, S], forward and backward.
 
-    The exponentials themselves mix the values, and their sum divides the result: [T, H] in place of [T, S]. The
-    softmax's gradient needs for each query Σ over keys of weight · its gradient, which equals output · its gradient (D
-    in Dao et al. 2022, arXiv:2205.14135, appendix B.2, eq. 4). The softcap's derivative, 1 - tanh², follows from the
-    capped scores, and these from the saved exponentials: nothing else of size [T, S] is kept.
+    The exponentials themselves mix the values, and their sum divides the result [T, V] in place of the weights [T, S].
+    The softmax's gradient needs, for each query, Σ over keys of weight · weight gradient, which equals
+    output · output gradient (D in Dao et al. 2022, arXiv:2205.14135, appendix B.2, eq. 4). The softcap's derivative,
+    1 - tanh², follows from the capped scores, and these from the saved exponentials: nothing else of size [T, S] is
+    kept.
     """
     return lean_forward(query, key, value, mask, scale, softcap)[0]
 
@@ -119,7 +120,7 @@ def lean_again(
     total: Array,
     mixed: Array,
 ) -> Saved:
-    """What `lean_forward` saves, from the parts of it that are linear in T: the exponentials [T, S] are recomputed."""
+    """What `lean_forward` saves, from those parts that are linear in T: the exponentials [T, S] are recomputed."""
     query = in_groups(query, key)
     exponentials = jnp.exp(_scores(query, key, mask, scale, softcap) - largest).astype(value.dtype)
     return Saved(query, key, value, exponentials, largest, total, mixed)
@@ -129,11 +130,11 @@ def lean_backward(scale: float, softcap: float | None, saved: Saved, grad: Array
     """In FlashAttention's letters: mixed O, largest m, total l, grad dO, sums D, weight_grad dP, score_grad dS."""
     query, key, value, exponentials, largest, total, mixed = saved
     grad = in_groups(grad, key)
-    sums = (grad * mixed).sum(-1, keepdims=True)  # in float32, as `mixed` is: differences are taken with them
+    sums = (grad * mixed).sum(-1, keepdims=True)  # in float32, as `mixed` is, because they are subtracted below
     weight_grad = jnp.einsum("bkgth,bksh->bkgts", grad, value, preferred_element_type=jnp.float32)
     score_grad = exponentials * (weight_grad - sums) * (scale / total)
     if softcap is not None:
-        tiny = jnp.finfo(jnp.float32).tiny  # An exponential of zero makes the gradient zero, whatever its logarithm.
+        tiny = jnp.finfo(jnp.float32).tiny  # where an exponential is 0 the gradient is 0, whatever the logarithm
         capped = largest + jnp.log(jnp.maximum(exponentials.astype(jnp.float32), tiny))
         capped = jnp.clip(capped, -softcap, softcap)  # where a query sees no key, `largest` is beyond all scores
         score_grad *= 1.0 - jnp.square(capped / softcap)
@@ -155,7 +156,7 @@ lean_attend.defvjp(lean_forward, lean_backward)
 
 
 def in_groups(query: Float[Array, "B N T H"], key: Float[Array, "B K S _"]) -> Float[Array, "B K G T H"]:
-    """Query heads by the key's head that they share."""
+    """Query heads grouped by the head of keys and values that they share."""
     batch, num_heads, length, width = query.shape
     return query.reshape(batch, key.shape[1], num_heads // key.shape[1], length, width)
 
@@ -165,7 +166,7 @@ def ungrouped(grouped: Float[Array, "B K G T V"]) -> Float[Array, "B N T V"]:
 
 
 def _scores(query: Array, key: Array, mask: Array, scale: float, softcap: float | None) -> Float[Array, "B K G T S"]:
-    """Those that `lean_backward` knows the gradient of."""
+    """The scores whose gradient `lean_backward` computes."""
     scores = jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)

@@ -1,5 +1,5 @@
-"""Attention of a sequence to itself in a layer with a window, linear in its length, in time and in memory, forward and
-back (Child et al. 2019, arXiv:1904.10509; Beltagy et al. 2020, arXiv:2004.05150, section 3.1).
+"""Self-attention in a layer with a window, linear in the length of the sequence, in time and in memory, forward and
+backward (Child et al. 2019, arXiv:1904.10509; Beltagy et al. 2020, arXiv:2004.05150, section 3.1).
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from llmq_jax.layers.scaled_dot_product import (
     visible,
 )
 
-# Shorter blocks cost more than the masked scores that they spare; the scores of longer ones overflow the cache.
+# Shorter blocks cost more than the masked scores that they save; the scores of longer ones overflow the CPU's cache.
 SHORTEST_BLOCK, LONGEST_BLOCK = 64, 256
-# Queries that a step of the loop over a window's blocks takes, in two blocks or more: what one block does alone leaves
-# cores idle between its operations.
+# Queries per step of the loop over blocks, which unrolls at least two blocks: a block alone leaves cores idle between
+# its operations.
 QUERIES_OF_A_STEP = 256
 
 
 def window_block(window: int) -> int:
-    """Queries in a block. At half a window, a block meets 3/2 windows of keys: its own and those of 2 blocks before."""
+    """Queries per block. At half a window, a block needs 3/2 windows of keys: its own and those of 2 blocks before."""
     return min(max(SHORTEST_BLOCK, -(-window // 2)), LONGEST_BLOCK)
 
 
@@ -44,24 +44,24 @@ def window_blocks(
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
     **options: Any,
 ) -> Float[Array, "B N T V"]:
-    """A loop over blocks of queries, each of which meets its own keys and those of the blocks that its window reaches.
+    """A loop over blocks of queries, each scored against its own keys and those of the blocks that its window reaches.
     `places` are the positions and segment ids of the row.
 
-    The backward pass recomputes the scores of a block: those of a few blocks are all that is ever held. The mixed
-    values, largest scores and totals are kept, as in FlashAttention.
+    The backward pass recomputes the scores block by block, so that only those of a few blocks are ever in memory. The
+    mixed values, largest scores and totals are kept, as in FlashAttention.
     """
     length = query.shape[2]
     loop = _WindowLoop(block, -(-(window - 1) // block), window, **options)
 
     def padded(x: Array | None, axis: int, before: int, fill: int = 0) -> Array | None:
-        """Filled up to whole blocks, with `before` blocks more in front."""
+        """Padded at the end to whole blocks, and in front by `before` blocks."""
         if x is None:
             return None
         pad = [(0, 0)] * x.ndim
         pad[axis] = (before * block, -length % block)
         return jnp.pad(x, pad, constant_values=fill)
 
-    # What fills up the row stands nowhere: no token looks there, and it sees itself.
+    # Padding gets the position NOWHERE: no token sees it, and it sees itself.
     positions, segments = places
     padded_places = padded(positions, 1, loop.reach, NOWHERE), padded(segments, 1, loop.reach)
     keys, values = (padded(x, 2, loop.reach) for x in (key, value))
@@ -70,18 +70,18 @@ def window_blocks(
 
 @dataclass(frozen=True)
 class _WindowLoop:
-    """What a loop over the blocks of a window knows beside its arrays."""
+    """The static parameters of the loop over blocks."""
 
     block: int
     reach: int
-    """Blocks before its own whose keys a block of queries meets."""
+    """How many earlier blocks hold keys within the window of a block of queries."""
     window: int
     scale: float
     softcap: float | None
     dropout_rate: float
 
     def cut(self, x: Array, start: Array, axis: int = 2) -> Array:
-        """A block of queries, or of anything that goes with them."""
+        """A block of queries, or of an array with the same axis."""
         return jax.lax.dynamic_slice_in_dim(x, start, self.block, axis)
 
     def cut_near(self, x: Array, start: Array, axis: int = 2) -> Array:
@@ -92,7 +92,7 @@ class _WindowLoop:
     def cut_all(
         self, query: Array, key: Array, value: Array, places: tuple[Array, Array | None], start: Array
     ) -> tuple[Array, Array, Array, Array]:
-        """What a block attends with: its queries, the keys and values that they meet, the mask over these."""
+        """The inputs of a block's attention: its queries, the keys and values within reach, and their mask."""
         block = self.cut(query, start), self.cut_near(key, start), self.cut_near(value, start)
         return *block, self.visible(places, start)
 
@@ -108,17 +108,17 @@ class _WindowLoop:
         )
 
     def dropping(self, key: Array, index: Array) -> dict[str, Any]:
-        """How `attend` mixes a block."""
+        """The options of `attend` for a block with dropout."""
         options = {"scale": self.scale, "softcap": self.softcap, "dropout_rate": self.dropout_rate}
         return options | {"dropout_key": jax.random.fold_in(key, index)}
 
     def run(self, step: Callable[[Array, Any], Any], state: Any, length: int) -> Any:
-        """`state` after `step(index, state)` of all blocks."""
+        """`state` after `step(index, state)` for all blocks in order."""
         indices, unroll = jnp.arange(length // self.block), max(2, QUERIES_OF_A_STEP // self.block)
         return jax.lax.scan(lambda state, i: (step(i, state), None), state, indices, unroll=unroll)[0]
 
 
-# Written with its gradient. Left to JAX, each block would get a copy of the keys that it meets, which then are kept.
+# With a hand-written gradient: JAX's own would keep a copy of the keys within reach for each block.
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _windowed(
     query: Float[Array, "B N T H"],
