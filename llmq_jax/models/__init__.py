@@ -129,16 +129,16 @@ def _require_field(config_class: type, name: str) -> None:
 def build(
     config: Any, *, dtype: Dtype | None = None, remat: str = "none", scan_layers: bool = True, attention: str = "auto"
 ) -> Decoder:
-    """The model of a config: a Flax module, of which `model.apply(variables, tokens [B, T])` gives logits [B, T, V], or
-    [B, C] of a classifier. Holds no parameters: those are `init(config)`. For the options see `Decoder`; where it first
-    runs, a `remat` or an `attention` that is unknown is BadInput."""
+    """The model of a config: a Flax module. `model.apply(variables, tokens [B, T])` gives logits [B, T, V], or [B, C]
+    of a classifier. It holds no parameters: those are `init(config)`. For the options see `Decoder`; an unknown `remat`
+    or `attention` is BadInput when the model first runs."""
     dtype = None if dtype is None else jnp.dtype(dtype)
     model_class = architecture(config).model_class
     return model_class(config, dtype=dtype, remat=remat, scan_layers=scan_layers, attention=attention)
 
 
 def architecture(config: Any) -> Architecture:
-    """The one of a config. BadInput for what is no config, and where no model is registered for it."""
+    """The architecture of a config. BadInput for what is no config, or one for which no model is registered."""
     if isinstance(config, type) or not isinstance(getattr(config, "model_type", None), str):
         raise BadInput(
             f"{config!r:.60} is no config of a model: give an instance of one of its classes, as lq.GPT2Config(...); "
@@ -153,9 +153,9 @@ def architecture(config: Any) -> Architecture:
 
 
 def init(config: Any, seed: int = 0) -> dict[str, Any]:
-    """Fresh variables in float32: one dict of collections, "params" among them. On a mesh each device makes its own."""
+    """Fresh variables in float32: a dict of collections, "params" among them. On a mesh each device makes its part."""
     model = build(config)
-    seed = seed if isinstance(seed, jax.Array) else whole(seed, "seed")  # one of JAX's may be traced
+    seed = seed if isinstance(seed, jax.Array) else whole(seed, "seed")  # an array may be traced
     initialise = jax.jit(lambda key: constrain_like_params(model.init(key, jnp.zeros((1, 1), jnp.int32))))
     variables: dict[str, Any] = initialise(jax.random.key(seed))
     return variables
@@ -163,19 +163,19 @@ def init(config: Any, seed: int = 0) -> dict[str, Any]:
 
 def abstract_variables(config: Any) -> dict[str, Any]:
     """The shapes and types of `init(config)`, without making any array."""
-    shapes: dict[str, Any] = jax.tree.map(lambda leaf: leaf, _shapes(build(config)))  # dicts of the caller's own
+    shapes: dict[str, Any] = jax.tree.map(lambda leaf: leaf, _shapes(build(config)))  # fresh dicts for the caller
     return shapes
 
 
 def parameter_count(params: Any) -> int:
-    """Numbers in a tree of arrays, or of their shapes: those of one or several collections of variables."""
+    """How many values a tree of arrays, or of their shapes, holds: one or several collections of variables."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @lru_cache(maxsize=32)
 def _shapes(model: Decoder) -> dict[str, Any]:
-    """A weight's readers and writers ask again and again, and each answer traces a whole pass. By model: another may be
-    registered for the same config."""
+    """Cached, because readers and writers of weights ask often and each answer traces a whole pass; and by model,
+    because another model may be registered for the same config."""
     shapes: dict[str, Any] = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     return shapes
 

@@ -14,12 +14,12 @@ def require(condition: bool, config: object, field: str, rule: str) -> None:
 
 
 LARGEST_SIZE = 2**31 - 1
-"""What arrays and tables are made by; a config.json that says more is damaged."""
+"""The largest size of an array or a table; a config.json that has a larger one is damaged."""
 MOST_LAYERS = 10_000
 
 
 def require_at_least(bound: int, config: object, *fields: str) -> None:
-    """The same for each of these fields, none of which may be less, or more than any model has."""
+    """BadInput where one of these fields is below `bound`, or above what any model has."""
     for field in fields:
         value, most = getattr(config, field), MOST_LAYERS if field == "num_hidden_layers" else LARGEST_SIZE
         require(value >= bound, config, field, f"must be at least {bound}")
@@ -27,7 +27,7 @@ def require_at_least(bound: int, config: object, *fields: str) -> None:
 
 
 def require_sizes(fields: Mapping[str, Any]) -> None:
-    """Refuse the numbers of a file that are beyond all models, before anything is made by them."""
+    """BadInput for a number of a file that is beyond all models, before anything is allocated by it."""
     for name, value in fields.items():
         if type(value) is int and abs(value) > LARGEST_SIZE:
             raise BadInput(f"{name}={value} is beyond all models; at most {LARGEST_SIZE:,} is possible")
@@ -39,7 +39,7 @@ def require_positive(config: object, *fields: str) -> None:
 
 
 def require_rates(config: object, *fields: str) -> None:
-    """Each of these fields is a rate of dropout."""
+    """BadInput where one of these fields is no rate of dropout."""
     for field in fields:
         require(0.0 <= getattr(config, field) < 1.0, config, field, "must be at least 0 and below 1")
 
@@ -49,8 +49,8 @@ def require_one_of(names: Collection[str], config: object, field: str) -> None:
 
 
 def set_rope(config: Any, field: str, head_width: int) -> None:
-    """Check a field of a config being made that holds a rope. A dict, as in config.json, is read; where it is silent on
-    the base, that is the class's own."""
+    """Check the field of a new config that holds a rope. A dict, as in config.json, is converted; if it has no base, it
+    gets the config class's default."""
     rope = getattr(config, field)
     if not isinstance(rope, Rope):
         require(isinstance(rope, Mapping), config, field, "must be a Rope, or a dict of its fields")
@@ -64,7 +64,7 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def set_layer_types(config: Any, usual: tuple[str, ...]) -> None:
-    """Check `layer_types`, the kind of each layer, of a config being made; None stands for the `usual` ones."""
+    """Check `layer_types`, the kind of each layer, of a new config; None stands for the `usual` ones."""
     if config.layer_types is None:
         return
     kinds = tuple(config.layer_types)

@@ -1,14 +1,14 @@
 """The skeleton that all decoders share: embed, run the layers, final norm, unembed, thread the caches.
 
-An architecture derives from `Decoder` and says what its embedding and head are and which blocks it has. Three words:
+An architecture derives from `Decoder` and says what its embedding and head are and which blocks it has. Three terms:
 
 - A block is the module of one layer, called as `block(x, context, cache) -> (x, cache, counts)`, with a method
-  `create_cache`. `counts` are the sums that a training step collects from it ({"router": a RouterReport} of experts),
-  an empty dict where there are none.
-- A pattern is a few blocks that follow each other: in GPT-2 one, in Gemma 3 five local ones and a global one.
+  `create_cache`. `counts` are sums that the block reports to the training step: {"router": a RouterReport} with
+  experts, an empty dict without.
+- A pattern is one block or several in a row: in GPT-2 one, in Gemma 3 five local ones and a global one.
 - A group is a pattern that repeats. Its parameters are stacked over the repetitions, on a leading axis, and it is run
-  by `nn.scan`, so that the time to compile does not grow with depth. Where a layer's parameters stand in it is the
-  layer's path: layer 7 of Gemma 3, counted from 0, is `block_1` of `group_0` in repetition 1.
+  by `nn.scan`, so that the time to compile does not grow with depth. A layer's path says where its parameters are:
+  layer 7 of Gemma 3, counted from 0, is `block_1` of `group_0` in repetition 1.
 
 Decoding slices the layers once and runs them one after another (`decode`), which is up to 1.8 times as fast as scanning
 inside the decoding loop.
@@ -39,7 +39,8 @@ from llmq_jax.weight_type import weight_type
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
-# What a block's backward pass finds saved: everything, the results of products with weights, or its input alone.
+# What the forward pass saves for a pattern's backward pass: everything, the results of products with weights, or the
+# input alone.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -58,8 +59,9 @@ class LayerGroup:
 def layers_in_groups(
     block: Callable[..., nn.Module], windows: Sequence[int | None], experts: Experts | None
 ) -> tuple[LayerGroup, ...]:
-    """Layers that differ in nothing but these: each sees a window of so many keys, or all (None), and those from
-    `experts.first_layer` on have experts. A block is told of its window, and of its experts, where it has one."""
+    """Groups of layers that differ only in their `windows` (how many keys a token sees; None is all) and in whether
+    they have experts, as those from `experts.first_layer` on do. `block` gets `window` and `experts` as keywords, each
+    only where the layer has it."""
     first = len(windows) if experts is None else experts.first_layer
 
     def make(window: int | None, has_experts: bool) -> Callable[..., nn.Module]:
@@ -73,9 +75,10 @@ def layers_in_groups(
 
 
 def repeating_patterns(kinds: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int]]:
-    """Kinds of layers as repeating patterns, [(pattern, repeats)]: each time the one that covers most of what is left.
+    """Kinds of layers as repeating patterns, [(pattern, repeats)]: greedily, each time the pattern whose repetitions
+    cover most of the layers that are left.
 
-    26 layers of Gemma 3 are 4 times six and 2 times one. What repeats nowhere goes layer by layer.
+    26 layers of Gemma 3 are 4 times six and 2 times one. Layers that repeat nowhere are patterns of one.
     """
 
     def repeats(length: int) -> int:
@@ -92,7 +95,7 @@ def repeating_patterns(kinds: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], in
     while kinds:
         best = 1
         for length in range(2, len(kinds) // 2 + 1):
-            if covered(best) == len(kinds):  # as of equal layers, however many
+            if covered(best) == len(kinds):  # nothing covers more
                 break
             best = length if covered(length) > covered(best) else best
         patterns.append((kinds[:best], repeats(best)))
@@ -101,16 +104,16 @@ def repeating_patterns(kinds: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], in
 
 
 class Output(struct.PyTreeNode):
-    """What a pass through the layers gives."""
+    """The result of a pass through the layers."""
 
     hidden: Float[Array, "B T D"]
     """Hidden states after the final norm."""
     before_norm: Float[Array, "B T stream"]
-    """The stream before the final norm; a model of one's own may have made it wider than D."""
+    """The residual stream before the final norm; a custom model may make it wider than D."""
     caches: Any = None
-    """By group, then by block of its pattern: the caches of all repetitions, stacked. None where none were given."""
+    """By group, then by block of its pattern: the caches of all repetitions, stacked. None if none were given."""
     counts: Any = None
-    """By group, then by block of its pattern: what a block counts, stacked over repetitions."""
+    """By group, then by block of its pattern: the block's counts, stacked over repetitions."""
 
 
 class Pattern(nn.Module):
@@ -143,13 +146,13 @@ class Decoder(nn.Module):
     scan_layers: bool = True
     """Run a group's layers as a compiled loop; False writes them out (longer to compile, at times faster)."""
     attention: str = "auto"
-    """How a sequence attends to itself: "plain", "masked", "blocked", "fused", or "auto": what suits the backend."""
+    """How self-attention is computed: "plain", "masked", "blocked", "fused", or "auto", which suits the backend."""
     frozen_layers: int = 0
     """How many of the lowest layers are frozen. A group that this cuts runs as two: see `training.parts`."""
 
     @nn.nowrap
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """flax's `apply`; numbers that adapters share are spread over the layers first."""
+        """flax's `apply`; TinyLoRA's shared v is first repeated at each matrix (`lora.spread`)."""
         return super().apply(spread(dict(variables)), *args, **kwargs)
 
     # What an architecture provides.
@@ -159,12 +162,12 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the first layer is given."""
+        """The input of the first layer."""
         raise NotImplementedError
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
-        """What all layers are told of where the tokens stand."""
+        """Positions, segments and rotations of the tokens, the same for all layers."""
         return Context(positions, segment_ids)
 
     @property
@@ -210,8 +213,8 @@ class Decoder(nn.Module):
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
     ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
-        """Logits in float32, of tokens or of a classifier's classes. A training loss should not call this but `hidden`,
-        and unembed in chunks."""
+        """Logits in float32, of tokens or of a classifier's classes. A training loss should call `hidden` instead, and
+        unembed in chunks."""
         if self.config.labels is not None:
             return self.classify(tokens, positions, segment_ids)
         return self.unembed(self.hidden(tokens, positions, segment_ids))
@@ -226,19 +229,19 @@ class Decoder(nn.Module):
         hidden = self.hidden(tokens, positions, segment_ids)
         return self.class_logits(last_hidden(hidden, None if segment_ids is None else jnp.asarray(segment_ids)))
 
-    # What all share, from the modules `token_embedding`, `final_norm` and a head: `lm_head`, unless it is tied, or the
-    # `score` of a classifier.
+    # What all architectures share. It reads the modules `token_embedding`, `final_norm` and a head: `lm_head`, unless
+    # it is tied, or the `score` of a classifier.
 
     @nn.nowrap
     def set_groups(self) -> None:
-        """The layers, as `self.group_0`, ..., a loop over each of `groups`: for `setup`."""
+        """Create the layers in `setup`: `self.group_0`, ..., one loop for each of `groups`."""
         check_implementation(self.attention)
         for name, group in self.groups().items():
             setattr(self, name, self.scanned(Pattern, group.repeats)(group.blocks))
 
     @nn.nowrap
     def set_head(self) -> None:
-        """The head, unless it is tied: for `setup`."""
+        """Create the head in `setup`, unless it is tied."""
         c = self.config
         head = partial(Linear, use_bias=False, kernel_init=nn.initializers.normal(c.initializer_range))
         if c.labels is not None:
@@ -274,7 +277,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def groups(self) -> dict[str, LayerGroup]:
-        """`layer_groups` by name, as they run: one that `frozen_layers` cuts is two, such as group_0, group_0_upper."""
+        """`layer_groups` by name, as they run: a group that `frozen_layers` cuts is two, group_0 and group_0_upper."""
         groups = {}
         below = self.frozen_layers
         for i, group in enumerate(self.layer_groups()):
@@ -289,7 +292,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def scanned(self, module: type[nn.Module], repeats: int) -> Callable[..., nn.Module]:
-        """The constructor of a loop over so many modules, called as `(x, what each is given, what all are given)`."""
+        """The constructor of a loop over `repeats` modules, called as `(x, inputs of each module, inputs of all)`."""
         if self.remat not in REMAT_POLICIES:
             raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
         if self.remat != "none":
@@ -301,8 +304,8 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=repeats,
             unroll=1 if self.scan_layers else repeats,
-            # True costs one more trace, for a check that we do not need; `init` keeps it, so that a seed gives the
-            # weights that it always gave.
+            # True costs one more trace, for a check that we do not need; `init` keeps it, so that a seed still gives
+            # the weights that it always gave.
             check_constancy_invariants=self.is_initializing(),
         )
 
@@ -310,7 +313,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
-        """Where the parameters of each layer stand, from the first to the last: ((group, block), repetition)."""
+        """Where the parameters of each layer are, from the first to the last: ((group, block), repetition)."""
         return tuple(
             ((f"group_{g}", f"block_{b}"), repeat)
             for g, group in enumerate(self.layer_groups())
@@ -320,7 +323,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def all_layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
-        """The same of all that checkpoints number as layers, modules of multi-token prediction among them."""
+        """The same for all that checkpoints number as layers, modules of multi-token prediction included."""
         return self.layer_paths()
 
     @nn.nowrap
@@ -356,9 +359,9 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def attention_choice(self, training: bool = False) -> str:
-        """What `attention` comes to on this machine, on a GPU with what keeps "auto" from the fused kernel: one line,
-        to be shown once. Where `dtype` is None it is told of weights in float32. BadInput: what is asked for by name
-        cannot run here."""
+        """Which implementation `attention` means on this machine and, if "auto" would take the fused kernel but cannot,
+        why: one line, to be shown once. A `dtype` of None counts as float32. BadInput: an implementation that is asked
+        for by name cannot run here."""
         c, dtype = self.config, self.dtype or jnp.float32
         dropout = getattr(c, "attention_dropout", 0.0) or getattr(c, "attn_pdrop", 0.0)
         softcap = getattr(c, "attn_logit_softcapping", None)
@@ -366,7 +369,7 @@ class Decoder(nn.Module):
         names, obstacle = {}, None
         for block in self.unbound_blocks().values():
             cache = block.create_cache(1, 1, dtype)
-            window = getattr(cache, "window", None)  # which a layer's cache knows
+            window = getattr(cache, "window", None)  # blocks need not have it, caches with a window do
             facts: dict[str, Any] = {"window": window, "dtype": dtype, "heads": heads}
             facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
             choice = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
@@ -387,8 +390,8 @@ class Decoder(nn.Module):
     def slice_layers(
         self, variables: dict[str, Any], arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
-        """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), each as `arrange`
-        returns it, with adapters merged into it."""
+        """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), with adapters
+        merged, and then passed through `arrange`."""
         variables = spread(variables)
         groups = {group for (group, _), _ in self.all_layer_paths()}
         outside = {
@@ -399,7 +402,7 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def slice_caches(self, caches: dict[str, Any]) -> tuple[Any, ...]:
-        """Stacked caches, as `forward` returns them, to one cache a layer."""
+        """One cache per layer, from the stacked caches that `forward` returns."""
         return tuple(
             jax.tree.map(lambda leaf, i=repeat: leaf[i], caches[group][block])
             for (group, block), repeat in self.layer_paths()
@@ -414,7 +417,7 @@ class Decoder(nn.Module):
         positions: Tokens,
         caches: tuple[Any, ...],
     ) -> Output:
-        """A pass over sliced layers with one cache a layer, and such caches in what it gives."""
+        """A pass over sliced layers; `caches`, and those of the output, are one per layer."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         # Some scalings of RoPE depend on the document's length. Here that is each token's position + 1, as if it were a
         # segment of its own: its rotation must not depend on drafts that follow it in the same pass.
@@ -438,7 +441,7 @@ class Decoder(nn.Module):
         positions: Tokens,
         caches: tuple[Any, ...],
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """The same: (hidden states after the final norm, caches)."""
+        """The same pass: (hidden states after the final norm, caches)."""
         output = self.decode_output(outside, layers, tokens, positions, caches)
         return output.hidden, output.caches
 
@@ -448,8 +451,8 @@ def slice_modules(
     paths: Sequence[tuple[tuple[str, str], int]],
     arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree,
 ) -> tuple[dict[str, Any], ...]:
-    """The variables of the module at each path, as `arrange` returns them, with adapters merged into them."""
-    variables = merge(variables)  # of whole groups: a few products in place of some for each layer
+    """The variables of the module at each path, with adapters merged, and then passed through `arrange`."""
+    variables = merge(variables)  # in whole groups: a few large products instead of several per layer
 
     def module(block: tuple[str, str], repeat: int) -> dict[str, Any]:
         group, name = block
@@ -468,7 +471,7 @@ def _slice_of(stack: dict[str, Any], index: Int[Array, ""]) -> dict[str, Any]:
 
 
 def upper_part(group: str) -> str:
-    """The name of the upper of the two groups that a group is cut into."""
+    """The name of the upper part of a group that `frozen_layers` cuts in two."""
     return f"{group}_upper"
 
 

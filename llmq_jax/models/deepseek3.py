@@ -1,19 +1,19 @@
 """DeepSeek V3 and R1 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv:2412.19437).
 
-What it has in place of what Llama has:
+Notable features, against Llama 3:
 - multi-head latent attention in place of grouped-query attention: a short latent per token in place of keys and values
   of every head (section 2.1.1; `layers.latent_attention`)
 - fine-grained experts and a shared one in place of the feed-forward network, from the fourth layer on: sigmoid scores,
   a bias for selection that keeps the load even without a loss, groups of experts of which a token sees few
   (section 2.1.2; `layers.moe`)
-- a second objective, multi-token prediction: behind the last layer each of D modules, one block of the model's own
-  kind, looks one token further ahead (section 2.2; `objectives.multi_token`). They can draft for the model itself when
-  it generates
-- YaRN with its temperature in the scale of the scores
+- a second objective, multi-token prediction: D modules, each a block of the model's own kind, follow the last layer;
+  each predicts one token further ahead than the one before (section 2.2; `objectives.multi_token`). In generation they
+  can draft for the model itself
+- YaRN, whose temperature multiplies the scores
 
 Reference: transformers' `DeepseekV3ForCausalLM` and `MtpModel`, and DeepSeek's own code. Deviations: none in what is
-computed from given weights; in training the balance loss is a mean over layers (docs/departures.md). The paper's
-modules see the first T - k tokens; here they run over all T, and what has no token to see counts nowhere.
+computed from given weights; in training the balance loss is a mean over layers (docs/departures.md). The paper's module
+k sees the first T - k tokens; here it runs over all T, and places without a token k further on are counted nowhere.
 """
 
 from collections.abc import Callable
@@ -44,9 +44,9 @@ from llmq_jax.models.llama3 import Llama3
 
 MTP = "mtp"
 BLOCK = "block_0"
-# Of the norms inside of latent attention, whatever rms_norm_eps says (as in transformers and DeepSeek's own code).
+# Epsilon of the norms inside latent attention, whatever rms_norm_eps says (as in transformers and DeepSeek's own code).
 LATENT_EPSILON = 1e-6
-# What a module of multi-token prediction is fed of the model, or of the module before it.
+# Which hidden state of the model, or of the module before it, a module of multi-token prediction reads.
 MTP_HIDDEN = ("after_norm", "before_norm")
 # Section 4.2: the speed of the bias for selection, and the coefficient of the sequence-wise balance loss, which here is
 # the mean over layers.
@@ -68,19 +68,19 @@ class DeepSeekV3Config:
     """Layers, those of multi-token prediction not counted."""
     num_attention_heads: int = 128
     q_lora_rank: int | None = 1536
-    """Features of the latent that queries are made of; None makes them of the hidden state."""
+    """Features of the latent from which queries are formed; None forms them from the hidden state."""
     kv_lora_rank: int = 512
-    """Features of the latent that keys and values are made of."""
+    """Features of the latent from which keys and values are formed."""
     qk_nope_head_dim: int = 128
-    """Features of a head's queries and keys that RoPE leaves alone."""
+    """Features of a head's queries and keys without RoPE."""
     qk_rope_head_dim: int = 64
-    """Features of a head's queries and keys that RoPE turns."""
+    """Features of a head's queries and keys with RoPE."""
     v_head_dim: int = 128
     """Features of a head's values."""
     intermediate_size: int = 18432
     """Width of the feed-forward networks of the first layers."""
     first_k_dense_replace: int = 3
-    """Layers before the first with experts."""
+    """How many of the first layers have a feed-forward network in place of experts."""
     n_routed_experts: int = 256
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 2048
@@ -90,25 +90,25 @@ class DeepSeekV3Config:
     n_group: int | None = 8
     """Groups of experts; None is one."""
     topk_group: int | None = 4
-    """Groups that a token's experts are in; None is one."""
+    """How many groups a token's experts may come from; None is one."""
     norm_topk_prob: bool = True
     """Whether the weights of a token's experts add up to `routed_scaling_factor`."""
     routed_scaling_factor: float = 2.5
     num_nextn_predict_layers: int = 1
     """Modules of multi-token prediction."""
     mtp_hidden: str = "after_norm"
-    """What modules of multi-token prediction are fed: the hidden state "after_norm", as transformers does, or
+    """Which hidden state modules of multi-token prediction read: that "after_norm", as in transformers, or
     "before_norm"."""
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     rope_parameters: Rope | dict[str, Any] = DEFAULT_ROPE
     """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
     rope_interleave: bool = True
-    """Whether RoPE's pairs are neighbours; False is half-split."""
+    """Whether RoPE rotates neighbouring features; False is half-split."""
     attention_bias: bool = False
     """Whether the down projections and attention's output have biases."""
     attention_up_bias: bool = False
-    """Whether the projections that make heads have biases. With it, with `attention_bias` and without
+    """Whether the projections that form heads have biases. With these, with `attention_bias` and without
     `rope_interleave` this is the original repository's attention."""
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -118,11 +118,11 @@ class DeepSeekV3Config:
     balance: Balance | dict[str, Any] | None = PAPER_BALANCE
     """What keeps the load of experts even in training."""
     experts: Experts | dict[str, Any] | None = None
-    """A dict changes what the fields above tell of the experts: {"dispatch": "ragged"}; `Experts` tell all of it anew,
-    `balance` too."""
+    """A dict changes some of what the fields above say of the experts: {"dispatch": "ragged"}; `Experts` replace all of
+    it, `balance` too."""
     labels: Labels = None
-    """Names of the classes that the head tells apart; None is a language model. A classifier looks at no token ahead:
-    it has no modules of multi-token prediction, whatever num_nextn_predict_layers says."""
+    """Names of the classes that the head tells apart; None is a language model. A classifier predicts no tokens: it has
+    no modules of multi-token prediction, whatever num_nextn_predict_layers says."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -185,7 +185,7 @@ class DeepSeekV3Config:
 
     @property
     def fine_grained_experts(self) -> Experts | None:
-        """The experts that the fields tell; None where all layers are dense."""
+        """The experts that the config's fields describe; None where all layers are dense."""
         if self.first_k_dense_replace >= self.num_hidden_layers:
             return None
         return Experts(
@@ -205,7 +205,7 @@ class DeepSeekV3Config:
 
     @property
     def rope(self) -> Rope:
-        """`rope_parameters`, of which a made config holds no dict."""
+        """`rope_parameters`, which `__post_init__` converts if it is a dict."""
         assert isinstance(self.rope_parameters, Rope)
         return self.rope_parameters
 
@@ -223,10 +223,10 @@ class DeepSeekV3Config:
 
     @property
     def score_scale(self) -> float:
-        """What attention's scores are multiplied by: 1 / sqrt(width of keys), and YaRN's temperature.
+        """What attention's scores are multiplied by: 1 / sqrt(width of keys), times YaRN's temperature.
 
-        DeepSeek has the temperature here; queries and keys are scaled by mscale / mscale_all_dim alone, which in its
-        models is 1.
+        DeepSeek applies the temperature here; rotated queries and keys are scaled by mscale / mscale_all_dim alone,
+        which is 1 in its models.
         """
         rope = self.rope_parameters
         scale: float = self.latent_sizes.key_width**-0.5
@@ -293,16 +293,16 @@ PRESETS = {
 
 
 class Ahead(struct.PyTreeNode):
-    """What the modules of multi-token prediction give, stacked over their depths from 1 on."""
+    """The results of the modules of multi-token prediction, stacked over the depths k = 1, ..., D."""
 
     hidden: Float[Array, "depth B T D"]
-    """At place i of depth k what predicts token i + k + 1, after the module's norm."""
+    """At place i of depth k, the hidden state that predicts token i + k + 1, after the module's norm."""
     caches: Any = None
     counts: Any = None
 
 
 class DeepSeek3(Llama3):
-    """Llama with other blocks, and beside its layers the modules that look ahead."""
+    """Llama with other blocks, followed by the modules of multi-token prediction."""
 
     config: DeepSeekV3Config  # type: ignore[assignment]  # Its fields are not Llama's, and its blocks read them.
 
@@ -354,10 +354,10 @@ class DeepSeek3(Llama3):
         seen_segment_ids: Int[Array, "B depth T"] | None = None,
         caches: Any = None,
     ) -> Ahead:
-        """The modules, on what `forward` gave for the same tokens (eq. 21 to 23).
+        """Run the modules on the `output` of `forward` for the same tokens (eq. 21 and 22).
 
-        What the k-th of them sees beside are the tokens k places further on, unless it is given: `seen`, and the
-        documents that these are of, `seen_segment_ids`, 0 where there is nothing to see.
+        Module k also sees the tokens k places further on, or those of `seen` if given; `seen_segment_ids` are then the
+        documents that these belong to, 0 where there is none.
         """
         tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
         positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
@@ -384,7 +384,7 @@ class DeepSeek3(Llama3):
         seen: Int[Array, "B depth T"] | None = None,
         seen_segment_ids: Int[Array, "B depth T"] | None = None,
     ) -> tuple[Output, Ahead]:
-        """The model and its modules in one pass; the counts of both stand in the former's."""
+        """(`forward`, `look_ahead`) in one pass; the counts of both are in the first."""
         output = self.forward(tokens, positions, segment_ids)
         ahead = self.look_ahead(output, tokens, positions, segment_ids, seen, seen_segment_ids)
         return output.replace(counts={**output.counts, MTP: ahead.counts}), ahead
@@ -392,7 +392,7 @@ class DeepSeek3(Llama3):
     def mtp_logits(
         self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
     ) -> tuple[Float[Array, "B _ V"], ...]:
-        """Of each depth k from 1 on, logits [B, T - k, V] in float32: at place i those of token i + k + 1."""
+        """For each depth k from 1 on, logits [B, T - k, V] in float32: at place i those of token i + k + 1."""
         _, ahead = self.forward_and_ahead(tokens, positions, segment_ids)
         return tuple(self.unembed(hidden[:, :-k]) for k, hidden in enumerate(ahead.hidden, start=1))
 
@@ -418,9 +418,9 @@ class DeepSeek3(Llama3):
         segment_ids: Int[Array, "B T"],
         cache: LatentCache,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], LatentCache]:
-        """One module on its sliced variables: (hidden state to unembed, what the next one is fed, cache).
+        """One module, by its sliced variables: (hidden state to unembed, `fed` of the next module, cache).
 
-        `fed` at the given positions comes from the model or from the module before; `tokens` stand k places further on.
+        `fed` is the hidden state at `positions`, from the model or the module before; `tokens` are k places further on.
         """
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         seen = self.apply(outside, tokens, positions, method="embed")
@@ -431,7 +431,7 @@ class DeepSeek3(Llama3):
 def has_token_ahead(
     tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, distance: int
 ) -> Bool[Array, "B T"]:
-    """Whether the token so many places further on is in the row, and of the same document."""
+    """Whether the token `distance` places further on is in the row, and of the same document."""
     length = tokens.shape[1]
     inside = jnp.broadcast_to(jnp.arange(length) < length - distance, tokens.shape)
     if segment_ids is None:
@@ -460,7 +460,7 @@ class DeepSeekBlock(nn.Module):
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """SwiGLU, or experts: (what is added to the stream, the block's counts)."""
+        """SwiGLU, or experts: (what is added to the residual stream, the block's counts)."""
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         return mlp_or_experts(
@@ -482,7 +482,7 @@ class DeepSeekBlock(nn.Module):
 
 
 def latent_attention(config: DeepSeekV3Config, dtype: Dtype | None = None, name: str | None = None) -> LatentAttention:
-    """A layer of it, as the config says."""
+    """The layer of multi-head latent attention that the config describes."""
     return LatentAttention(
         config.latent_sizes,
         scale=config.score_scale,
@@ -498,20 +498,21 @@ def latent_attention(config: DeepSeekV3Config, dtype: Dtype | None = None, name:
 
 
 class PredictionModule(DeepSeekBlock):
-    """A block on the hidden state at i and the embedding of token i + k, each normalised, side by side (eq. 21, 22).
+    """A block on the projected concatenation of two normalised vectors: the hidden state at i, and the embedding of
+    token i + k (eq. 21, 22).
 
     DeepSeek's checkpoints have the embedding first; the paper writes it second.
     """
 
     @nn.compact
-    def __call__(  # type: ignore[override]  # It is fed two streams.
+    def __call__(  # type: ignore[override]  # It takes two inputs.
         self,
         fed: Float[Array, "B T D"],
         seen: Float[Array, "B T D"],
         context: Context,
         cache: LatentCache | None = None,
     ) -> tuple[Array, Array, LatentCache | None, dict[str, Any]]:
-        """(hidden state to unembed, what the next module is fed, cache, counts)."""
+        """(hidden state to unembed, `fed` of the next module, cache, counts)."""
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         normal = nn.initializers.normal(c.initializer_range)
@@ -523,7 +524,7 @@ class PredictionModule(DeepSeekBlock):
 
 
 class Depth(nn.Module):
-    """One depth of multi-token prediction, as a loop over them takes it."""
+    """One module of multi-token prediction, as the body of a loop over them."""
 
     module: Any
 

@@ -3,13 +3,13 @@
 Notable features, against Llama 3:
 - layers of two kinds: local ones see a window of keys, global ones see all (`layer_types`); in Gemma 3 five local ones
   and a global one in turn, in Gemma 2 one and one
-- two bases of RoPE in Gemma 3: global layers turn more slowly, and they alone are scaled to longer contexts
+- two bases of RoPE in Gemma 3: that of global layers is larger, and they alone are scaled to longer contexts
 - norms after each sub-layer too, not only before it; all are RMSNorm with a scale of 1 + w
-- queries and keys are normalised, by head and before RoPE (Gemma 3), or their products capped (Gemma 2): so is what the
-  head gives (`attn_logit_softcapping`, `final_logit_softcapping`)
-- scores are divided by the root of `query_pre_attn_scalar`, which need not be the width of a head
+- queries and keys are normalised, per head and before RoPE (Gemma 3); or attention's scores and the head's logits are
+  soft-capped (Gemma 2: `attn_logit_softcapping`, `final_logit_softcapping`)
+- scores are divided by the square root of `query_pre_attn_scalar`, which need not be the width of a head
 - GeGLU instead of SwiGLU, with the tanh form of GELU
-- embeddings times sqrt(D), rounded to the type of the weights; the head is tied, and reads them as they are
+- embeddings times sqrt(D), a factor rounded to the type of the weights; the tied head reads them without the factor
 
 Reference: google-deepmind/gemma and transformers' `Gemma3ForCausalLM`, `Gemma2ForCausalLM`. Deviations: none by
 default. Gemma 3 with `attn_logit_softcapping` caps its scores; transformers has that field too, and does not read it.
@@ -58,7 +58,7 @@ class Gemma2Config:
 
     model_type: ClassVar[str] = "gemma2"
     pattern: ClassVar[tuple[str, ...]] = (LOCAL, GLOBAL)
-    """The kinds of layers in turn, where `layer_types` is None."""
+    """The kinds of layers, which repeat, where `layer_types` is None."""
     normalises_queries: ClassVar[bool] = False
     """Whether queries and keys are normalised."""
 
@@ -69,7 +69,7 @@ class Gemma2Config:
     num_hidden_layers: int = 26
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
-    """Heads of keys and values, each shared by as many query heads."""
+    """Heads of keys and values, each shared by equally many query heads."""
     head_dim: int = 256
     intermediate_size: int = 9216
     hidden_activation: str = "gelu_pytorch_tanh"
@@ -79,13 +79,13 @@ class Gemma2Config:
     sliding_window: int = 4096
     """Keys that a token of a local layer sees, its own among them."""
     query_pre_attn_scalar: int = 256
-    """Scores are divided by its root."""
+    """Scores are divided by its square root."""
     rope_parameters: Rope | dict[str, Any] = FAST
     """The base of RoPE and its scaling: one of `layers.positions`, or a dict as in config.json."""
     attn_logit_softcapping: float | None = 50.0
-    """c: scores are c · tanh(scores / c), thus between -c and c; None leaves them."""
+    """c: scores become c · tanh(scores / c), between -c and c; None leaves them as they are."""
     final_logit_softcapping: float | None = 30.0
-    """c: logits are c · tanh(logits / c), thus between -c and c; None leaves them."""
+    """c: logits become c · tanh(logits / c), between -c and c; None leaves them as they are."""
     attention_bias: bool = False
     """Whether queries, keys, values and attention's output have biases."""
     attention_dropout: float = 0.0
@@ -155,7 +155,7 @@ class Gemma2Config:
 
     @property
     def rope(self) -> Rope:
-        """`rope_parameters`, of which a made config holds no dict."""
+        """`rope_parameters`, which `__post_init__` converts if it is a dict."""
         assert isinstance(self.rope_parameters, Rope)
         return self.rope_parameters
 
@@ -167,7 +167,7 @@ class Gemma2Config:
 
 @dataclass(frozen=True)
 class Gemma3Config(Gemma2Config):
-    """What differs from Gemma 2, among it the defaults."""
+    """What differs from Gemma 2, defaults included."""
 
     model_type: ClassVar[str] = "gemma3_text"
     pattern: ClassVar[tuple[str, ...]] = (LOCAL,) * 5 + (GLOBAL,)
@@ -337,7 +337,7 @@ class GemmaBlock(nn.Module):
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """GeGLU, or experts: (what is added to the stream, the block's counts)."""
+        """GeGLU, or experts: (what is added to the residual stream, the block's counts)."""
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         return mlp_or_experts(
@@ -362,9 +362,9 @@ class GemmaBlock(nn.Module):
 
 
 class GemmaAttention(nn.Module):
-    """Grouped-query attention as in Llama 3, to a window in local layers.
+    """Grouped-query attention as in Llama 3, within a window in local layers.
 
-    Queries and keys are normalised first (Gemma 3), then turned.
+    Queries and keys are normalised first (Gemma 3), then rotated.
     """
 
     config: Gemma2Config

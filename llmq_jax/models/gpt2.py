@@ -93,8 +93,8 @@ class GPT2Config:
 
     @property
     def residual_range(self) -> float:
-        """The initial scale of the matrices whose output is added to the stream. Each of the 2L branches adds its
-        variance: scaled down, that of all is the variance of one."""
+        """Initial standard deviation of the matrices whose output is added to the residual stream. The variances of the
+        2L branches add up: scaled by 1 / sqrt(2L), their sum is that of one branch."""
         return self.initializer_range / math.sqrt(2 * self.num_hidden_layers)
 
 
@@ -159,7 +159,7 @@ class GPT2Block(nn.Module):
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Two matrices with GELU between them, or experts: (what is added to the stream, the block's counts)."""
+        """Two matrices with GELU between, or experts: (what is added to the residual stream, the block's counts)."""
         c = self.config
         return mlp_or_experts(
             x,

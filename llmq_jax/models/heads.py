@@ -1,9 +1,9 @@
-"""A classifier's head: what its config says of it, and where in a row it stands.
+"""A classifier's head: what its config says of it, and which token of a row it reads.
 
 A classifier is a language model whose head tells classes apart instead of tokens: one product `score`, without a bias,
-of the last real token's hidden state, which alone has seen the whole text. It is found by the segments or lengths that
-say what is padding, never by the value of a token: wherever the padding stands and whatever fills it, the answer is the
-same. A head of one class gives a scalar, a score of the text.
+of the hidden state of the last real token, which alone has seen the whole text. That token is found by segments or
+lengths, which say what is padding, never by a token's id: where the padding is and what fills it changes no answer. A
+head of one class gives a scalar, a score of the text.
 """
 
 import re
@@ -18,7 +18,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.models.config import require
 
 LM_HEAD, SCORE = "lm_head", "score"
-"""Where the parameters of the two kinds of heads are."""
+"""The modules of the two kinds of heads."""
 MOST_CLASSES = 2**20
 Labels = tuple[str, ...] | list[str] | None
 
@@ -31,7 +31,7 @@ def set_labels(config: Any) -> None:
     names = not isinstance(labels, str) and all(isinstance(label, str) and label for label in labels)
     require(names, config, "labels", 'must be the names of the classes, as ("ham", "spam")')
     require(len(labels) > 0, config, "labels", "must name at least one class; None is a language model")
-    # What is written about them is UTF-8, which has no half of a surrogate pair.
+    # They are written as UTF-8, which cannot encode half a surrogate pair.
     whole = all(label.isascii() or not re.search("[\ud800-\udfff]", label) for label in labels)
     require(whole, config, "labels", "has half a surrogate pair, which is no character")
     for label, count in Counter(labels).items():
@@ -47,7 +47,7 @@ def numbered_labels(count: int) -> tuple[str, ...]:
 
 
 def shown(labels: Sequence[str], limit: int = 5) -> str:
-    """Classes in a message."""
+    """The names of classes, shortened for a message."""
     more = f" and {len(labels) - limit} more" if len(labels) > limit else ""
     return ", ".join(labels[:limit]) + more
 

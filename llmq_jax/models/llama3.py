@@ -1,11 +1,11 @@
-"""Llama 3 (Grattafiori et al. 2024, "The Llama 3 Herd of Models", arXiv:2407.21783), and all that is built as it is.
+"""Llama 3 (Grattafiori et al. 2024, "The Llama 3 Herd of Models", arXiv:2407.21783), and architectures built like it.
 
 Notable features, each in place of one of GPT-2's:
 - rotary position embeddings (RoPE) on queries and keys, in every layer; no table of positions
 - RMSNorm instead of layer norm: no mean, no bias
 - grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): several query heads share a head of keys and values
 - SwiGLU instead of GELU, three matrices instead of two
-- no biases (where a config asks for them: in attention, in the feed-forward network), no dropout on the stream
+- no biases, unless a config asks for them (in attention, in the feed-forward network); no dropout on the stream
 - output head of its own, or tied (Llama 3.2 1B and 3B, SmolLM2)
 - long contexts by scaling the frequencies of RoPE (`rope_parameters`)
 
@@ -43,7 +43,7 @@ class Llama3Config:
 
     model_type: ClassVar[str] = "llama"
     normalises_queries: ClassVar[bool] = False
-    """Whether queries and keys are normalised, by head and before RoPE (Qwen 3)."""
+    """Whether queries and keys are normalised, per head and before RoPE (Qwen 3)."""
 
     vocab_size: int = 32000
     max_position_embeddings: int = 2048
@@ -52,7 +52,7 @@ class Llama3Config:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
-    """Heads of keys and values, each shared by as many query heads; None is one for each."""
+    """Heads of keys and values, each shared by equally many query heads; None is one for each query head."""
     head_dim: int | None = None
     """Width of a head; None is hidden_size / num_attention_heads."""
     intermediate_size: int = 11008
@@ -63,7 +63,8 @@ class Llama3Config:
     attention_bias: bool = False
     """Whether queries, keys, values and attention's output have biases."""
     attention_output_bias: bool | None = None
-    """Whether attention's output has one; None is as attention_bias. The original repository's Llama has no other."""
+    """Whether attention's output has a bias; None is as attention_bias. It is the only one of the original repository's
+    Llama."""
     mlp_bias: bool = False
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -121,7 +122,7 @@ class Llama3Config:
 
     @property
     def rope(self) -> Rope:
-        """`rope_parameters`, of which a made config holds no dict."""
+        """`rope_parameters`, which `__post_init__` converts if it is a dict."""
         assert isinstance(self.rope_parameters, Rope)
         return self.rope_parameters
 
@@ -137,7 +138,8 @@ class Llama3Config:
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """Keys that a token sees in each layer; None is all. Some that are built as Llama have windows (Mistral)."""
+        """Keys that a token sees in each layer; None is all. Architectures derived from this one may have windows
+        (Mistral)."""
         return (None,) * self.num_hidden_layers
 
 
@@ -281,7 +283,7 @@ class Llama3Block(nn.Module):
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """SwiGLU, or experts: (what is added to the stream, the block's counts)."""
+        """SwiGLU, or experts: (what is added to the residual stream, the block's counts)."""
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         return mlp_or_experts(

@@ -1,7 +1,7 @@
-"""Mistral 7B (Jiang et al. 2023, arXiv:2310.06825), whose versions differ in one field.
+"""Mistral 7B (Jiang et al. 2023, arXiv:2310.06825): Llama, whose layers may have a window.
 
-Llama (grouped-query attention, RoPE, RMSNorm, SwiGLU), in v0.1 with a window in every layer: a token sees 4,096 keys,
-and through L layers what L windows reach (section 2). Later versions see everything.
+It has Llama's grouped-query attention, RoPE, RMSNorm and SwiGLU. In v0.1 every layer has a window: a token sees 4,096
+keys, and through L layers as far back as L windows (section 2). Later versions see everything.
 
 Reference: transformers' `MistralForCausalLM`. Deviations: none by default.
 """

@@ -4,7 +4,7 @@ Mistral (grouped-query attention, RoPE, RMSNorm, SwiGLU) in which every feed-for
 token passes through 2:
 - the router is a linear layer; softmax over all experts, the two largest renormalised to add up to 1 (section 2.1)
 - no token is dropped, no shared expert
-- in training a load-balancing loss over the tokens of all layers together (transformers' `router_aux_loss_coef`)
+- in training, a load-balancing loss over the tokens of all layers together (transformers' `router_aux_loss_coef`)
 - no window, unless a config has one, as early ones do
 
 Reference: transformers' `MixtralForCausalLM`. Deviations: none; its jitter on the router's input
@@ -27,7 +27,7 @@ MIXTRAL_ROPE = Rope(rope_theta=1_000_000.0)
 
 @dataclass(frozen=True)
 class MixtralConfig(MistralConfig):
-    """What differs from Mistral; the defaults are transformers'. Experts are told by its fields."""
+    """What differs from Mistral; the defaults are transformers'. The fields describe the experts."""
 
     model_type: ClassVar[str] = "mixtral"
 
@@ -41,7 +41,7 @@ class MixtralConfig(MistralConfig):
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.001
     """Coefficient of the load-balancing loss, which training adds. `experts` may have another `balance`: a dict changes
-    what these fields tell, `Experts` tell all of it anew."""
+    some of what these fields say, `Experts` replace all of it."""
 
     def __post_init__(self) -> None:
         check_fields(self)
