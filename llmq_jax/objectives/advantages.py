@@ -1,7 +1,7 @@
 """The advantages of GRPO: how much better an answer did than the others of its group, so that no critic is trained.
 
-DeepSeekMath (Shao et al. 2024, arXiv:2402.03300), sections 4.1.2, where answers are rewarded, and 4.1.3, where each of
-their steps is. What the policy learns from them is in `objectives.grpo`.
+DeepSeekMath (Shao et al. 2024, arXiv:2402.03300), sections 4.1.2 (one reward per answer) and 4.1.3 (one reward per step
+of an answer). What the policy learns from them is in `objectives.grpo`.
 """
 
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ def group_advantages(
 ) -> Float[Array, " B"]:
     """How much better each answer did than its group: A_i = (r_i - mean(r)) / (std(r) + ε).
 
-    Answers to the same question are neighbours, `group_size` of them. `scale`: what is divided by, the unbiased
-    standard deviation of the rewards of the "group" (DeepSeekMath, section 4.1.2) or of the whole "batch", or "none"
-    (Dr. GRPO: a division by the group's favours questions that are too easy or too hard). The mean is always the
-    group's. Where all answers of a group did equally well, the advantages are exactly 0. BadInput: rewards that are no
-    whole number of groups, a scale that is unknown, a group of one that would be divided by its spread.
+    Each `group_size` consecutive rewards are those of answers to one question. `scale` says which unbiased standard
+    deviation divides: that of the rewards of the "group" (DeepSeekMath, section 4.1.2) or of the whole "batch", or
+    "none" (Dr. GRPO: dividing by the group's favours questions that are too easy or too hard). The mean is always the
+    group's. Where all rewards of a group are equal, the advantages are exactly 0. BadInput: rewards that are no whole
+    number of groups, a scale that is unknown, a group of one with scale "group".
     """
     groups = _groups(rewards, group_size, scale)
     if scale == "group" and group_size == 1:
@@ -39,9 +39,10 @@ def process_advantages(
 ) -> Float[Array, "B C"]:
     """Advantages of tokens where the steps of an answer are rewarded, not its outcome (DeepSeekMath, section 4.1.3).
 
-    `step_ends` is 1 on the last token of each step, where `step_rewards` has the step's reward. The rewards are
-    compared as those of `group_advantages`, with the mean and the standard deviation of all steps of all answers of
-    the group; a token's advantage is the sum over the steps that end with it or after it. After the last step it is 0.
+    `step_ends` is 1 on the last token of each step, where `step_rewards` has the step's reward. Rewards are normalised
+    as in `group_advantages`, by the mean and the standard deviation over all steps of all answers of the group. A
+    token's advantage is the sum of the normalised rewards of the steps that end at it or after it; after the last step
+    it is 0.
     """
     groups, counted = _groups(step_rewards, group_size, scale), _groups(step_ends != 0, group_size, scale)
     relative = _standardised(groups, counted.astype(jnp.float32), scale, epsilon).reshape(step_rewards.shape)
@@ -58,7 +59,7 @@ def _groups(values: Array, group_size: int, scale: str) -> Array:
 
 
 def _standardised(rewards: Array, counted: Array, scale: str, epsilon: float) -> Array:
-    """(r - mean of its group) / (spread + ε) where `counted` is 1, 0 elsewhere: [groups, N] all of them."""
+    """(r - mean of its group) / (standard deviation + ε) where `counted` is 1, elsewhere 0. All are [groups, N]."""
     centred, deviation = _centred(rewards, counted, axis=1)
     if scale == "none":
         return centred
@@ -71,8 +72,8 @@ def _standardised(rewards: Array, counted: Array, scale: str, epsilon: float) ->
 def _centred(rewards: Array, counted: Array, axis: int | None) -> tuple[Array, Array]:
     """(r - mean(r), unbiased standard deviation) along an axis, or of all.
 
-    Rewards are first measured from the lowest: the mean of zeros is 0. That of equal numbers need not be that number
-    (three times 1.7 in float32), and a division by ε would make an advantage of the rounding.
+    The lowest reward is subtracted first: equal rewards become zeros, whose mean is exactly 0. The mean of other equal
+    numbers may be off by rounding (three times 1.7 in float32), which a division by ε would turn into an advantage.
     """
     lowest = jnp.where(counted > 0, rewards, jnp.inf).min(axis=axis, keepdims=True)
     above = jnp.where(counted > 0, rewards - lowest, 0.0)

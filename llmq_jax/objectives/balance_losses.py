@@ -1,7 +1,7 @@
 """What experts add to an objective in training: the losses that keep their load even.
 
-They are products of means over a batch. They are taken of each micro-batch and averaged, by its share of the batch:
-accumulation changes them, as it does hardly anything else.
+They are products of means over a batch. Here they are computed for each micro-batch and averaged, weighted by its share
+of the batch. So accumulation changes them, unlike nearly everything else.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from llmq_jax.layers.moe import Experts, balance_from
 def balance_terms(
     experts: Experts | None, counts: dict[str, Any], share: Float[Array, ""]
 ) -> tuple[Float[Array, ""] | float, dict[str, Array]]:
-    """(Σ coefficient · loss, each loss before its coefficient and the largest violation by name), times this
-    micro-batch's `share` of the batch. Without experts: 0 and nothing."""
+    """(Σ coefficient · loss; by name, each loss without its coefficient and the mean over layers of `max_violation`),
+    all times this micro-batch's `share` of the batch. Without experts: 0 and nothing."""
     reports = all_layers(counts)
     if reports is None:
         return 0.0, {}

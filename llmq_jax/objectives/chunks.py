@@ -1,5 +1,5 @@
-"""Tokens in chunks, so that the logits of few of them exist at a time; on a mesh a chunk has as many of each group of
-devices (`layers.axes.row_groups`), which stay there."""
+"""Tokens in chunks, so that the logits of one chunk exist at a time. On a mesh a chunk has equally many tokens of each
+group of devices (`layers.axes.row_groups`), and these stay there."""
 
 from dataclasses import dataclass
 
@@ -22,10 +22,10 @@ class Chunks:
 
     @classmethod
     def of(cls, rows: int, tokens: int, longest: int) -> "Chunks":
-        """Of so many rows with so many tokens in all: chunks of at most `longest` tokens of each group."""
+        """For `rows` rows with `tokens` tokens in all: chunks of at most `longest` tokens of each group."""
         groups = row_groups(rows)
         count = tokens // groups
-        return cls(groups, count, max(1, -(-count // longest)))  # one also of no token
+        return cls(groups, count, max(1, -(-count // longest)))  # at least one chunk
 
     @property
     def size(self) -> int:
@@ -37,11 +37,11 @@ class Chunks:
         return x.reshape(self.groups, self.count, *x.shape[2:])
 
     def split(self, x: Array) -> Array:
-        """[groups, count, ...], filled up with zeros, to [chunks, groups, size, ...]."""
+        """[groups, count, ...], padded with zeros, to [chunks, groups, size, ...]."""
         filled = jnp.pad(x, [(0, 0), (0, self.chunks * self.size - self.count)] + [(0, 0)] * (x.ndim - 2))
         parts = filled.reshape(self.groups, self.chunks, self.size, *x.shape[2:])
         return constrain(parts.swapaxes(0, 1), None, "batch")
 
     def join(self, x: Array) -> Array:
-        """[chunks, groups, size] to [groups, chunks · size], of which those after the first `count` filled up."""
+        """[chunks, groups, size] to [groups, chunks · size], in which all after the first `count` are padding."""
         return x.swapaxes(0, 1).reshape(self.groups, self.chunks * self.size)

@@ -39,7 +39,7 @@ class Classification:
             raise BadInput(f"class weights {list(weights)} must not be negative, one of them must be positive")
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
-        """What the loss is divided by, Σ w[label], and what the accuracy is: the number of rows that count."""
+        """What divides the loss, Σ w[label], and what divides the accuracy, the number of rows that count."""
         return {"loss": self._row_weights(batch).sum(), "accuracy": batch["mask"].astype(jnp.float32).sum()}
 
     def loss(

@@ -1,32 +1,32 @@
 """Group relative policy optimisation (GRPO; DeepSeekMath, Shao et al. 2024, arXiv:2402.03300) and its relatives.
 
 The policy answers each question several times, the answers are scored, and an answer's advantage is how much better it
-did than the others of its group: no critic is trained. Then the policy π learns from them, for one or more steps, near
-the policy π_old that they were sampled from and, where β > 0, near a reference π_ref. Of token t of answer i:
+did than the others of its group: no critic is trained. The policy π then learns from the answers, for one or more
+steps, staying near the policy π_old that sampled them and, if β > 0, near a reference π_ref. For token t of answer i:
 
     A_i = (r_i - mean(r)) / (std(r) + ε)          advantage (`objectives.advantages`), r: rewards of the group
     ρ_t = π(o_t | q, o_<t) / π_old(o_t | q, o_<t)                                                  ratio
     D_t = π_ref/π - log(π_ref/π) - 1              distance from the reference                      eq. 4
     loss = -average of (surrogate(ρ_t, A_i) - β D_t)                                               eq. 3, 19
 
-The relatives differ in ratio, surrogate and average. The policy gradient is Σ ρ A ∇log π (eq. 20-21) for all of them
-wherever ρ is near 1: the surrogates say what happens to tokens that have moved away.
+The relatives differ in ratio, surrogate and average. Where ρ is near 1, all of them have the policy gradient
+Σ ρ A ∇log π (eq. 20-21); they differ in what they do to tokens whose ρ has moved away from 1.
 
     loss type  surrogate                                    average                          source
-    grpo       min(ρ A, clip(ρ, 1 - low, 1 + high) A)       of answers, each of its tokens   DeepSeekMath
-    bnpo       as grpo                                      of the micro-batch's tokens      TRL
-    dapo       as grpo                                      of the batch's tokens            DAPO, 2503.14476
+    grpo       min(ρ A, clip(ρ, 1 - low, 1 + high) A)       over answers of token means      DeepSeekMath
+    bnpo       as grpo                                      over the micro-batch's tokens    TRL
+    dapo       as grpo                                      over the batch's tokens          DAPO, 2503.14476
     dr_grpo    as grpo                                      Σ / (answers · max_length)       Dr. GRPO, 2503.20783
     gspo       as grpo, with one ratio an answer:           as grpo                          GSPO, 2507.18071
                ρ = exp(mean_t log ρ_t)
     sapo       4/τ σ(τ (ρ - 1)) A, τ by the sign of A       as grpo                          SAPO, 2511.20347
     cispo      sg[min(ρ, high)] A log π, sg: no gradient    as dapo                          MiniMax-M1, 2506.13585
 
-In the first step after sampling ρ = 1 everywhere. The loss of `grpo` is then minus the mean of the advantages, which is
-0: a loss of 0 is nothing to worry about, its gradient is not 0.
+In the first step after sampling, ρ = 1 everywhere. With β = 0 the loss of `grpo` is then minus the mean of the
+advantages, which is 0: a loss of 0 is nothing to worry about, its gradient is not 0.
 
-An objective as `next_token` describes it, but for two terms that TRL defines on a micro-batch: the average of `bnpo`,
-and the entropy bonus. They depend on how the batch is cut, as balance losses of experts do.
+An objective as `next_token` describes it, except for two terms that TRL defines on a micro-batch: the average of
+`bnpo`, and the entropy bonus. They depend on how the batch is cut, as balance losses of experts do.
 """
 
 import math
@@ -48,7 +48,7 @@ Mask = Float[Array, "B C"] | Int[Array, "B C"] | Bool[Array, "B C"]
 Advantages = Float[Array, " B"] | Float[Array, "B C"]
 
 ESTIMATORS = ("k1", "k2", "k3")
-# The options that each loss type reads beside those of all, with their defaults; clip_high None is clip_low.
+# The options that a loss type has beside those that all have, with their defaults; clip_high None is clip_low.
 _CLIPPED: dict[str, float | None] = {"clip_low": 0.2, "clip_high": None}
 OPTIONS: dict[str, dict[str, float | None]] = {
     "grpo": _CLIPPED,
@@ -74,15 +74,15 @@ class LossOptions:
     loss_type: str = "grpo"
     """grpo, bnpo, dapo, dr_grpo, gspo, sapo or cispo."""
     clip_low: float | None = None
-    """How far below 1 the ratio may fall before a bad answer no longer pushes it down; 0.2. For gspo, whose ratio is a
-    mean over tokens, its paper has 3e-4, and 4e-4 above."""
+    """How far below 1 the ratio may fall before a bad answer no longer pushes it down; 0.2 by default. For gspo, whose
+    ratio is a mean over tokens, its paper has 3e-4, and 4e-4 above."""
     clip_high: float | None = None
-    """How far above 1 the ratio may rise before a good answer no longer pushes it up; None is as clip_low, DAPO has
-    0.28. For cispo the greatest ratio itself; 5.0."""
+    """How far above 1 the ratio may rise before a good answer no longer pushes it up; by default as clip_low, DAPO has
+    0.28. For cispo the greatest ratio itself; 5.0 by default."""
     beta: float = 0.0
-    """What the distance from the reference costs. 0: no reference is read."""
+    """β, the coefficient of the distance from the reference. 0: no reference is read."""
     kl: str | None = None
-    """The estimator of the distance from the reference, see `kl_estimate`; k3."""
+    """The estimator of the distance from the reference, see `kl_estimate`; k3 by default."""
     kl_by_ratio: bool = False
     """Whether each token's distance from the reference is multiplied by its ratio (DeepSeek-V3.2, arXiv:2512.02556;
     TRL's use_bias_correction_kl). With k1 and k3 the gradient is then that of KL(π || π_ref) on average, also where the
@@ -90,11 +90,12 @@ class LossOptions:
     max_length: int | None = None
     """For dr_grpo: the longest that an answer may be, in tokens, the same for all batches."""
     entropy_coefficient: float = 0.0
-    """What the entropy of the policy earns, per nat: keeps it exploring."""
+    """Coefficient of the entropy bonus, which keeps the policy exploring: the loss falls by this much per nat."""
     sapo_temperature_positive: float | None = None
-    """For sapo: how fast a token's gradient fades as its ratio leaves 1, where the advantage is positive; 1.0."""
+    """For sapo: how fast a token's gradient fades as its ratio leaves 1, if the advantage is positive; by default 1."""
     sapo_temperature_negative: float | None = None
-    """For sapo: how fast a token's gradient fades as its ratio leaves 1, where the advantage is not positive; 1.05."""
+    """For sapo: how fast a token's gradient fades as its ratio leaves 1, if the advantage is not positive; by default
+    1.05."""
 
     def __post_init__(self) -> None:
         if self.loss_type not in OPTIONS:
@@ -162,16 +163,17 @@ def grpo_loss(
     """(loss, metrics) of B answers of up to C tokens, from the log-probabilities of their tokens, in nats.
 
     `logprobs` are the policy's, `old_logprobs` those it had when it sampled the answers, `reference_logprobs` the
-    reference's: given if and only if beta > 0. `mask` is 1 on the tokens that count; what the others hold, be it NaN,
-    is not read. Gradients flow to `logprobs` and `entropies`. For the other options see `LossOptions`.
+    reference's: given if and only if beta > 0. `mask` is 1 on the tokens that count; values at other tokens are
+    ignored, even NaN. Gradients flow to `logprobs` and `entropies`. For the other options see `LossOptions`.
 
-    `weights`: where these are a micro-batch, `loss_weights` of the mask of the whole batch. Losses, gradients and
-    metrics of micro-batches then add up to the batch's, but for those called min and max. Value and gradient are TRL's.
+    `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
+    of micro-batches, except those called min and max, then add up to the batch's. Value and gradient are TRL's.
 
-    Metrics, named as TRL's: `kl` (if beta), `entropy` (if given), `clip_ratio/low_mean`, `.../high_mean` and
-    `.../region_mean`, the part of the tokens (gspo: answers) that is clipped below, above and at all, and of the
-    answers the least, `clip_ratio/low_min`, and the greatest, `clip_ratio/high_max`; for cispo `cispo_clip_ratio`; with
-    an entropy bonus `policy_loss`, the loss without it.
+    Metrics, named as TRL's: `kl` (if beta); `entropy` (if given); `clip_ratio/low_mean`, `.../high_mean` and
+    `.../region_mean`, the fraction of the tokens (gspo: answers) that is clipped below, above or either way, and, of
+    the answers' own fractions, the least of those below, `clip_ratio/low_min`, and the greatest of those above,
+    `clip_ratio/high_max`; for cispo only `cispo_clip_ratio` and for sapo none of these; with an entropy bonus
+    `policy_loss`, the loss without it.
 
     BadInput: a loss type that is unknown, an option that it ignores or that is out of range, a reference without beta
     or beta without a reference.
@@ -220,8 +222,8 @@ def grpo_loss(
 
 
 def loss_weights(mask: Mask) -> dict[str, Float[Array, ""]]:
-    """What the sums over a batch are divided by: its number of answers, `rows`, and of tokens that count, `tokens`.
-    An answer without any counts as one of loss 0."""
+    """What sums over a batch are divided by: its number of answers, `rows`, and of tokens that count, `tokens`. An
+    answer without such tokens is counted, with loss 0."""
     return {"rows": jnp.asarray(float(len(mask))), "tokens": mask.astype(jnp.float32).sum()}
 
 
@@ -237,8 +239,8 @@ def policy_ratio(
 
 @jax.custom_vjp
 def _exp(x: Array) -> Array:
-    """e^x. Where it is infinite and nothing depends on it, its gradient is 0, not 0 · inf: a policy that has moved as
-    far as that from the one that answered learns nothing from tokens behind their bound."""
+    """e^x. Where it overflows and the incoming gradient is 0, its gradient is 0, not 0 · inf = NaN: tokens that are
+    clipped teach nothing, however far the policy has moved from the one that answered."""
     return jnp.exp(x)
 
 
@@ -255,16 +257,16 @@ _exp.defvjp(_exp_forward, _exp_backward)
 
 
 def surrogate(ratio: Array, logprobs: Float[Array, "B C"], advantages: Array, options: LossOptions) -> Array:
-    """What the policy is to make large, of each token: the second column of the table above. [B, C], or [B, 1]."""
+    """What is maximised, for each token: the second column of the table above. [B, C], or [B, 1]."""
     if options.loss_type == "cispo":
-        # The clip bounds how much a token weighs; unlike the others' it never takes its gradient away.
+        # The clip bounds how much a token weighs; unlike that of other loss types it never removes a token's gradient.
         return jax.lax.stop_gradient(jnp.minimum(ratio, options.value("clip_high"))) * advantages * logprobs
     if options.loss_type == "sapo":
         positive, negative = options.value("sapo_temperature_positive"), options.value("sapo_temperature_negative")
         temperature = jnp.where(advantages > 0, positive, negative)
         return 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
-    # The lesser of the two: only a ratio that moved too far in the direction of its advantage loses its gradient. Each
-    # sign has one bound then, so that an infinite ratio is not multiplied by an advantage of 0.
+    # The minimum of the two, written as one bound for each sign of the advantage: only a ratio that moved too far in
+    # the direction of its advantage loses its gradient. So an infinite ratio is never multiplied by an advantage of 0.
     lower, upper = options.bounds
     # Not jnp.clip, which halves the gradient at a bound; torch.clamp does not.
     from_above, from_below = jnp.where(ratio > upper, upper, ratio), jnp.where(ratio < lower, lower, ratio)
@@ -281,8 +283,8 @@ def kl_estimate(
         k2 = d² / 2          biased, positive, of less variance
         k3 = exp(d) - d - 1  unbiased, positive, of less variance: DeepSeekMath, eq. 4
 
-    In a loss the gradients matter, not the values. On average that of k1 is 0, as it is ∇log π whatever the reference
-    is; that of k2 is the gradient of KL(π || π_ref), that of k3 the gradient of KL(π_ref || π).
+    In a loss the gradients matter, not the values. On average the gradient of k1 is 0, because it is ∇log π whatever
+    the reference; that of k2 is the gradient of KL(π || π_ref), that of k3 the gradient of KL(π_ref || π).
     """
     if estimator not in ESTIMATORS:
         raise BadInput(f"kl={estimator!r} is unknown; {did_you_mean(estimator, ESTIMATORS)}")
@@ -326,7 +328,7 @@ def clip_metrics(
     number = weights["tokens"]
     if options.loss_type == "gspo" and advantages.shape[1] == 1:  # one ratio and one advantage an answer
         mask, number = jnp.ones_like(ratio), weights["rows"]
-    # An answer without tokens, which is none of them, is given what changes neither extreme.
+    # An answer without tokens gets values that change neither extreme.
     tokens = mask.sum(axis=-1)
     low_rows = jnp.where(tokens > 0, _row_means(low, mask), 1.0)
     high_rows = jnp.where(tokens > 0, _row_means(high, mask), 0.0)
@@ -344,7 +346,7 @@ def _constant(logprobs: Array, mask: Float[Array, "B C"]) -> Array:
 
 
 def _row_means(values: Array, mask: Float[Array, "B C"]) -> Float[Array, " B"]:
-    """Of the tokens that count; 0 where none does."""
+    """Each row's mean over the tokens that count; 0 where none does."""
     return (values * mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1.0)
 
 
@@ -358,9 +360,9 @@ def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> F
 
 
 def can_share_prompts(model: Decoder) -> bool:
-    """Whether answers can go on from one reading of their prompt: see `GRPO.group_size`."""
+    """Whether the answers of a group can share one pass over their prompt: see `GRPO.group_size`."""
     ropes = (getattr(model.config, name, None) for name in ("rope_parameters", "local_rope_parameters"))
-    by_length = any(isinstance(rope, DynamicRope | LongRope) for rope in ropes)  # of the whole row
+    by_length = any(isinstance(rope, DynamicRope | LongRope) for rope in ropes)  # the length of prompt and answer
     return model.experts is None and model.frozen_layers == 0 and not by_length
 
 
@@ -369,17 +371,18 @@ class GRPO(LossOptions):
     """Batches hold `tokens` [B, T], prompts with their completions, padded on the right to `lengths` [B];
     `prompt_lengths` [B]; and of the completions, aligned on the left: `completion_mask` [B, C], which is 1 on the
     tokens that count, the end token included, `old_logprobs` [B, C], `advantages` [B] or [B, C], and if and only if
-    beta > 0 `reference_logprobs` [B, C]. With a `group_size` they hold `prompts` [B, W] too: how rows begin.
+    beta > 0 `reference_logprobs` [B, C]. With a `group_size` above 1 they also hold `prompts` [B, W], the beginnings of
+    the rows.
 
     Evaluation reports the loss without the entropy bonus.
     """
 
     model: Decoder
     temperature: float = field(default=1.0, kw_only=True)
-    """That of sampling: the policy that learns is the one that answered, with its logits divided by it."""
+    """Divides the policy's logits, as in sampling, so that the policy that learns is the one that answered."""
     group_size: int = field(default=1, kw_only=True)
-    """So many neighbouring rows of every micro-batch answer the same prompt, which is read once for all of them. The
-    loss is the same. Not for experts, whose balance counts every token of every row."""
+    """This many neighbouring rows of every micro-batch answer the same prompt, which one pass reads for all of them.
+    The loss is the same. Not for models with experts, whose balance counts every token of every row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -392,7 +395,7 @@ class GRPO(LossOptions):
             raise BadInput(f"temperature={self.temperature} of GRPO must be positive")
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
-        """The numbers of answers and of tokens that count, and which of them the loss and each metric have."""
+        """The numbers of answers and of tokens that count, and which of them divides the loss and each metric."""
         weights = loss_weights(batch["completion_mask"])
         rows, tokens = weights["rows"], weights["tokens"]
         clipped = rows if self.loss_type == "gspo" and batch["advantages"].ndim == 1 else tokens
@@ -406,7 +409,7 @@ class GRPO(LossOptions):
     def loss(
         self, variables: dict[str, Any], batch: dict[str, Array], weights: dict[str, Array], rng: Array | None = None
     ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
-        """(loss, metrics that add over micro-batches, those called min and max apart, counts).
+        """(loss, metrics that add over micro-batches, except those called min and max, counts).
 
         `rng` is given in training: the entropy bonus and balance losses of experts are added. Dropout never acts: the
         old policy answered without it.

@@ -1,9 +1,9 @@
-"""Log-probabilities of given tokens, log p(token | tokens before it): what preference and reinforcement learning are
-made of. Never [B, T, V].
+"""Log-probabilities of given tokens, log p(token | tokens before it), on which preference and reinforcement learning
+build, without ever forming logits [B, T, V].
 
-The tokens that count go by in chunks, each through the head and back to one number a token; the backward pass makes a
-chunk's logits anew. Tokens that do not count, prompts and padding, are not unembedded: those that do come first, and
-chunks without any are skipped.
+Tokens pass through the head in chunks, which leave one number per token; the backward pass recomputes a chunk's logits.
+Tokens that do not count (prompts, padding) are not unembedded: the others are sorted to the front, and chunks without
+any of them are skipped.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from llmq_jax.layers.axes import by_group, gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.objectives.chunks import Chunks
 
-# Logits of a chunk, in elements. Smaller chunks skip more of what does not count; the head's gradient is read and
-# written for each of them.
+# Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
+# head's gradient.
 CHUNK_ELEMENTS = 2**24
 SHORTEST_CHUNK = 64
 
@@ -34,7 +34,7 @@ def token_logprobs(
 ) -> Float[Array, "B T-1"]:
     """log p(token t+1 | tokens up to t) in nats, for t = 0 ... T-2, times the mask of token t+1 (None: all count).
 
-    Rows are padded on the right to `lengths`. `temperature` divides the logits, as where the tokens were sampled.
+    Rows are padded on the right to `lengths`. `temperature` divides the logits, as when the tokens were sampled.
     Gradients flow to `variables`. No [B, T, V] is ever held.
     """
     return logprobs_and_counts(model, variables, tokens, mask, lengths=lengths, temperature=temperature)[0]
@@ -62,7 +62,7 @@ def logprobs_and_counts(
     lengths: Int[Array, " B"] | None = None,
     temperature: float = 1.0,
 ) -> tuple[Float[Array, "B T-1"], dict[str, Any]]:
-    """`token_logprobs`, and the counts of the pass, which balance losses of experts are made of."""
+    """`token_logprobs`, and the counts of the pass, from which balance losses of experts are computed."""
     tokens = jnp.asarray(tokens)
     output = _forward(model, variables, tokens, lengths)
     counted = jnp.ones(tokens.shape) if mask is None else jnp.asarray(mask, jnp.float32)
@@ -89,11 +89,11 @@ def completion_logprobs(
     """(log-probability [B, C], entropy of the prediction [B, C] if asked for, counts) of the `count` tokens from each
     row's `prompt_lengths` on.
 
-    Rows hold a prompt and its completion, `lengths` tokens in all, padded on the right; beyond them both are 0.
+    Rows hold a prompt and its completion, `lengths` tokens in all, padded on the right; beyond them both results are 0.
 
-    `prompts`: those of the rows, which anything may follow, where `group_size` neighbouring rows have the same one. It
-    is then read once for all of them, forward and back, and the result is the same (Liu et al. 2025, Prefix Grouper,
-    arXiv:2506.05433). Counts are then those of the completions.
+    `prompts`: the rows' prompts, where `group_size` neighbouring rows have the same one; what follows a prompt in its
+    row is ignored. Each is then read once for its group, forward and backward, and the result is the same (Liu et al.
+    2025, Prefix Grouper, arXiv:2506.05433). Counts are then those of the completions.
     """
     places = prompt_lengths[:, None] + jnp.arange(count)
     counted = (places < lengths[:, None]).astype(jnp.float32)
@@ -119,7 +119,8 @@ def _after_prompts(
     counted: Float[Array, "B C"],
     group_size: int,
 ) -> Output:
-    """A pass over tokens that follow all but the last of their prompts' tokens, with what these left in caches."""
+    """A pass over `tokens`, of which the first is the last token of its prompt. The prompt's other tokens are read
+    before, once for each group, into caches."""
     (first, width), count = prompts[::group_size].shape, tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width), (first, width))
     segment_ids = segments_of(prompt_lengths[::group_size] - 1, width)
@@ -140,11 +141,11 @@ def greedy_logprobs(
     targets: Int[Array, "N T"],
     mask: Bool[Array, "N T"],
 ) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
-    """(log p(target | tokens up to its place), whether it is the likeliest token, of equally likely ones the first) of
-    the targets in the mask; elsewhere 0 and False.
+    """(log p(target | tokens up to its place), whether it is the likeliest token, or the first of equally likely ones)
+    for the targets in the mask; elsewhere 0 and False.
 
-    `rows` says which row of tokens each row of targets follows: several may follow one, which is read once. Tokens are
-    padded on the right to `lengths`.
+    `rows` says which row of `tokens` each row of targets belongs to: several may share one, which is read once. Tokens
+    are padded on the right to `lengths`.
     """
     hidden = _forward(model, variables, tokens, lengths).hidden[rows]
     measures = (_of_target, _is_likeliest)
@@ -166,13 +167,13 @@ def _measured(
     temperature: float,
     measures: tuple[Callable[[Array, Array], Array], ...],
 ) -> tuple[Float[Array, "B T"], ...]:
-    """What the measures make of each prediction and its target, times the mask."""
+    """Each measure of the predicted log-probabilities and the target, at every token, times the mask."""
     chunks = Chunks.of(len(mask), mask.size, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
-    # A head for each group: sums of its gradient over their rows stay apart until the end.
+    # One copy of the head per group of devices, so that its gradient is summed over groups only at the end.
     head = gathered_over_fsdp(model.head_variables(variables))
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)
 
-    # What counts comes first, in its order.
+    # Tokens that count come first, in their order.
     order = jnp.argsort(chunks.by_group(mask) == 0, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     sorted_by = by_group(lambda x, order: x[order])

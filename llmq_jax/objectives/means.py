@@ -18,16 +18,16 @@ COLLECTIVES: dict[str, Callable[..., Any]] = {
     **{name: jax.lax.pmin if pick is jnp.minimum else jax.lax.pmax for name, pick in EXTREMES.items()},
     "coefficient": jax.lax.pmax,  # a weight that is the same in every part of a batch
 }
-"""What does not add over devices, either."""
+"""What is not summed over devices, and how it is combined instead."""
 
 
 def combined(name: str, a: Any, b: Any) -> Any:
-    """A metric of two parts of a batch, or of two batches: the lesser or greater one of EXTREMES, the sum of others."""
+    """A metric of two parts of a batch, or of two batches: the least or the greatest in EXTREMES, otherwise the sum."""
     return EXTREMES.get(name, jnp.add)(a, b)
 
 
 def over_devices(named: dict[str, Any], axis: str) -> dict[str, Any]:
-    """Metrics or weights of a whole batch, of which each device along this axis of `jax.pmap` has those of a part."""
+    """Metrics or weights of a whole batch, from those of the parts that devices along an axis of `jax.pmap` have."""
     add: Callable[..., Any] = jax.lax.psum
     return {name: COLLECTIVES.get(name, add)(value, axis) for name, value in named.items()}
 

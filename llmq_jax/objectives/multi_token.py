@@ -3,8 +3,8 @@
     loss = L_main + λ/D Σ_k L_k                                                      the second term is eq. 25
     L_k = -Σ_i log p_k(token i + k + 1 | tokens up to i + k) / their number          eq. 24, which divides by T
 
-p_k is what the k-th of the model's modules gives, by the head that all share. Where a row or a document ends before
-token i + k + 1, there is nothing to predict: it counts neither above nor below the line.
+p_k is the prediction of the model's k-th module, by the head that all share. Where a row or a document ends before
+token i + k + 1, there is nothing to predict: place i is neither in the sum nor in the number.
 """
 
 import math
@@ -24,12 +24,11 @@ from llmq_jax.objectives.next_token import head_loss
 
 @dataclass(frozen=True)
 class MultiToken:
-    """Batches are those of `NextToken`. The k-th module then sees the tokens k places further on, and has the targets
-    k places further on; or it is given its own: `ahead_tokens`, `ahead_targets`, `ahead_mask` and `ahead_segment_ids`
-    [B, depth, T].
+    """Batches are those of `NextToken`. Module k then sees the tokens, and predicts the targets, k places further on;
+    or a batch has its own: `ahead_tokens`, `ahead_targets`, `ahead_mask` and `ahead_segment_ids`, all [B, depth, T].
 
-    Evaluation takes the main loss alone, so that it compares with models that have no such modules, and reports each
-    module's beside it: `mtp_1_loss`, ...
+    The loss of evaluation is the main one alone, so that it compares with models that have no such modules; each
+    module's is reported beside it: `mtp_1_loss`, ...
     """
 
     model: DeepSeek3
@@ -48,7 +47,7 @@ class MultiToken:
         return self.model.config.num_nextn_predict_layers
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
-        """The number of targets that count, of each depth; and λ at a step of training."""
+        """The number of targets that count at each depth; in training also λ at this step."""
         length = batch["tokens"].shape[1]
         if length <= self.depth:
             raise BadInput(

@@ -1,8 +1,8 @@
 """Next-token prediction: the pretraining objective, -Σ log p(token | tokens before it) / tokens.
 
-An objective is a pure function in named terms. `weights` counts, from the masks of the whole global batch, what each
-term is divided by; `loss` sums over a micro-batch and divides by these weights. Sums of micro-batches and of devices
-then simply add: accumulation, padding and data parallelism cannot change the result.
+An objective is two pure functions. `weights` counts, from the masks of the whole global batch, what each named term is
+divided by; `loss` sums over a micro-batch and divides by these weights. The results of micro-batches and of devices
+then simply add: accumulation, padding and data parallelism cannot change the total.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class NextToken:
     model: Decoder
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
-        """The number of targets that count. `step` is that of training; no term here depends on it."""
+        """The number of targets that count. `step` is the training step; no term here depends on it."""
         return {"loss": batch["mask"].astype(jnp.float32).sum()}
 
     def loss(

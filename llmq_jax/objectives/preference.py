@@ -1,8 +1,9 @@
 """Direct preference optimisation: learn from pairs of answers of which one is preferred, without a reward model.
 
 DPO (Rafailov et al. 2023, arXiv:2305.18290): the policy's own log-probabilities, compared with those of a frozen
-reference, are the reward, r(x, y) = beta · log(pi(y|x) / pi_ref(y|x)) (eq. 5), and the Bradley-Terry model of it is
-learned. With the difference of the two log-ratios
+reference, are the reward, r(x, y) = beta · log(pi(y|x) / pi_ref(y|x)) plus a term of x alone, which cancels (eq. 5).
+The loss is the negative log likelihood of the preferences in the Bradley-Terry model of this reward. With the
+difference of the two log-ratios
 
     delta = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x))
 
@@ -10,12 +11,12 @@ learned. With the difference of the two log-ratios
     cDPO       -(1-e) log sigma(beta · delta) - e log sigma(-beta · delta)     sigmoid with label smoothing: labels are
                                                                                wrong with probability e
     robust     (-(1-e) log sigma(beta · delta) + e log sigma(-beta · delta)) / (1 - 2e)
-                                                                               unbiased by such labels, arXiv:2403.00409
+                                                                               unbiased despite these, arXiv:2403.00409
     hinge      max(0, 1 - beta · delta)                                        arXiv:2305.10425
     ipo        (delta - 1 / (2 beta))^2                                        arXiv:2310.12036, eq. 17
 
 An answer's log-probability is the sum over its tokens, the end token included, so that long answers weigh more; `ipo`
-is defined on means over tokens, and the others can be, by `normalise`. An objective as `next_token` describes it.
+takes means over tokens, and the others can, by `normalise`. An objective as `next_token` describes it.
 """
 
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def rewards_of(chosen: Float[Array, " B"], rejected: Float[Array, " B"], beta: f
 
 
 def check_dpo(beta: float, label_smoothing: float, loss_type: str) -> None:
-    """BadInput for options that mean nothing, or that the loss ignores."""
+    """BadInput for options that are unknown or out of range, or that the loss ignores."""
     if loss_type not in LOSS_TYPES:
         raise BadInput(f"loss_type={loss_type!r} is unknown; choose from {', '.join(LOSS_TYPES)}")
     if not 0 < beta < float("inf"):
@@ -100,7 +101,7 @@ class DPO:
 
     model: Decoder
     beta: float = 0.1
-    """How much the distance from the reference costs."""
+    """β: how much the distance from the reference costs."""
     label_smoothing: float = 0.0
     loss_type: str = "sigmoid"
     normalise: bool = False
@@ -121,8 +122,8 @@ class DPO:
     ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss a pair, metrics that add over micro-batches, counts).
 
-        `rng` is given in training: the balance losses of experts are added. Dropout never acts: the reference was asked
-        without it, and what it did to a log-probability would be taken for a distance.
+        `rng` is given in training: the balance losses of experts are added. Dropout never acts: the reference is
+        evaluated without it, and its effect on a log-probability would count as distance from the reference.
         """
         mask = batch["mask"].astype(jnp.float32)
         policy, counts = pair_logprobs(self.model, variables, batch)
@@ -141,7 +142,7 @@ class DPO:
             loss_type=self.loss_type,
         )
         chosen, rejected = (policy - reference).T
-        # Not those of dpo_loss, which are of means where the loss is: these are of sums, always (docs/dpo.md).
+        # Always of sums, unlike the metrics of dpo_loss, which are of means where the loss is (docs/dpo.md).
         metrics = rewards_of(chosen, rejected, self.beta)
         metrics |= {"logps/chosen": policy[:, 0], "logps/rejected": policy[:, 1]}
         metrics = {name: safe_divide((mask * value).sum(), weights["loss"]) for name, value in metrics.items()}

@@ -2,12 +2,12 @@
 
 Bradley and Terry (1952) give each answer a strength r and say that one wins over another with probability
 σ(r_1 - r_2); the loss is the negative log likelihood of what was preferred (Ouyang et al. 2022, "InstructGPT",
-equation 1). The strength is a scalar head on the last token's hidden state, as in TRL and transformers, or the mean of
-what that head says on each token of the response, as in the original repository.
+equation 1). The strength is the score of a scalar head on the last token's hidden state, as in TRL and transformers, or
+the mean of that head's scores over the tokens of the response, as in the original repository.
 
 Only differences count, so that all rewards may drift together: `center` adds a multiple of (r(chosen) + r(rejected))²,
-which holds their mean near 0 (Eisenstein et al. 2023, arXiv:2312.09244, equation 2). With a `margin` m that was told
-for a pair the loss is -log σ(r(chosen) - r(rejected) - m) (Touvron et al. 2023, "Llama 2", equation 2).
+which holds their mean near 0 (Eisenstein et al. 2023, arXiv:2312.09244, equation 2). For a pair with a margin m the
+loss is -log σ(r(chosen) - r(rejected) - m) (Touvron et al. 2023, "Llama 2", equation 2).
 
 Shapes: B rows of T tokens; of pairs [B, 2, T], the chosen answer first. An objective as `next_token` describes it.
 """
@@ -37,9 +37,9 @@ class RewardModel:
     model: Decoder
     """Its config has one label: the head is a scalar."""
     pooling: str = "last"
-    """The reward of a text: that of its last token, or the mean over its response ("mean")."""
+    """The reward of a text: the score of its "last" token, or the "mean" score over the tokens of its response."""
     center: float = 0.0
-    """What the square of the two rewards' sum is multiplied by."""
+    """Coefficient of (r(chosen) + r(rejected))²."""
 
     def __post_init__(self) -> None:
         require_scalar_head(self.model)
@@ -57,8 +57,8 @@ class RewardModel:
     ) -> tuple[Float[Array, ""], dict[str, Array], dict[str, Any]]:
         """(loss in nats a pair, metrics, counts).
 
-        Metrics are TRL's: `accuracy`, the part of pairs whose chosen answer gets the greater reward (equal ones count
-        one half), `margin`, the mean of r(chosen) - r(rejected), and `mean_reward`, `min_reward` and `max_reward` of
+        Metrics are TRL's: `accuracy`, the fraction of pairs whose chosen answer gets the greater reward (ties count one
+        half), `margin`, the mean of r(chosen) - r(rejected), and `mean_reward`, `min_reward` and `max_reward` of
         all answers. All but the last two add over micro-batches. `rng` is given in training: dropout acts, and the
         balance losses of experts are added.
         """
@@ -134,8 +134,8 @@ def token_scores(
     lengths: Int[Array, " B"],
     rngs: dict[str, Any] | None = None,
 ) -> tuple[Float[Array, "B T"], Any]:
-    """(what the scalar head says on every token in float32, counts): the rewards of steps, for process supervision.
-    Those of padding mean nothing. BadInput: the head is none of one label."""
+    """(the scalar head's score of every token in float32, counts): the rewards of steps, for process supervision.
+    Scores of padding mean nothing. BadInput: the head does not have exactly one label."""
     require_scalar_head(model)
     output, _ = _forward(model, variables, tokens, lengths, rngs)
     return model.apply(variables, output.hidden, method="class_logits", rngs=rngs)[..., 0], output.counts
@@ -148,8 +148,8 @@ def sequence_rewards(
     pooling: str = "last",
 ) -> Float[Array, " B"]:
     """The reward of each row from its tokens' scores: that of the last real token, or the mean over the tokens of the
-    response, where `response_mask` is not 0. A row without any such token gets 0. BadInput: a pooling that is unknown,
-    or "mean" without a mask."""
+    response, where `response_mask` is not 0. A row without such tokens gets 0. BadInput: a pooling that is unknown, or
+    "mean" without a mask."""
     _check_pooling(pooling)
     if pooling == "last":
         last = jnp.take_along_axis(scores, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
