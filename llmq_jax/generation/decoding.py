@@ -1,4 +1,4 @@
-"""The compiled part of generation: prefill, and a `while_loop` over a state that says everything about every row."""
+"""The compiled part of generation: prefill, and a `while_loop` whose state holds everything about every row."""
 
 from functools import partial
 from typing import Any, TypeVar
@@ -14,20 +14,20 @@ from llmq_jax.models.decoder import Decoder, Output, segments_of
 
 
 class DecodeState(struct.PyTreeNode):
-    """The loop's carry. Everything but `step` is by row."""
+    """The loop's carry. Everything but `step` is per row."""
 
     step: jax.Array
     """int32: new tokens so far."""
     tokens: jax.Array
     """int32 [B, at least max_new_tokens]."""
     logprobs: jax.Array
-    """float32, the same."""
+    """float32, of the same shape."""
     lengths: jax.Array
     """int32 [B]."""
     done: jax.Array
     """bool [B]."""
     positions: jax.Array
-    """int32 [B]: where the newest token stands."""
+    """int32 [B]: the position of the newest token."""
     newest: jax.Array
     """int32 [B]: the token that the next pass reads."""
     keys: jax.Array
@@ -60,8 +60,8 @@ def prefill(
     """Read the prompts [P, T] into caches of `length` slots, with room for `new_tokens`, and draw the first token of
     each row; `samples` neighbouring rows, B in all, continue each prompt.
 
-    `lookahead` is the number of tokens that may be taken back. Where there are any, what the model gave for the prompts
-    comes with the state: a draft may read it.
+    `lookahead` is the number of tokens that may be rolled back. If it is above 0, the model's output for the prompts is
+    returned with the state: a draft may read it.
     """
     batch = prompts.shape[0] * samples
     output, caches = read_prompts(model, variables, prompts, prompt_lengths, length, lookahead)
@@ -95,7 +95,7 @@ def read_prompts(
     length: int,
     lookahead: int,
 ) -> tuple[Output, tuple[Any, ...]]:
-    """A pass over the prompts: (what it gives, the caches of each layer, of `length` slots)."""
+    """A pass over the prompts: (its output, one cache per layer, of `length` slots)."""
     rows, width = prompts.shape
     caches = model.create_caches(rows, width, model.compute_dtype(variables), lookahead)
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
@@ -105,7 +105,7 @@ def read_prompts(
 
 
 def divided(caches: Caches) -> Caches:
-    """A sharding constraint on caches of layers: each device has those of the rows and the heads that it computes."""
+    """A sharding constraint on caches of layers: each device holds those of the rows and the heads that it computes."""
     placed: Caches = jax.tree.map(lambda leaf: constrain(leaf, "batch", "heads" if leaf.ndim == 4 else None), caches)
     return placed
 
@@ -121,7 +121,7 @@ def advance(
     sampler: Sampler,
     end_tokens: tuple[int, ...],
 ) -> DecodeState:
-    """Decode until `until` new tokens stand or every row is done."""
+    """Decode until there are `until` new tokens or every row is done."""
 
     def unfinished(state: DecodeState) -> Array:
         return (state.step < until) & ~state.done.all()
@@ -152,7 +152,7 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
 
 
 def readable(state: State) -> State:
-    """The state with what the caller reads whole on every device of a mesh, of other processes too."""
+    """The state with the fields that the caller reads replicated on every device of a mesh, for every process."""
     names = ("step", "tokens", "logprobs", "lengths", "done")
     return state.replace(**replicated({name: getattr(state, name) for name in names}))
 

@@ -1,8 +1,8 @@
-"""Generation: one compiled prefill, then a compiled `while_loop` that ends when every row has.
+"""Generation: one compiled prefill, then a compiled `while_loop` that ends when every row is done.
 
 Prompts of a batch are padded on the right, each row decodes at positions of its own, and a cache slot beyond a row's
-position is invisible: a row gets the tokens it would get alone. Every row draws from its own seed, so that its samples
-do not depend on its neighbours either.
+position is invisible: a row gets the tokens that it would get alone. Every row draws from its own seed, so that its
+samples do not depend on its neighbours either.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
 else:
     LanguageModel = Any  # It imports this package.
 
-# Lengths are rounded up, so that requests of similar length share compiled programs. Prompts to a power of two, long
-# ones to a multiple of the second number: what is added is computed, too.
+# Lengths are rounded up, so that requests of similar length share compiled programs: prompts to a power of two, but
+# long ones only to a multiple of the second number, because padding costs computation.
 SHORTEST_PROMPT, LONGEST_PROMPT_STEP = 32, 512
-# Caches, which the decoding loop is compiled for, to a power of two: a growing conversation compiles ever more rarely.
-# Every token reads the whole cache, but up to this length that takes next to nothing beside the weights.
+# Caches, whose length the decoding loop is compiled for, to a power of two: a growing conversation compiles ever more
+# rarely. Every token reads the whole cache, but up to this length that costs next to nothing beside the weights.
 SHORTEST_CACHE = 256
 # Token ids, or seeds: lists and arrays of integers.
 Ids = Sequence[SupportsIndex] | np.ndarray
 
-# What a draft model proposes at a time.
+# How many tokens a draft model proposes at a time.
 DRAFT_TOKENS = 4
 
-# Stop strings are looked for between stretches of this many tokens.
+# Stop strings are searched for each time that this many tokens have been decoded.
 STRETCH = 16
 
 
@@ -63,12 +63,13 @@ class Generation:
     logprobs: np.ndarray
     """float32 [B, max_new_tokens]: log-probability of each new token at the temperature; 0 in the padding."""
     text: list[str] | None
-    """The new tokens decoded, without special tokens and stop string: what is appended to a prompt that is a text, the
-    space between them included, and behind token ids a text of its own. None for a model without a tokenizer."""
+    """The new tokens decoded, without special tokens and stop string. After a prompt that is a text this is what to
+    append to it, the space between them included; after token ids it is a text of its own. None for a model without a
+    tokenizer."""
     drafted: int = 0
     """Tokens that a draft proposed, over all rows."""
     accepted: int = 0
-    """Those of them that the model took, before a stop string cut a row."""
+    """Those of them that the model accepted, before a stop string cut a row."""
 
 
 def generate(
@@ -96,8 +97,8 @@ def generate(
 
     `draft` proposes tokens that the model then checks several at a time (`generation.speculative`): another
     LanguageModel of the same vocabulary, which proposes `draft_tokens` (4), or "mtp", the model's own modules of
-    multi-token prediction. Greedy tokens stay what they are (in half precision but for near-ties, which a pass over
-    several tokens may round the other way); sampled ones are other draws of the same distribution.
+    multi-token prediction. Greedy tokens stay the same (except, in half precision, at near-ties, which a pass over
+    several tokens may round the other way); sampled ones are other draws from the same distribution.
     """
     request = Request.create(
         lm,
@@ -166,11 +167,11 @@ class RowText:
     def __init__(self, request: "Request", row: int):
         assert request.lm.tokenizer is not None
         self.text = ""
-        """What is certain."""
+        """The text so far that can no longer change."""
         self.read = 0
         """The number of tokens read."""
         self.stop: int | None = None
-        """Where in the text the stop string begins, None while there is none."""
+        """Where in the text the stop string begins; None while there is none."""
         self._request = request
         self._stream = TextStream(request.lm.tokenizer, skip_special_tokens=True, behind=request.behind[row])
         self._bytes = request.lm.tokenizer.byte_tokens
@@ -185,8 +186,8 @@ class RowText:
             self.read += 1
             if token not in self._request.end_tokens:
                 piece = self._stream.push(token)
-                # A row that stops here ends here, and then what is held back is text. It is decoded where it may hold
-                # a stop string that it did not before.
+                # If the row stops at this token, what the stream holds back is text too. It is searched as well, if
+                # this token may be the last of a stop string.
                 completes = self._longest and self._bytes.get(token) in (None, *self._last_bytes)
                 self._add(piece, self._stream.held() if completes else "")
         if ended and self.stop is None:
@@ -214,7 +215,8 @@ class Request:
     seeds: np.ndarray
     pad: int
     behind: tuple[tuple[int, ...], ...]
-    """Of each row the token of its prompt that the text stands behind, () where it is a text of its own."""
+    """For each row the token of its prompt after which the new text is decoded (`last_text`); () where that is a text
+    of its own."""
     draft: Draft | None = None
     draft_lm: LanguageModel | None = None
     """The model whose variables the draft reads."""
@@ -252,7 +254,7 @@ class Request:
             for prompt, row in zip(given, rows, strict=True)
         ]
         behind = tuple(each for each in of_prompts for _ in range(samples))
-        if draft is not None:  # which reads prompts row by row
+        if draft is not None:  # a draft reads the prompt of every row
             rows, samples = [row for row in rows for _ in range(samples)], 1
         context = lm.config.max_position_embeddings
         for i, row in enumerate(rows):
@@ -343,7 +345,7 @@ class Request:
         return advanced
 
     def stop_at_strings(self, state: DecodeState, texts: Sequence["RowText"]) -> DecodeState:
-        """Mark the rows whose text holds a stop string as done, their length up to the token that completed it."""
+        """Mark the rows whose text holds a stop string as done, and cut them after the token that completed it."""
         tokens, lengths, done = jax.device_get((state.tokens, state.lengths, state.done))
         lengths, done = lengths.copy(), done.copy()
         for row, text in enumerate(texts):
@@ -448,8 +450,8 @@ def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
 
 
 def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(end tokens, stop strings). Stop strings alone do not switch off the model's own end tokens. One that spells a
-    special token, which texts do not show, is an end token itself."""
+    """(end tokens, stop strings). Stop strings alone do not switch off the model's own end tokens. A stop string that
+    spells a special token becomes an end token, because texts do not show special tokens."""
     if stop is None:
         return tuple(lm.generation.eos_token_id), ()
     stop = scalar(stop)

@@ -67,7 +67,7 @@ def filter_logits(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array,
 
 
 def nucleus_edge(probabilities: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
-    """The least probability in the nucleus: as large as it can be while what lies below holds at most 1 - p.
+    """The least probability in the nucleus: the largest one below which tokens hold at most 1 - p in all.
 
     Found by bisection over the bits of a non-negative float, whose order is that of integers: 31 passes over the
     vocabulary, which on a CPU take a fortieth of the time that sorting takes. Equally probable tokens stay together.
@@ -89,8 +89,8 @@ def nucleus_edge(probabilities: Float[Array, "B V"], top_p: float) -> Float[Arra
 def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """(token, its log-probability) per row, each row with a random key of its own.
 
-    The log-probability is taken at the temperature, before top-k, top-p and min-p (at temperature 0: at 1), which is
-    what a policy's own log-probabilities are compared with.
+    The log-probability is taken at the temperature, before top-k, top-p and min-p (at temperature 0: at 1), so that a
+    policy's own log-probabilities can be compared with it.
     """
     logits = logits.astype(jnp.float32)
     scaled = logits / (sampler.temperature or 1.0)
@@ -98,7 +98,7 @@ def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[
     if sampler.temperature == 0.0:
         tokens = first_largest(logits)
     else:
-        tokens = draw(jnp.exp(filter_logits(logits, sampler) - largest), keys)  # which keeps the largest
+        tokens = draw(jnp.exp(filter_logits(logits, sampler) - largest), keys)  # the largest is never filtered
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)
     return tokens, (chosen - largest - jnp.log(jnp.exp(scaled - largest).sum(axis=-1, keepdims=True)))[:, 0]
 
@@ -106,9 +106,9 @@ def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[
 def draw(masses: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
     """One token of each row with a chance proportional to its mass, by the row's key; never one without mass.
 
-    First a block of neighbouring tokens by the blocks' sums, then a token in it, each where the running sum exceeds a
-    uniform number: two of them a row and one pass over the vocabulary, which takes an eighth of the time of the
-    Gumbel-max trick's noise for every token. Of a number for the whole vocabulary, the 23 random bits would not tell
+    By inverse transform sampling, in two stages: first a block of neighbouring tokens, by the blocks' sums, then a
+    token in it. That takes two uniform numbers per row and one pass over the vocabulary, an eighth of the time of the
+    Gumbel-max trick, which draws noise for every token. A single uniform number, of 23 random bits, could not tell
     improbable tokens apart.
     """
     rows, vocabulary = masses.shape
@@ -121,8 +121,8 @@ def draw(masses: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
 
 
 def _where_reached(masses: Float[Array, "B N"], share: Float[Array, "B 1"]) -> Int[Array, " B"]:
-    """Where the running sum exceeds a share of the whole. Rounding may let it grow where there is no mass, and may
-    keep it from getting as far: then it is the last mass."""
+    """The first index with mass at which the running sum exceeds `share` of the total. Rounding may let the sum grow
+    where there is no mass, or keep it from getting that far: in the latter case, the last index with mass."""
     sums, some = jnp.cumsum(masses, axis=-1), masses > 0
     reached = some & (sums > share * sums[:, -1:])
     last = masses.shape[-1] - 1 - some[:, ::-1].argmax(axis=-1)
@@ -130,8 +130,8 @@ def _where_reached(masses: Float[Array, "B N"], share: Float[Array, "B 1"]) -> I
 
 
 def row_seed(seed: int, row: int) -> int:
-    """The seed that one of several rows draws from: of row 0 the seed itself, of the others a number hashed from both.
-    With seed + row, neighbouring seeds would draw almost the same rows."""
+    """The seed that one of several rows draws from: for row 0 the seed itself, for others a hash of seed and row. With
+    seed + row, neighbouring seeds would draw almost the same rows."""
     return int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) if row else seed
 
 

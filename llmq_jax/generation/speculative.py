@@ -1,12 +1,12 @@
 """Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
 
-A draft proposes K tokens, and the model reads them all in one pass, which costs it little more than one token would:
-decoding waits for the weights. What it would not have said is rejected, and one token of its own is always gained.
+A draft proposes K tokens, and the model reads them all in one pass, which costs little more than reading one token,
+because decoding waits for the weights to be read. The model accepts a part of them, and always adds one of its own.
 
-With p what the model would draw from and q what the draft drew d from, d is accepted with probability
+With p the model's distribution and q that from which the draft drew token d, d is accepted with probability
 min(1, p(d) / q(d)). At the first rejection a token is drawn from max(p - q, 0), normalised; after K acceptances one
-from p. What comes out is distributed as p, whatever the draft is (theorem 1). Greedily: a draft is accepted where it is
-the model's own choice, and the tokens are those of plain decoding.
+from p. The resulting tokens are distributed as p, whatever the draft is (theorem 1). In greedy decoding a token is
+accepted if it is the model's own choice, and the result is that of plain decoding.
 
 A draft is another model of the same vocabulary (`ModelDraft`), or the model's own modules of multi-token prediction
 (`MultiTokenDraft`; DeepSeek-V3, arXiv:2412.19437, section 5.4.3). Each keeps what it needs in a state of its own, whose
@@ -28,20 +28,20 @@ from llmq_jax.generation.sampling import Sampler, draw, filter_logits, first_lar
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.models.deepseek3 import DeepSeek3
 
-# Streams of random numbers that a row draws from in one pass, beside those of its drafts 0, 1, ...
+# Indices of a row's random keys in one pass, beside 0, 1, ..., those of its drafts.
 ACCEPTANCE, RESIDUAL = 1_000_000, 1_000_001
 
 Sliced = tuple[dict[str, Any], tuple[dict[str, Any], ...]]
-"""Variables outside of what a draft runs one after another, and of each of these."""
+"""(variables outside the layers or modules that a draft runs, variables of each of these)."""
 Draw = Callable[[Array, int], Array]
 """A token for each row, from logits [B, V] and the index of the draft."""
 
 
 class SpeculativeState(DecodeState):
-    """Rows advance by different numbers of tokens: each one's is `lengths`; `step` counts passes."""
+    """Rows advance by different numbers of tokens, which `lengths` counts; `step` counts passes."""
 
     draft: Any
-    """Of a `ModelDraft` or a `MultiTokenDraft`."""
+    """The `State` of a `ModelDraft` or a `MultiTokenDraft`."""
     drafted: jax.Array
     """int32 [B]: tokens that a draft proposed."""
     accepted: jax.Array
@@ -58,7 +58,7 @@ class ModelDraft:
     class State(struct.PyTreeNode):
         caches: tuple[Any, ...]
         recent: jax.Array
-        """int32 [B, 2]: the newest token and the one before, which the model may have accepted unread by the draft."""
+        """int32 [B, 2]: the newest token, last, and the one before it, which the draft may not have read yet."""
 
     def start(
         self, variables: dict[str, Any], output: Output, prompts: Array, lengths: Array, newest: Array, length: int
@@ -82,7 +82,7 @@ class ModelDraft:
         return jnp.stack(drafts, 1), jnp.stack(all_logits, 1), state.replace(caches=caches)
 
     def follow(self, state: State, output: Output, tokens: Array, gained: Array) -> State:
-        """After a pass that gained so many of `tokens` [B, K + 1]."""
+        """The state after a pass in which each row gained the first `gained` of its `tokens` [B, K + 1]."""
         return state.replace(recent=_last(jnp.concatenate([state.recent, tokens], axis=1), gained, 2))
 
 
@@ -90,8 +90,8 @@ class ModelDraft:
 class MultiTokenDraft:
     """The D modules of multi-token prediction, each of which drafts one token.
 
-    Module k at place i sees what stands there in the stream and token i + k. Past the newest token these are drafts:
-    the places where they were seen are read again once the tokens are known, 2 D of them in every pass.
+    Module k at place i reads the hidden state there and token i + k, which past the newest token is a draft. Places
+    that read drafts are read again once the tokens are known: the last 2 D places in every pass.
     """
 
     model: DeepSeek3
@@ -100,9 +100,9 @@ class MultiTokenDraft:
         caches: tuple[Any, ...]
         """By module."""
         fed: jax.Array
-        """[B, 2 D, M]: what the first module is fed at the last places that the model has read."""
+        """[B, 2 D, M]: the hidden states that the first module reads, at the last places that the model has read."""
         recent: jax.Array
-        """int32 [B, 2 D]: the tokens one place further on; the newest is the last."""
+        """int32 [B, 2 D]: the tokens one place further on; the last is the newest."""
 
     @property
     def count(self) -> int:
@@ -159,7 +159,7 @@ Draft = ModelDraft | MultiTokenDraft
 
 
 def _last(rows: Array, gained: Int[Array, " B"], count: int) -> Array:
-    """Of rows [B, count + K + 1, ...] the `count` that end after the first `gained` of the new ones."""
+    """From [B, count + K + 1, ...], old entries and K + 1 new ones: the `count` up to the `gained`-th new one."""
     index = gained[:, None] + jnp.arange(count)
     return jnp.take_along_axis(rows, index.reshape(*index.shape, *(1,) * (rows.ndim - 2)), axis=1)
 
@@ -175,7 +175,7 @@ def start_draft(
     *,
     length: int,
 ) -> SpeculativeState:
-    """What prefill gave, with the draft beside it."""
+    """The state of `prefill` with that of the draft added."""
     zeros = jnp.zeros_like(state.lengths)
     fields = {name: getattr(state, name) for name in DecodeState.__dataclass_fields__}
     begun = draft.start(variables, output, prompts, prompt_lengths, state.newest, length)
@@ -196,10 +196,7 @@ def advance_by_drafts(
     sampler: Sampler,
     end_tokens: tuple[int, ...],
 ) -> SpeculativeState:
-    """Decode until every row has `until` new tokens or is done. None gets more than `limit`.
-
-    The draft's variables are sliced as the model's: (outside its layers or modules, of each of these).
-    """
+    """Decode until every row has `until` new tokens or is done. No row gets more than `limit`."""
 
     index = jnp.arange(draft.count + 1)
 
@@ -244,7 +241,7 @@ def accept(
 ) -> tuple[Int[Array, "B K1"], Int[Array, " B"]]:
     """(the drafts that are accepted and, after them, one token of the model's own; how many are accepted).
 
-    `logits` are the model's after the newest token and after each draft. What stands further on means nothing.
+    `logits` are the model's after the newest token and after each draft. Later entries of a row mean nothing.
     """
     count = drafts.shape[1]
     index = jnp.arange(count + 1)
@@ -261,24 +258,25 @@ def accept(
     p, q = (jnp.take_along_axis(x[:, :count], drafts[..., None], axis=-1)[..., 0] for x in (wanted, proposed))
     chance = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, ACCEPTANCE), (count,)))(keys)
     accepted = _leading(chance * q < p)
-    # After the last draft there is nothing that was proposed: what is left is p itself.
-    left = jnp.maximum(wanted - jnp.pad(proposed, ((0, 0), (0, 1), (0, 0))), 0.0)
+    # After the last draft nothing was proposed: the residual is p itself.
+    residual = jnp.maximum(wanted - jnp.pad(proposed, ((0, 0), (0, 1), (0, 0))), 0.0)
     at = accepted[:, None, None]
-    left = jnp.take_along_axis(left, at, axis=1)[:, 0]
-    # Rounding may leave nothing where the two are all but the same.
-    left = jnp.where(left.sum(-1, keepdims=True) > 0, left, jnp.take_along_axis(wanted, at, axis=1)[:, 0])
-    own = draw(left, jax.vmap(jax.random.fold_in, (0, None))(keys, RESIDUAL))
+    residual = jnp.take_along_axis(residual, at, axis=1)[:, 0]
+    # Rounding may leave nothing where p and q are nearly the same.
+    p_there = jnp.take_along_axis(wanted, at, axis=1)[:, 0]
+    residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_there)
+    own = draw(residual, jax.vmap(jax.random.fold_in, (0, None))(keys, RESIDUAL))
     drafts = jnp.pad(drafts, ((0, 0), (0, 1)))
     return jnp.where(index < accepted[:, None], drafts, own[:, None]), accepted
 
 
 def _leading(holds: Array) -> Int[Array, " B"]:
-    """How many of each row hold before the first that does not."""
+    """How many entries of each row are true before the first false one."""
     return jnp.cumprod(holds.astype(jnp.int32), axis=1).sum(axis=1)
 
 
 def _kept(tokens: Int[Array, "B K1"], accepted: Int[Array, " B"], end_tokens: tuple[int, ...]) -> Bool[Array, "B K1"]:
-    """The accepted drafts and one token more, up to an end token."""
+    """Mask of the tokens that a row gains: the accepted drafts and one token more, up to and with an end token."""
     ends = is_end(tokens, end_tokens)
     before = jnp.cumsum(ends, axis=1) - ends
     return (before == 0) & (jnp.arange(tokens.shape[1]) <= accepted[:, None])
@@ -291,7 +289,7 @@ def _append(
     kept: Bool[Array, "B K1"],
     sampler: Sampler,
 ) -> SpeculativeState:
-    """The first tokens of each row, those that are kept, added to it."""
+    """Append to each row those of its `tokens` that are `kept`, which are the first ones."""
     gained = kept.sum(axis=1)
     logprobs = jax.nn.log_softmax(logits / (sampler.temperature or 1.0), axis=-1)
     logprobs = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
