@@ -5,8 +5,8 @@
 JAX hands a step to the device and returns at once. The loop uses that: while the device computes step s, it builds the
 batch of step s + 1 and reads the figures of step s - 1, so that the device never waits for Python.
 
-The loop itself is `_Loop.loop`. What else there is to a run has files of its own: where its state comes from
-(resuming.py), what it is judged by (validation.py), how it fails (failures.py), and what it tells (recorder.py).
+The loop itself is `_Loop.loop`. The other parts of a run have files of their own: where its state comes from
+(resuming.py), which step is the best (validation.py), how it fails (failures.py), and what it logs (recorder.py).
 """
 
 import contextlib
@@ -76,27 +76,27 @@ def run(
     * `train_step(state, batch) -> (state, metrics)`, from `make_train_step`. `batches[i]` is the batch of update i,
       counted from 0: a dict of numpy arrays, always the same one for the same i.
     * `folder`: where checkpoints, metrics, samples and plots go. If it holds this run, the run resumes from its newest
-      whole checkpoint, and the result equals that of a run never interrupted, bit for bit. It is this run's if the
-      options, the model config, the rates of `schedule` and `config` (a dict of whatever else defines the run, save for
-      its fields named in `may_change`) are the same; a RunFolder, which has a config already, stays open. None: nothing
-      is written.
+      whole checkpoint, and the result equals that of a run never interrupted, bit for bit. It is this run's folder if
+      the options, the model config, the rates of `schedule` and `config` (a dict of whatever else defines the run,
+      except for its fields named in `may_change`) are the same; a RunFolder, which has a config already, stays open.
+      None: nothing is written.
     * `model_config` (a dict or config dataclass) and `tokenizer` are saved with every checkpoint.
     * `schedule(i)` is the learning rate of update i, here only for the log.
-    * `evaluate(variables)` returns means by name, of which the one of `judged_by` tells the best step, by its lowest or
-      its highest value; `sample(variables, step)` a text to show, the same one for the same arguments.
-    * `tokens_per_step`, over all processes, is what `batches.count_tokens(i)` says where not given, or else counted
-      from each batch, of which other processes are taken to have as many; a step that draws its own tokens tells how
-      many by a metric `tokens`, which is no array of the device unless it may be waited for.
-    * `flops_per_token`, from `token_flops`, is what the device's utilisation (MFU) is told by, if its peak is known.
-    * `show` names metrics that stand beside the loss on the console, of a step, and of an evaluation, which without
-      `show` tells all of its means.
-    * `next_commands`, for whoever has the checkpoints, are shown at the end if there are any; `output` is where
-      progress goes (standard output).
+    * `evaluate(variables)` returns means by name, of which `judged_by` names the one whose lowest or highest value
+      marks the best step; `sample(variables, step)` returns a text to show, the same one for the same arguments.
+    * `tokens_per_step` is the number over all processes. By default it is `batches.count_tokens(i)` if there is that
+      method, or else counted from each batch, assuming that every process has equally many. A step that draws its own
+      tokens reports their number as a metric `tokens`; for an array of the device the loop would wait at once.
+    * `flops_per_token`, from `token_flops`, gives the device's utilisation (MFU), if its peak is known.
+    * `show` names metrics that the console shows beside the loss, of steps and of evaluations; without it, of
+      evaluations it shows all means.
+    * `next_commands` are commands for the checkpoints, shown at the end if there are any checkpoints; `output` is where
+      progress goes (standard output by default).
 
     Under Linux the process's malloc is told to keep freed memory, for good: see host_memory.py.
 
-    Raises BadInput, before anything runs, but for a mean of `judged_by` that an evaluation turns out to lack;
-    NonFiniteLoss when training breaks down; OutOfMemory; DiskFull, unless the options have the run go on and the
+    Raises BadInput before anything runs, or at the first evaluation if that lacks the mean of `judged_by`;
+    NonFiniteLoss when training breaks down; OutOfMemory; DiskFull, unless the options let the run go on and the
     checkpoint without room is not its last; StoppedBySignal, which exits, after SIGTERM or SIGINT, once the state is
     saved (without checkpoints, both signals act as usual).
     """
@@ -112,13 +112,14 @@ def run(
     if options.on_full_disk == "continue" and jax.process_count() > 1:
         raise BadInput("on_full_disk is continue, which is for one process; leave it out")
     if tokenizer is not None and options.checkpoint_every:
-        with tempfile.TemporaryDirectory() as trial:  # what cannot be saved is told now, not by the first checkpoint
+        with tempfile.TemporaryDirectory() as trial:  # a tokenizer that cannot be saved fails now
             tokenizer.save(trial)
     output = sys.stdout if output is None else output
     keep_freed_memory()
 
-    # What fails before the first step leaves no folder behind, which another command would find taken. Several
-    # processes open it first: that tells whether they agree, and if they did not they would wait for one another here.
+    # What can fail before the first step is done before the folder exists: a folder left behind would count as taken by
+    # the next command. Several processes open the folder first, because that checks that they agree: if they did not,
+    # they would wait for one another here.
     first_means = None
     if isinstance(folder, str | Path) and jax.process_count() == 1 and not Path(folder).exists():
         if options.branch_from is not None:
@@ -158,7 +159,7 @@ def run(
             result = loop.train(output)
         usable = loop.checkpoints is not None and loop.checkpoints.latest_step() is not None
         path = None if run_folder is None else run_folder.path
-        best_is_told = validation.name == LOSS and result.validation_loss is not None  # beside the last one
+        best_is_told = validation.name == LOSS and result.validation_loss is not None  # by report_text
         further = "\n".join(filter(None, ("" if best_is_told else validation.best_text(), loop.profile.text())))
         print(report_text(result, path, further, next_commands if usable else ()), file=output, flush=True)
         return result
@@ -166,7 +167,7 @@ def run(
 
 @dataclasses.dataclass
 class _Loop:
-    """A run under way: `step` updates are handed to the device, on `tokens` tokens."""
+    """A run under way: `step` updates, on `tokens` tokens, have been handed to the device."""
 
     state: Any
     train_step: Callable[..., Any]
@@ -183,17 +184,17 @@ class _Loop:
     flops_per_token: float | None = None
     show: Sequence[str] = ()
     first_means: dict[str, float] | None = None
-    """Of the evaluation before the first step, where that is made already."""
+    """The means of the evaluation before the first step, if that is done already."""
     tokens: int = 0
     batch: Any = None
-    """Of the step that is handed over next."""
+    """The batch of the step that is handed over next."""
     loss: float | None = None
     newest: Path | None = None
     """The newest checkpoint."""
 
     def __post_init__(self) -> None:
         self.step = int(self.state.step)
-        self.shares = row_share()["process_count"]  # of a batch; this process counts the tokens of its own
+        self.shares = row_share()["process_count"]  # equal parts of a batch, of which this process counts its own
         utilisation = token_utilisation(self.flops_per_token, self.state, getattr(self.train_step, "replicas", 1))
         self.pace = Pace(self.options.steps, utilisation=utilisation)
         self.time = TimeSpent()
@@ -203,7 +204,7 @@ class _Loop:
             self.checkpoints = Checkpoints(self.folder.checkpoints, self.options.keep_last, self.options.keep_best)
 
     def train(self, output: TextOutput) -> RunResult:
-        """All of the run: how it begins, the steps that are left, and its end."""
+        """The whole run: its beginning, the steps that are left, and its end."""
         try:
             self.begin(output)
             try:
@@ -234,7 +235,7 @@ class _Loop:
         """Go on from the newest checkpoint of this run; without one, from that of another run which the options name,
         or from the state that is given."""
         say = functools.partial(print, file=output, flush=True)
-        profiled = self.options.profile  # an early stop, which may be found on resuming, takes it out of the options
+        profiled = self.options.profile  # read first: `stop_early`, on resuming, removes it from the options
         resumed = None
         if self.folder is not None:
             assert self.checkpoints is not None
@@ -279,7 +280,7 @@ class _Loop:
         while self.step < self.options.steps:  # which an early stop lowers
             shape = tuple((name, np.shape(array)) for name, array in self.batch.items())
             if unread and shape not in shapes:
-                # The step is compiled anew: if that went on beside the step before, its time would be that one's.
+                # The step is compiled anew. The step before is read first, or compilation would count as its time.
                 self.read(unread)
                 unread = None
             shapes.add(shape)
@@ -293,7 +294,7 @@ class _Loop:
                 jax.block_until_ready(self.state)
                 with self.pace.pause():
                     self.recorder.message(self.profile.stop())
-            # The device is at work. Meanwhile: the next batch, and the figures of the step before.
+            # While the device works: make the next batch, and read the figures of the step before.
             if self.step < options.steps:
                 self.make_batch(metrics["loss"])
             if unread:
@@ -313,7 +314,7 @@ class _Loop:
             self.batch = self.batches[self.step]
 
     def tokens_of(self, index: int, drawn: Any) -> int:
-        """Of update `index`, over all processes: those that it drew itself, or those of its batch."""
+        """Tokens of update `index` over all processes: those that the step drew itself, or those of its batch."""
         if drawn is not None:
             return int(drawn)
         if self.tokens_per_step is not None:
@@ -334,10 +335,10 @@ class _Loop:
         self.recorder.step(done, figures, self.pace, self.time)
 
     def pause(self, stop: StopSignals) -> None:
-        """What is due between this step and the next. A checkpoint comes after its validation loss, which it knows, and
-        before a sample, which may fail."""
+        """Do what is due between this step and the next. A checkpoint comes after the evaluation, whose loss it stores,
+        and before a sample, which may fail."""
         best_to_keep, early = False, None
-        with self.one_line() as said:  # most evaluations have a checkpoint
+        with self.one_line() as said:  # an evaluation and the checkpoint that mostly follows it
             if self.options.due(self.options.evaluate_every, self.step):
                 said.append(self.evaluation())
                 best_to_keep = self.best_to_keep()
@@ -359,7 +360,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def one_line(self) -> Iterator[list[str]]:
-        """Tells in the end, however it comes, what was said of this step."""
+        """Print what was said of this step as one line, in the end, also after an error."""
         said: list[str] = []
         try:
             yield said
@@ -368,11 +369,11 @@ class _Loop:
                 self.recorder.message(f"step {self.step}: {'; '.join(said)}")
 
     def evaluation(self, found: dict[str, float] | None = None) -> str:
-        """Evaluate this step, unless these means of it are found already, and record it; what to say of it."""
+        """Evaluate this step, unless `found` has its means already, and record them. Returns what to say of it."""
         with self.time.on("evaluation", self.step):
             assert self.evaluate is not None
             found = self.evaluate(self.state.variables) if found is None else found
-            # All processes go by the figures of one: they must save, and stop, at the same steps.
+            # All processes use the figures of one, because they must save, and stop, at the same steps.
             means = processes.share({PREFIX + name: float(value) for name, value in found.items()})
         judged = self.validation.name
         if judged in means:
@@ -382,18 +383,18 @@ class _Loop:
         return self.recorder.evaluation(record, self.validation.judged_by[0])
 
     def best_to_keep(self) -> bool:
-        """Whether this step is better than every checkpoint. The best step so far may have none: it was damaged, or
-        found no room."""
+        """Whether this step is better than every checkpoint. The best step so far may have none: its checkpoint was
+        damaged, or found no room."""
         if self.checkpoints is None or not (self.options.keep_best and self.options.checkpoint_every):
             return False
         return self.validation.is_better(self.step, than=processes.of_first(self.checkpoints.best_step))
 
     def stop_early(self) -> str | None:
-        """Make this step the run's last one, with all that is due then, if the best step is that long ago; what to say
-        of it then."""
+        """Make this step the run's last one, with all that is due then, if the best step was longer ago than the
+        options' patience. Returns what to say of it then."""
         if self.step == self.options.steps or not self.validation.patience_is_out():
             return None
-        # The steps to profile may lie behind the new end.
+        # The steps to profile may lie after the new end.
         self.options = dataclasses.replace(self.options, steps=self.step, profile=None)
         return f"stopped early after step {self.step}: {self.validation.patience_text()}"
 
@@ -404,11 +405,11 @@ class _Loop:
         self.recorder.sample(self.step, text)
 
     def save(self, needed: bool) -> list[str]:
-        """Save the checkpoint of this step; what to say of it. One that is not needed may find no room, where the
-        options have the run go on."""
+        """Save the checkpoint of this step, and return what to say of it. If it is not `needed` and finds no room, the
+        run goes on where the options say so."""
         require_finite_update(self.state.variables, self.step, self.newest)
         try:
-            # The checkpoint promises all records up to its step.
+            # A checkpoint implies that all records up to its step are on disk.
             self.recorder.sync()
             assert self.checkpoints is not None
             self.newest = self.checkpoints.save(
@@ -457,5 +458,5 @@ class _Loop:
 
 
 def _table(schedule: Callable[..., Any], steps: int) -> np.ndarray:
-    """The learning rate of every step at once: asked for in the loop, it would queue behind the step under way."""
+    """The learning rates of all steps, computed at once: in the loop each would queue behind the step under way."""
     return np.asarray(jax.vmap(lambda step: jnp.asarray(schedule(step), jnp.float32))(jnp.arange(steps)))

@@ -13,9 +13,9 @@
     11              update the policy by maximising the GRPO objective
     12      update the reward model by continuous training with a replay mechanism
 
-The lines stand in `Loop.step`, one call of which is a step of the loop above: I·M calls are a run. What a later step
-needs of an earlier one (the reference, the reward model, the pairs that it will learn from) is in the state, so that a
-run resumes anywhere. Everything that computes is compiled, once for each of a few lengths that rows are padded to.
+The lines are in `Loop.step`, one call of which is one step of line 4: a run is I·M calls. What a later step needs of an
+earlier one (the reference, the reward model, the pairs that it will learn from) is in the state, so that a run resumes
+anywhere. All computation is compiled, once for each of the few lengths to which rows are padded.
 
 Shapes: P prompts in a step, G answers each, B = P·G rows, T tokens of a row, C tokens of an answer.
 """
@@ -49,30 +49,30 @@ from llmq_jax.training.sharding import own_rows
 from llmq_jax.training.state import ROUTER, TrainState
 
 REFERENCE = "reference"
-"""What a state carries."""
+"""The entry of `TrainState.carried` with the reference's variables."""
 ROUNDS = 3
-"""Rounds of a step with `dynamic_sampling`, the first included: prompts are replaced at most ROUNDS - 1 times."""
+"""Rounds of sampling in a step with `dynamic_sampling`, of which ROUNDS - 1 replace prompts."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplingCost:
     """What it took to get a step's answers."""
 
     seconds: float
     tokens: int
-    """Of all rows that were drawn, those that were replaced too."""
+    """Tokens of all rows that were sampled, prompts and replaced rows included."""
     silent: float
-    """The part of the first groups whose answers were all worth the same."""
+    """The fraction of the first round's groups whose advantages are all 0."""
 
 
 @dataclass(eq=False)
 class Loop:
-    """See the top of the file; `step` is what an engine calls."""
+    """See the top of the file; the engine calls `step`."""
 
     lm: Any
-    """The model that answers: config, tokenizer and end tokens. Its variables are those of the state."""
+    """The model that answers: config, tokenizer and end tokens. Its variables are taken from the state."""
     objective: GRPO
-    """With the model that learns."""
+    """It holds the model that learns."""
     update: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
     """A training step of the objective."""
     prompts: Sequence[Prompt]
@@ -82,20 +82,20 @@ class Loop:
     max_new_tokens: int
     sampler: Sampler
     scale: str = "group"
-    """What advantages are divided by: the standard deviation of the group, of the batch, or nothing ("none")."""
+    """What advantages are divided by: the standard deviation of the "group", of the "batch", or nothing ("none")."""
     iterations: int = 1
-    """mu, updates on the same answers."""
+    """mu, the number of updates on the same answers."""
     steps_per_iteration: int = 1
-    """M, steps between two new references, and two updates of the reward model."""
+    """M, the number of steps from one new reference, or update of the reward model, to the next."""
     reference: Literal["iteration", "start", "old"] = "iteration"
     """The reference is the policy at the start of each iteration, that of the run's start, or the old policy."""
     mask_truncated: bool = False
-    """Answers that were cut teach nothing (DAPO, overlong filtering)."""
+    """Whether answers that were cut are left out of the loss (DAPO, overlong filtering)."""
     dynamic_sampling: bool = False
-    """Groups whose answers are all worth the same are replaced by others (DAPO)."""
+    """Whether groups without any advantage are replaced by groups of other prompts (DAPO)."""
     seed: int = 0
     reward_learner: RewardLearner | None = None
-    """Lets the reward model learn on."""
+    """Trains the reward model further (line 12)."""
     say: Callable[[str], None] = print
     has_told: bool = field(default=False, init=False)
 
@@ -110,7 +110,7 @@ class Loop:
         first_of_iteration = number % self.steps_per_iteration == 0
         if self.keeps_reference and self.reference == "iteration" and first_of_iteration:
             state = with_reference(state)  # line 3
-        rollout, scores, asked = self.answered(state, batch)  # lines 5 to 8
+        rollout, scores, cost = self.answered(state, batch)  # lines 5 to 8
         advantages = self.advantages(scores)  # line 9
         rows = self.rows(state, rollout, advantages)
         scored = time.monotonic()
@@ -124,19 +124,19 @@ class Loop:
             last = (number + 1) % self.steps_per_iteration == 0
             state, figures = self.reward_learner.step(state, rollout, number % self.steps_per_iteration, last)
             metrics |= {**figures, "reward_model_seconds": np.float32(time.monotonic() - learned)}
-        metrics |= self.figures(asked, rollout, scores, rows["completion_mask"])
-        metrics |= {"rollout_seconds": np.float32(asked.seconds)}
-        metrics |= {"scoring_seconds": np.float32(scored - begin - asked.seconds)}
+        metrics |= self.figures(cost, rollout, scores, rows["completion_mask"])
+        metrics |= {"rollout_seconds": np.float32(cost.seconds)}
+        metrics |= {"scoring_seconds": np.float32(scored - begin - cost.seconds)}
         metrics |= {"update_seconds": np.float32(learned - scored)}
         return state, metrics
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether the state carries one."""
+        """Whether the state carries a reference."""
         return self.objective.beta > 0 and self.reference != "old"
 
     def start(self, state: TrainState) -> TrainState:
-        """A fresh state with what the steps carry along."""
+        """A fresh state with the reference and the reward model that the steps need in it."""
         if self.keeps_reference:
             state = with_reference(state)
         return state if self.reward_learner is None else self.reward_learner.start(state)
@@ -145,15 +145,15 @@ class Loop:
         """The model that answers, with the variables of a state."""
         return self.lm.replace(variables=whole(variables))
 
-    def answered(self, state: TrainState, batch: dict[str, Any]) -> tuple[Rollout, Scores, Asked]:
-        """(answers of the policy as it is, what they are worth, what asking took)."""
+    def answered(self, state: TrainState, batch: dict[str, Any]) -> tuple[Rollout, Scores, SamplingCost]:
+        """(answers of the current policy, their rewards, what sampling them took)."""
         number, count = int(batch["step"]), len(batch["prompts"])
         begin = time.monotonic()
         policy = self.policy(state.variables)
         seconds, drawn = time.monotonic() - begin, 0
-        places, seen = list(batch["prompts"]), set()  # which prompts are asked next, and which were
+        places, seen = list(batch["prompts"]), set()  # indices of the prompts to ask next, and of those asked already
         kept: list[tuple[Rollout, Scores]] = []
-        needed, spare = count, None  # groups that are still to be found, and a round with some that teach nothing
+        needed, spare = count, None  # number of groups still to find; the last round with groups that teach nothing
         for attempt in range(ROUNDS if self.dynamic_sampling else 1):
             begin = time.monotonic()
             seeds = step_seeds(self.seed, number, count * self.group_size, attempt)
@@ -164,7 +164,7 @@ class Loop:
             if attempt == 0:
                 silent = float(1 - teaches.mean())
             if not self.dynamic_sampling or (attempt == 0 and teaches.all()):
-                return rollout, scores, Asked(seconds, drawn, silent)
+                return rollout, scores, SamplingCost(seconds, drawn, silent)
             useful = np.flatnonzero(teaches).tolist()[:needed]
             kept += [_part(rollout, scores, useful)] if useful else []
             needed -= len(useful)
@@ -174,14 +174,14 @@ class Loop:
             if not needed:
                 break
             places = self.other_prompts(number, attempt, count, seen)
-        if needed:  # No others were found: those that teach nothing keep the shape.
+        if needed:  # too few were found: groups that teach nothing fill the batch up to its shape
             assert spare is not None
             rollout, scores, idle = spare
             kept.append(_part(rollout, scores, [idle[index % len(idle)] for index in range(needed)]))
-        return *_joined(kept), Asked(seconds, drawn, silent)
+        return *_joined(kept), SamplingCost(seconds, drawn, silent)
 
     def other_prompts(self, step: int, attempt: int, count: int, seen: set[int]) -> list[int]:
-        """Prompts that this step has not asked yet and, where too few are left, some that it has."""
+        """Indices of prompts that this step has not asked yet, followed, if these are too few, by some that it has."""
         order = seeded_order(len(self.prompts), [self.seed, step, attempt]).tolist()
         order = [place for place in order if place not in seen] + [place for place in order if place in seen]
         return [order[index % len(order)] for index in range(count)]
@@ -214,14 +214,14 @@ class Loop:
         return teaches
 
     def advantages(self, scores: Scores) -> np.ndarray:
-        """[B] by the answers' rewards or, where there are rewards of steps, [B, C]."""
+        """[B], from the answers' rewards; or [B, C], if steps of answers are rewarded."""
         if scores.steps is None:
             return np.asarray(group_advantages(jnp.asarray(scores.rewards), self.group_size, scale=self.scale))
         steps, ends = jnp.asarray(scores.steps), jnp.asarray(scores.step_ends)
         return np.asarray(process_advantages(steps, ends, self.group_size, scale=self.scale))
 
     def rows(self, state: TrainState, rollout: Rollout, advantages: np.ndarray) -> dict[str, np.ndarray]:
-        """A batch of the objective."""
+        """The batch that the objective takes (see `GRPO`)."""
         mask = rollout.answer_mask
         if self.mask_truncated:
             mask = mask * rollout.terminated[:, None]
@@ -242,7 +242,7 @@ class Loop:
         return rows
 
     def reference_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
-        """[B, C] of the answers under the reference."""
+        """[B, C]: log-probabilities of the answers' tokens under the reference."""
         arrays = rollout.tokens, rollout.lengths, rollout.prompt_lengths
         variables, group_size = reference_variables(state), self.objective.group_size
         prompts = rollout.prompt_rows() if group_size > 1 else None
@@ -259,7 +259,7 @@ class Loop:
         )
 
     def tell(self, scores: Scores, mask: np.ndarray) -> None:
-        """Say of the first step that teaches nothing that it does not, and why; `frac_reward_zero_std` tells of all."""
+        """Report the first step that teaches nothing, and why; the metric `frac_reward_zero_std` shows later ones."""
         why = None
         if not self.teaches(scores).any():
             why = (
@@ -275,16 +275,16 @@ class Loop:
             self.say(why)
             self.has_told = True
 
-    def figures(self, asked: Asked, rollout: Rollout, scores: Scores, mask: np.ndarray) -> dict[str, Any]:
-        """What is told of a step's answers, by TRL's names."""
+    def figures(self, cost: SamplingCost, rollout: Rollout, scores: Scores, mask: np.ndarray) -> dict[str, Any]:
+        """The metrics of a step's answers, by TRL's names."""
         lengths, terminated = rollout.answer_lengths, rollout.terminated
         self.tell(scores, mask)
         ended = lengths[terminated] if terminated.any() else np.zeros(1)
         figures = {
-            "tokens": asked.tokens,
+            "tokens": cost.tokens,
             "reward": scores.rewards.mean(),
             "reward_std": self.spreads(scores.rewards).mean(),
-            "frac_reward_zero_std": asked.silent,
+            "frac_reward_zero_std": cost.silent,
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
@@ -302,7 +302,7 @@ class Loop:
 
 
 def over_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics of several updates as one: means, and of extremes the extreme."""
+    """The metrics of several updates as one: their means; of EXTREMES, the extreme."""
     metrics = updates[0]
     for other in updates[1:]:
         metrics = {name: combined(name, value, other[name]) for name, value in metrics.items()}
@@ -310,14 +310,14 @@ def over_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def with_reference(state: TrainState) -> TrainState:
-    """The state whose reference is its policy as it is: a copy of what changes in training, and of nothing else."""
+    """The state with its current policy as reference: only what changes in training is copied."""
     changes = [name for name in (*state.trainable, ROUTER) if name in state.variables]
     copy = {name: jax.tree.map(jnp.copy, state.variables[name]) for name in changes}
     return state.replace(carried={**(state.carried or {}), REFERENCE: copy})
 
 
 def reference_variables(state: TrainState) -> dict[str, Any]:
-    """The variables of the reference; what does not change it has in common with the policy."""
+    """The variables of the reference; those that do not change in training are shared with the policy."""
     return as_read({**state.variables, **state.carried[REFERENCE]})
 
 

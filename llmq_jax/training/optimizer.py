@@ -18,7 +18,7 @@ DECAYED = frozenset({"kernel", "embedding"})
 
 Schedule = Callable[[int], jax.Array]
 
-# Of the way from the peak to the minimum what is left, by the part of the decay that has passed.
+# (rate - minimum) / (peak - minimum), as a function of the fraction of the decay that has passed.
 DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
     "linear": lambda progress: 1.0 - progress,
@@ -38,15 +38,15 @@ def warmup_schedule(
     decay_steps: int | None = None,
 ) -> Schedule:
     """Learning rate of step 0 ... steps - 1: linear from `initial` (at step 0) to `peak` (at step `warmup_steps`), then
-    as `decay` names it to `minimum`, which it reaches exactly at the last step, and stays there. (A warm-up that lasts
-    to the last step leaves no step to fall in; and nothing falls by "constant".)
+    by `decay` to `minimum`, which it reaches exactly at the last step and keeps afterwards. (A warm-up up to the last
+    step leaves no step to decay in; and "constant" does not decay.)
 
     "cosine": half a cosine (SGDR, arXiv:1608.03983, eq. 5); "linear": a straight line; "wsd": the peak, and over the
     last `decay_steps`, a tenth of the steps unless given, a straight line (MiniCPM, arXiv:2404.06395, section 4);
     "constant": the peak.
 
-    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, an unknown decay, decay
-    steps without "wsd" or for which there is no room after the warm-up.
+    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, a minimum that "constant"
+    would never reach, an unknown decay, decay steps without "wsd" or for which there is no room after the warm-up.
     """
     if not 0 <= warmup_steps < steps:
         raise BadInput(f"warm-up of {warmup_steps} steps does not fit a run of {steps}; make it shorter than the run")
@@ -92,11 +92,11 @@ def adamw(
     """AdamW with the gradient's global norm clipped to `clip` (None: not at all) before every update.
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2. `learning_rate` is a number or a function of the step, from
-    0 on; `b1` and `b2` are the decays of the two moments, `epsilon` is added to the root of the second. Decay acts on
-    kernels and embeddings by role and is scaled by the learning rate, as in torch.optim.AdamW.
+    0 on; `b1` and `b2` are the decay rates of the two moments, `epsilon` is added to the root of the second. Weight
+    decay acts on kernels and embeddings, by role, and is scaled by the learning rate, as in torch.optim.AdamW.
 
-    `moments` is the type that both are kept in between updates, "float32" or "bfloat16" (as DeepSeek-V3 has them,
-    arXiv:2412.19437, section 3.3.2). BadInput for decays so near 1 that bfloat16, of 8 bits, would lose every change.
+    `moments` is the type of both moments between updates, "float32" or "bfloat16" (as in DeepSeek-V3, arXiv:2412.19437,
+    section 3.3.2). BadInput for decay rates so near 1 that bfloat16, of 8 bits, would lose every change.
     """
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
     scale = _kept_in(scale, moments, b1=b1, b2=b2)
@@ -119,14 +119,15 @@ def muon(
     embeddings, the head, norms, biases and adapters.
 
     Jordan et al. 2024 (kellerjordan.github.io/posts/muon): the update of a matrix is its Nesterov momentum,
-    orthogonalised. Liu et al. 2025, arXiv:2502.16982, section 2.2: it is made as large as AdamW's is, root mean square
-    0.2, and decays as that does, so that AdamW's `learning_rate` and `weight_decay` stay. This is torch.optim.Muon with
-    adjust_lr_fn="match_rms_adamw", equal but for the type of its products. Matrices that stand in one array (layers,
-    experts, queries beside keys, the two halves of a gated network) are updated each by itself.
+    orthogonalised. Liu et al. 2025, arXiv:2502.16982, section 2.2: the update is scaled to the root mean square of
+    AdamW's, 0.2, and weight decay is AdamW's, so that `learning_rate` and `weight_decay` can stay as they are for
+    AdamW. This equals torch.optim.Muon with adjust_lr_fn="match_rms_adamw", except for the type of its products.
+    Matrices that are stored in one array (layers, experts, queries beside keys, the two halves of a gated network) are
+    each updated by itself.
 
     `momentum` is that of matrices; `b1`, `b2` and `epsilon` are AdamW's for the rest; `dtype` is the type of the
-    products that orthogonalise (PyTorch's are bfloat16); the others are those of `adamw`. BadInput where nothing that
-    trains is a matrix of a layer, as of adapters.
+    products that orthogonalise (PyTorch's are bfloat16); the others are those of `adamw`. BadInput if no matrix of a
+    layer trains, as with adapters.
     """
 
     def kinds(params: Any) -> Any:
@@ -156,7 +157,7 @@ def is_matrix(path: tuple[str, ...]) -> bool:
 
 
 def scale_by_muon(momentum: float = 0.95, dtype: str = "float32") -> optax.GradientTransformation:
-    """In place of the gradient of a matrix, its orthogonalised Nesterov momentum, times 0.2 sqrt(max(M, N))."""
+    """Replaces the gradient of a matrix [M, N] by its orthogonalised Nesterov momentum, times 0.2 sqrt(max(M, N))."""
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         state = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state, gradient)
@@ -169,7 +170,7 @@ def scale_by_muon(momentum: float = 0.95, dtype: str = "float32") -> optax.Gradi
 
 
 def _orthogonal_update(path: tuple[str, ...], leaf: jax.Array, dtype: str) -> jax.Array:
-    """Of all the matrices that an array holds, each by itself."""
+    """The Muon update of each of the matrices that an array holds, from their Nesterov momenta."""
     named = dimensions(path)
     flat = leaf.reshape(-1, *leaf.shape[leaf.ndim - len(named) :])
     alone = [axis for axis, name in enumerate(named) if name in ("expert", "parts")]
@@ -177,7 +178,7 @@ def _orthogonal_update(path: tuple[str, ...], leaf: jax.Array, dtype: str) -> ja
 
     def update(layer: jax.Array) -> jax.Array:
         moved = layer.transpose(order)
-        matrices = moved.reshape(*moved.shape[: len(alone) + 1], -1)  # [..., inputs, outputs], which heads x width are
+        matrices = moved.reshape(*moved.shape[: len(alone) + 1], -1)  # [..., inputs, outputs], heads x width one axis
         made: jax.Array = 0.2 * max(matrices.shape[-2:]) ** 0.5 * orthogonalised(matrices)
         return made.reshape(moved.shape).transpose([order.index(axis) for axis in range(len(named))])
 
@@ -185,12 +186,12 @@ def _orthogonal_update(path: tuple[str, ...], leaf: jax.Array, dtype: str) -> ja
 
 
 def _by_whole_layers(path: tuple[str, ...], layers: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """`function` of each of the layers [L, ...], one after another, which takes the room of one. Where a mesh divides
-    them, devices exchange their parts of all layers for all of some layers (of some experts), and the results back."""
+    """`function` of each of the layers [L, ...], one after another, which takes the memory of one. If a mesh divides
+    them, devices exchange their parts of all layers for some whole layers (or experts), and the results back."""
     sizes = axis_sizes()
     divided = partition_spec(path, layers.shape, sizes)
     spec: tuple[Any, ...] = (*divided, *(None,) * (layers.ndim - len(divided)))
-    # One axis at a time, which the compiler makes an all-to-all of; last those that divide nothing yet.
+    # One axis at a time, which the compiler turns into an all-to-all; axes that divide nothing yet come last.
     axes = [axis for axis in (FSDP, TENSOR) if axis in spec]
     axes += [axis for axis, size in sizes.items() if size > 1 and axis not in spec]
     ways = [spec]
@@ -215,9 +216,9 @@ def _by_whole_layers(path: tuple[str, ...], layers: jax.Array, function: Callabl
 
 
 def orthogonalised(matrices: jax.Array, steps: int = 5) -> jax.Array:
-    """[..., M, N] -> [..., M, N]: U V^T of the singular value decomposition U S V^T of each matrix, nearly. By a
-    Newton-Schulz iteration (Jordan et al. 2024), X <- a X + (b X X^T + c (X X^T)^2) X: singular values of more than
-    about 1/500 of the matrix's norm come to lie between 0.7 and 1.2, lesser ones grow 500-fold at most."""
+    """[..., M, N] -> [..., M, N]: approximately U V^T of each matrix's singular value decomposition U S V^T, by the
+    Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al. 2024). Singular values above about 1/500
+    of the matrix's norm end between 0.7 and 1.2; smaller ones grow at most 500-fold."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT
@@ -232,7 +233,7 @@ def orthogonalised(matrices: jax.Array, steps: int = 5) -> jax.Array:
 def _decoupled(
     scale: optax.GradientTransformation, learning_rate: Schedule | float, weight_decay: float, clip: float | None
 ) -> optax.GradientTransformation:
-    """The gradient clipped, scaled, and with it the parameter that decays, times the learning rate."""
+    """Clip the gradient, scale it by `scale`, add `weight_decay` times the parameter, multiply by the learning rate."""
     return optax.chain(
         optax.identity() if clip is None else clip_by_global_norm(clip),
         scale,
@@ -242,9 +243,9 @@ def _decoupled(
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """The gradient, scaled down to a norm of `largest` where it has a greater one, as `optax.clip_by_global_norm`: by
-    one factor for all numbers, as in torch.nn.utils.clip_grad_norm_. What optax divides number by number, XLA keeps
-    apart from what follows, in a pass of its own through memory: a fifth of an update's time on a CPU."""
+    """The gradient, scaled down to a norm of `largest` if its norm is greater, as by `optax.clip_by_global_norm`, but
+    multiplied by one factor, as in torch.nn.utils.clip_grad_norm_. optax divides each number, which XLA does not fuse
+    with what follows: that takes a pass of its own through memory, a fifth of an update's time on a CPU."""
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         factor = jnp.minimum(1.0, largest / optax.tree.norm(gradient))  # of a norm of 0: 1
@@ -254,8 +255,8 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 
 
 def _kept_in(scale: optax.GradientTransformation, moments: str, **decays: float) -> optax.GradientTransformation:
-    """The transformation with its moments, which fall by these decays, rounded to a type between updates, which are
-    made in float32."""
+    """The transformation with its moments, which have these decay rates, rounded to the type `moments` between updates;
+    the updates themselves are computed in float32."""
     if moments == "float32":
         return scale
     for name, decay in decays.items():

@@ -1,17 +1,18 @@
-"""How a program divides its arrays among the devices of a mesh, and what these exchange for it: read off its trace.
+"""How a program's arrays are divided among the devices of a mesh, and how much these exchange: read off its trace.
 
-A trace (`jax.make_jaxpr`) has global shapes. As the compiler's partitioner does, `Partitioner` carries the division of
-the arguments on from operation to operation:
+A trace (`jax.make_jaxpr`) has global shapes. Like the compiler's partitioner, `Partitioner` propagates the shardings of
+the arguments from operation to operation. Of an array of S bytes, over n devices, each device sends:
 
-- what is divided along one dimension in one operand, and along another in the other, is gathered: weights under "fsdp",
-  whose axis divides rows too. All-gather of S bytes over n devices: each sends S (n-1)/n;
-- a sum over a divided dimension is partial, and added up: all-reduce, 2 S (n-1)/n; where it is a gradient that stays
-  divided by "fsdp", reduce-scatter of that part, S (n-1)/n, and all-reduce of what is left among the other axes;
-- what is constrained to be divided along another dimension is exchanged: all-to-all, S (n-1)/n;
-- inside of `shard_map` exchanges stand written: all-to-all, S (n-1)/n, and sums.
+- all-gather, S (n-1)/n: where one mesh axis divides different dimensions of two operands, one operand is gathered, such
+  as weights under "fsdp", whose axis divides rows too;
+- all-reduce, 2 S (n-1)/n: a sum over a divided dimension is partial on each device, and these are added up. For a
+  gradient that stays divided by "fsdp" it is a reduce-scatter along that axis, S (n-1)/n, and an all-reduce of the
+  remaining part along the others;
+- all-to-all, S (n-1)/n: an array is constrained to be divided along another dimension than before;
+- in `shard_map` the program names its exchanges itself: all-to-all, S (n-1)/n, and sums.
 
-Ring algorithms send that much; what a device sends it receives as well. Loops count as often as they run; sums in a
-loop are made in each of its rounds. Weights and their gradients are known by their shapes.
+Ring algorithms send that much; a device receives as much as it sends. Exchanges in a loop count once per round.
+Weights and their gradients are recognised by their shapes.
 """
 
 import math
@@ -25,7 +26,8 @@ from jax.sharding import PartitionSpec
 
 from llmq_jax.layers.axes import DATA, FSDP, TENSOR
 
-# For each dimension the axes that divide it. None: made of constants alone, which are wherever they are wanted.
+# For each dimension the mesh axes that divide it. None: computed from constants alone, which each device makes itself
+# in the division that is needed.
 Spec = tuple[tuple[str, ...], ...] | None
 
 CONSTANTS = ("iota", "random_bits", "random_wrap", "random_unwrap", "random_split", "random_fold_in", "random_clone")
@@ -39,20 +41,21 @@ class Value:
 
     aval: Any
     spec: Any = None
-    """A Spec. Rules read it where it is known."""
+    """How it is divided: a Spec."""
     label: str | None = None
     sliced: bool = False
-    """Whether it is a round's slice of what a loop goes over."""
+    """Whether it is one round's slice of an array that a loop iterates over."""
     wanted: Spec = None
-    """Of constants: the division of what they meet."""
+    """For a constant, the division of the arrays that it is combined with."""
     gradient: bool = False
     source: Any = None
-    """What it has the numbers of, in another type."""
+    """The value of which this is a copy, in another type."""
     words: int = 1
-    """Arrays of this size that it takes."""
+    """How many arrays of its size it takes in memory."""
     made: bool = False
-    """Whether it lies in memory of its own; otherwise it is computed where it is read, from its `roots`."""
+    """Whether it takes memory of its own beside the arguments; otherwise it is computed where it is read."""
     roots: frozenset[Any] = frozenset()
+    """The values with memory of their own that it is computed from; itself if `made`."""
 
 
 @dataclass(eq=False)
@@ -62,39 +65,41 @@ class Operation:
     outputs: list[Value]
     params: Mapping[str, Any] = field(default_factory=dict)
     inside: dict[str, Counter[str]] = field(default_factory=dict)
-    """What a loop needs inside, by part of the step."""
+    """Bytes that a loop needs inside, by part of the step."""
     unsummed: int = 0
+    """Bytes of a gradient's partial sum, before it is added up over devices."""
     loss: bool = False
+    """Whether it computes logits, or is a loop that does."""
 
 
 class Partitioner:
-    """`sizes` are those of the mesh; `weights` the shapes of parameters and how they are divided."""
+    """`sizes` are those of the mesh's axes; `weights` are pairs (shape of a parameter, its Spec)."""
 
     def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple[Any, ...]], vocabulary: int):
         self.sizes, self.vocabulary = sizes, vocabulary
-        # Shape, in any order: the size of the dimension that fsdp divides.
+        # By a weight's shape, sorted because of transposes: the size of the dimension that fsdp divides.
         self.weights: dict[tuple[Any, ...], int | None] = {}
         for shape, spec in weights:
-            for front in range(min(2, len(shape))):  # with and without its stack
+            for front in range(min(2, len(shape))):  # with and without the axis of stacked layers
                 divided = [n for n, axes in zip(shape[front:], spec[front:], strict=True) if FSDP in axes]
                 self.weights.setdefault(tuple(sorted(shape[front:])), divided[0] if divided else None)
         self.sent: dict[tuple[str, str], float] = defaultdict(float)
-        """Bytes by (kind, axes)."""
+        """Bytes that a device sends, by (kind of exchange, axes)."""
         self.rounds, self.backward = 1, False
 
     def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter[str]]]:
-        """(results, what lives inside) of a loop's body: see `Device`."""
+        """(results, bytes that are live inside) of a loop's body: see `Device`."""
         raise NotImplementedError
 
     def bytes(self, value: Value, spec: Spec = None) -> int:
-        """Of a device's part."""
+        """Bytes of one device's part, by the value's division or by `spec`."""
         return size_of(value.aval) * value.words // self.parts(axes_in(spec or value.spec))
 
     def parts(self, axes: Sequence[str]) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
 
     def send(self, kind: str, axes: Sequence[str], whole: int | float) -> None:
-        """`whole` (n-1)/n bytes, in each round."""
+        """Count `whole` (n-1)/n bytes as sent, in each round of the loops around."""
         n = self.parts(axes)
         if n > 1:
             names = "+".join(axis for axis, size in self.sizes.items() if axis in axes and size > 1)
@@ -104,14 +109,15 @@ class Partitioner:
         return tuple(sorted(value.aval.shape)) in self.weights
 
     def divide(self, op: Operation, before: list[Operation], copies: dict[tuple[Any, ...], Value]) -> None:
-        """The specs of its results. What has to be gathered is, in an operation before it."""
+        """Set the specs of the operation's results. Inputs that must be gathered are gathered by operations that are
+        appended to `before`."""
         rule = getattr(self, "rule_" + op.name.replace("-", "_"), None)
         if rule is not None:
             wanted = rule(op) or {}
             for k, spec in wanted.items():
                 op.inputs[k] = self.gathered(op.inputs[k], spec, before, copies)
         elif op.name in CONSTANTS or all(v.spec is None for v in op.inputs):
-            pass  # stay where they are wanted
+            pass  # constants: they have no spec of their own
         elif (op.name.startswith("reduce_") and op.name != "reduce_precision") or op.name == "argmax":
             self.reduce(op)
         else:
@@ -122,11 +128,11 @@ class Partitioner:
     def gathered(
         self, value: Value, spec: Spec, before: list[Operation], copies: dict[tuple[Any, ...], Value]
     ) -> Value:
-        """A copy that is divided by `spec` alone; one for all that read it."""
+        """A copy that is divided by `spec` alone, and shared by all operations that read it."""
         key = value.source or value, str(value.aval.dtype), value.aval.shape, spec
         if key not in copies:
             axes = [axis for axis in axes_in(value.spec) if axis not in axes_in(spec)]
-            weight = self.is_weight(value) and bool({FSDP, TENSOR} & set(axes))  # data divides updates alone
+            weight = self.is_weight(value) and bool({FSDP, TENSOR} & set(axes))  # data divides only updates
             label = GATHERED if weight and not value.gradient else None
             whole = Value(value.aval, spec, label)
             of = f"weights, {BACKWARD if self.backward else FORWARD}" if weight else "activations"
@@ -138,9 +144,9 @@ class Partitioner:
         return copies[key]
 
     def summed(self, op: Operation, out: Value, axes: Sequence[str]) -> None:
-        """Partial sums over these axes are added up. A gradient ends divided as its weight is."""
+        """Partial sums over these axes are added up. A gradient is then divided as its weight is."""
         whole = now = self.bytes(out)
-        of_rows = list(axes) != [TENSOR]  # which divides no rows: what it adds up are activations
+        of_rows = list(axes) != [TENSOR]  # tensor divides no rows: sums over it are activations, not gradients
         out.gradient = self.is_weight(out) and of_rows and not {DATA, FSDP} & set(axes_in(out.spec))
         if out.gradient:
             self.divide_as_weight(out)
@@ -183,7 +189,7 @@ class Partitioner:
         out.spec = tuple(spec)
 
     def rule_reshape(self, op: Operation) -> None:
-        """Dimensions that become others together: the first that the axes divide takes them."""
+        """A run of dimensions becomes another: of its dimensions the first that the axes divide evenly takes them."""
         x, out = op.inputs[0], op.outputs[0]
         if x.spec is None:
             return
@@ -220,12 +226,12 @@ class Partitioner:
         out = op.outputs[0]
 
         def stays(k: int) -> int:
-            """Bytes that stay divided if operand k does: its own, and the result's if its dimension is one there."""
+            """Bytes that stay divided if operand k does: its own, and the result's if that keeps the dimension."""
             others = set(axes_in(specs[1 - k]))
             free = (axes for i, axes in enumerate(specs[k]) if i not in (over, over_b)[k])
             return size_of((a, b)[k].aval) + size_of(out.aval) * any(others & set(axes) for axes in free)
 
-        # Where an axis divides a dimension of one, and another dimension of the other, the lesser is gathered.
+        # Where an axis divides different dimensions of the two, the operand with fewer such bytes is gathered.
         less = 0 if stays(0) < stays(1) else 1
         pairs = dict(zip((*over, *batch), (*over_b, *batch_b), strict=True))
         partner = pairs if less == 0 else {j: i for i, j in pairs.items()}
@@ -262,7 +268,7 @@ class Partitioner:
             if x.spec is not None and op.params["slice_sizes"][k] == x.aval.shape[k]:
                 spec[m] = tuple(axis for axis in x.spec[k] if axis not in axes_in(spec))
         out.spec = tuple(spec)
-        # Each device looks up what it has, and all add up.
+        # If looked-up rows are divided, each device looks up those that it has, and the results are added up.
         if x.spec is not None:
             self.summed(op, out, axes_in([x.spec[k] for k in numbers.collapsed_slice_dims]))
 
@@ -278,7 +284,7 @@ class Partitioner:
         out.spec = spec_of(op.params["sharding"].spec, len(out.aval.shape), self.sizes)
         if x.spec is None:
             return {}
-        for axis in axes_in(out.spec):  # Parts of all layers for whole layers, as Muon wants them.
+        for axis in axes_in(out.spec):  # Muon exchanges parts of all layers for some whole layers.
             before, after = ([k for k, axes in enumerate(spec) if axis in axes] for spec in (x.spec, out.spec))
             if before and before != after:
                 self.send("all-to-all of layers", (axis,), self.bytes(x))
@@ -291,7 +297,7 @@ class Partitioner:
         outside = self.rounds, self.backward
         self.rounds, self.backward = self.rounds * op.params["length"], self.backward or op.params["reverse"]
         for v in op.inputs[consts + count :]:
-            if v.spec:  # Whose slice is it? All need it.
+            if v.spec:  # a round's slice is on the devices that hold that layer, and all need it
                 self.send("all-gather of activations", v.spec[0], self.bytes(v, ((), *v.spec[1:])) / v.aval.shape[0])
         carry: list[Any] = [v.spec for v in op.inputs[consts : consts + count]]
         settled = False
@@ -343,15 +349,15 @@ class Partitioner:
         self.close(op, given, lives)
         for inner, out in zip(results, op.outputs, strict=True):
             if inner.spec is None:
-                out.spec = None  # zeros that are only handed out
+                out.spec = None  # a constant: zeros
             elif self.is_weight(out) and FSDP not in axes_in(out.spec):
-                op.unsummed += self.bytes(out)  # a gradient, of which each device goes on with its part
+                op.unsummed += self.bytes(out)  # a gradient, of which each device keeps its part
                 self.divide_as_weight(out)
         pairs = enumerate(zip(op.inputs, specs, strict=True))
         return {k: spec for k, (v, spec) in pairs if v.spec is not None and set(axes_in(v.spec)) - set(axes_in(spec))}
 
     def close(self, op: Operation, specs: Sequence[Spec], lives: dict[str, Counter[str]]) -> None:
-        """A loop's results are in memory."""
+        """Set what is known of a loop: its results have these specs and are in memory."""
         for out, spec in zip(op.outputs, specs, strict=True):
             out.spec = ((),) * len(out.aval.shape) if spec is None else spec
         op.loss = any(LOGITS in found for found in lives.values())
@@ -369,13 +375,13 @@ class Partitioner:
 
 
 def spec_of(partition: PartitionSpec, rank: int, sizes: Mapping[str, int]) -> Spec:
-    """Of the axes that divide anything."""
+    """The Spec of a PartitionSpec, without axes of one device."""
     names = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in partition]
     return tuple(tuple(a for a in axes if sizes[a] > 1) for axes in [*names, *[()] * (rank - len(names))])
 
 
 def size_of(aval: Any) -> int:
-    """In bytes; a random key is two words."""
+    """Bytes of a whole array; a random key is two words, 8 bytes."""
     return int(aval.size * getattr(aval.dtype, "itemsize", 8))
 
 
@@ -388,12 +394,13 @@ def without(spec: Any, gone: Sequence[int]) -> Spec:
 
 
 def fitted(value: Value, shape: Sequence[int]) -> Spec:
-    """A value's division, of those dimensions that are as long as the result's."""
+    """A value's division in an elementwise result: broadcast dimensions, whose lengths differ, are not divided."""
     return tuple(axes if n == m else () for axes, n, m in zip(value.spec, value.aval.shape, shape, strict=True))
 
 
 def merged(specs: Sequence[Any], rank: int) -> Spec:
-    """Of operands that meet element by element; the first that divides a dimension decides, and an axis divides one."""
+    """The division of an elementwise result: for each dimension that of the first operand that divides it, with no axis
+    used twice."""
     result: list[tuple[str, ...]] = [()] * rank
     for spec in specs:
         for k, axes in enumerate(spec):
@@ -403,7 +410,7 @@ def merged(specs: Sequence[Any], rank: int) -> Spec:
 
 
 def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
-    """The runs of dimensions, from the first on, that a reshape turns into each other."""
+    """The shortest runs of dimensions, from the first on, that a reshape turns into each other: [(old, new)]."""
     runs, i, j = [], 0, 0
     while i < len(before) and j < len(after):
         first, second, a, b = i, j, before[i], after[j]

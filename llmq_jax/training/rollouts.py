@@ -1,4 +1,4 @@
-"""Answers that a policy draws, in rows of tokens.
+"""Rollouts: answers sampled from a policy, as rows of tokens.
 
 Shapes: P prompts, G answers each, B = P·G rows, T tokens of a row, C tokens of an answer.
 """
@@ -17,7 +17,7 @@ from llmq_jax.generation import Sampler, generate
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Answers that a policy gave: `group_size` neighbouring rows answer the same prompt."""
+    """Answers sampled from a policy: `group_size` neighbouring rows answer the same prompt."""
 
     prompts: list[Prompt]
     group_size: int
@@ -28,11 +28,11 @@ class Rollout:
     prompt_lengths: np.ndarray
     """int32 [B]"""
     logprobs: np.ndarray
-    """float32 [B, C]: of the answers' tokens, at the temperature that they were drawn at."""
+    """float32 [B, C]: log-probabilities of the answers' tokens, at the temperature of sampling."""
     answer_mask: np.ndarray
     """float32 [B, C]: 1 on the answers' tokens, the end token included."""
     terminated: np.ndarray
-    """bool [B]: whether an answer came to an end, and was not cut."""
+    """bool [B]: whether the answer ended with an end token, and was not cut at the longest length."""
     completions: list[str]
 
     def __len__(self) -> int:
@@ -48,13 +48,13 @@ class Rollout:
         return [prompt.text for prompt in self.prompts for _ in range(self.group_size)]
 
     def response_mask(self, lengths: np.ndarray, width: int) -> np.ndarray:
-        """float32 [B, width]: 1 on the answers' tokens, which end where rows have these lengths."""
+        """float32 [B, width]: 1 on the answers' tokens, if rows have these `lengths`."""
         places = np.arange(width)
         inside = (places >= self.prompt_lengths[:, None]) & (places < lengths[:, None])
         return inside.astype(np.float32)
 
     def prompt_rows(self) -> np.ndarray:
-        """int32 [B, W]: the beginning of each row, of one of a few widths, which holds its prompt."""
+        """int32 [B, W]: the beginning of each row, which holds its prompt; W is one of a few widths."""
         return self.tokens[:, : bucket_width(int(self.prompt_lengths.max()), self.tokens.shape[1])]
 
     def rows_of(self, groups: Sequence[int]) -> np.ndarray:
@@ -75,7 +75,7 @@ class Rollout:
 def roll_out(
     lm: Any, prompts: Sequence[Prompt], *, group_size: int, max_new_tokens: int, sampler: Sampler, seeds: Sequence[int]
 ) -> Rollout:
-    """`group_size` answers of a model to each prompt, of at most `max_new_tokens` tokens; row r draws by seed r."""
+    """`group_size` answers of a model to each prompt, of at most `max_new_tokens` tokens; row r has `seeds[r]`."""
     drawn = generate(
         lm,
         [prompt.tokens for prompt in prompts],
@@ -87,7 +87,7 @@ def roll_out(
     answers = [row[:length].tolist() for row, length in zip(drawn.tokens, drawn.lengths, strict=True)]
     asked = [prompt.tokens for prompt in prompts for _ in range(group_size)]
     rows = [[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)]
-    # One of a few widths: for each, all that reads the rows is compiled.
+    # Padded to one of a few widths, because all programs that read the rows are compiled for each width.
     tokens, lengths = pad(rows, bucket_width(max(map(len, rows)), lm.config.max_position_embeddings))
     ends = set(lm.generation.eos_token_id)
     assert drawn.text is not None

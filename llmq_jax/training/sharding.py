@@ -1,11 +1,11 @@
-"""Training and generation on many devices: the mesh, and what lies where on it.
+"""Training and generation on many devices: the mesh, and how arrays are placed on it.
 
     with jax.set_mesh(make_mesh("data=2,tensor=4")):
         state = create_state(init(config), optimizer)       made in parts, each on its own device
         state, metrics = train_step(state, place_batch(batch))
 
-Which dimension goes to which axis stands in `layers.axes`. The compiler does the rest: it divides the products and puts
-the exchanges between devices in (axes are of type Auto: with Explicit ones Linen's modules cannot run).
+`layers.axes` says which mesh axes divide which dimensions. The compiler does the rest: it divides the products and
+inserts the exchanges between devices (axes are of type Auto: with Explicit ones Linen's modules cannot run).
 """
 
 import functools
@@ -23,7 +23,7 @@ from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, partit
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """Devices along each axis, of a text like "data=2,fsdp=4"; 1 along those that it leaves out."""
+    """Number of devices along each axis, from a text like "data=2,fsdp=4"; 1 along axes that it leaves out."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     given = set()
     for part in text.split(","):
@@ -40,7 +40,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh that a text like "data=2,fsdp=4" describes, of all devices or of these.
+    """The mesh that a text like "data=2,fsdp=4" describes, of the given devices or of all.
 
     BadInput: an axis that is unknown or there twice, or sizes that do not multiply to the number of devices.
     """
@@ -59,7 +59,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def check_mesh(sizes: Mapping[str, int], variables: dict[str, Any]) -> None:
-    """BadInput where an axis divides no parameter: its devices would all do the same."""
+    """BadInput where an axis divides no parameter: its devices would all compute the same."""
     leaves = [(path_names(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)]
     for axis in ("fsdp", "expert", "tensor"):
         if sizes[axis] == 1 or any(axis in jax.tree.leaves(tuple(partition_spec(*leaf, sizes))) for leaf in leaves):
@@ -78,8 +78,8 @@ def check_mesh(sizes: Mapping[str, int], variables: dict[str, Any]) -> None:
 
 
 def place(tree: Any) -> Any:
-    """The tree with its arrays divided over the mesh that is set; as it is where none is, and while a function is
-    traced, which makes no arrays."""
+    """The tree with its arrays divided over the current mesh; unchanged without a mesh, and while a function is traced,
+    which has no arrays to place."""
     if not _can_place(tree):
         return tree
     return jax.tree_util.tree_map_with_path(lambda path, leaf: put(path_names(path), leaf), tree)
@@ -91,9 +91,9 @@ def _can_place(tree: Any) -> bool:
 
 
 def place_batch(batch: dict[str, Any], parts: int | None = None) -> dict[str, Any]:
-    """A batch with its rows divided over the mesh that is set; as it is where none is. With `parts`, micro-batches that
-    are made of it, each of these must be divided too; without, rows that cannot be go to all devices. With several
-    processes each gives `own_rows` of it."""
+    """A batch with its rows divided over the current mesh; unchanged without a mesh. `parts` is the number of
+    micro-batches, each of which must be divisible too (BadInput); if it is None, rows that cannot be divided go to all
+    devices. With several processes, each passes its `own_rows` of the batch."""
     if not _can_place(batch):
         return batch
     mesh = jax.sharding.get_mesh()
@@ -114,8 +114,8 @@ def place_batch(batch: dict[str, Any], parts: int | None = None) -> dict[str, An
 
 
 def row_share() -> dict[str, int]:
-    """Which part of a batch's rows this process makes, on the mesh that is set: `process_index` of `process_count`
-    equal ones. Processes that divide layers alone among them make the same rows."""
+    """Which part of a batch's rows this process makes, on the current mesh: `process_index` of `process_count` equal
+    parts. Processes whose devices differ only along axes that do not divide rows make the same rows."""
     if jax.process_count() == 1 or not axis_sizes():
         return {"process_index": 0, "process_count": 1}
     index, count = _row_share(jax.sharding.get_mesh())
@@ -137,7 +137,7 @@ def _row_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def own_rows(batch: dict[str, Any]) -> dict[str, Any]:
-    """Of a batch that every process has whole, the rows that `row_share` says."""
+    """This process's rows, by `row_share`, of a batch that every process has whole."""
     index, count = row_share().values()
 
     def part(array: Any) -> Any:
@@ -162,17 +162,17 @@ def check_rows(rows: int, parts: int, sizes: Mapping[str, int]) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A parameter on a mesh."""
+    """How a parameter is divided over a mesh."""
 
     name: str
     shape: tuple[int, ...]
     axes: str
-    """For each dimension the axes that divide it, or a dot."""
+    """For each dimension the axes that divide it, or a dot if none does."""
     bytes_per_device: int
 
 
 def layout(variables: dict[str, Any], sizes: Mapping[str, int]) -> list[Layout]:
-    """Where each parameter lies, of arrays or of shapes."""
+    """The layout of each parameter in a tree of arrays or shapes, on a mesh of these sizes."""
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         spec = partition_spec(path_names(path), leaf.shape, dict(sizes))

@@ -11,22 +11,22 @@ from llmq_jax.training.parts import PARAMS
 from llmq_jax.training.sharding import place
 
 ROUTER = "router"
-"""The collection of what a step moves without gradients, where `params` train: the routers' biases for selection."""
+"""The collection that a step updates without gradients, where `params` train: the routers' biases for selection."""
 
 
 class TrainState(struct.PyTreeNode):
     """Everything a run needs to go on. Immutable: `state.replace(step=...)` gives another one."""
 
-    # Leaves are Any: a state also holds shapes (jax.eval_shape), shardings or numpy arrays in the places of its arrays.
+    # Any, because leaves may also be shapes (jax.eval_shape), shardings or numpy arrays.
     step: Any
     """int32: the number of finished updates."""
     variables: dict[str, Any]
-    """All collections, in float32 those that a step changes."""
+    """All collections; those that a step changes are in float32."""
     optimizer_state: Any
     key: Any
     """uint32 [2]: step s draws its dropout from fold_in(key, s)."""
     carried: Any = None
-    """What a recipe keeps beside, saved with the state: the step leaves it alone."""
+    """Whatever a recipe adds to be saved with the state; the step does not touch it."""
     trainable: tuple[str, ...] = struct.field(pytree_node=False, default=("params",))
     """The collections that gradients and the optimizer see."""
 
@@ -36,7 +36,7 @@ class TrainState(struct.PyTreeNode):
         return one_or_all({name: self.variables[name] for name in self.trainable})
 
     def with_trained(self, trained: dict[str, Any]) -> dict[str, Any]:
-        """The variables with this in its place."""
+        """The variables with `trained`, in the form of the property of that name, in place of what trains."""
         return {**self.variables, **({self.trainable[0]: trained} if len(self.trainable) == 1 else trained)}
 
 
@@ -54,9 +54,9 @@ def create_state(
     """State of step 0. What trains, and the routers' biases that move with it, is held in float32, whatever type it
     came in. On a mesh (`training.sharding`) every device gets its part.
 
-    `variables` are those of `init` or of a LanguageModel. What is in float32 already is not copied, and the first step
-    consumes it: that LanguageModel is of no more use then. `optimizer` makes its state for the collections `trainable`;
-    `seed` is that of dropout.
+    `variables` are those of `init` or of a LanguageModel. Arrays in float32 are not copied, and the first step consumes
+    them (they are donated): that LanguageModel cannot be used afterwards. `optimizer` makes its state for the
+    collections `trainable`; `seed` is that of dropout.
     """
     names = (trainable,) if isinstance(trainable, str) else trainable
     learns = (*names, ROUTER) if PARAMS in names and ROUTER in variables else names
@@ -74,11 +74,11 @@ def create_state(
 
 
 def bound_alike(tree: Any) -> Any:
-    """A tree of arrays, all of them bound to the one device that some are bound to (JAX's "committed"); as it is where
-    none is, where it is spread over several, and while a function is traced.
+    """A tree of arrays, all of them bound to the one device that some are bound to ("committed" in JAX's terms). The
+    tree is unchanged if none is, if it is spread over several devices, and while a function is traced.
 
-    Arrays of a checkpoint are bound to their device and fresh ones are not. Of such a mixture a step makes arrays that
-    are all bound, for which the next step would be compiled a second time.
+    Arrays of a checkpoint are bound to their device, fresh ones are not. From such a mixture a step returns arrays that
+    are all bound, and the next step would be compiled a second time for these.
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
@@ -89,7 +89,7 @@ def bound_alike(tree: Any) -> Any:
     (device,) = devices
 
     def bound(leaf: Any) -> Any:
-        # What is bound stays the same array: of a second one beside it a step could not take the memory.
+        # An array that is bound is not copied: a step cannot donate an array of which there is a second reference.
         fresh = isinstance(leaf, jax.Array) and not leaf.committed
         return jax.device_put(leaf, device) if fresh else leaf
 

@@ -41,10 +41,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class Compiled(Generic[First, Result]):
-    """A function of something and a batch, whose rows go to their devices first."""
+    """A compiled function of a state or of variables, and of a batch, whose rows it first places on their devices."""
 
     program: Any
-    """What JAX compiled. The batch that it takes has its rows where they belong."""
+    """What JAX compiled. It takes a batch whose rows are on their devices already."""
     divided: Callable[[dict[str, Any]], dict[str, Any]]
     replicas: int = 1
     """Devices that take equal parts of the rows by `jax.pmap`."""
@@ -68,13 +68,14 @@ def make_train_step(
     experts, against which the collection "router" moves.
 
     `pmap`: the same step by `jax.pmap`, where no mesh is set: every device has all of the state and its part of the
-    rows. Terms of a whole batch (the balance losses of experts) are then those of the parts, as with `accumulate`.
+    rows. Terms of a whole batch (the balance losses of experts) are then computed on each part and averaged, as with
+    `accumulate`.
 
     The step raises BadInput for a batch whose rows cannot be cut into so many equal parts.
     """
 
     experts = objective.model.experts
-    neighbours = getattr(objective, "group_size", 1)  # rows that only together are what the objective takes them for
+    neighbours = getattr(objective, "group_size", 1)  # consecutive rows that the objective needs together
 
     def whole_batch(named: dict[str, Any]) -> dict[str, Any]:
         return over_devices(named, REPLICAS) if pmap else named
@@ -108,7 +109,7 @@ def make_train_step(
 
         after, found = _updated(state, optimizer, experts, grads, counts)
         metrics = {"loss": value, **metrics, **found}
-        # The state is divided as it was: or the next step would be another program.
+        # The state keeps its sharding, or the next step would be compiled anew.
         return constrain_like_params(after), replicated(metrics)
 
     if pmap:
@@ -130,7 +131,7 @@ def _updated(
     trained = optax.apply_updates(trained, updates)
     metrics = {"grad_norm": optax.tree.norm(grads), **load_metrics(experts, counts)}
     variables = state.with_trained(trained)
-    if ROUTER in variables and PARAMS in state.trainable:  # A router's bias learns where the router does.
+    if ROUTER in variables and PARAMS in state.trainable:  # A router's bias moves where the router trains.
         router = variables[ROUTER]
         learning = {name: tree for name, tree in router.items() if name in variables[PARAMS]}
         variables[ROUTER] = {**router, **move_biases(experts, learning, counts)}
@@ -139,7 +140,7 @@ def _updated(
 
 
 def _on_replicas(train_step: Callable[..., Any], parts: int) -> TrainStep:
-    """A step of equal replicas, one on each device, which see other rows and add up what they find."""
+    """A step of equal replicas, one on each device: each sees its own rows, and their results are added up."""
     compiled = jax.pmap(train_step, axis_name=REPLICAS, in_axes=(None, 0), out_axes=None, donate_argnums=0)
     devices = jax.local_device_count()
 
@@ -151,8 +152,8 @@ def _on_replicas(train_step: Callable[..., Any], parts: int) -> TrainStep:
 
 
 def _split(batch: dict[str, Any], parts: int, neighbours: int) -> dict[str, Any]:
-    """[B, ...] to [parts, B / parts, ...]; micro-batch i takes rows i, i + parts, ... (or groups of so many neighbours,
-    which stay together): the same mix on every device."""
+    """[B, ...] to [parts, B / parts, ...]; micro-batch i takes rows i, i + parts, ... (or groups of `neighbours` rows,
+    which stay together), so that every device has rows of each micro-batch."""
     rows = len(next(iter(batch.values())))
     if rows % (parts * neighbours):
         groups = "" if neighbours == 1 else f" of whole groups of {neighbours}"
@@ -168,10 +169,10 @@ def _split(batch: dict[str, Any], parts: int, neighbours: int) -> dict[str, Any]
 
 
 def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], parts: int) -> Any:
-    """The sum over micro-batches of everything `gradients` returns, but for metrics that are extremes."""
+    """The sum over micro-batches of everything that `gradients` returns, except that EXTREMES stay extremes."""
 
     numbered = jnp.arange(parts), microbatches
-    # Traced once: scan calls the program, not the function.
+    # Traced once, here: scan calls the traced program, not the function.
     program, shapes = jax.make_jaxpr(gradients, return_shape=True)(*jax.tree.map(lambda x: x[0], numbered))
 
     def add(total: Any, numbered: tuple[Any, Any]) -> tuple[Any, None]:
@@ -189,9 +190,9 @@ def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], pa
 
 
 def make_eval_step(objective: Objective) -> EvalStep:
-    """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout: over batches both simply add, and
-    Σ sums / Σ weights is the mean over all of them, however ragged. Of the loss and of every metric that the objective
-    gives when it is given no random key; EXTREMES have no weight. Before it runs, the step raises BadInput for a metric
+    """`eval_step(variables, batch) -> (sums, weights)`, compiled, without dropout, of the loss and of every metric that
+    the objective returns without a random key. Over batches both simply add, and Σ sums / Σ weights is the mean over
+    all of them, whatever their sizes; EXTREMES have no weight. Before it runs, the step raises BadInput for a metric
     that the objective's `weights` lack."""
 
     def eval_step(variables: dict[str, Any], batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -221,7 +222,7 @@ def evaluate(eval_step: Callable[..., Any], variables: dict[str, Any], batches: 
     if totals is None:
         raise BadInput("nothing to evaluate: there is no batch")
     sums, weights = jax.device_get(totals)
-    # Of the terms beside the loss one may have had nothing to count, as the second token ahead in rows of two. Extremes
-    # have no weight.
+    # A term beside the loss may have nothing to count, such as the second token ahead in rows of two; it is left out.
+    # Extremes have no weight.
     weights |= {name: 1.0 for name in sums if name in EXTREMES}
     return {name: float(value / weights[name]) for name, value in sums.items() if name == "loss" or weights[name] > 0}
