@@ -129,7 +129,7 @@ class Experts:
 
 
 def balance_from(given: Any) -> Balance | None:
-    """The `balance` of experts: None, a Balance, or a dict as a file or a command line gives it."""
+    """The `balance` of experts, from None, a Balance, or a dict as a file or a command line has it."""
     if isinstance(given, dict):
         return create(Balance, given)
     if not isinstance(given, Balance | None):
@@ -138,8 +138,8 @@ def balance_from(given: Any) -> Balance | None:
 
 
 def experts_from(given: Any, layers: int, default: Experts | None = None) -> Experts | None:
-    """The `experts` of a config: None, Experts, or a dict as a file or a command line gives it, of what differs from
-    `default`."""
+    """The `experts` of a config, from None, Experts, or a dict as a file or a command line has it, of the fields that
+    differ from `default`."""
     if isinstance(given, dict):
         given = create(Experts, (asdict(default) if default else {}) | given)
     if not isinstance(given, Experts | None):

@@ -109,7 +109,7 @@ class Rope:
     def rotation(
         self, positions: Int[Array, "B T"], width: int, segment_ids: Int[Array, "B T"] | None = None
     ) -> Rotation:
-        """How heads of `width` features turn at the positions of a batch; `segment_ids` tell the documents' lengths."""
+        """The rotation of heads of `width` features at a batch's positions; `segment_ids` give documents' lengths."""
         frequencies = self.frequencies(width, document_lengths(positions, segment_ids))
         angles = positions[..., None].astype(jnp.float32) * jnp.float32(frequencies)
         return Rotation(*_cos_and_sin(angles, jnp.float32(self.attention_scale)))

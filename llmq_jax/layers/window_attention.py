@@ -128,7 +128,7 @@ def _windowed(
     dropout_key: Array | None,
     loop: _WindowLoop,
 ) -> Float[Array, "B N T V"]:
-    """Keys, values and `places` are padded by `loop.reach` blocks in front: place i stands at i + reach · block."""
+    """Keys, values and `places` are padded by `loop.reach` blocks in front: token i is at index i + reach · block."""
     return _windowed_forward(query, key, value, places, dropout_key, loop)[0]
 
 

@@ -65,8 +65,8 @@ def layers_in_groups(
     first = len(windows) if experts is None else experts.first_layer
 
     def make(window: int | None, has_experts: bool) -> Callable[..., nn.Module]:
-        told = {"window": window, "experts": experts if has_experts else None}
-        return partial(block, **{name: value for name, value in told.items() if value is not None})
+        options = {"window": window, "experts": experts if has_experts else None}
+        return partial(block, **{name: value for name, value in options.items() if value is not None})
 
     kinds = tuple((window, layer >= first) for layer, window in enumerate(windows))
     return tuple(
@@ -344,7 +344,7 @@ class Decoder(nn.Module):
     def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict[str, Any]:
         """Empty caches for `length` positions in all layers, in the structure of `Output.caches`.
 
-        `lookahead` is the number of tokens that may be taken back, by writing at an earlier position.
+        `lookahead` is the number of tokens that may be rolled back, by writing at an earlier position.
         """
         return {
             f"group_{g}": {

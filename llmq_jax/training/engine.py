@@ -88,8 +88,8 @@ def run(
       method, or else counted from each batch, assuming that every process has equally many. A step that draws its own
       tokens reports their number as a metric `tokens`; for an array of the device the loop would wait at once.
     * `flops_per_token`, from `token_flops`, gives the device's utilisation (MFU), if its peak is known.
-    * `show` names metrics that the console shows beside the loss, of steps and of evaluations; without it, of
-      evaluations it shows all means.
+    * `show` names metrics that the console shows beside the loss, for steps and for evaluations; without it, an
+      evaluation shows all its means.
     * `next_commands` are commands for the checkpoints, shown at the end if there are any checkpoints; `output` is where
       progress goes (standard output by default).
 
