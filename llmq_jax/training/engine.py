@@ -390,8 +390,8 @@ class _Loop:
         return self.validation.is_better(self.step, than=processes.of_first(self.checkpoints.best_step))
 
     def stop_early(self) -> str | None:
-        """Make this step the run's last one, with all that is due then, if the best step was longer ago than the
-        options' patience. Returns what to say of it then."""
+        """Make this step the run's last one, with all that is due then, if the options' patience since the best step
+        has run out. Returns what to say of it then."""
         if self.step == self.options.steps or not self.validation.patience_is_out():
             return None
         # The steps to profile may lie after the new end.

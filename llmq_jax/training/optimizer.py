@@ -45,8 +45,8 @@ def warmup_schedule(
     last `decay_steps`, a tenth of the steps unless given, a straight line (MiniCPM, arXiv:2404.06395, section 4);
     "constant": the peak.
 
-    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, a minimum that "constant"
-    would never reach, an unknown decay, decay steps without "wsd" or for which there is no room after the warm-up.
+    BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, an unknown decay, a minimum
+    between 0 and the peak with "constant", decay steps without "wsd" or for which the warm-up leaves no room.
     """
     if not 0 <= warmup_steps < steps:
         raise BadInput(f"warm-up of {warmup_steps} steps does not fit a run of {steps}; make it shorter than the run")

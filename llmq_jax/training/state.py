@@ -89,7 +89,7 @@ def bound_alike(tree: Any) -> Any:
     (device,) = devices
 
     def bound(leaf: Any) -> Any:
-        # An array that is bound is not copied: a step cannot donate an array of which there is a second reference.
+        # A bound array is returned itself: a second one beside it would keep a step from reusing its memory.
         fresh = isinstance(leaf, jax.Array) and not leaf.committed
         return jax.device_put(leaf, device) if fresh else leaf
 
