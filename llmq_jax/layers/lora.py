@@ -11,7 +11,7 @@
 Adapters are added by transforming a model's variables; no architecture's file knows of them. Two collections mirror the
 paths of `params`, with a dict of factors in the place of each matrix: `lora` holds what trains, `lora_fixed` what does
 not (the scale s, the rate of dropout, fixed factors). The linear layer adds the update when it finds factors at its
-path, and so do stacked experts (`expert_dispatch`): W gets no gradient, and A B is never formed.
+path, and so do stacked experts (`expert_dispatch`): W gets no gradient, and in training A B is never formed.
 
 Factors of stacked layers are stacked like their matrices; layers without an adapter have the scale 0 there.
 """

@@ -392,8 +392,8 @@ def rope_from(parameters: Rope | Mapping[str, Any], width: int, max_position_emb
     """The rope of a `rope_parameters` dict, checked against the width of heads and the longest context.
 
     As in transformers, the trained context defaults to the longest one, and the factor of yarn and longrope to the
-    ratio of the two. BadInput: an unknown rope_type, or a parameter that is missing, unknown to the type, of a wrong
-    kind, or in contradiction to another.
+    ratio of the two (of longrope to 1 at least). BadInput: an unknown rope_type, or a parameter that is missing,
+    unknown to the type, of a wrong kind, or in contradiction to another.
     """
     if width > WIDEST_HEAD:
         raise BadInput(f"heads of {width:,} features are not supported; the widest are {WIDEST_HEAD:,}")
