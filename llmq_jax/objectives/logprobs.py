@@ -2,8 +2,7 @@
 made of. Never [B, T, V].
 
 The tokens that count go by in chunks, each through the head and back to one number a token; the backward pass makes a
-chunk's logits anew. Tokens that do not count, prompts and padding, are not unembedded: those that do come first, and
-chunks without any are skipped.
+chunk's logits anew. Chunks of tokens that do not count, prompts and padding, are skipped.
 """
 
 from collections.abc import Callable
@@ -167,18 +166,10 @@ def _measured(
     measures: tuple[Callable[[Array, Array], Array], ...],
 ) -> tuple[Float[Array, "B T"], ...]:
     """What the measures make of each prediction and its target, times the mask."""
-    chunks = Chunks.of(len(mask), mask.size, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
+    chunks = Chunks.of(mask, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
     # A head for each group: sums of its gradient over their rows stay apart until the end.
     head = gathered_over_fsdp(model.head_variables(variables))
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)
-
-    # What counts comes first, in its order.
-    order = jnp.argsort(chunks.by_group(mask) == 0, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    sorted_by = by_group(lambda x, order: x[order])
-
-    def split(x: Array) -> Array:
-        return chunks.split(sorted_by(chunks.by_group(x), order))
 
     @by_group
     @jax.checkpoint  # keeps no logits for the backward pass
@@ -194,14 +185,9 @@ def _measured(
         rows, target, any_counted = of_chunk
         return None, jax.lax.cond(any_counted, of_rows, nothing, heads, rows, target)
 
-    any_counted = (split(mask) != 0).any(axis=(1, 2))
-    _, measured = jax.lax.scan(chunk, None, (split(hidden), split(targets), any_counted))
-
-    def unsplit(values: Array) -> Array:
-        in_order: Array = sorted_by(chunks.join(values), back)
-        return in_order.reshape(mask.shape) * mask
-
-    return tuple(map(unsplit, measured))
+    any_counted = (chunks.split(mask) != 0).any(axis=(1, 2))
+    _, measured = jax.lax.scan(chunk, None, (chunks.split(hidden), chunks.split(targets), any_counted))
+    return tuple(chunks.join(values) * mask for values in measured)
 
 
 def _of_target(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
