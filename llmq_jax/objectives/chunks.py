@@ -1,47 +1,60 @@
-"""Tokens in chunks, so that the logits of one chunk exist at a time. On a mesh a chunk has equally many tokens of each
-group of devices (`layers.axes.row_groups`), and these stay there."""
+"""Tokens in chunks, so that the logits of only a few exist at a time.
+
+The tokens that count come first, so that a chunk without any can be skipped: prompts and padding cost no logits. On a
+mesh, each chunk has equally many tokens of every group of devices (`layers.axes.row_groups`), which stay there.
+"""
 
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import constrain, row_groups
+from llmq_jax.layers.axes import by_group, constrain, row_groups
+
+_taken = by_group(lambda x, places: x[places])
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """How many tokens there are, and how they are cut."""
+    """How the tokens of a batch [B, T] are cut."""
 
-    groups: int
-    """Groups of devices."""
-    count: int
-    """Tokens of a group."""
+    shape: tuple[int, int]
+    """(B, T)."""
     chunks: int
-    """Chunks, each with tokens of every group."""
+    order: Int[Array, "groups count"]
+    """Places of each group's tokens: first those whose mask is not 0, then the others, both in the batch's order."""
 
     @classmethod
-    def of(cls, rows: int, tokens: int, longest: int) -> "Chunks":
-        """For `rows` rows with `tokens` tokens in all: chunks of at most `longest` tokens of each group."""
-        groups = row_groups(rows)
-        count = tokens // groups
-        return cls(groups, count, max(1, -(-count // longest)))  # at least one chunk
+    def of(cls, mask: Float[Array, "B T"], longest: int) -> "Chunks":
+        """Chunks of at most `longest` tokens of each group."""
+        groups = row_groups(len(mask))
+        count = mask.size // groups
+        order = jnp.argsort(mask.reshape(groups, count) == 0, axis=1, stable=True)
+        rows, tokens = mask.shape
+        return cls((rows, tokens), max(1, -(-count // longest)), order)  # at least one chunk
+
+    @property
+    def groups(self) -> int:
+        """Groups of devices."""
+        return self.order.shape[0]
 
     @property
     def size(self) -> int:
         """Tokens of a group in a chunk."""
-        return -(-self.count // self.chunks)
-
-    def by_group(self, x: Array) -> Array:
-        """[B, T, ...] to [groups, count, ...]."""
-        return x.reshape(self.groups, self.count, *x.shape[2:])
+        return -(-self.order.shape[1] // self.chunks)
 
     def split(self, x: Array) -> Array:
-        """[groups, count, ...], padded with zeros, to [chunks, groups, size, ...]."""
-        filled = jnp.pad(x, [(0, 0), (0, self.chunks * self.size - self.count)] + [(0, 0)] * (x.ndim - 2))
-        parts = filled.reshape(self.groups, self.chunks, self.size, *x.shape[2:])
+        """[B, T, ...] to [chunks, groups, size, ...], padded with zeros."""
+        x = x.reshape(*self.order.shape, *x.shape[2:])
+        if self.chunks > 1:  # one chunk holds all tokens, in any order
+            x = _taken(x, self.order)
+        padded = jnp.pad(x, [(0, 0), (0, self.chunks * self.size - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        parts = padded.reshape(self.groups, self.chunks, self.size, *x.shape[2:])
         return constrain(parts.swapaxes(0, 1), None, "batch")
 
-    def join(self, x: Array) -> Array:
-        """[chunks, groups, size] to [groups, chunks · size], in which all after the first `count` are padding."""
-        return x.swapaxes(0, 1).reshape(self.groups, self.chunks * self.size)
+    def join(self, parts: Array) -> Array:
+        """The way back: [chunks, groups, size, ...] to [B, T, ...]."""
+        x = parts.swapaxes(0, 1).reshape(self.groups, self.chunks * self.size, *parts.shape[3:])
+        if self.chunks > 1:
+            x = _taken(x, jnp.argsort(self.order, axis=1))
+        return x.reshape(*self.shape, *x.shape[2:])

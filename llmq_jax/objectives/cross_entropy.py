@@ -1,9 +1,10 @@
 """Cross-entropy that never holds [B, T, V].
 
 The logits of a language model are its largest array by far (2,048 tokens of a 128,256-word vocabulary in float32:
-1 GB), and automatic differentiation keeps several of that size. Here the tokens go by in chunks. Each chunk's logits
-give its loss and, while they are at hand, the gradients, so that nothing of size V outlives its chunk except the
-gradient of the head itself: as fast as the plain form, in a fraction of its memory.
+1 GB), and automatic differentiation keeps several of that size. Here tokens pass through the head in chunks. Each
+chunk's logits give its loss and, in the same forward pass, its gradients, so that nothing of size V outlives its chunk
+except the gradient of the head itself: as fast as the plain form, in a fraction of its memory. Chunks that hold only
+tokens that do not count (prompts, padding) are skipped.
 """
 
 from collections.abc import Callable
@@ -14,20 +15,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import by_group, gathered_over_fsdp
+from llmq_jax.layers.axes import by_group, gathered_over_fsdp, row_groups
 from llmq_jax.objectives.chunks import Chunks
 
-# Logits of a chunk, in elements: every chunk adds to the whole of the head's gradient, so there should be few of them.
+# Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
 CHUNK_ELEMENTS = 2**25
+# A head without a gradient has at least this many chunks, so that more of what does not count is skipped, unless they
+# would be shorter than a fast matrix product needs.
+CHUNKS_OF_FIXED_HEAD = 8
+SHORTEST_CHUNK = 64
 
 Unembed = Callable[[Any, Array], Array]
 
 
 def token_losses(logits: Float[Array, "M V"], targets: Int[Array, " M"]) -> Float[Array, " M"]:
-    """-log softmax(logits)[target] of M tokens, in nats. The chunked form takes value and gradient from here:
-    what is added trains, too."""
+    """-log softmax(logits)[target] of M tokens, in nats. The chunked form takes both value and gradient from here, so
+    that a term added here is trained too."""
     logits = logits.astype(jnp.float32)
-    # By comparison: a lookup's gradient is a scatter into another array of this size.
+    # By comparison, because the gradient of a lookup is a scatter into another array of this size.
     chosen = jnp.where(targets[:, None] == jnp.arange(logits.shape[-1]), logits, 0.0).sum(-1)
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
@@ -43,34 +48,49 @@ def chunked_cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over tokens of mask · (-log p(target)), in nats.
 
-    `unembed(head, rows)` gives the logits [M, V] of rows [M, D]; `head` are the variables it reads. Gradients flow to
-    `hidden` and to what of `head` is differentiated. `chunk_size` is in tokens; None chooses it from V.
+    `unembed(head, rows)` gives the logits [M, V] of rows [M, D]; `head` holds the variables that it reads. Gradients
+    flow to `hidden` and to those leaves of `head` that are differentiated. `chunk_size` is in tokens; None chooses it.
     """
-    if chunk_size is None:
-        vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
-        chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
-    chunks = Chunks.of(len(hidden), mask.size, chunk_size)
-    split = (chunks.split(chunks.by_group(x)) for x in (hidden, targets, mask))
-    loss: Array = _summed_loss(unembed, gathered_over_fsdp(head), *split)
+    loss: Array = _summed_loss(unembed, chunk_size, gathered_over_fsdp(head), hidden, targets, mask)
     return loss
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed_loss(unembed: Unembed, head: Any, hidden: Array, targets: Array, mask: Array) -> Array:
-    """The forward pass when nothing is differentiated: evaluation. Arrays are [chunks, groups, M, ...]."""
+def _chunks(unembed: Unembed, chunk_size: int | None, head: Any, learns: Any, hidden: Array, mask: Array) -> Chunks:
+    if chunk_size is None:
+        vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
+        chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
+        if not jax.tree.leaves(learns):
+            tokens = mask.size // row_groups(len(mask))
+            chunk_size = min(chunk_size, max(SHORTEST_CHUNK, -(-tokens // CHUNKS_OF_FIXED_HEAD)))
+    return Chunks.of(mask, chunk_size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed_loss(
+    unembed: Unembed, chunk_size: int | None, head: Any, hidden: Array, targets: Array, mask: Array
+) -> Array:
+    """The forward pass when nothing is differentiated: evaluation."""
 
     @by_group
     def loss(rows: Array, target: Array, weight: Array) -> Array:
         return jnp.sum(weight * token_losses(unembed(head, rows), target))
 
-    def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+    def add(total: Array, *chunk: Array) -> tuple[Array, None]:
         return total + loss(*chunk), None
 
-    return jax.lax.scan(add, jnp.zeros(mask.shape[1], jnp.float32), (hidden, targets, mask))[0].sum()
+    def skip(total: Array, *_: Array) -> tuple[Array, None]:
+        return total, None
+
+    chunks = _chunks(unembed, chunk_size, head, None, hidden, mask)
+    start = jnp.zeros(chunks.groups, jnp.float32)
+    losses: Array = _over_chunks(add, skip, start, chunks, hidden, targets, mask)[0]
+    return losses.sum()
 
 
-def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) -> tuple[Array, tuple[Any, Array]]:
-    # Each comes as (value, whether a gradient is wanted): a head that stays as it is costs none.
+def _forward(
+    unembed: Unembed, chunk_size: int | None, head: Any, hidden: Any, targets: Any, mask: Any
+) -> tuple[Array, tuple[Any, Array]]:
+    # With symbolic_zeros, each argument has a .value and .perturbed: whether it needs a gradient. A frozen head does not.
     learns, fixed = (_those(head, perturbed) for perturbed in (True, False))
     hidden, targets, mask = hidden.value, targets.value, mask.value
 
@@ -80,22 +100,42 @@ def _forward(unembed: Unembed, head: Any, hidden: Any, targets: Any, mask: Any) 
         losses, pull_back_losses = jax.vjp(lambda logits: token_losses(logits, target), logits)
         return jnp.sum(weight * losses), *pull_back(*pull_back_losses(weight))
 
-    def add(carry: tuple[Array, Any], chunk: tuple[Array, ...]) -> tuple[tuple[Array, Any], Array]:
+    def add(carry: tuple[Array, Any], *chunk: Array) -> tuple[tuple[Array, Any], Array]:
         total, head_gradient = carry
         loss, head_grad, row_grad = gradients(*chunk)
         return (total + loss, jax.tree.map(jnp.add, head_gradient, head_grad)), row_grad
 
-    # Groups add up at the end, once: in the loop they would do so for every chunk. In float32: chunks are many.
-    groups = mask.shape[1]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((groups, *leaf.shape), jnp.float32), learns)
-    start = jnp.zeros(groups, jnp.float32), zeros
-    (total, head_gradient), hidden_gradient = jax.lax.scan(add, start, (hidden, targets, mask))
+    def skip(carry: tuple[Array, Any], rows: Array, *_: Array) -> tuple[tuple[Array, Any], Array]:
+        return carry, jnp.zeros_like(rows)
+
+    # Groups are summed once, after the loop, and not for every chunk. In float32, because there are many chunks.
+    chunks = _chunks(unembed, chunk_size, _joined(learns, fixed), learns, hidden, mask)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((chunks.groups, *leaf.shape), jnp.float32), learns)
+    start = jnp.zeros(chunks.groups, jnp.float32), zeros
+    (total, head_gradient), row_gradients = _over_chunks(add, skip, start, chunks, hidden, targets, mask)
     head_gradient = jax.tree.map(lambda total, leaf: total.sum(0).astype(leaf.dtype), head_gradient, learns)
-    return total.sum(), (head_gradient, hidden_gradient)
+    return total.sum(), (head_gradient, chunks.join(row_gradients))
+
+
+def _over_chunks(
+    add: Callable[..., Any], skip: Callable[..., Any], start: Any, chunks: Chunks, *rows: Array
+) -> tuple[Any, Any]:
+    """(last carry, stacked results) of a scan over chunks: `add(carry, *rows)` for a chunk in which a token counts,
+    `skip(carry, *rows)` for the others. `rows` are arrays [B, T, ...], of which the last is the mask."""
+    parts = tuple(map(chunks.split, rows))
+    any_counted = (parts[-1] != 0).any(axis=(1, 2))  # outside the loop: one exchange between devices for all chunks
+
+    def body(carry: Any, chunk: tuple[Array, tuple[Array, ...]]) -> tuple[Any, Any]:
+        result: tuple[Any, Any] = jax.lax.cond(chunk[0], add, skip, carry, *chunk[1])
+        return result
+
+    if chunks.chunks == 1:
+        return jax.lax.scan(lambda carry, chunk: add(carry, *chunk), start, parts)
+    return jax.lax.scan(body, start, (any_counted, parts))
 
 
 def _those(head: Any, perturbed: bool) -> Any:
-    """The values that a gradient is wanted of, or those of which none is, with None in the others' places."""
+    """The values that need a gradient (or, with perturbed=False, those that do not), and None for the others."""
     return jax.tree.map(
         lambda leaf: leaf.value if leaf.perturbed == perturbed else None,
         head,
@@ -104,11 +144,13 @@ def _those(head: Any, perturbed: bool) -> Any:
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """A tree of two that have None where the other has a value."""
+    """One tree from two, each of which has None where the other has a value."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
-def _backward(unembed: Unembed, gradients: tuple[Any, Array], grad: Array) -> tuple[Any, Array, None, None]:
+def _backward(
+    unembed: Unembed, chunk_size: int | None, gradients: tuple[Any, Array], grad: Array
+) -> tuple[Any, Array, None, None]:
     head_gradient, hidden_gradient = jax.tree.map(lambda g: (g * grad).astype(g.dtype), gradients)
     return head_gradient, hidden_gradient, None, None
 

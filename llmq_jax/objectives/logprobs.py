@@ -2,8 +2,7 @@
 build, without ever forming logits [B, T, V].
 
 Tokens pass through the head in chunks, which leave one number per token; the backward pass recomputes a chunk's logits.
-Tokens that do not count (prompts, padding) are not unembedded: the others are sorted to the front, and chunks without
-any of them are skipped.
+Tokens that do not count (prompts, padding) are not unembedded: chunks that hold no other tokens are skipped (`chunks.py`).
 """
 
 from collections.abc import Callable
@@ -168,18 +167,10 @@ def _measured(
     measures: tuple[Callable[[Array, Array], Array], ...],
 ) -> tuple[Float[Array, "B T"], ...]:
     """Each measure of the predicted log-probabilities and the target, at every token, times the mask."""
-    chunks = Chunks.of(len(mask), mask.size, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
+    chunks = Chunks.of(mask, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
     # One copy of the head per group of devices, so that its gradient is summed over groups only at the end.
     head = gathered_over_fsdp(model.head_variables(variables))
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)
-
-    # Tokens that count come first, in their order.
-    order = jnp.argsort(chunks.by_group(mask) == 0, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)
-    sorted_by = by_group(lambda x, order: x[order])
-
-    def split(x: Array) -> Array:
-        return chunks.split(sorted_by(chunks.by_group(x), order))
 
     @by_group
     @jax.checkpoint  # keeps no logits for the backward pass
@@ -195,14 +186,9 @@ def _measured(
         rows, target, any_counted = of_chunk
         return None, jax.lax.cond(any_counted, of_rows, nothing, heads, rows, target)
 
-    any_counted = (split(mask) != 0).any(axis=(1, 2))
-    _, measured = jax.lax.scan(chunk, None, (split(hidden), split(targets), any_counted))
-
-    def unsplit(values: Array) -> Array:
-        in_order: Array = sorted_by(chunks.join(values), back)
-        return in_order.reshape(mask.shape) * mask
-
-    return tuple(map(unsplit, measured))
+    any_counted = (chunks.split(mask) != 0).any(axis=(1, 2))
+    _, measured = jax.lax.scan(chunk, None, (chunks.split(hidden), chunks.split(targets), any_counted))
+    return tuple(chunks.join(values) * mask for values in measured)
 
 
 def _of_target(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:

@@ -40,6 +40,25 @@ def test_value_and_gradients_equal_the_plain_form(chunk_size):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_chunks_of_prompts_and_padding_are_not_unembedded(differentiated):
+    """Wherever in the rows the tokens that count stand: 6 of 24 fill two chunks of 4."""
+    head, hidden, targets, _ = draw(tokens=(3, 8))
+    mask = jnp.zeros((3, 8)).at[0, 6:].set(1.0).at[1, ::3].set(1.0).at[2, 5].set(1.0)
+    rows = []
+
+    def counted(head, each):
+        jax.debug.callback(lambda each: rows.append(len(each)), each)
+        return unembed(head, each)
+
+    def chunked(head, hidden):
+        return chunked_cross_entropy(counted, head, hidden, targets, mask, chunk_size=4)
+
+    jax.block_until_ready((jax.grad(chunked) if differentiated else chunked)(head, hidden))
+    jax.effects_barrier()
+    assert rows == [4, 4]
+
+
 def test_no_token_costs_nothing():
     head, hidden, targets, mask = draw(tokens=(3, 0))
     loss = partial(chunked_cross_entropy, unembed, targets=targets, mask=mask)
