@@ -20,10 +20,10 @@ from llmq_jax.objectives.chunks import Chunks
 
 # Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
 CHUNK_ELEMENTS = 2**25
-# A head without a gradient has at least this many chunks, so that more of what does not count is skipped, unless they
-# would be shorter than a fast matrix product needs.
+# A head without a gradient has at least so many chunks, so that more of what does not count is skipped.
 CHUNKS_OF_FIXED_HEAD = 8
-SHORTEST_CHUNK = 64
+# In tokens: products of fewer rows are slow.
+SHORTEST_CHUNK = 128
 
 Unembed = Callable[[Any, Array], Array]
 
@@ -58,10 +58,11 @@ def chunked_cross_entropy(
 def _chunks(unembed: Unembed, chunk_size: int | None, head: Any, learns: Any, hidden: Array, mask: Array) -> Chunks:
     if chunk_size is None:
         vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
-        chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
+        chunk_size = CHUNK_ELEMENTS // vocabulary
         if not jax.tree.leaves(learns):
             tokens = mask.size // row_groups(len(mask))
-            chunk_size = min(chunk_size, max(SHORTEST_CHUNK, -(-tokens // CHUNKS_OF_FIXED_HEAD)))
+            chunk_size = min(chunk_size, -(-tokens // CHUNKS_OF_FIXED_HEAD))
+        chunk_size = max(SHORTEST_CHUNK, chunk_size)
     return Chunks.of(mask, chunk_size)
 
 
@@ -90,7 +91,7 @@ def _summed_loss(
 def _forward(
     unembed: Unembed, chunk_size: int | None, head: Any, hidden: Any, targets: Any, mask: Any
 ) -> tuple[Array, tuple[Any, Array]]:
-    # With symbolic_zeros, each argument has a .value and .perturbed: whether it needs a gradient. A frozen head does not.
+    # With symbolic_zeros each argument has a .value and .perturbed: whether it needs a gradient. A fixed head does not.
     learns, fixed = (_those(head, perturbed) for perturbed in (True, False))
     hidden, targets, mask = hidden.value, targets.value, mask.value
 

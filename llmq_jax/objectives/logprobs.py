@@ -2,7 +2,7 @@
 build, without ever forming logits [B, T, V].
 
 Tokens pass through the head in chunks, which leave one number per token; the backward pass recomputes a chunk's logits.
-Tokens that do not count (prompts, padding) are not unembedded: chunks that hold no other tokens are skipped (`chunks.py`).
+Chunks that hold only tokens that do not count (prompts, padding) are skipped.
 """
 
 from collections.abc import Callable
