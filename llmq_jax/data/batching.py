@@ -39,8 +39,8 @@ def pad(
 def pack(lengths: TokenList, capacity: int) -> list[list[int]]:
     """Plan rows of at most `capacity` tokens: for each row, the indices of its sequences.
 
-    Best fit decreasing: the longest first, each into the fullest row that still has room, which needs at most 11/9 of
-    the fewest rows possible. Deterministic; O(n log capacity). Every sequence is in exactly one row, whole.
+    Best fit decreasing: the longest first, each into the fullest row that still has room, which needs at most about
+    11/9 of the fewest rows possible. Deterministic. Every sequence is in exactly one row, whole.
     """
     _check_lengths(np.asarray(lengths), capacity)
     rows: list[list[int]] = []
@@ -92,14 +92,14 @@ def packed_rows(
 def multi_token_rows(
     sequences: Sequence[TokenList], depth: int, end_id: int, *, shrink: bool = False, longest: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Documents for multi-token prediction as the original repository batches them, one in a row, each with an end.
+    """Documents for multi-token prediction as the original repository batches them, one in a row.
 
-    Each of the streams, the main one and those of the modules 1 to `depth`, learns the end of its document. `tokens`,
-    `targets`, `mask`, `segment_ids` [B, T], and the same of the modules, `ahead_tokens`, ..., [B, depth, T]. Documents
-    of `depth` tokens and fewer are left out; others are cut to `longest`.
+    `tokens`, `targets`, `mask`, `segment_ids` [B, T] are the main model's; `ahead_tokens`, ... [B, depth, T] are those
+    of modules 1 to `depth`, which read the document from token k on. In each stream the last target is `end_id`.
+    Documents of at most `depth` tokens are left out; others are cut to `longest`.
 
-    shrink: every stream reads just the n - depth tokens that leave all modules a real one to see, and then has the end
-    as its target, in the middle of the text though it may be; otherwise the k-th reads as many as there are.
+    shrink: every stream reads n - depth of the document's n tokens, so that all modules have equally many; the end
+        token is then its last target even where the text goes on. Otherwise module k reads all its n - k tokens.
     """
     if depth < 1:
         raise BadInput(f"depth={depth} must be at least 1: of the modules that look ahead")
@@ -126,8 +126,8 @@ def multi_token_rows(
 
 
 def count_tokens(batch: dict[str, Any]) -> int:
-    """Tokens that are no padding: as many as `lengths` say, or those of `segment_ids`; without, the ones in `mask` or,
-    in batches of several parts, in every `..._mask`."""
+    """Tokens that are not padding: the sum of `lengths`, or the tokens with a segment in `segment_ids`. Without either,
+    those that count in `mask` and every `..._mask`; without any mask, all."""
     if "lengths" in batch:
         return int(np.sum(batch["lengths"]))
     if "segment_ids" in batch:

@@ -1,7 +1,7 @@
-"""A run's style as a chat template: the one in Jinja that writes what Alpaca's or the plain template writes.
+"""The templates "alpaca" and "plain" as chat templates in Jinja, which write the same text.
 
-A model that was tuned by one of them answers to that text. With the style as the chat template of its tokenizer,
-`llmq chat`, `lm.chat`, further recipes and transformers' `apply_chat_template` ask it so.
+A model that was tuned with one of them expects that text. With the style as the chat template of its tokenizer,
+`llmq chat`, `lm.chat`, further recipes and transformers' `apply_chat_template` all write it.
 """
 
 from llmq_jax.data.chat_template import ChatTemplate
@@ -18,7 +18,7 @@ def as_chat_template(style: str, tokenizer: Tokenizer) -> str | None:
     answer, with the beginning and end that texts of this tokenizer have in training, and raises for any other messages.
     Alpaca's input is the key `input` of the message.
 
-    None where the tokenizer's beginning or end are tokens that no text becomes.
+    None where no text is encoded as the tokenizer's beginning or end tokens.
     """
     rendered = render(Conversation("a probe", "prompt", PROBE, given=1), style)
     tokens = tokenize(rendered, tokenizer).tokens.tolist()

@@ -1,15 +1,15 @@
 """Chat templates: a conversation as the text that a model was trained on, by the Jinja template that comes with it.
 
 The text is the one that transformers' `apply_chat_template` gives. A template is a program by whoever made the model,
-so it runs in Jinja's sandbox, which lets it at nothing but its variables, and in bounds of its own:
+so it runs in Jinja's sandbox, where it reaches nothing but its variables, and within limits that are set here:
 
-- time: each call and each turn of a loop is a step, each character that `*` repeats is another; steps are counted, and
-  each looks at the clock. That ends loops and recursions that would go on for ever.
-- memory: what an operator, a filter or a method of strings makes is counted too, and how much that can be is worked out
-  before it is made: `"x" | center(1000000000)` makes nothing.
+- time: each call and each iteration of a loop is a step, and so is each character that `*` repeats. Steps are counted,
+  and the clock is read with each count. That ends endless loops and recursions.
+- memory: what an operator, a filter or a string method makes is counted too, and an upper bound of it is computed
+  first: `"x" | center(1000000000)` is refused before it makes anything.
 
-A template cannot be stopped within a step; what a step can make bounds how long it takes. Jinja works out constants as
-it compiles, but none that go through what is counted here.
+A template cannot be stopped within a step: the bound on what a step makes also bounds its time. Jinja folds constants
+when it compiles, but no expressions that are counted here.
 """
 
 import contextlib
@@ -40,26 +40,26 @@ from llmq_jax.json_text import parse_json
 
 MAX_STEPS = 10**6
 MAX_CHARACTERS = 2**24
-"""Of the text that a template writes."""
+"""In the text that a template writes."""
 MAX_MADE = 2**27
-"""Characters and items of all the values that it makes on the way, and of any one that it is about to make."""
+"""Characters and items in all intermediate values together, and in any one value before it is made."""
 ITEM = 256
-"""As how many characters an item of a list counts."""
+"""How many characters a value counts as that is no string."""
 MAX_SECONDS = 20.0
 MAX_DEPTH = 100
-"""Of values within values."""
+"""How deeply values may be nested."""
 MAX_BITS = 2**14
-"""Of an integer."""
+"""In an integer."""
 
 
 NOT_READ = "the chat template has no place{} for {!r}: use another template, or remove it"
 ABSENT = ("tools", "documents")
-"""Variables that are None: templates ask whether they are none, and some whether they are defined."""
+"""Variables that are None unless given: some templates test whether they are none, some whether they are defined."""
 
 
 class ChatTemplate:
-    """A compiled template, with `special_tokens` ({"bos_token": "<s>", ...}) as variables; where tools are given it is
-    that of `tool_use`, if there is one. BadInput: it is no Jinja."""
+    """A compiled template, with `special_tokens` ({"bos_token": "<s>", ...}) as variables. Where tools are given, the
+    template `tool_use`, if there is one, takes its place. BadInput: it is not valid Jinja."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, tool_use: str | None = None):
         self.source = source
@@ -71,16 +71,16 @@ class ChatTemplate:
             self._template = self._sandbox.from_string(_Counting().visit(self._sandbox.parse(source)))
         except TemplateSyntaxError as error:
             raise BadInput(f"the chat template is not valid Jinja: line {error.lineno}: {_one_line(error)}") from error
-        except Exception as error:  # Jinja folds constants as it compiles, and nests as deep as the template does
+        except Exception as error:  # constants that Jinja folds can raise anything, deep nesting RecursionError
             raise BadInput(f"the chat template cannot be compiled: {_one_line(error)}") from error
 
     @cached_property
     def tool_use(self) -> "ChatTemplate | None":
-        """The template where tools are given, compiled when they first are."""
+        """The template for when tools are given, compiled on first use; None where there is none."""
         return None if self._tool_use is None else ChatTemplate(self._tool_use, self.special_tokens)
 
     def variables(self) -> list[str]:
-        """What it reads beside the conversation and the special tokens, such as `enable_thinking`."""
+        """The variables that it reads beside the conversation and the special tokens, such as `enable_thinking`."""
         given = {"messages", "add_generation_prompt", *ABSENT, *self.special_tokens}
         return sorted(self._undeclared - given)
 
@@ -89,7 +89,7 @@ class ChatTemplate:
         return name in self._undeclared or name in self._keys
 
     def refuse_unread(self, messages: Iterable[Mapping[str, Any]], variables: Mapping[str, Any]) -> None:
-        """BadInput for a variable, or calls of tools or a reasoning in messages, that the template would leave out."""
+        """BadInput for a variable, or a message's tool calls or reasoning, that the template does not read."""
         reads = self._with(variables).reads
         for name, value in variables.items():
             if value and not reads(name):
@@ -106,14 +106,14 @@ class ChatTemplate:
 
     @cached_property
     def _keys(self) -> set[str]:
-        """The names of attributes and the texts in its code, one of which is the key of whatever it reads."""
+        """All attribute names and constants in its code: every key that it reads is among them."""
         tree = self._sandbox.parse(self.source)
         attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
         return attributes | {str(node.value) for node in tree.find_all(nodes.Const)}
 
     @cached_property
     def takes_parts(self) -> set[str]:
-        """The roles in whose messages it writes the texts of a content that is a list of parts, and no more of it."""
+        """The roles for which it writes the texts, and nothing else, of a content that is a list of parts."""
         first, last, unread = (f"{word}-by-the-probe" for word in ("first", "last", "unread"))
         parts: Any = [{"type": "text", "text": text, "unread": unread} for text in (first, last)]
         asked = [{"role": "user", "content": "a"}]
@@ -127,10 +127,10 @@ class ChatTemplate:
         return found
 
     def with_variables(self, values: Mapping[str, Any]) -> str:
-        """The source of this template in which these variables have these values wherever they are not given.
+        """The source of this template with these values as defaults of these variables.
 
-        As a part of the template they go where it goes: to `llmq chat`, to exports, to transformers. BadInput: it reads
-        no such variable, or a value is no string, number or truth value.
+        The defaults are part of the template and go where it goes: to `llmq chat`, to exports, to transformers.
+        BadInput: it reads no such variable, or a value is no string, finite number or truth value.
         """
         known = self.variables()
         for name, value in values.items():
@@ -139,20 +139,20 @@ class ChatTemplate:
                 raise BadInput(f"the chat template reads no variable {name!r}; {advice}")
             if not isinstance(value, str | bool | int | float) or value in (math.inf, -math.inf) or value != value:
                 raise BadInput(f"the chat template's variable {name!r} must be text, a number, true or false")
-        # JSON's texts, numbers, true and false are Jinja's. `trim_blocks`, which chat templates have everywhere, takes
-        # the line breaks.
+        # JSON's strings, numbers, true and false are valid Jinja. `trim_blocks`, which is on wherever chat templates
+        # are rendered, removes the line breaks.
         texts = ((name, json.dumps(value, ensure_ascii=False)) for name, value in values.items())
         lines = (f"{{% if {name} is not defined %}}{{% set {name} = {text} %}}{{% endif %}}\n" for name, text in texts)
         return "".join(lines) + self.source
 
     def render(self, messages: Any, /, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The text of a conversation: messages as messages.py describes them, all of whose keys are the template's.
+        """The text of a conversation: messages as messages.py describes them. The template sees all their keys.
 
-        A content that is a list of parts goes to a template that reads such lists as it is, to others as one text.
+        A content that is a list of parts stays a list if the template reads such lists, else it becomes one text.
         add_generation_prompt: end with the beginning of the assistant's answer. `variables` are what else the template
         reads, such as `tools`. To tokenize the text: `encode(text, allow_special=True)`, which adds no second beginning
-        token. BadInput: messages of another form, and whatever the template raises. What it does not read is left out,
-        as in transformers: `refuse_unread` tells.
+        token. BadInput: messages of another form, and whatever the template raises. What the template does not read is
+        left out, as in transformers; `refuse_unread` refuses it.
         """
         template = self._with(variables)
         checked = _checked(messages)
@@ -184,7 +184,7 @@ class ChatTemplate:
 
 
 def read_chat_template(path: str | Path) -> str:
-    """The text of a template that has a file of its own. BadInput, which names the file: it is empty, or no Jinja."""
+    """The source of a template in a file of its own. BadInput, which names the file: it is empty, or no valid Jinja."""
     source = read_text(path)
     if not source.strip():
         raise BadInput(f"{path}: the chat template is empty")
@@ -196,7 +196,8 @@ def read_chat_template(path: str | Path) -> str:
 
 
 def parse_variables(text: str, option: str) -> dict[str, Any]:
-    """The variables of a template as an `option` has them in JSON: {"enable_thinking": false}. BadInput: it is not."""
+    """A template's variables from the JSON of an `option`: {"enable_thinking": false}. BadInput: it is no object, or
+    empty."""
     try:
         values = parse_json(text)
     except ValueError:
@@ -207,7 +208,7 @@ def parse_variables(text: str, option: str) -> dict[str, Any]:
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant says; the text is that without the marks."""
+    """`{% generation %} ... {% endgeneration %}` marks what the assistant says. The marks are ignored."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -222,7 +223,7 @@ class _Generation(Extension):
 
 
 class _Counting(NodeTransformer):
-    """Sends through filters what Jinja would compile to plain Python, out of the sandbox's sight."""
+    """Wraps in filters, which count, whatever Jinja would compile to plain Python that the sandbox does not see."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -256,7 +257,7 @@ def _filtered(name: str, node: Any) -> nodes.Filter:
 
 
 class _Spent(threading.local):
-    """What a template has taken so far; two threads may render the same one."""
+    """Steps and memory that a template has used so far. Thread-local: two threads may render the same template."""
 
     steps = 0
     made = 0
@@ -264,7 +265,7 @@ class _Spent(threading.local):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """What templates may use, as transformers has it, and the count of what they take."""
+    """What templates may use, as in transformers, and the count of what they use up."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -291,7 +292,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"it takes more than {MAX_SECONDS:g} seconds")
 
     def make(self, value: Any) -> Any:
-        """The value, counted."""
+        """Count a value, and return it."""
         if isinstance(value, str | list | tuple | dict | Namespace):
             size = _size(value)
             self.spent.made += size if isinstance(value, str | Namespace) else 8 * len(value)
@@ -329,14 +330,14 @@ _CHEAP = """
     reverse round select selectattr
 """
 CHEAP_FILTERS = frozenset(_CHEAP.split())
-"""Those that make no text, so that how much they make needs no look at what they are given."""
+"""Filters that make no text, so that no bound of what they make need be computed."""
 FIELD = {"%": "%", "format": "{", "format_map": "{"}
 WIDTH = {
     "%": re.compile(r"%[^%a-zA-Z]*(\*|\d{5})"),
     "format": re.compile(r":[^{}]*(\{|\d{5})"),
     "format_map": re.compile(r":[^{}]*(\{|\d{5})"),
 }
-"""Widths of five digits, and those that stand elsewhere."""
+"""Finds a field whose width has five digits or more, or is itself an argument."""
 
 
 def _sandbox_of(context: Context) -> _Sandbox:
@@ -345,7 +346,7 @@ def _sandbox_of(context: Context) -> _Sandbox:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, whose result is counted, and refused beforehand if it could be too large."""
+    """The filter with its result counted, and refused beforehand if it could be too large."""
     first = _PassArg.from_obj(function)
 
     @pass_context  # also keeps Jinja from calling it as it compiles
@@ -362,17 +363,17 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_iterators(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What they yield as lists, whose size can be told."""
+    """The values with iterators as lists, whose size is known."""
     return tuple(list(value) if isinstance(value, Iterator) else value for value in values)
 
 
 def _check_bound(name: str, operands: tuple[Any, ...]) -> None:
-    """Refuse what could make too large a text of these."""
+    """Refuse an operation that could make too long a text from these operands."""
     bound, text = sum(map(_size, operands)), operands[0]
     if name == "replace" and len(operands) > 2 and all(isinstance(operand, str) for operand in operands[:3]):
         bound += text.count(operands[1]) * len(operands[2])
     elif name == "join":
-        # Of the separator and the items, whichever comes first.
+        # The separator and the items, in either order: | join and str.join differ.
         bound += math.prod(len(operand) for operand in operands[:2] if isinstance(operand, str | list | tuple | dict))
     elif name in WIDTH:
         if isinstance(text, str) and WIDTH[name].search(text):
@@ -385,8 +386,8 @@ def _check_bound(name: str, operands: tuple[Any, ...]) -> None:
 
 
 def _size(value: Any) -> int:
-    """About how many characters a value is as text, and its items count for in memory, as long as that is not too many:
-    where a value stands in several places it counts in each."""
+    """About how many characters a value takes, as text and in memory. A value that is nested in several places counts
+    in each. Refuses more than MAX_MADE characters and nesting beyond MAX_DEPTH."""
     if isinstance(value, str):
         return len(value)
     size, inside = 0, [iter((value,))]
@@ -416,7 +417,7 @@ def _counted(context: Context, items: Iterable[Any]) -> Iterator[Any]:
 
 @pass_context
 def _shown(context: Context, value: Any) -> Any:
-    """What is about to be written."""
+    """A value that is about to be written; refused if it is too large."""
     _size(value)
     return value
 
@@ -440,7 +441,7 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter would escape what HTML reserves."""
+    """In place of Jinja's own filter, which escapes HTML's reserved characters."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -453,7 +454,7 @@ def _strftime_now(form: str) -> str:
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
-    """Messages without their empty (None) keys, which transformers drops too."""
+    """The messages, checked, without keys that are None, which transformers drops too."""
     if not isinstance(messages, list | tuple):
         raise BadInput(f'messages must be a list of {{"role": ..., "content": ...}}, not {type(messages).__name__}')
     if not messages:
@@ -476,7 +477,7 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Under both names that templates read it by, as transformers has it."""
+    """The message with its reasoning under both names that templates read, as in transformers."""
     reasoning = reasoning_of(message)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

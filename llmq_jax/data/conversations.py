@@ -7,9 +7,9 @@
     text                          all in one, for training on all of it
     question, answer              GSM8K's: two strings, which are an instruction and its output
 
-Messages may have either spelling, wherever they stand; messages.py says what they hold. `tools`, those that the
+Messages may have either spelling in any of these fields; messages.py says what they hold. `tools`, those that the
 assistant may call, and `chat_template_kwargs` are for the chat template.
-How conversations become text is in prompt_templates.py, how tokens and batches in instruction_batches.py.
+prompt_templates.py writes conversations as text, instruction_batches.py makes tokens and batches of them.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ LOST = {
     "alpaca": ("system", "history"),
     "question": ("context", "choices"),
 }
-"""{form: the fields that other programs would train on, and that are not read}: refused where they are not empty."""
+"""{form: fields that other programs train on and this one does not read}: refused unless they are empty."""
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,26 @@ class Conversation:
     where: str
     """The file and the row, for messages."""
     form: str
-    """One of FORMS. ShareGPT's conversations and two lists are "messages", a question and its answer are "alpaca"."""
+    """One of FORMS. ShareGPT's conversations, and a prompt and completion that are lists of messages, are "messages"; a
+    question and its answer are "alpaca"."""
     messages: tuple[Message, ...]
-    """All messages, whatever the form: a prompt is the user's, what answers it the assistant's."""
+    """All messages, whatever the form: a prompt is a message of the user, its answer one of the assistant."""
     given: int = 0
-    """So many messages at the beginning are the prompt, and what the assistant says in them is not learned."""
+    """How many messages at the beginning are the prompt; what the assistant says in them is not learned."""
     input: str = ""
-    """Alpaca's, which belongs to the first message."""
+    """Alpaca's input, which belongs to the first message."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """What the chat template is given beside the messages: `tools`, and what else the record says."""
+    """Variables of the chat template beside the messages: `tools`, and those of `chat_template_kwargs`."""
 
     def chat(self) -> list[Message]:
-        """The messages as a chat has them, the input in the instruction."""
+        """The messages as a chat has them, with the input at the end of the instruction."""
         first, *others = self.messages
         if self.input:
             first = {**first, "content": f"{first['content']}\n\n{self.input}"}
         return [first, *others]
 
     def single_turn(self, template: str) -> tuple[str, str]:
-        """(the user's text without the input, the answer), for a template that has room for no more."""
+        """(the user's text without the input, the answer), for a template of one turn. BadInput for anything more."""
         if [message["role"] for message in self.messages] != ["user", "assistant"]:
             roles = ", ".join(message["role"] for message in self.messages)
             raise BadInput(
@@ -136,17 +137,17 @@ def _asked(record: Record, form: str) -> Conversation:
 
 
 def without_nulls(record: Record) -> Record:
-    """A table of several forms has nothing (null) in the fields of the others."""
+    """The record without its null fields: in a table of several forms, rows have null in the fields of other forms."""
     return Record(record.where, {name: value for name, value in record.fields.items() if value is not None})
 
 
 def answer(record: Record, name: str) -> Message:
-    """The text in a field as what the assistant says. BadInput: it is empty."""
+    """The text in a field as a message of the assistant. BadInput: it is empty."""
     return {"role": "assistant", "content": _not_empty(record.text(name), f"{record.where}: field {name!r}")}
 
 
 def _asked_and_answered(record: Record, asked: str, answered: str) -> tuple[Message, Message]:
-    """Two texts as what the user and what the assistant says."""
+    """The texts of two fields as messages of the user and of the assistant."""
     return {"role": "user", "content": record.text(asked)}, answer(record, answered)
 
 

@@ -1,4 +1,4 @@
-"""The files of a folder, for whoever reads data that come in several."""
+"""The files of a folder, for readers of data that come in several files."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """Some files of a folder, which readers take where they take a path."""
+    """Some files of a folder; readers accept it in place of a path."""
 
     folder: Path
     files: tuple[Path, ...]
     """In the order in which they are read."""
     split: str | None = None
-    """Of which they are, for messages; None: they are all of the folder's."""
+    """The split that they belong to, for messages; None: they are all files of the folder."""
 
     def __str__(self) -> str:
         return str(self.folder) if self.split is None else f"{self.folder} ({self.split})"
@@ -34,8 +34,8 @@ def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: st
     """The files below a folder that a reader takes, those in linked folders too, sorted by path. What is hidden, empty
     or no file (a broken link) is passed over; the number of all that is passed over is logged.
 
-    passed_over: what kind of file it is that the reader does not take ("binary"), None for one that it takes.
-    wanted: what errors call those that it takes. Raises BadInput where there is none.
+    passed_over: gives the kind of a file that the reader does not take ("binary"), None for one that it takes.
+    wanted: what errors call the files that it takes. Raises BadInput where there is none.
     """
     files: list[Path] = []
     skipped: Counter[str] = Counter()
@@ -60,8 +60,8 @@ def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: st
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, and then into folders that links lead to, unless these were gone into already or are what the link
-    lies in."""
+    """As os.walk, and then through the folders that links lead to, except those visited already and those that contain
+    `folder`."""
     seen = {str(above) for above in Path(os.path.realpath(folder)).parents}
     ahead = [str(folder)]
     for start in ahead:
@@ -71,7 +71,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders.sort()  # of several ways to a folder it is always the same that is gone
+            folders.sort()  # of several paths to a folder, always the same one is taken
             yield where, folders, names
             ahead += sorted(path for path in (os.path.join(where, name) for name in folders) if os.path.islink(path))
 

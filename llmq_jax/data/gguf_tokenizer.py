@@ -1,7 +1,7 @@
 """The tokenizer that a GGUF file describes, as one of Hugging Face's `tokenizers`.
 
-GGUF metadata holds a vocabulary, the kind of every token, merges or scores, and the name of how text is cut into words
-before it is merged; the rest of a `tokenizer.json` follows from these. Two kinds of tokenizer:
+GGUF metadata holds a vocabulary, the kind of every token, merges or scores, and the name of the pre-tokenizer, which
+cuts text into words; the rest of a `tokenizer.json` follows from these. Two kinds of tokenizer:
 
 - `gpt2`, byte-level BPE: tokens are bytes spelled as characters, merges are listed. How the published tokenizers cut
   text into words is in `PRE_TOKENIZERS`.
@@ -26,7 +26,7 @@ from llmq_jax.errors import BadInput
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-"""Kinds of tokens (`tokenizer.ggml.token_type`); there are unused ones and bytes, too."""
+"""Kinds of tokens (`tokenizer.ggml.token_type`); 5 and 6, unused tokens and bytes, need no treatment of their own."""
 
 NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """{name in tokenizer_config.json: name in the metadata}."""
@@ -46,13 +46,13 @@ class PreTokenizer:
     """How a byte-level tokenizer cuts text into words, and what else comes with its name."""
 
     pattern: str | None = None
-    """None is GPT-2's."""
+    """The regular expression that finds words; None is GPT-2's."""
     single_digits: bool = False
-    """Whether every digit is cut out before the pattern sees what is between them."""
+    """Whether every digit is a word, so that the pattern sees only what is between digits."""
     nfc: bool = False
     """Whether characters are composed first (Unicode's normal form C)."""
     ignore_merges: bool = False
-    """Whether a word that is a token is that token, however it would be merged."""
+    """Whether a word that is in the vocabulary becomes that one token, whatever the merges would give."""
     add_bos: bool = False
     """Whether the beginning token belongs before a text, where the file does not say."""
 
@@ -91,7 +91,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | No
     except Exception as error:  # tokenizers raises plain Exception
         raise BadInput(f"the tokenizer cannot be built ({' '.join(str(error).split())})") from error
     config = {
-        # This class takes tokenizer.json as it is; those of architectures put parts of their own into it.
+        # This class takes tokenizer.json as it is; the classes of architectures replace parts of it.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **vocabulary.named_tokens(),
@@ -135,7 +135,7 @@ class _Vocabulary:
         return bool(self.get(f"tokenizer.ggml.{name}", bool, default))
 
     def named_tokens(self) -> dict[str, str]:
-        """{"bos_token": "<s>", ...}: those that are special; to be named makes a token so in transformers."""
+        """{"bos_token": "<s>", ...}, the special ones only: transformers would make any token named here special."""
         special = {name: i for name, i in self.named.items() if i is not None and self.is_special(i)}
         return {name: self.tokens[number] for name, number in special.items()}
 
@@ -151,7 +151,7 @@ class _Vocabulary:
         return merges
 
     def merges_by_score(self) -> list[tuple[str, str]]:
-        """All pairs of tokens that make a third one, which has the highest score first."""
+        """All pairs of tokens that join to a third token, ordered by its score, the highest first."""
         scores = self._list("scores", float, len(self.tokens))
         ordinary = {token for token, kind in zip(self.tokens, self.kinds, strict=True) if kind == NORMAL}
         merges = []
@@ -230,7 +230,8 @@ _BUILDERS: dict[str, Callable[[_Vocabulary], Tokenizer]] = {"gpt2": _byte_level,
 
 
 def _add_template(tokenizer: Tokenizer, vocabulary: _Vocabulary, add_bos: bool) -> None:
-    """What stands before and after a text: the beginning and the end token, by the file's flags or else by default."""
+    """Set which tokens are added before and after a text: the beginning and end tokens, by the file's flags or else by
+    default."""
     ends = []
     for name, default in (("bos", add_bos), ("eos", False)):
         number = vocabulary.named[f"{name}_token"]
@@ -247,7 +248,7 @@ def _add_template(tokenizer: Tokenizer, vocabulary: _Vocabulary, add_bos: bool) 
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Tokens that are found in text as a whole: control tokens, which are special, and those that a user defined."""
+    """Add the tokens that are found in text as a whole: control tokens, which are special, and user-defined ones."""
     tokenizer.add_tokens(
         [
             AddedToken(token, normalized=False, special=vocabulary.is_special(number))

@@ -26,7 +26,7 @@ PUBLISHED_SHA256 = {
 """OpenAI's files, as tiktoken pins them."""
 
 MOST_IDS = 2**22
-"""Of a vocabulary; writing one takes memory for as many ids as the last one has before it."""
+"""Ids must be below this: writing a vocabulary takes memory for all ids up to the largest."""
 
 
 class Vocabulary(NamedTuple):
@@ -37,7 +37,7 @@ class Vocabulary(NamedTuple):
     merges: list[tuple[str, str]]
     """Pairs to merge, the earliest first."""
     special: dict[str, int]
-    """Tokens that no merge yields (`<|endoftext|>`): only asked for, never found in ordinary text."""
+    """Tokens that no merge yields (`<|endoftext|>`): used on request only, never found in ordinary text."""
 
 
 def byte_characters() -> list[str]:
@@ -144,7 +144,7 @@ def _added_tokens(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
                 raise BadInput(
                     f"{path}: {entry['content']!r} is added with {flag}: this vocabulary needs a tokenizer.json"
                 )
-        # More digits than any id has are too many all the same.
+        # int() of very many digits is slow or refused; 20 of them are already above MOST_IDS.
         yield path, _checked_ids(path, {entry["content"]: int(number[:20]) for number, entry in entries.items()})
 
 

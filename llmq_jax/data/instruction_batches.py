@@ -1,11 +1,11 @@
 """Conversations to batches for instruction tuning: tokens, which of them are learned, rows, batches.
 
-The whole text of a conversation becomes tokens at once, and a token is learned if it holds at least one character of
-what is to be learned. A merge across the end of the prompt thus can neither shift the mask nor change the tokens.
+The whole text of a conversation is tokenized at once, and a token is learned if it holds at least one character of
+what is to be learned. So a merge across the end of the prompt can neither shift the mask nor change the tokens.
 
-Rows hold one conversation each, padded to one of a few lengths, or several that do not see each other (packing). Either
-way a batch is a pure function of (conversations, seed, step), and an epoch has every conversation once: the rows that
-its last batch lacks are empty.
+Rows hold one conversation each, padded to one of a few lengths, or several that do not attend to each other (packing).
+Either way a batch is a pure function of (conversations, seed, step), and an epoch has every conversation once: a batch
+that lacks rows is filled up with empty ones.
 
 Shapes: n tokens in a conversation, B rows of a batch, T tokens of a row.
 """
@@ -27,7 +27,7 @@ from llmq_jax.data.windows import Batch, rows_of
 from llmq_jax.errors import BadInput
 
 ROW_LENGTHS = 4
-"""How many lengths padded rows have, hence how many programs are compiled."""
+"""How many different lengths padded rows may have, hence how many programs are compiled at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Example:
 
     tokens: Int32[np.ndarray, " n"]
     learned: Bool[np.ndarray, " n"]
-    """Which of them are targets. The first one never is: nothing stands before it."""
+    """Which of them are learned, as targets. The first token never is one, even if marked: nothing stands before it."""
     where: str
     cut: bool = False
     """Whether its end is missing."""
@@ -57,12 +57,12 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """Of all conversations."""
+        """Tokens in all conversations."""
         return sum(len(example.tokens) for example in self.examples)
 
     @property
     def learned_tokens(self) -> int:
-        """Those of them that are targets."""
+        """How many of them are targets."""
         return sum(int(example.learned[1:].sum()) for example in self.examples)
 
 
@@ -115,8 +115,8 @@ def tokenize_conversations(
 
 
 def tokenize(rendered: Rendered, tokenizer: Tokenizer, train_on: TrainOn = "response") -> Example:
-    """A whole conversation as tokens. Texts without the end of turn of a chat template get the end of text, learned
-    with the last answer, and the beginning that the tokenizer puts before a text, if it does.
+    """A whole conversation as tokens. A text that no chat template wrote gets the tokenizer's beginning, if it has one,
+    and the end-of-text token, which is learned if the last answer ends the text.
 
     Raises BadInput for an answer that is not there, and for a tokenizer without the end of text that is needed.
     """
@@ -128,7 +128,7 @@ def tokenize(rendered: Rendered, tokenizer: Tokenizer, train_on: TrainOn = "resp
     if not rendered.is_chat:
         if tokenizer.end_of_text is None:
             raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to end an answer with")
-        # Some tokenizers put it there themselves.
+        # Some tokenizers append it themselves.
         if not ids or ids[-1] != tokenizer.end_of_text:
             ids, learned = [*ids, tokenizer.end_of_text], np.append(learned, False)
         learned[-1] = spans[-1][1] == len(rendered.text)
@@ -137,23 +137,23 @@ def tokenize(rendered: Rendered, tokenizer: Tokenizer, train_on: TrainOn = "resp
 
 @dataclass(frozen=True, eq=False)
 class InstructionBatches:
-    """`batches[step]` for any step >= 0, in any order, and `len(batches)` steps are an epoch. Without a seed there is
-    one epoch, in order, and `for batch in batches` has everything once. Made by `instruction_batches`.
+    """`batches[step]` for any step >= 0, in any order; `len(batches)` steps are an epoch, which `for batch in batches`
+    goes through. Without a seed there is one epoch, in order. Made by `instruction_batches`.
 
     A batch is a dict of `tokens`, `targets`, `segment_ids`, `positions` int32 [B, T] and `mask` float32 [B, T], as for
-    windows of text; conversations are numbered 1, 2, ... in their row and are each other's neither context nor target.
+    windows of text. Conversations are numbered 1, 2, ... in their row; none is context or target of another.
     """
 
     examples: Sequence[Example]
     groups: tuple["_Group", ...]
-    """Rows of one length each; a batch is from one group."""
+    """Each holds the rows of one length; all rows of a batch are from one group."""
     batch_size: int
     """Rows of a batch over all processes."""
     rows: range
-    """Those of this process."""
+    """The rows that this process reads."""
     seed: int | None
     _order: Any = field(repr=False)
-    """Index over all epochs -> batch in the epoch."""
+    """Maps the index over all epochs to the batch in the epoch."""
 
     def __len__(self) -> int:
         return sum(group.batches(self.batch_size) for group in self.groups)
@@ -166,7 +166,7 @@ class InstructionBatches:
         return conversation_rows(self.examples, plan, length)
 
     def count_tokens(self, step: int) -> int:
-        """Of a batch, over all processes."""
+        """Tokens of a batch, without padding, over all processes."""
         plan, _ = self._plan(step, range(self.batch_size))
         return sum(len(self.examples[index].tokens) for row in plan for index in row)
 
@@ -189,7 +189,7 @@ class _Group:
     plan: list[list[int]]
     """The examples of each row."""
     order: Any = field(repr=False)
-    """Index over all epochs -> row."""
+    """Maps the index over all epochs to the row of `plan`."""
 
     def batches(self, batch_size: int) -> int:
         return -(-len(self.plan) // batch_size)
@@ -210,9 +210,10 @@ def instruction_batches(
 ) -> InstructionBatches:
     """Batches of conversations, each of at most `context` tokens.
 
-    packing: several conversations in rows of `context` tokens; the plan stays, the order of the rows is another one in
-        each epoch. Otherwise one in a row, padded to the first of a few lengths that holds it: the longest one's, its
-        half, its quarter, its eighth. Batches have one length, and their order is drawn anew too.
+    packing: several conversations in rows of `context` tokens; the rows stay the same, their order is drawn anew for
+        each epoch. Otherwise one conversation in a row, padded to the smallest length that holds it: that of the
+        longest, or a half, a quarter or an eighth of it. A batch has one length; the order of batches is drawn anew
+        too.
     batch_size: rows over all processes; process `process_index` of `process_count` gets its share of consecutive rows.
     seed: of all that is shuffled; None leaves everything in order, for evaluation.
     """
@@ -250,7 +251,7 @@ def conversation_rows(examples: Sequence[Example], plan: Sequence[Sequence[int]]
     batch = packed_rows([example.tokens for example in chosen], plan, length)
     learned = packed_rows([example.learned for example in chosen], plan, length)["tokens"]
     segments = batch["segment_ids"]
-    # What follows the last token of a conversation is another one, or nothing.
+    # The last token of a conversation has no target: another conversation follows it, or nothing.
     follows = np.zeros(segments.shape, bool)
     follows[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
     targets, mask = (np.where(follows, np.roll(rows, -1, axis=1), 0) for rows in (batch["tokens"], learned))
@@ -258,5 +259,6 @@ def conversation_rows(examples: Sequence[Example], plan: Sequence[Sequence[int]]
 
 
 def _shuffled(count: int, seed: int | None, stream: int) -> Any:
-    """Index over all epochs -> index in the epoch: `shuffled_epochs`, or, without a seed, one epoch in order."""
+    """Maps the index over all epochs to the index in the epoch: `shuffled_epochs` or, without a seed, one epoch in
+    order."""
     return range(count) if seed is None else shuffled_epochs(count, [seed, stream])

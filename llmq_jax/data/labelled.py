@@ -1,6 +1,6 @@
 """Texts with a label each, for a classifier: reading, removing duplicates, balancing, splitting, weights of classes.
 
-Everything random is chosen by a seed and by the number of examples of each class alone, whatever the version of numpy.
+Every random choice depends on a seed and the number of examples of each class alone, not on numpy's version.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -45,7 +45,7 @@ class LabelledTexts:
         return LabelledTexts([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.names)
 
     def without(self, texts: Collection[str]) -> "LabelledTexts":
-        """The examples of other texts than these."""
+        """The examples whose text is none of these."""
         return self.take(index for index, text in enumerate(self.texts) if text not in texts)
 
     def counts(self) -> list[int]:
@@ -53,10 +53,10 @@ class LabelledTexts:
         return np.bincount(self.labels, minlength=len(self.names)).tolist() if self.labels else [0] * len(self.names)
 
     def without_duplicates(self) -> "Deduplicated":
-        """The first example of every text, to be called before splitting: else what is learned is in the test too.
+        """The first example of every text. Call it before splitting: otherwise the test holds training texts.
 
-        Texts are the same if they are to the character. A text that occurs under two labels teaches and tests nothing,
-        so that all its examples go.
+        Texts are equal if every character is. A text that occurs under two labels teaches and tests nothing, so all its
+        examples are removed.
         """
         first: dict[str, int] = {}
         contradicted = set()
@@ -68,8 +68,8 @@ class LabelledTexts:
         return Deduplicated(kept, len(self) - len(kept) - contradictory, contradictory)
 
     def balanced(self, seed: int = 0) -> "LabelledTexts":
-        """As many examples of each class as the smallest has, chosen by the seed, in their order. A class without any
-        example stays without."""
+        """As many examples of each class as the smallest has, chosen by the seed, in their order. A class without
+        examples stays empty."""
         least = min((count for _, count in self._counted() if count), default=0)
         if not least:
             raise BadInput("there is no example to balance; give some")
@@ -79,10 +79,10 @@ class LabelledTexts:
     def stratified_split(
         self, fractions: Sequence[float] = (0.7, 0.1, 0.2), seed: int = 0
     ) -> tuple["LabelledTexts", ...]:
-        """Parts that each hold their fraction of every class, and at least one example; each in its order.
+        """Parts that each hold their fraction of every class, at least one example of it; each in its order.
 
-        A class without any example stays without. Raises BadInput for fractions that do not add up to 1, and for a
-        class with too few examples.
+        A class without examples stays empty. Raises BadInput for fractions that are not positive or do not add up to 1,
+        and for a class with too few examples.
         """
         if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise BadInput(f"the fractions of a split must be positive and add up to 1, not {list(fractions)}")
@@ -90,7 +90,7 @@ class LabelledTexts:
         for label, count in self._counted():
             if count == 0:
                 continue
-            # The first part, that to learn from, takes what rounding leaves over.
+            # The first part, for training, takes what rounding leaves over.
             others = [max(1, round(fraction * count)) for fraction in fractions[1:]]
             if count <= sum(others):
                 raise BadInput(
@@ -130,9 +130,9 @@ class Deduplicated(NamedTuple):
 
     kept: LabelledTexts
     repeated: int
-    """Examples that went because an equal one, label included, came before."""
+    """Examples removed because an equal one, label included, came before."""
     contradictory: int
-    """Examples that went because their text occurs under several labels."""
+    """Examples removed because their text occurs under several labels."""
 
 
 def read_labelled(

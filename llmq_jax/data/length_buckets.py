@@ -1,7 +1,7 @@
-"""Texts of unequal length in batches of few shapes: neighbours in length share a batch, widths are rounded up.
+"""Texts of unequal length in batches of few shapes: rows of similar length share a batch, widths are rounded up.
 
-What is padded is computed for nothing, and every new width is compiled anew: rows of similar length together, at widths
-32, 64, 96, 128, 192, 256, 384, ..., keep both small.
+Padding is computed for nothing, and every new width is compiled anew. Rows of similar length in one batch, at widths
+32, 64, 96, 128, 192, 256, 384, ..., keep both costs small.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,34 +16,34 @@ from llmq_jax.data.windows import rows_of
 from llmq_jax.errors import BadInput
 
 SHORTEST = 32
-# Batches that are sorted by length together: more of them pad less, and mix the lengths of a batch less.
+# How many batches are sorted by length together: more need less padding, but mix lengths within a batch less.
 POOL = 32
 
 Batch = dict[str, np.ndarray]
 
 
 def power_of_two(number: int) -> int:
-    """The least that is not below the number, 1 or more."""
+    """The least power of two that is not below the number, which is at least 1."""
     return 1 << (number - 1).bit_length()
 
 
 def bucket_width(length: int, longest: int) -> int:
-    """The width that a row of this length is padded to, at most `longest`: the next power of two from 32 on or, above
-    64, one and a half times one."""
+    """The width that a row of this length is padded to: the next of 32, 64, 96, 128, 192, 256, 384, ... (powers of two
+    and, above 64, one and a half times these), at most `longest`."""
     power = max(SHORTEST, power_of_two(max(length, 1)))
     between = power * 3 // 4
     return min(between if between >= length and between > 2 * SHORTEST else power, longest)
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches, the shortest first: for passes whose order does not matter."""
+    """The indices of rows in batches, the shortest rows first: for passes whose order does not matter."""
     order = np.argsort(np.asarray(lengths), kind="stable").tolist()
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def padded_rows(rows: Sequence[Sequence[int]], indices: Sequence[int], batch_size: int, longest: int) -> Batch:
-    """`tokens` [batch_size, width], `lengths` and `mask` [batch_size] of the rows at these indices; what is lacking is
-    filled up with rows of length 0 under mask 0."""
+    """`tokens` [batch_size, width], `lengths` and `mask` [batch_size] of the rows at these indices. Missing rows are
+    filled up with rows of length 0 and mask 0."""
     chosen = [rows[index] for index in indices]
     width = bucket_width(max(map(len, chosen)), longest)
     tokens, lengths = pad([*chosen, *[()] * (batch_size - len(chosen))], width)
@@ -52,8 +52,8 @@ def padded_rows(rows: Sequence[Sequence[int]], indices: Sequence[int], batch_siz
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
-    """`plan[i]`, the indices of the rows of batch i of training, counted from 0, from (lengths, seed, i) alone: each
-    epoch goes once over all rows, in an order of its own."""
+    """`plan[i]` is the indices of the rows in training batch i, from 0: a pure function of (lengths, batch_size, seed,
+    i). Each epoch has every row once, in an order of its own."""
 
     lengths: Sequence[int]
     """Tokens of each row."""
@@ -64,7 +64,7 @@ class EpochPlan:
 
     @property
     def per_epoch(self) -> int:
-        """Batches that all rows make."""
+        """Batches in an epoch."""
         return -(-len(self.lengths) // self.batch_size)
 
     def __getitem__(self, index: int) -> list[int]:
@@ -75,8 +75,8 @@ class EpochPlan:
         return self._epochs[epoch][place]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        """The indices of each batch of an epoch: shuffled, then sorted by length in stretches, whose batches are
-        shuffled again."""
+        """The indices of each batch of an epoch: all rows are shuffled, then sorted by length within stretches of POOL
+        batches; then all batches are shuffled."""
         order = seeded_order(len(self.lengths), [self.seed, epoch, 0]).tolist()
         size = POOL * self.batch_size
         batches = []
@@ -89,14 +89,14 @@ class EpochPlan:
 
 @dataclass(frozen=True, eq=False)
 class LabelledBatches:
-    """Batch i of training, counted from 0, from (rows, seed, i) alone: each epoch goes once over all rows, in an order
-    of its own. `tokens` [B, T], `lengths`, `labels` and `mask` [B]; of several processes each gets its share of the
-    rows, at the width of the whole batch."""
+    """`batches[i]` is training batch i, from 0: a pure function of (rows, batch_size, seed, i). Each epoch has every
+    row once, in an order of its own. A batch has `tokens` [B, T], `lengths`, `labels` and `mask` [B]. Each of several
+    processes gets its share of the rows, at the width of the whole batch."""
 
     rows: Sequence[Sequence[int]]
     """Token ids of each text."""
     labels: Sequence[int]
-    """The number of its class."""
+    """The number of each text's class."""
     batch_size: int
     """Rows over all processes."""
     longest: int
@@ -118,11 +118,11 @@ class LabelledBatches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches that all rows make."""
+        """Batches in an epoch."""
         return self._plan.per_epoch
 
     def count_tokens(self, index: int) -> int:
-        """Of batch `index`, over all processes."""
+        """Tokens of batch `index`, without padding, over all processes."""
         return sum(min(len(self.rows[row]), self.longest) for row in self._plan[index])
 
     def __getitem__(self, index: int) -> Batch:
@@ -133,7 +133,7 @@ class LabelledBatches:
 
 @dataclass(frozen=True, eq=False)
 class LabelledEvaluation:
-    """All rows once, in batches of the same fields."""
+    """All rows once, in batches of the same fields as those of `LabelledBatches`."""
 
     rows: Sequence[Sequence[int]]
     labels: Sequence[int]

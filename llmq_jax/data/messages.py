@@ -19,11 +19,11 @@ from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
 
 Message = dict[str, Any]
-"""{"role": ..., "content": text or parts}, and what it has of KEYS. Who calls tools may have no content."""
+"""{"role": ..., "content": text or parts} and any of KEYS. A message that calls tools may have no content."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL = "function_call"
-"""Who calls a tool in ShareGPT's conversations, by a value in JSON."""
+"""The speaker of a tool call in ShareGPT's conversations; the value is the call in JSON."""
 SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -34,32 +34,32 @@ SPEAKERS = {
     "observation": "tool",
     "tool": "tool",
 }
-"""{what ShareGPT calls who says something: the role}"""
+"""{ShareGPT's name of a speaker: the role}"""
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names of what the assistant thought before it answered; the first one that a message has counts."""
+"""Keys of the assistant's reasoning before its answer; the first one that a message has counts."""
 KEYS = ("tool_calls", "tool_call_id", "name", *REASONING)
-"""What a message may hold for the template beside role and content."""
+"""Keys that a message may have for the template beside role and content."""
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """What a message says, the texts of its parts in a row; nothing where it only calls tools."""
+    """The text of a message, or its parts' texts joined; "" where it only calls tools."""
     content = message.get("content")
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str | None:
-    """What was thought before it was said."""
+    """The reasoning of a message, None where it has none."""
     return next((message[name] for name in REASONING if message.get(name) is not None), None)
 
 
 def called(message: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """(name, texts among the arguments) of each tool that a message calls."""
+    """(name, all strings in the arguments) of each tool call of a message."""
     functions = [call.get("function") or call for call in message.get("tool_calls") or ()]
     return [(str(function.get("name")), list(_texts(function.get("arguments")))) for function in functions]
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The strings in a value, that of JSON in a string too."""
+    """All strings in a nested value; a string that is a JSON object or list is searched in turn."""
     if isinstance(value, str):
         try:
             read = parse_json(value)
@@ -75,7 +75,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def text_parts(content: Any, where: str) -> list[dict[str, str]]:
-    """A content that is a list, whose parts must be text. BadInput, which numbers them from 0, for any others."""
+    """The parts of a content that is a list. BadInput for a part that is no text, named by its number from 0."""
     parts = []
     for index, part in enumerate(content):
         place = f"{where}[{index}]"
@@ -89,7 +89,7 @@ def text_parts(content: Any, where: str) -> list[dict[str, str]]:
 
 
 def message_list(record: Record, name: str) -> tuple[Message, ...]:
-    """The messages in a field. BadInput, which numbers them from 0, for what is none."""
+    """The messages in a field. BadInput for an item that is no message, named by its number from 0."""
     value = record.fields[name]
     where = f"{record.where}: field {name!r}"
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -100,8 +100,8 @@ def message_list(record: Record, name: str) -> tuple[Message, ...]:
 
 
 def template_variables(record: Record) -> dict[str, Any]:
-    """What a record has for the chat template beside its messages: `tools`, a list of objects or that in JSON, and what
-    `chat_template_kwargs` holds. BadInput for what is neither."""
+    """A record's variables for the chat template: `tools`, a list of objects or that list in JSON, and the entries of
+    `chat_template_kwargs`, an object. BadInput for values of any other kind."""
     where, fields = record
     variables = fields.get("chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
@@ -124,7 +124,7 @@ def template_variables(record: Record) -> dict[str, Any]:
 
 
 def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """BadInput for what other programs would train on, and is not read."""
+    """BadInput for a field of `names` that is not empty: other programs train on it, and this one does not read it."""
     for name in names:
         if fields.get(name) and fields[name] != "[]":
             raise BadInput(f"{where} has {name!r}, which is not read: write it into the text, or remove it")
@@ -192,7 +192,7 @@ def _check_calls(calls: Any, role: str, where: str) -> None:
 
 
 def _calls_in_json(value: Any, where: str) -> list[dict[str, Any]]:
-    """One call, or a list of such, {"name": ..., "arguments": {...}}."""
+    """The tool calls in a JSON string that holds one {"name": ..., "arguments": {...}} or a list of them."""
     try:
         calls = parse_json(checked_text(value, where))
     except ValueError:
@@ -201,7 +201,7 @@ def _calls_in_json(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _check_json(value: Any, where: str) -> None:
-    """Parquet holds what no JSON has, such as times."""
+    """BadInput for what JSON cannot hold, such as the times of a Parquet file."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
 """Text that nanoGPT has tokenised: a folder with `train.bin` and, mostly, `val.bin`.
 
 Each is a stream of little-endian uint16 without a header (karpathy/nanoGPT, `data/*/prepare.py`). Nothing there names
-the tokenizer, but for characters, whose table is pickled beside them (`meta.pkl`).
+the tokenizer, except for tokens that are characters: their table is pickled beside them (`meta.pkl`).
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from llmq_jax.errors import BadInput
 
 TRAINING, VALIDATION, CHARACTERS = "train.bin", "val.bin", "meta.pkl"
 PIECE = 1 << 22
-"""Tokens that are looked at in one go: 8 MiB."""
+"""Tokens that are read at a time: 8 MiB."""
 READ_AS_TEXT = 2000
-"""Tokens at the beginning that are decoded, to know the tokenizer by them."""
+"""Tokens at the beginning that are decoded, to check the tokenizer by them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +31,11 @@ class NanoGPTTokens:
     """[M], or None."""
 
     def text_of_beginning(self, tokenizer: Tokenizer) -> str:
-        """The text that the first tokens stand for. BadInput where the tokenizer does not make these tokens of it."""
+        """The text of the first tokens. BadInput where the tokenizer does not encode it as these tokens."""
         ids = self.training[:READ_AS_TEXT]
         if ids.max() < tokenizer.vocab_size:
             text = tokenizer.decode(ids)
-            # Where the piece is cut, its last tokens may come out otherwise.
+            # The cut may change the last tokens of the piece: compare the first half.
             surely = max(1, len(ids) // 2)
             if tokenizer.encode(text, allow_special=True)[:surely] == ids[:surely].tolist():
                 return text

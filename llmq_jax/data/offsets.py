@@ -1,4 +1,4 @@
-"""Where tokens stand in their text: what masks are made of, since a token may hold the end of one part and the
+"""Where tokens stand in their text. Masks are made from this, since a token may hold the end of one part and the
 beginning of the next."""
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ Span = tuple[int, int]
 
 
 def byte_offsets(text: str, lengths: Sequence[int]) -> Int[np.ndarray, "N 2"]:
-    """Characters [start, end) of the tokens that part a text's UTF-8 into pieces of `lengths` bytes.
+    """Characters [start, end) of the tokens that split a text's UTF-8 into pieces of `lengths` bytes.
 
-    A character that is cut into several tokens belongs to each of them.
+    A character that is split over several tokens belongs to each of them.
     """
-    # Each byte's character: bytes 10xxxxxx go on with one, all others begin one.
+    # The character of each byte: bytes 10xxxxxx continue one, all others begin one.
     content = np.frombuffer(text.encode("utf-8"), np.uint8)
     character = np.cumsum((content & 0xC0) != 0x80) - 1
     ends = np.cumsum(np.asarray(lengths, np.int64))

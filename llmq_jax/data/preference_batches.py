@@ -17,15 +17,15 @@ from llmq_jax.data.windows import rows_of
 from llmq_jax.errors import BadInput
 
 Columns = Mapping[str, np.ndarray]
-"""{name: array [N, ...]}: what else is known of each pair, such as its log-probabilities under a reference."""
+"""{name: array [N, ...]}: further values of each pair, such as its log-probabilities under a reference model."""
 OWN_FIELDS = ("tokens", "lengths", "response_mask", "mask", "margins")
 
 
 @dataclass(frozen=True, eq=False)
 class PreferenceBatches:
-    """Batch i of training, counted from 0, from (pairs, seed, i) alone: each epoch goes once over all pairs, in an
-    order of its own. Fields as `preference_batch` has them; of several processes each gets its share of the pairs, at
-    the width of the whole batch."""
+    """`batches[i]` is training batch i, from 0: a pure function of (pairs, batch_size, seed, i). Each epoch has every
+    pair once, in an order of its own. `preference_batch` lists the fields. Each of several processes gets its share of
+    the pairs, at the width of the whole batch."""
 
     pairs: Sequence[PreferenceExample]
     batch_size: int
@@ -51,11 +51,11 @@ class PreferenceBatches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches that all pairs make."""
+        """Batches in an epoch."""
         return self._plan.per_epoch
 
     def count_tokens(self, index: int) -> int:
-        """Of batch `index`, over all processes."""
+        """Tokens of batch `index`, without padding, over all processes."""
         pairs = [self.pairs[pair] for pair in self._plan[index]]
         return sum(min(len(side.tokens), self.longest) for pair in pairs for side in (pair.chosen, pair.rejected))
 
@@ -67,14 +67,14 @@ class PreferenceBatches:
 
 @dataclass(frozen=True, eq=False)
 class PreferenceEvaluation:
-    """All pairs once, in batches of the same fields, the shortest first; or so many batches of pairs, drawn once from
-    all of them, the same in every run."""
+    """All pairs once, in batches of the same fields as those of `PreferenceBatches`, the shortest pairs first. With
+    `batches`, only as many pairs as fill so many batches, drawn from all, the same in every run."""
 
     pairs: Sequence[PreferenceExample]
     batch_size: int
     longest: int
     batches: int | None = None
-    """The greatest number of batches; None: as many as there are."""
+    """The greatest number of batches; None: as many as hold all pairs."""
     columns: Columns = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,12 +112,12 @@ def preference_batch(
     longest: int,
     columns: Columns,
 ) -> Batch:
-    """The pairs at these indices; what is lacking is filled up with empty ones under mask 0.
+    """The pairs at these indices; missing ones are filled up with empty pairs of mask 0.
 
-    `tokens` int32 [B, 2, T], padded on the right to `lengths` int32 [B, 2]: of the chosen and of the rejected answer,
-    each with the prompt. `response_mask` float32 [B, 2, T] is 1 where a token belongs to the response (the token
-    itself, not the place before it that predicts it), `mask` float32 [B] where a pair counts. `columns` are taken at
-    the same indices: `margins` float32 [B] among them if any of all pairs has one, 0 where a pair has none.
+    `tokens` int32 [B, 2, T] are the prompt with the chosen and with the rejected answer, `lengths` int32 [B, 2] tokens
+    of each and then padding. `response_mask` float32 [B, 2, T] is 1 where a token belongs to the response (at the token
+    itself, not at the one before it, which predicts it), `mask` float32 [B] where a pair counts. `columns` are taken at
+    the same indices; the classes above add `margins` float32 [B] if any of all pairs has one, 0 where a pair has none.
     """
     chosen = [pairs[index] for index in indices]
     width = bucket_width(max(map(len, chosen)), longest)

@@ -7,8 +7,8 @@ record's fields tell which form it has:
     chosen, rejected                        two lists of messages, whose common beginning is the prompt; `prompt` may
                                             say as a string what the user says there, as in UltraFeedback
 
-`margin`, a number, may say by how much the one is better. All become two conversations with the same beginning, and
-these text and tokens as conversations do: see prompt_templates.py and instruction_batches.py.
+`margin`, a number, may say by how much the chosen answer is better. Every form becomes two conversations that begin
+alike, and these become text and tokens as conversations do: see prompt_templates.py and instruction_batches.py.
 """
 
 import json
@@ -45,13 +45,13 @@ class Preference:
     """The file and the row, for messages."""
     chosen: Conversation
     rejected: Conversation
-    """Both have the same prompt, of `given` messages, and then the assistant's answer."""
+    """Both have the same prompt, their first `given` messages, and then the assistant's answer."""
     margin: float | None = None
     """By how much the chosen one is better."""
 
     @property
     def prompt(self) -> str:
-        """What both answer, to tell prompts apart by."""
+        """What both answer, as one string that is equal for equal prompts."""
         asked = self.chosen
         return json.dumps([asked.messages[: asked.given], asked.input, asked.variables])
 
@@ -73,7 +73,7 @@ class Preferences:
 
 @dataclass(frozen=True, eq=False)
 class PreferenceExample:
-    """A pair as tokens; `learned` of each tells its response."""
+    """A pair as tokens; `learned` of each side marks its response."""
 
     chosen: Example
     rejected: Example
@@ -100,7 +100,7 @@ class PreferenceExamples:
 
     @property
     def tokens(self) -> int:
-        """Of both answers of all pairs, with their prompts."""
+        """Tokens of both answers of all pairs, with their prompts."""
         return sum(len(side.tokens) for pair in self.pairs for side in (pair.chosen, pair.rejected))
 
 
@@ -240,11 +240,10 @@ def tokenize_preferences(
 
 
 def without_padding(pair: PreferenceExample, pad_id: int) -> PreferenceExample:
-    """The pair without the token `pad_id` where that ends its texts, for rewards.
+    """The pair without `pad_id` at the end of its texts, for reward models.
 
-    A reward is read from a text's last token, which transformers, and so TRL, takes to be the last one that is not the
-    padding's. Where a model pads with its end of text, as those without another special token do, that is the token
-    before the end.
+    A reward is read at a text's last token, which for transformers, and so for TRL, is the last one that is not
+    padding. Where a model pads with its end-of-text token, having no other, that is the token before the end of text.
     """
 
     def trimmed(side: Example) -> Example:
@@ -281,7 +280,7 @@ def _strings(record: Record) -> tuple[tuple[Message, ...], list[tuple[Message, .
 
 
 def _answers(record: Record) -> list[tuple[Message, ...]]:
-    """What stands after a prompt that is a list of messages."""
+    """Both answers, after a prompt that is a list of messages."""
     strings = [isinstance(record.fields[side], str) for side in SIDES]
     if all(strings):
         return [(answer(record, side),) for side in SIDES]
@@ -299,7 +298,7 @@ def _implicit_prompt(record: Record) -> tuple[tuple[Message, ...], list[tuple[Me
         (place for place, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
         min(len(chosen), len(rejected)),
     )
-    if chosen == rejected:  # left out later: all but the last message are what it answers
+    if chosen == rejected:  # left out later; until then all but the last message are its prompt
         common -= 1
     if common == 0:
         raise BadInput(f"{where}: chosen and rejected must begin with the same messages, the prompt, and do not")
@@ -319,7 +318,7 @@ def _check_answer(where: str, side: str, messages: tuple[Message, ...]) -> None:
 
 def _margin(record: Record) -> float | None:
     value = record.fields.get("margin")
-    if value is None or value == "":  # nothing, in a table
+    if value is None or value == "":  # an empty cell of a table
         return None
     try:
         # Tables hold strings.

@@ -1,15 +1,15 @@
 """Prompt templates: a conversation as the one text that a model reads, and where in it the answers stand.
 
-    alpaca    Stanford Alpaca's headings, for one instruction and its response; always its wording without an input
+    alpaca    Stanford Alpaca's headings, for one instruction and its response; the preamble never mentions an input
     chat      the chat template that comes with the model
     plain     prompt and completion as they are, one right after the other
 
 An answer goes from where the template lets the assistant begin to where the next message begins: the end of turn that
-the template writes belongs to it, and is learned with it. (alpaca and plain write none; the tokenizer's end of text,
-which is no text, takes its place.)
+the template writes belongs to it, and is learned with it. (alpaca and plain write none; the end-of-text token, which is
+added to the tokens, takes its place.)
 
-Alpaca's and the plain template are in Jinja too, as chat templates, so that a model that was tuned by one of them is
-asked in its style from then on: see chat_style.py.
+Alpaca's and the plain template exist as chat templates in Jinja too, so that a model that was tuned with one of them
+gets prompts in that style from then on: see chat_style.py.
 """
 
 import json
@@ -28,8 +28,8 @@ from llmq_jax.errors import BadInput
 
 Template = Literal["alpaca", "chat", "plain"]
 TrainOn = str | tuple[int, ...]
-"""What is learned: "response" (every answer), "last" (the last one), "all" (the prompts too), or the answers of these
-numbers, from 0 on; from the last, which is -1, backwards."""
+"""What is learned: "response" (every answer), "last" (the last one), "all" (the prompts too), or the answers with these
+numbers, from 0; negative numbers count from the last, which is -1."""
 TRAIN_ON = ("response", "last", "all")
 
 DAY = datetime(2024, 7, 26)
@@ -46,7 +46,7 @@ UNASKED = "begins with the assistant, which answers nothing: put a prompt before
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 INSTRUCTION, INPUT, RESPONSE = f"{PREAMBLE}\n\n### Instruction:\n", "### Input:\n", "### Response:\n"
 PARAGRAPH = "\n\n"
-"""What ends an instruction, and an input."""
+"""The end of an instruction, and of an input."""
 
 ONE_TURN = """\
 {%- set roles = messages | map(attribute="role") | list -%}
@@ -67,7 +67,8 @@ ONE_TURN = """\
 
 
 def set_in_jinja(**texts: str) -> str:
-    """Variables of a template, a line each. As JSON, whose escapes are Jinja's, for it would trim line breaks."""
+    """Jinja that sets these variables, a line each. JSON spells the texts, since Jinja reads its escapes but would trim
+    line breaks."""
     lines = (f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}\n" for name, text in texts.items())
     return "".join(lines)
 
@@ -86,10 +87,10 @@ class Rendered:
     where: str
     text: str
     answers: tuple[Span | str, ...]
-    """The characters of each answer that is not given, in order; or why it cannot be learned."""
+    """For each answer after the given messages, in order: its characters, or why it cannot be learned."""
     is_chat: bool
-    """Whether special tokens that the text spells out are tokens: a chat template writes them. So they are in messages,
-    too, as everywhere that chat templates are used."""
+    """Whether special tokens spelled out in the text become tokens, because a chat template writes them. Those that
+    messages spell out do so too, as everywhere that chat templates are used."""
 
     def chosen(self, train_on: TrainOn) -> tuple[Span, ...]:
         """The characters to learn. BadInput: an answer that is not there."""
@@ -115,7 +116,7 @@ class Rendered:
 
 
 def check_train_on(train_on: TrainOn) -> None:
-    """BadInput for what is no choice of answers."""
+    """BadInput unless it is a `TrainOn`."""
     numbers = isinstance(train_on, tuple) and train_on and all(isinstance(number, int) for number in train_on)
     if not numbers and train_on not in TRAIN_ON:
         raise BadInput(f"train_on must be {', '.join(TRAIN_ON)} or numbers of answers, not {train_on!r}")
@@ -137,7 +138,7 @@ def default_template(conversations: Sequence[Conversation], tokenizer: Tokenizer
 
 
 def render(conversation: Conversation, template: str, chat_template: ChatTemplate | None = None) -> Rendered:
-    """A conversation by one of the templates; chat is written by `chat_template`.
+    """A conversation written by one of the templates; for "chat" it is `chat_template`.
 
     Raises BadInput, which names the row, where the template has no place for what the conversation holds.
     """
@@ -168,7 +169,7 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
 
 
 def prompt_text(conversation: Conversation, template: ChatTemplate) -> str:
-    """A conversation that is to be answered, by a chat template, with the beginning of the answer.
+    """A conversation that is to be answered, written by a chat template, up to the beginning of the answer.
 
     BadInput, which names the row, where the template has no place for what the conversation holds.
     """
@@ -178,7 +179,7 @@ def prompt_text(conversation: Conversation, template: ChatTemplate) -> str:
 
 
 def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
-    """Where answers begin and end is found by writing the conversation's beginnings too."""
+    """Where an answer begins and ends is found by writing the conversation up to there as well."""
     messages, where = conversation.chat(), conversation.where
     if conversation.input and style_of(template) == "alpaca":
         first, *others = conversation.messages
@@ -203,11 +204,11 @@ def _chat(conversation: Conversation, template: ChatTemplate) -> Rendered:
             continue
         start = _common_start(opening, text)
         answer = text[start : len(after)]
-        # Mostly all of it stands behind all that opens it, and what stood before that need not be written.
+        # Mostly the whole answer stands after its opening, and the messages before it need not be written again.
         if start < len(opening) or not _says("", answer, messages[index]):
             before = written(index)
-            # What opens an answer may be more than stands before one that was given, such as an empty thought: but the
-            # messages before it are the same.
+            # The opening of a new answer may hold more than stands before an answer that exists, such as an empty
+            # thought. But the messages before it must be written alike.
             if start < _common_start(before, opening):
                 answers.append(REWRITTEN)
                 continue
@@ -229,7 +230,7 @@ def _written(conversation: Conversation, template: ChatTemplate, messages: list[
 
 
 def _refuse_left_out(conversation: Conversation, template: ChatTemplate, text: str) -> None:
-    """BadInput for what a conversation holds and the template leaves out of its text; answers are looked at apart."""
+    """BadInput for what a conversation holds and the template leaves out of its text; `_chat` checks the answers."""
     try:
         template.refuse_unread(conversation.messages, conversation.variables)
         text = "".join(text.split())
@@ -252,7 +253,7 @@ def _stands_in(text: str, content: str) -> bool:
 
 
 def _says(opened: str, answer: str, message: Message) -> bool:
-    """Whether an answer has all that a message says, thinks and calls, whose beginning may stand in what opens it."""
+    """Whether an answer holds a message's text, reasoning and tool calls, whose beginning may stand in the opening."""
     said = [each for each in (text_of(message), reasoning_of(message) or "") if each.strip()]
     return all(_holds(opened, answer, each) for each in said) and _holds_calls(opened + answer, called(message))
 
@@ -266,8 +267,8 @@ def _holds_calls(answer: str, calls: Sequence[tuple[str, list[str]]]) -> bool:
 
 
 def _holds(opened: str, answer: str, content: str) -> bool:
-    """Whether an answer is what a message says, whose beginning may stand in what opens it. Templates trim and indent:
-    white space does not count."""
+    """Whether an answer holds a text, whose beginning may stand in the opening. White space does not count: templates
+    trim and indent."""
     opened, answer, content = ("".join(text.split()) for text in (opened, answer, content))
     place = (opened + answer).rfind(content)
     return place >= 0 and place + len(content) > len(opened)

@@ -1,8 +1,8 @@
-"""Prompts to answer, with what else their records know, for rewards that look at more than the answer.
+"""Prompts to answer, with the other fields of their records, for rewards that look at more than the answer.
 
 A record has `prompt`, a string or a list of messages; or any fields at all, and a format says how a prompt is made of
-them: "Question: {question}\nAnswer:". Its other fields are columns that reward functions are given. Beside a prompt
-`tools` and `chat_template_kwargs` are the chat template's too; a format says by itself what the model reads.
+them: "Question: {question}\nAnswer:". Its other fields are columns that reward functions are given. Without a format
+`tools` and `chat_template_kwargs` go to the chat template too.
 """
 
 import string
@@ -29,7 +29,7 @@ class Prompt:
     where: str
     """The file and the row, for messages."""
     text: str
-    """As the model reads it."""
+    """The prompt as the model reads it."""
     tokens: list[int]
     columns: dict[str, Any]
     """The record's fields, without the prompt."""
@@ -153,8 +153,8 @@ def _check_format(prompt_format: str, record: Record) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PromptBatches:
-    """`batches[step]`, the places of the prompts that step asks: a pure function of (count, size, seed, step). Each
-    epoch has every prompt once, in an order of its own."""
+    """`batches[step]` has the indices of a step's prompts: a pure function of (count, size, seed, step). Each epoch has
+    every prompt once, in an order of its own."""
 
     count: int
     size: int
@@ -177,6 +177,6 @@ class PromptBatches:
 
 
 def step_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:
-    """A seed for each row of a step, of its own."""
+    """A seed of its own for each row of a step."""
     seeds: list[int] = np.random.SeedSequence([seed, step, stream]).generate_state(rows).tolist()
     return seeds

@@ -53,7 +53,7 @@ def read_records(
 
     columns: names for a .csv or .tsv without a header, whose first line is a row then; in a folder for all of these.
     needed: {field: the option that chooses another one}; a table without such a column is refused before its first row.
-    string_field: the field that a string stands for where JSON has one in place of an object; without, it is refused.
+    string_field: where JSON has a string in place of an object, the field that it becomes; None refuses such a string.
     """
     records = list(iterate_records(path, columns, needed=needed, string_field=string_field))
     if not records:
@@ -70,8 +70,8 @@ def iterate_records(
 ) -> Iterator[Record]:
     """The rows of a file or folder one by one, as `read_records`, for data that does not fit into memory.
 
-    texts: the fields that matter, all of them text: a table that lacks one is refused before its first row, and Parquet
-    reads no others.
+    texts: the fields that are wanted, all of them text: a table that lacks one is refused before its first row, and of
+    Parquet no other columns are read.
     """
     if isinstance(path, FolderFiles) or Path(path).is_dir():
         files = record_files(path)
@@ -135,7 +135,7 @@ def format_of(path: Path) -> str:
 
 
 def checked_text(value: object, where: str) -> str:
-    """The value, if it is valid text; `where` is what errors call its place."""
+    """The value, if it is valid text; else BadInput, which calls its place `where`."""
     if not isinstance(value, str):
         raise BadInput(f"{where} must be a string, not {_type_name(value)}")
     # JSON can spell half of a surrogate pair (\ud800), which is no character.
@@ -148,13 +148,13 @@ def checked_text(value: object, where: str) -> str:
 
 
 def no_field(where: str, name: str, found: Iterable[object], option: str | None = None) -> str:
-    """What to say of a field that is not there: `option` chooses another one."""
+    """The error message for a missing field; `option` is the option that chooses another field."""
     advice = f": choose one with {option}" if option else ""
     return f"{where} has no field {name!r} (fields found: {_shown_names(found)}){advice}"
 
 
 def _shown_names(names: Iterable[object]) -> str:
-    """Names of fields in a message: what is taken for a header may be a row of long texts."""
+    """Names of fields for a message, shortened: what was taken for a header may be a row of long texts."""
     texts = [" ".join(str(name).split()) for name in names]
     short = [text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…" for text in texts]
     more = f" and {len(texts) - SHOWN_NAMES} more" if len(texts) > SHOWN_NAMES else ""
@@ -248,7 +248,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_values(lines: Iterable[tuple[int, str]], source: str) -> Iterator[tuple[int, Any]]:
-    """The same of numbered lines; `source` is what errors call the place that they come from."""
+    """As `json_lines`, from numbered lines; `source` is what errors call their origin."""
     for number, line in lines:
         if line.isspace():
             continue
@@ -299,7 +299,7 @@ def _table_rows(
 def _without_header(
     rows: Iterator[tuple[int, int, list[str]]], path: Path, columns: list[str]
 ) -> Iterator[tuple[int, int, list[str]]]:
-    """The rows, the first of which is no header of these columns."""
+    """The rows; BadInput if the first is a header of these columns."""
     for number, row in enumerate(rows):
         if number == 0 and sorted(value.strip().lower() for value in row[2]) == sorted(map(str.lower, columns)):
             raise BadInput(f"{path}: line {row[0]} is a header; leave out --columns")
@@ -321,7 +321,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[int, int, list[str]]]:
-    """The same: what people write with tabs has quotation marks of its own, which quote nothing."""
+    """As `_csv_rows`, but quotation marks are characters like any others: they quote nothing."""
     for number, line in _lines(path):
         if line := line.rstrip("\r\n"):
             yield number, number, line.split("\t")
@@ -360,20 +360,20 @@ def _parquet_rows(path: Path, texts: Collection[str] | None, needed: Mapping[str
         raise
     except UnicodeDecodeError:
         raise BadInput(f"{path}: row {row + 1} or one soon after holds text that is not UTF-8") from None
-    # The last three of dates that Python has no value for.
+    # The last three are raised for dates that Python cannot represent.
     except (pa.ArrowException, OSError, OverflowError, LookupError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{path} is no Parquet file or is damaged ({reason})") from None
 
 
 OF_TEMPLATES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")
-"""Columns that chat templates read, to which a key that is null and one that is absent are not the same."""
+"""Columns that chat templates read. For these a null key is not the same as an absent one."""
 
 
 def _as_written(path: Path, row: int, column: Any, value: Any) -> Any:
-    """A value of a nested column as its row had it. JSON, which `datasets` keeps where rows differ in their keys, is
-    read. The structs of a list have the keys of all of them, null where one has none: of what templates read these are
-    left out."""
+    """A value of a nested column as its row was written. JSON, which `datasets` stores where rows differ in their keys,
+    is parsed. The structs of a list have each other's keys too, with null values: in OF_TEMPLATES null keys are left
+    out."""
     import pyarrow as pa
 
     def written(value: Any, kind: Any, in_list: bool) -> Any:

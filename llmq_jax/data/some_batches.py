@@ -1,4 +1,4 @@
-"""A part of a finite sequence of batches, where all of it would take too long."""
+"""A part of a finite sequence of batches, for when all of them would take too long."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from llmq_jax.errors import BadInput
 
 @dataclass(frozen=True, eq=False)
 class SomeBatches:
-    """At most so many of the batches, the same each time, spread evenly over all."""
+    """At most `most` of the batches, spread evenly over all of them, the same ones each time."""
 
     batches: Any
     """Has a length, and is indexed by 0, 1, ..."""

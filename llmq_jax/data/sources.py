@@ -56,7 +56,7 @@ def iterate_documents(path: DataPath, text_field: str = "text") -> Iterator[str]
 
 
 class Documents:
-    """The documents of a file or folder, as `read_documents`, read anew each time one goes through them."""
+    """The documents of a file or folder, as `read_documents`, read anew on each iteration."""
 
     def __init__(self, path: DataPath, text_field: str = "text"):
         self.path, self.text_field = path, text_field
@@ -67,7 +67,7 @@ class Documents:
             yield from _documents_of(file, self.text_field)
 
     def count(self) -> int:
-        """How many there are, for which all are read; BadInput when there is no text in them."""
+        """The number of documents, which takes reading them all; BadInput when there is no text in them."""
         total, text = 0, False
         for document in self:
             total += 1
@@ -120,12 +120,12 @@ def _holds_records(path: Path) -> bool:
 
 
 def has_fields(path: str | Path) -> bool:
-    """Whether what is there may hold several fields, one of which is the text: a file of records, or a folder."""
+    """Whether a path may hold records, of whose fields one is the text: a file of records, or a folder."""
     return Path(path).is_dir() or _holds_records(Path(path))
 
 
 def is_jsonl(path: str | Path) -> bool:
-    """Whether a name is that of a file with one JSON value a line."""
+    """Whether a path names a file with one JSON value per line."""
     return format_of(Path(path)) == ".jsonl"
 
 
@@ -139,7 +139,7 @@ def _passed_over(path: Path) -> str | None:
 
 
 def _is_binary(path: Path) -> bool:
-    """A zero byte near the start, or no UTF-8 there: not a text file."""
+    """Whether the start of a file has a zero byte or is not UTF-8."""
     start = _start_of(path)
     if b"\0" in start:
         return True

@@ -27,13 +27,13 @@ _log = logging.getLogger(__name__)
 
 
 def files_by_split(folder: Path, files: Sequence[Path]) -> dict[str, FolderFiles]:
-    """{split: its files}, in the order of SPLITS, of a folder whose files are of several; empty where they are all of
-    one, or none has a name of one.
+    """{split: its files}, in the order of SPLITS, of a folder whose files belong to several splits; empty where all
+    belong to one, or their names tell no split.
 
     files: those below the folder that are read. Their own names count, and those of the folders between.
-    Raises BadInput where some of them name a split and others none, and for a path that names two. Source code has
-    such names for other reasons (test_tools.py): where it does not name all files, plain text counts only if a .txt
-    names the training split; else it is no split, which is logged.
+    Raises BadInput where some files name a split and others none, and for a file of records whose path names two.
+    Source code has such names for other reasons (test_tools.py). So where not all files name a split, and those that do
+    are neither files of records nor a .txt that names the training split, the names are ignored, which is logged.
     """
     named = {}
     for file in files:

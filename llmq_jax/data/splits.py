@@ -1,6 +1,6 @@
 """Holding out text for evaluation: whole documents where there are several, else the end of the one text.
 
-And the orders that a seed draws.
+Also the random orders that a seed alone decides.
 """
 
 import math
@@ -31,7 +31,7 @@ def split_documents(
 
 
 def are_held_out(count: int, fraction: float, seed: int = 0) -> Bool[np.ndarray, " count"]:
-    """Which of so many documents `split_documents` holds out."""
+    """Which of `count` documents `split_documents` holds out."""
     _check_fraction(fraction)
     if count < 2:
         raise BadInput(f"holding out whole documents needs at least 2 of them, found {count}")
@@ -63,8 +63,8 @@ def seeded_order(count: int, seed: int | Sequence[int]) -> Integer[np.ndarray, "
 
 
 def shuffled_epochs(count: int, entropy: int | Sequence[int]) -> Any:
-    """Index over all epochs -> index in the epoch: another permutation of `range(count)` in each, which depends on the
-    arguments alone (grain's, with random access)."""
+    """Maps the index over all epochs to the index in the epoch: another permutation of `range(count)` in each epoch,
+    which depends on the arguments alone (grain's shuffle, with random access)."""
     import grain  # takes a second
 
     # grain shuffles epoch e with seed + e, so that neighbouring seeds share their epochs, shifted by one. A hashed seed

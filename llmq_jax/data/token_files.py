@@ -35,7 +35,7 @@ SAMPLE_CHARACTERS = 10_000
 
 @dataclass(frozen=True)
 class StreamFacts:
-    """What tokens.json says of a stream."""
+    """What tokens.json says of one stream."""
 
     tokens: int
     largest_id: int
@@ -44,7 +44,7 @@ class StreamFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What it says of both streams."""
+    """What tokens.json says of both streams together."""
 
     tokenizer: str
     """Its name."""
@@ -52,10 +52,10 @@ class Facts:
     separated: bool
     """Whether an end-of-text token stands after each document; a single text has none."""
     sample: str
-    """A part of the text, and the tokens that it gives: by these a tokenizer is known for the one that made them."""
+    """A part of the text. A tokenizer that encodes it as `sample_tokens` is taken for the one that made the tokens."""
     sample_tokens: str
     about: dict[str, Any]
-    """What else whoever wrote it had to say."""
+    """Further facts from whoever wrote the tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,10 @@ class TokenFiles:
     folder: Path
     facts: Facts
     streams: dict[str, StreamFacts]
-    """Of "training", and of "validation" where a part is held out. The digests are from when the files were written: to
-    read all of them takes too long."""
+    """Of "training", and of "validation" where a part is held out. The digests were taken when the files were written
+    and are not checked, which would take reading all of them."""
     training: np.ndarray
-    """[N], mapped from its file and read where it is looked at."""
+    """[N], mapped from its file: only what is used is read."""
     validation: np.ndarray | None
     """[M], what is held out; None where nothing is."""
 
@@ -95,7 +95,7 @@ class TokenFiles:
 
 
 class _Refused(BadInput):
-    """A refusal that says all there is to say."""
+    """A refusal whose message is complete: `read_tokens` adds nothing to it."""
 
 
 def is_token_folder(path: str | Path | None) -> bool:
@@ -141,10 +141,11 @@ def write_tokens(
     sample: str,
     about: dict[str, Any] | None = None,
 ) -> TokenFiles:
-    """Write a new folder, which appears complete or not at all; streams come in pieces [n], one of which is held.
+    """Write a new folder, which appears complete or not at all. Streams come in pieces [n], of which one at a time is
+    in memory.
 
     separated: whether documents end with the end-of-text token. sample: a part of the text, by which `check_tokenizer`
-    knows a tokenizer. about: what else tokens.json shall say. BadInput: the folder exists, or there is no token.
+    recognises the tokenizer. about: further facts for tokens.json. BadInput: the folder exists, or there is no token.
     """
     folder = Path(folder).resolve()
     check_new(folder)

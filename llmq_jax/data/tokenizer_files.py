@@ -1,4 +1,4 @@
-"""The files of a tokenizer as Hugging Face folders have them: a `tokenizer.json`, and what says more about it."""
+"""The files of a tokenizer as Hugging Face folders have them: a `tokenizer.json` and files that accompany it."""
 
 import json
 from dataclasses import dataclass
@@ -40,16 +40,16 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, file: Path) -> "TokenizerFiles":
-        """That tokenizer.json, which may have another name, and the companions in its folder."""
+        """The tokenizer.json `file`, which may have another name, and the companions in its folder."""
         return cls({"tokenizer.json": file.read_bytes(), **cls.companions(file.parent).contents}, file.parent)
 
     @classmethod
     def companions(cls, folder: Path) -> "TokenizerFiles":
-        """What is in a folder beside a tokenizer.json."""
+        """The files of a folder that may accompany a tokenizer.json."""
         paths = {name: folder / name for name in COMPANION_FILES}
         files = cls({name: path.read_bytes() for name, path in paths.items() if path.is_file()}, folder)
         default, tool_use = paths["chat_template.jinja"], folder / "additional_chat_templates" / "tool_use.jinja"
-        if default.is_file() and tool_use.is_file():  # transformers' newer place for what tokenizer_config.json has had
+        if default.is_file() and tool_use.is_file():  # where newer transformers has what was in tokenizer_config.json
             both = (path.read_text("utf-8", errors="replace") for path in (default, tool_use))
             files = files.with_chat_template(*both)
         return files
@@ -59,8 +59,8 @@ class TokenizerFiles:
         return self._json("tokenizer_config.json")
 
     def named_tokens(self) -> dict[str, str]:
-        """{"eos_token": "</s>", ...}: special_tokens_map.json has the last word, as in transformers, which does not
-        read it where tokenizer_config.json has the form of later versions."""
+        """{"eos_token": "</s>", ...}. As in transformers, special_tokens_map.json takes precedence, but is not read
+        where tokenizer_config.json has the newer form, with `added_tokens_decoder`."""
         config, named = self.config(), {}
         others = {} if "added_tokens_decoder" in config else self._json("special_tokens_map.json")
         for values in (config, others):
@@ -71,7 +71,7 @@ class TokenizerFiles:
         return named
 
     def naming(self, name: str, token: str) -> dict[str, bytes]:
-        """The files that give one of these names to a token, in which they are other than now."""
+        """{file: content} of the files that change when `token` gets this name, one of NAMED_TOKENS."""
         changed = {"tokenizer_config.json": self._json("tokenizer_config.json") | {name: token}}
         others = self._json("special_tokens_map.json")
         if name in others:
@@ -79,11 +79,11 @@ class TokenizerFiles:
         return {file: _written(values) for file, values in changed.items()}
 
     def token_id(self, token: str | None) -> int | None:
-        """The number of a token by its spelling in tokenizer.json; None where there is none."""
+        """The id of a token by its spelling in tokenizer.json; None where there is none."""
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def token(self, number: int) -> str | None:
-        """The spelling of a token by its number."""
+        """The spelling of a token by its id; None where there is none."""
         return self._tokenizer.id_to_token(number)
 
     @cached_property
@@ -91,8 +91,8 @@ class TokenizerFiles:
         return hf_tokenizers.Tokenizer.from_buffer(self.contents["tokenizer.json"])
 
     def chat_template(self) -> ChatTemplate | None:
-        """That of `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`; None where none has one. Of
-        several under names it is "default", and "tool_use" where tools are given."""
+        """The template of `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json`, the first that has
+        one; None where none has. Of several named ones it is "default", with "tool_use" for when tools are given."""
         source: Any = self.contents.get("chat_template.jinja", b"").decode(errors="replace")
         for file in ("chat_template.json", "tokenizer_config.json"):
             source = source or self._json(file).get("chat_template")
@@ -108,7 +108,7 @@ class TokenizerFiles:
             raise BadInput(f"{self.source}: {error}") from error
 
     def with_chat_template(self, source: str, tool_use: str | None = None) -> "TokenizerFiles":
-        """The files with this chat template, that in its place where tools are given, and no other."""
+        """The files with this chat template, and `tool_use` for when tools are given, in place of any others."""
         files = ("chat_template.json", "chat_template.jinja")
         contents = {name: content for name, content in self.contents.items() if name not in files}
         config = self.config()
@@ -123,7 +123,7 @@ class TokenizerFiles:
         return TokenizerFiles(contents, self.source)
 
     def _json(self, name: str) -> dict[str, Any]:
-        """What is in one of the files, {} where there is no such file."""
+        """The JSON object in one of the files, {} where there is no such file."""
         try:
             content = parse_json(self.contents.get(name, b"{}"))
         except ValueError as error:

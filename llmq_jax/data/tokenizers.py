@@ -82,23 +82,23 @@ class Tokenizer(ABC):
     @property
     def byte_tokens(self) -> Mapping[int, int]:
         """{id: byte} of tokens that are decoded run by run: where a run is not valid UTF-8, each of its bytes becomes
-        U+FFFD, whole characters too. So does byte fallback, as in Llama 2; byte-level BPE has none."""
+        U+FFFD, even those of whole characters. Byte fallback (Llama 2) has such tokens, byte-level BPE has none."""
         return {}
 
     @property
     def beginning(self) -> tuple[int, ...]:
-        """What the tokenizer's own template puts before a text: the beginning-of-text token of Llama 3 and Gemma, say;
-        often nothing."""
+        """The tokens that the tokenizer's own template puts before a text, such as the beginning-of-text token of Llama
+        3 and Gemma; often none."""
         return self._around[0]
 
     @property
     def ending(self) -> tuple[int, ...]:
-        """What it puts after a text; mostly nothing."""
+        """The tokens that it puts after a text; mostly none."""
         return self._around[1]
 
     @cached_property
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        for text in ("a", "0", *(self.decode([i]) for i in range(20))):  # the first that it knows
+        for text in ("a", "0", *(self.decode([i]) for i in range(20))):  # the first text that it can encode
             try:
                 alone, whole = self.encode(text), self.encode(text, add_special_tokens=True)
             except BadInput:
@@ -109,8 +109,8 @@ class Tokenizer(ABC):
         return (), ()
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text to be gone on from: after the tokenizer's `beginning`. An empty text begins as documents
-        do, with the end-of-text token where there is no other."""
+        """Token ids of a text to be continued, after the tokenizer's `beginning`. An empty text without a beginning
+        becomes the end-of-text token, after which documents begin."""
         ids = [*self.beginning, *self.encode(text)]
         return ids if ids or self.end_of_text is None else [self.end_of_text]
 
@@ -123,7 +123,7 @@ class Tokenizer(ABC):
         """The Hugging Face files (tokenizer.json, tokenizer_config.json, ...) by name."""
 
     def save(self, folder: str | Path) -> None:
-        """Write the Hugging Face files into a folder, which is made unless it is there."""
+        """Write the Hugging Face files into a folder, which is created if missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
@@ -135,14 +135,14 @@ class Tokenizer(ABC):
         return None
 
     def with_chat_template(self, source: str, tool_use: str | None = None) -> "FileTokenizer":
-        """The tokenizer with this chat template, a text in Jinja, in place of its own; and with that where tools are
-        given, if it is another."""
+        """The tokenizer with this chat template, as Jinja source, in place of its own, and with `tool_use` for when
+        tools are given, if that is another."""
         files = TokenizerFiles(self.files(), self.name).with_chat_template(source, tool_use)
         return FileTokenizer.from_files(files.contents, self.name)
 
     def with_chat_variables(self, values: Mapping[str, Any]) -> "FileTokenizer":
-        """The tokenizer whose chat template has these values of its own variables, such as {"enable_thinking": False},
-        wherever none are given. BadInput: there is no template, or it reads no such variable."""
+        """The tokenizer whose chat template has these values as defaults of its variables, such as {"enable_thinking":
+        False}. BadInput: there is no template, or it reads no such variable."""
         template = self.chat_template
         if template is None:
             raise BadInput(f"tokenizer {self.name} has no chat template that could have variables; give it one")
@@ -150,7 +150,7 @@ class Tokenizer(ABC):
         if tool_use is None:
             return self.with_chat_template(template.with_variables(values))
         read = [set(each.variables()) for each in (template, tool_use)]
-        # Each has what it reads; what neither does, it refuses.
+        # Each template gets the variables that it reads. Those that neither reads go to both, which refuse them.
         ours, theirs = (
             {name: values[name] for name in values if name not in other - own} for own, other in (read, read[::-1])
         )
@@ -269,7 +269,7 @@ class GPT2Tokenizer(Tokenizer):
         return _in_pieces(texts, all_encoded, self.dtype)
 
     def _told(self) -> AbstractContextManager[None]:
-        """BadInput for a text that tiktoken's patterns cannot take, as a million spaces in a row."""
+        """BadInput for a text that tiktoken's patterns cannot match, such as a million spaces in a row."""
         return _rust_told(f"{self.name}: tiktoken cannot encode a text")
 
     def files(self) -> dict[str, bytes]:
@@ -296,7 +296,7 @@ class GPT2Tokenizer(Tokenizer):
 class FileTokenizer(Tokenizer):
     """Any `tokenizer.json`, run by Hugging Face's `tokenizers`. Its folder's other tokenizer files are kept.
 
-    path: the tokenizer.json, or the folder that holds it. name: what to call it, otherwise by its folder.
+    path: the tokenizer.json, or the folder that holds it. name: what to call it; by default the name of its folder.
     """
 
     def __init__(self, path: str | Path, name: str | None = None):
@@ -308,7 +308,7 @@ class FileTokenizer(Tokenizer):
 
     @classmethod
     def from_files(cls, files: dict[str, bytes], name: str) -> "FileTokenizer":
-        """A tokenizer whose files are in memory, by their names: a tokenizer.json and companions of it."""
+        """A tokenizer from files in memory, {name: content}: a tokenizer.json and its companions."""
         tokenizer = cls.__new__(cls)
         tokenizer._open(TokenizerFiles(dict(files), name), name)
         return tokenizer
@@ -327,7 +327,7 @@ class FileTokenizer(Tokenizer):
     def _load(self, special_is_text: bool) -> hf_tokenizers.Tokenizer:
         with self._told("be read"):
             loaded = hf_tokenizers.Tokenizer.from_buffer(self._files.contents["tokenizer.json"])
-        # A tokenizer.json may carry the padding and truncation of whoever saved it, and would silently cut texts.
+        # A tokenizer.json may hold the padding and truncation of whoever saved it, which would silently cut texts.
         loaded.no_padding()
         loaded.no_truncation()
         # Tokens with a name are special, whatever tokenizer.json says of them, as in transformers.
@@ -339,7 +339,7 @@ class FileTokenizer(Tokenizer):
         return loaded
 
     def _told(self, what: str) -> AbstractContextManager[None]:
-        """BadInput for what tokenizers finds in the file: some of it only when it is used."""
+        """BadInput for faults that tokenizers finds in the file, some of them only on use."""
         return _rust_told(f"{self._files.source}: tokenizer.json cannot {what}")
 
     @cached_property
@@ -347,7 +347,7 @@ class FileTokenizer(Tokenizer):
         """A second instance that finds special tokens in text: the setting belongs to the instance, not to the call."""
         return self._load(special_is_text=False)
 
-    # The last step of byte-level tokenizers, where tokens are added too, may take spaces out of the offsets.
+    # The post-processor of byte-level tokenizers, which adds special tokens, may also trim spaces from the offsets.
     @cached_property
     def _plain_untouched(self) -> hf_tokenizers.Tokenizer:
         return _without_last_step(self._load(special_is_text=True))
@@ -390,7 +390,7 @@ class FileTokenizer(Tokenizer):
         if (~added).sum() != len(encoding.ids):
             raise BadInput(f"{self._files.source}: tokenizer.json has a post_processor that drops or repeats the text")
         offsets[~added] = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        # The text's end is where tokens that were added behind it stand.
+        # Tokens that were added behind the text stand at its end.
         offsets[np.logical_and.accumulate(added[::-1])[::-1]] = len(text)
         return whole.ids, offsets
 
@@ -403,7 +403,7 @@ class FileTokenizer(Tokenizer):
     def byte_tokens(self) -> Mapping[int, int]:
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         ids = [self._plain.token_to_id(name) for name in names]
-        # Without byte fallback in its decoder, the tokenizer spells them out.
+        # A tokenizer whose decoder has no byte fallback spells them out.
         return {i: byte for byte, i in enumerate(ids) if i is not None and self.decode([i]) != names[byte]}
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -422,8 +422,8 @@ class FileTokenizer(Tokenizer):
 
 @contextmanager
 def _rust_told(what: str) -> Iterator[None]:
-    """BadInput for an error of tokenizers or tiktoken: plain Exception and ValueError, and where their Rust panics what
-    is no Exception."""
+    """BadInput for an error of tokenizers or tiktoken: a plain Exception or ValueError or, where their Rust code
+    panics, a BaseException that is no Exception."""
     try:
         yield
     except BaseException as error:
@@ -461,7 +461,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | None:
     """The tokenizer whose files are in a folder, or None where there are none.
 
-    It is one of our own classes, which are faster, where that writes just these files. name: see `FileTokenizer`.
+    It is a ByteTokenizer or GPT2Tokenizer, which are faster, where that would write exactly these files; else a
+    FileTokenizer. name: see there.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
@@ -472,7 +473,7 @@ def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | Non
 
 
 def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer with what other files of its folder say of it: its class, its end token, its chat template."""
+    """The tokenizer with what other files of its folder add: its class, its end token, its chat template."""
     companions = TokenizerFiles.companions(folder)
     config = companions.config()
     kind = config.get("tokenizer_class") or "GPT2Tokenizer"
@@ -487,19 +488,19 @@ def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
     if companions.chat_template() is None and named.items() <= GPT2_NAMED_TOKENS.items():
         return tokenizer
     files = tokenizer.files()
-    own = json.loads(files["tokenizer_config.json"]) | named  # where there is none, it is ours that is kept
+    own = json.loads(files["tokenizer_config.json"]) | named  # kept where the folder has no tokenizer_config.json
     files["tokenizer_config.json"] = _json_bytes(own, indent=2)
     return FileTokenizer.from_files({**files, **companions.contents}, tokenizer.name)
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True) -> np.ndarray:
-    """All documents as one stream of tokens `[N]`, uint16 or uint32: before every one what the tokenizer begins texts
-    with (often nothing), after it the end-of-text token.
+    """All documents as one stream of tokens `[N]`, uint16 or uint32: the tokenizer's `beginning` (often empty) before
+    each, the end-of-text token after it.
 
-    Documents may come from a generator: only a block of them is held at a time. append_end_of_text=False joins them
-    without separators (for one single text).
+    Documents may come from a generator: only a block of them is held at a time. append_end_of_text=False leaves out the
+    end-of-text tokens (for one single text).
     """
-    # A bytearray grows in place, so that the stream is never held twice.
+    # A bytearray grows in place, so the stream is never held twice.
     stream = bytearray()
     for piece in encoded_blocks(tokenizer, documents, append_end_of_text=append_end_of_text):
         stream += piece.tobytes()
@@ -541,7 +542,7 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _in_pieces(
     texts: Sequence[str], encode: Callable[[list[str]], Iterable[np.ndarray]], dtype: np.dtype, may_cut: bool = True
 ) -> list[np.ndarray]:
-    """Token ids of each text, of which long ones are encoded in pieces, so that all cores work at one text too."""
+    """Token ids of each text. Long texts are encoded in pieces, so that all cores work on a single text too."""
     pieces, counts = [], []
     for text in texts:
         _utf8(text)
@@ -558,7 +559,7 @@ def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
 
 
 def _plain_ints(ids: Iterable[SupportsIndex]) -> list[int]:
-    """Python integers of any ids, an array's at once (one by one they would be slow to convert)."""
+    """The ids as Python integers; those of an array all at once, since one by one is slow."""
     return ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
 
 
@@ -593,7 +594,7 @@ def _json_bytes(content: dict[str, Any], indent: int | None = None) -> bytes:
 
 
 def _own_tokenizer(files: dict[str, bytes]) -> Tokenizer | None:
-    """The tokenizer of ours that writes these files and no others; None where there is none."""
+    """The GPT2Tokenizer or ByteTokenizer that writes exactly these files; None where neither does."""
     is_gpt2 = hashlib.sha256(files.get("merges.txt", b"")).hexdigest() == PUBLISHED_SHA256["vocab.bpe"]
     try:
         tokenizer = GPT2Tokenizer() if is_gpt2 else ByteTokenizer()

@@ -35,9 +35,9 @@ class TrainingBatches:
     batch_size: int
     """Rows of a batch over all processes."""
     rows: range
-    """Those of this process."""
+    """The rows that this process reads."""
     _shuffled: Any = field(repr=False)
-    """Index over all epochs -> window in the epoch: `shuffled_epochs`."""
+    """Maps the index over all epochs to the window in the epoch: `shuffled_epochs`."""
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
@@ -68,7 +68,7 @@ def training_batches(
 ) -> TrainingBatches:
     """Endless shuffled batches of windows of `context` tokens and their targets.
 
-    An epoch is a permutation of consecutive windows that overlap in no target; batches run across its end. The first
+    An epoch is a permutation of consecutive windows that share no target; a batch may run across its end. The first
     window's offset is drawn anew for each epoch.
 
     batch_size: rows over all processes; process `process_index` of `process_count` gets its share of consecutive rows.
@@ -84,7 +84,7 @@ def training_batches(
         )
     if seed < 0:
         raise BadInput(f"the seed must not be negative, got {seed}")
-    # One context less than fits, as room for the offset; a text of less than two contexts is one window.
+    # This leaves room for `context` different offsets; a text of less than two contexts is one window.
     windows = max(1, (len(tokens) - context) // context)
     if windows >= 2**32:
         raise BadInput(f"{windows} windows are more than grain can shuffle (2**32): use a longer context")
@@ -159,7 +159,7 @@ def evaluation_batches(
 
 
 def check_vocabulary(tokens: Integer[np.ndarray, "..."], vocab_size: int, where: str = "the data") -> None:
-    """Raises BadInput, with the first offender's place, unless all ids lie in 0..vocab_size-1."""
+    """Raises BadInput, which names the first wrong id and its position, unless all ids lie in 0..vocab_size-1."""
     if tokens.size == 0 or (tokens.max() < vocab_size and tokens.min() >= 0):
         return
     flat = tokens.reshape(-1)
@@ -171,7 +171,7 @@ def check_vocabulary(tokens: Integer[np.ndarray, "..."], vocab_size: int, where:
 
 
 def _with_documents(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, end_of_text: int | None) -> Batch:
-    """A batch; given the id that ends documents, with the fields that keep them apart."""
+    """A batch; with the fields that keep documents apart, if `end_of_text`, the id that ends them, is given."""
     batch = {"tokens": inputs, "targets": targets, "mask": mask}
     if end_of_text is None:
         return batch
@@ -189,7 +189,7 @@ def _with_documents(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, e
 
 
 def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
-    """The rows of a batch that one of several processes reads. BadInput: they cannot be shared out evenly."""
+    """The rows of a batch that one of several processes reads. BadInput: they cannot be divided evenly."""
     if batch_size % process_count:
         raise BadInput(f"a batch of {batch_size} rows cannot be divided among {process_count} processes")
     share = batch_size // process_count
