@@ -1,7 +1,7 @@
 """Config tables: two-way between our config dataclasses and the `config.json` of transformers.
 
-What changes the computation must be something that we compute; what does not is passed over; what nobody has heard of
-is named in a warning.
+A field that changes the computation must have a value that we compute; one that does not is ignored; one that we do not
+know is named in a warning.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from llmq_jax.interop.tables import KEEP as KEEP
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.heads import numbered_labels
 
-# Fields of every config.json that do not change what a decoder computes, those of other programs at the end.
+# Fields of any config.json that do not change what a decoder computes; at the end those of other programs.
 _HARMLESS = """
     _attn_implementation _name_or_path _num_labels architectures attn_implementation begin_suppress_tokens
     bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
@@ -39,9 +39,9 @@ _ROTARY = """
     num_hidden_layers rms_norm_eps rope_parameters tie_word_embeddings vocab_size
 """
 ROTARY = frozenset(_ROTARY.split())
-"""What all configs of models with rotary positions share with transformers'."""
+"""Fields that our configs of all models with rotary positions share with transformers' configs."""
 GROUPED = ROTARY | {"head_dim", "num_key_value_heads"}
-"""The same of those with grouped heads."""
+"""The same for models with grouped-query attention."""
 
 # transformers has several names for the same few functions.
 ACTIVATION_SPELLINGS = {
@@ -53,9 +53,9 @@ ACTIVATION_SPELLINGS = {
 }
 
 NULL_DROPOUT = {"attention_dropout": 0.0}
-"""`ConfigTable.null` of transformers' configs that take null for it."""
+"""`ConfigTable.null` for configs of transformers in which attention_dropout may be null."""
 
-# Fields of every config.json that do, with the only values that we compute.
+# Fields of any config.json that do change what is computed, with the only values that we compute.
 FIXED: dict[str, Any] = {
     "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
@@ -77,14 +77,15 @@ def require_whole_heads(config: Any) -> None:
 
 
 CLASSIFIER = "ForSequenceClassification"
-"""What the names of transformers' classifiers end in."""
+"""The suffix of the class names of transformers' classifiers."""
 ONE_CLASS_A_TEXT = (None, "single_label_classification", "regression")
 CLASSIFIER_FIELDS = ("architectures", "id2label", "label2id", "num_labels", "problem_type")
-"""The fields of config.json that say so."""
+"""The fields of config.json that describe a classifier."""
 
 
 def read_labels(values: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The names of the classes that a config.json's model tells apart; None where it is no classifier."""
+    """The names of the classes of a config.json's classifier; None where the model is not one. BadInput: a text may
+    have several classes or several numbers, or the names are not as transformers writes them."""
     architectures = values.get("architectures") or []
     if not has_type(architectures, list[str]):
         raise BadInput(f"architectures={architectures!r} is no list of names")
@@ -118,7 +119,7 @@ def _named_labels(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def write_labels(labels: Sequence[str] | None) -> dict[str, Any]:
-    """What config.json says of these classes."""
+    """The fields of config.json for these classes."""
     if labels is None:
         return {}
     return {
@@ -135,10 +136,10 @@ class ConfigTable:
     architecture: str
     """transformers' class, written as "architectures"."""
     classifier: str
-    """The same of a model with labels."""
+    """The same for a model with labels."""
     shared: frozenset[str]
-    """Our fields that transformers' config has by the same name. What stands neither here nor in `renamed`, `own` and
-    `training` is a field of somebody's own, which transformers would pass over."""
+    """Our fields that transformers' config has by the same name. A field that is neither here nor in `renamed`, `own`
+    and `training` is one that a user added, which transformers would ignore."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """{our field: their field} where the names differ; both are read, theirs is written."""
     other_names: Mapping[str, str] = field(default_factory=dict)
@@ -154,15 +155,15 @@ class ConfigTable:
     training: frozenset[str] = frozenset()
     """Our fields that training alone reads; config.json has no place for them, and they are not exported."""
     null: Mapping[str, Any] = field(default_factory=dict)
-    """{their field: what transformers computes where it is null}, of those whose type here has no None. Not always what
-    it computes where the field is absent: a null switch is off."""
+    """{their field: the value that transformers computes with where it is null}, for fields whose type here has no
+    None. It may differ from the default of an absent field: a null switch is off."""
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
-    """Brings all spellings of a config.json to one, before anything else is read."""
+    """Brings all spellings of a config.json to one, before its fields are read."""
     write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values
-    """(our config, config.json with our fields' values) to the config.json that is written."""
+    """From (our config, a config.json with our fields' values), the config.json that is written."""
 
     def from_hf(self, values: Mapping[str, Any]) -> Any:
-        """Our config; fields that are absent take transformers' defaults, which ours are too."""
+        """Our config; fields that are absent take our defaults, which are transformers' defaults."""
         labels = read_labels(values)
         values = without_blocks(values)
         for other, name in self.other_names.items():
@@ -195,8 +196,8 @@ class ConfigTable:
     def to_hf(self, config: Any) -> dict[str, Any]:
         """`config.json` as a dict, without the fields that belong to weights (`dtype`) and special tokens.
 
-        A field that is not transformers' is left out at its default, with which the model must compute what
-        transformers' does; any other value is BadInput.
+        A field that transformers does not have is left out if it has its default, with which the model must compute
+        what transformers' model does; any other value is BadInput.
         """
         for name, (theirs, remedy) in self.own.items():
             value = getattr(config, name)
@@ -228,5 +229,5 @@ class ConfigTable:
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:
-    """What a field is where nothing is said of it; MISSING, which equals no value, where something must be."""
+    """A field's default value; MISSING, which equals no value, where it has none."""
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()

@@ -1,13 +1,13 @@
-"""Any model as one of the Language Model Evaluation Harness (lm_eval): its tasks, prompts and metrics.
+"""Any model as a model of the Language Model Evaluation Harness (lm_eval), for its tasks, prompts and metrics.
 
     import lm_eval
     from llmq_jax.interop.evaluation_harness import HarnessModel
 
     results = lm_eval.simple_evaluate(HarnessModel("gpt2"), tasks=["hellaswag"])
 
-Published figures are mostly those of the harness's own backend for transformers (`HFLM`). What decides them is done as
-there: where a text is cut into context and continuation, what stands before a text without a context, what is left out
-where it does not fit, where an answer ends.
+Published figures mostly come from the harness's own backend for transformers (`HFLM`). Whatever affects the figures is
+done as there: where a text is cut into context and continuation, which token stands before a text without a context,
+what is left out of a text that is too long, where an answer ends.
 """
 
 import contextlib
@@ -54,13 +54,13 @@ except ImportError as error:
         f"the evaluation harness is not installed, or too old ({error}); pip install 'llmq_jax[eval]'"
     ) from error
 
-# Tokens of an answer, where a task does not say.
+# The most tokens of an answer, unless a task says otherwise.
 ANSWER_TOKENS = 256
-# What transformers draws from unless told otherwise.
+# transformers' default.
 TOP_K = 50
-# Arguments of transformers' generation that tasks give, at the values that change nothing.
+# Arguments of transformers' generation that tasks give, with the values that change nothing.
 NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
-# As it stands in transformers, whose templates see it too.
+# The marker that transformers uses: chat templates get to see it.
 END_OF_MESSAGE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token that stands before a text without a context: the beginning or, without one, the end of text."""
         if self._prefix is None:
             raise BadInput(
                 f"{self.source} has a tokenizer with neither bos_token nor eos_token, so nothing can stand before a "
@@ -117,8 +117,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self._prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Special tokens that the text spells out become tokens, as in transformers; those of the tokenizer's template
-        are added, unless the text begins so already."""
+        """Token ids of a text. As in transformers, special tokens that it spells out become tokens, and those of the
+        tokenizer's template are added, unless the text begins with the beginning token already."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._prefix_text)
         ids = self.tokenizer.encode(string, allow_special=True, add_special_tokens=add_special_tokens)
@@ -132,8 +132,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, whether it is the greedy one) of each continuation; requests are (texts, tokens of the
-        context, tokens of the continuation). What is too long loses the beginning of its context. Requests that differ
-        in their last token alone, such as answers of one letter, are read once."""
+        context, tokens of the continuation). A request that is too long loses the beginning of its context. Requests
+        that differ in their last token alone, such as answers of one letter, go through the model once."""
         rows, counts = [], []
         together: dict[tuple[int, ...], list[int]] = {}
         for place, (_, context, continuation) in enumerate(requests):
@@ -165,7 +165,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text, in windows of the model's context in which every token is predicted once."""
+        """Log-probability of each text, in windows of `max_length` tokens that predict every token once."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -180,7 +180,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context, up to the first of its stop strings; requests of equal arguments together."""
+        """The answer to each context, up to the first stop string; requests with equal arguments share batches."""
         alike: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
@@ -231,9 +231,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _batches(
         self, rows: Sequence[Sequence[int]], title: str, disable_tqdm: bool
     ) -> Iterator[tuple[list[int], int]]:
-        """(places of rows of similar length, rows to fill up to); the longest first: if memory runs out, it does now.
+        """(indices of rows of similar length, the number of rows to fill up to), the longest rows first: if memory runs
+        out, it does so at once.
 
-        The bar is shown on a terminal."""
+        The progress bar is shown on a terminal."""
         devices = row_devices(sizes) if (sizes := axis_sizes()) else 1
         size = min(self.batch_size, -(-max(1, len(rows)) // devices) * devices)
         with tqdm(total=len(rows), desc=title, disable=disable_tqdm or None) as bar:
@@ -242,8 +243,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 bar.update(len(places))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as text, up to where the answer begins, or where the last message may go on. A template that
-        refuses them is asked again without the system's."""
+        """Messages as text, up to where the answer begins, or where the last message may be continued. If the template
+        refuses them, they are written without system messages."""
         template = self.lm.require_chat_template(self.source)
         try:
             return _conversation(template, chat_history, add_generation_prompt)
@@ -259,7 +260,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness tells kept requests apart by."""
+        """The name by which the harness's cache of requests tells models apart."""
         return f"{self.source}-{self.tokenizer.name}".replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
@@ -272,11 +273,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 def load_tasks(
     names: Sequence[str], include_path: str | os.PathLike[str] | None = None
 ) -> tuple[list[Any], TaskManager]:
-    """(tasks and groups of the harness, the manager that found them): what `simple_evaluate` takes. BadInput for what
-    the harness does not have, or cannot load.
+    """(tasks and groups of the harness, the manager that found them): what `simple_evaluate` takes. BadInput for tasks
+    that the harness does not have or cannot load.
 
-    `include_path` is a folder with task files of one's own. They may be programs; what runs programs that the model
-    writes is refused.
+    `include_path` is a folder with a user's own task files, which may contain code. A task that runs code written by
+    the model is refused.
     """
     manager = _task_manager(names, include_path)
     for name in names:
@@ -301,7 +302,7 @@ def load_tasks(
 
 
 def _task_manager(names: Sequence[str], include_path: str | os.PathLike[str] | None) -> TaskManager:
-    """Reading the harness's own thousands of tasks takes seconds: it is left out where all are one's own."""
+    """Reading the harness's own thousands of tasks takes seconds: it is skipped where all are the user's own."""
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(names) <= set(own.all_subtasks):
@@ -310,8 +311,8 @@ def _task_manager(names: Sequence[str], include_path: str | os.PathLike[str] | N
 
 
 def run_tasks(model: HarnessModel, tasks: Sequence[Any], manager: TaskManager, **options: Any) -> dict[str, Any]:
-    """What `simple_evaluate` finds, without a record of every question; its remarks go to stderr."""
-    # It would fork processes for its standard errors, which may hang beside JAX's threads; the numbers are the same.
+    """The results of `simple_evaluate`, without a record of every question; its messages go to stderr."""
+    # It would fork processes to compute standard errors, which may hang beside JAX's threads; the results are the same.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):
         results: dict[str, Any] = simple_evaluate(
@@ -332,7 +333,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def results_json(results: dict[str, Any], indent: int | None = None) -> str:
-    """As the harness writes them, who knows how to write functions."""
+    """The results in JSON as the harness writes them; it can represent functions too."""
     return json.dumps(results, indent=indent, default=handle_non_serializable, ensure_ascii=False)
 
 
@@ -346,8 +347,8 @@ def _continuations(
     rows: Int[Array, " N"],
     counts: Int[Array, " N"],
 ) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
-    """(log-probability, whether all are the likeliest) of the last `counts` targets of each; `rows` says which tokens
-    they follow."""
+    """(log-probability, whether every token is the likeliest) of the last `counts[n]` targets of each continuation n,
+    whose inputs are row `rows[n]` of `tokens`."""
     places, ends = jnp.arange(tokens.shape[1]), lengths[rows][:, None]
     scored = (places < ends) & (places >= ends - counts[:, None])
     logprobs, greedy = greedy_logprobs(model, variables, tokens, lengths, rows, targets, scored)
@@ -355,7 +356,7 @@ def _continuations(
 
 
 def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:
-    """How transformers would draw, given these arguments and the model's own `generation_config.json`."""
+    """The sampler that transformers would use, given these arguments and the model's `generation_config.json`."""
     drawn, temperature = given.pop("do_sample"), float(given.pop("temperature", 0.0))
     filters: dict[str, Any] = {"top_k": TOP_K, "top_p": 1.0, "min_p": 0.0}
     for values in (generation.other, given):
@@ -370,7 +371,7 @@ def _sampler(given: dict[str, Any], generation: GenerationConfig) -> Sampler:
 
 
 def _conversation(template: ChatTemplate, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    """Without the beginning of an answer the last message is left open, as in transformers."""
+    """Messages as text. Without `add_generation_prompt` the last message is left open, as in transformers."""
     if add_generation_prompt:
         return template.render(messages)
     *before, last = messages

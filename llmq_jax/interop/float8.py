@@ -1,8 +1,8 @@
 """Checkpoints in float8 with a scale for each block of a matrix, as DeepSeek V3 and R1 are published.
 
 A matrix (out, in) in float8 (E4M3) has beside it `<name>_scale_inv` in float32, one number for each block of 128 x 128
-(arXiv:2412.19437, section 3.3.2); the last blocks of a row or a column may be cut short. The matrix is their product,
-which is rounded to bfloat16, as DeepSeek's own conversion does. Tensors of other types are as they are.
+(arXiv:2412.19437, section 3.3.2); the last blocks of a row or a column may be cut short. The weights are the product of
+the two, rounded to bfloat16 as in DeepSeek's own conversion. Tensors of other types are read as they are.
 """
 
 import math
@@ -21,7 +21,7 @@ FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 
 
 def block_size(values: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(rows, columns) of a block by a config.json; None where its weights are not in float8 by blocks."""
+    """(rows, columns) of a block, from a config.json; None where its weights are not in float8 by blocks."""
     quantization = values.get(QUANTIZATION)
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8":
         return None
@@ -32,14 +32,15 @@ def block_size(values: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def without_blocks(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config.json of the same weights, dequantised."""
+    """The config.json of the dequantised weights: without the fields about blocks."""
     if block_size(values) is None:
         return values
     return {name: value for name, value in values.items() if name != QUANTIZATION}
 
 
 def dequantised(state: Mapping[str, Any], block: tuple[int, int]) -> dict[str, Any]:
-    """The tensors, each in float8 with its scales in bfloat16 in their place, read when asked for."""
+    """The tensors, where each matrix in float8 is replaced by its product with its scales, in bfloat16, which is
+    computed when asked for."""
     scales = {name: name.removesuffix(SCALE) for name in state if name.endswith(SCALE)}
     missing = [name for name, matrix in scales.items() if matrix not in state]
     if missing:

@@ -72,8 +72,8 @@ def read_gemma2(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def within_context(values: dict[str, Any], config_class: type[Gemma2Config]) -> dict[str, Any]:
-    """Without what a window has beyond the longest sequence, where it hides nothing; and without a window that is null
-    where no layer has one."""
+    """The values with the window cut to the longest sequence, beyond which it masks nothing, and without a window that
+    is null where no layer has one."""
     kinds = values.get("layer_types")
     if values.get("sliding_window", 0) is None and isinstance(kinds, list) and LOCAL not in kinds:
         values = {name: value for name, value in values.items() if name != "sliding_window"}
@@ -84,7 +84,7 @@ def within_context(values: dict[str, Any], config_class: type[Gemma2Config]) -> 
 
 
 def read_gemma3(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling: older files say where global layers stand by their distance, and let layer_types out."""
+    """All spellings as one: older files give the distance of global layers in place of layer_types."""
     values = within_context(read_ropes(values), Gemma3Config)
     every = values.pop("sliding_window_pattern", None)
     layers = values.get("num_hidden_layers", Gemma3Config.num_hidden_layers)
@@ -101,21 +101,21 @@ def read_multimodal(values: Mapping[str, Any]) -> dict[str, Any]:
     text = values.get("text_config") or {}
     if not isinstance(text, Mapping):
         raise BadInput(f"text_config={text!r} is not an object of fields")
-    # The head of the whole model is the text part's; what it tells apart, whether it is tied and how weights are kept,
-    # the whole model's config says.
+    # The head is part of the text model, but the whole model's config says which classes it has and whether it is tied,
+    # and how weights are stored.
     head = {name: values.get(name) for name in (*CLASSIFIER_FIELDS, "quantization_config")}
     special = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
     return {**text, **head, **special, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
 
 
 def write_gemma2(config: Gemma2Config, values: dict[str, Any]) -> dict[str, Any]:
-    """Kinds of layers written out, as transformers writes them."""
+    """The config.json with the kinds of layers written out, as transformers writes them."""
     require_whole_heads(config)
     return write_rope(config.rope, values | {"layer_types": list(config.layer_kinds)}, config.head_dim)
 
 
 def write_gemma3(config: Gemma3Config, values: dict[str, Any]) -> dict[str, Any]:
-    """The same, and rope by the kind of layer."""
+    """The same, with RoPE by the kind of layer."""
     require_whole_heads(config)
     values = values | {"layer_types": list(config.layer_kinds)}
     del values["local_rope_parameters"]
@@ -162,5 +162,5 @@ GEMMA3_CONFIG = ConfigTable(
 def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of the config of weights that come without one; their shapes tell neither heads nor windows."""
+    """Config fields of weights that come without a config; shapes tell neither the number of heads nor windows."""
     return derive_sizes(shapes, layers, tied, given) | {"intermediate_size": gated_width(shapes)}

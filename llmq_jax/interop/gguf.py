@@ -1,8 +1,8 @@
 """Models in GGUF files: config, weights, tokenizer and chat template, all of them in one file's metadata and tensors.
 
 Source: ggml-org/llama.cpp (`convert_hf_to_gguf.py` writes such files, `src/llama-model.cpp` reads them). Architectures:
-llama, which is what llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute the same; qwen2 (Qwen 2
-and 2.5) and qwen3, its dense models.
+llama, as llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that compute the same; qwen2 (Qwen 2 and 2.5);
+qwen3 (the dense models of Qwen 3).
 """
 
 import warnings
@@ -34,11 +34,11 @@ FIXED = {
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_log_multiplier": 0.0,
 }
-"""{key of the architecture that changes what is computed: the only value that we compute}."""
+"""{metadata key that changes what is computed, without its prefix: the only value that we compute}."""
 HARMLESS = ("expert_used_count", "rope.scaling.finetuned", "tensor_data_layout")
 
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
-"""Tokens with which chat models end what they say, for files that do not name theirs."""
+"""Tokens with which chat models end a turn, for files that do not name theirs."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -83,7 +83,7 @@ def _check_kind(metadata: Mapping[str, Any]) -> None:
 
 
 class _Metadata:
-    """The keys of the architecture, as `llama.*`; those that were read are remembered."""
+    """The architecture's metadata (`llama.*`); it remembers which keys were read."""
 
     def __init__(self, gguf: GGUF):
         self._tensors = gguf.tensors
@@ -100,7 +100,7 @@ class _Metadata:
         heads, width = self._integer("attention.head_count"), self._integer("embedding_length")
         head_dim = self._head_dim(width // max(heads, 1))
         counted = len({name.split(".")[1] for name in self._tensors if name.startswith("blk.")})
-        # Tables are made by these numbers before the weights are compared with them: a damaged one would ask for any
+        # The weight table is built from these numbers before shapes are compared: a damaged number would ask for any
         # amount of memory.
         for key, value, found, what in (
             ("vocab_size", vocab_size, self._rows(EMBEDDING), f"rows of {EMBEDDING}"),
@@ -156,7 +156,7 @@ class _Metadata:
 
     def _rope(self, context: int) -> dict[str, Any]:
         theta = self._number("rope.freq_base", 10_000.0)
-        # llama.cpp scales linearly unless told otherwise, by a factor that is 1 unless told otherwise.
+        # llama.cpp's defaults are linear scaling and a factor of 1.
         scaling = self._get("rope.scaling.type", "linear")
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 1.0))
         trained = self._integer("rope.scaling.original_context_length", context)
@@ -213,8 +213,8 @@ def _shortened(value: Any) -> str:
 def generation_config(metadata: Mapping[str, Any]) -> GenerationConfig:
     """The tokens that begin, pad and end a text.
 
-    A chat model ends what it says with a token of its own, which need not be the one that ends a document: where the
-    file does not name it, any of the known ones that its chat template writes.
+    A chat model ends a turn with a token of its own, which need not be the one that ends a document. Some files do not
+    name it, so any of END_OF_TURN that the chat template writes ends a text too.
     """
 
     tokens = metadata["tokenizer.ggml.tokens"]

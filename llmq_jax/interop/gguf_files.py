@@ -5,10 +5,10 @@
     tensors   name, axes (the fastest first), type, offset in the data
     data      aligned to `general.alignment` bytes
 
-Source: ggml-org/ggml, docs/gguf.md. The layouts of blocks and their arithmetic are those of the package `gguf`. The
-header is read here: the package's GGUFReader makes three arrays for every string of a vocabulary, and does not notice
-the end of the file, so that a damaged length makes it loop until memory is full. Here every length is held against the
-size of the file before anything is read.
+Source: ggml-org/ggml, docs/gguf.md. The package `gguf` knows the layouts of blocks and dequantises them. The header is
+read here: the package's GGUFReader makes three arrays for every string of a vocabulary, and does not notice the end of
+the file, so that a damaged length makes it loop until memory is full. Here every length is compared with the size of
+the file before anything is read.
 """
 
 import functools
@@ -30,7 +30,7 @@ from llmq_jax.interop.tensor_files import TensorFiles, damaged
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-"""Where `general.alignment` does not say otherwise."""
+"""Bytes, unless `general.alignment` says otherwise."""
 MAX_AXES = 4
 
 PLAIN_TYPES = {
@@ -38,13 +38,13 @@ PLAIN_TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Types that keep their own numbers. All others that `gguf.quants` can dequantise become float32."""
+"""Types that are read as they are. All others that `gguf.quants` can dequantise become float32."""
 
 AT_ONCE = 2**18
-"""Numbers that are dequantised at a time: fewer cost calls, more leave the processor's caches."""
+"""Numbers that are dequantised at a time: with fewer, calls cost time; more do not fit the processor's caches."""
 
 LENGTH = struct.Struct("<Q")
-"""Of a string, before its bytes."""
+"""The length of a string, which stands before its bytes."""
 
 NUMBERS: dict[GGUFValueType, np.dtype] = {
     GGUFValueType.UINT8: np.dtype("u1"),
@@ -111,7 +111,7 @@ class _Header:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """Without a call of `take` for each: a vocabulary and its merges are 100,000 of them."""
+        """`count` strings, without a call of `take` for each: a vocabulary and its merges are 100,000 of them."""
         data, end, texts = self._data, self.position, []
         for _ in range(count):
             start = self._within(end + LENGTH.size)
@@ -177,7 +177,7 @@ def _read(path: Path, data: mmap.mmap) -> GGUF:
 
 @functools.cache
 def _is_quantised(kind: GGMLQuantizationType) -> bool:
-    """Whether the package `gguf` can make numbers of this type's blocks; it keeps no list, so an empty one is tried."""
+    """Whether the package `gguf` can dequantise blocks of this type; it has no list of such types, so try a block."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -212,7 +212,7 @@ def _lazy(path: Path, info: _TensorInfo, start: int, file_size: int) -> LazyTens
         step = AT_ONCE // block
         for start in range(0, len(blocks), step):
             part = slice(start, start + step)
-            # As one row: the package goes through an array 16 rows at a time.
+            # In one row, since the package goes through an array only 16 rows at a time.
             numbers[part] = dequantize(blocks[part].reshape(1, -1), kind).reshape(-1, block)
         return numbers.reshape(info.shape)
 

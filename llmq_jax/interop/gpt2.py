@@ -10,9 +10,9 @@
 - `nanogpt`: the model of karpathy/nanoGPT. Its names are those of `hf`, its linear layers torch's (out, in). Built with
   `bias=False` it has no biases, neither in linear layers nor in norms.
 
-`book` and `original` keep queries, keys and values apart, without biases unless built with `qkv_bias=True`: absent
-biases are zeros here, and are written on export, which a model built with `qkv_bias=True` loads; so it is with all
-biases of `nanogpt`, and `bias=True`. These three have a head of their own even where it equals the embedding, and their
+`book` and `original` keep queries, keys and values apart, without biases unless built with `qkv_bias=True`. Absent
+biases become zeros here and are written on export, for a model built with `qkv_bias=True`. The same holds for all
+biases of `nanogpt`, and `bias=True`. These three layouts store a head even where it equals the embedding, and their
 masks are buffers.
 """
 
@@ -181,7 +181,7 @@ CONFIG = ConfigTable(
     },
     ignored=frozenset(
         {
-            "n_ctx",  # n_positions once more
+            "n_ctx",  # a second name of n_positions
             "reorder_and_upcast_attn",  # scores in float32, which ours always are
             # The pooling of GPT2DoubleHeadsModel.
             "summary_activation",
@@ -198,7 +198,7 @@ CONFIG = ConfigTable(
 def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of the config of weights that come without one; their shapes do not tell the number of heads."""
+    """Config fields of weights that come without a config; shapes do not tell the number of heads."""
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     positions, _ = shapes["params/position_embedding/embedding"]
     width = math.prod(shapes["params/{block}/mlp/up/kernel"]) // hidden_size

@@ -1,7 +1,8 @@
 """Hugging Face folders, read and written: config, generation config, weights and tokenizer together.
 
 What is read here is what transformers writes (`save_pretrained`), and what is written here is what it reads
-(`from_pretrained`), versions 4 and 5. A file of weights counts as the folder that it lies in, whatever else is there.
+(`from_pretrained`), versions 4 and 5. The path of a file of weights stands for its folder, but no other weights there
+are read.
 """
 
 import os
@@ -50,7 +51,7 @@ EXPORTED = (
     "tokenizer.json",
     *COMPANION_FILES,
 )
-"""All that an export may consist of."""
+"""Patterns of all files that an export may consist of."""
 TOKENIZER_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja")
 DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", *TOKENIZER_DOWNLOADED)
 DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
@@ -71,15 +72,15 @@ def is_hf(path: Path) -> bool:
 
 
 def open_weights(path: Path) -> TensorFiles:
-    """The tensors of such a file or folder, by name; of a folder that holds both, those of the safetensors."""
+    """The tensors of such a file or folder, by name; of a folder with both formats, those in safetensors."""
     return open_safetensors(path) if is_safetensors(path) else open_torch(path)
 
 
 def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = None) -> Contents:
     """Read a folder, or a file of weights, which may have its `config.json` beside it.
 
-    A given `config` takes the place of `config.json`; a dict changes fields of it or, where there is none, says what
-    the shapes of the weights do not tell.
+    A given `config` takes the place of `config.json`. A dict changes fields of it or, where there is none, gives the
+    fields that the shapes of the weights do not tell.
     """
     folder = path.parent if path.is_file() else path
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
@@ -139,10 +140,10 @@ def save_hf(
 
 
 def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
-    """(the token that a classifier's rows are padded with in transformers, those files of the tokenizer that must be
-    others for it to pad with just this one).
+    """(the id of the token with which transformers pads a classifier's rows, {file: content} of the tokenizer's files
+    that must change for it to pad with this token).
 
-    transformers reads the last token that is another: it must be one that ends no text.
+    transformers reads the logits at the last token that is not this one, so texts may not end with it.
     """
     files = None if lm.tokenizer is None else TokenizerFiles(lm.tokenizer.files(), lm.tokenizer.name)
     own = None if files is None else files.token_id(files.named_tokens().get("pad_token"))
@@ -187,8 +188,8 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False) -> Path:
 
 
 def download(name: str, *, tokenizer: bool = False) -> Path:
-    """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision"), or of what it has beside
-    weights, fetched unless it is there already. Nothing is fetched but weights, JSON and text: no program, and no
+    """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision") or, for a `tokenizer`, of its
+    files without weights, fetched unless it is there already. Only weights, JSON and text are fetched: no code, and no
     pickle where there are safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -196,7 +197,7 @@ def download(name: str, *, tokenizer: bool = False) -> Path:
     repository, _, revision = name.partition("@")
     wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None, "ignore_patterns": ["*/*"]}
     try:
-        # Patterns match across slashes; what stands in subfolders are other formats of the same weights.
+        # Patterns match across slashes; subfolders hold other formats of the same weights.
         folder = snapshot_download(**wanted, allow_patterns=list(TOKENIZER_DOWNLOADED if tokenizer else DOWNLOADED))
         weights = is_safetensors(Path(folder)) or (Path(folder) / "adapter_model.safetensors").is_file()
         if not (weights or tokenizer):
@@ -231,7 +232,7 @@ def download(name: str, *, tokenizer: bool = False) -> Path:
 
 
 def float_type(dtype: Any) -> np.dtype | None:
-    """A floating type from its name or any other form of it; None stays None."""
+    """A floating type from its name or any other form of it; None stays None. BadInput: any other type."""
     if dtype is None:
         return None
     known: np.dtype | None
@@ -245,7 +246,8 @@ def float_type(dtype: Any) -> np.dtype | None:
 
 
 def _stored_config(folder: Path, values: Mapping[str, Any], given: Any) -> Any:
-    """The config of `config.json`; None where there is none, or where it is not asked for and thus need not be ours."""
+    """The config of `config.json`; None where there is none, or where a whole config is given, so that it need not be
+    one that we can read."""
     if not values or not (given is None or isinstance(given, Mapping)):
         return None
     try:
@@ -257,10 +259,10 @@ def _stored_config(folder: Path, values: Mapping[str, Any], given: Any) -> Any:
 def _read_generation_config(
     folder: Path, values: Mapping[str, Any], config: Any, tokenizer: Tokenizer | None
 ) -> GenerationConfig:
-    """Special tokens from generation_config.json, where it is silent from config.json; the end token, where both are,
-    from the tokenizer.
+    """Special tokens from generation_config.json, else from config.json; the end token, if neither has it, from the
+    tokenizer.
 
-    transformers reads one of the two files, and without an end token in it writes on and on.
+    transformers reads only one of the two files, and without an end token in it never stops generating.
     """
     path = folder / GENERATION_CONFIG
     try:
@@ -276,7 +278,7 @@ def _read_generation_config(
 
 def check_target(folder: Path, overwrite: bool, needed: str = CONFIG, exported: Collection[str] = EXPORTED) -> None:
     """BadInput unless an export may go to a folder: a new or empty one or, with `overwrite`, an earlier export, which
-    has a file `needed` and none but `exported`."""
+    has a file `needed` and only files that match `exported`."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file; name a folder that does not exist")
     if not folder.exists() or not any(folder.iterdir()):

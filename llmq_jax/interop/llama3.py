@@ -3,10 +3,10 @@
 - `hf`: transformers' `LlamaForCausalLM`. Linear layers are torch's, stored (out, in). A tied head is not in the file.
   Files of `LlamaModel`, which has no head, leave out the prefix `model.`.
 - `original`: the model of the PyTorch repository that this project re-implements. Its head and its embedding are one
-  tensor under two names, its attention's output has a bias and nothing else does (with `attention_bias=True` the other
-  biases are zeros, as transformers needs them), and its feed-forward network's `lin1` is the gate, `lin_gate` the other
-  half. Tables of RoPE and the causal mask are buffers.
-- `gguf`: the names of llama.cpp. Rows of queries and keys stand in another order: within each head the two halves of
+  tensor under two names. Its only biases are those of the attention's output (with `attention_bias=True` the other
+  biases of attention are zeros, as transformers needs them). In its feed-forward network `lin1` is the gate, `lin_gate`
+  the other half. Tables of RoPE and the causal mask are buffers.
+- `gguf`: the names of llama.cpp. Rows of queries and keys are in another order: within each head the two halves of
   RoPE's pairs alternate, where transformers has one half after the other.
 """
 
@@ -32,7 +32,7 @@ from llmq_jax.models.llama3 import Llama3Config
 
 @dataclass(frozen=True)
 class AlternatingHalves(Transform):
-    """Another transform, for heads [..., H] whose features alternate between the two halves on their side."""
+    """A transform for heads [..., H] whose features, in their tensor, alternate between the two halves of RoPE."""
 
     @classmethod
     def over(cls, transform: Transform) -> "AlternatingHalves":
@@ -126,7 +126,7 @@ LAYOUTS = {
 
 
 def in_halves(table: WeightTable) -> WeightTable:
-    """The table with the rows of queries and keys as transformers has them: what llama.cpp does of other models."""
+    """The table with the rows of queries and keys in transformers' order, as in GGUF files of other architectures."""
     plain = (
         entry._replace(transform=Transform(entry.transform.merge, entry.transform.transposed)) for entry in table.rules
     )
@@ -134,19 +134,19 @@ def in_halves(table: WeightTable) -> WeightTable:
 
 
 def write_fields(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
-    """Sizes that transformers' Llama takes, written out."""
+    """The config.json with sizes written out. BadInput: a width that transformers' Llama does not take."""
     require_whole_heads(config)
     return write_sizes(config, values)
 
 
 def write_sizes(config: Llama3Config, values: dict[str, Any]) -> dict[str, Any]:
-    """Sizes written out, as transformers writes them: not all readers know what null stands for."""
+    """The config.json with sizes written out, as transformers does: not all readers know what null stands for."""
     sizes = {"num_key_value_heads": config.key_value_heads, "head_dim": config.head_width}
     return write_rope(config.rope, values | sizes, config.head_width)
 
 
 OWN = {"norm": ("rms_norm", KEEP), "experts": (None, KEEP), "attention_output_bias": (None, KEEP)}
-"""What transformers has in no model that is built as Llama."""
+"""Fields that transformers has in no model that is built like Llama, as in `ConfigTable.own`."""
 
 CONFIG = ConfigTable(
     config_class=Llama3Config,
@@ -166,7 +166,7 @@ CONFIG = ConfigTable(
 def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of the config of weights that come without one; their shapes do not tell the number of heads."""
+    """Config fields of weights that come without a config; shapes do not tell the number of heads."""
     return derive_sizes(shapes, layers, tied, given) | {
         "rms_norm_eps": 1e-5 if layout == "original" else Llama3Config.rms_norm_eps,
         "attention_output_bias": "params/{block}/attention/out/bias" in shapes,
@@ -176,7 +176,7 @@ def derive(
 
 
 def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shapes tell of any decoder with grouped-query attention."""
+    """The config fields that shapes tell of any decoder with grouped-query attention."""
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     queries, keys = (shapes[f"params/{{block}}/attention/{name}/kernel"][0] for name in ("query", "key"))
     head_dim = queries // given["num_attention_heads"]
@@ -192,6 +192,6 @@ def derive_sizes(shapes: Mapping[str, Shape], layers: int, tied: bool, given: Ma
 
 
 def gated_width(shapes: Mapping[str, Shape]) -> int:
-    """The width of a gated feed-forward network, of whose matrices the shapes tell."""
+    """The width of a gated feed-forward network, from the shapes of its matrices."""
     _, hidden_size = shapes["params/token_embedding/embedding"]
     return math.prod(shapes["params/{block}/mlp/gate/kernel"]) // hidden_size

@@ -2,8 +2,8 @@
 
     {"model": state dict, "model_args": {"n_layer": 6, "n_head": 6, ...}, "optimizer": ..., "iter_num": ..., ...}
 
-Source: karpathy/nanoGPT (`train.py`, `model.py`, `sample.py`). What it computes is GPT-2 with the exact GELU. A model
-with `bias=False` has biases nowhere, not in its norms either; here they are zeros, with which the outputs are the same.
+Source: karpathy/nanoGPT (`train.py`, `model.py`, `sample.py`). It computes GPT-2 with the exact GELU. A model with
+`bias=False` has no biases, not even in its norms; here they are zeros, which gives the same outputs.
 
 Such a file names no tokenizer. As in `sample.py`, the ids of a vocabulary as large as GPT-2's, or as that one padded to
 a multiple of 64, are taken for GPT-2's.
@@ -38,8 +38,8 @@ GPT2_VOCABULARIES = (50257, 50304)
 
 
 def is_nanogpt(path: Path) -> bool:
-    """Whether a path is a file of PyTorch's that holds `model_args`, or nanoGPT's `out_dir` with such a `ckpt.pt` and
-    without weights in Hugging Face's formats. BadInput: a damaged file, or no PyTorch."""
+    """Whether a path is a PyTorch file that holds `model_args`, or nanoGPT's `out_dir` with such a `ckpt.pt` and
+    without weights in Hugging Face's formats. BadInput: the file is damaged, or PyTorch is not installed."""
     if path.is_dir() and not is_hf(path):
         path = path / CHECKPOINT
     return path.is_file() and is_torch(path) and isinstance(saved_beside(path, MODEL_ARGS), Mapping)
@@ -48,12 +48,12 @@ def is_nanogpt(path: Path) -> bool:
 def read_nanogpt(path: Path, config: Any = None, dtype: Any = None) -> Contents:
     """Read such a file or folder; a given `config` takes the place of its `model_args`, a dict changes fields of it.
 
-    A tokenizer that lies in the same folder comes before GPT-2's.
+    A tokenizer in the same folder takes precedence over GPT-2's.
     """
     path = path / CHECKPOINT if path.is_dir() else path
     state = open_torch(path)
     try:
-        # A whole config is given for files whose model_args say what we do not know, too.
+        # With a whole config given, model_args may have entries that we do not know.
         needed = config is None or isinstance(config, Mapping)
         stored = config_from_model_args(saved_beside(path, MODEL_ARGS)) if needed else None
         config = resolve_config(config, stored, state, LAYOUT)
@@ -69,7 +69,7 @@ def read_nanogpt(path: Path, config: Any = None, dtype: Any = None) -> Contents:
 
 
 def config_from_model_args(values: Mapping[str, Any]) -> GPT2Config:
-    """The config of `model_args`. BadInput: an entry that is not nanoGPT's, a size that is lacking or no integer."""
+    """The config of `model_args`. BadInput: an entry that nanoGPT does not have, a size missing or not an integer."""
     unknown = next((name for name in values if name not in KNOWN), None)
     if unknown is not None:
         raise BadInput(f"{MODEL_ARGS} has {unknown!r:.100}, which nanoGPT has not; it has {', '.join(KNOWN)}")

@@ -1,11 +1,11 @@
-"""OpenAI's release of GPT-2, and what was fine-tuned from it: a TensorFlow checkpoint and four small files in a folder.
+"""OpenAI's release of GPT-2, and models fine-tuned from it: a folder with a TensorFlow checkpoint and small files.
 
     checkpoint                            names the newest of several checkpoints
     model.ckpt.index, model.ckpt.data-*   the weights (training scripts write `model-1000.index` and so on)
     hparams.json                          the config: n_vocab, n_ctx, n_embd, n_head, n_layer
     encoder.json, vocab.bpe               the tokenizer
 
-Source: openai/gpt-2 (`download_model.py`, `src/model.py`). What it computes is GPT-2 as transformers has it.
+Source: openai/gpt-2 (`download_model.py`, `src/model.py`). It computes the same as transformers' GPT-2.
 """
 
 import re
@@ -24,7 +24,7 @@ from llmq_jax.models.gpt2 import GPT2Config
 
 HPARAMS = "hparams.json"
 END_OF_TEXT = 50256
-"""Its number in GPT-2's vocabulary."""
+"""The id of `<|endoftext|>` in GPT-2's vocabulary."""
 LAYOUT = "openai"
 FIELDS = {
     "n_vocab": "vocab_size",
@@ -43,7 +43,7 @@ def is_openai(path: Path) -> bool:
 
 def read_openai(folder: Path, config: Any = None, dtype: Any = None) -> Contents:
     """Read a folder of OpenAI's; a given `config` takes the place of `hparams.json`, a dict changes fields of it."""
-    # A whole config is given for folders whose hparams.json says what we do not know, too.
+    # With a whole config given, hparams.json may have fields that we do not know.
     needed = config is None or isinstance(config, Mapping)
     stored = config_from_hparams(folder / HPARAMS) if needed and (folder / HPARAMS).is_file() else None
     index = checkpoint_index(folder)
@@ -81,7 +81,7 @@ def checkpoint_index(folder: Path) -> Path:
     newest = ""
     if (folder / "checkpoint").is_file():
         text = (folder / "checkpoint").read_text(encoding="utf-8", errors="replace")
-        # A path on the machine that trained; of the file only the name counts.
+        # A path on the machine that trained: only the name of the file counts.
         match = re.search(r'^model_checkpoint_path: "(?:.*[/\\])?([^/\\"]+)"', text, re.MULTILINE)
         newest = f"{match[1]}.index" if match else ""
     if newest not in found:
@@ -90,7 +90,8 @@ def checkpoint_index(folder: Path) -> Path:
 
 
 def _generation_config(tokenizer: Tokenizer | None, config: GPT2Config) -> GenerationConfig:
-    """One token ends and begins a text: the tokenizer's, or GPT-2's where it fits and there is no tokenizer."""
+    """The same token ends and begins a text: the tokenizer's or, without a tokenizer, GPT-2's; none if the vocabulary
+    does not have it."""
     end = END_OF_TEXT if tokenizer is None else tokenizer.end_of_text
     if end is None or end >= config.vocab_size:
         return GenerationConfig()

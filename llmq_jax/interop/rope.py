@@ -1,10 +1,10 @@
-"""RoPE in `config.json`: several spellings, old and new, read; transformers' newest written.
+"""RoPE in `config.json`: several spellings, old and new, are read; transformers' newest one is written.
 
 - new (transformers 5): `rope_parameters` {rope_type, rope_theta, factor, ...}
 - old: `rope_theta` beside `rope_scaling` {rope_type or type, factor, ...}, null where there is no scaling
 - either: `original_max_position_embeddings` may stand outside
 - where layers of two kinds differ (Gemma 3), new: `rope_parameters` {full_attention: {...}, sliding_attention: {...}};
-  old: all of the above for the one kind, `rope_local_base_freq` for the other, which is not scaled
+  old: the old spelling above for full attention, `rope_local_base_freq` for sliding attention, which is not scaled
 """
 
 import warnings
@@ -18,18 +18,18 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 ORIGINAL = "original_max_position_embeddings"
 WITHOUT_ORIGINAL = ("default", "linear", "dynamic")
-"""The types for which transformers passes it over. Of `dynamic` it takes max_position_embeddings to be the original."""
+"""The types for which transformers ignores ORIGINAL. For `dynamic` the original is max_position_embeddings."""
 NEUTRAL = {"finetuned": (True, False), "attn_factor": (1,), "extrapolation_factor": (1,)}
 """{parameter of YaRN's own code (jquesnelle/yarn): the values with which it changes nothing}."""
 WITHOUT_TYPE = ("rope_theta", "partial_rotary_factor", ORIGINAL)
-"""What may be said where nothing is scaled."""
+"""Parameters that may stand without a rope_type: they scale nothing."""
 
 
 def read_rope(values: Mapping[str, Any], updated: bool = False) -> dict[str, Any]:
-    """A config.json with all that it says of RoPE as one `rope_parameters`.
+    """A config.json with all its parameters of RoPE in one `rope_parameters`. BadInput for contradictions.
 
-    Where it has that and `rope_scaling` too, transformers reads the latter alone or, `updated`, updates the one by the
-    other.
+    Where it has both `rope_parameters` and `rope_scaling`, transformers reads the latter alone or, as `updated` says
+    for some models, updates the former by the latter.
     """
     values = dict(values)
     spellings = {name: values.pop(name, None) or {} for name in ("rope_parameters", "rope_scaling")}
@@ -52,7 +52,7 @@ def read_rope(values: Mapping[str, Any], updated: bool = False) -> dict[str, Any
             if value is None or value in NEUTRAL.get(key, ()):
                 continue
             known = merged.setdefault(key, value)
-            if known is not value and known != value:  # NaN is no other than itself
+            if known is not value and known != value:  # `is`, since NaN differs from itself
                 raise BadInput(f"{name} has {key}={value!r}, and {known!r} is said of it elsewhere; keep one")
     untyped = [key for key in merged if key not in WITHOUT_TYPE]
     if untyped and "rope_type" not in merged:
@@ -73,9 +73,10 @@ def read_rope(values: Mapping[str, Any], updated: bool = False) -> dict[str, Any
 
 
 def _warn_of_another_ratio(parameters: Mapping[str, Any], longest: Any) -> None:
-    """YaRN's factor beside lengths whose ratio is another, as transformers warns of it: the factor is what counts.
+    """Warn, as transformers does, if YaRN's factor is not the ratio of the two lengths: the factor is what counts.
 
-    The ratio is 1 where the longest context is that of training. Llama 3.2 has factor 32 and ratio 16 by intention.
+    A ratio of 1 is fine: the longest context is that of training. Other types than YaRN are not looked at: Llama 3.2
+    has factor 32 and ratio 16 by intention.
     """
     factor, trained = parameters.get("factor"), parameters.get(ORIGINAL)
     given: tuple[Any, ...] = (factor, trained, longest)
@@ -89,7 +90,8 @@ def _warn_of_another_ratio(parameters: Mapping[str, Any], longest: Any) -> None:
 
 
 def read_ropes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same where layers of two kinds differ: as `rope_parameters` (global layers) and `local_rope_parameters`."""
+    """As `read_rope`, where layers of two kinds differ: `rope_parameters` are those of global layers,
+    `local_rope_parameters` those of the others."""
     values = dict(values)
     by_kind = values.pop("rope_parameters", None) or {}
     if not isinstance(by_kind, dict):
@@ -106,7 +108,7 @@ def read_ropes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_rope(rope: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """A config.json with the rope of a config whose heads have `width` features."""
+    """A config.json with the RoPE of a config whose heads have `width` features."""
     exported = rope.exported(width)
     values = {**values, "rope_parameters": exported.to_dict()}
     if exported.rope_type == "dynamic":
@@ -115,7 +117,7 @@ def write_rope(rope: Rope, values: Mapping[str, Any], width: int) -> dict[str, A
 
 
 def write_ropes(rope: Rope, local: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The same where layers of two kinds differ."""
+    """As `write_rope`, where layers of two kinds differ."""
     of_full, of_sliding = (write_rope(each, values, width) for each in (rope, local))
     trained = [part["max_position_embeddings"] for part in (of_full, of_sliding)]
     if trained[0] != trained[1]:

@@ -1,6 +1,6 @@
 """safetensors files: one, or shards with an index, read tensor by tensor and written in shards.
 
-Files are read with pread, not mapped into memory: what has been read counts once, as the array it became.
+Files are read with pread, not mapped into memory: so what has been read takes memory once, as an array.
 """
 
 import json
@@ -74,7 +74,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
         raise BadInput(f'max_shard_size={max_shard_size!r} is no size; write "5GB" or "500MB"') from error
     for filename, names in split.filename_to_tensors.items():
         shard = {name: np.asarray(tensors[name]) for name in names}
-        # "pt" is what transformers requires; it says nothing about the numbers.
+        # transformers requires "pt"; it says nothing about the numbers.
         try:
             save_file(shard, folder / filename, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -113,7 +113,8 @@ def _lazy(path: Path, file: Any, name: str) -> LazyTensor:
 
 
 def _from_bytes(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of a file that has been opened, which checked its header: 8 bytes of its length, it, then the data."""
+    """A tensor from a file's bytes: 8 bytes for the length of the header, the header, the data. The header was checked
+    when the file was opened."""
     with path.open("rb") as file:
         entry = json.loads(file.read(int.from_bytes(file.read(8), "little")))[name]
         start, end = entry["data_offsets"]

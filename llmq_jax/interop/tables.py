@@ -8,8 +8,8 @@ Both directions follow from it, and all shapes from our own abstract tree. `{lay
 to the last, and `{block}` is where our tree keeps that layer's block; a rule holds in the layers whose block has the
 leaf, so that layers of several kinds share one table. `{expert}` runs over the experts that our leaf stacks. Where
 several of their tensors share one of our leaves, `at` says which part of it a rule fills. Nothing is guessed: every
-leaf must be filled, every key read or on the list of names to ignore, every shape right; all that is wrong is reported
-at once.
+leaf must be filled, every key read or on the list of names to ignore, every shape right. All faults are reported at
+once.
 """
 
 import functools
@@ -33,9 +33,9 @@ from llmq_jax.models import abstract_variables, all_layer_paths
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
 PARAMS = "params"
-"""The collection of what is trained."""
+"""The collection of trained parameters."""
 KEEP = "keep such a model in our own format (lq.save)"
-"""What to do with a model that another format has no place for."""
+"""The advice in errors about a model that another format cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Transform:
-    """Our tensor with some axes merged (`merge` gives the shape), then its last two swapped if so: that is theirs."""
+    """Their tensor is ours with some axes merged (`merge` gives the shape) and then, if `transposed`, the last two
+    swapped."""
 
     merge: Callable[[Shape], Shape]
     transposed: bool = False
@@ -91,7 +92,7 @@ convolution = Transform(lambda shape: (1, *_matrix(shape)))
 out_in = Transform(_matrix, transposed=True)
 """torch's Linear, (out, in), to our kernel [in, *out]."""
 experts_out_in = Transform(lambda shape: (shape[0], *_matrix(shape[1:])), transposed=True)
-"""The same of all experts in one tensor, (experts, out, in), to our kernel [experts, in, *out]."""
+"""The same for all experts in one tensor, (experts, out, in), to our kernel [experts, in, *out]."""
 
 
 class Rule(NamedTuple):
@@ -112,8 +113,8 @@ def rule(
 ) -> Rule:
     """Their `key` is our `collection`'s leaf at `path`, or the part `at` (an index) of that leaf, under `transform`.
 
-    Of a key with `{expert}` the part is one of an expert's. A file may have none of a table's optional tensors, which
-    then are zero; it may not have some of them.
+    For a key with `{expert}`, `at` is a part of one expert's slice. A file has either all of a table's optional tensors
+    or none, and then they are zero.
     """
     return Rule(key, f"{collection}/{path}", transform, at, optional)
 
@@ -123,7 +124,7 @@ SCORE = rule("score.weight", "score/kernel", out_in)
 
 
 class Placement(NamedTuple):
-    """A rule in one place: their tensor `key` is `leaf[slot]` of ours."""
+    """A rule applied to one layer and expert: their tensor `key` is `leaf[slot]` of our leaf at `path`."""
 
     key: str
     path: Path
@@ -147,26 +148,27 @@ class WeightTable:
     optional_prefix: str = ""
     """A prefix of their names that some files leave out."""
     tied: Mapping[str, str] = field(default_factory=dict)
-    """Names that, in a model which has no leaf of their own for them, may repeat another tensor."""
+    """{name of a tensor: name of the tensor that it may repeat}, in a model that has no leaf for the former."""
     writes_tied: bool = False
-    """Whether files of this layout hold such a tensor all the same, so that it is written."""
+    """Whether files of this layout hold tied tensors all the same, so that they are written."""
     within: Mapping[str, str] = field(default_factory=dict)
-    """{a prefix of our part's names in files of a larger model: what stands in its place in files of the part alone}"""
+    """{prefix of our part's names in files of a larger model: the prefix in files of the part alone}"""
     beside: tuple[str, ...] = ()
     """Prefixes of the names of that model's other parts, which are left out with a warning."""
     select: Callable[[Mapping[str, Any], Any], Mapping[str, Any]] = lambda state, config: state
-    """(a state, a config) to what of the state the config speaks of."""
+    """From (a state dict, a config), the tensors that the config describes."""
     spellings: tuple["WeightTable", ...] = ()
-    """Tables of other names that files of this layout may have instead, from the first tensor to the last; they are
-    read and never written."""
+    """Tables with other names for all tensors, which some files of this layout have; they are read and never
+    written."""
 
     def spelling(self, names: Iterable[str]) -> "WeightTable":
-        """Of this table and its other spellings the one that has most of these names."""
+        """This table or one of its other spellings, the one that knows most of these names."""
         names = tuple(names)
         return max((self, *self.spellings), key=lambda table: sum(map(table._knows, names)))
 
     def placements(self, config: Any, most: int | None = None) -> list[Placement]:
-        """The rules written out for a config: layer by layer, in a layer in the order of the rules, experts in turn.
+        """The rules written out for a config: layer by layer, within a layer in the order of the rules, expert by
+        expert.
 
         More than `most` are BadInput: a damaged config would make any number of them.
         """
@@ -220,7 +222,7 @@ class WeightTable:
         return variables
 
     def lazy_state_dict(self, variables: dict[str, Any], config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
-        """Our variables, or any tree of that structure, under their names; tensors are made when asked for.
+        """Our variables, or any tree of that structure, as a state dict; tensors are made when asked for.
 
         `dtype` is that of parameters, as in `from_state_dict`.
         """
@@ -238,7 +240,7 @@ class WeightTable:
             *_listed("missing", [_name(path) for path in expected if path not in leaves]),
             *_listed("without a place in this layout", [_name(path) for path in homeless]),
             *_listed("of another shape", wrong),
-            *([KEEP] if any(path in expected for path in homeless) else []),  # the model's own, not what strayed in
+            *([KEEP] if any(path in expected for path in homeless) else []),  # not for leaves foreign to the model
         ]
         if problems:
             raise BadInput(f"the variables do not fit {type(config).__name__}: {'; '.join(problems)}")
@@ -271,13 +273,13 @@ class WeightTable:
         return shapes, len(layers)
 
     def is_tied(self, state: Mapping[str, Any]) -> bool:
-        """Whether all tensors that may repeat another one do so, or are absent."""
+        """Whether every tensor that may repeat another one does so, or is absent."""
         prefix = "" if any(name.startswith(self.optional_prefix) for name in state) else self.optional_prefix
         pairs = [(key.removeprefix(prefix), source.removeprefix(prefix)) for key, source in self.tied.items()]
         return all(_equal(state, key, source) for key, source in pairs if key in state and source in state)
 
     def _own_part(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Of a larger model's state our part, under its own names; any other state as it is."""
+        """Our part of a larger model's state dict, under the part's own names; any other state dict unchanged."""
         if not self.within:
             return state
         others = [name for name in state if name.startswith(self.beside)]
@@ -321,7 +323,7 @@ class WeightTable:
         wanted = {placement.key: placement for placement in placements}
         duplicates = [name for name in state if name not in names.values()]
         others = [key for key in names if key not in wanted and key not in self.tied and not self._ignores(key)]
-        # A tensor without a number has nothing to be read: transformers makes some where there are no shared experts.
+        # An empty tensor has nothing to be read: transformers makes some where there are no shared experts.
         unread = [names[key] for key in others if math.prod(_tensor(state, names[key]).shape)]
         wrong = []
         for key, placement in wanted.items():
@@ -359,7 +361,8 @@ class WeightTable:
 def _expert_by_expert(
     entries: Iterable[Rule], leaves: Mapping[str, Any], layer: int, slot: tuple[Any, ...]
 ) -> Iterator[Placement]:
-    """Rules in a layer, which is `slot` of their leaves; neighbours with `{expert}` for one expert after the other."""
+    """Placements of rules in one layer, which is `slot` of their leaves. Consecutive rules with `{expert}` are placed
+    together, for one expert after the other."""
     for of_experts, neighbours in itertools.groupby(entries, lambda entry: "{expert}" in entry.key):
         run = tuple(neighbours)
         for expert in range(leaves[run[0].path].shape[len(slot)]) if of_experts else (0,):
@@ -392,7 +395,7 @@ def _pattern(key: str) -> re.Pattern[str]:
 
 
 def _matches(key: str, name: str) -> re.Match[str] | None:
-    """Whether a name is a rule's key, in any layer and of any expert."""
+    """The match of a name with a rule's key, for any layer and expert; None where it does not match."""
     return _pattern(key).fullmatch(name)
 
 
@@ -407,8 +410,8 @@ def _theirs(part: Placement, leaf: Any, dtype: Any) -> LazyTensor:
 
 
 def _widest(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """A stacked leaf has one type: the smallest that holds those of all its layers, and is for more than storage: what
-    is in 8 bits becomes bfloat16, which holds it exactly."""
+    """The type of a stacked leaf: the smallest that holds those of all its layers. Types of 8 bits, which are for
+    storage alone, count as bfloat16, which holds them exactly."""
     wide = (jnp.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype for dtype in dtypes)
     return functools.reduce(jnp.promote_types, wide)
 
@@ -422,7 +425,7 @@ def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def _check_sizes(leaves: Mapping[Path, Any]) -> None:
-    """Sizes that no memory holds are from a damaged config, and more than NumPy's shapes can say."""
+    """BadInput for sizes that no memory holds: they are from a damaged config, and NumPy may not take such shapes."""
     for path, leaf in leaves.items():
         if math.prod(leaf.shape) >= 2**48:
             raise BadInput(f"{_name(path)} would be {_shape(leaf)} by the config, which no memory holds")

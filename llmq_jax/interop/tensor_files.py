@@ -1,4 +1,4 @@
-"""What the readers of weight files share: one mapping over several files, indexes of shards, files that are broken."""
+"""What the readers of weight files share: one mapping over several files, indexes of shards, errors, JSON files."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class TensorFiles(Mapping[str, LazyTensor]):
 def open_shards(index: Path, suffix: str, read: Callable[[Path], Mapping[str, LazyTensor]]) -> TensorFiles:
     """The tensors of all files that transformers' `*.index.json` names; `read` opens one of them.
 
-    The index is held to its word: its files have that suffix and lie beside it, and each holds what it should.
+    BadInput unless the index is right: its files have that suffix and lie beside it, and each holds what it says.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -62,7 +62,7 @@ def open_shards(index: Path, suffix: str, read: Callable[[Path], Mapping[str, La
 
 
 def damaged(path: Path, kind: str, reason: object) -> BadInput:
-    """What to raise for a file that is not what it should be ("a safetensors file")."""
+    """The error to raise for a file that is not of the `kind` expected ("a safetensors file")."""
     with path.open("rb") as file:
         if file.read(20).startswith(b"version https://git"):
             return BadInput(f"{path}: is a Git LFS pointer; run `git lfs pull` in its folder")

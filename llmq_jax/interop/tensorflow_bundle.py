@@ -2,8 +2,8 @@
 
 A checkpoint is an index (`model.ckpt.index`) and the bytes of all tensors one after another, in one file or several
 (`model.ckpt.data-00000-of-00001`). The index is a sorted table in LevelDB's format [1]: blocks of entries from name to
-description, with names shortened by what they share with the name before, and one more block that says where the
-blocks are. A description is a protobuf message, `BundleEntryProto` [2]: type, shape, file, offset, size and checksum.
+description, in which each name omits the prefix that it shares with the one before, and one more block that says where
+the blocks are. A description is a protobuf message, `BundleEntryProto` [2]: type, shape, file, offset, size, checksum.
 
 Every block and every tensor carries a CRC-32C, and all are verified. Tensors are read one at a time, when asked for.
 
@@ -51,7 +51,7 @@ Message = dict[int, list[Any]]
 
 
 class Entry(NamedTuple):
-    """Where a tensor is, and what."""
+    """Type, shape and place of a tensor, and its checksum."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ def _lazy(file: Path, name: str, entry: Entry) -> LazyTensor:
 
 
 def _entry(index: Path, name: str, message: Message) -> Entry:
-    """A BundleEntryProto."""
+    """The entry in a message `BundleEntryProto`."""
     number = _number(message, 1)
     if number not in DTYPES:
         raise BadInput(f"{index}: {name} has the type {number} of TensorFlow's DataType, which is not supported")
@@ -130,14 +130,14 @@ def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """The entries of a block: checked, then undone of what each key shares with the one before."""
+    """The entries of a block, whose checksum is verified, with the shared prefixes of keys restored."""
     end = offset + size
     content, kind, checksum = file[offset:end], file[end : end + 1], file[end + 1 : end + 5]
     if len(checksum) < 4 or _checksum(content + kind) != int.from_bytes(checksum, "little"):
         raise ValueError(f"the checksum of the block at byte {offset} is wrong")
     if kind[0] != UNCOMPRESSED:
         raise ValueError(f"the block at byte {offset} is compressed, which is not supported")
-    # The block ends with positions at which keys are whole, for searching, and their number.
+    # The block ends with the positions at which keys are complete, for searching, and their number.
     restarts = int.from_bytes(content[-4:], "little")
     position, end, key = 0, len(content) - 4 * (restarts + 1), b""
     while position < end:
@@ -207,6 +207,7 @@ def _bytes(data: bytes, position: int, length: int) -> bytes:
 
 
 def _checksum(content: bytes) -> int:
-    """CRC-32C as TensorFlow stores it: rotated and shifted, since a checksum over data with a checksum is weak."""
+    """CRC-32C as TensorFlow stores it: rotated, and with a constant added, since the CRC of data that contains CRCs is
+    weak."""
     value: int = google_crc32c.value(content)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,10 +1,10 @@
 """PyTorch's own files: `pytorch_model.bin` (one, or shards with an index) and the `.pth` and `.pt` of training scripts.
 
 Such a file is a pickle, which can hold code to run. PyTorch's restricted reader (`weights_only=True`) builds nothing
-but tensors and plain containers, and what needs more is refused. Reading takes PyTorch, the extra `torch`.
+but tensors and plain containers; a file that needs more is refused. Reading takes PyTorch, the extra `torch`.
 
-Files are mapped into memory: a tensor's bytes are read when it is asked for, and those pages are the system's to take
-back. Files from before PyTorch 1.6 (2020) cannot be mapped and are read at once.
+Files are mapped into memory: a tensor's bytes are read when it is asked for, and the system may free those pages at any
+time. Files from before PyTorch 1.6 (2020) cannot be mapped and are read at once.
 """
 
 import re
@@ -26,11 +26,11 @@ SUFFIXES = (".bin", ".pth", ".pt")
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 """Where training scripts put the state dict when they save the optimizer's beside it."""
 COMPILED = "_orig_mod."
-"""What the names of a model begin with that `torch.compile` has wrapped."""
+"""The prefix of the names of a model that `torch.compile` has wrapped."""
 
 
 def is_torch(path: Path) -> bool:
-    """Whether a path is a file of PyTorch's by its name, or a folder with `pytorch_model.bin` or an index of shards."""
+    """Whether a path is a PyTorch file by its suffix, or a folder with `pytorch_model.bin` or an index of shards."""
     if path.is_file():
         return path.suffix in SUFFIXES
     return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
@@ -48,7 +48,7 @@ def open_torch(path: Path) -> TensorFiles:
 
 
 def saved_beside(path: Path, name: str) -> Any:
-    """What a training script saved by this name in the dict that holds the state dict too; None where there is none."""
+    """The entry `name` that a training script saved beside the state dict, in one dict; None where there is none."""
     content = _unpickle(path)
     return content.get(name) if isinstance(content, Mapping) else None
 
@@ -88,7 +88,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """PyTorch's complaint without its advice, which takes a page."""
+    """PyTorch's error message without its advice, which fills a page."""
     lines = str(error).rpartition("WeightsUnpickler error:")[2].split("\n")
     first = next((line for line in lines if line.strip()), type(error).__name__)
     return first.partition(". ")[0].strip()
