@@ -32,9 +32,9 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     """The model with fresh adapters in float32. `fields` are those of `LoRA`: rank, alpha, targets, layers, variant,
     use_rslora, dropout, ...
 
-    Matrices go by our names (query, mlp/up) or by transformers' (q_proj, mlp.up_proj), with the wildcards of shells. A
-    matrix W [D, F] gets A [D, R], drawn by the seed, and B [R, F], zeros, and becomes W + alpha/R A B (Hu et al. 2021,
-    arXiv:2106.09685, eq. 3); variants differ.
+    `targets` names matrices by our names (query, mlp/up) or by transformers' (q_proj, mlp.up_proj), with the wildcards
+    of shells. A matrix W [D, F] gets A [D, R], drawn by the seed, and B [R, F], zeros, and becomes W + alpha/R A B (Hu
+    et al. 2021, arXiv:2106.09685, eq. 3); variants differ.
 
     BadInput: the model has adapters already, a target or layer that it lacks, a rank above a matrix's, fields that
     contradict each other.
@@ -47,25 +47,25 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
 
 
 def merge(lm: LanguageModel) -> LanguageModel:
-    """The same model without adapters: they are added to their matrices, which keep their type. In bfloat16 that may
-    round a good part of a small update away. A model without adapters stays as it is."""
+    """The same model without adapters: their products are added to the matrices, which keep their type. In bfloat16
+    that may round away a good part of a small update. A model without adapters stays as it is."""
     return lm.replace(variables=low_rank.merge(low_rank.spread(lm.variables)))
 
 
 def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
-    """The way back, to rounding: the adapters of `adapted` are taken out of the matrices of `merged` and stand beside
-    them. BadInput for DoRA, whose merged matrices do not tell how long their columns were, and for matrices that
-    `merged` lacks."""
+    """The inverse of `merge`, up to rounding: the adapters of `adapted` are subtracted from the matrices of `merged`
+    and stand beside them. BadInput for DoRA, whose merged matrices no longer tell the norms of their columns, and for
+    matrices that `merged` lacks."""
     return merged.replace(variables=low_rank.unmerge(merged.variables, adapted.variables))
 
 
 def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageModel:
-    """The model with the adapters in a folder, or a hub id, of PEFT's; those that it had are left out.
+    """The model with the adapters of a PEFT folder or hub id, in place of any that it had.
 
-    A head or an embedding that PEFT keeps with them (`modules_to_save`) takes the place of the one that was there, and
-    so do a tokenizer and a `generation_config.json` beside them: they are what the adapters learned by. BadInput: no
-    adapter is there, it is damaged or of a kind that is not supported, or it is one of another base; a model that has
-    the embedding or the head of other adapters.
+    A head or an embedding that PEFT keeps with them (`modules_to_save`) replaces the model's own, and so do a tokenizer
+    and a `generation_config.json` beside them: the adapters were trained with these. BadInput: there is no adapter, it
+    is damaged or of a kind that is not supported, or it belongs to another base; the model has the embedding or the
+    head of other adapters.
     """
     path = find(folder)
     if not path.is_dir() or not is_adapter(path):
@@ -84,9 +84,9 @@ def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageM
 def load_with_base(
     folder: Path, layout: str = "hf", config: Any = None, dtype: Any = None, is_path: bool = True
 ) -> LanguageModel:
-    """The base that a folder of PEFT's names, with its adapters; see `load`. A model that lies in the folder itself is
-    the base whatever the name says, unless the folder is a copy of the hub's (`is_path` False), where what lies beside
-    adapters may hold them already: as in transformers."""
+    """The base that a PEFT folder names, with the folder's adapters; see `load`. As in transformers, a model in the
+    folder itself is the base whatever the name says, unless the folder is a copy from the hub (`is_path` False) that
+    names a base: there, weights beside adapters may have them merged already."""
     base, classes = base_of(folder)
     if (folder / CONFIG).is_file() and is_hf(folder) and (is_path or not base):
         lm = load_weights(folder, folder, layout, config, dtype)
@@ -102,8 +102,8 @@ def load_with_base(
 
 
 def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
-    """Trainers save the tokenizer beside the adapters: its chat template, say, is the one that they learned by, and its
-    end token ends what they say. Where a `generation_config.json` names the end tokens, it is these."""
+    """The model with the tokenizer that trainers save beside adapters: these were trained with its chat template. Its
+    end token ends a text as well; where a `generation_config.json` there names end tokens, only those do."""
     own = tokenizer_in(folder)
     if own is not None and own.vocab_size > lm.config.vocab_size:
         warnings.warn(
@@ -125,8 +125,8 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
 
 
 def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str = "", overwrite: bool = False) -> Path:
-    """Write the adapters as a folder that PEFT loads; `base` is the name that it remembers of the model without them.
-    Without a name only `load_adapter` loads it, and PEFT onto a base that it is given.
+    """Write the adapters as a folder that PEFT loads. `base`, a hub id or a path, names there the model without them.
+    Without it the folder is loaded by `load_adapter`, or by PEFT onto a base that it is given.
 
     The tokenizer, with its chat template, and `generation_config.json` go beside them. Returns the folder. What may be
     replaced is as in `save_hf`. BadInput: the model has no adapters, or one that PEFT has no form for.
@@ -136,5 +136,5 @@ def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str
 
 
 def base_variables(lm: LanguageModel) -> dict[str, Any]:
-    """Its variables without adapters."""
+    """The model's variables without adapters."""
     return {name: tree for name, tree in lm.variables.items() if name not in (LORA, low_rank.LORA_FIXED)}

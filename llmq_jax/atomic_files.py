@@ -25,8 +25,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class AppendedFile:
-    """A file that grows by whole pieces, each handed to the system at once. A piece for which there is no room is left
-    out as a whole, and waits to be written with the next one."""
+    """A file that grows by whole pieces, each handed to the system at once. A piece for which there is no room is not
+    written at all, and waits to be written with the next one."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -47,21 +47,21 @@ class AppendedFile:
         self._waiting = b""
 
     def cut(self, size: int) -> None:
-        """Drop what comes after so many bytes."""
+        """Keep only the first `size` bytes."""
         self._file.truncate(size)
 
     def cut_torn_line(self) -> None:
-        """Drop a last line without its end, which a kill has left so."""
+        """Drop a last line that lacks its line break, as a killed process leaves it."""
         self.cut(self.path.read_bytes().rfind(b"\n") + 1)
 
     def sync(self) -> None:
-        """Put everything on the disk, what waits too."""
+        """Put everything on the disk, including pieces that wait."""
         self.append()
         with naming(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """What waits is lost."""
+        """Close the file. Pieces that wait are lost."""
         self._file.close()
 
 
@@ -84,12 +84,12 @@ def sync_folder(folder: Path) -> None:
 
 
 FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
-"""What the system says where there is no room: on the disk, in the user's quota, in a file."""
+"""{error number: the system's message} where there is no room: on the disk, in the user's quota, in a file."""
 
 
 def full_disk(error: BaseException) -> str | None:
-    """Which of these the error says, and of which file, if it does. Libraries in other languages repeat the system's
-    words in errors of their own."""
+    """The message of FULL that an error has, with the file if that is known; None for other errors. Libraries in other
+    languages repeat the system's message in errors of their own."""
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{FULL[error.errno]}{where}" if error.errno in FULL else None
@@ -98,7 +98,7 @@ def full_disk(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of writing name the file, which the system does only where it cannot be opened."""
+    """Name the file in errors of writing it; the system names it only where it cannot be opened."""
     try:
         yield
     except OSError as error:

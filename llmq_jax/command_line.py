@@ -44,7 +44,7 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 KEPT_PROGRAMS_BYTES = 2**30  # beyond it, those that were not used for longest go
-DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # stands for it in what tyro prints
+DESCRIPTION = "DESCRIPTION OF THE COMMAND"  # its placeholder in what tyro prints
 SHORTEST_KEPT_SECONDS = 0.1  # of compilation: below, reading is no faster than compiling
 FILE = "options"  # the field that names a file of further options, in a dataclass that has it
 IDLE = "idle"  # in the metadata of a field: why its option would have no effect
@@ -56,7 +56,7 @@ WITHOUT_NAME = {
     "data": "a file by --data",
     "system": "messages are typed or come from standard input, and a system text is given by --system",
 }
-"""Where a value without an option's name may belong, by the fields that there are."""
+"""{field: advice for a value that is given without an option's name, where the command has this field}."""
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
@@ -102,7 +102,7 @@ def run(
         code = BAD_INPUT
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            # Whoever read us has left; the interpreter must not complain when it flushes what is left over.
+            # The reader of our output has gone; the interpreter must not complain when it flushes the rest.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = BROKEN_PIPE
         elif error.filename is not None:  # no permission, disk full, a folder where a file is needed, ...
@@ -121,23 +121,23 @@ _python_warning = warnings.formatwarning
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Warnings for whoever runs a command are one line, without the place in the code that those of developers have."""
+    """A UserWarning as one line, without the place in the code, which only developers need."""
     if category is UserWarning:
         return f"warning: {message}\n"
     return _python_warning(message, category, filename, lineno, line)
 
 
 def default_is(text: str, metavar: str | None = None) -> Any:
-    """For `Annotated[int | None, default_is("the model's")] = None`: what None stands for, in the help
-    text, or no value at all. `metavar` is what a value looks like there, where its type does not tell."""
+    """For `Annotated[int | None, default_is("the model's")] = None`: what the help text says in place of the default
+    None or "". `metavar` is how a value is shown there, where its type does not tell."""
     return tyro.conf.arg(
         metavar=metavar, help_behavior_hint=lambda value: f"(default: {text if value in ('None', '') else value})"
     )
 
 
 def no_option(why: str) -> Any:
-    """For a field of options that a command has no use for: it is None for good, and its option not in the help; who
-    gives it is told why it would have no effect."""
+    """For an inherited field that a command has no use for: it is always None, and its option is not in the help. If
+    the option is given, the error says why it would have no effect."""
     return dataclasses.field(default=None, init=False, metadata={IDLE: why})
 
 
@@ -260,7 +260,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
 
 
 def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
-    """{option: arguments} of the file that `--options` names, but for what the arguments give themselves."""
+    """{option: arguments} of the file that `--options` names, without the options that the arguments give."""
     kinds = {field.name: str | None for field in dataclasses.fields(options) if IDLE in field.metadata}
     kinds |= {field.name: hint for field, hint in _fields_and_hints(options)}
     given = _given(arguments)
@@ -292,7 +292,7 @@ def _parse(options: type, arguments: list[str], program: str, default: Any) -> A
             parsed = tyro.cli(
                 shown,
                 prog=program,
-                # tyro would join the lines of ours, and part paragraphs by its own rules.
+                # tyro would re-flow our description by its own rules.
                 description=DESCRIPTION,
                 args=arguments,
                 default=default,
@@ -307,10 +307,10 @@ def _parse(options: type, arguments: list[str], program: str, default: Any) -> A
 
 
 def _in_groups(options: type) -> type:
-    """A dataclass whose fields are dataclasses, one for each class that declares options, with these: tyro shows each
-    in a box of its own. That of `LoggingOptions` is headed "logging options", that of the command's own "options".
+    """A dataclass of dataclasses, one for the options that each class declares: tyro shows each in a box of its own.
+    The box of `LoggingOptions` is headed "logging options", that of the command's own class "options".
 
-    Their help texts are filled to the terminal's width: of our docstrings tyro would keep the line breaks.
+    Help texts lose the line breaks of our docstrings, so that tyro fills them to the terminal's width.
     """
     texts: dict[str, str | None] = {}
     declared_by: dict[str, type] = {}
@@ -343,18 +343,18 @@ def _grouped(shown: type, options: Any) -> Any:
 
 
 def _given_fields(options: type) -> list[dataclasses.Field[Any]]:
-    """Without those of `no_option`."""
+    """The fields whose options can be given: all but those of `no_option`."""
     return [field for field in dataclasses.fields(options) if field.init]
 
 
 def _fields_and_hints(options: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """The fields that can be given, and their annotations with what tyro reads in them."""
+    """The fields whose options can be given, and their annotations including tyro's."""
     hints = typing.get_type_hints(options, include_extras=True)
     return [(field, hints[field.name]) for field in _given_fields(options)]
 
 
 class _Caught(io.TextIOWrapper):
-    """What is said, in the colours and frames that standard output can show, where it goes in the end."""
+    """Catches what tyro prints, with the colours and frames that standard output supports, where it is shown later."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), encoding=sys.stdout.encoding)
@@ -369,9 +369,10 @@ class _Caught(io.TextIOWrapper):
 
 
 def _description(options: type) -> str:
-    """The docstring of the options, or that of their module: without one, a dataclass shows its signature.
+    """The docstring of the options' class or, where that is only the signature that a dataclass generates, that of its
+    module.
 
-    Prose is filled to the terminal's width; indented lines, which are commands, and lists are as they are.
+    Prose is filled to the terminal's width; indented lines, which are commands, and lists stay as they are.
     """
     own = options.__doc__ or ""
     of_module = sys.modules[options.__module__].__doc__ or ""
@@ -466,7 +467,7 @@ def _one_line(box: str, options: type, arguments: list[str], program: str) -> st
 
 
 def _in_order(options: type, name: str, choices: list[str]) -> list[str]:
-    """An option's choices in the order that it has them in: of one that may be None, tyro tells them in any."""
+    """An option's choices in the order of their declaration, which tyro loses where the option may be None."""
     hint = typing.get_type_hints(options).get(name.removeprefix("--").replace("-", "_"))
     declared = [value for part in (hint, *typing.get_args(hint)) for value in typing.get_args(part)]
     return [value for value in declared if value in choices] or choices

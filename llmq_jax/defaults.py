@@ -1,4 +1,4 @@
-"""How text is drawn unless someone says otherwise. The commands show it in their help, which does not wait for JAX."""
+"""Defaults for sampling text. They are here because the commands' help shows them, and must not wait for JAX."""
 
 TEMPERATURE = 0.8
 TOP_P = 0.95

@@ -12,7 +12,7 @@ class BadInput(ValueError):
     """Something the user gave cannot be used.
 
     The message is one line: what is wrong, where, and what to do about it. Commands print it and exit with code 2.
-    Whatever it quotes from a file, it breaks no line and tells a terminal nothing.
+    Whatever it quotes from a file, the message has no line breaks and no control characters for a terminal.
     """
 
     def __init__(self, message: str):
@@ -23,13 +23,13 @@ def _printable(character: str) -> str:
     return character if is_text(character) else " " if character.isspace() else "\ufffd"
 
 
-# What turns the order of the text around it, and what is behind it with it.
+# Controls that change the direction of the text after them, beyond the quoted text too.
 _TURNING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def is_text(character: str) -> bool:
-    """Whether a terminal shows the character, or joins, parts or breaks words by it (as scripts and emoji need), and
-    does nothing else."""
+    """Whether a terminal only shows the character, or joins, separates or breaks words at it (as scripts and emoji
+    need)."""
     kind = unicodedata.category(character)
     return character.isprintable() or kind == "Zs" or (kind == "Cf" and character not in _TURNING)
 
@@ -42,8 +42,8 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names that are most like this one, at most `count`, the nearest first; often none. Those that it begins
-    are nearest: `prompts` is more like `max_prompt` by its letters, and means `prompts_per_step`."""
+    """The known names that are most like this one, at most `count`, the nearest first; often none. Names that begin
+    with it come first: `prompts` means `prompts_per_step`, though `max_prompt` is closer by its letters."""
     known = list(known)
     begun = sorted((each for each in known if len(name) > 2 and each.startswith(name)), key=len)
     return list(dict.fromkeys([*begun, *difflib.get_close_matches(name, known, n=count, cutoff=0.6)]))[:count]

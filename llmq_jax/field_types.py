@@ -1,4 +1,4 @@
-"""Values from JSON, and of Python's callers, against the annotations of dataclass fields."""
+"""Checks of values, from JSON or from callers in Python, against the annotations of dataclass fields."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from llmq_jax.errors import BadInput, did_you_mean
 T = TypeVar("T")
 
 LARGEST_FLOAT = 2**1023
-"""Integers below it can be made floats."""
+"""Integers below it can be converted to floats."""
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -64,8 +64,8 @@ PLAIN = (int, float, bool, str, type(None))
 
 
 def check_fields(instance: Any) -> None:
-    """BadInput for a field of a dataclass being made that is a number, a switch or a text by its annotation and not by
-    its value. Scalars of NumPy and JAX become Python's. Fields of other types are left to whoever reads them."""
+    """For `__post_init__`: BadInput for a field that by its annotation is a number, a bool or a string, but has a value
+    of another type. Scalars of NumPy and JAX become Python's. Fields of other types are not checked."""
     kind: Any = type(instance)
     for name, hint in _plain_hints(kind).items():
         value = scalar(getattr(instance, name))
@@ -77,7 +77,7 @@ def check_fields(instance: Any) -> None:
 @functools.cache
 def _plain_hints(kind: Any) -> dict[str, Any]:
     hints = {field.name: field.type for field in dataclasses.fields(kind)}
-    with contextlib.suppress(NameError):  # of a type that is there for type checkers alone
+    with contextlib.suppress(NameError):  # for a type that is imported for type checkers alone
         hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name in hints}
     return {name: hint for name, hint in hints.items() if set(_options(hint)) <= set(PLAIN)}
 
@@ -88,7 +88,7 @@ def scalar(value: Any) -> Any:
 
 
 def whole(value: Any, name: str) -> int:
-    """An integer, Python's or any other. BadInput for what is none, by this name."""
+    """The value as Python's integer, from an integer of any kind. BadInput, which names `name`, for anything else."""
     try:
         return operator.index(scalar(value))
     except TypeError:

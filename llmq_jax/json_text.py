@@ -1,4 +1,4 @@
-"""JSON from files of others, whose every fault is a ValueError."""
+"""JSON from other people's files, in which every fault is a ValueError."""
 
 import json
 from typing import Any

@@ -212,9 +212,9 @@ class LanguageModel:
         positions: Integers | None = None,
         segment_ids: Integers | None = None,
     ) -> tuple[Float[Array, "B _ V"], ...]:
-        """What the modules of multi-token prediction say: of the k-th, for k from 1 on, logits [B, T - k, V] in
-        float32, at place i those of token i + k + 1 (DeepSeek-V3, arXiv:2412.19437, section 2.2). Arguments as in
-        `logits`, which is that of k = 0. BadInput: as there, a model without modules, or rows too short for them."""
+        """Logits of the modules of multi-token prediction: those of the k-th, k = 1, 2, ..., are [B, T - k, V] in
+        float32, and at position i predict token i + k + 1 (DeepSeek-V3, arXiv:2412.19437, section 2.2). Arguments as in
+        `logits`, which is k = 0. BadInput: as there, a model without modules, or rows too short for them."""
         self.require_language_model("this model")
         depth = getattr(self.config, "num_nextn_predict_layers", 0)
         if not depth:
@@ -232,9 +232,9 @@ class LanguageModel:
         positions: Integers | None = None,
         segment_ids: Integers | None = None,
     ) -> Float[Array, "B C"] | Float[np.ndarray, "B C"]:
-        """Logits of a classifier's classes for each row, in float32: those of its last real token, wherever the padding
-        stands: [B, C], C the number of labels. Arguments as in `logits`, or one text or several, as `class_tokens` and
-        `classify_rows` take them. BadInput: as there, a language model, an empty text, several documents in a row."""
+        """Logits [B, C] of a classifier's C classes for each row, in float32, at the row's last real token, wherever
+        its padding is. Arguments as in `logits`, or one text or several, which `class_tokens` and `classify_rows` then
+        take. BadInput: as there, a language model, an empty text, several documents in a row."""
         self.require_labels("this model")
         if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "UO":
             tokens = tokens.tolist()
@@ -255,11 +255,11 @@ class LanguageModel:
         return logits
 
     def class_tokens(self, texts: Sequence[Any], longest: int | None = None) -> tuple[list[list[int]], int]:
-        """(texts as a classifier reads them, how many were cut to `longest` tokens): with whatever tokens the
-        tokenizer's own template adds, as transformers gives them to the exported model. These are never cut off: what
-        goes is the end of the text itself.
+        """(token ids of texts for a classifier, how many were cut to `longest` tokens). The ids include the tokens that
+        the tokenizer's own template adds, as in transformers with the exported model. Those are never cut off, only the
+        end of the text itself.
 
-        Special tokens that a text spells out are text, and no tokens; transformers takes them for the tokens.
+        Special tokens that a text spells out stay text; transformers would make them tokens.
         """
         tokenizer = self.require_tokenizer("this model")
         rows, cut = [], 0
@@ -281,9 +281,10 @@ class LanguageModel:
         batch_size: int = 16,
         watch: Callable[[Sequence[list[int]]], Iterable[list[int]]] = iter,
     ) -> Float[np.ndarray, "B C"]:
-        """`classify` of rows of any number and length, `batch_size` of similar length at a time, which changes nothing.
+        """`classify` for any number of rows of any length, `batch_size` of similar length at a time. The batches do not
+        change the results.
 
-        `watch` is handed the batches, as lists of places, and passes them on: to show how far it has come.
+        `watch` is given the batches, as lists of row indices, and yields them again: it may show the progress.
         """
         labels, longest = self.require_labels("this model"), self.config.max_position_embeddings
         if batch_size < 1:
@@ -339,7 +340,7 @@ class LanguageModel:
 
 
 def _shortened(row: list[int], content: list[int], longest: int) -> list[int]:
-    """A row of at most `longest` tokens: its content is cut, and what a template put around it stays."""
+    """A row of at most `longest` tokens: its content is cut, and the tokens that a template put around it stay."""
     added = len(row) - len(content)
     if added >= longest:
         raise BadInput(
@@ -350,11 +351,11 @@ def _shortened(row: list[int], content: list[int], longest: int) -> list[int]:
 
 
 def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> LanguageModel:
-    """The model with a fresh head that tells these classes apart, in place of its own head and its modules of
-    multi-token prediction; all else as it is. One label is a scalar head, as reward models have.
+    """The model with a fresh classifier head for these classes in place of its own head and its modules of multi-token
+    prediction; all else stays. One label gives a scalar head, as reward models have.
 
-    The head's kernel [D, C] is drawn by the seed, normal with the config's `initializer_range`. BadInput for labels
-    that are none, alike, empty or no strings.
+    The head's kernel [D, C] is drawn by the seed, normal with the config's `initializer_range` as its standard
+    deviation. BadInput: there are no labels, or they are not different, non-empty strings.
     """
     if not isinstance(labels, Iterable):
         raise BadInput(f'labels={labels!r} must be the names of the classes, as ("ham", "spam")')
@@ -375,7 +376,8 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
 
 
 def differing_weight(variables: dict[str, Any], config: Any, others: bool = False) -> str | None:
-    """How the first weight that does not fit a config differs; None where all fit. `others` may be there besides."""
+    """How the first weight that does not fit a config differs; None where all fit. With `others`, weights that the
+    config does not have are accepted."""
     own = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), own))
     for name in sorted(expected.keys() | (set() if others else found.keys())):
@@ -390,7 +392,7 @@ def _apply(
     model: Decoder, variables: dict[str, Any], tokens: Any, positions: Any, segment_ids: Any, method: str | None
 ) -> Any:
     output = model.apply(variables, tokens, positions, segment_ids, method=method)
-    return replicated(output) if method == "classify" else output  # a few numbers a text, for whoever asks
+    return replicated(output) if method == "classify" else output  # small, so that every process has all of it
 
 
 def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -410,7 +412,8 @@ def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | N
 
 
 def _check_order(positions: np.ndarray, segment_ids: np.ndarray) -> None:
-    """Attention skips the keys that stand after a query in its row: they must not come before it by position."""
+    """BadInput for positions that fall within a document: attention skips the keys after a query in its row, so these
+    must not be before it by position."""
     together = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     falls = np.argwhere(together & (np.diff(positions, axis=1) < 0))
     if len(falls):

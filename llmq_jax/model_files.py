@@ -1,4 +1,4 @@
-"""A model's files: what `load` reads, of whatever format, and what `save` writes."""
+"""A model's files: `load` reads any of the formats, `save` writes our own."""
 
 import contextlib
 import os
@@ -38,12 +38,12 @@ def load(
 
     Parameters keep the file's type unless `dtype` is given ("float32", "bfloat16", ...). `layout` names the layout of
     the weights in a folder or file: "hf", for GPT-2 also "book", "original" and "nanogpt". `config` takes the place of
-    the one stored with the weights. A dict changes just some of its fields; for weights that come without one it says
-    what their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
+    the one stored with the weights. A dict changes just some of its fields; for weights that come without one it gives
+    the fields that their shapes do not tell: `load("gpt2.pth", layout="book", config={"num_attention_heads": 12})`.
 
-    A folder of PEFT's is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The
-    variables are divided over `mesh`, a text as "fsdp=4,tensor=2" or of `training.make_mesh`, else over the one that
-    is set, if one is.
+    A PEFT folder is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The variables
+    are sharded over `mesh` (a text such as "fsdp=4,tensor=2", or the result of `training.make_mesh`), else over the
+    mesh that is set, if one is.
 
     BadInput, which names the file: there is no model, it is damaged, an architecture or a field that changes the
     computation is not supported, or weights and config do not fit each other.
@@ -79,7 +79,7 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
 def load_weights(
     path: str | os.PathLike[str], source: Path, layout: str = "hf", config: Any = None, dtype: Any = None
 ) -> LanguageModel:
-    """`load` of what is neither a checkpoint of ours nor an adapter; `path` is how it was called."""
+    """`load` for anything but a checkpoint of ours or an adapter; `path` is the name that the user gave."""
     dtype = float_type(dtype)
     if is_nanogpt(source):
         if layout not in ("hf", NANOGPT):
@@ -107,7 +107,7 @@ def load_weights(
 
 
 def has_config(source: Path) -> bool:
-    """Whether a config comes with the weights there; where none does, `load` may have to be told."""
+    """Whether a config comes with the weights at `source`; without one `load` may need its `config`."""
     from llmq_jax.training.checkpoints import find_checkpoint
 
     folder = source.parent if source.is_file() else source
@@ -135,7 +135,7 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The tokenizer's files and `generation_config.json`: what a checkpoint keeps for text, as its tokenizer."""
+    """The tokenizer's files and `generation_config.json`, which a checkpoint stores together as its tokenizer."""
 
     tokenizer: Tokenizer | None
     generation: GenerationConfig
@@ -147,7 +147,7 @@ class TextFiles:
 
     @classmethod
     def read(cls, folder: Path, name: str) -> "TextFiles":
-        """`name` is for a tokenizer that has none. Without a generation config its end-of-text token ends texts."""
+        """`name` names the tokenizer. Without a generation config, its end-of-text token ends texts."""
         tokenizer = tokenizer_in(folder, name)
         if (folder / GENERATION_CONFIG).is_file():
             return cls(tokenizer, GenerationConfig.from_hf(read_json(folder / GENERATION_CONFIG)))

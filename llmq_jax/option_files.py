@@ -5,8 +5,8 @@
     betas: [0.9, 0.99]
     separate_documents: true
 
-A value is the text that would stand behind the option: what YAML itself would read is not asked, which takes 10:15 for
-the number 615, and 3e-4 for no number. JSON is YAML.
+A value is the text that would follow the option on the command line. YAML's own reading of it is not used: that takes
+10:15 for the number 615, and 3e-4 for text. JSON is YAML too.
 """
 
 import re
@@ -27,10 +27,10 @@ TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
 def read_options(path: str, kinds: dict[str, Any], given: Iterable[str]) -> dict[str, list[str]]:
-    """{field: arguments that give its option} of a file, without those of `given`; one that is null has none.
+    """{field: arguments that give its option} of a file, without the fields of `given` and those that are null.
 
-    `kinds` are the annotations of the fields that there are. BadInput, with the line: not YAML, no such option, one
-    that stands twice, or a value of another shape.
+    `kinds` are the annotations of the command's fields. BadInput, with the line: not YAML, no such option, an option
+    that occurs twice, or a value of another shape.
     """
     found: dict[str, list[str]] = {}
     for key, value in _entries(path):

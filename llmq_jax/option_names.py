@@ -1,7 +1,7 @@
-"""What options are called elsewhere, so that who types such a name is told ours.
+"""The names of options in other programs, so that a user who types one is told ours.
 
-The names are those of nanoGPT's config, of transformers' and TRL's arguments, and of their configs of models; what
-differs in meaning is in docs/from_trl.md.
+The names are those of nanoGPT's config, of transformers' and TRL's arguments, and of their configs of models.
+docs/from_trl.md says where meanings differ.
 """
 
 from collections.abc import Callable, Collection
@@ -68,15 +68,15 @@ OURS = {
     "mask_truncated": ("mask_truncated_completions",),
     "entropy_coefficient": ("entropy_coef",),
 }
-"""Names elsewhere, by the field that our options have for it."""
+"""{our field: its names in other programs}."""
 
 RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
-"""What has no option: the same command again resumes a run."""
+"""Names for which we have no option: the same command again resumes a run."""
 
 
 def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = str) -> str:
-    """What an unknown option was meant to be, by what it is called elsewhere or else by its letters; "" where nothing
-    is near. `shown` spells a field."""
+    """A hint at what an unknown option was meant to be, by the names in other programs or else by its spelling; ""
+    where nothing is near. `shown` spells a field."""
     elsewhere = name.removeprefix("--").replace("-", "_")
     if elsewhere in RESUMING and "out" in fields:
         return "the same command again resumes a run"

@@ -1,9 +1,9 @@
-r"""Rewards that a rule can check: what reinforcement learning learns from where no reward model is needed.
+r"""Rewards that a rule can compute, for reinforcement learning without a reward model.
 
-A reward function is called as `f(prompts=..., completions=..., **columns)`, all of them lists with one entry a
+A reward function is called as `f(prompts=..., completions=..., **columns)`, all of them lists with one entry per
 completion; `columns` are those of the data, by name: a function names what it needs and leaves the others to `**_`. It
-returns a list of numbers, with None where it has nothing to say about a completion. TRL's functions of texts have the
-same form.
+returns a list of numbers, with None where it has no reward for a completion. TRL's functions of texts have the same
+form.
 """
 
 import importlib.util
@@ -50,10 +50,10 @@ def numeric_answer(
 ) -> list[float | None]:
     r"""1 where the completion's final number is that of the column `answer`, else 0; None where that holds no number.
 
-    The final number of a text is the one that its last mark tells: "#### 1,234" (the form of GSM8K, whose `answer` ends
-    so), <answer>...</answer> or \boxed{...}, of which the last number counts; a mark without a number is no answer. A
-    text without marks answers with its last number. Thousands' commas, $, %, a leading +, a trailing dot and powers of
-    units (m^2) do not matter; 3.0 is 3, 1.5e3 is 1500, and 3/4 and \frac{3}{4} are 0.75.
+    The final number of a text is the last one in its last mark: "#### 1,234" (the form of GSM8K, whose `answer` ends
+    so), <answer>...</answer> or \boxed{...}; a mark without a number is no answer. The final number of a text without
+    marks is its last number. Thousands' commas, $, %, a leading +, a trailing dot and powers of units (m^2) do not
+    matter; 3.0 is 3, 1.5e3 is 1500, and 3/4 and \frac{3}{4} are 0.75.
     """
     rewards = []
     for completion, reference in zip(completions, answer, strict=True):
@@ -63,7 +63,7 @@ def numeric_answer(
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that a text arrives at, as `numeric_answer` tells; None where there is none."""
+    """The final number of a text, as `numeric_answer` defines it; None where there is none."""
     text = _THOUSANDS.sub(",", text)
     region = _region(text)
     values = _VALUES.findall(_POWER.sub("", region)) or _VALUES.findall(region)
@@ -71,7 +71,8 @@ def final_number(text: str) -> Fraction | None:
 
 
 def _region(text: str) -> str:
-    """What the last mark of a text marks, all where there is none. A numbered heading is none: "#### 1. First"."""
+    """The part of a text that its last mark marks; the whole text where it has no mark. A numbered heading
+    ("#### 1. First") is no mark."""
     headings, region = 0, text
     for mark in _MARKED.finditer(text):
         if mark[1] is not None and mark[1] == str(headings + 1) and _TITLE.match(text, mark.end()):
@@ -83,7 +84,7 @@ def _region(text: str) -> str:
 
 def _exact(value: str) -> Fraction | None:
     plain = value.replace(",", "").replace("$", "").replace("−", "-")
-    # By way of Decimal, which takes as many digits as there are.
+    # By way of Decimal, which keeps all digits.
     numbers = [Fraction(Decimal(number)) for number in _NUMBERS.findall(plain)]
     if len(numbers) == 1:
         return numbers[0]
@@ -114,7 +115,7 @@ def exact_answer(
 
 
 def final_answer(text: str) -> str:
-    """The answer that a text arrives at, as `exact_answer` tells; empty where there is none."""
+    """The final answer of a text, as `exact_answer` defines it; "" where there is none."""
     text = text.rpartition(_TAGS[1])[2].strip()
     marks = [mark[mark.lastindex or 0] for mark in re.finditer(_GIVEN, text)]
     if marks:
@@ -264,8 +265,8 @@ class Rewards:
                 raise BadInput(f"the weight of the reward {name!r} is {weight}; give a finite number")
 
     def check_columns(self, names: Collection[str]) -> None:
-        """BadInput, before anything is answered, for a function that needs a column which is none of these, or takes
-        less than it is given."""
+        """BadInput, before any prompt is answered, for a function that needs a column not among these, or does not take
+        all that it is given."""
         given = ("prompts", "completions", *names)
         for reward, function in zip(self.names, self.functions, strict=True):
             needed, taken = _arguments(function)
@@ -292,8 +293,8 @@ class Rewards:
 
         Where a function returned None its reward is nan, and it has no part in the sum. Raises BadInput, with the name
         of the function, for one that fails or does not return a finite number or None for each completion, and for a
-        completion that no function had anything to say about: 0 would be as good as any other reward. With `alone`
-        False, where something else has a reward for each completion, the sum is 0 there.
+        completion for which every function returned None: any reward, 0 too, would be made up. With `alone` False,
+        where something else gives every completion a reward, the sum is 0 there.
         """
         self.check_columns(columns)
         values = {
@@ -313,7 +314,7 @@ class Rewards:
 
 
 def _arguments(function: RewardFunction) -> tuple[set[str], set[str] | None]:
-    """(the names of arguments that a function must be given, all that it takes; None where these are any)."""
+    """(the names of arguments that a function must be given, all that it takes or None where it takes any)."""
     try:
         arguments = inspect.signature(function, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):  # one written in C may not tell

@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's, wherever they were read from."""
+"""A digest of a model's weights, to tell them from another model's, whatever files they were read from."""
 
 import hashlib
 from typing import Any
@@ -9,7 +9,7 @@ from llmq_jax.layers.axes import on_host
 
 
 def weight_digest(variables: dict[str, Any]) -> str:
-    """SHA-256 of all numbers, in the type that they are held in. On a mesh of several processes all must ask."""
+    """SHA-256 of all numbers, in the type that they have in memory. On a mesh of several processes all must call it."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(variables):
         digest.update(on_host(leaf).tobytes())

@@ -1,4 +1,4 @@
-"""The weights of one model in another: what an idea leaves alone starts as it was learned, and the rest afresh."""
+"""The weights of one model in another: the parts that a new idea leaves alone start trained, the others fresh."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -35,15 +35,15 @@ def with_config(
     renamed: Callable[[str], str] = lambda name: name,
     seed: int = 0,
 ) -> LanguageModel:
-    """The model of another config, which may be one of your own, with the weights of this one: how a model that has
-    learned takes up a new idea. Tokenizer and end tokens stay.
+    """The model of another config, which may be one of your own, with the weights of this one: how a trained model
+    takes up a new idea. Tokenizer and end tokens stay.
 
-    Weights have names that count layers through, in whatever groups they are: "token_embedding/embedding",
-    "layers/3/qkv/kernel". What both models have in one shape is taken over. All else must be named, by patterns in
-    which * stands for anything: in `fresh` what is to be drawn as `init` draws it, by `seed` (what the new model alone
-    has, or shall not take over); in `unused`, by the old names, what the new model has no place for. Where a block of
-    yours has other modules, or layers in another order, `renamed` tells of each name in the new model the one in this
-    model: of two the same, to have a layer twice.
+    The names of weights number the layers from 0, across all groups: "token_embedding/embedding",
+    "layers/3/qkv/kernel". Weights that both models have in the same shape are taken over. All others must be named, by
+    patterns in which * stands for anything: in `fresh` those that are to be drawn as `init` does, by `seed` (because
+    only the new model has them, or to replace trained ones); in `unused`, by their old names, those that the new model
+    has no place for. Where your block has other modules, or layers in another order, `renamed` maps each name in the
+    new model to the one in this model; two may map to the same one, to have a layer twice.
 
     BadInput, which names them: weights that differ and are not named, a pattern without a match, adapters (merge them
     first).
@@ -122,7 +122,8 @@ def _check(
     of_other_shapes: Mapping[str, tuple[int, ...]],
     without_place: Sequence[str],
 ) -> None:
-    """BadInput for weights that are to be neither taken over nor drawn, and for those that would be lost."""
+    """BadInput for weights of the new model that are neither taken over nor drawn, and for old ones that would be
+    lost."""
     faults = []
     if missing := [name for name in unknown if name not in of_other_shapes]:
         faults.append(f"the model has no {_shown(missing)}")

@@ -11,10 +11,10 @@ from pathlib import Path
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which then takes the place of `folder`, whether that exists or not.
 
-    Where filling it or taking the place fails, everything is as it was before. `folder` is resolved: a link would be
-    replaced, not what it leads to.
+    If filling or replacing fails, everything is as before. `folder` must be resolved: a link would be replaced, not
+    what it leads to.
     """
-    mark = secrets.token_hex(4)  # in containers, process numbers come again, and what a killed one left is there
+    mark = secrets.token_hex(4)  # no process id: in containers these recur, and a killed process leaves its folder
     partial = folder.with_name(f".{folder.name}.partial-{mark}")
     earlier = folder.with_name(f".{folder.name}.earlier-{mark}")
     partial.mkdir(parents=True)
