@@ -1,4 +1,4 @@
-"""Which model adapters belong to: what their run began with, by the name that others find it under."""
+"""The base of adapters: the model that their run began with, by a name under which others find it."""
 
 import shlex
 from pathlib import Path
@@ -8,21 +8,21 @@ PATH_ENDINGS = (".gguf", ".safetensors", ".bin", ".pth")
 
 
 class Base(NamedTuple):
-    """What is known of it."""
+    """What is known of a base."""
 
     name: str
-    """For adapter_config.json: a hub id or a whole path; "" where none can be given."""
+    """For adapter_config.json: a hub id or an absolute path; "" where none can be given."""
     said: str
-    """One line on it."""
+    """One line about it, for the user."""
     for_peft: bool
-    """Whether transformers loads it, and so PEFT."""
+    """Whether transformers, and so PEFT, loads it."""
 
 
 def found_base(source: str) -> Base:
-    """The base of the adapters in a run, a checkpoint or a folder of PEFT's.
+    """The base of the adapters in a run, a checkpoint or a PEFT folder.
 
-    A path is made whole: one that is relative would mean another place wherever else it is read. A run that went on
-    with the adapters of another one has the base of that.
+    A path is made absolute: a relative one would mean another place where it is read elsewhere. A run that continued
+    the adapters of another run has that run's base.
     """
     from llmq_jax.interop.huggingface import find
 
@@ -62,9 +62,9 @@ def of_path(path: Path) -> Base:
 
 
 def given_base(name: str) -> Base:
-    """The one of --base, as it stands there."""
+    """The base that --base names, under that very name."""
     path = Path(name).expanduser()
-    if path.exists() and has_adapters(path):  # written as a whole model it would have them in its weights
+    if path.exists() and has_adapters(path):  # exported as a whole model it would have them in its weights
         return Base(
             name, f"base: {name}, which loads here alone, without its own adapters; name what it began with", False
         )
@@ -73,7 +73,7 @@ def given_base(name: str) -> Base:
 
 
 def began_with(path: Path) -> str | None:
-    """What a run says that it began with, or an adapter of PEFT's that it belongs to; None for anything else."""
+    """The model that a run says it began with, or the base that a PEFT folder names; None for anything else."""
     from llmq_jax.interop.peft import is_adapter
     from llmq_jax.interop.peft_reader import base_of
 
@@ -84,14 +84,14 @@ def began_with(path: Path) -> str | None:
 
 
 def has_adapters(path: Path) -> bool:
-    """Whether a run trained adapters, or a folder of PEFT's holds some."""
+    """Whether a run trained adapters, or a PEFT folder holds some."""
     from llmq_jax.interop.peft import is_adapter
 
     return is_adapter(path) or run_options(path).get("train") == "lora"
 
 
 def run_options(path: Path) -> dict[str, Any]:
-    """The options of the run in a folder, or of the one that a checkpoint is of; {} where there is no run."""
+    """The options of the run in a folder, or of the run that a checkpoint belongs to; {} where there is no run."""
     from llmq_jax.interop.tensor_files import read_json
     from llmq_jax.training.checkpoints import find_checkpoint
     from llmq_jax.training.run_folder import CONFIG, MARK
@@ -103,7 +103,7 @@ def run_options(path: Path) -> dict[str, Any]:
 
 
 def is_lost_path(name: str) -> bool:
-    """Whether a name that is not on this disk can only be a path, and no hub id."""
+    """Whether a name that is not on this disk can only be a path, not a hub id."""
     from llmq_jax.interop.peft import is_hub_id
 
     parent = Path(name).parent

@@ -18,9 +18,9 @@ from llmq_jax.command_line import Positional, default_is, option_name, run, use_
 from llmq_jax.errors import BadInput, did_you_mean
 
 ROW = 48
-"""Tokens in a row where no window of attention asks for more."""
+"""Tokens in a row, unless a window of attention asks for more."""
 LONGEST_WINDOW = 1024
-"""Longer ones are exceeded on request only: eager attention grows with the square of the row."""
+"""Rows exceed longer windows on request only: the cost of eager attention grows with the square of the row."""
 TOLERANCE = {"float32": 1e-4, "bf16": 1e-3}
 
 
@@ -108,7 +108,7 @@ def _check_distributions(console: Any, options: Options, folder: Path, config: A
         theirs, ours = compare_distributions(folder, config, tokens, inject=options.inject, seed=options.seed)
     _show_heading(console, options, config, tokens)
     parity_report.show_distributions(console, (theirs, ours))
-    # The logits of large models are coarse in bfloat16: we may be as far off as transformers is, within reason.
+    # The logits of large models are coarse in bfloat16: we may be up to twice as far off as transformers is.
     good = ours.mean <= max(options.limit, 2 * theirs.mean)
     return good, (
         f"{'parity' if good else 'no parity'}: {ours.mean:.1e} nats of mean KL from float32, "
@@ -186,7 +186,7 @@ def _read_config(folder: Path) -> Any:
         raise BadInput(f"{path}: {error}") from error
     rope = getattr(config, "rope_parameters", None)
     if rope is not None and rope.rope_type == "dynamic":
-        # To transformers the context is the trained one, and it goes beyond: only there is anything scaled.
+        # To transformers max_position_embeddings is the trained length, and longer rows are allowed: only these scale.
         config = dataclasses.replace(config, max_position_embeddings=int(rope.factor * config.max_position_embeddings))
     return config
 

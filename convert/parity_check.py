@@ -27,7 +27,8 @@ class Parity(NamedTuple):
     gradients: list[Gradient]
     unmatched: Unmatched
     weights: dict[str, float]
-    """The largest difference of the parameters themselves, by name: told beside what was computed, never instead."""
+    """The largest difference of each parameter itself, by its name in a file: shown beside differences of what was
+    computed, not in place of these."""
 
     def output(self, name: str) -> Place:
         """The place of this name outside the layers: "logits", "loss", ..."""
@@ -54,7 +55,7 @@ def compare_models(
     inject: str | None = None,
     seed: int = 0,
 ) -> Parity:
-    """transformers' `model` and ours of that config with its weights, on tokens [B, T].
+    """Compare transformers' `model` with ours, of that config and with its weights, on tokens [B, T].
 
     `table` takes the place of the architecture's own; `inject` names a parameter of ours to perturb first.
     """
@@ -109,7 +110,7 @@ def compare_distributions(
         raise BadInput(f"{folder}: not all parameters are on both sides; compare in float32 first, which names them")
     if inject is not None:
         variables = parity_weights.perturb(variables, parity_weights.find(inject, placements), seed)
-    # What gradients do not train (a router's balance) stays in float32 on both sides.
+    # Values that gradients do not train (a router's balance) stay in float32 on both sides.
     narrow = variables | {"params": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])}
     expected = parity_reference.logits(exact, tokens)
     theirs = parity_reference.logits(parity_reference.load(folder, "bfloat16"), tokens)

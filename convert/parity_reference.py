@@ -21,8 +21,8 @@ from llmq_jax.interop import config_to_hf
 from llmq_jax.interop.architectures import config_table
 from llmq_jax.models import ARCHITECTURES, override
 
-# A small model of any architecture: of these fields it takes those that it has. No two sizes are equal and no epsilon
-# is the usual one, so that nothing fits by chance; windows are shorter than the rows that are compared.
+# Fields of a small model of any architecture, which takes those that it has. No two sizes are equal and no epsilon is
+# the usual one, so that nothing fits by chance; windows are shorter than the rows that are compared.
 SMALL = {
     "vocab_size": 101,
     "max_position_embeddings": 64,
@@ -37,8 +37,8 @@ SMALL = {
     "layer_norm_epsilon": 1e-2,
     "rms_norm_eps": 1e-2,
 }
-# What models of one architecture differ in. Seed 0 takes the first value, others draw one for each field. Rotary
-# frequencies are scaled from a context that the rows exceed.
+# Fields in which models of one architecture differ. Seed 0 takes the first value, other seeds draw one for each field.
+# Rotary frequencies are scaled from a context that the rows exceed.
 TRAINED = {"rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
 VARIANTS: dict[str, tuple] = {
     "tie_word_embeddings": (True, False),
@@ -59,10 +59,10 @@ VARIANTS: dict[str, tuple] = {
         {"rope_type": "dynamic", **TRAINED},
     ),
 }
-# What an architecture needs besides, or instead: {model_type: {field of our config: value}}.
+# Further or other values that an architecture needs: {model_type: {field of our config: value}}.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
-    # Five local layers, a global one and the beginning of another turn.
+    # Five local layers, a global one, and the first of the next six.
     "gemma3_text": {"num_hidden_layers": 7, "local_rope_parameters": {"rope_theta": 100.0}},
 }
 
@@ -71,21 +71,21 @@ class Pass(NamedTuple):
     """What a forward and a backward pass of transformers' model gave, as numpy arrays in float32."""
 
     inputs: dict[str, np.ndarray]
-    """By module: the first array that it was given."""
+    """{module: the first array that it was given}."""
     outputs: dict[str, np.ndarray]
-    """By module: the first array that it gave; in the order in which they were done."""
+    """{module: the first array that it returned}, in the order in which the modules finished."""
     logits: np.ndarray
     loss: float
     gradients: dict[str, np.ndarray]
-    """By parameter, under the names of a file."""
+    """{parameter's name in a file: its gradient}."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A model of transformers, and where in it the tensors are that its files hold.
+    """A model of transformers, and which of its tensors hold those of its files.
 
-    In memory some have other names, or several are one tensor (a layer's experts): what a weight table calls them is
-    what `save_pretrained` calls them.
+    In memory some tensors have other names, or several are one tensor (a layer's experts). Weight tables use the names
+    in files, those of `save_pretrained`.
     """
 
     model: Any
@@ -94,7 +94,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: Any, keys: Iterable[str]) -> "Reference":
-        """`keys` are the names in a weight table: where all are names in memory too, nothing needs to be saved."""
+        """`keys` are the names in a weight table: if all are names in memory too, nothing needs to be saved."""
         names = list(_tensors(model))
         if set(keys) <= set(names):
             return cls(model, {name: name for name in names})
@@ -108,7 +108,7 @@ class Reference:
         return cls(model, {key: names[int(tensor.reshape(-1)[0])] for key, tensor in saved.items()})
 
     def as_saved(self, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """torch tensors that bear the names of the model's own, under the names of a file."""
+        """NumPy arrays under the names in a file, from torch tensors under the names in memory."""
         if any(key != owner for key, owner in self.owners.items()):
             tensors = _save_and_read(self.model, tensors)
         return {name: _numpy(tensor) for name, tensor in tensors.items()}
@@ -124,7 +124,7 @@ class Reference:
         return {name for name, module in self.model.named_modules() if type(module).forward is not nothing}
 
     def run(self, tokens: np.ndarray, modules: Iterable[str]) -> Pass:
-        """Logits, next-token loss and gradients of tokens [B, T], and what goes into these modules and comes out."""
+        """Logits, next-token loss and gradients on tokens [B, T], with the inputs and outputs of these modules."""
         import torch
 
         inputs: dict[str, np.ndarray] = {}
@@ -163,9 +163,11 @@ class Reference:
 
 @contextlib.contextmanager
 def nudged(model: Any, seed: int = 0) -> Iterator[None]:
-    """Meanwhile, every parameter is the next number in its type, above or below at random; then what it was, exactly.
+    """Within the context, every parameter is the next number of its type, above or below at random; afterwards it is
+    exactly what it was.
 
-    What this changes is what rounding changes: of a trained model, in some places hundreds of times its last bit.
+    What this changes is an estimate of what rounding changes: in some places of trained models, hundreds of times the
+    last bit.
     """
     import torch
 
@@ -198,21 +200,21 @@ def load(folder: Path, dtype: str = "float32") -> Any:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
-    except Exception as error:  # whatever it finds wrong with a folder: its exceptions are of many types
+    except Exception as error:  # its exceptions are of many types
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(f"{folder}: transformers cannot load it ({reason[0]})") from error
     missing = sorted(info["missing_keys"])
     if missing:
-        # It would draw them at random, and say so in a warning at most.
+        # transformers draws these at random, and says so in a warning at most.
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise BadInput(f"{folder}: lacks weights that transformers needs: {', '.join(missing[:5])}{more}")
     model = _text_model(model)
-    model.get_input_embeddings().padding_idx = None  # the token of padding would get no gradient, where it is a token
+    model.get_input_embeddings().padding_idx = None  # else the padding token's embedding would get no gradient
     return model.eval()
 
 
 def _text_model(model: Any) -> Any:
-    """Of a multimodal model the text model, the only part that we have; another as it is."""
+    """The text model of a multimodal model, the only part that we have; any other model as it is."""
     import torch
     import transformers
 
@@ -243,7 +245,7 @@ def random_model(model_type: str, seed: int = 0) -> Any:
 def random_config(model_type: str, seed: int = 0) -> Any:
     """A small config of an architecture."""
     config_class = ARCHITECTURES[model_type].config_class
-    # What transformers does not compute stays as it is.
+    # Fields that transformers does not compute keep their defaults.
     own = config_table(model_type).own
     names = [field.name for field in dataclasses.fields(config_class) if field.name not in own]
 
@@ -269,7 +271,7 @@ def randomise(model: Any, seed: int = 0) -> None:
     import torch
 
     for name, tensor in _tensors(model).items():
-        if not tensor.is_floating_point() or not tensor.numel():  # none of DeepSeek's shared experts
+        if not tensor.is_floating_point() or not tensor.numel():  # empty in a DeepSeek without shared experts
             continue
         shape = tuple(tensor.shape)
         rng = np.random.default_rng([seed, crc32(name.encode())])
@@ -305,7 +307,7 @@ def _tensors(model: Any) -> dict[str, Any]:
 
 
 def _save_and_read(model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors with the names of the model's own, as `save_pretrained` writes them: renamed, fused ones apart."""
+    """Tensors under the names in memory, as `save_pretrained` writes them: renamed, and fused ones split."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:
@@ -327,5 +329,5 @@ def _first_array(values: Any) -> Any:
 
 
 def _numpy(tensor: Any) -> np.ndarray:
-    """A copy in float32: what follows may write into the tensor."""
+    """A copy in float32, since later code may write into the tensor."""
     return np.array(tensor.detach().float().cpu().numpy())

@@ -1,7 +1,7 @@
 """How a parity check is shown: tables of differences, what is known of the first one, one line in the end.
 
-Numbers above the tolerance are red and bear a star, which is what remains of colours in a file; where rounding explains
-them they are yellow and bear a tilde.
+Numbers above the tolerance are red and have a star, which remains where a file has no colours; where rounding explains
+them they are yellow and have a tilde.
 """
 
 import math
@@ -23,7 +23,7 @@ BESIDE = 4
 
 
 def show_hidden_states(console: Console, places: Sequence[Place], tolerance: float, first: First | None) -> None:
-    """Layers as rows, what is inside a block as columns; each cell is "absolute relative", or one above the other.
+    """Layers as rows, the places inside a block as columns; a cell is "absolute relative", or one above the other.
 
     The cell that is, or holds, the first difference is marked.
     """
@@ -94,7 +94,7 @@ def show_gradients(console: Console, gradients: Sequence[Gradient], tolerance: f
 
 
 def show_noisy(console: Console, places: Sequence[Place], gradients: Sequence[Gradient], tolerance: float) -> None:
-    """What is above the tolerance and no fault: rounding does as much there."""
+    """Differences above the tolerance that are no fault: rounding explains them."""
     named = [(place.name, place.output) for place in _inside_out(places)]
     named += [(f"input of {place.name}", place.input) for place in _inside_out(places) if place.input is not None]
     named += [(f"gradient of {gradient.key}", gradient.difference) for gradient in gradients]
@@ -111,7 +111,7 @@ def show_noisy(console: Console, places: Sequence[Place], gradients: Sequence[Gr
 
 
 def show_first(console: Console, first: First, tolerance: float, weights: Mapping[str, float]) -> None:
-    """What surrounds the first difference. `weights` says how far apart the parameters themselves are, by name."""
+    """The places around the first difference. `weights` says how far apart the parameters themselves are, by name."""
     place = first.place
     at = first.among.index(place)
     beside = first.among[max(0, at - BESIDE) : at + BESIDE + 1]
@@ -206,7 +206,8 @@ def _number(difference: Difference, tolerance: float) -> Text:
 
 
 def _worst(differences: Collection[Difference], tolerance: float) -> Difference:
-    """The largest, one above the tolerance before one that rounding explains; NaN is the largest of all."""
+    """The largest difference; those above the tolerance come before those that rounding explains, and NaN is the
+    largest of all."""
 
     def size(value: float) -> float:
         return math.inf if math.isnan(value) else value

@@ -1,11 +1,11 @@
 """Where two implementations of a model part ways: the places that both have, and the first at which they differ.
 
-A place is one of our modules and the module of transformers that holds the same parameters by the weight table; that
-is all an architecture has to say. `{block}/attention/out/kernel` and `transformer.h.{layer}.attn.c_proj.weight` make a
+A place is one of our modules and the module of transformers that holds the same parameters by the weight table; an
+architecture need not say more. `{block}/attention/out/kernel` and `transformer.h.{layer}.attn.c_proj.weight` make a
 place of `attention/out` and `attn.c_proj`; and as the parameters under `attention` are those under `attn`, these are a
-place too, and so are the blocks. Both sides run on the same tokens, ours layer by layer, and what goes into each place
-and what comes out of it is compared. Each of our layers is given what theirs was given: what rounding does in one layer
-would grow in the next ones beyond small faults, and a fault would be seen in all that come after it.
+place too, and so are the blocks. Both sides run on the same tokens, ours layer by layer, and the inputs and outputs of
+each place are compared. Each of our layers is given the input of theirs: otherwise rounding would grow from layer to
+layer until it hides small faults, and a fault would show in all later layers.
 """
 
 import functools
@@ -23,11 +23,11 @@ from llmq_jax.interop.tables import Placement
 from llmq_jax.models.decoder import Decoder, default_positions
 
 ModulePath = tuple[str, ...]
-"""Of a module of ours: inside its block, or for what stands outside the blocks inside the model."""
+"""The path of one of our modules: within its block or, for a module outside the blocks, within the model."""
 
 
 INPUT, OUTPUT = "__input__", "__call__"
-"""The names under which Linen notes what a module was given and what it gave."""
+"""The names under which the inputs and outputs of modules are recorded in Linen's collection "intermediates"."""
 
 
 class Pair(NamedTuple):
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
     path: ModulePath
     theirs: str
     keys: tuple[str, ...]
-    """The parameters in it, by their names in a file."""
+    """The names, in a file, of the parameters in it."""
 
 
 class Place(NamedTuple):
@@ -49,7 +49,7 @@ class Place(NamedTuple):
     keys: tuple[str, ...]
     output: Difference
     input: Difference | None = None
-    """None where the two were given arrays that cannot be compared."""
+    """None where the inputs of the two cannot be compared."""
     parts: tuple["Place", ...] = ()
     """The places inside, in the order of computation."""
 
@@ -64,7 +64,7 @@ class First(NamedTuple):
 
     place: Place
     before: bool
-    """Whether what it was given differs already: then the fault lies between it and the place before."""
+    """Whether its input differs already: then the fault lies between it and the place before."""
     among: tuple[Place, ...]
     """The places beside it, itself included."""
 
@@ -81,14 +81,14 @@ class First(NamedTuple):
 
 
 def first_difference(places: Sequence[Place], tolerance: float) -> First | None:
-    """The first place above the tolerance, as deep inside as there are parts.
+    """The first place above the tolerance, and of nested places the innermost.
 
-    A part counts where it is seen from outside, in the output of what it is a part of: two implementations may lay out
-    differently what they hold inside, and be the same.
+    A part counts only if the output of the place that holds it differs too: two implementations may arrange their inner
+    arrays differently and still compute the same.
     """
     for place in places:
         before = place.input is not None and place.input.above(tolerance)
-        # A block has been given what theirs was: what differs between two blocks is not seen in its output.
+        # A block was given their input: a difference that arises between two blocks does not show in its output.
         if place.output.above(tolerance) or (before and place.layer is not None and not place.path):
             if before:
                 return First(place, True, tuple(places))
@@ -102,7 +102,7 @@ def pair_modules(
     """The modules of both sides that hold the same parameters.
 
     `layer_paths` are our model's, `owners` the reference's names in memory by name in a file, and `modules` those of
-    its modules that compute. Where several, one inside the other, hold the same, they pair from outside in.
+    its modules that compute. Nested modules that hold the same parameters pair from the outermost inwards.
     """
     ours: dict[tuple[int | None, ModulePath], list[str]] = {}
     theirs: dict[str, list[str]] = {}
@@ -128,20 +128,20 @@ def pair_modules(
 
 
 class Trace(NamedTuple):
-    """What our modules were given and what they gave; modules go by (layer, path)."""
+    """The inputs and outputs of our modules, by (layer, path)."""
 
     inputs: dict[tuple[int | None, ModulePath], np.ndarray]
     outputs: dict[tuple[int | None, ModulePath], np.ndarray]
     stages: dict[str, set[ModulePath]]
     """The modules outside the layers, by the method of the model that calls them: "embed", "normalise", "unembed"."""
     embedded: np.ndarray
-    """What enters the first layer."""
+    """The input of the first layer."""
 
 
 def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[int, np.ndarray]) -> Trace:
-    """A forward pass over tokens [B, T], layer by layer, that notes every module's first input and first output.
+    """A forward pass over tokens [B, T], layer by layer, that records every module's first input and first output.
 
-    `given` is what goes into layers in place of what ours before them gave, which is noted as their input all the same.
+    `given` replaces the inputs of layers; what our layer before gave is still recorded as the layer's input.
     """
     ids = jnp.asarray(tokens, jnp.int32)
     context = model.context(default_positions(ids))
@@ -178,11 +178,11 @@ def trace(model: Decoder, variables: dict, tokens: np.ndarray, given: Mapping[in
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _recorded(module: nn.Module, method: str, variables: dict, *args: Any) -> Any:
-    """(what a method gives, what its sub-modules were given and gave)."""
+    """(the result of a method, the inputs and outputs of the modules inside)."""
 
     def note_input(call, args, kwargs, context):
         if context.method_name == OUTPUT and args:
-            # Through Linen, as it notes outputs: an array kept by hand would not leave a module that is scanned.
+            # By way of Linen, which records outputs so too: an array stored by hand could not leave a scanned module.
             context.module.sow("intermediates", INPUT, args[0])
         return call(*args, **kwargs)
 
@@ -203,7 +203,7 @@ def compare(
 ) -> tuple[Place, ...]:
     """All places in the order of computation: embeddings, layers, final norm, logits; each with its parts.
 
-    `nudged` is what theirs gives with other last bits.
+    `nudged` is their pass with other last bits in the parameters (`parity_reference.nudged`).
     """
     order = {name: index for index, name in enumerate(theirs.outputs)}
     places = []
@@ -239,7 +239,7 @@ def compare(
 
 
 def _nest(places: Sequence[Place]) -> tuple[Place, ...]:
-    """Places of one layer, those that lie in others as their parts."""
+    """The places of one layer, with those inside others as their parts."""
 
     def inside(place: Place, other: Place) -> bool:
         return place.path != other.path and place.path[: len(other.path)] == other.path
@@ -255,7 +255,7 @@ def _difference(
     tokens: np.ndarray,
     roundings: float = IN_A_LAYER,
 ) -> Difference | None:
-    """None where one is missing or they do not hold equally many values for each token."""
+    """How far ours is from theirs; None where one is missing or they do not have equally many values per token."""
     if ours is None or theirs is None:
         return None
     ours, theirs, nudged = (_rows(array, tokens.shape) for array in (ours, theirs, nudged))
@@ -275,10 +275,10 @@ def _rows(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def rows_difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    """Of vectors [tokens, features]. What is relative is so to the root mean square of the token's own vector.
+    """How far vectors [tokens, features] differ, relative to the root mean square of each token's own vector.
 
-    Some tokens of trained models have states hundreds of times as large as all others, which nothing that is relative
-    to the whole array would see past. A vector smaller than most is measured as the typical one (the median).
+    Some tokens of trained models have states hundreds of times as large as all others: relative to the whole array,
+    faults in the others would be invisible. A vector smaller than the median one is measured by the size of that.
     """
     distance = np.abs(ours - theirs).max(-1)
     size = np.sqrt(np.square(theirs).mean(-1))

@@ -22,9 +22,9 @@ PERTURBATION = 0.1
 """How much of its size `perturb` adds to a parameter."""
 
 IN_A_LAYER, IN_ALL_LAYERS = 2, 25
-"""By how many times what other last bits in the parameters do may two correct implementations differ: in a layer that
-is given the same on both sides, and in what all layers have made. On SmolLM2: 0.7 times at most, and 9 or 23 times, by
-the processor that computes."""
+"""Two correct implementations may differ by this many times the effect of other last bits in the parameters: within a
+layer that has the same input on both sides, and after all layers. Measured on SmolLM2: at most 0.7 times, and 9 or 23
+times, depending on the processor."""
 
 
 class Difference(NamedTuple):
@@ -33,9 +33,9 @@ class Difference(NamedTuple):
     absolute: float
     """The largest difference of two elements."""
     relative: float
-    """The same in proportion to the size of what is compared."""
+    """The same relative to the size of what is compared."""
     rounding: float = 0.0
-    """How much of that rounding explains, by how far theirs moves with the last bits of its parameters."""
+    """How much of `relative` rounding explains, from how far theirs moves with the last bits of its parameters."""
 
     def above(self, tolerance: float) -> bool:
         return not self.relative <= max(tolerance, self.rounding)  # NaN is above
@@ -53,10 +53,10 @@ class Gradient(NamedTuple):
 
 
 class Unmatched(NamedTuple):
-    """Parameters that one side has and the other has not."""
+    """Parameters that do not match: one side lacks them, or has another shape."""
 
     theirs: tuple[str, ...]
-    """In transformers' files and not read by the weight table."""
+    """In transformers' files, but not read by the weight table."""
     ours: tuple[str, ...]
     """Not in the files, or not in the weight table: these keep their initial values."""
     other_shape: tuple[str, ...]
@@ -85,8 +85,8 @@ def _join(path: tuple[str, ...]) -> str:
 def fill(config: Any, table: WeightTable, state: Mapping[str, np.ndarray]) -> tuple[dict, Unmatched]:
     """Our variables in float32 from the reference's tensors, and what did not fit.
 
-    Not as strict as `from_state_dict`, which refuses what is incomplete: who is halfway through a port wants to see how
-    far it gets.
+    Less strict than `from_state_dict`, which refuses incomplete weights: whoever is halfway through a port wants to see
+    how far it gets.
     """
     shapes = flatten_dict(abstract_variables(config))
     placements = table.placements(config)
@@ -104,7 +104,7 @@ def fill(config: Any, table: WeightTable, state: Mapping[str, np.ndarray]) -> tu
     ruleless = [_join(path) for path in shapes if path not in placed]
     unread = sorted(state.keys() - {placement.key for placement in placements})
 
-    # Initial values are made only where something keeps them.
+    # Initial values are computed only if some of them remain.
     keeps = absent or other_shape or ruleless
     leaves = {
         path: np.array(leaf) if keeps else np.zeros(leaf.shape, leaf.dtype)
@@ -118,7 +118,7 @@ def fill(config: Any, table: WeightTable, state: Mapping[str, np.ndarray]) -> tu
 
 
 def named(tree: dict, placements: Iterable[Placement]) -> dict[str, np.ndarray]:
-    """Our variables, or gradients, in the other side's names and shapes."""
+    """Our variables, or gradients, under the other side's names and in its shapes."""
     leaves = {path: np.asarray(leaf) for path, leaf in flatten_dict(tree).items()}
     return {
         placement.key: placement.transform.to_theirs(leaves[placement.path][placement.slot])
@@ -155,7 +155,7 @@ def perturb(variables: dict, placement: Placement, seed: int) -> dict:
 def loss_and_gradients(model: Decoder, variables: dict, tokens: Any) -> tuple[Any, dict]:
     """Next-token loss of tokens [B, T], and its gradients as a tree {"params": ...}."""
     ids = jnp.asarray(tokens, jnp.int32)
-    # The last token has no target, but is read as it is by transformers: frequencies may depend on the row's length.
+    # The last token has no target, but transformers reads it, so we do: frequencies may depend on the row's length.
     mask = jnp.ones(ids.shape, jnp.float32).at[:, -1].set(0)
     batch = {"tokens": ids, "targets": jnp.roll(ids, -1, axis=1), "mask": mask}
     objective = NextToken(model)
@@ -174,10 +174,11 @@ def compare_gradients(
     placements: Sequence[Placement],
     layer_paths: LayerPaths,
 ) -> list[Gradient]:
-    """Every parameter's gradient, in the order of the weight table; `nudged` are theirs with other last bits.
+    """Compare every parameter's gradient, in the order of the weight table. `nudged` are theirs with other last bits in
+    the parameters.
 
-    A gradient that is nothing beside the largest (of a bias on keys, which softmax ignores: rounding only) is measured
-    by a thousandth of that one, not by itself.
+    A gradient that is tiny beside the largest one is measured relative to a thousandth of the largest, not to itself:
+    that of a bias on keys, which softmax ignores, is nothing but rounding.
     """
     found = named(ours, placements)
     pairs = [placement for placement in placements if placement.key in found and placement.key in theirs]
@@ -194,12 +195,12 @@ def compare_gradients(
 
 
 def first_gradient(gradients: Sequence[Gradient], tolerance: float) -> Gradient | None:
-    """The first above the tolerance in the order of the backward pass, which comes to the last parameters first."""
+    """The first above the tolerance in the order of the backward pass, which reaches the last parameters first."""
     return next((found for found in reversed(gradients) if found.difference.above(tolerance)), None)
 
 
 def elements_difference(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> Difference:
-    """Of whole arrays, relative to the largest element of theirs."""
+    """How far whole arrays differ, relative to the largest element of theirs, or to `floor` if that is larger."""
     absolute = float(np.abs(ours - theirs).max())
     size = max(float(np.abs(theirs).max()), float(floor))
     return Difference(absolute, 0.0 if absolute == 0 else absolute / size if size > 0 else np.inf)

@@ -45,7 +45,8 @@ def main(options: Options) -> None:
 
 
 def wide_enough(lm: Any, dtype: str | None) -> Any:
-    """The model with weights to which adapters can be added without loss of what `dtype` has room for."""
+    """The model, with weights in float32 if adapters are to be merged and written in another type than its own: so
+    that merging does not round to the model's type."""
     import jax
     import jax.numpy as jnp
 
@@ -59,7 +60,7 @@ def wide_enough(lm: Any, dtype: str | None) -> Any:
 
 
 def type_written(lm: Any, dtype: str | None) -> str:
-    """One line on the type of the weights, and on what another would give where none was asked for."""
+    """One line on the type of the written weights and, where none was asked for, on what another type would give."""
     import jax
 
     from llmq_jax.layers.lora import LORA
@@ -91,7 +92,7 @@ def write_adapter(lm: Any, options: Options) -> None:
 
 
 def command_for(lm: Any, folder: str) -> str:
-    """What asks the model something."""
+    """A command that gives the model something to answer."""
     folder = shlex.quote(folder)
     if lm.config.labels is not None:
         return f'llmq classify {folder} --text "Is it so?"'
