@@ -62,7 +62,7 @@ def main(options: Options) -> None:
 
 
 def draw_attention(model: str) -> Any:
-    """A figure of the weights of `HEADS` on `SENTENCE`."""
+    """A figure of the attention weights of `HEADS` on `SENTENCE`."""
     import llmq_jax as lq
     from llmq_jax.training.plots import INK, blank_figure
 
@@ -93,8 +93,8 @@ def draw_attention(model: str) -> Any:
 
 
 def attention_maps(lm: Any, tokens: list[int]) -> Any:
-    """Attention's weights [layers, heads, T, T] of a Llama on a text: in each layer softmax of what its own queries and
-    keys, turned by RoPE, give."""
+    """Attention weights [layers, heads, T, T] of a Llama on a text, computed from each layer's own queries and keys
+    after RoPE. BadInput for other models."""
     import jax
     import jax.numpy as jnp
 
@@ -126,7 +126,7 @@ def attention_maps(lm: Any, tokens: list[int]) -> Any:
 
 
 def scalings() -> dict[str, Any]:
-    """The ropes that are drawn, by name, each with its parameters as they are used."""
+    """The kinds of RoPE that are drawn, by name, with their parameters."""
     from llmq_jax.layers.positions import ByPartsRope, LinearRope, Llama3Rope, NTKRope, Rope, YarnRope
 
     scaled: dict[str, Any] = {"rope_theta": BASE, "factor": FACTOR}
@@ -152,7 +152,7 @@ def draw_rope() -> Any:
 
     figure = blank_figure((9.4, 4.0))
     waves, slowing = figure.subplots(1, 2)
-    lengths = jnp.zeros((1, 1), jnp.int32)  # of documents, which none of these goes by
+    lengths = jnp.zeros((1, 1), jnp.int32)  # of documents, on which none of these depends
     frequencies = {name: np.asarray(rope.frequencies(WIDTH, lengths)) for name, rope in scalings().items()}
     pairs = np.arange(WIDTH // 2)
     styles = ("-", "-", "-", "-", "-", (0, (4, 1.5)))
@@ -177,8 +177,8 @@ def draw_rope() -> Any:
 
 
 def layers_until_seen(tokens: int, window: int, pattern: Sequence[bool]) -> Any:
-    """[T, T] of whole numbers: after how many layers of a pattern (True: local) what stands at a key can have come to a
-    query, through the tokens between them; 0 where it cannot."""
+    """Integers [T, T], by query and key: after how many layers of a pattern (True: local) information from the key's
+    token can have reached the query, through the tokens between them; 0 where it cannot."""
     import jax.numpy as jnp
     import numpy as np
 

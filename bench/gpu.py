@@ -35,13 +35,14 @@ SMALL = {
     "num_nextn_predict_layers": 0,
 }
 MIXTURE = "deepseek-1b-active"
-"""A DeepSeek-V3 of SMALL's size: 16 experts, 4 to a token, and a shared one."""
+"""A DeepSeek-V3 of SMALL's size: 16 experts, of which each token passes through 4, and a shared one."""
 WORK = {"gpt2-124m": (32, 1024), "llama3.2-1b": (4, 4096), MIXTURE: (2, 4096)}
 """Rows of a batch and tokens of a row."""
 WARM_UP, ROUNDS, STEPS = 2, 5, 4
 PROMPT, SHORT, LONG = 128, 144, 272
 SLOTS = 512
-"""Of the cache of both, all of which a step reads: a power of two that holds prompt and answer."""
+"""Slots in the cache, for short answers and long ones, all of which a step reads: a power of two that holds both prompt
+and answer."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def config_of(name: str, layers: int | None, length: int) -> Any:
 
 
 def training(config: Any, rows: int, length: int, peak: float | None, options: Options) -> str:
-    """Tokens a second of a step, in words."""
+    """Tokens a second in training, as one line of text."""
     import jax
     import numpy as np
 
@@ -147,7 +148,8 @@ def training(config: Any, rows: int, length: int, peak: float | None, options: O
 
 
 def decoding(config: Any, bandwidth: float | None) -> str:
-    """Tokens a second of one row, in words: of what longer texts take more than short ones."""
+    """Tokens a second in decoding one row, as one line of text: from the time that a long answer takes beyond a short
+    one."""
     import jax
     import numpy as np
 
@@ -172,7 +174,7 @@ def decoding(config: Any, bandwidth: float | None) -> str:
 
 
 def cache_bytes(config: Any, length: int) -> float:
-    """Of what a token reads of its row's cache after `length` tokens, in bfloat16."""
+    """Bytes of one row's cache of `length` slots, in bfloat16: what each token reads."""
     from llmq_jax.training.flops import head_widths
 
     if hasattr(config, "kv_lora_rank"):

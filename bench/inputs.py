@@ -1,4 +1,4 @@
-"""Random inputs, the same for every side of a row. Only NumPy: both worlds import it."""
+"""Random inputs, the same for every side of a row. Only NumPy: processes of JAX and of PyTorch both import it."""
 
 import re
 from dataclasses import replace
@@ -35,8 +35,8 @@ def attention_inputs(row: Any, length: int) -> tuple[np.ndarray, ...]:
 
 
 def experts_inputs(row: Any, num_experts: int) -> tuple[np.ndarray, ...]:
-    """Tokens [M, D], ids of the experts of each and their weights [M, k]; gates and what they multiply [E, D, 2, F],
-    and the way back [E, F, D]."""
+    """Tokens [M, D], the ids [M, k] and routing weights [M, k] of their experts; gate and up projections
+    [E, D, 2, F], down projections [E, F, D]."""
     draw = np.random.default_rng(0)
     tokens, width, hidden = row.tokens, row.width, row.intermediate_size
     x = draw.standard_normal((tokens, width), np.float32)
@@ -54,14 +54,14 @@ def prompts(row: Any) -> list[list[int]]:
 
 
 def pairs_of_words(row: Any, tokenizer: Any) -> list[dict[str, str]]:
-    """Prompts with two answers, of `row.prompt` such tokens each."""
+    """Prompts with two answers, all of them texts as `prompts_of_words` makes them."""
     texts = prompts_of_words(replace(row, batch=3 * row.batch), tokenizer)
     names = ("prompt", "chosen", "rejected")
     return [dict(zip(names, texts[i : i + 3], strict=True)) for i in range(0, len(texts), 3)]
 
 
 def prompts_of_words(row: Any, tokenizer: Any) -> list[str]:
-    """Texts of that many tokens each, which are words: whoever encodes them again gets the same tokens."""
+    """Texts of `row.prompt` tokens each, every one a whole word: encoding a text again gives the same tokens."""
     known = min(row.fields["vocab_size"], tokenizer.vocab_size)
     words = [word for word in map(tokenizer.decode, ([i] for i in range(known))) if re.fullmatch(" [a-z]{4,}", word)]
     drawn = np.random.default_rng(0).integers(len(words), size=(row.batch, row.prompt))

@@ -1,4 +1,4 @@
-"""The conductor: starts the sides' processes, lets one work at a time, round after round, and gathers their times."""
+"""Starts the sides' processes, lets one work at a time, round after round, and gathers their times."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from bench.products import Product
 from bench.rows import OUR_ALLOCATOR, Row, Start
 
 LOSS_TOLERANCE = 1e-3
-"""Relative, after a few steps of Adam, which magnifies rounding; the first loss agrees within a tenth of it."""
+"""Relative, after a few steps of Adam, which magnifies rounding; the first loss must agree within a tenth of it."""
 SAME_TOKENS = 0.5
-"""Share of greedily decoded tokens: a single near-tie decided otherwise makes all that follow differ."""
+"""Least share of equal tokens in greedy decoding: one near-tie decided otherwise makes all later tokens differ."""
 
 
 @dataclass
 class Measured:
-    """One side: seconds of each round, and what it said of itself."""
+    """The measurements of one side: seconds of each round, and facts that it reported."""
 
     seconds: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Measured:
 
 @dataclass
 class Result:
-    """One row."""
+    """The measurements of one row."""
 
     row: Row
     sides: dict[str, Measured]
@@ -49,7 +49,7 @@ class Result:
     """Processor time of waiting workers, as a share of one core."""
     products: list[Product] = field(default_factory=list)
     product_seconds: list[tuple[float, float]] = field(default_factory=list)
-    """Of each product: (JAX, PyTorch), medians over the rounds."""
+    """Seconds of each product in (JAX, PyTorch), medians over the rounds."""
 
     @property
     def ours(self) -> Measured:
@@ -60,20 +60,20 @@ class Result:
         return {name: side for name, side in self.sides.items() if not name.startswith("ours")}
 
     def ratio(self, name: str, beside: str | None = None) -> tuple[float, float, float]:
-        """How many times as fast as that side we are, or `beside` is: (median, least, most) over the rounds."""
+        """How many times as fast as the side `name` we are, or `beside` is: (median, least, most) over the rounds."""
         other = self.ours if beside is None else self.sides[beside]
         ratios = [theirs / others for theirs, others in zip(self.sides[name].seconds, other.seconds, strict=True)]
         return median(ratios), min(ratios), max(ratios)
 
     @property
     def best_peer(self) -> str | None:
-        """Among PyTorch as it comes: with our allocator's setting it is a thing that no user of it has."""
+        """The fastest side of PyTorch as it comes: no user of PyTorch has our allocator's setting."""
         peers = [name for name in self.peers if OUR_ALLOCATOR not in name]
         return min(peers, key=lambda name: self.peers[name].median, default=None)
 
     @property
     def floor(self) -> float | None:
-        """Seconds that the matrix products take alone, each in the better of JAX and PyTorch."""
+        """Seconds that the matrix products take alone, each in the faster of JAX and PyTorch; None without products."""
         return sum(map(min, self.product_seconds)) if self.product_seconds else None
 
 
@@ -120,7 +120,7 @@ class Worker:
 
 
 def environment(folder: Path, name: str) -> dict[str, str]:
-    """A side's: the CPU, no network, and compilation caches that are empty."""
+    """The environment variables of a side's process: the CPU, no network, and empty compilation caches."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     return {
         **kept,
@@ -132,12 +132,12 @@ def environment(folder: Path, name: str) -> dict[str, str]:
 
 
 def _file_name(side: str) -> str:
-    """Without the comma and the spaces of a side's name, of which PyTorch's call of the C++ compiler makes several."""
+    """A side's name without comma and spaces, at which PyTorch's call of the C++ compiler would split it."""
     return side.replace(", ", "-").replace(" ", "-")
 
 
 def measure(row: Row, rounds: int, seconds: float, report: Callable[[str], None]) -> Result:
-    """Run a row's sides in turn. `seconds` is the length of a side's turn, one run more at least."""
+    """Run a row's sides in turn. A side's turn is about `seconds` long, after a run that is not counted."""
     with tempfile.TemporaryDirectory() as folder:
         measure_row = _measure_start if isinstance(row, Start) else _measure_workers
         return measure_row(row, rounds, seconds, Path(folder), report)
@@ -175,7 +175,7 @@ def _measure_workers(row: Row, rounds: int, seconds: float, folder: Path, report
 
 
 def _time_products(result: Result, workers: dict[str, Worker]) -> list[tuple[float, float]]:
-    """Of each product: (JAX, PyTorch)."""
+    """Seconds of each product in (JAX, PyTorch)."""
     answer = next(iter(workers.values())).ask("products")
     result.products = [Product(**product) for product in answer["products"]]
     if not result.products:
@@ -185,7 +185,7 @@ def _time_products(result: Result, workers: dict[str, Worker]) -> list[tuple[flo
 
 
 def check_agreement(result: Result) -> None:
-    """The sides computed the same thing, or there is nothing to compare."""
+    """RuntimeError unless the sides computed the same thing."""
     expected = result.ours.facts
     for name, side in result.sides.items():
         if name.startswith("ours") and "losses" not in side.facts:
@@ -202,7 +202,8 @@ def check_agreement(result: Result) -> None:
 
 
 def _measure_start(row: Start, rounds: int, seconds: float, folder: Path, report: Callable) -> Result:
-    """Processes from birth to the first result. A round before the first fills the operating system's file cache."""
+    """Time processes from their start to the first result. A round that is not counted fills the operating system's
+    file cache."""
     (folder / "fields.json").write_text(json.dumps({"model_type": row.model_type, **row.fields}))
     report(f"{row.name}: preparing")
     _run_start(["ours", "folder", str(folder)], environment(folder, "ours"))

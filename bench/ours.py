@@ -44,7 +44,7 @@ def row_config(row: Any) -> Any:
 
 
 def write_weights(variables: dict, config: Any, folder: Path) -> None:
-    """The weights under the names of transformers, for the other sides. The first of ours to start writes them."""
+    """Write the weights under the names of transformers, for the other sides, unless a side of ours has done so."""
     from safetensors.numpy import save_file
 
     if not (folder / CONFIG).exists():
@@ -54,7 +54,7 @@ def write_weights(variables: dict, config: Any, folder: Path) -> None:
 
 class OurSide(Side):
     KEEPS_FREED_MEMORY: ClassVar[bool] = True
-    """As the training loop does, and nothing else of ours."""
+    """Whether the C allocator keeps freed memory, as in our training loop and nowhere else."""
 
     def prepare(self) -> dict[str, Any]:
         if self.KEEPS_FREED_MEMORY:
@@ -109,8 +109,8 @@ class TrainStepSide(OurSide):
         jax.block_until_ready((self.state, metrics))
 
     def find_products(self) -> list[Product]:
-        """Of experts, those of a step in which all get as many tokens: how often their loops run is not known before
-        they do."""
+        """With experts, the products of a step in which each expert gets equally many tokens: how often the loops of
+        the real step run is not known before they do."""
         step, config = self.step, row_config(self.row)
         experts = lq.build(config).experts
         if experts is not None:
@@ -216,8 +216,8 @@ def swiglu(parts: jax.Array) -> jax.Array:
 
 
 def exact_experts(x: jax.Array, weights: jax.Array, experts: ExpertWeights) -> jax.Array:
-    """The products of a mixture of experts and nothing else: expert by expert an equal part of `top_k` copies of the
-    tokens, in batched products."""
+    """Only the matrix products of a mixture of experts: each expert gets an equal part of `top_k` copies of the tokens,
+    in batched products."""
     (tokens, width), top_k = x.shape, weights.shape[1]
     rows = jnp.tile(x, (top_k, 1)).reshape(len(experts.up), -1, width)
     down = jnp.einsum("ecf,efd->ecd", swiglu(jnp.einsum("ecd,edpf->ecpf", rows, experts.up)), experts.down)
@@ -263,7 +263,8 @@ class ExpertsSide(OurSide):
 
 
 def chosen_experts_alone(row: Any) -> tuple[Any, dict]:
-    """(a model with just as many experts as a token passes through, shapes of its variables): the work of a token."""
+    """(a model with only as many experts as a token passes through, shapes of its variables): the work for one
+    token."""
     count = row.fields["num_experts_per_tok"]
     config = replace(row_config(row), n_routed_experts=count, n_group=1, topk_group=1)
     config = replace(config, experts=replace(lq.build(config).experts, dispatch="dense"))
@@ -295,7 +296,8 @@ class GenerationSide(OurSide):
             )
 
     def find_products(self) -> list[Product]:
-        """Those of one decoding pass, as often as there are new tokens; where there is one, of the prompt's pass."""
+        """The products of one decoding pass, times the number of new tokens; with one new token, those of the pass over
+        the prompt."""
         batch, length = self.row.batch, self.row.prompt + self.row.new_tokens
         model = self.lm.model
         if model.experts is not None:
@@ -324,7 +326,7 @@ class RolloutSide(GenerationSide):
     KEEPS_FREED_MEMORY = True  # in the training loop of GRPO
 
     def prepare(self) -> dict[str, Any]:
-        return OurSide.prepare(self)  # drawn tokens are no two sides' own
+        return OurSide.prepare(self)  # sampled tokens differ between sides
 
     def build(self) -> dict[str, Any]:
         facts = super().build()
@@ -349,7 +351,7 @@ class RolloutSide(GenerationSide):
             )
 
     def read_again(self) -> None:
-        """The whole text for each token, padded to a multiple of 32: a few programs."""
+        """Read the whole text anew for each token, padded to a multiple of 32, so that few programs are compiled."""
         rows, key = self.row.batch * self.row.group, jax.random.key(self.done)
         tokens = jnp.zeros((rows, self.row.prompt + self.row.new_tokens), jnp.int32)
         tokens = tokens.at[:, : self.row.prompt].set(jnp.repeat(jnp.asarray(self.prompts), self.row.group, axis=0))
@@ -366,7 +368,7 @@ class RolloutSide(GenerationSide):
         return jax.lax.dynamic_update_index_in_dim(tokens, drawn.astype(jnp.int32), length, axis=1)
 
     def find_products(self) -> list[Product]:
-        """Those of the passes over one token of each row; that over the prompts comes on top."""
+        """The products of the decoding passes; those of the pass over the prompts are not counted."""
         answers = replace(self.row, batch=self.row.batch * self.row.group)
         side = GenerationSide(answers, self.folder, self.name)
         side.lm = self.lm
@@ -407,7 +409,7 @@ class GRPOStepSide(RolloutSide):
         jax.block_until_ready(self.state.variables)
 
     def find_products(self) -> list[Product]:
-        """Those of the passes over one token of each row, and of the update."""
+        """The products of the decoding passes and of the update."""
         self.lm = self.loop.policy(self.state.variables)
         rollout, scores, _ = self.loop.answered(self.state, self.batches[0])
         rows = self.loop.rows(self.state, rollout, self.loop.advantages(scores))
@@ -460,7 +462,7 @@ class DPOStepSide(OurSide):
 
 
 def length_of(completions: list[str], **_: Any) -> list[float]:
-    """A reward that differs between answers."""
+    """The reward of an answer: its number of characters, so that answers differ."""
     return [float(len(text)) for text in completions]
 
 

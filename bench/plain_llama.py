@@ -1,8 +1,8 @@
 """Llama in plain PyTorch as people write it by hand, to train and to generate with: a cache of a fixed size, written in
 place.
 
-Names are those of transformers' `LlamaForCausalLM`. No masks where none are needed: a prompt attends causally, a new
-token to all that stands in the cache.
+Names are those of transformers' `LlamaForCausalLM`. It needs no masks: a prompt attends causally, a new token to the
+whole cache up to itself.
 """
 
 from collections.abc import Mapping
@@ -92,7 +92,7 @@ class PlainLlama(nn.Module):
         return angles.cos(), angles.sin()
 
     def last_logits(self, tokens, start, tables, caches):
-        """[B, V], after tokens that stand from `start` on."""
+        """Logits [B, V] after the last of `tokens` [B, T], whose positions begin at `start`."""
         cos, sin = (table[start : start + tokens.shape[1]] for table in tables)
         x = self.model["embed_tokens"](tokens)
         for block, cache in zip(self.model["layers"], caches, strict=True):

@@ -1,8 +1,8 @@
 """The roofline: how fast this machine does the matrix products of a workload, and nothing else.
 
 The products are read from the workload's own jaxpr, with the shapes and the order of axes that they have there
-(attention in its blocks, cross-entropy in its chunks). Each is timed alone, in JAX and in PyTorch, and counts with the
-better of the two. Their sum is the time that a perfect program would take whose other work is free.
+(attention in its blocks, cross-entropy in its chunks). Each is timed alone, in JAX and in PyTorch, and the better of
+the two times counts. Their sum is the time that a perfect program would take, one whose other work is free.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 OPERAND_BYTES = 2**26
-"""A product that stands in several layers is timed on several operands, up to this size, as it happens in a model."""
+"""A product that occurs in several layers is timed on several operands, up to this size in all, as in a model."""
 MOST_COPIES = 16
 TIMED_SECONDS = 0.02
 
@@ -57,7 +57,8 @@ class Product:
 
 
 def products_of(function: Callable, *arguments: Any) -> list[Product]:
-    """All products in a function, those in loops as often as the loop runs, which the function must tell."""
+    """All matrix products in a function, those in a loop as often as it runs. ValueError: that is not known in
+    advance."""
     import jax
 
     found = Counter(_products(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
@@ -69,7 +70,7 @@ def products_of(function: Callable, *arguments: Any) -> list[Product]:
 
 def _products(jaxpr: Any, times: int) -> Iterator[tuple]:
     for equation in jaxpr.eqns:
-        # One that adds nothing up is elementwise multiplication.
+        # Without a contracted axis it is only a multiplication.
         if equation.primitive.name == "dot_general" and any(equation.params["dimension_numbers"][0]):
             yield (times, *_shape(equation))
         if equation.primitive.name == "while" and next(_products(equation.params["body_jaxpr"].jaxpr, 1), None):

@@ -10,7 +10,7 @@ from bench.measure import Measured, Result
 from bench.rows import FULL, ROWS
 
 SHARE = 0.8
-"""Of the roofline: where it is reached, a ratio cannot ask for more."""
+"""Share of the roofline with which a row meets its target whatever the ratio, since little more is possible."""
 REACHED, MISSED = "reached", "**missed**"
 HAVE_TEMPORARY_MEMORY = ("cross_entropy", "attention", "experts")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
@@ -43,7 +43,7 @@ and whatever is bound by products is hardly faster with either.
 
 
 class Report:
-    """Rows as they come in, in the place of those of the same name on the page as it was."""
+    """The page of results: each row that is measured replaces the row of the same name on the earlier page."""
 
     def __init__(self, rounds: int, seconds: float = 1.0, page: str = ""):
         self.measured = f"Measured {time.strftime('%Y-%m-%d %H:%M')} in {rounds} rounds of about {seconds:g} s"
@@ -70,7 +70,7 @@ class Report:
         self.sections[name] = "\n".join(lines)
 
     def table(self, result: Result) -> Any:
-        """For the terminal."""
+        """A row's table for the terminal."""
         from rich.table import Table
 
         header, rows = cells(result)
@@ -82,7 +82,7 @@ class Report:
         return table
 
     def markdown(self) -> str:
-        """The page, with what has been measured so far; rows that are no longer known are left out."""
+        """The page with all that has been measured so far; rows that are no longer in ROWS are left out."""
         names = [name for name in ROWS if name in self.sections]
         lines = [
             "# Benchmarks",
@@ -130,7 +130,7 @@ def cells(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def remarks(result: Result) -> list[str]:
-    """What else there is to say of a row, a line each."""
+    """Further remarks on a row, a line each."""
     lines = [f"{'reached' if good else 'missed'}: {wanted}: {measured}" for wanted, measured, good in verdicts(result)]
     if result.floor:
         flops, moved = (sum(getattr(p, name) for p in result.products) for name in ("flops", "bytes_moved"))
@@ -261,7 +261,7 @@ def _tokens(row: Any, name: str) -> int | None:
 
 
 def _has_our_products(row: Any, name: str) -> bool:
-    """Whether the row's roofline is that of this side too: as many tokens and weights."""
+    """Whether the row's roofline is that of this side too, because it has as many tokens and weights as ours."""
     if row.kind == "train" and row.adapters is not None and FULL in name:
         return False
     if row.kind == "experts" and row.experts_of(name) != row.num_experts:
@@ -274,5 +274,5 @@ def _mebibytes(count: int | None) -> str:
 
 
 def _compile_time(name: str, side: Measured) -> str:
-    """Eager PyTorch compiles nothing; what its first run takes longer is warm-up."""
+    """Empty for eager PyTorch, which compiles nothing: its first run takes longer because of warm-up."""
     return "" if name.endswith(("eager", "loop")) else f"{side.facts['compile_seconds']:.1f} s"

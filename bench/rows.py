@@ -1,7 +1,7 @@
 """What is measured: one frozen dataclass a workload, and the table `ROWS`. A later architecture adds a few lines here.
 
-`sides` are the competitors, ours first; each runs in a process of its own (see `bench.worker` for who serves them).
-Nothing here imports JAX or PyTorch: the process that conducts the measurement stays out of their way.
+`sides` are the competitors, ours first; each runs in a process of its own (see `bench.worker`). Nothing here imports
+JAX or PyTorch, so that the process that conducts the measurement takes nothing from them.
 """
 
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 OUR_ALLOCATOR = "our allocator"
-"""In the name of a PyTorch side that gets the setting of the C allocator that our training loop has."""
+"""In the name of a PyTorch side: it has the C allocator's setting of our training loop."""
 ADAPTER = "adapter"
 """The folder of the adapters that all sides start from, beside the weights."""
 PROMPTS = "prompts.json"
 """The file of the texts that all sides answer, beside the weights."""
 FULL = "full"
-"""In the name of a side that trains all weights where others train adapters."""
+"""In the name of a side: it trains all weights where others train adapters."""
 TRAIN_SIDES = (
     "ours",
     "ours, scanned",
@@ -34,16 +34,16 @@ class TrainStep:
 
     name: str
     fields: Mapping[str, Any]
-    """Of the architecture's config."""
+    """Fields of the architecture's config."""
     batch: int
     context: int
     model_type: str = "gpt2"
     sides: tuple[str, ...] = TRAIN_SIDES
     at_least: float = 1.15
-    """Times as fast as the better of eager and compiled PyTorch that we want to be."""
+    """The target: how many times as fast as the better of eager and compiled PyTorch we want to be."""
     adapters: int | None = None
-    """Rank of the adapters at all linear layers that train in place of the weights; sides that are called *full* train
-    the weights."""
+    """The rank of adapters at all linear layers, which train in place of the weights; sides called *full* train the
+    weights."""
     kind: ClassVar[str] = "train"
     unit: ClassVar[str] = "step"
 
@@ -81,9 +81,9 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class WindowedAttention:
-    """Attention of a sequence to itself in a layer with a window, forward and backward: values and all gradients.
+    """Self-attention in a layer with a window, forward and backward: values and all gradients.
 
-    Beside it stand full causal attention, which computes something else, and sequences half and twice as long.
+    It is compared with full causal attention, which computes something else, and with sequences half and twice as long.
     """
 
     name: str
@@ -94,10 +94,10 @@ class WindowedAttention:
     width: int = 64
     sides: tuple[str, ...] = ("ours", "ours, full", "ours, half", "ours, twice", "torch, masked")
     at_least: float = 5.0
-    """Times as fast as full attention that we want to be."""
+    """The target: how many times as fast as full attention we want to be."""
     at_most_memory: float = 0.2
     within: float = 0.2
-    """How far the time a token may differ between the lengths."""
+    """How much the time per token may differ between the lengths, as a fraction."""
     kind: ClassVar[str] = "attention"
     unit: ClassVar[str] = "pass"
 
@@ -116,10 +116,10 @@ class WindowedAttention:
 @dataclass(frozen=True)
 class ExpertNetworks:
     """The feed-forward part of a mixture of experts, forward and backward: value, and gradients of the tokens, of the
-    routing weights and of the experts' own. Which experts a token goes to is given, at random.
+    routing weights and of the experts' weights. The experts of each token are drawn at random beforehand.
 
-    Beside it stand other implementations, the matrix products alone (*exact*: batched, each expert with an equal part
-    of the tokens, whichever they are), and both of these with many experts.
+    It is compared with other implementations and with the matrix products alone (*exact*: batched, each expert with an
+    equal part of the tokens, whichever these are); both ours and the products alone also run with many experts.
     """
 
     name: str
@@ -129,15 +129,15 @@ class ExpertNetworks:
     top_k: int = 2
     num_experts: int = 8
     many: int = 64
-    """Experts, of the same size, of the sides that show what more of them cost."""
+    """The number of experts, of the same size, in the sides that show what more experts cost."""
     at_most_exact: float = 2.0
-    """Of the time of the batched products."""
+    """The target: our time in multiples of that of the batched products."""
     goal_exact: float = 1.7
-    """What we would rather have."""
+    """The same, as we would like it to be."""
     at_most_others: float = 0.25
-    """Of the time of `ragged` and of `dense`."""
+    """The target: our time as a fraction of that of `ragged` and of `dense`."""
     at_most_many: float = 1.3
-    """Times as long with many experts."""
+    """The target: our time with many experts in multiples of that with few."""
     kind: ClassVar[str] = "experts"
     unit: ClassVar[str] = "pass"
 
@@ -159,7 +159,7 @@ class ExpertNetworks:
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy decoding with a cache, prompts read first."""
+    """Greedy decoding with a cache, including the pass over the prompts."""
 
     name: str
     fields: Mapping[str, Any]
@@ -169,7 +169,7 @@ class Generation:
     model_type: str = "gpt2"
     sides: tuple[str, ...] = ("ours", "transformers, eager")
     at_least: float | None = None
-    """Times as fast as transformers' `generate` that we want to be."""
+    """The target: how many times as fast as transformers' `generate` we want to be."""
     compile_below: float = 20.0
     """Seconds that the first call may take beyond a later one."""
     kind: ClassVar[str] = "generate"
@@ -204,8 +204,8 @@ class Rollout:
     model_type: str = "llama"
     sides: tuple[str, ...] = ("ours", "transformers, eager")
     at_least: float = 2.0
-    """Times as fast as the second side that we want to be: transformers' `generate`, or ourselves reading the whole
-    text again for each token."""
+    """The target: how many times as fast as the second side we want to be. That is transformers' `generate`, or our own
+    model reading the whole text again for each token."""
     kind: ClassVar[str] = "rollout"
     unit: ClassVar[str] = "rollout"
 
@@ -227,7 +227,7 @@ class GRPOStep(Rollout):
 
     sides: tuple[str, ...] = ("ours", "TRL")
     at_least: float = 3.0
-    """Times as fast as TRL's GRPOTrainer that we want to be."""
+    """The target: how many times as fast as TRL's GRPOTrainer we want to be."""
     kind: ClassVar[str] = "grpo"
     unit: ClassVar[str] = "step"
 
@@ -239,7 +239,7 @@ class GRPOStep(Rollout):
 @dataclass(frozen=True)
 class DPOStep:
     """A step of DPO on pairs whose log-probabilities under the reference are known: loss, AdamW. Prompts and answers
-    have `prompt` tokens each, and answers an end."""
+    have `prompt` tokens each, and answers also an end-of-text token."""
 
     name: str
     fields: Mapping[str, Any]
@@ -249,7 +249,7 @@ class DPOStep:
     model_type: str = "llama"
     sides: tuple[str, ...] = ("ours", "TRL", "ours, scanned")
     at_least: float = 1.15
-    """Times as fast as TRL's DPOTrainer that we want to be."""
+    """The target: how many times as fast as TRL's DPOTrainer we want to be."""
     kind: ClassVar[str] = "dpo"
     unit: ClassVar[str] = "step"
 
@@ -271,7 +271,7 @@ class Start:
 
     name: str
     what: str
-    """step, or token: loaded from a Hugging Face folder with its tokenizer, text in and text out."""
+    """"step" is a first training step, "token" a first token of text from a Hugging Face folder with its tokenizer."""
     fields: Mapping[str, Any]
     batch: int = 8
     context: int = 256
@@ -289,17 +289,17 @@ class Start:
 
 @dataclass(frozen=True)
 class Compilation:
-    """Compiling a train step that loops over its layers, without any cache, beside one of several times the layers."""
+    """Compiling a train step that loops over its layers, without any cache, beside one with `times` as many layers."""
 
     name: str
     fields: Mapping[str, Any]
     times: int = 4
-    """As many layers."""
+    """How many times as many layers the deeper model has."""
     batch: int = 8
     context: int = 64
     model_type: str = "gpt2"
     at_most: float = 1.3
-    """Times as long."""
+    """The target: how many times as long compiling the deeper model may take."""
     kind: ClassVar[str] = "compile"
     unit: ClassVar[str] = "compilation"
 
@@ -337,7 +337,7 @@ def _model(row: Any) -> str:
 
 
 def gpt2(layers: int, heads: int, width: int, context: int, vocabulary: int) -> dict[str, Any]:
-    """Fields of a GPT-2 without dropout, whose random draws no two sides share."""
+    """Fields of a GPT-2 without dropout, which would be drawn differently on each side."""
     return {
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
@@ -414,7 +414,7 @@ DEEPSEEK = {
     "n_group": 4,
     "topk_group": 2,
     "num_nextn_predict_layers": 0,
-    "balance": None,  # which transformers does not compute
+    "balance": None,  # transformers does not compute it
     "max_position_embeddings": 256,
     "vocab_size": 257,
 }
@@ -435,7 +435,7 @@ ROWS: dict[str, Row] = {
             batch=1,
             context=512,
             model_type="llama",
-            # Each holds its weights, gradients and moments: more of them do not fit 24 GiB.
+            # Each side holds weights, gradients and moments: more sides do not fit 24 GiB.
             sides=("ours", "transformers, eager", "transformers, compiled", "plain torch, compiled"),
         ),
         TrainStep(

@@ -47,7 +47,7 @@ class TorchSide(Side):
             return PLAIN[config["model_type"]](config, load_file(self.folder / "model.safetensors"))
         from transformers import AutoModelForCausalLM
 
-        # Not `load_state_dict`: a model may keep its weights otherwise than its files do (experts in one tensor).
+        # Not `load_state_dict`: a model may arrange its weights differently from its files (experts in one tensor).
         model, told = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, output_loading_info=True)
         wrong = {name: keys for name, keys in told.items() if keys}
         if wrong:
@@ -62,7 +62,7 @@ class TorchSide(Side):
 
 
 class WithLoss(nn.Module):
-    """Tokens and targets [B, T] to the mean loss: whole, so that a compiler sees all of it."""
+    """Tokens and targets [B, T] to the mean loss, in one module, so that a compiler sees all of it."""
 
     def __init__(self, model: nn.Module, of_transformers: bool):
         super().__init__()
@@ -152,9 +152,10 @@ class WindowedAttentionSide(TorchSide):
 
 
 class ExpertsSide(TorchSide):
-    """Expert by expert: the tokens that have chosen it go through its two linear layers, and what comes back is added.
+    """Expert by expert: the tokens routed to it go through its two linear layers, and the results are added.
 
-    Each expert's weights are tensors of their own. Of a stacked one, every expert would add a gradient of whole size.
+    Each expert's weights are tensors of their own. In one stacked tensor, every expert's gradient would have the size
+    of the whole stack.
     """
 
     def build(self) -> None:
@@ -223,7 +224,7 @@ class GenerationSide(TorchSide):
 
 class RolloutSide(GenerationSide):
     def prepare(self) -> dict[str, Any]:
-        return TorchSide.prepare(self)  # drawn tokens are no two sides' own
+        return TorchSide.prepare(self)  # sampled tokens differ between sides
 
     def generate(self) -> torch.Tensor:
         return self.model.generate(

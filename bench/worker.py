@@ -1,8 +1,8 @@
 """The process of one side: `python -m bench.worker FOLDER SIDE`, driven through its standard input.
 
-It reads one request a line, `{"call": method, ...arguments}`, and answers with one line of JSON. Between requests it
-waits in a blocking read, its threads asleep, so that the other side has the cores for itself; how far that is true is
-measured, as the processor time that passes between an answer and the next request.
+It reads one request per line, `{"call": method, ...arguments}`, and answers with one line of JSON. Between requests it
+waits in a blocking read, its threads asleep, so that the other sides have the cores to themselves. Whether that holds
+is measured, as the processor time that it uses between an answer and the next request.
 """
 
 import json
@@ -68,7 +68,7 @@ def create_side(row: Row, folder: Path, name: str) -> Side:
 
 def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    # Libraries print to standard output when they please: the answers get a descriptor of their own.
+    # Libraries may print to standard output at any time, so answers have a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with open(folder / "row.pickle", "rb") as file:
