@@ -116,7 +116,7 @@ class Rendered:
 
 
 def check_train_on(train_on: TrainOn) -> None:
-    """BadInput unless it is a `TrainOn`."""
+    """BadInput unless it is one of TRAIN_ON or a tuple of numbers."""
     numbers = isinstance(train_on, tuple) and train_on and all(isinstance(number, int) for number in train_on)
     if not numbers and train_on not in TRAIN_ON:
         raise BadInput(f"train_on must be {', '.join(TRAIN_ON)} or numbers of answers, not {train_on!r}")
