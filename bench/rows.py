@@ -191,7 +191,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Answers of a group: several to each prompt, drawn at temperature 1, of which none ends early."""
+    """Groups of answers: several to each prompt, drawn at temperature 1. None ends early."""
 
     name: str
     fields: Mapping[str, Any]

@@ -5,7 +5,7 @@ options (`batch_size` is `--batch-size`), their docstrings the help text, their 
 `Positional` is an argument without a name. tyro (https://brentyi.github.io/tyro) turns the dataclass into a parser.
 
 Whatever a user can get wrong ends in one line on stderr, `error: what, where, what to do`, and exit code 2. tyro draws
-its complaints as boxes of several lines: `_parse` catches them and `_one_line` retells them.
+its error messages as boxes of several lines: `_parse` catches them and `_one_line` turns them into one line.
 
 Nothing here imports JAX before the options are read, so that help and errors come at once.
 """
@@ -430,7 +430,7 @@ def _check_names(options: type, arguments: list[str], program: str) -> None:
 
 
 def _one_line(box: str, options: type, arguments: list[str], program: str) -> str:
-    """tyro's box retold as one line. Its sections are parted by rules: the fault, the option's help text, a footer.
+    """tyro's box as one line. Rules separate its sections: the fault, the option's help text, a footer.
 
     The frame is drawn in the characters of the stream: "╭─ Title ──╮" and "│ text │", or " Title", a rule, "  text".
     """

@@ -43,7 +43,7 @@ class LanguageModel:
     config: Any
     model: Decoder
     variables: dict[str, Any]
-    """One dict of collections, "params" among them."""
+    """Linen's variables: a dict of collections, "params" among them."""
     tokenizer: Tokenizer | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """The tokens that end, begin and pad a text."""
@@ -183,7 +183,7 @@ class LanguageModel:
         """Logits in float32 for tokens [B, T]; compiled once for each shape.
 
         `lengths` [B] says how many tokens of each row are real, the rest being padding on the right. Padding elsewhere
-        and packed documents are told by `segment_ids` [B, T]: 0 is padding, documents are numbered 1, 2, ...
+        and packed documents are marked by `segment_ids` [B, T]: 0 is padding, documents are numbered 1, 2, ...
         `positions` [B, T] default to 0, 1, ... in each segment. Inputs are checked on the host, so this cannot be
         called under jit: transformations take `lm.model.apply`. BadInput: an id outside the vocabulary, a row too long.
         """

@@ -40,7 +40,7 @@ _GIVEN = r"<answer>([\s\S]*?)</answer>|\\boxed{((?:[^{}]|{[^{}]*})*)}"
 _MARKED = re.compile(rf"####\W{{0,20}}?({_VALUE})|{_GIVEN}", re.ASCII)
 _TITLE = re.compile(r"\.[ \t]+[A-Za-z]")
 _NUMBERS, _VALUES = re.compile(_NUMBER, re.ASCII), re.compile(_VALUE, re.ASCII)
-# What LaTeX writes between thousands, and powers of units.
+# LaTeX's separators of thousands, and powers of units.
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", re.ASCII)
 _POWER = re.compile(r"(?<=[A-Za-z}])\^(?:\d+|\{-?\d+\})", re.ASCII)
 
@@ -219,7 +219,7 @@ def find(name: str) -> RewardFunction:
 def _from_file(path: Path, name: str) -> RewardFunction:
     if not path.is_file():
         raise BadInput(f"there is no file {path} to read the reward {name!r} from")
-    # Under a name of its own, where classes that the file defines look up their module.
+    # The module is in sys.modules, under a name of its own, since classes that the file defines look it up there.
     module_name = f"_reward_file_{path.resolve().as_posix()}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None  # as of every .py file

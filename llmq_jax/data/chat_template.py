@@ -1,7 +1,7 @@
 """Chat templates: a conversation as the text that a model was trained on, by the Jinja template that comes with it.
 
-The text is the one that transformers' `apply_chat_template` gives. A template is a program by whoever made the model,
-so it runs in Jinja's sandbox, where it reaches nothing but its variables, and within limits that are set here:
+The text is the one that transformers' `apply_chat_template` gives. A template is code by the authors of the model, so
+it runs in Jinja's sandbox, where it reaches nothing but its variables, and within limits that are set here:
 
 - time: each call and each iteration of a loop is a step, and so is each character that `*` repeats. Steps are counted,
   and the clock is read with each count. That ends endless loops and recursions.
@@ -40,16 +40,16 @@ from llmq_jax.json_text import parse_json
 
 MAX_STEPS = 10**6
 MAX_CHARACTERS = 2**24
-"""In the text that a template writes."""
+"""The longest text that a template may write."""
 MAX_MADE = 2**27
-"""Characters and items in all intermediate values together, and in any one value before it is made."""
+"""The most characters in all intermediate values together, and in any one value before it is made."""
 ITEM = 256
-"""How many characters a value counts as that is no string."""
+"""How many characters a value that is no string counts as."""
 MAX_SECONDS = 20.0
 MAX_DEPTH = 100
 """How deeply values may be nested."""
 MAX_BITS = 2**14
-"""In an integer."""
+"""The most bits of an integer."""
 
 
 NOT_READ = "the chat template has no place{} for {!r}: use another template, or remove it"

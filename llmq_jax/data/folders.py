@@ -27,7 +27,7 @@ class FolderFiles:
 
 
 DataPath = str | Path | FolderFiles
-"""Where data are: a file, a folder, of which all files are read, or some files of a folder."""
+"""Where data are: a file, a folder (all its files are read), or some files of a folder."""
 
 
 def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: str) -> list[Path]:

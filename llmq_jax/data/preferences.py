@@ -47,7 +47,7 @@ class Preference:
     rejected: Conversation
     """Both have the same prompt, their first `given` messages, and then the assistant's answer."""
     margin: float | None = None
-    """By how much the chosen one is better."""
+    """By how much the chosen answer is better."""
 
     @property
     def prompt(self) -> str:
@@ -256,8 +256,8 @@ def without_padding(pair: PreferenceExample, pad_id: int) -> PreferenceExample:
 
 def chat_ending(tokenizer: Tokenizer, end_tokens: Collection[int]) -> list[int]:
     """How the model's chat template ends an answer: the first of these end tokens and what stands after it, such as
-    ChatML's line break. A model that answers stops before that, and texts that the template wrote end with it. Empty
-    where it writes no such token, and without a template."""
+    ChatML's line break. A generated answer stops at the end token; texts that the template writes have all of it. Empty
+    where the template writes no such token, and without a template."""
     if tokenizer.chat_template is None:
         return []
     asked: Message = {"role": "user", "content": "question"}

@@ -33,7 +33,7 @@ numbers, from 0; negative numbers count from the last, which is -1."""
 TRAIN_ON = ("response", "last", "all")
 
 DAY = datetime(2024, 7, 26)
-"""What chat templates that tell the date (Llama 3.1's) are told: batches may not depend on the day of training."""
+"""The date for chat templates that write one (Llama 3.1's): batches may not depend on the day of training."""
 
 REWRITTEN = (
     "has an answer that the chat template writes in another way when messages follow, as those do that leave out "
@@ -275,7 +275,7 @@ def _holds(opened: str, answer: str, content: str) -> bool:
 
 
 def _common_start(a: str, b: str) -> int:
-    """How many characters the two begin with in common."""
+    """The length of the longest common prefix."""
     if b.startswith(a):
         return len(a)
     return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -74,7 +74,7 @@ class TokenFiles:
 
     @property
     def largest_id(self) -> int:
-        """Of both streams: a model's vocabulary must be greater."""
+        """The largest id in both streams; a model's vocabulary must be greater."""
         return max(stream.largest_id for stream in self.streams.values())
 
     @cached_property

@@ -36,7 +36,7 @@ class TokenizerFiles:
 
     contents: dict[str, bytes]
     source: str | Path
-    """Where they are from, for messages."""
+    """Where the files are from, for messages."""
 
     @classmethod
     def read(cls, file: Path) -> "TokenizerFiles":

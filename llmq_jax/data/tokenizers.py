@@ -436,7 +436,7 @@ def _rust_told(what: str) -> Iterator[None]:
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, from a folder with one or with GPT-2's files, or of
-    a model on the Hugging Face hub ("org/name"), of which no weights are fetched."""
+    a model on the Hugging Face hub ("org/name"), whose weights are not fetched."""
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
     if str(name_or_path) == "gpt2":

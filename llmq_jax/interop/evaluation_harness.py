@@ -264,7 +264,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return f"{self.source}-{self.tokenizer.name}".replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes about the model into its results."""
+        """The facts about the model that the harness writes into its results."""
         parameters = jax.tree.leaves(self.lm.params)
         count, dtype = sum(leaf.size for leaf in parameters), str(weight_type(parameters))
         return {"model": self.source, "model_num_parameters": count, "model_dtype": dtype}

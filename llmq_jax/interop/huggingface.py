@@ -169,10 +169,10 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
 
 
 def find(name: str | os.PathLike[str], *, tokenizer: bool = False) -> Path:
-    """Where a model is: a path that exists, or the local copy of what the hub has under this name ("org/name", or
-    "org/name@revision" for one commit, tag or branch of it), of which `tokenizer` fetches no weights.
+    """The path of a model: one that exists, or the local copy of what the hub has under this name ("org/name", or
+    "org/name@revision" for one commit, tag or branch of it). With `tokenizer` no weights are fetched.
 
-    The hub is not asked for what can only be a path: `runs/mien` where there is a folder `runs`.
+    The hub is not asked for a name that can only be a path: `runs/mien` where there is a folder `runs`.
     """
     path = Path(name).expanduser()
     if path.exists():

@@ -2,11 +2,11 @@
 
 A matrix `model.layers.0.self_attn.q_proj.weight` of transformers has its adapter at
 `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), DoRA's magnitude
-at `.lora_magnitude_vector` (out): the names follow from the weight tables. Experts, which transformers keep in two
-parameters of one module, have A (E·r, in), expert by expert, and B (out, r·E), rank by rank; of a module with adapters
-at both, `base_layer` is the one at `gate_up_proj`. In transformers 4 each matrix of each expert was a module, with the
-name that it has in files of weights: adapters of that time are read. TinyLoRA keeps `tinylora_A`, `_B` and `_P` where
-its matrices are, and `base_model.tinylora_v.G` for each group of matrices that share their numbers.
+at `.lora_magnitude_vector` (out): the names follow from the weight tables. Experts, which transformers keeps in two
+parameters of one module, have A (E·r, in), expert by expert, and B (out, r·E), rank by rank. Where both parameters have
+an adapter, that of `gate_up_proj` is at the module's `base_layer`. In transformers 4 each matrix of each expert was a
+module, with the name that it has in files of weights: adapters of that time are read. TinyLoRA keeps `tinylora_A`, `_B`
+and `_P` at each matrix, and `base_model.tinylora_v.G` for each group of matrices that share their trained vector.
 
 LoRA-XS has no form of its own there: it is written as the LoRA that it equals, B' = R B.
 """
@@ -24,7 +24,7 @@ from llmq_jax.interop.torch_files import open_torch
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
-"""What PEFT wrote until 0.6 (2023)."""
+"""The file that PEFT wrote until 0.6 (2023)."""
 PREFIX = "base_model.model."
 EXPERTS_INNER = ".base_layer"
 
@@ -42,12 +42,13 @@ class Site(NamedTuple):
 
     @property
     def is_parameter(self) -> bool:
-        """Whether it is no module of its own in transformers, but a parameter of one: experts, routers."""
+        """Whether in transformers it is not a module but a parameter of one: experts, routers."""
         return self.of_experts or "router" in self.placement.path
 
     @property
     def pattern_name(self) -> str:
-        """What PEFT's patterns of ranks and alphas are matched with: a parameter's name has its own at the end."""
+        """The name that PEFT matches with its patterns of ranks and alphas: for a router's parameter it ends in
+        `.weight`."""
         return f"{self.module}.weight" if self.is_parameter and not self.of_experts else self.module
 
 
@@ -56,7 +57,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def weights_file(folder: Path) -> Path:
-    """Where its tensors are, or would be."""
+    """The file of a folder's tensors, whether or not it exists."""
     has_old_alone = (folder / TORCH_WEIGHTS).is_file() and not (folder / WEIGHTS).is_file()
     return folder / (TORCH_WEIGHTS if has_old_alone else WEIGHTS)
 
@@ -70,13 +71,13 @@ def open_tensors(folder: Path) -> Mapping[str, LazyTensor]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name, without a revision, can be one of the hub's ("org/name"), and is no path that exists."""
+    """Whether a name, without a revision, can be a hub id ("org/name") and is not a path that exists."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
 def module_names(config: Any) -> dict[str, set[str]]:
     """{the last part of a module's name: paths of our matrices inside a block, or outside of the blocks}."""
-    if config.model_type not in TABLES:  # a model of one's own goes by our names alone
+    if config.model_type not in TABLES:  # the matrices of a user's own architecture have our names only
         return {}
     names: dict[str, set[str]] = {}
     for site in sites_of(config):
@@ -100,7 +101,7 @@ def sites_of(config: Any) -> list[Site]:
 
 
 def experts_module(site: Site, found: Mapping[tuple[str, ...], Any]) -> str:
-    """The module of an expert's parameter: the one that comes first is inside, where the other has an adapter too."""
+    """The module of an expert's parameter; where both parameters have adapters, that of `up_kernel` is inside."""
     module = site.module.rpartition(".")[0]
     path = site.placement.path[1:]
     inner = path[-1] == "up_kernel" and (*path[:-1], "down_kernel") in found
@@ -108,6 +109,6 @@ def experts_module(site: Site, found: Mapping[tuple[str, ...], Any]) -> str:
 
 
 def memory_table(config: Any) -> WeightTable:
-    """The table of the names that modules have in memory, where experts are not apart."""
+    """The table with the names that modules have in memory, where the experts of a layer are one tensor."""
     table = weight_table(config.model_type)
     return next((t for t in (table, *table.spellings) if not any("{expert}" in entry.key for entry in t.rules)), table)

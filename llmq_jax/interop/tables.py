@@ -252,16 +252,16 @@ class WeightTable:
         return tensors
 
     def recognises(self, name: str) -> bool:
-        """Whether a tensor of this name may stand in this layout, in any spelling, for some config."""
+        """Whether a tensor of this name may occur in this layout, in any spelling, for some config."""
         return any(table._knows(name) for table in (self, *self.spellings))
 
     def _knows(self, name: str) -> bool:
-        """The same in this spelling."""
+        """Whether a tensor of this name may occur in this spelling."""
         known = [*(entry.key for entry in self.rules), *self.tied, *self.ignorable]
         return any(_matches(key, full) for full in (name, self.optional_prefix + name) for key in known)
 
     def survey(self, state: Mapping[str, Any]) -> tuple[dict[str, Shape], int]:
-        """What `state` says of its config: ({a rule's path: the shape of their tensor}, the number of layers)."""
+        """What `state` tells about its config: ({a rule's path: the shape of their tensor}, the number of layers)."""
         shapes: dict[str, Shape] = {}
         layers = set()
         for name in state:
