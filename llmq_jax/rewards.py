@@ -228,7 +228,7 @@ def _from_file(path: Path, name: str) -> RewardFunction:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_name]
-        raise BadInput(f"{path}, which holds the reward {name!r}, cannot be run: {_told(error)}") from error
+        raise BadInput(f"{path}, which holds the reward {name!r}, cannot be run: {_error_line(error)}") from error
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -237,7 +237,7 @@ def _from_file(path: Path, name: str) -> RewardFunction:
     return function
 
 
-def _told(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """One line of an error: its type and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -333,7 +333,7 @@ def _called(
         returned = function(prompts=prompts, completions=completions, **columns)
         values = list(returned)
     except Exception as error:
-        raise BadInput(f"the reward {name!r} failed with {_told(error)}{_place(error, function)}") from error
+        raise BadInput(f"the reward {name!r} failed with {_error_line(error)}{_place(error, function)}") from error
     if len(values) != len(completions):
         raise BadInput(f"the reward {name!r} returned {len(values)} values for {len(completions)} completions")
     return np.asarray([_number(name, row, value) for row, value in enumerate(values)], np.float64)

@@ -243,7 +243,7 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         _utf8(text)
-        with self._told():
+        with self._as_bad_input():
             if allow_special:
                 return self._encoding.encode(text, allowed_special="all")
             return self._encoding.encode_ordinary(text)
@@ -263,14 +263,14 @@ class GPT2Tokenizer(Tokenizer):
             return self._encoding.encode_to_numpy(piece, disallowed_special=()).astype(self.dtype)
 
         def all_encoded(pieces: list[str]) -> Iterator[np.ndarray]:
-            with ThreadPoolExecutor() as threads, self._told():  # tiktoken releases the interpreter lock
+            with ThreadPoolExecutor() as threads, self._as_bad_input():  # tiktoken releases the interpreter lock
                 yield from threads.map(encoded, pieces)
 
         return _in_pieces(texts, all_encoded, self.dtype)
 
-    def _told(self) -> AbstractContextManager[None]:
+    def _as_bad_input(self) -> AbstractContextManager[None]:
         """BadInput for a text that tiktoken's patterns cannot match, such as a million spaces in a row."""
-        return _rust_told(f"{self.name}: tiktoken cannot encode a text")
+        return _rust_errors_as_bad_input(f"{self.name}: tiktoken cannot encode a text")
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
@@ -317,30 +317,30 @@ class FileTokenizer(Tokenizer):
         self.name = name
         self._files = files
         self._plain = self._load(special_is_text=True)
-        with self._told("be read"):
+        with self._as_bad_input("be read"):
             self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_text = self._find_end_of_text()
-        with self._told("be read"):
+        with self._as_bad_input("be read"):
             described = json.loads(files.contents["tokenizer.json"])
             self._may_cut = may_cut_at_line_breaks(described, self._plain.pre_tokenizer)
 
     def _load(self, special_is_text: bool) -> hf_tokenizers.Tokenizer:
-        with self._told("be read"):
+        with self._as_bad_input("be read"):
             loaded = hf_tokenizers.Tokenizer.from_buffer(self._files.contents["tokenizer.json"])
         # A tokenizer.json may hold the padding and truncation of whoever saved it, which would silently cut texts.
         loaded.no_padding()
         loaded.no_truncation()
         # Tokens with a name are special, whatever tokenizer.json says of them, as in transformers.
-        with self._told("be read"):
+        with self._as_bad_input("be read"):
             named = set(self._files.named_tokens().values())
             added = loaded.get_added_tokens_decoder().values()
             loaded.add_special_tokens([token for token in added if token.content in named and not token.special])
         loaded.encode_special_tokens = special_is_text
         return loaded
 
-    def _told(self, what: str) -> AbstractContextManager[None]:
+    def _as_bad_input(self, what: str) -> AbstractContextManager[None]:
         """BadInput for faults that tokenizers finds in the file, some of them only on use."""
-        return _rust_told(f"{self._files.source}: tokenizer.json cannot {what}")
+        return _rust_errors_as_bad_input(f"{self._files.source}: tokenizer.json cannot {what}")
 
     @cached_property
     def _special(self) -> hf_tokenizers.Tokenizer:
@@ -374,7 +374,7 @@ class FileTokenizer(Tokenizer):
     def encode(self, text: str, *, allow_special: bool = False, add_special_tokens: bool = False) -> list[int]:
         _utf8(text)
         tokenizer = self._special if allow_special else self._plain
-        with self._told("encode"):
+        with self._as_bad_input("encode"):
             return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(
@@ -382,7 +382,7 @@ class FileTokenizer(Tokenizer):
     ) -> tuple[list[int], Int[np.ndarray, "N 2"]]:
         _utf8(text)
         untouched = self._special_untouched if allow_special else self._plain_untouched
-        with self._told("encode"):
+        with self._as_bad_input("encode"):
             encoding = untouched.encode(text)
             whole = self._plain.post_process(encoding, add_special_tokens=add_special_tokens)
         offsets = np.zeros((len(whole.ids), 2), np.int64)
@@ -396,7 +396,7 @@ class FileTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[SupportsIndex], *, skip_special_tokens: bool = False) -> str:
         known = [i for i in _plain_ints(ids) if 0 <= i < self.vocab_size]  # tokenizers itself drops ids in gaps
-        with self._told("decode"):
+        with self._as_bad_input("decode"):
             return self._plain.decode(known, skip_special_tokens=skip_special_tokens)
 
     @cached_property
@@ -409,7 +409,7 @@ class FileTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         def all_encoded(pieces: list[str]) -> Iterator[np.ndarray]:
             for block in _blocks(pieces):
-                with self._told("encode"):
+                with self._as_bad_input("encode"):
                     encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
                 yield from (np.array(encoding.ids, self.dtype) for encoding in encodings)
 
@@ -421,7 +421,7 @@ class FileTokenizer(Tokenizer):
 
 
 @contextmanager
-def _rust_told(what: str) -> Iterator[None]:
+def _rust_errors_as_bad_input(what: str) -> Iterator[None]:
     """BadInput for an error of tokenizers or tiktoken: a plain Exception or ValueError or, where their Rust code
     panics, a BaseException that is no Exception."""
     try:
