@@ -412,8 +412,8 @@ def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | N
 
 
 def _check_order(positions: np.ndarray, segment_ids: np.ndarray) -> None:
-    """BadInput for positions that fall within a document: attention skips the keys after a query in its row, so these
-    must not be before it by position."""
+    """BadInput for positions that decrease within a document: attention skips the keys after a query in its row, so
+    these must not be before it by position."""
     together = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     falls = np.argwhere(together & (np.diff(positions, axis=1) < 0))
     if len(falls):
