@@ -97,12 +97,8 @@ class Options(RecipeOptions, TuningOptions, DataAndModelOptions):  # dataclasses
     """A text to classify in the samples."""
 
 
-def main(options: Options) -> None:
-    classifier(options)
-
-
 @on_devices
-def classifier(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
 

@@ -87,12 +87,8 @@ class Options(RecipeOptions, TuningOptions, LossOptions, PairOptions):
     lora_dropout: None = no_option("in DPO, which compares with a reference without dropout")
 
 
-def main(options: Options) -> None:
-    dpo(options)
-
-
 @on_devices
-def dpo(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)

@@ -190,12 +190,8 @@ class Options(RecipeOptions, TuningOptions, JudgeOptions, AlgorithmOptions, Rewa
         return self.loss == "bnpo" or self.entropy_coefficient != 0
 
 
-def main(options: Options) -> None:
-    grpo(options)
-
-
 @on_devices
-def grpo(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     options = resolved(options)

@@ -121,12 +121,8 @@ class Options(RecipeOptions, TuningOptions, TemplateOptions, DataAndModelOptions
     """An instruction for the samples to answer."""
 
 
-def main(options: Options) -> None:
-    instruct(options)
-
-
 @on_devices
-def instruct(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
     if options.out is None and not options.preview:
         raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")

@@ -78,12 +78,8 @@ class Options(RecipeOptions, TuningOptions, RewardOptions, PairOptions):
     sample_prompt: None = no_option("on a reward model, which goes on from nothing")
 
 
-def main(options: Options) -> None:
-    reward(options)
-
-
 @on_devices
-def reward(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
