@@ -12,14 +12,14 @@ again resumes a run that was stopped.
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, run
 from llmq_jax.errors import BadInput
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
@@ -178,7 +178,7 @@ def main(options: Options) -> Any:
         evaluate=evaluate,
         sample=sample,
         flops_per_token=flops_of(options, learner, [min(len(row), longest) for row in rows["training"]]),
-        next_commands=tuple(next_commands(options, config)),
+        next_commands=next_commands(options, config),
     )
     if result.state is not None:
         test(options, source.replace(variables=whole(result.state.variables)), parts["test"], rows["test"])
@@ -358,13 +358,11 @@ def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> Non
     print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
 
 
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    out = shlex.quote(options.out)
+def next_commands(options: Options, config: Any) -> list[str]:
     cut = "" if options.max_length == config.max_position_embeddings else f" --max-length {options.max_length}"
-    yield f'llmq classify {out}{cut} --text "..."'
-    yield f"llmq classify {out}{cut} --data FILE --out classified.jsonl"
-    if exports(config):
-        yield f"python -m convert.to_hf {out} {shlex.quote(options.out + '-hf')}"
+    classify = f"llmq classify {shlex.quote(options.out)}{cut}"
+    commands = [f'{classify} --text "..."', f"{classify} --data FILE --out classified.jsonl"]
+    return commands + export_commands(options.out, config)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ again resumes a run that was stopped.
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +21,7 @@ from llmq_jax.command_line import Flag, default_is, no_option, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     RecipeOptions,
@@ -191,7 +191,7 @@ def main(options: Options) -> Any:
             sample=sample,
             flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
-            next_commands=tuple(next_commands(options, config)),
+            next_commands=next_commands(options, config),
         )
         if result.state is not None:
             means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
@@ -337,11 +337,10 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     )
 
 
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    verb = f"llmq chat {shlex.quote(options.out)}" if options.template == "chat" else None
-    yield verb or f"llmq generate {shlex.quote(options.out)} --prompt The"
-    if exports(config):
-        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+def next_commands(options: Options, config: Any) -> list[str]:
+    out = shlex.quote(options.out)
+    ask = f"llmq chat {out}" if options.template == "chat" else f"llmq generate {out} --prompt The"
+    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

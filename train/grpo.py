@@ -15,7 +15,7 @@ or a reward model of train.reward. The same command again resumes a run that was
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +24,7 @@ from llmq_jax.command_line import Flag, default_is, no_option, option_name, run,
 from llmq_jax.errors import BadInput
 from train.answers import ending_with, one_line
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
@@ -303,7 +303,7 @@ def main(options: Options) -> Any:
         judged_by=("reward", "highest"),
         sample=sample,
         show=SHOWN,
-        next_commands=tuple(next_commands(options, config, source.tokenizer)),
+        next_commands=next_commands(options, config, source.tokenizer),
     )
     if options.log_every and first():
         print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
@@ -501,12 +501,11 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
     return "\n".join(lines)
 
 
-def next_commands(options: Options, config: Any, tokenizer: Any) -> Iterator[str]:
+def next_commands(options: Options, config: Any, tokenizer: Any) -> list[str]:
     converses = options.template != "plain" and tokenizer.chat_template is not None
     out = shlex.quote(options.out)
-    yield f"llmq chat {out}" if converses else f'llmq generate {out} --prompt "..."'
-    if exports(config):
-        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+    ask = f"llmq chat {out}" if converses else f'llmq generate {out} --prompt "..."'
+    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from train.chat_templates import (
     tell_of_no_end,
     with_text_options,
 )
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
@@ -213,7 +213,7 @@ def main(options: Options) -> Any:
         evaluate=None if held_out is None else evaluate,
         sample=sample,
         flops_per_token=flops_of(options, learner, [len(example.tokens) for example in learned.examples]),
-        next_commands=tuple(next_commands(options, config, training[0].form != "text" and kept.chat_template)),
+        next_commands=next_commands(options, config, training[0].form != "text" and kept.chat_template),
     )
 
 
@@ -358,11 +358,10 @@ def runs(tokens: Any, learned: list[bool]) -> Iterator[tuple[list[int], bool]]:
         yield [int(token) for token, _ in group], fate
 
 
-def next_commands(options: Options, config: Any, converses: Any) -> Iterator[str]:
+def next_commands(options: Options, config: Any, converses: Any) -> list[str]:
     out = shlex.quote(options.out)
-    yield f"llmq chat {out}" if converses else f"llmq generate {out} --prompt The"
-    if exports(config):
-        yield f"python -m convert.to_hf {out} {shlex.quote(options.out + '-hf')}"
+    ask = f"llmq chat {out}" if converses else f"llmq generate {out} --prompt The"
+    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

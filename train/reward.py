@@ -10,8 +10,6 @@ resumes a run that was stopped.
 """
 
 import dataclasses
-import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,7 +17,7 @@ from llmq_jax.command_line import default_is, no_option, run
 from llmq_jax.errors import BadInput
 from train.answers import one_line
 from train.chat_templates import chat_template_digest, with_text_options
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     RecipeOptions,
@@ -152,7 +150,8 @@ def main(options: Options) -> Any:
         sample=sample,
         flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in answers(learned)]),
         show=("accuracy", "margin"),
-        next_commands=tuple(next_commands(options, config)),
+        # transformers and `llmq classify` read the last token's reward.
+        next_commands=export_commands(options.out, config) if options.pooling == "last" else (),
     )
     if result.state is not None:
         everything = PreferenceEvaluation(held_out.pairs, size, longest)
@@ -230,12 +229,6 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
         return "\n".join(lines)
 
     return shown
-
-
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    # transformers and `llmq classify` read the last token's reward.
-    if options.pooling == "last" and exports(config):
-        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
 
 
 if __name__ == "__main__":

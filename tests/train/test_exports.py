@@ -20,7 +20,7 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import ARCHITECTURES, Architecture
 from llmq_jax.training.parts import whole
 from train.classifier import main as classifier
-from train.exports import exports
+from train.exports import export_commands
 from train.instruct import Options
 from train.instruct import main as instruct
 from train.what_trains import prepared
@@ -169,7 +169,8 @@ class ScaledLlama(lq.Llama3):
 
 def test_an_export_is_not_promised_of_what_transformers_lacks(monkeypatch):
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    assert exports(lq.Llama3Config(**sizes)) and exports(Scaled(**sizes))
-    assert not exports(Scaled(**sizes, my_scale=1.0))  # a field
+    assert export_commands("a run", lq.Llama3Config(**sizes)) == ["python -m convert.to_hf 'a run' 'a run-hf'"]
+    assert export_commands("run", Scaled(**sizes))
+    assert not export_commands("run", Scaled(**sizes, my_scale=1.0))  # a field
     monkeypatch.setitem(ARCHITECTURES, "llama", Architecture(Scaled, ScaledLlama))
-    assert not exports(Scaled(**sizes, intermediate_size=16))  # a weight
+    assert not export_commands("run", Scaled(**sizes, intermediate_size=16))  # a weight
