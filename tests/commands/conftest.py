@@ -1,5 +1,7 @@
 """Tiny models in folders, for the commands to work on: one with a byte tokenizer, one that chats."""
 
+from functools import partial
+
 import pytest
 import tokenizers
 
@@ -71,14 +73,6 @@ def chat_model(chat_folder):
 
 
 @pytest.fixture
-def llmq(capsys):
+def llmq(program):
     """`llmq(*arguments)` -> (exit code, stdout, stderr) of the command, run in this process."""
-    from llmq_jax import commands
-    from llmq_jax.command_line import run
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            run(commands.VERBS, [str(argument) for argument in arguments], program="llmq")
-        return exit.value.code, *capsys.readouterr()
-
-    return call
+    return partial(program, "llmq")
