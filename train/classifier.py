@@ -23,7 +23,6 @@ from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    RecipeOptions,
     check_mesh,
     check_ranges,
     model_of,
@@ -37,7 +36,7 @@ from train.options import (
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, check_what_trains, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 TEST_FRACTION = 0.2
@@ -80,15 +79,12 @@ class DataAndModelOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, DataAndModelOptions):  # dataclasses collect the fields from right to left
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
+class Options(FineTuningOptions, TuningOptions, DataAndModelOptions):
+    # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Texts in a batch."""
     learning_rate: float = 1e-4
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.01
     """Decay of kernels and embeddings, times the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None

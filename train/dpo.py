@@ -24,7 +24,6 @@ from train.chat_templates import chat_template_digest, tell_of_no_end, with_text
 from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
-    RecipeOptions,
     check_mesh,
     filled,
     model_of,
@@ -48,7 +47,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
 REFERENCE_FILE = "reference_logprobs.npz"
@@ -70,18 +69,12 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, LossOptions, PairOptions):
+class Options(FineTuningOptions, TuningOptions, LossOptions, PairOptions):
     # Dataclasses collect the fields of their bases from right to left.
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
     batch_size: int = 8
     """Pairs in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     sample_prompt: Annotated[str | None, default_is("the first that is held out")] = None
     """An instruction for the samples to answer."""
     lora_dropout: None = no_option("in DPO, which compares with a reference without dropout")

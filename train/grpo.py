@@ -28,7 +28,6 @@ from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    RecipeOptions,
     check_mesh,
     check_ranges,
     completed,
@@ -46,7 +45,7 @@ from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.sources import one_split, sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, check_what_trains, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, prepared
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
@@ -163,17 +162,13 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     steps: int = 200
     """Steps of the algorithm; each draws answers and makes --iterations updates."""
     batch_size: None = no_option("in GRPO, whose rows are --prompts-per-step times --group-size")
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     log_every: int = 1
     """Steps between two lines of metrics."""
     evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None

@@ -31,7 +31,6 @@ from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    RecipeOptions,
     check_mesh,
     check_ranges,
     filled,
@@ -46,7 +45,7 @@ from train.options import (
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, check_what_trains, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed")
@@ -105,18 +104,12 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, TemplateOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, TemplateOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
     batch_size: int = 8
     """Rows in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     sample_prompt: Annotated[str | None, default_is("the first that is held out, or else learned")] = None
     """An instruction for the samples to answer."""
 

@@ -20,7 +20,6 @@ from train.chat_templates import chat_template_digest, with_text_options
 from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
-    RecipeOptions,
     check_mesh,
     filled,
     model_of,
@@ -43,7 +42,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5
 SAMPLES = 3
@@ -59,18 +58,12 @@ class RewardOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, RewardOptions, PairOptions):
+class Options(FineTuningOptions, TuningOptions, RewardOptions, PairOptions):
     # Dataclasses collect the fields of their bases from right to left.
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
     batch_size: int = 8
     """Pairs in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two samples, the rewards of a few pairs that are held out; 0: never."""
     sample_prompt: None = no_option("on a reward model, which goes on from nothing")
