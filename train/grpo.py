@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, no_option, option_name, run, with_breaks
 from llmq_jax.errors import BadInput
-from train.answers import ending_with, one_line
+from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.exports import export_commands
 from train.options import (
@@ -476,6 +476,7 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
     """A few answers to a prompt of the step, drawn anew, with their rewards (of a reward model as it was at first) and
     advantages."""
     from llmq_jax.data.prompts import step_seeds
+    from llmq_jax.training.metrics import one_line
 
     prompt = loop.prompts[batch["prompts"][0]]
     seeds = step_seeds(loop.seed, int(batch["step"]), loop.group_size, stream=100)

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is, no_option, run
 from llmq_jax.errors import BadInput
-from train.answers import one_line
 from train.chat_templates import chat_template_digest, with_text_options
 from train.exports import export_commands
 from train.options import (
@@ -200,6 +199,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     from llmq_jax.data.messages import text_of
     from llmq_jax.layers.axes import replicated
     from llmq_jax.objectives.reward import model_rewards
+    from llmq_jax.training.metrics import one_line
 
     by_place = {pair.where: pair for pair in validation}
     pairs = pairs[:SAMPLES]
