@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, run
+from llmq_jax.command_line import Flag, default_is, refuse_idle, run
 from llmq_jax.errors import BadInput
 from train.exports import export_commands
 from train.options import (
@@ -29,7 +29,6 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
     train_step_of,
     with_steps,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, no_option, run
+from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
@@ -30,7 +30,6 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
     train_step_of,
     with_steps,

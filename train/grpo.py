@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, no_option, option_name, run, with_breaks
+from llmq_jax.command_line import Flag, default_is, no_option, option_name, refuse_idle, run, with_breaks
 from llmq_jax.errors import BadInput
 from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
@@ -35,7 +35,6 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     row_parts,
     run_options,
     train_step_of,
@@ -205,7 +204,7 @@ def main(options: Options) -> Any:
     from llmq_jax.training.processes import first
     from llmq_jax.training.report_page import write_report_page
     from llmq_jax.training.reward_learner import REWARD_MODEL
-    from llmq_jax.training.rollout_scores import ModelReward
+    from llmq_jax.training.rollout_scores import reward_model_of
     from llmq_jax.training.state import create_state
 
     if options.judge is not None and jax.process_count() > 1:
@@ -305,8 +304,7 @@ def main(options: Options) -> Any:
         write_report_page(options.out)
     learned = Path(options.out) / REWARD_MODEL
     if loop.reward_learner is not None and result.state is not None and not learned.exists():
-        model = score if isinstance(score, ModelReward) else score.model
-        save(model.lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
+        save(reward_model_of(score).lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
         print(f"the reward model, which went on learning: {learned}", flush=True)
     return result
 

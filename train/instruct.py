@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, run
+from llmq_jax.command_line import Flag, default_is, refuse_idle, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
 from train.chat_templates import (
@@ -38,8 +38,8 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
+    split_of,
     train_step_of,
     with_steps,
 )
@@ -264,8 +264,7 @@ def conversations(options: Options, sources: Sources) -> tuple[list, list]:
                 f"{sources.training} holds no two different conversations, and some are held out: give more, or "
                 "--validation-data"
             )
-        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
-        _, validation = split_documents(list(distinct.values()), fraction, options.split_seed or 0)
+        _, validation = split_documents(list(distinct.values()), *split_of(options))
         learned_once = len(everything) - len(validation)
     held_out = set(map(said, validation))
     training = [conversation for conversation in everything if said(conversation) not in held_out]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, option_name, run
+from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, run
 from llmq_jax.errors import BadInput, did_you_mean
 from train.exports import export_commands
 from train.options import (
@@ -33,7 +33,6 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
     train_step_of,
     with_steps,
