@@ -1,5 +1,6 @@
 """Tiny models in folders, for the commands to work on: one with a byte tokenizer, one that chats."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -70,6 +71,22 @@ def chat_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def chat_model(chat_folder):
     return lq.load(chat_folder)
+
+
+@pytest.fixture
+def stopped_at():
+    """`stopped_at(call, function)`: the function, but for Ctrl-C in that call of it, counted from 1."""
+
+    def stopped(call, function):
+        def counted(*arguments, **keywords):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return function(*arguments, **keywords)
+
+        calls = itertools.count(1)
+        return counted
+
+    return stopped
 
 
 @pytest.fixture
