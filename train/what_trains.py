@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.errors import BadInput
+from train.options import RecipeOptions
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
 
@@ -43,6 +44,18 @@ class TuningOptions:
     def weight_dtype(self) -> str:
         """Type of the model's weights: what trains of them is float32."""
         return self.base_dtype or "float32"
+
+
+@dataclass(frozen=True)
+class FineTuningOptions(RecipeOptions):
+    """Those of every recipe, with other defaults."""
+
+    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
+    """Updates in the whole run."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moment."""
+    weight_decay: float = 0.0
+    """Decay of kernels and embeddings, times the learning rate."""
 
 
 class Prepared(NamedTuple):
