@@ -230,7 +230,7 @@ def groups(found):
 
 def in_shell(command):
     """The exit code of a tool of this repository, which is run there; files are fetched to the test's own folder."""
-    assert "pip" not in command.words, f"{command.where}: {command} changes the tests' own environment; write it as text"
+    assert "install" not in command.words, f"{command.where}: changes the environment of the tests; do not indent it"
     folder = None if "download" in command.words else ROOT
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     line = " ".join(command.words)

@@ -21,6 +21,7 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.model_files import load
 from llmq_jax.models import build, init
 from llmq_jax.objectives.classification import Classification
+from llmq_jax.training.optimizer import decay_mask
 from tests.parity.decoders import LOGITS, LOSS
 from tests.parity.references import assert_same_gradients, numpy_gradients, numpy_state, randomise
 
@@ -129,6 +130,16 @@ def test_the_side_and_the_tokens_of_padding_change_nothing(pair):
     np.testing.assert_array_equal(ours.classify(np.where(real, right, 77), lengths=LENGTHS), expected)
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(ours.classify(right[row : row + 1, :length])[0], expected[row], rtol=0, atol=5e-5)
+
+
+def test_weight_decay_acts_on_the_same(pair):
+    theirs, lm = pair
+    decayed = jax.tree.map(lambda array, acts: np.full(array.shape, acts), lm.params, decay_mask(lm.params))
+    ours = to_state_dict({**lm.variables, "params": decayed}, lm.config)
+    names = transformers.Trainer.get_decay_parameter_names(None, theirs)
+    trained = [name for name, _ in theirs.named_parameters() if name in ours]  # experts are stacked there
+    assert {name for name in trained if ours[name].all()} == set(names) & set(trained)
+    assert {name for name in trained if not ours[name].any()} == set(trained) - set(names)
 
 
 @pytest.mark.parametrize("class_weights", [None, (0.5, 3.0, 1.25)])
