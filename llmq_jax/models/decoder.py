@@ -380,8 +380,7 @@ class Decoder(nn.Module):
     @nn.nowrap
     def head_widths(self, cache: Any) -> tuple[int, int]:
         """Features of a head's queries and keys, and of its values, in the layer that has such a cache."""
-        width = cache.values.shape[-1]
-        return width, width
+        return cache.keys.shape[-2], cache.values.shape[-1]
 
     @nn.nowrap
     def slice_layers(
