@@ -56,19 +56,20 @@ class LayerGroup:
 
 
 def layers_in_groups(
-    block: Callable[..., nn.Module], windows: Sequence[int | None], experts: Experts | None
+    block: Callable[..., nn.Module], layers: int, experts: Experts | None, **by_layer: Sequence[Any]
 ) -> tuple[LayerGroup, ...]:
-    """Layers that differ in nothing but these: each sees a window of so many keys, or all (None), and those from
-    `experts.first_layer` on have experts. A block is told of its window, and of its experts, where it has one."""
-    first = len(windows) if experts is None else experts.first_layer
+    """Layers that differ in nothing but these: those from `experts.first_layer` on have experts, and `by_layer` has a
+    value for each layer of other arguments of the block, as `window=(512, 512, None)`. None is the block's default."""
+    first = layers if experts is None else experts.first_layer
+    told = {"experts": [experts if layer >= first else None for layer in range(layers)], **by_layer}
 
-    def make(window: int | None, has_experts: bool) -> Callable[..., nn.Module]:
-        told = {"window": window, "experts": experts if has_experts else None}
-        return partial(block, **{name: value for name, value in told.items() if value is not None})
+    def make(kind: tuple[Any, ...]) -> Callable[..., nn.Module]:
+        given = zip(told, kind, strict=True)
+        return partial(block, **{name: value for name, value in given if value is not None})
 
-    kinds = tuple((window, layer >= first) for layer, window in enumerate(windows))
+    kinds = tuple(zip(*told.values(), strict=True))
     return tuple(
-        LayerGroup(tuple(make(*kind) for kind in pattern), repeats) for pattern, repeats in repeating_patterns(kinds)
+        LayerGroup(tuple(make(kind) for kind in pattern), repeats) for pattern, repeats in repeating_patterns(kinds)
     )
 
 
