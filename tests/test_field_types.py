@@ -121,5 +121,5 @@ def test_what_the_public_functions_are_given():
 
 
 def test_a_variable_of_the_class_is_no_field_to_be_read_or_chosen():
-    with pytest.raises(BadInput, match=r"cake: there is no field 'oven'; choose from layers, heat, cream, name, other$"):
+    with pytest.raises(BadInput, match=r"there is no field 'oven'; choose from layers, heat, cream, name, other$"):
         create(Cake, {"oven": "gas"})
