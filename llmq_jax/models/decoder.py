@@ -58,15 +58,14 @@ class LayerGroup:
 def layers_in_groups(
     block: Callable[..., nn.Module], windows: Sequence[int | None], experts: Experts | None
 ) -> tuple[LayerGroup, ...]:
-    """Layers that differ in nothing but these: each sees a window of so many keys, or all (None), and those from
-    `experts.first_layer` on have experts. A block is told of its window, and of its experts, where it has one."""
-    first = len(windows) if experts is None else experts.first_layer
+    """Layers that differ in nothing but these: each sees a window of so many keys, or all (None), and those that
+    `experts.in_layer` names have experts. A block is told of its window, and of its experts, where it has one."""
 
     def make(window: int | None, has_experts: bool) -> Callable[..., nn.Module]:
         told = {"window": window, "experts": experts if has_experts else None}
         return partial(block, **{name: value for name, value in told.items() if value is not None})
 
-    kinds = tuple((window, layer >= first) for layer, window in enumerate(windows))
+    kinds = tuple((window, experts is not None and experts.in_layer(layer)) for layer, window in enumerate(windows))
     return tuple(
         LayerGroup(tuple(make(*kind) for kind in pattern), repeats) for pattern, repeats in repeating_patterns(kinds)
     )
