@@ -15,7 +15,7 @@ Long contexts are YaRN's (`rope_parameters`). The layers that `layer_types` call
 Reference: transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `Qwen3MoeForCausalLM`. Deviations: none by default.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llmq_jax.field_types import check_fields
@@ -136,11 +136,13 @@ class Qwen3MoeConfig(MixtralConfig):
     @property
     def classic_experts(self) -> Experts:
         """The experts of transformers' Qwen 3."""
-        return replace(
-            super().classic_experts,
-            intermediate_size=self.moe_intermediate_size,
+        return Experts(
+            self.num_local_experts,
+            self.num_experts_per_tok,
+            self.moe_intermediate_size,
             dense_layers=self.dense_layers,
             renormalise=self.norm_topk_prob,
+            balance=self.pooled_balance,
         )
 
 
