@@ -59,11 +59,11 @@ class LayerGroup:
 def layers_in_groups(
     block: Callable[..., nn.Module], layers: int, experts: Experts | None, **by_layer: Sequence[Any]
 ) -> tuple[LayerGroup, ...]:
-    """Groups of layers that differ only in these arguments of the block: `experts`, which the layers from
-    `experts.first_layer` on have, and those in `by_layer`, one value per layer, as in `window=(512, 512, None)`. None
-    leaves an argument at the block's default."""
-    first = layers if experts is None else experts.first_layer
-    options = {"experts": [experts if layer >= first else None for layer in range(layers)], **by_layer}
+    """Groups of layers that differ only in these arguments of the block: `experts`, for the layers that
+    `experts.in_layer` names, and those in `by_layer`, one value per layer, as in `window=(512, 512, None)`. None leaves
+    an argument at the block's default."""
+    with_experts = [experts if experts is not None and experts.in_layer(layer) else None for layer in range(layers)]
+    options = {"experts": with_experts, **by_layer}
 
     def make(kind: tuple[Any, ...]) -> Callable[..., nn.Module]:
         given = zip(options, kind, strict=True)

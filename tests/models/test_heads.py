@@ -35,6 +35,9 @@ CONFIGS = {
         vocab_size=257, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24, **SIZES
     ),
     "mixtral": override(PRESETS["mixtral-10m"], **SIZES, num_attention_heads=2, num_key_value_heads=1),
+    "qwen3_moe": override(
+        PRESETS["qwen3-moe-10m"], **SIZES, num_attention_heads=2, num_key_value_heads=1, mlp_only_layers=[0]
+    ),
     "deepseek_v3": override(PRESETS["deepseek-10m"], **SIZES, num_attention_heads=2, tie_word_embeddings=False),
     "gemma2": lq.Gemma2Config(
         vocab_size=257, num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=16, **SIZES

@@ -45,6 +45,9 @@ FIELDS = {
     "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
     "gemma3_text": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
     "mixtral": SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": SIZES
+    | {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+    | {"norm_topk_prob": True},
     "deepseek_v3": SIZES
     | {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
     | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
@@ -54,6 +57,7 @@ SOME = {
     "gpt2": ["attn.c_attn", "c_fc"],
     "deepseek_v3": ["q_b_proj", "kv_b_proj"],
     "mixtral": ["q_proj", "o_proj"],
+    "qwen3_moe": ["q_proj", "o_proj"],
 }
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
@@ -63,7 +67,7 @@ def peft_config(kind, model_type):
     some = SOME.get(model_type, ["q_proj", "down_proj"])
     common = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
     if kind == "all":
-        experts = EXPERTS if model_type in ("mixtral", "deepseek_v3") else {}
+        experts = EXPERTS if model_type in ("mixtral", "qwen3_moe", "deepseek_v3") else {}
         return peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **experts, **common)
     if kind == "some layers, rslora, dora":
         fields = {"use_dora": True, "use_rslora": True, "layers_to_transform": [0, 2]}
@@ -119,6 +123,7 @@ DIFFERENT = ("gpt2", "llama", "mixtral", "deepseek_v3")  # all others are llama 
 CASES = [
     *((model_type, kind) for model_type in DIFFERENT for kind in KINDS),
     *zip(("gemma3_text", "qwen3", "qwen2", "gemma2"), KINDS, strict=True),
+    ("qwen3_moe", "all"),
 ]
 
 
@@ -511,6 +516,7 @@ def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
         ("mixtral", ("q_proj", "block_sparse_moe.gate", "w1", "w2", "w3")),
         ("mixtral", ("w2",)),
         ("mixtral", ("w1",)),
+        ("qwen3_moe", ("q_proj", "gate_proj", "up_proj", "down_proj")),
         ("deepseek_v3", ("kv_b_proj", "gate_proj", "up_proj", "down_proj")),
     ],
 )
@@ -547,7 +553,7 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
     np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
     np.testing.assert_allclose(lq.merge(ours).logits(tokens), expected, atol=LOGITS, rtol=0)
 
-    if model_type == "mixtral":
+    if model_type != "deepseek_v3":
         lq.save_adapter(ours, tmp_path / "ours")
         back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
         np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
