@@ -86,6 +86,8 @@ PLAIN = {
     "kasa_config": None,
     "monteclora_config": None,
 }
+# Of these, what PEFT 0.21 cannot merge into its base, or (`layer_replication`) merges into another model.
+UNMERGEABLE = ("layer_replication", "alora_invocation_tokens", "arrow_config")
 # Ways to begin that change the base: such an adapter means another base than the one it is loaded onto.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -113,7 +115,7 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
     if reader.shared is not None:
         trees[LORA] = {TIED: {NUMBERS: jnp.asarray(reader.shared)}}
     if reader.replaced:
-        trees[LORA_FIXED][WHOLE] = {name: jnp.ones(()) for name in reader.replaced}
+        trees[LORA_FIXED][WHOLE] = {name: jnp.asarray(float(trains)) for name, trains in reader.replaced.items()}
     return reader.config, {**variables, **trees}
 
 
@@ -174,9 +176,9 @@ def _ends_with(name: str, pattern: str) -> bool:
 def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
     for name, plain in PLAIN.items():
         if values.get(name, plain) not in (plain, None):
-            raise BadInput(
-                f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}: merge it in PEFT"
-            )
+            advice = "" if name in UNMERGEABLE else ": merge it in PEFT"
+            advice += ", which can where its matrices have biases of their own" if name == "lora_bias" else ""
+            raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}{advice}")
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
         raise BadInput(
@@ -223,8 +225,8 @@ class _Reader:
         for name in state:
             self._give_own_name(name)
         self.state = {own: state[name] for own, name in self.in_file.items()}
-        self.replaced: list[str] = []
-        """The embedding and the head, where the folder has others than the base."""
+        self.replaced: dict[str, bool] = {}
+        """The embedding and the head, where the folder has others than the base: whether it is a copy that trains."""
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
 
@@ -319,8 +321,9 @@ class _Reader:
         params = variables["params"]
         embedding, is_tied = params[EMBEDDING]["embedding"], self.config.labels is None and LM_HEAD not in params
         given = self._take_whole(whole_shapes(self.config, params))
+        copies = self._copies(given)
         if is_tied:
-            given = parted(given, self._copies(given), embedding)
+            given = parted(given, copies, embedding)
         module = module_name(self.config, EMBEDDING)
         rows, width = given.get(EMBEDDING, embedding).shape
         pair = self._take_pair(f"{PREFIX}{module}", rows, width, "lora_embedding_A", "lora_embedding_B")
@@ -332,7 +335,7 @@ class _Reader:
         if is_tied and not adapts_head and equal(given[EMBEDDING], given[LM_HEAD]):
             del given[LM_HEAD]
         params, changed = replaced(params, given)
-        self.replaced = [name for name in changed if name != SCORE]  # which is a classifier's own with any adapters
+        self.replaced = {name: name in copies for name in changed if name != SCORE}  # which is any classifier's own
         config = fitting(self.config, params, self.file)
         if config != self.config:
             self._set_config(config)

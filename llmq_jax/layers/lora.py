@@ -37,7 +37,8 @@ A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "
 TIED = "tied"
 """Where `lora` keeps the numbers v that all matrices share."""
 WHOLE = "whole"
-"""Where `lora_fixed` names what came with the adapters in place of the base's own: an embedding, a head."""
+"""Where `lora_fixed` names what came with the adapters in place of the base's own, an embedding or a head: 1 of what
+trains on with them, as PEFT's `modules_to_save` do, else 0."""
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 
@@ -289,6 +290,11 @@ def spread(variables: dict[str, Any]) -> dict[str, Any]:
         if path[-1] == PROJECTIONS
     }
     return {**variables, LORA: unflatten_dict(each)}
+
+
+def trained_whole(variables: dict[str, Any]) -> set[str]:
+    """The names of what came with the adapters and trains on with them: an embedding, a head."""
+    return {name for name, trains in variables.get(LORA_FIXED, {}).get(WHOLE, {}).items() if np.asarray(trains)}
 
 
 def trained_numbers(variables: dict[str, Any]) -> int:

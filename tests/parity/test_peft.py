@@ -283,6 +283,11 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path, monkeypa
     for file in ("config.json", "model.safetensors"):
         shutil.copy(base / file, inside / file)
     np.testing.assert_allclose(lq.load(inside).logits(tokens), lq.load_adapter(lm, folder).logits(tokens), atol=1e-6)
+    other = changed(inside, tmp_path / "other", {"base_model_name_or_path": "org/other"})
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(base / file, other / file)
+    with pytest.warns(UserWarning, match="its adapters go onto the model beside them, not onto org/other; if that"):
+        np.testing.assert_array_equal(lq.load(other).logits(tokens), lq.load(inside).logits(tokens))
     assert has_config(inside) and has_config(named)  # which tells the number of heads
     # Of the hub's, what lies beside adapters may hold them already: the base is the one that is named.
     merged = changed(folder, tmp_path / "merged", {"base_model_name_or_path": str(base)})
@@ -445,7 +450,9 @@ AT_EMBEDDING = {
     ("config", "tensors", "message"),
     [
         ({"peft_type": "VERA"}, None, "peft_type='VERA' is not supported; LORA and TINYLORA are"),
-        ({"bias": "all"}, None, "bias='all' is not supported, only 'none'"),
+        ({"bias": "all"}, None, "bias='all' is not supported, only 'none': merge it in PEFT"),
+        ({"lora_bias": True}, None, "only False: merge it in PEFT, which can where its matrices have biases of their"),
+        ({"alora_invocation_tokens": [1]}, None, "alora_invocation_tokens=[1] is not supported, only None"),
         ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' changed the base"),
         ({"init_lora_weights": "OLoRA"}, None, "init_lora_weights='OLoRA' changed the base"),
         (

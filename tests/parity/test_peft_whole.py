@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -13,9 +14,12 @@ import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, from_state_dict
 from llmq_jax.language_model import LanguageModel
+from llmq_jax.layers import lora
 from llmq_jax.models import build
+from llmq_jax.objectives import NextToken
+from llmq_jax.training.parts import as_read, train_adapters
 from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed
-from tests.parity.decoders import LOGITS, draw_tokens, their_logits
+from tests.parity.decoders import LOGITS, LOSS, draw_tokens, their_logits
 from tests.parity.references import numpy_state, randomise
 
 
@@ -126,6 +130,10 @@ def test_embeddings_and_heads_that_come_whole(pair_of, tmp_path, model_type, fie
     assert ours.config.vocab_size == lm.config.vocab_size + more_tokens
     assert sorted(ours.variables["lora_fixed"].get("whole", {})) == whole
     assert ours.config.tie_word_embeddings == tied
+    names = {"embed_tokens": "token_embedding", "lm_head": "lm_head"}
+    assert lora.trained_whole(ours.variables) == {
+        names[module.split(".")[-1]] for module in fields.get("modules_to_save", ())
+    }
     np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
 
     # A run, and a folder of ours, keep what came with the adapters.
@@ -137,6 +145,37 @@ def test_embeddings_and_heads_that_come_whole(pair_of, tmp_path, model_type, fie
     assert again.config == ours.config
     jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
     assert "lora_fixed" not in lq.merge(ours).variables
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("module", ["embed_tokens", pytest.param("lm_head", marks=pytest.mark.exhaustive)])
+def test_copies_train_on_with_their_adapters(pair_of, tmp_path, module):
+    """With PEFT's gradients; those of an embedding go through the layers below the adapters."""
+    anew, lm = pair_of("gemma2")
+    _, adapted = with_whole(anew, {"modules_to_save": [module], "layers_to_transform": [2]})
+    adapted.save_pretrained(tmp_path / "theirs")
+    tokens = np.maximum(draw_tokens(lm), 1)  # PyTorch gives the row of 0, which pads, no gradient
+    loss = adapted(input_ids=torch.tensor(tokens), labels=torch.tensor(tokens), use_cache=False).loss
+    loss.backward()
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    model, variables, trainable = train_adapters(ours.model, ours.variables)
+    assert trainable == ("params", "lora")
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "mask": np.ones(tokens.shape, np.float32)}
+    batch["mask"][:, -1] = 0
+    batch = jax.tree.map(jnp.asarray, batch)
+    objective = NextToken(model)
+
+    def our_loss(trained):
+        return objective.loss(as_read({**variables, **trained}), batch, objective.weights(batch), None)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(our_loss))({name: variables[name] for name in trainable})
+    np.testing.assert_allclose(value, loss.item(), atol=LOSS, rtol=0)
+    ((name, leaves),) = gradients["params"].items()
+    (found,) = leaves.values()
+    (expected,) = (p.grad.numpy() for name, p in adapted.named_parameters() if "modules_to_save" in name)
+    found = found if name == "token_embedding" else found.T
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    assert np.abs(expected).max() > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore")
