@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -20,7 +21,7 @@ from llmq_jax.training.parts import whole
 from tests.programs import ended
 from train.exports import export_commands
 from train.instruct import Options
-from train.what_trains import prepared
+from train.what_trains import flops_of, prepared
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
 
@@ -130,6 +131,17 @@ def test_what_cannot_train_is_refused_in_one_line(base, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_came_with_adapters_trains_on_or_is_told(base):
+    lm, options = lq.load(base), Options(data="data.json", init_from="lm")
+    variables = whole(prepared(lm, options).variables)
+    variables["lora_fixed"]["whole"] = {"token_embedding": jnp.ones(()), "lm_head": jnp.zeros(())}
+    learner = prepared(lm.replace(variables=variables), options)
+    assert learner.trainable == ("params", "lora") and learner.variables["params"].keys() == {"token_embedding"}
+    told = "(lora, token_embedding); what came with the adapters, but not as modules_to_save, stays as it is: lm_head"
+    assert learner.described.endswith(told)
+    assert flops_of(options, learner, [8]) is None
 
 
 @pytest.mark.parametrize("given", [{"lora_rank": 4}, {"lora_dropout": 0.0}])
