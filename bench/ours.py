@@ -137,7 +137,36 @@ class CompilationSide(OurSide):
         return {"products": [], "seconds": []}
 
 
-class CrossEntropySide(OurSide):
+class GradientsSide(OurSide):
+    """A compiled function of arrays, which gives a loss and its gradients. `function` has the matrix products."""
+
+    compares = True
+    """Whether the other sides compute the same."""
+
+    def prepare(self) -> dict[str, Any]:
+        facts = super().prepare()
+        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
+        facts["temporary_bytes"] = memory.temp_size_in_bytes
+        # Not `peak_memory_in_bytes`: on the CPU it leaves the temporary buffers out.
+        facts["whole_bytes"] = sum(
+            (memory.temp_size_in_bytes, memory.argument_size_in_bytes, memory.output_size_in_bytes)
+        )
+        if not self.compares:
+            return facts
+        value, gradients = self.last
+        norms = [float(jnp.linalg.norm(leaf.ravel())) for leaf in jax.tree.leaves(gradients)]
+        return {**facts, "losses": [float(value), *norms]}
+
+    def repeat(self, count: int) -> None:
+        for _ in range(count):
+            self.last = None  # as a training step would have consumed them
+            self.last = jax.block_until_ready(self.compiled(*self.arguments))
+
+    def find_products(self) -> list[Product]:
+        return products_of(self.function, *self.arguments)
+
+
+class CrossEntropySide(GradientsSide):
     def build(self) -> dict[str, Any]:
         head, hidden, targets = map(jnp.asarray, cross_entropy_inputs(self.row))
         mask = jnp.ones(targets.shape, jnp.float32)
@@ -155,30 +184,10 @@ class CrossEntropySide(OurSide):
         loss = plain if self.name.endswith("plain") else chunked
         self.function, self.arguments = jax.value_and_grad(loss, (0, 1)), (head, hidden)
         self.compiled = jax.jit(self.function)
-        self.last = None
         return {}
 
-    def prepare(self) -> dict[str, Any]:
-        facts = super().prepare()
-        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
-        facts["temporary_bytes"] = memory.temp_size_in_bytes
-        # Not `peak_memory_in_bytes`: on the CPU it leaves the temporary buffers out.
-        facts["whole_bytes"] = sum(
-            (memory.temp_size_in_bytes, memory.argument_size_in_bytes, memory.output_size_in_bytes)
-        )
-        value, gradients = self.last
-        return {**facts, "losses": [float(value), *(float(jnp.linalg.norm(part)) for part in gradients)]}
 
-    def repeat(self, count: int) -> None:
-        for _ in range(count):
-            self.last = None  # as a training step would have consumed them
-            self.last = jax.block_until_ready(self.compiled(*self.arguments))
-
-    def find_products(self) -> list[Product]:
-        return products_of(self.function, *self.arguments)
-
-
-class WindowedAttentionSide(OurSide):
+class WindowedAttentionSide(GradientsSide):
     def build(self) -> dict[str, Any]:
         length = self.row.length_of(self.name)
         context = Context(jnp.arange(length)[None])
@@ -191,23 +200,8 @@ class WindowedAttentionSide(OurSide):
         self.function = jax.value_and_grad(loss, (0, 1, 2))
         self.arguments = tuple(map(jnp.asarray, attention_inputs(self.row, length)))
         self.compiled = jax.jit(self.function)
+        self.compares = self.name == "ours"  # the others have another computation, or another sequence
         return {}
-
-    def prepare(self) -> dict[str, Any]:
-        facts = super().prepare()
-        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
-        facts["temporary_bytes"] = memory.temp_size_in_bytes
-        if self.name != "ours":
-            return facts  # another computation, or another sequence
-        value, gradients = self.last
-        return {**facts, "losses": [float(value), *(float(jnp.linalg.norm(part)) for part in gradients)]}
-
-    def repeat(self, count: int) -> None:
-        for _ in range(count):
-            self.last = jax.block_until_ready(self.compiled(*self.arguments))
-
-    def find_products(self) -> list[Product]:
-        return products_of(self.function, *self.arguments)
 
 
 def swiglu(parts: jax.Array) -> jax.Array:
@@ -224,7 +218,7 @@ def exact_experts(x: jax.Array, weights: jax.Array, experts: ExpertWeights) -> j
     return (down.reshape(top_k, tokens, width) * weights.T[..., None]).sum(0)
 
 
-class ExpertsSide(OurSide):
+class ExpertsSide(GradientsSide):
     def build(self) -> dict[str, Any]:
         x, ids, weights, up, down = map(jnp.asarray, experts_inputs(self.row, self.row.experts_of(self.name)))
         last = self.name.rpartition(" ")[2]
@@ -238,28 +232,11 @@ class ExpertsSide(OurSide):
             return jnp.square(exact_experts(x, weights, experts)).mean()
 
         self.arguments = (x, weights, ExpertWeights(up, down), ids)
-        self.exact = jax.value_and_grad(exact, (0, 1, 2))
-        self.compiled = jax.jit(self.exact if self.name.endswith("exact") else jax.value_and_grad(loss, (0, 1, 2)))
-        self.last = None
+        self.function = jax.value_and_grad(exact, (0, 1, 2))
+        is_exact = self.name.endswith("exact")
+        self.compiled = jax.jit(self.function if is_exact else jax.value_and_grad(loss, (0, 1, 2)))
+        self.compares = not is_exact and self.row.experts_of(self.name) == self.row.num_experts  # or other experts
         return {}
-
-    def prepare(self) -> dict[str, Any]:
-        facts = super().prepare()
-        memory = self.compiled.lower(*self.arguments).compile().memory_analysis()
-        facts["temporary_bytes"] = memory.temp_size_in_bytes
-        if self.name.endswith("exact") or self.row.experts_of(self.name) != self.row.num_experts:
-            return facts  # other experts
-        value, gradients = self.last
-        norms = [float(jnp.linalg.norm(leaf.ravel())) for leaf in jax.tree.leaves(gradients)]
-        return {**facts, "losses": [float(value), *norms]}
-
-    def repeat(self, count: int) -> None:
-        for _ in range(count):
-            self.last = None  # as a training step would have consumed them
-            self.last = jax.block_until_ready(self.compiled(*self.arguments))
-
-    def find_products(self) -> list[Product]:
-        return products_of(self.exact, *self.arguments)
 
 
 def chosen_experts_alone(row: Any) -> tuple[Any, dict]:

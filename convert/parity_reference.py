@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple] = {
 # Further or other values that an architecture needs: {model_type: {field of our config: value}}.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
+    "qwen3_moe": {"num_experts_per_tok": 2, "moe_intermediate_size": 28, "mlp_only_layers": (1,)},
     # Five local layers, a global one, and the first of the next six.
     "gemma3_text": {"num_hidden_layers": 7, "local_rope_parameters": {"rope_theta": 100.0}},
 }

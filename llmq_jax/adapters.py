@@ -89,6 +89,12 @@ def load_with_base(
     names a base: there, weights beside adapters may have them merged already."""
     base, classes = base_of(folder)
     if (folder / CONFIG).is_file() and is_hf(folder) and (is_path or not base):
+        if base and not (Path(base).is_dir() and folder.samefile(base)):
+            warnings.warn(
+                f"{folder}: its adapters go onto the model beside them, not onto {base}; if that model is merged, and "
+                "has them already, move its adapter_config.json away",
+                stacklevel=3,
+            )
         lm = load_weights(folder, folder, layout, config, dtype)
     elif not base:
         raise BadInput(f"{folder}: is an adapter that names no base; load that, then lq.load_adapter(lm, folder)")

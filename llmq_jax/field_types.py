@@ -46,14 +46,15 @@ def type_name(hint: Any) -> str:
 
 def create(kind: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass of these fields; BadInput where there is no such field, or its value is of another type."""
-    hints = typing.get_type_hints(kind)
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
+    all_hints = typing.get_type_hints(kind)  # those of class variables too
+    hints = {field.name: all_hints[field.name] for field in fields}
     for name, value in values.items():
         if name not in hints:
             known = did_you_mean(name, list(hints), count=1)
             raise BadInput(f"{kind.__name__.lower()}: there is no field {name!r}; {known}")
         if not has_type(value, hints[name]):
             raise BadInput(f"{kind.__name__.lower()}: {name}={value!r} is not of the type {type_name(hints[name])}")
-    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
     for entry in fields:
         if entry.init and entry.name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
             raise BadInput(f"{kind.__name__.lower()}: lacks {entry.name}")

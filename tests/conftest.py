@@ -64,6 +64,14 @@ def programs_of_one_module():
         gc.collect()
 
 
+@pytest.fixture
+def program(capsys):
+    """`program(name, *words)` -> (exit code, stdout, stderr) of `python -m NAME WORDS`, or of `llmq`, run here."""
+    from tests.programs import ended
+
+    return lambda name, *words: (ended(name, *words), *capsys.readouterr())
+
+
 @pytest.hookimpl(tryfirst=True)  # before marks are selected by
 def pytest_collection_modifyitems(items):
     """Of the cases of a test marked `product`, as few go with `make test` as have each value of each parameter once;

@@ -28,7 +28,7 @@ LATE = (
 )
 """What a run imports as it comes to need it."""
 MOST_SECONDS = 600
-"""That a child is waited for: then it is killed."""
+"""That a child may take, whoever waits for it and however: then SIGALRM ends it."""
 
 
 class Forks:
@@ -79,7 +79,7 @@ def serve() -> list[str]:
                     children.add(child)
                     print(child, flush=True)
                 case ["wait", child]:
-                    print(exit_code(child), flush=True)
+                    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
                     children.remove(child)
                 case ["has_ended", child]:
                     ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -94,20 +94,12 @@ def serve() -> list[str]:
 def become(files: list[str], variables: dict[str, str]) -> None:
     """Makes this process, a child, one that writes to these two files, with these variables."""
     os.environ.update(variables)
+    signal.alarm(MOST_SECONDS)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(files, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     # New ones: a stream asks only once whether its file can be sought in, and these were others.
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
-
-
-def exit_code(child: int) -> int:
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child, signal.SIGKILL))
-    signal.alarm(MOST_SECONDS)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # as children are to have it
-    return code
 
 
 if __name__ == "__main__":

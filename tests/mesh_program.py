@@ -52,6 +52,17 @@ CONFIGS = {
     "mixtral": lambda: lq.MixtralConfig(
         **SHARED, num_key_value_heads=2, intermediate_size=24, router_aux_loss_coef=0.01, **EXPERTS
     ),
+    "qwen3-moe": lambda: lq.Qwen3MoeConfig(
+        **{**SHARED, "num_hidden_layers": 3},
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=24,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        router_aux_loss_coef=0.01,
+        **EXPERTS,
+    ),
     "deepseek3": lambda: lq.DeepSeekV3Config(
         **{**SHARED, "num_hidden_layers": 3},
         q_lora_rank=8,

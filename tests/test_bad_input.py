@@ -4,7 +4,6 @@ Each recipe's own tests have the rarer faults; here is the table of those that e
 must refuse from the command line.
 """
 
-import importlib
 import json
 import re
 import shlex
@@ -12,8 +11,6 @@ import shlex
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.command_line import run
-from llmq_jax.commands import VERBS
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel
 
@@ -151,20 +148,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("command", "message"), TABLE, ids=[command[:110] for command, _ in TABLE])
-def test_one_line_and_nothing_written(folder, monkeypatch, capsys, command, message):
+def test_one_line_and_nothing_written(folder, monkeypatch, program, command, message):
     monkeypatch.chdir(folder)
     before = sorted(path for path in folder.rglob("*"))
-    words = shlex.split(command)
-    if words[0] == "llmq":
-        program, words, defaults, name = VERBS, words[1:], None, "llmq"
-    else:
-        name = " ".join(words[:3])
-        module = importlib.import_module(words[2])
-        program, words, defaults = module.main, words[3:], getattr(module, "starting_options", None)
-    with pytest.raises(SystemExit) as ended:
-        run(program, words, program=name, defaults=defaults)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
+    code, _, error = program(*shlex.split(command.removeprefix("python -m ")))
+    assert code == 2
     assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1
     assert re.search(message, error), error
     assert sorted(path for path in folder.rglob("*")) == before

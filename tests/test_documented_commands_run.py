@@ -4,7 +4,6 @@ options, and others after them that make it small, on stand-ins for what it name
 import contextlib
 import functools
 import gc
-import importlib
 import io
 import itertools
 import os
@@ -25,14 +24,13 @@ import bench.report
 import bench.rows
 from bench.rows import TrainStep, gpt2
 from llmq_jax import models
-from llmq_jax.command_line import run
-from llmq_jax.commands import VERBS
 from llmq_jax.errors import BAD_INPUT
 from llmq_jax.interop import evaluation_harness
 from tests.devices import with_devices
 from tests.documented import PAGES, PROGRAMS, ROOT, commands
 from tests.documented_disk import MADE, write_disk
 from tests.harness_tasks import leave_out_what_takes_seconds
+from tests.programs import ended
 from train import arithmetic
 
 pytestmark = pytest.mark.exhaustive
@@ -101,7 +99,7 @@ def whole_disk(tmp_path_factory):
         patch.chdir(disk)
         for command, names in MADE:
             program, *arguments = shlex.split(command)
-            assert ended(program, arguments) == 0
+            assert ended(program, *arguments) == 0
             for name in names:
                 shutil.copytree(arguments[arguments.index("--out") + 1], name)
     return disk
@@ -138,19 +136,6 @@ def disk(whole_disk, tmp_path, monkeypatch):
     yield disk
     jax.clear_caches()
     gc.collect()
-
-
-def ended(program, arguments):
-    """The exit code of a command in this process."""
-    if program == "llmq":
-        main, defaults = VERBS, None
-    else:
-        module = importlib.import_module(program)
-        main, defaults = module.main, getattr(module, "starting_options", None)
-        program = f"python -m {program}"
-    with pytest.raises(SystemExit) as exit:
-        run(main, arguments, program=program, defaults=defaults)
-    return exit.value.code
 
 
 def targets(command):
@@ -205,7 +190,7 @@ def run_here(command, monkeypatch):
         monkeypatch.setattr("sys.stdin", stdin)
         if command.stdout:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(command.stdout, "w"))))
-        return ended(command.program, all_arguments(command))
+        return ended(command.program, *all_arguments(command))
 
 
 TINY = TrainStep("tiny", gpt2(1, 2, 16, 8, 31), batch=2, context=8, sides=("ours", "plain torch, eager"))
@@ -245,6 +230,7 @@ def groups(found):
 
 def in_shell(command):
     """The exit code of a tool of this repository, which is run there; files are fetched to the test's own folder."""
+    assert "install" not in command.words, f"{command.where}: changes the environment of the tests; do not indent it"
     folder = None if "download" in command.words else ROOT
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     line = " ".join(command.words)

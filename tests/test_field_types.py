@@ -3,14 +3,14 @@
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import check_fields, whole
+from llmq_jax.field_types import check_fields, create, whole
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Cake:
     cream: bool = True
     name: str = "plain"
     other: Any = None
+    oven: ClassVar[str] = "gas"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -117,3 +118,8 @@ def test_what_the_public_functions_are_given():
     """Without the checks of types that tests have and users have not."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_variable_of_the_class_is_no_field_to_be_read_or_chosen():
+    with pytest.raises(BadInput, match=r"there is no field 'oven'; choose from layers, heat, cream, name, other$"):
+        create(Cake, {"oven": "gas"})

@@ -78,9 +78,3 @@ def prompt_tokens(conversation: Any, options: Any, tokenizer: Any) -> list[int]:
         return tokenize(rendered, tokenizer, "all").tokens[:16].tolist()
     example = tokenize(rendered, tokenizer, "last")
     return example.tokens[: int(example.learned.argmax())].tolist()
-
-
-def one_line(text: str, width: int) -> str:
-    """A text on one line of at most `width` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmq_jax.command_line import run, use_device
-from train.grpo import Options as GRPOOptions
-from train.grpo import check, grpo
+from train import grpo
 
 HELD_OUT, WATCHED = 600, 200
 ENOUGH = 0.28
@@ -59,7 +58,7 @@ def main(options: Options) -> None:
     folder = Path(options.out)
     model = folder / f"warm-{options.seed}"
     files = {"data": folder / "sums.jsonl", "validation_data": folder / "held-out.jsonl"}
-    run_options = GRPOOptions(
+    run_options = grpo.Options(
         init_from=str(model),
         out=str(folder / "run"),
         steps=options.steps,
@@ -68,14 +67,14 @@ def main(options: Options) -> None:
         **{name: str(path) for name, path in files.items()},
         **SETTINGS,
     )
-    check(run_options)
+    grpo.check(run_options)
     use_device(options.device)
     training, watched, held_out = sums(options.seed)
     for name, part in (("sums", training), ("held-out", held_out)):
         write_records(folder / f"{name}.jsonl", part)
     if not model.exists():
         warm_up(training, watched, options.seed, model)
-    grpo(run_options)
+    grpo.main(run_options)
 
 
 def sums(seed: int) -> tuple[list, list, list]:

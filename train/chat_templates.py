@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from train.options import context_of, refuse_idle
+from llmq_jax.command_line import refuse_idle
+from train.options import context_of
 
 KWARGS = "--chat-template-kwargs"
 WITHOUT_CHAT_TEMPLATE = "give one with --chat-template FILE, or choose another --template"

@@ -12,32 +12,30 @@ again resumes a run that was stopped.
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, run
+from llmq_jax.command_line import Flag, default_is, refuse_idle, run
 from llmq_jax.errors import BadInput
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    RecipeOptions,
     check_mesh,
     check_ranges,
     model_of,
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
     train_step_of,
     with_steps,
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, check_what_trains, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 TEST_FRACTION = 0.2
@@ -80,15 +78,12 @@ class DataAndModelOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, DataAndModelOptions):  # dataclasses collect the fields from right to left
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
+class Options(FineTuningOptions, TuningOptions, DataAndModelOptions):
+    # Dataclasses collect the fields of their bases from right to left.
     batch_size: int = 8
     """Texts in a batch."""
     learning_rate: float = 1e-4
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.01
     """Decay of kernels and embeddings, times the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
@@ -97,12 +92,8 @@ class Options(RecipeOptions, TuningOptions, DataAndModelOptions):  # dataclasses
     """A text to classify in the samples."""
 
 
-def main(options: Options) -> None:
-    classifier(options)
-
-
 @on_devices
-def classifier(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
 
@@ -182,7 +173,7 @@ def classifier(options: Options) -> Any:
         evaluate=evaluate,
         sample=sample,
         flops_per_token=flops_of(options, learner, [min(len(row), longest) for row in rows["training"]]),
-        next_commands=tuple(next_commands(options, config)),
+        next_commands=next_commands(options, config),
     )
     if result.state is not None:
         test(options, source.replace(variables=whole(result.state.variables)), parts["test"], rows["test"])
@@ -362,13 +353,11 @@ def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> Non
     print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
 
 
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    out = shlex.quote(options.out)
+def next_commands(options: Options, config: Any) -> list[str]:
     cut = "" if options.max_length == config.max_position_embeddings else f" --max-length {options.max_length}"
-    yield f'llmq classify {out}{cut} --text "..."'
-    yield f"llmq classify {out}{cut} --data FILE --out classified.jsonl"
-    if exports(config):
-        yield f"python -m convert.to_hf {out} {shlex.quote(options.out + '-hf')}"
+    classify = f"llmq classify {shlex.quote(options.out)}{cut}"
+    commands = [f'{classify} --text "..."', f"{classify} --data FILE --out classified.jsonl"]
+    return commands + export_commands(options.out, config)
 
 
 if __name__ == "__main__":

@@ -12,26 +12,24 @@ again resumes a run that was stopped.
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, no_option, run
+from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
-    RecipeOptions,
     check_mesh,
     filled,
     model_of,
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
     train_step_of,
     with_steps,
@@ -48,7 +46,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
 REFERENCE_FILE = "reference_logprobs.npz"
@@ -70,29 +68,19 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, LossOptions, PairOptions):
+class Options(FineTuningOptions, TuningOptions, LossOptions, PairOptions):
     # Dataclasses collect the fields of their bases from right to left.
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
     batch_size: int = 8
     """Pairs in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     sample_prompt: Annotated[str | None, default_is("the first that is held out")] = None
     """An instruction for the samples to answer."""
     lora_dropout: None = no_option("in DPO, which compares with a reference without dropout")
 
 
-def main(options: Options) -> None:
-    dpo(options)
-
-
 @on_devices
-def dpo(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
@@ -195,7 +183,7 @@ def dpo(options: Options) -> Any:
             sample=sample,
             flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
-            next_commands=tuple(next_commands(options, config)),
+            next_commands=next_commands(options, config),
         )
         if result.state is not None:
             means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
@@ -341,11 +329,10 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     )
 
 
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    verb = f"llmq chat {shlex.quote(options.out)}" if options.template == "chat" else None
-    yield verb or f"llmq generate {shlex.quote(options.out)} --prompt The"
-    if exports(config):
-        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+def next_commands(options: Options, config: Any) -> list[str]:
+    out = shlex.quote(options.out)
+    ask = f"llmq chat {out}" if options.template == "chat" else f"llmq generate {out} --prompt The"
+    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

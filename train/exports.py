@@ -1,12 +1,14 @@
-"""Whether what a recipe trains can be exported."""
+"""How what a recipe trained goes on to transformers."""
 
+import shlex
 from typing import Any
 
 from llmq_jax.errors import BadInput
 
 
-def exports(config: Any) -> bool:
-    """Whether transformers has a model of this config, with a place for each of its weights; none is made."""
+def export_commands(folder: str, config: Any) -> list[str]:
+    """The command that exports the run in this folder; none where transformers has no model of this config, with a
+    place for each of its weights. No weight is made."""
     from llmq_jax.interop.architectures import config_to_hf, weight_table
     from llmq_jax.models import abstract_variables
 
@@ -14,5 +16,5 @@ def exports(config: Any) -> bool:
         config_to_hf(config)
         weight_table(config.model_type).lazy_state_dict(abstract_variables(config), config)
     except BadInput:
-        return False
-    return True
+        return []
+    return [f"python -m convert.to_hf {shlex.quote(folder)} {shlex.quote(f'{folder}-hf')}"]

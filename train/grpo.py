@@ -15,20 +15,19 @@ or a reward model of train.reward. The same command again resumes a run that was
 import dataclasses
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, no_option, option_name, run, with_breaks
+from llmq_jax.command_line import Flag, default_is, no_option, option_name, refuse_idle, run, with_breaks
 from llmq_jax.errors import BadInput
-from train.answers import ending_with, one_line
+from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    RecipeOptions,
     check_mesh,
     check_ranges,
     completed,
@@ -36,7 +35,6 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     row_parts,
     run_options,
     train_step_of,
@@ -46,7 +44,7 @@ from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.sources import one_split, sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, check_what_trains, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, prepared
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
@@ -163,17 +161,13 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     steps: int = 200
     """Steps of the algorithm; each draws answers and makes --iterations updates."""
     batch_size: None = no_option("in GRPO, whose rows are --prompts-per-step times --group-size")
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     log_every: int = 1
     """Steps between two lines of metrics."""
     evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None
@@ -190,12 +184,8 @@ class Options(RecipeOptions, TuningOptions, JudgeOptions, AlgorithmOptions, Rewa
         return self.loss == "bnpo" or self.entropy_coefficient != 0
 
 
-def main(options: Options) -> None:
-    grpo(options)
-
-
 @on_devices
-def grpo(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     options = resolved(options)
@@ -214,7 +204,7 @@ def grpo(options: Options) -> Any:
     from llmq_jax.training.processes import first
     from llmq_jax.training.report_page import write_report_page
     from llmq_jax.training.reward_learner import REWARD_MODEL
-    from llmq_jax.training.rollout_scores import ModelReward
+    from llmq_jax.training.rollout_scores import reward_model_of
     from llmq_jax.training.state import create_state
 
     if options.judge is not None and jax.process_count() > 1:
@@ -307,15 +297,14 @@ def grpo(options: Options) -> Any:
         judged_by=("reward", "highest"),
         sample=sample,
         show=SHOWN,
-        next_commands=tuple(next_commands(options, config, source.tokenizer)),
+        next_commands=next_commands(options, config, source.tokenizer),
     )
     if options.log_every and first():
         print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
         write_report_page(options.out)
     learned = Path(options.out) / REWARD_MODEL
     if loop.reward_learner is not None and result.state is not None and not learned.exists():
-        model = score if isinstance(score, ModelReward) else score.model
-        save(model.lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
+        save(reward_model_of(score).lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)
         print(f"the reward model, which went on learning: {learned}", flush=True)
     return result
 
@@ -485,6 +474,7 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
     """A few answers to a prompt of the step, drawn anew, with their rewards (of a reward model as it was at first) and
     advantages."""
     from llmq_jax.data.prompts import step_seeds
+    from llmq_jax.training.metrics import one_line
 
     prompt = loop.prompts[batch["prompts"][0]]
     seeds = step_seeds(loop.seed, int(batch["step"]), loop.group_size, stream=100)
@@ -505,12 +495,11 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
     return "\n".join(lines)
 
 
-def next_commands(options: Options, config: Any, tokenizer: Any) -> Iterator[str]:
+def next_commands(options: Options, config: Any, tokenizer: Any) -> list[str]:
     converses = options.template != "plain" and tokenizer.chat_template is not None
     out = shlex.quote(options.out)
-    yield f"llmq chat {out}" if converses else f'llmq generate {out} --prompt "..."'
-    if exports(config):
-        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
+    ask = f"llmq chat {out}" if converses else f'llmq generate {out} --prompt "..."'
+    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, run
+from llmq_jax.command_line import Flag, default_is, refuse_idle, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
 from train.chat_templates import (
@@ -26,12 +26,11 @@ from train.chat_templates import (
     tell_of_no_end,
     with_text_options,
 )
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    RecipeOptions,
     check_mesh,
     check_ranges,
     filled,
@@ -39,14 +38,14 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
+    split_of,
     train_step_of,
     with_steps,
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, check_what_trains, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, prepared
 
 EPOCHS = 3.0
 OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed")
@@ -105,28 +104,18 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, TemplateOptions, DataAndModelOptions):
+class Options(FineTuningOptions, TuningOptions, TemplateOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
     batch_size: int = 8
     """Rows in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     sample_prompt: Annotated[str | None, default_is("the first that is held out, or else learned")] = None
     """An instruction for the samples to answer."""
 
 
-def main(options: Options) -> None:
-    instruct(options)
-
-
 @on_devices
-def instruct(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult, None for a preview."""
     if options.out is None and not options.preview:
         raise BadInput("missing --out: name a folder for the run, or look at a batch first with --preview")
@@ -217,7 +206,7 @@ def instruct(options: Options) -> Any:
         evaluate=None if held_out is None else evaluate,
         sample=sample,
         flops_per_token=flops_of(options, learner, [len(example.tokens) for example in learned.examples]),
-        next_commands=tuple(next_commands(options, config, training[0].form != "text" and kept.chat_template)),
+        next_commands=next_commands(options, config, training[0].form != "text" and kept.chat_template),
     )
 
 
@@ -275,8 +264,7 @@ def conversations(options: Options, sources: Sources) -> tuple[list, list]:
                 f"{sources.training} holds no two different conversations, and some are held out: give more, or "
                 "--validation-data"
             )
-        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
-        _, validation = split_documents(list(distinct.values()), fraction, options.split_seed or 0)
+        _, validation = split_documents(list(distinct.values()), *split_of(options))
         learned_once = len(everything) - len(validation)
     held_out = set(map(said, validation))
     training = [conversation for conversation in everything if said(conversation) not in held_out]
@@ -362,11 +350,10 @@ def runs(tokens: Any, learned: list[bool]) -> Iterator[tuple[list[int], bool]]:
         yield [int(token) for token, _ in group], fate
 
 
-def next_commands(options: Options, config: Any, converses: Any) -> Iterator[str]:
+def next_commands(options: Options, config: Any, converses: Any) -> list[str]:
     out = shlex.quote(options.out)
-    yield f"llmq chat {out}" if converses else f"llmq generate {out} --prompt The"
-    if exports(config):
-        yield f"python -m convert.to_hf {out} {shlex.quote(options.out + '-hf')}"
+    ask = f"llmq chat {out}" if converses else f"llmq generate {out} --prompt The"
+    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

@@ -170,6 +170,12 @@ def check_ranges(options: RecipeOptions) -> None:
         require_wandb()
 
 
+def split_of(options: Any) -> tuple[float, int]:
+    """(--validation-fraction, --split-seed), or what they stand for."""
+    fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
+    return fraction, options.split_seed or 0
+
+
 def context_of(options: Any, config: Any) -> int:
     """--context, or what it stands for in a model of this config. BadInput where it exceeds the model's."""
     longest: int = config.max_position_embeddings

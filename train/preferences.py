@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is
+from llmq_jax.command_line import default_is, refuse_idle
 from llmq_jax.errors import BadInput
 from train.chat_templates import check_chat_template
-from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, RecipeOptions, check_ranges, refuse_idle
+from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, RecipeOptions, check_ranges, split_of
 from train.sources import Sources
 from train.what_trains import check_what_trains
 
@@ -79,8 +79,7 @@ def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
     equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
     print(f"{len(everything):,} pairs in {sources.training}{equal}")
     if not sources.validation:
-        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
-        return split_preferences(everything.pairs, fraction, options.split_seed or 0)
+        return split_preferences(everything.pairs, *split_of(options))
     validation = read_preferences(sources.validation)
     prompts = {pair.prompt for pair in validation}
     training = [pair for pair in everything if pair.prompt not in prompts]

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmq_jax.command_line import default_is, run
+from llmq_jax.command_line import default_is, refuse_idle, run
 from llmq_jax.errors import BadInput
-from train.options import VALIDATION_FRACTION, filled, refuse_idle
+from train.options import VALIDATION_FRACTION, filled
 from train.texts import Text, text_sources, texts
 
 

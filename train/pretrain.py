@@ -13,13 +13,13 @@ the defaults that the preset sets.
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, option_name, run
+from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, run
 from llmq_jax.errors import BadInput, did_you_mean
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
@@ -33,7 +33,6 @@ from train.options import (
     on_devices,
     optimizer_of,
     own_options,
-    refuse_idle,
     run_options,
     train_step_of,
     with_steps,
@@ -167,18 +166,17 @@ def starting_options(given: dict[str, str]) -> Options:
 
 
 def main(options: Options) -> None:
-    def next_commands(config: Any) -> Iterator[str]:
-        trained, exported = shlex.quote(options.folder), shlex.quote(f"{options.folder}-hf")
-        yield f"llmq generate {trained} --prompt {'def' if options.data is None else 'The'}"
-        yield f"llmq evaluate {trained} FILE"
-        if exports(config):
-            yield f"python -m convert.to_hf {trained} {exported}"
+    def next_commands(config: Any) -> list[str]:
+        trained = shlex.quote(options.folder)
+        prompt = "def" if options.data is None else "The"
+        commands = [f"llmq generate {trained} --prompt {prompt}", f"llmq evaluate {trained} FILE"]
+        return commands + export_commands(options.folder, config)
 
     pretrain(options, next_commands)
 
 
 @on_devices
-def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = lambda config: ()) -> Any:
+def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambda config: []) -> Any:
     """The whole recipe; returns the engine's RunResult. `next_commands` of the model's config are shown at the end."""
     check(options)
 
@@ -301,7 +299,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], Iterable[str]] = l
         flops_per_token=(
             None if options.separate_documents else token_flops(config, options.context, modules=modules(config))
         ),
-        next_commands=tuple(next_commands(config)),
+        next_commands=next_commands(config),
     )
 
 

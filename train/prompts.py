@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from train.options import VALIDATION_FRACTION
+from train.options import split_of
 from train.sources import Sources
 
 
@@ -37,12 +37,11 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
         validation = read(sources.validation)
     else:
         distinct = list({prompt.text: prompt for prompt in everything}.values())
-        fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
         if len(distinct) < 2:
             raise BadInput(
                 f"{sources.training} holds one prompt, and some are held out: give more, or --validation-data"
             )
-        _, validation = split_documents(distinct, fraction, options.split_seed or 0)
+        _, validation = split_documents(distinct, *split_of(options))
     held_out = {prompt.text for prompt in validation}
     training = [prompt for prompt in everything if prompt.text not in held_out]
     if not training:

@@ -10,19 +10,15 @@ resumes a run that was stopped.
 """
 
 import dataclasses
-import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is, no_option, run
 from llmq_jax.errors import BadInput
-from train.answers import one_line
 from train.chat_templates import chat_template_digest, with_text_options
-from train.exports import exports
+from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
-    RecipeOptions,
     check_mesh,
     filled,
     model_of,
@@ -45,7 +41,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import TuningOptions, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, prepared
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5
 SAMPLES = 3
@@ -61,29 +57,19 @@ class RewardOptions:
 
 
 @dataclass(frozen=True)
-class Options(RecipeOptions, TuningOptions, RewardOptions, PairOptions):
+class Options(FineTuningOptions, TuningOptions, RewardOptions, PairOptions):
     # Dataclasses collect the fields of their bases from right to left.
-    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
     batch_size: int = 8
     """Pairs in a batch."""
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the gradient's first and second moment."""
-    weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two samples, the rewards of a few pairs that are held out; 0: never."""
     sample_prompt: None = no_option("on a reward model, which goes on from nothing")
 
 
-def main(options: Options) -> None:
-    reward(options)
-
-
 @on_devices
-def reward(options: Options) -> Any:
+def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
@@ -156,7 +142,8 @@ def reward(options: Options) -> Any:
         sample=sample,
         flops_per_token=flops_of(options, learner, [len(answer.tokens) for answer in answers(learned)]),
         show=("accuracy", "margin"),
-        next_commands=tuple(next_commands(options, config)),
+        # transformers and `llmq classify` read the last token's reward.
+        next_commands=export_commands(options.out, config) if options.pooling == "last" else (),
     )
     if result.state is not None:
         everything = PreferenceEvaluation(held_out.pairs, size, longest)
@@ -212,6 +199,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     from llmq_jax.data.messages import text_of
     from llmq_jax.layers.axes import replicated
     from llmq_jax.objectives.reward import model_rewards
+    from llmq_jax.training.metrics import one_line
 
     by_place = {pair.where: pair for pair in validation}
     pairs = pairs[:SAMPLES]
@@ -234,12 +222,6 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
         return "\n".join(lines)
 
     return shown
-
-
-def next_commands(options: Options, config: Any) -> Iterator[str]:
-    # transformers and `llmq classify` read the last token's reward.
-    if options.pooling == "last" and exports(config):
-        yield f"python -m convert.to_hf {shlex.quote(options.out)} {shlex.quote(options.out + '-hf')}"
 
 
 if __name__ == "__main__":

@@ -113,15 +113,14 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
 def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]:
     """SHA-256 of what rewards come from besides the options, which a run that resumes must find again: Python files, a
     reward model's weights, the pairs that it goes on learning from (`replay_data`, None without)."""
-    from llmq_jax.training.rollout_scores import ModelReward
+    from llmq_jax.training.rollout_scores import reward_model_of
     from llmq_jax.weight_digest import weight_digest
 
     given = [name.rpartition(":")[0] or name for name in (*names(options.reward), *names(options.judge))]
     files = sorted({name for name in given if Path(name).suffix == ".py"})
     digests: dict[str, Any] = {"reward_sha256": {name: file_digest(name) for name in files}} if files else {}
     if reward_models(options):
-        model = score if isinstance(score, ModelReward) else score.model
-        digests["reward_model_sha256"] = weight_digest(model.lm.variables)
+        digests["reward_model_sha256"] = weight_digest(reward_model_of(score).lm.variables)
     if replay_data is not None:
         digests["replay_sha256"] = data_digest(replay_data)
     return digests
@@ -171,10 +170,10 @@ def reward_learner(options: Any, replay_data: Any, source: Any, score: Any, judg
     from llmq_jax.training import step
     from llmq_jax.training.optimizer import adamw
     from llmq_jax.training.reward_learner import RewardLearner
-    from llmq_jax.training.rollout_scores import ModelReward
+    from llmq_jax.training.rollout_scores import reward_model_of
     from llmq_jax.training.state import create_state
 
-    model = score if isinstance(score, ModelReward) else score.model
+    model = reward_model_of(score)
     context = model.lm.config.max_position_embeddings
     pairs = read_preferences(replay_data).pairs
     template = options.template or default_template([pair.chosen for pair in pairs], source.tokenizer)

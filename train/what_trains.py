@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.errors import BadInput
+from train.options import RecipeOptions
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
 
@@ -43,6 +44,18 @@ class TuningOptions:
     def weight_dtype(self) -> str:
         """Type of the model's weights: what trains of them is float32."""
         return self.base_dtype or "float32"
+
+
+@dataclass(frozen=True)
+class FineTuningOptions(RecipeOptions):
+    """Those of every recipe, with other defaults."""
+
+    steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
+    """Updates in the whole run."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's first and second moment."""
+    weight_decay: float = 0.0
+    """Decay of kernels and embeddings, times the learning rate."""
 
 
 class Prepared(NamedTuple):
@@ -108,18 +121,24 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
         model, variables = freeze_all_but(model, variables, blocks, (head,))
         trainable = (PARAMS,)
         numbers = parameter_count(variables[PARAMS])
+    whole = lora.trained_whole(variables)
+    stays = sorted(variables.get(lora.LORA_FIXED, {}).get(lora.WHOLE, {}).keys() - whole)
     total = sum(parameter_count(tree) for name, tree in variables.items() if name in (PARAMS, FROZEN, lora.LORA))
-    return Prepared(model, variables, trainable, f"training {numbers:,} of {total:,} parameters ({options.train})")
+    described = f"training {numbers:,} of {total:,} parameters ({', '.join((options.train, *sorted(whole)))})"
+    if stays:
+        described += f"; what came with the adapters, but not as modules_to_save, stays as it is: {', '.join(stays)}"
+    return Prepared(model, variables, trainable, described)
 
 
 def flops_of(
     options: TuningOptions, learner: Prepared, lengths: Sequence[int], unembedded: float = 1.0
 ) -> float | None:
-    """FLOP of a token in training: see `token_flops`. None where layers below what trains have no backward pass, which
-    that formula does not know."""
+    """FLOP of a token in training: see `token_flops`. None where layers below what trains have no backward pass, or an
+    embedding or a head trains beside adapters, which that formula does not know."""
+    from llmq_jax.layers.lora import trained_whole
     from llmq_jax.training.flops import token_flops
 
-    if options.train not in ("all", "lora") or learner.model.frozen_layers:
+    if options.train not in ("all", "lora") or learner.model.frozen_layers or trained_whole(learner.variables):
         return None
     return token_flops(learner.model.config, lengths, adapters=options.train == "lora", unembedded=unembedded)
 

@@ -58,12 +58,11 @@ def main(options: Options) -> None:
     check(options)
     records = read(options)
     with options.on_devices(options.batch_size):
-        labels, lines = classified(options, records)
-    results = [{name: record[name] for name in added(labels)} for record in map(json.loads, lines)]
+        labels, results = classified(options, records)
     if options.out is not None:
         print(f"written: {options.out}, {summary(labels, results)}")
     elif options.json:
-        print("\n".join(lines))
+        print("\n".join(map(line, records, results)))
     else:
         from llmq_jax.training.classification_report import prediction_line
 
@@ -71,8 +70,8 @@ def main(options: Options) -> None:
             print(prediction_line(record.fields[options.text_field or "text"], said))
 
 
-def classified(options: Options, records: list[Any]) -> tuple[Sequence[str], Sequence[str]]:
-    """(the classes, a line of JSON for each record), which --out has, too."""
+def classified(options: Options, records: list[Any]) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    """(the classes, what is said of each record); --out has the records' lines with it."""
     from llmq_jax.data.length_buckets import POOL
     from llmq_jax.training.classification_report import prediction
 
@@ -83,8 +82,8 @@ def classified(options: Options, records: list[Any]) -> tuple[Sequence[str], Seq
     # Fewer than a batch are one of their own, which a mesh divides likewise.
     size = min(options.batch_size, options.rows_of(len(rows)))
     with _kept_lines(options, lm, records, rows) as kept:
-        lines = [] if kept is None else kept.lines
-        add, begin = lines.extend if kept is None else kept.add, len(lines)
+        found = [] if kept is None else [json.loads(each) for each in kept.lines]
+        results, begin = [{name: record[name] for name in added(labels)} for record in found], len(found)
         with contextlib.closing(with_progress(range(begin, len(rows), size), "classifying")) as bar:
             # Lines are kept in the order of the texts; batches of similar length are made of those kept at a time.
             for first in range(begin, len(rows), POOL * size):
@@ -93,9 +92,10 @@ def classified(options: Options, records: list[Any]) -> tuple[Sequence[str], Seq
                 logits = lm.classify_rows(
                     stretch, size, watch=lambda batches: (batch for batch, _ in zip(batches, bar, strict=False))
                 )
-                said = [prediction(labels, row) for row in logits[: len(places)]]
-                add([as_json({**records[place].fields, **each}) for place, each in zip(places, said, strict=True)])
-    return labels, lines
+                results += [prediction(labels, row) for row in logits[: len(places)]]
+                if kept is not None:
+                    kept.add([line(records[place], results[place]) for place in places])
+    return labels, results
 
 
 def _kept_lines(
@@ -185,6 +185,11 @@ def read(options: Options) -> list[Any]:
 def added(labels: Sequence[str]) -> tuple[str, ...]:
     """The fields that a record gets."""
     return ("scores",) if len(labels) == 1 else ("label", "probabilities")
+
+
+def line(record: Any, said: dict[str, Any]) -> str:
+    """A record with what is said of it."""
+    return as_json({**record.fields, **said})
 
 
 def as_json(fields: dict[str, Any]) -> str:

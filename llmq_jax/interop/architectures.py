@@ -28,7 +28,7 @@ class Tables(NamedTuple):
 
 GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar")
 # Weights without a config are those of the first that has most of their names: hence Llama before those that have no
-# others, and Qwen 3, all of whose names Gemma 3 has, before that.
+# others, Qwen 3, all of whose names Gemma 3 has, before that, and Mixtral before Qwen 3 with experts.
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
@@ -37,6 +37,12 @@ TABLES = {
     "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "mixtral": Tables(
         mixtral.LAYOUTS, mixtral.CONFIG, mixtral.derive, underivable=("num_attention_heads", "num_experts_per_tok")
+    ),
+    "qwen3_moe": Tables(
+        qwen.QWEN3_MOE_LAYOUTS,
+        qwen.QWEN3_MOE_CONFIG,
+        qwen.derive_experts,
+        underivable=("num_attention_heads", "num_experts_per_tok", "norm_topk_prob"),
     ),
     "deepseek_v3": Tables(
         deepseek3.LAYOUTS, deepseek3.CONFIG, deepseek3.derive, deepseek3.UNDERIVABLE, deepseek3.unkept

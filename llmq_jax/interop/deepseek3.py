@@ -16,9 +16,9 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, NULL_DROPOUT, ROTARY, ConfigTable
-from llmq_jax.interop.mixtral import GATE, UP
+from llmq_jax.interop.mixtral import APART_EXPERTS, FUSED_EXPERTS, ROUTER
 from llmq_jax.interop.rope import read_rope, write_rope
-from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, experts_out_in, out_in, rule, vector
+from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 
 LAYER = "model.layers.{layer}"
@@ -50,7 +50,7 @@ def table(*experts: Any) -> WeightTable:
             rule(f"{LAYER}.mlp.gate_proj.weight", "{block}/mlp/gate/kernel", out_in),
             rule(f"{LAYER}.mlp.up_proj.weight", "{block}/mlp/up/kernel", out_in),
             rule(f"{LAYER}.mlp.down_proj.weight", "{block}/mlp/down/kernel", out_in),
-            rule(f"{LAYER}.mlp.gate.weight", "{block}/moe/router/kernel", out_in),
+            ROUTER,
             rule(f"{LAYER}.mlp.gate.e_score_correction_bias", "{block}/moe/bias", vector, collection="router"),
             *experts,
             rule(f"{LAYER}.mlp.shared_experts.gate_proj.weight", "{block}/moe/shared/gate/kernel", out_in),
@@ -99,17 +99,7 @@ def unkept(state: Mapping[str, Any], config: DeepSeekV3Config) -> dict[str, Any]
     return {"num_nextn_predict_layers": 0}
 
 
-EXPERTS = f"{LAYER}.mlp.experts"
-FUSED = table(
-    rule(f"{EXPERTS}.gate_up_proj", "{block}/moe/up_kernel", experts_out_in),
-    rule(f"{EXPERTS}.down_proj", "{block}/moe/down_kernel", experts_out_in),
-)
-APART = table(
-    rule(f"{EXPERTS}.{{expert}}.gate_proj.weight", "{block}/moe/up_kernel", out_in, at=GATE),
-    rule(f"{EXPERTS}.{{expert}}.up_proj.weight", "{block}/moe/up_kernel", out_in, at=UP),
-    rule(f"{EXPERTS}.{{expert}}.down_proj.weight", "{block}/moe/down_kernel", out_in),
-)
-LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
+LAYOUTS = {"hf": replace(table(*APART_EXPERTS), spellings=(table(*FUSED_EXPERTS),))}
 
 # What DeepSeek's own config.json says beside transformers' fields, with the values that make it V3.
 ALWAYS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}

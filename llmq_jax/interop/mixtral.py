@@ -23,21 +23,29 @@ from llmq_jax.models.mixtral import MixtralConfig
 GATE, UP = (np.s_[:, part, :] for part in range(2))
 
 
-def in_place_of_mlp(table: WeightTable, *experts: Rule) -> WeightTable:
-    """A table with rules of experts where those of a feed-forward network are."""
-    kept = [entry for entry in table.rules if "/mlp/" not in entry.path]
-    first = next(i for i, entry in enumerate(table.rules) if "/mlp/" in entry.path)
-    return replace(table, rules=(*kept[:first], *experts, *kept[first:]))
+def with_experts(table: WeightTable, *experts: Rule) -> WeightTable:
+    """A table with rules of experts behind those of the feed-forward network, in whose place they are in some layers,
+    or in all."""
+    behind = 1 + max(i for i, entry in enumerate(table.rules) if "/mlp/" in entry.path)
+    return replace(table, rules=(*table.rules[:behind], *experts, *table.rules[behind:]))
 
 
-FUSED = in_place_of_mlp(
-    llama3.LAYOUTS["hf"],
-    rule("model.layers.{layer}.mlp.gate.weight", "{block}/moe/router/kernel", out_in),
+# As transformers has them in memory, and the files of most models.
+ROUTER = rule("model.layers.{layer}.mlp.gate.weight", "{block}/moe/router/kernel", out_in)
+FUSED_EXPERTS = (
     rule("model.layers.{layer}.mlp.experts.gate_up_proj", "{block}/moe/up_kernel", experts_out_in),
     rule("model.layers.{layer}.mlp.experts.down_proj", "{block}/moe/down_kernel", experts_out_in),
 )
+EXPERT = "model.layers.{layer}.mlp.experts.{expert}"
+APART_EXPERTS = (
+    rule(f"{EXPERT}.gate_proj.weight", "{block}/moe/up_kernel", out_in, at=GATE),
+    rule(f"{EXPERT}.up_proj.weight", "{block}/moe/up_kernel", out_in, at=UP),
+    rule(f"{EXPERT}.down_proj.weight", "{block}/moe/down_kernel", out_in),
+)
+
+FUSED = with_experts(llama3.LAYOUTS["hf"], ROUTER, *FUSED_EXPERTS)
 MOE = "model.layers.{layer}.block_sparse_moe"
-APART = in_place_of_mlp(
+APART = with_experts(
     llama3.LAYOUTS["hf"],
     rule(f"{MOE}.gate.weight", "{block}/moe/router/kernel", out_in),
     rule(f"{MOE}.experts.{{expert}}.w1.weight", "{block}/moe/up_kernel", out_in, at=GATE),

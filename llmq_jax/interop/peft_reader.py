@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,16 @@ from llmq_jax.interop.peft import (
     sites_of,
     weights_file,
 )
-from llmq_jax.interop.peft_whole import EMBEDDING, embedding_adapter, module_name, take_whole
+from llmq_jax.interop.peft_whole import (
+    EMBEDDING,
+    TWICE,
+    equal,
+    fitting,
+    module_name,
+    parted,
+    replaced,
+    whole_shapes,
+)
 from llmq_jax.interop.tables import Placement, in_out
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
@@ -44,7 +53,7 @@ from llmq_jax.layers.lora import (
     from_adapters,
 )
 from llmq_jax.models import abstract_variables
-from llmq_jax.models.heads import LM_HEAD
+from llmq_jax.models.heads import LM_HEAD, SCORE
 
 SCORE_WEIGHT = f"{PREFIX}score.weight"
 # Fields of adapter_config.json that are read, with their types.
@@ -77,6 +86,8 @@ PLAIN = {
     "kasa_config": None,
     "monteclora_config": None,
 }
+# Of these, what PEFT 0.21 cannot merge into its base, or (`layer_replication`) merges into another model.
+UNMERGEABLE = ("layer_replication", "alora_invocation_tokens", "arrow_config")
 # Ways to begin that change the base: such an adapter means another base than the one it is loaded onto.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -104,7 +115,7 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
     if reader.shared is not None:
         trees[LORA] = {TIED: {NUMBERS: jnp.asarray(reader.shared)}}
     if reader.replaced:
-        trees[LORA_FIXED][WHOLE] = {name: jnp.ones(()) for name in reader.replaced}
+        trees[LORA_FIXED][WHOLE] = {name: jnp.asarray(float(trains)) for name, trains in reader.replaced.items()}
     return reader.config, {**variables, **trees}
 
 
@@ -165,9 +176,9 @@ def _ends_with(name: str, pattern: str) -> bool:
 def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
     for name, plain in PLAIN.items():
         if values.get(name, plain) not in (plain, None):
-            raise BadInput(
-                f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}: merge it in PEFT"
-            )
+            advice = "" if name in UNMERGEABLE else ": merge it in PEFT"
+            advice += ", which can where its matrices have biases of their own" if name == "lora_bias" else ""
+            raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}{advice}")
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
         raise BadInput(
@@ -214,8 +225,8 @@ class _Reader:
         for name in state:
             self._give_own_name(name)
         self.state = {own: state[name] for own, name in self.in_file.items()}
-        self.replaced: list[str] = []
-        """The embedding and the head, where the folder has others than the base."""
+        self.replaced: dict[str, bool] = {}
+        """The embedding and the head, where the folder has others than the base: whether it is a copy that trains."""
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
 
@@ -283,11 +294,11 @@ class _Reader:
             if f"{name}_P" not in self.state:
                 raise BadInput(f"{self.file}: holds no projections; save the adapter with save_projection")
             width, features = self._widths(site)
-            first = self._take(f"{name}_A", (None, width))
+            first = self._take(f"{name}_A", ("r", width))
             assert first is not None  # it names the matrices
             first = first.T
             last = self._take(f"{name}_B", (features, first.shape[1]))
-            projections = self._take(f"{name}_P", (None, first.shape[1], first.shape[1]))
+            projections = self._take(f"{name}_P", ("u", first.shape[1], first.shape[1]))
             assert projections is not None
             projections = projections.swapaxes(1, 2)
             key = f"base_model.tinylora_v.{min(index // size, groups - 1)}"
@@ -307,26 +318,46 @@ class _Reader:
     def take_embedding_and_head(self, variables: dict[str, Any]) -> dict[str, Any]:
         """Variables with the matrices that the folder holds whole in place of theirs, an adapter at the embedding added
         to it; from here on the config is that of these."""
-        copies = self.values.get("modules_to_save", [])
-        config, variables, self.replaced = take_whole(
-            self.file, self.state, self.in_file, copies, self.config, variables
-        )
+        params = variables["params"]
+        embedding, is_tied = params[EMBEDDING]["embedding"], self.config.labels is None and LM_HEAD not in params
+        given = self._take_whole(whole_shapes(self.config, params))
+        copies = self._copies(given)
+        if is_tied:
+            given = parted(given, copies, embedding)
+        module = module_name(self.config, EMBEDDING)
+        rows, width = given.get(EMBEDDING, embedding).shape
+        pair = self._take_pair(f"{PREFIX}{module}", rows, width, "lora_embedding_A", "lora_embedding_B")
+        if pair is not None:
+            first, last = pair
+            change = self._scale(module, len(last)) * (first @ last)
+            given[EMBEDDING] = jnp.asarray(given.get(EMBEDDING, embedding), jnp.float32) + change
+        adapts_head = any(key.startswith(f"{PREFIX}{LM_HEAD}.lora_") for key in self.state)
+        if is_tied and not adapts_head and equal(given[EMBEDDING], given[LM_HEAD]):
+            del given[LM_HEAD]
+        params, changed = replaced(params, given)
+        self.replaced = {name: name in copies for name in changed if name != SCORE}  # which is any classifier's own
+        config = fitting(self.config, params, self.file)
         if config != self.config:
             self._set_config(config)
-        name, embedding = embedding_adapter(self.config), variables["params"][EMBEDDING]["embedding"]
-        first = self._take(f"{name}A", (None, embedding.shape[0]))
-        if first is None:
-            return variables
-        last = self._take(f"{name}B", (embedding.shape[1], len(first)))
-        if last is None:
-            raise BadInput(
-                f"{self.file}: has {self.in_file[f'{name}A']} and no lora_embedding_B; save the adapter again"
-            )
-        scale = self._scale(module_name(self.config, EMBEDDING), len(first))
-        total = jnp.asarray(embedding, jnp.float32) + scale * (last @ first).T
-        self.replaced = [EMBEDDING, *(other for other in self.replaced if other != EMBEDDING)]
-        added = {EMBEDDING: {"embedding": total.astype(embedding.dtype)}}
-        return {**variables, "params": {**variables["params"], **added}}
+        return {**variables, "params": params}
+
+    def _take_whole(self, shapes: Mapping[str, tuple[int | str, int]]) -> dict[str, Any]:
+        """Those of these matrices that the folder holds, by our names."""
+        given: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            module = f"{PREFIX}{module_name(self.config, name)}"
+            for key in (f"{module}.weight", f"{module}.base_layer.weight"):
+                if (matrix := self._take(key, shape)) is not None:
+                    given[name] = matrix
+            if name in given:
+                for twice in TWICE:
+                    self.state.pop(f"{module}.{twice}.weight", None)
+        return given
+
+    def _copies(self, names: Collection[str]) -> set[str]:
+        """Those of our names whose modules PEFT trained a copy of."""
+        ends = tuple(self.values.get("modules_to_save", []))
+        return {name for name in names if module_name(self.config, name).endswith(ends)}
 
     def check_all_read(self) -> None:
         if self.state:
@@ -362,15 +393,19 @@ class _Reader:
         first, last = (pair[1].T, pair[0].T) if lies_in_out else pair
         return first, last, self._scale(parameter, len(last))
 
-    def _take_pair(self, name: str, width: int, features: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def _take_pair(
+        self, name: str, width: int, features: int, a: str = "lora_A.weight", b: str = "lora_B.weight"
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """A [D, R] and B [R, F] of a module."""
-        first = self._take(f"{name}.lora_A.weight", (None, width))
+        first = self._take(f"{name}.{a}", ("r", width))
         if first is None:
             return None
-        last = self._take(f"{name}.lora_B.weight", (features, len(first)))
+        last = self._take(f"{name}.{b}", (features, len(first)))
         if last is None:
-            name = self.in_file[f"{name}.lora_A.weight"]
-            raise BadInput(f"{self.file}: has {name} and no lora_B; save the adapter again")
+            raise BadInput(
+                f"{self.file}: has {self.in_file[f'{name}.{a}']} and no {b.removesuffix('.weight')}; save the adapter "
+                "again"
+            )
         return first.T, last.T
 
     def _pairs_apart(self, site: Site) -> Pair | None:
@@ -420,7 +455,7 @@ class _Reader:
         if not self._targets(site):
             return None
         count, width, features = self._widths(site, experts=True)
-        first = self._take(f"{PREFIX}{module}.lora_A.weight", (None, width))
+        first = self._take(f"{PREFIX}{module}.lora_A.weight", ("r", width))
         if first is None:
             return None
         rank = self._pattern("rank_pattern", site.pattern_name, self.values.get("r", 8))
@@ -448,19 +483,19 @@ class _Reader:
             return shape[0], shape[1], math.prod(shape[2:])
         return shape[0], math.prod(shape[1:])
 
-    def _take(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray | None:
-        """The tensor of this name, or None; `shape` is what fits the model, None what it leaves open."""
+    def _take(self, name: str, shape: tuple[int | str, ...]) -> np.ndarray | None:
+        """The tensor of this name, or None; `shape` is what fits the model, with a letter for what it leaves open."""
         tensor = self.state.pop(name, None)
         if tensor is None:
             return None
         if len(tensor.shape) != len(shape) or any(
-            w not in (None, got) for w, got in zip(shape, tensor.shape, strict=True)
+            not isinstance(w, str) and w != got for w, got in zip(shape, tensor.shape, strict=True)
         ):
             raise self._other_base(name, tensor.shape, shape)
-        return tensor.astype(np.float32)
+        return tensor.astype(np.float32, copy=False)
 
     def _other_base(self, name: str, found: tuple[Any, ...], wanted: tuple[Any, ...]) -> BadInput:
-        shown = ", ".join("r" if size is None else str(size) for size in wanted)
+        shown = ", ".join(map(str, wanted))
         base = self._base()
         what = f"{self.file}: {self.in_file[name]} is {list(found)} instead of [{shown}]"
         return BadInput(f"{what}: it is an adapter of another base" + (f" ({base})" if base else ""))

@@ -6,15 +6,14 @@ adapter, PEFT saves the base's own beside the adapters. Of a base that has one m
 are the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.peft import PREFIX, memory_table
+from llmq_jax.interop.peft import memory_table
 from llmq_jax.layers.axes import on_host
 from llmq_jax.models import override
 from llmq_jax.models.heads import LM_HEAD, SCORE
@@ -31,74 +30,51 @@ def module_name(config: Any, name: str) -> str:
     return next(rule.key for rule in memory_table(config).rules if rule.path == path).removesuffix(".weight")
 
 
-def embedding_adapter(config: Any) -> str:
-    """Where the names of an adapter at the embedding begin."""
-    return f"{PREFIX}{module_name(config, EMBEDDING)}.lora_embedding_"
+def whole_shapes(config: Any, params: dict[str, Any]) -> dict[str, tuple[int | str, int]]:
+    """{our name: rows and columns} of what may come whole: v tokens, or as many classes as the base has."""
+    width = params[EMBEDDING]["embedding"].shape[1]
+    if config.labels is None:
+        return {EMBEDDING: ("v", width), LM_HEAD: ("v", width)}
+    return {EMBEDDING: ("v", width), SCORE: (params[SCORE]["kernel"].shape[1], width)}
 
 
-def take_whole(
-    file: Path,
-    state: dict[str, np.ndarray],
-    in_file: Mapping[str, str],
-    copies: Sequence[str],
-    config: Any,
-    variables: dict[str, Any],
-) -> tuple[Any, dict[str, Any], list[str]]:
-    """Take such matrices out of `state`, into a base: (its config, its variables, our names of what changed: embedding,
-    head). `in_file` has their names in the file, `copies` are the `modules_to_save`.
+def parted(given: dict[str, Any], copies: Collection[str], shared: Any) -> dict[str, Any]:
+    """The embedding and the head of a base that has one matrix for both, `shared`: each is its copy, or what is no copy
+    and takes the place of the one matrix."""
+    shared = next((matrix for name, matrix in given.items() if name not in copies), shared)
+    return {name: given.get(name, shared) for name in (EMBEDDING, LM_HEAD)}
 
-    BadInput: one of another base, or an embedding and a head of different numbers of tokens.
-    """
-    params = dict(variables["params"])
-    tied = config.labels is None and LM_HEAD not in params
-    given, copied = {}, set()
-    for name in (EMBEDDING, SCORE if config.labels is not None else LM_HEAD):
-        module = module_name(config, name)
-        width = params[EMBEDDING]["embedding"].shape[1]
-        rows = str(params[SCORE]["kernel"].shape[1]) if name == SCORE else "v"
-        for key in (f"{PREFIX}{module}.weight", f"{PREFIX}{module}.base_layer.weight"):
-            if key not in state:
-                continue
-            matrix = given[name] = state.pop(key)
-            if matrix.ndim != 2 or matrix.shape[1] != width or rows not in ("v", str(len(matrix))):
-                raise BadInput(
-                    f"{file}: {in_file[key]} is {list(matrix.shape)} instead of [{rows}, {width}]: it is an adapter of "
-                    "another base"
-                )
-            if any(module.endswith(copy) for copy in copies):
-                copied.add(name)
-            for twice in TWICE:
-                state.pop(f"{PREFIX}{module}.{twice}.weight", None)
-    if tied and given:  # what is no copy is the base's one matrix
-        of_base = next((matrix for name, matrix in given.items() if name not in copied), params[EMBEDDING]["embedding"])
-        given = {name: given.get(name, of_base) for name in (EMBEDDING, LM_HEAD)}
-    apart = (f"{PREFIX}{module_name(config, LM_HEAD)}.lora_", embedding_adapter(config))
-    adapts_one = any(key.startswith(apart) for key in state)
-    if tied and (adapts_one or not _equal(given.get(EMBEDDING), given.get(LM_HEAD))):
-        given.setdefault(LM_HEAD, params[EMBEDDING]["embedding"])
-        params[LM_HEAD] = {"kernel": params[EMBEDDING]["embedding"].T}
-    replaced = []
+
+def replaced(params: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the parameters with the matrices that are `given` by our names, [rows, D], in the types of theirs; the names of
+    those that are others than they were). One that is the same stays the array that it was, which several may share."""
+    after, changed = dict(params), []
     for name, matrix in given.items():
-        if name not in params:
-            continue
         leaf = LEAVES[name]
-        before = params[name][leaf]
-        after = jnp.asarray(matrix, before.dtype)
-        after = after if name == EMBEDDING else after.T
-        if not _equal(before, after):
-            params[name] = {leaf: after}
-            replaced += [name] if name != SCORE else []
+        own = params[name][leaf] if name in params else params[EMBEDDING]["embedding"].T
+        new = jnp.asarray(matrix, own.dtype)
+        new = new if name == EMBEDDING else new.T
+        if not equal(own, new):
+            own = new
+            changed.append(name)
+        after[name] = {leaf: own}
+    return after, changed
+
+
+def fitting(config: Any, params: dict[str, Any], file: Path) -> Any:
+    """The config of these parameters; BadInput, which names the file, for an embedding and a head of different
+    numbers of tokens."""
     vocab_size = len(params[EMBEDDING]["embedding"])
-    if LM_HEAD in params and params[LM_HEAD]["kernel"].shape[1] != vocab_size:
+    is_tied = config.tie_word_embeddings and LM_HEAD not in params
+    rows = vocab_size if LM_HEAD not in params else params[LM_HEAD]["kernel"].shape[1]
+    if rows != vocab_size:
         raise BadInput(
-            f"{file}: would leave an embedding of {vocab_size} tokens beside a head of "
-            f"{params[LM_HEAD]['kernel'].shape[1]}; save the adapter with both (save_embedding_layers=True)"
+            f"{file}: would leave an embedding of {vocab_size} tokens beside a head of {rows}; save the adapter with "
+            "both (save_embedding_layers=True)"
         )
-    if (vocab_size, LM_HEAD in params) != (config.vocab_size, LM_HEAD in variables["params"]):
-        is_tied = config.tie_word_embeddings and LM_HEAD not in params
-        config = override(config, vocab_size=vocab_size, tie_word_embeddings=is_tied)
-    return config, {**variables, "params": params}, replaced
+    return override(config, vocab_size=vocab_size, tie_word_embeddings=is_tied)
 
 
-def _equal(left: Any, right: Any) -> bool:
+def equal(left: Any, right: Any) -> bool:
+    """Whether two matrices have the same values; all processes must ask."""
     return left is right or (left.shape == right.shape and bool((on_host(left) == on_host(right)).all()))

@@ -86,11 +86,15 @@ def write_adapter(
     if config.labels is None and EMBEDDING in whole and LM_HEAD not in variables["params"]:
         # PEFT takes a copy of the embedding for one of itself alone: a head that is the same comes along.
         whole[LM_HEAD] = module_name(config, LM_HEAD)
+    adapted = {site.module for site in sites}
     for name, module in whole.items():
         has_own = name == LM_HEAD and LM_HEAD in variables["params"]
         matrix = variables["params"][LM_HEAD]["kernel"].T if has_own else variables["params"][EMBEDDING]["embedding"]
-        tensors[f"{PREFIX}{module}.weight"] = np.ascontiguousarray(matrix, np.float32)
-    saved = [*whole.values(), *(["score"] if config.labels is not None else [])]
+        # PEFT adapts no copy: a head with an adapter is what lies under it.
+        inner = ".base_layer" if module in adapted else ""
+        tensors[f"{PREFIX}{module}{inner}.weight"] = np.ascontiguousarray(matrix, np.float32)
+    saved = [module for module in whole.values() if module not in adapted]
+    saved += ["score"] if config.labels is not None else []
     values |= _named_base(base) | {
         "task_type": "CAUSAL_LM" if config.labels is None else "SEQ_CLS",
         "bias": "none",

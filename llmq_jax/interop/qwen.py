@@ -1,11 +1,13 @@
 """The weights and configs of Qwen 2 and 3.
 
 - `hf`: transformers' `Qwen2ForCausalLM`, whose names are Llama's, and `Qwen3ForCausalLM`, which has two more: the norms
-  of queries and keys.
+  of queries and keys. `Qwen3MoeForCausalLM` has experts besides: files hold one tensor for each matrix of each expert,
+  or all experts of a layer in one, as Mixtral's do.
 - `gguf`: the names of llama.cpp, likewise; of Qwen it keeps the order of queries and keys.
 
 Older files say which layers have a window by `use_sliding_window`, `sliding_window` and `max_window_layers`, from which
-layer on; newer ones by `layer_types` as well. Both are read and both written.
+layer on; newer ones by `layer_types` as well. Both are read and both written. With experts all layers have the window,
+whatever these say, as in transformers.
 """
 
 from collections.abc import Mapping
@@ -13,12 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import llama3
+from llmq_jax.interop import llama3, mixtral
 from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, KEEP, ConfigTable
 from llmq_jax.interop.rope import read_rope
-from llmq_jax.interop.tables import WeightTable, rule, vector
+from llmq_jax.interop.tables import Shape, WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
-from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 
 def with_norms(table: WeightTable, query: str, key: str) -> WeightTable:
@@ -38,19 +40,29 @@ QWEN3_LAYOUTS = {
     ),
     "gguf": with_norms(QWEN2_LAYOUTS["gguf"], "blk.{layer}.attn_q_norm", "blk.{layer}.attn_k_norm"),
 }
+APART, FUSED = (
+    mixtral.with_experts(QWEN3_LAYOUTS["hf"], mixtral.ROUTER, *experts)
+    for experts in (mixtral.APART_EXPERTS, mixtral.FUSED_EXPERTS)
+)
+QWEN3_MOE_LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
 
-# What transformers takes where config.json does not say.
-WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+
+def read_window(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling: `sliding_window` where it is used. What transformers takes where config.json does not say."""
+    values = read_rope(values)
+    used, window = values.pop("use_sliding_window", False), values.pop("sliding_window", 4096)
+    if type(used) is not bool:
+        raise BadInput(f"use_sliding_window={used!r} is not of the type bool")
+    return values | ({"sliding_window": window} if used and window is not None else {})
 
 
 def read_qwen(values: Mapping[str, Any]) -> dict[str, Any]:
     """One spelling: `sliding_window` where some layers have one, and `layer_types`."""
-    values = read_rope(values)
-    used, window, first = (values.pop(name, default) for name, default in WINDOWS.items())
-    for name, value, kind in (("use_sliding_window", used, bool), ("max_window_layers", first, int)):
-        if type(value) is not kind:
-            raise BadInput(f"{name}={value!r} is not of the type {kind.__name__}")
-    if not used or window is None:
+    values = read_window(values)
+    first = values.pop("max_window_layers", 28)
+    if type(first) is not int:
+        raise BadInput(f"max_window_layers={first!r} is not of the type int")
+    if "sliding_window" not in values:
         return values
     layers = values.get("num_hidden_layers", Qwen2Config.num_hidden_layers)
     if values.get("layer_types") is None and type(layers) is int:
@@ -58,8 +70,8 @@ def read_qwen(values: Mapping[str, Any]) -> dict[str, Any]:
         layers = min(layers, MOST_LAYERS)
         values["layer_types"] = [LOCAL if layer >= first else GLOBAL for layer in range(layers)]
     kinds = values.get("layer_types")
-    if not isinstance(kinds, list) or LOCAL in kinds:
-        values["sliding_window"] = window
+    if isinstance(kinds, list) and LOCAL not in kinds:
+        del values["sliding_window"]
     return values
 
 
@@ -79,6 +91,27 @@ def write_qwen2(config: Qwen2Config, values: dict[str, Any]) -> dict[str, Any]:
     is not hidden_size / num_attention_heads."""
     values = write_qwen3(config, values)
     return {name: value for name, value in values.items() if name != "head_dim" or config.head_dim is not None}
+
+
+def write_qwen3_moe(config: Qwen3MoeConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """Sizes written out, and the experts counted by the name in files of the hub: transformers 5 reads it as well as
+    `num_local_experts`, which it writes itself and others do not know."""
+    own = {
+        "num_experts": values.pop("num_local_experts"),
+        "use_sliding_window": config.sliding_window is not None,
+        "mlp_only_layers": list(config.mlp_only_layers),
+    }
+    return llama3.write_sizes(config, values | own)
+
+
+def derive_experts(
+    shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of the config of weights that come without one; which layers are dense they do not tell."""
+    derived = mixtral.derive(shapes, layers, tied, layout, given)
+    derived["moe_intermediate_size"] = derived.pop("intermediate_size")
+    dense = "params/{block}/mlp/gate/kernel" in shapes
+    return derived | ({"intermediate_size": llama3.gated_width(shapes)} if dense else {})
 
 
 SHARED = GROUPED | {"hidden_act", "layer_types", "sliding_window"}
@@ -107,4 +140,20 @@ QWEN3_CONFIG = ConfigTable(
     ignored=IGNORED,
     read=read_qwen,
     write=write_qwen3,
+)
+QWEN3_MOE_CONFIG = ConfigTable(
+    config_class=Qwen3MoeConfig,
+    architecture="Qwen3MoeForCausalLM",
+    classifier="Qwen3MoeForSequenceClassification",
+    shared=mixtral.CONFIG.shared
+    | {"attention_bias", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob"},
+    other_names={"num_experts": "num_local_experts"},
+    aliases={"hidden_act": ACTIVATION_SPELLINGS},
+    own=OWN,
+    # Qwen3-Coder's have the latter three of another model, which nothing reads.
+    ignored=mixtral.CONFIG.ignored
+    | {"max_window_layers", "qkv_bias", "shared_expert_intermediate_size", "use_qk_norm"},
+    null={"mlp_only_layers": []},
+    read=read_window,
+    write=write_qwen3_moe,
 )

@@ -38,24 +38,27 @@ class FullCache(struct.PyTreeNode):
     """Keys and values of all positions; slot = position."""
 
     keys: Float[Array, "*L B K H S"]
-    values: Float[Array, "*L B K S H"]
+    values: Float[Array, "*L B K S V"]
     empty: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
-    def create(cls, batch: int, length: int, num_heads: int, head_dim: int, dtype: Dtype) -> "FullCache":
-        return cls(*_no_keys_and_values(batch, num_heads, length, head_dim, dtype), empty=True)
+    def create(
+        cls, batch: int, length: int, num_heads: int, head_dim: int, dtype: Dtype, value_dim: int | None = None
+    ) -> "FullCache":
+        """`value_dim` is the width of values that are not as wide as keys."""
+        return cls(*_no_keys_and_values(batch, num_heads, length, head_dim, dtype, value_dim), empty=True)
 
     def write(
         self,
         keys: Float[Array, "B K T H"],
-        values: Float[Array, "B K T H"],
+        values: Float[Array, "B K T V"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "FullCache":
         slots = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, NOWHERE)
         return FullCache(*_put(self, keys, values, slots))
 
-    def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+    def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S V"], Int[Array, "B S"]]:
         batch, _, length, _ = self.values.shape
         return self.keys.mT, self.values, jnp.broadcast_to(jnp.arange(length), (batch, length))
 
@@ -110,7 +113,7 @@ class RingCache(struct.PyTreeNode):
     """
 
     keys: Float[Array, "*L B K H S"]
-    values: Float[Array, "*L B K S H"]
+    values: Float[Array, "*L B K S V"]
     positions: Int[Array, "*L B S"]
     """The position of the token in each slot."""
     window: int = struct.field(pytree_node=False)
@@ -123,16 +126,24 @@ class RingCache(struct.PyTreeNode):
 
     @classmethod
     def create(
-        cls, batch: int, length: int, window: int, lookahead: int, num_heads: int, head_dim: int, dtype: Dtype
+        cls,
+        batch: int,
+        length: int,
+        window: int,
+        lookahead: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: Dtype,
+        value_dim: int | None = None,
     ) -> "RingCache":
         slots = min(length, window + lookahead)
-        held = _no_keys_and_values(batch, num_heads, slots, head_dim, dtype)
+        held = _no_keys_and_values(batch, num_heads, slots, head_dim, dtype, value_dim)
         return cls(*held, jnp.full((batch, slots), NOWHERE, jnp.int32), window, lookahead, empty=True)
 
     def write(
         self,
         keys: Float[Array, "B K T H"],
-        values: Float[Array, "B K T H"],
+        values: Float[Array, "B K T V"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "RingCache":
@@ -153,7 +164,7 @@ class RingCache(struct.PyTreeNode):
             empty=False,
         )
 
-    def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+    def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S V"], Int[Array, "B S"]]:
         return self.keys.mT, self.values, self.positions
 
     def update(
@@ -190,17 +201,18 @@ def _real(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -
 
 
 def _no_keys_and_values(
-    batch: int, num_heads: int, slots: int, head_dim: int, dtype: Dtype
-) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]:
-    return jnp.zeros((batch, num_heads, head_dim, slots), dtype), jnp.zeros((batch, num_heads, slots, head_dim), dtype)
+    batch: int, num_heads: int, slots: int, head_dim: int, dtype: Dtype, value_dim: int | None
+) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S V"]]:
+    value_dim = head_dim if value_dim is None else value_dim
+    return jnp.zeros((batch, num_heads, head_dim, slots), dtype), jnp.zeros((batch, num_heads, slots, value_dim), dtype)
 
 
 def _put(
     cache: FullCache | RingCache,
     keys: Float[Array, "B K T H"],
-    values: Float[Array, "B K T H"],
+    values: Float[Array, "B K T V"],
     slots: Int[Array, "B T"],
-) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S H"]]:
+) -> tuple[Float[Array, "B K H S"], Float[Array, "B K S V"]]:
     """Write each token to its slot; tokens whose slot does not exist are dropped."""
     rows = jnp.arange(keys.shape[0])[:, None, None]
     heads = jnp.arange(keys.shape[1])[None, :, None]

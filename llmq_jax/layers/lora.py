@@ -37,8 +37,8 @@ A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "
 TIED = "tied"
 """The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
-"""The entry of `lora_fixed` that names parameters which came whole with the adapters, in place of the base's own: an
-embedding, a head."""
+"""The entry of `lora_fixed` that names parameters which came whole with the adapters, in place of the base's own (an
+embedding, a head): 1 for those that train on with the adapters, as PEFT's `modules_to_save` do, else 0."""
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 
@@ -291,6 +291,11 @@ def spread(variables: dict[str, Any]) -> dict[str, Any]:
         if path[-1] == PROJECTIONS
     }
     return {**variables, LORA: unflatten_dict(each)}
+
+
+def trained_whole(variables: dict[str, Any]) -> set[str]:
+    """The names of the parameters (an embedding, a head) that came whole with the adapters and train on with them."""
+    return {name for name, trains in variables.get(LORA_FIXED, {}).get(WHOLE, {}).items() if np.asarray(trains)}
 
 
 def trained_numbers(variables: dict[str, Any]) -> int:

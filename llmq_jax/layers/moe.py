@@ -49,6 +49,8 @@ class Experts:
     """Width of an expert; None is that of the network it replaces."""
     first_layer: int = 0
     """Layers before this one keep their feed-forward network."""
+    dense_layers: tuple[int, ...] | list[int] | None = None
+    """Further layers that keep theirs, counted from 0; None: there are none."""
     num_shared: int = 0
     """Experts that all tokens pass through, computed as one network of `num_shared` times the width."""
     shared_weight: bool = False
@@ -87,6 +89,8 @@ class Experts:
         check_fields(self)
         balance = balance_from(self.balance)
         object.__setattr__(self, "balance", balance)
+        # An empty list is held as None: so equal models have equal configs.
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers or ()) or None)
         for name in ("num_experts", "top_k", "num_groups", "top_groups"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("first_layer", "num_shared"):
@@ -123,6 +127,10 @@ class Experts:
             if self.num_experts % balance.devices:
                 raise BadInput(f"balance: devices={balance.devices} must divide {self.num_experts} experts")
 
+    def in_layer(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, has experts."""
+        return layer >= self.first_layer and layer not in (self.dense_layers or ())
+
     def _require(self, condition: bool, name: str, rule: str) -> None:
         if not condition:
             raise BadInput(f"experts: {name}={getattr(self, name)!r} {rule}")
@@ -144,8 +152,14 @@ def experts_from(given: Any, layers: int, default: Experts | None = None) -> Exp
         given = create(Experts, (asdict(default) if default else {}) | given)
     if not isinstance(given, Experts | None):
         raise BadInput(f"experts={given!r} is neither Experts nor an object of their fields")
-    if given is not None and given.first_layer >= layers:
-        raise BadInput(f"experts: first_layer={given.first_layer} leaves no expert in {layers} layers")
+    if given is None:
+        return None
+    first, dense = given.first_layer, list(given.dense_layers or ())
+    if any(not 0 <= layer < layers for layer in dense):
+        raise BadInput(f"experts: dense_layers={dense} must be numbers of the {layers} layers, counted from 0")
+    if not any(map(given.in_layer, range(first, layers))):
+        told = f"first_layer={first}" + (f" and dense_layers={dense}" if dense else "")
+        raise BadInput(f"experts: {told} leaves no expert in {layers} layers")
     return given
 
 

@@ -22,7 +22,7 @@ from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
 from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.mixtral import Mixtral, MixtralConfig
-from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 __all__ = [
     "ARCHITECTURES",
@@ -42,6 +42,7 @@ __all__ = [
     "MixtralConfig",
     "Qwen2Config",
     "Qwen3Config",
+    "Qwen3MoeConfig",
     "abstract_variables",
     "all_layer_paths",
     "architecture",
@@ -66,6 +67,7 @@ ARCHITECTURES = {
     "qwen2": Architecture(Qwen2Config, Llama3),
     "qwen3": Architecture(Qwen3Config, Llama3),
     "mixtral": Architecture(MixtralConfig, Mixtral),
+    "qwen3_moe": Architecture(Qwen3MoeConfig, Mixtral),
     "deepseek_v3": Architecture(DeepSeekV3Config, DeepSeek3),
     "gemma2": Architecture(Gemma2Config, Gemma),
     "gemma3_text": Architecture(Gemma3Config, Gemma),

@@ -57,20 +57,21 @@ class LayerGroup:
 
 
 def layers_in_groups(
-    block: Callable[..., nn.Module], windows: Sequence[int | None], experts: Experts | None
+    block: Callable[..., nn.Module], layers: int, experts: Experts | None, **by_layer: Sequence[Any]
 ) -> tuple[LayerGroup, ...]:
-    """Groups of layers that differ only in their `windows` (how many keys a token sees; None is all) and in whether
-    they have experts, as those from `experts.first_layer` on do. `block` gets `window` and `experts` as keywords, each
-    only where the layer has it."""
-    first = len(windows) if experts is None else experts.first_layer
+    """Groups of layers that differ only in these arguments of the block: `experts`, for the layers that
+    `experts.in_layer` names, and those in `by_layer`, one value per layer, as in `window=(512, 512, None)`. None leaves
+    an argument at the block's default."""
+    with_experts = [experts if experts is not None and experts.in_layer(layer) else None for layer in range(layers)]
+    options = {"experts": with_experts, **by_layer}
 
-    def make(window: int | None, has_experts: bool) -> Callable[..., nn.Module]:
-        options = {"window": window, "experts": experts if has_experts else None}
-        return partial(block, **{name: value for name, value in options.items() if value is not None})
+    def make(kind: tuple[Any, ...]) -> Callable[..., nn.Module]:
+        given = zip(options, kind, strict=True)
+        return partial(block, **{name: value for name, value in given if value is not None})
 
-    kinds = tuple((window, layer >= first) for layer, window in enumerate(windows))
+    kinds = tuple(zip(*options.values(), strict=True))
     return tuple(
-        LayerGroup(tuple(make(*kind) for kind in pattern), repeats) for pattern, repeats in repeating_patterns(kinds)
+        LayerGroup(tuple(make(kind) for kind in pattern), repeats) for pattern, repeats in repeating_patterns(kinds)
     )
 
 
@@ -383,8 +384,7 @@ class Decoder(nn.Module):
     @nn.nowrap
     def head_widths(self, cache: Any) -> tuple[int, int]:
         """Features of a head's queries and keys, and of its values, in the layer that has such a cache."""
-        width = cache.values.shape[-1]
-        return width, width
+        return cache.keys.shape[-2], cache.values.shape[-1]
 
     @nn.nowrap
     def slice_layers(

@@ -319,7 +319,7 @@ class DeepSeek3(Llama3):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return layers_in_groups(partial(DeepSeekBlock, c, self.dtype), (None,) * c.num_hidden_layers, self.experts)
+        return layers_in_groups(partial(DeepSeekBlock, c, self.dtype), c.num_hidden_layers, self.experts)
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:

@@ -295,7 +295,8 @@ class Gemma(Decoder):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return layers_in_groups(partial(GemmaBlock, c, self.dtype), c.layer_windows, self.experts)
+        block = partial(GemmaBlock, c, self.dtype)
+        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens)

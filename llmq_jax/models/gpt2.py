@@ -127,7 +127,7 @@ class GPT2(Decoder):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return layers_in_groups(partial(GPT2Block, c, self.dtype), (None,) * c.num_hidden_layers, self.experts)
+        return layers_in_groups(partial(GPT2Block, c, self.dtype), c.num_hidden_layers, self.experts)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens) + self.position_embedding(positions)

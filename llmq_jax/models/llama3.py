@@ -248,7 +248,8 @@ class Llama3(Decoder):
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
-        return layers_in_groups(partial(Llama3Block, c, self.dtype), c.layer_windows, self.experts)
+        block = partial(Llama3Block, c, self.dtype)
+        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.token_embedding(tokens)

@@ -55,9 +55,13 @@ class MixtralConfig(MistralConfig):
     @property
     def classic_experts(self) -> Experts:
         """The experts of transformers' Mixtral."""
+        return Experts(self.num_local_experts, self.num_experts_per_tok, balance=self.pooled_balance)
+
+    @property
+    def pooled_balance(self) -> Balance | None:
+        """transformers' auxiliary loss."""
         coefficient = self.router_aux_loss_coef
-        balance = Balance(load_balance=coefficient, pooled=True, divide_by_top_k=False) if coefficient else None
-        return Experts(self.num_local_experts, self.num_experts_per_tok, balance=balance)
+        return Balance(load_balance=coefficient, pooled=True, divide_by_top_k=False) if coefficient else None
 
 
 PRESETS = {

@@ -1,22 +1,29 @@
 """Qwen 2.5 (Qwen Team 2024, arXiv:2412.15115; Qwen 2, arXiv:2407.10671, is the same) and Qwen 3 (Qwen Team 2025,
-arXiv:2505.09388), its dense models.
+arXiv:2505.09388), dense and with experts.
 
 Llama (grouped-query attention, RoPE, RMSNorm, SwiGLU) with one change each:
 - Qwen 2: queries, keys and values have biases, and nothing else does
 - Qwen 3: no biases; queries and keys are normalised, by head and before RoPE (`normalises_queries`), and a head is 128
   features wide, whatever hidden_size is
+- Qwen 3 with experts (30B-A3B, Coder): 128 narrow ones in the place of each feed-forward network, of which a token
+  passes through 8. As in Mixtral no token is dropped, no expert is shared, and the balance loss is over all layers
+  together. `mlp_only_layers` and `decoder_sparse_step` may leave layers dense; the published models have none such
 
 Long contexts are YaRN's (`rope_parameters`). The layers that `layer_types` calls sliding_attention see a window of
 `sliding_window` keys; the published models have none.
 
-Reference: transformers' `Qwen2ForCausalLM` and `Qwen3ForCausalLM`. Deviations: none by default.
+Reference: transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `Qwen3MoeForCausalLM`. Deviations: none by default.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from llmq_jax.field_types import check_fields
+from llmq_jax.layers.moe import Experts
+from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import GLOBAL, LOCAL, require, require_at_least, set_layer_types
-from llmq_jax.models.llama3 import Llama3Config
+from llmq_jax.models.llama3 import DEFAULT_ROPE, Llama3Config
+from llmq_jax.models.mixtral import MixtralConfig
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,63 @@ class Qwen3Config(Qwen2Config):
     attention_output_bias: bool | None = None
 
 
+@dataclass(frozen=True)
+class Qwen3MoeConfig(MixtralConfig):
+    """What differs from Mixtral. A window is of all layers, and a head as wide as the number of heads makes it."""
+
+    model_type: ClassVar[str] = "qwen3_moe"
+    normalises_queries: ClassVar[bool] = True
+
+    vocab_size: int = 151936
+    max_position_embeddings: int = 32768
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    num_key_value_heads: int | None = 4
+    intermediate_size: int = 6144
+    """Width of the feed-forward network of dense layers."""
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Rope | dict[str, Any] = DEFAULT_ROPE
+    num_local_experts: int = 128
+    """Files of the hub call it num_experts."""
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+    """Width of an expert."""
+    norm_topk_prob: bool = False
+    """Whether the weights of a token's experts are made to add up to 1. The published models have it on."""
+    decoder_sparse_step: int = 1
+    """Of layers counted from 1 those that this divides have experts; 1 is all."""
+    mlp_only_layers: tuple[int, ...] | list[int] = ()
+    """Further layers without experts, counted from 0."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require_at_least(1, self, "num_hidden_layers", "moe_intermediate_size", "decoder_sparse_step")
+        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
+        layers, rule = self.num_hidden_layers, f"must be numbers of the {self.num_hidden_layers} layers, counted from 0"
+        require(all(0 <= layer < layers for layer in self.mlp_only_layers), self, "mlp_only_layers", rule)
+        rule = f"and mlp_only_layers={list(self.mlp_only_layers)} leave no layer with experts; that is a Qwen3Config"
+        require(len(self.dense_layers) < layers, self, "decoder_sparse_step", rule)
+        super().__post_init__()
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers without experts."""
+        step, others = self.decoder_sparse_step, set(self.mlp_only_layers)
+        return tuple(layer for layer in range(self.num_hidden_layers) if (layer + 1) % step or layer in others)
+
+    @property
+    def classic_experts(self) -> Experts:
+        """The experts of transformers' Qwen 3."""
+        return Experts(
+            self.num_local_experts,
+            self.num_experts_per_tok,
+            self.moe_intermediate_size,
+            dense_layers=self.dense_layers,
+            renormalise=self.norm_topk_prob,
+            balance=self.pooled_balance,
+        )
+
+
 QWEN_2_5: dict[str, Any] = {"rope_parameters": {"rope_theta": 1_000_000.0}}
 QWEN_3: dict[str, Any] = {**QWEN_2_5, "max_position_embeddings": 40960, "num_key_value_heads": 8}
 PRESETS = {
@@ -142,5 +206,23 @@ PRESETS = {
         num_hidden_layers=36,
         num_attention_heads=32,
         intermediate_size=12288,
+    ),
+    "qwen3-30b-a3b": Qwen3MoeConfig(
+        **QWEN_3 | {"num_key_value_heads": 4}, num_hidden_layers=48, head_dim=128, norm_topk_prob=True
+    ),
+    # To train from bytes, on a laptop.
+    "qwen3-moe-10m": Qwen3MoeConfig(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=768,
+        num_local_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=192,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
     ),
 }

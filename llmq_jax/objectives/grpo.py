@@ -147,24 +147,15 @@ def grpo_loss(
     advantages: Advantages,
     mask: Mask,
     *,
-    loss_type: str = "grpo",
-    clip_low: float | None = None,
-    clip_high: float | None = None,
-    beta: float = 0.0,
-    kl: str | None = None,
-    kl_by_ratio: bool = False,
-    max_length: int | None = None,
     entropies: Float[Array, "B C"] | None = None,
-    entropy_coefficient: float = 0.0,
-    sapo_temperature_positive: float | None = None,
-    sapo_temperature_negative: float | None = None,
     weights: dict[str, Float[Array, ""]] | None = None,
+    **loss_options: Any,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """(loss, metrics) of B answers of up to C tokens, from the log-probabilities of their tokens, in nats.
 
     `logprobs` are the policy's, `old_logprobs` those it had when it sampled the answers, `reference_logprobs` the
     reference's: given if and only if beta > 0. `mask` is 1 on the tokens that count; values at other tokens are
-    ignored, even NaN. Gradients flow to `logprobs` and `entropies`. For the other options see `LossOptions`.
+    ignored, even NaN. Gradients flow to `logprobs` and `entropies`. `loss_options` are the fields of `LossOptions`.
 
     `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
     of micro-batches, except those called min and max, then add up to the batch's. Value and gradient are TRL's.
@@ -178,18 +169,8 @@ def grpo_loss(
     BadInput: a loss type that is unknown, an option that it ignores or that is out of range, a reference without beta
     or beta without a reference.
     """
-    options = LossOptions(
-        loss_type=loss_type,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        beta=beta,
-        kl=kl,
-        kl_by_ratio=kl_by_ratio,
-        max_length=max_length,
-        entropy_coefficient=entropy_coefficient,
-        sapo_temperature_positive=sapo_temperature_positive,
-        sapo_temperature_negative=sapo_temperature_negative,
-    )
+    options = LossOptions(**loss_options)
+    beta, entropy_coefficient = options.beta, options.entropy_coefficient
     if beta and reference_logprobs is None:
         raise BadInput(f"beta={beta} needs the log-probabilities of the reference model; give them, or beta=0")
     if not beta and reference_logprobs is not None:
@@ -202,12 +183,12 @@ def grpo_loss(
     logprobs = jnp.where(mask > 0, logprobs.astype(jnp.float32), 0.0)
     old_logprobs = _constant(old_logprobs, mask)
 
-    ratio = policy_ratio(logprobs, old_logprobs, mask, sequence=loss_type == "gspo")
+    ratio = policy_ratio(logprobs, old_logprobs, mask, sequence=options.loss_type == "gspo")
     losses = -surrogate(ratio, logprobs, advantages, options)
     metrics = clip_metrics(ratio, advantages, mask, options, weights)
     if reference_logprobs is not None:  # and beta is not 0
-        distance = kl_estimate(logprobs, _constant(reference_logprobs, mask), kl or "k3")
-        if kl_by_ratio:
+        distance = kl_estimate(logprobs, _constant(reference_logprobs, mask), options.kl or "k3")
+        if options.kl_by_ratio:
             distance *= ratio
         losses += beta * distance
         metrics["kl"] = safe_divide((mask * distance).sum(), weights["tokens"])

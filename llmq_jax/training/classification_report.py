@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from llmq_jax.training.metrics import one_line
 from llmq_jax.training.plots import INK, blank_figure, save_figure
 
 SCORES = ("precision", "recall", "f1")
 WORST = 20
+MOST_LABELS, WIDTH = 5, 80
+"""Of a line for people: the labels that it names, and the characters of the text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +131,10 @@ def prediction(labels: Sequence[str], logits: Float[np.ndarray, " C"]) -> dict[s
     return {"label": labels[chances.argmax()], "probabilities": by_label}
 
 
-def prediction_line(text: str, said: dict[str, Any], width: int = 80, most: int = 5) -> str:
+def prediction_line(text: str, said: dict[str, Any]) -> str:
     """The same for people: the likeliest labels first, then the text, shortened."""
-    text = " ".join(text.split())
-    text = text if len(text) <= width else text[: width - 1] + "…"
-    likeliest = sorted((said.get("probabilities") or said["scores"]).items(), key=lambda pair: -pair[1])[:most]
-    return "  ".join([*(f"{label} {figure:.4f}" for label, figure in likeliest), text])
+    likeliest = sorted((said.get("probabilities") or said["scores"]).items(), key=lambda pair: -pair[1])[:MOST_LABELS]
+    return "  ".join([*(f"{label} {figure:.4f}" for label, figure in likeliest), one_line(text, WIDTH)])
 
 
 def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:

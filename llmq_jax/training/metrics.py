@@ -121,6 +121,12 @@ def printable(text: str) -> str:
     return "".join(character if is_text(character) or character in "\n\t" else "\ufffd" for character in text)
 
 
+def one_line(text: str, width: int) -> str:
+    """A text on one line of at most `width` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 def _plain(value: Any) -> Any:
     """A JSON value: arrays become lists, those of one number that number, exactly."""
     if hasattr(value, "tolist"):

@@ -131,8 +131,12 @@ def muon(
     """
 
     def kinds(params: Any) -> Any:
-        def kind(path: Any, _: Any) -> str:
-            return "muon" if is_matrix(path_names(path)) else "adamw"
+        def kind(path: Any, leaf: Any) -> str:
+            names = path_names(path)
+            if not is_matrix(names):
+                return "adamw"
+            _require_as_named(names, leaf.ndim)
+            return "muon"
 
         return jax.tree_util.tree_map_with_path(kind, params)
 
@@ -154,6 +158,17 @@ def is_matrix(path: tuple[str, ...]) -> bool:
     """Whether `muon` orthogonalises the parameter at a path: the kernels of layers, but no head and no adapter."""
     named = dimensions(path)
     return role(path) == "kernel" and bool(named) and "vocabulary" not in named and path[-2] != "score"
+
+
+def _require_as_named(path: tuple[str, ...], axes: int) -> None:
+    """BadInput for a matrix in a group of layers, which are stacked, that has more dimensions than its module's name
+    tells of, or fewer: others than its own would be taken for rows and columns."""
+    named = dimensions(path)
+    if path[0].startswith("group_") and axes - 1 != len(named):
+        raise BadInput(
+            f"{'/'.join(path)} has {axes - 1} dimensions in a layer, and layers.axes.MODULES names {len(named)} of "
+            f"{path[-2]!r}; give its module another name, and these their names there"
+        )
 
 
 def scale_by_muon(momentum: float = 0.95, dtype: str = "float32") -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.lora import LORA, LORA_FIXED, SCALE, adapters
+from llmq_jax.layers.lora import LORA, LORA_FIXED, SCALE, adapters, trained_whole
 from llmq_jax.models.decoder import Decoder, upper_part
 
 FROZEN, PARAMS = "frozen", "params"
@@ -105,9 +105,11 @@ def freeze_all_but(
 def train_adapters(
     model: Decoder, variables: dict[str, Any], heads: Collection[str] = ()
 ) -> tuple[Decoder, dict[str, Any], tuple[Any, ...]]:
-    """(the model, variables, the collections that train): the adapters and `heads`. Below the first layer that has an
-    adapter there is nothing to train, and no gradient goes there."""
+    """(the model, variables, the collections that train): the adapters, `heads` and what came with the adapters to
+    train on. Below the first layer that has an adapter there is nothing to train, and no gradient goes there, unless
+    the embedding trains."""
     found = adapters(variables)
+    heads = {*heads, *trained_whole(variables)}
     layer_paths = model.layer_paths()
 
     def adapts(layer: int) -> bool:
@@ -115,6 +117,7 @@ def train_adapters(
         return any(path[:2] == block and np.asarray(fixed[SCALE])[repeat] for path, (_, fixed) in found.items())
 
     first = next((layer for layer in range(len(layer_paths)) if adapts(layer)), len(layer_paths))
+    first = 0 if "token_embedding" in heads else first
     # A pattern of layers stands together.
     while first and not _between_patterns(model, first):
         first -= 1

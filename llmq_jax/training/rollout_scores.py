@@ -62,6 +62,11 @@ class TextRewards:
         return Scores(np.asarray(total, np.float32), {name: np.asarray(v, np.float32) for name, v in by_name.items()})
 
 
+def reward_model_of(score: "SummedRewards | ModelReward") -> "ModelReward":
+    """The reward model in what scores rollouts by one."""
+    return score if isinstance(score, ModelReward) else score.model
+
+
 @dataclass(frozen=True)
 class SummedRewards:
     """Functions of texts and a reward model, which has a weight of its own."""

@@ -44,6 +44,11 @@ def one_or_all(trees: dict[str, Any]) -> dict[str, Any]:
     return next(iter(trees.values())) if len(trees) == 1 else trees
 
 
+def routers_learn(variables: dict[str, Any], trainable: tuple[str, ...]) -> bool:
+    """Whether steps move the routers' biases for selection: where the routers train."""
+    return ROUTER in variables and PARAMS in trainable
+
+
 def create_state(
     variables: dict[str, Any],
     optimizer: optax.GradientTransformation,
@@ -59,7 +64,7 @@ def create_state(
     collections `trainable`; `seed` is that of dropout.
     """
     names = (trainable,) if isinstance(trainable, str) else trainable
-    learns = (*names, ROUTER) if PARAMS in names and ROUTER in variables else names
+    learns = (*names, ROUTER) if routers_learn(variables, names) else names
     trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in learns}
     variables = place({**variables, **trained})
     state = TrainState(

@@ -16,7 +16,7 @@ from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.expert_load import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
-from llmq_jax.training.state import ROUTER, TrainState
+from llmq_jax.training.state import ROUTER, TrainState, routers_learn
 
 REPLICAS = "replicas"
 
@@ -131,7 +131,7 @@ def _updated(
     trained = optax.apply_updates(trained, updates)
     metrics = {"grad_norm": optax.tree.norm(grads), **load_metrics(experts, counts)}
     variables = state.with_trained(trained)
-    if ROUTER in variables and PARAMS in state.trainable:  # A router's bias moves where the router trains.
+    if routers_learn(variables, state.trainable):
         router = variables[ROUTER]
         learning = {name: tree for name, tree in router.items() if name in variables[PARAMS]}
         variables[ROUTER] = {**router, **move_biases(experts, learning, counts)}

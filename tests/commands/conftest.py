@@ -1,5 +1,8 @@
 """Tiny models in folders, for the commands to work on: one with a byte tokenizer, one that chats."""
 
+import itertools
+from functools import partial
+
 import pytest
 import tokenizers
 
@@ -71,14 +74,22 @@ def chat_model(chat_folder):
 
 
 @pytest.fixture
-def llmq(capsys):
+def stopped_at():
+    """`stopped_at(call, function)`: the function, but for Ctrl-C in that call of it, counted from 1."""
+
+    def stopped(call, function):
+        def counted(*arguments, **keywords):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return function(*arguments, **keywords)
+
+        calls = itertools.count(1)
+        return counted
+
+    return stopped
+
+
+@pytest.fixture
+def llmq(program):
     """`llmq(*arguments)` -> (exit code, stdout, stderr) of the command, run in this process."""
-    from llmq_jax import commands
-    from llmq_jax.command_line import run
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            run(commands.VERBS, [str(argument) for argument in arguments], program="llmq")
-        return exit.value.code, *capsys.readouterr()
-
-    return call
+    return partial(program, "llmq")

@@ -12,19 +12,14 @@ import sys
 
 import pytest
 
-from llmq_jax import commands
-from llmq_jax.command_line import run
+from tests import programs
 
 
 def ended(words: list[str], stdin: str) -> tuple[int, str, str]:
     sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()))
     out, err = io.StringIO(), io.StringIO()
-    code = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            run(commands.VERBS, words, program="llmq")
-        except SystemExit as exit:
-            code = exit.code
+        code = programs.ended("llmq", *words)
     return code, out.getvalue(), err.getvalue()
 
 

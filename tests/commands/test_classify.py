@@ -96,7 +96,7 @@ def test_kinds_of_files(llmq, classifier, folder, kind, tmp_path):
 
 
 @pytest.fixture
-def stopped(llmq, folder, tmp_path, monkeypatch):
+def stopped(llmq, folder, tmp_path, monkeypatch, stopped_at):
     """(the command, what it writes without a stop, the file with the two lines of five that it came to)."""
     monkeypatch.setattr(length_buckets, "POOL", 1)  # lines are kept as often as this many batches are done
     data, partial = tmp_path / "texts.jsonl", tmp_path / "out.jsonl.partial"
@@ -107,23 +107,10 @@ def stopped(llmq, folder, tmp_path, monkeypatch):
     llmq(*command, "--out", whole)
     command += ["--out", tmp_path / "out.jsonl"]
     with monkeypatch.context() as patch:
-        stop_at(2, patch)
+        patch.setattr(lq.LanguageModel, "classify_rows", stopped_at(2, lq.LanguageModel.classify_rows))
         assert llmq(*command) == (130, "", f"2 of 5 are in {partial}: the command goes on from there\n")
     assert sorted(tmp_path.iterdir()) == [partial, data, whole]
     return command, whole.read_text(), partial
-
-
-def stop_at(call, monkeypatch):
-    """Ctrl-C in that call of `classify_rows`."""
-    classify_rows, calls = lq.LanguageModel.classify_rows, []
-
-    def interrupted(*arguments, **keywords):
-        calls.append(arguments)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return classify_rows(*arguments, **keywords)
-
-    monkeypatch.setattr(lq.LanguageModel, "classify_rows", interrupted)
 
 
 def test_the_same_command_goes_on_where_it_was_stopped(stopped, llmq, tmp_path):
@@ -153,7 +140,7 @@ def test_another_command_does_not_go_on(stopped, llmq, tmp_path):
         assert f"{partial} was begun by a command that differs in {named}; give that one again to go on" in err
 
 
-def test_what_json_has_no_form_for_goes_on(llmq, folder, tmp_path, monkeypatch):
+def test_what_json_has_no_form_for_goes_on(llmq, folder, tmp_path, monkeypatch, stopped_at):
     monkeypatch.setattr(length_buckets, "POOL", 1)
     days = [
         {"day": datetime.date(2024, 1, day), "figure": float("nan"), "text": text} for day, text in enumerate(TEXTS, 1)
@@ -162,7 +149,7 @@ def test_what_json_has_no_form_for_goes_on(llmq, folder, tmp_path, monkeypatch):
     command = ["classify", folder, "--data", tmp_path / "texts.parquet", "--batch-size", 1]
     _, expected, _ = llmq(*command, "--json")
     with monkeypatch.context() as patch:
-        stop_at(3, patch)
+        patch.setattr(lq.LanguageModel, "classify_rows", stopped_at(3, lq.LanguageModel.classify_rows))
         llmq(*command, "--out", tmp_path / "out.jsonl")
     assert llmq(*command, "--out", tmp_path / "out.jsonl")[0] == 0
     assert (tmp_path / "out.jsonl").read_text() == expected and '"2024-01-01", "figure": NaN' in expected

@@ -251,28 +251,15 @@ def test_out_is_a_file_of_the_same_lines(llmq, chat_folder, prompt_file, tmp_pat
     assert code == 2 and err == f"error: --out {tmp_path / 'out.jsonl'} is there already; name a new file\n"
 
 
-def stop_at(call, monkeypatch):
-    """Ctrl-C in that call of `lq.generate`."""
-    generate, calls = lq.generate, []
-
-    def interrupted(*arguments, **keywords):
-        calls.append(arguments)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return generate(*arguments, **keywords)
-
-    monkeypatch.setattr(lq, "generate", interrupted)
-
-
 @pytest.fixture
-def stopped(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
+def stopped(llmq, chat_folder, prompt_file, tmp_path, monkeypatch, stopped_at):
     """(the command, what it would have written, the file with the two lines of five that it came to)."""
     command = ["generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8]
     _, expected, _ = llmq(*command)
     command += ["--out", tmp_path / "out.jsonl"]
     partial = tmp_path / "out.jsonl.partial"
     with monkeypatch.context() as patch:
-        stop_at(2, patch)
+        patch.setattr(lq, "generate", stopped_at(2, lq.generate))
         said = f"2 of 5 are in {partial}: the command goes on from there\n"
         assert llmq(*command, "--batch-size", 2) == (130, "", said)
     assert sorted(tmp_path.iterdir()) == [partial, prompt_file]
@@ -280,12 +267,12 @@ def stopped(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
     return command, expected, partial
 
 
-def test_the_same_command_goes_on_where_it_was_stopped(stopped, llmq, tmp_path, monkeypatch):
+def test_the_same_command_goes_on_where_it_was_stopped(stopped, stopped_at, llmq, tmp_path, monkeypatch):
     command, expected, partial = stopped
     whole = partial.read_bytes()
     partial.write_bytes(whole + whole[-9:-1])  # as a kill tears a line
     with monkeypatch.context() as patch:
-        stop_at(2, patch)
+        patch.setattr(lq, "generate", stopped_at(2, lq.generate))
         code, _, err = llmq(*command, "--batch-size", 1)
     assert (code, err.splitlines()[0]) == (130, f"going on after 2 of 5, found in {partial}")
     assert partial.read_bytes() == whole + expected.encode().splitlines(keepends=True)[2]
@@ -334,8 +321,8 @@ def test_lines_of_others_are_left_alone(stopped, llmq):
     assert llmq(*command) == (0, "", "")
 
 
-def test_nothing_is_left_of_what_has_not_begun(llmq, chat_folder, prompt_file, tmp_path, monkeypatch):
-    stop_at(1, monkeypatch)
+def test_nothing_is_left_of_what_has_not_begun(llmq, chat_folder, prompt_file, tmp_path, monkeypatch, stopped_at):
+    monkeypatch.setattr(lq, "generate", stopped_at(1, lq.generate))
     options = ["--max-new-tokens", 8, "--out", tmp_path / "out.jsonl"]
     assert llmq("generate", chat_folder, "--prompt-file", prompt_file, *options) == (130, "", "")
     assert sorted(tmp_path.iterdir()) == [prompt_file]

@@ -20,7 +20,6 @@ from convert.parity_check import compare_models
 from convert.parity_reference import VARIANTS, random_config, random_model, randomise
 from convert.parity_trace import Difference, Place, first_difference
 from convert.parity_weights import Gradient, first_gradient
-from llmq_jax import command_line
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.interop.architectures import SUPPORTED, weight_table
@@ -319,13 +318,11 @@ def test_command_on_a_folder(folder):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_command_on_a_random_model_with_a_fault(capsys):
+def test_command_on_a_random_model_with_a_fault(program):
     """In this process: a new one's exit code is looked at above and below."""
-    words = ["--random", "gpt2", "--seed", "1", "--inject", "transformer.h.1.ln_1.weight"]
-    with pytest.raises(SystemExit) as end:
-        command_line.run(parity.main, words, program="python -m convert.parity")
-    out, err = capsys.readouterr()
-    assert (end.value.code, err) == (1, "")
+    words = ("--random", "gpt2", "--seed", "1", "--inject", "transformer.h.1.ln_1.weight")
+    code, out, err = program("convert.parity", *words)
+    assert (code, err) == (1, "")
     last = out.splitlines()[-1]
     assert last.startswith("first difference: layer 1, attention norm (transformer.h.1.ln_1): ")
     assert "  transformer.h.1.ln_1.weight  differs by up to " in out

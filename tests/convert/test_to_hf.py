@@ -12,12 +12,10 @@ import torch
 import transformers
 
 import llmq_jax as lq
-from convert.to_hf import main as to_hf
-from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer, FileTokenizer
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
-from train.instruct import main as instruct
+from tests.programs import ended
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
@@ -26,12 +24,6 @@ TEMPLATE = (
 ASKED = [{"role": "user", "content": "Say é."}]
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
 END_OF_TEXT, END = 256, 257
-
-
-def call(main, *arguments):
-    with pytest.raises(SystemExit) as exit:
-        run(main, list(map(str, arguments)), program="program")
-    return exit.value.code
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +55,8 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         options = ("--steps=2", "--learning-rate=0.05", "--batch-size=2", "--lora-rank=2", "--device=cpu")
         quiet = ("--sample-every=0", "--evaluate-every=0", "--chat-template=template.jinja")
-        assert call(instruct, "--data=data.json", "--init-from=models/base", "--out=run", *options, *quiet) == 0
+        given = ("--data=data.json", "--init-from=models/base", "--out=run")
+        assert ended("train.instruct", *given, *options, *quiet) == 0
     return folder
 
 
@@ -76,7 +69,7 @@ def test_adapters_keep_the_chat_template_and_the_end_tokens(here, folder, tmp_pa
     ran, base = lq.load("run"), lq.load("models/base", dtype="float32")
     assert ran.generation.eos_token_id == (END_OF_TEXT, END) and base.tokenizer.chat_template is None
     out = tmp_path / "adapter"
-    assert call(to_hf, "run", out, "--adapter") == 0
+    assert ended("convert.to_hf", "run", out, "--adapter") == 0
     named = folder / "models" / "base"
     assert capsys.readouterr().out.splitlines() == [
         f"{out}: the adapters of {ran}",
@@ -101,18 +94,18 @@ def test_adapters_keep_the_chat_template_and_the_end_tokens(here, folder, tmp_pa
             np.testing.assert_allclose(theirs(torch.tensor(TOKENS)).logits, ran.logits(TOKENS), atol=1e-4)
 
     # It is replaced as a whole, and nothing that is not of an export.
-    assert call(to_hf, "run", out, "--adapter") == 2
-    assert call(to_hf, "run", out, "--adapter", "--overwrite") == 0
+    assert ended("convert.to_hf", "run", out, "--adapter") == 2
+    assert ended("convert.to_hf", "run", out, "--adapter", "--overwrite") == 0
     lq.save_adapter(ran.replace(tokenizer=None), out, overwrite=True)
     assert not (out / "tokenizer.json").exists()
     (out / "training_args.bin").write_bytes(b"")
-    assert call(to_hf, "run", out, "--adapter", "--overwrite") == 2
+    assert ended("convert.to_hf", "run", out, "--adapter", "--overwrite") == 2
     assert "holds training_args.bin, so it is no earlier export" in capsys.readouterr().err
 
 
 def named_base(capsys, source, out, *arguments):
     """(what adapter_config.json says of the base, what the command says)."""
-    assert call(to_hf, source, out, "--adapter", "--overwrite", *arguments) == 0
+    assert ended("convert.to_hf", source, out, "--adapter", "--overwrite", *arguments) == 0
     config = json.loads((out / "adapter_config.json").read_text())
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base: "))
     return (config["base_model_name_or_path"], config.get("revision")), said
@@ -181,12 +174,12 @@ def dtype_in(folder):
 
 
 def test_the_type_of_a_merged_model_is_said(here, tmp_path, capsys):
-    assert call(to_hf, "run", tmp_path / "plain") == 0
+    assert ended("convert.to_hf", "run", tmp_path / "plain") == 0
     assert "\nwritten in float32, that of the model; --dtype bfloat16 halves it\n" in capsys.readouterr().out
-    assert call(to_hf, "run", tmp_path / "half", "--dtype", "bfloat16") == 0
+    assert ended("convert.to_hf", "run", tmp_path / "half", "--dtype", "bfloat16") == 0
     assert "\nwritten in bfloat16\n" in capsys.readouterr().out
     assert (dtype_in(tmp_path / "plain"), dtype_in(tmp_path / "half")) == ("float32", "bfloat16")
-    assert call(to_hf, "models/base", tmp_path / "base") == 0
+    assert ended("convert.to_hf", "models/base", tmp_path / "base") == 0
     assert "\nwritten in bfloat16\n" in capsys.readouterr().out
 
 
@@ -196,7 +189,7 @@ def test_adapters_beside_a_narrow_base_are_merged_as_wide_as_what_is_written(her
     whole = lq.merge(lq.load("run", dtype="bfloat16").replace(variables=widened(narrow.variables)))
     for dtype, same in (("float32", True), ("float16", False), (None, False)):
         out = tmp_path / f"{dtype}"
-        assert call(to_hf, tmp_path / "narrow", out, *([] if dtype is None else ["--dtype", dtype])) == 0
+        assert ended("convert.to_hf", tmp_path / "narrow", out, *([] if dtype is None else ["--dtype", dtype])) == 0
         found = lq.load(out, dtype="float32")
         expected = jax.tree.map(lambda leaf, d=dtype: leaf.astype(d or "bfloat16").astype("float32"), whole.params)
         jax.tree.map(np.testing.assert_array_equal, found.params, expected)

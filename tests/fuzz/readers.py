@@ -50,7 +50,7 @@ from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.mixtral import MixtralConfig
-from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
+from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from llmq_jax.option_files import read_options
 from llmq_jax.training.checkpoints import Checkpoints, config_dict, read_info
 from llmq_jax.training.manifest import verify_manifest, write_manifest
@@ -221,6 +221,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(vocab_size=12, sliding_window=8),
     "qwen3": Qwen3Config(vocab_size=12),
     "mixtral": MixtralConfig(vocab_size=12),
+    "qwen3_moe": Qwen3MoeConfig(vocab_size=12, sliding_window=8, mlp_only_layers=(3,)),
     "deepseek": DeepSeekV3Config(vocab_size=12),
     "gemma2": Gemma2Config(vocab_size=12),
     "gemma3": Gemma3Config(vocab_size=12),

@@ -1,4 +1,4 @@
-"""How the tests of every architecture's weights ask for what is refused."""
+"""How the tests of weights ask for what is refused."""
 
 import pytest
 

@@ -152,7 +152,7 @@ def test_values_that_do_not_fit_together():
         config_from_hf({**ORIGINAL, "n_head": 7})
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_other_names_of_fields(model_type):
     """transformers' attribute_map; where both names stand it goes by their order."""
     other_names = TABLES[model_type].config.other_names
@@ -185,9 +185,11 @@ def test_every_field_is_known_to_be_transformers_or_not(model_type):
 @pytest.mark.parametrize("model_type", TABLES)
 def test_what_is_written_is_transformers(model_type):
     theirs = transformers.AutoConfig.for_model(model_type).to_dict()
-    assert config_to_hf(TABLES[model_type].config.config_class()).keys() <= theirs.keys()
-    # Gemma 3's second rope is a part of transformers' rope_parameters; Qwen 2's model alone reads head_dim.
-    undeclared = {"local_rope_parameters"} | ({"head_dim"} if model_type == "qwen2" else set())
+    # Gemma 3's second rope is a part of transformers' rope_parameters; of some Qwens the model alone reads head_dim.
+    undeclared = {"local_rope_parameters"} | ({"head_dim"} if model_type in ("qwen2", "qwen3_moe") else set())
+    # Another name, which other readers need, for what transformers 5 writes as num_local_experts.
+    older = {"num_experts"} if model_type == "qwen3_moe" else set()
+    assert config_to_hf(TABLES[model_type].config.config_class()).keys() <= theirs.keys() | undeclared | older
     assert TABLES[model_type].config.shared - undeclared <= theirs.keys()
 
 

@@ -164,6 +164,43 @@ QWEN_3 = {
     "vocab_size": 151936,
 }
 """Of Qwen/Qwen3-0.6B."""
+QWEN_3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+"""Of Qwen/Qwen3-30B-A3B."""
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],
     "bos_token_id": 1,
@@ -193,6 +230,14 @@ def test_files_of_the_hub():
     assert config_from_hf(QWEN_2_5) == preset("qwen2.5-0.5b")
     assert config_from_hf(QWEN_2_5 | {"use_mrope": False}) == preset("qwen2.5-0.5b")
     assert config_from_hf(QWEN_3) == preset("qwen3-0.6b")
+    assert config_from_hf(QWEN_3_MOE) == preset("qwen3-30b-a3b")
+    # What Qwen3-Coder-30B-A3B has besides.
+    coder = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True, "max_window_layers": 28}
+    coder |= {"max_position_embeddings": 262144, "rope_theta": 10000000}
+    assert config_from_hf(QWEN_3_MOE | coder).rope.rope_theta == 1e7
+    written = config_to_hf(preset("qwen3-30b-a3b"))
+    assert written.items() >= {"num_experts": 128, "mlp_only_layers": [], "head_dim": 128}.items()
+    assert "num_local_experts" not in written
     assert config_from_hf(MISTRAL_7B) == preset("mistral-7b-v0.1")
     third = {"rope_theta": 1000000.0, "sliding_window": None, "vocab_size": 32768}
     assert config_from_hf(MISTRAL_7B | third) == preset("mistral-7b-v0.3")
@@ -211,7 +256,7 @@ def test_long_contexts_as_qwen_s_model_cards_have_them():
 def test_every_preset_is_understood_by_transformers(name):
     values = config_to_hf(preset(name))
     theirs = transformers.AutoConfig.for_model(**values)
-    assert theirs.to_dict().items() >= {k: v for k, v in values.items() if k != "architectures"}.items()
+    assert all(getattr(theirs, name) == value for name, value in values.items() if name != "architectures")
     assert config_from_hf(theirs.to_dict()) == preset(name)
 
 
@@ -250,8 +295,29 @@ def test_spellings_of_windows(model_type, spelling, windows):
 
 
 @pytest.mark.parametrize(
+    ("spelling", "window"),
+    [
+        ({}, None),
+        ({"sliding_window": 5}, None),
+        ({"use_sliding_window": True}, 4096),
+        ({**USED, "sliding_window": None}, None),
+    ]
+    + [({**USED, "max_window_layers": layer}, 5) for layer in (0, 2, 28)],
+)
+def test_a_window_beside_experts_is_of_all_layers(spelling, window):
+    config = config_from_hf({"model_type": "qwen3_moe", **SMALL, **spelling})
+    assert config.layer_windows == (window,) * 3
+    assert transformers.Qwen3MoeConfig(**SMALL, **spelling).sliding_window == window
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
+        ("qwen3_moe", {"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ("qwen3_moe", {"num_experts": 64, "num_local_experts": 128}, "are one field; keep one of them"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1 is not of the type"),
+        ("qwen3_moe", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 must be at most 10,000"),
         ("mistral", {"sliding_window": 0}, "MistralConfig.sliding_window=0 must be at least 1"),
         ("mistral", {"sliding_window": 4.5}, "sliding_window=4.5 is not of the type"),
         ("mistral", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),

@@ -1,4 +1,5 @@
-"""Mixtral's weights and config.json: two spellings of experts, there and back, what is refused."""
+"""Mixtral's weights and config.json: two spellings of experts, there and back, what is refused. Folders of Qwen 3 with
+experts, too."""
 
 import json
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
@@ -19,6 +21,7 @@ from llmq_jax.layers.positions import LinearRope, Rope
 from llmq_jax.model_files import load
 from llmq_jax.models import Gemma2Config, Gemma3Config, GPT2Config, Llama3Config, build, override
 from llmq_jax.models.mixtral import MixtralConfig
+from llmq_jax.models.qwen import Qwen3MoeConfig
 from tests.interop.refusals import refused
 from tests.parity.references import numpy_state, randomise
 from tests.weights import draw_variables
@@ -37,6 +40,12 @@ SIZES = {
     "num_experts_per_tok": 3,
 }
 UNTIED = MixtralConfig(**SIZES)
+# A dense layer, of the width 8, between two with experts.
+QWEN = SIZES | {"num_hidden_layers": 3, "moe_intermediate_size": 4, "norm_topk_prob": True, "mlp_only_layers": [1]}
+MODELS = {
+    "mixtral": (transformers.MixtralConfig(**SIZES), UNTIED),
+    "qwen3_moe": (transformers.Qwen3MoeConfig(**QWEN), Qwen3MoeConfig(**QWEN)),
+}
 TIED = override(UNTIED, tie_word_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 9))
 
@@ -165,9 +174,10 @@ def test_the_config_from_shapes(config):
 # Folders.
 
 
-@pytest.fixture(scope="module")
-def theirs():
-    config = transformers.MixtralConfig(**SIZES, bos_token_id=0, eos_token_id=0, output_router_logits=True)
+@pytest.fixture(scope="module", params=MODELS)
+def theirs(request):
+    config, _ = MODELS[request.param]
+    config.bos_token_id, config.eos_token_id, config.output_router_logits = 0, 0, True
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     randomise(model)
     return model
@@ -181,7 +191,10 @@ def logits_of(model):
 def test_a_folder_of_transformers_and_back(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     lm = load(tmp_path / "theirs")
-    assert lm.config == UNTIED
+    assert lm.config == MODELS[theirs.config.model_type][1]
+    with safe_open(tmp_path / "theirs" / "model.safetensors", "np") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert {name: array.shape for name, array in to_state_dict(lm.variables, lm.config).items()} == shapes
     np.testing.assert_allclose(lm.logits(TOKENS), logits_of(theirs), rtol=0, atol=1e-4)
 
     folder = save_hf(lm, tmp_path / "ours")
@@ -200,20 +213,21 @@ def test_a_fused_file(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
     lm = load(tmp_path / "theirs")
     np.testing.assert_allclose(lm.logits(TOKENS), logits_of(theirs), rtol=0, atol=1e-4)
-    told = ("num_attention_heads", "num_experts_per_tok", "max_position_embeddings", *ASSUMED)
+    told = {"num_attention_heads", "num_experts_per_tok", "max_position_embeddings", *ASSUMED}
+    told |= {"norm_topk_prob", "mlp_only_layers"} & vars(lm.config).keys()
     fields = {name: getattr(lm.config, name) for name in told}
     save_file(theirs.state_dict(), tmp_path / "alone.safetensors")
     alone = load(tmp_path / "alone.safetensors", config=fields)
     assert alone.config == lm.config
     jax.tree.map(np.testing.assert_array_equal, alone.variables, lm.variables)
-    assert sum("block_sparse_moe" in name for name in to_state_dict(lm.variables, lm.config)) == 2 * (1 + 3 * 5)
 
 
 def test_a_count_of_experts_in_config_json_that_is_not_the_file_s(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_local_experts": 4}))
-    assert refused(load, tmp_path).startswith(f"{tmp_path}: the weights do not fit MixtralConfig: 6 unread (")
+    name = type(MODELS[theirs.config.model_type][1]).__name__
+    assert refused(load, tmp_path).startswith(f"{tmp_path}: the weights do not fit {name}: 6 unread (")
 
 
 # config.json.

@@ -17,6 +17,7 @@ from llmq_jax.interop.openai import checkpoint_index
 from llmq_jax.model_files import load
 from llmq_jax.models.gpt2 import GPT2Config
 from tests.interop.data.make_openai_checkpoint import HPARAMS, draw, openai_variables
+from tests.interop.refusals import refused
 
 DATA = Path(__file__).parent / "data"
 CONFIG = GPT2Config(
@@ -27,14 +28,6 @@ CONFIG = GPT2Config(
 @pytest.fixture
 def folder(tmp_path):
     return Path(shutil.copytree(DATA / "openai_gpt2", tmp_path / "124M"))
-
-
-def refused(folder, **arguments) -> str:
-    with pytest.raises(BadInput) as caught:
-        load(folder, **arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def hparams(folder, **changes):
@@ -114,7 +107,7 @@ def test_a_config_of_ones_own(folder):
     (folder / "hparams.json").unlink()
     assert load(folder, config=CONFIG).config == CONFIG
     assert load(folder, config={"num_attention_heads": 3}).config == CONFIG
-    message = refused(folder)
+    message = refused(load, folder)
     assert message.startswith(f"{folder}: has weights but no config, and their shapes do not tell num_attention_heads")
 
 
@@ -128,7 +121,7 @@ def test_checkpoints_of_training_scripts(folder):
         (folder / "checkpoint").write_text(f'model_checkpoint_path: "{named}"\nall_model_checkpoint_paths: "model-900"')
         assert checkpoint_index(folder).name == "model-1000.index"
     (folder / "checkpoint").unlink()
-    assert refused(folder) == (
+    assert refused(load, folder) == (
         f"{folder}: has 3 checkpoints (model-1000.index, model-900.index, model.ckpt.index), and no file says which; "
         "keep one"
     )
@@ -145,23 +138,23 @@ def test_damaged_and_truncated_weights(folder):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert refused(folder) == f"{file}: the checksum of model/wte is wrong, so the file is damaged; get it again"
+    assert refused(load, folder) == f"{file}: the checksum of model/wte is wrong, so the file is damaged; get it again"
     os.truncate(file, len(content) // 2)
-    message = refused(folder)
+    message = refused(load, folder)
     assert message.startswith(f"{file}: is truncated: model/") and message.endswith("at 18024; get it again")
     file.unlink()
-    assert f"1 of its 1 data files are not there: {file.name}" in refused(folder)
+    assert f"1 of its 1 data files are not there: {file.name}" in refused(load, folder)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt.index", "hparams.json"])
 def test_a_file_that_is_something_else(folder, name):
     (folder / name).write_text("<html>404 Not Found</html>")
-    assert refused(folder).startswith(f"{folder / name}: ")
+    assert refused(load, folder).startswith(f"{folder / name}: ")
 
 
 def test_without_weights(folder):
     (folder / "model.ckpt.index").unlink()
-    assert refused(folder) == f"{folder}: has hparams.json but no TensorFlow checkpoint (model.ckpt.index)"
+    assert refused(load, folder) == f"{folder}: has hparams.json but no TensorFlow checkpoint (model.ckpt.index)"
 
 
 @pytest.mark.parametrize(
@@ -176,14 +169,14 @@ def test_without_weights(folder):
 )
 def test_hparams_that_are_none(folder, changes, message):
     hparams(folder, **changes)
-    assert refused(folder).startswith(f"{folder / 'hparams.json'}: ")
-    assert message in refused(folder)
+    assert refused(load, folder).startswith(f"{folder / 'hparams.json'}: ")
+    assert message in refused(load, folder)
     assert load(folder, config=CONFIG).config == CONFIG
 
 
 def test_weights_of_another_config(folder):
     hparams(folder, n_layer=2, n_ctx=32)
-    message = refused(folder)
+    message = refused(load, folder)
     assert message.startswith(f"{folder}: the weights do not fit GPT2Config: 12 unread (model/h2/")
     assert "model/wpe is [16, 12] instead of [32, 12]" in message
 
@@ -200,11 +193,12 @@ def test_a_checkpoint_of_something_else(folder):
         path.unlink()
     for path in (DATA / "types").iterdir():
         shutil.copy(path, folder)
-    message = refused(folder)
+    message = refused(load, folder)
     assert "40 missing (model/wte, model/wpe," in message
     assert "12 unread (bfloat16, bool, " in message  # and one without a number, which is passed over
 
 
 def test_a_layout_without_effect(folder):
-    assert refused(folder, layout="book") == f"{folder}: is a folder of OpenAI's; layout='book' would have no effect"
+    message = refused(load, folder, layout="book")
+    assert message == f"{folder}: is a folder of OpenAI's; layout='book' would have no effect"
     assert load(folder, layout="openai").config == CONFIG

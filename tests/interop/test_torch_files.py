@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 
-from llmq_jax.errors import BadInput
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.tensor_files import TensorFiles
 from llmq_jax.interop.torch_files import open_torch
@@ -21,6 +20,7 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.model_files import load
 from llmq_jax.models import build
 from llmq_jax.models.gpt2 import GPT2Config
+from tests.interop.refusals import refused
 from tests.weights import draw_variables
 
 TENSORS = {
@@ -36,14 +36,6 @@ TENSORS = {
     "transposed": torch.arange(6, dtype=torch.float32).reshape(2, 3).T,
     "parameter": torch.nn.Parameter(torch.ones(2)),
 }
-
-
-def refused(path, **arguments) -> str:
-    with pytest.raises(BadInput) as caught:
-        load(path, **arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture
@@ -146,7 +138,7 @@ def test_shards(theirs):
     assert isinstance(tensors, TensorFiles)
     assert len({tensors.file_of(name) for name in tensors}) == 2
     (theirs / "pytorch_model-00002-of-00002.bin").unlink()
-    assert f"{index}: 1 of 2 shards are not there: pytorch_model-00002-of-00002.bin" in refused(theirs)
+    assert f"{index}: 1 of 2 shards are not there: pytorch_model-00002-of-00002.bin" in refused(load, theirs)
 
 
 @pytest.mark.parametrize("name", ["../secret.bin", "/etc/secret.bin", "sub/model.bin", "model.safetensors", "", ".."])
@@ -156,7 +148,7 @@ def test_an_index_may_not_leave_its_folder(theirs, name):
     values = json.loads(index.read_text())
     values["weight_map"]["transformer.wte.weight"] = name
     index.write_text(json.dumps(values))
-    assert refused(theirs) == f"{index}: names {name!r}, which is no .bin file in the same folder"
+    assert refused(load, theirs) == f"{index}: names {name!r}, which is no .bin file in the same folder"
 
 
 def test_an_index_that_lies(theirs):
@@ -164,7 +156,7 @@ def test_an_index_that_lies(theirs):
     values = json.loads(index.read_text())
     values["weight_map"]["transformer.h.7.ln_1.bias"] = "pytorch_model-00001-of-00002.bin"
     index.write_text(json.dumps(values))
-    assert "says that pytorch_model-00001-of-00002.bin holds transformer.h.7.ln_1.bias" in refused(theirs)
+    assert "says that pytorch_model-00001-of-00002.bin holds transformer.h.7.ln_1.bias" in refused(load, theirs)
 
 
 # Pickles that are no plain state dicts.
@@ -203,7 +195,7 @@ def test_code_is_never_run(tmp_path, write, wrapped):
     content = {"wte.weight": torch.zeros(2), "evil": Malicious(proof)}
     path = tmp_path / "model.pth"
     write({"model_state_dict": content} if wrapped else content, path)
-    message = refused(path)
+    message = refused(load, path)
     assert message.startswith(f"{path}: ")
     assert not proof.exists()
     if write in (write_torch, write_old_torch):
@@ -215,7 +207,7 @@ def test_code_is_never_run(tmp_path, write, wrapped):
 
 def test_a_whole_module(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
-    message = refused(tmp_path / "model.pt")
+    message = refused(load, tmp_path / "model.pt")
     assert "it holds torch.nn.modules.linear.Linear" in message
     assert message.endswith("save model.state_dict() alone")
 
@@ -234,7 +226,7 @@ def test_a_whole_module(tmp_path):
 )
 def test_what_is_no_state_dict(tmp_path, content, message):
     torch.save(content, tmp_path / "model.pth")
-    assert message in refused(tmp_path / "model.pth")
+    assert message in refused(load, tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
@@ -243,7 +235,7 @@ def test_truncated_files(tmp_path, is_zip, share):
     path = tmp_path / "model.pth"
     torch.save(torch.nn.Linear(20, 20).state_dict(), path, _use_new_zipfile_serialization=is_zip)
     os.truncate(path, int(share * path.stat().st_size))
-    message = refused(path)
+    message = refused(load, path)
     assert message.startswith(f"{path}: ") and len(message) < len(str(path)) + 250
     assert "truncated or damaged" in message or "no plain state dict" in message
 
@@ -252,18 +244,18 @@ def test_truncated_files(tmp_path, is_zip, share):
 def test_files_of_something_else(tmp_path, content):
     path = tmp_path / "model.bin"
     path.write_bytes(content)
-    assert refused(path).startswith(f"{path}: not a file of PyTorch's, or truncated or damaged (")
+    assert refused(load, path).startswith(f"{path}: not a file of PyTorch's, or truncated or damaged (")
 
 
 def test_git_lfs_pointer(tmp_path):
     (tmp_path / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    assert "is a Git LFS pointer; run `git lfs pull`" in refused(tmp_path)
+    assert "is a Git LFS pointer; run `git lfs pull`" in refused(load, tmp_path)
 
 
 def test_without_torch(theirs, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = theirs / "pytorch_model.bin"
-    assert refused(theirs) == (
+    assert refused(load, theirs) == (
         f"{path}: only PyTorch reads this file, and it is not installed: pip install 'llmq_jax[torch]'"
     )
 

@@ -15,8 +15,10 @@ LENGTH = 40
 
 @pytest.fixture(scope="module")
 def sequence():
+    """Query, key and value, which is wider, as in differential attention."""
     keys = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(key, (2, LENGTH, heads, 4)) for key, heads in zip(keys, (4, 2, 2), strict=True)]
+    shapes = ((4, 4), (2, 4), (2, 6))
+    return [jax.random.normal(key, (2, LENGTH, *shape)) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def whole(sequence, window):
@@ -51,11 +53,11 @@ def span(starts, count):
 
 
 def ring(length, window, lookahead=0):
-    return RingCache.create(2, length, window, lookahead, 2, 4, jnp.float32)
+    return RingCache.create(2, length, window, lookahead, 2, 4, jnp.float32, value_dim=6)
 
 
 def full(length, *_):
-    return FullCache.create(2, length, 2, 4, jnp.float32)
+    return FullCache.create(2, length, 2, 4, jnp.float32, value_dim=6)
 
 
 PIECES = {

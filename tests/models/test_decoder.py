@@ -10,7 +10,9 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.caches import FullCache, RingCache
+from llmq_jax.layers.moe import Experts
 from llmq_jax.models import Gemma3Config, GPT2Config, build, override
+from llmq_jax.models.decoder import layers_in_groups
 from tests.models.compiled import apply, decode
 from tests.weights import draw_variables
 
@@ -122,3 +124,13 @@ def test_caches_of_a_long_context_are_small():
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     assert size(layer_types=None) < size(layer_types=(GLOBAL,) * 24) / 4
+
+
+def test_layers_differ_in_the_arguments_that_are_given_by_layer():
+    """A window of most layers and experts from the second on; None leaves a block's default."""
+    by_layer = {"window": (7, 7, None, 7, None), "turns": (True,) * 5}
+    groups = layers_in_groups(SimpleNamespace, 5, Experts(first_layer=1), **by_layer)
+    found = [(tuple(block() for block in group.blocks), group.repeats) for group in groups]
+    experts = {"experts": Experts(first_layer=1), "turns": True}
+    pattern = (SimpleNamespace(window=7, **experts), SimpleNamespace(**experts))
+    assert found == [((SimpleNamespace(window=7, turns=True),), 1), (pattern, 2)]

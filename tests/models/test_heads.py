@@ -17,6 +17,7 @@ from llmq_jax.model_files import load, save
 from llmq_jax.models import ARCHITECTURES, PRESETS, abstract_variables, build, fields_from_text, override
 from llmq_jax.models.heads import last_hidden
 from llmq_jax.objectives import NextToken
+from tests.interop.refusals import refused
 from tests.weights import draw_variables
 
 LABELS = ("ham", "spam")
@@ -34,6 +35,9 @@ CONFIGS = {
         vocab_size=257, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24, **SIZES
     ),
     "mixtral": override(PRESETS["mixtral-10m"], **SIZES, num_attention_heads=2, num_key_value_heads=1),
+    "qwen3_moe": override(
+        PRESETS["qwen3-moe-10m"], **SIZES, num_attention_heads=2, num_key_value_heads=1, mlp_only_layers=[0]
+    ),
     "deepseek_v3": override(PRESETS["deepseek-10m"], **SIZES, num_attention_heads=2, tie_word_embeddings=False),
     "gemma2": lq.Gemma2Config(
         vocab_size=257, num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=16, **SIZES
@@ -162,13 +166,6 @@ def test_our_own_format_keeps_labels(classifier, tmp_path):
     again = load(tmp_path / "saved")
     assert again.config == classifier.config
     jax.tree.map(np.testing.assert_array_equal, again.variables, classifier.variables)
-
-
-def refused(call, *arguments, **named):
-    with pytest.raises(BadInput) as error:
-        call(*arguments, **named)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.exhaustive

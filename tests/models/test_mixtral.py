@@ -8,6 +8,8 @@ import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import build, fields_from_text, init, override, preset
 from llmq_jax.models.mixtral import MixtralConfig
+from llmq_jax.models.qwen import Qwen3MoeConfig
+from llmq_jax.training.run_folder import differences
 from tests.models.compiled import apply
 from tests.weights import draw_variables
 
@@ -20,6 +22,9 @@ SIZES = {
     "intermediate_size": 10,
 }
 TINY = MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+QWEN = Qwen3MoeConfig(
+    **SIZES, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=8
+)
 EXPERTS = lq.Experts(4, 2, first_layer=1, num_shared=1, selection_bias=True)
 OTHERS = {
     "gpt2": lq.GPT2Config(**SIZES, experts=EXPERTS),
@@ -44,17 +49,40 @@ def test_the_experts_are_those_of_transformers_fields():
     assert build(override(TINY, experts=own)).experts == own
 
 
+def test_a_run_from_before_dense_layers_goes_on():
+    """What an older version did not know of is the same as what is not used."""
+    now = dataclasses.asdict(override(TINY, experts=lq.Experts(4, 2, dense_layers=[])))
+    before = {**now, "experts": {name: value for name, value in now["experts"].items() if name != "dense_layers"}}
+    assert differences(before, now) == []
+
+
 def test_a_dict_changes_what_the_fields_tell():
     config = override(TINY, router_aux_loss_coef=0.5, experts={"dispatch": "ragged", "num_shared": 1})
     expected = dataclasses.replace(override(TINY, router_aux_loss_coef=0.5).classic_experts, dispatch="ragged")
     assert build(config).experts == dataclasses.replace(expected, num_shared=1)
 
 
-def test_the_sizes_of_mixtral_8x7b():
-    shapes = jax.eval_shape(lambda: init(preset("mixtral-8x7b")))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 46_702_792_704
-    active = build(preset("mixtral-8x7b")).experts
-    assert (active.num_experts, active.top_k) == (8, 2)
+def test_the_experts_of_qwen_are_those_of_transformers_fields():
+    balance = lq.Balance(load_balance=0.001, pooled=True, divide_by_top_k=False)
+    assert build(QWEN).experts == lq.Experts(4, 2, 8, renormalise=False, balance=balance)
+    assert build(override(QWEN, norm_topk_prob=True, mlp_only_layers=[1])).experts == lq.Experts(
+        4, 2, 8, dense_layers=(1,), balance=balance
+    )
+    # They follow the number of layers.
+    every_third = override(QWEN, decoder_sparse_step=3)
+    assert build(every_third).experts.dense_layers == (0, 1)
+    assert build(override(every_third, num_hidden_layers=6)).experts.dense_layers == (0, 1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "experts"),
+    [("mixtral-8x7b", 46_702_792_704, (8, 2)), ("qwen3-30b-a3b", 30_532_122_624, (128, 8))],
+)
+def test_the_published_sizes(name, parameters, experts):
+    shapes = jax.eval_shape(lambda: init(preset(name)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    active = build(preset(name)).experts
+    assert (active.num_experts, active.top_k) == experts
 
 
 @pytest.mark.exhaustive
@@ -96,6 +124,26 @@ def test_experts_from_the_command_line():
     assert config.experts == lq.Experts(4, balance=lq.Balance(router_z=0.001))
     (coefficient,) = fields_from_text(lq.MixtralConfig, ["router_aux_loss_coef=0"]).values()
     assert type(coefficient) is float  # JSON may write one without a point
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_tok": 5}, "top_k=5 is more than num_experts=4"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
+        ({"mlp_only_layers": [3]}, r"mlp_only_layers=\(3,\) must be numbers of the 3 layers, counted from 0"),
+        (
+            {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+            r"decoder_sparse_step=2 and mlp_only_layers=\[1\] leave no layer with experts; that is a Qwen3Config",
+        ),
+        ({"experts": {"dense_layers": [0, 1, 2]}}, r"first_layer=0 and dense_layers=\[0, 1, 2\] leaves no expert in 3"),
+        ({"experts": {"dense_layers": [-1]}}, r"dense_layers=\[-1\] must be numbers of the 3 layers, counted from 0"),
+    ],
+)
+def test_bad_input_of_qwen(fields, message):
+    with pytest.raises(BadInput, match=message):
+        override(QWEN, **fields)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,13 @@ DATA = Path(__file__).parent / "data"
 LOGITS = 3e-4
 
 
+def read_golden(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """(the arrays of a file, its `meta`)."""
+    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
+        arrays = dict(file)
+    return arrays, json.loads(str(arrays.pop("meta")))
+
+
 class Golden:
     """One file of golden arrays, and our model with its weights.
 
@@ -28,9 +35,7 @@ class Golden:
     """
 
     def __init__(self, name: str, state: str = "param/", fields: Callable[[dict], dict] = lambda meta: {}):
-        with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
-            self.arrays = dict(file)
-        self.meta = json.loads(str(self.arrays["meta"]))
+        self.arrays, self.meta = read_golden(name)
         self.state = self.under(state)
         heads = self.meta["cfg"]["n_heads"]
         self.config = config_from_state_dict(self.state, "original", num_attention_heads=heads, **fields(self.meta))

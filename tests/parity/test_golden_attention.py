@@ -1,6 +1,5 @@
 """The steps to attention in docs/from_gpt.md, run as they stand there, give what the original's variants computed."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from llmq_jax.layers.attention import Context, attention
+from tests.parity.golden import read_golden
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "from_gpt.md").read_text()
@@ -21,8 +21,9 @@ NAMES = {"w_queries": "query", "w_keys": "key", "w_values": "value", "out_proj":
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(Path(__file__).parent / "data" / "attention_variants.npz") as file:
-        return dict(file)
+    arrays, meta = read_golden("attention_variants")
+    assert meta["heads"] == 2
+    return arrays
 
 
 def tree(golden, kind, variant):
@@ -79,10 +80,6 @@ def test_a_step_gives_what_the_original_gave(golden, case):
     found = jax.jit(jax.grad(lambda params: jnp.sum(step(params, x) * cotangent)))(params)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), found, wanted)
-
-
-def test_the_fixture_is_whole(golden):
-    assert json.loads(str(golden["meta"]))["heads"] == 2
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", PAGE))))

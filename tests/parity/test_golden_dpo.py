@@ -1,7 +1,5 @@
 """Golden arrays of the original's DPO: mean log-probabilities, loss, gradients through two models."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from llmq_jax.interop import config_from_state_dict, from_state_dict, to_state_d
 from llmq_jax.models.decoder import Output
 from llmq_jax.objectives.logprobs import token_logprobs
 from llmq_jax.objectives.preference import DPO, dpo_loss, pair_logprobs
-from tests.parity.golden import DATA
+from tests.parity.golden import read_golden
 from tests.parity.gradients import assert_same_gradients
 
 
@@ -26,8 +24,7 @@ class GivenLogits(lq.GPT2):
         return hidden
 
 
-with np.load(DATA / "dpo.npz", allow_pickle=False) as file:
-    ARRAYS = dict(file)
+ARRAYS, _ = read_golden("dpo")
 LOGITS = jnp.asarray(ARRAYS["in/logits"])
 
 
@@ -60,9 +57,7 @@ def test_losses(beta, smoothing):
 
 
 def test_loss_and_gradients_of_two_models():
-    with np.load(DATA / "dpo_models.npz", allow_pickle=False) as file:
-        arrays = dict(file)
-    meta = json.loads(str(arrays["meta"]))
+    arrays, meta = read_golden("dpo_models")
     state = under(arrays, "param/")
     states = (
         {name: array for name, array in state.items() if not name.startswith("reference/")},

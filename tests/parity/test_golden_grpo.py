@@ -3,9 +3,6 @@
 It averages over the tokens of the batch, as `dapo`, and takes the whole batch for one group, without an ε.
 """
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +10,14 @@ import pytest
 
 from llmq_jax.objectives.advantages import group_advantages
 from llmq_jax.objectives.grpo import LossOptions, grpo_loss, kl_estimate, policy_ratio, surrogate
+from tests.parity.golden import read_golden
 
 LOOPS = ("grpo_training_loop", "grpo_training_loop_single_prompt", "grpo_training_loop_variant_experimental")
 
 
 def read(name):
-    with np.load(Path(__file__).parent / "data" / f"{name}.npz", allow_pickle=False) as file:
-        arrays = {name: array if array.dtype.kind == "U" else jnp.asarray(array) for name, array in file.items()}
-    return arrays, json.loads(str(arrays["meta"]))
+    arrays, meta = read_golden(name)
+    return {name: array if array.dtype.kind == "U" else jnp.asarray(array) for name, array in arrays.items()}, meta
 
 
 def whole_batch(rewards):

@@ -1,20 +1,16 @@
 """The original repository's LoRA layer: output, loss and gradients. It calls B what is applied first."""
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from llmq_jax.layers.linear import Linear
+from tests.parity.golden import read_golden
 
 
 def test_a_linear_layer_with_an_adapter():
-    with np.load(Path(__file__).parent / "data" / "lora.npz", allow_pickle=False) as file:
-        arrays = dict(file)
-    meta = json.loads(str(arrays["meta"]))
+    arrays, meta = read_golden("lora")
     scale = meta["alpha"] / meta["r"]
     layer = Linear(arrays["param/linear.weight"].shape[0], kernel_init=nn.initializers.zeros)
     params = {"kernel": jnp.asarray(arrays["param/linear.weight"].T), "bias": jnp.asarray(arrays["param/linear.bias"])}

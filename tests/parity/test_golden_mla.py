@@ -6,9 +6,6 @@ the latent, as ours and DeepSeek's. Its norm has epsilon = 1e-5 outside of the r
 all x: what is left of the difference is far below the tolerance.
 """
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,16 +15,15 @@ from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import LatentCache
 from llmq_jax.layers.positions import Rope, Rotation
 from llmq_jax.models.deepseek3 import DeepSeekV3Config, latent_attention
+from tests.parity.golden import read_golden
 
-DATA = Path(__file__).parent / "data"
 TOLERANCE = 3e-4
 
 
 class Golden:
     def __init__(self, name):
-        with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
-            self.arrays = dict(file)
-        self.meta = meta = json.loads(str(self.arrays["meta"]))
+        self.arrays, meta = read_golden(name)
+        self.meta = meta
         self.heads, self.rotary = meta["num_heads"], meta["decoup_head_dim"]
         self.width = meta["d_out"] // self.heads
         self.layer = latent_attention(

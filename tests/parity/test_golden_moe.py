@@ -5,9 +5,6 @@ shared one, a softmax router with a bias and a bias for selection. Weights are p
 with experts.
 """
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,16 +16,10 @@ from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, 
 from llmq_jax.layers.moe import Experts, MixtureOfExperts, route
 from llmq_jax.models import GPT2Config, build
 from llmq_jax.objectives import NextToken
+from tests.parity.golden import read_golden
 
-DATA = Path(__file__).parent / "data"
 NORMAL = nn.initializers.normal(0.02)
 EXACT = {"rtol": 0, "atol": 1e-5}
-
-
-def read(name):
-    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
-        arrays = dict(file)
-    return arrays, json.loads(str(arrays["meta"]))
 
 
 def classic_params(arrays, prefix, count):
@@ -70,7 +61,7 @@ def assert_same(ours, theirs, scale=1.0):
 
 @pytest.mark.parametrize("dispatch", ["dense", "blocks", "ragged"])
 def test_the_classic_mixture(dispatch):
-    arrays, meta = read("sparse_moe")
+    arrays, meta = read_golden("sparse_moe")
     balance = Balance(load_balance=meta["load_coeff_used"], router_z=meta["z_coeff_used"])
     experts = Experts(meta["num_experts"], meta["top_k"], router_bias=True, dispatch=dispatch, balance=balance)
     layer = MixtureOfExperts(experts, 64, False, "gelu", True, NORMAL, NORMAL)
@@ -95,7 +86,7 @@ def test_the_classic_mixture(dispatch):
 
 @pytest.mark.parametrize("dispatch", ["dense", "blocks", "ragged"])
 def test_the_deepseek_mixture(dispatch):
-    arrays, meta = read("deepseek_moe")
+    arrays, meta = read_golden("deepseek_moe")
     balance = Balance(bias_rate=meta["bias_update_rate_used"])
     experts = Experts(
         meta["num_routed"],
@@ -127,7 +118,7 @@ def test_the_deepseek_mixture(dispatch):
 
 def test_gpt_with_the_classic_mixture():
     """Its loss sums what the layers add, ours is their mean: the coefficients are times the number of layers."""
-    arrays, meta = read("gpt_sparse_moe")
+    arrays, meta = read_golden("gpt_sparse_moe")
     cfg, count, layers = meta["cfg"], meta["moe"]["num_experts"], meta["cfg"]["n_layers"]
     balance = Balance(load_balance=0.1 * layers, router_z=1e-3 * layers)
     experts = Experts(count, meta["moe"]["top_k"], 32, router_bias=True, balance=balance)

@@ -2,7 +2,6 @@
 response of what a head with a bias says on every token, which shifts all rewards and no loss."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +11,13 @@ import pytest
 from llmq_jax.interop import config_from_state_dict, from_state_dict, to_state_dict
 from llmq_jax.models import build
 from llmq_jax.objectives.reward import RewardModel, bradley_terry_loss, sequence_rewards, token_scores
-from tests.parity.golden import DATA, LOGITS
-
-
-def arrays_of(name):
-    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
-        return dict(file)
+from tests.parity.golden import LOGITS, read_golden
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 def test_bradley_terry_loss(beta):
     """Theirs multiplies the rewards by β; ours is given them multiplied."""
-    arrays = arrays_of("bt_loss")
+    arrays, _ = read_golden("bt_loss")
 
     def loss(chosen, rejected):
         return bradley_terry_loss(beta * chosen, beta * rejected).mean()
@@ -40,8 +34,7 @@ class Fixture:
     """The arrays, and our model with their weights."""
 
     def __init__(self):
-        self.arrays = arrays_of("reward_model")
-        self.meta = json.loads(str(self.arrays["meta"]))
+        self.arrays, self.meta = read_golden("reward_model")
         state = {name[6:]: array for name, array in self.arrays.items() if name.startswith("param/")}
         head, self.bias = state.pop("out.weight"), float(state.pop("out.bias")[0])
         # Their layout knows language models alone: the embedding stands in for a head.

@@ -1,7 +1,5 @@
 """Layers against their PyTorch counterparts, values and gradients, at ordinary and at tiny magnitudes."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from llmq_jax.interop.configs import ACTIVATION_SPELLINGS
 from llmq_jax.layers.activations import ACTIVATIONS, silu
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.norms import DyT, LayerNorm, RMSNorm
+from tests.parity.golden import read_golden
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 5e-3])
@@ -84,8 +83,7 @@ def test_rms_norm_rounds_before_it_scales():
 
 def test_dynamic_tanh():
     """Golden arrays of the original repository."""
-    with np.load(Path(__file__).parent / "data" / "dyt.npz", allow_pickle=False) as file:
-        golden = {name: jnp.asarray(array) for name, array in file.items() if name != "meta"}
+    golden = {name: jnp.asarray(array) for name, array in read_golden("dyt")[0].items()}
     names = {"scale": "scale", "bias": "shift", "alpha": "alpha"}
     variables = {"params": {ours: golden[f"param/{theirs}"] for ours, theirs in names.items()}}
     y, pull_back = jax.vjp(lambda x, v: DyT().apply(v, x), golden["in/x"], variables)

@@ -1,4 +1,4 @@
-"""Mixtral against transformers' MixtralForCausalLM: all that decoders have in common, dispatch, the balance loss."""
+"""Mixtral and Qwen 3 with experts against transformers: what decoders have in common, dispatch, the balance loss."""
 
 import jax
 import numpy as np
@@ -10,8 +10,19 @@ from llmq_jax.interop import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.layers.expert_balance import all_layers, balance_losses
 from llmq_jax.models import build, override
 from llmq_jax.models.mixtral import MixtralConfig
+from llmq_jax.models.qwen import Qwen3MoeConfig
 from llmq_jax.objectives.next_token import NextToken
-from tests.parity.decoders import LOGITS, LOSS, SameAsTransformers, batches, draw_tokens, make_pair, their_logits
+from tests.parity.decoders import (
+    LOGITS,
+    LOSS,
+    SameAsTransformers,
+    assert_same_logits,
+    assert_same_loss_and_gradients,
+    batches,
+    draw_tokens,
+    make_pair,
+    their_logits,
+)
 from tests.parity.references import assert_same_gradients, numpy_gradients
 
 SIZES = {
@@ -24,37 +35,60 @@ SIZES = {
     "intermediate_size": 48,
     "num_local_experts": 4,
 }
+# Every field away from its default; heads are wider than 24 / 6.
+OTHERS = {
+    "vocab_size": 97,
+    "max_position_embeddings": 48,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "intermediate_size": 40,
+    "hidden_act": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+    "tie_word_embeddings": True,
+    "num_local_experts": 7,
+    "num_experts_per_tok": 3,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 7}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+QWEN = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 # Widths are multiples of 8: torch multiplies the experts' matrices in bfloat16 only then.
-CONFIGS = {
-    "two of four": SIZES,
-    # Every field away from its default; heads are wider than 24 / 6.
-    "three of seven": {
-        "vocab_size": 97,
-        "max_position_embeddings": 48,
-        "hidden_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "head_dim": 10,
-        "intermediate_size": 40,
-        "hidden_act": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-2,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
-        "tie_word_embeddings": True,
-        "num_local_experts": 7,
-        "num_experts_per_tok": 3,
-        "sliding_window": 7,
-    },
+PAIRS = {
+    "two of four": ("mixtral", SIZES),
+    "three of seven": ("mixtral", OTHERS | {"sliding_window": 7}),
+    # Weights that add up to less than 1, and a dense layer between two with experts.
+    "qwen 3": ("qwen3_moe", SIZES | QWEN | {"num_hidden_layers": 3, "head_dim": 10, "mlp_only_layers": [1]}),
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request):
-    return make_pair("mixtral", CONFIGS[request.param])
+    return make_pair(*PAIRS[request.param])
 
 
 class TestMixtral(SameAsTransformers):
     pass
+
+
+QWENS = {
+    "everything": OTHERS | QWEN | WINDOW | {"norm_topk_prob": True, "attention_bias": True, "decoder_sparse_step": 2},
+    "yarn, no dense layers": SIZES | QWEN | {"norm_topk_prob": True, "rope_parameters": YARN},
+    "the last of five layers alone": SIZES | QWEN | {"num_hidden_layers": 5, "mlp_only_layers": [0, 1, 2, 3]},
+    "every second layer but one": SIZES
+    | QWEN
+    | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [0, 5]},
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", QWENS)
+def test_other_configs_of_qwen(name):
+    pair = make_pair("qwen3_moe", QWENS[name])
+    assert_same_logits(pair)
+    assert_same_loss_and_gradients(pair)
 
 
 def test_choices_are_spread_and_clear(pair):
@@ -131,17 +165,29 @@ def test_loss_and_gradients_with_the_balance_loss(pair, kind):
     assert expected.aux_loss.item() > 0.1
 
 
-def test_config_defaults_are_those_of_transformers():
-    assert config_from_hf({"model_type": "mixtral"}) == MixtralConfig()
-    assert config_from_hf(transformers.MixtralConfig().to_dict()) == MixtralConfig()
+FAMILY = {MixtralConfig: transformers.MixtralConfig, Qwen3MoeConfig: transformers.Qwen3MoeConfig}
 
 
-def test_exported_config_is_understood_by_transformers():
-    ours = MixtralConfig(
+@pytest.mark.parametrize("config_class", FAMILY)
+def test_config_defaults_are_those_of_transformers(config_class):
+    assert config_from_hf({"model_type": config_class.model_type}) == config_class()
+    assert config_from_hf(FAMILY[config_class]().to_dict()) == config_class()
+
+
+@pytest.mark.parametrize("config_class", FAMILY)
+def test_exported_config_is_understood_by_transformers(config_class):
+    own = {
+        "attention_bias": True,
+        "moe_intermediate_size": 9,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": (3,),
+    }
+    ours = config_class(
         vocab_size=11,
         max_position_embeddings=64,
         hidden_size=20,
-        num_hidden_layers=1,
+        num_hidden_layers=4,
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=8,
@@ -156,11 +202,15 @@ def test_exported_config_is_understood_by_transformers():
         num_experts_per_tok=3,
         sliding_window=7,
         router_aux_loss_coef=0.25,
+        **own if config_class is Qwen3MoeConfig else {},
     )
     values = config_to_hf(ours)
-    assert set(values) <= set(transformers.MixtralConfig().to_dict()), "a field that transformers does not have"
-    theirs = transformers.MixtralConfig(**values, bos_token_id=0, eos_token_id=0)
-    assert theirs.to_dict().items() >= {k: v for k, v in values.items() if k != "architectures"}.items()
+    theirs = FAMILY[config_class](**values, bos_token_id=0, eos_token_id=0)
+    # Files of the hub call the experts of Qwen num_experts, which transformers 5 reads and calls otherwise.
+    names = {name: "num_local_experts" if name == "num_experts" else name for name in values}
+    known = {names[name]: value for name, value in values.items() if name != "architectures"}
+    assert set(known) <= set(FAMILY[config_class]().to_dict()) | {"head_dim"}, "a field that transformers does not have"
+    assert theirs.to_dict().items() >= known.items()
     assert config_from_hf(theirs.to_dict()) == ours
     # And of such sizes, whose heads are not hidden_size / num_attention_heads wide, a model.
     transformers.AutoModelForCausalLM.from_config(theirs)

@@ -12,48 +12,24 @@ import peft
 import pytest
 import tokenizers
 import torch
-import transformers
 from safetensors.numpy import load_file, save_file
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import config_from_hf, from_state_dict
 from llmq_jax.interop.peft import PREFIX, experts_module, sites_of
 from llmq_jax.interop.peft_reader import base_of
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
 from llmq_jax.model_files import has_config
-from llmq_jax.models import build
 from llmq_jax.objectives import NextToken
+from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed
 from tests.parity.decoders import LOGITS, LOSS, draw_tokens, make_pair, their_logits
-from tests.parity.references import numpy_state, randomise
 
-SIZES = {
-    "vocab_size": 61,
-    "max_position_embeddings": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-}
-FIELDS = {
-    "gpt2": {"vocab_size": 61, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
-    | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
-    "llama": SIZES | {"num_key_value_heads": 2, "attention_bias": True},
-    "qwen2": SIZES | {"num_key_value_heads": 2},
-    "qwen3": SIZES | {"num_key_value_heads": 2, "head_dim": 10},
-    "gemma2": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
-    "gemma3_text": SIZES | {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 7},
-    "mixtral": SIZES | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v3": SIZES
-    | {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
-    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-    | {"moe_intermediate_size": 20, "num_key_value_heads": 4, "num_nextn_predict_layers": 0},
-}
 SOME = {
     "gpt2": ["attn.c_attn", "c_fc"],
     "deepseek_v3": ["q_b_proj", "kv_b_proj"],
     "mixtral": ["q_proj", "o_proj"],
+    "qwen3_moe": ["q_proj", "o_proj"],
 }
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
@@ -63,7 +39,7 @@ def peft_config(kind, model_type):
     some = SOME.get(model_type, ["q_proj", "down_proj"])
     common = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
     if kind == "all":
-        experts = EXPERTS if model_type in ("mixtral", "deepseek_v3") else {}
+        experts = EXPERTS if model_type in ("mixtral", "qwen3_moe", "deepseek_v3") else {}
         return peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **experts, **common)
     if kind == "some layers, rslora, dora":
         fields = {"use_dora": True, "use_rslora": True, "layers_to_transform": [0, 2]}
@@ -76,30 +52,9 @@ def peft_config(kind, model_type):
     return peft.TinyLoraConfig(r=2, u=5, weight_tying=0.6, target_modules="all-linear", task_type="CAUSAL_LM", **start)
 
 
-def adapted_by(model, spec):
-    """PEFT's model with random adapters, the same whatever ran before; small, so that attention stays smooth.
-
-    PEFT's own random ones, times a large alpha, turn float32 noise of 1e-6 into 1e-4 at single tokens.
-    """
-    torch.manual_seed(0)
-    adapted = peft.get_peft_model(model, spec).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.mul_(0.05)
-    return adapted
-
-
 @pytest.fixture(scope="module")
 def pair_of(tmp_path_factory):
-    @functools.cache
-    def make(model_type):
-        theirs, lm = make_pair(model_type, FIELDS[model_type])
-        folder = tmp_path_factory.mktemp("base")
-        theirs.save_pretrained(folder)
-        return lambda: type(theirs).from_pretrained(folder, attn_implementation="eager").eval(), lm
-
-    return make
+    return functools.cache(lambda model_type: base_pair(model_type, tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +74,7 @@ DIFFERENT = ("gpt2", "llama", "mixtral", "deepseek_v3")  # all others are llama 
 CASES = [
     *((model_type, kind) for model_type in DIFFERENT for kind in KINDS),
     *zip(("gemma3_text", "qwen3", "qwen2", "gemma2"), KINDS, strict=True),
+    ("qwen3_moe", "all"),
 ]
 
 
@@ -243,155 +199,6 @@ def as_saved(ours, gradients, theirs):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_classifiers_head_goes_along(tmp_path):
-    fields = FIELDS["llama"] | {"num_labels": 3, "pad_token_id": 0}
-    config = transformers.AutoConfig.for_model("llama", **fields)
-    theirs = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
-    randomise(theirs)
-    theirs.save_pretrained(tmp_path / "base")
-    our_config = config_from_hf(config.to_dict() | {"architectures": ["LlamaForSequenceClassification"]})
-    lm = LanguageModel(our_config, build(our_config), from_state_dict(numpy_state(theirs), our_config))
-    spec = peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS", init_lora_weights=False)
-    adapted = adapted_by(theirs, spec)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter))
-    adapted.save_pretrained(tmp_path / "theirs")
-    tokens = np.random.default_rng(0).integers(1, 61, (3, 9))
-    with torch.no_grad():
-        expected = adapted(input_ids=torch.tensor(tokens)).logits.numpy()
-    ours = lq.load_adapter(lm, tmp_path / "theirs")
-    np.testing.assert_allclose(ours.classify(tokens), expected, atol=LOGITS, rtol=0)
-    lq.save_adapter(ours, tmp_path / "ours")
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    back = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
-    with torch.no_grad():
-        np.testing.assert_allclose(back(input_ids=torch.tensor(tokens)).logits, expected, atol=LOGITS, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_an_adapter_at_the_head_comes_with_its_matrix(pair_of, tmp_path):
-    """PEFT writes it beside the adapter, and puts it in the place of the base's."""
-    anew, lm = pair_of("llama")
-    spec = peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
-    adapted = adapted_by(anew(), spec)
-    tokens = draw_tokens(lm)
-    for name, factor in (("same", 1.0), ("other", 1.25)):
-        with torch.no_grad():
-            adapted.base_model.model.lm_head.base_layer.weight.mul_(factor)
-        adapted.save_pretrained(tmp_path / name)
-        back = peft.PeftModel.from_pretrained(anew(), tmp_path / name).eval()
-        expected = their_logits(back, tokens)
-        np.testing.assert_allclose(their_logits(adapted, tokens), expected, atol=1e-6, rtol=0)
-        np.testing.assert_allclose(lq.load_adapter(lm, tmp_path / name).logits(tokens), expected, atol=LOGITS, rtol=0)
-
-
-def with_whole(anew, fields, more_tokens=0):
-    """(a function that gives the base as the adapter knows it, PEFT's model), whose whole matrices differ, too."""
-
-    def resized():
-        base = anew()
-        if more_tokens:
-            base.resize_token_embeddings(base.config.vocab_size + more_tokens, mean_resizing=False)
-        return base
-
-    torch.manual_seed(0)
-    base = resized()
-    with torch.no_grad():
-        spec = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
-        adapted = adapted_by(base, peft.LoraConfig(**(spec | fields)))
-        for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name or "lora_embedding_" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return resized, adapted
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("model_type", "fields", "more_tokens", "whole", "tied"),
-    [
-        ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}, 3, ["lm_head", "token_embedding"], False),
-        ("gemma2", {}, 3, ["token_embedding"], True),
-        pytest.param(
-            "gemma2", {"modules_to_save": ["embed_tokens"]}, 0, ["token_embedding"], False, marks=pytest.mark.exhaustive
-        ),
-        ("gemma2", {"modules_to_save": ["lm_head"]}, -3, ["lm_head", "token_embedding"], False),
-        pytest.param(
-            "gemma2",
-            {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-            0,
-            ["token_embedding"],
-            True,
-            marks=pytest.mark.exhaustive,
-        ),
-        ("gemma2", {"target_modules": ["q_proj", "embed_tokens"]}, 0, ["token_embedding"], False),
-        pytest.param("gemma2", {"target_modules": ["q_proj", "lm_head"]}, 0, [], False, marks=pytest.mark.exhaustive),
-    ],
-)
-def test_embeddings_and_heads_that_come_whole(pair_of, tmp_path, model_type, fields, more_tokens, whole, tied):
-    """Of a tied base PEFT trains the one and leaves the other, so that they are two; unless it is told not to."""
-    anew, lm = pair_of(model_type)
-    resized, adapted = with_whole(anew, fields, more_tokens)
-    resized().save_pretrained(tmp_path / "resized")
-    anew().save_pretrained(tmp_path / "base")
-    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")  # PEFT looks at its vocabulary
-    adapted.save_pretrained(tmp_path / "theirs")
-    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size + more_tokens, (2, 9))
-    expected = their_logits(peft.PeftModel.from_pretrained(resized(), tmp_path / "theirs").eval(), tokens)
-    np.testing.assert_array_equal(expected, their_logits(adapted, tokens))
-    ours = lq.load_adapter(lm, tmp_path / "theirs")
-    assert ours.config.vocab_size == lm.config.vocab_size + more_tokens
-    assert sorted(ours.variables["lora_fixed"].get("whole", {})) == whole
-    assert ours.config.tie_word_embeddings == tied
-    np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
-
-    # A run, and a folder of ours, keep what came with the adapters.
-    kept = lq.load(lq.model_files.save(ours, tmp_path / "own"))
-    lq.save_adapter(kept, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(resized(), tmp_path / "ours").eval()
-    np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
-    again = lq.load_adapter(lm, tmp_path / "ours")
-    assert again.config == ours.config
-    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
-    assert "lora_fixed" not in lq.merge(ours).variables
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_whole_matrices_belong_to_their_adapters(pair_of, tmp_path):
-    anew, lm = pair_of("llama")
-    _, adapted = with_whole(anew, {"modules_to_save": ["embed_tokens"]})
-    adapted.save_pretrained(tmp_path / "theirs")
-    ours = lq.load_adapter(lm, tmp_path / "theirs")
-    with pytest.raises(BadInput, match="has the embedding or the head of other adapters in place of its base's"):
-        lq.load_adapter(ours, tmp_path / "theirs")
-    with_whole(anew, {"modules_to_save": ["embed_tokens", "lm_head"]})[1].save_pretrained(tmp_path / "both")
-    for number, adapter in enumerate((ours, lq.load_adapter(lm, tmp_path / "both"))):
-        classifier = lq.with_classifier(adapter, ("a", "b"))
-        lq.save_adapter(classifier, tmp_path / f"classifier {number}")
-        of_base = lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / f"classifier {number}")
-        jax.tree.map(np.testing.assert_array_equal, of_base.params, classifier.params)
-    more = {name: np.ones((64, 32), np.float32) for name in ("model.embed_tokens", "lm_head")}
-    more = {f"base_model.model.{name}.weight": matrix for name, matrix in more.items()}
-    changed(tmp_path / "both", tmp_path / "longer", {}, lambda state: state | more)
-    with pytest.raises(BadInput, match="a language model's head, and this is a classifier: load it onto the language"):
-        lq.load_adapter(lq.with_classifier(lm, ("a", "b")), tmp_path / "both")
-    longer = lq.load_adapter(lm, tmp_path / "longer")
-    with pytest.raises(BadInput, match=r"a token_embedding .*\(64, 32\)}, where this model has .*\(61, 32\)"):
-        lq.unmerge(lm, longer)
-    back = lq.unmerge(lq.merge(ours), ours)
-    np.testing.assert_allclose(back.params["lm_head"]["kernel"], lm.params["lm_head"]["kernel"], atol=1e-6)
-    name = "base_model.model.model.embed_tokens.weight"
-    for size, message in (
-        ((61, 16), r"is \[61, 16\] instead of \[v, 32\]"),
-        ((64, 32), "a head of 61; save the adapter"),
-    ):
-        wrong = changed(tmp_path / "theirs", tmp_path / f"{size}", {}, lambda s, size=size: s | {name: np.zeros(size)})
-        with pytest.raises(BadInput, match=message):
-            lq.load_adapter(lm, wrong)
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_files_of_pytorch_where_there_are_no_safetensors(llama, tmp_path):
     """PEFT wrote them until 2023."""
     lm, folder = llama
@@ -478,6 +285,11 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path, monkeypa
     for file in ("config.json", "model.safetensors"):
         shutil.copy(base / file, inside / file)
     np.testing.assert_allclose(lq.load(inside).logits(tokens), lq.load_adapter(lm, folder).logits(tokens), atol=1e-6)
+    other = changed(inside, tmp_path / "other", {"base_model_name_or_path": "org/other"})
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(base / file, other / file)
+    with pytest.warns(UserWarning, match="its adapters go onto the model beside them, not onto org/other; if that"):
+        np.testing.assert_array_equal(lq.load(other).logits(tokens), lq.load(inside).logits(tokens))
     assert has_config(inside) and has_config(named)  # which tells the number of heads
     # Of the hub's, what lies beside adapters may hold them already: the base is the one that is named.
     merged = changed(folder, tmp_path / "merged", {"base_model_name_or_path": str(base)})
@@ -511,6 +323,7 @@ def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
         ("mixtral", ("q_proj", "block_sparse_moe.gate", "w1", "w2", "w3")),
         ("mixtral", ("w2",)),
         ("mixtral", ("w1",)),
+        ("qwen3_moe", ("q_proj", "gate_proj", "up_proj", "down_proj")),
         ("deepseek_v3", ("kv_b_proj", "gate_proj", "up_proj", "down_proj")),
     ],
 )
@@ -547,7 +360,7 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
     np.testing.assert_allclose(ours.logits(tokens), expected, atol=LOGITS, rtol=0)
     np.testing.assert_allclose(lq.merge(ours).logits(tokens), expected, atol=LOGITS, rtol=0)
 
-    if model_type == "mixtral":
+    if model_type != "deepseek_v3":
         lq.save_adapter(ours, tmp_path / "ours")
         back = peft.PeftModel.from_pretrained(anew(), tmp_path / "ours").eval()
         np.testing.assert_allclose(their_logits(back, tokens), expected, atol=LOGITS, rtol=0)
@@ -629,16 +442,6 @@ def test_adapters_of_a_multimodal_model_fit_its_text_part(pair_of, tmp_path):
         lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / "vision", None, lambda state: state | vision))
 
 
-def changed(folder, target, config=None, tensors=None):
-    """A copy of an adapter with other fields, or with tensors that `tensors` makes of its own."""
-    target.mkdir()
-    values = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
-    (target / "adapter_config.json").write_text(json.dumps(values))
-    state = load_file(folder / "adapter_model.safetensors")
-    save_file(tensors(state) if tensors else state, target / "adapter_model.safetensors")
-    return target
-
-
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 AT_EMBEDDING = {
     "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 61)),
@@ -650,7 +453,9 @@ AT_EMBEDDING = {
     ("config", "tensors", "message"),
     [
         ({"peft_type": "VERA"}, None, "peft_type='VERA' is not supported; LORA and TINYLORA are"),
-        ({"bias": "all"}, None, "bias='all' is not supported, only 'none'"),
+        ({"bias": "all"}, None, "bias='all' is not supported, only 'none': merge it in PEFT"),
+        ({"lora_bias": True}, None, "only False: merge it in PEFT, which can where its matrices have biases of their"),
+        ({"alora_invocation_tokens": [1]}, None, "alora_invocation_tokens=[1] is not supported, only None"),
         ({"init_lora_weights": "pissa"}, None, "init_lora_weights='pissa' changed the base"),
         ({"init_lora_weights": "OLoRA"}, None, "init_lora_weights='OLoRA' changed the base"),
         (

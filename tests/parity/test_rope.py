@@ -1,8 +1,5 @@
 """RoPE and its scalings: transformers' tables, and golden arrays of the original repository."""
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llmq_jax.layers.positions import rope_from
+from tests.parity.golden import read_golden
 
 TRAINED = {"factor": 8.0, "original_max_position_embeddings": 512}
 YARN = {"rope_type": "yarn", **TRAINED}
@@ -115,9 +113,7 @@ def test_far_positions():
 
 # The original repository.
 
-with np.load(Path(__file__).parent / "data" / "rope.npz", allow_pickle=False) as file:
-    GOLDEN = dict(file)
-META = json.loads(str(GOLDEN["meta"]))["cases"]
+GOLDEN, META = read_golden("rope")
 
 
 def original_rope(case: dict):
@@ -132,9 +128,9 @@ def original_rope(case: dict):
     return rope_from(parameters, case["head_dim"], max(case["ctx"], scaling["ctx_len"] if scaling else 0))
 
 
-@pytest.mark.parametrize("number", range(len(META)))
+@pytest.mark.parametrize("number", range(len(META["cases"])))
 def test_tables_are_those_of_the_original(number):
-    case = META[number]
+    case = META["cases"][number]
     rope, half = original_rope(case), case["head_dim"] // 2
     if "scaled_base" in case:
         assert rope.base(case["head_dim"]) == pytest.approx(case["scaled_base"], rel=1e-12)
@@ -148,7 +144,7 @@ def test_tables_are_those_of_the_original(number):
 
 def test_what_is_turned_and_its_gradient_are_those_of_the_original():
     x, grad = (jnp.asarray(GOLDEN[f"in/{name}"]).swapaxes(1, 2) for name in ("x", "cotangent"))
-    rotation = original_rope(META[0]).rotation(jnp.tile(jnp.arange(x.shape[1]), (len(x), 1)), x.shape[-1])
+    rotation = original_rope(META["cases"][0]).rotation(jnp.tile(jnp.arange(x.shape[1]), (len(x), 1)), x.shape[-1])
     turned, pull_back = jax.vjp(rotation.apply, x)
     np.testing.assert_allclose(turned.swapaxes(1, 2), GOLDEN["out/apply"], rtol=0, atol=2e-6)
     np.testing.assert_allclose(pull_back(grad)[0].swapaxes(1, 2), GOLDEN["grad/x"], rtol=0, atol=2e-6)

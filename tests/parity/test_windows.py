@@ -1,7 +1,5 @@
 """Windowed attention: golden arrays of the original repository, values and gradients."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +7,14 @@ import pytest
 
 from llmq_jax.layers.attention import Context, self_attention
 from llmq_jax.layers.window_attention import window_blocks
+from tests.parity.golden import read_golden
 
 CONTEXT = Context(jnp.broadcast_to(jnp.arange(12), (2, 12)))
 
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(Path(__file__).parent / "data" / "windows.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name != "meta"}
+    return read_golden("windows")[0]
 
 
 @pytest.mark.parametrize("block", ["plain", "masked", 3, 12])

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from llmq_jax.errors import BadInput
+from tests.programs import ended
 
 
 @pytest.fixture(scope="session")
@@ -67,13 +68,7 @@ TINY = [
 
 def run_pretrain(text_file, options, tiny=TINY):
     """The exit code of a tiny run; TEXT stands for the text file. Options given win over the tiny ones."""
-    from llmq_jax.command_line import run
-    from train.pretrain import main, starting_options
-
-    arguments = [str(text_file) if option == "TEXT" else str(option) for option in (*tiny, *options)]
-    with pytest.raises(SystemExit) as exit:
-        run(main, arguments, program="python -m train.pretrain", defaults=starting_options)
-    return exit.value.code
+    return ended("train.pretrain", *(text_file if option == "TEXT" else option for option in (*tiny, *options)))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ are half of a tiny run. `OnDevices` starts that process and asks it:
 """
 
 import faulthandler
-import importlib
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from llmq_jax.command_line import run
+from tests import programs
 from tests.devices import with_devices
 
 ROOT = Path(__file__).parents[2]
@@ -44,15 +43,11 @@ class OnDevices:
 
 def ended(recipe: str, words: list[str]) -> tuple[int, str, str]:
     """With what XLA says, which writes to the standard error that is no stream of Python's."""
-    module = importlib.import_module(f"train.{recipe}")
-    defaults = getattr(module, "starting_options", None)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
         try:
-            run(module.main, words, program=f"python -m train.{recipe}", defaults=defaults)
-        except SystemExit as exit:
-            code = exit.code or 0
+            code = programs.ended(f"train.{recipe}", *words)
         except BaseException:
             traceback.print_exc()
             code = 1

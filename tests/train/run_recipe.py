@@ -7,7 +7,6 @@ Its pictures are empty: drawing takes two seconds of every run.
 """
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
@@ -15,9 +14,9 @@ import threading
 
 from matplotlib.figure import Figure
 
-from llmq_jax.command_line import run
 from llmq_jax.training import engine
 from llmq_jax.training.time_spent import TimeSpent
+from tests.programs import start
 
 
 def kill():
@@ -54,5 +53,4 @@ if recipe == "--kill-at":
     place, number, delay, recipe, *arguments = arguments
     kill_at(place, int(number), float(delay))
 Figure.savefig = lambda figure, image, **options: None
-module = importlib.import_module(f"train.{recipe}")
-run(module.main, arguments, program=f"python -m train.{recipe}", defaults=getattr(module, "starting_options", None))
+start(f"train.{recipe}", *arguments)

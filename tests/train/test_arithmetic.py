@@ -8,10 +8,8 @@ from train import arithmetic
 
 
 @pytest.mark.exhaustive
-def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
+def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, program):
     """Everything at the size of a moment: the files, the parts that share no sum, and a run that uses them."""
-    from llmq_jax.command_line import run
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(arithmetic, "WATCHED", 8)
     monkeypatch.setattr(arithmetic, "ENOUGH", 0.0)
@@ -21,13 +19,9 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
     settings = {**arithmetic.SETTINGS, "prompts_per_step": 2, "group_size": 2, "validation_prompts": 4}
     monkeypatch.setattr(arithmetic, "SETTINGS", settings)
 
-    def call():
-        with pytest.raises(SystemExit) as stop:
-            run(arithmetic.main, ["--out", "runs/add", "--steps", "1"], program="arithmetic")
-        assert stop.value.code == 0
-
-    call()
-    out = capsys.readouterr().out
+    words = ("train.arithmetic", "--out", "runs/add", "--steps", "1")
+    code, out, _ = program(*words)
+    assert code == 0
     assert "warm-up: 5 steps of 4 sums" in out
     assert "step 0: validation reward" in out
     training, watched, held_out = arithmetic.sums(0)
@@ -37,5 +31,5 @@ def test_a_model_warms_up_and_learns_by_trying(monkeypatch, tmp_path, capsys):
     assert record["answer"][::-1] == f"{a + b:03}" and (a, b) in held_out  # units first
     assert lq.load("runs/add/run").config == lq.load("runs/add/warm-0").config
     # Again: the model that was warmed up stays, and the run is finished.
-    call()
-    assert "finished already" in capsys.readouterr().out
+    code, out, _ = program(*words)
+    assert code == 0 and "finished already" in out

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer, read_labelled
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
-from train.classifier import main
 
 WORDS = {"ham": ["noon", "lunch", "see you", "ok"], "spam": ["WIN", "PRIZE", "CALL", "FREE"]}
 
@@ -54,15 +52,12 @@ TINY += ["--checkpoint-every=20"]
 
 
 @pytest.fixture
-def classifier(capsys, monkeypatch, tmp_path, base, messages):
+def classifier(program, monkeypatch, tmp_path, base, messages):
     """`classifier(*options)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*options, data=messages, model=base, tiny=TINY):
-        arguments = [f"--data={data}", f"--init-from={model}", "--out=run", *tiny, *map(str, options)]
-        with pytest.raises(SystemExit) as exit:
-            run(main, arguments, program="python -m train.classifier")
-        return exit.value.code, *capsys.readouterr()
+        return program("train.classifier", f"--data={data}", f"--init-from={model}", "--out=run", *tiny, *options)
 
     return call
 

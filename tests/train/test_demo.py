@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.command_line import run
 from llmq_jax.training.metrics import read_metrics
+from tests.programs import ended
 from train import demo, pretrain
 
 
@@ -22,9 +22,7 @@ def make_tiny(patch):
 def run_demo(patch, bound, steps):
     """The exit code."""
     patch.setattr(demo, "BOUND", bound)
-    with pytest.raises(SystemExit) as exit:
-        run(demo.main, ["--out", "runs/demo", "--steps", str(steps)], program="demo")
-    return exit.value.code
+    return ended("train.demo", "--out", "runs/demo", "--steps", steps)
 
 
 @pytest.fixture

@@ -50,11 +50,8 @@ TINY = ("--data=PAIRS", "--init-from=MODEL", "--steps=8", "--batch-size=4", "--l
 
 
 @pytest.fixture
-def dpo(capsys, monkeypatch, tmp_path, files):
+def dpo(program, monkeypatch, tmp_path, files):
     """`dpo(*options)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder."""
-    from llmq_jax.command_line import run
-    from train.dpo import main
-
     monkeypatch.chdir(tmp_path)
 
     def call(*options, tiny=TINY):
@@ -62,11 +59,7 @@ def dpo(capsys, monkeypatch, tmp_path, files):
         for option in (*tiny, *options):
             name, _, value = option.partition("=")
             arguments.append(f"{name}={files.get(value, value)}" if value else option)
-        monkeypatch.setattr("sys.argv", ["train.dpo", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            run(main)
-            raise SystemExit(0)
-        return stop.value.code or 0, *capsys.readouterr()
+        return program("train.dpo", *arguments)
 
     return call
 

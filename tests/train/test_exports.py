@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -11,19 +12,16 @@ import transformers
 from flax import linen as nn
 
 import llmq_jax as lq
-from convert.to_hf import main as to_hf
-from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.models import ARCHITECTURES, Architecture
 from llmq_jax.training.parts import whole
-from train.classifier import main as classifier
-from train.exports import exports
+from tests.programs import ended
+from train.exports import export_commands
 from train.instruct import Options
-from train.instruct import main as instruct
-from train.what_trains import prepared
+from train.what_trains import flops_of, prepared
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 9))
 
@@ -45,12 +43,6 @@ def base(tmp_path_factory):
     return lq.save_hf(lm, tmp_path_factory.mktemp("base") / "lm")
 
 
-def call(main, *arguments):
-    with pytest.raises(SystemExit) as exit:
-        run(main, list(map(str, arguments)), program="program")
-    return exit.value.code
-
-
 TINY = ("--steps=4", "--learning-rate=0.05", "--batch-size=2", "--sample-every=0", "--lora-rank=2", "--device=cpu")
 
 
@@ -59,29 +51,29 @@ def test_adapters_that_were_instructed(base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Say {word}.", "input": "", "output": word} for word in ("a", "b", "ab", "ba", "abc")]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    assert call(instruct, "--data=data.json", f"--init-from={base}", "--out=run", *TINY) == 0
+    assert ended("train.instruct", "--data=data.json", f"--init-from={base}", "--out=run", *TINY) == 0
     assert "training 928 of" in capsys.readouterr().out
     lm = lq.load("run")
     expected = lm.logits(TOKENS)
     assert np.abs(expected - lq.load(base).logits(TOKENS)).max() > 0.01
 
-    assert call(to_hf, "run", "adapter", "--adapter", f"--base={base}") == 0
+    assert ended("convert.to_hf", "run", "adapter", "--adapter", f"--base={base}") == 0
     assert "next: peft.PeftModel.from_pretrained(base" in capsys.readouterr().out
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert call(to_hf, "run", "whole") == 0
+    assert ended("convert.to_hf", "run", "whole") == 0
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     with torch.no_grad():
         for model in (theirs, whole):
             np.testing.assert_allclose(model(torch.tensor(TOKENS)).logits, expected, atol=1e-4)
     # The run is a model like any other, and goes on as one.
     assert len(lq.generate(lm, "a", max_new_tokens=3, sampler=Sampler(temperature=0.0)).text) == 1
-    assert call(instruct, "--data=data.json", "--init-from=run", "--out=on", *TINY[:-2], "--device=cpu") == 0
-    assert call(instruct, "--data=data.json", "--init-from=run", "--out=no", *TINY) == 2
+    assert ended("train.instruct", "--data=data.json", "--init-from=run", "--out=on", *TINY[:-2], "--device=cpu") == 0
+    assert ended("train.instruct", "--data=data.json", "--init-from=run", "--out=no", *TINY) == 2
     assert "--lora-rank has no effect on --init-from, which has adapters already" in capsys.readouterr().err
 
-    assert call(to_hf, base, "none", "--adapter") == 2
+    assert ended("convert.to_hf", base, "none", "--adapter") == 2
     assert "this model has no adapters to write" in capsys.readouterr().err
-    assert call(to_hf, "run", "none", "--base=x") == 2
+    assert ended("convert.to_hf", "run", "none", "--base=x") == 2
     assert "--base has no effect without --adapter" in capsys.readouterr().err
 
 
@@ -92,15 +84,15 @@ def test_classifiers_of_which_a_part_was_trained(base, tmp_path, capsys, monkeyp
     rows = [{"text": f"{word} {i}", "label": word} for i in range(10) for word in ("ham", "spam")]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tiny = TINY if "lora" in options[0] else (*TINY[:-2], "--device=cpu")
-    assert call(classifier, "--data=data.jsonl", f"--init-from={base}", "--out=run", *tiny, *options) == 0
+    assert ended("train.classifier", "--data=data.jsonl", f"--init-from={base}", "--out=run", *tiny, *options) == 0
     lm = lq.load("run")
     tokens, lengths = np.where(np.arange(9) < np.array([[9], [4]]), TOKENS, 256), [9, 4]
     expected = lm.classify(tokens, lengths)
-    assert call(to_hf, "run", "whole") == 0
+    assert ended("convert.to_hf", "run", "whole") == 0
     theirs = [transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()]
     assert theirs[0].config.id2label == {0: "ham", 1: "spam"}
     if "lora" in options[0]:
-        assert call(to_hf, "run", "adapter", "--adapter", f"--base={base}") == 0
+        assert ended("convert.to_hf", "run", "adapter", "--adapter", f"--base={base}") == 0
         adapted = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=2).eval()
         adapted.config.pad_token_id = 256
         theirs.append(adapted)
@@ -134,10 +126,22 @@ def test_what_cannot_train_is_refused_in_one_line(base, tmp_path, capsys, monkey
     lq.save(lm, "lm")
     rows = [{"prompt": "a", "completion": answer} for answer in "bcd"]
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    assert call(instruct, "--data=data.json", "--init-from=lm", "--out=run", "--steps=1", "--device=cpu", *options) == 2
+    given = ("--data=data.json", "--init-from=lm", "--out=run", "--steps=1", "--device=cpu")
+    assert ended("train.instruct", *given, *options) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_came_with_adapters_trains_on_or_is_told(base):
+    lm, options = lq.load(base), Options(data="data.json", init_from="lm")
+    variables = whole(prepared(lm, options).variables)
+    variables["lora_fixed"]["whole"] = {"token_embedding": jnp.ones(()), "lm_head": jnp.zeros(())}
+    learner = prepared(lm.replace(variables=variables), options)
+    assert learner.trainable == ("params", "lora") and learner.variables["params"].keys() == {"token_embedding"}
+    told = "(lora, token_embedding); what came with the adapters, but not as modules_to_save, stays as it is: lm_head"
+    assert learner.described.endswith(told)
+    assert flops_of(options, learner, [8]) is None
 
 
 @pytest.mark.parametrize("given", [{"lora_rank": 4}, {"lora_dropout": 0.0}])
@@ -169,7 +173,8 @@ class ScaledLlama(lq.Llama3):
 
 def test_an_export_is_not_promised_of_what_transformers_lacks(monkeypatch):
     sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    assert exports(lq.Llama3Config(**sizes)) and exports(Scaled(**sizes))
-    assert not exports(Scaled(**sizes, my_scale=1.0))  # a field
+    assert export_commands("a run", lq.Llama3Config(**sizes)) == ["python -m convert.to_hf 'a run' 'a run-hf'"]
+    assert export_commands("run", Scaled(**sizes))
+    assert not export_commands("run", Scaled(**sizes, my_scale=1.0))  # a field
     monkeypatch.setitem(ARCHITECTURES, "llama", Architecture(Scaled, ScaledLlama))
-    assert not exports(Scaled(**sizes, intermediate_size=16))  # a weight
+    assert not export_commands("run", Scaled(**sizes, intermediate_size=16))  # a weight

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.training import checkpoints as checkpoints_module
@@ -24,11 +23,11 @@ from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS
 from llmq_jax.training.time_spent import TimeSpent
 from tests.forks import Forks
-from train import grpo, instruct, pretrain
+from tests.programs import ended
 
 pytestmark = pytest.mark.exhaustive
 
-MODULES = {"pretrain": pretrain, "instruct": instruct, "grpo": grpo}
+RECIPES = ("pretrain", "instruct", "grpo")
 REWARD = """
 def small(completions, **_):
     return [sum(byte < 128 for byte in text.encode()) / max(len(text.encode()), 1) for text in completions]
@@ -55,7 +54,7 @@ class Recipe:
     `whole_runs`, for other tests."""
 
     def __init__(self, name, folder, whole_runs):
-        self.name, self.folder, self.whole_runs, self.module = name, folder, whole_runs, MODULES[name]
+        self.name, self.folder, self.whole_runs = name, folder, whole_runs
         getattr(self, name)()
 
     def pretrain(self):
@@ -91,10 +90,7 @@ class Recipe:
 
     def call(self, out, capsys, **others):
         """(exit code, stdout, stderr) of a run in this process."""
-        arguments, defaults = self.arguments(out, **others), getattr(self.module, "starting_options", None)
-        with pytest.raises(SystemExit) as stop:
-            run(self.module.main, arguments, program=f"python -m train.{self.name}", defaults=defaults)
-        return stop.value.code or 0, *capsys.readouterr()
+        return ended(f"train.{self.name}", *self.arguments(out, **others)), *capsys.readouterr()
 
     def finish(self, out, capsys, **others):
         """What an uninterrupted run leaves."""
@@ -168,7 +164,7 @@ def recipe(request, tmp_path, whole_runs):
     return Recipe(request.param, tmp_path, whole_runs)
 
 
-every_recipe = pytest.mark.parametrize("recipe", MODULES, indirect=True)
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, indirect=True)
 pretraining = pytest.mark.parametrize("recipe", ["pretrain"], indirect=True)
 
 
@@ -276,7 +272,7 @@ def unfinished(folder, *damages):
 
 @pytest.mark.parametrize(
     ("recipe", "damage"),
-    [(name, truncated) for name in MODULES]
+    [(name, truncated) for name in RECIPES]
     + [("pretrain", damage) for damage in (flipped, half_deleted, without_manifest)],
     indirect=["recipe"],
 )

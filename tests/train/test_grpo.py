@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.command_line import run
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.training import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
-from train.grpo import Options, main, resolved, shared_by
+from train.grpo import Options, resolved, shared_by
 from train.rewards import replayed
 
 SIZES = {
@@ -118,7 +117,7 @@ TINY = {
 
 
 @pytest.fixture
-def grpo(capsys, monkeypatch, tmp_path, files):
+def grpo(program, monkeypatch, tmp_path, files):
     """`grpo(option=value)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder."""
     monkeypatch.chdir(tmp_path)
 
@@ -134,9 +133,7 @@ def grpo(capsys, monkeypatch, tmp_path, files):
             for name, value in given.items()
             if value is not None
         ]
-        with pytest.raises(SystemExit) as stop:
-            run(main, arguments, program="python -m train.grpo")
-        return stop.value.code or 0, *capsys.readouterr()
+        return program("train.grpo", *arguments)
 
     return call
 

@@ -77,20 +77,14 @@ TINY += ("--checkpoint-every=20",)
 
 
 @pytest.fixture
-def instruct(capsys, monkeypatch, tmp_path, model, chat_model, alpaca):
+def instruct(program, monkeypatch, tmp_path, model, chat_model, alpaca):
     """`instruct(*options)` -> (exit code, stdout, stderr) of a tiny run, in this process and an empty folder; MODEL,
     CHAT and ALPACA stand for the files. Options given win over the tiny ones."""
-    from llmq_jax.command_line import run
-    from train.instruct import main
-
     monkeypatch.chdir(tmp_path)
     names = {"MODEL": model, "CHAT": chat_model, "ALPACA": alpaca}
 
     def call(*options, tiny=TINY):
-        arguments = [str(names.get(option, option)) for option in (*tiny, *options)]
-        with pytest.raises(SystemExit) as exit:
-            run(main, arguments, program="python -m train.instruct")
-        return exit.value.code, *capsys.readouterr()
+        return program("train.instruct", *(names.get(option, option) for option in (*tiny, *options)))
 
     return call
 
@@ -202,36 +196,19 @@ def test_a_chat_models_own_template(instruct, tmp_path):
     assert "45 of " in out
 
 
-@pytest.fixture
-def call(capsys):
-    """`call(main, *arguments)` -> (stdout, stderr) of another program, which ends well."""
-    from llmq_jax.command_line import run
-
-    def call(main, *arguments):
-        with pytest.raises(SystemExit) as ended:
-            run(main, list(arguments), program="program")
-        out, err = capsys.readouterr()
-        assert not ended.value.code, err
-        return out, err
-
-    return call
-
-
 @pytest.mark.parametrize("train", ["all", "lora"])
-def test_a_run_is_asked_in_the_style_that_it_learned(instruct, call, alpaca, train):
+def test_a_run_is_asked_in_the_style_that_it_learned(instruct, program, alpaca, train):
     """What it saves has it as its chat template, and so have its export and that of adapters alone."""
     transformers = pytest.importorskip("transformers")
-    from convert.to_hf import main as to_hf
-
     code, out, err = instruct(*GIVEN, "--train", train, "--sample-every=0", "--evaluate-every=0")
     assert (code, err) == (0, "") and "(template: alpaca)" in out and "chat template" not in out
     lm = lq.load("run")
     assert lm.generation.eos_token_id == (256,)
-    call(to_hf, "run", "hf")
+    assert program("convert.to_hf", "run", "hf")[0] == 0
     folders = ["hf"]
     if train == "lora":
-        out, _ = call(to_hf, "run", "adapter", "--adapter", "--base=hf")
-        assert re.search("next: llmq chat .*/adapter\n", out)
+        code, out, _ = program("convert.to_hf", "run", "adapter", "--adapter", "--base=hf")
+        assert code == 0 and re.search("next: llmq chat .*/adapter\n", out)
         folders.append("adapter")
     for conversation in read_conversations(alpaca)[:2]:  # with an input, and without
         asked, answer = conversation.messages
@@ -245,21 +222,19 @@ def test_a_run_is_asked_in_the_style_that_it_learned(instruct, call, alpaca, tra
             assert theirs.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False) == prompt
 
 
-def test_what_goes_on_from_a_run_goes_on_in_its_style(instruct, call, tmp_path):
+def test_what_goes_on_from_a_run_goes_on_in_its_style(instruct, program, tmp_path):
     """By the defaults, where strings would be plain."""
-    from train.dpo import main as dpo
-    from train.grpo import main as grpo
-
     instruct(*GIVEN, "--sample-every=0", "--evaluate-every=0", "--steps=1")
     (tmp_path / "pairs.jsonl").write_text(
         "".join(json.dumps({"prompt": f"Say {word}.", "chosen": word, "rejected": "no"}) + "\n" for word in WORDS)
     )
     given = ("--init-from=run", "--train=all", "--steps=1", "--batch-size=2")
-    out, err = call(dpo, "--data=pairs.jsonl", "--out=dpo", "--sample-every=0", *given)
-    assert err == "" and "(template: chat)" in out and "llmq chat dpo" in out
+    code, out, err = program("train.dpo", "--data=pairs.jsonl", "--out=dpo", "--sample-every=0", *given)
+    assert (code, err) == (0, "") and "(template: chat)" in out and "llmq chat dpo" in out
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {word}."}) + "\n" for word in WORDS))
     options = ("--prompts-per-step=1", "--group-size=2", "--max-new-tokens=2", "--reward=length:1", "--sample-every=1")
-    call(grpo, "--data=prompts.jsonl", "--out=grpo", "--evaluate-every=0", *options, *given[:-1])
+    options += ("--data=prompts.jsonl", "--out=grpo", "--evaluate-every=0")
+    assert program("train.grpo", *options, *given[:-1])[0] == 0
     assert "### Instruction: Say " in Path("grpo/samples.txt").read_text()
     template = lq.load("run").tokenizer.chat_template.source
     assert {lq.load(run).tokenizer.chat_template.source for run in ("dpo", "grpo")} == {template}
@@ -333,11 +308,9 @@ def chats(tmp_path):
     return [chat["messages"] for chat in chats]
 
 
-def test_a_chat_template_for_a_model_that_has_none(instruct, chats, model, capsys):
+def test_a_chat_template_for_a_model_that_has_none(instruct, program, chats, model):
     """The run and its export keep it, and transformers' tokens by it are those that are learned."""
     transformers = pytest.importorskip("transformers")
-    from convert.to_hf import main as to_hf
-    from llmq_jax.command_line import run
 
     given = ("--data=chats.jsonl", "--init-from", "MODEL")
     code, _, err = instruct(*given)
@@ -353,10 +326,7 @@ def test_a_chat_template_for_a_model_that_has_none(instruct, chats, model, capsy
     assert lm.tokenizer.chat_template.source == OWN and lm.generation.eos_token_id == (256,)
     assert lm.chat([{"role": "user", "content": "Hi"}], max_new_tokens=1) is not None
 
-    with pytest.raises(SystemExit) as ended:
-        run(to_hf, ["run", "run-hf"], program="python -m convert.to_hf")
-    assert ended.value.code == 0
-    capsys.readouterr()
+    assert program("convert.to_hf", "run", "run-hf")[0] == 0
     theirs = transformers.AutoTokenizer.from_pretrained("run-hf")
     base = transformers.AutoTokenizer.from_pretrained("run-hf", chat_template="no")
     for messages, conversation in zip(chats, read_conversations("chats.jsonl"), strict=True):

@@ -1,21 +1,14 @@
 """The command on models of a size that plans in a moment, and on those that need a thousand devices."""
 
-import pytest
+from functools import partial
 
-from llmq_jax.command_line import run
-from train.plan import main
+import pytest
 
 
 @pytest.fixture
-def planned(capsys):
+def planned(program):
     """`planned(*words)` -> (exit code, stdout, stderr)."""
-
-    def call(*words):
-        with pytest.raises(SystemExit) as end:
-            run(main, [str(word) for word in words], "python -m train.plan")
-        return end.value.code, *capsys.readouterr()
-
-    return call
+    return partial(program, "train.plan")
 
 
 def test_a_plan_without_devices(planned):

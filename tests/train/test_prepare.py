@@ -1,6 +1,7 @@
 """Tokens on disk: the runs that they give are those of the text itself."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +22,11 @@ DOCUMENTS = [f"document {number} " + "abba ab" * (5 + number % 7) for number in 
 
 
 @pytest.fixture
-def prepare(pretrain, capsys):
+def prepare(pretrain, program):
     """`prepare(*options)` -> (exit code, stdout, stderr), in the folder that `pretrain` works in."""
-    from llmq_jax.command_line import run
-    from train.prepare import main
-
     Path("rows.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
     Path("one.txt").write_text("\n".join(DOCUMENTS))
-
-    def call(*options):
-        with pytest.raises(SystemExit) as exit:
-            run(main, [str(option) for option in options], program="python -m train.prepare")
-        return exit.value.code, *capsys.readouterr()
-
-    return call
+    return partial(program, "train.prepare")
 
 
 def losses(folder):

@@ -1,23 +1,37 @@
 """Decisions of a run in two processes on this machine: what both must do at once, both must decide alike."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import tiny_run
+from safetensors.numpy import load_file, save_file
 
+import llmq_jax as lq
+from llmq_jax.language_model import LanguageModel
 from tests.devices import with_devices
 from tests.train.test_mesh import free_port
+from tests.weights import draw_variables
 
-# Each measures another loss, lowest after another step: by itself one would stop after step 14, the other after 10.
-STOPS_EARLY = """
+# Both load adapters that bring an embedding of their own onto a base that is divided between them. Then each measures
+# another loss, lowest after another step: by itself one would stop after step 14, the other after 10.
+LOADS_AND_STOPS_EARLY = """
 import sys
 import jax, tiny_run
+import llmq_jax as lq
 from dataclasses import replace
+from llmq_jax.layers.axes import on_host
 from llmq_jax.training.processes import joined
 
-address, process = sys.argv[1], int(sys.argv[2])
+address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with joined(address, 2, process):
+    lm = lq.load(folder, mesh="fsdp=2")
+    with jax.set_mesh(lq.training.make_mesh("fsdp=2")):
+        matrices = (lm.params["token_embedding"]["embedding"], lm.params["lm_head"]["kernel"])
+        print("loaded", *(on_host(matrix).sum() for matrix in matrices), flush=True)
     losses = iter([[3.0, 2.0, 2.0, 1.0], [3.0, 1.0, 2.0, 2.0]][process] + [2.5] * 6)
     options = replace(tiny_run.PATIENT, patience=3, checkpoint_every=None)
     result = tiny_run.run(None, options=options, evaluate=lambda variables: {"loss": next(losses)})
@@ -59,10 +73,42 @@ def two(program, *arguments):
     return [(process.returncode, *said) for process, said in zip(processes, outputs, strict=True)]
 
 
-def test_two_processes_stop_early_after_the_same_step():
-    both = two(STOPS_EARLY)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Adapters with an embedding of their own, of ones, onto a base that has one matrix for embedding and head."""
+    folder = tmp_path_factory.mktemp("adapters")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = lq.Llama3Config(vocab_size=10, max_position_embeddings=16, tie_word_embeddings=True, **sizes)
+    lm = LanguageModel(config, lq.build(config), draw_variables(config))
+    lq.save_adapter(lq.lora(lm, rank=1), folder / "adapter", base=str(lq.save_hf(lm, folder / "base")))
+    values = json.loads((folder / "adapter" / "adapter_config.json").read_text()) | {
+        "modules_to_save": ["embed_tokens"]
+    }
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(values))
+    file = folder / "adapter" / "adapter_model.safetensors"
+    own = {"base_model.model.model.embed_tokens.weight": np.ones((10, 8), np.float32)}
+    save_file(load_file(file) | own, file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outputs(folder):
+    """What each of both says, line by line."""
+    both = two(LOADS_AND_STOPS_EARLY, folder / "adapter")
     assert [code for code, _, _ in both] == [0, 0], both
-    assert [out.splitlines()[-1] for _, out, _ in both] == ["ended 14 8"] * 2
+    return [out.splitlines() for _, out, _ in both]
+
+
+def test_two_processes_load_what_adapters_bring_whole(folder, outputs):
+    """Each compares all of a matrix of which it holds a part."""
+    head = lq.load(folder / "base").params["token_embedding"]["embedding"].sum().item()
+    for lines in outputs:
+        (sums,) = (line.split()[1:] for line in lines if line.startswith("loaded"))
+        assert list(map(float, sums)) == pytest.approx([80, head], rel=1e-4)
+
+
+def test_two_processes_stop_early_after_the_same_step(outputs):
+    assert [lines[-1] for lines in outputs] == ["ended 14 8"] * 2
 
 
 def test_processes_that_do_not_see_the_same_folder_stop_at_the_start(tmp_path):

@@ -160,6 +160,16 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_singular_v
     assert (np.asarray(orthogonalised(jnp.zeros((4, 3)))) == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("module", "features", "said"), [("gate", (2, 4), "has 3 dimensions"), ("query", (8,), "has 2 dimensions")]
+)
+def test_muon_refuses_a_matrix_whose_name_tells_of_another_one(module, features, said):
+    """A gate of each head beside that of the feed-forward network: 2 x 4 would have been taken for a matrix."""
+    params = {"group_0": {"block_0": {"attention": {module: {"kernel": jnp.zeros((3, 8, *features))}}}}}
+    with pytest.raises(BadInput, match=f"group_0/block_0/attention/{module}/kernel {said} in a layer, and layers.axes"):
+        muon(1e-3).init(params)
+
+
 def test_muon_keeps_one_moment_of_matrices_in_the_type_asked_for():
     config = GPT2Config(vocab_size=11, hidden_size=4, num_hidden_layers=2, num_attention_heads=2)
     params = draw_variables(config)["params"]

@@ -44,6 +44,7 @@ CONFIGS = {
     "llama3": {"intermediate_size": 384},
     "gemma3": {"intermediate_size": 384, "head_dim": 32, "sliding_window": 64, "layer_types": LAYERS},
     "mixtral": {"intermediate_size": 256},
+    "qwen3-moe": {"intermediate_size": 384, "moe_intermediate_size": 192, "head_dim": 32, "mlp_only_layers": (2, 3)},
     # Two layers of each kind: in a stack of one the CPU's compiler undoes remat.
     "deepseek3": {
         **LATENT,
@@ -65,6 +66,7 @@ CASES = {
     "llama3": (*DENSE, "full:2:data=4,tensor=2"),
     "gemma3": DENSE,
     "mixtral": EXPERTS,
+    "qwen3-moe": EXPERTS,
     "deepseek3": EXPERTS,
 }
 

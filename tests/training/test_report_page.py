@@ -130,13 +130,8 @@ def test_in_a_real_browser(folder, tmp_path):
     assert "Everything measured" in Reader(done.stdout).text
 
 
-def test_the_command(folder, capsys):
-    from llmq_jax.command_line import run
-    from train.report import main
-
+def test_the_command(folder, program):
     (folder / "report.html").unlink()
-    with pytest.raises(SystemExit) as ended:
-        run(main, [str(folder)], program="python -m train.report")
-    assert ended.value.code == 0
-    assert Path(capsys.readouterr().out.strip()) == folder / "report.html"
+    code, out, _ = program("train.report", folder)
+    assert code == 0 and Path(out.strip()) == folder / "report.html"
     assert (folder / "report.html").is_file()

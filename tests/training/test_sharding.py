@@ -21,7 +21,14 @@ from llmq_jax.training import sharding
 PMAP = "pmap"
 DENSE = ("data=8", "data=2,fsdp=4", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
 EXPERTS = ("data=8", "data=2,expert=4", "data=2,fsdp=2,expert=2", "expert=2,fsdp=2,tensor=2")
-MESHES = {"gpt2": (PMAP, *DENSE), "llama3": DENSE, "gemma3": (PMAP, *DENSE), "mixtral": EXPERTS, "deepseek3": EXPERTS}
+MESHES = {
+    "gpt2": (PMAP, *DENSE),
+    "llama3": DENSE,
+    "gemma3": (PMAP, *DENSE),
+    "mixtral": EXPERTS,
+    "qwen3-moe": EXPERTS,
+    "deepseek3": EXPERTS,
+}
 
 
 def compared(architecture, meshes):
@@ -38,7 +45,11 @@ def compared(architecture, meshes):
     return facts
 
 
-@pytest.mark.parametrize("architecture", MESHES)
+# What it has is Mixtral's, and dense layers between.
+CASES = [pytest.param(name, marks=pytest.mark.exhaustive if name == "qwen3-moe" else ()) for name in MESHES]
+
+
+@pytest.mark.parametrize("architecture", CASES)
 def test_every_mesh_trains_as_one_device(architecture):
     for mesh, found in compared(architecture, MESHES[architecture]).items():
         sizes = sharding.mesh_sizes("data=8" if mesh == PMAP else mesh)
@@ -63,7 +74,8 @@ def test_every_shape_of_mesh_trains_as_one_device(architecture):
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2-124m", "smollm2-135m", "gemma3-1b", "qwen3-0.6b", "mixtral-8x7b", "deepseek-v3"]
+    "name",
+    ["gpt2-124m", "smollm2-135m", "gemma3-1b", "qwen3-0.6b", "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"],
 )
 def test_every_parameter_has_its_dimensions(name):
     variables = abstract_variables(PRESETS[name])["params"]
