@@ -15,15 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import by_group, gathered_over_fsdp, row_groups
+from llmq_jax.layers.axes import by_group, gathered_over_fsdp
 from llmq_jax.objectives.chunks import Chunks
 
 # Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
 CHUNK_ELEMENTS = 2**25
-# A head without a gradient has at least so many chunks, so that more of what does not count is skipped.
-CHUNKS_OF_FIXED_HEAD = 8
-# In tokens: products of fewer rows are slow.
-SHORTEST_CHUNK = 128
 
 Unembed = Callable[[Any, Array], Array]
 
@@ -49,27 +45,18 @@ def chunked_cross_entropy(
     """Sum over tokens of mask · (-log p(target)), in nats.
 
     `unembed(head, rows)` gives the logits [M, V] of rows [M, D]; `head` holds the variables that it reads. Gradients
-    flow to `hidden` and to those leaves of `head` that are differentiated. `chunk_size` is in tokens; None chooses it.
+    flow to `hidden` and to those leaves of `head` that are differentiated. `chunk_size` is in tokens; None chooses it
+    from V.
     """
+    if chunk_size is None:
+        vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
+        chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
     loss: Array = _summed_loss(unembed, chunk_size, gathered_over_fsdp(head), hidden, targets, mask)
     return loss
 
 
-def _chunks(unembed: Unembed, chunk_size: int | None, head: Any, learns: Any, hidden: Array, mask: Array) -> Chunks:
-    if chunk_size is None:
-        vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
-        chunk_size = CHUNK_ELEMENTS // vocabulary
-        if not jax.tree.leaves(learns):
-            tokens = mask.size // row_groups(len(mask))
-            chunk_size = min(chunk_size, -(-tokens // CHUNKS_OF_FIXED_HEAD))
-        chunk_size = max(SHORTEST_CHUNK, chunk_size)
-    return Chunks.of(mask, chunk_size)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed_loss(
-    unembed: Unembed, chunk_size: int | None, head: Any, hidden: Array, targets: Array, mask: Array
-) -> Array:
+def _summed_loss(unembed: Unembed, chunk_size: int, head: Any, hidden: Array, targets: Array, mask: Array) -> Array:
     """The forward pass when nothing is differentiated: evaluation."""
 
     @by_group
@@ -82,14 +69,14 @@ def _summed_loss(
     def skip(total: Array, *_: Array) -> tuple[Array, None]:
         return total, None
 
-    chunks = _chunks(unembed, chunk_size, head, None, hidden, mask)
+    chunks = Chunks.of(mask, chunk_size)
     start = jnp.zeros(chunks.groups, jnp.float32)
     losses: Array = _over_chunks(add, skip, start, chunks, hidden, targets, mask)[0]
     return losses.sum()
 
 
 def _forward(
-    unembed: Unembed, chunk_size: int | None, head: Any, hidden: Any, targets: Any, mask: Any
+    unembed: Unembed, chunk_size: int, head: Any, hidden: Any, targets: Any, mask: Any
 ) -> tuple[Array, tuple[Any, Array]]:
     # With symbolic_zeros each argument has a .value and .perturbed: whether it needs a gradient. A fixed head does not.
     learns, fixed = (_those(head, perturbed) for perturbed in (True, False))
@@ -110,7 +97,7 @@ def _forward(
         return carry, jnp.zeros_like(rows)
 
     # Groups are summed once, after the loop, and not for every chunk. In float32, because there are many chunks.
-    chunks = _chunks(unembed, chunk_size, _joined(learns, fixed), learns, hidden, mask)
+    chunks = Chunks.of(mask, chunk_size)
     zeros = jax.tree.map(lambda leaf: jnp.zeros((chunks.groups, *leaf.shape), jnp.float32), learns)
     start = jnp.zeros(chunks.groups, jnp.float32), zeros
     (total, head_gradient), row_gradients = _over_chunks(add, skip, start, chunks, hidden, targets, mask)
@@ -150,7 +137,7 @@ def _joined(first: Any, second: Any) -> Any:
 
 
 def _backward(
-    unembed: Unembed, chunk_size: int | None, gradients: tuple[Any, Array], grad: Array
+    unembed: Unembed, chunk_size: int, gradients: tuple[Any, Array], grad: Array
 ) -> tuple[Any, Array, None, None]:
     head_gradient, hidden_gradient = jax.tree.map(lambda g: (g * grad).astype(g.dtype), gradients)
     return head_gradient, hidden_gradient, None, None
