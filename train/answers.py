@@ -1,4 +1,4 @@
-"""Answers in training: how they end, and what a model that learns says to a question."""
+"""Answers in training: the token that ends them, and what the model in training answers to a question."""
 
 import dataclasses
 import itertools
@@ -21,16 +21,17 @@ def end_of_answer(examples: Iterable[Any], tokenizer: Any) -> int | None:
 
 
 def ending_with(end: int | None, generation: Any) -> Any:
-    """The generation config with one end token more."""
+    """The generation config with this end token added."""
     if end is None or end in generation.eos_token_id:
         return generation
     return dataclasses.replace(generation, eos_token_id=(*generation.eos_token_id, end))
 
 
 def questioner(options: Any, lm: Any, held_out: list) -> Any:
-    """`ask(variables)` -> an instruction and the model's answer to it, the likeliest one.
+    """`ask(variables)` -> an instruction and the model's greedy answer to it, as text.
 
-    BadInput where there is none that leaves room for an answer, before the run begins.
+    BadInput, before the run begins, where no instruction leaves room for an answer; with --sample-every 0, None
+    instead.
     """
     from llmq_jax.data.conversations import as_conversation
     from llmq_jax.data.records import Record
@@ -61,7 +62,7 @@ def questioner(options: Any, lm: Any, held_out: list) -> Any:
 
 
 def question(conversation: Any) -> str | None:
-    """What a conversation's last answer answers; None where it has none."""
+    """The text of the message that a conversation's last answer replies to; None where it has no answer."""
     from llmq_jax.data.messages import text_of
 
     pairs = itertools.pairwise(conversation.chat())
@@ -70,7 +71,7 @@ def question(conversation: Any) -> str | None:
 
 
 def prompt_tokens(conversation: Any, options: Any, tokenizer: Any) -> list[int]:
-    """What a conversation's last answer follows; where it has none, its first few tokens."""
+    """The token ids before a conversation's last answer; where it has no answer, its first few."""
     from llmq_jax.data import render, tokenize
 
     rendered = render(conversation, options.template, tokenizer.chat_template)

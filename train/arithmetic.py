@@ -2,8 +2,8 @@
 
     python -m train.arithmetic --out runs/arithmetic
 
-A small GPT-2 sees sums with their answers until it gets a part of other sums right. Then it is told no answer any more:
-GRPO (train.grpo) rewards what it tries. The sums that are counted at the end were in neither part.
+A small GPT-2 first learns from sums with their answers, until it gets a part of other sums right. From then on it sees
+no answers: GRPO (train.grpo) rewards what it tries. The sums on which it is measured were in neither stage.
 
 Answers are written with the units first, 12+34=640, as one adds by hand: each digit then needs no more than a carry of
 those before it (Lee et al. 2023, arXiv:2307.03381).
@@ -19,14 +19,14 @@ from train import grpo
 
 HELD_OUT, WATCHED = 600, 200
 ENOUGH = 0.28
-"""Of the watched sums: here the warm-up ends."""
+"""The share of right answers to the watched sums at which the warm-up ends."""
 WARM_UP_STEPS, WARM_UP_BATCH, WARM_UP_RATE, WATCH_EVERY = 2000, 256, 5e-4, 5
 SIZES = {
     "hidden_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 16,
-    "initializer_range": 0.09,  # of a width of 128: five times as few steps as with 0.02
+    "initializer_range": 0.09,  # at this width it takes a fifth of the steps that 0.02 does
     **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
 }
 ANSWER_TOKENS = 4
@@ -39,7 +39,7 @@ SETTINGS = {
     "learning_rate": 6e-4,
     "minimum_learning_rate": 6e-4,
 }
-"""Of GRPO."""
+"""Options of train.grpo."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Options:
     seed: int = 0
     """Seed of the split, the model and the run."""
     steps: int = 350
-    """Steps of GRPO."""
+    """Steps of GRPO, after the warm-up."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
 
@@ -136,7 +136,7 @@ def warm_up(training: list, watched: list, seed: int, folder: Path) -> None:
 
 
 def exact(lm: Any, pairs: list) -> float:
-    """The part of sums whose likeliest answer is right."""
+    """The share of sums whose greedy answer is right."""
     from llmq_jax.generation import Sampler, generate
 
     prompts = [prompt(a, b) for a, b in pairs]

@@ -1,5 +1,5 @@
-"""Chat templates in the recipes that read conversations, pairs or prompts: the option --chat-template, and the style of
-a run that learns by none."""
+"""Chat templates in the recipes that read conversations, pairs or prompts: the options of --chat-template, and the chat
+template that a run without one leaves behind."""
 
 import dataclasses
 import hashlib
@@ -13,8 +13,7 @@ WITHOUT_CHAT_TEMPLATE = "give one with --chat-template FILE, or choose another -
 
 
 def check_chat_template(options: Any) -> None:
-    """BadInput for a --chat-template that is no template, or that nothing would be written by, and the same of its
-    variables."""
+    """BadInput for a --chat-template or --chat-template-kwargs that cannot be read, or would have no effect."""
     from llmq_jax.data.chat_template import parse_variables, read_chat_template
 
     otherwise = options.template not in (None, "chat"), f"with --template {options.template}"
@@ -26,8 +25,8 @@ def check_chat_template(options: Any) -> None:
 
 
 def with_text_options(options: Any, conversations: list, lm: Any) -> tuple[Any, Any]:
-    """(the options with what they leave open of how conversations become tokens that the model can read; the model with
-    the template of --chat-template)"""
+    """(the options with --template and --context filled in, the model with the template of --chat-template). BadInput
+    where the model lacks a tokenizer or a chat template that is needed."""
     from llmq_jax.data import default_template
 
     lm.require_tokenizer(options.init_from)
@@ -54,15 +53,17 @@ def with_chat_template(options: Any, lm: Any) -> Any:
 
 
 def chat_template_digest(options: Any, tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of what --chat-template holds, which a run that resumes must find again."""
+    """{name: SHA-256} of the template in --chat-template, which must be unchanged when a run resumes; empty without
+    one."""
     if options.chat_template is None:
         return {}
     return {"chat_template_sha256": hashlib.sha256(tokenizer.chat_template.source.encode()).hexdigest()}
 
 
 def in_style(options: Any, conversations: list, tokenizer: Any) -> Any:
-    """The tokenizer that the run keeps. Where answers are learned by a template that is not the tokenizer's own, that
-    is its chat template from now on, so that the model is asked as it learned; says where another one goes for it."""
+    """The tokenizer that the run keeps. Where answers are learned in a style that is not that of the tokenizer's own
+    chat template, this style becomes its chat template, so that the model is asked as it learned; prints a line where
+    that replaces another one, or is not possible."""
     from llmq_jax.data import as_chat_template
     from llmq_jax.data.prompt_templates import style_of
 
@@ -83,7 +84,7 @@ def in_style(options: Any, conversations: list, tokenizer: Any) -> Any:
 
 
 def tell_of_no_end(options: Any, end: int | None) -> None:
-    """Say where no answer by a --chat-template has an end that a model stops at."""
+    """Print a warning where --chat-template ends no answer with a token at which generation stops."""
     if options.chat_template is not None and end is None:
         print(
             f"{options.chat_template} ends no answer with a special token of the tokenizer, so that the model will not "

@@ -4,9 +4,9 @@
     python -m train.classifier --data reviews.csv --init-from model.gguf --out runs/reviews --class-weights
     python -m train.classifier --data a.jsonl --test-data b.jsonl --init-from gpt2 --out runs/mine --train all
 
-The data are cleared of duplicates, then parted into texts to learn, to validate and to test, each class by the same
-fractions. At the end the texts of the test are classified: test.json, confusion.png, errors.jsonl. The same command
-again resumes a run that was stopped.
+Duplicates are removed, then the texts are split into training, validation and test sets, each class by the same
+fractions. At the end the test set is classified: test.json, confusion.png, errors.jsonl. The same command again resumes
+a run that was stopped.
 """
 
 import dataclasses
@@ -45,14 +45,15 @@ SAMPLES = 3
 @dataclass(frozen=True)
 class DataAndModelOptions:
     data: str
-    """Texts with a label each, a file or folder (by the splits that its files are named for) of .csv, .tsv, .json,
-    .jsonl or .parquet."""
+    """Texts with a label each: a file or folder of .csv, .tsv, .json, .jsonl or .parquet. In a folder, file names may
+    tell the splits (train.csv, validation.csv, test.csv)."""
     init_from: str
-    """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
+    """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
+    hub id."""
     out: str
-    """Run folder: options, metrics, samples, loss curves, checkpoints, and the figures of the test."""
+    """Run folder: options, metrics, samples, loss curves, checkpoints and test results."""
     columns: Annotated[str | None, default_is("those of the header")] = None
-    """Names of the columns of .csv and .tsv files without a header, with commas between them: label,text."""
+    """Names of the columns of .csv and .tsv files without a header, separated by commas: label,text."""
     text_field: str = "text"
     """Field or column that holds the text."""
     label_field: str = "label"
@@ -62,19 +63,19 @@ class DataAndModelOptions:
     test_data: Annotated[str | None, default_is("the test files of --data, or a part of it")] = None
     """Texts to test on, once, at the end."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
-    """Part of each class held out for validation, with --evaluate-every 0 too."""
+    """Part of each class held out for validation, also with --evaluate-every 0."""
     test_fraction: Annotated[float | None, default_is(f"{TEST_FRACTION}")] = None
     """Part of each class held out for the test."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Seed of the choice of what is held out, and of what --balance keeps."""
+    """Seed for choosing what is held out, and what --balance keeps."""
     balance: Flag = False
-    """Keep as many texts of each class as the smallest has, before anything is held out."""
+    """Keep as many texts of each class as the smallest class has, before anything is held out."""
     class_weights: Flag = False
-    """Weigh each class by how rare it is, in the loss of training and of validation."""
+    """Weight each class by how rare it is, in the training and the validation loss."""
     max_length: Annotated[int | None, default_is("the model's context")] = None
-    """Tokens of a text that are read; what is longer is cut."""
+    """Greatest number of tokens in a text; longer texts are cut."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
-    """Times that every text is learned, in place of --steps."""
+    """Number of passes over the texts, instead of --steps."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ class Options(FineTuningOptions, TuningOptions, DataAndModelOptions):
     learning_rate: float = 1e-4
     """The peak learning rate, reached after the warm-up."""
     weight_decay: float = 0.01
-    """Decay of kernels and embeddings, times the learning rate."""
+    """Weight decay of kernels and embeddings (not of norms and biases), multiplied by the learning rate."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
-    """Steps between two samples, the predictions of a few texts; 0: never."""
+    """Steps between two samples, which are predictions for a few texts; 0: never."""
     sample_prompt: Annotated[str | None, default_is("the first that are held out")] = None
     """A text to classify in the samples."""
 
@@ -97,7 +98,7 @@ def main(options: Options) -> Any:
     """The whole recipe; returns the engine's RunResult."""
     check(options)
 
-    # JAX has its device; what imports it may follow.
+    # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
     from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles, load
@@ -108,7 +109,7 @@ def main(options: Options) -> Any:
     from llmq_jax.training.sharding import own_rows, row_share
     from llmq_jax.training.state import create_state
 
-    # The texts, parted, and the model with a head for their classes.
+    # The texts, split, and the model with a head for their classes.
     sources = sources_of(options, record_files)
     found = read_data(options, sources)
     source = load(options.init_from, dtype=options.weight_dtype)
@@ -131,10 +132,10 @@ def main(options: Options) -> Any:
     held_out = LabelledEvaluation(rows["validation"], validation.labels, size, longest)
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
-    # What trains, of a model that computes as the options say.
+    # The model, computing as the options say, and the part of it that trains.
     model = model_of(options, config)
     learner = prepared(source.replace(model=model), options)
-    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
+    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -181,7 +182,7 @@ def main(options: Options) -> Any:
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     check_ranges(options)
     check_what_trains(options)
     if options.max_length is not None and options.max_length < 1:
@@ -228,9 +229,9 @@ def read_data(options: Options, sources: Sources) -> dict[str, list]:
 def split_data(
     options: Options, sources: Sources, rows: dict[str, list], known: Sequence[str] | None
 ) -> tuple[Options, dict[str, Any]]:
-    """(the options with what they leave open, {"training", "validation" and "test": labelled texts}); says what was
-    found. No text is in two parts, or twice in one. `known` are the classes of the model that goes on: they are those
-    of the data, in their order, if the data have no others."""
+    """(the options with their defaults filled in, {"training", "validation" and "test": labelled texts}); prints what
+    was found. No text is in two parts, or twice in one. `known` are the classes of a loaded classifier: unless the data
+    have other ones, they are kept, in their order."""
     from llmq_jax.data import class_names
 
     found = class_names(rows["training"], sources.training)
@@ -262,7 +263,7 @@ def split_data(
 
 
 def distinct(path: Any, rows: list, names: Sequence[str], elsewhere: set[str]) -> Any:
-    """The texts of a file, each once, without those `elsewhere`; says how many went."""
+    """The texts of a file, each once, without those `elsewhere`; prints how many were removed."""
     from llmq_jax.data import labelled_texts
 
     kept, repeated, contradictory = labelled_texts(rows, names).without_duplicates()
@@ -279,7 +280,7 @@ def distinct(path: Any, rows: list, names: Sequence[str], elsewhere: set[str]) -
 
 
 def completed_fractions(options: Options, sources: Sources) -> Options:
-    """The options with the fractions that they leave open, which leave something to learn."""
+    """The options with the fractions' defaults filled in. BadInput where the fractions leave nothing to learn."""
     defaults = {"validation_fraction": VALIDATION_FRACTION, "test_fraction": TEST_FRACTION}
     idle = {"validation_fraction": sources.validation, "test_fraction": sources.test}
     values = {name: value for name, value in defaults.items() if getattr(options, name) is None and not idle[name]}
@@ -293,7 +294,8 @@ def completed_fractions(options: Options, sources: Sources) -> Options:
 
 
 def with_head(source: Any, names: tuple[str, ...], seed: int) -> tuple[Any, str]:
-    """(the model with a head for these classes, what head that is): its own, if it has one for just these."""
+    """(the model with a head for these classes, a description of the head): its own, if that is for exactly these, else
+    a fresh one."""
     from llmq_jax.language_model import with_classifier
     from llmq_jax.models.heads import shown
 
@@ -307,8 +309,8 @@ def with_head(source: Any, names: tuple[str, ...], seed: int) -> tuple[Any, str]
 def token_rows(
     options: Options, source: Any, sources: Sources, part: str | None, texts: Sequence[str]
 ) -> list[list[int]]:
-    """The texts of a part as the model reads them, cut to --max-length; says how many were cut. Without a part, those
-    of the samples."""
+    """Token ids of the texts of a part, cut to --max-length; prints how many were cut. `part` None: of the samples'
+    texts."""
     import numpy as np
 
     from llmq_jax.data import check_vocabulary
@@ -325,14 +327,14 @@ def token_rows(
 
 
 def numbered(rows: Sequence[list[int]], labels: Sequence[int]) -> Any:
-    """Token rows and their labels as one array, to be told from others by."""
+    """Token rows and their labels as one array, to take a digest of."""
     import numpy as np
 
     return np.concatenate([[len(row), label, *row] for row, label in zip(rows, labels, strict=True)]).astype(np.int64)
 
 
 def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> None:
-    """Classify the texts of the test; show the figures, and write them into the run folder."""
+    """Classify the test set; print the results, and write them into the run folder."""
     from llmq_jax.atomic_files import write_atomically, write_json_atomically
     from llmq_jax.training.classification_report import classification_report, plot_confusion, worst_errors
     from llmq_jax.training.processes import first

@@ -1,7 +1,7 @@
 """The whole journey in one command, as `make demo` runs it: train, generate, export, load the export, compare.
 
-A small GPT-2 learns the source of Python's standard library, byte by byte; some modules are held out, and the loss on
-them is the figure that counts. A second call finds the run finished and does the rest again.
+A small GPT-2 learns the source of Python's standard library, byte by byte. Some modules are held out; the loss on them
+is the figure that counts. A second call finds the run finished and repeats only the other steps.
 """
 
 import time
@@ -13,16 +13,16 @@ from llmq_jax.command_line import run
 from train import pretrain
 
 BOUND = 1.6
-"""Nats per byte on held-out modules that a sound run stays below."""
+"""The validation loss, in nats per byte of held-out modules, below which a sound run stays."""
 PROMPT = "def "
 
 
 @dataclass(frozen=True)
 class Options:
     out: str = "runs/demo"
-    """Run folder; the export stands beside it, with -hf after its name."""
+    """Run folder; the export goes to a folder beside it, with -hf after its name."""
     steps: int = pretrain.RUNS["demo"].steps
-    """Updates. With fewer of them the held-out loss will miss its bound."""
+    """Training steps (optimizer updates) in the whole run. With fewer, the validation loss will miss its bound."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
 
@@ -69,7 +69,7 @@ def show(result, text: str, out: Path, export: Path, identical: bool, reached: b
     wanted = f"within the bound of {BOUND}" if reached else f"MISSED the bound of {BOUND}"
     validation = "not measured" if result.validation_loss is None else f"{result.validation_loss:.3f} nats per byte"
     trained = f"{result.step:,} steps, {result.tokens:,} bytes"
-    if result.tokens_per_second is not None:  # of a single step no speed is known
+    if result.tokens_per_second is not None:  # a single step tells no speed
         trained += f", {result.tokens_per_second:,.0f} a second"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")

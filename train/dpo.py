@@ -6,8 +6,8 @@
 
 Records have instruction, input, chosen and rejected; or prompt, chosen and rejected, as strings or messages; or chosen
 and rejected as messages that begin with the prompt. Prompts are held out with all their pairs. The reference, which is
-the model as it comes or another one, is asked once, before training: no second model is in memory. The same command
-again resumes a run that was stopped.
+the model before training or another one, computes its log-probabilities once, before training: no second model stays in
+memory. The same command again resumes a run that was stopped.
 """
 
 import shlex
@@ -56,15 +56,16 @@ ANSWERS, ANSWER_TOKENS = 32, 64
 @dataclass(frozen=True)
 class LossOptions:
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"
-    """sigmoid: DPO or, with --label-smoothing, cDPO; robust: unbiased by wrong labels; hinge; ipo: a fixed margin."""
+    """sigmoid: DPO or, with --label-smoothing, cDPO; robust: unbiased under wrong labels; hinge: hinge loss; ipo:
+    squared distance from a fixed margin. Formulas in docs/dpo.md."""
     beta: float = 0.1
     """β of the loss: the greater, the closer the policy stays to the reference."""
     label_smoothing: Annotated[float | None, default_is("0")] = None
-    """How often the labels are thought to be wrong, for sigmoid and robust."""
+    """Assumed share of wrong labels, below 0.5, with --loss sigmoid or robust."""
     normalise: Flag = False
-    """Compare mean log-probabilities of tokens in place of sums, so that length counts for nothing; ipo always does."""
+    """Compare mean log-probabilities per token instead of sums, so that length does not count; ipo always does."""
     reference: Annotated[str | None, default_is("the model of --init-from")] = None
-    """The model that the policy is compared with, of the same vocabulary."""
+    """The reference model, which the policy is compared with; it must have the same vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def main(options: Options) -> Any:
     check(options)
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
 
-    # JAX has its device; what imports it may follow.
+    # JAX has its device now: modules that import JAX may follow.
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -113,7 +114,7 @@ def main(options: Options) -> Any:
     steps_in_an_epoch = -(-len(learned) // options.batch_size)
     options = with_steps(options, steps_in_an_epoch, EPOCHS)
 
-    # What trains, of a model that computes as the options say, and learns to end what it writes.
+    # The model, computing as the options say and stopping at the end of an answer, and the part of it that trains.
     model = model_of(options, config, drops=False)
     end = end_of_answer([pair.chosen for pair in learned.pairs], tokenizer)
     tell_of_no_end(options, end)
@@ -139,13 +140,14 @@ def main(options: Options) -> Any:
         "may_change": MAY_CHANGE,
         "model_config": config,
     }
-    # Loaded before the folder is begun, since it may not fit; and not where an earlier start has asked it.
+    # Loaded before the run folder is opened, since it may not fit into memory; not needed where an earlier start has
+    # saved its log-probabilities.
     asked = (Path(options.out) / REFERENCE_FILE).exists()
     if not asked and options.reference is not None:
         reference = other_reference(options, source)
     with resuming.open_folder(options.out, run_options(options), **settings) as folder:
         found = reference_logprobs(options, reference, parts, folder.path / REFERENCE_FILE)
-        del reference  # a second model or, whole, the layers that were cut
+        del reference  # a second model, or whole copies of layers that were cut in two
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}
         size, longest = options.batch_size, options.context
         batches = PreferenceBatches(learned.pairs, size, longest, options.seed, columns["training"], **row_share())
@@ -165,7 +167,7 @@ def main(options: Options) -> Any:
             print(printable(ask(whole(learner.variables))), flush=True)
         lengths = [len(answer.tokens) for answer in answers(learned)]
         unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
-        # Where a part of the model trains, what it was at first is all that it takes to have the reference again.
+        # Where only a part of the model trains, its first values are enough to restore the reference at the end.
         began = None
         if options.train != "all" and options.reference is None:
             kept = np.asarray if jax.process_count() == 1 else jnp.copy  # no process alone has all of an array
@@ -195,7 +197,7 @@ def main(options: Options) -> Any:
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     from llmq_jax.objectives.preference import SMOOTHED
 
     check_preference_options(options)
@@ -210,8 +212,8 @@ def check(options: Options) -> None:
 
 
 def reference_logprobs(options: Options, reference: Any, parts: dict[str, Any], path: Path) -> dict:
-    """{part: float32 [N, 2]}, log-probabilities of both answers of each of its pairs under the reference; what an
-    earlier start of this run left in `path` is taken from there."""
+    """{part: float32 [N, 2]}: log-probabilities under the reference of both answers of each of its pairs, read from
+    `path` where an earlier start of this run has saved them."""
     import numpy as np
 
     from llmq_jax.atomic_files import write_atomically
@@ -240,7 +242,7 @@ def npz_bytes(arrays: dict[str, Any]) -> bytes:
 
 
 def other_reference(options: Options, source: Any) -> Any:
-    """The model of --reference, which must read the policy's tokens."""
+    """The model of --reference. BadInput where its vocabulary or its context does not fit the policy."""
     from llmq_jax.model_files import load
     from llmq_jax.models import build
 
@@ -277,7 +279,7 @@ def logprobs_of(lm: Any, pairs: Sequence[Any], options: Options) -> Any:
 
 
 def figures(means: dict[str, float]) -> str:
-    """Means of an evaluation in words."""
+    """The means of an evaluation as text."""
     return (
         f"accuracy {means['rewards/accuracies']:.4f}, margin {means['rewards/margins']:.3f}, rewards "
         f"{means['rewards/chosen']:+.3f} chosen and {means['rewards/rejected']:+.3f} rejected, loss {means['loss']:.4f}"
@@ -285,8 +287,8 @@ def figures(means: dict[str, float]) -> str:
 
 
 def distance(options: Options, policy: Any, reference: Any, validation: list) -> str:
-    """How far the policy went from the reference: the KL divergence, on answers that the policy draws to prompts that
-    are held out, E[log policy(answer) - log reference(answer)]. Without a reference at hand it is loaded again."""
+    """A line on the KL divergence of the policy from the reference: E[log policy(answer) - log reference(answer)], over
+    answers that the policy samples to held-out prompts. `reference` None: it is loaded again."""
     import jax
     import numpy as np
 

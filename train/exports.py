@@ -1,4 +1,4 @@
-"""How what a recipe trained goes on to transformers."""
+"""How a run's model is exported to transformers."""
 
 import shlex
 from typing import Any
@@ -7,8 +7,8 @@ from llmq_jax.errors import BadInput
 
 
 def export_commands(folder: str, config: Any) -> list[str]:
-    """The command that exports the run in this folder; none where transformers has no model of this config, with a
-    place for each of its weights. No weight is made."""
+    """The command that exports the run in this folder; none where transformers has no model of this config with a place
+    for each of its weights. This is checked on shapes alone."""
     from llmq_jax.interop.architectures import config_to_hf, weight_table
     from llmq_jax.models import abstract_variables
 

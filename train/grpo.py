@@ -6,10 +6,10 @@ r"""Group relative policy optimisation: a model learns by trying, from rewards f
     python -m train.grpo --data prompts.jsonl --init-from runs/sft --out runs/rlhf --reward runs/reward --beta 0.04
     python -m train.grpo --data prompts.jsonl --init-from gpt2 --out runs/mine --reward my_rewards.py:shorter
 
-Records have a prompt, a string or messages; their other fields are for the reward functions. These are: answer (the
-final number equals that of the field `answer`), exact (the final answer is that field, letter by letter), format
-(<think>...</think><answer>...</answer>, graded), think (<think>...</think> and an answer), length:N, FILE.py:FUNCTION,
-or a reward model of train.reward. The same command again resumes a run that was stopped.
+Records have a prompt, a string or messages; reward functions read their other fields. Rewards are: answer (the final
+number equals that of the field `answer`), exact (the final answer is that field, letter by letter), format
+(<think>...</think><answer>...</answer>, graded), think (<think>...</think> and an answer), length:N (falls beyond N
+characters), FILE.py:FUNCTION, or a reward model of train.reward. The same command again resumes a run that was stopped.
 """
 
 import dataclasses
@@ -62,46 +62,49 @@ PANELS = (
 @dataclass(frozen=True)
 class DataAndModelOptions:
     data: str
-    """Prompts, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
-    .parquet."""
+    """Prompts: a file or folder of .json, .jsonl, .csv, .tsv or .parquet. In a folder, file names may tell the splits
+    (train.jsonl, validation.jsonl)."""
     init_from: str
-    """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
+    """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
+    hub id."""
     out: str
     """Run folder: options, metrics, samples, curves and checkpoints."""
     prompt_format: Annotated[str | None, default_is("{prompt}")] = None
-    """How a prompt is made of a record's fields: "Question: {question}\\nAnswer:"."""
+    """How a prompt is made from a record's fields: "Question: {question}\\nAnswer:"."""
     template: Annotated[
         Literal["chat", "plain"] | None, default_is("chat for messages, and where the model has a template")
     ] = None
-    """How prompts are written: by the model's chat template, or as they are."""
+    """How prompts become text: by the model's chat template (chat), or as they are (plain)."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
-    """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
+    """A file with a Jinja chat template to use instead of the model's own; the run's tokenizer keeps it."""
     chat_template_kwargs: Annotated[str | None, default_is("none")] = None
-    """Variables of the chat template, in JSON: {"enable_thinking": false} of Qwen 3; the run's tokenizer keeps them."""
+    """Variables for the chat template, as JSON: {"enable_thinking": false} for Qwen 3; the run's tokenizer keeps
+    them."""
     max_prompt: Annotated[int | None, default_is("what the context leaves beside --max-new-tokens")] = None
-    """Prompts of more tokens are left out."""
+    """Greatest number of tokens in a prompt; longer prompts are left out."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
-    """Prompts to measure the validation reward on, by the likeliest answer to each."""
+    """Prompts to measure the validation reward on, by a greedy answer to each."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the prompts held out for validation. With --evaluate-every 0 nothing is held out."""
     validation_prompts: Annotated[int | None, default_is("all that are held out")] = None
-    """Held-out prompts that validation takes at most."""
+    """Greatest number of held-out prompts that validation uses."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Seed of the choice of what is held out."""
+    """Seed for choosing what is held out."""
 
 
 @dataclass(frozen=True)
 class RewardOptions:
     reward: Annotated[str | None, default_is("answer")] = None
-    """Reward functions and at most one reward model, with commas between them."""
+    """Reward functions (see above) and at most one reward model, separated by commas."""
     reward_weights: Annotated[str | None, default_is("1 for each")] = None
-    """What each reward of --reward is multiplied by before they are added: 1,0.5."""
+    """Factors by which the rewards of --reward are multiplied before they are added, separated by commas: 1,0.5."""
     reward_pooling: Annotated[Literal["last", "mean"] | None, default_is("last")] = None
-    """The reward of a reward model: that of the last token, or the mean over the answer."""
+    """The reward that a reward model gives an answer: that of its last token (last), or the mean over its tokens
+    (mean)."""
     supervision: Literal["outcome", "process"] = "outcome"
-    """Reward answers, or each of their steps, by the reward model (DeepSeekMath, 4.1.3)."""
+    """Reward whole answers (outcome), or each step of an answer by the reward model (process; DeepSeekMath, 4.1.3)."""
     step_separator: Annotated[str | None, default_is(r"\n")] = None
-    """What ends a step, with --supervision process."""
+    """Text that ends a step of an answer, with --supervision process."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,15 @@ class AlgorithmOptions:
     group_size: int = 8
     """G, answers to each prompt."""
     max_new_tokens: int = 128
-    """Tokens of the longest answer."""
+    """Greatest number of tokens in an answer; longer answers are cut."""
     temperature: float = 1.0
-    """Temperature that answers are drawn at."""
+    """Temperature at which answers are sampled."""
     top_k: int = 0
-    """Draw from the k likeliest tokens; 0: from all."""
+    """Sample from this many likeliest tokens only; 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that have this probability together."""
+    """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
     iterations: int = 1
-    """mu, updates on the same answers."""
+    """mu, optimizer updates on the answers of a step."""
     scale: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the standard deviation of the group's rewards, of the step's, or nothing."""
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo"] = "grpo"
@@ -135,47 +138,49 @@ class AlgorithmOptions:
     kl_by_ratio: Flag = False
     """Multiply each token's KL divergence by its ratio to the old policy, as TRL does unless told otherwise."""
     reference: Annotated[Literal["iteration", "start", "old"] | None, default_is("iteration")] = None
-    """Reference of the --beta term: the policy at the start of each --steps-per-iteration, or of the run, or the old
-    policy."""
+    """Reference of the --beta term: the policy at the start of each iteration (iteration; see --steps-per-iteration),
+    at the start of the run (start), or the one that sampled the answers (old)."""
     steps_per_iteration: Annotated[int | None, default_is("the whole run")] = None
-    """M, steps between two references, and two updates of a reward model that learns."""
+    """M, steps in an iteration: at the end of each the reference is renewed, and the reward model learns if there is a
+    --judge."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus: what a nat of the policy's entropy takes off the loss."""
+    """Weight of the entropy bonus: how much a nat of the policy's entropy lowers the loss."""
     mask_truncated: Flag = False
-    """Answers that were cut teach nothing."""
+    """Leave answers that were cut at --max-new-tokens out of the loss."""
     dynamic_sampling: Flag = False
-    """Prompts whose answers are all worth the same are replaced by others, up to two times."""
+    """Replace prompts whose answers all have the same reward by other prompts, up to two times in a step."""
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
     # A reward model that keeps learning (DeepSeekMath, 4.1.4).
     judge: Annotated[str | None, default_is("none: the reward model stays")] = None
-    """Reward functions that rank the answers that the reward model goes on learning from."""
+    """Reward functions that rank the policy's answers; the reward model goes on learning from these rankings."""
     replay_data: Annotated[str | None, default_is("none")] = None
-    """The pairs that the reward model learned from before, as train.reward takes them."""
+    """The preference pairs that the reward model was trained on, in the form that train.reward reads."""
     replay: Annotated[float | None, default_is("0.1")] = None
-    """Share of old pairs, from --replay-data, in what the reward model goes on learning from by --judge."""
+    """Share of old pairs, from --replay-data, among those that the reward model learns from with --judge."""
     reward_learning_rate: Annotated[float | None, default_is(f"{REWARD_RATE:g}")] = None
-    """Learning rate of a reward model that goes on learning, by --judge."""
+    """Learning rate of the reward model with --judge."""
 
 
 @dataclass(frozen=True)
 class Options(FineTuningOptions, TuningOptions, JudgeOptions, AlgorithmOptions, RewardOptions, DataAndModelOptions):
     # Dataclasses collect the fields of their bases from right to left.
     steps: int = 200
-    """Steps of the algorithm; each draws answers and makes --iterations updates."""
+    """Steps of GRPO; each samples answers and makes --iterations optimizer updates."""
     batch_size: None = no_option("in GRPO, whose rows are --prompts-per-step times --group-size")
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
     log_every: int = 1
-    """Steps between two lines of metrics."""
+    """Steps between two lines of metrics; 0: never."""
     evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two measurements of the validation reward; 0: never."""
     checkpoint_every: Annotated[int | None, default_is("ten times in the run")] = None
-    """Steps between two checkpoints, besides those of a new highest validation reward; 0: no checkpoints at all."""
+    """Steps between two checkpoints, besides those saved at a new highest validation reward; 0: no checkpoints at
+    all."""
     keep_last: Annotated[int | None, default_is("3")] = None
-    """Checkpoints to keep, besides the one of highest validation reward."""
+    """How many of the newest checkpoints to keep, besides the one with the highest validation reward."""
     sample_prompt: None = no_option("in GRPO, whose samples answer the step's own prompts")
     lora_dropout: None = no_option("in GRPO, whose policy learns as it answers, without dropout")
 
@@ -190,7 +195,7 @@ def main(options: Options) -> Any:
     check(options)
     options = resolved(options)
 
-    # JAX has its device; what imports it may follow.
+    # JAX has its device now: modules that import JAX may follow.
     import jax
 
     from llmq_jax.data.prompts import PromptBatches
@@ -227,7 +232,7 @@ def main(options: Options) -> Any:
     model = model_of(options, config, drops=False)
     source = source.replace(model=model)
     learner = prepared(source, options)
-    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
+    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
     check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
 
     schedule, optimizer = optimizer_of(options, options.iterations)
@@ -310,19 +315,20 @@ def main(options: Options) -> Any:
 
 
 def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
-    """How many answers go on from one reading of their prompt in an update: those of a group or, where that cannot be
-    or does not pay, 1."""
+    """How many answers share one computation of their prompt in an update: those of a group or, where that is
+    impossible or does not pay, 1."""
     from llmq_jax.objectives.grpo import can_share_prompts
 
     rows = options.prompts_per_step * options.group_size // (options.accumulate * row_parts(options))
-    # Answers look at all that a cache holds, masked: of long ones, blocks of themselves alone cost less.
+    # With a shared prompt, answers attend to the whole cache under a mask; for long answers it costs less to compute
+    # each row alone, block by block.
     window = getattr(model.config, "sliding_window", None) or math.inf
     worth_it = options.max_new_tokens <= min(2 * longest_prompt, window)
     return options.group_size if worth_it and can_share_prompts(model) and rows % options.group_size == 0 else 1
 
 
 def resolved(options: Options) -> Options:
-    """The options with what they leave open."""
+    """The options with their defaults filled in."""
     values: dict[str, Any] = {
         name: with_breaks(text)
         for name in ("prompt_format", "step_separator")
@@ -339,12 +345,12 @@ def resolved(options: Options) -> Options:
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     check_ranges(options)
     check_what_trains(options)
     check_chat_template(options)
     if options.base_dtype == "bfloat16" and options.dtype != "bfloat16":
-        # Answers come from weights that adapters are merged into, in the base's type.
+        # Answers are sampled from weights with the adapters merged in, in the base's type.
         raise BadInput(
             "--base-dtype bfloat16 with --dtype float32 would learn by another policy than the one that answers; add "
             "--dtype bfloat16"
@@ -427,7 +433,7 @@ def check(options: Options) -> None:
 
 
 def with_longest_prompt(options: Options, config: Any) -> Options:
-    """The options with the tokens that a prompt may have: what the context leaves beside an answer."""
+    """The options with --max-prompt, by default what the model's context leaves beside an answer."""
     context = config.max_position_embeddings
     longest = context - options.max_new_tokens
     if longest < 1:
@@ -441,8 +447,8 @@ def with_longest_prompt(options: Options, config: Any) -> Options:
 
 
 def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> dict[str, float]:
-    """The mean reward of the likeliest answer to each prompt that is held out, by function too; of a reward model as it
-    was at first, which all of a run is measured by."""
+    """The mean reward of greedy answers to held-out prompts, in total and by reward function. A reward model that
+    learns is used as it was at first, so that the whole run is measured alike."""
     import numpy as np
 
     from llmq_jax.generation import Sampler
@@ -471,8 +477,8 @@ def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> 
 
 
 def table(loop: Any, variables: dict, batch: dict) -> str:
-    """A few answers to a prompt of the step, drawn anew, with their rewards (of a reward model as it was at first) and
-    advantages."""
+    """A few freshly sampled answers to a prompt of the step, with their advantages and rewards (by a reward model as it
+    was at first)."""
     from llmq_jax.data.prompts import step_seeds
     from llmq_jax.training.metrics import one_line
 

@@ -55,20 +55,21 @@ LORA_RATE, FULL_RATE = 2e-4, 2e-5
 @dataclass(frozen=True)
 class DataAndModelOptions:
     data: str
-    """Conversations, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
-    .parquet; instruction and output, messages, conversations (ShareGPT's), prompt and completion, or question and
-    answer."""
+    """Conversations: a file or folder of .json, .jsonl, .csv, .tsv or .parquet. Records have instruction and output,
+    messages, conversations (ShareGPT's), prompt and completion, or question and answer. In a folder, file names may
+    tell the splits (train.jsonl, validation.jsonl)."""
     init_from: str
-    """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
+    """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
+    hub id."""
     out: Annotated[str | None, default_is("none, for --preview alone")] = None
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
-    """Conversations to measure the validation loss on, that of the answers."""
+    """Conversations to measure the validation loss on, over the tokens that --train-on names."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
-    """Part of the conversations held out for validation; what equals one of them is not learned. With --evaluate-every
-    0 nothing is held out."""
+    """Part of the conversations held out for validation; conversations equal to a held-out one are not learned either.
+    With --evaluate-every 0 nothing is held out."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Seed of the choice of what is held out."""
+    """Seed for choosing what is held out."""
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
     """Batches that the validation loss is measured on, spread evenly over what is held out."""
 
@@ -83,24 +84,28 @@ class TemplateOptions:
             "else chat or, where there is none, alpaca"
         ),
     ] = None
-    """How a conversation is written: with Alpaca's headings, by the model's chat template, or prompt and completion as
-    they are. What the run learned by is its chat template."""
+    """How a conversation becomes text: with Alpaca's headings (alpaca), by the model's chat template (chat), or prompt
+    and completion as they are (plain). The run's tokenizer keeps this form as its chat template."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
-    """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
+    """A file with a Jinja chat template to use instead of the model's own; the run's tokenizer keeps it."""
     chat_template_kwargs: Annotated[str | None, default_is("none")] = None
-    """Variables of the chat template, in JSON: {"enable_thinking": false} of Qwen 3; the run's tokenizer keeps them."""
+    """Variables for the chat template, as JSON: {"enable_thinking": false} for Qwen 3; the run's tokenizer keeps
+    them."""
     train_on: str = "response"
-    """What is learned: response (every answer), last (the last one), all (prompts too), or numbers of answers: 0,2."""
+    """What is learned: every answer (response), the last one (last), prompts too (all), or answers by their numbers,
+    counted from 0: 0,2."""
     pack: bool = True
-    """Several conversations in a row, which do not see each other; otherwise each has a row of its own, padded."""
+    """Put several conversations into a row, without attention between them. With --no-pack each has a padded row of its
+    own."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a row, and in the longest conversation."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a conversation longer than --context: its beginning is kept, it is left out, or the run ends."""
+    """What to do with a conversation longer than --context: keep its beginning (truncate), leave it out (drop), or end
+    with an error."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
-    """Times that every conversation is learned, in place of --steps."""
+    """Number of passes over the conversations, instead of --steps."""
     preview: Flag = False
-    """Show a batch, with what is learned of it, and end; no model is trained."""
+    """Show a batch with the learned tokens marked, and exit; no model is trained."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def main(options: Options) -> Any:
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
     check(options)
 
-    # JAX has its device; what imports it may follow.
+    # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import SomeBatches, instruction_batches
     from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles, load
@@ -160,12 +165,12 @@ def main(options: Options) -> Any:
         return show(batches[0], tokenizer)
     options = with_steps(options, len(batches), EPOCHS)
 
-    # What trains, of a model that computes as the options say, and learns to end what it writes.
+    # The model, computing as the options say and stopping at the end of an answer, and the part of it that trains.
     model = model_of(options, config)
     generation = ending_with(end, source.generation)
     source = source.replace(model=model, generation=generation)
     learner = prepared(source, options)
-    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
+    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -211,7 +216,7 @@ def main(options: Options) -> Any:
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     train_on(options)
     check_chat_template(options)
     check_what_trains(options)
@@ -228,7 +233,7 @@ def check(options: Options) -> None:
 
 
 def train_on(options: Options) -> str | tuple[int, ...]:
-    """The option as the data have it."""
+    """--train-on in the form that `tokenize_conversations` takes: a name, or numbers of answers."""
     from llmq_jax.data.prompt_templates import TRAIN_ON
 
     if options.train_on in TRAIN_ON:
@@ -242,8 +247,8 @@ def train_on(options: Options) -> str | tuple[int, ...]:
 
 
 def conversations(options: Options, sources: Sources) -> tuple[list, list]:
-    """(training, validation) conversations, none of which is in both; says how many are not learned for that. Where
-    nothing is ever evaluated all are learned."""
+    """(training, validation) conversations, none of which is in both; prints how many are not learned for that reason.
+    With --evaluate-every 0 all are learned."""
     from llmq_jax.data import read_conversations, split_documents
 
     def said(conversation):
@@ -276,7 +281,7 @@ def conversations(options: Options, sources: Sources) -> tuple[list, list]:
 
 
 def examples(options: Options, part: list, tokenizer: Any, config: Any) -> Any:
-    """Conversations as tokens, all of which the model knows."""
+    """Tokenised conversations. BadInput for a token outside the model's vocabulary."""
     import numpy as np
 
     from llmq_jax.data import check_vocabulary, tokenize_conversations
@@ -301,7 +306,7 @@ def tokens_and_masks(part: Any) -> Any:
 
 
 def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: int, config: Any) -> str:
-    """What there is to learn, and what of it did not fit."""
+    """Lines on how much there is to learn, and how much of it did not fit."""
     kind = f"packed into rows of {options.context} tokens" if options.pack else "one in a row"
     lines = [
         f"{len(learned):,} conversations to learn, {0 if held_out is None else len(held_out):,} held out "
@@ -321,7 +326,7 @@ def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: 
 
 
 def show(batch: dict, tokenizer: Any) -> None:
-    """Print a batch: what is learned in colour or, where there is none, in brackets."""
+    """Print a batch: learned tokens in colour or, where the output has none, in brackets."""
     from rich.console import Console
     from rich.text import Text
 
@@ -345,7 +350,7 @@ def show(batch: dict, tokenizer: Any) -> None:
 
 
 def runs(tokens: Any, learned: list[bool]) -> Iterator[tuple[list[int], bool]]:
-    """Neighbouring tokens that share a fate."""
+    """(tokens, whether they are learned) for each stretch of neighbouring tokens that are treated alike."""
     for fate, group in itertools.groupby(zip(tokens, learned, strict=True), key=lambda pair: bool(pair[1])):
         yield [int(token) for token, _ in group], fate
 

@@ -1,4 +1,5 @@
-"""Options that recipes share, by name and meaning, and what can be said of them without the recipe."""
+"""The options that recipes share, and what follows from them without the recipe: checks, defaults, device,
+optimizer."""
 
 import contextlib
 import dataclasses
@@ -21,43 +22,43 @@ VALIDATION_FRACTION = 0.1
 @dataclass(frozen=True)
 class TrainingOptions:
     steps: int = 2000
-    """Updates in the whole run."""
+    """Training steps (optimizer updates) in the whole run."""
     batch_size: int = 12
     """Windows in a batch."""
     accumulate: int = 1
-    """Cut each batch into this many parts, whose gradients add up: the same result in less memory."""
+    """Compute each batch in this many parts (micro-batches), whose gradients add up: the same result in less memory."""
     learning_rate: float = 6e-4
     """The peak learning rate, reached after the warm-up."""
     schedule: Annotated[Literal["cosine", "linear", "wsd", "constant"] | None, default_is("cosine")] = None
-    """How the learning rate falls from its peak to the last step: cosine, linear, wsd (linear over --decay-steps), or
-    not at all."""
+    """How the learning rate falls after the warm-up: along a cosine, linearly, at the end only (wsd: linearly over
+    --decay-steps), or not at all (constant)."""
     decay_steps: Annotated[int | None, default_is("a tenth of the steps")] = None
-    """Steps over which the learning rate of --schedule wsd falls, the last ones."""
+    """Number of steps at the end over which the learning rate falls, with --schedule wsd."""
     minimum_learning_rate: Annotated[float | None, default_is("a tenth of the peak")] = None
     """The learning rate at the last step."""
     initial_learning_rate: Annotated[float | None, default_is("0")] = None
     """The learning rate that the warm-up starts from."""
     warmup_steps: Annotated[int | None, default_is("a twentieth of the steps, at most 100")] = None
-    """Steps until the peak of the learning rate."""
+    """Steps over which the learning rate rises linearly to its peak."""
     optimizer: Annotated[Literal["adamw", "muon"] | None, default_is("adamw")] = None
-    """AdamW, or Muon for the matrices of the layers and AdamW for all else: see docs/training.md."""
+    """adamw, or muon: Muon for the layers' matrices and AdamW for all other parameters; see docs/training.md."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.1
-    """Decay of kernels and embeddings, times the learning rate."""
+    """Weight decay of kernels and embeddings (not of norms and biases), multiplied by the learning rate."""
     clip: float = 1.0
-    """Greatest global norm of the gradient; 0 does not clip."""
+    """Clip the gradient to this global norm; 0: no clipping."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Type that the gradient's moments are kept in; bfloat16 wants --betas of at most 0.99."""
+    """Type in which the optimizer's moments are stored; bfloat16 needs --betas of at most 0.99."""
     seed: int = 0
-    """Seed of initial weights, order of the data and dropout; equal options give equal runs."""
+    """Seed of the initial weights, the order of the data and dropout; equal options give equal runs."""
 
     branch_from: Annotated[str | None, default_is("none", metavar="CHECKPOINT")] = None
-    """Checkpoint of another run, or its folder for the newest one: begin with its whole state, weights, moments and
-    step, and go on from there with these options; see docs/training.md."""
+    """Checkpoint of another run, or its run folder for the newest one: start from its whole state (weights, moments and
+    step) and continue with these options; see docs/training.md."""
 
     options: Annotated[str | None, default_is("none", metavar="FILE")] = None
-    """YAML file of options, as learning_rate: 3e-4, one in a line; those of the command line win over it."""
+    """YAML file of options, one a line, such as learning_rate: 3e-4; options on the command line override it."""
 
 
 @dataclass(frozen=True)
@@ -65,73 +66,77 @@ class ComputeOptions:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
     mesh: Annotated[str | None, default_is("one device")] = None
-    """Devices along the axes data, fsdp, expert and tensor, as data=2,fsdp=4: see docs/scaling.md."""
+    """Number of devices along the mesh axes data, fsdp, expert and tensor, such as data=2,fsdp=4; see
+    docs/scaling.md."""
     pmap: Flag = False
-    """All devices by jax.pmap, each with everything and its part of the batch, in place of --mesh."""
+    """Use all devices by jax.pmap instead of --mesh: each holds the whole model and computes its part of the batch."""
     coordinator: Annotated[str | None, default_is("what SLURM or Kubernetes tells")] = None
     """Address of process 0, HOST:PORT, where several processes run this command."""
     processes: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 1")] = None
     """How many processes run this command."""
     process: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 0")] = None
-    """Which of the --processes this one is, from 0."""
+    """Number of this process among the --processes, counted from 0."""
     layout: Flag = False
-    """Show where --mesh puts each parameter, and stop there."""
+    """Show how --mesh divides each parameter among the devices, and exit."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of activations and of products; weights that train stay in float32."""
+    """Type of activations and matrix products; weights that train stay in float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """Recompute in the backward pass, to save memory: nothing, all but products with weights, or whole layers."""
+    """What the backward pass recomputes to save memory: nothing (none), all but the products with weights (dots), or
+    whole layers (full)."""
     scan_layers: bool = True
-    """Compile one layer and loop over it; otherwise write all layers out (slower to compile, at times faster)."""
+    """Compile one layer and loop over it. With --no-scan-layers every layer is compiled: slower to compile, at times
+    faster to run."""
     attention: Literal["auto", "plain", "masked", "blocked", "fused"] = "auto"
-    """How a sequence looks at itself: by the plain formula, all scores at once, block by block, or in a kernel of
-    NVIDIA GPUs, which wants --dtype bfloat16; auto takes what suits the device: see docs/attention.md."""
+    """How attention within a sequence is computed: by the plain formula (plain), with all scores at once (masked),
+    block by block (blocked), or by an NVIDIA GPU's kernel, which needs --dtype bfloat16 (fused); auto: what suits the
+    device. See docs/attention.md."""
 
 
 @dataclass(frozen=True)
 class LoggingOptions:
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between two lines of metrics; 0: never."""
     evaluate_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two measurements of the validation loss; 0: never."""
     patience: Annotated[int | None, default_is("none: all steps")] = None
-    """Stop after so many evaluations in a row without a new best."""
+    """Stop after this many evaluations in a row without a new best."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
     """Steps between two samples; 0: never."""
     sample_prompt: Annotated[str | None, default_is("a line break; def for Python's source")] = None
-    """What the samples go on from."""
+    """Text that the samples continue."""
     checkpoint_every: Annotated[int | None, default_is("ten times in the run")] = None
-    """Steps between two checkpoints, besides those of a new lowest validation loss; 0: no checkpoints at all."""
+    """Steps between two checkpoints, besides those saved at a new lowest validation loss; 0: no checkpoints at all."""
     keep_last: Annotated[int | None, default_is("3")] = None
-    """Checkpoints to keep, besides the one of lowest validation loss."""
+    """How many of the newest checkpoints to keep, besides the one with the lowest validation loss."""
     on_full_disk: Literal["stop", "continue"] = "stop"
-    """Where there is no room for a checkpoint: stop, or warn and go on until the next one."""
+    """When the disk has no room for a checkpoint: stop, or warn and go on until the next one."""
     wandb: Annotated[str | None, default_is("none")] = None
-    """Project at Weights & Biases to log to."""
+    """Weights & Biases project to log to."""
     profile: Annotated[str | None, default_is("none", metavar="FIRST:LAST")] = None
-    """Steps to trace with JAX's profiler, counted from 1, both included, as 10:15; see docs/training.md."""
+    """First and last step to trace with JAX's profiler, counted from 1, such as 10:15; see docs/training.md."""
 
 
 @dataclass(frozen=True)
 class RecipeOptions(LoggingOptions, ComputeOptions, TrainingOptions):  # fields are collected from right to left
     @property
     def evaluate_first(self) -> bool:
-        """Whether a run is evaluated before its first step: one that begins from weights."""
+        """Whether the run is evaluated before its first step, as runs that start from given weights are."""
         return bool(getattr(self, "init_from", None)) and self.evaluate_every != 0
 
     @property
     def folder(self) -> str | None:
-        """The run folder, None of a recipe that writes none."""
+        """The run folder; None for a recipe without one."""
         return getattr(self, "out", None)
 
     @property
     def loss_of_parts(self) -> bool:
-        """Whether the loss averages over micro-batches, so that another --accumulate makes it another one."""
+        """Whether the loss contains means over each micro-batch, so that it depends on --accumulate."""
         return False
 
 
 def check_ranges(options: RecipeOptions) -> None:
-    """BadInput for a number that no training can mean, for what would have no effect, and for W&B that is not there: of
-    shared options, before a model is loaded."""
+    """Check the shared options before a model is loaded. BadInput: a number out of range, an option without effect, or
+    --wandb where it is not installed."""
     from llmq_jax.training.run_options import LEAST
     from llmq_jax.training.trackers import require_wandb
 
@@ -171,13 +176,13 @@ def check_ranges(options: RecipeOptions) -> None:
 
 
 def split_of(options: Any) -> tuple[float, int]:
-    """(--validation-fraction, --split-seed), or what they stand for."""
+    """(--validation-fraction, --split-seed), or their defaults."""
     fraction = VALIDATION_FRACTION if options.validation_fraction is None else options.validation_fraction
     return fraction, options.split_seed or 0
 
 
 def context_of(options: Any, config: Any) -> int:
-    """--context, or what it stands for in a model of this config. BadInput where it exceeds the model's."""
+    """--context, or its default for a model of this config. BadInput where it exceeds the model's context."""
     longest: int = config.max_position_embeddings
     if options.context is None:
         return min(longest, LONGEST_CONTEXT)
@@ -188,7 +193,7 @@ def context_of(options: Any, config: Any) -> int:
 
 
 def on_devices(recipe: Callable) -> Callable:
-    """A recipe, a function of its options, on the device that they ask for, or on a mesh of all that there are."""
+    """Decorator: run a recipe, a function of its options, on the device or the mesh that they ask for."""
 
     @functools.wraps(recipe)
     def run(options: RecipeOptions, *arguments: Any) -> Any:
@@ -207,12 +212,12 @@ def on_devices(recipe: Callable) -> Callable:
             use_device(options.device)
             stack.enter_context(one_speaks())
             mesh = mesh_of(options)
-            # Processes with other meshes would wait for one another; how many there are is what process 0 says.
+            # Processes with different meshes would wait for one another, so both values must equal those of process 0.
             same({"mesh": mesh, "processes": options.processes}, differences)
             if (folder := options.folder) is not None and trains:
-                # The run itself opens it once data and model, which may take long, have told what it is of.
+                # Only looked at: the run itself opens it later, once data and model, which may take long, are loaded.
                 together(lambda: config_of_run(Path(folder)) if first() else None)
-            if mesh is not None and not options.layout:  # which needs no devices
+            if mesh is not None and not options.layout:  # a layout needs no devices
                 stack.enter_context(jax.set_mesh(make_mesh(mesh)))
             devices = jax.device_count()
             if devices > 1 and not (mesh is not None or options.pmap or preview):
@@ -229,7 +234,8 @@ def on_devices(recipe: Callable) -> Callable:
 
 
 def mesh_of(options: RecipeOptions) -> str | None:
-    """The mesh that the options ask for: of several processes all devices, however they are used."""
+    """The mesh that the options ask for; None: one device, or --pmap. Without --mesh, several processes use all their
+    devices along `data`."""
     import jax
 
     if options.pmap and options.mesh is not None:
@@ -243,7 +249,7 @@ def mesh_of(options: RecipeOptions) -> str | None:
 
 @contextlib.contextmanager
 def advice_on_memory(options: RecipeOptions) -> Iterator[None]:
-    """BadInput for memory that has run out, with what to change."""
+    """Turn running out of memory into BadInput that says which options to change."""
     from llmq_jax.training.out_of_memory import ERRORS, OutOfMemory, placed, shortage
 
     try:
@@ -260,8 +266,8 @@ def advice_on_memory(options: RecipeOptions) -> Iterator[None]:
 
 
 def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
-    """Three options at most by which steps need less memory, or a state does, from what they are to what they could be;
-    none that is used up."""
+    """At most three changes that save memory, such as "--remat none -> full": in steps, or (not `in_steps`) in the
+    state alone. Changes that are no longer possible are left out."""
     import jax
 
     from llmq_jax.training.sharding import row_devices
@@ -270,7 +276,7 @@ def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
     of_prompts = hasattr(options, "prompts_per_step")
     changes = []
     if in_steps:
-        # The rows of a batch, or of a GRPO step, and a way to take fewer of them at once.
+        # Fewer rows in a batch (in GRPO, in a step), or fewer of them at a time.
         name = "prompts_per_step" if of_prompts else "batch_size"
         count, each = getattr(options, name), options.group_size if of_prompts else 1
         devices, parts = row_devices(sizes), options.accumulate
@@ -285,7 +291,7 @@ def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
     train = getattr(options, "train", "all")
     muon = " (then without --optimizer muon)" if options.optimizer == "muon" else ""
     changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
-    both = " and --dtype float32 -> bfloat16" if of_prompts and options.dtype == "float32" else ""  # GRPO wants both
+    both = " and --dtype float32 -> bfloat16" if of_prompts and options.dtype == "float32" else ""  # GRPO needs both
     in_float32 = train == "lora" and options.weight_dtype == "float32"
     changes += [f"--base-dtype float32 -> bfloat16{both}"] if in_float32 else []
     many_moments = train == "all" and options.moments == "float32"
@@ -308,15 +314,15 @@ def devices_of(options: RecipeOptions) -> dict[str, int]:
 
 
 def row_parts(options: RecipeOptions) -> int:
-    """So many devices have other rows of a batch."""
+    """The number of devices among which the rows of a batch are divided."""
     from llmq_jax.training import sharding
 
     return sharding.row_devices(devices_of(options))
 
 
 def check_mesh(options: RecipeOptions, variables: Any, rows: int) -> None:
-    """BadInput where --mesh does not fit these variables (or their shapes) or batches of so many rows; with --layout,
-    the table, and the end."""
+    """BadInput where --mesh does not fit these variables (or their shapes), or batches of this many rows. With
+    --layout, print the table of shardings and exit."""
     from llmq_jax.training import sharding
 
     sizes = devices_of(options)
@@ -333,7 +339,7 @@ def filled(options: Any, **values: Any) -> Any:
 
 
 def completed(options: Any) -> Any:
-    """The options with what the shared ones stand for in place of None: what config.json shows."""
+    """The options with the shared ones' defaults in place of None, as config.json shows them."""
     return filled(
         options,
         warmup_steps=warmup_steps(options),
@@ -348,7 +354,8 @@ def warmup_steps(options: RecipeOptions) -> int:
 
 
 def with_steps(options: Any, steps_in_an_epoch: float, epochs: float | None) -> Any:
-    """The options with a number of steps, by default as many as these epochs have, and what follows from it."""
+    """The options with a number of steps, by default as many as --epochs (else `epochs`) take, and with the defaults
+    that follow from it."""
     if options.steps is None:
         epochs = epochs if options.epochs is None else options.epochs
         options = dataclasses.replace(options, steps=max(1, round(epochs * steps_in_an_epoch)), epochs=epochs)
@@ -357,8 +364,8 @@ def with_steps(options: Any, steps_in_an_epoch: float, epochs: float | None) -> 
 
 
 def model_of(options: RecipeOptions, config: Any, drops: bool = True) -> Any:
-    """The model of a config that computes as the options say. BadInput: an --attention that cannot run here; `drops` is
-    whether the objective has dropout act in training."""
+    """The model of a config, computing as the options say. `drops`: whether the objective applies dropout in training.
+    BadInput: an --attention that cannot run here."""
     from llmq_jax.models import build
 
     how = {"dtype": options.dtype, "remat": options.remat, "scan_layers": options.scan_layers}
@@ -368,7 +375,8 @@ def model_of(options: RecipeOptions, config: Any, drops: bool = True) -> Any:
 
 
 def optimizer_of(options: RecipeOptions, updates_per_step: int = 1) -> tuple[Any, Any]:
-    """(schedule of steps, optimizer), its rate warmed up and let fall."""
+    """(learning rate by step, optimizer). All of a step's `updates_per_step` optimizer updates have the step's learning
+    rate."""
     from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
 
     schedule = warmup_schedule(
@@ -390,14 +398,14 @@ def optimizer_of(options: RecipeOptions, updates_per_step: int = 1) -> tuple[Any
 
 
 def train_step_of(options: RecipeOptions, objective: Any, optimizer: Any) -> Any:
-    """The step that the options ask for."""
+    """The compiled training step that the options ask for."""
     from llmq_jax.training.step import make_train_step
 
     return make_train_step(objective, optimizer, accumulate=options.accumulate, pmap=options.pmap)
 
 
 def run_options(options: RecipeOptions) -> Any:
-    """What of the options is the engine's."""
+    """Those of the options that the training loop takes."""
     from llmq_jax.training.run_options import RunOptions
 
     names = [field.name for field in dataclasses.fields(RunOptions) if hasattr(options, field.name)]
@@ -405,20 +413,21 @@ def run_options(options: RecipeOptions) -> Any:
 
 
 PLACES = ("out", "options", "device", "mesh", "pmap", "layout", "coordinator", "processes", "process")
-"""Options of where a run goes, where they come from and what it runs on, which it may leave for others."""
+"""Options that say where a run is written, which file options come from and what the run computes on. They are not
+recorded, so that a run may be resumed with other ones."""
 
 
 MAY_CHANGE = (
     *("sample_prompt", "accumulate", "remat", "scan_layers", "attention"),
     *("data", "validation_data", "test_data", "replay_data", "chat_template"),
 )
-"""A recipe's own options that a run may go on with others of: what samples continue; how a step is computed, which is
-the same but for rounding (dropout draws, and experts balance, by micro-batches; --attention too changes dropout's
-draws); and where the data lie, whose contents are told by digests."""
+"""A recipe's own options that may differ when a run is resumed: what samples continue; how a step is computed, which
+gives the same result up to rounding (except that dropout is drawn and experts are balanced by micro-batch, and that
+--attention too changes dropout's draws); and where the data are, whose contents are compared by digests."""
 
 
 def own_options(options: RecipeOptions, *without: str) -> dict[str, Any]:
-    """The others, which are a recipe's own, for config.json; but for where it runs and goes, and `without`."""
+    """The recipe's own options, for config.json: all but the training loop's, those of `PLACES`, and `without`."""
     theirs = {field.name for field in dataclasses.fields(run_options(options))}
     values = dataclasses.asdict(options)
     return {name: value for name, value in values.items() if name not in {*theirs, *PLACES, *without}}

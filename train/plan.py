@@ -3,8 +3,8 @@
     python -m train.plan --preset llama3.1-8b --mesh fsdp=8 --context 4096 --dtype bfloat16
     python -m train.plan --preset deepseek-v3 --mesh fsdp=32,tensor=8,expert=8 --context 4096 --remat full
 
-No weight is made, and the devices need not be there. Options are named as train.pretrain's. Exit code 1: it does
-not fit.
+No weights are made, and the devices need not be there. Options are named like those of train.pretrain. Exit code 1: the
+run does not fit.
 """
 
 import math
@@ -23,28 +23,30 @@ class Options:
     config: Annotated[tuple[str, ...], default_is("the preset's", metavar="FIELD=VALUE ...")] = ()
     """Fields of the model's config: num_hidden_layers=4 vocab_size=257."""
     mesh: str = "data=1"
-    """Devices along the axes data, fsdp, expert and tensor, as data=2,fsdp=4: see docs/scaling.md."""
+    """Number of devices along the mesh axes data, fsdp, expert and tensor, such as data=2,fsdp=4; see
+    docs/scaling.md."""
     batch_size: Annotated[int | None, default_is("one window a device and micro-batch")] = None
     """Windows in a batch."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
     """Tokens in a window."""
     accumulate: int = TrainingOptions.accumulate
-    """Cut each batch into this many parts, whose gradients add up."""
+    """Compute each batch in this many parts (micro-batches), whose gradients add up."""
     dtype: Literal["float32", "bfloat16"] = ComputeOptions.dtype
-    """Type of activations and of products; weights and gradients stay in float32."""
+    """Type of activations and matrix products; weights and gradients stay in float32."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, of two moments, or Muon, of one for each matrix of a layer."""
+    """adamw, with two moments for each parameter, or muon, with one for each of the layers' matrices."""
     moments: Literal["float32", "bfloat16"] = TrainingOptions.moments
-    """Type that the gradient's moments are kept in."""
+    """Type in which the optimizer's moments are stored."""
     remat: Literal["none", "dots", "full"] = ComputeOptions.remat
-    """Recompute in the backward pass: nothing, all but products with weights, or whole layers."""
+    """What the backward pass recomputes to save memory: nothing (none), all but the products with weights (dots), or
+    whole layers (full)."""
     attention: Annotated[
         Literal["plain", "masked", "blocked"] | None, default_is("masked; blocked in models with windows")
     ] = None
-    """How a sequence attends to itself, see docs/attention.md: by the plain formula, with all scores at once, or block
-    by block."""
+    """How attention within a sequence is computed: by the plain formula (plain), with all scores at once (masked), or
+    block by block (blocked). See docs/attention.md."""
     device_memory: float = 80.0
-    """GiB of a device."""
+    """Memory of a device, in GiB."""
 
 
 def main(options: Options) -> int:

@@ -1,4 +1,5 @@
-"""What recipes that learn from preference pairs have in common: the options of the data, and the way to tokens."""
+"""What the recipes that learn from preference pairs share: the options of the data, and how pairs are read and
+tokenised."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,22 +17,25 @@ EPOCHS = 1.0
 @dataclass(frozen=True)
 class DataAndModelOptions:
     data: str
-    """Pairs of answers, a file or folder (by the splits that its files are named for) of .json, .jsonl, .csv, .tsv or
-    .parquet; chosen and rejected, with what they answer."""
+    """Pairs of answers: a file or folder of .json, .jsonl, .csv, .tsv or .parquet. Records have chosen and rejected,
+    and the prompt that they answer. In a folder, file names may tell the splits (train.jsonl, validation.jsonl)."""
     init_from: str
-    """The model to teach, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF or a hub id."""
+    """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
+    hub id."""
     out: str
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
     """Pairs to measure the validation loss and accuracy on; their prompts are not learned."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
-    """Part of the prompts held out for validation, with all their pairs; with --evaluate-every 0, for the end."""
+    """Part of the prompts held out for validation, with all their pairs. With --evaluate-every 0 they are evaluated at
+    the end only."""
     split_seed: Annotated[int | None, default_is("0")] = None
-    """Seed of the choice of what is held out."""
+    """Seed for choosing what is held out."""
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
-    """Batches that the validation loss is measured on during the run; at its end it is all of them."""
+    """Batches that the validation loss is measured on during the run, of a fixed random part of the held-out pairs; at
+    the end all are used."""
     epochs: Annotated[float | None, default_is(f"{EPOCHS:g}, without --steps")] = None
-    """Times that every pair is learned, in place of --steps."""
+    """Number of passes over the pairs, instead of --steps."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,18 @@ class TemplateOptions:
             "where there is none, alpaca"
         ),
     ] = None
-    """How a pair is written: with Alpaca's headings, by the model's chat template, or prompt and answer as they are."""
+    """How a pair becomes text: with Alpaca's headings (alpaca), by the model's chat template (chat), or prompt and
+    answer as they are (plain)."""
     chat_template: Annotated[str | None, default_is("the model's own")] = None
-    """A file with a chat template in Jinja, in place of the model's own; the run's tokenizer keeps it."""
+    """A file with a Jinja chat template to use instead of the model's own; the run's tokenizer keeps it."""
     chat_template_kwargs: Annotated[str | None, default_is("none")] = None
-    """Variables of the chat template, in JSON: {"enable_thinking": false} of Qwen 3; the run's tokenizer keeps them."""
+    """Variables for the chat template, as JSON: {"enable_thinking": false} for Qwen 3; the run's tokenizer keeps
+    them."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
-    """Tokens of the longest text."""
+    """Greatest number of tokens in a prompt with its answer."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a pair with a text longer than --context: the beginnings are kept, it is left out, or the run
-    ends."""
+    """What to do with a pair of which a text is longer than --context: keep the beginnings (truncate), leave the pair
+    out (drop), or end with an error."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class PairOptions(TemplateOptions, DataAndModelOptions):  # fields are collected
 
 
 def check_preference_options(options: RecipeOptions) -> None:
-    """BadInput for what cannot be, or would have no effect."""
+    """BadInput for options that cannot be, or would have no effect."""
     check_ranges(options)
     check_what_trains(options)
     check_chat_template(options)
@@ -72,7 +78,7 @@ def check_preference_options(options: RecipeOptions) -> None:
 
 
 def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
-    """(training, validation) pairs; says what was found. No prompt is in both."""
+    """(training, validation) pairs; prints what was found. No prompt is in both."""
     from llmq_jax.data import read_preferences, split_preferences
 
     everything = read_preferences(sources.training)
@@ -91,7 +97,7 @@ def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
 
 
 def pair_tokens(options: PairOptions, part: list, source: Any) -> Any:
-    """Pairs as tokens, all of which the model knows."""
+    """Tokenised pairs. BadInput for a token outside the model's vocabulary."""
     from llmq_jax.data import check_vocabulary, tokenize_preferences
 
     found = tokenize_preferences(
@@ -104,7 +110,7 @@ def pair_tokens(options: PairOptions, part: list, source: Any) -> Any:
 
 
 def numbered(part: Any) -> Any:
-    """All that is learned of the pairs as one array, to be told from others by."""
+    """All that is learned from the pairs as one array, to take a digest of."""
     import numpy as np
 
     sides = answers(part)
@@ -120,7 +126,7 @@ def answers(part: Any) -> list:
 
 
 def described(options: PairOptions, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:
-    """What there is to learn, and what of it did not fit."""
+    """Lines on how much there is to learn, and how much of it did not fit."""
     lines = [
         f"{len(learned):,} pairs to learn, {len(held_out):,} held out (template: {options.template}); "
         f"{steps_in_an_epoch:,} steps are an epoch"

@@ -1,15 +1,15 @@
-"""Tokenise text once and keep the tokens on disk, for text that is too much to be read at every start of a run.
+"""Tokenise text once and keep the tokens on disk, for text that takes too long to tokenise at every start of a run.
 
     python -m train.prepare --data text/ --tokenizer gpt2 --out tokens
     python -m train.pretrain --data tokens --preset gpt2-124m --out runs/mine
 
-The text streams through: a block of it is in memory at a time, and its tokens are worked out on all cores. It is read
-three times: to count the documents, for those that are learned, and for those that are held out. A run maps the tokens
-into memory, has the same batches as from the text itself, and processes on several machines may read the same folder.
+The text is streamed: one block of it is in memory at a time, and all cores tokenise it. It is read three times: to
+count the documents, to tokenise those that are learned, and to tokenise those that are held out. A run maps the tokens
+into memory and has the same batches as from the text itself; processes on several machines may read the same folder.
 
     python -m train.prepare --data nanoGPT/data/openwebtext --tokenizer gpt2 --out openwebtext
 
-Tokens that nanoGPT has made, train.bin and val.bin, are taken over as they are.
+Tokens that nanoGPT has made, train.bin and val.bin, are taken over unchanged.
 """
 
 import dataclasses
@@ -27,17 +27,18 @@ from train.texts import Text, text_sources, texts
 @dataclass(frozen=True)
 class Options:
     data: str
-    """Text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these (by the splits
-    that its files are named for). Or a folder of tokens, nanoGPT's train.bin and val.bin."""
+    """Text: a text file; .json, .jsonl, .csv, .tsv or .parquet with a text field; or a folder of these, whose file
+    names may tell the splits (train.jsonl, validation.jsonl). Or a folder with nanoGPT's tokens, train.bin and
+    val.bin."""
     tokenizer: str
-    """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. To go on from a model
-    take its own."""
+    """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. To train a pretrained
+    model further, take its own."""
     out: str
     """A new folder for the tokens; it appears complete or not at all."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
-    """Text to hold out, all of it."""
+    """Text to hold out for validation, all of it."""
     validation_fraction: Annotated[float | None, default_is(f"{VALIDATION_FRACTION}")] = None
     """Part of the data held out for validation: whole documents, or the end of a single text; 0 holds out nothing."""
 
@@ -73,7 +74,7 @@ def main(options: Options) -> None:
         )
 
     training, validation = blocks(text, "text to learn"), None
-    if fraction_at_end:  # of a single text, which was read whole
+    if fraction_at_end:  # a single text, which was read whole
         whole = encode_documents(tokenizer, text, append_end_of_text=False)
         training, validation = ([part] for part in split_tokens(whole, fraction_at_end))
     elif held_out is not None:
@@ -85,7 +86,7 @@ def main(options: Options) -> None:
 
 
 def of_nanogpt(options: Options) -> None:
-    """The tokens of a folder of nanoGPT's, with the tokenizer that made them."""
+    """Take over the tokens of a folder of nanoGPT's, with the tokenizer that made them."""
     from llmq_jax.commands.progress import with_progress
     from llmq_jax.data import load_tokenizer, split_tokens
     from llmq_jax.data.nanogpt_tokens import PIECE, TRAINING, VALIDATION, pieces, read_nanogpt_tokens
@@ -119,7 +120,7 @@ def of_nanogpt(options: Options) -> None:
 def write(
     options: Options, tokenizer: Any, training: Any, validation: Any, separated: bool, sample: str, more: str = ""
 ) -> None:
-    """Write the folder, and say what it holds."""
+    """Write the folder, and print what it holds."""
     from llmq_jax.data import write_tokens
 
     about = {"options": dataclasses.asdict(options)}

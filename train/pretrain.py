@@ -6,8 +6,8 @@
     python -m train.pretrain --data my.txt --config norm=dyt    another idea: any field of the model's config
     python -m train.pretrain --data my.txt --init-from gpt2 --out runs/mine    go on from weights: hub id, folder or run
 
-The same command again resumes a run that was stopped, and says so when it is finished. With --help, --preset NAME shows
-the defaults that the preset sets.
+The same command again resumes a run that was stopped, and says so when it is finished. Add --preset NAME to --help to
+see the defaults that the preset sets.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from train.texts import LIBRARY_FRACTION, text_sources, token_streams
 
 SAMPLE_TOKENS = 120
 STEPS = 2000
-OF_TEXT = ("text_field", "validation_fraction")  # which tokens that were made of it do not have
+OF_TEXT = ("text_field", "validation_fraction")  # options without meaning for prepared tokens
 OF_VALIDATION = ("validation_data", "validation_fraction")
 MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 
@@ -49,12 +49,12 @@ MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
 @dataclass(frozen=True)
 class DataOptions:
     data: Annotated[str | None, default_is("the source of Python's standard library")] = None
-    """Text to learn: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, a folder of these (by the
-    splits that its files are named for), or one of tokens that train.prepare wrote."""
+    """Text to learn: a text file; .json, .jsonl, .csv, .tsv or .parquet with a text field; a folder of these, whose
+    file names may tell the splits (train.jsonl, validation.jsonl); or a folder of tokens from train.prepare."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
     validation_data: Annotated[str | None, default_is("the validation files of --data, or a part of it")] = None
-    """Text to measure the validation loss on, in consecutive windows: all of it, or --evaluate-batches."""
+    """Text to measure the validation loss on, in consecutive windows: all of it, or --evaluate-batches of them."""
     validation_fraction: Annotated[
         float | None, default_is(f"{VALIDATION_FRACTION}; {LIBRARY_FRACTION} of the standard library's modules")
     ] = None
@@ -63,9 +63,10 @@ class DataOptions:
     evaluate_batches: Annotated[int | None, default_is("all that are held out")] = None
     """Batches that the validation loss is measured on, spread evenly over what is held out."""
     separate_documents: Flag = False
-    """Documents do not see each other, nor is a document's beginning predicted from the end of the one before."""
+    """Keep documents apart: no token attends to another document, and no document's first token is predicted from the
+    end of the one before."""
     epochs: Annotated[float | None, default_is("as many as --steps take")] = None
-    """Times that the text is learned, in place of --steps."""
+    """Number of passes over the text, instead of --steps."""
     out: Annotated[str | None, default_is("runs/PRESET")] = None
     """Run folder: options, metrics, samples, loss curves and checkpoints."""
 
@@ -73,46 +74,52 @@ class DataOptions:
 @dataclass(frozen=True)
 class ModelOptions:
     preset: Annotated[str | None, default_is("demo")] = None
-    """A run (demo, nanogpt-shakespeare-cpu), which sets model and training, or a model size (see llmq models)."""
+    """A complete run (demo, nanogpt-shakespeare-cpu), which sets model and training, or a model size (see llmq
+    models)."""
     init_from: Annotated[str | None, default_is("fresh weights")] = None
-    """Go on from this model, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, GGUF, a hub id."""
+    """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
+    hub id."""
     tokenizer: Annotated[str | None, default_is("bytes; gpt2 for GPT-2's published sizes")] = None
-    """bytes, gpt2, a tokenizer.json, a folder that holds one, or a model's on the hub: org/name. Prepared tokens bring
-    theirs."""
+    """bytes, gpt2, a tokenizer.json, a folder that holds one, or org/name of a model on the hub. Prepared tokens come
+    with theirs."""
     context: Annotated[int | None, default_is(f"the model's, at most {LONGEST_CONTEXT}")] = None
-    """Tokens in a window; given for fresh weights also the longest text that the model will take."""
+    """Tokens in a window. Given for fresh weights, it is also the model's context: the longest text that it can
+    read."""
     num_hidden_layers: Annotated[int | None, default_is("the preset's")] = None
     """Layers of the model."""
     hidden_size: Annotated[int | None, default_is("the preset's")] = None
     """Width of the model."""
     num_attention_heads: Annotated[int | None, default_is("the preset's")] = None
-    """Attention heads of a layer; they divide the width."""
+    """Attention heads of a layer; their number must divide the width."""
     config: Annotated[tuple[str, ...] | None, default_is("the preset's", metavar="FIELD=VALUE ...")] = None
-    """Other fields of the model's config: norm=dyt intermediate_size=512. Beside --init-from those that no weight
-    depends on: activation_function=relu2."""
+    """Other fields of the model's config: norm=dyt intermediate_size=512. With --init-from, only fields on which no
+    weight depends: activation_function=relu2."""
     dropout: Annotated[float | None, default_is("the model's: 0.1 in the sizes of GPT-2")] = None
-    """Part of embeddings, attention weights and residual branches that is dropped in training."""
+    """Dropout rate in training, wherever the model has dropout (GPT-2: embeddings, attention weights, residual
+    branches)."""
 
     mtp_coefficient: Annotated[float | None, default_is("0.3")] = None
-    """Weight of multi-token prediction: of the mean loss of the model's modules for it (num_nextn_predict_layers)."""
+    """Weight of the loss of multi-token prediction: the mean over the model's modules for it
+    (num_nextn_predict_layers)."""
     mtp_coefficient_end: Annotated[float | None, default_is("--mtp-coefficient")] = None
-    """The --mtp-coefficient at the last step, reached along a straight line."""
+    """Value of --mtp-coefficient at the last step; it changes linearly until then."""
 
 
 @dataclass(frozen=True)
 class Options(RecipeOptions, ModelOptions, DataOptions):  # dataclasses collect the fields from right to left
     steps: Annotated[int | None, default_is(f"{STEPS}, without --epochs")] = None
-    """Updates in the whole run."""
+    """Training steps (optimizer updates) in the whole run."""
 
     @property
     def folder(self) -> str:
         return self.out or f"runs/{self.preset or 'demo'}"
 
 
-# Runs that set everything; an option given beside the preset wins over it.
+# Presets that set a complete run; options given beside the preset override it.
 RUNS = {
-    # Sized for two CPU cores: a model this small learns most from many small batches, written out rather than looped
-    # over (1.4 times as fast there). It reaches 1.52 nats a byte on held-out modules; twice the rate goes wrong.
+    # Sized for two CPU cores: a model this small learns most from many small batches, and its layers are written out,
+    # which is 1.4 times as fast there as a loop. It reaches 1.52 nats a byte on held-out modules; twice the learning
+    # rate is too much.
     "demo": Options(
         preset="demo",
         num_hidden_layers=4,
@@ -147,9 +154,9 @@ RUNS = {
 
 
 def starting_options(given: dict[str, str]) -> Options:
-    """What the command line starts from: the options of the run it names, of "demo" when it names nothing."""
+    """The defaults under the command line's options: those of the preset that it names, else of "demo"."""
     if "init_from" in given:
-        return Options(learning_rate=1e-4)  # gentler on weights that have learned
+        return Options(learning_rate=1e-4)  # lower for weights that are trained already
     options = RUNS.get(given.get("preset", "demo"), Options())
     if "epochs" in given:
         return replace(options, steps=None)
@@ -177,10 +184,10 @@ def main(options: Options) -> None:
 
 @on_devices
 def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambda config: []) -> Any:
-    """The whole recipe; returns the engine's RunResult. `next_commands` of the model's config are shown at the end."""
+    """The whole recipe; returns the engine's RunResult. At its end the commands `next_commands(config)` are shown."""
     check(options)
 
-    # JAX has its device; what imports it may follow.
+    # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import (
         SomeBatches,
         evaluation_batches,
@@ -202,7 +209,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
     prepared = read_tokens(options.data) if is_token_folder(options.data) else None
     sources = text_sources(options, hold_out=options.evaluate_every != 0, prepared=prepared is not None)
     if options.init_from:
-        source = load(options.init_from, dtype="float32")  # the masters
+        source = load(options.init_from, dtype="float32")  # the master weights
         source.require_language_model(options.init_from)
         source.require_no_adapters(options.init_from)
         tokenizer = source.require_tokenizer(options.init_from)
@@ -218,7 +225,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         options,
         out=options.folder,
         context=context_of(options, config),
-        # What comes with --init-from has a path for a name, which a new checkpoint there changes.
+        # A tokenizer that comes with --init-from is named by its path, which changes with each new checkpoint there.
         tokenizer=None if options.init_from else tokenizer.name,
         text_field="text",
         sample_prompt="def " if options.data is None else "\n",
@@ -295,7 +302,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         evaluate=None if text.validation is None else evaluate,
         sample=sample,
         tokens_per_step=options.batch_size * options.context,
-        # Of documents that do not see each other the lengths are not known.
+        # Not known for separate documents, whose lengths are not.
         flops_per_token=(
             None if options.separate_documents else token_flops(config, options.context, modules=modules(config))
         ),
@@ -304,12 +311,12 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
 
 
 def modules(config: Any) -> int:
-    """Of multi-token prediction, in a model of this config."""
+    """The number of modules of multi-token prediction in a model of this config."""
     return getattr(config, "num_nextn_predict_layers", 0)
 
 
 def objective_of(options: Options, model: Any) -> Any:
-    """The next token, and as many further ones as the model has modules for."""
+    """Prediction of the next token, and of as many further ones as the model has modules for."""
     import optax
 
     from llmq_jax.objectives import MultiToken, NextToken
@@ -325,7 +332,7 @@ def objective_of(options: Options, model: Any) -> Any:
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     from llmq_jax.data import has_fields, is_token_folder
     from llmq_jax.models import PRESETS
 
@@ -354,7 +361,8 @@ def check(options: Options) -> None:
 
 
 def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
-    """Tokens that samples go on from. BadInput where they leave the model no room, before the run begins."""
+    """The number of tokens in the samples' prompt. BadInput, before the run begins, where it leaves the model no
+    room."""
     import numpy as np
 
     from llmq_jax.data import check_vocabulary
@@ -372,14 +380,14 @@ def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
 
 
 def default_tokenizer(preset: str | None) -> str:
-    """A published size comes with the vocabulary of its tokenizer; GPT-2's is at hand."""
+    """The tokenizer where none is named: GPT-2's for its published sizes, whose vocabulary it is, else bytes."""
     from llmq_jax.models import PRESETS
 
     return "gpt2" if preset in PRESETS and PRESETS[preset].model_type == "gpt2" else "bytes"
 
 
 def new_config(options: Options, vocab_size: int) -> Any:
-    """The preset's config for this vocabulary, context and whatever fields are given."""
+    """The preset's config with this vocabulary, and with the context and the fields that are given."""
     from llmq_jax.models import PRESETS, fields_from_text, override
     from llmq_jax.models.gpt2 import GPT2Config
 
@@ -395,7 +403,7 @@ def new_config(options: Options, vocab_size: int) -> Any:
 
 
 def with_fields(source: Any, options: Options) -> Any:
-    """A loaded model with the fields of --config and the dropout that are given, its weights as they are."""
+    """A loaded model with the given fields of --config and --dropout changed, and with its weights as they are."""
     from llmq_jax.models import fields_from_text, override
     from llmq_jax.weight_transfer import with_config
 

@@ -1,4 +1,4 @@
-"""The prompts of `train.grpo`: which are learned from, which are held out, and what tells them from others."""
+"""The prompts of `train.grpo`: which are learned from, which are held out, and what their digest is taken of."""
 
 import json
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
 
 
 def numbered(prompts: Sequence[Any]) -> Any:
-    """All prompts, and what else rewards know of them, as one array, to be told from others by."""
+    """All prompts, and the fields of their records that rewards read, as one array, to take a digest of."""
     import numpy as np
 
     columns = json.dumps([prompt.columns for prompt in prompts], default=str).encode()

@@ -1,8 +1,8 @@
-"""A run as one HTML page that needs nothing else, to be read offline: figures, curves, samples, times and options.
+"""A run as one self-contained HTML page: figures, curves, samples, times and options.
 
     python -m train.report runs/mine
 
-A run writes it at its end as report.html; this writes it of a run that is under way, was stopped, or is older.
+A run writes it at its end as report.html; this command writes it for a run that is under way, was stopped, or is older.
 """
 
 from dataclasses import dataclass

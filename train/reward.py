@@ -51,9 +51,10 @@ WIDTH = 80
 @dataclass(frozen=True)
 class RewardOptions:
     pooling: Literal["last", "mean"] = "last"
-    """The reward of a text: that of its last token, or the mean over the tokens of its response."""
+    """The reward of a text: that of its last token (last), or the mean over the tokens of its response (mean)."""
     center: float = 0.0
-    """Keep rewards near zero: what the square of a pair's sum of rewards is multiplied by; 0.01 suits most."""
+    """Weight, in the loss, of the squared sum of a pair's two rewards, which keeps rewards near zero; 0.01 suits most
+    runs."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Options(FineTuningOptions, TuningOptions, RewardOptions, PairOptions):
     learning_rate: Annotated[float | None, default_is(f"{LORA_RATE:g} for adapters, else {FULL_RATE:g}")] = None
     """The peak learning rate, reached after the warm-up."""
     sample_every: Annotated[int | None, default_is("ten times in the run")] = None
-    """Steps between two samples, the rewards of a few pairs that are held out; 0: never."""
+    """Steps between two samples, which are the rewards of a few held-out pairs; 0: never."""
     sample_prompt: None = no_option("on a reward model, which goes on from nothing")
 
 
@@ -74,7 +75,7 @@ def main(options: Options) -> Any:
     check(options)
     options = filled(options, learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE)
 
-    # JAX has its device; what imports it may follow.
+    # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.data.records import record_files
     from llmq_jax.model_files import TextFiles, load
@@ -101,10 +102,10 @@ def main(options: Options) -> Any:
     some = PreferenceEvaluation(held_out.pairs, size, longest, options.evaluate_batches)
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
-    # What trains, of a model that computes as the options say.
+    # The model, computing as the options say, and the part of it that trains.
     model = model_of(options, config)
     learner = prepared(source.replace(model=model), options)
-    source = source.replace(variables={})  # layers that were cut would stay in memory whole, too
+    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
     check_mesh(options, learner.variables, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
@@ -158,16 +159,17 @@ def main(options: Options) -> Any:
 
 
 def check(options: Options) -> None:
-    """Refuse what cannot be, or would have no effect, before anything is read or written."""
+    """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     check_preference_options(options)
     if not 0 <= options.center < float("inf"):
         raise BadInput(f"--center is {options.center} and must not be negative (0 does not centre)")
 
 
 def with_scalar_head(source: Any, seed: int) -> tuple[Any, str]:
-    """(the model with a head that gives one number, what head that is): its own, if it has one.
+    """(the model with a head that gives one number, a description of the head): its own if it has one, else a fresh
+    one.
 
-    Its generation config names the token that transformers will pad with: see `without_padding`.
+    Its generation config then names the token that transformers will pad with: see `without_padding`.
     """
     from llmq_jax.interop.huggingface import padding
     from llmq_jax.language_model import with_classifier
@@ -184,7 +186,7 @@ def with_scalar_head(source: Any, seed: int) -> tuple[Any, str]:
 
 
 def examples(options: Options, part: list, source: Any) -> Any:
-    """Pairs as tokens, up to the one that a reward is read from."""
+    """Tokenised pairs, up to the token at which their reward is read."""
     from llmq_jax.data import without_padding
 
     found, pad = pair_tokens(options, part, source), source.generation.pad_token_id

@@ -1,4 +1,5 @@
-"""What answers are worth, by the options of train.grpo: functions of texts, a reward model, and how it learns on."""
+"""The rewards of answers, from the options of train.grpo: reward functions, a reward model, and how it goes on
+learning."""
 
 import hashlib
 import math
@@ -15,7 +16,8 @@ def names(given: str | None) -> list[str]:
 
 
 def reward_models(options: Any) -> list[str]:
-    """Those of --reward that are models: whatever exists, and is neither a Python file nor a name that is taken."""
+    """The names in --reward that are reward models: existing paths that are neither Python files nor built-in
+    rewards."""
     from llmq_jax.rewards import is_built_in
 
     found = [name for name in names(options.reward) if Path(name.rpartition(":")[0] or name).suffix != ".py"]
@@ -23,7 +25,7 @@ def reward_models(options: Any) -> list[str]:
 
 
 def reward_functions(options: Any) -> tuple[Any, Any]:
-    """(functions of texts in --reward, those of --judge), None where there are none, before a model is loaded."""
+    """(the reward functions of --reward, those of --judge), None where there are none. Needs no model."""
     given, models = names(options.reward), reward_models(options)
     if len(models) > 1:
         raise BadInput(f"--reward names {len(models)} reward models ({', '.join(models)}); give one")
@@ -58,7 +60,8 @@ def reward_weights(options: Any) -> list[float]:
 
 
 def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
-    """Functions of texts by their names, None for none. One of a file is called by its own name, if no other is."""
+    """The reward functions of these names; None without any. One from a file is shown by its function's name, if that
+    is unique."""
     from llmq_jax.rewards import Rewards, find
     from llmq_jax.training.rollout_scores import TextRewards
 
@@ -74,7 +77,7 @@ def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
 
 
 def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
-    """What scores a rollout, whose rows have up to `longest` tokens: functions of texts, a reward model, or both."""
+    """The scorer of rollouts, whose rows have up to `longest` tokens: reward functions, a reward model, or both."""
     from llmq_jax.data import chat_ending
     from llmq_jax.model_files import load
     from llmq_jax.training.rollout_scores import ModelReward, SummedRewards
@@ -111,8 +114,8 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
 
 
 def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]:
-    """SHA-256 of what rewards come from besides the options, which a run that resumes must find again: Python files, a
-    reward model's weights, the pairs that it goes on learning from (`replay_data`, None without)."""
+    """SHA-256 of what rewards depend on besides the options, which must be unchanged when a run resumes: Python files,
+    a reward model's weights, and the old pairs that it goes on learning from (`replay_data`, or None)."""
     from llmq_jax.training.rollout_scores import reward_model_of
     from llmq_jax.weight_digest import weight_digest
 
@@ -127,7 +130,7 @@ def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]
 
 
 def data_digest(path: Any) -> Any:
-    """SHA-256 of a file of records, or {file: its own} of those of a folder."""
+    """SHA-256 of a file of records; for a folder {file: SHA-256}."""
     from llmq_jax.data.folders import FolderFiles
 
     if not isinstance(path, FolderFiles):
@@ -141,8 +144,8 @@ def file_digest(path: str | Path) -> str:
 
 
 def replayed(options: Any) -> int:
-    """How many old pairs stand beside the new ones of a step: `--replay` of all, and as many more as let the devices of
-    a mesh share them evenly."""
+    """How many old pairs are learned beside the new ones of a step: the share --replay of all, rounded up so that a
+    mesh's devices divide them evenly."""
     from train.options import row_parts
 
     share = 0.1 if options.replay is None else options.replay
@@ -151,7 +154,7 @@ def replayed(options: Any) -> int:
 
 
 def reward_learner(options: Any, replay_data: Any, source: Any, score: Any, judge: Any, longest: int) -> Any:
-    """What lets the reward model go on learning; None where it stays."""
+    """The `RewardLearner` by which the reward model goes on learning; None where it stays as it is."""
     if judge is None:
         return None
     import jax
@@ -185,8 +188,8 @@ def reward_learner(options: Any, replay_data: Any, source: Any, score: Any, judg
     rate = REWARD_RATE if options.reward_learning_rate is None else options.reward_learning_rate
     optimizer = adamw(lambda update: rate, weight_decay=0.0, clip=options.clip or None)
     objective = RewardModel(model.lm.model, model.pooling)
-    # All its weights learn: adapters become a part of them. Its updates consume what they are given, and what is held
-    # out wants the model as it was.
+    # All its weights learn, with adapters merged into them. Updates donate the arrays that they are given, and
+    # validation needs the model as it was: hence the copy.
     variables = jax.tree.map(jnp.copy, merge(model.lm).variables)
     return RewardLearner(
         create_state(variables, optimizer, seed=options.seed, trainable="params"),

@@ -1,4 +1,5 @@
-"""Where the data of a run lie: at the paths of its options; of a folder with several splits, the files of each."""
+"""Where a run's data are: at the paths of its options and, in a folder with several splits, in the files of each
+split."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,24 +13,24 @@ USES = {"train": "to learn", "validation": "held out", "test": "to test on"}
 
 
 class Sources(NamedTuple):
-    """What readers read: paths, or files of folders (`FolderFiles`)."""
+    """What the data's readers are given: paths, or files of folders (`FolderFiles`)."""
 
     training: Any
-    """None: Python's standard library, or tokens that are prepared."""
+    """None: Python's standard library, or prepared tokens."""
     validation: Any = None
-    """None: a part of what is learned, or nothing."""
+    """None: a part of the training data is held out, or nothing is."""
     test: Any = None
 
 
 def sources_of(options: Any, files_of: Callable[[str], list[Path]], hold_out: bool = True) -> Sources:
-    """The data of a run. Of a --data with several splits the files of training are learned, those of validation held
-    out, and those of the test left out where a recipe has no --test-data; a line says which these are.
+    """The data of a run. Where --data is a folder with several splits, its training files are learned, its validation
+    files held out, and its test files left out unless the recipe has --test-data; a line is printed that names them.
 
     files_of: the files at a path that the recipe's reader reads.
     hold_out: whether anything is held out at all.
 
-    Raises BadInput for files of a split beside the option that gives others, and for options that choose a part of
-    what is learned in the place of these files.
+    Raises BadInput where the folder has files of a split, and an option gives other files for it or chooses a part of
+    the training data in their place.
     """
     splits = [split for split in ("validation", "test") if hasattr(options, f"{split}_data")]
     own = by_split(options.data, ("train", *splits) if hold_out else ("train",), files_of)
@@ -54,14 +55,14 @@ def sources_of(options: Any, files_of: Callable[[str], list[Path]], hold_out: bo
 
 
 def one_split(path: str | None, split: str, files_of: Callable[[str], list[Path]]) -> Any:
-    """What an option says to read that is for this split alone: of a folder with several its files, which a line
-    says."""
+    """What to read for an option that is for one split alone: its path or, of a folder with several splits, that
+    split's files, which a printed line names."""
     return by_split(path, (split,), files_of)[split]
 
 
 def by_split(path: str | None, wanted: tuple[str, ...], files_of: Callable[[str], list[Path]]) -> dict[str, Any]:
-    """{split: what to read}, of those wanted that there are. The first must be there, and has all of what is no folder
-    with several splits."""
+    """{split: what to read}, for the wanted splits that are there. The first must be there; where the path is no folder
+    with several splits, all of it belongs to the first."""
     from llmq_jax.data.folders import FolderFiles
     from llmq_jax.data.split_names import files_by_split
 
@@ -80,6 +81,6 @@ def by_split(path: str | None, wanted: tuple[str, ...], files_of: Callable[[str]
 
 
 def _shown(part: Any) -> str:
-    """The files by their names, of several the first."""
+    """The name of the file; of several, that of the first and how many more there are."""
     more = f" and {len(part.files) - 1} more" if len(part.files) > 1 else ""
     return f"{part.files[0].relative_to(part.folder)}{more}"

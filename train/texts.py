@@ -18,14 +18,14 @@ LIBRARY_FRACTION = 0.04  # 16 modules with 345 kB of Python 3.11's 507
 
 @dataclass(frozen=True)
 class Text:
-    """Documents that become one stream of tokens; they can be gone through again."""
+    """Documents that become one stream of tokens; they can be iterated over more than once."""
 
     documents: Iterable[str]
     count: int
     separated: bool
-    """Whether the end-of-text token stands after each."""
+    """Whether the end-of-text token follows each document."""
     source: str
-    """What errors call it."""
+    """Its name in error messages."""
     chosen: Any = None
     """[count] True for those of `documents` that belong to it; None: all."""
 
@@ -37,12 +37,12 @@ class Text:
 
 
 class Texts(NamedTuple):
-    """What a run reads, of which nothing is held out where the last two are not given."""
+    """The text of a run. Nothing is held out where neither `held_out` nor `fraction_at_end` is given."""
 
     learned: Text
     held_out: Text | None = None
     fraction_at_end: float = 0.0
-    """Of a single text, this part of its tokens is held out."""
+    """Where the data are a single text: the part of its tokens, at the end, that is held out."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ class Streams:
     separated: bool
     """Whether documents to learn end with the end-of-text token."""
     sha256: dict[str, str]
-    """By stream: what tells a run's data from data that has changed since."""
+    """{stream: its SHA-256}, which tells whether the data has changed when a run resumes."""
 
     def record(self) -> dict[str, Any]:
-        """What a run notes of them."""
+        """What the run's config says of them: their lengths and SHA-256."""
         counts = {f"{name}_tokens": len(getattr(self, name)) for name in self.sha256}
         return counts | {f"{name}_sha256": digest for name, digest in self.sha256.items()}
 
 
 def text_sources(options: Any, *, hold_out: bool, prepared: bool = False) -> Sources:
-    """Where the text of a run lies; with `prepared` tokens to learn, the text that is held out."""
+    """Where the text of a run is; with `prepared` tokens to learn, only the text that is held out."""
     from llmq_jax.data import is_token_folder
     from llmq_jax.data.nanogpt_tokens import is_nanogpt_folder
     from llmq_jax.data.sources import text_files
@@ -84,7 +84,7 @@ def text_sources(options: Any, *, hold_out: bool, prepared: bool = False) -> Sou
 
 
 def texts(options: Any, sources: Sources, *, hold_out: bool, streamed: bool = False) -> Texts:
-    """What the options say to read; `streamed`: anew each time one goes through it, and never all in memory."""
+    """The text that the options name. `streamed`: it is read again at every iteration, and never all in memory."""
     from llmq_jax.data import are_held_out
 
     fraction = LIBRARY_FRACTION if options.data is None else VALIDATION_FRACTION
@@ -132,8 +132,8 @@ def _library(fraction: float) -> tuple[Text, Any]:
 
 
 def token_streams(options: Any, sources: Sources, tokenizer: Any, config: Any, prepared: Any = None) -> Streams:
-    """The streams of a run, of its text or of `prepared` tokens (a `TokenFiles`). Where nothing is ever evaluated all
-    text is learned."""
+    """The streams of a run, from its text or from `prepared` tokens (a `TokenFiles`). With --evaluate-every 0 all text
+    is learned."""
     from llmq_jax.data import check_vocabulary, encode_documents, split_tokens
 
     def encode(text: Text) -> Any:

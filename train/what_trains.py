@@ -15,54 +15,54 @@ LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rsl
 class TuningOptions:
     train: Literal["lora", "all", "blocks", "head"] = "lora"
     """lora: low-rank adapters, and a classifier's head; all: every parameter; blocks: the last --blocks layers, the
-    final norm and the head, unless that is the embedding; head: the head alone."""
+    final norm and the head (unless it is tied to the embedding); head: the head alone."""
     blocks: Annotated[int | None, default_is("1")] = None
-    """Layers that train with --train blocks, counted from the last."""
+    """How many of the last layers train, with --train blocks."""
     lora_rank: Annotated[int | None, default_is("8")] = None
     """Rank of the adapters."""
     lora_alpha: Annotated[float | None, default_is("twice the rank")] = None
-    """The adapters' part is multiplied by alpha / rank."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     lora_targets: Annotated[str | None, default_is("all-linear")] = None
-    """Matrices with adapters: all-linear, attention, mlp, or names with commas between them (q_proj,v_proj)."""
+    """Matrices with adapters: all-linear, attention, mlp, or names separated by commas (q_proj,v_proj)."""
     lora_layers: Annotated[str | None, default_is("all")] = None
-    """Layers with adapters, from 0 on: 0,1,2 or 20-29."""
+    """Layers with adapters, counted from 0: 0,1,2 or 20-29."""
     lora_dropout: Annotated[float | None, default_is("0")] = None
-    """Part of the input that adapters do not see in training."""
+    """Dropout rate, in training, on the adapters' input."""
     lora_variant: Annotated[Literal["lora", "dora", "lora-xs", "tinylora"] | None, default_is("lora")] = None
-    """dora: learn the length of each column, too; lora-xs: learn only rank x rank numbers between fixed factors;
-    tinylora: only --lora-numbers numbers, which mix random matrices there."""
+    """dora: also learn the magnitude of each column; lora-xs: learn only a rank x rank matrix between fixed factors;
+    tinylora: learn only --lora-numbers coefficients that mix fixed random matrices in its place."""
     lora_rslora: Flag = False
-    """Divide alpha by the root of the rank."""
+    """Divide alpha by the square root of the rank instead of the rank."""
     lora_numbers: Annotated[int | None, default_is("64")] = None
-    """How many numbers TinyLoRA trains."""
+    """How many numbers TinyLoRA trains for each matrix."""
     lora_tied: Flag = False
-    """All matrices share TinyLoRA's numbers."""
+    """Let all matrices share TinyLoRA's numbers."""
     base_dtype: Annotated[Literal["float32", "bfloat16"] | None, default_is("float32")] = None
-    """Type of the weights beside adapters, which do not train: bfloat16 takes half the memory."""
+    """Type of the frozen weights beside the adapters: bfloat16 takes half the memory."""
 
     @property
     def weight_dtype(self) -> str:
-        """Type of the model's weights: what trains of them is float32."""
+        """Type in which the model's weights are loaded; those that train are float32."""
         return self.base_dtype or "float32"
 
 
 @dataclass(frozen=True)
 class FineTuningOptions(RecipeOptions):
-    """Those of every recipe, with other defaults."""
+    """The options that every recipe has, with the defaults of fine-tuning."""
 
     steps: Annotated[int | None, default_is("as many as --epochs takes")] = None
-    """Updates in the whole run."""
+    """Training steps (optimizer updates) in the whole run."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
-    """Decay of kernels and embeddings, times the learning rate."""
+    """Weight decay of kernels and embeddings (not of norms and biases), multiplied by the learning rate."""
 
 
 class Prepared(NamedTuple):
     """What a run trains."""
 
     model: Any
-    """To train and to evaluate on a state's variables; what samples wants `training.parts.whole` of these."""
+    """Trains and is evaluated on the variables of a training state; to sample, take `training.parts.whole` of them."""
     variables: dict
     trainable: tuple[str, ...]
     """The collections that train."""
@@ -90,7 +90,7 @@ def check_what_trains(options: TuningOptions) -> None:
 
 
 def prepared(lm: Any, options: TuningOptions) -> Prepared:
-    """The model and its variables, parted into what trains and what stays as it is."""
+    """The model and its variables, split into what trains and what is frozen."""
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
     from llmq_jax.models import parameter_count
@@ -133,8 +133,8 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
 def flops_of(
     options: TuningOptions, learner: Prepared, lengths: Sequence[int], unembedded: float = 1.0
 ) -> float | None:
-    """FLOP of a token in training: see `token_flops`. None where layers below what trains have no backward pass, or an
-    embedding or a head trains beside adapters, which that formula does not know."""
+    """FLOP of a token in training: see `token_flops`. None where its formula does not apply: the layers below those
+    that train have no backward pass, or an embedding or a head trains beside adapters."""
     from llmq_jax.layers.lora import trained_whole
     from llmq_jax.training.flops import token_flops
 
