@@ -1,13 +1,13 @@
 """Talk with a chat model, at the terminal or from a file with a message a line.
 
-Three lines are commands: /reset forgets what was said, but not the system text; /help lists the commands; /quit leaves,
-as Ctrl-D does. At a terminal, Ctrl-C stops a reply, and what was said of it stays in the conversation; where nothing
-was, the message goes too. Replies go to standard output, all else to standard error. From a file, any other line is a
-message, and the exit code is 1 if one of them found no room.
+There are three commands: /reset forgets what was said, but not the system text; /help lists the commands; /quit leaves,
+as Ctrl-D does. At a terminal, Ctrl-C stops a reply; what was printed of it stays in the conversation, and if nothing
+was, the message is forgotten too. Replies go to standard output, all else to standard error. From a file, any other
+line is a message, and the exit code is 1 if one of them could not be answered.
 
-When a conversation outgrows the model's context, its oldest turns are forgotten, which a note says; so are those that
-the model's chat template refuses, as one does that takes a single message. The first reply draws from the seed, each
-one after it from one that follows from it.
+When a conversation outgrows the model's context, its oldest turns are forgotten, and a note says so. The same happens
+to turns that the model's chat template refuses, such as a template for a single message. The first reply is sampled
+with the seed, each later one with a seed that is derived from it.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from llmq_jax.errors import BadInput, did_you_mean
 
 NEW_TOKENS = 256
 UNANSWERED = 1
-"""Exit code where a piped message found no room."""
+"""Exit code where a message from a file or pipe could not be answered."""
 COMMANDS = {
     "/help": "list the commands",
     "/reset": "forget what was said, but not the system text",
@@ -35,7 +35,7 @@ COMMANDS = {
 @dataclass(frozen=True)
 class Options(DrawingOptions):
     max_new_tokens: Annotated[int | None, default_is(f"{NEW_TOKENS}, at most half of the context")] = None
-    """End a reply after this many tokens, if the model does not before."""
+    """End a reply after this many tokens, if the model has not ended it before."""
     system: Annotated[str | None, default_is("that of the chat template, if any")] = None
     """What the model is told before the conversation begins: who it is and how it should answer."""
 
@@ -48,13 +48,13 @@ def main(options: Options) -> int:
 
 
 def converse(options: Options) -> int:
-    """The exit code, when no line comes any more."""
+    """Answer messages until the input ends; returns the exit code."""
     lm, drawing = options.load()
     lm.require_chat_template(options.model)
     half = context_of(lm, drawing) // 2
     drawing["max_new_tokens"] = min(NEW_TOKENS, half) if options.max_new_tokens is None else options.max_new_tokens
     conversation = Conversation(lm, options, drawing)
-    conversation.ask("?")  # computes nothing, and checks now what would else be found at the first message
+    conversation.ask("?")  # computes nothing: raises now what the first message would raise
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if sys.stderr.isatty():
         print(f"{lm!r}; the first reply waits for compilation; /help lists the commands", file=sys.stderr)
@@ -66,7 +66,7 @@ def converse(options: Options) -> int:
                 if line is None or line.strip() == "/quit":
                     return 0 if answered or at_terminal else UNANSWERED
                 answered &= _take(line, conversation, at_terminal)
-            except KeyboardInterrupt:  # at the prompt: during a reply, `_show` sees to it
+            except KeyboardInterrupt:  # at the prompt; during a reply `_show` handles it
                 if not at_terminal:
                     raise
                 print("\nto leave: /quit or Ctrl-D", file=sys.stderr)
@@ -81,16 +81,16 @@ class Conversation:
         self.drawing = drawing
         self.context = context_of(lm, drawing)
         self.turns: list[list[dict[str, str]]] = []
-        """A message and the reply to it, the oldest first."""
+        """Pairs of a message and the reply to it, the oldest first."""
         self.replies = 0
-        """All so far, those that are forgotten included."""
+        """The number of replies so far, forgotten ones included."""
         self.refusal_is_told = False
 
     def ask(self, message: str) -> Iterator[str]:
-        """The reply as it comes. The oldest turns are forgotten where they leave it no room, or the chat template does
-        not take them, and a note says so.
+        """The reply, piece by piece. Where earlier turns leave it no room, or the chat template refuses them, the
+        oldest are forgotten, and a note says so.
 
-        BadInput, with nothing forgotten, where the message alone leaves it none, or is not taken.
+        BadInput, with nothing forgotten, where the message alone leaves no room or is refused.
         """
         from llmq_jax.generation import stream
 
@@ -128,7 +128,7 @@ class Conversation:
         self.replies += 1
 
     def _room(self) -> int:
-        """The tokens of the longest prompt."""
+        """The greatest number of tokens in a prompt."""
         return int(self.context - self.drawing["max_new_tokens"])
 
     def _messages(self, turns: list[list[dict[str, str]]], message: str) -> list[dict[str, str]]:
@@ -137,7 +137,7 @@ class Conversation:
 
 
 def context_of(lm: Any, drawing: dict[str, Any]) -> int:
-    """That of the model, or of a draft model that reads less."""
+    """The model's context in tokens, or a draft model's if that is shorter."""
     draft = drawing.get("draft")
     models = [lm, draft] if hasattr(draft, "config") else [lm]
     return min(int(model.config.max_position_embeddings) for model in models)
@@ -161,7 +161,7 @@ def _read(at_terminal: bool) -> str | None:
 
 
 def _take(line: str, conversation: Conversation, at_terminal: bool) -> bool:
-    """Do what a line asks for, a command's work or a reply; whether that could be done."""
+    """Run the command, or answer the message, in a line; returns whether that was possible."""
     command = line.strip()
     if command == "/reset":
         conversation.turns.clear()
@@ -182,8 +182,8 @@ def _take(line: str, conversation: Conversation, at_terminal: bool) -> bool:
 
 
 def _show(pieces: Iterator[str], at_terminal: bool) -> str | None:
-    """Print a reply as it comes, until it ends or, at a terminal, Ctrl-C; returns what was said, None if that came
-    before anything was."""
+    """Print a reply as it comes, until it ends or, at a terminal, until Ctrl-C; returns its text, None if it was
+    stopped before there was any."""
     said = ""
     try:
         for piece in pieces:

@@ -4,9 +4,10 @@
     llmq classify runs/spam --data messages.csv --out classified.jsonl
     llmq classify runs/spam --data messages.tsv --columns id,text --out classified.jsonl           without a header
 
-Of a file, the same records come out, one a line, with "label" (the likeliest) and "probabilities" added; of a model
-with a single label, which is a number, with "scores". What --out names is written at the end; when the command is
-stopped before, what is done stays in FILE.partial, and the same command goes on from there.
+With --out or --json, the records come out again as JSON, one a line, with "label" (the likeliest class) and
+"probabilities" added, or "scores" for a model with a single label, which gives a number. The file that --out names is
+written at the end. If the command is stopped before, what is done stays in FILE.partial, and the same command goes on
+from there.
 """
 
 import contextlib
@@ -29,18 +30,18 @@ class TextOptions:
     model: Positional[str]
     """The classifier: a run folder or checkpoint of this project, a Hugging Face folder or a hub id."""
     text: Repeated = ()
-    """A text; may be given several times."""
+    """A text to classify; may be given several times."""
     data: Annotated[str | None, default_is("none")] = None
     """Texts: .json, .jsonl, .csv, .tsv or .parquet with a text field, or a text file, which is one text."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
     columns: Annotated[str | None, default_is("those of the header")] = None
-    """Names of the columns of a .csv or .tsv without a header, with commas between them: id,text."""
+    """Names of the columns of a .csv or .tsv file without a header, separated by commas: id,text."""
     out: Annotated[str | None, default_is("the terminal")] = None
-    """A new .jsonl file, a line of JSON for each text. Until all is done they are in FILE.partial, from which the same
-    command goes on."""
+    """A new .jsonl file, with a line of JSON for each text. Until all are done, lines are kept in FILE.partial, from
+    which the same command goes on."""
     max_length: Annotated[int | None, default_is("the model's context")] = None
-    """Tokens of a text that are read; what is longer is cut, and counted."""
+    """Greatest number of tokens in a text; longer texts are cut, and a line says how many."""
     batch_size: int = 16
     """Texts that go through the model at a time; it does not change the result."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
@@ -71,7 +72,7 @@ def main(options: Options) -> None:
 
 
 def classified(options: Options, records: list[Any]) -> tuple[Sequence[str], list[dict[str, Any]]]:
-    """(the classes, what is said of each record); --out has the records' lines with it."""
+    """(the classes, the prediction for each record). With --out, the records' lines are kept as they are done."""
     from llmq_jax.data.length_buckets import POOL
     from llmq_jax.training.classification_report import prediction
 
@@ -79,13 +80,14 @@ def classified(options: Options, records: list[Any]) -> tuple[Sequence[str], lis
     labels = lm.require_labels(options.model)
     lm.require_tokenizer(options.model)
     rows = _rows(options, lm, labels, records)
-    # Fewer than a batch are one of their own, which a mesh divides likewise.
+    # Fewer texts than a batch are one smaller batch, of a size that the mesh divides too.
     size = min(options.batch_size, options.rows_of(len(rows)))
     with _kept_lines(options, lm, records, rows) as kept:
         found = [] if kept is None else [json.loads(each) for each in kept.lines]
         results, begin = [{name: record[name] for name in added(labels)} for record in found], len(found)
         with contextlib.closing(with_progress(range(begin, len(rows), size), "classifying")) as bar:
-            # Lines are kept in the order of the texts; batches of similar length are made of those kept at a time.
+            # Lines are kept in the order of the texts, a stretch at a time; within a stretch, texts of similar length
+            # share a batch.
             for first in range(begin, len(rows), POOL * size):
                 places = range(first, min(first + POOL * size, len(rows)))
                 stretch = [rows[place] for place in places] + [rows[-1]] * (size - len(places))
@@ -183,12 +185,12 @@ def read(options: Options) -> list[Any]:
 
 
 def added(labels: Sequence[str]) -> tuple[str, ...]:
-    """The fields that a record gets."""
+    """The fields that are added to a record."""
     return ("scores",) if len(labels) == 1 else ("label", "probabilities")
 
 
 def line(record: Any, said: dict[str, Any]) -> str:
-    """A record with what is said of it."""
+    """A record with its prediction, as a line of JSON."""
     return as_json({**record.fields, **said})
 
 

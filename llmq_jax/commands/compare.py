@@ -1,4 +1,4 @@
-"""Compare runs: what each is judged by, speed, the options in which they differ, and a metric of all in one plot.
+"""Compare runs: their results and speed, the options in which they differ, and a metric of all in one plot.
 
 llmq compare runs/mine runs/dyt --out losses.png
 """
@@ -21,11 +21,11 @@ class Options:
     others: Annotated[Positional[tuple[str, ...]], default_is("none")] = ()
     """More run folders."""
     metric: Annotated[str | None, default_is("the loss, or what all runs are judged by")] = None
-    """What to show and draw: any number in metrics.jsonl, as validation_accuracy."""
+    """Metric to show and draw: any number in metrics.jsonl, such as validation_accuracy."""
     x: Annotated[Literal["step", "tokens", "seconds"] | None, default_is("step")] = None
-    """What to draw it over: seconds are those of training, without compiling, evaluation and checkpoints."""
+    """Horizontal axis of the plot; seconds are those of training, without compiling, evaluation and checkpoints."""
     out: Annotated[str | None, default_is("no plot")] = None
-    """PNG to draw into."""
+    """PNG file to draw the plot into."""
 
 
 def main(options: Options) -> None:
@@ -75,8 +75,8 @@ def main(options: Options) -> None:
 
 
 def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """The validation mean that a run's best step is told by, and which of its values is the best, by its checkpoints;
-    without any the loss, if it was measured."""
+    """The validation metric that decides a run's best step, and whether its lowest or highest value is best, as the
+    checkpoints say; without any, the loss if it was measured, else None."""
     from llmq_jax.training.checkpoints import Checkpoints
 
     found = Checkpoints(folder / "checkpoints").judged_by()
@@ -84,7 +84,8 @@ def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | 
 
 
 def cells(name: str, records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: str | None) -> list[str]:
-    """The row of a run, beside its name: of what it is judged by or, where one is given, of a metric."""
+    """The cells of a run's row, after its name: of the given metric or, where that is None, of what the run is judged
+    by."""
     import statistics
 
     from llmq_jax.training.plots import curve, require_metric, shown_value, training_curve
@@ -93,7 +94,7 @@ def cells(name: str, records: list[dict[str, Any]], judge: tuple[str, str] | Non
         return shown_value(points[-1][1]) if points else ""
 
     def extreme(points: list[tuple[int, float]], pick: Callable[..., Any]) -> list[str]:
-        """Of the values, and the first step that has it."""
+        """The extreme value, and the first step that has it."""
         if not points:
             return ["", ""]
         step, value = pick(points, key=lambda point: point[1])

@@ -1,6 +1,6 @@
-"""Print what makes a shell complete commands, options and files after a tab.
+"""Print the script by which a shell completes commands, options and files.
 
-One of these lines belongs in the file that the shell reads when it starts:
+Put one of these lines into the file that the shell reads when it starts:
 
     eval "$(llmq completion bash)"      # ~/.bashrc
     eval "$(llmq completion zsh)"       # ~/.zshrc
@@ -37,7 +37,7 @@ ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashc
 @dataclass(frozen=True)
 class Options:
     shell: Positional[Literal["bash", "zsh"]]
-    """Whose completion to print."""
+    """The shell to print the script for."""
 
 
 def main(options: Options) -> None:

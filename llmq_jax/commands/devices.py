@@ -1,4 +1,4 @@
-"""The options that say where a command computes: on one device, or on a mesh of all that there are."""
+"""The options that say where a command computes: on one device, or on a mesh of all devices."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from llmq_jax.command_line import default_is, option_name, use_device
 from llmq_jax.errors import BadInput
 
 LESS = ("context", "max_length", "max_new_tokens")
-"""Options of commands by which they need less memory."""
+"""Options of commands that save memory when they are made smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +17,15 @@ class DeviceOptions:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes the fastest that JAX finds."""
     mesh: Annotated[str | None, default_is("one device")] = None
-    """Devices along the axes data, fsdp, expert and tensor, as fsdp=2,tensor=4: see docs/scaling.md."""
+    """Number of devices along the mesh axes data, fsdp, expert and tensor, such as fsdp=2,tensor=4; see
+    docs/scaling.md."""
 
     @contextlib.contextmanager
     def on_devices(self, rows: int | None = None) -> Iterator[None]:
-        """The device, or the mesh, on which whatever is loaded and computed meanwhile lies.
+        """Context in which everything is loaded and computed on the device, or the mesh, of the options.
 
-        `rows` is how many go through the model at a time. BadInput: there is no such device, --mesh does not fit the
-        devices that there are, or its axes do not divide so many rows.
+        `rows` is how many rows go through the model at a time. BadInput: there is no such device, --mesh does not fit
+        the devices that there are, or its axes do not divide the rows.
         """
         use_device(self.device)
         import jax
@@ -43,7 +44,7 @@ class DeviceOptions:
 
     @contextlib.contextmanager
     def advice_on_memory(self) -> Iterator[None]:
-        """BadInput for memory that has run out, with what to change."""
+        """Turn running out of memory into BadInput that says which options to change."""
         import jax
 
         from llmq_jax.training.out_of_memory import ERRORS, placed, shortage
@@ -64,8 +65,8 @@ class DeviceOptions:
             ) from error
 
     def load_model(self, source: str, dtype: Any) -> Any:
-        """`lq.load`, which reads weights straight to the devices that have their parts. BadInput also where an axis of
-        --mesh divides none of them."""
+        """`lq.load`, which reads weights straight to the devices that hold their parts. BadInput also where an axis of
+        --mesh divides no parameter."""
         import llmq_jax as lq
 
         lm = lq.load(source, dtype=dtype)
@@ -80,7 +81,7 @@ class DeviceOptions:
             check_mesh(mesh_sizes(self.mesh), lm.variables)
 
     def rows_of(self, count: int) -> int:
-        """The least number of rows, from `count` on, that --mesh divides."""
+        """`count` rounded up to a number of rows that --mesh divides."""
         from llmq_jax.layers.axes import row_devices
         from llmq_jax.training.sharding import mesh_sizes
 
@@ -88,7 +89,8 @@ class DeviceOptions:
         return -(-count // devices) * devices
 
     def check_one_row(self, what: str) -> None:
-        """BadInput for an axis that divides nothing but rows, where they come one at a time; `what` they are."""
+        """BadInput where --mesh has an axis that divides only rows, in a command that computes one row at a time.
+        `what` names such a row."""
         if self.mesh is None:
             return
         from llmq_jax.training.sharding import mesh_sizes

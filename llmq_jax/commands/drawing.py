@@ -1,4 +1,4 @@
-"""The options that `generate` and `chat` share: which model, how it draws its tokens, where it computes."""
+"""The options that `generate` and `chat` share: which model, how it samples tokens, where it computes."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,36 +16,37 @@ class SamplingOptions:
     model: Positional[str]
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     max_new_tokens: int | None = None
-    """Stop after this many tokens, if nothing stops it before."""
+    """Stop after this many tokens, if the text has not ended before."""
     temperature: float = TEMPERATURE
     """Temperature: below 1 favours what is likely, above 1 what is not; 0 always takes the likeliest token."""
     top_k: int = 0
-    """Draw from this many likeliest tokens only; 0 draws from all."""
+    """Sample from this many likeliest tokens only; 0: from all."""
     top_p: Annotated[float | None, default_is(f"{TOP_P}; 1 at temperature 0")] = None
-    """Draw from the fewest tokens whose probabilities add up to this; 1 draws from all."""
+    """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
     min_p: float = 0.0
-    """Leave out tokens less likely than this times the likeliest; 0 leaves out none."""
+    """Leave out tokens that are less likely than this times the likeliest one; 0: none."""
     stop: Repeated = ()
     r"""Stop before this text appears, in which \n is a line break, \t a tab and \\ a backslash; may be given several
     times."""
     chat_template_kwargs: Annotated[str | None, default_is("none")] = None
-    """Variables of the model's chat template, in JSON: {"enable_thinking": false} of Qwen 3."""
+    """Variables for the model's chat template, as JSON: {"enable_thinking": false} for Qwen 3."""
     draft: Annotated[str | None, default_is("none")] = None
-    """A small model (same tokenizer) that guesses ahead; mtp: the model's own modules. Greedy text stays the same."""
+    """A small model with the same tokenizer that drafts tokens ahead (speculative decoding); mtp: the model's own
+    modules of multi-token prediction. Greedy text stays the same."""
     draft_tokens: Annotated[int | None, default_is("4")] = None
-    """Tokens that a draft model guesses at a time; of mtp each module guesses one."""
+    """Tokens that a draft model drafts at a time; with mtp each module drafts one."""
     seed: Annotated[int | None, default_is("0")] = None
-    """The same seed draws the same text."""
+    """Seed of sampling; the same seed gives the same text."""
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, default_is("float32 on a CPU, elsewhere that of the file")
     ] = None
-    """Type to compute in and to hold the weights in. On a CPU those of 16 bits are slower and save no memory."""
+    """Type to compute in and to hold the weights in. On a CPU, 16-bit types are slower and save no memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last class come first
     def check(self) -> None:
-        """BadInput for what cannot be, or would have no effect."""
+        """BadInput for options that cannot be, or would have no effect."""
         if self.seed is not None and self.temperature == 0:
             raise BadInput("--seed has no effect at temperature 0, where nothing is drawn; leave it out")
         if self.draft_tokens is not None and self.draft is None:
@@ -59,14 +60,15 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
         self.chat_variables()
 
     def chat_variables(self) -> dict[str, Any]:
-        """Of the chat template; empty where none are given."""
+        """The variables of --chat-template-kwargs; empty where none are given."""
         from llmq_jax.data.chat_template import parse_variables
 
         text = self.chat_template_kwargs
         return {} if text is None else parse_variables(text, option_name("chat_template_kwargs"))
 
     def load(self) -> tuple[Any, dict[str, Any]]:
-        """(the model, what `lq.generate` and `lq.stream` take beside prompt, length and seed), by `on_devices`."""
+        """(the model, arguments of `lq.generate` and `lq.stream` other than prompt, length and seed). Call it within
+        `on_devices`."""
         import jax
 
         import llmq_jax as lq

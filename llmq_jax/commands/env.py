@@ -31,7 +31,7 @@ IF_INSTALLED = (
     "trl",
     "lm_eval",
 )
-"""What many machines have no need of: shown only where it is there."""
+"""Packages that many machines do not need: shown only where they are installed."""
 VARIABLES = ("JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -69,7 +69,8 @@ def _devices() -> str:
 
 
 def processor() -> str:
-    """Its name, with the numbers that tell its generation, which virtual machines leave out of the name."""
+    """The processor's name, with the numbers that tell its generation, since virtual machines leave that out of the
+    name."""
     try:
         with open("/proc/cpuinfo") as file:
             first = itertools.takewhile(str.strip, file)

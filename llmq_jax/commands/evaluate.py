@@ -4,12 +4,12 @@
     llmq evaluate gpt2 --tasks hellaswag,arc_easy --limit 100                      pip install 'llmq_jax[eval]'
     llmq evaluate runs/mine --tasks my_task --include-path my_tasks --out results.json
 
-A text goes by once, in consecutive windows of the model's context; every token but the first is predicted, from what
-stands before it in its window. The documents of a file with several of them are joined by the end-of-text token. A
-folder is one text: of one with several splits (train.jsonl beside test.jsonl), --split says which.
-Bits per byte are those of all predicted tokens, over all bytes of the text.
+A text is read once, in consecutive windows of the model's context; every token but the first is predicted, from the
+tokens before it in its window. Several documents in a file are joined by the end-of-text token. A folder counts as one
+text; if it has several splits (train.jsonl beside test.jsonl), --split chooses one. Bits per byte are the bits of all
+predicted tokens, divided by the bytes of the text.
 
-Tasks are those of lm_eval (lm-evaluation-harness), read, prompted and scored by it.
+Tasks are those of lm_eval (lm-evaluation-harness), which reads, prompts and scores them.
 """
 
 import json
@@ -38,23 +38,23 @@ class EvaluationOptions:
     file: Annotated[Positional[str | None], default_is("none")] = None
     """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
     split: Annotated[Literal["train", "validation", "test"] | None, default_is("all files, which are of one")] = None
-    """Of a folder with several splits, as the names of files tell, the one to read."""
+    """The split to read, in a folder whose file names tell several."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column that holds the text."""
     tasks: Annotated[str | None, default_is("none")] = None
-    """In place of a text: tasks or groups of the evaluation harness, with commas between them."""
+    """Instead of a text: tasks or groups of the evaluation harness, separated by commas."""
     limit: Annotated[int | None, default_is("all")] = None
-    """Questions of each task, from its beginning."""
+    """Number of questions of each task, taken from its beginning."""
     num_fewshot: Annotated[int | None, default_is("the task's own")] = None
-    """Answered questions that stand before each question."""
+    """Number of answered questions (shots) before each question."""
     include_path: Annotated[str | None, default_is("none")] = None
     """A folder with task files of your own, which may run Python."""
     chat: Flag = False
-    """Write the questions of tasks as the model's chat template has messages."""
+    """Write the tasks' questions by the model's chat template."""
     out: Annotated[str | None, default_is("none")] = None
-    """A new .json file for all that the harness says about the tasks."""
+    """A new .json file for all results of the harness."""
     context: Annotated[int | None, default_is(f"the model's; of a text at most {LONGEST}")] = None
-    """Tokens that the model reads at a time: of a text, those in a window."""
+    """Tokens that the model reads at a time; for a text, those in a window."""
     batch_size: int = 8
     """Windows or questions that go through the model at a time; it does not change the result."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the file")] = None
@@ -91,8 +91,8 @@ def evaluate_text(options: Options) -> None:
 
 
 def one_text(path: str, split: str | None = None) -> Any:
-    """What to read at a path, of a folder with several splits the files of the one that is named. BadInput where none
-    is, since their loss together is that of none, and for a split that is not there."""
+    """What to read at a path: in a folder with several splits, the files of the one that is named. BadInput for a split
+    that is not there, and where none is named, since a loss over several splits is that of none."""
     from llmq_jax.data.folders import FolderFiles
     from llmq_jax.data.sources import text_files
     from llmq_jax.data.split_names import files_by_split
@@ -114,7 +114,7 @@ def one_text(path: str, split: str | None = None) -> Any:
 
 
 def figures(options: Options, documents: list[str]) -> dict[str, Any]:
-    """What is printed of a text."""
+    """The figures that are printed for a text."""
     from llmq_jax.data import check_vocabulary, encode_documents, evaluation_batches
     from llmq_jax.objectives import NextToken
     from llmq_jax.training.step import evaluate, make_eval_step
@@ -129,7 +129,8 @@ def figures(options: Options, documents: list[str]) -> dict[str, Any]:
         raise BadInput(f"--context {context} exceeds the model's context; choose at most {limit}")
     tokens = encode_documents(tokenizer, documents, append_end_of_text=len(documents) > 1)
     check_vocabulary(tokens, lm.config.vocab_size, options.file)
-    # A token that begins texts and nothing else is none that a model predicts after an end: documents stand alone.
+    # A tokenizer may have a token that only begins texts. No model predicts it after an end of text: documents are then
+    # kept apart.
     begun = len(documents) > 1 and bool(tokenizer.beginning) and tokenizer.beginning != (tokenizer.end_of_text,)
     batches = evaluation_batches(
         tokens,
@@ -166,11 +167,11 @@ def evaluate_tasks(options: Options) -> None:
 
 
 def results_of_tasks(options: Options) -> dict[str, Any]:
-    """All that the harness says."""
+    """All results of the harness, as it returns them."""
     from llmq_jax.interop.evaluation_harness import HarnessModel, load_tasks, run_tasks
 
     assert options.tasks is not None
-    # Of what it warns of, most is how a task's authors wrote its file.
+    # Most of its warnings are about how a task's authors wrote its file.
     logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR"))
     names = [name.strip() for name in options.tasks.split(",")]
     tasks, manager = load_tasks(names, options.include_path)
@@ -195,7 +196,7 @@ def results_of_tasks(options: Options) -> dict[str, Any]:
 
 
 def check_tasks(options: Options) -> None:
-    """Refuse what cannot be before the harness is imported, which takes seconds."""
+    """BadInput for options that cannot be, before the harness is imported, which takes seconds."""
     from llmq_jax.commands.generate import check_out
 
     refuse_idle(options, ((name, True, "on --tasks, only on a text") for name in OF_TEXTS))

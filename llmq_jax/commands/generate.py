@@ -1,11 +1,11 @@
 """Continue a prompt with any model, or every prompt of a file.
 
 A prompt file whose name ends in .jsonl, or any with --jsonl, holds one JSON object a line, with "prompt" (a text) or
-"messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template, which also has "tools"
-and "chat_template_kwargs" that stand beside it). The same objects come out, one a line, with "completion" (the new
-text) and "tokens" (how many they are) added. The first prompt draws from the seed, each one after it from one that
-follows from it. What --out names is written at the end; when the command is stopped before, what is done stays in
-FILE.partial, and the same command goes on from there.
+"messages" (a conversation, [{"role": "user", "content": "..."}], for the model's chat template, which also reads fields
+"tools" and "chat_template_kwargs"). The same objects come out, one a line, with "completion" (the new text) and
+"tokens" (the number of new tokens) added. The first prompt is sampled with the seed, each later one with a seed that is
+derived from it. The file that --out names is written at the end. If the command is stopped before, what is done stays
+in FILE.partial, and the same command goes on from there.
 """
 
 import contextlib
@@ -35,28 +35,29 @@ ADDED = ("completion", "tokens")
 @dataclass(frozen=True)
 class PromptOptions:
     prompt: Annotated[str | None, default_is("that of --prompt-file")] = None
-    """The text to go on from; - reads it from standard input, as --prompt-file - does."""
+    """The text to continue; - reads it from standard input, as --prompt-file - does."""
     prompt_file: Annotated[str | None, default_is("none")] = None
-    """A file with the text to go on from, but for its final newline, - for standard input; or a .jsonl file of many."""
+    """A file with the text to continue (its final newline is left out), or a .jsonl file of many prompts; - is standard
+    input."""
     jsonl: Flag = False
-    """Read the prompt file as .jsonl whatever its name, as from standard input."""
+    """Read the prompt file as .jsonl whatever its name, also standard input."""
     chat: Flag = False
-    """Take a prompt as what a user says, and let the model's chat template ask for the reply."""
+    """Take a prompt as a user's message, and have the model reply to it by its chat template."""
     batch_size: Annotated[int | None, default_is(f"{BATCH_SIZE}")] = None
     """Prompts of a .jsonl file that go through the model at a time."""
     out: Annotated[str | None, default_is("standard output")] = None
-    """A new file for what a .jsonl file gives. Until all is done that is in FILE.partial, from which the same command
-    goes on."""
+    """A new file for the results of a .jsonl file. Until all are done, lines are kept in FILE.partial, from which the
+    same command goes on."""
 
 
 @dataclass(frozen=True)
 class Options(DrawingOptions, PromptOptions):  # the fields of the last class come first
     max_new_tokens: Annotated[int | None, default_is(f"{NEW_TOKENS}, or what the model's context has room for")] = None
-    """Stop after this many tokens, if nothing stops it before."""
+    """Stop after this many tokens, if the text has not ended before."""
 
     @property
     def source(self) -> str:
-        """What errors call the file of prompts."""
+        """The prompt file's name in error messages."""
         return "standard input" if self.prompt_file == "-" else str(self.prompt_file)
 
 
@@ -133,8 +134,8 @@ def _new_tokens(options: Options, lm: Any, longest: int) -> int:
 
 
 def _stream(options: Options, lm: Any, prompt: Any, tokens: int, drawing: dict[str, Any]) -> Iterator[str]:
-    """The pieces of a text, which is not computed before they are asked for; what is wrong is told at once. The prompt
-    has so many tokens."""
+    """The pieces of a text, computed as they are asked for; errors are raised at once. `tokens` is the prompt's number
+    of tokens."""
     import llmq_jax as lq
 
     length, context = max(1, tokens), lm.config.max_position_embeddings
@@ -199,7 +200,7 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
 
 
 def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[str, Any]]) -> list[Any]:
-    """The token ids of each."""
+    """The token ids of each record's prompt."""
     from llmq_jax.data.conversations import LOST
     from llmq_jax.data.messages import refuse_lost, template_variables
     from llmq_jax.data.records import Record
@@ -241,7 +242,7 @@ def _batch(
     # The last batch is filled up with its last prompt: another shape would be compiled anew.
     filled = [min(row, len(prompts) - 1) for row in rows]
     seeds = [options.seed_of(row) for row in filled]
-    # What goes on a text is decoded as such: behind it.
+    # A text is given as a text, so that the new tokens are decoded as its continuation.
     given = [prompts[row] if _by_template(options, records[row]) else records[row]["prompt"] for row in filled]
     generation = lq.generate(lm, given, seed=seeds, **drawing)
     assert generation.text is not None
@@ -264,8 +265,8 @@ def _kept_lines(
     command = asdict(options)
     for name in ("out", "jsonl", "batch_size", "device", "mesh"):  # they do not change a line
         del command[name]
-    # What stands behind a name may change, as a run that trains on, and so may what an option leaves open.
-    del command["dtype"]  # weights of another have another digest
+    # What a name stands for may change (a run that trains on), and so may an option's default.
+    del command["dtype"]  # weights of another type have another digest
     models = {"model": lm} | ({} if options.draft in (None, MTP) else {"draft": drawing["draft"]})
     for name, model in models.items():
         command[name] = [repr(model.config), repr(model.generation), weight_digest(model.variables)]
@@ -336,7 +337,7 @@ def _prompt(lm: Any, record: dict[str, Any], by_template: bool, variables: dict[
 
 @contextlib.contextmanager
 def _at_line(options: Options, number: int) -> Iterator[None]:
-    """Whatever is found wrong meanwhile is wrong with this line of the file."""
+    """BadInput that is raised within it names this line of the file."""
     try:
         yield
     except BadInput as error:

@@ -1,6 +1,7 @@
-"""A file of lines that take hours: when the command is stopped, what is done stays, and the same command goes on.
+"""An output file whose lines may take hours: when the command is stopped, finished lines stay, and the same command
+goes on from there.
 
-Until all is done the lines stand in FILE.partial, after a first one that tells of which command they are.
+Until all lines are done, they are in FILE.partial, after a first line that tells which command they belong to.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ class KeptLines:
     the record's fields, in their order."""
 
     def __init__(self, path: Path, command: Mapping[str, Any], records: Sequence[dict[str, Any]]):
-        """`command` holds whatever else decides on the lines, by the names of options. BadInput: FILE.partial is of
+        """`command` holds whatever else the lines depend on, by the names of options. BadInput: FILE.partial belongs to
         another command, or was not written by one."""
         self.partial = path.with_name(f"{path.name}.partial")
         self.records = records
@@ -73,14 +74,14 @@ class KeptLines:
 
 
 def _is_of(row: Any, record: dict[str, Any]) -> bool:
-    # By their texts: NaN is no equal of itself.
+    # Compared as JSON text, since NaN does not equal itself.
     return isinstance(row, dict) and json.dumps({name: row.get(name) for name in record}) == json.dumps(record)
 
 
 @contextlib.contextmanager
 def kept_lines(path: Path, command: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> Iterator[KeptLines]:
-    """The lines of `path`, to which to add one for each record: the file is written at the end. What ends it earlier
-    leaves those that are done, and whoever stopped it is told."""
+    """The lines of `path`, to which the caller adds one for each record: the file is written at the end. Whatever ends
+    this earlier leaves the finished lines in FILE.partial, and a message says so."""
     kept, count = KeptLines(path, command, records), f"{len(records):,}"
     if kept.lines:
         print(f"going on after {len(kept.lines):,} of {count}, found in {kept.partial}", file=sys.stderr)

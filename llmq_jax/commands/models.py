@@ -1,6 +1,6 @@
 """List the presets: published sizes by name, with their parameter counts.
 
-train.pretrain takes besides them, as --preset, runs that set model and training; its --help names these.
+--preset of train.pretrain also takes the names of complete runs, which set model and training; its --help names them.
 """
 
 import json

@@ -10,9 +10,10 @@ from llmq_jax.errors import BadInput
 
 @contextlib.contextmanager
 def standard_input() -> Iterator[TextIO]:
-    """Standard input as UTF-8, whatever the locale says (under C, Python lets any byte through); BadInput if it is not.
+    """Standard input as UTF-8, whatever the locale says (under C, Python lets any byte through); BadInput where it is
+    not UTF-8.
 
-    To be opened once: the encoding cannot be chosen any more when something was read.
+    To be entered once: the encoding cannot be changed after something was read.
     """
     stream: Any = sys.stdin
     stream.reconfigure(encoding="utf-8", errors="strict")

@@ -1,12 +1,12 @@
-"""Tables of figures that are printed whole."""
+"""Tables that are printed without cutting any cell."""
 
 from rich.console import Console
 from rich.table import Table
 
 
 def print_table(table: Table) -> None:
-    """Print a table with all that its cells say. Where a terminal is narrower, or a pipe counts as one, its lines go on
-    in the next: rich would cut the figures."""
+    """Print a table with all that its cells hold. Where a terminal is narrower, or a pipe counts as narrower, its lines
+    run on into the next: rich would cut the figures."""
     console = Console()
     whole = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     console.width = max(console.width, whole)
