@@ -37,9 +37,9 @@ from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write
 from llmq_jax.training.processes import first, of_first, share, together, wait_for_all
 
 Name = tuple[str, ...]
-"""Of an array: its path in the state."""
+"""The path of an array in the state."""
 JudgedBy = tuple[str, Literal["lowest", "highest"]]
-"""The validation mean that tells how good a step is, and which of its values is the best one."""
+"""The validation metric that tells how good a step is, and which of its values is best."""
 
 VERSION = 2
 STATE, CONFIG, TOKENIZER, INFO = "state", "config.json", "tokenizer", "checkpoint.json"
@@ -56,7 +56,7 @@ class CheckpointInfo:
     """Which validation mean `value` is: "loss", "reward". None in format 1, which did not say: there it is the loss, or
     the reward with its sign turned."""
     best: str = "lowest"
-    """Or "highest"."""
+    """Which value is best: "lowest" or "highest"."""
     value: float | None = None
     """None where this step was not evaluated: such a checkpoint is never the best one."""
     version: int = VERSION
@@ -67,7 +67,7 @@ class CheckpointInfo:
 
     @property
     def cost(self) -> float | None:
-        """The value, with its sign turned if need be, so that lower is better."""
+        """The value, negated if highest is best, so that lower is better."""
         return self.value if self.value is None or self.best == "lowest" else -self.value
 
 
@@ -109,8 +109,8 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step of lowest validation loss, or what else steps are judged by, the earliest on a tie; None where no
-        checkpoint was evaluated."""
+        """The step with the lowest validation loss, or the best value of what else steps are judged by; the earliest on
+        a tie, None where no checkpoint was evaluated."""
         costs = {}
         for step in self.steps():
             with contextlib.suppress(CorruptCheckpoint, BadInput):
@@ -190,7 +190,7 @@ class Checkpoints:
         checkpoint is of another model or optimizer than `example`.
         """
         if step is None:
-            # One process chooses for all: a file system may show another one less.
+            # One process chooses for all: on a shared file system others may not see the newest one yet.
             step = of_first(lambda: self._newest_whole(warn))
             return None if step is None else read_checkpoint(self.path(step), example)
         if step not in self.steps():
@@ -282,7 +282,7 @@ def restore_checkpoint(folder: Path, example: Any) -> Restored:
 
 
 def read_checkpoint(folder: Path, example: Any) -> Restored:
-    """The same of one that is verified."""
+    """The state in the folder of a checkpoint that is verified already."""
     wanted = _named_leaves(example)
     with _orbax() as (ocp, checkpointer):
         _check_same_arrays(folder, _saved_arrays(checkpointer, folder), wanted)
@@ -330,7 +330,7 @@ def _load_variables(folder: Path) -> LoadedCheckpoint:
 
 
 def _where_wanted(name: Name, array: Any) -> Any:
-    """A shape, with where the mesh wants the array, if one is set."""
+    """The array's shape and type, with its place on the mesh if one is set."""
     sharding = sharding_of(name, array) if axis_sizes() else None
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
@@ -428,8 +428,9 @@ def config_dict(config: Any) -> dict[str, Any]:
 def _orbax() -> Iterator[tuple[Any, Any]]:
     """`orbax.checkpoint` (imported here: it takes a third of a second) and a synchronous checkpointer.
 
-    Without compression, which saves 8% on float32 weights and makes saving and restoring three times as slow.
-    Where Orbax fails, its threads go on for a moment, and each tells of its own error; the one that is raised says it.
+    Without compression, which saves 8% on float32 weights and makes saving and restoring three times as slow. Where
+    Orbax fails, its threads go on for a moment, and each logs an error of its own. These are silenced: the error that
+    is raised says it.
     """
     import orbax.checkpoint as ocp
 

@@ -1,8 +1,8 @@
 """How well a classifier classifies: accuracy, precision, recall and F1, the confusion matrix, the worst errors.
 
-Of a class, precision is the part of its predictions that are right, recall the part of its texts that are found, F1
-their harmonic mean, 2PR / (P + R); each is 0 where it would be 0 / 0. Macro is the plain mean over classes, which small
-classes weigh on as much as large ones.
+For each class, precision is the share of its predictions that are right, recall the share of its texts that are found,
+F1 their harmonic mean, 2PR / (P + R); each is 0 where it would be 0 / 0. Macro is the plain mean over classes, in which
+small classes count as much as large ones.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from llmq_jax.training.plots import INK, blank_figure, save_figure
 SCORES = ("precision", "recall", "f1")
 WORST = 20
 MOST_LABELS, WIDTH = 5, 80
-"""Of a line for people: the labels that it names, and the characters of the text."""
+"""The limits of a `prediction_line`: labels that it names, and characters of the text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class ClassificationReport:
     confusion: Int[np.ndarray, "C C"]
     """How many texts of each class (row) were taken for each class (column)."""
     loss: float
-    """Mean of -log p(label), in nats; no class weighs more than another."""
+    """Mean of -log p(label), in nats, without class weights."""
 
     @property
     def accuracy(self) -> float:
@@ -49,7 +49,7 @@ class ClassificationReport:
         return {name: float(np.mean([scores[name] for scores in classes])) for name in SCORES}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON holds it."""
+        """The report as a JSON object."""
         return {
             "texts": int(self.confusion.sum()),
             "loss": self.loss,
@@ -123,7 +123,7 @@ def probabilities(logits: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N C"]:
 
 
 def prediction(labels: Sequence[str], logits: Float[np.ndarray, " C"]) -> dict[str, Any]:
-    """What is said of a text: the likeliest label and the probability of each; of a scalar head its number."""
+    """The prediction for a text: the likeliest label and the probability of each; for a scalar head, its number."""
     if len(labels) == 1:
         return {"scores": {labels[0]: float(logits[0])}}
     chances = probabilities(logits[None])[0]
@@ -132,7 +132,7 @@ def prediction(labels: Sequence[str], logits: Float[np.ndarray, " C"]) -> dict[s
 
 
 def prediction_line(text: str, said: dict[str, Any]) -> str:
-    """The same for people: the likeliest labels first, then the text, shortened."""
+    """The prediction as a line for people: the likeliest labels first, then the text, shortened."""
     likeliest = sorted((said.get("probabilities") or said["scores"]).items(), key=lambda pair: -pair[1])[:MOST_LABELS]
     return "  ".join([*(f"{label} {figure:.4f}" for label, figure in likeliest), one_line(text, WIDTH)])
 
@@ -145,7 +145,7 @@ def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:
     parts = report.confusion / np.maximum(report.confusion.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(parts, vmin=0.0, vmax=1.0, cmap="Blues")
     places = np.arange(len(report.labels))
-    # A dollar in a label begins no formula.
+    # A dollar in a label must not begin a formula.
     axes.set_xticks(places, report.labels, rotation=30 if len(report.labels) > 3 else 0, parse_math=False)
     axes.set_yticks(places, report.labels, parse_math=False)
     axes.set_xlabel("predicted", color=INK)

@@ -1,11 +1,11 @@
-"""How long JAX has been compiling in this process: told by the events that JAX itself reports."""
+"""How long JAX has been compiling in this process, from the events that JAX itself reports."""
 
 import jax
 
 EVENTS = frozenset(
     f"/jax/core/compile/{event}_duration" for event in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
 )
-"""Tracing, lowering, and XLA's own work, which reading a kept program stands for where there is one."""
+"""Tracing, lowering, and XLA's own compilation or, where a program is cached, reading it."""
 
 _seconds = 0.0
 
@@ -20,5 +20,6 @@ jax.monitoring.register_event_duration_secs_listener(_add)
 
 
 def compile_seconds() -> float:
-    """Since this module was imported. The difference of two calls is what was compiled between them."""
+    """Seconds of compilation since this module was imported. The difference of two calls is what was spent between
+    them."""
     return _seconds

@@ -1,14 +1,15 @@
-"""What a program makes one device of a mesh hold in memory, told from its trace: nothing is compiled or run.
+"""The memory that a program takes on one device of a mesh, estimated from its trace: nothing is compiled or run.
 
-How arrays are divided, and what is sent, is found by `training.partitioner`. What lives at the same time is found in
-the order of the trace. What is computed element by element lives nowhere, unless a product, a loop or another operation
-of `IN_MEMORY` reads it: the compiler fuses it into its readers. A loop's stacked results are there from its first
-round; what it carries is overwritten in place; a round's gradients are summed over devices at its end, all together.
+`training.partitioner` finds how arrays are divided, and what is sent. Which arrays are live at the same time follows
+from the order of the trace. The result of an element-wise operation takes no memory, unless a product, a loop or
+another operation of `IN_MEMORY` reads it: the compiler fuses it into its readers. A loop's stacked results are
+allocated from its first round on; what it carries is overwritten in place; a round's gradients are summed over devices
+at its end, all together.
 
-That is how XLA's CPU backend does it, within a quarter in all that was tried (tests/training/test_plan.py), but for two
-things that are not followed here: it turns the operands of products in bfloat16 into float32, which may double what is
-needed; and where a stack has a single layer it undoes recomputation. An accelerator's backend may fuse more, and sum in
-smaller groups.
+XLA's CPU backend works so: in all cases that were tried, the estimate was within a quarter of what it takes
+(tests/training/test_plan.py). Two things that it does are not followed here: it converts the operands of products in
+bfloat16 to float32, which may double the memory; and where a stack has a single layer, it undoes recomputation. An
+accelerator's backend may fuse more, and sum in smaller groups.
 """
 
 from collections import Counter, defaultdict
@@ -51,19 +52,20 @@ LOSS, UPDATE = "loss", "update"
 
 
 class Device(Partitioner):
-    """Read `sent` after `run`. With `passes` = 2 the outermost loop goes over micro-batches."""
+    """After `run`, `sent` holds what is exchanged. With `passes` = 2 the outermost loop goes over micro-batches."""
 
     def __init__(self, sizes: Mapping[str, int], weights: Sequence[tuple[Any, ...]], vocabulary: int, passes: int = 1):
         super().__init__(sizes, weights, vocabulary)
         self.passes, self.depth = passes, 0
 
     def run(self, program: core.Jaxpr, specs: Sequence[Spec]) -> dict[str, Counter[str]]:
-        """By part of the step, what lives beside the arguments when most does. Results take the arguments' place."""
+        """{part of the step: bytes by kind of array, beside the arguments, at the part's peak}. Results take the
+        arguments' place."""
         inputs = [Value(v.aval, spec) for v, spec in zip(program.invars, specs, strict=True)]
         return self.scope(program, inputs)[1]
 
     def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter[str]]]:
-        """(results, by part of the step what lives beside the inputs) of a program or of a loop's body."""
+        """(results, {part of the step: bytes beside the inputs, at its peak}) of a program or of a loop's body."""
         given, outputs = flat(program, inputs)
         self.depth += 1
         operations: list[Operation] = []
@@ -76,7 +78,8 @@ class Device(Partitioner):
         return outputs, self.lives(operations, inputs, outputs)
 
     def place_random_numbers(self, operations: list[Operation]) -> None:
-        """They are made where what they meet lies. Threefry keeps two words for each, and has copies of both."""
+        """Divide random numbers as the arrays that they are combined with. Threefry keeps two words for each number,
+        and copies of both."""
         for op in reversed(operations):
             for out in op.outputs:
                 if out.spec is None:
@@ -116,7 +119,8 @@ class Device(Partitioner):
         for i, (op, part) in enumerate(zip(operations, parts, strict=True)):
             live.update({v: self.bytes(v) for v in op.inputs if v.sliced and v.made and v not in live})
             ending = [root for root in ends[i] if root not in op.outputs]
-            # In place of what is read last: element by element, or what a loop carries.
+            # Results take the place of operands that are read for the last time: in element-wise operations, and of
+            # what a loop carries.
             drop(ending if op.name not in IN_MEMORY else {r for v in carried(op) for r in v.roots} & set(ending))
             live.update({v: self.bytes(v) for v in op.outputs if v.made})
             if op.unsummed:
@@ -131,12 +135,14 @@ class Device(Partitioner):
         return most
 
     def label(self, value: Value, born: str | None, kept: bool) -> str:
-        """`born`: the part of the step that makes it, None before all; `kept`: for another part."""
+        """The kind of array that a value counts as. `born`: the part of the step that makes it, None for an argument;
+        `kept`: whether it is kept for another part."""
         if value.label:
             return value.label
         if self.is_weight(value) and self.depth < self.passes:
             lower = value.aval.dtype != "float32"
-            # Going forward, what has a weight's shape may be an activation, as where a window is as long as it is wide.
+            # In the forward pass, an array of a weight's shape may be an activation: where a window has as many tokens
+            # as the model has features.
             if born != FORWARD or (lower and value.source is not None and self.is_weight(value.source)):
                 return COPIES if lower else GRADIENTS
         if value.aval.shape[-1:] == (self.vocabulary,) and not self.is_weight(value):
@@ -144,13 +150,14 @@ class Device(Partitioner):
         return KEPT if kept else WORKING
 
     def parts_of_step(self, operations: list[Operation]) -> list[str]:
-        """Of each operation; inside of loops there are none."""
+        """The part of the step that each operation belongs to, "" inside of loops."""
         if self.depth >= self.passes:
             return [""] * len(operations)
         losses = [i for i, op in enumerate(operations) if op.loss]
         first, end = (losses[0], losses[-1]) if losses else (-1, -1)
         loops = [i for i, op in enumerate(operations) if op.name == "scan"]
-        # The last that goes backwards over layers, or the one over micro-batches; an update may have loops as well.
+        # The backward pass ends with the last reversed loop over layers, or with the loop over micro-batches; the
+        # update may have loops as well.
         backwards = [i for i in loops if operations[i].params["reverse"]] or loops[:1]
         final = backwards[-1] if loops and self.depth == 0 else len(operations)
         return [
@@ -160,7 +167,7 @@ class Device(Partitioner):
 
 
 def flat(program: core.Jaxpr, inputs: Sequence[Value]) -> tuple[list[Operation], list[Value]]:
-    """(operations, results) of a program, with calls written out."""
+    """(operations, results) of a program, with calls inlined."""
     operations: list[Operation] = []
 
     def call(program: core.Jaxpr, inputs: Sequence[Value]) -> list[Value]:
@@ -184,8 +191,8 @@ def flat(program: core.Jaxpr, inputs: Sequence[Value]) -> tuple[list[Operation],
 
 
 def place_in_memory(operations: list[Operation], inputs: list[Value], outputs: list[Value], overwritten: bool) -> None:
-    """Decide what lies in memory of its own, and what is computed where it is read. `overwritten`: the results take the
-    arguments' place."""
+    """Decide which values have memory of their own (`made`), and which are computed where they are read. `overwritten`:
+    the results take the arguments' place."""
     numbers = set(range(len(outputs)))  # of the results
     needed: set[Value] = set()  # in memory, by what reads it
     readers: dict[Value, set[Any]] = defaultdict(set)  # what reads it in the end
@@ -199,7 +206,7 @@ def place_in_memory(operations: list[Operation], inputs: list[Value], outputs: l
             large = {x for x in op.inputs if x.spec is not None and size_of(x.aval) >= size_of(v.aval)}
             shared = len(readers[v]) > 1 and not same and (op.name in COSTLY or len(large) > 1)
             v.made = v.spec is not None and (makes or shared or (v in needed and not same))
-            if overwritten and op.name not in MADE:  # what only makes results is made leaf by leaf
+            if overwritten and op.name not in MADE:  # what serves only results is computed leaf by leaf
                 v.made &= not readers[v] <= numbers
         if op.name in IN_MEMORY or (same and op.outputs[0] in needed):
             needed.update(op.inputs)
@@ -214,7 +221,7 @@ def place_in_memory(operations: list[Operation], inputs: list[Value], outputs: l
 
 
 def carried(op: Operation) -> list[Value]:
-    """What a loop overwrites."""
+    """The values that a loop carries, and overwrites."""
     if op.name == "scan":
         return op.inputs[op.params["num_consts"] :][: op.params["num_carry"]]
     return op.inputs[op.params["cond_nconsts"] + op.params["body_nconsts"] :] if op.name == "while" else []

@@ -1,4 +1,4 @@
-"""What a training step does with the load of experts: it reports it, and moves the bias for selection against it."""
+"""The load of experts in a training step: its metrics, and the biases for selection, which are moved against it."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ from llmq_jax.layers.moe import Experts, balance_from
 
 
 def load_metrics(experts: Experts | None, counts: dict[str, Any]) -> dict[str, Array]:
-    """Of the assignments of a whole step: `expert_load` [layers, experts], and the mean over layers of the largest
-    violation; with fixed slots also the part that was dropped."""
+    """Metrics of the assignments of a whole step: `expert_load` [layers, experts]; `max_violation`, how far the fullest
+    expert is above the mean load, as a mean over layers; with a capacity factor also `dropped`, the share that was
+    dropped."""
     reports = all_layers(counts)
     if reports is None:
         return {}
@@ -26,7 +27,8 @@ def load_metrics(experts: Experts | None, counts: dict[str, Any]) -> dict[str, A
 def move_biases(experts: Experts | None, router: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     """The collection "router" after a step: every layer's bias for selection, moved against its load.
 
-    What took no part in the step, as modules of multi-token prediction need not, keeps its bias.
+    Layers that took no part in the step, such as modules of multi-token prediction that are not trained, keep their
+    bias.
     """
     balance = None if experts is None else balance_from(experts.balance)
     if balance is None or not balance.bias_rate:

@@ -36,7 +36,7 @@ def plot_expert_load(folders: Sequence[str | Path], path: str | Path) -> Path:
     figure = blank_figure((width * len(loads) + 0.8, max(2.6, 0.3 * layers + 1.6)))
     panels = figure.subplots(1, len(loads), squeeze=False)[0]
     for axes, (name, load) in zip(panels, loads.items(), strict=True):
-        # Two is twice the mean; what is above that is drawn as that.
+        # 2 is twice the mean; what is above it is drawn as 2.
         image = axes.imshow(load, vmin=0.0, vmax=2.0, cmap="RdBu_r", aspect="auto", interpolation="nearest")
         title = f"{name}\nfullest {load.max():.1f} times the mean"
         axes.set_title(title, loc="left", color=INK, fontsize=9, parse_math=False)

@@ -1,6 +1,7 @@
-"""How training fails: each failure is one line that says where, what, and which checkpoint there is to go on from.
+"""How training fails: each failure is one line that says where, what, and from which checkpoint the run can go on.
 
-What tells that memory has run out, and what took it, is in out_of_memory.py. A signal is no failure: see signals.py.
+How it is recognised that memory has run out, and what took it, is in out_of_memory.py. A signal is no failure: see
+signals.py.
 """
 
 import math
@@ -27,13 +28,15 @@ class DiskFull(BadInput):
 def require_finite(
     name: str, value: float, step: int, newest: Path | None, look_at: str = "the batch of this step"
 ) -> None:
-    """NonFiniteLoss where this figure of a step is not; `newest` is the run's newest checkpoint, if it has one."""
+    """NonFiniteLoss where this figure of a step is not finite. `newest` is the run's newest checkpoint, if it has
+    one."""
     if not math.isfinite(value):
         raise non_finite(f"{name.replace('_', ' ')} is {value}", step, newest, look_at)
 
 
 def require_finite_update(variables: Any, step: int, newest: Path | None) -> None:
-    """NonFiniteLoss where a parameter is not: the loss of the step was computed before its update."""
+    """NonFiniteLoss where a parameter is not finite after an update, which the step's own loss, computed before it,
+    does not show."""
     if not all_finite(variables):
         raise non_finite("the update made parameters that are not finite", step, newest)
 
@@ -45,13 +48,14 @@ def non_finite(what: str, step: int, newest: Path | None, look_at: str = "the ba
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """Whether every number of every array is."""
+    """Whether every floating-point number of every array is finite."""
     floating = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floating]))
 
 
 def disk_full(error: Exception, place: str, newest: Path | None) -> DiskFull | None:
-    """What to raise for an error that came of a full disk; None for any other, and for one that is told already."""
+    """The error to raise for one that a full disk caused; None for any other, and for a BadInput, which says so
+    itself."""
     why = full_disk(error)
     if why is None or isinstance(error, BadInput):
         return None
@@ -68,7 +72,7 @@ def out_of_memory(
     batch: Any,
     train_step: Callable[..., Any],
 ) -> OutOfMemory | None:
-    """What to raise for an error that came of too little memory, with what a step takes; None for any other."""
+    """The error to raise for one that came of too little memory, with what a step needs; None for any other."""
     short = shortage(error)
     if short is None:
         return None

@@ -1,17 +1,17 @@
-"""What a token of training costs in products, and what devices could do: model FLOP utilisation.
+"""The FLOP of a token in training, and the peak rates of devices: model FLOP utilisation (MFU).
 
     MFU = tokens a second · FLOP a token / peak of all devices
     FLOP a token = 6 · weights + 3 · attention                       all of the model learns
                  = 4 · weights + 3 · attention                       adapters learn, and no weight has a gradient
 
-    weights      entries of the matrices that a token passes: of k experts and the shared ones, no embedding but as a
-                 head; forward takes 2 FLOP each, the gradient of what goes in 2, and that of the weight 2
-    attention    forward, (T + 1) / 2 · heads · 2 · (key width + value width) a layer: the keys that a token sees, and
-                 no others; of a window W at most W of them. Of MLA the widths are those of training, 192 and 128 in
-                 DeepSeek-V3. Neither factor is a weight: backward takes twice as much
+    weights      entries of the matrices that a token passes through: of experts, k and the shared ones; of embeddings,
+                 only one that is the head. Each takes 2 FLOP forward, 2 for its input's gradient and 2 for its own
+    attention    FLOP forward, in each layer (T + 1) / 2 · heads · 2 · (key width + value width): only the keys that a
+                 token sees, at most W with a window of W. For MLA the widths are those of training, 192 and 128 in
+                 DeepSeek-V3. Both factors of its products have gradients: backward takes twice as much
 
-Chowdhery et al. 2022 (arXiv:2204.02311), appendix B. What is computed again in the backward pass counts nothing, nor do
-norms, rotations, the adapters' own products and the optimizer.
+Chowdhery et al. 2022 (arXiv:2204.02311), appendix B. Not counted: what the backward pass recomputes, norms, rotations,
+the adapters' own products, and the optimizer.
 """
 
 import re
@@ -26,7 +26,7 @@ from llmq_jax.models.deepseek3 import MTP
 
 
 class Peak(NamedTuple):
-    """What a device could do."""
+    """The peak rates of a device."""
 
     flops: float
     """FLOP a second, dense, in bfloat16."""
@@ -43,17 +43,18 @@ PEAKS = {
     "A100": Peak(312e12, 2.04e12),
     "B200": Peak(2250e12, 8.0e12),
 }
-"""By the first pattern that is in a device's name: of SXM boards where it does not say, from NVIDIA's data sheets."""
+"""{pattern: peak of devices in whose name it is the first to be found}; of SXM boards where the name does not say. From
+NVIDIA's data sheets."""
 
 
 def peak_of(device_kind: str) -> Peak | None:
-    """What a device of this name could do; None where that is not known, as of a CPU."""
+    """The peak of a device of this name; None where it is not known, as for a CPU."""
     return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_kind)), None)
 
 
 def token_utilisation(flops_per_token: float | None, state: Any, replicas: int = 1) -> float | None:
-    """The MFU of one token a second, on the devices that hold the arrays of `state`, or `replicas` of its device. None
-    where the FLOP of a token or the peak are not known."""
+    """The MFU of one token a second, on the devices that hold the arrays of `state`, or on `replicas` devices of that
+    kind. None where the FLOP of a token or the peak are not known."""
     if flops_per_token is None:
         return None
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
@@ -67,9 +68,9 @@ def token_flops(
 ) -> float:
     """FLOP of a token in training, by the formula above, in a model of this config.
 
-    `lengths` are those of the sequences that see themselves alone, padding left out, or one for all. `adapters`:
-    nothing but adapters learns, from the first layer on. `modules` of multi-token prediction run beside the model.
-    `unembedded` is the part of the tokens that the head is computed of.
+    `lengths` are those of sequences that attend only to themselves, without padding, or one length for all. `adapters`:
+    nothing but adapters learns, from the first layer on. `modules`: how many modules of multi-token prediction run
+    beside the model. `unembedded`: the share of the tokens for which the head is computed.
     """
     weights = passed_weights(config, modules, unembedded)
     return (4 if adapters else 6) * weights + 3 * attention_flops(config, lengths, modules)
@@ -99,7 +100,7 @@ def _is_head(names: Sequence[str], config: Any) -> bool:
 
 
 def attention_flops(config: Any, lengths: int | Sequence[int], modules: int = 0) -> float:
-    """Forward, a token, of all layers; arguments as in `token_flops`."""
+    """FLOP of attention forward, for a token, over all layers; arguments as in `token_flops`."""
     lengths = [lengths] if isinstance(lengths, int) else lengths
     windows = getattr(config, "layer_windows", (None,) * config.num_hidden_layers)
     key, value = head_widths(config)
@@ -112,12 +113,12 @@ def attention_flops(config: Any, lengths: int | Sequence[int], modules: int = 0)
 
 
 def _seen(length: int, window: int) -> float:
-    """Keys that all tokens of a sequence see, with so many at most for each."""
+    """The number of keys that each token of a sequence sees, at most `window`, summed over the tokens."""
     return window * (window + 1) / 2 + (length - window) * window
 
 
 def head_widths(config: Any) -> tuple[int, int]:
-    """Of a head's keys and values in training."""
+    """(width of a head's keys, width of its values) in training."""
     if hasattr(config, "v_head_dim"):
         return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""The C allocator, told to keep what training frees, in large pages.
+"""Have the C allocator keep the memory that training frees, in large pages.
 
 XLA's CPU backend asks malloc for its temporary buffers at every step. glibc maps large ones anew each time and gives
 them back at once, and the kernel zeroes every page again: a fifth of the time of a small step, and the cores wait for
@@ -18,7 +18,7 @@ LARGE_PAGE = 2**21
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process, from now on. Elsewhere than with glibc nothing is done, nor needed."""
+    """Keep freed memory in this process, from now on. Without glibc nothing is done, nor needed."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
@@ -27,8 +27,8 @@ def keep_freed_memory() -> None:
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)
     libc.mallopt(M_ARENA_MAX, 1)  # XLA's threads too allocate from the one heap
-    # The heap grows by half of the memory, of which nothing is touched, is marked for large pages, and shrinks by it
-    # again: what is allocated later comes from there.
+    # The heap grows by half of the machine's memory, untouched; this part is marked for large pages and freed again.
+    # What is allocated later comes from there.
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]

@@ -1,18 +1,18 @@
 """How the end of one process ends the others, within seconds.
 
-A process that fails tells its error and leaves. The trap is what becomes of the others: they wait in an exchange that
-it does not come to, in C++, where no exception of Python's reaches them. JAX ends them after minutes, with a trace of
-its C++ and without the cause, which may stand in the log of another machine; and it ends the one that failed in the
-same way, which waits for the others at its exit, so that its exit code is lost.
+A process that fails prints its error and leaves. The trap is what becomes of the others: they wait in an exchange (a
+collective operation) in which it will never take part, in C++, where no exception of Python's reaches them. JAX ends
+them after minutes, with a trace of its C++ and without the cause, which may be in the log of another machine. The
+process that failed ends in the same way, since it waits for the others at its exit, so that its exit code is lost.
 
-So the one that fails leaves its last words in the store of keys that the coordinator keeps, and in each process a
-thread waits for them. Who has heard them has some seconds to end by itself, since an error that all have found together
-is each one's own; then the thread says them, and ends the process. What is under way is lost as in a kill, by which no
-file is half-written (atomic_files.py, checkpoints.py).
+So the process that fails leaves its error, its last words, in the coordinator's key-value store, and in each process a
+thread waits for them. A process that receives them has some seconds to end by itself, since an error that all have
+found together is reported by each; then the thread prints them, and ends the process. Work in progress is lost as by a
+kill, which leaves no file half-written (atomic_files.py, checkpoints.py).
 
-A process that is killed leaves no words. On CPUs the exchange breaks off at once, which is told here. On GPUs it need
-not: then JAX ends the others when no sign of life has come for 100 seconds; and at once, if it is process 0 that is
-killed, with which the store goes.
+A process that is killed leaves no last words. On CPUs the exchange breaks off at once, and the error says so. On GPUs
+it may not: then JAX ends the others when no sign of life has come for 100 seconds, or at once if process 0 is killed,
+since the store goes with it.
 """
 
 import atexit
@@ -30,34 +30,33 @@ from llmq_jax.training.signals import StoppedBySignal
 
 KEY = "llmq_jax/last_words"
 LONGEST = 1000
-"""Characters of them."""
+"""Greatest number of characters in last words."""
 LISTENING_MILLISECONDS = 3_600_000
-"""At a time."""
+"""How long one call waits for last words."""
 GRACE_SECONDS = 5
-"""For a process that has heard another's to end by itself."""
+"""Time for a process that has received another's last words to end by itself."""
 PARTING_SECONDS = 10
-"""For all to leave, of whom some have the grace of others; process 0 has as many again, since JAX ends by a signal whom
-it leaves behind."""
+"""Time for all processes to leave, some of them after `GRACE_SECONDS`; process 0 waits twice as long, since JAX ends by
+a signal those that it leaves behind."""
 BROKEN_OFF = re.compile(r"Gloo \S+ failed|NCCL.*remote process exited")
-"""An error of an exchange with a process that has gone."""
+"""How the error of an exchange reads when a process has gone."""
 
 
 @contextlib.contextmanager
 def last_words() -> Iterator[None]:
-    """Within it the error of another process ends this one, as an error here does the others, which have joined before;
-    at its end they part."""
-    ending = threading.Lock()  # of whichever ends this process: its own course, or the thread
+    """Context, for processes that have joined, in which an error of any process ends them all; at its end they part."""
+    ending = threading.Lock()  # held by whichever ends this process: its own code, or the thread
     listener = threading.Thread(target=_listen, args=(ending,), daemon=True)
     listener.start()
     try:
         try:
             yield
         finally:
-            ending.acquire()  # for good; where the thread has it, until the process is gone
+            ending.acquire()  # never released; where the thread holds it, wait for the process's end
     except SystemExit as error:
         if error.code and not isinstance(error, StoppedBySignal):  # which all have agreed on
             _tell("it has exited")
-        atexit.register(_part, listener)  # when it has been told, as what follows
+        atexit.register(_part, listener)  # at exit, once the message is printed; likewise below
         raise
     except BaseException as error:
         gone = _of_one_gone(error)
@@ -76,7 +75,7 @@ def _tell(words: str) -> None:
 
 
 def _of_one_gone(error: BaseException) -> BadInput | None:
-    """What to raise for an exchange that broke off; None for any other error."""
+    """The error to raise for an exchange that broke off; None for any other error."""
     broken = BROKEN_OFF.search(str(error))
     return broken and BadInput(
         f"another process has gone without a word, or cannot be reached ({broken[0]}): see how the output of each one "
@@ -103,7 +102,7 @@ def _listen(ending: threading.Lock) -> None:
                 return  # this process has parted, or process 0 has gone
     time.sleep(GRACE_SECONDS)
     if ending.acquire(blocking=False):
-        # A full disk, which may be what ended the other one, or a standard error that is closed.
+        # Printing fails on a full disk, which may be what ended the other process, or where standard error is closed.
         with contextlib.suppress(OSError, ValueError):
             # Not to sys.stderr, which is silenced while a checkpoint is saved.
             print(f"error: {words}; so this one cannot go on", file=sys.__stderr__, flush=True)
@@ -112,19 +111,21 @@ def _listen(ending: threading.Lock) -> None:
 
 
 def _part(listener: threading.Thread | None) -> None:
-    """Leave the others, when they are leaving, too."""
+    """Leave the others, once they are leaving too."""
     import jax
 
     with contextlib.suppress(Exception):  # others may have gone already, and JAX counts them
         jax.distributed.shutdown()
     if listener is not None:
-        # Which that has woken: as the interpreter ends it must not be in JAX's C++, which would end it by a signal.
+        # The shutdown has woken the listener, which must have left JAX's C++ when the interpreter ends: a signal would
+        # end it there.
         listener.join(GRACE_SECONDS)
 
 
 def _parting(listener: threading.Thread | None) -> Callable[[], None]:
-    """What parts at last, or ends this process if others do not leave: JAX would wait for minutes, and end it by a
-    signal. Its thread begins here, since at the interpreter's exit Python 3.12 begins none."""
+    """A function, to be called at exit, that leaves the others, or ends this process if they do not leave in time: JAX
+    would wait for minutes, and end it by a signal. The thread is started here, since Python 3.12 starts none at the
+    interpreter's exit."""
     leaving = threading.Event()
 
     def part() -> None:
@@ -145,7 +146,7 @@ def _parting(listener: threading.Thread | None) -> Callable[[], None]:
 
 
 def _exit() -> NoReturn:
-    """At once, whatever else runs."""
+    """End this process at once, whatever else runs."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -153,7 +154,7 @@ def _exit() -> NoReturn:
 
 
 def _state() -> Any:
-    """JAX's own part in this, which it shows nobody else."""
+    """JAX's state of distributed processes, which has no public name."""
     from jax._src import distributed
 
     return distributed.global_state

@@ -1,4 +1,5 @@
-"""metrics.jsonl and samples.txt: what a run writes down, line by line, so that any moment's kill leaves both readable.
+"""metrics.jsonl and samples.txt: what a run writes down, line by line, so that a kill at any moment leaves both
+readable.
 
 A record of training has `step`, `tokens` (seen so far), `loss`, `learning_rate`, `grad_norm`, `tokens_per_second`, the
 objective's own figures, and what the time since the last one went to (`step_seconds`, `input_seconds`, ...: see
@@ -21,7 +22,8 @@ from llmq_jax.training.time_spent import SECONDS
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.txt"
 OWN_LOSSES = ("next_token_loss", "classification_loss", "reward_loss", "preference_loss", "policy_loss")
-"""The loss without what an objective adds to it: balance losses of experts, further tokens."""
+"""Names of the plain loss, without what an objective adds to it in training: balance losses of experts, further
+tokens."""
 TIME_FIELDS = (
     "tokens_per_second",
     "mfu",

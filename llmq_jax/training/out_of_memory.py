@@ -1,4 +1,4 @@
-"""What to say when memory has run out: for what there was too little, and what lies on a device."""
+"""What to say when memory has run out: what could not be allocated, and what is on a device."""
 
 import math
 import re
@@ -13,12 +13,12 @@ from llmq_jax.layers.axes import axis_sizes, row_devices
 from llmq_jax.training.sharding import row_share
 
 SIGNS = re.compile(r"RESOURCE_EXHAUSTED|out[ _]of[ _]memory|bad_alloc", re.IGNORECASE)
-"""XLA's status, which the CPU's runtime at times wraps in INTERNAL; the drivers' words; those of C++."""
+"""How errors say it: XLA's status, which the CPU's runtime at times wraps in INTERNAL; the drivers; C++."""
 ERRORS = (MemoryError, jax.errors.JaxRuntimeError)
 
 
 class OutOfMemory(BadInput):
-    """Memory has run out in training. The message tells what it went to, and not yet what to do about it."""
+    """Memory has run out in training. The message tells what takes it, but not yet what to do about it."""
 
 
 def shortage(error: BaseException) -> str | None:
@@ -33,7 +33,7 @@ def shortage(error: BaseException) -> str | None:
 
 
 def bytes_on_a_device(tree: Any) -> int:
-    """Of all arrays of the tree, those that were given away (donated) too."""
+    """Bytes on a device of all arrays of the tree, donated ones included."""
 
     def shard(leaf: Any) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else np.shape(leaf)
@@ -43,7 +43,7 @@ def bytes_on_a_device(tree: Any) -> int:
 
 
 def usage(state: Any, batch: Any, train_step: Callable[..., Any], *, compiled: bool = True) -> str:
-    """What a step needs on each device, in words; `compiled` is whether it could be."""
+    """What a step needs on each device, in words. `compiled`: whether the step could be compiled."""
     parameters, moments, gradients = (
         size(bytes_on_a_device(tree)) for tree in (state.variables, state.optimizer_state, state.trained)
     )
@@ -58,8 +58,8 @@ def usage(state: Any, batch: Any, train_step: Callable[..., Any], *, compiled: b
 
 
 def temporary_bytes(state: Any, batch: Any, train_step: Callable[..., Any]) -> int | None:
-    """What the compiler plans for a step beside its arguments; None where that cannot be had. The program is at hand,
-    compiled by the step that failed, and JAX finds it again."""
+    """Bytes that the compiled step allocates beside its arguments; None where that cannot be told. JAX still has the
+    program, which the failed step compiled."""
     try:
         step: Any = train_step
         return int(step.program.lower(state, step.divided(batch)).compile().memory_analysis().temp_size_in_bytes)

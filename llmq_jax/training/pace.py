@@ -8,9 +8,10 @@ from llmq_jax.training.compile_time import compile_seconds
 
 
 class Pace:
-    """Fed with every finished step. The clock starts when the first one is finished, and stands while a later one is
-    compiled, so that compiling does not count; nor do pauses (evaluation, samples, checkpoints), but for the time left,
-    which they lengthen. `utilisation` is the MFU of one token a second, where it is known: see flops.py."""
+    """The speed of a run; `finished` is called after every step. The clock starts when the first step is finished, and
+    stops while a later one is compiled, so that compiling does not count. Nor do pauses (evaluation, samples,
+    checkpoints), except for the time left, which they lengthen. `utilisation` is the MFU of one token a second, where
+    it is known: see flops.py."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class Pace:
         self.tokens = 0
 
     def finished(self, step: int, tokens: int) -> None:
-        """`tokens` are those of the whole run, up to this step."""
+        """Note a finished step. `tokens` are those of the whole run, up to this step."""
         self.step, self.tokens = step, tokens
         if self._first is None:
             self._first = step, tokens, self._now()
@@ -46,7 +47,7 @@ class Pace:
 
     @contextlib.contextmanager
     def handing_over(self) -> Iterator[None]:
-        """While a step is handed to the device, which compiles it if its batch is the first of such a shape."""
+        """Context for handing a step to the device, which compiles it if its batch is the first of its shape."""
         before = self._compiled()
         try:
             yield

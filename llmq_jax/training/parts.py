@@ -1,7 +1,7 @@
 """Training a part of a model: its head, its last layers, or adapters beside it.
 
-What stays as it is stands in a collection of its own, `frozen`, beside `params`, which train. Where a group of layers
-is cut in two, its upper layers are another group, `group_0_upper` beside `group_0`, which the model runs after it
+Frozen parameters are in a collection of their own, `frozen`, beside `params`, which train. Where a group of layers is
+cut in two, its upper layers become another group, `group_0_upper` beside `group_0`, which the model runs after it
 (`Decoder.frozen_layers`): gradients end there, and neither time nor memory goes to the layers below.
 
     {"params": {"group_0_upper", "final_norm"}, "frozen": {"token_embedding", "group_0"}}     the last blocks
@@ -23,7 +23,7 @@ FROZEN, PARAMS = "frozen", "params"
 
 
 def as_read(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables that a model reads, of those that a training state holds."""
+    """A training state's variables in the form that its model reads: frozen parameters among the others."""
     if FROZEN not in variables:
         return variables
     rest = {name: tree for name, tree in variables.items() if name != FROZEN}
@@ -31,13 +31,14 @@ def as_read(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(variables: dict[str, Any]) -> dict[str, Any]:
-    """The same for the model as it was: the layers that stood apart are one group again."""
+    """A training state's variables in the form that the original model reads: layers that were cut in two are one group
+    again."""
     variables = as_read(variables)
     return {name: _joined(tree, variables[PARAMS]) for name, tree in variables.items()}
 
 
 def _joined(tree: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """A collection with groups that were cut as one. Adapters have no lower part, but there they are zeros."""
+    """A collection in which groups that were cut are joined. Adapters have no lower part: zeros take its place."""
     joined = dict(tree)
     for lower in params:
         upper = joined.pop(upper_part(lower), None)
@@ -105,9 +106,9 @@ def freeze_all_but(
 def train_adapters(
     model: Decoder, variables: dict[str, Any], heads: Collection[str] = ()
 ) -> tuple[Decoder, dict[str, Any], tuple[Any, ...]]:
-    """(the model, variables, the collections that train): the adapters, `heads` and what came with the adapters to
-    train on. Below the first layer that has an adapter there is nothing to train, and no gradient goes there, unless
-    the embedding trains."""
+    """(the model, variables, the collections that train). The adapters train, and with them `heads` and the matrices
+    that came whole with the adapters and were trained there. Nothing trains below the first layer that has an adapter,
+    and no gradient goes there, unless the embedding trains."""
     found = adapters(variables)
     heads = {*heads, *trained_whole(variables)}
     layer_paths = model.layer_paths()
@@ -118,7 +119,7 @@ def train_adapters(
 
     first = next((layer for layer in range(len(layer_paths)) if adapts(layer)), len(layer_paths))
     first = 0 if "token_embedding" in heads else first
-    # A pattern of layers stands together.
+    # A pattern of layers cannot be cut.
     while first and not _between_patterns(model, first):
         first -= 1
     model, variables, below = cut(model, variables, len(layer_paths) - first)
@@ -132,7 +133,7 @@ def train_adapters(
 
 
 def _between_patterns(model: Decoder, layer: int) -> bool:
-    """Whether a pattern ends right before a layer."""
+    """Whether a pattern of layers ends right before this layer."""
     at = 0
     for group in model.layer_groups():
         size = group.repeats * len(group.blocks)

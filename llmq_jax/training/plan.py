@@ -53,7 +53,7 @@ ROWS = (
     *(LOGITS, GATHERED, UNSUMMED, WORKING),
 )
 GROWTH = (2, 4, 8, 16, 32)  # of the number of devices, where nothing else helps
-OPTIONS = ("moments", "attention", "dtype", "accumulate", "remat")  # that change, the one to be rid of first in front
+OPTIONS = ("moments", "attention", "dtype", "accumulate", "remat")  # to change; the first is taken back first
 WORTH = 0.97  # A change that leaves more of the total than this is none.
 
 
@@ -152,20 +152,21 @@ def _division(run: Run, names: tuple[str, ...], leaf: Any) -> Spec:
 
 @dataclass(frozen=True)
 class Change:
-    """Options as one would write them, and the plan with them."""
+    """Options as on a command line, and the plan with them."""
 
     words: str
     plan: Plan
 
 
 def changes(given: Plan, memory: int) -> list[Change]:
-    """Single changes by which the run fits, of each option the least; or a combination, if that does; or none."""
+    """Single changes by which the run fits, the least one of each option; else a combination that fits; else
+    nothing."""
     single = [_first_that_fits(runs, given, memory) for runs in _variants(given.run)]
     return [change for change in single if change] or _combined(given, memory)
 
 
 def _variants(run: Run) -> list[list[Run]]:
-    """For each option the runs that differ by it, from the least difference on; more devices come last."""
+    """For each option, the runs that differ by it, the least change first; the last entry has more devices."""
     remats = ("none", "dots", "full")
     rows = run.batch_size // row_devices(run.sizes)
     data, fsdp = run.sizes["data"], run.sizes["fsdp"]
@@ -180,7 +181,7 @@ def _variants(run: Run) -> list[list[Run]]:
             for n in range(2, data + 1)
             if data % n == 0
         ],
-        # As many rows on each.
+        # With as many rows on each device.
         [replace(run, sizes={**run.sizes, "fsdp": fsdp * n}, batch_size=run.batch_size * n) for n in GROWTH],
     ]
 
@@ -188,7 +189,7 @@ def _variants(run: Run) -> list[list[Run]]:
 def _first_that_fits(runs: list[Run], given: Plan, memory: int) -> Change | None:
     for run in runs:
         same_state = (run.sizes, run.moments) == (given.run.sizes, given.run.moments)
-        # Of the state and of what lives beside it, one stays as it is.
+        # Either the state stays as it is, or what is live beside it does: where that alone is too much, nothing helps.
         if (given.least if same_state else given.total - given.least) > memory:
             return None
         found = _planned(run)
@@ -206,7 +207,8 @@ def _planned(run: Run) -> Plan | None:
 
 
 def _combined(given: Plan, memory: int) -> list[Change]:
-    """One option after another, as far as it goes, until it fits; then without those that it fits without."""
+    """Change one option after another, as far as it goes, until the run fits; then take back those without which it
+    still fits."""
     best, options = given, len(_variants(given.run))
     for option in range(options):
         runs = _variants(best.run)[option]
@@ -228,7 +230,7 @@ def _combined(given: Plan, memory: int) -> list[Change]:
 
 
 def words(before: Run, after: Run) -> str:
-    """The options that differ, as one would write them."""
+    """The options that differ, as on a command line."""
     options = [
         f"--{name} {getattr(after, name)}"
         for name in reversed(OPTIONS)

@@ -20,14 +20,14 @@ Point = tuple[int, float]
 """(step, value)"""
 Points = list[Point]
 ACROSS = {"step": "steps", "tokens": "tokens seen", "seconds": "seconds of training"}
-"""What curves may be drawn over, and what stands below the axis."""
+"""{what curves may be drawn over: the label of that axis}"""
 LOSS_UNITS = {
     "train.pretrain": "nats a token",
     "train.instruct": "nats a token",
     "train.classifier": "nats a text",
     "train.reward": "nats a pair",
 }
-"""Of the loss, by the recipe whatever its options; what IPO and GRPO minimise has none."""
+"""{recipe: unit of its loss, where all options have the same}. The losses of IPO and GRPO have no unit."""
 
 
 def plot_losses(folder: str | Path) -> Path:
@@ -51,8 +51,8 @@ def plot_losses(folder: str | Path) -> Path:
 def plot_comparison(
     folders: Sequence[str | Path], path: str | Path, metric: str | None = None, across: str = "step"
 ) -> Path:
-    """Draw a metric of several runs as `path`, over steps, tokens or seconds (`ACROSS`). None: the validation losses;
-    the training losses where one has no other."""
+    """Draw a metric of several runs as `path`, over steps, tokens or seconds (`ACROSS`). `metric` None: the validation
+    losses, or the training losses where a run has no other."""
     runs = dict(zip(run_names(folders), (read_records(Path(folder)) for folder in folders), strict=True))
     validated = all(curve(records, "validation_loss") for records in runs.values())
     name = "validation_loss" if metric is None and validated else metric
@@ -71,14 +71,14 @@ def plot_comparison(
             )
         at = [x for x, value in zip(positions(run, records, across), values, strict=True) if value is not None]
         _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], run, at)
-    if across != "step":  # of which blank_axes knows the last
+    if across != "step":  # over steps, blank_axes has set the limits
         axes.set_xlim(left=0)
     legend(axes)
     return save_figure(drawn, path)
 
 
 def _loss_with_unit(folders: Sequence[str | Path]) -> str:
-    """What stands beside the axis of losses: with their unit where it is known and the same in all runs."""
+    """The label of the axis of losses, with their unit where it is known and the same in all runs."""
     units = {LOSS_UNITS.get(str((read_run_config(Path(folder) / CONFIG) or {}).get("recipe"))) for folder in folders}
     unit = units.pop()
     return f"loss ({unit})" if unit and not units else "loss"
@@ -101,8 +101,8 @@ def positions(run: str, records: list[Record], across: str) -> list[float]:
     tokens = [float(record["tokens"]) for record in records]
     if across == "tokens":
         return tokens
-    # A record's speed is that since the one before, without compiling, evaluation and checkpoints. Where a run was
-    # resumed in between it stands for the steps before, too, whose time went with their process.
+    # A record's speed is that since the record before, without compiling, evaluation and checkpoints. Where a run was
+    # resumed in between, it is also taken for the steps before, whose time was lost with their process.
     seen, seconds, speed = [0.0], [0.0], 0.0
     for count, record in zip(tokens, records, strict=True):
         if measured := figure(record, "tokens_per_second"):
@@ -116,7 +116,7 @@ def positions(run: str, records: list[Record], across: str) -> list[float]:
 
 
 def run_names(folders: Sequence[str | Path]) -> list[str]:
-    """The folders' names, with as many of those above them as tell them apart. BadInput: one is given twice."""
+    """The folders' names, with as many parent folders as tell them apart. BadInput: one is given twice."""
     paths = [Path(folder).absolute() for folder in folders]
     names = []
     for path in paths:
@@ -171,7 +171,7 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def read_run(folder: Path) -> list[Record]:
-    """The same, with losses; BadInput where there are none."""
+    """The metrics of a run that has losses; BadInput where there are none."""
     records = read_records(folder)
     if not curve(records, "loss") and not curve(records, "validation_loss"):
         raise BadInput(f"{folder / METRICS} has no losses yet; train for some steps first")
@@ -196,7 +196,7 @@ def save_figure(figure: Any, path: str | Path) -> Path:
 
 
 def legend(axes: Any, **style: Any) -> None:
-    """Of the curves, by names in which a dollar begins no formula."""
+    """Add a legend of the curves; a dollar in a name begins no formula."""
     for text in axes.legend(frameon=False, **style).get_texts():
         text.set_parse_math(False)
 
@@ -206,7 +206,7 @@ def blank_figure(size: tuple[float, float] = (8, 4.8)) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # On a machine's first plot it announces that it lists the fonts.
+    # On a machine's first plot matplotlib announces that it lists the fonts.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -3,8 +3,9 @@
     python -m train.pretrain ... --coordinator 10.0.0.1:9911 --processes 2 --process 0      on the first machine
     python -m train.pretrain ... --coordinator 10.0.0.1:9911 --processes 2 --process 1      on the second
 
-Under SLURM and Kubernetes nothing need be said. Every process runs every line, in the same order: what only one of them
-did would leave the others waiting. Process 0 alone writes and speaks. How the error of one ends all: last_words.py.
+Under SLURM and Kubernetes these options are not needed. Every process must run every exchange, in the same order: one
+that skipped an exchange would leave the others waiting. Only process 0 writes files and prints. How the error of one
+process ends all: last_words.py.
 """
 
 import contextlib
@@ -25,15 +26,15 @@ from llmq_jax.training.last_words import last_words
 from llmq_jax.training.signals import StopSignals
 
 CLUSTERS = {"SLURM": "SLURM_STEP_NODELIST", "Kubernetes": "JOB_COMPLETION_INDEX"}
-"""What each sets in the environment of a process that may have others beside it."""
+"""{cluster: environment variable that it sets for a process that may be one of several}"""
 PATIENCE_SECONDS = 120
-"""Until all processes must have come."""
+"""Time within which all processes must have joined."""
 
 
 @contextlib.contextmanager
 def joined(coordinator: str | None, processes: int | None, process: int | None) -> Iterator[None]:
-    """Join the processes of this command, by the address that process 0 listens at, or by what a cluster tells; alone
-    where neither is there, or where `processes` is 1. Before JAX's first use."""
+    """Join the processes of this command, by the address at which process 0 listens, or by what a cluster tells; stay
+    alone where there is neither, or where `processes` is 1. To be entered before JAX's first use."""
     if not _join(coordinator, processes, process):
         yield
         return
@@ -43,7 +44,7 @@ def joined(coordinator: str | None, processes: int | None, process: int | None) 
 
 @contextlib.contextmanager
 def one_speaks() -> Iterator[None]:
-    """Of several processes only the first one's standard output is seen."""
+    """Of several processes, show only process 0's standard output."""
     with contextlib.ExitStack() as stack:
         if not first():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -51,7 +52,7 @@ def one_speaks() -> Iterator[None]:
 
 
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> bool:
-    """Whether there may be others, which have then come."""
+    """Join the others; returns whether there may be any."""
     if coordinator is None:
         if process is not None or (processes or 1) > 1:
             raise BadInput(
@@ -94,8 +95,8 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
 
 
 def _check_port(coordinator: str, port: int) -> None:
-    """BadInput where process 0 cannot listen there. JAX would tell of it in words of its C++; and where another process
-    0 of this machine is there already, both would share the port, and be ended by a signal."""
+    """BadInput where process 0 cannot listen there. JAX would report that by a C++ error; and where another process 0
+    of this machine listens there already, both would share the port, and be ended by a signal."""
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
@@ -106,10 +107,11 @@ def _check_port(coordinator: str, port: int) -> None:
 
 
 def _warn_of_name(coordinator: str, host: str) -> None:
-    """No error: in Kubernetes a name is not known before its machine is ready."""
+    """Warn of a host name that is not known. This is no error: in Kubernetes a name is not known before its machine is
+    ready."""
     try:
         socket.getaddrinfo(host.strip("[]"), None)
-    except (OSError, UnicodeError) as error:  # the latter of one that no name can be
+    except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be a name
         print(
             f"warning: --coordinator {coordinator}: the name {host} is not known here yet "
             f"({getattr(error, 'strerror', error)}); waiting for it, at most {PATIENCE_SECONDS} s",
@@ -119,9 +121,9 @@ def _warn_of_name(coordinator: str, host: str) -> None:
 
 
 def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the GPUs that it sees are this SLURM task's: all of its node where it is alone there, or where it sees
-    its own alone; else its equal part. JAX by itself would take one for each task. None: there are none to divide, or
-    JAX_LOCAL_DEVICE_IDS tells them."""
+    """Indices of this SLURM task's GPUs among those that it sees: all of them where it is alone on its node, or sees
+    only its own; else its equal share. JAX by itself would take one for each task. None: there are no GPUs to divide,
+    or JAX_LOCAL_DEVICE_IDS names them."""
     on_node = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     seen = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES"))
     count = on_node if seen is None else len([name for name in seen.split(",") if name not in ("", "-1", "NoDevFiles")])
@@ -140,7 +142,8 @@ def gpus_of_task(environment: Mapping[str, str]) -> list[int] | None:
 
 
 def _tasks_on_node(environment: Mapping[str, str]) -> int:
-    """SLURM writes "2(x3),1" for two tasks on each of three nodes, and one on a fourth."""
+    """The number of tasks on this node. SLURM writes "2(x3),1" for two tasks on each of three nodes, and one on a
+    fourth."""
     counts: list[int] = []
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, nodes = part.partition("(x")
@@ -150,8 +153,8 @@ def _tasks_on_node(environment: Mapping[str, str]) -> int:
 
 @contextlib.contextmanager
 def _patience(where: str) -> Iterator[None]:
-    """The end of the process if this takes too long: JAX itself would end it by a signal, with a trace of its C++. And
-    at once by Ctrl-C, which Python would not hear of while JAX waits."""
+    """Context that ends the process if it takes more than `PATIENCE_SECONDS`: JAX itself would end it by a signal, with
+    a trace of its C++. Ctrl-C ends it at once, which Python would not notice while JAX waits."""
 
     def give_up() -> None:
         print(
@@ -183,7 +186,7 @@ def first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Until every process is here; `name` tells which place that is."""
+    """Wait until every process has come to this place, which has this name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -191,7 +194,7 @@ def wait_for_all(name: str) -> None:
 
 
 def share(value: Any) -> Any:
-    """What process 0 gives, which JSON can hold, on all of them."""
+    """Process 0's value, on all processes. It must be one that JSON can hold."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -203,8 +206,8 @@ def share(value: Any) -> Any:
 
 
 def together(action: Callable[[], Any]) -> Any:
-    """Run on each process; where it is BadInput on one, or a file that cannot be had, all raise BadInput, in the first
-    one's words."""
+    """Run an action on each process. Where one of them raises BadInput, or an OSError about a file, all raise BadInput
+    with the message of the first such process."""
     if jax.process_count() == 1:
         return action()
     from jax.experimental import multihost_utils
@@ -227,7 +230,7 @@ def together(action: Callable[[], Any]) -> Any:
 
 
 def of_first(action: Callable[[], Any]) -> Any:
-    """What process 0 finds, which JSON can hold, on all of them; or its BadInput."""
+    """The action's result on process 0, which JSON must be able to hold, on all processes; or its BadInput on all."""
     return share(together(lambda: action() if first() else None))
 
 
@@ -245,13 +248,13 @@ def same(config: dict[str, Any], differences: Callable[[dict[str, Any], dict[str
 
 
 def stop_signals(saves: bool) -> contextlib.AbstractContextManager[StopSignals]:
-    """What holds signals back until a step is saved. Where nothing is saved there is nothing to wait for: they act as
-    they would without us."""
+    """A context that holds signals back until a step is saved. Where nothing is saved there is nothing to wait for:
+    signals act at once."""
     alone = jax.process_count() == 1
     if saves:
         return StopSignals() if alone else AgreedStop()
     if not alone and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which JAX has taken since the processes joined
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has handled it since the processes joined
     return contextlib.nullcontext(StopSignals())
 
 

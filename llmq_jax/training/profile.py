@@ -11,7 +11,7 @@ PROFILE = "profile"
 
 
 def profiled_steps(text: str, steps: int | None, name: str = "profile") -> tuple[int, int]:
-    """The first and the last step of a text like "10:15". BadInput where a run of so many steps has no such steps."""
+    """The first and the last step of a text like "10:15". BadInput where a run of `steps` steps has no such steps."""
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last) <= (steps or int(last))):
         among = f" of {steps}" if steps else ""
@@ -20,7 +20,8 @@ def profiled_steps(text: str, steps: int | None, name: str = "profile") -> tuple
 
 
 class Profile:
-    """Of these steps, the first and the last, into a folder, in a run that goes on after step `start`; of none."""
+    """A trace of the steps from the first to the last of `steps`, written into a folder, in a run that goes on after
+    step `start`. Without arguments: no trace."""
 
     def __init__(self, steps: tuple[int, int] = (0, 0), folder: Path | None = None, start: int = 0):
         self.first, self.last = max(steps[0], start + 1), steps[1]
@@ -35,25 +36,26 @@ class Profile:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def begin(self, step: int, state: Any) -> None:
-        """Start if this step comes next and is the first one: once those before it are done, which make this state."""
+        """Start the trace if this step, which comes next, is the first to trace: once the steps before it, which make
+        `state`, are done."""
         if not step == self.first <= self.last:
             return
         jax.block_until_ready(state)
         assert self.folder is not None
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # a million calls, of compiling a step, would leave no room for what follows
+        options.python_tracer_level = 0  # compiling a step makes a million Python calls, which would leave no room
         jax.profiler.start_trace(self.folder, create_perfetto_trace=True, profiler_options=options)
         self.running = True
 
     def stop(self) -> str:
-        """Write it; what to say of it."""
+        """Write the trace; returns what to say of it."""
         self.running = False
         jax.profiler.stop_trace()
         self.done = True
         return f"step {self.last}: profile saved"
 
     def ended(self, step: int) -> str:
-        """The run goes no further than this step, in the middle of the trace or before it; what to say of it, if
+        """The run ends after this step, in the middle of the trace or before it; returns what to say of that, if
         anything."""
         if self.running:
             self.last = step
@@ -62,12 +64,12 @@ class Profile:
         return ""
 
     def close(self) -> None:
-        """What is traced is written, the run having ended or failed."""
+        """Write what was traced, when the run has ended or failed."""
         if self.running:
             self.stop()
 
     def text(self) -> str:
-        """How to look at it; "" where there is none."""
+        """How to look at the trace; "" where there is none."""
         if not self.done:
             return ""
         assert self.folder is not None

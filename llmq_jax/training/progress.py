@@ -24,7 +24,7 @@ class Status:
     mfu: float | None = None
     """Model FLOP utilisation."""
     shown: tuple[tuple[str, float], ...] = ()
-    """What else the run is about: (name, value)."""
+    """Further metrics to show: (name, value)."""
 
 
 class LineProgress:

@@ -34,14 +34,15 @@ class Step(NamedTuple):
 
     step: int
     tokens: int
-    """Of the whole run, up to this step."""
+    """Tokens of the whole run, up to this step."""
     metrics: dict[str, Any]
 
 
 class Recorder:
-    """Open what the options ask for, cut back to the step that the run starts from; a sample due at that step, which
-    comes after its checkpoint, is to be written anew, and of a run that begins `anew` the evaluation, too. Without a
-    folder, the terminal alone, on which the metrics in `show` stand beside the loss."""
+    """Writes metrics and samples to the files and trackers that the options ask for, and to the terminal; without a
+    folder, to the terminal alone. Files are cut back to the step that the run starts from. A sample that is due at that
+    step comes after its checkpoint, and is written anew; so is the evaluation of a run that begins `anew`. On the
+    terminal, the metrics in `show` are printed beside the loss."""
 
     def __init__(
         self,
@@ -75,7 +76,8 @@ class Recorder:
         self._progress = make_progress(options.steps, output, start)
 
     def step(self, done: Step, figures: dict[str, float], pace: Pace, time: TimeSpent) -> None:
-        """A finished step, of which these metrics are read already; it is logged where that is due."""
+        """Show a finished step, and log it where that is due. `figures` are those of its metrics that are read
+        already."""
         rate = None if self._learning_rates is None else float(self._learning_rates[done.step - 1])
         record = self._record(done, figures, rate, pace, time) if self._is_logged(done.step) else None
         mean_speed = pace.tokens_per_second()
@@ -95,7 +97,7 @@ class Recorder:
             self._write(record)
 
     def evaluation(self, record: Record, judged_by: str) -> str:
-        """Write what was measured; the text of what people are shown of it, first what the run is judged by."""
+        """Write an evaluation; returns it as a text for people, which begins with what the run is judged by."""
         self._write(record)
         means = {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
         shown = dict.fromkeys((judged_by, "loss", *(self._show or means)))
@@ -112,7 +114,7 @@ class Recorder:
         self._progress.message(text)
 
     def sync(self) -> None:
-        """Put metrics and samples on the disk, those too that found no room there before."""
+        """Put metrics and samples on the disk, including those for which it had no room before."""
         for file in (self._metrics, self._samples):
             if file:
                 file.sync()
@@ -127,7 +129,7 @@ class Recorder:
 
     def _is_logged(self, step: int) -> bool:
         options = self._options
-        # With patience an evaluation may turn out to be the end, whose figures are logged.
+        # With patience, this evaluation may end the run, whose last step is logged.
         may_be_last = options.patience is not None and options.due(options.evaluate_every, step)
         return bool(options.log_every) and (step == 1 or may_be_last or options.due(options.log_every, step))
 
@@ -155,7 +157,8 @@ class Recorder:
             self._keep(tracker.write, figures)
 
     def _keep(self, write: Callable[..., None], *what: Any) -> None:
-        """Write, or warn once where there is no room and the run goes on: what is written then waits in its file."""
+        """Write. Where the disk is full and the run is to go on, warn once; what is written meanwhile is kept until
+        there is room."""
         try:
             write(*what)
         except OSError as error:

@@ -27,14 +27,14 @@ class RunResult:
     best_validation_loss: float | None = None
     best_step: int | None = None
     seconds: float | None = None
-    """Spent training, without compiling, evaluation, samples and checkpoints."""
+    """Time spent training, without compiling, evaluation, samples and checkpoints."""
     time: dict[str, float] | None = None
-    """Seconds of all of it, by what they went to: see time_spent.py."""
+    """Seconds of the whole process, by what they were spent on: see time_spent.py."""
     tokens_per_second: float | None = None
     mfu: float | None = None
     """Model FLOP utilisation, where it is known: see flops.py."""
     peak_memory_bytes: int | None = None
-    """On the accelerator, or of the process where there is none."""
+    """Peak on the accelerator, or of the process where there is none."""
 
     def figures(self) -> dict[str, Any]:
         """All but the state."""
@@ -43,7 +43,7 @@ class RunResult:
 
 
 def device_memory_bytes() -> int | None:
-    """The most that the accelerator has held so far; None where JAX does not tell, as of a CPU."""
+    """The most bytes that the accelerator has held so far; None where JAX does not tell, as for a CPU."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return int(statistics["peak_bytes_in_use"]) if "peak_bytes_in_use" in statistics else None
 

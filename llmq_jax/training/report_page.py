@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: figures, curves, experts, samples, times, checkpoints and options.
+"""A run as one self-contained HTML page: figures, curves, experts, samples, times, checkpoints and options.
 
     write_report_page("runs/mine")  # runs/mine/report.html
 
@@ -29,9 +29,9 @@ PICTURES = {
     "expert-load.png": "Load of the experts",
     "balance.png": "Balance of the experts",
 }
-"""Those that a run may have drawn, and what stands above each."""
+"""{picture that a run may have drawn: the heading above it}"""
 BESIDE = ("step", "tokens", "loss", "validation_loss")
-"""In losses.png already."""
+"""Fields of records that get no curve of their own: losses.png shows them."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #24292f; --soft: #667085; --line: #d9dee5; --paper: #fff; --bar: #2f6fb0 }
 @media (prefers-color-scheme: dark) {
@@ -56,8 +56,8 @@ summary { cursor: pointer; color: var(--soft) }
 
 
 def write_report_page(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a run, finished or not, and return its path. BadInput where it is no
-    run's."""
+    """Write `report.html` into the folder of a run, finished or not, and return its path. BadInput where the folder is
+    no run's."""
     folder = Path(folder)
     path = folder / PAGE
     write_atomically(path, report_page(folder).encode())
@@ -191,7 +191,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _options(config: dict[str, Any]) -> str:
-    """Those of the recipe, then, folded, the loop's and the model's."""
+    """The recipe's options, then, folded, those of the training loop and the model's config."""
     own = {name: value for name, value in config.items() if not isinstance(value, dict) and name != MARK}
     body = _table(("option", "value"), _pairs(own))
     for name in (name for name, value in config.items() if isinstance(value, dict)):

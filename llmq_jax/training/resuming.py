@@ -1,5 +1,5 @@
-"""How a run comes to its state: from the newest checkpoint in its own folder, once its options are seen to be the same
-(resuming), or from a checkpoint of another run, whose options may be others (branching)."""
+"""How a run gets its state: from the newest checkpoint in its own folder, if its options are still the same (resuming),
+or from a checkpoint of another run, whose options may differ (branching)."""
 
 import contextlib
 import dataclasses
@@ -44,8 +44,8 @@ def open_folder(
     evaluates: bool = True,
     samples: bool = True,
 ) -> RunFolder:
-    """The folder of a run, for those who have something to do there before `run`, which takes it in place of its path;
-    arguments are those of `run`, and whether it is given the two functions."""
+    """Open the folder of a run, for recipes that have work to do there before `run`, which takes the result in place of
+    a path. Arguments are those of `run`; `evaluates` and `samples` say whether it is given these two functions."""
     options = options.resolved(evaluates=evaluates, samples=samples, saves=True)
     described = {**(config or {}), "model": config_dict(model_config), "options": dataclasses.asdict(options)}
     described[CODE] = code_digest()
@@ -68,8 +68,8 @@ def resume(
     learning_rates: np.ndarray | None,
     say: Callable[[str], None],
 ) -> Resumed | None:
-    """The newest whole checkpoint in the place of `state`, whose arrays are freed; `validation` takes up the
-    evaluations before it. None where there is no checkpoint yet."""
+    """The newest undamaged checkpoint in the place of `state`, whose arrays are freed; `validation` takes over the
+    evaluations up to it. None where there is no checkpoint yet."""
     checkpoints.remove_leftovers()
     if processes.of_first(checkpoints.latest_step) is None:
         if folder.resumed:
@@ -96,11 +96,11 @@ def finished_result(
     validation: Validation,
     learning_rates: np.ndarray | None,
 ) -> RunResult:
-    """The result of a run that was finished by an earlier process, with its last state in the place of `state`. Never
+    """The result of a run that was finished by an earlier process, with its last state in the place of `state`, never
     with that of an earlier step."""
     report = folder.report()
     history = History()
-    with contextlib.suppress(BadInput):  # of its records a finished run needs none
+    with contextlib.suppress(BadInput):  # a finished run needs none of its records
         history = read_history(folder, report["step"], validation.name)
     validation.take_up(history.judged, history.validation_losses)
     check_rates(folder, history.learning_rates, learning_rates)
@@ -142,7 +142,8 @@ def read_history(folder: RunFolder, step: int, judged: str) -> History:
 
 
 def check_rates(folder: RunFolder, recorded: Sequence[Point], learning_rates: np.ndarray | None) -> None:
-    """A script may have another schedule than when it began the run, and not say so in `config`."""
+    """BadInput where the recorded learning rates are not those of the schedule: a script may have changed it since it
+    began the run, and not say so in `config`."""
     if learning_rates is None:
         return
     for step, rate in recorded:
@@ -185,7 +186,8 @@ def branch_source(options: RunOptions) -> Path:
 
 
 def released(state: Any) -> Any:
-    """The shapes and places of a state whose arrays are freed: what is restored in its place need not fit beside it."""
+    """The shapes and shardings of a state, whose arrays are freed: what is restored in its place then need not fit
+    beside it."""
 
     def described(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

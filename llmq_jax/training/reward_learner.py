@@ -14,9 +14,9 @@ from llmq_jax.training.rollouts import Rollout
 from llmq_jax.training.state import TrainState, bound_alike
 
 REWARD_MODEL, PAIRS = "reward_model", "pairs"
-"""What a state carries."""
+"""Names of what a training state carries."""
 METRICS = ("loss", "accuracy", "grad_norm")
-"""What is told of its updates, as reward_model/loss and so on."""
+"""Metrics of the reward model's updates, shown as reward_model/loss and so on."""
 
 
 @dataclass(eq=False)
@@ -26,18 +26,18 @@ class RewardLearner:
     10% of historical data)."""
 
     state: TrainState
-    """Of the reward model, as the run begins."""
+    """Training state of the reward model, as the run begins."""
     update: Callable[[TrainState, dict[str, Any]], tuple[TrainState, dict[str, Any]]]
     """A training step of `objectives.reward.RewardModel`."""
     judge: Callable[[Rollout], Scores]
-    """Tells better answers from worse ones: of each group, its best and its worst become a pair."""
+    """Scores answers: the best and the worst of each group become a pair."""
     replay: Any
     """`replay[i]`, i >= 0: a batch of old pairs."""
     new_pairs: int
     """P, pairs that a step's answers can make."""
     steps_per_iteration: int
     width: int
-    """T of a pair's rows: nothing that the reward model reads is longer."""
+    """T, tokens in a row of a pair: nothing that the reward model reads is longer."""
     rows: Callable[[Rollout], tuple[np.ndarray, np.ndarray]]
     """(tokens, lengths) that the reward model reads: `ModelReward.rows`."""
 
@@ -65,7 +65,7 @@ class RewardLearner:
             for number in range(self.steps_per_iteration):
                 old = self.widened(self.replay[int(learner.step)])
                 batch = {name: np.concatenate([array[number], old[name]]) for name, array in pairs.items()}
-                if "margins" in old:  # the judge has none to tell
+                if "margins" in old:  # the judge gives none
                     batch["margins"] = np.concatenate([np.zeros(self.new_pairs, np.float32), old["margins"]])
                 learner, metrics = self.update(learner, batch)
                 updates.append({name: metrics[name] for name in METRICS})
@@ -79,7 +79,7 @@ class RewardLearner:
         return state.replace(carried={**state.carried, REWARD_MODEL: learner, PAIRS: pairs}), figures
 
     def pairs(self, rollout: Rollout) -> dict[str, np.ndarray]:
-        """The best and the worst answer of each group; under mask 0 where the judge sees no difference."""
+        """The best and the worst answer of each group as a pair, with mask 0 where the judge sees no difference."""
         judged = self.judge(rollout).rewards.reshape(-1, rollout.group_size)
         best, worst = judged.argmax(axis=1), judged.argmin(axis=1)
         first = np.arange(len(judged)) * rollout.group_size
@@ -95,7 +95,7 @@ class RewardLearner:
         }
 
     def widened(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """With rows of `width` tokens."""
+        """The batch with rows padded or cut to `width` tokens."""
 
         def wide(array: np.ndarray) -> np.ndarray:
             missing = max(self.width - array.shape[-1], 0)

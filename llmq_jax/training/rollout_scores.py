@@ -1,4 +1,4 @@
-"""What a rollout's answers are worth: by functions of texts (`rewards`), by a reward model, or both.
+"""The rewards of a rollout's answers: by reward functions of texts (`rewards`), by a reward model, or both.
 
 Shapes: as in `training.rollouts`.
 """
@@ -27,31 +27,31 @@ from llmq_jax.training.rollouts import Rollout
 
 @dataclass(frozen=True)
 class Scores:
-    """What a rollout's answers are worth."""
+    """The rewards of a rollout's answers."""
 
     rewards: np.ndarray
     """float32 [B]"""
     by_name: Mapping[str, np.ndarray]
-    """float32 [B] of each reward function, nan where it had none to give."""
+    """float32 [B] of each reward function, nan where it gave no reward."""
     steps: np.ndarray | None = None
     """float32 [B, C], for process supervision: the reward of each step of an answer, where the step ends."""
     step_ends: np.ndarray | None = None
     """float32 [B, C]: 1 there."""
 
     def rows(self, chosen: np.ndarray) -> "Scores":
-        """Those of some answers."""
+        """The scores of the chosen answers."""
         steps, ends = (None if x is None else x[chosen] for x in (self.steps, self.step_ends))
         return Scores(self.rewards[chosen], {name: x[chosen] for name, x in self.by_name.items()}, steps, ends)
 
 
 @dataclass(frozen=True)
 class TextRewards:
-    """Rewards by functions of texts."""
+    """Rewards by reward functions of texts."""
 
     rewards: Rewards
 
     def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None, alone: bool = True) -> Scores:
-        """One process asks for all: a function may draw, or ask others, and does so once."""
+        """One process calls the functions for all: they may be random, or ask a server, and do so once."""
 
         def ask() -> tuple[list[float], dict[str, list[float]]]:
             columns = columns_of(rollout.prompts, rollout.group_size)
@@ -63,13 +63,13 @@ class TextRewards:
 
 
 def reward_model_of(score: "SummedRewards | ModelReward") -> "ModelReward":
-    """The reward model in what scores rollouts by one."""
+    """The reward model within a scorer that has one."""
     return score if isinstance(score, ModelReward) else score.model
 
 
 @dataclass(frozen=True)
 class SummedRewards:
-    """Functions of texts and a reward model, which has a weight of its own."""
+    """The rewards of functions of texts plus those of a reward model, multiplied by its weight."""
 
     texts: TextRewards
     model: "ModelReward"
@@ -93,11 +93,11 @@ class ModelReward:
     separator: str = "\n"
     """What ends a step; the last one ends with the answer."""
     ending: Sequence[int] = ()
-    """How a chat template ends an answer, see `data.chat_ending`: the end token, which a policy draws, and what stood
-    after it in the texts that the reward model learned from."""
+    """How a chat template ends an answer, see `data.chat_ending`: the end token, which a policy samples, and what
+    followed it in the texts that the reward model learned from."""
 
     def __call__(self, rollout: Rollout, variables: dict[str, Any] | None = None) -> Scores:
-        """`variables`: others than the model's, of a reward model that learns."""
+        """`variables` take the place of the model's own: those of a reward model that goes on learning."""
         variables = self.lm.variables if variables is None else variables
         tokens, lengths = self.rows(rollout)
         mask = rollout.response_mask(lengths, tokens.shape[1])
@@ -109,8 +109,8 @@ class ModelReward:
             return Scores(rewards, {self.name: rewards})
         read = np.minimum(lengths, tokens.shape[1])[:, None]
         places = np.minimum(rollout.prompt_lengths[:, None] + np.arange(rollout.logprobs.shape[1]), read - 1)
-        # The last step ends with the answer, whose reward stands where the model's reading ends: before an end token
-        # that is padding to it, or behind what follows one.
+        # The last step ends with the answer, whose reward is at the last token that the model reads: before an end
+        # token that is padding to it, or after what follows an end token.
         np.put_along_axis(places, rollout.answer_lengths[:, None] - 1, read - 1, axis=1)
         ends = step_ends(rollout, self.lm.tokenizer, self.separator)
         by_token = np.take_along_axis(np.asarray(by_token), places, axis=1)
@@ -118,8 +118,8 @@ class ModelReward:
 
     def rows(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
         """(int32 [B, T'], int32 [B]): the tokens that the reward model reads of each row, as it learned to, and how
-        many. An answer that ends as the chat template's do ends as they do to the last token. An end token that is
-        the model's padding too, and the last one, is none: see `data.without_padding`."""
+        many. An answer that ends with the chat template's end token also gets the tokens that follow it there. A last
+        token that is the model's padding too is not read: see `data.without_padding`."""
         each = np.arange(len(rollout))
         after = self.ending[1:]
         ended = rollout.terminated & (rollout.tokens[each, rollout.lengths - 1] == self.ending[0] if after else False)

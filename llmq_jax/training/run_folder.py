@@ -1,7 +1,7 @@
 """The folder of one run: whose it is, who trains in it, and whether it is finished.
 
     config.json    every option of the run; a command with the same options resumes it
-    run.lock       held (flock) by the process that trains here; tells its id; where others train with it, a number too
+    run.lock       held (flock) by the process that trains here; holds its id and, with several processes, a number
     checkpoints/   see checkpoints.py
     metrics.jsonl, samples.txt, losses.png, tensorboard/
     finished.json  the figures of the end report, once the run is finished
@@ -32,10 +32,10 @@ CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
 MARK = "run_format"
 """Field of config.json that tells a run folder from a model folder, which has a config.json too."""
 CODE = "code"
-"""Of the config: the digest of the code, which may change."""
+"""Field of config.json with the digest of the code, which may change."""
 FORMAT = 1
 SEEN_SECONDS = 60
-"""Until every process must see what process 0 has written: a file system of many machines may take a moment."""
+"""Time within which every process must see what process 0 has written: a shared file system may take a moment."""
 
 
 class RunFolder:
@@ -99,7 +99,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end: asked by all processes together."""
+        """Whether the run came to its end; all processes must ask together."""
         return bool(share(first() and (self.path / FINISHED).is_file()))
 
     @property
@@ -201,8 +201,8 @@ def read_run_config(path: Path) -> dict[str, Any] | None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
-    """ "name old -> new" for every field, in the order of the new config. What an older version did not know of is the
-    same as what is not used."""
+    """ "name old -> new" for every field, in the order of the new config. A field that the old config lacks, from an
+    older version, equals one that is unused in the new one (None or False)."""
     old, new = _flat(old), _flat(new)
     names = [name for name in [*new, *(old.keys() - new.keys())] if not _within(name, may_change)]
     absent = "(not set)"
@@ -220,7 +220,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
 
 
 def text_of(value: Any) -> str:
-    """A value of a config as JSON, for people: without what a division leaves in the last digits of a number."""
+    """A value of a config as JSON, for people: without rounding errors in the last digits of a number."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, list):
@@ -232,8 +232,9 @@ def text_of(value: Any) -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """Twelve digits of the SHA-256 of the library's code and the running script's (of `python -m`: and that of the
-    modules beside it), by which a change of either is seen: of the files and their names, wherever the two stand."""
+    """Twelve digits of the SHA-256 of the library's code and the running script's (with -m also that of the modules
+    beside it), which tell whether either has changed. They depend on the files' names and contents, not on where the
+    files are."""
     main = sys.modules["__main__"]
     script = getattr(main, "__file__", None)
     library = Path(__file__).parents[1]

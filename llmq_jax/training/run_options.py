@@ -43,26 +43,27 @@ class RunOptions:
     """Evaluate before the first step too: what a run from weights begins from. Neither patience nor the choice of the
     best step counts it."""
     patience: int | None = None
-    """Stop after so many evaluations in a row without a new best; None: never."""
+    """Stop after this many evaluations in a row without a new best; None: never."""
     sample_every: int | None = None
     checkpoint_every: int | None = None
     keep_last: int = 3
     """How many of the newest checkpoints stay."""
     keep_best: bool = True
-    """Keep the best checkpoint too, by what the run is judged by; a new best is saved though its step be not due."""
+    """Keep the best checkpoint too, by what the run is judged by; a new best is saved even where no checkpoint is
+    due."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: str | None = None
-    """Project at Weights & Biases to log to."""
+    """Weights & Biases project to log to."""
     plot: bool = True
     """Draw losses.png at the end."""
     profile: str | None = None
     """Steps to trace, the first and the last: "10:15"."""
     on_full_disk: Literal["stop", "continue"] = "stop"
-    """Where there is no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
+    """When the disk has no room for a checkpoint: stop, or warn and go on until the next one. Records then wait too."""
     branch_from: str | None = None
-    """Checkpoint of another run, or that run's folder for its newest one. A run begins with all of its state: weights,
-    moments, and the step, by which it goes on in data and rates."""
+    """Checkpoint of another run, or that run's folder for its newest one. The run begins with all of its state:
+    weights, moments, and the step, from which data and learning rates go on."""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
@@ -74,7 +75,7 @@ class RunOptions:
             profiled_steps(self.profile, self.steps)
 
     def resolved(self, *, evaluates: bool, samples: bool, saves: bool) -> "RunOptions":
-        """The same with every interval a number. BadInput where one is asked for that could do nothing."""
+        """The options with a number for every interval. BadInput for an option that could do nothing."""
         intervals: dict[str, Any] = {}
         for name, able, lacking in (
             ("evaluate_every", evaluates, "evaluate function"),
@@ -96,10 +97,10 @@ class RunOptions:
 
     @property
     def neutral(self) -> tuple[str, ...]:
-        """Options that a run may be resumed with others of: those that change neither its weights nor its metrics of
-        training. Evaluations change neither, unless they decide where it ends."""
+        """Options that may differ when a run is resumed: those that change neither its weights nor its metrics of
+        training. Evaluations change neither, unless they decide where the run ends."""
         return NEUTRAL_OPTIONS if self.patience is not None else ("evaluate_every", *NEUTRAL_OPTIONS)
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether what is done every so many steps is done after this one."""
+        """Whether what is done every `every` steps is done after this step."""
         return every is not None and every > 0 and step > 0 and (step % every == 0 or step == self.steps)

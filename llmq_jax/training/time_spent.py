@@ -1,7 +1,7 @@
 """Where a run's time goes.
 
-JAX computes a step while Python goes on, and no step is waited for to be measured: what is counted is the time of the
-loop, by what it does and where it waits anyway.
+JAX computes a step while Python goes on, and the loop does not wait for a step just to measure it. What is counted is
+the loop's own time, by what it does or waits for anyway.
 
     compiling    tracing and compiling steps: the first one, and where batches differ in shape, the first of each
     step         handing steps over and waiting for them
@@ -22,7 +22,7 @@ from llmq_jax.training.compile_time import compile_seconds
 
 PARTS = ("compiling", "step", "input", "evaluation", "samples", "checkpoints")
 SECONDS = {part: f"{part}_seconds" for part in PARTS}
-"""What records call them."""
+"""Their names in records."""
 
 
 class TimeSpent:
@@ -34,11 +34,12 @@ class TimeSpent:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._marked = dict(self._seconds)
         self.place = "the beginning"
-        """What the loop is at; after an error, what it was at."""
+        """What the loop is doing; after an error, what it was doing."""
 
     @contextlib.contextmanager
     def on(self, part: str, step: int, under_way: Any = None) -> Iterator[None]:
-        """`under_way`: a result of the step that the device may still be at when this part is done."""
+        """Count the time within it for a part. `under_way`: a result of the step that the device may still be computing
+        when this part is done."""
         self.place = f"step {step}" if part == "step" else f"the {part} of step {step}"
         began, compiled = self._now(), self._compiled()
         with jax.profiler.TraceAnnotation(part):  # shown in a profile, if one is made
@@ -58,7 +59,7 @@ class TimeSpent:
         return {SECONDS[part]: spent for part in PARTS if (spent := round(self._marked[part] - before[part], 6))}
 
     def total(self) -> dict[str, float]:
-        """Of all parts, and of what else there was."""
+        """Seconds of all parts, and of all else as `other`."""
         other = self._now() - self._began - sum(self._seconds.values())
         return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": other}.items()}
 

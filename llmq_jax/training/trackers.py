@@ -1,6 +1,6 @@
-"""Metrics for the eyes of others: TensorBoard event files, and Weights & Biases on request.
+"""Metrics for other tools to show: TensorBoard event files, and Weights & Biases on request.
 
-Both are copies. What counts is metrics.jsonl, which alone is cut back exactly when a killed run resumes.
+Both are copies of metrics.jsonl, which alone is cut back exactly when a killed run resumes.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from llmq_jax.training.metrics import Record
 class TensorBoard:
     """Event files in `folder`; events of steps after `resume_step`, from before a kill, are purged.
 
-    tensorboardX has the format. Its writers have a thread each, which a full disk ends without the run's knowing; the
+    tensorboardX provides the format only. Each of its own writers has a thread, which a full disk ends unnoticed; the
     run would then wait for it for ever.
     """
 
@@ -47,7 +47,7 @@ class TensorBoard:
         self._file.close()
 
     def _append(self, **fields: Any) -> None:
-        """One event: its length, it, and checksums of both."""
+        """Append one event: its length, its bytes, and checksums of both."""
         event = self._format.Event(wall_time=time.time(), **fields).SerializeToString()
         length = len(event).to_bytes(8, "little")
         checks = [self._format.masked_crc32c(part).to_bytes(4, "little") for part in (length, event)]

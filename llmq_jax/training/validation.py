@@ -8,15 +8,16 @@ from llmq_jax.training.checkpoints import JudgedBy
 from llmq_jax.training.plots import Point
 
 PREFIX = "validation_"
-"""Of what records call the means of an evaluation."""
+"""Prefix of an evaluation's means in records."""
 LOSS = f"{PREFIX}loss"
 
 
 class Validation:
-    """The evaluations of a run. `judged_by` is (mean, "lowest" or "highest"): which one tells how good a step is, and
-    which of its values is the best; `patience` is after how many evaluations without a new best to stop.
+    """The evaluations of a run. `judged_by` is (mean, "lowest" or "highest"): which mean tells how good a step is, and
+    which of its values is best. `patience`: the number of evaluations without a new best after which to stop.
 
-    What a run begins from, at step `start`, is no step of its own: it has no checkpoint, and is never the best one.
+    The state that a run begins from, at step `start`, is no step of its own: it has no checkpoint, and is never the
+    best one.
     """
 
     def __init__(self, judged_by: JudgedBy, patience: int | None = None, start: int = 0):
@@ -31,7 +32,7 @@ class Validation:
         self.values: dict[int, float] = {}
         """What the run is judged by, by step."""
         self.losses: dict[int, float] = {}
-        """The validation loss, which need not be what it is judged by."""
+        """The validation loss by step, which need not be what the run is judged by."""
 
     def add(self, step: int, means: Mapping[str, float]) -> None:
         """Note an evaluation. BadInput as by `require_judged`."""
@@ -43,7 +44,7 @@ class Validation:
 
     def require_judged(self, names: Collection[str]) -> None:
         """BadInput where an evaluation of these means lacks what the run is to be judged by. A run without a loss may
-        be judged by nothing, unless it is to be patient."""
+        be judged by nothing, unless it has a patience."""
         wanted = self.judged_by[0]
         if wanted in names:
             return
@@ -57,12 +58,12 @@ class Validation:
             raise BadInput(f"judged_by is {wanted}, and evaluate returns {found}: name one of these, or return it")
 
     def take_up(self, judged: Sequence[Point], losses: Sequence[Point]) -> None:
-        """The evaluations of a run that goes on: what it was judged by, and the validation losses."""
+        """Take over the evaluations of a run that goes on: what it was judged by, and the validation losses."""
         self.values = {step: value for step, value in judged if step > self.start}
         self.losses = dict(losses)
 
     def best_step(self) -> int | None:
-        """The earliest on a tie; None where no step was judged."""
+        """The best step, the earliest on a tie; None where no step was judged."""
         return min(self.values, key=self.cost, default=None)
 
     def best_loss(self) -> float | None:
@@ -79,7 +80,7 @@ class Validation:
         return step in self.values and (than not in self.values or self.cost(step) < self.cost(than))
 
     def patience_is_out(self) -> bool:
-        """Whether so many evaluations in a row brought no new best."""
+        """Whether the last `patience` evaluations brought no new best."""
         best = self.best_step()
         if best is None or self.patience is None:
             return False
