@@ -22,13 +22,14 @@ class Tables(NamedTuple):
     underivable: tuple[str, ...]
     """Fields that shapes do not tell."""
     unkept: Callable[[Mapping[str, Any], Any], dict[str, Any]] = lambda state, config: {}
-    """(a state, the config stored with it) to the fields that announce what transformers does not save, and the state
-    holds nothing of: what they are then."""
+    """From (a state, the config stored with it): new values for the fields that announce what transformers does not
+    save, where the state does not hold it."""
 
 
 GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_scalar")
-# Weights without a config are those of the first that has most of their names: hence Llama before those that have no
-# others, Qwen 3, all of whose names Gemma 3 has, before that, and Mixtral before Qwen 3 with experts.
+# Weights without a config are taken for the first architecture that has most of their names. Hence the order: Llama
+# before those with the same names, Qwen 3 before Gemma 3, which has all of its names, and Mixtral before Qwen 3 with
+# experts.
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
@@ -53,16 +54,16 @@ TABLES = {
 
 
 class Part(NamedTuple):
-    """What we have of a larger model."""
+    """The part of a larger, multimodal model that is implemented here."""
 
     model_type: str
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """The larger model's config.json to the part's."""
+    """From the larger model's config.json, that of the part."""
 
 
 PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal)}
 ASSUMED = ("rope_parameters", "rms_norm_eps")
-"""What models of one architecture differ in, and shapes do not tell."""
+"""Fields in which models of one architecture differ, and which shapes do not tell."""
 SUPPORTED = ", ".join([*TABLES, *PARTS])
 
 
@@ -106,7 +107,8 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
 
 
 def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a larger model's config.json says of the part that we have; any other as it is."""
+    """The part of a larger model's config.json that is about the model that we have; any other config.json
+    unchanged."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in PARTS:
         return values
@@ -156,11 +158,12 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
 
 
 def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: str) -> Any:
-    """The config of weights, of the one given (None, a config, or a dict of some fields) and the one stored (or None).
+    """The config of weights, from the one given (None, a config, or a dict of some fields) and the one stored (or
+    None).
 
     A config takes the place of the stored one. A dict changes fields of the stored one or, where there is none, adds
-    what shapes do not tell. What the stored one announces, transformers does not save and the state holds nothing of
-    is left out, with a warning, unless the dict asks for it.
+    what shapes do not tell. Modules that the stored one announces, but that transformers does not save and the state
+    does not hold, are left out with a warning, unless the dict asks for them.
     """
     if stored is not None and (given is None or isinstance(given, Mapping)):
         changes = dict(given or {})
@@ -201,7 +204,7 @@ def _tables(model_type: str) -> Tables:
 
 
 def _recognise(state: Mapping[str, Any], layout: str) -> str:
-    """The architecture to whose names in this layout these come closest."""
+    """The architecture that has most of these names in this layout."""
     having = [model_type for model_type, tables in TABLES.items() if layout in tables.layouts]
     if not having:
         known = dict.fromkeys(name for tables in TABLES.values() for name in tables.layouts)
@@ -212,7 +215,7 @@ def _recognise(state: Mapping[str, Any], layout: str) -> str:
 
 
 def _fitting(state: Mapping[str, Any], model_type: str) -> dict[str, int]:
-    """{layout: how many of the names it has}."""
+    """{layout: how many of the state's names it has}."""
     return {name: sum(map(table.recognises, state)) for name, table in _tables(model_type).layouts.items()}
 
 

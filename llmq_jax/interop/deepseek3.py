@@ -72,8 +72,8 @@ def table(*experts: Any) -> WeightTable:
 
 
 def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[str, Any]:
-    """Without the modules of multi-token prediction that the config leaves out; BadInput where it wants ones that are
-    not there."""
+    """The state without those modules of multi-token prediction that the config leaves out; BadInput where it wants
+    modules that are not there."""
     first, wanted = config.num_hidden_layers, config.num_nextn_predict_layers
     held = 0
     while f"{LAYER.format(layer=first + held)}.{MTP_NORM}" in state:
@@ -91,7 +91,8 @@ def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[st
 
 
 def unkept(state: Mapping[str, Any], config: DeepSeekV3Config) -> dict[str, Any]:
-    """No modules of multi-token prediction, where the weights hold no tensor of any that the config announces."""
+    """The change to a config that announces modules of multi-token prediction of which the weights hold no tensor:
+    none."""
     first, announced = config.num_hidden_layers, config.num_nextn_predict_layers
     modules = tuple(f"{LAYER.format(layer=layer)}." for layer in range(first, first + announced))
     if not modules or any(name.startswith(modules) for name in state):
@@ -106,7 +107,7 @@ ALWAYS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq"
 
 
 def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling, without what follows from other fields."""
+    """The fields, in one spelling and without those that follow from others."""
     values = read_rope(values)
     for name, only in ALWAYS.items():
         found = values.pop(name, only)
@@ -145,8 +146,8 @@ CONFIG = ConfigTable(
         "attention_up_bias": (False, KEEP),
     },
     training=frozenset({"balance"}),
-    # The first two follow from other fields; balance in training goes by `balance` alone; how experts are spread over
-    # devices and how DeepSeek's own code is found is not ours.
+    # The first two follow from other fields; in training, `balance` alone decides on balance losses; how experts are
+    # spread over devices and where DeepSeek's own code is does not matter here.
     ignored=frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "output_router_logits"})
     | {"pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"},
     null=NULL_DROPOUT | {"norm_topk_prob": False, "num_nextn_predict_layers": 0, "rope_interleave": False},
@@ -166,7 +167,7 @@ UNDERIVABLE = (
 def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of the config of weights that come without one."""
+    """The config's fields, from the shapes of weights that come without a config."""
     attention, moe = "params/{block}/attention", "params/{block}/moe"
     vocab_size, hidden_size = shapes["params/token_embedding/embedding"]
     heads = given["num_attention_heads"]

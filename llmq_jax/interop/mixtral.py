@@ -1,9 +1,9 @@
 """Mixtral's weights and config.
 
 - `hf`: transformers' `MixtralForCausalLM`, which is Llama but for its experts. Linear layers are torch's, stored (out,
-  in). Files hold one tensor for each matrix of each expert: w1 is the gate, w3 what it multiplies, w2 goes back. Others
-  hold all experts of a layer in one tensor, as transformers has them in memory (`gate_up_proj`: the gate's rows first).
-  Both are read, one or the other throughout; the former is written.
+  in). Files hold one tensor for each matrix of each expert: w1 is the gate, w3 the up projection that it multiplies, w2
+  the down projection. Others hold all experts of a layer in one tensor, as transformers has them in memory
+  (`gate_up_proj`: the gate's rows first). Both are read, one or the other throughout; the former is written.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from llmq_jax.interop.rope import read_rope
 from llmq_jax.interop.tables import Rule, Shape, WeightTable, experts_out_in, out_in, rule
 from llmq_jax.models.mixtral import MixtralConfig
 
-# Where an expert's gate, and what it multiplies, are in our leaf: of an expert [D, 2, F].
+# The places of an expert's gate and up projection in our leaf, which is [D, 2, F] for each expert.
 GATE, UP = (np.s_[:, part, :] for part in range(2))
 
 
 def with_experts(table: WeightTable, *experts: Rule) -> WeightTable:
-    """A table with rules of experts behind those of the feed-forward network, in whose place they are in some layers,
-    or in all."""
+    """A table with rules for experts after those of the feed-forward network, which experts replace in some layers or
+    in all."""
     behind = 1 + max(i for i, entry in enumerate(table.rules) if "/mlp/" in entry.path)
     return replace(table, rules=(*table.rules[:behind], *experts, *table.rules[behind:]))
 
@@ -65,7 +65,7 @@ CONFIG = ConfigTable(
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0},
     own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
-    # Whether transformers' loss has the balance loss in it; training here goes by router_aux_loss_coef alone.
+    # It says whether transformers' loss includes the balance loss; here router_aux_loss_coef alone decides.
     ignored=frozenset({"output_router_logits"}),
     read=read_rope,
     write=write_sizes,
@@ -75,7 +75,8 @@ CONFIG = ConfigTable(
 def derive(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of the config of weights that come without one; their shapes do not tell how many experts are used."""
+    """The config's fields, from the shapes of weights that come without a config; they do not tell how many experts a
+    token uses."""
     return derive_sizes(shapes, layers, tied, given) | {
         "num_local_experts": shapes["params/{block}/moe/router/kernel"][0],
         "intermediate_size": shapes["params/{block}/moe/down_kernel"][-1],

@@ -72,7 +72,7 @@ FIELDS = {
     "modules_to_save": list[str],
     "use_rslora": bool,
 }
-# Fields of adapter_config.json with which an adapter would compute something else.
+# Fields of adapter_config.json with the only value that is supported: others make an adapter compute something else.
 PLAIN = {
     "bias": "none",
     "lora_bias": False,
@@ -88,15 +88,15 @@ PLAIN = {
 }
 # Of these, what PEFT 0.21 cannot merge into its base, or (`layer_replication`) merges into another model.
 UNMERGEABLE = ("layer_replication", "alora_invocation_tokens", "arrow_config")
-# Ways to begin that change the base: such an adapter means another base than the one it is loaded onto.
+# Initialisations that change the base: such an adapter belongs to another base than the one it is loaded onto.
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(config, variables) with the adapters of such a folder, and with the embedding and the head that it holds whole
-    in place of theirs: the config may have another vocabulary then, or a head of its own.
+    """(config, variables) with the adapters of a PEFT folder, and with the embedding and the head that it holds whole
+    in place of theirs: the config may then have another vocabulary size, or a head that is no longer tied.
 
-    Strict: BadInput names what the folder has no place for, and the shapes of what is of another base.
+    Strict: BadInput names what has no place in this model, and the shapes of what belongs to another base.
     """
     values = _read_config(folder)
     kind = values.get("peft_type")
@@ -120,7 +120,7 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
 
 
 def base_of(folder: Path) -> tuple[str, int]:
-    """(the name of the base in a folder of PEFT's, or "", the number of classes if it is a classifier's)."""
+    """(the name of the base in a PEFT folder, or "", the number of classes if it is a classifier's, else 0)."""
     values = _read_config(folder)
     base = values.get("base_model_name_or_path") or ""
     if values.get("revision") and is_hub_id(base):
@@ -133,7 +133,8 @@ def base_of(folder: Path) -> tuple[str, int]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` without what is null; BadInput for fields that we read and that are of another type."""
+    """`adapter_config.json` without null fields; BadInput for fields that we read and whose values are of another
+    type."""
     values = {name: value for name, value in read_json(folder / CONFIG).items() if value is not None}
     for name, hint in FIELDS.items():
         if name in values and not has_type(values[name], hint):
@@ -150,10 +151,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_pattern(folder: Path, pattern: str) -> None:
-    """Patterns are regular expressions by whoever made the file, and Python's search for some of them takes for ever.
+    """BadInput for a pattern that may take for ever. Patterns are regular expressions by whoever made the file, and
+    Python's time to search for some of them is exponential.
 
-    Arrow has RE2, whose time is linear in the lengths of name and pattern, but for counts ({1,1000}), which it writes
-    out. It has no references to what was matched, and no looking ahead.
+    Arrow uses RE2, whose time is linear in the lengths of name and pattern, except for counts ({1,1000}), which it
+    expands. It has no backreferences and no lookahead.
     """
     if len(pattern) > 1000 or "{" in pattern:
         raise BadInput(f"{folder / CONFIG}: the pattern {pattern!r:.60} is too complicated; name the modules")
@@ -168,7 +170,7 @@ def _check_pattern(folder: Path, pattern: str) -> None:
 
 
 def _ends_with(name: str, pattern: str) -> bool:
-    """Whether a module's name, or what stands in it behind some dot, is this pattern."""
+    """Whether the pattern matches a module's whole name, or all of it after some dot."""
     found = pyarrow.compute.match_substring_regex(pyarrow.scalar(name), rf"^(?:.*\.)?(?:{pattern})$")
     return bool(found.as_py())
 
@@ -194,8 +196,9 @@ Found = dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]]
 
 
 def _names_of_files(config: Any, sites: list[Site]) -> tuple[dict[str, str], dict[tuple[Any, ...], list[Placement]]]:
-    """Where modules have other names in memory than in files, as they had in transformers 4, when experts were apart:
-    ({their name there: the name in memory}, {(path, slot) of the matrices of a layer's experts: the parts of each})."""
+    """Where modules have other names in memory than in files (those of transformers 4, in which each expert was a
+    module): ({name in files: name in memory}, {(path, slot) of the matrices of a layer's experts: the parts of
+    each})."""
     in_memory = {(site.placement.path, site.placement.slot): site for site in sites}
     renamed: dict[str, str] = {}
     apart: dict[tuple[Any, ...], list[Placement]] = {}
@@ -211,7 +214,7 @@ def _names_of_files(config: Any, sites: list[Site]) -> tuple[dict[str, str], dic
 
 
 class _Reader:
-    """One folder's tensors, from which those that have been read are taken."""
+    """One folder's tensors, of which those that have been read are removed."""
 
     def __init__(self, folder: Path, values: Mapping[str, Any], state: dict[str, np.ndarray], config: Any):
         self.folder, self.file, self.values = folder, weights_file(folder), values
@@ -221,12 +224,12 @@ class _Reader:
         self.in_file: dict[str, str] = {}
         """{a tensor's name in memory: what this folder calls it}"""
         self.old_modules: dict[str, str] = {}
-        """The same of modules, of those that have another name here."""
+        """{a module's name in memory: what this folder calls it}, where the two differ."""
         for name in state:
             self._give_own_name(name)
         self.state = {own: state[name] for own, name in self.in_file.items()}
         self.replaced: dict[str, bool] = {}
-        """The embedding and the head, where the folder has others than the base: whether it is a copy that trains."""
+        """{our name of an embedding or a head that differs from the base's: whether it is a copy that trains}"""
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
 
@@ -235,7 +238,8 @@ class _Reader:
         self.shapes = {path: leaf.shape for path, leaf in flatten_dict(abstract_variables(config)).items()}
 
     def _give_own_name(self, name: str) -> None:
-        """That of our part in an adapter of a multimodal model, and what transformers 5 calls it in memory."""
+        """Note the name that a tensor has in memory in transformers 5 and, for an adapter of a multimodal model, within
+        the part that we have."""
         module = name.removeprefix(PREFIX)
         own = name
         for theirs, ours in self.within.items():
@@ -265,7 +269,7 @@ class _Reader:
             parts.setdefault(site.placement.path[1:], []).append((site, trained, {SCALE: scale}))
         dropout = float(self.values.get("lora_dropout", 0))
         if dropout and any(site.is_parameter for entries in parts.values() for site, *_ in entries):
-            # As modules, which they were in transformers 4, they had it.
+            # In transformers 4 experts were modules, and their adapters had dropout.
             warnings.warn(
                 f"{self.folder / CONFIG}: lora_dropout={dropout} is left out: adapters of experts have none here, nor "
                 "in PEFT",
@@ -281,8 +285,8 @@ class _Reader:
         return {path: self._stacked(path, entries, dropout * (path != head)) for path, entries in parts.items()}
 
     def tiny(self) -> Found:
-        """Matrices in their order share the numbers of a group, as many as `weight_tying` says; in training they go on
-        together only where there is one group."""
+        """TinyLoRA's adapters. The matrices, in their order, form as many groups as `weight_tying` says, each of which
+        shares its numbers. In further training they stay shared only where there is a single group."""
         names = [site for site in self.sites if f"{PREFIX}{site.module}.tinylora_A" in self.state]
         tying = self.values.get("weight_tying", 0.0)
         groups = max(1, round(len(names) * (1.0 - tying)))
@@ -316,8 +320,8 @@ class _Reader:
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
     def take_embedding_and_head(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Variables with the matrices that the folder holds whole in place of theirs, an adapter at the embedding added
-        to it; from here on the config is that of these."""
+        """The variables with the matrices that the folder holds whole in place of theirs, and with an adapter at the
+        embedding merged into it. The reader's config becomes that of the result."""
         params = variables["params"]
         embedding, is_tied = params[EMBEDDING]["embedding"], self.config.labels is None and LM_HEAD not in params
         given = self._take_whole(whole_shapes(self.config, params))
@@ -335,7 +339,7 @@ class _Reader:
         if is_tied and not adapts_head and equal(given[EMBEDDING], given[LM_HEAD]):
             del given[LM_HEAD]
         params, changed = replaced(params, given)
-        self.replaced = {name: name in copies for name in changed if name != SCORE}  # which is any classifier's own
+        self.replaced = {name: name in copies for name in changed if name != SCORE}  # a classifier's score is its own
         config = fitting(self.config, params, self.file)
         if config != self.config:
             self._set_config(config)
@@ -355,7 +359,7 @@ class _Reader:
         return given
 
     def _copies(self, names: Collection[str]) -> set[str]:
-        """Those of our names whose modules PEFT trained a copy of."""
+        """Those of our names of whose modules PEFT trained a copy (`modules_to_save`)."""
         ends = tuple(self.values.get("modules_to_save", []))
         return {name for name in names if module_name(self.config, name).endswith(ends)}
 
@@ -385,7 +389,8 @@ class _Reader:
         if not self._is_target_parameter(parameter):
             pair = self._take_pair(name, width, features)
             return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
-        # A module's weight that was adapted as a parameter: patterns have the parameter's name, and B A is as it lies.
+        # A module's weight that was adapted as a parameter: patterns name the parameter, and B A has the weight's own
+        # orientation.
         lies_in_out = site.placement.transform is in_out
         pair = self._take_pair(name, *((features, width) if lies_in_out else (width, features)))
         if pair is None:
@@ -409,8 +414,9 @@ class _Reader:
         return first.T, last.T
 
     def _pairs_apart(self, site: Site) -> Pair | None:
-        """Of adapters to each expert's own matrices, which were modules in transformers 4: A [E, D, R] and B [E, R, F].
-        Where two of these are one of ours, such as a gate and what it multiplies, they share neither A nor output."""
+        """A [E, D, R] and B [E, R, F] from adapters of each expert's own matrices, which were modules in transformers
+        4. Where two of these are one matrix of ours, such as gate and up projection, each keeps its own ranks and its
+        own outputs."""
         count, width, _ = self._widths(site, experts=True)
         features = site.placement.our_shape(self.shapes[site.placement.path])[2:]
         parts = self._parts_of_experts(site, width, features)
@@ -510,7 +516,7 @@ class _Reader:
         return np.float32(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 
     def _pattern(self, name: str, module: str, default: Any) -> Any:
-        """What the first pattern says that matches the end of a module's name."""
+        """The value of the first pattern that matches the end of a module's name, else `default`."""
         patterns = self.values.get(name) or {}
         # Matrices of multimodal models have longer names there.
         names = [
@@ -525,7 +531,8 @@ class _Reader:
     def _stacked(
         self, path: tuple[Any, ...], entries: list[Any], dropout: float
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Leaves over all repetitions of a block, zero where a layer has no adapter, and up to the largest rank."""
+        """(trained, fixed) leaves, stacked over all repetitions of a block: zero where a layer has no adapter, and
+        padded to the largest rank."""
         kernel = self.shapes[("params", *path)]
         stacked = path[0].startswith("group_")
         of_experts = entries[0][0].of_experts

@@ -1,9 +1,9 @@
-"""Matrices that a folder of PEFT's holds whole, in place of those of its base: the tokens' embedding, and heads.
+"""Matrices that a PEFT folder holds whole, in place of those of its base model: the token embedding, and heads.
 
-`modules_to_save` trains a copy of a module. Where the embedding got other rows (`resize_token_embeddings`), or has an
-adapter, PEFT saves the base's own beside the adapters. Of a base that has one matrix for embedding and head
-(`tie_word_embeddings`) a copy is of one of the two, and the other stays: they are two from then on, unless their values
-are the same.
+`modules_to_save` trains a copy of a module. Where the embedding was resized (`resize_token_embeddings`), or has an
+adapter, PEFT saves the base's own embedding beside the adapters. If the base has one matrix for embedding and head
+(`tie_word_embeddings`), a copy belongs to one of the two, and the other stays as it was: they are two matrices from
+then on, unless their values are the same.
 """
 
 from collections.abc import Collection
@@ -21,17 +21,19 @@ from llmq_jax.models.heads import LM_HEAD, SCORE
 EMBEDDING = "token_embedding"
 LEAVES = {EMBEDDING: "embedding", LM_HEAD: "kernel", SCORE: "kernel"}
 TWICE = ("modules_to_save", "original_module")
-"""Under these names, too, PEFT saves the copy and the base's where it has both reasons to save a module."""
+"""Further names under which PEFT saves the copy and the base's own matrix, where it has both reasons to save a
+module."""
 
 
 def module_name(config: Any, name: str) -> str:
-    """What PEFT calls the module that has our embedding or head."""
+    """PEFT's name for the module of our embedding or head."""
     path = f"params/{name}/{LEAVES[name]}"
     return next(rule.key for rule in memory_table(config).rules if rule.path == path).removesuffix(".weight")
 
 
 def whole_shapes(config: Any, params: dict[str, Any]) -> dict[str, tuple[int | str, int]]:
-    """{our name: rows and columns} of what may come whole: v tokens, or as many classes as the base has."""
+    """{our name: rows and columns} of the matrices that may come whole: "v" is any number of tokens; classes are those
+    of the base."""
     width = params[EMBEDDING]["embedding"].shape[1]
     if config.labels is None:
         return {EMBEDDING: ("v", width), LM_HEAD: ("v", width)}
@@ -39,8 +41,8 @@ def whole_shapes(config: Any, params: dict[str, Any]) -> dict[str, tuple[int | s
 
 
 def parted(given: dict[str, Any], copies: Collection[str], shared: Any) -> dict[str, Any]:
-    """The embedding and the head of a base that has one matrix for both, `shared`: each is its copy, or what is no copy
-    and takes the place of the one matrix."""
+    """The embedding and the head for a base that has one matrix, `shared`, for both. Each is what is given for it, else
+    the base's matrix: one that is given and no copy (it takes the place of `shared`), or `shared`."""
     shared = next((matrix for name, matrix in given.items() if name not in copies), shared)
     return {name: given.get(name, shared) for name in (EMBEDDING, LM_HEAD)}
 

@@ -39,11 +39,12 @@ from llmq_jax.models.heads import LM_HEAD
 from llmq_jax.whole_folders import whole_folder
 
 PEFT_VERSION = "0.21.2"  # whose folders these are
-CARD = "README.md"  # a model card, which is nobody's but its author's
+CARD = "README.md"  # a model card, which is its author's: kept as it is
 EXPORTED = (CONFIG, WEIGHTS, CARD, GENERATION_CONFIG, "tokenizer.json", *COMPANION_FILES)
-"""All that such a folder of ours may consist of."""
+"""The files that an adapter folder of ours may consist of."""
 TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
-"""Modules of these names, in a model that has experts too, PEFT takes for what its experts were in transformers 4."""
+"""In a model that has experts, PEFT takes modules of these names for the modules that experts were in transformers
+4."""
 
 
 def write_adapter(
@@ -58,8 +59,8 @@ def write_adapter(
     one of the hub also "org/name@revision".
 
     A classifier's head, and an embedding or a head that came with the adapters, are written whole, as PEFT's
-    `modules_to_save` has them. `text_files`, which has a method
-    `save(folder)`, is what goes beside them for text. BadInput where there are no adapters, or one where PEFT has none.
+    `modules_to_save` has them. `text_files` has a method `save(folder)`, which writes the tokenizer's files beside
+    them. BadInput where there are no adapters, or one in a place where PEFT has none.
     """
     tied = TIED in variables.get(LORA, {})
     found = adapters(spread(variables))
@@ -84,13 +85,13 @@ def write_adapter(
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
     whole = {name: module_name(config, name) for name in variables[LORA_FIXED].get(WHOLE, {})}
     if config.labels is None and EMBEDDING in whole and LM_HEAD not in variables["params"]:
-        # PEFT takes a copy of the embedding for one of itself alone: a head that is the same comes along.
+        # PEFT takes a copy of the embedding for a copy of it alone, so a tied head is written too.
         whole[LM_HEAD] = module_name(config, LM_HEAD)
     adapted = {site.module for site in sites}
     for name, module in whole.items():
         has_own = name == LM_HEAD and LM_HEAD in variables["params"]
         matrix = variables["params"][LM_HEAD]["kernel"].T if has_own else variables["params"][EMBEDDING]["embedding"]
-        # PEFT adapts no copy: a head with an adapter is what lies under it.
+        # PEFT puts no adapter on a copy: a head with an adapter is saved as the adapter's base layer.
         inner = ".base_layer" if module in adapted else ""
         tensors[f"{PREFIX}{module}{inner}.weight"] = np.ascontiguousarray(matrix, np.float32)
     saved = [module for module in whole.values() if module not in adapted]
@@ -124,7 +125,7 @@ def write_adapter(
 
 
 def _named_base(base: str) -> dict[str, Any]:
-    """The fields that name it: PEFT has one of its own for a revision of the hub's."""
+    """The config's fields that name the base; PEFT has a separate one for a revision on the hub."""
     name, _, revision = base.partition("@")
     if not revision or Path(base).exists() or not is_hub_id(name):
         return {"base_model_name_or_path": base or None}
@@ -145,7 +146,7 @@ def _low_rank(
         slot = site.placement.slot
         scale = float(np.asarray(fixed[SCALE])[slot])
         chosen = scale != 0
-        if not chosen:  # A layer without an adapter. Parameters have one in all layers, here of zeros.
+        if not chosen:  # A layer without an adapter. Adapters of parameters are in all layers: zeros here.
             if not site.is_parameter:
                 continue
             scale = float(np.abs(fixed[SCALE]).max())
@@ -194,8 +195,8 @@ def _low_rank(
 def _tiny(
     sites: list[Site], found: Mapping[tuple[str, ...], Any], tied: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The same of TinyLoRA, each matrix with numbers of its own or all with the same; the scale goes into its
-    projections."""
+    """(tensors, fields of the config) of TinyLoRA, each matrix with numbers of its own or, if `tied`, all with the
+    same; the scale is multiplied into the projections."""
     tensors: dict[str, np.ndarray] = {}
     targets: list[str] = []
     for site in sites:
@@ -224,7 +225,8 @@ def _tiny(
 
 
 def _short_names(modules: list[str], everywhere: list[str]) -> list[str]:
-    """Modules by the ends of their names, where all modules whose names end so are meant; else by their whole names."""
+    """The modules by the ends of their names, where an end means only modules of the list; else by their whole
+    names."""
     names: set[str] = set()
     for module in modules:
         parts = module.split(".")

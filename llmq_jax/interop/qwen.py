@@ -3,7 +3,8 @@
 - `hf`: transformers' `Qwen2ForCausalLM`, whose names are Llama's, and `Qwen3ForCausalLM`, which has two more: the norms
   of queries and keys. `Qwen3MoeForCausalLM` has experts besides: files hold one tensor for each matrix of each expert,
   or all experts of a layer in one, as Mixtral's do.
-- `gguf`: the names of llama.cpp, likewise; of Qwen it keeps the order of queries and keys.
+- `gguf`: the names of llama.cpp, likewise; unlike Llama's, Qwen's queries and keys keep the order of their features
+  there.
 
 Older files say which layers have a window by `use_sliding_window`, `sliding_window` and `max_window_layers`, from which
 layer on; newer ones by `layer_types` as well. Both are read and both written. With experts all layers have the window,
@@ -48,7 +49,8 @@ QWEN3_MOE_LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
 
 
 def read_window(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling: `sliding_window` where it is used. What transformers takes where config.json does not say."""
+    """The fields, with `sliding_window` only where it is used. Where config.json does not say, transformers' defaults
+    count."""
     values = read_rope(values)
     used, window = values.pop("use_sliding_window", False), values.pop("sliding_window", 4096)
     if type(used) is not bool:
@@ -57,7 +59,7 @@ def read_window(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_qwen(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling: `sliding_window` where some layers have one, and `layer_types`."""
+    """The fields, with `sliding_window` only where some layers have one, and then with `layer_types`."""
     values = read_window(values)
     first = values.pop("max_window_layers", 28)
     if type(first) is not int:
@@ -66,7 +68,7 @@ def read_qwen(values: Mapping[str, Any]) -> dict[str, Any]:
         return values
     layers = values.get("num_hidden_layers", Qwen2Config.num_hidden_layers)
     if values.get("layer_types") is None and type(layers) is int:
-        # A config with more than the most is refused, whatever their kinds.
+        # A config with more layers than MOST_LAYERS is refused later, whatever their kinds.
         layers = min(layers, MOST_LAYERS)
         values["layer_types"] = [LOCAL if layer >= first else GLOBAL for layer in range(layers)]
     kinds = values.get("layer_types")
@@ -87,15 +89,15 @@ def write_qwen3(config: Qwen2Config, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_qwen2(config: Qwen2Config, values: dict[str, Any]) -> dict[str, Any]:
-    """The same. The width of heads, which transformers' model reads and its config does not name, is written where it
-    is not hidden_size / num_attention_heads."""
+    """As `write_qwen3`, but the width of heads, which transformers' model reads though its config does not name it, is
+    written only where the config sets it."""
     values = write_qwen3(config, values)
     return {name: value for name, value in values.items() if name != "head_dim" or config.head_dim is not None}
 
 
 def write_qwen3_moe(config: Qwen3MoeConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """Sizes written out, and the experts counted by the name in files of the hub: transformers 5 reads it as well as
-    `num_local_experts`, which it writes itself and others do not know."""
+    """Sizes written out, and the number of experts as `num_experts`, its name in files of the hub. Transformers 5 reads
+    it as well as `num_local_experts`, which it writes itself and other programs do not know."""
     own = {
         "num_experts": values.pop("num_local_experts"),
         "use_sliding_window": config.sliding_window is not None,
@@ -107,7 +109,8 @@ def write_qwen3_moe(config: Qwen3MoeConfig, values: dict[str, Any]) -> dict[str,
 def derive_experts(
     shapes: Mapping[str, Shape], layers: int, tied: bool, layout: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The fields of the config of weights that come without one; which layers are dense they do not tell."""
+    """The config's fields, from the shapes of weights that come without a config; they do not tell which layers are
+    dense."""
     derived = mixtral.derive(shapes, layers, tied, layout, given)
     derived["moe_intermediate_size"] = derived.pop("intermediate_size")
     dense = "params/{block}/mlp/gate/kernel" in shapes
@@ -116,7 +119,7 @@ def derive_experts(
 
 SHARED = GROUPED | {"hidden_act", "layer_types", "sliding_window"}
 OWN = llama3.OWN | {"mlp_bias": (False, KEEP)}
-# A field of Qwen's multimodal models that stands in the files of others, and that nothing reads.
+# A field of Qwen's multimodal models that is in the files of other models too, where nothing reads it.
 IGNORED = frozenset({"use_mrope"})
 
 QWEN2_CONFIG = ConfigTable(
@@ -150,7 +153,7 @@ QWEN3_MOE_CONFIG = ConfigTable(
     other_names={"num_experts": "num_local_experts"},
     aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=OWN,
-    # Qwen3-Coder's have the latter three of another model, which nothing reads.
+    # Qwen3-Coder's files have the last three from another model; nothing reads them.
     ignored=mixtral.CONFIG.ignored
     | {"max_window_layers", "qkv_bias", "shared_expert_intermediate_size", "use_qk_norm"},
     null={"mlp_only_layers": []},

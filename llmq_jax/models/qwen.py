@@ -5,11 +5,12 @@ Llama (grouped-query attention, RoPE, RMSNorm, SwiGLU) with one change each:
 - Qwen 2: queries, keys and values have biases, and nothing else does
 - Qwen 3: no biases; queries and keys are normalised, by head and before RoPE (`normalises_queries`), and a head is 128
   features wide, whatever hidden_size is
-- Qwen 3 with experts (30B-A3B, Coder): 128 narrow ones in the place of each feed-forward network, of which a token
-  passes through 8. As in Mixtral no token is dropped, no expert is shared, and the balance loss is over all layers
-  together. `mlp_only_layers` and `decoder_sparse_step` may leave layers dense; the published models have none such
+- Qwen 3 with experts (30B-A3B, Coder): 128 narrow experts in the place of each feed-forward network; a token passes
+  through 8 of them. As in Mixtral, no token is dropped, no expert is shared, and the balance loss is over all layers
+  together. `mlp_only_layers` and `decoder_sparse_step` may leave layers dense; the published models have no dense
+  layers
 
-Long contexts are YaRN's (`rope_parameters`). The layers that `layer_types` calls sliding_attention see a window of
+Long contexts use YaRN (`rope_parameters`). The layers that `layer_types` calls sliding_attention see a window of
 `sliding_window` keys; the published models have none.
 
 Reference: transformers' `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `Qwen3MoeForCausalLM`. Deviations: none by default.
@@ -39,7 +40,7 @@ class Qwen2Config(Llama3Config):
     attention_bias: bool = True
     attention_output_bias: bool | None = False
     sliding_window: int | None = None
-    """Keys that a token of a local layer sees, its own among them; None: there are no such layers."""
+    """Keys that a token sees in a local layer, its own among them; None: there are no local layers."""
     layer_types: tuple[str, ...] | list[str] | None = None
     """"sliding_attention" (local) or "full_attention" (global) for each layer; None: all are local if there is a
     `sliding_window`, else all are global."""
@@ -91,7 +92,8 @@ class Qwen3Config(Qwen2Config):
 
 @dataclass(frozen=True)
 class Qwen3MoeConfig(MixtralConfig):
-    """What differs from Mixtral. A window is of all layers, and a head as wide as the number of heads makes it."""
+    """What differs from Mixtral. A window applies to all layers, and by default heads are hidden_size /
+    num_attention_heads wide."""
 
     model_type: ClassVar[str] = "qwen3_moe"
     normalises_queries: ClassVar[bool] = True
@@ -113,7 +115,7 @@ class Qwen3MoeConfig(MixtralConfig):
     norm_topk_prob: bool = False
     """Whether the weights of a token's experts are made to add up to 1. The published models have it on."""
     decoder_sparse_step: int = 1
-    """Of layers counted from 1 those that this divides have experts; 1 is all."""
+    """Layers whose number, counted from 1, this divides have experts; 1: all layers."""
     mlp_only_layers: tuple[int, ...] | list[int] = ()
     """Further layers without experts, counted from 0."""
 
