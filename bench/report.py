@@ -15,30 +15,31 @@ REACHED, MISSED = "reached", "**missed**"
 HAVE_TEMPORARY_MEMORY = ("cross_entropy", "attention", "experts")
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers")
 METHOD = """\
-Every side runs in a process of its own, one at a time: all others wait in a blocking read. A round gives each side one
-turn after an uncounted run; each row says how many rounds there were, when and where. Times are medians over rounds,
-ratios medians of the rounds' ratios (least to most in brackets), above 1 where we are faster. Weights and batches are
-the same on all sides (exported through `lq.interop.to_state_dict`); a row ends in an error where losses or tokens
-disagree.
+Each row compares several implementations, its sides. Every side runs in a process of its own, one at a time: all others
+wait in a blocking read. A round gives each side one turn, after a run that is not counted; each row says how many
+rounds there were, when and on which machine. Times are medians over the rounds. Ratios are medians of the rounds'
+ratios, with the least and the greatest in brackets; above 1 we are faster. Weights and batches are the same on all
+sides (exported through `lq.interop.to_state_dict`); where losses or tokens disagree, a row ends in an error.
 
-float32, no dropout. PyTorch has fused AdamW and fused attention, and runs as it comes. Our training loop sets the C
-allocator to keep freed memory, in large pages (`training/host_memory.py`): what that would do for PyTorch is shown in
-the rows "our allocator", which no target is measured against. Training goes through `lq.training.make_train_step` with
-`scan_layers=False`, "ours, scanned" with `scan_layers=True`, in which adapters train as fast. Peak memory is that of
-the whole process, libraries included; temporary memory is what our compiled program allocates beside its arguments and
-results; *compile* is what the first run took beyond a later one, without any cache. Starts are whole processes, *cold*
-with an empty compilation cache, *cached* with JAX's persistent one, which our commands keep, filled by an earlier
-start.
+All sides compute in float32, without dropout. PyTorch has fused AdamW and fused attention, and runs as it comes. Our
+training loop sets the C allocator to keep freed memory, in large pages (`training/host_memory.py`). What that would do
+for PyTorch is shown in the rows "our allocator", against which no target is measured. Training goes through
+`lq.training.make_train_step` with `scan_layers=False`; "ours, scanned" has `scan_layers=True`, with which adapters
+train as fast. Peak memory is that of the whole process, libraries included. Temporary memory is what our compiled
+program allocates beside its arguments and results. *compile* is the time that the first run took beyond a later one,
+without any cache. Starts are those of whole processes: *cold* with an empty compilation cache, *cached* with JAX's
+persistent cache, which our commands keep, filled by an earlier start.
 
-The roofline of a row is the time that its own matrix products take alone, each with the shape and the order of axes
-that it has in our program, in the better of JAX's and PyTorch's own product, timed in the same rounds. The share is how
-near our whole program comes to it. Of experts, they are batched products, as if every expert had as many tokens; the
-sides "exact" are the program of these products, with nothing to bring tokens to their experts. The rows of
-`plain torch` are models written by hand (`bench/plain_gpt.py`, `bench/plain_llama.py`), the stronger peer on a CPU.
+The roofline of a row is the time that its own matrix products take alone. Each product is timed in the same rounds,
+with the shape and the order of axes that it has in our program, in JAX and in PyTorch; the faster of the two counts.
+The share says how near our whole program comes to the roofline. In rows with experts, the products are batched, as if
+every expert had equally many tokens; the sides "exact" run these products alone, without bringing tokens to their
+experts. The sides `plain torch` are models written by hand (`bench/plain_gpt.py`, `bench/plain_llama.py`), the stronger
+peer on a CPU.
 
-Processors of one name are not alike, and the rates in the roofline's line tell them apart: where JAX's products run at
-350 to 420 GFLOP/s, PyTorch's run at about 200; on family 25, model 17 (`llmq env` tells it), both run at 180 to 200,
-and whatever is bound by products is hardly faster with either.
+Processors of the same name may differ, and the rates in the roofline's line tell them apart. On some, JAX's products
+run at 350 to 420 GFLOP/s, and PyTorch's at about 200. On family 25, model 17 (`llmq env` shows it), both run at 180 to
+200, and whatever is bound by products is hardly faster with one than with the other.
 """
 
 
