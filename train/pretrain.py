@@ -296,7 +296,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         config={"recipe": "train.pretrain", **own_options(options), **text.record()},
         may_change=(*MAY_CHANGE, *OF_TEXT) if prepared else MAY_CHANGE,
         model_config=config,
-        # What was loaded keeps its own end tokens.
+        # A loaded model keeps its own end tokens.
         tokenizer=TextFiles(tokenizer, source.generation) if options.init_from else tokenizer,
         schedule=schedule,
         evaluate=None if text.validation is None else evaluate,

@@ -55,8 +55,8 @@ def sources_of(options: Any, files_of: Callable[[str], list[Path]], hold_out: bo
 
 
 def one_split(path: str | None, split: str, files_of: Callable[[str], list[Path]]) -> Any:
-    """What to read for an option that is for one split alone: its path or, of a folder with several splits, that
-    split's files, which a printed line names."""
+    """What to read for an option that is for one split alone: its path or, in a folder with several splits, that
+    split's files; a printed line then names them."""
     return by_split(path, (split,), files_of)[split]
 
 

@@ -59,7 +59,7 @@ class FineTuningOptions(RecipeOptions):
 
 
 class Prepared(NamedTuple):
-    """What a run trains."""
+    """What a run trains, as `prepared` returns it."""
 
     model: Any
     """Trains and is evaluated on the variables of a training state; to sample, take `training.parts.whole` of them."""

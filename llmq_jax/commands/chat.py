@@ -73,7 +73,7 @@ def converse(options: Options) -> int:
 
 
 class Conversation:
-    """What was said, as far as the model's context has room for it beside a reply."""
+    """The turns of a conversation, as far as the model's context has room for them beside a reply."""
 
     def __init__(self, lm: Any, options: Options, drawing: dict[str, Any]):
         self.lm = lm

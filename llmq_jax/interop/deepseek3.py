@@ -91,8 +91,8 @@ def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[st
 
 
 def unkept(state: Mapping[str, Any], config: DeepSeekV3Config) -> dict[str, Any]:
-    """The change to a config that announces modules of multi-token prediction of which the weights hold no tensor:
-    none."""
+    """The change to a config that announces modules of multi-token prediction of which the weights hold no tensor: it
+    then has none. Otherwise empty."""
     first, announced = config.num_hidden_layers, config.num_nextn_predict_layers
     modules = tuple(f"{LAYER.format(layer=layer)}." for layer in range(first, first + announced))
     if not modules or any(name.startswith(modules) for name in state):
@@ -102,7 +102,7 @@ def unkept(state: Mapping[str, Any], config: DeepSeekV3Config) -> dict[str, Any]
 
 LAYOUTS = {"hf": replace(table(*APART_EXPERTS), spellings=(table(*FUSED_EXPERTS),))}
 
-# What DeepSeek's own config.json says beside transformers' fields, with the values that make it V3.
+# Fields that DeepSeek's own config.json has beside transformers', with the values that make it V3.
 ALWAYS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 
 

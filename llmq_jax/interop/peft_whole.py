@@ -48,8 +48,9 @@ def parted(given: dict[str, Any], copies: Collection[str], shared: Any) -> dict[
 
 
 def replaced(params: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the parameters with the matrices that are `given` by our names, [rows, D], in the types of theirs; the names of
-    those that are others than they were). One that is the same stays the array that it was, which several may share."""
+    """(the parameters with the `given` matrices, {our name: [rows, D]}, in the types of those that they replace; the
+    names of those whose values differ). Where the values are the same, the array stays, since several models may share
+    it."""
     after, changed = dict(params), []
     for name, matrix in given.items():
         leaf = LEAVES[name]

@@ -120,7 +120,7 @@ class Checkpoints:
         return min(costs, key=costs.__getitem__, default=None)
 
     def judged_by(self) -> JudgedBy | None:
-        """What the newest checkpoint that says it is judged by; None where none does."""
+        """What steps are judged by, from the newest checkpoint that says it; None where none does."""
         for step in reversed(self.steps()):
             with contextlib.suppress(CorruptCheckpoint, BadInput):
                 info = read_info(self.path(step))

@@ -43,8 +43,8 @@ PEAKS = {
     "A100": Peak(312e12, 2.04e12),
     "B200": Peak(2250e12, 8.0e12),
 }
-"""{pattern: peak of devices in whose name it is the first to be found}; of SXM boards where the name does not say. From
-NVIDIA's data sheets."""
+"""{pattern: peak}, where the first pattern found in a device's name counts; of SXM boards where the name does not say.
+From NVIDIA's data sheets."""
 
 
 def peak_of(device_kind: str) -> Peak | None:

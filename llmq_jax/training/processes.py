@@ -86,7 +86,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
     with _patience(where):
         try:
             jax.distributed.initialize(**arguments, initialization_timeout=10 * PATIENCE_SECONDS)
-        except Exception as error:  # as where a cluster does not tell all; what reads Kubernetes has errors of its own
+        except Exception as error:  # a cluster may not tell all; JAX's code for Kubernetes raises errors of its own
             said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise BadInput(
                 f"processes cannot be joined: {said}; give --coordinator, --processes and --process, or --processes 1"

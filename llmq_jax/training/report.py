@@ -49,7 +49,7 @@ def device_memory_bytes() -> int | None:
 
 
 def peak_memory_bytes() -> int:
-    """The accelerator's where JAX tells it (GPU), otherwise the process's."""
+    """Peak memory in bytes: the accelerator's where JAX tells it (GPU), otherwise the process's."""
     if (held := device_memory_bytes()) is not None:
         return held
     unit = 1 if sys.platform == "darwin" else 1024

@@ -26,7 +26,7 @@ LEAST = {
     **dict.fromkeys(("steps", "keep_last", "patience"), 1),
     **dict.fromkeys(("log_every", "evaluate_every", "sample_every", "checkpoint_every"), 0),
 }
-"""What the numbers among the options must be at least; 0: never."""
+"""{option: its least value}; 0 means never."""
 
 
 @dataclasses.dataclass(frozen=True)

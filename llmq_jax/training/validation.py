@@ -72,11 +72,11 @@ class Validation:
         return None if best is None or self.name != LOSS else self.losses[best]
 
     def cost(self, step: int) -> float:
-        """What a step is judged by, so that lower is better."""
+        """The value that a step is judged by, negated if highest is best, so that lower is better."""
         return self.values[step] if self.judged_by[1] == "lowest" else -self.values[step]
 
     def is_better(self, step: int, than: int | None) -> bool:
-        """Whether a step is judged to be better than another one, or than one that is unknown."""
+        """Whether a step is better than the step `than`, or was judged where that one was not."""
         return step in self.values and (than not in self.values or self.cost(step) < self.cost(than))
 
     def patience_is_out(self) -> bool:
