@@ -2,9 +2,10 @@
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from convert.adapter_base import found_base, given_base
+from convert.adapter_base import found_base, given_base, run_options
 from llmq_jax.command_line import Flag, Positional, default_is, option_name, run
 from llmq_jax.errors import BadInput
 
@@ -34,6 +35,7 @@ def main(options: Options) -> None:
     if options.base is not None and not options.adapter:
         raise BadInput("--base has no effect without --adapter; leave it out")
     lm = load(options.source)
+    refuse_mean_pooling(Path(options.source))
     if options.adapter:
         write_adapter(lm, options)
         return
@@ -42,6 +44,15 @@ def main(options: Options) -> None:
     print(f"{folder}: {lm}\n{type_written(lm, options.dtype)}")
     kind = "CausalLM" if lm.config.labels is None else "SequenceClassification"
     print(f'next: transformers.AutoModelFor{kind}.from_pretrained("{folder}")')
+
+
+def refuse_mean_pooling(source: Path) -> None:
+    """BadInput for a reward model that transformers would score by the last token, and the run did not."""
+    if source.exists() and run_options(source).get("pooling") == "mean":
+        raise BadInput(
+            f"{source}: was trained with --pooling mean, which transformers does not compute; use it as it is, in "
+            "train.grpo with --reward-pooling mean"
+        )
 
 
 def wide_enough(lm: Any, dtype: str | None) -> Any:

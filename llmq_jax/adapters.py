@@ -89,7 +89,7 @@ def load_with_base(
     names a base: there, weights beside adapters may have them merged already."""
     base, classes = base_of(folder)
     if (folder / CONFIG).is_file() and is_hf(folder) and (is_path or not base):
-        if base and not (Path(base).is_dir() and folder.samefile(base)):
+        if base and not (os.path.isdir(base) and folder.samefile(base)):
             warnings.warn(
                 f"{folder}: its adapters go onto the model beside them, not onto {base}; if that model is merged, and "
                 "has them already, move its adapter_config.json away",

@@ -197,6 +197,7 @@ def main(options: Options) -> Any:
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
     digests |= chat_template_digest(options, tokenizer)
     kept = in_style(options, training, tokenizer)
+    lengths = [len(example.tokens) for example in learned.examples]
     return engine.run(
         create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
         train_step,
@@ -210,7 +211,7 @@ def main(options: Options) -> Any:
         schedule=schedule,
         evaluate=None if held_out is None else evaluate,
         sample=sample,
-        flops_per_token=flops_of(options, learner, [len(example.tokens) for example in learned.examples]),
+        flops_per_token=flops_of(options, learner, lengths, learned.learned_tokens / sum(lengths)),
         next_commands=next_commands(options, config, training[0].form != "text" and kept.chat_template),
     )
 

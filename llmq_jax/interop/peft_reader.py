@@ -46,7 +46,9 @@ from llmq_jax.layers.lora import (
     NUMBERS,
     PROJECTIONS,
     SCALE,
+    STAYS,
     TIED,
+    TRAINS,
     WHOLE,
     A,
     B,
@@ -115,7 +117,8 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
     if reader.shared is not None:
         trees[LORA] = {TIED: {NUMBERS: jnp.asarray(reader.shared)}}
     if reader.replaced:
-        trees[LORA_FIXED][WHOLE] = {name: jnp.asarray(float(trains)) for name, trains in reader.replaced.items()}
+        marks = {name: TRAINS if trains else STAYS for name, trains in reader.replaced.items()}
+        trees[LORA_FIXED][WHOLE] = {name: jnp.asarray(mark) for name, mark in marks.items()}
     return reader.config, {**variables, **trees}
 
 
@@ -229,7 +232,8 @@ class _Reader:
             self._give_own_name(name)
         self.state = {own: state[name] for own, name in self.in_file.items()}
         self.replaced: dict[str, bool] = {}
-        """{our name of an embedding or a head that differs from the base's: whether it is a copy that trains}"""
+        """{our name of an embedding or a head that is a copy, or differs from the base's: whether it is a copy that
+        trains}"""
         self.shared: np.ndarray | None = None
         """The numbers of a TinyLoRA that all matrices share."""
 
@@ -339,7 +343,8 @@ class _Reader:
         if is_tied and not adapts_head and equal(given[EMBEDDING], given[LM_HEAD]):
             del given[LM_HEAD]
         params, changed = replaced(params, given)
-        self.replaced = {name: name in copies for name in changed if name != SCORE}  # a classifier's score is its own
+        own = {*changed, *copies} - {SCORE}  # the score head is any classifier's own
+        self.replaced = {name: name in copies for name in given if name in own}
         config = fitting(self.config, params, self.file)
         if config != self.config:
             self._set_config(config)

@@ -38,7 +38,9 @@ TIED = "tied"
 """The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
 """The entry of `lora_fixed` that names parameters which came whole with the adapters, in place of the base's own (an
-embedding, a head): 1 for those that train on with the adapters, as PEFT's `modules_to_save` do, else 0."""
+embedding, a head), each with one of these marks."""
+STAYS, TRAINS = 1.0, 2.0
+"""What came whole stays as it is, or trains on with the adapters, as PEFT's `modules_to_save` do."""
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 
@@ -295,7 +297,7 @@ def spread(variables: dict[str, Any]) -> dict[str, Any]:
 
 def trained_whole(variables: dict[str, Any]) -> set[str]:
     """The names of the parameters (an embedding, a head) that came whole with the adapters and train on with them."""
-    return {name for name, trains in variables.get(LORA_FIXED, {}).get(WHOLE, {}).items() if np.asarray(trains)}
+    return {name for name, mark in variables.get(LORA_FIXED, {}).get(WHOLE, {}).items() if np.asarray(mark) == TRAINS}
 
 
 def trained_numbers(variables: dict[str, Any]) -> int:

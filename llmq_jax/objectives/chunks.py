@@ -1,7 +1,8 @@
 """Tokens in chunks, so that the logits of only a few exist at a time.
 
-The tokens that count come first, so that a chunk without any can be skipped: prompts and padding cost no logits. On a
-mesh, each chunk has equally many tokens of every group of devices (`layers.axes.row_groups`), which stay there.
+The tokens that count come first, so that the chunks after the last of them can be skipped: prompts and padding cost no
+logits but those that fill up a chunk. On a mesh, each chunk has equally many tokens of every group of devices
+(`layers.axes.row_groups`), which stay there.
 """
 
 from dataclasses import dataclass

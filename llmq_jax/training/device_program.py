@@ -215,9 +215,26 @@ def place_in_memory(operations: list[Operation], inputs: list[Value], outputs: l
     for v in inputs:
         v.made = v.sliced and v in needed
         v.roots = frozenset([v] if v.made else [])
+    last = {v: op for op in operations for v in op.inputs}
     for op in operations:
+        written_over = operands_written_over(op, last) if op.name == "cond" else {}
         for v in op.outputs:
-            v.roots = frozenset([v]) if v.made else frozenset().union(*(x.roots for x in op.inputs))
+            v.made &= v not in written_over
+            sources = [written_over[v]] if v in written_over else op.inputs
+            v.roots = frozenset([v]) if v.made else frozenset().union(*(x.roots for x in sources))
+
+
+def operands_written_over(op: Operation, last: Mapping[Value, Operation]) -> dict[Value, Value]:
+    """{result: operand} for the results of a `cond` whose branches write them in place: each over an operand of its
+    shape and type that nothing reads later."""
+    free = [v for v in op.inputs[1:] if last[v] is op]
+    found: dict[Value, Value] = {}
+    for result in op.outputs:
+        operand = next((v for v in free if v.aval == result.aval and v.spec == result.spec), None)
+        if operand is not None:
+            free.remove(operand)
+            found[result] = operand
+    return found
 
 
 def carried(op: Operation) -> list[Value]:

@@ -164,7 +164,8 @@ def _require_as_named(path: tuple[str, ...], axes: int) -> None:
     """BadInput for a matrix in a group of layers, which are stacked, that has more dimensions than its module's name
     tells of, or fewer: others than its own would be taken for rows and columns."""
     named = dimensions(path)
-    if path[0].startswith("group_") and axes - 1 != len(named):
+    in_group = any(name.startswith("group_") for name in path[:2])  # the name of a collection may come first
+    if in_group and axes - 1 != len(named):
         raise BadInput(
             f"{'/'.join(path)} has {axes - 1} dimensions in a layer, and layers.axes.MODULES names {len(named)} of "
             f"{path[-2]!r}; give its module another name, and these their names there"

@@ -45,7 +45,7 @@ def one_or_all(trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def routers_learn(variables: dict[str, Any], trainable: tuple[str, ...]) -> bool:
-    """Whether steps move the routers' biases for selection: where the routers train."""
+    """Whether steps move the biases for selection of those routers that are among `params`."""
     return ROUTER in variables and PARAMS in trainable
 
 

@@ -152,6 +152,17 @@ def test_embeddings_and_heads_that_come_whole(pair_of, tmp_path, model_type, fie
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_copies_that_have_not_learned_yet_train_on(pair_of, tmp_path):
+    """Those of an adapter that was saved before its first step equal the base's."""
+    anew, lm = pair_of("llama")
+    spec = peft.LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    adapted_by(anew(), spec).save_pretrained(tmp_path / "theirs")
+    ours = lq.load_adapter(lm, tmp_path / "theirs")
+    assert lora.trained_whole(ours.variables) == {"token_embedding", "lm_head"}
+    jax.tree.map(np.testing.assert_array_equal, ours.params, lm.params)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("module", ["embed_tokens", pytest.param("lm_head", marks=pytest.mark.exhaustive)])
 def test_copies_train_on_with_their_adapters(pair_of, tmp_path, module):
     """With PEFT's gradients; those of an embedding go through the layers below the adapters."""

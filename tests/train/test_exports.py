@@ -16,6 +16,7 @@ from llmq_jax.data import ByteTokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.language_model import LanguageModel
+from llmq_jax.layers.lora import STAYS, TRAINS
 from llmq_jax.models import ARCHITECTURES, Architecture
 from llmq_jax.training.parts import whole
 from tests.programs import ended
@@ -136,7 +137,7 @@ def test_what_cannot_train_is_refused_in_one_line(base, tmp_path, capsys, monkey
 def test_what_came_with_adapters_trains_on_or_is_told(base):
     lm, options = lq.load(base), Options(data="data.json", init_from="lm")
     variables = whole(prepared(lm, options).variables)
-    variables["lora_fixed"]["whole"] = {"token_embedding": jnp.ones(()), "lm_head": jnp.zeros(())}
+    variables["lora_fixed"]["whole"] = {"token_embedding": jnp.asarray(TRAINS), "lm_head": jnp.asarray(STAYS)}
     learner = prepared(lm.replace(variables=variables), options)
     assert learner.trainable == ("params", "lora") and learner.variables["params"].keys() == {"token_embedding"}
     told = "(lora, token_embedding); what came with the adapters, but not as modules_to_save, stays as it is: lm_head"

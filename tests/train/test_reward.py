@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
+from convert import to_hf
 from llmq_jax.data import ByteTokenizer, FileTokenizer, read_preferences, tokenize_preferences
 from llmq_jax.data.preference_batches import PreferenceBatches
+from llmq_jax.errors import BadInput
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
@@ -152,6 +154,9 @@ def test_parts_of_the_model_train(reward, train, pooling):
     assert "held out: accuracy" in out and load("run").config.labels == ("reward",)
     # transformers' model gives the last token's reward.
     assert ("convert.to_hf run run-hf" in out) == (pooling == "last")
+    if pooling == "mean":
+        with pytest.raises(BadInput, match="run: was trained with --pooling mean, which transformers does not compute"):
+            to_hf.main(to_hf.Options("run", "run-hf"))
 
 
 def with_chat_template(base, folder):

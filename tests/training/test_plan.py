@@ -163,6 +163,9 @@ def test_llama_by_hand(llama):
     full = plan(replace(llama.run, remat="full"))
     kept = full.parts["backward"]["activations kept for the backward pass"]
     assert kept == pytest.approx(2 * layers * 4096 * width, rel=0.05)  # the input of every layer
+    # Beside its logits a chunk has a gradient of the head, which is added to the others' in their place.
+    of_chunk = llama.parts["loss"]["logits of a chunk"]
+    assert of_chunk == pytest.approx(4 * vocabulary * width + 2 * 2**25, rel=0.01)
 
 
 def test_sums_by_hand():
