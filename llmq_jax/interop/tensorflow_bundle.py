@@ -11,6 +11,7 @@ Every block and every tensor carries a CRC-32C, and all are verified. Tensors ar
 [2] tensorflow/core/protobuf/tensor_bundle.proto
 """
 
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,11 +123,11 @@ def _table(file: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = file[-FOOTER:]
     if len(footer) < FOOTER or not footer.endswith(MAGIC):
         raise ValueError("it does not end with the table's magic number")
-    metadata, position = _handle(footer, 0)
+    handles = io.BytesIO(footer)
+    metadata, blocks = _handle(handles), _handle(handles)
     list(_block(file, *metadata))  # empty, but its checksum counts too
-    blocks, _ = _handle(footer, position)
     for _, handle in _block(file, *blocks):
-        yield from _block(file, *_handle(handle, 0)[0])
+        yield from _block(file, *_handle(io.BytesIO(handle)))
 
 
 def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -139,41 +140,32 @@ def _block(file: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
         raise ValueError(f"the block at byte {offset} is compressed, which is not supported")
     # The block ends with the positions at which keys are complete, for searching, and their number.
     restarts = int.from_bytes(content[-4:], "little")
-    position, end, key = 0, len(content) - 4 * (restarts + 1), b""
-    while position < end:
-        shared, position = _varint(content, position)
-        rest, position = _varint(content, position)
-        length, position = _varint(content, position)
-        key = key[:shared] + _bytes(content, position, rest)
-        yield key, _bytes(content, position + rest, length)
-        position += rest + length
+    stream, end, key = io.BytesIO(content), len(content) - 4 * (restarts + 1), b""
+    while stream.tell() < end:
+        shared, rest, length = _varint(stream), _varint(stream), _varint(stream)
+        key = key[:shared] + _bytes(stream, rest)
+        yield key, _bytes(stream, length)
 
 
-def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
-    """((offset, size) of a block, the position after it)."""
-    offset, position = _varint(data, position)
-    size, position = _varint(data, position)
-    return (offset, size), position
+def _handle(stream: io.BytesIO) -> tuple[int, int]:
+    """(offset, size) of a block."""
+    return _varint(stream), _varint(stream)
 
 
 def _message(data: bytes) -> Message:
     """A protobuf message: https://protobuf.dev/programming-guides/encoding."""
     fields: Message = {}
-    position = 0
+    stream = io.BytesIO(data)
     value: int | bytes
-    while position < len(data):
-        tag, position = _varint(data, position)
+    while stream.tell() < len(data):
+        tag = _varint(stream)
         kind = tag & 7
         if kind == 0:
-            value, position = _varint(data, position)
+            value = _varint(stream)
         elif kind in (1, 5):  # 64 and 32 bits
-            length = 8 if kind == 1 else 4
-            value = int.from_bytes(_bytes(data, position, length), "little")
-            position += length
+            value = int.from_bytes(_bytes(stream, 8 if kind == 1 else 4), "little")
         elif kind == 2:
-            length, position = _varint(data, position)
-            value = _bytes(data, position, length)
-            position += length
+            value = _bytes(stream, _varint(stream))
         else:
             raise ValueError(f"a field has the wire type {kind}, which protobuf does not use")
         fields.setdefault(tag >> 3, []).append(value)
@@ -188,22 +180,21 @@ def _number(message: Message, field: int) -> int:
     return value
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """(an integer, the position after it): seven bits a byte, the lowest first; the top bit says that more follow."""
+def _varint(stream: io.BytesIO) -> int:
+    """An integer: seven bits a byte, the lowest first; the top bit says that more follow."""
     value = 0
     for shift in range(0, 70, 7):
-        byte = data[position]
-        position += 1
+        (byte,) = _bytes(stream, 1)
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, position
+            return value
     raise ValueError("an integer is longer than 64 bits")
 
 
-def _bytes(data: bytes, position: int, length: int) -> bytes:
-    if position + length > len(data):
+def _bytes(stream: io.BytesIO, length: int) -> bytes:
+    if stream.tell() + length > stream.getbuffer().nbytes:
         raise ValueError("it ends in the middle of an entry")
-    return data[position : position + length]
+    return stream.read(length)
 
 
 def _checksum(content: bytes) -> int:
