@@ -12,7 +12,7 @@ LoRA-XS has no form of its own there: it is written as the LoRA that it equals, 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ def sites_of(config: Any) -> list[Site]:
     return sites
 
 
-def experts_module(site: Site, found: Mapping[tuple[str, ...], Any]) -> str:
+def experts_module(site: Site, found: Container[tuple[str, ...]]) -> str:
     """The module of an expert's parameter; where both parameters have adapters, that of `up_kernel` is inside."""
     module = site.module.rpartition(".")[0]
     path = site.placement.path[1:]

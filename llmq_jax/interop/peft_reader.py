@@ -194,6 +194,8 @@ def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
 
 Pair = tuple[np.ndarray, np.ndarray, np.float32]
 """A and B, and what their product is multiplied by."""
+Leaves = tuple[Site, dict[str, Any]]
+"""A matrix, and the arrays of its adapter by the names of `layers.lora`."""
 Found = dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]]
 """{path of a matrix in `params`: (what trains beside it, what is fixed)}"""
 
@@ -260,19 +262,19 @@ class _Reader:
         self.in_file[own] = name
 
     def low_rank(self) -> Found:
-        parts: dict[tuple[Any, ...], list[Any]] = {}
+        parts: dict[tuple[str, ...], list[Leaves]] = {}
         for site in self.sites:
             pair = (self._expert_pair(site) or self._pairs_apart(site)) if site.of_experts else self._pair(site)
             if pair is None:
                 continue
             first, last, scale = pair
-            trained = {A: first, B: last}
+            leaves = {A: first, B: last, SCALE: scale}
             magnitude = self._take(f"{PREFIX}{site.module}.lora_magnitude_vector", last.shape[-1:])
             if magnitude is not None:
-                trained[MAGNITUDE] = magnitude
-            parts.setdefault(site.placement.path[1:], []).append((site, trained, {SCALE: scale}))
+                leaves[MAGNITUDE] = magnitude
+            parts.setdefault(site.placement.path[1:], []).append((site, leaves))
         dropout = float(self.values.get("lora_dropout", 0))
-        if dropout and any(site.is_parameter for entries in parts.values() for site, *_ in entries):
+        if dropout and any(site.is_parameter for entries in parts.values() for site, _ in entries):
             # In transformers 4 experts were modules, and their adapters had dropout.
             warnings.warn(
                 f"{self.folder / CONFIG}: lora_dropout={dropout} is left out: adapters of experts have none here, nor "
@@ -291,34 +293,27 @@ class _Reader:
     def tiny(self) -> Found:
         """TinyLoRA's adapters. The matrices, in their order, form as many groups as `weight_tying` says, each of which
         shares its numbers. In further training they stay shared only where there is a single group."""
-        names = [site for site in self.sites if f"{PREFIX}{site.module}.tinylora_A" in self.state]
-        tying = self.values.get("weight_tying", 0.0)
-        groups = max(1, round(len(names) * (1.0 - tying)))
-        size = max(1, len(names) // groups)
-        parts: dict[tuple[Any, ...], list[Any]] = {}
-        used = set()
-        for index, site in enumerate(names):
-            name = f"{PREFIX}{site.module}.tinylora"
-            if f"{name}_P" not in self.state:
-                raise BadInput(f"{self.file}: holds no projections; save the adapter with save_projection")
+        sites = [site for site in self.sites if f"{PREFIX}{site.module}.tinylora_A" in self.state]
+        groups = max(1, round(len(sites) * (1.0 - self.values.get("weight_tying", 0.0))))
+        size = max(1, len(sites) // groups)
+        keys = [f"base_model.tinylora_v.{min(index // size, groups - 1)}" for index in range(len(sites))]
+        parts: dict[tuple[str, ...], list[Leaves]] = {}
+        for site, key in zip(sites, keys, strict=True):
+            name = f"{PREFIX}{site.module}"
             width, features = self._widths(site)
-            first = self._take(f"{name}_A", ("r", width))
-            assert first is not None  # it names the matrices
-            first = first.T
-            last = self._take(f"{name}_B", (features, first.shape[1]))
-            projections = self._take(f"{name}_P", ("u", first.shape[1], first.shape[1]))
-            assert projections is not None
-            projections = projections.swapaxes(1, 2)
-            key = f"base_model.tinylora_v.{min(index // size, groups - 1)}"
-            if last is None or key not in self.state or self.state[key].shape != projections.shape[:1]:
-                raise BadInput(f"{self.file}: {name}_B or {key} is missing or of another length")
-            last = last.T
-            used.add(key)
-            fixed = {A: first, B: last, PROJECTIONS: projections, SCALE: np.float32(1)}
-            parts.setdefault(site.placement.path[1:], []).append((site, {NUMBERS: self.state[key]}, fixed))
-        if names and groups == 1 and len(names) > 1:
-            self.shared = self.state["base_model.tinylora_v.0"]
-        for key in used:
+            pair = self._take_pair(name, width, features, "tinylora_A", "tinylora_B")
+            assert pair is not None  # these are the sites that have A
+            first, last = pair
+            projections = self._take(f"{name}.tinylora_P", ("u", len(last), len(last)))
+            if projections is None:
+                raise BadInput(f"{self.file}: holds no projections; save the adapter with save_projection")
+            if key not in self.state or self.state[key].shape != projections.shape[:1]:
+                raise BadInput(f"{self.file}: {key} is missing or of another length")
+            fixed = {A: first, B: last, PROJECTIONS: projections.swapaxes(1, 2), SCALE: np.float32(1)}
+            parts.setdefault(site.placement.path[1:], []).append((site, {NUMBERS: self.state[key], **fixed}))
+        if groups == 1 and len(sites) > 1:
+            self.shared = self.state[keys[0]]
+        for key in set(keys):
             del self.state[key]
         dropout = float(self.values.get("tinylora_dropout", 0))
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
@@ -369,38 +364,39 @@ class _Reader:
         return {name for name in names if module_name(self.config, name).endswith(ends)}
 
     def check_all_read(self) -> None:
-        if self.state:
-            some = sorted(self.in_file[name] for name in self.state)
-            more = f" and {len(some) - 1} more" if len(some) > 1 else ""
-            hint = ""
-            whole = self.values.get("modules_to_save") or ()
-            if SCORE_WEIGHT in some:
-                hint = "; it is a classifier's: load it onto one (lq.with_classifier)"
-            elif self.config.labels is not None and some[0].startswith(f"{PREFIX}{LM_HEAD}."):
-                hint = "; it is a language model's head, and this is a classifier: load it onto the language model"
-            elif any(f".{name}." in some[0] for name in whole):
-                hint = f"; of modules_to_save={whole} only embeddings and heads are supported: merge it in PEFT"
-            elif some[0].removeprefix(PREFIX).startswith(self.beside):
-                hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
-            elif "lora_embedding_" in some[0] or some[0].startswith(f"{PREFIX}{module_name(self.config, EMBEDDING)}."):
-                hint = "; of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT"
-            elif "lora_" in some[0]:
-                hint = ": it is an adapter of another base" + (f" ({base})" if (base := self._base()) else "")
-            raise BadInput(f"{self.file}: {some[0]}{more} has no place in this {self.config.model_type}{hint}")
+        if not self.state:
+            return
+        some = sorted(self.in_file[name] for name in self.state)
+        more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+        hint = ""
+        whole = self.values.get("modules_to_save") or ()
+        if SCORE_WEIGHT in some:
+            hint = "; it is a classifier's: load it onto one (lq.with_classifier)"
+        elif self.config.labels is not None and some[0].startswith(f"{PREFIX}{LM_HEAD}."):
+            hint = "; it is a language model's head, and this is a classifier: load it onto the language model"
+        elif any(f".{name}." in some[0] for name in whole):
+            hint = f"; of modules_to_save={whole} only embeddings and heads are supported: merge it in PEFT"
+        elif some[0].removeprefix(PREFIX).startswith(self.beside):
+            hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
+        elif "lora_embedding_" in some[0] or some[0].startswith(f"{PREFIX}{module_name(self.config, EMBEDDING)}."):
+            hint = "; of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT"
+        elif "lora_" in some[0]:
+            hint = f": {self._another_base}"
+        raise BadInput(f"{self.file}: {some[0]}{more} has no place in this {self.config.model_type}{hint}")
 
     def _pair(self, site: Site) -> Pair | None:
         name, parameter = f"{PREFIX}{site.module}", f"{site.module}.weight"
-        width, features = self._widths(site)
         if not self._is_target_parameter(parameter):
+            width, features = self._widths(site)
             pair = self._take_pair(name, width, features)
             return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
         # A module's weight that was adapted as a parameter: patterns name the parameter, and B A has the weight's own
         # orientation.
-        lies_in_out = site.placement.transform is in_out
-        pair = self._take_pair(name, *((features, width) if lies_in_out else (width, features)))
+        rows, columns = site.placement.transform.their_shape(self._our_shape(site))
+        pair = self._take_pair(name, columns, rows)
         if pair is None:
             return None
-        first, last = (pair[1].T, pair[0].T) if lies_in_out else pair
+        first, last = (pair[1].T, pair[0].T) if site.placement.transform is in_out else pair
         return first, last, self._scale(parameter, len(last))
 
     def _take_pair(
@@ -422,9 +418,8 @@ class _Reader:
         """A [E, D, R] and B [E, R, F] from adapters of each expert's own matrices, which were modules in transformers
         4. Where two of these are one matrix of ours, such as gate and up projection, each keeps its own ranks and its
         own outputs."""
-        count, width, _ = self._widths(site, experts=True)
-        features = site.placement.our_shape(self.shapes[site.placement.path])[2:]
-        parts = self._parts_of_experts(site, width, features)
+        count, width, *features = self._our_shape(site)
+        parts = self._parts_of_experts(site, width, tuple(features))
         if not parts:
             return None
         scale = max((pair[-1] for pairs in parts for pair in pairs), key=abs)
@@ -462,37 +457,34 @@ class _Reader:
 
     def _expert_pair(self, site: Site) -> Pair | None:
         """A [E, D, R] and B [E, R, F]."""
-        module = experts_module(site, {s.placement.path[1:]: 0 for s in self.sites if self._targets(s)})
-        if not self._targets(site):
+        targets = [other for other in self.sites if other.of_experts and self._is_target_parameter(other.module)]
+        if site not in targets:
             return None
-        count, width, features = self._widths(site, experts=True)
-        first = self._take(f"{PREFIX}{module}.lora_A.weight", ("r", width))
-        if first is None:
+        name = f"{PREFIX}{experts_module(site, {target.placement.path[1:] for target in targets})}"
+        count, width, features = self._widths(site)
+        pair = self._take_pair(name, width, features)
+        if pair is None:
             return None
+        first, last = pair
         rank = self._pattern("rank_pattern", site.pattern_name, self.values.get("r", 8))
-        if len(first) != rank * count:
-            raise self._other_base(f"{PREFIX}{module}.lora_A.weight", first.shape, (rank * count, width))
-        last = self._take(f"{PREFIX}{module}.lora_B.weight", (features, rank * count))
-        if last is None:
-            raise BadInput(f"{self.file}: has {module}.lora_A.weight and no lora_B; save the adapter again")
+        if len(last) != rank * count:
+            raise self._other_base(f"{name}.lora_A.weight", first.T.shape, (rank * count, width))
         return (
-            first.reshape(count, rank, width).swapaxes(1, 2),
-            last.reshape(features, rank, count).transpose(2, 1, 0),
+            first.reshape(width, count, rank).transpose(1, 0, 2),
+            last.reshape(rank, count, features).swapaxes(0, 1),
             self._scale(site.pattern_name, rank),
         )
-
-    def _targets(self, site: Site) -> bool:
-        return site.of_experts and self._is_target_parameter(site.module)
 
     def _is_target_parameter(self, parameter: str) -> bool:
         names = self.values.get("target_parameters") or ()
         return any(parameter == name or parameter.endswith(f".{name}") for name in names)
 
-    def _widths(self, site: Site, experts: bool = False) -> tuple[int, ...]:
-        shape = site.placement.our_shape(self.shapes[site.placement.path])
-        if experts:
-            return shape[0], shape[1], math.prod(shape[2:])
-        return shape[0], math.prod(shape[1:])
+    def _our_shape(self, site: Site) -> tuple[int, ...]:
+        return site.placement.our_shape(self.shapes[site.placement.path])
+
+    def _widths(self, site: Site) -> tuple[int, ...]:
+        """D and F of a matrix, after the number E of experts where it holds those."""
+        return site.placement.transform.merge(self._our_shape(site))
 
     def _take(self, name: str, shape: tuple[int | str, ...]) -> np.ndarray | None:
         """The tensor of this name, or None; `shape` is what fits the model, with a letter for what it leaves open."""
@@ -507,12 +499,14 @@ class _Reader:
 
     def _other_base(self, name: str, found: tuple[Any, ...], wanted: tuple[Any, ...]) -> BadInput:
         shown = ", ".join(map(str, wanted))
-        base = self._base()
-        what = f"{self.file}: {self.in_file[name]} is {list(found)} instead of [{shown}]"
-        return BadInput(f"{what}: it is an adapter of another base" + (f" ({base})" if base else ""))
+        return BadInput(
+            f"{self.file}: {self.in_file[name]} is {list(found)} instead of [{shown}]: {self._another_base}"
+        )
 
-    def _base(self) -> str | None:
-        return self.values.get("base_model_name_or_path")
+    @property
+    def _another_base(self) -> str:
+        base = self.values.get("base_model_name_or_path")
+        return "it is an adapter of another base" + (f" ({base})" if base else "")
 
     def _scale(self, module: str, rank: int) -> np.float32:
         if rank < 1:
@@ -524,50 +518,33 @@ class _Reader:
         """The value of the first pattern that matches the end of a module's name, else `default`."""
         patterns = self.values.get(name) or {}
         # Matrices of multimodal models have longer names there.
-        names = [
-            module,
-            *(outer + module.removeprefix(own) for outer, own in self.within.items()),
-        ]
+        names = [module, *(outer + module.removeprefix(own) for outer, own in self.within.items())]
         if (own := module.removesuffix(".weight")) in self.old_modules:
             names.append(self.old_modules[own])
         ends = (value for pattern, value in patterns.items() if any(_ends_with(name, pattern) for name in names))
         return next(ends, default)
 
     def _stacked(
-        self, path: tuple[Any, ...], entries: list[Any], dropout: float
+        self, path: tuple[str, ...], entries: list[Leaves], dropout: float
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(trained, fixed) leaves, stacked over all repetitions of a block: zero where a layer has no adapter, and
         padded to the largest rank."""
         kernel = self.shapes[("params", *path)]
-        stacked = path[0].startswith("group_")
-        of_experts = entries[0][0].of_experts
-        lead = kernel[: stacked + of_experts]
-        features = kernel[stacked + of_experts + 1 :]
-        rank = max(part[A].shape[-1] for _, trained, fixed in entries for part in (trained | fixed,))
-        flat = math.prod(features)
-        shapes = {
-            A: (*lead, kernel[len(lead)], rank),
-            B: (*lead, rank, flat),
-            MAGNITUDE: (*lead, flat),
-            SCALE: lead[:stacked],
-        }
-        trees = []
-        for place in (1, 2):
-            leaves: dict[str, np.ndarray] = {}
-            for entry in entries:
-                slot = entry[0].placement.slot
-                for name, value in entry[place].items():
-                    shape = shapes.get(name, (*lead, *np.shape(value)))
-                    leaf = leaves.setdefault(name, np.zeros(shape, np.float32))
-                    leaf[slot + tuple(slice(size) for size in np.shape(value))] = value
-            trees.append(leaves)
-        trained, fixed = trees
-        for tree in trees:
-            if B in tree:
-                tree[B] = tree[B].reshape(*lead, rank, *features)
-        if MAGNITUDE in trained:
-            trained[MAGNITUDE] = trained[MAGNITUDE].reshape(*lead, *features)
+        layers = path[0].startswith("group_")
+        axes = layers + entries[0][0].of_experts
+        lead, width, features = kernel[:axes], kernel[axes], kernel[axes + 1 :]
+        rank, flat = max(own[A].shape[-1] for _, own in entries), math.prod(features)
+        shapes = {A: (*lead, width, rank), B: (*lead, rank, flat), MAGNITUDE: (*lead, flat), SCALE: lead[:layers]}
+        leaves: dict[str, np.ndarray] = {}
+        for site, own in entries:
+            for name, value in own.items():
+                leaf = leaves.setdefault(name, np.zeros(shapes.get(name, (*lead, *np.shape(value))), np.float32))
+                leaf[site.placement.slot + tuple(slice(size) for size in np.shape(value))] = value
+        for name in leaves.keys() & {B, MAGNITUDE}:
+            leaves[name] = leaves[name].reshape(*leaves[name].shape[:-1], *features)
         if dropout:
-            fixed[DROPOUT] = np.full(lead[:stacked], dropout, np.float32)
-        learns, stays = ({name: jnp.asarray(leaf) for name, leaf in tree.items()} for tree in trees)
-        return learns, stays
+            leaves[DROPOUT] = np.full(lead[:layers], dropout, np.float32)
+        learns = {NUMBERS} if NUMBERS in leaves else {A, B, MAGNITUDE}
+        arrays = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+        trained = {name: leaf for name, leaf in arrays.items() if name in learns}
+        return trained, {name: leaf for name, leaf in arrays.items() if name not in learns}
