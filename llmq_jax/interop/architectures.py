@@ -145,10 +145,8 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
         derived["labels"] = numbered_labels(shapes[SCORE.path][0])
     config = override(tables.config.config_class(), **derived | fields)
     if layout == "hf" and (assumed := [name for name in ASSUMED if hasattr(config, name) and name not in fields]):
-        values = [getattr(config, name) for name in assumed]
-        shown = [
-            f"{getattr(value, 'rope_theta', value):g} of {name}" for name, value in zip(assumed, values, strict=True)
-        ]
+        values = {name: getattr(config, name) for name in assumed}
+        shown = [f"{getattr(value, 'rope_theta', value):g} of {name}" for name, value in values.items()]
         warnings.warn(
             f"the shapes of weights do not tell {' and '.join(assumed)}, in which models differ: taken is "
             f"{' and '.join(shown)}; put the model's config.json beside the weights, or pass config={{...}}",

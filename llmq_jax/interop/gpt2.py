@@ -18,6 +18,7 @@ masks are buffers.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,31 +132,22 @@ LAYOUTS = {
         tied={"out.weight": "emb_dict.weight"},
         writes_tied=True,
     ),
-    "nanogpt": WeightTable(
-        rules=(
-            rule("transformer.wte.weight", "token_embedding/embedding", as_is),
-            rule("transformer.wpe.weight", "position_embedding/embedding", as_is),
-            rule("transformer.h.{layer}.ln_1.weight", "{block}/attention_norm/scale", vector),
-            rule("transformer.h.{layer}.ln_1.bias", "{block}/attention_norm/bias", vector, optional=True),
-            rule("transformer.h.{layer}.attn.c_attn.weight", "{block}/attention/qkv/kernel", out_in),
-            rule("transformer.h.{layer}.attn.c_attn.bias", "{block}/attention/qkv/bias", vector, optional=True),
-            rule("transformer.h.{layer}.attn.c_proj.weight", "{block}/attention/out/kernel", out_in),
-            rule("transformer.h.{layer}.attn.c_proj.bias", "{block}/attention/out/bias", vector, optional=True),
-            rule("transformer.h.{layer}.ln_2.weight", "{block}/mlp_norm/scale", vector),
-            rule("transformer.h.{layer}.ln_2.bias", "{block}/mlp_norm/bias", vector, optional=True),
-            rule("transformer.h.{layer}.mlp.c_fc.weight", "{block}/mlp/up/kernel", out_in),
-            rule("transformer.h.{layer}.mlp.c_fc.bias", "{block}/mlp/up/bias", vector, optional=True),
-            rule("transformer.h.{layer}.mlp.c_proj.weight", "{block}/mlp/down/kernel", out_in),
-            rule("transformer.h.{layer}.mlp.c_proj.bias", "{block}/mlp/down/bias", vector, optional=True),
-            rule("transformer.ln_f.weight", "final_norm/scale", vector),
-            rule("transformer.ln_f.bias", "final_norm/bias", vector, optional=True),
-            rule("lm_head.weight", "lm_head/kernel", out_in),
-        ),
-        ignorable=("transformer.h.{layer}.attn.bias",),
-        tied={"lm_head.weight": "transformer.wte.weight"},
-        writes_tied=True,
-    ),
 }
+# The same names, with torch's linear layers, and without biases in some files.
+LAYOUTS["nanogpt"] = replace(
+    LAYOUTS["hf"],
+    rules=tuple(
+        entry._replace(
+            transform=out_in if entry.transform is in_out else entry.transform,
+            optional=entry.path.endswith("/bias"),
+        )
+        for entry in LAYOUTS["hf"].rules
+        if entry is not SCORE
+    ),
+    ignorable=("transformer.h.{layer}.attn.bias",),
+    optional_prefix="",
+    writes_tied=True,
+)
 
 _SHARED = """
     activation_function attn_pdrop embd_pdrop initializer_range layer_norm_epsilon resid_pdrop tie_word_embeddings
