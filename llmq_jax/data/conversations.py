@@ -12,7 +12,7 @@ assistant may call, and `chat_template_kwargs` are for the chat template.
 prompt_templates.py writes conversations as text, instruction_batches.py makes tokens and batches of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,6 +98,12 @@ def read_conversations(path: DataPath) -> list[Conversation]:
     an empty answer.
     """
     conversations = [as_conversation(record) for record in read_records(path)]
+    require_one_form(conversations)
+    return conversations
+
+
+def require_one_form(conversations: Sequence[Conversation]) -> None:
+    """BadInput, which names two rows, for conversations of several forms."""
     first = conversations[0]
     for other in conversations:
         if other.form != first.form:
@@ -105,7 +111,6 @@ def read_conversations(path: DataPath) -> list[Conversation]:
                 f"{other.where} has the fields of the form {other.form!r} and {first.where} those of {first.form!r}: "
                 "give those of one form alone"
             )
-    return conversations
 
 
 def as_conversation(record: Record) -> Conversation:

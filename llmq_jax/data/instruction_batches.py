@@ -41,6 +41,12 @@ class Example:
     cut: bool = False
     """Whether its end is missing."""
 
+    def cut_to(self, count: int) -> "Example":
+        """Its first `count` tokens, or the whole example where it has no more."""
+        if len(self.tokens) <= count:
+            return self
+        return Example(self.tokens[:count], self.learned[:count], self.where, cut=True)
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -100,7 +106,7 @@ def tokenize_conversations(
             if too_long == "drop":
                 dropped += 1
                 continue
-            example = Example(example.tokens[:context], example.learned[:context], example.where, cut=True)
+            example = example.cut_to(context)
         if not example.learned[1:].any():
             dropped += 1
             continue

@@ -14,11 +14,11 @@ alike, and these become text and tokens as conversations do: see prompt_template
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmq_jax.data.conversations import LOST, Conversation, answer, without_nulls
+from llmq_jax.data.conversations import LOST, Conversation, answer, require_one_form, without_nulls
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
 from llmq_jax.data.messages import Message, message_list, refuse_lost, template_variables, text_of
@@ -112,13 +112,7 @@ def read_preferences(path: DataPath) -> Preferences:
     kind, an empty prompt or answer, a margin that is no number; and where no pair is left.
     """
     pairs = [as_preference(record) for record in read_records(path)]
-    first = pairs[0]
-    for other in pairs:
-        if other.chosen.form != first.chosen.form:
-            raise BadInput(
-                f"{other.where} has the fields of the form {other.chosen.form!r} and {first.where} those of "
-                f"{first.chosen.form!r}: give those of one form alone"
-            )
+    require_one_form([pair.chosen for pair in pairs])
     different = [pair for pair in pairs if pair.chosen.messages != pair.rejected.messages]
     if not different:
         raise BadInput(f"{path}: the chosen and the rejected answer are the same in every row: nothing is preferred")
@@ -145,23 +139,19 @@ def as_preference(record: Record) -> Preference:
         given = record.text("input") if "input" in fields else ""
         prompt = ({"role": "user", "content": record.text("instruction")},)
         answers = [(answer(record, side),) for side in SIDES]
-    elif (
-        form == "prompt" and all(isinstance(fields[side], list) for side in SIDES) and isinstance(fields["prompt"], str)
-    ):
+    elif form == "prompt" and not isinstance(fields["prompt"], str):
+        prompt, answers = message_list(record, "prompt"), _answers(record)
+        form = "messages"
+    elif form == "prompt" and not all(isinstance(fields[side], list) for side in SIDES):
+        prompt, answers = _strings(record)
+    else:
         prompt, answers = _implicit_prompt(record)
-        if all(text_of(message) != fields["prompt"] for message in prompt):
+        form = "messages"
+        if "prompt" in fields and all(text_of(message) != fields["prompt"] for message in prompt):
             raise BadInput(
                 f"{where}: no message that chosen and rejected begin with is the prompt's string: give the prompt as "
                 "messages, or remove it where chosen and rejected begin with it"
             )
-        form = "messages"
-    elif form == "prompt" and isinstance(fields["prompt"], str):
-        prompt, answers = _strings(record)
-    elif form == "prompt":
-        prompt, answers = message_list(record, "prompt"), _answers(record)
-        form = "messages"
-    else:
-        prompt, answers = _implicit_prompt(record)
     if not given.strip() and not any(text_of(message).strip() for message in prompt):
         raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
     for side, said in zip(SIDES, answers, strict=True):
@@ -222,7 +212,7 @@ def tokenize_preferences(
                 "--context, or let such pairs be truncated or dropped (--too-long)"
             )
         if is_long:
-            pair = PreferenceExample(_cut(chosen, context), _cut(rejected, context), pair.margin, pair.where)
+            pair = replace(pair, chosen=chosen.cut_to(context), rejected=rejected.cut_to(context))
         # The first token is no response: nothing stands before it.
         responses = all(side.learned[1:].any() for side in (pair.chosen, pair.rejected))
         differ = pair.chosen.tokens.tolist() != pair.rejected.tokens.tolist()
@@ -249,9 +239,9 @@ def without_padding(pair: PreferenceExample, pad_id: int) -> PreferenceExample:
     def trimmed(side: Example) -> Example:
         (others,) = np.nonzero(side.tokens != pad_id)
         count = int(others[-1]) + 1 if len(others) else len(side.tokens)
-        return Example(side.tokens[:count], side.learned[:count], side.where, side.cut)
+        return replace(side, tokens=side.tokens[:count], learned=side.learned[:count])
 
-    return PreferenceExample(trimmed(pair.chosen), trimmed(pair.rejected), pair.margin, pair.where)
+    return replace(pair, chosen=trimmed(pair.chosen), rejected=trimmed(pair.rejected))
 
 
 def chat_ending(tokenizer: Tokenizer, end_tokens: Collection[int]) -> list[int]:
@@ -328,9 +318,3 @@ def _margin(record: Record) -> float | None:
     if not math.isfinite(number):
         raise BadInput(f"{record.where}: field 'margin' must be a finite number, not {value!r:.40}")
     return number
-
-
-def _cut(example: Example, context: int) -> Example:
-    if len(example.tokens) <= context:
-        return example
-    return Example(example.tokens[:context], example.learned[:context], example.where, cut=True)
