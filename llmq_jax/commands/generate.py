@@ -207,13 +207,16 @@ def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[s
 
     prompts = []
     for number, record in zip(numbers, records, strict=True):
-        by_template = _by_template(options, record)
-        where, variables = f"{options.source}: line {number}", {}
-        if by_template:
-            variables = template_variables(Record(where, record))
-            refuse_lost(record, LOST["prompt" if "prompt" in record else "messages"], where)
+        if not _by_template(options, record):
+            with _at_line(options, number):
+                prompts.append(lm.tokenizer.encode_prompt(record["prompt"]))
+            continue
+        where = f"{options.source}: line {number}"
+        variables = template_variables(Record(where, record))
+        refuse_lost(record, LOST["prompt" if "prompt" in record else "messages"], where)
         with _at_line(options, number):
-            prompts.append(_prompt(lm, record, by_template, variables))
+            messages = record["messages"] if "messages" in record else _said(record["prompt"])
+            prompts.append(lm.chat_tokens(messages, **variables))
     return prompts
 
 
@@ -325,14 +328,6 @@ def _fault(record: Any) -> str | None:
     except UnicodeEncodeError:  # JSON can spell it (\ud800)
         return "holds half a surrogate pair, which is not valid Unicode"
     return None
-
-
-def _prompt(lm: Any, record: dict[str, Any], by_template: bool, variables: dict[str, Any]) -> Any:
-    """Token ids."""
-    if not by_template:
-        return lm.tokenizer.encode_prompt(record["prompt"])
-    messages = record["messages"] if "messages" in record else _said(record["prompt"])
-    return lm.chat_tokens(messages, **variables)
 
 
 @contextlib.contextmanager

@@ -324,7 +324,7 @@ class FileTokenizer(Tokenizer):
             described = json.loads(files.contents["tokenizer.json"])
             self._may_cut = may_cut_at_line_breaks(described, self._plain.pre_tokenizer)
 
-    def _load(self, special_is_text: bool) -> hf_tokenizers.Tokenizer:
+    def _load(self, special_is_text: bool, post_processed: bool = True) -> hf_tokenizers.Tokenizer:
         with self._as_bad_input("be read"):
             loaded = hf_tokenizers.Tokenizer.from_buffer(self._files.contents["tokenizer.json"])
         # A tokenizer.json may hold the padding and truncation of whoever saved it, which would silently cut texts.
@@ -336,6 +336,8 @@ class FileTokenizer(Tokenizer):
             added = loaded.get_added_tokens_decoder().values()
             loaded.add_special_tokens([token for token in added if token.content in named and not token.special])
         loaded.encode_special_tokens = special_is_text
+        if not post_processed:
+            loaded.post_processor = None
         return loaded
 
     def _as_bad_input(self, what: str) -> AbstractContextManager[None]:
@@ -350,11 +352,11 @@ class FileTokenizer(Tokenizer):
     # The post-processor of byte-level tokenizers, which adds special tokens, may also trim spaces from the offsets.
     @cached_property
     def _plain_untouched(self) -> hf_tokenizers.Tokenizer:
-        return _without_last_step(self._load(special_is_text=True))
+        return self._load(special_is_text=True, post_processed=False)
 
     @cached_property
     def _special_untouched(self) -> hf_tokenizers.Tokenizer:
-        return _without_last_step(self._load(special_is_text=False))
+        return self._load(special_is_text=False, post_processed=False)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -568,11 +570,6 @@ def _utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadInput(f"text is not valid Unicode: half a surrogate pair at character {error.start}") from None
-
-
-def _without_last_step(tokenizer: hf_tokenizers.Tokenizer) -> hf_tokenizers.Tokenizer:
-    tokenizer.post_processor = None
-    return tokenizer
 
 
 def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.Tokenizer:
