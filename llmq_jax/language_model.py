@@ -17,7 +17,7 @@ from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import whole
+from llmq_jax.field_types import require_model, whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
@@ -357,6 +357,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     The head's kernel [D, C] is drawn by the seed, normal with the config's `initializer_range` as its standard
     deviation. BadInput: there are no labels, or they are not different, non-empty strings.
     """
+    require_model(lm)
     if not isinstance(labels, Iterable):
         raise BadInput(f'labels={labels!r} must be the names of the classes, as ("ham", "spam")')
     config = override(lm.config, labels=labels if isinstance(labels, str) else tuple(labels))
@@ -401,6 +402,8 @@ def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | N
         array = np.asarray(values)
     except ValueError as error:
         raise BadInput(f"{name} are rows of unequal length; pad them and say so in lengths") from error
+    if array.dtype.kind == "U":
+        raise BadInput(f"{name} must be integers, not text; lm.tokenizer.encode(text) gives the ids of a row")
     axes = "[B, T]" if rank == 2 else "[B]"
     if array.ndim != rank or array.size == 0:
         raise BadInput(f"{name} must be {axes} and not empty, but have the shape {list(array.shape)}")
