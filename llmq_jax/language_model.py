@@ -155,7 +155,7 @@ class LanguageModel:
         Special tokens that a message spells out become tokens, as in transformers.
         """
         template = self.require_chat_template("this model")
-        variables |= {"tools": tools} if tools else {}
+        variables |= {} if tools is None else {"tools": tools}
         text = template.render(messages, add_generation_prompt=True, **variables)
         template.refuse_unread(messages, variables)
         return self.require_tokenizer("this model").encode(text, allow_special=True)

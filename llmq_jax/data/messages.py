@@ -115,7 +115,7 @@ def template_variables(record: Record) -> dict[str, Any]:
             tools = parse_json(tools)
         except ValueError:
             raise BadInput(f"{where}: field 'tools' is a string and no JSON") from None
-    if tools:
+    if tools is not None and tools != "":  # an empty list is given too: a template may tell it from none
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise BadInput(f"{where}: field 'tools' must be a list of objects, not {_shown(tools)}")
         variables["tools"] = tools
