@@ -218,7 +218,10 @@ class LanguageModel:
         self.require_language_model("this model")
         depth = getattr(self.config, "num_nextn_predict_layers", 0)
         if not depth:
-            raise BadInput(f"this {self.config.model_type} has no modules of multi-token prediction")
+            raise BadInput(
+                f"this {self.config.model_type} has no modules of multi-token prediction; logits predicts "
+                "the next token"
+            )
         inputs = self._inputs(tokens, lengths, positions, segment_ids)
         if inputs[0].shape[1] <= depth:
             raise BadInput(f"{depth} modules of multi-token prediction need more than {depth} tokens in a row")
@@ -309,7 +312,8 @@ class LanguageModel:
         if len(outside):
             row, column = outside[0]
             raise BadInput(
-                f"tokens[{row}, {column}] is {tokens[row, column]}, outside the vocabulary of {vocab_size} ids"
+                f"tokens[{row}, {column}] is {tokens[row, column]}, outside the vocabulary of {vocab_size} ids; "
+                "encode text by this model's tokenizer"
             )
         if lengths is not None:
             if segment_ids is not None:
@@ -328,7 +332,9 @@ class LanguageModel:
             _check_order(positions, np.ones_like(tokens) if segment_ids is None else segment_ids)
         if used.min() < 0 or used.max() >= longest:
             # Embeddings clamp an index that is too large, in silence.
-            raise BadInput(f"position {used.max()} is outside the model's {longest} (max_position_embeddings)")
+            raise BadInput(
+                f"position {used.max()} is outside the model's {longest} (max_position_embeddings); they begin at 0"
+            )
         return tokens, positions, segment_ids
 
     def __repr__(self) -> str:

@@ -409,7 +409,10 @@ def _drafting(
         raise BadInput(f"draft={draft!r} is neither a loaded model (lq.load) nor {MTP!r}")
     if isinstance(draft, str):
         if not getattr(lm.config, "num_nextn_predict_layers", 0):
-            raise BadInput(f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction")
+            raise BadInput(
+                f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction; "
+                "give a smaller model as draft"
+            )
         if count is not None:
             raise BadInput(f"draft_tokens={count} has no effect beside draft={MTP!r}: each module drafts one token")
         assert isinstance(lm.model, DeepSeek3)
