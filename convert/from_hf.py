@@ -41,7 +41,7 @@ def main(options: Options) -> None:
         if tokenizer.vocab_size > lm.config.vocab_size:
             raise BadInput(
                 f"the tokenizer {options.tokenizer} has {tokenizer.vocab_size} ids, more than the model's vocabulary "
-                f"of {lm.config.vocab_size}"
+                f"of {lm.config.vocab_size}; name the one that the model was trained with"
             )
         ends = lm.generation.eos_token_id or tuple(i for i in [tokenizer.end_of_text] if i is not None)
         lm = lm.replace(tokenizer=tokenizer, generation=lm.generation.replace(eos_token_id=ends))

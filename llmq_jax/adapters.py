@@ -15,6 +15,7 @@ from typing import Any
 
 from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import require_model
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, is_hf, located
 from llmq_jax.interop.peft import is_adapter, module_names
@@ -39,6 +40,7 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     BadInput: the model has adapters already, a target or layer that it lacks, a rank above a matrix's, fields that
     contradict each other.
     """
+    require_model(lm)
     if spec is not None and fields:
         raise BadInput("give a LoRA or its fields, not both")
     spec = LoRA(**fields) if spec is None else spec
@@ -49,6 +51,7 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
 def merge(lm: LanguageModel) -> LanguageModel:
     """The same model without adapters: their products are added to the matrices, which keep their type. In bfloat16
     that may round away a good part of a small update. A model without adapters stays as it is."""
+    require_model(lm)
     return lm.replace(variables=low_rank.merge(low_rank.spread(lm.variables)))
 
 
@@ -67,6 +70,7 @@ def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageM
     is damaged or of a kind that is not supported, or it belongs to another base; the model has the embedding or the
     head of other adapters.
     """
+    require_model(lm)
     path = find(folder)
     if not path.is_dir() or not is_adapter(path):
         raise BadInput(f"{folder}: holds no adapter_config.json; give a folder that PEFT or lq.save_adapter wrote")
@@ -137,6 +141,7 @@ def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str
     The tokenizer, with its chat template, and `generation_config.json` go beside them. Returns the folder. What may be
     replaced is as in `save_hf`. BadInput: the model has no adapters, or one that PEFT has no form for.
     """
+    require_model(lm)
     text_files = TextFiles(lm.tokenizer, lm.generation)
     return write_adapter(lm.variables, lm.config, folder, base, overwrite, text_files)
 

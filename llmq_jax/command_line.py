@@ -57,6 +57,13 @@ WITHOUT_NAME = {
     "system": "messages are typed or come from standard input, and a system text is given by --system",
 }
 """{field: advice for a value that is given without an option's name, where the command has this field}."""
+PATHS = {
+    *("out", "model", "source", "target", "run", "others", "init_from", "branch_from", "draft", "judge", "reference"),
+    *("data", "validation_data", "test_data", "replay_data", "file", "prompt_file", "include_path", "options"),
+    *("tokenizer", "chat_template", "base", "reward"),
+}
+"""Fields whose texts may be paths: a ~ at their beginning is the home directory, also where a shell leaves it alone, as
+in --out=~/x and in a file of options."""
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
@@ -272,7 +279,7 @@ def _of_file(options: type, arguments: list[str]) -> dict[str, list[str]]:
     try:
         if not given[FILE]:
             raise BadInput(f"{option_name(FILE)} needs a file: give its name, or leave the option out")
-        found = read_options(given[FILE], kinds, {name.removeprefix("no_") for name in given})
+        found = read_options(at_home(FILE, given[FILE]), kinds, {name.removeprefix("no_") for name in given})
     except (BadInput, OSError):
         if HELP & set(arguments):
             return {}
@@ -303,7 +310,17 @@ def _parse(options: type, arguments: list[str], program: str, default: Any) -> A
             raise BadInput(_one_line(complained.getvalue(), options, arguments, program)) from None
         print(said.text().replace(DESCRIPTION, _description(options), 1), end="")
         raise
-    return options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
+    given = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+    return options(**{name: at_home(name, value) for name, value in given.items()})
+
+
+def at_home(field: str, value: Any) -> Any:
+    """The value of a field; of one in `PATHS` with the home directory in the place of a leading ~."""
+    if field not in PATHS:
+        return value
+    if isinstance(value, tuple):
+        return tuple(at_home(field, each) for each in value)
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _in_groups(options: type) -> type:

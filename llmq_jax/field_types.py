@@ -83,6 +83,13 @@ def _plain_hints(kind: Any) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if set(_options(hint)) <= set(PLAIN)}
 
 
+def require_model(lm: Any) -> None:
+    """BadInput for what is no LanguageModel, such as the name of one."""
+    if not (hasattr(lm, "config") and hasattr(lm, "variables") and hasattr(lm, "tokenizer")):
+        named = repr(lm) if isinstance(lm, str) else '"gpt2"'
+        raise BadInput(f"{lm!r:.60} stands where a loaded model is wanted; give what lq.load({named}) returns")
+
+
 def scalar(value: Any) -> Any:
     """A scalar of NumPy or JAX as Python's, any other value as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

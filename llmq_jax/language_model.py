@@ -17,7 +17,7 @@ from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import whole
+from llmq_jax.field_types import require_model, whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
@@ -155,7 +155,7 @@ class LanguageModel:
         Special tokens that a message spells out become tokens, as in transformers.
         """
         template = self.require_chat_template("this model")
-        variables |= {"tools": tools} if tools else {}
+        variables |= {} if tools is None else {"tools": tools}
         text = template.render(messages, add_generation_prompt=True, **variables)
         template.refuse_unread(messages, variables)
         return self.require_tokenizer("this model").encode(text, allow_special=True)
@@ -218,7 +218,10 @@ class LanguageModel:
         self.require_language_model("this model")
         depth = getattr(self.config, "num_nextn_predict_layers", 0)
         if not depth:
-            raise BadInput(f"this {self.config.model_type} has no modules of multi-token prediction")
+            raise BadInput(
+                f"this {self.config.model_type} has no modules of multi-token prediction; logits predicts "
+                "the next token"
+            )
         inputs = self._inputs(tokens, lengths, positions, segment_ids)
         if inputs[0].shape[1] <= depth:
             raise BadInput(f"{depth} modules of multi-token prediction need more than {depth} tokens in a row")
@@ -309,7 +312,8 @@ class LanguageModel:
         if len(outside):
             row, column = outside[0]
             raise BadInput(
-                f"tokens[{row}, {column}] is {tokens[row, column]}, outside the vocabulary of {vocab_size} ids"
+                f"tokens[{row}, {column}] is {tokens[row, column]}, outside the vocabulary of {vocab_size} ids; "
+                "encode text by this model's tokenizer"
             )
         if lengths is not None:
             if segment_ids is not None:
@@ -328,7 +332,9 @@ class LanguageModel:
             _check_order(positions, np.ones_like(tokens) if segment_ids is None else segment_ids)
         if used.min() < 0 or used.max() >= longest:
             # Embeddings clamp an index that is too large, in silence.
-            raise BadInput(f"position {used.max()} is outside the model's {longest} (max_position_embeddings)")
+            raise BadInput(
+                f"position {used.max()} is outside the model's {longest} (max_position_embeddings); they begin at 0"
+            )
         return tokens, positions, segment_ids
 
     def __repr__(self) -> str:
@@ -357,6 +363,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     The head's kernel [D, C] is drawn by the seed, normal with the config's `initializer_range` as its standard
     deviation. BadInput: there are no labels, or they are not different, non-empty strings.
     """
+    require_model(lm)
     if not isinstance(labels, Iterable):
         raise BadInput(f'labels={labels!r} must be the names of the classes, as ("ham", "spam")')
     config = override(lm.config, labels=labels if isinstance(labels, str) else tuple(labels))
@@ -401,6 +408,8 @@ def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | N
         array = np.asarray(values)
     except ValueError as error:
         raise BadInput(f"{name} are rows of unequal length; pad them and say so in lengths") from error
+    if array.dtype.kind == "U":
+        raise BadInput(f"{name} must be integers, not text; lm.tokenizer.encode(text) gives the ids of a row")
     axes = "[B, T]" if rank == 2 else "[B]"
     if array.ndim != rank or array.size == 0:
         raise BadInput(f"{name} must be {axes} and not empty, but have the shape {list(array.shape)}")

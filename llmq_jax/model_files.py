@@ -13,7 +13,7 @@ import numpy as np
 
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import create
+from llmq_jax.field_types import create, require_model
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
@@ -123,6 +123,7 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
     """
     from llmq_jax.training.checkpoints import Checkpoints
 
+    require_model(lm)
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")

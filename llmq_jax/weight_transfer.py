@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import require_model
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.lora import LORA
 from llmq_jax.models import abstract_variables, all_layer_paths, init
@@ -48,6 +49,7 @@ def with_config(
     BadInput, which names them: weights that differ and are not named, a pattern without a match, adapters (merge them
     first).
     """
+    require_model(lm)
     if LORA in lm.variables:
         raise BadInput("this model has adapters, which belong to its own matrices; merge them first: lq.merge(lm)")
     wanted, there = _places(abstract_variables(config), config), _places(lm.variables, lm.config)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ import pytest
 
 from llmq_jax import command_line
 from llmq_jax.command_line import Flag, Positional, Repeated
+from llmq_jax.commands import VERBS
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.option_names import OURS, RESUMING
 
@@ -314,6 +316,46 @@ def test_names_from_elsewhere_are_those_of_the_documentation():
             assert here[0].split()[0] == ours[there[0]], row
             found += 1
     assert found > 10
+
+
+NO_PATHS = {  # options that take a text, but none that is a path
+    *("chat_template_kwargs", "mesh", "text_field", "label_field", "columns", "tasks", "metric", "preset", "config"),
+    *("coordinator", "wandb", "profile", "sample_prompt", "prompt", "system", "text", "stop", "prompt_format"),
+    *("train_on", "blocks", "lora_targets", "lora_layers", "reward_weights", "step_separator", "max_shard_size"),
+    *("random", "layout", "inject"),
+}
+COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "parity", "openai_gpt2"))]
+COMMANDS += [f"train.{name}" for name in (*RECIPES, "prepare", "plan", "report", "demo", "arithmetic")]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_option_that_takes_a_text_is_a_path_or_is_none(module):
+    options = command_line._options_class(importlib.import_module(module).main)
+    for name, hint in typing.get_type_hints(options).items():
+        if str in (hint, *typing.get_args(hint)):
+            assert (name in command_line.PATHS) != (name in NO_PATHS), name
+
+
+def test_a_leading_tilde_of_a_path_is_the_home_directory(capsys, monkeypatch, tmp_path):
+    """A shell replaces it in `--out ~/x`, not in `--out=~/x`, nor does it in a file of options."""
+
+    @dataclass(frozen=True)
+    class Baking:
+        run: Positional[str]
+        others: Positional[tuple[str, ...]] = ()
+        out: str = "none"
+        topping: str = "none"
+        options: str | None = None
+
+    def main(options: Baking):
+        print(options.run, *options.others, options.out, options.topping)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("out: ~/cake\n")
+    assert run(["~/a", "b~", "~", "--out=~/x", "--topping=~/x"], main) == 0
+    assert capsys.readouterr().out.split() == [f"{tmp_path}/a", "b~", str(tmp_path), f"{tmp_path}/x", "~/x"]
+    assert run(["a", "--options=~/mine.yaml"], main) == 0
+    assert capsys.readouterr().out.split() == ["a", f"{tmp_path}/cake", "none"]
 
 
 def recipe_options(name: str) -> type:

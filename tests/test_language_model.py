@@ -1,6 +1,7 @@
 """LanguageModel: what it accepts, what it refuses, and what can be loaded."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -9,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import llmq_jax as lq
 from llmq_jax.data.tokenizers import ByteTokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
@@ -29,6 +31,18 @@ CONFIG = GPT2Config(
 def lm():
     generation = GenerationConfig(eos_token_id=(256, 10), pad_token_id=0, other={"top_k": 5})
     return LanguageModel(CONFIG, build(CONFIG), draw_variables(CONFIG, seed=1), ByteTokenizer(), generation)
+
+
+@pytest.mark.parametrize(
+    "function", ["lora", "merge", "load_adapter", "save", "save_hf", "save_adapter", "with_classifier", "with_config"]
+)
+def test_a_name_where_a_model_is_wanted_is_told_how_to_load_it(function, tmp_path):
+    arguments = () if function in ("lora", "merge") else (tmp_path / "new",)
+    with pytest.raises(
+        BadInput, match=r"'gpt2' stands where a loaded model is wanted; give what lq.load\('gpt2'\) ret"
+    ):
+        inspect.unwrap(getattr(lq, function))("gpt2", *arguments)
+    assert not (tmp_path / "new").exists()
 
 
 def assert_same_variables(left, right):
@@ -69,6 +83,8 @@ def test_compiled_once_for_each_shape(lm):
         ({"tokens": [[1, 2], [3, 257]]}, "tokens[1, 1] is 257, outside the vocabulary of 257 ids"),
         ({"tokens": [[-1]]}, "tokens[0, 0] is -1, outside the vocabulary"),
         ({"tokens": [1, 2]}, "tokens must be [B, T] and not empty, but have the shape [2]"),
+        ({"tokens": "text"}, "tokens must be integers, not text; lm.tokenizer.encode(text) gives the ids of a row"),
+        ({"tokens": ["text"]}, "tokens must be integers, not text;"),
         ({"tokens": [[]]}, "tokens must be [B, T] and not empty"),
         ({"tokens": [[1, 2], [3]]}, "tokens are rows of unequal length"),
         ({"tokens": [[1.0]]}, "tokens must be integers, not float64"),

@@ -177,7 +177,8 @@ def main(options: Options) -> Any:
         next_commands=next_commands(options, config),
     )
     if result.state is not None:
-        test(options, source.replace(variables=whole(result.state.variables)), parts["test"], rows["test"])
+        learned = source.replace(variables=whole(result.state.variables))
+        test(options, learned, result.step, parts["test"], rows["test"])
     return result
 
 
@@ -333,8 +334,8 @@ def numbered(rows: Sequence[list[int]], labels: Sequence[int]) -> Any:
     return np.concatenate([[len(row), label, *row] for row, label in zip(rows, labels, strict=True)]).astype(np.int64)
 
 
-def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> None:
-    """Classify the test set; print the results, and write them into the run folder."""
+def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[int]]) -> None:
+    """Classify the test set by the model after this step; print the results, and write them into the run folder."""
     from llmq_jax.atomic_files import write_atomically, write_json_atomically
     from llmq_jax.training.classification_report import classification_report, plot_confusion, worst_errors
     from llmq_jax.training.processes import first
@@ -348,10 +349,10 @@ def test(options: Options, lm: Any, part: Any, rows: Sequence[list[int]]) -> Non
     folder = Path(options.out)
     lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
     write_atomically(folder / "errors.jsonl", lines.encode())
-    write_json_atomically(folder / "test.json", report.to_json())
+    write_json_atomically(folder / "test.json", {"step": step, **report.to_json()})
     plot_confusion(report, folder / "confusion.png")
     write_report_page(folder)
-    print(f"\ntest on {len(part):,} texts: {report.text()}\n")
+    print(f"\ntest after step {step:,} on {len(part):,} texts: {report.text()}\n")
     print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
 
 

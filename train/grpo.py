@@ -437,7 +437,9 @@ def with_longest_prompt(options: Options, config: Any) -> Options:
     context = config.max_position_embeddings
     longest = context - options.max_new_tokens
     if longest < 1:
-        raise BadInput(f"--max-new-tokens {options.max_new_tokens} leaves no room in the model's context, {context}")
+        raise BadInput(
+            f"--max-new-tokens {options.max_new_tokens} leaves no room in the model's context, {context}; ask for fewer"
+        )
     if options.max_prompt is not None and options.max_prompt > longest:
         raise BadInput(
             f"--max-prompt {options.max_prompt} and --max-new-tokens {options.max_new_tokens} exceed the model's "

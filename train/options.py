@@ -70,11 +70,11 @@ class ComputeOptions:
     docs/scaling.md."""
     pmap: Flag = False
     """Use all devices by jax.pmap instead of --mesh: each holds the whole model and computes its part of the batch."""
-    coordinator: Annotated[str | None, default_is("what SLURM or Kubernetes tells")] = None
+    coordinator: Annotated[str | None, default_is("that of SLURM's or Kubernetes' job")] = None
     """Address of process 0, HOST:PORT, where several processes run this command."""
-    processes: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 1")] = None
+    processes: Annotated[int | None, default_is("as many as SLURM's or Kubernetes' job has, else 1")] = None
     """How many processes run this command."""
-    process: Annotated[int | None, default_is("what SLURM or Kubernetes tells, else 0")] = None
+    process: Annotated[int | None, default_is("its number in SLURM's or Kubernetes' job, else 0")] = None
     """Number of this process among the --processes, counted from 0."""
     layout: Flag = False
     """Show how --mesh divides each parameter among the devices, and exit."""
@@ -426,8 +426,13 @@ gives the same result up to rounding (except that dropout is drawn and experts a
 --attention too changes dropout's draws); and where the data are, whose contents are compared by digests."""
 
 
+USUAL = {"schedule": "cosine", "optimizer": "adamw"}
+"""Defaults of options that runs of earlier versions lack. Given or not, config.json has null for them."""
+
+
 def own_options(options: RecipeOptions, *without: str) -> dict[str, Any]:
     """The recipe's own options, for config.json: all but the training loop's, those of `PLACES`, and `without`."""
     theirs = {field.name for field in dataclasses.fields(run_options(options))}
     values = dataclasses.asdict(options)
+    values |= {name: None for name, usual in USUAL.items() if values[name] == usual}
     return {name: value for name, value in values.items() if name not in {*theirs, *PLACES, *without}}

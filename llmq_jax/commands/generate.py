@@ -141,7 +141,9 @@ def _stream(options: Options, lm: Any, prompt: Any, tokens: int, drawing: dict[s
     length, context = max(1, tokens), lm.config.max_position_embeddings
     if length + drawing["max_new_tokens"] > context:
         if options.max_new_tokens is None:
-            raise BadInput(f"the prompt has {length} tokens, which leave no room in the model's context of {context}")
+            raise BadInput(
+                f"the prompt has {length} tokens, which leave no room in the model's context of {context}; shorten it"
+            )
         raise BadInput(
             f"the prompt has {length} tokens, which with --max-new-tokens {options.max_new_tokens} exceed the model's "
             f"context of {context}; shorten it or ask for fewer"

@@ -26,6 +26,11 @@ class FolderFiles:
         return str(self.folder) if self.split is None else f"{self.folder} ({self.split})"
 
 
+def looked_in(path: Path) -> str:
+    """For a message about a path that is not there: the folder from which a relative path is looked up."""
+    return "" if path.is_absolute() else f"; paths are looked up from {Path.cwd()}"
+
+
 DataPath = str | Path | FolderFiles
 """Where data are: a file, a folder (all its files are read), or some files of a folder."""
 

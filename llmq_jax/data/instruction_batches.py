@@ -133,7 +133,10 @@ def tokenize(rendered: Rendered, tokenizer: Tokenizer, train_on: TrainOn = "resp
     learned = overlaps(offsets, spans)
     if not rendered.is_chat:
         if tokenizer.end_of_text is None:
-            raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to end an answer with")
+            raise BadInput(
+                f"tokenizer {tokenizer.name} has no end-of-text token to end an answer with; give it one, or a "
+                "chat template"
+            )
         # Some tokenizers append it themselves.
         if not ids or ids[-1] != tokenizer.end_of_text:
             ids, learned = [*ids, tokenizer.end_of_text], np.append(learned, False)

@@ -180,7 +180,10 @@ def labelled_texts(rows: Sequence[LabelledRow], names: Sequence[str]) -> Labelle
     numbers = {name: number for number, name in enumerate(names)}
     for row in rows:
         if row.label not in numbers:
-            raise BadInput(f"{row.where}: label {row.label!r} is none of the classes {', '.join(names)}")
+            raise BadInput(
+                f"{row.where}: label {row.label!r} is none of the classes {', '.join(names)}; correct the "
+                "label, or remove the row"
+            )
     return LabelledTexts([row.text for row in rows], [numbers[row.label] for row in rows], tuple(names))
 
 

@@ -84,7 +84,7 @@ def text_parts(content: Any, where: str) -> list[dict[str, str]]:
             raise BadInput(f'{place} is a part of the type {kind}: only {{"type": "text", "text": ...}} is read')
         parts.append({"type": "text", "text": checked_text(part.get("text"), f"{place}: text")})
     if not parts:
-        raise BadInput(f"{where} is a list without a part")
+        raise BadInput(f"{where} is a list without a part: write a text in its place, or remove the message")
     return parts
 
 
@@ -114,8 +114,10 @@ def template_variables(record: Record) -> dict[str, Any]:
         try:
             tools = parse_json(tools)
         except ValueError:
-            raise BadInput(f"{where}: field 'tools' is a string and no JSON") from None
-    if tools:
+            raise BadInput(
+                f"{where}: field 'tools' is a string and no JSON: write a list of objects, or that list in JSON"
+            ) from None
+    if tools is not None and tools != "":  # an empty list is given too: a template may tell it from none
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise BadInput(f"{where}: field 'tools' must be a list of objects, not {_shown(tools)}")
         variables["tools"] = tools

@@ -154,7 +154,10 @@ def render(conversation: Conversation, template: str, chat_template: ChatTemplat
             raise BadInput(f"{where}: the model has no chat template: use the template 'alpaca', or another model")
         return _chat(conversation, chat_template)
     if template == "plain" and form != "prompt":
-        raise BadInput(f"{where}: the template 'plain' is for records with a prompt and a completion, both strings")
+        raise BadInput(
+            f"{where}: the template 'plain' is for records with a prompt and a completion, both strings; choose "
+            "'alpaca', for one question and its answer, or 'chat'"
+        )
     prompt, answer = conversation.single_turn(template)
     if template == "alpaca":
         prompt = alpaca_prompt(prompt, conversation.input)

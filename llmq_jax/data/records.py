@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmq_jax.data.folders import DataPath, FolderFiles, files_in
+from llmq_jax.data.folders import DataPath, FolderFiles, files_in, looked_in
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
 
@@ -82,16 +82,16 @@ def iterate_records(
         return
     path = Path(path)
     if not path.exists():
-        raise BadInput(f"there is no file or folder {path}")
+        raise BadInput(f"there is no file or folder {path}{looked_in(path)}")
     kind = format_of(path)
     if kind not in FORMATS:
         raise BadInput(f"{path} holds no records: give a file that ends in {', '.join(FORMATS)}, or a folder of such")
     if columns is not None and kind not in TABLES:
         raise BadInput(f"{path} has names for its fields already; names of columns are for .csv and .tsv")
     if not path.is_file():
-        raise BadInput(f"{path} is not a file")
+        raise BadInput(f"{path} is not a file; name a file, or a folder of files")
     if path.stat().st_size == 0:
-        raise BadInput(f"{path} is empty")
+        raise BadInput(f"{path} is empty; write something into it, or name another file")
     if kind in (".json", ".jsonl"):
         for where, value in json_rows(path):
             if isinstance(value, str) and string_field is not None:

@@ -6,7 +6,7 @@ They are as strict as the readers of records (records.py), which they are built 
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmq_jax.data.folders import DataPath, FolderFiles, files_in
+from llmq_jax.data.folders import DataPath, FolderFiles, files_in, looked_in
 from llmq_jax.data.records import (
     FORMATS,
     FileBytes,
@@ -85,9 +85,9 @@ def text_files(path: DataPath) -> list[Path]:
     if path.is_dir():
         return files_in(path, _passed_over, "readable file")
     if not path.exists():
-        raise BadInput(f"there is no file or folder {path}")
+        raise BadInput(f"there is no file or folder {path}{looked_in(path)}")
     if path.is_file() and path.stat().st_size == 0:
-        raise BadInput(f"{path} is empty")
+        raise BadInput(f"{path} is empty; write something into it, or name another file")
     if path.is_file() and not _holds_records(path) and b"\0" in _start_of(path):
         raise BadInput(
             f"{path} has zero bytes near its start, as UTF-16 and binary files have: only text in UTF-8 is read "

@@ -34,7 +34,10 @@ def are_held_out(count: int, fraction: float, seed: int = 0) -> Bool[np.ndarray,
     """Which of `count` documents `split_documents` holds out."""
     _check_fraction(fraction)
     if count < 2:
-        raise BadInput(f"holding out whole documents needs at least 2 of them, found {count}")
+        raise BadInput(
+            f"holding out whole documents needs at least 2 of them, found {count}; give more, or a file of "
+            "its own for validation"
+        )
     held_out = np.zeros(count, bool)
     held_out[seeded_order(count, seed)[: min(max(1, round(fraction * count)), count - 1)]] = True
     return held_out
@@ -51,7 +54,10 @@ def split_tokens(
     # 0.9 * 1,115,394 characters: nanoGPT's int(n * 0.9). Rounding first keeps 1 - 0.1 from landing below 0.9.
     cut = math.floor(round((1 - fraction) * len(tokens), 6))
     if cut < 1 or cut >= len(tokens):
-        raise BadInput(f"{len(tokens)} tokens are too few to hold out a fraction of {fraction}")
+        raise BadInput(
+            f"{len(tokens)} tokens are too few to hold out a fraction of {fraction}; give more text, or a file "
+            "of its own for validation"
+        )
     return tokens[:cut], tokens[cut:]
 
 

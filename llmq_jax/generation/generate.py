@@ -18,7 +18,7 @@ from llmq_jax.data.length_buckets import power_of_two
 from llmq_jax.data.text_stream import TextStream, decode_behind, last_text
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import scalar, whole
+from llmq_jax.field_types import require_model, scalar, whole
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
 from llmq_jax.generation.sampling import DEFAULT, Sampler, row_seed
 from llmq_jax.generation.speculative import (
@@ -139,6 +139,7 @@ def stream(
     byte fallback until a token of another kind comes, or the beginning of a stop string. Arguments and errors are those
     of `generate`, and errors are raised at once; BadInput also for a model without a tokenizer.
     """
+    require_model(lm)
     if lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
     # Checked now, not when the first piece is asked for.
@@ -236,6 +237,7 @@ class Request:
         draft_tokens: int | None = None,
         samples: int = 1,
     ) -> "Request":
+        require_model(lm)
         if not isinstance(prompts, Iterable):
             raise BadInput(f"prompts={prompts!r:.60} must be a text, or a list of texts or of lists of token ids")
         given = [scalar(prompt) for prompt in prompts]
@@ -407,7 +409,10 @@ def _drafting(
         raise BadInput(f"draft={draft!r} is neither a loaded model (lq.load) nor {MTP!r}")
     if isinstance(draft, str):
         if not getattr(lm.config, "num_nextn_predict_layers", 0):
-            raise BadInput(f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction")
+            raise BadInput(
+                f"draft={MTP!r}: this {lm.config.model_type} has no modules of multi-token prediction; "
+                "give a smaller model as draft"
+            )
         if count is not None:
             raise BadInput(f"draft_tokens={count} has no effect beside draft={MTP!r}: each module drafts one token")
         assert isinstance(lm.model, DeepSeek3)

@@ -18,6 +18,7 @@ import numpy as np
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput, close_names
+from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (
     config_from_hf,
     config_to_hf,
@@ -119,6 +120,7 @@ def save_hf(
     BadInput: a folder that may not be replaced, a `dtype` that is no floating one, or a model that transformers has no
     form for (experts in a Llama, Dynamic Tanh, a field or a weight of your own, ...), which `save` keeps.
     """
+    require_model(lm)
     folder = Path(folder).expanduser().resolve()
     dtype = float_type(dtype)
     config = config_to_hf(lm.config)

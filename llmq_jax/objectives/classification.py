@@ -34,7 +34,10 @@ class Classification:
             known = "no labels" if labels is None else f"one label ({labels[0]})"
             raise BadInput(f"the model's config has {known}; to be trained to classify it needs two or more")
         if weights is not None and len(weights) != len(labels):
-            raise BadInput(f"{len(weights)} class weights were given for {len(labels)} classes ({shown(labels)})")
+            raise BadInput(
+                f"{len(weights)} class weights were given for {len(labels)} classes ({shown(labels)}); give "
+                "one for each"
+            )
         if weights is not None and not (min(weights) >= 0 and 0 < max(weights) < float("inf")):
             raise BadInput(f"class weights {list(weights)} must not be negative, one of them must be positive")
 

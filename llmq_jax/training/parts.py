@@ -54,7 +54,7 @@ def cut(model: Decoder, variables: dict[str, Any], blocks: int) -> tuple[Decoder
     """(the model, variables, names of the groups below) with the last `blocks` layers in groups of their own."""
     layers = len(model.layer_paths())
     if not 0 <= blocks <= layers:
-        raise BadInput(f"{blocks} blocks cannot train: the model has {layers}")
+        raise BadInput(f"{blocks} blocks cannot train: the model has {layers}; give that many or fewer")
     model = model.clone(frozen_layers=layers - blocks)
     groups = model.groups()
     below, at = set(), 0

@@ -178,9 +178,13 @@ def read_finished(folder: Path) -> dict[str, Any]:
 
 
 def config_of_run(folder: Path) -> dict[str, Any] | None:
-    """The config of the run in this folder; None where the folder is free, BadInput where it is neither."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; a run needs a folder: name another one")
+    """The config of the run in this folder; None where the folder is free. BadInput where it is neither, or where
+    nothing can be written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise BadInput(f"{there} is a file; a run needs a folder: name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder}: this user may not write in {there}; name another folder, or change its permissions")
     names = set(os.listdir(folder)) if folder.is_dir() else set()
     # A process killed while it began leaves the lock, and perhaps a part of the config.
     if names <= {LOCK, f".{CONFIG}.partial"}:

@@ -142,7 +142,9 @@ def own_rows(batch: dict[str, Any]) -> dict[str, Any]:
 
     def part(array: Any) -> Any:
         if len(array) % count:
-            raise BadInput(f"a batch of {len(array)} rows cannot be divided among {count} processes")
+            raise BadInput(
+                f"a batch of {len(array)} rows cannot be divided among {count} processes; give a multiple of {count}"
+            )
         return array[index * len(array) // count : (index + 1) * len(array) // count]
 
     return {name: part(array) for name, array in batch.items()}

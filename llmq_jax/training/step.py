@@ -220,7 +220,7 @@ def evaluate(eval_step: Callable[..., Any], variables: dict[str, Any], batches: 
             weights = jax.tree.map(jnp.add, totals[1], weights)
         totals = sums, weights
     if totals is None:
-        raise BadInput("nothing to evaluate: there is no batch")
+        raise BadInput("nothing to evaluate: there is no batch; give one or more")
     sums, weights = jax.device_get(totals)
     # A term beside the loss may have nothing to count, such as the second token ahead in rows of two; it is left out.
     # Extremes have no weight.

@@ -368,7 +368,7 @@ def test_forms_are_not_mixed(tmp_path):
     ("record", "template", "message"),
     [
         (CHAT, "alpaca", r"takes one message of the user and one answer, not system, user, assistant, user, assistant"),
-        (CHAT, "plain", r"is for records with a prompt and a completion"),
+        (CHAT, "plain", r"a prompt and a completion, both strings; choose 'alpaca', for one question"),
         (ALPACA, "plain", r"is for records with a prompt and a completion"),
         (CHAT, "chat", r"the model has no chat template"),
         (CHAT, "llama", r"unknown template 'llama': choose from alpaca, chat, plain"),

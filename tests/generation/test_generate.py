@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -337,6 +339,13 @@ def test_a_sampler_of_another_type_is_refused(lm, sampler):
     """Asked of the request: the annotations of `generate` are checked in these tests."""
     with pytest.raises(lq.BadInput, match=r"is not a Sampler; pass one, as Sampler\(temperature=0.8\)"):
         Request.create(lm, ["a"], 4, sampler, None, 0)
+
+
+def test_a_name_where_a_model_is_wanted_is_refused():
+    with pytest.raises(lq.BadInput, match=r"'gpt2' stands where a loaded model is wanted; give what lq.load\('gpt2'\)"):
+        inspect.unwrap(Request.create.__func__)(Request, "gpt2", ["a"], 4, None, None, 0)
+    with pytest.raises(lq.BadInput, match=r"None stands .* what lq.load\(\"gpt2\"\) returns"):
+        inspect.unwrap(lq.stream)(None, "a")
 
 
 def test_the_default_sampler(lm):

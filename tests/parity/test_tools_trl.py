@@ -82,6 +82,11 @@ CASES = {
         "{{ mood }}" + TOOLED,
         {"completion_only_loss": None, "assistant_only_loss": True},
     ),
+    "a list without tools": (
+        [{"messages": LOOP, "tools": TOOLS}, {"messages": LATER, "tools": []}, {"messages": LATER, "tools": None}],
+        "{% if tools is not none %}You may call tools.{% endif %}" + TOOLED,
+        {"completion_only_loss": None, "assistant_only_loss": True},
+    ),
     "the last answer, by a template as Qwen 3's": (
         [
             {"prompt": LOOP[:4], "completion": LOOP[4:], "tools": TOOLS},

@@ -80,10 +80,10 @@ def test_a_run_learns_and_leaves_what_it_promises(classifier, drawn):
     assert [r["step"] for r in records() if "validation_accuracy" in r] == [0, 20, 40]
 
     figures = json.loads(Path("run/test.json").read_text())
-    assert figures["texts"] == 18 and figures["accuracy"] > 0.9
+    assert figures["step"] == 40 and figures["texts"] == 18 and figures["accuracy"] > 0.9
     assert np.sum(figures["confusion"]["rows_true_columns_predicted"]) == 18
     assert set(figures["classes"]["spam"]) == {"precision", "recall", "f1", "texts"}
-    assert f"test on 18 texts: accuracy {figures['accuracy']:.4f}" in out and "true \\ predicted" in out
+    assert f"test after step 40 on 18 texts: accuracy {figures['accuracy']:.4f}" in out and "true \\ predicted" in out
     errors = [json.loads(line) for line in Path("run/errors.jsonl").read_text().splitlines()]
     assert len(errors) == 18 - round(18 * figures["accuracy"])
     assert Path("run/confusion.png").exists() and Path("run/losses.png").exists()
@@ -94,7 +94,7 @@ def test_a_run_learns_and_leaves_what_it_promises(classifier, drawn):
     assert lm.classify(["WIN A PRIZE CALL"])[0].argmax() == 1 and lm.classify(["see you at noon"])[0].argmax() == 0
     # The same command again finds it finished, and tests again.
     code, again, _ = classifier("--epochs", 5, "--sample-every", 20, "--evaluate-every", 20)
-    assert code == 0 and "is finished already" in again and "test on 18 texts" in again
+    assert code == 0 and "is finished already" in again and "on 18 texts" in again
 
 
 @pytest.mark.exhaustive
@@ -233,7 +233,7 @@ def test_a_folder_with_splits(classifier, tmp_path):
     code, out, err = classifier("--steps", 2, data="parts")
     assert (code, err) == (0, "") and "20 texts in parts (train); 1 duplicates removed; 1 that are in the other" in out
     assert "parts: train/ham.csv and 1 more to learn, valid.csv held out, test.csv to test on\n" in out
-    assert "training:   18 texts (9 ham, 9 spam)" in out and "test on 3 texts: " in out
+    assert "training:   18 texts (9 ham, 9 spam)" in out and "on 3 texts: " in out
     files = ("--validation-data", "parts/valid.csv", "--test-data", "parts/test.csv")
     code, out, err = classifier("--steps", 2, *files, data="parts/train")
     assert (code, err) == (0, "") and "run is finished already" in out

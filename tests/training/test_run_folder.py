@@ -133,6 +133,16 @@ def test_foreign_folder_is_refused_and_not_touched(files, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("folder", ["new", "new/run", "there"])
+def test_a_place_where_nothing_may_be_written_is_refused(folder, tmp_path, monkeypatch):
+    """Asked of the system, because a superuser may write anywhere."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)
+    there = tmp_path / "there" if folder == "there" else tmp_path
+    with pytest.raises(BadInput, match=f"{tmp_path / folder}: this user may not write in {there}; name another folder"):
+        run_folder.config_of_run(tmp_path / folder)
+
+
 def test_file_in_the_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("a")
     with pytest.raises(BadInput, match="run is a file"):
