@@ -85,3 +85,13 @@ def test_bad_input(words, why, capsys):
     with pytest.raises(SystemExit) as stop:
         run(gpu.main, words, program="gpu")
     assert stop.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_told_and_the_rest_goes_on():
+    def measure(message):
+        raise jax.errors.JaxRuntimeError(message)
+
+    told = gpu.within_memory(measure, "RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.")
+    assert told.startswith("does not fit: Out of memory allocating 2.0 GiB; take a smaller --batch-size")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No valid engine"):
+        gpu.within_memory(measure, "INTERNAL: No valid engine configs")
