@@ -11,7 +11,9 @@ Decoding is one row in bfloat16; its limit is the memory, of which every token r
     share = tokens a second · (bytes of weights + bytes of cache, in the mean) / bandwidth
 """
 
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -40,6 +42,8 @@ WORK = {"gpt2-124m": (32, 1024), "llama3.2-1b": (4, 4096), MIXTURE: (2, 4096)}
 """Rows of a batch and tokens of a row."""
 WARM_UP, ROUNDS, STEPS = 2, 5, 4
 PROMPT, SHORT, LONG = 128, 144, 272
+SETTINGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_CLIENT_MEM_FRACTION")
+"""Variables of the environment that change what is measured; printed where they are set."""
 SLOTS = 512
 """Slots in the cache, for short answers and long ones, all of which a step reads: a power of two that holds both prompt
 and answer."""
@@ -56,9 +60,10 @@ class Options:
     layers: Annotated[int | None, default_is("the model's")] = None
     """Fewer of them, to try this out."""
     attention: Literal["fused", "masked", "blocked", "auto"] = "fused"
-    """Of training; "fused" is cuDNN's, and an error where it cannot run."""
+    """Of training; "fused" is cuDNN's, and an error where it cannot run. If it fails in cuDNN, "masked" tells what the
+    rest takes, with a smaller batch: it stores all scores."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What is recomputed."""
+    """What the backward pass recomputes, for less memory: "dots" all but products with weights, "full" everything."""
     written_out: Flag = False
     """Write layers out in place of a loop over them: slower to compile, at times faster."""
     device: Literal["gpu", "cpu"] = "gpu"
@@ -77,10 +82,14 @@ def main(options: Options) -> None:
 
     from llmq_jax.training.flops import passed_weights, peak_of
 
-    kind = jax.devices()[0].device_kind
+    devices = jax.devices()
+    kind = devices[0].device_kind
     peak, bandwidth = peak_of(kind) or (None, None)
     told = "peak unknown" if peak is None else f"peak {peak / 1e12:,.0f} TFLOP/s in bfloat16, {bandwidth / 1e12:g} TB/s"
-    print(f"{kind}: {told}; JAX {jax.__version__}", flush=True)
+    print(f"{kind}, the first of {len(devices)}: {told}; JAX {jax.__version__}", flush=True)
+    for name in SETTINGS:
+        if name in os.environ:
+            print(f"{name}={os.environ[name]}", flush=True)
     for name in options.models or WORK:
         rows, length = WORK[name]
         rows, length = options.batch_size or rows, options.context or length
@@ -88,8 +97,22 @@ def main(options: Options) -> None:
         if length > config.max_position_embeddings:
             raise BadInput(f"--context {length} exceeds the {config.max_position_embeddings:,} positions of {name}")
         print(f"\n{name}: {passed_weights(config) / 1e6:,.0f} M weights a token passes", flush=True)
-        print(f"  {training(config, rows, length, peak, options)}", flush=True)
-        print(f"  {decoding(config, bandwidth)}", flush=True)
+        print(f"  {within_memory(training, config, rows, length, peak, options)}", flush=True)
+        print(f"  {within_memory(decoding, config, bandwidth)}", flush=True)
+
+
+def within_memory(measure: Callable[..., str], *arguments: Any) -> str:
+    """What `measure` returns of these arguments, or, where memory has run out, a line that tells it: so the other
+    figures follow."""
+    from llmq_jax.training.out_of_memory import ERRORS, shortage
+
+    try:
+        return measure(*arguments)
+    except ERRORS as error:
+        short = shortage(error)
+        if short is None:
+            raise
+        return f"does not fit: {short}; take a smaller --batch-size, --remat dots or a smaller --context"
 
 
 def config_of(name: str, layers: int | None, length: int) -> Any:

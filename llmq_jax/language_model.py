@@ -60,7 +60,7 @@ class LanguageModel:
         Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked for
         the prompts.
         """
-        one_row = batch == 1 and jax.default_backend() == "cpu"
+        one_row = batch == 1 and jax.default_backend() in ("cpu", "gpu")
         if one_row not in self._sliced:
             self._sliced.clear()
             arrange = {"arrange": by_output} if one_row else {}

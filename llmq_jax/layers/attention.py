@@ -289,13 +289,13 @@ def _mix(
 
 def _fused(query: Array, key: Array, value: Array, context: Context, scale: float, window: int | None) -> Array:
     """cuDNN's flash attention. Its window counts tokens of the row, which within a segment equals positions. It needs
-    values as wide as keys: narrower ones (MLA's) are padded with zeros, which are cut off the result. Its masks need
-    rows of even length: an odd row gets one token of padding, which the others do not see."""
+    values as wide as keys: narrower ones (MLA's) are padded with zeros, which are cut off the result. Its masks, and in
+    JAX all of its gradients, need rows of even length: an odd row gets one token more, which the others do not see."""
     segments, length, width = context.segment_ids, query.shape[2], value.shape[-1]
     value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
-    if segments is not None and length % 2:
+    if length % 2:
         query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in (query, key, value))
-        segments = jnp.pad(segments, ((0, 0), (0, 1)))
+        segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, 1)))
     mixed = jax.nn.dot_product_attention(
         query.swapaxes(1, 2),
         key.swapaxes(1, 2),
@@ -303,7 +303,7 @@ def _fused(query: Array, key: Array, value: Array, context: Context, scale: floa
         mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
         scale=scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=None if window is None or window >= length else (window - 1, 0),
         implementation="cudnn",
     )
     return mixed[:, :length, :, :width].swapaxes(1, 2)

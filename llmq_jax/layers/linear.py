@@ -13,6 +13,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
+from llmq_jax.layers.repetition import repeated
 
 KERNEL, KERNEL_BY_OUTPUT, JOINED_KERNELS = "kernel", "kernel_by_output", "joined_kernels"
 # Layers that share one input, by their names in attention and in feed-forward networks.
@@ -69,7 +70,7 @@ class Linear(nn.Module):
             y = self.adapt(x, y)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features)
-            y = y + bias.astype(y.dtype)
+            y = y + repeated(bias, y)
         return y.reshape(*(x.shape[:-1] if batch is None else batch), *features)
 
     @nn.nowrap
@@ -124,7 +125,9 @@ def by_output(variables: dict[str, Any]) -> dict[str, Any]:
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
     (in, out); several rows 1.4 times as slowly. Kernels of layers that `SIDE_BY_SIDE` lists together are joined: one
-    product of 1 MB or more replaces small ones, which would wait for each other's threads. Layers of these names that
+    product of 1 MB or more replaces small ones, which would wait for each other's threads. On a GPU, whose products of
+    one row are as short as the launch of a kernel, there are fewer of them; and its compiler has no reason to join them
+    itself, which it does by copying the kernels for every token (XLA's `dot-merger`). Layers of these names that
     are called one by one, each with its own input, use their own rows of the joined kernel.
     """
     tree = {name: by_output(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}

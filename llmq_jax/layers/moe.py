@@ -29,6 +29,7 @@ from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
+from llmq_jax.layers.repetition import repeated
 
 SCORES: dict[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 """Functions from the router's logits [..., E] to scores; a score is never negative."""
@@ -251,7 +252,7 @@ class MixtureOfExperts(nn.Module):
             shared = self.shared(gated)(x)
             if e.shared_weight:
                 weight = self.param("shared_weight", nn.initializers.zeros, ())
-                shared *= jax.nn.sigmoid(weight.astype(jnp.float32)).astype(shared.dtype)
+                shared *= repeated(jax.nn.sigmoid(weight.astype(jnp.float32)), shared)
             mixed += shared
         return mixed, report(logits, probabilities, ids, real, dropped)
 

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.recomputation import recomputed
+from llmq_jax.layers.repetition import repeated
 
 
 class LayerNorm(nn.Module):
@@ -54,7 +55,7 @@ class RMSNorm(nn.Module):
         def normalise(x: Array, scale: Array) -> Array:
             wide = x.astype(jnp.float32)
             normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-            return normalised.astype(x.dtype) * scale.astype(x.dtype)
+            return normalised.astype(x.dtype) * repeated(scale, x)
 
         return recomputed(normalise)(x, scale)
 
@@ -123,7 +124,7 @@ class EmbeddingScale(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.constant(x.shape[-1] ** 0.5), ())
-        return x * scale.astype(x.dtype)
+        return x * repeated(scale, x)
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import by_group, gathered_over_fsdp
-from llmq_jax.objectives.chunks import Chunks
+from llmq_jax.objectives.chunks import Chunks, chunk_tokens
 
-# Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
+# Size of a chunk's logits on a CPU, in elements. Every chunk reads and writes the whole gradient of the head: few
+# chunks.
 CHUNK_ELEMENTS = 2**25
+SHORTEST_CHUNK = 128
 
 Unembed = Callable[[Any, Array], Array]
 
@@ -50,7 +52,7 @@ def chunked_cross_entropy(
     """
     if chunk_size is None:
         vocabulary = jax.eval_shape(unembed, head, hidden.reshape(-1, hidden.shape[-1])).shape[-1]
-        chunk_size = max(128, CHUNK_ELEMENTS // vocabulary)
+        chunk_size = chunk_tokens(CHUNK_ELEMENTS, vocabulary, SHORTEST_CHUNK)
     loss: Array = _summed_loss(unembed, chunk_size, gathered_over_fsdp(head), hidden, targets, mask)
     return loss
 

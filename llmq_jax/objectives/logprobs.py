@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.layers.axes import by_group, gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
-from llmq_jax.objectives.chunks import Chunks
+from llmq_jax.objectives.chunks import Chunks, chunk_tokens
 
-# Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
-# head's gradient.
+# Elements of a chunk's logits on a CPU. Smaller chunks skip more tokens that do not count, but each chunk reads and
+# writes the head's gradient.
 CHUNK_ELEMENTS = 2**24
 SHORTEST_CHUNK = 64
 
@@ -167,7 +167,7 @@ def _measured(
     measures: tuple[Callable[[Array, Array], Array], ...],
 ) -> tuple[Float[Array, "B T"], ...]:
     """Each measure of the predicted log-probabilities and the target, at every token, times the mask."""
-    chunks = Chunks.of(mask, max(SHORTEST_CHUNK, CHUNK_ELEMENTS // model.config.vocab_size))
+    chunks = Chunks.of(mask, chunk_tokens(CHUNK_ELEMENTS, model.config.vocab_size, SHORTEST_CHUNK))
     # One copy of the head per group of devices, so that its gradient is summed over groups only at the end.
     head = gathered_over_fsdp(model.head_variables(variables))
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)

@@ -1,5 +1,10 @@
 """What the figures for a GPU are made of, and the program from end to end at the size of a moment."""
 
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
 import pytest
 
 import llmq_jax as lq
@@ -7,11 +12,51 @@ from bench import gpu
 from llmq_jax.command_line import run
 from llmq_jax.training.flops import passed_weights
 
+H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+NARROW = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+NARROW |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+NO_DROPOUT = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "kv_lora_rank": 32}
+CONFIGS = {
+    "gpt2": lq.GPT2Config(**{name: NARROW[name] for name in NARROW if name != "intermediate_size"}, **NO_DROPOUT),
+    "llama": lq.Llama3Config(**NARROW, num_key_value_heads=1),
+    "mixture": lq.DeepSeekV3Config(**{**gpu.SMALL, **NARROW, **EXPERTS}),
+}
+
 
 def test_published_sizes():
     mixture = gpu.config_of(gpu.MIXTURE, None, 4096)
     assert 0.7e9 < passed_weights(mixture) < 1.2e9
     assert gpu.cache_bytes(lq.preset("llama3.2-1b"), 100) == 2 * 16 * 100 * 8 * 128
+
+
+@pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("llama", 63), ("mixture", 64)])
+def test_the_training_step_as_a_gpu_gets_it(name, length, monkeypatch):
+    """Lowered here for CUDA, not run: cuDNN's attention, products in bfloat16 except the router's, sums over tokens in
+    float32, nothing that calls the host, and the state donated."""
+    monkeypatch.setattr(jax, "devices", lambda: [H100])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91002)
+    monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda least: True)
+    config, rows = CONFIGS[name], 4
+    optimizer = lq.training.adamw(1e-4)
+    model = lq.build(config, dtype="bfloat16", attention="fused")
+    step = lq.training.make_train_step(lq.objectives.NextToken(model), optimizer)
+    state = jax.eval_shape(lambda: lq.training.create_state(lq.init(config), optimizer))
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
+    batch = {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in types.items()}
+    lowered = step.program.trace(state, batch).lower(lowering_platforms=("cuda",))
+    lines = lowered.as_text().splitlines()
+    calls = [line.partition("@")[2].partition("(")[0] for line in lines if "stablehlo.custom_call" in line]
+    assert {call for call in calls if "Sharding" not in call} == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    products = [line.rpartition(" : ")[2] for line in lines if "dot_general" in line]
+    wide = [types for types in products if "f32>" in types.partition("->")[0]]
+    of_router = [types for types in wide if model.experts and f"x{model.experts.num_experts}xf32" in types]
+    assert wide == of_router
+    sums = [re.search(r"stablehlo\.reduce\(.*add.*dimensions = \[0.*: \(tensor<(.*)xbf16>,", line) for line in lines]
+    assert [found[1] for found in sums if found] == []
+    assert {argument.donated for argument in jax.tree.leaves(lowered.args_info[0][0])} == {True}
 
 
 @pytest.mark.exhaustive
@@ -40,3 +85,13 @@ def test_bad_input(words, why, capsys):
     with pytest.raises(SystemExit) as stop:
         run(gpu.main, words, program="gpu")
     assert stop.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_told_and_the_rest_goes_on():
+    def measure(message):
+        raise jax.errors.JaxRuntimeError(message)
+
+    told = gpu.within_memory(measure, "RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.")
+    assert told.startswith("does not fit: Out of memory allocating 2.0 GiB; take a smaller --batch-size")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No valid engine"):
+        gpu.within_memory(measure, "INTERNAL: No valid engine configs")

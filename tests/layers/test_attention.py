@@ -410,7 +410,7 @@ def test_narrow_values_are_filled_up_for_the_fused_kernel(monkeypatch):
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
 
 
-@pytest.mark.parametrize(("kind", "length"), [("plain", 36), ("packed", 36), ("packed", 35)])
+@pytest.mark.parametrize(("kind", "length"), [("plain", 36), ("plain", 35), ("packed", 36), ("packed", 35)])
 def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, length, monkeypatch):
     """Forward and back, with its window; lowered here, not run."""
     context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind)).replace(implementation="fused")

@@ -9,6 +9,7 @@ from flax import linen as nn
 import llmq_jax as lq
 from llmq_jax.layers.attention import attention
 from llmq_jax.layers.linear import JOINED_KERNELS, KERNEL_BY_OUTPUT, Linear, by_output, flat_by_output, side_by_side
+from llmq_jax.layers.repetition import repeated
 from llmq_jax.models import llama3, override
 from tests.weights import draw_variables
 
@@ -96,3 +97,26 @@ def test_kernels_of_other_widths_or_types_stay_apart(change):
     arranged = by_output({"gate": {"kernel": jnp.ones((6, 4))}, "up": {"kernel": jnp.ones((width, 4), dtype)}})
     assert [list(leaf) for leaf in arranged.values()] == [[KERNEL_BY_OUTPUT]] * 2
     assert arranged["up"][KERNEL_BY_OUTPUT].dtype == dtype
+
+
+@pytest.mark.parametrize("way", [jnp.add, jnp.multiply])
+def test_what_all_tokens_share_has_a_gradient_summed_in_float32_on_a_gpu(way, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    draw = np.random.default_rng(0)
+    x, grad = (jnp.asarray(draw.uniform(0.5, 1.5, (4096, 8)), jnp.bfloat16) for _ in range(2))
+
+    @jax.jit
+    def pulled_back(parameter, x, grad):
+        return jax.vjp(lambda parameter: way(x, repeated(parameter, x)), parameter)[1](grad)[0]
+
+    found = pulled_back(jnp.ones(8), x, grad)
+    times = np.asarray(x if way is jnp.multiply else jnp.ones_like(x), np.float64)
+    np.testing.assert_allclose(found, (times * np.asarray(grad, np.float64)).sum(0), rtol=0.004)
+
+
+def test_one_row_takes_joined_kernels_on_a_gpu(monkeypatch):
+    lm = lq.LanguageModel(CONFIG, lq.build(CONFIG), lq.init(CONFIG))
+    for backend, joined in (("cpu", True), ("gpu", True), ("tpu", False)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert ("JoinedKernels" in str(jax.tree.structure(lm.replace().sliced(1)))) == joined
+        assert "JoinedKernels" not in str(jax.tree.structure(lm.replace().sliced(2)))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmq_jax.objectives import chunked_cross_entropy, cross_entropy, token_losses
+from llmq_jax.objectives.chunks import chunk_tokens
 
 
 def unembed(head, rows):
@@ -119,3 +120,12 @@ def test_memory_stays_far_below_the_logits():
 
     chunked = temporary_bytes(lambda h, x: chunked_cross_entropy(unembed, h, x, targets, mask, chunk_size=128))
     assert chunked < temporary_bytes(lambda h, x: plain(h, x, targets, mask)) / 4
+
+
+@pytest.mark.parametrize(
+    ("backend", "vocabulary", "tokens"),
+    [("cpu", 50257, 667), ("cpu", 128256, 261), ("gpu", 50257, 4096), ("gpu", 128256, 2048), ("gpu", 2**28, 128)],
+)
+def test_a_gpu_takes_few_chunks(backend, vocabulary, tokens, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert chunk_tokens(cross_entropy.CHUNK_ELEMENTS, vocabulary, cross_entropy.SHORTEST_CHUNK) == tokens
