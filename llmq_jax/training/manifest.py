@@ -45,7 +45,8 @@ def verify_manifest(folder: Path) -> None:
     another size or content. Hidden files that were added do not count: file managers leave them wherever they look."""
     expected = read_manifest(folder)
     found = _files(folder)
-    for name, (size, digest) in ((name, entry.values()) for name, entry in expected.items()):
+    for name, entry in expected.items():
+        size, digest = entry["size"], entry["sha256"]
         if name not in found:
             fault = "is missing"
         elif not found[name].is_file():  # a link to a device could be read for ever
