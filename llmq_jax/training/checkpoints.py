@@ -1,6 +1,7 @@
 """Checkpoints: one atomic save of state, model config and tokenizer, verified when it is read.
 
     checkpoints/00002000/state/            the state, an Orbax PyTree
+                         frozen-1f3a…/     that part of it which no step changes, if there is one: another PyTree
                          config.json       the model's config
                          tokenizer/        the tokenizer's files, where the run has a tokenizer
                          checkpoint.json   step, tokens seen, what the step is judged by, version of this format
@@ -9,6 +10,11 @@
 A save fills the hidden folder `.saving-00002000`, writes the manifest last, puts everything on the disk, and then
 renames the folder: that one rename is the commit mark. A deletion first renames to a hidden name. So whatever instant
 the process is killed at, a folder with a plain number is a whole checkpoint.
+
+What no step changes, such as the base below adapters, is written once in a run. Its folder is named by its
+fingerprint, and where the newest checkpoint has a folder of that name, a save makes hard links to the files in it. So
+each checkpoint is whole by itself, and these files are on the disk once, until the last checkpoint with them is
+deleted.
 """
 
 import contextlib
@@ -21,7 +27,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,16 +39,18 @@ from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
 from llmq_jax.layers.axes import axis_sizes, path_names, sharding_of
-from llmq_jax.training.manifest import CorruptCheckpoint, verify_manifest, write_manifest
+from llmq_jax.training.fingerprint import fingerprint
+from llmq_jax.training.manifest import CorruptCheckpoint, Entries, read_manifest, verify_manifest, write_manifest
 from llmq_jax.training.processes import first, of_first, share, together, wait_for_all
+from llmq_jax.training.state import TrainState
 
 Name = tuple[str, ...]
 """The path of an array in the state."""
 JudgedBy = tuple[str, Literal["lowest", "highest"]]
 """The validation metric that tells how good a step is, and which of its values is best."""
 
-VERSION = 2
-STATE, CONFIG, TOKENIZER, INFO = "state", "config.json", "tokenizer", "checkpoint.json"
+VERSION = 3
+STATE, FROZEN, CONFIG, TOKENIZER, INFO = "state", "frozen-", "config.json", "tokenizer", "checkpoint.json"
 SAVING, DELETING, DAMAGED = ".saving-", ".deleting-", "damaged-"
 MARGIN = 2**20  # bytes beside the arrays: their metadata, the tokenizer, records
 
@@ -154,15 +162,21 @@ class Checkpoints:
         if first():
             _discard(saving)
             self.folder.mkdir(parents=True, exist_ok=True)
-        _check_room(self.folder, state)
+        parts = _parts(state)
+        shared: Entries = of_first(lambda: self._shared(parts))
+        parts = {part: arrays for part, arrays in parts.items() if not any(file.startswith(part) for file in shared)}
+        _check_room(self.folder, parts)
         if first():
             saving.mkdir()
         wait_for_all("checkpoint folder")
         try:
             with _orbax() as (ocp, checkpointer):
-                tree = traverse_util.unflatten_dict(_named_leaves(state))
-                checkpointer.save(saving.absolute() / STATE, args=ocp.args.PyTreeSave(tree))
+                for part, arrays in parts.items():
+                    tree = traverse_util.unflatten_dict(arrays)
+                    checkpointer.save(saving.absolute() / part, args=ocp.args.PyTreeSave(tree))
             if first():
+                for file in shared:
+                    _link(self.path(self.latest_step() or 0) / file, saving / file)
                 found = float(value) if value is not None and math.isfinite(value) else None
                 info = CheckpointInfo(step, tokens, *judged_by, value=found)
                 (saving / CONFIG).write_bytes(json_bytes(config_dict(model_config)))
@@ -170,7 +184,7 @@ class Checkpoints:
                 if tokenizer is not None:
                     (saving / TOKENIZER).mkdir()
                     tokenizer.save(saving / TOKENIZER)
-                write_manifest(saving)
+                write_manifest(saving, shared)
                 self._delete(target)  # there is one only where a damaged checkpoint is saved anew
                 os.rename(saving, target)
         except Exception:
@@ -181,6 +195,17 @@ class Checkpoints:
             sync_folder(self.folder)
         self.delete_old()
         return target
+
+    def _shared(self, parts: Collection[str]) -> Entries:
+        """The newest checkpoint's files of the frozen one of these parts, as its manifest lists them; none where one is
+        missing by now, or has another size."""
+        newest = self.path(self.latest_step() or 0)
+        with contextlib.suppress(CorruptCheckpoint, OSError):
+            listed = read_manifest(newest)
+            files = {name: listed[name] for name in listed if name.split("/")[0] in {*parts} - {STATE}}
+            if all((newest / name).stat().st_size == files[name]["size"] for name in files):
+                return files
+        return {}
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
         """The state of `step`, bit for bit, laid out like `example`: a state of the run, or its `jax.eval_shape`.
@@ -244,12 +269,31 @@ class Checkpoints:
             shutil.rmtree(hidden)
 
 
-def _check_room(folder: Path, state: Any) -> None:
-    """OSError, in all processes, where the disk has too little room for the state: Orbax would write until the disk is
+def _parts(state: Any) -> dict[str, dict[Name, Any]]:
+    """The arrays of the state, by the folder that they are saved in: those that a step changes, and all others."""
+    arrays = _named_leaves(state)
+    changing = state.changing if isinstance(state, TrainState) else None
+    frozen = {n: a for n, a in arrays.items() if changing is not None and n[0] == "variables" and n[1] not in changing}
+    if not frozen:
+        return {STATE: arrays}
+    return {STATE: {n: a for n, a in arrays.items() if n not in frozen}, FROZEN + fingerprint(frozen): frozen}
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file in two places; a copy where the file system has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _check_room(folder: Path, arrays: Any) -> None:
+    """OSError, in all processes, where the disk has too little room for the arrays: Orbax would write until the disk is
     full, for others too, and then complain in several places at once."""
-    arrays = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(state))
+    size = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(arrays))
     free = share(shutil.disk_usage(folder).free if first() else None)
-    if free < arrays + max(arrays // 20, MARGIN):
+    if free < size + max(size // 20, MARGIN):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
@@ -344,9 +388,14 @@ def _named_leaves(tree: Any) -> dict[Name, Any]:
 
 def _saved_arrays(checkpointer: Any, folder: Path) -> dict[Name, Any]:
     """Shape and dtype of every array in the checkpoint, read from Orbax's metadata."""
-    tree = checkpointer.metadata(folder.absolute() / STATE).item_metadata.tree
-    described: dict[Name, Any] = traverse_util.flatten_dict(tree)
-    return described
+    parts = _saved_parts(checkpointer, folder).values()
+    return {name: array for part in parts for name, array in part.items()}
+
+
+def _saved_parts(checkpointer: Any, folder: Path) -> dict[Path, dict[Name, Any]]:
+    """The same, by the folder of each part."""
+    parts = [folder.absolute() / STATE, *folder.absolute().glob(f"{FROZEN}*")]
+    return {part: traverse_util.flatten_dict(checkpointer.metadata(part).item_metadata.tree) for part in parts}
 
 
 def _read_arrays(ocp: Any, checkpointer: Any, folder: Path, wanted: Mapping[Name, Any]) -> dict[Name, jax.Array]:
@@ -359,11 +408,13 @@ def _read_arrays(ocp: Any, checkpointer: Any, folder: Path, wanted: Mapping[Name
         sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else default
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    tree = traverse_util.unflatten_dict({name: described(array) for name, array in wanted.items()})
-    arguments = ocp.checkpoint_utils.construct_restore_args(tree)
-    args = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
-    restored = checkpointer.restore(folder.absolute() / STATE, args=args)
-    arrays: dict[Name, jax.Array] = traverse_util.flatten_dict(restored)
+    arrays: dict[Name, jax.Array] = {}
+    for part, saved in _saved_parts(checkpointer, folder).items():
+        tree = traverse_util.unflatten_dict({name: described(wanted[name]) for name in saved if name in wanted})
+        if tree:
+            arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+            args = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
+            arrays |= traverse_util.flatten_dict(checkpointer.restore(part, args=args))
     return arrays
 
 
@@ -402,7 +453,7 @@ def read_info(folder: Path) -> CheckpointInfo:
         version = info["version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CorruptCheckpoint(f"checkpoint {folder} is damaged: {INFO} cannot be read") from None
-    if version not in (1, VERSION):
+    if version not in range(1, VERSION + 1):
         raise BadInput(
             f"checkpoint {folder} has format {version}; this llmq_jax reads formats 1 to {VERSION}: update it"
         )

@@ -46,7 +46,7 @@ from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import Scores
 from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.sharding import own_rows
-from llmq_jax.training.state import ROUTER, TrainState
+from llmq_jax.training.state import TrainState
 
 REFERENCE = "reference"
 """The entry of `TrainState.carried` with the reference's variables."""
@@ -311,8 +311,7 @@ def over_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def with_reference(state: TrainState) -> TrainState:
     """The state with its current policy as reference: only what changes in training is copied."""
-    changes = [name for name in (*state.trainable, ROUTER) if name in state.variables]
-    copy = {name: jax.tree.map(jnp.copy, state.variables[name]) for name in changes}
+    copy = {name: jax.tree.map(jnp.copy, state.variables[name]) for name in state.changing}
     return state.replace(carried={**(state.carried or {}), REFERENCE: copy})
 
 

@@ -6,25 +6,32 @@ anything is read from the checkpoint.
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llmq_jax.atomic_files import json_bytes, sync_folder
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
 
 MANIFEST = "manifest.json"
+Entries = dict[str, dict[str, Any]]
+"""{file, relative to the folder: its `size` in bytes and its `sha256`}"""
 
 
 class CorruptCheckpoint(BadInput):
     """The files of a checkpoint are not those that were saved."""
 
 
-def write_manifest(folder: Path) -> None:
-    """Write `manifest.json` last, and put everything in the folder on the disk (fsync), names included."""
-    files = {}
+def write_manifest(folder: Path, known: Mapping[str, Any] | None = None) -> None:
+    """Write `manifest.json` last, and put everything in the folder on the disk (fsync), names included. `known` are the
+    entries of files that came with a manifest, and are not hashed again."""
+    files = dict(known or {})
     for name, path in _files(folder).items():
-        digest = _sha256(path, sync=True)
-        files[name] = {"size": path.stat().st_size, "sha256": digest}
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        if name not in files:
+            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     with open(folder / MANIFEST, "wb") as file:
         file.write(json_bytes({"version": 1, "files": files}))
         file.flush()
@@ -36,15 +43,10 @@ def write_manifest(folder: Path) -> None:
 def verify_manifest(folder: Path) -> None:
     """Compare the folder with its manifest; CorruptCheckpoint names the first file that is missing, was added, or has
     another size or content. Hidden files that were added do not count: file managers leave them wherever they look."""
-    try:
-        expected = parse_json((folder / MANIFEST).read_bytes())["files"]
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in expected.items()}
-    except FileNotFoundError:
-        raise _damage(folder, f"{MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        raise _damage(folder, f"{MANIFEST} cannot be read") from None
+    expected = read_manifest(folder)
     found = _files(folder)
-    for name, (size, digest) in expected.items():
+    for name, entry in expected.items():
+        size, digest = entry["size"], entry["sha256"]
         if name not in found:
             fault = "is missing"
         elif not found[name].is_file():  # a link to a device could be read for ever
@@ -61,6 +63,17 @@ def verify_manifest(folder: Path) -> None:
         raise _damage(folder, f"{added[0]} was not there when it was saved")
 
 
+def read_manifest(folder: Path) -> Entries:
+    """The entries of all files; CorruptCheckpoint where they cannot be read."""
+    try:
+        files = parse_json((folder / MANIFEST).read_bytes())["files"].items()
+        return {name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for name, entry in files}
+    except FileNotFoundError:
+        raise _damage(folder, f"{MANIFEST} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise _damage(folder, f"{MANIFEST} cannot be read") from None
+
+
 def _damage(folder: Path, fault: str) -> CorruptCheckpoint:
     return CorruptCheckpoint(
         f"checkpoint {folder} is damaged: {fault}; copy it again from where it is whole, or use another checkpoint"
@@ -75,8 +88,6 @@ def _files(folder: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def _sha256(path: Path, sync: bool = False) -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,6 +35,11 @@ class TrainState(struct.PyTreeNode):
         """What the optimizer sees: the collection that trains, or a dict of several."""
         return one_or_all({name: self.variables[name] for name in self.trainable})
 
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """The collections that a step may change."""
+        return tuple(name for name in (*self.trainable, ROUTER) if name in self.variables)
+
     def with_trained(self, trained: dict[str, Any]) -> dict[str, Any]:
         """The variables with `trained`, in the form of the property of that name, in place of what trains."""
         return {**self.variables, **({self.trainable[0]: trained} if len(self.trainable) == 1 else trained)}

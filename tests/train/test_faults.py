@@ -240,13 +240,13 @@ def killed(forks, recipe, arguments, place, chance):
 
 
 def truncated(checkpoint):
-    largest(checkpoint).write_bytes(largest(checkpoint).read_bytes()[:-100])
+    largest(checkpoint / "state").write_bytes(largest(checkpoint / "state").read_bytes()[:-100])
 
 
 def flipped(checkpoint):
-    content = bytearray(largest(checkpoint).read_bytes())
+    content = bytearray(largest(checkpoint / "state").read_bytes())
     content[len(content) // 2] ^= 4
-    largest(checkpoint).write_bytes(content)
+    largest(checkpoint / "state").write_bytes(content)
 
 
 def half_deleted(checkpoint):

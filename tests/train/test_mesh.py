@@ -164,6 +164,29 @@ def test_adapters_learn_on_many_devices_as_on_one(case, devices, model, reward_m
 
 
 @pytest.mark.exhaustive
+def test_adapters_go_on_in_two_processes_and_their_base_is_not_written_again(devices, model, tmp_path):
+    """Neither another mesh nor other processes change its fingerprint."""
+    rows = [{"prompt": f"Say {word}:", "completion": word} for word in ("ab", "ba", "aab", "bba", "abab", "a")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data", str(tmp_path / "data.jsonl"), "--init-from", str(model), "--out", str(tmp_path / "run")]
+    words += f"{READ} --steps 4 --log-every 1 --lora-rank 2 --sample-every 0 --checkpoint-every 2".split()
+    code, _, fault = devices.call("instruct", [*words, "--mesh", "data=2,fsdp=2,tensor=2"])
+    assert code == 0, fault[-2000:]
+    folder, whole = tmp_path / "run", records(tmp_path / "run")
+    # As if it had been killed after step 2.
+    (folder / "finished.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "00000004")
+    two_processes("instruct", words, tmp_path)
+    assert records(folder) == pytest.approx(whole, rel=1e-4)
+    before, after = (
+        {str(path.relative_to(step)): path.stat().st_ino for path in step.glob("frozen-*/**/*") if path.is_file()}
+        for step in (folder / "checkpoints" / "00000002", folder / "checkpoints" / "00000004")
+    )
+    assert before == after != {}
+    assert lq.load(folder).config.model_type == "llama"
+
+
+@pytest.mark.exhaustive
 def test_checkpoints_are_cast_and_joined_on_a_mesh(devices, model, tmp_path):
     """One is cast, of one the layers that learned are joined with the others: of arrays that one device had alone."""
     (tmp_path / "data.jsonl").write_text(

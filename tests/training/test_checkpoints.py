@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from old_checkpoints import in_format_1
+from old_checkpoints import in_format_1, save_in_format_2
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import checkpoints as module
@@ -139,7 +139,7 @@ def test_the_highest_reward_is_the_best(tmp_path):
         path = checkpoints.save(step, new_state(step), judged_by=("reward", "highest"), value=reward)
     assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 4], 2)
     saved = json.loads((path / "checkpoint.json").read_text())
-    assert saved == {"step": 4, "tokens": 0, "judged_by": "reward", "best": "highest", "value": -1.0, "version": 2}
+    assert saved == {"step": 4, "tokens": 0, "judged_by": "reward", "best": "highest", "value": -1.0, "version": 3}
 
 
 @pytest.mark.parametrize(
@@ -234,11 +234,95 @@ def test_checkpoint_of_another_model_or_optimizer_is_refused(three):
 
 def test_format_of_the_future_is_refused(three):
     info = three.path(3) / "checkpoint.json"
-    info.write_text(info.read_text().replace('"version": 2', '"version": 3'))
+    info.write_text(info.read_text().replace('"version": 3', '"version": 4'))
     (three.path(3) / "manifest.json").unlink()
     write_manifest(three.path(3))
-    with pytest.raises(BadInput, match="has format 3; this llmq_jax reads formats 1 to 2"):
+    with pytest.raises(BadInput, match="has format 4; this llmq_jax reads formats 1 to 3"):
         three.restore(new_state())
+
+
+# What no step changes.
+
+
+def later(seed):
+    """A state whose frozen arrays are those of `new_state(3)`."""
+    return new_state(seed).replace(variables=new_state(3).variables | {"params": new_state(seed).variables["params"]})
+
+
+def frozen_files(folder):
+    return {path.relative_to(folder).as_posix(): path.stat() for path in folder.glob("frozen-*/**/*") if path.is_file()}
+
+
+def test_what_no_step_changes_is_written_once_and_each_checkpoint_is_whole(three, tmp_path):
+    written = frozen_files(three.path(3))
+    three.save(4, later(4))
+    three.save(5, later(5))
+    for step in (4, 5):
+        assert {name: stat.st_ino for name, stat in frozen_files(three.path(step)).items()} == {
+            name: stat.st_ino for name, stat in written.items()
+        }
+    shutil.rmtree(three.path(3))
+    shutil.copytree(three.path(5), tmp_path / "elsewhere")
+    for folder, step in ((three.path(4), 4), (tmp_path / "elsewhere", 5)):
+        assert bits(load_checkpoint_variables(folder).variables) == bits(later(step).variables)
+    assert bits(three.restore(new_state()).state) == bits(later(5))
+
+
+def test_a_collection_that_a_step_of_ones_own_changes_is_saved_with_each(three):
+    state = later(4)
+    frozen = state.variables["frozen"]
+    for step, changed in enumerate(({"w": frozen["w"].at[2].add(1.0)}, {"odd": -frozen["odd"]}), start=4):
+        state = state.replace(variables=state.variables | {"frozen": frozen | changed})
+        three.save(step, state)
+        assert {file.st_nlink for file in frozen_files(three.path(step)).values()} == {1}
+        assert bits(three.restore(new_state()).state) == bits(state)
+
+
+def test_a_file_system_without_hard_links_gets_copies(three, monkeypatch):
+    def none(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(module.os, "link", none)
+    three.save(4, later(4))
+    assert {file.st_nlink for file in frozen_files(three.path(4)).values()} == {1}
+    assert bits(three.restore(new_state()).state) == bits(later(4))
+
+
+def damaged_base(folder, content):
+    name = max((files := frozen_files(folder)), key=lambda name: files[name].st_size)
+    (folder / name).write_bytes(content((folder / name).read_bytes()))
+    return name
+
+
+def test_a_base_that_is_damaged_is_found_in_every_checkpoint_with_it(three):
+    three.save(4, later(4))
+    name = damaged_base(three.path(4), lambda whole: bytes([*whole[:-1], whole[-1] ^ 1]))
+    three.save(5, later(5))
+    for step in (3, 4, 5):
+        with pytest.raises(CorruptCheckpoint, match=rf"0000000{step} is damaged: {name} has changed since"):
+            three.restore(new_state(), step)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "lost", "without manifest"])
+def test_a_base_that_is_seen_to_be_damaged_is_written_anew(damage, three):
+    if damage == "truncated":
+        damaged_base(three.path(3), lambda whole: whole[:-1])
+    else:
+        name = next(iter(frozen_files(three.path(3)))) if damage == "lost" else "manifest.json"
+        (three.path(3) / name).unlink()
+    three.save(4, later(4))
+    assert bits(three.restore(new_state()).state) == bits(later(4))
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_an_older_version_wrote(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save_in_format_2(checkpoints, 3, new_state(3))
+    assert frozen_files(checkpoints.path(3)) == {}
+    restored = checkpoints.restore(new_state())
+    assert bits(restored.state) == bits(new_state(3)) and restored.info.version == 2
+    checkpoints.save(4, later(4))
+    assert frozen_files(checkpoints.path(4)) != {}
+    assert bits(checkpoints.restore(new_state()).state) == bits(later(4))
 
 
 class Killed(BaseException):

@@ -125,7 +125,9 @@ def arm(point, step):
     if point == "torn":
         metrics.MetricsFile.write = torn_write
     elif point == "arrays":
-        checkpoints.write_manifest = lambda folder: die() if named in folder.name else write_manifest(folder)
+        checkpoints.write_manifest = lambda folder, known: (
+            die() if named in folder.name else write_manifest(folder, known)
+        )
         from llmq_jax.training.manifest import write_manifest
     elif point == "orbax":
         checkpoints.Checkpoints.save = save_with_a_timer
