@@ -290,8 +290,8 @@ class GenerationSide(OurSide):
         token = jnp.zeros((batch, 1), jnp.int32)
 
         def one_pass(outside, layers, caches):
-            hidden, caches = model.decode(outside, layers, token, token, caches)
-            return model.apply(outside, hidden[:, 0], method="unembed"), caches
+            output = model.decode(outside, layers, token, token, caches)
+            return model.apply(outside, output.hidden[:, 0], method="unembed"), output.caches
 
         return [
             replace(product, count=product.count * self.row.new_tokens)

@@ -16,7 +16,7 @@ def models() -> None:
     config = lq.GPT2Config(vocab_size=257, max_position_embeddings=64, hidden_size=128, num_hidden_layers=4)
     assert_type(config.hidden_size, int)
     assert_type(lq.Llama3Config(rope_parameters={"rope_theta": 1e5}, experts=lq.Experts(4, 2)).rope.rope_theta, float)
-    assert_type(lq.MixtralConfig().classic_experts, lq.Experts)
+    assert_type(lq.MixtralConfig().usual_experts, lq.Experts)
     assert_type(lq.DeepSeekV3Config(balance=lq.Balance(sequence=1e-4)).score_scale, float)
     assert_type(lq.Gemma2Config().layer_kinds, tuple[str, ...])
     assert_type(lq.Gemma3Config().local_rope.rope_theta, float)

@@ -10,7 +10,6 @@ the model before training or another one, computes its log-probabilities once, b
 memory. The same command again resumes a run that was stopped.
 """
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle, run
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
-from train.exports import export_commands
+from train.exports import next_commands
 from train.options import (
     MAY_CHANGE,
     check_mesh,
@@ -185,7 +184,7 @@ def main(options: Options) -> Any:
             sample=sample,
             flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
-            next_commands=next_commands(options, config),
+            next_commands=next_commands(options.out, config, options.template == "chat"),
         )
         if result.state is not None:
             means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
@@ -329,12 +328,6 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
         f"KL to the reference on {len(rows)} sampled answers: {ratios.mean():.3f} nats an answer, "
         f"{ratios.sum() / drawn.lengths.sum():.4f} a token"
     )
-
-
-def next_commands(options: Options, config: Any) -> list[str]:
-    out = shlex.quote(options.out)
-    ask = f"llmq chat {out}" if options.template == "chat" else f"llmq generate {out} --prompt The"
-    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

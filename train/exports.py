@@ -1,9 +1,17 @@
-"""How a run's model is exported to transformers."""
+"""What a run proposes at its end: to ask the model, and to export it to transformers."""
 
 import shlex
 from typing import Any
 
 from llmq_jax.errors import BadInput
+
+
+def next_commands(folder: str, config: Any, converses: Any, prompt: str = "The") -> list[str]:
+    """Commands for the run of a language model in this folder: to chat with it if it `converses`, else to continue the
+    `prompt` (in a shell's words), and to export it."""
+    out = shlex.quote(folder)
+    ask = f"llmq chat {out}" if converses else f"llmq generate {out} --prompt {prompt}"
+    return [ask, *export_commands(folder, config)]
 
 
 def export_commands(folder: str, config: Any) -> list[str]:

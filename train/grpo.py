@@ -14,7 +14,6 @@ characters), FILE.py:FUNCTION, or a reward model of train.reward. The same comma
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,14 @@ from llmq_jax.command_line import Flag, default_is, no_option, option_name, refu
 from llmq_jax.errors import BadInput
 from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
-from train.exports import export_commands
+from train.exports import next_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
     check_mesh,
     check_ranges,
     completed,
+    filled,
     model_of,
     on_devices,
     optimizer_of,
@@ -284,6 +284,7 @@ def main(options: Options) -> Any:
     def sample(variables, at_step):
         return table(loop, variables, PromptBatches(len(training), options.prompts_per_step, options.seed)[at_step - 1])
 
+    converses = options.template != "plain" and source.tokenizer.chat_template is not None
     parts = {"training": training, "validation": validation}
     digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
     digests |= reward_digests(options, replay_data, score) | chat_template_digest(options, source.tokenizer)
@@ -302,7 +303,7 @@ def main(options: Options) -> Any:
         judged_by=("reward", "highest"),
         sample=sample,
         show=SHOWN,
-        next_commands=next_commands(options, config, source.tokenizer),
+        next_commands=next_commands(options.out, config, converses, prompt='"..."'),
     )
     if options.log_every and first():
         print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
@@ -329,18 +330,14 @@ def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
 
 def resolved(options: Options) -> Options:
     """The options with their defaults filled in."""
-    values: dict[str, Any] = {
-        name: with_breaks(text)
-        for name in ("prompt_format", "step_separator")
-        if (text := getattr(options, name)) is not None
-    }
-    if options.learning_rate is None:
-        values["learning_rate"] = LORA_RATE if options.train == "lora" else FULL_RATE
-    if options.reward is None:
-        values["reward"] = "answer"
-    if options.steps_per_iteration is None:
-        values["steps_per_iteration"] = options.steps
-    options = dataclasses.replace(options, **values)
+    texts = {name: getattr(options, name) for name in ("prompt_format", "step_separator")}
+    texts = {name: with_breaks(text) for name, text in texts.items() if text is not None}
+    options = filled(
+        dataclasses.replace(options, **texts),
+        learning_rate=LORA_RATE if options.train == "lora" else FULL_RATE,
+        reward="answer",
+        steps_per_iteration=options.steps,
+    )
     return completed(options)
 
 
@@ -501,13 +498,6 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
             f"{answers.answer_lengths[row]} tokens{cut}: {one_line(answers.completions[row], WIDTH)}"
         )
     return "\n".join(lines)
-
-
-def next_commands(options: Options, config: Any, tokenizer: Any) -> list[str]:
-    converses = options.template != "plain" and tokenizer.chat_template is not None
-    out = shlex.quote(options.out)
-    ask = f"llmq chat {out}" if converses else f'llmq generate {out} --prompt "..."'
-    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ question and answer. The same command again resumes a run that was stopped, and 
 
 import itertools
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from train.chat_templates import (
     tell_of_no_end,
     with_text_options,
 )
-from train.exports import export_commands
+from train.exports import next_commands
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
@@ -212,7 +211,7 @@ def main(options: Options) -> Any:
         evaluate=None if held_out is None else evaluate,
         sample=sample,
         flops_per_token=flops_of(options, learner, lengths, learned.learned_tokens / sum(lengths)),
-        next_commands=next_commands(options, config, training[0].form != "text" and kept.chat_template),
+        next_commands=next_commands(options.out, config, training[0].form != "text" and kept.chat_template),
     )
 
 
@@ -354,12 +353,6 @@ def runs(tokens: Any, learned: list[bool]) -> Iterator[tuple[list[int], bool]]:
     """(tokens, whether they are learned) for each stretch of neighbouring tokens that are treated alike."""
     for fate, group in itertools.groupby(zip(tokens, learned, strict=True), key=lambda pair: bool(pair[1])):
         yield [int(token) for token, _ in group], fate
-
-
-def next_commands(options: Options, config: Any, converses: Any) -> list[str]:
-    out = shlex.quote(options.out)
-    ask = f"llmq chat {out}" if converses else f"llmq generate {out} --prompt The"
-    return [ask, *export_commands(options.out, config)]
 
 
 if __name__ == "__main__":

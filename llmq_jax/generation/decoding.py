@@ -127,9 +127,9 @@ def advance(
         return (state.step < until) & ~state.done.all()
 
     def next_token(state: DecodeState) -> DecodeState:
-        hidden, caches = model.decode(outside, layers, state.newest[:, None], state.positions[:, None], state.caches)
-        logits = model.apply(outside, hidden[:, 0], method="unembed")
-        return _append(state.replace(caches=caches), logits, sampler, end_tokens)
+        output = model.decode(outside, layers, state.newest[:, None], state.positions[:, None], state.caches)
+        logits = model.apply(outside, output.hidden[:, 0], method="unembed")
+        return _append(state.replace(caches=output.caches), logits, sampler, end_tokens)
 
     return readable(jax.lax.while_loop(unfinished, next_token, state))
 

@@ -74,8 +74,9 @@ class ModelDraft:
         tokens, places = state.recent, positions[:, None] + jnp.arange(-1, 1)
         caches, drafts, all_logits = state.caches, [], []
         for index in range(self.count):
-            hidden, caches = self.model.decode(outside, layers, tokens, places, caches)
-            logits = self.model.apply(outside, hidden[:, -1], method="unembed")
+            output = self.model.decode(outside, layers, tokens, places, caches)
+            caches = output.caches
+            logits = self.model.apply(outside, output.hidden[:, -1], method="unembed")
             drafts.append(draw(logits, index))
             all_logits.append(logits)
             tokens, places = drafts[-1][:, None], places[:, -1:] + 1
@@ -213,7 +214,7 @@ def advance_by_drafts(
         drafts, draft_logits, begun = draft.propose(draft_variables, state.draft, state.positions, draw)
         read = jnp.concatenate([state.newest[:, None], drafts], axis=1)
         places = state.positions[:, None] + index
-        output = model.decode_output(outside, layers, read, places, state.caches)
+        output = model.decode(outside, layers, read, places, state.caches)
         logits = model.apply(outside, output.hidden, method="unembed")
         tokens, accepted = accept(logits, drafts, draft_logits, keys, sampler)
         live = ~state.done

@@ -249,7 +249,10 @@ def query_blocks(
     block: int,
     window: int | None = None,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
-    **options: Any,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dropout_rate: float = 0.0,
 ) -> Float[Array, "B N T V"]:
     """An unrolled loop over blocks of queries, each scored against the keys up to its own end: scores above the blocks
     on the diagonal are never computed."""
@@ -265,26 +268,14 @@ def query_blocks(
             None if segments is None else segments[:, :end],
             window,
         )
-        drop = dropout_key if dropout_key is None or block >= length else jax.random.fold_in(dropout_key, start)
-        outputs.append(_mix(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask, drop, **options))
+        rows = query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask
+        if dropout_key is None:
+            outputs.append(lean_attend(*rows, scale, softcap))
+        else:
+            drop = dropout_key if block >= length else jax.random.fold_in(dropout_key, start)
+            options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": drop}
+            outputs.append(attend(*rows, scale=scale, **options))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
-
-
-def _mix(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array,
-    dropout_key: Array | None,
-    *,
-    scale: float,
-    softcap: float | None,
-    dropout_rate: float,
-) -> Array:
-    if dropout_key is None:
-        return lean_attend(query, key, value, mask, scale, softcap)
-    options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
-    return attend(query, key, value, mask, scale=scale, **options)
 
 
 def _fused(query: Array, key: Array, value: Array, context: Context, scale: float, window: int | None) -> Array:

@@ -196,6 +196,9 @@ class RingCache(struct.PyTreeNode):
         )
 
 
+Cache = FullCache | LatentCache | RingCache
+
+
 def _real(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "B T"]:
     return jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids != 0
 

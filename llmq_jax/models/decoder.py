@@ -173,9 +173,10 @@ class Decoder(nn.Module):
 
     @property
     def experts(self) -> Experts | None:
-        """The experts of the layers that have them."""
-        experts: Experts | None = self.config.experts
-        return experts
+        """The experts of the layers that have them: those of the config's `experts` or, in architectures whose other
+        fields describe some, `usual_experts`."""
+        given: Experts | None = self.config.experts
+        return getattr(self.config, "usual_experts", None) if given is None else given
 
     # The pass.
 
@@ -409,7 +410,7 @@ class Decoder(nn.Module):
         )
 
     @nn.nowrap
-    def decode_output(
+    def decode(
         self,
         outside: dict[str, Any],
         layers: tuple[dict[str, Any], ...],
@@ -431,19 +432,6 @@ class Decoder(nn.Module):
             x, cache, _ = given
             new_caches.append(cache)
         return Output(self.apply(outside, x, method="normalise"), x, tuple(new_caches))
-
-    @nn.nowrap
-    def decode(
-        self,
-        outside: dict[str, Any],
-        layers: tuple[dict[str, Any], ...],
-        tokens: Tokens,
-        positions: Tokens,
-        caches: tuple[Any, ...],
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
-        """The same pass: (hidden states after the final norm, caches)."""
-        output = self.decode_output(outside, layers, tokens, positions, caches)
-        return output.hidden, output.caches
 
 
 def slice_modules(

@@ -30,17 +30,17 @@ from jaxtyping import Array, Bool, Float, Int
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
-from llmq_jax.layers.caches import LatentCache
+from llmq_jax.layers.caches import Cache, LatentCache
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.latent_attention import LatentAttention, LatentSizes
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.moe import Experts, balance_from, experts_from, mlp_or_experts, require_same_sizes
+from llmq_jax.layers.moe import Experts, balance_from, experts_from, require_same_sizes
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
 from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
-from llmq_jax.models.llama3 import Llama3
+from llmq_jax.models.llama3 import Llama3, Llama3Block
 
 MTP = "mtp"
 BLOCK = "block_0"
@@ -59,6 +59,7 @@ class DeepSeekV3Config:
     """Fields bear transformers' names and defaults (V3); the sizes people use are presets."""
 
     model_type: ClassVar[str] = "deepseek_v3"
+    mlp_bias: ClassVar[bool] = False
 
     vocab_size: int = 129280
     max_position_embeddings: int = 4096
@@ -165,7 +166,7 @@ class DeepSeekV3Config:
         sparse = self.first_k_dense_replace < self.num_hidden_layers
         if sparse:
             self._check_experts()
-        given = experts_from(self.experts, self.num_hidden_layers, self.fine_grained_experts)
+        given = experts_from(self.experts, self.num_hidden_layers, self.usual_experts)
         object.__setattr__(self, "experts", given)
         idle = not sparse and given is None and self.balance not in (None, PAPER_BALANCE)
         require(not idle, self, "balance", "has no effect on a model without experts")
@@ -181,11 +182,12 @@ class DeepSeekV3Config:
         seen = top_groups * experts // groups
         rule = f"is more than the {seen} experts of topk_group={self.topk_group} groups"
         require(self.num_experts_per_tok <= seen, self, "num_experts_per_tok", rule)
-        _ = self.fine_grained_experts  # which checks the rest
+        _ = self.usual_experts  # which checks the rest
 
     @property
-    def fine_grained_experts(self) -> Experts | None:
-        """The experts that the config's fields describe; None where all layers are dense."""
+    def usual_experts(self) -> Experts | None:
+        """The experts where `experts` is None: those that the other fields describe, or None where all layers are
+        dense."""
         if self.first_k_dense_replace >= self.num_hidden_layers:
             return None
         return Experts(
@@ -311,12 +313,6 @@ class DeepSeek3(Llama3):
         if self.config.num_nextn_predict_layers:
             self.mtp = self.scanned(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
 
-    @property
-    def experts(self) -> Experts | None:
-        experts = self.config.experts
-        assert not isinstance(experts, dict)
-        return self.config.fine_grained_experts if experts is None else experts
-
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
         return layers_in_groups(partial(DeepSeekBlock, c, self.dtype), c.num_hidden_layers, self.experts)
@@ -342,7 +338,7 @@ class DeepSeek3(Llama3):
 
     @property
     def prediction_module(self) -> Callable[..., Any]:
-        return partial(PredictionModule, self.config, self.dtype, self.experts)
+        return partial(PredictionModule, self.config, self.dtype, experts=self.experts)
 
     def look_ahead(
         self,
@@ -439,42 +435,14 @@ def has_token_ahead(
     return inside & (segment_ids != 0) & (jnp.roll(segment_ids, -distance, axis=1) == segment_ids)
 
 
-class DeepSeekBlock(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+class DeepSeekBlock(Llama3Block):
+    """Llama's block with multi-head latent attention."""
 
-    config: DeepSeekV3Config
-    dtype: Dtype | None = None
-    experts: Experts | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: LatentCache | None = None
-    ) -> tuple[Array, LatentCache | None, dict[str, Any]]:
-        c = self.config
-        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        attention = latent_attention(c, self.dtype, name="attention")
-        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
-        x = x + mixed
-        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
-        return x + update, cache, counts
+    config: DeepSeekV3Config  # type: ignore[assignment]
 
     @nn.nowrap
-    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """SwiGLU, or experts: (what is added to the residual stream, the block's counts)."""
-        c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        return mlp_or_experts(
-            x,
-            context,
-            self.experts,
-            intermediate_size=c.intermediate_size,
-            gated=True,
-            activation=c.hidden_act,
-            use_bias=False,
-            kernel_init=normal,
-            down_init=normal,
-            dtype=self.dtype,
-        )
+    def attention_layer(self) -> nn.Module:
+        return latent_attention(self.config, self.dtype, name="attention")
 
     @nn.nowrap
     def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> LatentCache:
@@ -510,8 +478,8 @@ class PredictionModule(DeepSeekBlock):
         fed: Float[Array, "B T D"],
         seen: Float[Array, "B T D"],
         context: Context,
-        cache: LatentCache | None = None,
-    ) -> tuple[Array, Array, LatentCache | None, dict[str, Any]]:
+        cache: Cache | None = None,
+    ) -> tuple[Array, Array, Cache | None, dict[str, Any]]:
         """(hidden state to unembed, `fed` of the next module, cache, counts)."""
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
-from llmq_jax.layers.caches import FullCache, RingCache
+from llmq_jax.layers.caches import Cache, FullCache, RingCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
@@ -272,15 +272,19 @@ class Llama3Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
-    ) -> tuple[Array, FullCache | RingCache | None, dict[str, Any]]:
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        normalised = norm("attention_norm", before_attention=True)(x)
-        mixed, cache = GroupedQueryAttention(c, self.dtype, self.window, name="attention")(normalised, context, cache)
+        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + mixed
         update, counts = self.feed_forward(norm("mlp_norm")(x), context)
         return x + update, cache, counts
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        """Called as `(x, context, cache) -> (what is added to the residual stream, cache)`."""
+        return GroupedQueryAttention(self.config, self.dtype, self.window, name="attention")
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
@@ -301,7 +305,7 @@ class Llama3Block(nn.Module):
         )
 
     @nn.nowrap
-    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> Cache:
         c = self.config
         if self.window is None:
             return FullCache.create(batch, length, c.key_value_heads, c.head_width, dtype)

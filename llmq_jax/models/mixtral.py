@@ -46,15 +46,15 @@ class MixtralConfig(MistralConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.router_aux_loss_coef >= 0, self, "router_aux_loss_coef", "must be at least 0")
-        given = experts_from(self.experts, self.num_hidden_layers, self.classic_experts)
+        given = experts_from(self.experts, self.num_hidden_layers, self.usual_experts)
         object.__setattr__(self, "experts", given)
         super().__post_init__()
         sizes = (self.num_local_experts, self.num_experts_per_tok)
         require_same_sizes(given, sizes, self, "num_local_experts and num_experts_per_tok")
 
     @property
-    def classic_experts(self) -> Experts:
-        """The experts of transformers' Mixtral."""
+    def usual_experts(self) -> Experts:
+        """The experts where `experts` is None: those of transformers' Mixtral."""
         return Experts(self.num_local_experts, self.num_experts_per_tok, balance=self.pooled_balance)
 
     @property
@@ -84,9 +84,3 @@ class Mixtral(Llama3):
     """Llama with experts."""
 
     config: MixtralConfig
-
-    @property
-    def experts(self) -> Experts:
-        experts = self.config.experts
-        assert not isinstance(experts, dict)
-        return self.config.classic_experts if experts is None else experts

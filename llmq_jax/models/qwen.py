@@ -136,8 +136,8 @@ class Qwen3MoeConfig(MixtralConfig):
         return tuple(layer for layer in range(self.num_hidden_layers) if (layer + 1) % step or layer in others)
 
     @property
-    def classic_experts(self) -> Experts:
-        """The experts of transformers' Qwen 3."""
+    def usual_experts(self) -> Experts:
+        """The experts where `experts` is None: those of transformers' Qwen 3."""
         return Experts(
             self.num_local_experts,
             self.num_experts_per_tok,

@@ -235,13 +235,10 @@ class Partitioner:
         less = 0 if stays(0) < stays(1) else 1
         pairs = dict(zip((*over, *batch), (*over_b, *batch_b), strict=True))
         partner = pairs if less == 0 else {j: i for i, j in pairs.items()}
-        wanted: dict[int, Any] = {}
-        for k, axes in enumerate(specs[less]):
+        before = tuple(specs[less])
+        for k, axes in enumerate(before):
             elsewhere = axes_in([other for m, other in enumerate(specs[1 - less]) if m != partner.get(k)])
             specs[less][k] = tuple(axis for axis in axes if axis not in elsewhere)
-            if specs[less][k] != axes:
-                wanted = {less: specs[less]}
-        wanted = {k: tuple(spec) for k, spec in wanted.items()}
         first, second = specs
         out.spec = (
             *(first[i] or second[j] for i, j in zip(batch, batch_b, strict=True)),
@@ -251,7 +248,8 @@ class Partitioner:
         partial = [axis for i, j in zip(over, over_b, strict=True) for axis in dict.fromkeys((*first[i], *second[j]))]
         self.summed(op, out, partial)
         op.loss = out.aval.shape[-1:] == (self.vocabulary,) and not self.is_weight(out)
-        return wanted
+        after = tuple(specs[less])
+        return {} if after == before else {less: after}
 
     def rule_gather(self, op: Operation) -> None:
         x, index = op.inputs

@@ -213,14 +213,12 @@ def _combined(given: Plan, memory: int) -> list[Change]:
     for option in range(options):
         runs = _variants(best.run)[option]
         for run in runs if option == options - 1 else runs[-1:]:
+            if best.total <= memory:
+                break
             found = _planned(run)
             if found and found.total < WORTH * best.total:
                 best = found
-            if best.total <= memory:
-                break
-        if best.total <= memory:
-            break
-    else:
+    if best.total > memory:
         return []
     for name in OPTIONS:
         if getattr(best.run, name) != getattr(given.run, name):

@@ -110,8 +110,8 @@ def apply(model, variables, key=None):
 
 @partial(jax.jit, static_argnums=0)
 def decode(model, outside, layers, tokens, positions, caches):
-    hidden, caches = model.decode(outside, layers, tokens, positions, caches)
-    return model.apply(outside, hidden, method="unembed"), caches
+    output = model.decode(outside, layers, tokens, positions, caches)
+    return model.apply(outside, output.hidden, method="unembed"), output.caches
 
 
 def largest_difference(a, b):

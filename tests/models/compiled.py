@@ -14,5 +14,5 @@ def apply(model, variables, *inputs, rngs=None, method=None):
 @partial(jax.jit, static_argnums=0)
 def decode(model, outside, layers, tokens, positions, caches):
     """(logits of these tokens, the caches with them)."""
-    hidden, caches = model.decode(outside, layers, tokens, positions, caches)
-    return model.apply(outside, hidden, method="unembed"), caches
+    output = model.decode(outside, layers, tokens, positions, caches)
+    return model.apply(outside, output.hidden, method="unembed"), output.caches

@@ -70,7 +70,8 @@ def prefill(model, variables, tokens, segment_ids, caches):
 
 @partial(jax.jit, static_argnums=0)
 def decode(model, outside, layers, tokens, positions, caches):
-    return model.decode(outside, layers, tokens, positions, caches)
+    output = model.decode(outside, layers, tokens, positions, caches)
+    return output.hidden, output.caches
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

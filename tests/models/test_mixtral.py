@@ -58,7 +58,7 @@ def test_a_run_from_before_dense_layers_goes_on():
 
 def test_a_dict_changes_what_the_fields_tell():
     config = override(TINY, router_aux_loss_coef=0.5, experts={"dispatch": "ragged", "num_shared": 1})
-    expected = dataclasses.replace(override(TINY, router_aux_loss_coef=0.5).classic_experts, dispatch="ragged")
+    expected = dataclasses.replace(override(TINY, router_aux_loss_coef=0.5).usual_experts, dispatch="ragged")
     assert build(config).experts == dataclasses.replace(expected, num_shared=1)
 
 

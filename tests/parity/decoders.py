@@ -200,8 +200,8 @@ class SameAsTransformers:
 
         @jax.jit
         def decode(tokens, positions, caches):
-            hidden, caches = model.decode(outside, layers, tokens, positions, caches)
-            return model.apply(outside, hidden, method="unembed"), caches
+            output = model.decode(outside, layers, tokens, positions, caches)
+            return model.apply(outside, output.hidden, method="unembed"), output.caches
 
         outside, layers = model.slice_layers(variables)
         caches = model.slice_caches(prefill(jnp.asarray(tokens[:, :25])))

@@ -112,7 +112,7 @@ def test_every_dispatch(pair, dispatch):
     tokens = draw_tokens(ours)
     config = ours.config
     # Written out, these are the experts that the config has: no weight changes.
-    experts = override(config.classic_experts, dispatch=dispatch)
+    experts = override(config.usual_experts, dispatch=dispatch)
     model = build(override(config, experts=experts))
     expected = their_logits(theirs, tokens)
     np.testing.assert_allclose(jax.jit(model.apply)(ours.variables, tokens), expected, rtol=0, atol=LOGITS)
