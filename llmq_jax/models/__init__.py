@@ -15,7 +15,7 @@ from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import as_type, has_type, type_name, whole
 from llmq_jax.layers.axes import constrain_like_params
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
-from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.decoder import SHAPES_ALONE, Decoder
 from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
@@ -178,7 +178,11 @@ def parameter_count(params: Any) -> int:
 def _shapes(model: Decoder) -> dict[str, Any]:
     """Cached, because readers and writers of weights ask often and each answer traces a whole pass; and by model,
     because another model may be registered for the same config."""
-    shapes: dict[str, Any] = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    token = SHAPES_ALONE.set(True)
+    try:
+        shapes: dict[str, Any] = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    finally:
+        SHAPES_ALONE.reset(token)
     return shapes
 
 

@@ -15,6 +15,7 @@ inside the decoding loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +47,9 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+SHAPES_ALONE = ContextVar("shapes_alone", default=False)
+"""Set where only the shapes that `init` gives are asked for."""
 
 
 @dataclass(frozen=True)
@@ -306,9 +310,9 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=repeats,
             unroll=1 if self.scan_layers else repeats,
-            # True costs one more trace, for a check that we do not need; `init` keeps it, so that a seed still gives
-            # the weights that it always gave.
-            check_constancy_invariants=self.is_initializing(),
+            # True traces the module once more, for a check that we do not need; `init` keeps it, so that a seed still
+            # gives the weights that it always gave.
+            check_constancy_invariants=self.is_initializing() and not SHAPES_ALONE.get(),
         )
 
     # Decoding: layers sliced once, run one after another.
