@@ -97,13 +97,14 @@ def main(options: Options) -> None:
         if length > config.max_position_embeddings:
             raise BadInput(f"--context {length} exceeds the {config.max_position_embeddings:,} positions of {name}")
         print(f"\n{name}: {passed_weights(config) / 1e6:,.0f} M weights a token passes", flush=True)
-        print(f"  {within_memory(training, config, rows, length, peak, options)}", flush=True)
-        print(f"  {within_memory(decoding, config, bandwidth)}", flush=True)
+        advice = "take a smaller --batch-size, --remat dots or a smaller --context"
+        print(f"  {within_memory(advice, training, config, rows, length, peak, options)}", flush=True)
+        print(f"  {within_memory('take fewer --layers', decoding, config, bandwidth)}", flush=True)
 
 
-def within_memory(measure: Callable[..., str], *arguments: Any) -> str:
-    """What `measure` returns of these arguments, or, where memory has run out, a line that tells it: so the other
-    figures follow."""
+def within_memory(advice: str, measure: Callable[..., str], *arguments: Any) -> str:
+    """What `measure` returns of these arguments, or, where memory has run out, a line that tells it, with advice: so
+    the other figures follow."""
     from llmq_jax.training.out_of_memory import ERRORS, shortage
 
     try:
@@ -112,7 +113,7 @@ def within_memory(measure: Callable[..., str], *arguments: Any) -> str:
         short = shortage(error)
         if short is None:
             raise
-        return f"does not fit: {short}; take a smaller --batch-size, --remat dots or a smaller --context"
+        return f"does not fit: {short}; {advice}"
 
 
 def config_of(name: str, layers: int | None, length: int) -> Any:

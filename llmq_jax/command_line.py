@@ -58,9 +58,9 @@ WITHOUT_NAME = {
 }
 """{field: advice for a value that is given without an option's name, where the command has this field}."""
 PATHS = {
-    *("out", "model", "source", "target", "run", "others", "init_from", "branch_from", "draft", "judge", "reference"),
+    *("out", "model", "source", "target", "run", "others", "init_from", "branch_from", "draft", "reference"),
     *("data", "validation_data", "test_data", "replay_data", "file", "prompt_file", "include_path", "options"),
-    *("tokenizer", "chat_template", "base", "reward"),
+    *("tokenizer", "chat_template", "base"),
 }
 """Fields whose texts may be paths: a ~ at their beginning is the home directory, also where a shell leaves it alone, as
 in --out=~/x and in a file of options."""

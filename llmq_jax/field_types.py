@@ -86,8 +86,8 @@ def _plain_hints(kind: Any) -> dict[str, Any]:
 def require_model(lm: Any) -> None:
     """BadInput for what is no LanguageModel, such as the name of one."""
     if not (hasattr(lm, "config") and hasattr(lm, "variables") and hasattr(lm, "tokenizer")):
-        named = repr(lm) if isinstance(lm, str) else '"gpt2"'
-        raise BadInput(f"{lm!r:.60} stands where a loaded model is wanted; give what lq.load({named}) returns")
+        name = repr(lm) if isinstance(lm, str) else "name"
+        raise BadInput(f"{lm!r:.60} stands where a loaded model is wanted; give what lq.load({name}) returns")
 
 
 def scalar(value: Any) -> Any:

@@ -21,7 +21,7 @@ from llmq_jax.field_types import require_model, whole
 from llmq_jax.generation.generate import generate
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.layers.axes import replicated
+from llmq_jax.layers.axes import axis_sizes, replicated
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, spread, trained_numbers
 from llmq_jax.models import abstract_variables, build, override
@@ -60,7 +60,8 @@ class LanguageModel:
         Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked for
         the prompts.
         """
-        one_row = batch == 1 and jax.default_backend() in ("cpu", "gpu")
+        joins = {"cpu": True, "gpu": not axis_sizes()}  # joined, they would be divided at other rows than apart
+        one_row = batch == 1 and joins.get(jax.default_backend(), False)
         if one_row not in self._sliced:
             self._sliced.clear()
             arrange = {"arrange": by_output} if one_row else {}

@@ -323,6 +323,7 @@ NO_PATHS = {  # options that take a text, but none that is a path
     *("coordinator", "wandb", "profile", "sample_prompt", "prompt", "system", "text", "stop", "prompt_format"),
     *("train_on", "blocks", "lora_targets", "lora_layers", "reward_weights", "step_separator", "max_shard_size"),
     *("random", "layout", "inject"),
+    *("reward", "judge"),  # paths and names between commas: `train.rewards.names`
 }
 COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "parity", "openai_gpt2"))]
 COMMANDS += [f"train.{name}" for name in (*RECIPES, "prepare", "plan", "report", "demo", "arithmetic")]

@@ -426,13 +426,8 @@ gives the same result up to rounding (except that dropout is drawn and experts a
 --attention too changes dropout's draws); and where the data are, whose contents are compared by digests."""
 
 
-USUAL = {"schedule": "cosine", "optimizer": "adamw"}
-"""Defaults of options that runs of earlier versions lack. Given or not, config.json has null for them."""
-
-
 def own_options(options: RecipeOptions, *without: str) -> dict[str, Any]:
     """The recipe's own options, for config.json: all but the training loop's, those of `PLACES`, and `without`."""
     theirs = {field.name for field in dataclasses.fields(run_options(options))}
     values = dataclasses.asdict(options)
-    values |= {name: None for name, usual in USUAL.items() if values[name] == usual}
     return {name: value for name, value in values.items() if name not in {*theirs, *PLACES, *without}}

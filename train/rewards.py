@@ -3,6 +3,7 @@ learning."""
 
 import hashlib
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ REWARD_RATE = 1e-5
 
 
 def names(given: str | None) -> list[str]:
-    return [name.strip() for name in (given or "").split(",") if name.strip()]
+    """What an option lists between commas; a ~ at the beginning of a path is the home directory."""
+    return [os.path.expanduser(name.strip()) for name in (given or "").split(",") if name.strip()]
 
 
 def reward_models(options: Any) -> list[str]:

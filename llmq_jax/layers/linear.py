@@ -125,10 +125,9 @@ def by_output(variables: dict[str, Any]) -> dict[str, Any]:
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
     (in, out); several rows 1.4 times as slowly. Kernels of layers that `SIDE_BY_SIDE` lists together are joined: one
-    product of 1 MB or more replaces small ones, which would wait for each other's threads. On a GPU, whose products of
-    one row are as short as the launch of a kernel, there are fewer of them; and its compiler has no reason to join them
-    itself, which it does by copying the kernels for every token (XLA's `dot-merger`). Layers of these names that
-    are called one by one, each with its own input, use their own rows of the joined kernel.
+    product of 1 MB or more replaces small ones, which would wait for each other's threads. On a GPU fewer products are
+    launched, and XLA's `dot-merger` need not join them by copying the kernels for every token. Layers of these names
+    that are called one by one, each with its own input, use their own rows of the joined kernel.
     """
     tree = {name: by_output(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
     if KERNEL in tree:

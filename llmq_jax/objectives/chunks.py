@@ -13,20 +13,20 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import by_group, constrain, row_groups
 
-# On a GPU, elements of a chunk's logits: 0.5 GiB in bfloat16. A chunk of n tokens takes 6 n D V FLOP, and the head, its
-# cast and its gradient are some 20 D V bytes to read and write. A GPU that computes 300 FLOP in the time of one byte
-# (an H100) therefore waits for its memory, unless n is well above 1,000.
-GPU_ELEMENTS = 2**28
-
 _taken = by_group(lambda x, places: x[places])
 
 
-def chunk_tokens(elements: int, vocabulary: int, shortest: int) -> int:
-    """Tokens of a chunk whose logits have up to `elements` elements, though at least `shortest`. On a GPU the logits
-    have `GPU_ELEMENTS`, and the tokens are a power of two, which divides most batches and suits its products."""
+def chunk_tokens(vocabulary: int, *, elements: int, on_gpu: int, shortest: int) -> int:
+    """Tokens of a chunk whose logits have up to `elements` elements, though at least `shortest`. On a GPU they have up
+    to `on_gpu`, and the tokens are a power of two, which divides most batches and suits its products.
+
+    A chunk of n tokens takes 6 n D V FLOP, and the head, its cast and its gradient are some 20 D V bytes to read and
+    write. A GPU that computes 300 FLOP in the time of one byte (an H100) therefore waits for its memory, unless n is
+    well above 1,000.
+    """
     if jax.default_backend() != "gpu":
         return max(shortest, elements // vocabulary)
-    return max(shortest, 1 << ((GPU_ELEMENTS // vocabulary).bit_length() - 1))
+    return max(shortest, 1 << ((on_gpu // vocabulary).bit_length() - 1))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from llmq_jax.layers.axes import by_group, gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.objectives.chunks import Chunks, chunk_tokens
 
-# Elements of a chunk's logits on a CPU. Smaller chunks skip more tokens that do not count, but each chunk reads and
-# writes the head's gradient.
-CHUNK_ELEMENTS = 2**24
+# Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
+# head's gradient.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**24, 2**26
 SHORTEST_CHUNK = 64
 
 
@@ -167,7 +167,10 @@ def _measured(
     measures: tuple[Callable[[Array, Array], Array], ...],
 ) -> tuple[Float[Array, "B T"], ...]:
     """Each measure of the predicted log-probabilities and the target, at every token, times the mask."""
-    chunks = Chunks.of(mask, chunk_tokens(CHUNK_ELEMENTS, model.config.vocab_size, SHORTEST_CHUNK))
+    longest = chunk_tokens(
+        model.config.vocab_size, elements=CHUNK_ELEMENTS, on_gpu=GPU_CHUNK_ELEMENTS, shortest=SHORTEST_CHUNK
+    )
+    chunks = Chunks.of(mask, longest)
     # One copy of the head per group of devices, so that its gradient is summed over groups only at the end.
     head = gathered_over_fsdp(model.head_variables(variables))
     heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)

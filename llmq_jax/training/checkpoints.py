@@ -14,7 +14,7 @@ the process is killed at, a folder with a plain number is a whole checkpoint.
 What no step changes, such as the base below adapters, is written once in a run. Its folder is named by its
 fingerprint, and where the newest checkpoint has a folder of that name, a save makes hard links to the files in it. So
 each checkpoint is whole by itself, and these files are on the disk once, until the last checkpoint with them is
-deleted.
+deleted. On a file system without hard links they are written with each.
 """
 
 import contextlib
@@ -159,24 +159,20 @@ class Checkpoints:
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
+        parts = _parts(state)
         if first():
             _discard(saving)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        parts = _parts(state)
-        shared: Entries = of_first(lambda: self._shared(parts))
-        parts = {part: arrays for part, arrays in parts.items() if not any(file.startswith(part) for file in shared)}
-        _check_room(self.folder, parts)
-        if first():
-            saving.mkdir()
-        wait_for_all("checkpoint folder")
+            saving.mkdir(parents=True)
         try:
+            linked: Entries = of_first(lambda: self._linked(saving, {*parts} - {STATE}))
+            if linked:
+                parts = {STATE: parts[STATE]}
+            _check_room(self.folder, parts)
             with _orbax() as (ocp, checkpointer):
                 for part, arrays in parts.items():
                     tree = traverse_util.unflatten_dict(arrays)
                     checkpointer.save(saving.absolute() / part, args=ocp.args.PyTreeSave(tree))
             if first():
-                for file in shared:
-                    _link(self.path(self.latest_step() or 0) / file, saving / file)
                 found = float(value) if value is not None and math.isfinite(value) else None
                 info = CheckpointInfo(step, tokens, *judged_by, value=found)
                 (saving / CONFIG).write_bytes(json_bytes(config_dict(model_config)))
@@ -184,8 +180,8 @@ class Checkpoints:
                 if tokenizer is not None:
                     (saving / TOKENIZER).mkdir()
                     tokenizer.save(saving / TOKENIZER)
-                write_manifest(saving, shared)
-                self._delete(target)  # there is one only where a damaged checkpoint is saved anew
+                write_manifest(saving, linked)
+                self._delete(target)  # there is one only where a step is saved a second time
                 os.rename(saving, target)
         except Exception:
             if first():
@@ -196,16 +192,23 @@ class Checkpoints:
         self.delete_old()
         return target
 
-    def _shared(self, parts: Collection[str]) -> Entries:
-        """The newest checkpoint's files of the frozen one of these parts, as its manifest lists them; none where one is
-        missing by now, or has another size."""
+    def _linked(self, saving: Path, frozen: Collection[str]) -> Entries:
+        """Link the newest checkpoint's files in the folders `frozen` into `saving`; their entries in its manifest. None
+        where it has no such folder, where one of the files is missing by now or has another size, and on file systems
+        without hard links."""
         newest = self.path(self.latest_step() or 0)
-        with contextlib.suppress(CorruptCheckpoint, OSError):
-            listed = read_manifest(newest)
-            files = {name: listed[name] for name in listed if name.split("/")[0] in {*parts} - {STATE}}
-            if all((newest / name).stat().st_size == files[name]["size"] for name in files):
-                return files
-        return {}
+        try:
+            files = {name: entry for name, entry in read_manifest(newest).items() if name.split("/")[0] in frozen}
+            for name, entry in files.items():
+                if (newest / name).stat().st_size != entry["size"]:
+                    raise CorruptCheckpoint(f"{name} has another size")
+                (saving / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(newest / name, saving / name)
+            return files
+        except (CorruptCheckpoint, OSError):
+            for folder in frozen:
+                shutil.rmtree(saving / folder, ignore_errors=True)
+            return {}
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
         """The state of `step`, bit for bit, laid out like `example`: a state of the run, or its `jax.eval_shape`.
@@ -272,20 +275,11 @@ class Checkpoints:
 def _parts(state: Any) -> dict[str, dict[Name, Any]]:
     """The arrays of the state, by the folder that they are saved in: those that a step changes, and all others."""
     arrays = _named_leaves(state)
-    changing = state.changing if isinstance(state, TrainState) else None
-    frozen = {n: a for n, a in arrays.items() if changing is not None and n[0] == "variables" and n[1] not in changing}
-    if not frozen:
+    if not isinstance(state, TrainState):
         return {STATE: arrays}
-    return {STATE: {n: a for n, a in arrays.items() if n not in frozen}, FROZEN + fingerprint(frozen): frozen}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file in two places; a copy where the file system has no hard links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    frozen = {name: x for name, x in arrays.items() if name[0] == "variables" and name[1] not in state.changing}
+    changing = {name: x for name, x in arrays.items() if name not in frozen}
+    return {STATE: changing} | ({FROZEN + fingerprint(frozen): frozen} if frozen else {})
 
 
 def _check_room(folder: Path, arrays: Any) -> None:
@@ -329,8 +323,9 @@ def read_checkpoint(folder: Path, example: Any) -> Restored:
     """The state in the folder of a checkpoint that is verified already."""
     wanted = _named_leaves(example)
     with _orbax() as (ocp, checkpointer):
-        _check_same_arrays(folder, _saved_arrays(checkpointer, folder), wanted)
-        restored = _read_arrays(ocp, checkpointer, folder, wanted)
+        saved = _saved_arrays(checkpointer, folder)
+        _check_same_arrays(folder, _of_all(saved), wanted)
+        restored = _read_arrays(ocp, checkpointer, saved, wanted)
     leaves = [restored[name] for name in wanted]
     return Restored(jax.tree.unflatten(jax.tree.structure(example), leaves), read_info(folder))
 
@@ -364,10 +359,10 @@ def _load_variables(folder: Path) -> LoadedCheckpoint:
     config = read_config(folder)
     with _orbax() as (ocp, checkpointer):
         saved = _saved_arrays(checkpointer, folder)
-        wanted = {name: _where_wanted(name, array) for name, array in saved.items() if name[0] == "variables"}
+        wanted = {name: _where_wanted(name, x) for name, x in _of_all(saved).items() if name[0] == "variables"}
         if not wanted:
             raise BadInput(f"checkpoint {folder} holds no model variables; give one that training saved")
-        arrays = _read_arrays(ocp, checkpointer, folder, wanted)
+        arrays = _read_arrays(ocp, checkpointer, saved, wanted)
     variables = traverse_util.unflatten_dict({name[1:]: array for name, array in arrays.items()})
     tokenizer = folder / TOKENIZER
     return LoadedCheckpoint(config, variables, tokenizer if tokenizer.is_dir() else None, read_info(folder))
@@ -386,19 +381,19 @@ def _named_leaves(tree: Any) -> dict[Name, Any]:
     return {path_names(path): leaf for path, leaf in leaves}
 
 
-def _saved_arrays(checkpointer: Any, folder: Path) -> dict[Name, Any]:
-    """Shape and dtype of every array in the checkpoint, read from Orbax's metadata."""
-    parts = _saved_parts(checkpointer, folder).values()
-    return {name: array for part in parts for name, array in part.items()}
-
-
-def _saved_parts(checkpointer: Any, folder: Path) -> dict[Path, dict[Name, Any]]:
-    """The same, by the folder of each part."""
+def _saved_arrays(checkpointer: Any, folder: Path) -> dict[Path, dict[Name, Any]]:
+    """Shape and dtype of every array in the checkpoint, by the folder of its part, read from Orbax's metadata."""
     parts = [folder.absolute() / STATE, *folder.absolute().glob(f"{FROZEN}*")]
     return {part: traverse_util.flatten_dict(checkpointer.metadata(part).item_metadata.tree) for part in parts}
 
 
-def _read_arrays(ocp: Any, checkpointer: Any, folder: Path, wanted: Mapping[Name, Any]) -> dict[Name, jax.Array]:
+def _of_all(parts: Mapping[Path, Mapping[Name, Any]]) -> dict[Name, Any]:
+    return {name: array for part in parts.values() for name, array in part.items()}
+
+
+def _read_arrays(
+    ocp: Any, checkpointer: Any, parts: Mapping[Path, Mapping[Name, Any]], wanted: Mapping[Name, Any]
+) -> dict[Name, jax.Array]:
     """The arrays of these names, and no others, each placed like its counterpart in `wanted`."""
     # Never left to Orbax: it would look for the devices that the checkpoint was saved from.
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -409,7 +404,7 @@ def _read_arrays(ocp: Any, checkpointer: Any, folder: Path, wanted: Mapping[Name
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
     arrays: dict[Name, jax.Array] = {}
-    for part, saved in _saved_parts(checkpointer, folder).items():
+    for part, saved in parts.items():
         tree = traverse_util.unflatten_dict({name: described(wanted[name]) for name in saved if name in wanted})
         if tree:
             arguments = ocp.checkpoint_utils.construct_restore_args(tree)

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
+from llmq_jax.layers.axes import on_host
+
 
 def fingerprint(arrays: Mapping[tuple[str, ...], Any]) -> str:
     """16 hexadecimal digits of the arrays' names, shapes, types and bits. All processes must ask for it together."""
     described = [(name, array.shape, str(array.dtype)) for name, array in arrays.items()]
-    sums = np.asarray(_sums(list(arrays.values()))).tolist()
+    sums = on_host(_sums(list(arrays.values()))).tolist()
     return hashlib.sha256(repr((described, sums)).encode()).hexdigest()[:16]
 
 

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_told_and_the_rest_goes_on():
     def measure(message):
         raise jax.errors.JaxRuntimeError(message)
 
-    told = gpu.within_memory(measure, "RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.")
-    assert told.startswith("does not fit: Out of memory allocating 2.0 GiB; take a smaller --batch-size")
+    told = gpu.within_memory("take less", measure, "RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.")
+    assert told.startswith("does not fit: Out of memory allocating 2.0 GiB; take less")
     with pytest.raises(jax.errors.JaxRuntimeError, match="No valid engine"):
-        gpu.within_memory(measure, "INTERNAL: No valid engine configs")
+        gpu.within_memory("take less", measure, "INTERNAL: No valid engine configs")

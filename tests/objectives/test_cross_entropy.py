@@ -128,4 +128,4 @@ def test_memory_stays_far_below_the_logits():
 )
 def test_a_gpu_takes_few_chunks(backend, vocabulary, tokens, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert chunk_tokens(cross_entropy.CHUNK_ELEMENTS, vocabulary, cross_entropy.SHORTEST_CHUNK) == tokens
+    assert chunk_tokens(vocabulary, elements=2**25, on_gpu=2**28, shortest=128) == tokens

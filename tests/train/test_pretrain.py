@@ -134,14 +134,6 @@ def test_the_same_command_tells_that_the_run_is_finished(pretrain, pretrained):
     assert Path("run/metrics.jsonl").read_bytes() == before
 
 
-def test_a_default_may_be_given_to_a_run_that_left_it_out(pretrain, pretrained):
-    shutil.copytree(pretrained / "run", "run")
-    code, out, err = pretrain(*PRETRAINED, "--schedule", "cosine", "--optimizer", "adamw")
-    assert (code, err) == (0, "") and "run is finished already" in out
-    code, _, err = pretrain(*PRETRAINED, "--schedule", "linear")
-    assert code == 2 and 'other options: schedule null -> "linear"' in err
-
-
 def test_equal_runs_are_equal_and_seeds_differ(pretrain, pretrained):
     for out, seed in (("a", 5), ("b", 2)):
         pretrain(*PRETRAINED, "--out", out, "--seed", seed)
