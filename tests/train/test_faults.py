@@ -139,7 +139,7 @@ def arrays(checkpoint):
     """Every array of a state, the optimizer's too, as bytes."""
     with checkpoints_module._orbax() as (ocp, checkpointer):
         saved = checkpoints_module._saved_arrays(checkpointer, checkpoint)
-        read = checkpoints_module._read_arrays(ocp, checkpointer, checkpoint, saved)
+        read = checkpoints_module._read_arrays(ocp, checkpointer, saved, checkpoints_module._of_all(saved))
     assert any(name[0] == "optimizer_state" for name in read)
     return {
         "/".join(name): (str(array.dtype), array.shape, np.asarray(array).tobytes()) for name, array in read.items()

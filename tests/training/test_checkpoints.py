@@ -278,14 +278,18 @@ def test_a_collection_that_a_step_of_ones_own_changes_is_saved_with_each(three):
         assert bits(three.restore(new_state()).state) == bits(state)
 
 
-def test_a_file_system_without_hard_links_gets_copies(three, monkeypatch):
+def test_a_file_system_without_hard_links_gets_copies_for_which_room_is_counted(three, monkeypatch):
     def none(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(module.os, "link", none)
+    counted = []
+    monkeypatch.setattr(module, "_check_room", lambda folder, parts: counted.append([part[:6] for part in parts]))
     three.save(4, later(4))
-    assert {file.st_nlink for file in frozen_files(three.path(4)).values()} == {1}
-    assert bits(three.restore(new_state()).state) == bits(later(4))
+    monkeypatch.setattr(module.os, "link", none)
+    three.save(5, later(5))
+    assert counted == [["state"], ["state", "frozen"]]
+    assert {file.st_nlink for file in frozen_files(three.path(5)).values()} == {1}
+    assert bits(three.restore(new_state()).state) == bits(later(5))
 
 
 def damaged_base(folder, content):
