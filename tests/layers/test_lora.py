@@ -19,7 +19,6 @@ from llmq_jax.models import (
     GPT2Config,
     Llama3Config,
     MixtralConfig,
-    Qwen3MoeConfig,
     build,
     init,
     override,
@@ -45,14 +44,6 @@ CONFIGS = {
         layer_types=("sliding_attention", "sliding_attention", "full_attention"),
     ),
     "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
-    "qwen3_moe": Qwen3MoeConfig(
-        **SIZES,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=12,
-        mlp_only_layers=(1,),
-    ),
     "deepseek": DeepSeekV3Config(
         **SIZES,
         q_lora_rank=12,
@@ -80,11 +71,7 @@ VARIANTS = {
 }
 
 
-# What it has is Mixtral's, and dense layers between.
-BASES = [pytest.param(name, marks=pytest.mark.exhaustive if name == "qwen3_moe" else ()) for name in CONFIGS]
-
-
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=CONFIGS)
 def base(request):
     config = CONFIGS[request.param]
     return build(config), drawn(config)
