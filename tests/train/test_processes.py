@@ -176,7 +176,7 @@ def test_processes_with_other_meshes_stop_at_the_start(begin, folder):
 def test_a_folder_that_cannot_be_made_stops_both_at_once(begin, folder):
     (folder / "file").touch()
     for code, _, fault in ended(two(begin, "file/run")):
-        assert code == 2 and f"error: Not a directory: {folder / 'file' / 'run'}" in fault, fault
+        assert code == 2 and f"error: {folder / 'file'} is a file; a run needs a folder" in fault, fault
 
 
 @pytest.mark.exhaustive
