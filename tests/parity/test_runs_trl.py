@@ -118,6 +118,16 @@ def our_run(recipe, folder, tmp_path, monkeypatch):
     return kept["batches"], figures, kept["result"].state.variables
 
 
+EVERY_STEP = {  # is told, nothing is saved, and all of it is computed in float32
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+}
+
+
 def their_trainer(recipe, folder, tmp_path):
     kind, options = {
         "instruct": ("SFT", {}),
@@ -138,12 +148,7 @@ def their_trainer(recipe, folder, tmp_path):
             weight_decay=DECAY,
             max_grad_norm=CLIP,
             max_length=96,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
+            **EVERY_STEP,
             **options,
         ),
         train_dataset=datasets.Dataset.from_list(CASES[recipe][0]),
@@ -328,12 +333,7 @@ def test_figures_of_grpo_and_the_last_weights(recipe, folder, tmp_path, monkeypa
             lr_scheduler_type="constant",
             max_grad_norm=CLIP,
             gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
+            **EVERY_STEP,
         ),
         train_dataset=datasets.Dataset.from_list(QUESTIONS),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
