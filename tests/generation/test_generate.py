@@ -344,7 +344,7 @@ def test_a_sampler_of_another_type_is_refused(lm, sampler):
 def test_a_name_where_a_model_is_wanted_is_refused():
     with pytest.raises(lq.BadInput, match=r"'gpt2' stands where a loaded model is wanted; give what lq.load\('gpt2'\)"):
         inspect.unwrap(Request.create.__func__)(Request, "gpt2", ["a"], 4, None, None, 0)
-    with pytest.raises(lq.BadInput, match=r"None stands .* what lq.load\(\"gpt2\"\) returns"):
+    with pytest.raises(lq.BadInput, match=r"None stands .* what lq.load\(name\) returns"):
         inspect.unwrap(lq.stream)(None, "a")
 
 
