@@ -2,6 +2,7 @@
 
     python -m bench.gpu                               gpt2-124m, llama3.2-1b, and a mixture of experts with MLA
     python -m bench.gpu llama3.2-1b --batch-size 8    one of them
+    python -m bench.gpu deepseek-1b-active --dispatch ragged
 
 Training is a step of the library: bfloat16 products, float32 weights, clipping, AdamW, cuDNN's attention by name.
 Its MFU is by the formula and the peaks of llmq_jax/training/flops.py.
@@ -62,6 +63,8 @@ class Options:
     attention: Literal["fused", "masked", "blocked", "auto"] = "fused"
     """Of training; "fused" is cuDNN's, and an error where it cannot run. If it fails in cuDNN, "masked" tells what the
     rest takes, with a smaller batch: it stores all scores."""
+    dispatch: Literal["auto", "blocks", "ragged", "dense"] = "auto"
+    """How tokens come to their experts (docs/moe.md): which is fastest on a GPU is for this program to show."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes, for less memory: "dots" all but products with weights, "full" everything."""
     written_out: Flag = False
@@ -77,6 +80,9 @@ def main(options: Options) -> None:
     for name in ("batch_size", "context", "layers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must be at least 1")
+    plain = [name for name in options.models or WORK if name != MIXTURE]
+    if options.dispatch != "auto" and plain:
+        raise BadInput(f"--dispatch {options.dispatch}: {plain[0]} has no experts; measure {MIXTURE} alone")
     use_device(options.device)
     import jax
 
@@ -93,10 +99,11 @@ def main(options: Options) -> None:
     for name in options.models or WORK:
         rows, length = WORK[name]
         rows, length = options.batch_size or rows, options.context or length
-        config = config_of(name, options.layers, length)
+        config = config_of(name, options.layers, length, options.dispatch)
         if length > config.max_position_embeddings:
             raise BadInput(f"--context {length} exceeds the {config.max_position_embeddings:,} positions of {name}")
-        print(f"\n{name}: {passed_weights(config) / 1e6:,.0f} M weights a token passes", flush=True)
+        named = name if options.dispatch == "auto" else f"{name}, dispatch {options.dispatch}"
+        print(f"\n{named}: {passed_weights(config) / 1e6:,.0f} M weights a token passes", flush=True)
         advice = "take a smaller --batch-size, --remat dots or a smaller --context"
         print(f"  {within_memory(advice, training, config, rows, length, peak, options)}", flush=True)
         print(f"  {within_memory('take fewer --layers', decoding, config, bandwidth)}", flush=True)
@@ -116,12 +123,13 @@ def within_memory(advice: str, measure: Callable[..., str], *arguments: Any) -> 
         return f"does not fit: {short}; {advice}"
 
 
-def config_of(name: str, layers: int | None, length: int) -> Any:
+def config_of(name: str, layers: int | None, length: int, dispatch: str = "auto") -> Any:
     import llmq_jax as lq
 
     fields: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
     if name == MIXTURE:
-        return lq.DeepSeekV3Config(**{**SMALL, **fields}, max_position_embeddings=max(length, PROMPT + LONG))
+        fields |= {"max_position_embeddings": max(length, PROMPT + LONG), "experts": {"dispatch": dispatch}}
+        return lq.DeepSeekV3Config(**{**SMALL, **fields})
     if name == "gpt2-124m":
         fields |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     return lq.preset(name, **fields)

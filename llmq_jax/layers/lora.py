@@ -247,7 +247,9 @@ def _moved(variables: dict[str, Any], found: Mapping[Path, tuple[dict[str, Any],
 def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
     first, last = factors(trained, fixed)
     stack = first.ndim - 2
-    total = _matrices(kernel, stack) + first.astype(jnp.float32) @ _matrices(last, stack)
+    # On a GPU, too, the product is float32, not TF32: it is done once, and stays in the weights.
+    change = jnp.matmul(first.astype(jnp.float32), _matrices(last, stack), precision=jax.lax.Precision.HIGHEST)
+    total = _matrices(kernel, stack) + change
     total = total.reshape(kernel.shape)
     if MAGNITUDE in trained:
         total *= jnp.expand_dims(_magnitude_ratio(kernel, first, last, trained, fixed), stack)

@@ -32,8 +32,8 @@ def test_published_sizes():
 
 @pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("llama", 63), ("mixture", 64)])
 def test_the_training_step_as_a_gpu_gets_it(name, length, monkeypatch):
-    """Lowered here for CUDA, not run: cuDNN's attention, products in bfloat16 except the router's, sums over tokens in
-    float32, nothing that calls the host, and the state donated."""
+    """Lowered here for CUDA, not run: cuDNN's attention, products in bfloat16 except the router's, which are in float32
+    and not in TF32, sums over tokens in float32, nothing that calls the host, and the state donated."""
     monkeypatch.setattr(jax, "devices", lambda: [H100])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     cudnn = "jax._src.cudnn.fused_attention_stablehlo"
@@ -50,10 +50,11 @@ def test_the_training_step_as_a_gpu_gets_it(name, length, monkeypatch):
     lines = lowered.as_text().splitlines()
     calls = [line.partition("@")[2].partition("(")[0] for line in lines if "stablehlo.custom_call" in line]
     assert {call for call in calls if "Sharding" not in call} == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
-    products = [line.rpartition(" : ")[2] for line in lines if "dot_general" in line]
-    wide = [types for types in products if "f32>" in types.partition("->")[0]]
-    of_router = [types for types in wide if model.experts and f"x{model.experts.num_experts}xf32" in types]
-    assert wide == of_router
+    products = [line.rpartition(" : ") for line in lines if "dot_general" in line]
+    wide = [(what, types) for what, _, types in products if "f32>" in types.partition("->")[0]]
+    of_router = [types for _, types in wide if model.experts and f"x{model.experts.num_experts}xf32" in types]
+    assert [types for _, types in wide] == of_router
+    assert all("precision = [HIGHEST, HIGHEST]" in what for what, _ in wide)
     sums = [re.search(r"stablehlo\.reduce\(.*add.*dimensions = \[0.*: \(tensor<(.*)xbf16>,", line) for line in lines]
     assert [found[1] for found in sums if found] == []
     assert {argument.donated for argument in jax.tree.leaves(lowered.args_info[0][0])} == {True}
@@ -66,11 +67,13 @@ def test_it_runs(monkeypatch, capsys):
     for name, value in {"WARM_UP": 1, "ROUNDS": 1, "STEPS": 1, "PROMPT": 8, "SHORT": 4, "LONG": 8}.items():
         monkeypatch.setattr(gpu, name, value)
     words = [gpu.MIXTURE, "--device", "cpu", "--attention", "auto", "--layers", "2", "--batch-size", "2"]
+    words += ["--dispatch", "ragged"]
     with pytest.raises(SystemExit) as stop:
         run(gpu.main, [*words, "--context", "16"], program="gpu")
     out = capsys.readouterr().out
     assert stop.value.code == 0
     assert "training, 2 x 16 tokens" in out and "decoding, 1 row" in out and "peak unknown" in out
+    assert "dispatch ragged" in out
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,10 @@ def test_it_runs(monkeypatch, capsys):
         (["gpt3"], "unknown model 'gpt3'"),
         (["--layers", "0"], "--layers is 0 and must be at least 1"),
         (["--device", "gpu"], "--device gpu: JAX finds no GPU here"),
+        (
+            ["gpt2-124m", "--dispatch", "ragged"],
+            "--dispatch ragged: gpt2-124m has no experts; measure deepseek-1b-active",
+        ),
     ],
 )
 def test_bad_input(words, why, capsys):

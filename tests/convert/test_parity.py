@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -327,6 +328,18 @@ def test_command_on_a_random_model_with_a_fault(program):
     assert last.startswith("first difference: layer 1, attention norm (transformer.h.1.ln_1): ")
     assert "  transformer.h.1.ln_1.weight  differs by up to " in out
     assert "  transformer.h.1.ln_1.bias  the same on both sides" in out
+
+
+def test_float32_is_compared_in_float32_on_a_gpu_too(monkeypatch):
+    """Where JAX multiplies in TF32 unless told otherwise; PyTorch's side is exact."""
+
+    def compare(*_, **__):
+        lowered = jax.jit(jnp.matmul).lower(jnp.ones((2, 2)), jnp.ones((2, 2))).as_text()
+        raise BadInput("HIGHEST" if "precision = [HIGHEST, HIGHEST]" in lowered else "TF32")
+
+    monkeypatch.setattr("convert.parity_check.compare_models", compare)
+    with pytest.raises(BadInput, match="HIGHEST"):
+        parity.main(parity.Options(random="gpt2"))
 
 
 @pytest.mark.exhaustive
