@@ -305,9 +305,15 @@ class Rewards:
         silent = np.isnan(table).all(axis=1)
         if alone and silent.any():
             row = int(silent.argmax())
+            reference = columns["answer"][row] if numeric_answer in self.functions else None
             raise BadInput(
                 f"no reward of completion {row} ({_shown(prompts[row])}): all functions ({', '.join(self.names)}) "
-                "returned None; drop such records, or add a function that has a reward for each"
+                "returned None; "
+                + (
+                    "drop such records, or add a function that has a reward for each"
+                    if reference in (None, "")
+                    else f"the field answer, {_shown(reference)}, holds no number; for words there is --reward exact"
+                )
             )
         total = np.nansum(table * np.asarray(self.weights), axis=1)
         return total.astype(np.float32), {name: column.astype(np.float32) for name, column in values.items()}

@@ -239,6 +239,12 @@ def test_a_function_that_fails_names_itself(function, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_words_are_told_from_numbers():
+    """train.grpo's default reward reads numbers; a data set whose answers are words wants another."""
+    with pytest.raises(BadInput, match=r"answer, 'red', holds no number; for words there is --reward exact$"):
+        Rewards(("answer",), (numeric_answer,), (1.0,))(["a", "b"], ["x", "y"], {"answer": ["7", "red"]})
+
+
 def test_the_error_that_a_function_raised_is_kept():
     with pytest.raises(BadInput) as error:
         Rewards(("mine",), (failing,), (1.0,))(["a"], ["x"], {})

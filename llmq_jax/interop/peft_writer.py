@@ -10,13 +10,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
 from llmq_jax.interop.peft_whole import EMBEDDING, module_name
+from llmq_jax.interop.safetensors_files import save_tensors
 from llmq_jax.interop.tables import in_out
 from llmq_jax.interop.tensor_files import write_json
 from llmq_jax.layers.lora import (
@@ -116,7 +116,7 @@ def write_adapter(
         )
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, values)
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, partial / WEIGHTS)
         if text_files is not None:
             text_files.save(partial)
         if (folder / CARD).is_file():

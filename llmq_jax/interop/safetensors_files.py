@@ -74,14 +74,22 @@ def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard
         raise BadInput(f'max_shard_size={max_shard_size!r} is no size; write "5GB" or "500MB"') from error
     for filename, names in split.filename_to_tensors.items():
         shard = {name: np.asarray(tensors[name]) for name in names}
-        # transformers requires "pt"; it says nothing about the numbers.
         try:
-            save_file(shard, folder / filename, metadata={"format": "pt"})
+            save_tensors(shard, folder / filename)
         except SafetensorError as error:
             raise BadInput(f"{folder / filename}: cannot be written ({error})") from error
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """One file, with the permissions of any new file. safetensors 0.8 writes a temporary one, for its owner alone, and
+    renames it: a server under another account could not read it."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})  # transformers requires "pt"; it says nothing about the numbers
+    path.chmod(mode)
 
 
 def _read(path: Path) -> dict[str, LazyTensor]:

@@ -28,7 +28,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, close_names
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.axes import on_host
 
@@ -343,9 +343,11 @@ def _chosen(
         if found and not in_layers:
             raise BadInput(f"LoRA: layers {', '.join(map(str, layers))} have no {pattern}; leave it out")
         if not found:
-            names = sorted(set(matrices.values()))
+            names = [ALL_LINEAR, ATTENTION, MLP, *sorted(set(matrices.values()))]
+            if near := close_names(pattern, [*names, *sorted(aliases)], 1):
+                raise BadInput(f"LoRA: {pattern!r} matches no matrix; did you mean {near[0]}?")
             raise BadInput(
-                f"LoRA: {pattern!r} matches no matrix; there are {ALL_LINEAR}, {ATTENTION}, {MLP}, {', '.join(names)}"
+                f"LoRA: {pattern!r} matches no matrix; there are {', '.join(names)}"
                 + (f", or by their other names {', '.join(sorted(aliases))}" if aliases else "")
             )
         wanted |= in_layers

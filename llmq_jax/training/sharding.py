@@ -50,9 +50,14 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     if wanted != len(devices):
         factors = [str(size) for size in sizes.values() if size > 1]
         product = f"{' x '.join(factors)} = {wanted}" if len(factors) > 1 else wanted
+        virtual = (
+            f"; to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count={wanted}"
+            if wanted > len(devices) and devices[0].platform == "cpu"
+            else ""
+        )
         raise BadInput(
             f"mesh {text!r} is for {product} devices, and here are {len(devices)}; sizes multiply to the "
-            "number of devices"
+            f"number of devices{virtual}"
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=auto, devices=devices)

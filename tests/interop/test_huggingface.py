@@ -132,6 +132,7 @@ def test_files_come_back_bit_for_bit(tmp_path, dtype, tied):
 
 def test_export_in_another_type(lm, tmp_path):
     folder = save_hf(lm, tmp_path / "ours", dtype="bfloat16")
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # a server under another account reads all
     assert {array.dtype for array in load_file(folder / "model.safetensors").values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     assert load(folder).params["final_norm"]["scale"].dtype == ml_dtypes.bfloat16

@@ -368,6 +368,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
         ({"numbers": 3}, "numbers=3 has no effect but on tinylora"),
         ({"targets": ()}, "targets=() names no matrix"),
         ({"targets": "querry"}, "'querry' matches no matrix; there are all-linear, attention, mlp, attention/key"),
+        ({"targets": "atention"}, "'atention' matches no matrix; did you mean attention?"),
         ({"layers": (3,)}, "layer 3 does not exist; the model has layers 0 to 2"),
         ({"rank": 25}, "rank=25 is above that of group_0/block_0/attention/key/kernel, a matrix of rank 12"),
         ({"dropout": 0.1, "targets": "moe/*"}, "dropout=0.1 does not act on stacked experts"),

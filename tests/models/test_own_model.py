@@ -1,6 +1,8 @@
 """The models that docs/own_model.md shows train, go to disk and back, and decode with caches as without."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -9,11 +11,12 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.models import ARCHITECTURES
+from llmq_jax.models import ARCHITECTURES, PRESETS
 from llmq_jax.training.roles import ROLES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_model.md").read_text()
 MARK = "<!-- executed by tests/models/test_own_model.py -->"
+RUNS = MARK.replace(" -->", ": with_capped -->")
 SIZES = {"vocab_size": 257, "max_position_embeddings": 32, "hidden_size": 16, "num_attention_heads": 2}
 SIZES |= {"num_hidden_layers": 3, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.3}
 
@@ -60,6 +63,28 @@ def test_models_of_the_page_take_adapters(name, shown):
     learner = lq.lora(lm, rank=2, targets="attention" if name != "ValueResidualConfig" else ("qkv",))
     np.testing.assert_array_equal(learner.logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]))
     assert lq.merge(learner).logits([[1, 2, 3]]).shape == (1, 3, 257)
+
+
+def test_commands_know_a_model_of_another_folder(shown, tmp_path, monkeypatch, capsys):
+    """By the page's script, which imports the file with the model and then runs the command that follows its name."""
+    model, script = (re.search(rf"{re.escape(mark)}\n```python\n(.*?)```", PAGE, re.DOTALL)[1] for mark in (MARK, RUNS))
+    (tmp_path / "capped.py").write_text(
+        model + "\nfrom llmq_jax.models import PRESETS\n\nPRESETS['capped'] = CappedConfig(hidden_size=48)\n"
+    )
+    (tmp_path / "with_capped.py").write_text(script)
+    for table, name in ((ARCHITECTURES, "capped"), (PRESETS, "capped"), (sys.modules, "capped")):
+        monkeypatch.setitem(table, name, None)  # so that what the file puts there is taken out again
+    monkeypatch.delitem(sys.modules, "capped")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def said(*arguments):
+        monkeypatch.setattr(sys, "argv", ["with_capped.py", *arguments])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(tmp_path / "with_capped.py"), run_name="__main__")
+        return "".join(capsys.readouterr())
+
+    assert "unknown preset 'caped': did you mean capped?" in said("train.pretrain", "--preset", "caped")
+    assert said("llmq", "generate", "--help").startswith("usage: llmq generate")
 
 
 def test_gains_begin_as_the_model_that_they_join(shown):
