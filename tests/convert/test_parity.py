@@ -86,7 +86,6 @@ FAULTS = [
 MORE_FAULTS = [
     ("transformer.wpe.weight", "position embedding", "transformer.wpe", "transformer.wpe.weight"),
     ("transformer.h.0.attn.c_attn.bias", "layer 0, attention qkv", "transformer.h.0.attn.c_attn", None),
-    ("transformer.h.0.attn.c_proj.bias", "layer 0, attention out", "transformer.h.0.attn.c_proj", None),
     ("params/group_0/block_0/mlp/up/kernel[2]", "layer 2, mlp up", "transformer.h.2.mlp.c_fc", None),
 ]
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -161,13 +160,12 @@ def test_rounding_explains_as_much_as_other_last_bits_do(model):
 
 
 @EXHAUSTIVE
-@pytest.mark.parametrize(("model_type", "layers"), [("gemma3_text", 7), ("gemma2", 3)])
-def test_gemma_by_its_weight_table_alone(model_type, layers):
+def test_gemma_by_its_weight_table_alone():
     """Layers of two kinds in several groups, and norms after sub-layers.
 
     Norms by head are no places: transformers has heads before positions there.
     """
-    model = random_model(model_type)
+    model, layers = random_model("gemma3_text"), 7
     found = check(model)
     assert first_difference(found.places, TOLERANCE) is None
     assert first_gradient(found.gradients, TOLERANCE) is None
@@ -342,14 +340,6 @@ def test_float32_is_compared_in_float32_on_a_gpu_too(monkeypatch):
         parity.main(parity.Options(random="gpt2"))
 
 
-@pytest.mark.exhaustive
-def test_command_on_a_random_llama_with_a_fault():
-    done = run("--random", "llama", "--inject", "group_0/block_0/mlp/gate/kernel[1]")
-    assert (done.returncode, done.stderr) == (1, "")
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("first difference: layer 1, mlp gate (model.layers.1.mlp.gate_proj): ")
-
-
 def test_command_on_an_architecture_that_is_not_here(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
     done = run(tmp_path)
@@ -364,8 +354,7 @@ def test_bfloat16_is_compared_by_what_is_predicted(folder, capsys):
     out = capsys.readouterr().out
     assert "mean KL" in out and "same top-1" in out
     assert out.splitlines()[-1].startswith("parity: ") and out.splitlines()[-1].endswith("tolerance 1e-3")
-    for model_type in ("llama", "mixtral"):
-        assert parity.main(parity.Options(random=model_type, dtype="bf16")) == 0
+    assert parity.main(parity.Options(random="mixtral", dtype="bf16")) == 0
     capsys.readouterr()
     assert parity.main(parity.Options(str(folder), dtype="bf16", inject="transformer.wte.weight")) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("no parity: ")
@@ -452,10 +441,9 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_trained_model_of_which_places_magnify_rounding(smollm2, capsys, seed):
+def test_a_trained_model_of_which_places_magnify_rounding(smollm2, capsys):
     """Activations hundreds of times as large as others: a change of the last bits is above the tolerance after some."""
-    status = parity.main(parity.Options(str(smollm2), seed=seed))
+    status = parity.main(parity.Options(str(smollm2)))
     out = capsys.readouterr().out
     assert status == 0, out[-2000:]
     assert out.splitlines()[-1].startswith("parity: ")
@@ -467,9 +455,8 @@ def test_small_faults_of_a_trained_model(smollm2, monkeypatch):
     """A hundredth of the usual perturbation, in the midst of the places that magnify rounding; an epsilon 2% off."""
     monkeypatch.setattr(parity_weights, "PERTURBATION", 1e-3)
     model = parity_reference.load(smollm2)
-    for name in ("mlp.down_proj", "self_attn.o_proj"):
-        first = first_difference(check(model, inject=f"model.layers.9.{name}.weight").places, TOLERANCE)
-        assert (first.place.theirs, first.before) == (f"model.layers.9.{name}", False)
+    first = first_difference(check(model, inject="model.layers.9.mlp.down_proj.weight").places, TOLERANCE)
+    assert (first.place.theirs, first.before) == ("model.layers.9.mlp.down_proj", False)
     config = config_from_hf(model.config.to_dict())
     found = check(model, config=dataclasses.replace(config, rms_norm_eps=1.02e-5))
     assert str(first_difference(found.places, TOLERANCE)) == "layer 0, attention norm (model.layers.0.input_layernorm)"

@@ -71,6 +71,18 @@ VARIANTS = {
 }
 
 
+# Of one architecture all variants; of the others what they alone have: biases and one matrix for queries, keys and
+# values; several groups of layers; stacked experts; latents, which decoding absorbs. (All of them beside PEFT's:
+# tests/parity/test_peft.py.)
+CASES = [
+    *(("llama", name) for name in VARIANTS),
+    ("gpt2", "rslora on some layers"),
+    ("gemma", "rslora on some layers"),
+    *(("mixtral", name) for name in ("rslora on some layers", "tied tinylora")),
+    *(("deepseek", name) for name in ("rslora on some layers", "dora", "tied tinylora")),
+]
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def base(request):
     config = CONFIGS[request.param]
@@ -106,7 +118,7 @@ def largest_difference(a, b):
     return max(float(np.abs(x - y).max()) for x, y in both)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("base", "name"), CASES, indirect=["base"])
 @pytest.mark.product("adapters")
 def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, name):
     model, variables = base
@@ -130,16 +142,7 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, n
         assert largest_difference(parted["lora"], adapted["lora"]) == 0  # numbers that matrices share, once
 
 
-# Of one architecture all variants; of the others those with what differs in decoding: layers without adapters, norms of
-# columns, numbers that matrices share.
-DECODED = ("rslora on some layers", "dora", "tied tinylora")
-
-
-@pytest.mark.parametrize(
-    ("base", "name"),
-    [(base, name) for base in CONFIGS for name in VARIANTS if base == "llama" or name in DECODED],
-    indirect=["base"],
-)
+@pytest.mark.parametrize(("base", "name"), CASES, indirect=["base"])
 @pytest.mark.product("adapters")
 def test_decoding_and_modules_have_the_adapters_too(base, name):
     model, variables = base
@@ -152,23 +155,32 @@ def test_decoding_and_modules_have_the_adapters_too(base, name):
         np.testing.assert_allclose(np.asarray(logits)[:, 0], expected[:, place], atol=3e-5, rtol=0)
 
 
+LORA_OF_ONE, DORA_OF_ONE = LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), variant="dora", targets="attention")
+
+
 @pytest.mark.exhaustive
-def test_layers_that_were_not_chosen_get_no_gradient(base):
+@pytest.mark.parametrize(
+    ("base", "spec"),
+    [("llama", DORA_OF_ONE), ("gemma", LORA_OF_ONE), ("mixtral", LORA_OF_ONE)],
+    indirect=["base"],
+    ids=["llama", "gemma", "mixtral"],
+)
+def test_layers_that_were_not_chosen_get_no_gradient(base, spec):
+    """Of one stack, of several, and of one of experts."""
     model, variables = base
-    for spec in (LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), variant="dora", targets="attention")):
-        adapted = moved(lora.add(variables, model.layer_paths(), spec))
+    adapted = moved(lora.add(variables, model.layer_paths(), spec))
 
-        def loss(trained, adapted=adapted):
-            return jnp.square(model.apply({**adapted, "lora": trained}, TOKENS)).mean()
+    def loss(trained):
+        return jnp.square(model.apply({**adapted, "lora": trained}, TOKENS)).mean()
 
-        paths = dict(enumerate(model.layer_paths()))
-        gradients = flatten_dict(jax.jit(jax.grad(loss))(adapted["lora"]))
-        assert gradients
-        for path, gradient in gradients.items():
-            for block, repeat in paths.values():
-                if path[:2] == block:
-                    layer = next(i for i, path_of in paths.items() if path_of == (block, repeat))
-                    assert np.any(gradient[repeat]) == (layer == 1), path
+    paths = dict(enumerate(model.layer_paths()))
+    gradients = flatten_dict(jax.jit(jax.grad(loss))(adapted["lora"]))
+    assert gradients
+    for path, gradient in gradients.items():
+        for block, repeat in paths.values():
+            if path[:2] == block:
+                layer = next(i for i, path_of in paths.items() if path_of == (block, repeat))
+                assert np.any(gradient[repeat]) == (layer == 1), path
 
 
 def products(jaxpr):
@@ -392,7 +404,7 @@ def test_a_pattern_that_the_chosen_layers_lack_is_refused():
 
 @pytest.mark.exhaustive
 def test_a_base_in_bfloat16_keeps_its_type():
-    model, variables = build(CONFIGS["mixtral"]), init(CONFIGS["mixtral"])
+    model, variables = build(CONFIGS["mixtral"]), drawn(CONFIGS["mixtral"])
     variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
     adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)), size=1.0)
     expected = apply(model, adapted)
@@ -409,7 +421,7 @@ def test_a_base_in_bfloat16_keeps_its_type():
 @pytest.mark.exhaustive
 def test_modules_of_multi_token_prediction_stay_as_they_are():
     config = override(CONFIGS["deepseek"], num_nextn_predict_layers=1)
-    model, variables = build(config), init(config)
+    model, variables = build(config), drawn(config)
     adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)))
     assert all(path[0].startswith("group_") for path in lora.adapters(adapted))
     ahead = jax.jit(lambda variables: model.apply(variables, TOKENS, method="mtp_logits"))

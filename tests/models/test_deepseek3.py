@@ -199,8 +199,12 @@ def test_a_model_is_kept_and_read_again(variables, tmp_path):
 # Decoding.
 
 
-@pytest.mark.parametrize("arrange", [lambda tree: tree, by_output], ids=["as they are", "by output"])
-@pytest.mark.product
+@pytest.mark.parametrize(
+    ("case", "arrange"),
+    list(zip(CONFIGS, (lambda tree: tree, by_output, by_output), strict=True)),
+    indirect=["case"],
+    ids=CONFIGS,
+)
 def test_absorbed_decoding_equals_the_expanded_pass(case, arrange):
     """From unequal prompts, in pieces of several tokens and of one."""
     model, variables, whole, _ = case
@@ -233,6 +237,7 @@ def test_a_row_s_padding_is_not_written(case):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["compressed queries, biases, half-split"], indirect=True)
 def test_modules_decode_as_they_look_ahead(case):
     """The first tokens at once, into empty caches; the others in pieces, absorbed."""
     model, variables, output, ahead = case

@@ -68,7 +68,8 @@ def test_a_classifier_has_a_head_of_its_own(lm):
     params = abstract_variables(config)["params"]
     assert params["score"]["kernel"].shape == (16, 3) and "bias" not in params["score"]
     assert "lm_head" not in params and "token_embedding" in params and "mtp" not in params
-    assert jax.jit(build(config).apply)(draw_variables(config), np.ones((2, 5), np.int32)).shape == (2, 3)
+    logits = jax.eval_shape(build(config).apply, abstract_variables(config), np.ones((2, 5), np.int32))
+    assert logits.shape == (2, 3)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -109,15 +110,15 @@ def test_padding_changes_nothing(classifier):
     real = np.arange(12) < lengths[:, None]
     for filler in (0, 256):
         np.testing.assert_array_equal(classifier.classify(np.where(real, tokens, filler), lengths=lengths), expected)
-    wider = np.pad(tokens, ((0, 0), (0, 9)))
-    np.testing.assert_allclose(classifier.classify(wider, lengths=lengths), expected, atol=1e-4)
     left = np.stack([np.roll(row, 12 - length) for row, length in zip(np.where(real, tokens, 7), lengths, strict=True)])
     found = classifier.classify(left, segment_ids=(np.arange(12) >= 12 - lengths[:, None]).astype(int))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.exhaustive
-def test_texts_in_batches_are_what_each_is_alone(classifier):
+def test_texts_in_batches_are_what_each_is_alone():
+    """Rows of other widths, with as much padding as their batch makes it, and with none."""
+    classifier = with_classifier(language_model("llama"), LABELS, seed=1)
     texts = ["Win a prize!", "See you at noon, " * 3, "ok", "Ü"]
     together = classifier.classify(texts)
     assert together.shape == (4, 2)
@@ -140,7 +141,8 @@ def test_with_classifier_keeps_all_but_the_head(lm, classifier):
         for name, leaf in tree.items():
             if name != "score":
                 assert leaf is lm.variables[collection][name]
-    np.testing.assert_allclose(lm.hidden([[5, 6, 7]]), classifier.hidden([[5, 6, 7]]), atol=1e-5)
+    if lm.config.model_type == "deepseek_v3":  # whose modules go as well
+        np.testing.assert_allclose(lm.hidden([[5, 6, 7]]), classifier.hidden([[5, 6, 7]]), atol=1e-5)
     other = with_classifier(lm, LABELS, seed=2).params["score"]["kernel"]
     assert not np.allclose(other, found["params"]["score"]["kernel"])
     assert "score" not in lm.params and lm.config.labels is None  # the model that it is made of is as it was
@@ -155,7 +157,8 @@ def test_the_fresh_head_is_drawn_as_transformers_draws_it():
 
 
 @pytest.mark.exhaustive
-def test_a_classifier_may_be_given_other_labels(classifier):
+def test_a_classifier_may_be_given_other_labels():
+    classifier = with_classifier(language_model("llama"), LABELS)
     other = with_classifier(classifier, ["a", "b", "c"])
     assert other.classify([[1, 2]]).shape == (1, 3)
     assert with_classifier(classifier, ["reward"]).classify([[1, 2]]).shape == (1, 1)
@@ -169,6 +172,7 @@ def test_our_own_format_keeps_labels(classifier, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("lm", ["gpt2", "deepseek_v3"], indirect=True)
 def test_what_a_classifier_refuses(classifier):
     what = "is a classifier (ham, spam) and gives no token"
     assert what in refused(classifier.logits, [[1, 2]])
@@ -180,6 +184,7 @@ def test_what_a_classifier_refuses(classifier):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("lm", ["gpt2", "deepseek_v3"], indirect=True)
 def test_what_a_language_model_refuses(lm):
     assert "this model is a language model, which knows no classes" in refused(lm.classify, [[1, 2]])
     assert "knows no classes" in refused(lm.model.apply, lm.variables, np.ones((1, 2), np.int32), method="classify")

@@ -157,9 +157,7 @@ GPT2_TINY, LLAMA_TINY = GPT2Config(**SIZES), override(TINY, tie_word_embeddings=
     [
         (GPT2_TINY, "dyt", DYT),
         (GPT2_TINY, "rms_norm", RMS),
-        (GPT2_TINY, "layer_norm", LAYER),
         (LLAMA_TINY, "dyt", DYT),
-        (LLAMA_TINY, "rms_norm", RMS),
         (LLAMA_TINY, "layer_norm", LAYER),
     ],
     ids=lambda value: getattr(value, "model_type", None),

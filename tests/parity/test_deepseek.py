@@ -59,49 +59,51 @@ YARN = {
     "mscale_all_dim": 0.7,
     "original_max_position_embeddings": 16,
 }
-CONFIGS = {
-    "compressed queries, groups, yarn": SIZES | {"rope_parameters": YARN},
-    # Every field away from its default.
-    "direct queries, no groups": SIZES
-    | {
-        "vocab_size": 97,
-        "hidden_size": 24,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "n_routed_experts": 6,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 2,
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 0.7,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 10,
-        "qk_rope_head_dim": 6,
-        "v_head_dim": 20,
-        "hidden_act": "gelu_pytorch_tanh",
-        "rms_norm_eps": 1e-2,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
-        "rope_interleave": False,
-        "attention_bias": True,
-        "tie_word_embeddings": True,
-    },
+PAIRS = {"compressed queries, groups, yarn": SIZES | {"rope_parameters": YARN}}
+# Every field away from its default: direct queries, no groups.
+OTHER = SIZES | {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 0.7,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 20,
+    "hidden_act": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+    "rope_interleave": False,
+    "attention_bias": True,
+    "tie_word_embeddings": True,
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request):
-    return make_pair("deepseek_v3", CONFIGS[request.param])
+    return make_pair("deepseek_v3", PAIRS[request.param])
 
 
 class TestDeepSeek(SameAsTransformers):
     pass
 
 
-def test_experts_in_every_layer():
-    pair = make_pair("deepseek_v3", SIZES | {"first_k_dense_replace": 0, "num_hidden_layers": 2})
+@pytest.mark.parametrize(
+    "fields",
+    [OTHER, SIZES | {"first_k_dense_replace": 0, "num_hidden_layers": 2}],
+    ids=["direct queries, no groups", "experts in every layer"],
+)
+def test_other_configs(fields):
+    pair = make_pair("deepseek_v3", fields)
     assert_same_logits(pair)
     assert_same_loss_and_gradients(pair)
 
@@ -272,7 +274,7 @@ def test_config_defaults_are_those_of_transformers():
 
 
 def test_exported_config_is_understood_by_transformers():
-    ours = config_from_hf({"model_type": "deepseek_v3"} | CONFIGS["direct queries, no groups"])
+    ours = config_from_hf({"model_type": "deepseek_v3"} | OTHER)
     ours = override(ours, num_nextn_predict_layers=2, attention_dropout=0.25, initializer_range=0.5, balance=None)
     values = config_to_hf(ours)
     assert set(values) <= {*transformers.DeepseekV3Config().to_dict(), "num_nextn_predict_layers"}

@@ -76,12 +76,6 @@ OTHERS = {
     # Every field away from its default.
     "gemma 3, everything": ("gemma3_text", GEMMA3 | EVERYTHING | {"final_logit_softcapping": 4.0}),
     "gemma 2, everything": ("gemma2", GEMMA2 | EVERYTHING),
-    "gemma 3, global at the ends": ("gemma3_text", GEMMA3 | {"layer_types": [GLOBAL, LOCAL, LOCAL, GLOBAL]}),
-    "gemma 3, all local": ("gemma3_text", GEMMA3 | {"num_hidden_layers": 2, "layer_types": [LOCAL] * 2}),
-    "gemma 2, all global": ("gemma2", GEMMA2 | {"layer_types": [GLOBAL] * 3}),
-    "gemma 2, no caps": ("gemma2", GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
-    "gemma 3, a window of two": ("gemma3_text", GEMMA3 | {"sliding_window": 2}),
-    "gemma 3, a window of the context": ("gemma3_text", GEMMA3 | {"sliding_window": 64}),
 }
 
 
@@ -100,18 +94,21 @@ def test_every_part_is_seen(model_type, fields):
     theirs, ours = make_pair(model_type, fields)
     tokens = draw_tokens(ours)
     expected = their_logits(theirs, tokens)
-    changes = [
-        {"sliding_window": 6},
-        {"sliding_window": 4},
-        {"layer_types": ours.config.layer_kinds[1:] + ours.config.layer_kinds[:1]},
-        {"query_pre_attn_scalar": 10},
-        {"hidden_activation": "gelu"},
-        {"rope_parameters": {"rope_theta": 1000.0}},
-        {"attn_logit_softcapping": 3.5},
-        {"final_logit_softcapping": 4.5},
-    ]
     if model_type == "gemma3_text":
-        changes += [{"local_rope_parameters": {"rope_theta": 110.0}}]
+        changes = [
+            {"sliding_window": 6},
+            {"sliding_window": 4},
+            {"rope_parameters": {"rope_theta": 1000.0}},
+            {"local_rope_parameters": {"rope_theta": 110.0}},
+        ]
+    else:
+        changes = [
+            {"layer_types": ours.config.layer_kinds[1:] + ours.config.layer_kinds[:1]},
+            {"query_pre_attn_scalar": 10},
+            {"hidden_activation": "gelu"},
+            {"attn_logit_softcapping": 3.5},
+            {"final_logit_softcapping": 4.5},
+        ]
     for change in changes:
         config = ours.config.__class__(**{**vars(ours.config), **change})
         if change.keys() == {"layer_types"}:  # the leaves stand elsewhere
@@ -180,9 +177,9 @@ ROPES = {
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("rope_type", ROPES)
-@pytest.mark.parametrize("config_class", [Gemma3Config, Gemma2Config])
-@pytest.mark.product
+@pytest.mark.parametrize(
+    ("config_class", "rope_type"), [(Gemma3Config, "linear"), (Gemma2Config, "yarn"), (Gemma3Config, "dynamic")]
+)
 def test_exported_models_are_those_of_transformers(config_class, rope_type, tmp_path):
     """Fields away from their defaults, and the logits of what transformers makes of the export."""
     local = {"local_rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}}

@@ -5,11 +5,11 @@ import transformers
 
 from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.models.gpt2 import GPT2Config
-from tests.parity.decoders import SameAsTransformers, make_pair
+from tests.parity.decoders import SameAsTransformers, assert_same_logits, assert_same_loss_and_gradients, make_pair
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-CONFIGS = {
-    "tied": {"vocab_size": 101, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+TIED = {"vocab_size": 101, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+PAIRS = {
     # Every field away from its default.
     "untied": {
         "vocab_size": 97,
@@ -25,13 +25,19 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request):
-    return make_pair("gpt2", CONFIGS[request.param] | NO_DROPOUT)
+    return make_pair("gpt2", PAIRS[request.param] | NO_DROPOUT)
 
 
 class TestGPT2(SameAsTransformers):
     pass
+
+
+def test_a_head_that_is_the_embedding():
+    pair = make_pair("gpt2", TIED | NO_DROPOUT)
+    assert_same_logits(pair)
+    assert_same_loss_and_gradients(pair)
 
 
 def test_config_defaults_are_those_of_transformers():

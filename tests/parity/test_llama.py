@@ -30,9 +30,8 @@ SIZES = {
     "num_attention_heads": 4,
     "intermediate_size": 56,
 }
-CONFIGS = {
-    "tied, one head of keys and values": SIZES | {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    # Every field away from its default: biases everywhere, a head for three heads of queries, wider than 24 / 6.
+PAIRS = {
+    # Every field away from its default, untied: all biases, a head for three heads of queries, wider than 24 / 6.
     "untied": {
         "vocab_size": 97,
         "max_position_embeddings": 48,
@@ -61,18 +60,25 @@ SCALED = {
 }
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request):
-    return make_pair("llama", CONFIGS[request.param])
+    return make_pair("llama", PAIRS[request.param])
 
 
 class TestLlama(SameAsTransformers):
     pass
 
 
-def test_a_head_of_keys_and_values_for_each_of_queries():
-    pair = make_pair("llama", SIZES)
-    assert pair[1].config.num_key_value_heads is None
+OTHERS = {
+    "tied, one head of keys and values": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "a head of keys and values for each of queries": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_configs(name):
+    pair = make_pair("llama", SIZES | OTHERS[name])
+    assert pair[1].config.num_key_value_heads == OTHERS[name].get("num_key_value_heads")
     assert_same_logits(pair)
     assert_same_loss_and_gradients(pair)
 

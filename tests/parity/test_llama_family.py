@@ -63,11 +63,8 @@ EVERYTHING = {
 IRREGULAR = {"use_sliding_window": True, "sliding_window": 7, "layer_types": [LOCAL, GLOBAL]}
 OTHERS = {
     "mistral, no window": ("mistral", SIZES | EVERYTHING | {"sliding_window": None}),
-    "mistral, a window beyond the context": ("mistral", SIZES | {"sliding_window": 4096}),
-    "qwen 2, no window": ("qwen2", SIZES | {"tie_word_embeddings": True}),
     "qwen 2, everything": ("qwen2", SIZES | EVERYTHING | IRREGULAR),
     "qwen 3, everything": ("qwen3", SIZES | EVERYTHING | IRREGULAR | {"attention_bias": True}),
-    "qwen 3, yarn": ("qwen3", SIZES | {"rope_parameters": YARN}),
 }
 
 

@@ -53,11 +53,9 @@ OTHERS = {
     "num_experts_per_tok": 3,
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 7}
-YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 QWEN = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 # Widths are multiples of 8: torch multiplies the experts' matrices in bfloat16 only then.
 PAIRS = {
-    "two of four": ("mixtral", SIZES),
     "three of seven": ("mixtral", OTHERS | {"sliding_window": 7}),
     # Weights that add up to less than 1, and a dense layer between two with experts.
     "qwen 3": ("qwen3_moe", SIZES | QWEN | {"num_hidden_layers": 3, "head_dim": 10, "mlp_only_layers": [1]}),
@@ -73,20 +71,23 @@ class TestMixtral(SameAsTransformers):
     pass
 
 
-QWENS = {
-    "everything": OTHERS | QWEN | WINDOW | {"norm_topk_prob": True, "attention_bias": True, "decoder_sparse_step": 2},
-    "yarn, no dense layers": SIZES | QWEN | {"norm_topk_prob": True, "rope_parameters": YARN},
-    "the last of five layers alone": SIZES | QWEN | {"num_hidden_layers": 5, "mlp_only_layers": [0, 1, 2, 3]},
-    "every second layer but one": SIZES
-    | QWEN
-    | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [0, 5]},
+OTHER_PAIRS = {
+    "mixtral, two of four": ("mixtral", SIZES),
+    "qwen 3, everything": (
+        "qwen3_moe",
+        OTHERS | QWEN | WINDOW | {"norm_topk_prob": True, "attention_bias": True, "decoder_sparse_step": 2},
+    ),
+    "qwen 3, every second layer but one": (
+        "qwen3_moe",
+        SIZES | QWEN | {"num_hidden_layers": 8, "decoder_sparse_step": 2, "mlp_only_layers": [0, 5]},
+    ),
 }
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", QWENS)
-def test_other_configs_of_qwen(name):
-    pair = make_pair("qwen3_moe", QWENS[name])
+@pytest.mark.parametrize("name", OTHER_PAIRS)
+def test_other_configs(name):
+    pair = make_pair(*OTHER_PAIRS[name])
     assert_same_logits(pair)
     assert_same_loss_and_gradients(pair)
 
@@ -105,8 +106,11 @@ def test_choices_are_spread_and_clear(pair):
         assert np.bincount(chosen.ravel(), minlength=experts).min() > tokens.size * top_k / experts / 20
 
 
-@pytest.mark.parametrize("dispatch", ["dense", "blocks", "ragged"])
-@pytest.mark.product
+@pytest.mark.parametrize(
+    ("pair", "dispatch"),
+    [("three of seven", "dense"), ("three of seven", "blocks"), ("qwen 3", "ragged")],
+    indirect=["pair"],
+)
 def test_every_dispatch(pair, dispatch):
     theirs, ours = pair
     tokens = draw_tokens(ours)
@@ -121,8 +125,9 @@ def test_every_dispatch(pair, dispatch):
 COEFFICIENT = 0.5  # as much of the gradients as the rest
 
 
-@pytest.mark.parametrize("kind", ["plain", "right padding"])
-@pytest.mark.product
+@pytest.mark.parametrize(
+    ("pair", "kind"), [("three of seven", "plain"), ("qwen 3", "right padding")], indirect=["pair"]
+)
 def test_loss_and_gradients_with_the_balance_loss(pair, kind):
     theirs, ours = pair
     tokens, labels, their_inputs, our_inputs = batches(ours)[kind]

@@ -46,7 +46,7 @@ def after_torch(start, gradients):
     return {name: np.concatenate([one.detach() for one in found], axis=-1) for name, found in parameters.items()}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["gpt2", "qwen3-moe", "deepseek3"])  # the others' matrices are among theirs
 def trained(request):
     """(names of tensors -> arrays at the start, their gradients, ours after the updates)."""
     config = CONFIGS[request.param]()

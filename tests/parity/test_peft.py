@@ -63,16 +63,13 @@ def pair(request, pair_of):
     return pair_of(request.param)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "mixtral"])
-def two(request, pair_of):
-    """The same of two that differ most: Conv1D, and experts."""
-    return pair_of(request.param)
-
-
 KINDS = ("all", "some layers, rslora, dora", "patterns", "tinylora")
-DIFFERENT = ("gpt2", "llama", "mixtral", "deepseek_v3")  # all others are llama but for what adapters do not see
+# Conv1D, whose weights lie the other way round, has every kind; experts and latents have what is said of them alone.
 CASES = [
-    *((model_type, kind) for model_type in DIFFERENT for kind in KINDS),
+    *(("gpt2", kind) for kind in KINDS),
+    *(("llama", kind) for kind in KINDS[1:3]),
+    *(("mixtral", kind) for kind in ("all", "tinylora")),
+    *(("deepseek_v3", kind) for kind in ("all", "some layers, rslora, dora", "tinylora")),
     *zip(("gemma3_text", "qwen3", "qwen2", "gemma2"), KINDS, strict=True),
     ("qwen3_moe", "all"),
 ]
@@ -101,19 +98,20 @@ def test_adapters_of_peft_and_back(pair, kind, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "fields",
+    ("pair", "fields"),
     [
-        {"rank": 3, "alpha": 7.0},
-        {"rank": 4, "use_rslora": True, "dropout": 0.25, "targets": "attention"},
-        {"rank": 2, "layers": (1,)},
-        {"rank": 2, "variant": "dora", "targets": "attention"},
-        {"rank": 3, "variant": "lora-xs", "targets": "attention"},
-        {"rank": 2, "variant": "tinylora", "numbers": 4, "tied": True, "targets": "attention"},
+        ("gpt2", {"rank": 3, "alpha": 7.0}),  # Conv1D
+        ("mixtral", {"rank": 4, "use_rslora": True, "dropout": 0.25, "targets": "attention"}),
+        ("mixtral", {"rank": 2, "layers": (1,)}),  # experts
+        ("gpt2", {"rank": 2, "variant": "dora", "targets": "attention"}),
+        ("mixtral", {"rank": 3, "variant": "lora-xs", "targets": "attention"}),
+        ("gpt2", {"rank": 2, "variant": "lora-xs", "targets": "attention"}),
+        ("gpt2", {"rank": 2, "variant": "tinylora", "numbers": 4, "tied": True, "targets": "attention"}),
     ],
+    indirect=["pair"],
 )
-@pytest.mark.product
-def test_adapters_of_ours_load_in_peft(two, fields, tmp_path):
-    anew, lm = two
+def test_adapters_of_ours_load_in_peft(pair, fields, tmp_path):
+    anew, lm = pair
     ours = moved(lq.lora(lm, **fields))
     lq.save_adapter(ours, tmp_path / "ours", base="org/base")
     with (tmp_path / "ours" / "adapter_config.json").open() as file:
@@ -136,7 +134,8 @@ def moved(lm, size=0.05):
     return lm.replace(variables={**lm.variables, "lora": jax.tree.unflatten(structure, noise)})
 
 
-TRAINED = [(model_type, kind) for model_type in DIFFERENT for kind in KINDS[:2]]
+TRAINED = [("gpt2", "all"), ("gpt2", KINDS[1]), ("llama", "all"), ("mixtral", "all")]
+TRAINED += [("deepseek_v3", "all"), ("deepseek_v3", KINDS[1])]
 TRAINED += [("gemma3_text", "all"), ("qwen3", KINDS[1]), ("qwen2", "all"), ("gemma2", KINDS[1])]
 
 

@@ -21,7 +21,7 @@ QUESTIONS = (
     "List three uses of a paper clip, with prices like $1.25 or 10%.",
     "Übersetze ins Englische: Guten Morgen! 😀",
 )
-NEW_TOKENS = 64
+NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")

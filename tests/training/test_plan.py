@@ -54,20 +54,15 @@ CONFIGS = {
         "num_nextn_predict_layers": 2,
     },
 }
-DENSE = ("none:1:data=8", "none:1:data=2,fsdp=4", "none:1:data=2,fsdp=2,tensor=2", "full:1:fsdp=4,tensor=2")
-EXPERTS = (
-    "none:1:data=8",
-    "none:1:data=2,expert=4",
-    "full:1:data=2,fsdp=2,expert=2",
-    "none:1:expert=2,fsdp=2,tensor=2",
-)
+# Every kind of mesh with one architecture, of experts with one that has them; of the others what they keep for the
+# backward pass, recomputed and not.
 CASES = {
-    "gpt2": (*DENSE, "dots:1:data=2,fsdp=4"),
-    "llama3": (*DENSE, "full:2:data=4,tensor=2"),
-    "gemma3": DENSE,
-    "mixtral": EXPERTS,
-    "qwen3-moe": EXPERTS,
-    "deepseek3": EXPERTS,
+    "gpt2": ("none:1:data=2,fsdp=4", "dots:1:data=2,fsdp=4"),
+    "llama3": ("none:1:data=8", "none:1:data=2,fsdp=2,tensor=2", "full:2:data=4,tensor=2"),
+    "gemma3": ("none:1:data=2,fsdp=4", "full:1:fsdp=4,tensor=2"),
+    "mixtral": ("none:1:data=8", "none:1:data=2,expert=4", "full:1:data=2,fsdp=2,expert=2"),
+    "qwen3-moe": ("none:1:expert=2,fsdp=2,tensor=2",),
+    "deepseek3": ("none:1:expert=2,fsdp=2,tensor=2", "full:1:data=2,fsdp=2,expert=2"),
 }
 
 
