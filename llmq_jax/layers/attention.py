@@ -20,8 +20,7 @@ left to XLA, each product and each of its gradients gets transposes of its own, 
 """
 
 from collections.abc import Iterable
-from inspect import signature
-from itertools import chain
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import jax
@@ -100,16 +99,16 @@ def attention(
             raise BadInput(f"{known}, which only the formula in `attend` may know of; take 'plain' or 'auto'")
         context = context.replace(implementation="plain")
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, **others}
     if cache is None or cache.empty:
-        options: dict[str, Any] = {"softcap": softcap, "dropout_rate": dropout_rate, "dropout_key": dropout_key}
-        mixed = self_attention(query, key, value, context, scale=scale, window=window, **options, **others)
+        dropout: dict[str, Any] = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+        mixed = self_attention(query, key, value, context, **options, **dropout)
         if cache is not None:
             cache = cache.write(key, value, context.positions, context.segment_ids)
     else:
         cache, (keys, values, key_positions) = cache.update(key, value, context.positions, context.segment_ids)
         if reads_plainly(context.implementation, window is not None):
-            positions, options = (context.positions, key_positions), {"scale": scale, "softcap": softcap, **others}
-            mixed = plain_attention(query, keys, values, positions, window=window, **options)
+            mixed = plain_attention(query, keys, values, (context.positions, key_positions), **options)
         else:
             mask = visible(context.positions, key_positions, window=window)
             mixed = lean_attend(query, keys, values, mask, scale, softcap)
@@ -119,11 +118,12 @@ def attention(
 def _refuse_misspelt(names: Iterable[str]) -> None:
     """BadInput for a keyword that neither `attend` nor a function that calls it takes, but that resembles one of
     theirs."""
-    ways = (signature(way).parameters.values() for way in (attention, self_attention, plain_attention, attend))
-    taken = list(chain.from_iterable(ways))
-    known = dict.fromkeys(each.name for each in taken if each.kind is each.KEYWORD_ONLY)
+    taken: dict[str, Parameter] = {}
+    for function in (attend, plain_attention, self_attention, attention):
+        taken |= signature(function).parameters
+    known = [name for name, parameter in taken.items() if parameter.kind is Parameter.KEYWORD_ONLY]
     for name in names:
-        if name not in [each.name for each in taken] and close_names(name, known):
+        if name not in taken and close_names(name, known):
             raise BadInput(f"attention takes no {name!r}; {did_you_mean(name, known)}")
 
 
@@ -165,8 +165,9 @@ def self_attention(
     if name == "plain":
         positions, segments = context.positions, context.segment_ids
         both = None if segments is None else (segments, segments)
-        options |= others
-        return plain_attention(query, key, value, (positions, positions), both, window, dropout_key, **options)
+        return plain_attention(
+            query, key, value, (positions, positions), both, window, dropout_key, **options, **others
+        )
     if name == "masked":
         return query_blocks(query, key, value, context, length, window, dropout_key, **options)
     if window is None or length <= FEW_WINDOWS * window:
@@ -256,11 +257,10 @@ def query_blocks(
 ) -> Float[Array, "B N T V"]:
     """An unrolled loop over blocks of queries, each scored against the keys up to its own end: scores above the blocks
     on the diagonal are never computed."""
-    length = query.shape[2]
+    length, positions, segments = query.shape[2], context.positions, context.segment_ids
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        positions, segments = context.positions, context.segment_ids
         mask = visible(
             positions[:, start:end],
             positions[:, :end],

@@ -1,28 +1,24 @@
 """Multi-head latent attention (MLA; DeepSeek-AI 2024, "DeepSeek-V2", arXiv:2405.04434, section 2.1).
 
-The keys and values of all heads are formed from one short latent vector c_t per token. A cache holds c_t and r_t alone:
+The keys and values of all heads are formed from one short latent vector c^KV per token. A cache holds c^KV and k^R
+alone. By the paper's equations, with the variable and the module here:
 
-    c_t = norm(W_down x_t)            latent, R features                             eq. 9
-    [k_t; v_t] = W_up c_t             each head's keys and values                    eq. 10, 11
-    r_t = RoPE(W_rotary x_t)          one rotated key, which all heads share         eq. 15
-    q_t = [content; RoPE(rotary)]     queries, from x_t or a latent of their own     eq. 12 to 14
+    c^KV = norm(W^DKV x)                     eq. 9         `latent`, R features        latent_down: [W^DKV; W^KR]
+    k^R = RoPE(W^KR x)                       eq. 15        `shared_key`, for all heads
+    c^Q = norm(W^DQ x)                       eq. 12        `query`, or x itself        query_down: W^DQ
+    [q^C; q^R] = [W^UQ c^Q; RoPE(W^QR c^Q)]  eq. 13, 14    `content`, `rotary`         query_up, or query: [W^UQ; W^QR]
+    [k^C; v^C] = [W^UK; W^UV] c^KV           eq. 10, 11    `keys`, `values`            latent_up: [W^UK; W^UV]
+    o = softmax(scale · q · k) v^C           eq. 18        `mixed`                     q = [q^C; q^R], k = [k^C; k^R]
+    u = W^O o                                eq. 19                                    out: W^O
 
-The paper's matrices, by the names of the modules here (the matrices in brackets are one product, as in DeepSeek's
-checkpoints):
-
-    latent_down   [W^DKV; W^KR]       W_down and W_rotary
-    latent_up     [W^UK; W^UV]        W_up
-    query_down    W^DQ
-    query_up      [W^UQ; W^QR]        named `query` where queries are formed from x_t
-    out           W^O
-
-A head's score is q · [k; r]. RoPE has features of its own because a rotation between q and W_up, different for each
-distance, would keep W_up from being absorbed (section 2.1.3). Attention is computed in one of two forms:
+Matrices in brackets are one product, as in DeepSeek's checkpoints; the norms are those of section 3.1.2. RoPE has
+features of its own because a rotation between q^C and W^UK, different for each distance, would keep W^UK from being
+absorbed (section 2.1.3). Attention is computed in one of two forms:
 
 - expanded (training, prompts): each head's keys and values are formed, and attention is that of any other model;
-- absorbed (decoding): q · W_up c = (W_upᵀ q) · c, and the mixed values W_up Σ w c = Σ w (W_up c). So queries attend to
-  the latents themselves, as to the single head of keys and values of multi-query attention, and nothing is expanded
-  (section 2.1.2). With attention="plain", decoding is expanded too: from the latents in the cache.
+- absorbed (decoding): q^C · W^UK c = (W^UKᵀ q^C) · c, and Σ w (W^UV c) = W^UV Σ w c. So queries attend to the latents
+  themselves, as to the single head of keys and values of multi-query attention, and nothing is expanded (section
+  2.1.2). With attention="plain", decoding is expanded too: from the latents in the cache.
 """
 
 from dataclasses import dataclass

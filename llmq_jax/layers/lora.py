@@ -43,6 +43,8 @@ STAYS, TRAINS = 1.0, 2.0
 """What came whole stays as it is, or trains on with the adapters, as PEFT's `modules_to_save` do."""
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
+Adapter = tuple[dict[str, Any], dict[str, Any]]
+"""What stands beside one matrix: (factors that train, factors that are fixed), each by name."""
 
 
 @dataclass(frozen=True)
@@ -174,29 +176,30 @@ def _column_norms(kernel: Array, first: Array, last: Array) -> Float[Array, "*st
 
 
 def _matrices(leaf: Array, stack: int) -> Float[Array, "*stack D F"]:
+    """[*stack, D, *features] in float32, with features flattened; `stack` counts the leading axes."""
     return leaf.astype(jnp.float32).reshape(*leaf.shape[: stack + 1], -1)
 
 
 # Transformations of variables with adapters.
 
 
-def adapters(variables: dict[str, Any]) -> dict[Path, tuple[dict[str, Any], dict[str, Any]]]:
-    """{path of a matrix in `params`: (what trains beside it, what is fixed)}."""
-    found: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for collection, place in ((LORA, 0), (LORA_FIXED, 1)):
-        tree = {name: leaf for name, leaf in variables.get(collection, {}).items() if name != WHOLE}
-        for path, leaf in flatten_dict(tree).items():
-            found.setdefault(path[:-1], ({}, {}))[place][path[-1]] = leaf
+def adapters(variables: dict[str, Any]) -> dict[Path, Adapter]:
+    """The adapter at each path of a matrix in `params`."""
+    found: dict[Path, Adapter] = {}
+    for place, collection in enumerate((LORA, LORA_FIXED)):
+        for (*path, name), leaf in flatten_dict(variables.get(collection, {})).items():
+            if path[0] != WHOLE:
+                found.setdefault(tuple(path), ({}, {}))[place][name] = leaf
     return found
 
 
-def from_adapters(found: dict[Path, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+def from_adapters(found: dict[Path, Adapter]) -> dict[str, Any]:
     """The two collections, from what `adapters` returns."""
-    trees: dict[str, dict[Path, Any]] = {LORA: {}, LORA_FIXED: {}}
-    for path, pair in found.items():
-        for tree, leaves in zip(trees.values(), pair, strict=True):
-            tree |= {(*path, name): leaf for name, leaf in leaves.items()}
-    return {name: unflatten_dict(tree) for name, tree in trees.items()}
+    trained, fixed = (
+        {(*path, name): leaf for path, adapter in found.items() for name, leaf in adapter[place].items()}
+        for place in (0, 1)
+    )
+    return {LORA: unflatten_dict(trained), LORA_FIXED: unflatten_dict(fixed)}
 
 
 def merge(variables: dict[str, Any]) -> dict[str, Any]:
@@ -225,7 +228,8 @@ def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any
     return _moved(variables, taken_out) | {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
 
 
-def _moved(variables: dict[str, Any], found: Mapping[Path, tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter]) -> dict[str, Any]:
+    """`variables` without adapters, their matrices moved by the updates of those that were found."""
     params = flatten_dict(variables["params"]) if found else {}
     missing = [path for path in found if path not in params]
     if missing:
@@ -275,10 +279,12 @@ def add(
         raise BadInput("this model has adapters already; merge them first, or start from the base")
     params = flatten_dict(variables["params"])
     chosen = _chosen(params, layer_paths, spec, aliases or {})
-    trained, fixed = {}, {}
-    for key, (path, in_layer) in zip(jax.random.split(jax.random.key(seed), len(chosen)), chosen.items(), strict=True):
-        trained[path], fixed[path] = _fresh(params[path], path, np.array(in_layer), spec, key)
-    trees = from_adapters({path: (trained[path], fixed[path]) for path in chosen})
+    keys = jax.random.split(jax.random.key(seed), len(chosen))
+    fresh = {
+        path: _fresh(params[path], path, np.array(in_layer), spec, key)
+        for key, (path, in_layer) in zip(keys, chosen.items(), strict=True)
+    }
+    trees = from_adapters(fresh)
     if spec.tied:
         trees[LORA] = {TIED: {NUMBERS: jnp.zeros(spec.length)}}
     return {**variables, **trees}
@@ -365,11 +371,8 @@ def _means(pattern: str, path: Path, name: str, aliases: Mapping[str, Collection
     return any(fnmatch(candidate, pattern) for candidate in names)
 
 
-def _fresh(
-    kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Array
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what trains, what is fixed) beside one matrix, or a stack of them; `in_layer` says which of the stack have an
-    adapter."""
+def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Array) -> Adapter:
+    """The adapter of one matrix, or of a stack of them; `in_layer` says which of the stack have one."""
     name = "/".join(path)
     stacked = path[0].startswith("group_")
     of_experts = path[-1] in EXPERT_KERNELS

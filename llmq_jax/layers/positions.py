@@ -13,7 +13,7 @@ in `config.json`, which computes the frequencies; `rope_from` finds the class.
 | dynamic | the same, by the length of the document at hand | arXiv:2309.00071, section 3.3 |
 | by_parts | slow pairs, by a ramp in their turns per context | NTK-by-parts, arXiv:2309.00071, definition 2 |
 | by_parts_ntk | as by_parts, over the base of ntk | the default of the repository that this project re-implements |
-| llama3 | as by_parts | Llama 3.1 (arXiv:2407.21783, section 3.4.2) |
+| llama3 | as by_parts | the code of Llama 3.1 (meta-llama/llama-models); its paper does not tell of it |
 | yarn | slow pairs, by a ramp in the index of the pair; with a temperature | YaRN as released, arXiv:2309.00071 |
 | longrope | each pair by a factor of its own | LongRoPE, arXiv:2402.13753 |
 
@@ -49,7 +49,7 @@ class Rotation(struct.PyTreeNode):
         paper and Llama's own code have them): the same but for the order of the features.
         """
         wide = x.astype(jnp.float32)
-        cos, sin = self.cos[:, :, None], self.sin[:, :, None]
+        cos, sin = self.cos[:, :, None], self.sin[:, :, None]  # [B, T, 1, H/2]: the same for all heads
         first, second = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
         turned = first * cos - second * sin, second * cos + first * sin
         whole = jnp.stack(turned, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(turned, axis=-1)

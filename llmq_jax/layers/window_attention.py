@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from llmq_jax.layers.caches import NOWHERE
 from llmq_jax.layers.scaled_dot_product import (
@@ -94,18 +94,16 @@ class _WindowLoop:
     ) -> tuple[Array, Array, Array, Array]:
         """The inputs of a block's attention: its queries, the keys and values within reach, and their mask."""
         block = self.cut(query, start), self.cut_near(key, start), self.cut_near(value, start)
-        return *block, self.visible(places, start)
-
-    def visible(self, places: tuple[Array, Array | None], start: Array) -> Bool[Array, "B T S"]:
-        own = start + self.reach * self.block
+        own = start + self.reach * self.block  # where `places`, which are padded as keys are, have the queries
         positions, segments = places
-        return visible(
+        mask = visible(
             self.cut(positions, own, 1),
             self.cut_near(positions, start, 1),
             None if segments is None else self.cut(segments, own, 1),
             None if segments is None else self.cut_near(segments, start, 1),
             self.window,
         )
+        return *block, mask
 
     def dropping(self, key: Array, index: Array) -> dict[str, Any]:
         """The options of `attend` for a block with dropout."""

@@ -178,11 +178,12 @@ def parameter_count(params: Any) -> int:
 def _shapes(model: Decoder) -> dict[str, Any]:
     """Cached, because readers and writers of weights ask often and each answer traces a whole pass; and by model,
     because another model may be registered for the same config."""
-    token = SHAPES_ALONE.set(True)
-    try:
-        shapes: dict[str, Any] = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    finally:
-        SHAPES_ALONE.reset(token)
+
+    def initialise() -> Any:
+        key = jax.random.key(0)
+        return model.init({"params": key, SHAPES_ALONE: key}, jnp.zeros((1, 1), jnp.int32))
+
+    shapes: dict[str, Any] = jax.eval_shape(initialise)
     return shapes
 
 

@@ -15,7 +15,6 @@ inside the decoding loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,8 +47,8 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-SHAPES_ALONE = ContextVar("shapes_alone", default=False)
-"""Set where only the shapes that `init` gives are asked for."""
+SHAPES_ALONE = "shapes_alone"
+"""A key of this name tells `init` that only the shapes of its variables are asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,14 @@ def layers_in_groups(
     `experts.in_layer` names, and those in `by_layer`, one value per layer, as in `window=(512, 512, None)`. None leaves
     an argument at the block's default."""
     with_experts = [experts if experts is not None and experts.in_layer(layer) else None for layer in range(layers)]
-    options = {"experts": with_experts, **by_layer}
-
-    def make(kind: tuple[Any, ...]) -> Callable[..., nn.Module]:
-        given = zip(options, kind, strict=True)
-        return partial(block, **{name: value for name, value in given if value is not None})
-
-    kinds = tuple(zip(*options.values(), strict=True))
+    by_layer = {"experts": with_experts, **by_layer}
+    kinds = tuple(  # each layer's arguments
+        {name: value for name, value in zip(by_layer, values, strict=True) if value is not None}
+        for values in zip(*by_layer.values(), strict=True)
+    )
     return tuple(
-        LayerGroup(tuple(make(kind) for kind in pattern), repeats) for pattern, repeats in repeating_patterns(kinds)
+        LayerGroup(tuple(partial(block, **kind) for kind in pattern), repeats)
+        for pattern, repeats in repeating_patterns(kinds)
     )
 
 
@@ -312,7 +310,7 @@ class Decoder(nn.Module):
             unroll=1 if self.scan_layers else repeats,
             # True traces the module once more, for a check that we do not need; `init` keeps it, so that a seed still
             # gives the weights that it always gave.
-            check_constancy_invariants=self.is_initializing() and not SHAPES_ALONE.get(),
+            check_constancy_invariants=self.is_initializing() and not self.has_rng(SHAPES_ALONE),
         )
 
     # Decoding: layers sliced once, run one after another.
@@ -445,14 +443,11 @@ def slice_modules(
 ) -> tuple[dict[str, Any], ...]:
     """The variables of the module at each path, with adapters merged, and then passed through `arrange`."""
     variables = merge(variables)  # in whole groups: a few large products instead of several per layer
-
-    def module(block: tuple[str, str], repeat: int) -> dict[str, Any]:
-        group, name = block
-        stack = {key: tree[group][name] for key, tree in variables.items() if name in tree.get(group, {})}
-        sliced: dict[str, Any] = _slice_of(stack, repeat)
-        return sliced
-
-    return tuple(arrange(module(*path)) for path in paths)
+    modules = []
+    for (group, name), repeat in paths:
+        stack = {collection: tree[group][name] for collection, tree in variables.items() if name in tree.get(group, {})}
+        modules.append(arrange(_slice_of(stack, repeat)))
+    return tuple(modules)
 
 
 # One program for all layers: slices taken one leaf at a time take three times as long.

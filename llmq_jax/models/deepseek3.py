@@ -330,7 +330,7 @@ class DeepSeek3(Llama3):
     def __call__(
         self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
     ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
-        if self.is_initializing() and self.config.num_nextn_predict_layers:
+        if self.is_initializing() and self.config.num_nextn_predict_layers:  # `init` gives all modules their parameters
             self.look_ahead(self.forward(tokens, positions, segment_ids), tokens, positions, segment_ids)
         return super().__call__(tokens, positions, segment_ids)
 
@@ -338,6 +338,7 @@ class DeepSeek3(Llama3):
 
     @property
     def prediction_module(self) -> Callable[..., Any]:
+        """The constructor of a module."""
         return partial(PredictionModule, self.config, self.dtype, experts=self.experts)
 
     def look_ahead(
@@ -361,8 +362,8 @@ class DeepSeek3(Llama3):
         depths = range(1, self.config.num_nextn_predict_layers + 1)
         if seen is None:
             embedded = self.embed(tokens, positions)
-            embedded = jnp.stack([jnp.roll(embedded, -k, axis=1) for k in depths])
-            real = jnp.stack([has_token_ahead(tokens, segment_ids, k) for k in depths])
+            embedded = jnp.stack([jnp.roll(embedded, -k, axis=1) for k in depths])  # [depth, B, T, D]
+            real = jnp.stack([has_token_ahead(tokens, segment_ids, k) for k in depths])  # [depth, B, T]
             segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
         else:
             embedded = jnp.stack([self.embed(seen[:, k - 1], positions) for k in depths])

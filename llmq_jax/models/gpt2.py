@@ -190,11 +190,9 @@ class GPT2Attention(nn.Module):
         self, x: Float[Array, "B T D"], context: Context, cache: FullCache | None = None
     ) -> tuple[Array, FullCache | None]:
         c = self.config
-        heads = (3, c.num_attention_heads, c.head_dim)
         normal, residual = (nn.initializers.normal(scale) for scale in (c.initializer_range, c.residual_range))
-        qkv = Linear(heads, kernel_init=normal, dtype=self.dtype, name="qkv")(x)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # each [B, T, N, H]
-        dropout_key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        qkv = Linear((3, c.num_attention_heads, c.head_dim), kernel_init=normal, dtype=self.dtype, name="qkv")(x)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, T, 3, N, H] to [B, T, N, H] each
         mixed, cache = attention(
             query,
             key,
@@ -203,7 +201,7 @@ class GPT2Attention(nn.Module):
             cache,
             scale=c.head_dim**-0.5,
             dropout_rate=c.attn_pdrop,
-            dropout_key=dropout_key,
+            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
         )
         out = Linear(c.hidden_size, kernel_init=residual, dtype=self.dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)), cache

@@ -108,6 +108,16 @@ def _forward(
     return total.sum(), (head_gradient, chunks.join(row_gradients))
 
 
+def _backward(
+    unembed: Unembed, chunk_size: int, gradients: tuple[Any, Array], grad: Array
+) -> tuple[Any, Array, None, None]:
+    head_gradient, hidden_gradient = jax.tree.map(lambda g: (g * grad).astype(g.dtype), gradients)
+    return head_gradient, hidden_gradient, None, None
+
+
+_summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
 def _over_chunks(
     add: Callable[..., Any], skip: Callable[..., Any], start: Any, chunks: Chunks, *rows: Array
 ) -> tuple[Any, Any]:
@@ -137,13 +147,3 @@ def _those(head: Any, perturbed: bool) -> Any:
 def _joined(first: Any, second: Any) -> Any:
     """One tree from two, each of which has None where the other has a value."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
-
-
-def _backward(
-    unembed: Unembed, chunk_size: int, gradients: tuple[Any, Array], grad: Array
-) -> tuple[Any, Array, None, None]:
-    head_gradient, hidden_gradient = jax.tree.map(lambda g: (g * grad).astype(g.dtype), gradients)
-    return head_gradient, hidden_gradient, None, None
-
-
-_summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -196,9 +196,9 @@ def grpo_loss(
     if entropies is not None:
         entropies = jnp.where(mask > 0, entropies, 0.0)
         metrics["entropy"] = safe_divide((mask * entropies).sum(), weights["tokens"])
-    if entropies is not None and entropy_coefficient:
-        metrics["policy_loss"] = loss
-        loss -= entropy_coefficient * _share(mask, weights) * safe_divide((mask * entropies).sum(), mask.sum())
+        if entropy_coefficient:
+            metrics["policy_loss"] = loss
+            loss -= entropy_coefficient * _share(mask, weights) * safe_divide((mask * entropies).sum(), mask.sum())
     return loss, metrics
 
 

@@ -1,19 +1,18 @@
 """Direct preference optimisation: learn from pairs of answers of which one is preferred, without a reward model.
 
 DPO (Rafailov et al. 2023, arXiv:2305.18290): the policy's own log-probabilities, compared with those of a frozen
-reference, are the reward, r(x, y) = beta · log(pi(y|x) / pi_ref(y|x)) plus a term of x alone, which cancels (eq. 5).
-The loss is the negative log likelihood of the preferences in the Bradley-Terry model of this reward. With the
-difference of the two log-ratios
+reference, are the reward, r(x, y) = β log(π(y|x) / π_ref(y|x)) plus a term of x alone, which cancels (eq. 5). The loss
+is the negative log likelihood of the preferences in the Bradley-Terry model of this reward. With y_w the preferred
+answer, y_l the other, and ε `label_smoothing`:
 
-    delta = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x))
+    Δ = log(π(y_w|x) / π_ref(y_w|x)) - log(π(y_l|x) / π_ref(y_l|x))
 
-    sigmoid    -log sigma(beta · delta)                                        eq. 7
-    cDPO       -(1-e) log sigma(beta · delta) - e log sigma(-beta · delta)     sigmoid with label smoothing: labels are
-                                                                               wrong with probability e
-    robust     (-(1-e) log sigma(beta · delta) + e log sigma(-beta · delta)) / (1 - 2e)
-                                                                               unbiased despite these, arXiv:2403.00409
-    hinge      max(0, 1 - beta · delta)                                        arXiv:2305.10425
-    ipo        (delta - 1 / (2 beta))^2                                        arXiv:2310.12036, eq. 17
+    sigmoid    -log σ(β Δ)                                             eq. 7
+    cDPO       -(1 - ε) log σ(β Δ) - ε log σ(-β Δ)                     sigmoid with label smoothing: labels are wrong
+                                                                       with probability ε
+    robust     (-(1 - ε) log σ(β Δ) + ε log σ(-β Δ)) / (1 - 2ε)        unbiased despite these, arXiv:2403.00409
+    hinge      max(0, 1 - β Δ)                                         arXiv:2305.10425
+    ipo        (Δ - 1 / (2 β))²                                        arXiv:2310.12036, eq. 17
 
 An answer's log-probability is the sum over its tokens, the end token included, so that long answers weigh more; `ipo`
 takes means over tokens, and the others can, by `normalise`. An objective as `next_token` describes it.
@@ -57,8 +56,7 @@ def dpo_loss(
     check_dpo(beta, label_smoothing, loss_type)
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
     delta = chosen - rejected
-    right, wrong = -jax.nn.log_sigmoid(beta * delta), -jax.nn.log_sigmoid(-beta * delta)
-    e = label_smoothing
+    right, wrong, e = -jax.nn.log_sigmoid(beta * delta), -jax.nn.log_sigmoid(-beta * delta), label_smoothing
     losses = {
         "sigmoid": (1 - e) * right + e * wrong,
         "robust": ((1 - e) * right - e * wrong) / (1 - 2 * e),

@@ -116,18 +116,7 @@ def run(
             tokenizer.save(trial)
     output = sys.stdout if output is None else output
     keep_freed_memory()
-
-    # What can fail before the first step is done before the folder exists: a folder left behind would count as taken by
-    # the next command. Several processes open the folder first, because that checks that they agree: if they did not,
-    # they would wait for one another here.
-    first_means = None
-    if isinstance(folder, str | Path) and jax.process_count() == 1 and not Path(folder).exists():
-        if options.branch_from is not None:
-            branch_source(options)
-        elif options.evaluate_first:
-            assert evaluate is not None
-            first_means = evaluate(state.variables)
-            validation.require_judged(first_means)
+    first_means = _before_folder(state, options, folder, evaluate, validation)
     opened: contextlib.AbstractContextManager[RunFolder | None]
     if isinstance(folder, str | Path):
         opened = open_folder(folder, options, config=config, may_change=may_change, model_config=model_config, **able)
@@ -163,6 +152,27 @@ def run(
         further = "\n".join(filter(None, ("" if best_is_told else validation.best_text(), loop.profile.text())))
         print(report_text(result, path, further, next_commands if usable else ()), file=output, flush=True)
         return result
+
+
+def _before_folder(
+    state: Any, options: RunOptions, folder: Any, evaluate: Callable[..., Any] | None, validation: Validation
+) -> dict[str, float] | None:
+    """Do what can fail before the first step, before the folder exists: a folder left behind would count as taken by
+    the next command. Returns the means of the evaluation before the first step, if that is done here.
+
+    Several processes open the folder first, because that checks that they agree: if they did not, they would wait for
+    one another here.
+    """
+    if not isinstance(folder, str | Path) or jax.process_count() > 1 or Path(folder).exists():
+        return None
+    if options.branch_from is not None:
+        branch_source(options)
+    elif options.evaluate_first:
+        assert evaluate is not None
+        first_means: dict[str, float] = evaluate(state.variables)
+        validation.require_judged(first_means)
+        return first_means
+    return None
 
 
 @dataclasses.dataclass

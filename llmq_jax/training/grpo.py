@@ -124,7 +124,8 @@ class Loop:
             last = (number + 1) % self.steps_per_iteration == 0
             state, figures = self.reward_learner.step(state, rollout, number % self.steps_per_iteration, last)
             metrics |= {**figures, "reward_model_seconds": np.float32(time.monotonic() - learned)}
-        metrics |= self.figures(cost, rollout, scores, rows["completion_mask"])
+        self.tell(scores, rows["completion_mask"])
+        metrics |= self.figures(cost, rollout, scores)
         metrics |= {"rollout_seconds": np.float32(cost.seconds)}
         metrics |= {"scoring_seconds": np.float32(scored - begin - cost.seconds)}
         metrics |= {"update_seconds": np.float32(learned - scored)}
@@ -243,20 +244,19 @@ class Loop:
 
     def reference_logprobs(self, state: TrainState, rollout: Rollout) -> np.ndarray:
         """[B, C]: log-probabilities of the answers' tokens under the reference."""
-        arrays = rollout.tokens, rollout.lengths, rollout.prompt_lengths
-        variables, group_size = reference_variables(state), self.objective.group_size
-        prompts = rollout.prompt_rows() if group_size > 1 else None
-        return np.asarray(
-            _completion_logprobs(
-                self.objective.model,
-                variables,
-                *arrays,
-                prompts,
-                count=rollout.logprobs.shape[1],
-                temperature=self.objective.temperature,
-                group_size=group_size,
-            )
+        objective = self.objective
+        logprobs = _completion_logprobs(
+            objective.model,
+            reference_variables(state),
+            rollout.tokens,
+            rollout.lengths,
+            rollout.prompt_lengths,
+            rollout.prompt_rows() if objective.group_size > 1 else None,
+            count=rollout.logprobs.shape[1],
+            temperature=objective.temperature,
+            group_size=objective.group_size,
         )
+        return np.asarray(logprobs)
 
     def tell(self, scores: Scores, mask: np.ndarray) -> None:
         """Report the first step that teaches nothing, and why; the metric `frac_reward_zero_std` shows later ones."""
@@ -275,10 +275,9 @@ class Loop:
             self.say(why)
             self.has_told = True
 
-    def figures(self, cost: SamplingCost, rollout: Rollout, scores: Scores, mask: np.ndarray) -> dict[str, Any]:
+    def figures(self, cost: SamplingCost, rollout: Rollout, scores: Scores) -> dict[str, Any]:
         """The metrics of a step's answers, by TRL's names."""
         lengths, terminated = rollout.answer_lengths, rollout.terminated
-        self.tell(scores, mask)
         ended = lengths[terminated] if terminated.any() else np.zeros(1)
         figures = {
             "tokens": cost.tokens,
@@ -332,9 +331,8 @@ def _completion_logprobs(
     count: int,
     **options: Any,
 ) -> Any:
-    rows = tokens, lengths, prompt_lengths
-    options = {**options, "prompts": prompts, "entropies": False}
-    return replicated(completion_logprobs(model, variables, *rows, count, **options)[0])
+    options |= {"prompts": prompts, "entropies": False}
+    return replicated(completion_logprobs(model, variables, tokens, lengths, prompt_lengths, count, **options)[0])
 
 
 def _part(rollout: Rollout, scores: Scores, groups: list[int]) -> tuple[Rollout, Scores]:

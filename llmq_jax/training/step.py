@@ -93,16 +93,14 @@ def make_train_step(
             return value, (metrics, counts)
 
         def gradients(index: Any, microbatch: Any) -> Any:
-            # One random key a micro-batch.
-            key = jax.random.fold_in(rng, index)
-            (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(trained, microbatch, key)
-            return value, aux, grads
+            key = jax.random.fold_in(rng, index)  # another one for each micro-batch
+            return jax.value_and_grad(loss, has_aux=True)(trained, microbatch, key)
 
         if accumulate == 1:
-            value, (metrics, counts), grads = gradients(0, batch)
+            (value, (metrics, counts)), grads = gradients(0, batch)
         else:
             microbatches = _split(batch, accumulate, neighbours)
-            value, (metrics, counts), grads = _accumulated(gradients, microbatches, accumulate)
+            (value, (metrics, counts)), grads = _accumulated(gradients, microbatches, accumulate)
         if pmap:
             value, counts, grads = jax.lax.psum((value, counts, grads), REPLICAS)
         metrics = whole_batch(metrics)
@@ -176,14 +174,14 @@ def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], pa
     program, shapes = jax.make_jaxpr(gradients, return_shape=True)(*jax.tree.map(lambda x: x[0], numbered))
 
     def add(total: Any, numbered: tuple[Any, Any]) -> tuple[Any, None]:
-        (value, (metrics, counts), grads), index = total, numbered[0]
+        ((value, (metrics, counts)), grads), index = total, numbered[0]
         results = jaxpr_as_fun(program)(*jax.tree.leaves(numbered))
-        next_value, (next_metrics, next_counts), next_grads = jax.tree.unflatten(jax.tree.structure(shapes), results)
-        sums = jax.tree.map(jnp.add, (value, counts, grads), (next_value, next_counts, next_grads))
-        both = {
+        (next_value, (next_metrics, next_counts)), next_grads = jax.tree.unflatten(jax.tree.structure(shapes), results)
+        value, counts, grads = jax.tree.map(jnp.add, (value, counts, grads), (next_value, next_counts, next_grads))
+        metrics = {  # not of the zeros that the sums begin with, of which an extreme might be one
             name: jnp.where(index == 0, new, combined(name, metrics[name], new)) for name, new in next_metrics.items()
         }
-        return (sums[0], (both, sums[1]), sums[2]), None
+        return ((value, (metrics, counts)), grads), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, numbered)[0]
