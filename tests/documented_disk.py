@@ -18,6 +18,7 @@ from llmq_jax.data import ByteTokenizer, FileTokenizer
 from llmq_jax.data.gpt2_vocabulary import byte_characters
 from tests.documented import ROOT
 from tests.interop.test_gguf import make_model, write_llama
+from tests.weights import draw_variables
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -138,7 +139,7 @@ def write_models(disk: Path) -> None:
     ):
         config = kind(vocab_size=tokenizer.vocab_size, **fields)
         ends = lq.GenerationConfig(eos_token_id=(tokenizer.vocab_size - 1,))
-        lm = lq.LanguageModel(config, lq.build(config), lq.init(config, seed=1), tokenizer, ends)
+        lm = lq.LanguageModel(config, lq.build(config), draw_variables(config), tokenizer, ends)
         (disk / name).parent.mkdir(exist_ok=True)
         lq.save_hf(lm, disk / name)
     for name in ("org/name@5f4c9a1", "HF_FOLDER", "FOLDER"):
@@ -147,7 +148,7 @@ def write_models(disk: Path) -> None:
 
     book = {**GPT2, "hidden_size": 24, "num_attention_heads": 12}
     config = lq.GPT2Config(vocab_size=50257, max_position_embeddings=32, **book)
-    state = lq.interop.to_state_dict(lq.init(config), config, layout="book")
+    state = lq.interop.to_state_dict(draw_variables(config), config, layout="book")
     torch.save({name: torch.from_numpy(array.copy()) for name, array in state.items()}, disk / "gpt2.pth")
 
 

@@ -10,12 +10,8 @@ from llmq_jax.commands import VERBS
 from tests.documented import PAGES, PROGRAMS, commands
 from tests.documented_disk import write_options
 
-CASES = [
-    pytest.param(command, id=f"{command.where} {str(command)[:60]}")
-    for path in [*PAGES, *PROGRAMS]
-    for command in commands(path)
-    if command.is_ours
-]
+SHOWN = {str(command): command for path in [*PAGES, *PROGRAMS] for command in commands(path) if command.is_ours}
+CASES = [pytest.param(command, id=f"{command.where} {line[:60]}") for line, command in SHOWN.items()]
 
 
 @pytest.mark.parametrize("command", CASES)

@@ -51,14 +51,17 @@ OTHER_OUTCOMES = (
     (r"bench\.figures attention", 2),  # the stand-in has too few heads; tests/bench/test_figures.py draws it
 )
 FRESH = r"train\.pretrain(?!.* --(init-from|layout))"
+SAMPLED = r"out runs/(mine|dpo)\b|sample|options|layout|preview|help"
+"""Some runs of each recipe, and what says itself whether it samples; the others do not."""
 SMALLER = (
     (r"train\.pretrain(?!.* --layout)", "--steps 1 --batch-size 2 --context 16 --warmup-steps 0"),
     (r"train\.(classifier|instruct|reward|dpo) .*--data", "--epochs 0.01"),  # a step
-    (FRESH, "--hidden-size 32 --num-attention-heads 2"),
-    (rf"{FRESH}(?!.*layer_types)", "--num-hidden-layers 1"),
+    (FRESH, "--hidden-size 32 --num-attention-heads 2 --num-hidden-layers 1"),
+    (rf"{FRESH}.*(layer_types|--preset deepseek)", "--num-hidden-layers 2"),  # of two kinds
+    (rf"train\.(pretrain|instruct|dpo|grpo)(?!.* --({SAMPLED}))", "--sample-every 0"),
+    (r"train\.plan .*--preset deepseek", "--config num_hidden_layers=4"),
     ("--preset gemma", "--context 64"),  # the window, which must not be longer
     ("--preset deepseek", "--context 128"),  # room for what is generated then
-    (rf"{FRESH}.* --preset deepseek", "--num-hidden-layers 2"),  # a dense one, and one of experts
     (r"train\.pretrain(?!.* --(data|layout|options))", "--evaluate-batches 2"),  # of the standard library
     ("--out runs/rate-", "--steps 2"),  # which have a speed, to be drawn over seconds
     ("--profile 10:15", "--steps 15"),
@@ -77,17 +80,28 @@ SMALLER = (
 
 
 def pages():
-    """(path, commands) of each page, and of each program those that stand on none."""
-    on_pages = set()
-    for path in PAGES:
-        found = commands(path)
-        on_pages |= {str(command) for command in found}
-        yield path, found
-    for path in PROGRAMS:
-        yield path, [command for command in commands(path) if str(command) not in on_pages]
+    """(path, commands) of each file: those that no other one runs, and those that make what a later one reads."""
+    shown = set()
+    for path in [*PAGES[1:], PAGES[0], *PROGRAMS]:  # the README repeats the pages
+        found = [command for command in commands(path) if str(command) not in NOT_RUN]
+        run, read = [], set()
+        for command in reversed(found):
+            if kind(command) not in shown or any(makes(command, name) for name in read):
+                run.insert(0, command)
+                read = {name for name in read.union(all_arguments(command)) if not makes(command, name)}
+        shown.update(map(kind, found))
+        yield path, run
 
 
-CASES = [pytest.param(found, id=str(path.relative_to(ROOT))) for path, found in pages() if found]
+def makes(command, name):
+    return any(Path(target).is_relative_to(name) for target in targets(command))
+
+
+def kind(command):
+    """Its words, but of files no more than what they are. (The model gpt2 has no chat template.)"""
+    pairs = itertools.pairwise(("", *command.words))
+    files = ("--data", "--init-from", "--out")
+    return tuple(Path(x).suffix if option in files and x != "gpt2" else x for option, x in pairs)
 
 
 @pytest.fixture(scope="session")
@@ -170,9 +184,9 @@ def options(command):
 
 
 def all_arguments(command):
-    """The documented ones, and those that make it small."""
+    """The documented ones, of six layers' types two, and those that make it small."""
     added = [word for match, words in SMALLER if re.search(match, str(command)) for word in words.split()]
-    return [*command.arguments, *added]
+    return [re.sub(r'("\w+_attention",){4}', "", word) for word in (*command.arguments, *added)]
 
 
 def run_here(command, monkeypatch):
@@ -237,9 +251,12 @@ def in_shell(command):
     return subprocess.run(line, shell=True, cwd=folder, env={**os.environ, "PATH": path}, timeout=300).returncode
 
 
+CASES = [pytest.param(found, id=str(path.relative_to(ROOT))) for path, found in pages() if found]
+
+
 @pytest.mark.parametrize("found", CASES)
 def test_every_command_runs(found, disk, capfd, monkeypatch):
-    for together in groups([command for command in found if str(command) not in NOT_RUN]):
+    for together in groups(found):
         first = together[0]
         if first.program.startswith("train.") and "--preview" not in first.words:
             shutil.rmtree(run_folder(first), ignore_errors=True)  # pages show several ways to make one run
