@@ -1,7 +1,7 @@
 """Checkpoints: one atomic save of state, model config and tokenizer, verified when it is read.
 
     checkpoints/00002000/state/            the state, an Orbax PyTree
-                         frozen-1f3a…/     that part of it which no step changes, if there is one: another PyTree
+                         frozen-1f3a…/     a part of it which need not change from step to step: another PyTree
                          config.json       the model's config
                          tokenizer/        the tokenizer's files, where the run has a tokenizer
                          checkpoint.json   step, tokens seen, what the step is judged by, version of this format
@@ -11,10 +11,11 @@ A save fills the hidden folder `.saving-00002000`, writes the manifest last, put
 renames the folder: that one rename is the commit mark. A deletion first renames to a hidden name. So whatever instant
 the process is killed at, a folder with a plain number is a whole checkpoint.
 
-What no step changes, such as the base below adapters, is written once in a run. Its folder is named by its
-fingerprint, and where the newest checkpoint has a folder of that name, a save makes hard links to the files in it. So
-each checkpoint is whole by itself, and these files are on the disk once, until the last checkpoint with them is
-deleted. On a file system without hard links they are written with each.
+What stays as it is over many steps or all of them, such as the base below adapters, or the reference of GRPO, is
+written when it changes. Such are the collections that do not train and the entries of `TrainState.carried`. The folder
+of each is named by its fingerprint, and where the newest checkpoint has a folder of that name, a save makes hard links
+to the files in it. So each checkpoint is whole by itself, and these files are on the disk once, until the last
+checkpoint with them is deleted. On a file system without hard links they are written with each.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -164,9 +166,11 @@ class Checkpoints:
             _discard(saving)
             saving.mkdir(parents=True)
         try:
-            linked: Entries = of_first(lambda: self._linked(saving, {*parts} - {STATE}))
-            if linked:
-                parts = {STATE: parts[STATE]}
+            linked: Entries = {}
+            for part in sorted({*parts} - {STATE}):
+                if files := of_first(partial(self._linked, saving, part)):
+                    linked |= files
+                    del parts[part]
             _check_room(self.folder, parts)
             with _orbax() as (ocp, checkpointer):
                 for part, arrays in parts.items():
@@ -192,13 +196,13 @@ class Checkpoints:
         self.delete_old()
         return target
 
-    def _linked(self, saving: Path, frozen: Collection[str]) -> Entries:
-        """Link the newest checkpoint's files in the folders `frozen` into `saving`; their entries in its manifest. None
+    def _linked(self, saving: Path, part: str) -> Entries:
+        """Link the newest checkpoint's files in the folder `part` into `saving`; their entries in its manifest. None
         where it has no such folder, where one of the files is missing by now or has another size, and on file systems
         without hard links."""
         newest = self.path(self.latest_step() or 0)
         try:
-            files = {name: entry for name, entry in read_manifest(newest).items() if name.split("/")[0] in frozen}
+            files = {name: entry for name, entry in read_manifest(newest).items() if name.split("/")[0] == part}
             for name, entry in files.items():
                 if (newest / name).stat().st_size != entry["size"]:
                     raise CorruptCheckpoint(f"{name} has another size")
@@ -206,8 +210,7 @@ class Checkpoints:
                 os.link(newest / name, saving / name)
             return files
         except (CorruptCheckpoint, OSError):
-            for folder in frozen:
-                shutil.rmtree(saving / folder, ignore_errors=True)
+            shutil.rmtree(saving / part, ignore_errors=True)
             return {}
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
@@ -273,13 +276,15 @@ class Checkpoints:
 
 
 def _parts(state: Any) -> dict[str, dict[Name, Any]]:
-    """The arrays of the state, by the folder that they are saved in: those that a step changes, and all others."""
-    arrays = _named_leaves(state)
-    if not isinstance(state, TrainState):
-        return {STATE: arrays}
-    frozen = {name: x for name, x in arrays.items() if name[0] == "variables" and name[1] not in state.changing}
-    changing = {name: x for name, x in arrays.items() if name not in frozen}
-    return {STATE: changing} | ({FROZEN + fingerprint(frozen): frozen} if frozen else {})
+    """The arrays of the state, by the folder that they are saved in: those that each step changes, and every other
+    collection and every entry of `carried` by itself."""
+    parts: dict[Name, dict[Name, Any]] = {(): {}}
+    for name, array in _named_leaves(state).items():
+        stays = isinstance(state, TrainState) and (
+            name[0] == "carried" or (name[0] == "variables" and name[1] not in state.changing)
+        )
+        parts.setdefault(name[:2] if stays else (), {})[name] = array
+    return {FROZEN + fingerprint(arrays) if part else STATE: arrays for part, arrays in parts.items()}
 
 
 def _check_room(folder: Path, arrays: Any) -> None:

@@ -26,7 +26,8 @@ class TrainState(struct.PyTreeNode):
     key: Any
     """uint32 [2]: step s draws its dropout from fold_in(key, s)."""
     carried: Any = None
-    """Whatever a recipe adds to be saved with the state; the step does not touch it."""
+    """Whatever arrays a recipe adds to be saved with the state; the step does not touch them. Of a dict, checkpoints
+    hold each entry by itself, which is written where it has changed since the checkpoint before."""
     trainable: tuple[str, ...] = struct.field(pytree_node=False, default=("params",))
     """The collections that gradients and the optimizer see."""
 

@@ -1,13 +1,24 @@
 """Checkpoints as former formats wrote them."""
 
 import json
+from unittest.mock import patch
 
+from llmq_jax.training import checkpoints as module
 from llmq_jax.training.manifest import write_manifest
 
 
+def save_as_format_3_began(checkpoints, step, state):
+    """What does not train was in one folder then, and what is carried in `state/`."""
+    parts = module._parts(state.replace(carried=None))
+    frozen = {name: array for part, arrays in parts.items() if part != "state" for name, array in arrays.items()}
+    changing = {name: array for name, array in module._named_leaves(state).items() if name not in frozen}
+    with patch.object(module, "_parts", return_value={"state": changing, "frozen-0": frozen}):
+        checkpoints.save(step, state)
+
+
 def save_in_format_2(checkpoints, step, state):
-    """What no step changes was in `state/` then, with all else."""
-    arrays = {name: getattr(state, name) for name in ("step", "variables", "optimizer_state", "key")}
+    """What does not train was in `state/` then, with all else."""
+    arrays = {name: getattr(state, name) for name in ("step", "variables", "optimizer_state", "key", "carried")}
     path = checkpoints.save(step, arrays)
     rewrite(path, json.loads((path / "checkpoint.json").read_text()) | {"version": 2})
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from old_checkpoints import in_format_1, save_in_format_2
+from old_checkpoints import in_format_1, save_as_format_3_began, save_in_format_2
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import checkpoints as module
@@ -241,7 +241,7 @@ def test_format_of_the_future_is_refused(three):
         three.restore(new_state())
 
 
-# What no step changes.
+# What need not change from step to step.
 
 
 def later(seed):
@@ -253,7 +253,7 @@ def frozen_files(folder):
     return {path.relative_to(folder).as_posix(): path.stat() for path in folder.glob("frozen-*/**/*") if path.is_file()}
 
 
-def test_what_no_step_changes_is_written_once_and_each_checkpoint_is_whole(three, tmp_path):
+def test_what_does_not_train_is_written_once_and_each_checkpoint_is_whole(three, tmp_path):
     written = frozen_files(three.path(3))
     three.save(4, later(4))
     three.save(5, later(5))
@@ -268,14 +268,25 @@ def test_what_no_step_changes_is_written_once_and_each_checkpoint_is_whole(three
     assert bits(three.restore(new_state()).state) == bits(later(5))
 
 
-def test_a_collection_that_a_step_of_ones_own_changes_is_saved_with_each(three):
+def test_each_entry_that_is_carried_is_written_where_it_changed(three):
+    """As GRPO's reference and reward model; and so a collection that a step of one's own changes. What the checkpoints
+    that are deleted on the way have in common with others stays."""
+
     state = later(4)
-    frozen = state.variables["frozen"]
-    for step, changed in enumerate(({"w": frozen["w"].at[2].add(1.0)}, {"odd": -frozen["odd"]}), start=4):
-        state = state.replace(variables=state.variables | {"frozen": frozen | changed})
+    frozen, carried = state.variables["frozen"], {"reference": {"a": jnp.ones(3)}, "learner": new_state(5)}
+    changes = (
+        (2, {"carried": carried}),
+        (0, {"key": state.key + 1}),
+        (1, {"carried": carried | {"learner": new_state(6)}}),
+        (1, {"variables": state.variables | {"frozen": frozen | {"odd": -frozen["odd"]}}}),
+    )
+    for step, (count, change) in enumerate(changes, start=4):
+        state = state.replace(**change)
         three.save(step, state)
-        assert {file.st_nlink for file in frozen_files(three.path(step)).values()} == {1}
-        assert bits(three.restore(new_state()).state) == bits(state)
+        written = {name.split("/")[0] for name, file in frozen_files(three.path(step)).items() if file.st_nlink == 1}
+        assert len(written) == count
+        assert bits(three.restore(state).state) == bits(state)
+    assert three.steps() == [2, 5, 6, 7]
 
 
 def test_a_file_system_without_hard_links_gets_copies_for_which_room_is_counted(three, monkeypatch):
@@ -318,15 +329,21 @@ def test_a_base_that_is_seen_to_be_damaged_is_written_anew(damage, three):
     assert bits(three.restore(new_state()).state) == bits(later(4))
 
 
-def test_a_run_goes_on_from_a_checkpoint_that_an_older_version_wrote(tmp_path):
+@pytest.mark.parametrize(("save", "version", "folders"), [(save_in_format_2, 2, 0), (save_as_format_3_began, 3, 1)])
+def test_a_run_goes_on_from_a_checkpoint_that_an_older_version_wrote(save, version, folders, tmp_path):
+    def state(seed):
+        there = later(seed)
+        fixed = {"fixed": {"a": jnp.ones(2)}}
+        return there.replace(variables=there.variables | fixed, carried={"reference": {"a": jnp.ones(3)}})
+
     checkpoints = Checkpoints(tmp_path)
-    save_in_format_2(checkpoints, 3, new_state(3))
-    assert frozen_files(checkpoints.path(3)) == {}
-    restored = checkpoints.restore(new_state())
-    assert bits(restored.state) == bits(new_state(3)) and restored.info.version == 2
-    checkpoints.save(4, later(4))
-    assert frozen_files(checkpoints.path(4)) != {}
-    assert bits(checkpoints.restore(new_state()).state) == bits(later(4))
+    save(checkpoints, 3, state(3))
+    assert len(list(checkpoints.path(3).glob("frozen-*"))) == folders
+    restored = checkpoints.restore(state(0))
+    assert bits(restored.state) == bits(state(3)) and restored.info.version == version
+    checkpoints.save(4, state(4))
+    assert len(list(checkpoints.path(4).glob("frozen-*"))) == 3
+    assert bits(checkpoints.restore(state(0)).state) == bits(state(4))
 
 
 class Killed(BaseException):
