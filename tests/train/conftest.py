@@ -2,11 +2,13 @@
 
 import gc
 import random
+from dataclasses import replace
 
 import jax
 import pytest
 
 from llmq_jax.errors import BadInput
+from llmq_jax.training import engine
 from tests.programs import ended
 
 
@@ -51,6 +53,22 @@ def beside_state(monkeypatch):
 
     monkeypatch.setattr("llmq_jax.training.engine.run", run)
     return found
+
+
+@pytest.fixture
+def at_first_step(monkeypatch):
+    """Runs end where their first step would be, and this is what they tell then: for tests of what is read, told and
+    written before."""
+
+    def train(loop, output):
+        raise BadInput("as far as the first step")
+
+    def run(state, step, batches, options, run=engine.run, **others):
+        return run(state, step, batches, replace(options, evaluate_first=False), **others)
+
+    monkeypatch.setattr(engine._Loop, "train", train)
+    monkeypatch.setattr(engine, "run", run)
+    return "error: as far as the first step\n"
 
 
 TINY = [

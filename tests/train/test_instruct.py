@@ -518,16 +518,16 @@ def test_nothing_that_is_held_out_is_learned(instruct, tmp_path):
     assert code == 2 and "a.jsonl: every conversation is in a.jsonl too; give others to learn" in err
 
 
-def test_a_folder_of_data(instruct, tmp_path, alpaca):
+def test_a_folder_of_data(instruct, at_first_step, tmp_path, alpaca):
     """All its files are learned as one that holds them all; a run does not go on when one has changed."""
     (tmp_path / "data").mkdir()
     rows = json.loads(alpaca.read_text())
     (tmp_path / "data" / "a.json").write_text(json.dumps(rows[:7]))
     (tmp_path / "data" / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[7:]))
-    given = ("--init-from", "MODEL", "--sample-every=0", "--steps=1", "--checkpoint-every=0")
-    instruct("--data", "ALPACA", "--out=file", *given)
-    code, out, err = instruct("--data=data", *given)
-    assert (code, err) == (0, "") and "11 conversations to learn, 1 held out" in out
+    given = ("--init-from", "MODEL")
+    assert instruct("--data", "ALPACA", "--out=file", *given)[2] == at_first_step
+    _, out, err = instruct("--data=data", *given)
+    assert err == at_first_step and "11 conversations to learn, 1 held out" in out
     file, folder = (json.loads(Path(run, "config.json").read_text()) for run in ("file", "run"))
     for name in ("training_sha256", "validation_sha256"):
         assert file[name] == folder[name]
@@ -537,9 +537,9 @@ def test_a_folder_of_data(instruct, tmp_path, alpaca):
 
 
 @pytest.mark.exhaustive
-def test_the_split_follows_its_seed_alone(instruct):
+def test_the_split_follows_its_seed_alone(instruct, at_first_step):
     def digest(*options):
-        instruct(*GIVEN, "--sample-every=0", "--steps=1", "--checkpoint-every=0", *options)
+        assert instruct(*GIVEN, *options)[2] == at_first_step
         config = json.loads(Path("run/config.json").read_text())
         shutil.rmtree("run")
         return config["validation_sha256"]
@@ -632,7 +632,7 @@ def test_the_help_names_what_is_needed(instruct):
     assert code == 2 and "missing --init-from" in err
 
 
-def test_a_folder_with_splits(instruct, alpaca):
+def test_a_folder_with_splits(instruct, at_first_step, alpaca):
     """Is the files of each, by which a run goes on as well; the test's are not learned."""
     rows = json.loads(Path(alpaca).read_text())
     Path("data").mkdir()
@@ -640,13 +640,13 @@ def test_a_folder_with_splits(instruct, alpaca):
     for name, part in parts.items():
         Path("data", f"{name}.json").write_text(json.dumps(part))
     given = ("--init-from", "MODEL")
-    code, out, err = instruct("--data=data", *given)
-    assert (code, err) == (0, "") and "8 conversations to learn, 2 held out" in out
+    _, out, err = instruct("--data=data", *given)
+    assert err == at_first_step and "8 conversations to learn, 2 held out" in out
     assert "data: train.json to learn, validation.json held out, test.json left out\n" in out
-    _, out, _ = instruct("--data=data/train.json", "--validation-data=data/validation.json", *given)
-    assert "run is finished already" in out
-    code, out, err = instruct("--data=data", *given, "--evaluate-every", 0, "--out=other")
-    assert (code, err) == (0, "") and "8 conversations to learn, 0 held out" in out
+    _, _, err = instruct("--data=data/train.json", "--validation-data=data/validation.json", *given)
+    assert err == at_first_step
+    _, out, err = instruct("--data=data", *given, "--evaluate-every", 0, "--out=other")
+    assert err == at_first_step and "8 conversations to learn, 0 held out" in out
     code, _, err = instruct("--data=data", *given, "--validation-data=data/test.json")
     assert code == 2 and "error: data has validation files of its own, validation.json: leave --validation-data" in err
     # A run that began when all files were one is another one.

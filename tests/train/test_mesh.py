@@ -46,9 +46,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def records(folder):
+def records(folder, names=("loss", "validation_loss")):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {(row["step"], name): row[name] for row in found for name in ("loss", "validation_loss") if name in row}
+    return {(row["step"], name): row[name] for row in found for name in names if name in row}
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,17 @@ def reward_model(model):
 # Answers that are drawn are the same ones only where rounding decides none of them, hence few and short ones.
 DRAWN = "--beta 0.1 --prompts-per-step 4 --group-size 4 --max-new-tokens 6 --learning-rate 0.01"
 READ = "--context 64 --batch-size 8 --learning-rate 0.01"
+MESH, PROCESSES = "a mesh", "two processes"
 FINE_TUNING = {
-    "instruct": READ,
-    "classifier": "--batch-size 8 --learning-rate 0.01 --train lora",
-    "reward": f"{READ} --train lora",
-    "dpo": READ,
-    "grpo": f"--reward length:4 {DRAWN}",
-    "grpo by a model": f"--reward REWARD --supervision process {DRAWN}",
+    "instruct": (MESH, READ),  # in two processes it goes on, below
+    "classifier": (PROCESSES, "--batch-size 8 --learning-rate 0.01 --train lora"),
+    "reward": (MESH, f"{READ} --train lora"),
+    "dpo": (PROCESSES, READ),
+    "grpo": (MESH, f"--reward length:4 {DRAWN}"),
+    "grpo by a model": (PROCESSES, f"--reward REWARD --supervision process {DRAWN}"),
 }
+"""{recipe: (on what it trains beside one device, options)}. Each reading of a batch and each kind of loop goes in two
+processes once."""
 FIELDS = {
     "instruct": ("prompt", "completion"),
     "classifier": ("text", "label"),
@@ -117,7 +120,6 @@ WRITTEN = {
     "text": "It is {}.",
     "label": "{:.1}",
 }
-ONE, MESH, PROCESSES = "one_device", "mesh", "processes"
 RUN_RECIPE = Path(__file__).parent / "run_recipe.py"
 
 
@@ -138,29 +140,26 @@ def two_processes(recipe, words, folder):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", FINE_TUNING)
 def test_adapters_learn_on_many_devices_as_on_one(case, devices, model, reward_model, tmp_path):
-    """On a mesh, and in two processes, each with its share of a batch."""
-    recipe = case.split()[0]
+    """On a mesh, or in two processes, each with its share of a batch."""
+    recipe, (where, options) = case.split()[0], FINE_TUNING[case]
     words = ("ab", "ba", "aab", "bba", "abab", "baba", "a", "b", "aa", "bb")
     rows = [{name: WRITTEN[name].format(word) for name in FIELDS[recipe]} for word in words]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = f"--init-from {model} --validation-fraction 0.2 {FINE_TUNING[case]}".replace("REWARD", str(reward_model))
+    options = f"--init-from {model} --validation-fraction 0.2 {options}".replace("REWARD", str(reward_model))
     options += " --steps 4 --log-every 1 --lora-rank 2 --evaluate-every 2 --sample-every 4"
-    found = {}
-    for name in (ONE, MESH, PROCESSES):
-        words = ["--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / name), *options.split()]
-        if name == PROCESSES:
-            two_processes(recipe, words, tmp_path)
+    words = ["--data", str(tmp_path / "data.jsonl"), *options.split()]
+    one, many = tmp_path / "one", tmp_path / "many"
+    for out, mesh in ((one, []), (many, ["--mesh", "data=2,fsdp=2,tensor=2"])):
+        if out == many and where == PROCESSES:
+            two_processes(recipe, [*words, "--out", str(out)], tmp_path)
         else:
-            mesh = ["--mesh", "data=2,fsdp=2,tensor=2"] if name == MESH else []
-            code, _, fault = devices.call(recipe, words + mesh)
+            code, _, fault = devices.call(recipe, [*words, "--out", str(out), *mesh])
             assert code == 0, fault[-2000:]
-        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        names = ("loss", "grad_norm", "reward", "kl", "accuracy", "margin", "validation_loss", "validation_reward")
-        found[name] = {(row["step"], name): row[name] for row in rows for name in names if name in row}
-        assert lq.load(tmp_path / name).config.model_type == "llama"
-    assert len(found[ONE]) >= 10
-    for several in found.values():
-        assert several == pytest.approx(found[ONE], rel=1e-4, abs=1e-6)
+        assert lq.load(out).config.model_type == "llama"
+    names = ("loss", "grad_norm", "reward", "kl", "accuracy", "margin", "validation_loss", "validation_reward")
+    told = records(one, names)
+    assert len(told) >= 10
+    assert records(many, names) == pytest.approx(told, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.exhaustive

@@ -234,12 +234,11 @@ def test_a_chat_template_for_a_model_that_has_none(reward):
     assert code == 2 and "other options: chat_template_sha256 " in err
 
 
-def test_prompts_are_held_out(reward):
+def test_prompts_are_held_out(reward, at_first_step):
     """With all their pairs, by the split's seed alone; with a file for validation its prompts are not learned."""
 
     def digests(*options):
-        code, _, err = reward("--steps", 1, *options)
-        assert (code, err) == (0, "")
+        assert reward(*options)[2] == at_first_step
         config = json.loads(Path("run/config.json").read_text())
         for path in sorted(Path("run").rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
@@ -251,8 +250,8 @@ def test_prompts_are_held_out(reward):
     write(
         "few.jsonl", [{"prompt": "0:", "chosen": "A", "rejected": "b"}, {"prompt": "x", "chosen": "A", "rejected": "b"}]
     )
-    code, out, _ = reward("--steps", 1, "--validation-data", "few.jsonl")
-    assert code == 0 and "2 pairs whose prompts are held out too are not learned" in out
+    _, out, err = reward("--validation-data", "few.jsonl")
+    assert err == at_first_step and "2 pairs whose prompts are held out too are not learned" in out
     assert "58 pairs to learn, 2 held out" in out
     write("same.jsonl", [{"prompt": "0:", "chosen": "A", "rejected": "c"}])
     code, _, err = reward("--out=other", "--validation-data", "few.jsonl", data="same.jsonl")
@@ -298,8 +297,9 @@ def test_a_scalar_head_goes_on_and_another_is_discarded(reward, base):
     assert code == 0 and "a fresh scalar head; the one for ham, spam is discarded" in out
 
 
-def test_long_pairs_are_told(reward):
-    _, out, _ = reward("--steps", 1, "--context", 9)
+def test_long_pairs_are_told(reward, at_first_step):
+    _, out, err = reward("--context", 9)
+    assert err == at_first_step
     said = re.search(
         r"to learn, within the context of 9 tokens: (\d+) pairs truncated, 0 left out \(--context, --", out
     )
@@ -347,12 +347,15 @@ def test_bad_options_are_refused_before_anything_is_written(reward, options, mes
     assert code == 2 and message in err and err.count("\n") == 1 and not Path("run").exists()
 
 
-def test_a_folder_with_splits(reward, tmp_path):
+def test_a_folder_with_splits(reward, at_first_step, tmp_path):
+    """Is the files of each, by which the same run goes on as well."""
     (tmp_path / "data").mkdir()
     for name, part in {"train": pairs()[:40], "validation": pairs()[40:50], "test": pairs()[50:]}.items():
         write(tmp_path / "data" / f"{name}-00000-of-00001.jsonl", part)
-    code, out, err = reward("--steps", 2, data="data")
-    assert (code, err) == (0, "") and "40 pairs to learn, 10 held out" in out
+    _, out, err = reward(data="data")
+    assert err == at_first_step and "40 pairs to learn, 10 held out" in out
     assert "validation-00000-of-00001.jsonl held out, test-00000-of-00001.jsonl left out\n" in out
     files = ("data/train-00000-of-00001.jsonl", "--validation-data", "data/validation-00000-of-00001.jsonl")
-    assert "run is finished already" in reward("--steps", 2, *files[1:], data=files[0])[1]
+    assert reward(*files[1:], data=files[0])[2] == at_first_step
+    files = ("data/train-00000-of-00001.jsonl", "--validation-data", "data/test-00000-of-00001.jsonl")
+    assert "run holds a run with other options: " in reward(*files[1:], data=files[0])[2]

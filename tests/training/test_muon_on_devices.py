@@ -44,13 +44,12 @@ def main() -> None:
 
     def trained(variables, grads):
         state = create_state(variables, optimizer)
-        step = jax.jit(lambda grads, state, params: optimizer.update(grads, state, params))
         params, held = state.variables["params"], state.optimizer_state
+        step = jax.jit(optimizer.update).lower(grads[0], held, params).compile()
         for gradient in grads:
             updates, held = step(gradient, held, params)
             params = optax.apply_updates(params, updates)
-        program = step.lower(grads[0], state.optimizer_state, state.variables["params"]).compile().as_text()
-        return params, held, state, program
+        return params, held, state, step.as_text()
 
     def on_first(tree):
         shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(tree)]
