@@ -163,12 +163,14 @@ def _ratio(part: Any, whole: Any) -> float:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    """Rows of cells as lines: the first column to the left, the others to the right. A terminal shows Chinese, say, two
+    columns wide."""
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+
+    def padded(cell: str, column: int) -> str:
+        space = " " * (widths[column] - cell_len(cell))
+        return cell + space if column == 0 else space + cell
+
+    return ["  ".join(padded(cell, column) for column, cell in enumerate(row)).rstrip() for row in rows]

@@ -85,7 +85,9 @@ class RunOptions:
             every = getattr(self, name)
             if every and not able:
                 raise BadInput(f"{name} is {every}, but the run has no {lacking}; give it one, or leave it out")
-            intervals[name] = (max(1, self.steps // TIMES_A_RUN) if able else 0) if every is None else every
+            # Rounded up: rounded down, a run of 19 steps would save after each.
+            usual = -(-self.steps // TIMES_A_RUN) if able else 0
+            intervals[name] = usual if every is None else every
         if self.patience is not None and not intervals["evaluate_every"]:
             raise BadInput(f"patience is {self.patience}, but the run has no evaluations; give it some or leave it out")
         if self.evaluate_first and not intervals["evaluate_every"]:

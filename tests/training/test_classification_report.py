@@ -116,6 +116,11 @@ def test_predictions_for_people_and_for_programs():
     assert said == {"scores": {"text": 1.5}} and prediction_line("x", said) == "text 1.5000  x"
 
 
+def test_labels_that_are_two_columns_wide_are_aligned():
+    lines = classification_report(("垃圾", "ham"), np.eye(2, dtype=np.float32), [0, 1]).text().splitlines()
+    assert lines[-2:] == ["垃圾                 1    0", "ham                  0    1"]
+
+
 def test_the_confusion_matrix_is_drawn(report, tmp_path):
     path = plot_confusion(report, tmp_path / "confusion.png")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
