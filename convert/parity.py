@@ -54,12 +54,10 @@ class Options:
 def main(options: Options) -> int:
     _check(options)
     use_device(options.device)
-    import jax
     from rich.console import Console
 
     console = Console(highlight=False)
-    # float32 as PyTorch's: a GPU would multiply in TF32.
-    with _folder(options) as folder, jax.default_matmul_precision("highest"):
+    with _folder(options) as folder:
         config = _read_config(folder)
         if options.inject is not None:
             _check_name(options.inject, config)

@@ -305,15 +305,12 @@ class Rewards:
         silent = np.isnan(table).all(axis=1)
         if alone and silent.any():
             row = int(silent.argmax())
-            reference = columns["answer"][row] if numeric_answer in self.functions else None
+            advice = "drop such records, or add a function that has a reward for each"
+            if numeric_answer in self.functions and (answer := columns["answer"][row]) not in (None, ""):
+                advice = f"the field answer, {_shown(answer)}, holds no number; for words there is the reward exact"
             raise BadInput(
                 f"no reward of completion {row} ({_shown(prompts[row])}): all functions ({', '.join(self.names)}) "
-                "returned None; "
-                + (
-                    "drop such records, or add a function that has a reward for each"
-                    if reference in (None, "")
-                    else f"the field answer, {_shown(reference)}, holds no number; for words there is --reward exact"
-                )
+                f"returned None; {advice}"
             )
         total = np.nansum(table * np.asarray(self.weights), axis=1)
         return total.astype(np.float32), {name: column.astype(np.float32) for name, column in values.items()}

@@ -241,7 +241,7 @@ def test_a_function_that_fails_names_itself(function, message):
 
 def test_words_are_told_from_numbers():
     """train.grpo's default reward reads numbers; a data set whose answers are words wants another."""
-    with pytest.raises(BadInput, match=r"answer, 'red', holds no number; for words there is --reward exact$"):
+    with pytest.raises(BadInput, match=r"answer, 'red', holds no number; for words there is the reward exact$"):
         Rewards(("answer",), (numeric_answer,), (1.0,))(["a", "b"], ["x", "y"], {"answer": ["7", "red"]})
 
 

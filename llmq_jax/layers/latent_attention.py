@@ -8,17 +8,19 @@ alone. By the paper's equations, with the variable and the module here:
     c^Q = norm(W^DQ x)                       eq. 12        `query`, or x itself        query_down: W^DQ
     [q^C; q^R] = [W^UQ c^Q; RoPE(W^QR c^Q)]  eq. 13, 14    `content`, `rotary`         query_up, or query: [W^UQ; W^QR]
     [k^C; v^C] = [W^UK; W^UV] c^KV           eq. 10, 11    `keys`, `values`            latent_up: [W^UK; W^UV]
-    o = softmax(scale · q · k) v^C           eq. 18        `mixed`                     q = [q^C; q^R], k = [k^C; k^R]
+    o = softmax(scale · q · k) v^C           eq. 18        `mixed`
     u = W^O o                                eq. 19                                    out: W^O
 
-Matrices in brackets are one product, as in DeepSeek's checkpoints; the norms are those of section 3.1.2. RoPE has
-features of its own because a rotation between q^C and W^UK, different for each distance, would keep W^UK from being
-absorbed (section 2.1.3). Attention is computed in one of two forms:
+with q = [q^C; q^R] and k = [k^C; k^R]; q, k^C, v^C and o are those of one head. Matrices in brackets are one product,
+as in DeepSeek's checkpoints; the norms are those of section 3.1.2. RoPE has features of its own because a rotation
+between q^C and W^UK, different for each distance, would keep W^UK from being absorbed (section 2.1.3). Attention is
+computed in one of two forms:
 
 - expanded (training, prompts): each head's keys and values are formed, and attention is that of any other model;
-- absorbed (decoding): q^C · W^UK c = (W^UKᵀ q^C) · c, and Σ w (W^UV c) = W^UV Σ w c. So queries attend to the latents
-  themselves, as to the single head of keys and values of multi-query attention, and nothing is expanded (section
-  2.1.2). With attention="plain", decoding is expanded too: from the latents in the cache.
+- absorbed (decoding): q^C · W^UK c = (W^UKᵀ q^C) · c, and Σ w (W^UV c) = W^UV Σ w c, with c for c^KV and w for the
+  softmax's weights. So queries attend to the latents themselves, as to the single head of keys and values of
+  multi-query attention, and nothing is expanded (section 2.1.2). With attention="plain", decoding is expanded too: from
+  the latents in the cache.
 """
 
 from dataclasses import dataclass

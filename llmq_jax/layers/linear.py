@@ -53,8 +53,6 @@ class Linear(nn.Module):
     kernel_init: Initializer = nn.initializers.normal(0.02)
     dtype: Dtype | None = None
     """Type to compute in; None computes in the kernel's own type."""
-    precision: jax.lax.Precision | None = None
-    """HIGHEST multiplies float32 as float32 on a GPU too, where JAX otherwise rounds both factors to TF32 (10 bits)."""
 
     @nn.compact
     def __call__(
@@ -80,13 +78,13 @@ class Linear(nn.Module):
         """x W, whichever layout of W the parameters hold."""
         params = self.variables.get("params", {})
         if holds_by_output(params):
-            return _product(x, flat_by_output(params), 1, self.dtype, self.precision)
+            return _product(x, flat_by_output(params), 1, self.dtype)
         # Initialised as the flat matrix it is, so that initialisers see fan-in = D and fan-out = all features.
         width = x.shape[-1]
         kernel: Array = self.param(
             KERNEL, lambda key: self.kernel_init(key, (width, math.prod(features))).reshape(width, *features)
         )
-        return _product(x, kernel, 0, self.dtype, self.precision)
+        return _product(x, kernel, 0, self.dtype)
 
     @nn.nowrap
     def adapt(self, x: Float[Array, "*batch D"], y: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
@@ -98,19 +96,13 @@ class Linear(nn.Module):
         return adapted(rows, y, self.get_variable("params", KERNEL), adapter[LORA], adapter[LORA_FIXED], key)
 
 
-def _product(
-    x: Float[Array, "*batch D"],
-    kernel: Array,
-    axis: int,
-    dtype: Dtype | None,
-    precision: jax.lax.Precision | None = None,
-) -> Float[Array, "B ..."]:
+def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype | None) -> Float[Array, "B ..."]:
     """x times a kernel: x's features are contracted with this axis of the kernel."""
     dtype = dtype or kernel.dtype
     # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the kernel's
     # gradient (1.2 times the time of a whole training step).
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    return jax.lax.dot_general(rows, kernel.astype(dtype), (((1,), (axis,)), ((), ())), precision)
+    return jax.lax.dot_general(rows, kernel.astype(dtype), (((1,), (axis,)), ((), ())))
 
 
 def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[Array, "..."], ...]:

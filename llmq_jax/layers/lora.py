@@ -184,7 +184,8 @@ def _matrices(leaf: Array, stack: int) -> Float[Array, "*stack D F"]:
 
 
 def adapters(variables: dict[str, Any]) -> dict[Path, Adapter]:
-    """The adapter at each path of a matrix in `params`."""
+    """The adapter at each path of a matrix in `params`, and at (TIED,) the numbers that matrices share, before
+    `spread`."""
     found: dict[Path, Adapter] = {}
     for place, collection in enumerate((LORA, LORA_FIXED)):
         for (*path, name), leaf in flatten_dict(variables.get(collection, {})).items():
@@ -234,30 +235,29 @@ def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter]) -> dict[str
     missing = [path for path in found if path not in params]
     if missing:
         raise BadInput(f"adapters at {'/'.join(missing[0])}, where this model has no matrix; load those of this model")
-    for path, pair in found.items():
-        first, last = factors(*pair)
+    for path, adapter in found.items():
+        first, last = factors(*adapter)
         shape = (*first.shape[:-1], *last.shape[first.ndim - 1 :])
         if shape != params[path].shape:
             raise BadInput(
                 f"adapters at {'/'.join(path)} of a matrix {list(shape)}, where this model has "
                 f"{list(params[path].shape)}; load those of this model"
             )
-    params |= {path: _merged(params[path], *pair) for path, pair in found.items()}
+    params |= {path: _merged(params[path], *adapter) for path, adapter in found.items()}
     rest = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     return {**rest, "params": unflatten_dict(params)} if found else rest
 
 
 @jax.jit
 def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
-    first, last = factors(trained, fixed)
-    stack = first.ndim - 2
-    # On a GPU, too, the product is float32, not TF32: it is done once, and stays in the weights.
-    change = jnp.matmul(first.astype(jnp.float32), _matrices(last, stack), precision=jax.lax.Precision.HIGHEST)
-    total = _matrices(kernel, stack) + change
-    total = total.reshape(kernel.shape)
-    if MAGNITUDE in trained:
-        total *= jnp.expand_dims(_magnitude_ratio(kernel, first, last, trained, fixed), stack)
-    return total.astype(kernel.dtype)
+    with jax.default_matmul_precision("highest"):  # not TF32 on a GPU: what is merged once stays in the weights
+        first, last = factors(trained, fixed)
+        stack = first.ndim - 2
+        total = _matrices(kernel, stack) + first.astype(jnp.float32) @ _matrices(last, stack)
+        total = total.reshape(kernel.shape)
+        if MAGNITUDE in trained:
+            total *= jnp.expand_dims(_magnitude_ratio(kernel, first, last, trained, fixed), stack)
+        return total.astype(kernel.dtype)
 
 
 # Fresh adapters.

@@ -258,11 +258,12 @@ class MixtureOfExperts(nn.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         e, x = self.experts, x.astype(jnp.float32)
-        # TF32 would choose other experts than PyTorch wherever two are nearly equal.
-        float32 = {"dtype": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-        logits = Linear(e.num_experts, e.router_bias, self.kernel_init, name="router", **float32)(x)
+        router = Linear(e.num_experts, e.router_bias, self.kernel_init, jnp.float32, name="router")
+        # A GPU would round both factors to TF32, and so choose other experts where two are nearly equal.
+        with jax.default_matmul_precision("highest"):
+            logits = router(x)
         if e.noise:
-            size = Linear(e.num_experts, False, nn.initializers.zeros, name="noise", **float32)(x)
+            size = Linear(e.num_experts, False, nn.initializers.zeros, jnp.float32, name="noise")(x)
             if self.has_rng("dropout"):
                 drawn = jax.random.normal(self.make_rng("dropout"), logits.shape)
                 logits += drawn * jax.nn.softplus(size)

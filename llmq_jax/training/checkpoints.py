@@ -1,7 +1,7 @@
 """Checkpoints: one atomic save of state, model config and tokenizer, verified when it is read.
 
     checkpoints/00002000/state/            the state, an Orbax PyTree
-                         frozen-1f3a…/     a part of it which need not change from step to step: another PyTree
+                         frozen-1f3a…/     a part of it that other checkpoints may share: another PyTree
                          config.json       the model's config
                          tokenizer/        the tokenizer's files, where the run has a tokenizer
                          checkpoint.json   step, tokens seen, what the step is judged by, version of this format
@@ -11,11 +11,11 @@ A save fills the hidden folder `.saving-00002000`, writes the manifest last, put
 renames the folder: that one rename is the commit mark. A deletion first renames to a hidden name. So whatever instant
 the process is killed at, a folder with a plain number is a whole checkpoint.
 
-What stays as it is over many steps or all of them, such as the base below adapters, or the reference of GRPO, is
-written when it changes. Such are the collections that do not train and the entries of `TrainState.carried`. The folder
-of each is named by its fingerprint, and where the newest checkpoint has a folder of that name, a save makes hard links
-to the files in it. So each checkpoint is whole by itself, and these files are on the disk once, until the last
-checkpoint with them is deleted. On a file system without hard links they are written with each.
+Collections that do not train, such as the base below adapters, and the entries of `TrainState.carried`, such as GRPO's
+reference, are folders of their own, written where they have changed since the newest checkpoint. Such a folder is named
+by the fingerprint of its arrays, and where the newest checkpoint has one of that name, a save makes hard links to the
+files in it. So each checkpoint is whole by itself, and these files are on the disk once, until the last checkpoint with
+them is deleted. On a file system without hard links they are written with each.
 """
 
 import contextlib
@@ -197,7 +197,7 @@ class Checkpoints:
         return target
 
     def _linked(self, saving: Path, part: str) -> Entries:
-        """Link the newest checkpoint's files in the folder `part` into `saving`; their entries in its manifest. None
+        """Link the newest checkpoint's files in the folder `part` into `saving`; their entries in its manifest. Empty
         where it has no such folder, where one of the files is missing by now or has another size, and on file systems
         without hard links."""
         newest = self.path(self.latest_step() or 0)
@@ -276,15 +276,16 @@ class Checkpoints:
 
 
 def _parts(state: Any) -> dict[str, dict[Name, Any]]:
-    """The arrays of the state, by the folder that they are saved in: those that each step changes, and every other
-    collection and every entry of `carried` by itself."""
-    parts: dict[Name, dict[Name, Any]] = {(): {}}
+    """The arrays by the folder that they are saved in: `state`, and one for each collection that does not train and for
+    each entry of `carried`."""
+    trained: dict[Name, Any] = {}
+    others: dict[Name, dict[Name, Any]] = {}
     for name, array in _named_leaves(state).items():
-        stays = isinstance(state, TrainState) and (
+        apart = isinstance(state, TrainState) and (
             name[0] == "carried" or (name[0] == "variables" and name[1] not in state.changing)
         )
-        parts.setdefault(name[:2] if stays else (), {})[name] = array
-    return {FROZEN + fingerprint(arrays) if part else STATE: arrays for part, arrays in parts.items()}
+        (others.setdefault(name[:2], {}) if apart else trained)[name] = array
+    return {STATE: trained} | {FROZEN + fingerprint(arrays): arrays for arrays in others.values()}
 
 
 def _check_room(folder: Path, arrays: Any) -> None:

@@ -93,7 +93,7 @@ def make_train_step(
             return value, (metrics, counts)
 
         def gradients(index: Any, microbatch: Any) -> Any:
-            key = jax.random.fold_in(rng, index)  # another one for each micro-batch
+            key = jax.random.fold_in(rng, index)  # one for each micro-batch
             return jax.value_and_grad(loss, has_aux=True)(trained, microbatch, key)
 
         if accumulate == 1:
@@ -178,7 +178,7 @@ def _accumulated(gradients: Callable[..., Any], microbatches: dict[str, Any], pa
         results = jaxpr_as_fun(program)(*jax.tree.leaves(numbered))
         (next_value, (next_metrics, next_counts)), next_grads = jax.tree.unflatten(jax.tree.structure(shapes), results)
         value, counts, grads = jax.tree.map(jnp.add, (value, counts, grads), (next_value, next_counts, next_grads))
-        metrics = {  # not of the zeros that the sums begin with, of which an extreme might be one
+        metrics = {  # the zeros that the scan begins with are no extremes
             name: jnp.where(index == 0, new, combined(name, metrics[name], new)) for name, new in next_metrics.items()
         }
         return ((value, (metrics, counts)), grads), None

@@ -328,16 +328,16 @@ def test_command_on_a_random_model_with_a_fault(program):
     assert "  transformer.h.1.ln_1.bias  the same on both sides" in out
 
 
-def test_float32_is_compared_in_float32_on_a_gpu_too(monkeypatch):
+def test_float32_is_compared_in_float32_on_a_gpu_too(model, monkeypatch):
     """Where JAX multiplies in TF32 unless told otherwise; PyTorch's side is exact."""
 
-    def compare(*_, **__):
+    def trace(*_):
         lowered = jax.jit(jnp.matmul).lower(jnp.ones((2, 2)), jnp.ones((2, 2))).as_text()
         raise BadInput("HIGHEST" if "precision = [HIGHEST, HIGHEST]" in lowered else "TF32")
 
-    monkeypatch.setattr("convert.parity_check.compare_models", compare)
+    monkeypatch.setattr("convert.parity_check.parity_trace.trace", trace)
     with pytest.raises(BadInput, match="HIGHEST"):
-        parity.main(parity.Options(random="gpt2"))
+        check(model)
 
 
 def test_command_on_an_architecture_that_is_not_here(tmp_path):

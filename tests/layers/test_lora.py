@@ -243,17 +243,26 @@ def test_the_linear_layer_drops_the_adapters_input_alone():
     np.testing.assert_allclose(mean, lora.adapted(x, x @ kernel, kernel, factors, fixed), rtol=0.02)
 
 
-def a_dora(kernel):
+def an_adapter(kernel, variant="dora"):
     """(What trains, what is fixed) of a fresh one at a matrix."""
     variables = {"params": {"lm_head": {"kernel": kernel}}}
-    adapted = lora.add(variables, [], LoRA(rank=1, variant="dora", targets="lm_head"))
+    adapted = lora.add(variables, [], LoRA(rank=1, variant=variant, targets="lm_head"))
     return lora.adapters(adapted)["lm_head", "kernel"]
+
+
+@pytest.mark.parametrize("variant", ["dora", "tinylora"])
+def test_merging_multiplies_in_float32_on_a_gpu_too(variant):
+    """Where JAX rounds to TF32 unless told otherwise: merged weights stay."""
+    kernel = jnp.ones((3, 2))
+    lowered = lora._merged.lower(kernel, *an_adapter(kernel, variant)).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(products) > 1 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
 def test_a_dora_at_a_column_of_zeros():
     """It starts at the matrix as it is, and learns: 0 / 0 would make all of it NaN."""
     x, kernel = jnp.asarray([[1.0, 2.0, 3.0]]), jnp.asarray([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
-    trained, fixed = a_dora(kernel)
+    trained, fixed = an_adapter(kernel)
 
     def product(trained):
         return lora.adapted(x, x @ kernel, kernel, trained, fixed)
@@ -267,7 +276,7 @@ def test_what_a_dora_stretches_by_is_not_rounded_to_bfloat16():
     """It has no number between 1 and 1.0078. Products are rounded: on average they grow as they should."""
     x = jnp.asarray(np.exp2(np.random.default_rng(0).uniform(0, 1, (5000, 1))), jnp.bfloat16)
     kernel = jnp.ones((1, 1), jnp.bfloat16)
-    trained, fixed = a_dora(kernel)
+    trained, fixed = an_adapter(kernel)
     found = lora.adapted(x, x @ kernel, kernel, {**trained, "magnitude": 1.003 * trained["magnitude"]}, fixed)
     assert found.dtype == jnp.bfloat16
     assert np.mean(np.float64(found) / np.float64(x)) == pytest.approx(1.003, abs=3e-4)

@@ -16,7 +16,7 @@ from llmq_jax.training.roles import ROLES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_model.md").read_text()
 MARK = "<!-- executed by tests/models/test_own_model.py -->"
-RUNS = MARK.replace(" -->", ": with_capped -->")
+PRESET, RUNS = (MARK.replace(" -->", f": {what} -->") for what in ("sizes", "with_capped"))
 SIZES = {"vocab_size": 257, "max_position_embeddings": 32, "hidden_size": 16, "num_attention_heads": 2}
 SIZES |= {"num_hidden_layers": 3, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.3}
 
@@ -67,11 +67,13 @@ def test_models_of_the_page_take_adapters(name, shown):
 
 def test_commands_know_a_model_of_another_folder(shown, tmp_path, monkeypatch, capsys):
     """By the page's script, which imports the file with the model and then runs the command that follows its name."""
-    model, script = (re.search(rf"{re.escape(mark)}\n```python\n(.*?)```", PAGE, re.DOTALL)[1] for mark in (MARK, RUNS))
-    (tmp_path / "capped.py").write_text(
-        model + "\nfrom llmq_jax.models import PRESETS\n\nPRESETS['capped'] = CappedConfig(hidden_size=48)\n"
+    model, sizes, script = (
+        re.search(rf"{re.escape(mark)}\n```python\n(.*?)```", PAGE, re.DOTALL)[1] for mark in (MARK, PRESET, RUNS)
     )
+    (tmp_path / "capped.py").write_text(model + sizes)
     (tmp_path / "with_capped.py").write_text(script)
+    (tmp_path / "my.txt").write_text("A text to train on. " * 100)
+    monkeypatch.chdir(tmp_path)
     for table, name in ((ARCHITECTURES, "capped"), (PRESETS, "capped"), (sys.modules, "capped")):
         monkeypatch.setitem(table, name, None)  # so that what the file puts there is taken out again
     monkeypatch.delitem(sys.modules, "capped")
@@ -80,11 +82,15 @@ def test_commands_know_a_model_of_another_folder(shown, tmp_path, monkeypatch, c
     def said(*arguments):
         monkeypatch.setattr(sys, "argv", ["with_capped.py", *arguments])
         with pytest.raises(SystemExit):
-            runpy.run_path(str(tmp_path / "with_capped.py"), run_name="__main__")
+            runpy.run_path("with_capped.py", run_name="__main__")
         return "".join(capsys.readouterr())
 
     assert "unknown preset 'caped': did you mean capped?" in said("train.pretrain", "--preset", "caped")
-    assert said("llmq", "generate", "--help").startswith("usage: llmq generate")
+    command = re.search(r"with_capped\.py (train\.pretrain .* --out) ", PAGE)[1].split()
+    small = "run --num-hidden-layers 1 --steps 1 --batch-size 2 --context 16 --evaluate-every 0 --sample-every 0"
+    assert "llmq generate run --prompt" in said(*command, *small.split())
+    assert lq.load("run").config.logit_cap == 20
+    assert said("llmq", "generate", "run", "--prompt", "The ", "--max-new-tokens", "2").startswith("The ")
 
 
 def test_gains_begin_as_the_model_that_they_join(shown):

@@ -76,6 +76,7 @@ OTHERS = {
     # Every field away from its default.
     "gemma 3, everything": ("gemma3_text", GEMMA3 | EVERYTHING | {"final_logit_softcapping": 4.0}),
     "gemma 2, everything": ("gemma2", GEMMA2 | EVERYTHING),
+    "gemma 2, all global": ("gemma2", GEMMA2 | {"layer_types": [GLOBAL] * 3}),
 }
 
 

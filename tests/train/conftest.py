@@ -63,8 +63,10 @@ def at_first_step(monkeypatch):
     def train(loop, output):
         raise BadInput("as far as the first step")
 
-    def run(state, step, batches, options, run=engine.run, **others):
-        return run(state, step, batches, replace(options, evaluate_first=False), **others)
+    whole_run = engine.run
+
+    def run(state, step, batches, options, **others):  # without the evaluation that comes before the first step
+        return whole_run(state, step, batches, replace(options, evaluate_first=False), **others)
 
     monkeypatch.setattr(engine._Loop, "train", train)
     monkeypatch.setattr(engine, "run", run)

@@ -62,12 +62,6 @@ def test_signal_saves_and_exits(number, whole, tmp_path):
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_without_checkpoints_a_signal_acts_at_once():
-    batches = Batches(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 6 else None)
-    with pytest.raises(KeyboardInterrupt):
-        quiet(None, batches, options=replace(OPTIONS, checkpoint_every=None))
-
-
 def test_signals_act_as_usual_where_nothing_would_be_saved(tmp_path):
     batches = Batches(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None)
     with pytest.raises(KeyboardInterrupt):
