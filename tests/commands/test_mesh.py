@@ -173,7 +173,8 @@ def test_refused_before_the_model_is_read(llmq, tmp_path, monkeypatch):
         code, out, err = llmq(*words.split(), "--mesh", "fsdp=2")
         assert (code, out) == (2, ""), words
         assert err == (
-            "error: mesh 'fsdp=2' is for 2 devices, and here are 1; sizes multiply to the number of devices\n"
+            "error: mesh 'fsdp=2' is for 2 devices, and here are 1; sizes multiply to the number of devices; "
+            "to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=2\n"
         )
 
 
