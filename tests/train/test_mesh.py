@@ -98,7 +98,7 @@ STEPS = "--steps 4 --log-every 1"
 READ = "--context 64 --batch-size 8 --learning-rate 0.01"
 MESH, PROCESSES = "a mesh", "two processes"
 FINE_TUNING = {
-    "instruct": (PROCESSES, READ),
+    "instruct": (PROCESSES, f"{READ} --context 16"),  # with rows for both of them
     "classifier": (PROCESSES, "--batch-size 8 --learning-rate 0.01 --train lora"),
     "reward": (MESH, f"{READ} --train lora"),
     "dpo": (PROCESSES, READ),
