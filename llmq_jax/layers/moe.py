@@ -258,15 +258,13 @@ class MixtureOfExperts(nn.Module):
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         e, x = self.experts, x.astype(jnp.float32)
-        router = Linear(e.num_experts, e.router_bias, self.kernel_init, jnp.float32, name="router")
         # A GPU would round both factors to TF32, and so choose other experts where two are nearly equal.
         with jax.default_matmul_precision("highest"):
-            logits = router(x)
-        if e.noise:
-            size = Linear(e.num_experts, False, nn.initializers.zeros, jnp.float32, name="noise")(x)
-            if self.has_rng("dropout"):
-                drawn = jax.random.normal(self.make_rng("dropout"), logits.shape)
-                logits += drawn * jax.nn.softplus(size)
+            logits = Linear(e.num_experts, e.router_bias, self.kernel_init, jnp.float32, name="router")(x)
+            if e.noise:
+                size = Linear(e.num_experts, False, nn.initializers.zeros, jnp.float32, name="noise")(x)
+        if e.noise and self.has_rng("dropout"):
+            logits += jax.random.normal(self.make_rng("dropout"), logits.shape) * jax.nn.softplus(size)
         return logits
 
     def expert_weights(self, width: int, parts: int) -> ExpertWeights:
