@@ -3,9 +3,14 @@
 The tokens that count come first, so that the chunks after the last of them can be skipped: prompts and padding cost no
 logits but those that fill up a chunk. On a mesh, each chunk has equally many tokens of every group of devices
 (`layers.axes.row_groups`), which stay there.
+
+Losses that go through the head in chunks write their own gradient (`jax.custom_vjp`): automatic differentiation of the
+loop would keep a copy of the head for each chunk that may be skipped.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +43,7 @@ class Chunks:
     chunks: int
     order: Int[Array, "groups count"]
     """Places of each group's tokens: first those whose mask is not 0, then the others, both in the batch's order."""
+    mask: Float[Array, "B T"]
 
     @classmethod
     def of(cls, mask: Float[Array, "B T"], longest: int) -> "Chunks":
@@ -46,7 +52,7 @@ class Chunks:
         count = mask.size // groups
         order = jnp.argsort(mask.reshape(groups, count) == 0, axis=1, stable=True)
         rows, tokens = mask.shape
-        return cls((rows, tokens), max(1, -(-count // longest)), order)  # at least one chunk
+        return cls((rows, tokens), max(1, -(-count // longest)), order, mask)  # at least one chunk
 
     @property
     def groups(self) -> int:
@@ -73,3 +79,47 @@ class Chunks:
         if self.chunks > 1:
             x = _taken(x, jnp.argsort(self.order, axis=1))
         return x.reshape(*self.shape, *x.shape[2:])
+
+    def run(self, function: Callable[..., tuple[Any, Any]], *rows: Array) -> tuple[Any, Any]:
+        """(sums over all chunks, results [B, T, ...]) of `function`, which makes them of the rows of a chunk; chunks in
+        which no token counts give 0. `rows` are arrays [B, T, ...].
+
+        Sums are in float32, because there may be many chunks, and those of groups of devices are added up only at the
+        end.
+        """
+        parts = tuple(map(self.split, rows))
+        counted = (self.split(self.mask) != 0).any(axis=(1, 2))  # here: one exchange between devices for all chunks
+        of_groups = by_group(function)
+        sums, results = jax.eval_shape(of_groups, *(part[0] for part in parts))
+
+        def add(total: Any, *chunk: Array) -> tuple[Any, Any]:
+            sums, results = of_groups(*chunk)
+            return jax.tree.map(jnp.add, total, sums), results
+
+        def skip(total: Any, *chunk: Array) -> tuple[Any, Any]:
+            return total, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+
+        def step(total: Any, chunk: tuple[Array, tuple[Array, ...]]) -> tuple[Any, Any]:
+            if self.chunks == 1:
+                return add(total, *chunk[1])
+            stepped: tuple[Any, Any] = jax.lax.cond(chunk[0], add, skip, total, *chunk[1])
+            return stepped
+
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), sums)
+        total, stacked = jax.lax.scan(step, start, (counted, parts))
+        return jax.tree.map(lambda leaf: leaf.sum(0), total), jax.tree.map(self.join, stacked)
+
+
+def those(tree: Any, perturbed: bool) -> Any:
+    """Of arguments as `custom_vjp` with `symbolic_zeros` gives them, the values that need a gradient (or, with
+    perturbed=False, those that do not), and None for the others. A frozen head needs none."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if leaf.perturbed == perturbed else None,
+        tree,
+        is_leaf=lambda leaf: hasattr(leaf, "perturbed"),
+    )
+
+
+def joined(first: Any, second: Any) -> Any:
+    """One tree from two, each of which has None where the other has a value."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

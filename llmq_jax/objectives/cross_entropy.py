@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import by_group, gathered_over_fsdp
-from llmq_jax.objectives.chunks import Chunks, chunk_tokens
+from llmq_jax.layers.axes import gathered_over_fsdp
+from llmq_jax.objectives.chunks import Chunks, chunk_tokens, joined, those
 
 # Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**25, 2**28
@@ -62,50 +62,28 @@ def chunked_cross_entropy(
 def _summed_loss(unembed: Unembed, chunk_size: int, head: Any, hidden: Array, targets: Array, mask: Array) -> Array:
     """The forward pass when nothing is differentiated: evaluation."""
 
-    @by_group
-    def loss(rows: Array, target: Array, weight: Array) -> Array:
-        return jnp.sum(weight * token_losses(unembed(head, rows), target))
+    def loss(rows: Array, target: Array, weight: Array) -> tuple[Array, None]:
+        return jnp.sum(weight * token_losses(unembed(head, rows), target)), None
 
-    def add(total: Array, *chunk: Array) -> tuple[Array, None]:
-        return total + loss(*chunk), None
-
-    def skip(total: Array, *_: Array) -> tuple[Array, None]:
-        return total, None
-
-    chunks = Chunks.of(mask, chunk_size)
-    start = jnp.zeros(chunks.groups, jnp.float32)
-    losses: Array = _over_chunks(add, skip, start, chunks, hidden, targets, mask)[0]
-    return losses.sum()
+    total: Array = Chunks.of(mask, chunk_size).run(loss, hidden, targets, mask)[0]
+    return total
 
 
 def _forward(
     unembed: Unembed, chunk_size: int, head: Any, hidden: Any, targets: Any, mask: Any
 ) -> tuple[Array, tuple[Any, Array]]:
-    # With symbolic_zeros each argument has a .value and .perturbed: whether it needs a gradient. A fixed head does not.
-    learns, fixed = (_those(head, perturbed) for perturbed in (True, False))
+    learns, fixed = those(head, perturbed=True), those(head, perturbed=False)
     hidden, targets, mask = hidden.value, targets.value, mask.value
 
-    @by_group
-    def gradients(rows: Array, target: Array, weight: Array) -> tuple[Any, ...]:
-        logits, pull_back = jax.vjp(lambda learns, rows: unembed(_joined(learns, fixed), rows), learns, rows)
+    def gradients(rows: Array, target: Array, weight: Array) -> tuple[tuple[Array, Any], Array]:
+        logits, pull_back = jax.vjp(lambda learns, rows: unembed(joined(learns, fixed), rows), learns, rows)
         losses, pull_back_losses = jax.vjp(lambda logits: token_losses(logits, target), logits)
-        return jnp.sum(weight * losses), *pull_back(*pull_back_losses(weight))
+        head_gradient, row_gradient = pull_back(*pull_back_losses(weight))
+        return (jnp.sum(weight * losses), head_gradient), row_gradient
 
-    def add(carry: tuple[Array, Any], *chunk: Array) -> tuple[tuple[Array, Any], Array]:
-        total, head_gradient = carry
-        loss, head_grad, row_grad = gradients(*chunk)
-        return (total + loss, jax.tree.map(jnp.add, head_gradient, head_grad)), row_grad
-
-    def skip(carry: tuple[Array, Any], rows: Array, *_: Array) -> tuple[tuple[Array, Any], Array]:
-        return carry, jnp.zeros_like(rows)
-
-    # Groups are summed once, after the loop, and not for every chunk. In float32, because there are many chunks.
-    chunks = Chunks.of(mask, chunk_size)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((chunks.groups, *leaf.shape), jnp.float32), learns)
-    start = jnp.zeros(chunks.groups, jnp.float32), zeros
-    (total, head_gradient), row_gradients = _over_chunks(add, skip, start, chunks, hidden, targets, mask)
-    head_gradient = jax.tree.map(lambda total, leaf: total.sum(0).astype(leaf.dtype), head_gradient, learns)
-    return total.sum(), (head_gradient, chunks.join(row_gradients))
+    (total, head_gradient), row_gradients = Chunks.of(mask, chunk_size).run(gradients, hidden, targets, mask)
+    head_gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), head_gradient, learns)
+    return total, (head_gradient, row_gradients)
 
 
 def _backward(
@@ -116,34 +94,3 @@ def _backward(
 
 
 _summed_loss.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _over_chunks(
-    add: Callable[..., Any], skip: Callable[..., Any], start: Any, chunks: Chunks, *rows: Array
-) -> tuple[Any, Any]:
-    """(last carry, stacked results) of a scan over chunks: `add(carry, *rows)` for a chunk in which a token counts,
-    `skip(carry, *rows)` for the others. `rows` are arrays [B, T, ...], of which the last is the mask."""
-    parts = tuple(map(chunks.split, rows))
-    any_counted = (parts[-1] != 0).any(axis=(1, 2))  # outside the loop: one exchange between devices for all chunks
-
-    def body(carry: Any, chunk: tuple[Array, tuple[Array, ...]]) -> tuple[Any, Any]:
-        result: tuple[Any, Any] = jax.lax.cond(chunk[0], add, skip, carry, *chunk[1])
-        return result
-
-    if chunks.chunks == 1:
-        return jax.lax.scan(lambda carry, chunk: add(carry, *chunk), start, parts)
-    return jax.lax.scan(body, start, (any_counted, parts))
-
-
-def _those(head: Any, perturbed: bool) -> Any:
-    """The values that need a gradient (or, with perturbed=False, those that do not), and None for the others."""
-    return jax.tree.map(
-        lambda leaf: leaf.value if leaf.perturbed == perturbed else None,
-        head,
-        is_leaf=lambda leaf: hasattr(leaf, "perturbed"),
-    )
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """One tree from two, each of which has None where the other has a value."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

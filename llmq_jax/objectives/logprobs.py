@@ -6,20 +6,24 @@ Chunks that hold only tokens that do not count (prompts, padding) are skipped.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.layers.axes import by_group, gathered_over_fsdp
+from llmq_jax.layers.axes import gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
-from llmq_jax.objectives.chunks import Chunks, chunk_tokens
+from llmq_jax.objectives.chunks import Chunks, chunk_tokens, joined, those
 
 # Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
 # head's gradient.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**24, 2**26
 SHORTEST_CHUNK = 64
+
+Measure = Callable[[Float[Array, "N V"], Int[Array, " N"]], Float[Array, " N"]]
 
 
 def token_logprobs(
@@ -164,34 +168,59 @@ def _measured(
     targets: Int[Array, "B T"],
     mask: Float[Array, "B T"],
     temperature: float,
-    measures: tuple[Callable[[Array, Array], Array], ...],
+    measures: tuple[Measure, ...],
 ) -> tuple[Float[Array, "B T"], ...]:
     """Each measure of the predicted log-probabilities and the target, at every token, times the mask."""
-    longest = chunk_tokens(
+    chunk_size = chunk_tokens(
         model.config.vocab_size, elements=CHUNK_ELEMENTS, on_gpu=GPU_CHUNK_ELEMENTS, shortest=SHORTEST_CHUNK
     )
-    chunks = Chunks.of(mask, longest)
-    # One copy of the head per group of devices, so that its gradient is summed over groups only at the end.
-    head = gathered_over_fsdp(model.head_variables(variables))
-    heads = jax.tree.map(lambda x: jnp.broadcast_to(x, (chunks.groups, *x.shape)), head)
 
-    @by_group
-    @jax.checkpoint  # keeps no logits for the backward pass
     def of_rows(head: dict[str, Any], rows: Array, target: Array) -> tuple[Array, ...]:
         logits = model.apply(head, rows, method="unembed") / temperature
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         return tuple(measure(logprobs, target) for measure in measures)
 
-    def nothing(heads: dict[str, Any], rows: Array, target: Array) -> tuple[Array, ...]:
-        return (jnp.zeros(target.shape),) * len(measures)
+    head = gathered_over_fsdp(model.head_variables(variables))
+    return tuple(values * mask for values in _in_chunks(of_rows, chunk_size, head, hidden, targets, mask))
 
-    def chunk(_: None, of_chunk: tuple[Any, ...]) -> tuple[None, tuple[Array, ...]]:
-        rows, target, any_counted = of_chunk
-        return None, jax.lax.cond(any_counted, of_rows, nothing, heads, rows, target)
 
-    any_counted = (chunks.split(mask) != 0).any(axis=(1, 2))
-    _, measured = jax.lax.scan(chunk, None, (chunks.split(hidden), chunks.split(targets), any_counted))
-    return tuple(chunks.join(values) * mask for values in measured)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_chunks(
+    of_rows: Callable[..., tuple[Array, ...]], chunk_size: int, head: Any, hidden: Array, targets: Array, mask: Array
+) -> tuple[Float[Array, "B T"], ...]:
+    """`of_rows(head, rows, targets)` of all tokens; 0 in chunks in which none counts."""
+    values: tuple[Array, ...] = Chunks.of(mask, chunk_size).run(
+        lambda rows, target: (None, of_rows(head, rows, target)), hidden, targets
+    )[1]
+    return values
+
+
+def _chunks_forward(
+    of_rows: Callable[..., tuple[Array, ...]], chunk_size: int, head: Any, hidden: Any, targets: Any, mask: Any
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    learns, fixed = those(head, perturbed=True), those(head, perturbed=False)
+    rows = hidden.value, targets.value, mask.value
+    return _in_chunks(of_rows, chunk_size, joined(learns, fixed), *rows), (learns, fixed, *rows)
+
+
+def _chunks_backward(
+    of_rows: Callable[..., tuple[Array, ...]], chunk_size: int, saved: tuple[Any, ...], grads: tuple[Any, ...]
+) -> tuple[Any, Array, None, None]:
+    """No logits were kept: each chunk computes its own anew."""
+    learns, fixed, hidden, targets, mask = saved
+
+    def gradients(rows: Array, target: Array, *grads: Array) -> tuple[Any, Array]:
+        pull_back = jax.vjp(lambda learns, rows: of_rows(joined(learns, fixed), rows, target), learns, rows)[1]
+        pulled: tuple[Any, Array] = pull_back(grads)
+        return pulled
+
+    grads = tuple(jnp.zeros(mask.shape) if isinstance(grad, SymbolicZero) else grad for grad in grads)
+    head_gradient, row_gradients = Chunks.of(mask, chunk_size).run(gradients, hidden, targets, *grads)
+    head_gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), head_gradient, learns)
+    return head_gradient, row_gradients, None, None
+
+
+_in_chunks.defvjp(_chunks_forward, _chunks_backward, symbolic_zeros=True)
 
 
 def _of_target(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:

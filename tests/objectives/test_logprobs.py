@@ -1,5 +1,6 @@
 """Log-probabilities of tokens, against the plain form; what does not count is not computed."""
 
+import re
 from functools import partial
 
 import jax
@@ -207,7 +208,7 @@ def test_rows_of_one_token_have_no_log_probability(lm):
     assert values.shape == (3, 0) and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
-def test_no_logits_of_all_tokens_exist(lm, small_chunks):
+def test_no_logits_of_all_tokens_exist_and_no_copies_of_the_head(lm, small_chunks):
     model, variables = lm
 
     def loss(variables, tokens, mask, lengths):
@@ -216,6 +217,8 @@ def test_no_logits_of_all_tokens_exist(lm, small_chunks):
     program = str(jax.make_jaxpr(jax.grad(loss))(variables, *rows()))
     assert "f32[4,61]" in program
     assert not any(shape in program for shape in ("f32[3,19,61]", "f32[3,20,61]", "f32[57,61]", "f32[15,4,61]"))
+    copies_of_the_head = r"f32\[15,(1,)?(61,16|16,61)\]"  # one for each chunk, which the backward pass would read
+    assert not re.search(copies_of_the_head, program)
 
 
 def test_several_rows_of_targets_follow_one_of_tokens(lm, small_chunks):
