@@ -138,6 +138,7 @@ def test_too_long():
     assert (len(cut), cut.truncated, cut.dropped) == (3, 1, 0)
     assert [len(example.tokens) for example in cut.examples] == [6, 12, 12]
     assert cut.tokens == 30 and cut.learned_tokens == 2 + 8 + 8
+    assert tokenized(several, context=12, train_on="all").learned_tokens == 30 - 3  # nothing stands before the first
     assert not cut.examples[2].tokens.tolist().count(END)
     assert [example.cut for example in cut.examples] == [False, False, True]
     left = tokenized(several, context=12, too_long="drop")

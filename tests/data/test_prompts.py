@@ -97,7 +97,7 @@ def test_the_chat_template_asks_for_an_answer(read, chat):
     assert read([{"prompt": shared}], chat)[0][0].text == of_messages.text
     assert read([{"prompt": "Hi"}], chat, template="chat")[0][0].text == asked
     assert read([{"prompt": "Hi"}], chat, template="plain")[0][0].text == "Hi"
-    assert read([{"question": "Hi"}], chat, prompt_format="{question}")[0][0].text == asked
+    assert read([{"question": "Hi", "tools": "a hammer"}], chat, prompt_format="{question}")[0][0].text == asked
 
 
 def test_prompts_do_not_depend_on_the_day(read, tmp_path):
