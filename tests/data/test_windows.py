@@ -164,6 +164,8 @@ def test_check_vocabulary():
     check_vocabulary(np.array([], np.uint16), 257)
     with pytest.raises(BadInput, match=r"a\.txt: token id 300 at position 2 lies outside the vocabulary of 257"):
         check_vocabulary(np.array([1, 256, 300, 400], np.uint16), 257, "a.txt")
+    with pytest.raises(BadInput, match="token id 257 at position 1"):
+        check_vocabulary(np.array([0, 257]), 257)
     with pytest.raises(BadInput, match="token id -1 at position 1"):
         check_vocabulary(np.array([0, -1]), 257)
 
