@@ -227,7 +227,6 @@ def _from_file(path: Path, name: str) -> RewardFunction:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        del sys.modules[module_name]
         raise BadInput(f"{path}, which holds the reward {name!r}, cannot be run: {_error_line(error)}") from error
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):

@@ -52,6 +52,7 @@ ANSWERS = [
     (r"\boxed{10{,}000}", "10000", 1.0),
     (r"10,\!080", "10080", 1.0),
     ("1.5e3 m", "1500", 1.0),
+    ("in room 2e3b", "3", 1.0),  # no power of ten
     # fractions
     ("it is 3/4", "0.75", 1.0),
     (r"\boxed{\frac{3}{4}}", "3/4", 1.0),
@@ -113,6 +114,7 @@ EXACT = [
     (r"\boxed{A} or <answer>B</answer>", "B", 1.0),
     (r"<think>\boxed{A}" + "\nA</think>\n B", "B", 1.0),
     ("<think>A</think>", "A", 0.0),
+    ("<think>A</think><answer>A</answer></think>B", "B", 1.0),  # up to the last </think>
     ("<answer>two\nlines</answer>", "two\nlines", 1.0),
     ("", "B", 0.0),
     # nothing to compare with
@@ -203,11 +205,15 @@ def test_a_function_in_another_takes_what_that_one_takes():
     np.testing.assert_array_equal(total, [1.0])
 
 
-def failing(prompts, completions, **_):
+def refuse():
     raise ValueError("no\nsuch thing")
 
 
-LINE = failing.__code__.co_firstlineno + 1
+def failing(prompts, completions, **_):
+    refuse()
+
+
+LINE = refuse.__code__.co_firstlineno + 1
 
 
 @pytest.mark.parametrize(
@@ -303,6 +309,7 @@ def test_names(tmp_path):
         ),
         ("length", "the reward 'length' needs a number of characters, as length:400"),
         ("length:-4", "the reward 'length:-4' needs a number of characters"),
+        ("length:²", "the reward 'length:²' needs a number of characters"),
         ("length:0", "a reward for completions of at most 0 characters makes no sense"),
         ("FOLDER/missing.py:reward", "there is no file FOLDER/missing.py to read the reward 'reward' from"),
         ("FOLDER/mine.py", "the reward 'FOLDER/mine.py' is a file; add the name of a function in it"),

@@ -262,7 +262,7 @@ def conversation_rows(examples: Sequence[Example], plan: Sequence[Sequence[int]]
     segments = batch["segment_ids"]
     # The last token of a conversation has no target: another conversation follows it, or nothing.
     follows = np.zeros(segments.shape, bool)
-    follows[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    follows[:, :-1] = segments[:, 1:] == segments[:, :-1]  # what follows padding is 0, and 0 in the mask
     targets, mask = (np.where(follows, np.roll(rows, -1, axis=1), 0) for rows in (batch["tokens"], learned))
     return {**batch, "targets": targets.astype(np.int32), "mask": mask.astype(np.float32)}
 

@@ -123,7 +123,7 @@ class LabelledBatches:
 
     def count_tokens(self, index: int) -> int:
         """Tokens of batch `index`, without padding, over all processes."""
-        return sum(min(len(self.rows[row]), self.longest) for row in self._plan[index])
+        return sum(len(self.rows[row]) for row in self._plan[index])
 
     def __getitem__(self, index: int) -> Batch:
         batch = labelled_batch(self.rows, self.labels, self._plan[index], self.batch_size, self.longest)

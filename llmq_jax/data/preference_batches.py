@@ -57,7 +57,7 @@ class PreferenceBatches:
     def count_tokens(self, index: int) -> int:
         """Tokens of batch `index`, without padding, over all processes."""
         pairs = [self.pairs[pair] for pair in self._plan[index]]
-        return sum(min(len(side.tokens), self.longest) for pair in pairs for side in (pair.chosen, pair.rejected))
+        return sum(len(side.tokens) for pair in pairs for side in (pair.chosen, pair.rejected))
 
     def __getitem__(self, index: int) -> Batch:
         batch = preference_batch(self.pairs, self._plan[index], self.batch_size, self.longest, self._columns)

@@ -44,7 +44,7 @@ def process_advantages(
     token's advantage is the sum of the normalised rewards of the steps that end at it or after it; after the last step
     it is 0.
     """
-    groups, counted = _groups(step_rewards, group_size, scale), _groups(step_ends != 0, group_size, scale)
+    groups, counted = _groups(step_rewards, group_size, scale), _groups(step_ends, group_size, scale)
     relative = _standardised(groups, counted.astype(jnp.float32), scale, epsilon).reshape(step_rewards.shape)
     return jnp.cumsum(relative[:, ::-1], axis=1)[:, ::-1]
 

@@ -63,6 +63,7 @@ def test_packing_is_tight(lengths):
 def test_known_packing():
     # 7+3, 6+4, 5+5: filled to the brim, the longest first, each into the fullest row it fits.
     assert pack([3, 4, 5, 5, 6, 7], 10) == [[5, 0], [4, 1], [2, 3]]
+    assert pack([2, 6, 8], 10) == [[2, 0], [1]]
 
 
 def test_packing_many_is_fast():

@@ -121,6 +121,16 @@ def test_end_of_text_in_a_text_is_text():
     assert (example.tokens == END).sum() == 1
 
 
+def test_an_end_of_text_that_the_tokenizer_appends_is_no_second_one():
+    class Ending(ByteTokenizer):
+        def encode_with_offsets(self, text, **options):
+            ids, offsets = super().encode_with_offsets(text, **options)
+            return [*ids, END], np.append(offsets, [[len(text)] * 2], axis=0)
+
+    ours, plain = (tokenize(render(prompt("a", "b"), "plain"), each) for each in (Ending(), ByteTokenizer()))
+    assert ours.tokens.tolist() == plain.tokens.tolist() and ours.learned.tolist() == plain.learned.tolist()
+
+
 # What does not fit
 
 
@@ -138,6 +148,7 @@ def test_too_long():
     assert (len(cut), cut.truncated, cut.dropped) == (3, 1, 0)
     assert [len(example.tokens) for example in cut.examples] == [6, 12, 12]
     assert cut.tokens == 30 and cut.learned_tokens == 2 + 8 + 8
+    assert tokenized(several, context=12, train_on="all").learned_tokens == 30 - 3  # nothing stands before the first
     assert not cut.examples[2].tokens.tolist().count(END)
     assert [example.cut for example in cut.examples] == [False, False, True]
     left = tokenized(several, context=12, too_long="drop")
@@ -233,6 +244,8 @@ def test_batches_are_functions_of_the_step(packing):
     assert orders[0] != orders[1], "the seed chooses"
     later = [make(0)[step]["tokens"].tolist() for step in range(len(make(0)), 2 * len(make(0)))]
     assert orders[0] != later, "and each epoch has an order of its own"
+    first, second = ({frozenset(row[0] for row in tokens) for tokens in epoch} for epoch in (orders[0], later))
+    assert first != second, "in which other rows meet"
 
 
 @pytest.mark.parametrize("packing", [True, False])

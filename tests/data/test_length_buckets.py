@@ -57,6 +57,11 @@ def test_a_batch_is_a_function_of_seed_and_step():
             np.testing.assert_array_equal(one[step][name], other[step][name])
     assert any((one[i]["lengths"] != batches(seed=6)[i]["lengths"]).any() for i in range(3))
     assert any((one[i]["lengths"] != one[i + one.per_epoch]["lengths"]).any() for i in range(3))
+    first, second = (
+        {frozenset(one[epoch * one.per_epoch + i]["tokens"][:, 0].tolist()) for i in range(one.per_epoch)}
+        for epoch in range(2)
+    )
+    assert first != second, "other rows meet in a batch"
 
 
 def test_processes_share_the_rows_of_a_batch():

@@ -74,6 +74,8 @@ def test_variables_of_a_record(tmp_path):
     """Those of chat_template_kwargs are the template's; null is none, and one that is not read must say nothing."""
     source = TOOLED + "{{ mood }}"
     kwargs = {"mood": "!", "other": None, "empty": [], "off": False}
+    (conversation,) = read(tmp_path, {"messages": LOOP, "tools": [], "chat_template_kwargs": kwargs})
+    assert dict(conversation.variables) == {"mood": "!", "empty": [], "off": False, "tools": []}, "not those of none"
     (conversation,) = read(tmp_path, {"messages": LOOP, "tools": TOOLS, "chat_template_kwargs": kwargs})
     assert render(conversation, "chat", ChatTemplate(source)).text.endswith("</s>!")
     with pytest.raises(BadInput, match=r"data\.jsonl: line 1: the chat template has no place for 'mood'"):

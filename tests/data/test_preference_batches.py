@@ -134,6 +134,8 @@ def test_evaluation_on_some_batches_is_spread_over_the_data():
     def numbers(batches):
         evaluation = PreferenceEvaluation(PAIRS, SIZE, LONGEST, batches)
         found = sorted(number for batch in evaluation for number in check(batch))
+        longest = [batch["lengths"].max() for batch in evaluation]
+        assert longest == sorted(longest)
         assert found == evaluation.indices and len(list(evaluation)) == len(evaluation)
         return found
 

@@ -93,11 +93,12 @@ def test_the_chat_template_asks_for_an_answer(read, chat):
     assert of_string.text == asked
     assert of_messages.text == f"<|im_start|>system\nBe brief.<|im_end|>\n{asked}"
     assert chat.decode(of_messages.tokens) == of_messages.text
+    assert chat.end_of_text in read([{"prompt": [user("<|endoftext|>")]}], chat)[0][0].tokens  # as templates spell it
     shared = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}]
     assert read([{"prompt": shared}], chat)[0][0].text == of_messages.text
     assert read([{"prompt": "Hi"}], chat, template="chat")[0][0].text == asked
     assert read([{"prompt": "Hi"}], chat, template="plain")[0][0].text == "Hi"
-    assert read([{"question": "Hi"}], chat, prompt_format="{question}")[0][0].text == asked
+    assert read([{"question": "Hi", "tools": "a hammer"}], chat, prompt_format="{question}")[0][0].text == asked
 
 
 def test_prompts_do_not_depend_on_the_day(read, tmp_path):

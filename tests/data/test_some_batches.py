@@ -5,7 +5,14 @@ from llmq_jax.errors import BadInput
 
 
 @pytest.mark.parametrize(
-    ("most", "expected"), [(None, [0, 1, 2, 3, 4, 5, 6]), (9, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 2, 4]), (1, [0])]
+    ("most", "expected"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6]),
+        (9, [0, 1, 2, 3, 4, 5, 6]),
+        (5, [0, 1, 2, 4, 5]),
+        (3, [0, 2, 4]),
+        (1, [0]),
+    ],
 )
 def test_they_are_spread_evenly_and_the_same_each_time(most, expected):
     some = SomeBatches(range(7), most)

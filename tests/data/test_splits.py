@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmq_jax.data import split_documents, split_tokens
@@ -9,6 +9,7 @@ from llmq_jax.errors import BadInput
 
 
 @given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(0, 2**40))
+@example(2, 0.9, 0)  # one stays for training
 def test_documents_are_parted(count, fraction, seed):
     documents = list(range(count))
     training, held_out = split_documents(documents, fraction, seed)

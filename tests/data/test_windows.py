@@ -58,6 +58,8 @@ def test_epochs_and_seeds_differ():
     assert len({epoch(0, number).min() for number in range(20)}) > 5, "the first window's offset is drawn anew"
     assert not np.array_equal(first, np.sort(first)), "shuffled"
     assert max(epoch(0, number).max() for number in range(40)) + 10 >= 998, "the end of the text has its turn"
+    short = training_batches(stream(6), context=4, batch_size=1)
+    assert {int(short[number]["tokens"][0, 0]) for number in range(20)} == {0, 1}, "with its last token"
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=1, max_size=10), st.booleans())
@@ -162,6 +164,8 @@ def test_check_vocabulary():
     check_vocabulary(np.array([], np.uint16), 257)
     with pytest.raises(BadInput, match=r"a\.txt: token id 300 at position 2 lies outside the vocabulary of 257"):
         check_vocabulary(np.array([1, 256, 300, 400], np.uint16), 257, "a.txt")
+    with pytest.raises(BadInput, match="token id 257 at position 1"):
+        check_vocabulary(np.array([0, 257]), 257)
     with pytest.raises(BadInput, match="token id -1 at position 1"):
         check_vocabulary(np.array([0, -1]), 257)
 

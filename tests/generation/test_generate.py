@@ -1,4 +1,5 @@
 import inspect
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -139,8 +140,14 @@ def test_stop_strings_end_the_text_and_the_tokens(lm):
     assert string in lm.tokenizer.decode(free.tokens[1, :length].tolist())
     assert string not in lm.tokenizer.decode(free.tokens[1, : length - 1].tolist())
     np.testing.assert_array_equal(stopped.tokens[1, :length], free.tokens[1, :length])
+    assert (stopped.tokens[1, length:] == 256).all() and not stopped.logprobs[1, length:].any()
     streamed = lq.stream(lm, PROMPTS[1], max_new_tokens=40, sampler=SAMPLER, seed=2, stop=string)
     assert "".join(streamed) == stopped.text[1]
+
+
+def test_the_first_of_several_stop_strings_counts():
+    assert Request.stop_position(SimpleNamespace(stop_strings=("c", "b")), "abc") == 1
+    assert Request.certain(SimpleNamespace(stop_strings=("abcd", "cx")), "xabc") == 1
 
 
 def test_a_stop_string_that_spells_a_special_token_is_an_end_token(lm):

@@ -5,7 +5,16 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
-from llmq_jax.generation.sampling import BLOCK, LEAST_TEMPERATURE, draw, filter_logits, first_largest, sample
+from llmq_jax.generation.sampling import (
+    BLOCK,
+    LEAST_TEMPERATURE,
+    _where_reached,
+    draw,
+    filter_logits,
+    first_largest,
+    nucleus_edge,
+    sample,
+)
 
 
 def kept(logits, **options):
@@ -52,6 +61,10 @@ def test_equally_probable_tokens_stay_together():
     assert kept(np.log([0.4, 0.2, 0.2, 0.2]).tolist(), top_p=0.5) == [True] * 4
 
 
+def test_what_reaches_p_is_the_whole_nucleus():
+    assert nucleus_edge(jnp.asarray([[0.5, 0.25, 0.25]]), 0.5) == 0.5
+
+
 def test_the_nucleus_is_found_without_sorting():
     """XLA's CPU backend takes as long to sort a vocabulary as SmolLM2 takes to decode a token."""
     program = jax.jit(filter_logits, static_argnums=1).lower(jnp.zeros((1, 64)), Sampler(top_p=0.9)).as_text()
@@ -84,6 +97,10 @@ def test_tokens_are_drawn_by_their_mass():
     squares = ((drawn[masses > 0] - wanted) ** 2 / wanted).sum()
     freedom = len(wanted) - 1
     assert abs(squares - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_a_share_that_rounding_keeps_from_being_reached_is_of_the_last_with_mass():
+    assert _where_reached(jnp.asarray([[1.0, 2.0, 0.0]]), jnp.ones((1, 1))) == 1
 
 
 @pytest.mark.parametrize("masses", [[np.nan] * (BLOCK + 1), [0.0] * (BLOCK + 1)])

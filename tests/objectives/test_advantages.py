@@ -17,6 +17,7 @@ def test_group_advantages_by_hand():
     np.testing.assert_allclose(group_advantages(rewards, 4, scale="none"), centred, rtol=1e-6)
     by_batch = centred / (np.std(np.asarray(rewards), ddof=1) + 0.5)
     np.testing.assert_allclose(group_advantages(rewards, 4, scale="batch", epsilon=0.5), by_batch, rtol=1e-6)
+    np.testing.assert_array_equal(group_advantages(rewards, 1, scale="none"), np.zeros(8))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])

@@ -1,5 +1,6 @@
 """The classification objective against hand-computed values, and that micro-batches add up to the batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -103,10 +104,23 @@ def test_balance_losses_are_added_in_training():
     model, variables = made(SPARSE)
     objective, batch = Classification(model), a_batch()
     plain, _, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch))
-    total, metrics, _ = jax.jit(objective.loss)(variables, batch, objective.weights(batch), jax.random.key(0))
+    training, weights = jax.jit(objective.loss), objective.weights(batch)
+    total, metrics, _ = training(variables, batch, weights, jax.random.key(0))
     assert float(metrics["classification_loss"]) == pytest.approx(float(plain), abs=1e-6)
     expected = float(plain) + SPARSE.router_aux_loss_coef * float(metrics["load_balance_loss"])
     assert float(total) == pytest.approx(expected, abs=1e-6) and float(total) > float(plain)
+    # Half of a batch adds half of its own.
+    doubled = {name: 2 * weight for name, weight in weights.items()}
+    _, of_half, _ = training(variables, batch, doubled, jax.random.key(0))
+    assert float(of_half["load_balance_loss"]) == pytest.approx(float(metrics["load_balance_loss"]) / 2)
+
+
+def test_dropout_acts_in_training():
+    _, variables = made(DENSE)
+    objective, batch = Classification(build(dataclasses.replace(DENSE, resid_pdrop=0.1))), a_batch()
+    for rng, acts in ((None, False), (jax.random.key(0), True)):
+        program = jax.make_jaxpr(objective.loss)(variables, batch, objective.weights(batch), rng)
+        assert ("random_bits" in str(program)) == acts
 
 
 def test_a_batch_in_which_nothing_counts_is_no_division_by_zero():

@@ -10,8 +10,9 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.positions import LongRope
 from llmq_jax.models import build
-from llmq_jax.objectives.grpo import GRPO, OPTIONS, grpo_loss, kl_estimate, loss_weights
+from llmq_jax.objectives.grpo import GRPO, OPTIONS, LossOptions, grpo_loss, kl_estimate, loss_weights
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
 from tests.models.compiled import apply
@@ -169,7 +170,7 @@ def test_log_probabilities_in_bfloat16(loss_type):
 def test_parts_that_are_clipped():
     """Four answers: half clipped below, wholly, one without tokens, and one that clipping would hit if its advantage
     were negative."""
-    ratio = jnp.asarray([[0.5, 1.0], [0.5, 0.7], [0.1, 0.1], [0.5, 1.5]])
+    ratio = jnp.asarray([[0.5, 1.5], [0.5, 0.7], [0.1, 0.1], [0.5, 1.5]])
     mask = jnp.asarray([[1, 1], [1, 1], [0, 0], [1, 1]])
     advantages = jnp.asarray([-1.0, -1.0, -1.0, 1.0])
     arguments = jnp.log(ratio), jnp.zeros((4, 2)), None, advantages, mask
@@ -181,9 +182,13 @@ def test_parts_that_are_clipped():
     assert float(metrics["clip_ratio/low_min"]) == 0.5 and float(metrics["clip_ratio/high_max"]) == 0.0
     _, metrics = compiled_loss(*arguments, loss_type="cispo", clip_high=1.4)
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx({"cispo_clip_ratio": 1 / 6})
-    # One ratio an answer, means of logarithms: 0.71, 0.59, 1 and 0.87.
+    # One ratio an answer, means of logarithms: 0.87, 0.59, 1 and 0.87.
     _, metrics = compiled_loss(*arguments, loss_type="gspo", clip_low=0.4)
     assert float(metrics["clip_ratio/low_mean"]) == pytest.approx(1 / 4)
+    # With an advantage for each token it is tokens that count.
+    by_token = *arguments[:3], jnp.asarray([[-1, -1], [-1, 1], [-1, -1], [1, 1.0]]), mask
+    _, metrics = compiled_loss(*by_token, loss_type="gspo", clip_low=0.4)
+    assert float(metrics["clip_ratio/low_mean"]) == pytest.approx(1 / 6)
 
 
 def test_defaults_of_the_loss_types():
@@ -203,6 +208,7 @@ def test_defaults_of_the_loss_types():
         compiled_loss(**answers, beta=0.1, clip_low=0.05, **given)[0] for given in ({}, {"clip_high": 0.05})
     )
     assert float(narrow) == float(spelled_out)
+    assert LossOptions(clip_high=0.0).bounds == (0.8, 1.0)  # 0 is no None
 
 
 REFUSED = [
@@ -250,6 +256,8 @@ def test_options_that_are_refused(options, message):
         (lambda x: grpo_loss(x, x, None, x[:, 0], x, entropy_coefficient=0.1), "=0.1 needs the entropies"),
         (lambda x: kl_estimate(x, x, "k0"), "kl='k0' is unknown"),
         (lambda x: GRPO(build(SPARSE), group_size=2), "group_size=2: a model with experts, frozen layers or a RoPE"),
+        (lambda x: GRPO(build(SCALED), group_size=2), "a RoPE that goes by the length of a row cannot share"),
+        (lambda x: GRPO(build(DENSE).clone(frozen_layers=1), group_size=2), "frozen layers or a RoPE"),
         (lambda x: GRPO(build(DENSE), temperature=0.0), "temperature=0.0 of GRPO must be positive"),
     ],
 )
@@ -269,6 +277,13 @@ DENSE = lq.GPT2Config(
 SPARSE = lq.MixtralConfig(
     **SIZES, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8, num_local_experts=4,
     initializer_range=0.3,
+)  # fmt: skip
+
+SCALED = lq.Llama3Config(
+    **SIZES, num_attention_heads=2, num_key_value_heads=1, intermediate_size=8,
+    rope_parameters=LongRope(
+        factor=2.0, original_max_position_embeddings=8, short_factor=(1.0,) * 4, long_factor=(2.0,) * 4
+    ),
 )  # fmt: skip
 
 
@@ -372,10 +387,15 @@ def test_balance_losses_are_added_in_training():
     model, variables = made(SPARSE)
     objective, batch = GRPO(model), a_batch()
     plain, _ = run(objective, variables, batch)
-    total, metrics = run(objective, variables, batch, jax.random.key(0))
-    assert metrics["policy_loss"] == pytest.approx(plain, abs=1e-6)
-    expected = plain + SPARSE.router_aux_loss_coef * metrics["load_balance_loss"]
-    assert total == pytest.approx(expected, abs=1e-6) and total > plain
+    training, weights = jax.jit(objective.loss), objective.weights(batch)
+    total, metrics, _ = training(variables, batch, weights, jax.random.key(0))
+    assert float(metrics["policy_loss"]) == pytest.approx(plain, abs=1e-6)
+    expected = plain + SPARSE.router_aux_loss_coef * float(metrics["load_balance_loss"])
+    assert float(total) == pytest.approx(expected, abs=1e-6) and float(total) > plain
+    # Half of a batch adds half of its own.
+    doubled = {name: 2 * weight for name, weight in weights.items()}
+    _, of_half, _ = training(variables, batch, doubled, jax.random.key(0))
+    assert float(of_half["load_balance_loss"]) == pytest.approx(float(metrics["load_balance_loss"]) / 2)
 
 
 def test_the_first_step_has_a_loss_of_0_and_a_gradient():

@@ -223,12 +223,18 @@ def test_balance_losses_are_of_the_modules_too():
     balance = Balance(sequence=0.2)
     objective = MultiToken(build(override(CONFIG, balance=balance)))
     weights = {**weights_of(packed(), 0), "coefficient": jnp.float32(0.0)}
-    loss, metrics, counts = jax.jit(objective.loss)(variables(), packed(), weights, jax.random.key(0))
+    training = jax.jit(objective.loss)
+    loss, metrics, counts = training(variables(), packed(), weights, jax.random.key(0))
     np.testing.assert_allclose(loss - metrics["next_token_loss"], 0.2 * metrics["sequence_loss"], rtol=1e-4)
     assert counts.keys() == {"group_0", "group_1", "mtp"}
     reports = all_layers(counts)
     np.testing.assert_allclose(metrics["sequence_loss"], balance_losses(reports, balance, 2)["sequence"], rtol=1e-5)
     assert reports.assigned.shape == (1 + DEPTH, 4)
+    # Half of a batch adds half of its own.
+    halving = {name: 2 * weight for name, weight in weights.items()} | {"coefficient": jnp.float32(0.5)}
+    _, of_half, _ = training(variables(), packed(), halving, jax.random.key(0))
+    np.testing.assert_allclose(of_half["sequence_loss"], metrics["sequence_loss"] / 2, rtol=1e-5)
+    np.testing.assert_allclose(of_half["mtp_coefficient"], 0.25, rtol=1e-6)
 
 
 def test_next_token_prediction_trains_a_model_that_has_modules():

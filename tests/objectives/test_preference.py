@@ -137,6 +137,29 @@ def test_normalised_is_the_loss_of_means(lm):
     np.testing.assert_allclose(metrics["rewards/margins"], margins.mean(), rtol=1e-4)
 
 
+def test_balance_losses_are_added_in_training(lm):
+    config = lq.MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        max_position_embeddings=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=8,
+        num_local_experts=4,
+    )
+    objective, batch, variables = DPO(lq.build(config)), pairs(lm), draw_variables(config, seed=1)
+    training, weights = jax.jit(objective.loss), objective.weights(batch)
+    total, metrics, _ = training(variables, batch, weights, jax.random.key(0))
+    added = config.router_aux_loss_coef * metrics["load_balance_loss"]
+    np.testing.assert_allclose(total - metrics["preference_loss"], added, atol=1e-6)
+    assert added > 1e-3
+    # Half of a batch adds half of its own.
+    doubled = {name: 2 * weight for name, weight in weights.items()}
+    _, of_half, _ = training(variables, batch, doubled, jax.random.key(0))
+    np.testing.assert_allclose(of_half["load_balance_loss"], metrics["load_balance_loss"] / 2, rtol=1e-6)
+
+
 def test_accumulation_and_rows_that_do_not_count_change_nothing(lm):
     model, variables = lm
     batch = pairs(lm)

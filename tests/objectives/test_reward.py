@@ -220,7 +220,8 @@ def test_balance_losses_are_added_in_training():
     model, variables = made(SPARSE)
     objective, batch = RewardModel(model), a_batch()
     plain, _ = loss_of(objective, variables, batch)
-    total, metrics = loss_of(objective, variables, batch, jax.random.key(0))
+    training, weights = jax.jit(objective.loss), objective.weights(batch)
+    total, metrics, _ = training(variables, batch, weights, jax.random.key(0))
     assert float(metrics["reward_loss"]) == pytest.approx(float(plain), abs=1e-6)
     expected = float(plain) + SPARSE.router_aux_loss_coef * float(metrics["load_balance_loss"])
     assert float(total) == pytest.approx(expected, abs=1e-6) and float(total) > float(plain)
@@ -228,6 +229,18 @@ def test_balance_losses_are_added_in_training():
     _, _, counts = jax.jit(objective.loss)(variables, batch, objective.weights(batch))
     _, terms = balance_terms(model.experts, counts, jnp.float32(1.0))
     assert float(metrics["load_balance_loss"]) == pytest.approx(float(terms["load_balance_loss"]), abs=1e-6)
+    # Half of a batch adds half of its own.
+    doubled = {name: 2 * weight for name, weight in weights.items()}
+    _, of_half, _ = training(variables, batch, doubled, jax.random.key(0))
+    assert float(of_half["load_balance_loss"]) == pytest.approx(float(terms["load_balance_loss"]) / 2, abs=1e-6)
+
+
+def test_dropout_acts_in_training():
+    _, variables = made(DENSE)
+    objective, batch = RewardModel(build(dataclasses.replace(DENSE, resid_pdrop=0.1))), a_batch()
+    for rng, acts in ((None, False), (jax.random.key(0), True)):
+        program = jax.make_jaxpr(objective.loss)(variables, batch, objective.weights(batch), rng)
+        assert ("random_bits" in str(program)) == acts
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

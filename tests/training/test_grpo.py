@@ -18,10 +18,10 @@ from llmq_jax.objectives.grpo import GRPO
 from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.reward import RewardModel, token_scores
 from llmq_jax.rewards import Rewards
-from llmq_jax.training.grpo import REFERENCE, Loop, reference_variables
+from llmq_jax.training.grpo import REFERENCE, Loop, over_updates, reference_variables
 from llmq_jax.training.optimizer import adamw
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
-from llmq_jax.training.rollout_scores import ModelReward, SummedRewards, TextRewards, step_ends
+from llmq_jax.training.rollout_scores import ModelReward, Scores, SummedRewards, TextRewards, step_ends
 from llmq_jax.training.rollouts import Rollout, roll_out
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import make_train_step
@@ -138,7 +138,10 @@ def test_a_step_raises_the_reward_of_its_answers(lm):
     np.testing.assert_allclose(metrics["reward_std"], spreads.mean(), rtol=1e-5)
     assert metrics["frac_reward_zero_std"] == 0
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 - before.terminated.mean())
-    assert metrics["completions/mean_length"] == before.answer_lengths.mean()
+    np.testing.assert_allclose(metrics["rewards/bytes/std"], rewards.std(ddof=1), rtol=1e-5)
+    for kind, lengths in (("", before.answer_lengths), ("terminated_", before.answer_lengths[before.terminated])):
+        for name in ("mean", "min", "max"):
+            assert metrics[f"completions/{name}_{kind}length"] == pytest.approx(getattr(lengths, name)())
     assert metrics["tokens"] == before.lengths.sum()
     assert {
         "entropy",
@@ -297,6 +300,41 @@ def test_groups_without_spread_are_replaced(lm):
     equal, state = make_loop(lm, text_rewards(lambda completions, **_: [2.0] * len(completions)), dynamic_sampling=True)
     rollout, scores, asked = equal.answered(state, batch)
     assert not equal.teaches(scores).any() and len(rollout) == 3 * GROUP and asked.silent == 1
+
+
+def test_rounds_of_sampling(lm):
+    """Each asks prompts that were not asked yet, with seeds of its own; what is too much is left out."""
+    rounds = []
+
+    def sample(policy, asked, seeds):
+        rounds.append(([prompt.columns["best"] for prompt in asked], seeds))
+        rows = len(asked) * GROUP
+        ones, lengths = np.ones((rows, NEW), np.float32), np.full(rows, 1 + NEW)
+        tokens = np.ones((rows, 8 + len(rounds)), np.int32)  # widths differ
+        return Rollout(asked, GROUP, tokens, lengths, lengths - NEW, ones, ones, ones[:, 0] > 0, [""] * rows)
+
+    def score(rollout):
+        """Of the first round two groups teach, of the second none, of the third all."""
+        teach = {1: [0, 2], 2: [], 3: [0, 1, 2, 3]}[len(rounds)]
+        rewards = np.zeros((4, GROUP), np.float32)
+        rewards[teach, 0] = 1.0
+        return Scores(rewards.reshape(-1), {})
+
+    loop, state = make_loop(lm, score, dynamic_sampling=True)
+    loop.sample, loop.prompts = sample, prompts(12)
+    rollout, scores, cost = loop.answered(state, {"step": 0, "prompts": [5, 6, 7, 8]})
+    asked, seeds = zip(*rounds, strict=True)
+    assert sorted(place for each in asked for place in each) == list(range(12))
+    assert len({seed for each in seeds for seed in each}) == 12 * GROUP
+    assert [prompt.columns["best"] for prompt in rollout.prompts] == [5, 7, *asked[2][:2]]
+    assert loop.teaches(scores).all() and rollout.tokens.shape == (4 * GROUP, 11)
+    assert cost.tokens == 12 * GROUP * (1 + NEW) and cost.silent == 0.5
+
+
+def test_metrics_of_several_updates():
+    extremes = ("clip_ratio/low_min", "clip_ratio/high_max")
+    updates = [{name: np.float32(value) for name in ("loss", *extremes)} for value in (1.0, 4.0)]
+    assert over_updates(updates) == {"loss": 2.5, "clip_ratio/low_min": 1.0, "clip_ratio/high_max": 4.0}
 
 
 def test_answers_that_were_cut_may_be_masked(lm):
@@ -470,6 +508,9 @@ def test_process_supervision_rewards_later_steps(lm, reward_lm):
         ends, steps = scores.step_ends[rows] > 0, scores.steps[rows]
         normal = np.where(ends, (steps - steps[ends].mean()) / (steps[ends].std(ddof=1) + 1e-4), 0)
         np.testing.assert_allclose(advantages[rows], normal[:, ::-1].cumsum(1)[:, ::-1], atol=1e-4)
+        centred = np.where(ends, steps - steps[ends].mean(), 0)
+        found = dataclasses.replace(loop, scale="none").advantages(scores)[rows]
+        np.testing.assert_allclose(found, centred[:, ::-1].cumsum(1)[:, ::-1], atol=1e-5)
     state, metrics = loop.step(state, PromptBatches(5, 2)[0])
     assert np.isfinite(metrics["loss"])
 
