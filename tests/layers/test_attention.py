@@ -259,6 +259,18 @@ def test_dropout_keeps_the_mean_and_follows_its_key():
     np.testing.assert_allclose(mean, plain, atol=0.15)
 
 
+def test_each_block_of_queries_drops_weights_of_its_own(monkeypatch):
+    keys = []
+
+    def noted(query, key, value, mask, *, dropout_key, **options):
+        keys.append(tuple(jax.random.key_data(dropout_key).tolist()))
+        return query
+
+    monkeypatch.setattr("llmq_jax.layers.attention.attend", noted)
+    query_blocks(*draw(2), ROWS, 4, dropout_key=jax.random.key(0), scale=0.3, dropout_rate=0.25)
+    assert len(set(keys)) == 3
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
     """Against the whole band with the very weights dropped that the blocks draw, forward and back."""
