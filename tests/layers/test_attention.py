@@ -395,7 +395,7 @@ def test_what_the_fused_kernel_is_asked_for(kind, window, length, monkeypatch):
     context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind))
     inputs = [x.swapaxes(1, 2).astype(jnp.bfloat16) for x in draw(8, length=length)]
     expected, _ = attention(*inputs, context.replace(implementation="masked"), scale=0.4, window=window)
-    kernel, calls = jax.nn.dot_product_attention, []
+    kernel, calls, unused = jax.nn.dot_product_attention, [], jax.random.key(0)  # a key alone drops nothing
 
     def other(*args, implementation, mask, **options):
         calls.append((implementation, mask is not None and mask.shape[-2:]))
@@ -403,7 +403,8 @@ def test_what_the_fused_kernel_is_asked_for(kind, window, length, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr(jax.nn, "dot_product_attention", other)
-    found, _ = attention(*inputs, context.replace(implementation="fused"), scale=0.4, window=window)
+    fused = context.replace(implementation="fused")
+    found, _ = attention(*inputs, fused, scale=0.4, window=window, dropout_key=unused)
     assert calls == [("cudnn", kind == "packed" and (36, 36))]
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
 

@@ -163,6 +163,7 @@ def test_capacity_drops_the_last_tokens_of_a_full_expert_and_counts_them():
     (expected, _), _ = value_and_gradients("dense", x, kept, weights, experts)
     assert_close(mixed, expected)
     assert slots_each(1.25, 4096, 8) == 640
+    assert slots_each(1.25, 10, 4) == 4
     assert slots_each(100.0, 4096, 8) == 4096, "more slots than there is to hold"
 
 
@@ -276,6 +277,16 @@ def test_padding_counts_nowhere():
     np.testing.assert_allclose(mixed[1, :5], alone[0], **CLOSE)
     _, first = jax.device_get(apply(layer, variables, x[:1]))
     assert_close(padded, jax.tree.map(np.add, first, short))
+
+
+def test_padding_alone_costs_nothing_and_moves_nothing():
+    """As a micro-batch of rows that fill a batch up: nothing is divided by its tokens."""
+    reports, *_ = reported(real=jnp.zeros((2, 10), bool))
+    every = Balance(load_balance=1.0, router_z=1.0, sequence=1.0, device=1.0, devices=4)
+    assert set(map(float, terms(reports, every, 2).values())) == {0.0}
+    proportional = Balance(bias_rate=0.1, bias_update="proportional")
+    assert not moved_bias(jnp.zeros((3, 8)), reports.assigned, proportional).any()
+    assert not max_violation(reports.assigned).any()
 
 
 def test_a_bias_moves_against_the_load():
