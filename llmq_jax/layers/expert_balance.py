@@ -181,5 +181,5 @@ def moved_bias(bias: Float[Array, "*L E"], assigned: Int[Array, "*L E"], balance
 
 def max_violation(assigned: Int[Array, "*L E"]) -> Float[Array, "*L"]:
     """(largest load - mean load) / mean load over experts: 0 is even (arXiv:2408.15664, eq. 4)."""
-    mean = jnp.maximum(assigned.mean(-1), jnp.finfo(jnp.float32).tiny)
-    return (assigned.max(-1) - mean) / mean
+    mean = assigned.mean(-1)
+    return (assigned.max(-1) - mean) / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)

@@ -321,7 +321,7 @@ class YarnRope(ScaledRope):
 
 def yarn_scale(factor: float, weight: float = 1.0) -> float:
     """Peng et al. 2023 (YaRN), eq. 22: 0.1 · weight · ln(factor) + 1."""
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return 0.1 * weight * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -259,6 +259,18 @@ def test_dropout_keeps_the_mean_and_follows_its_key():
     np.testing.assert_allclose(mean, plain, atol=0.15)
 
 
+def test_each_block_of_queries_drops_weights_of_its_own(monkeypatch):
+    keys = []
+
+    def noted(query, key, value, mask, *, dropout_key, **options):
+        keys.append(tuple(jax.random.key_data(dropout_key).tolist()))
+        return query
+
+    monkeypatch.setattr("llmq_jax.layers.attention.attend", noted)
+    query_blocks(*draw(2), ROWS, 4, dropout_key=jax.random.key(0), scale=0.3, dropout_rate=0.25)
+    assert len(set(keys)) == 3
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_dropout_in_window_blocks_drops_weights_of_the_band(softcap):
     """Against the whole band with the very weights dropped that the blocks draw, forward and back."""
@@ -383,7 +395,7 @@ def test_what_the_fused_kernel_is_asked_for(kind, window, length, monkeypatch):
     context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind))
     inputs = [x.swapaxes(1, 2).astype(jnp.bfloat16) for x in draw(8, length=length)]
     expected, _ = attention(*inputs, context.replace(implementation="masked"), scale=0.4, window=window)
-    kernel, calls = jax.nn.dot_product_attention, []
+    kernel, calls, unused = jax.nn.dot_product_attention, [], jax.random.key(0)  # a key alone drops nothing
 
     def other(*args, implementation, mask, **options):
         calls.append((implementation, mask is not None and mask.shape[-2:]))
@@ -391,7 +403,8 @@ def test_what_the_fused_kernel_is_asked_for(kind, window, length, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr(jax.nn, "dot_product_attention", other)
-    found, _ = attention(*inputs, context.replace(implementation="fused"), scale=0.4, window=window)
+    fused = context.replace(implementation="fused")
+    found, _ = attention(*inputs, fused, scale=0.4, window=window, dropout_key=unused)
     assert calls == [("cudnn", kind == "packed" and (36, 36))]
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
 

@@ -243,6 +243,24 @@ def test_the_linear_layer_drops_the_adapters_input_alone():
     np.testing.assert_allclose(mean, lora.adapted(x, x @ kernel, kernel, factors, fixed), rtol=0.02)
 
 
+def test_fresh_adapters_are_drawn_as_the_papers_and_peft_say():
+    model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
+
+    def at_key_and_value(**fields):
+        adapted = lora.add(variables, model.layer_paths(), LoRA(targets=("key", "value"), **fields))
+        return [lora.adapters(adapted)["group_0", "block_0", "attention", name, "kernel"] for name in ("key", "value")]
+
+    (key, fixed), (value, _) = at_key_and_value(rank=3)
+    assert (fixed["scale"] == 2).all()
+    assert not (key["A"] == value["A"]).any(), "each matrix draws its own"
+    assert 0.95 / 24**0.5 < np.abs(key["A"]).max() <= 1 / 24**0.5
+    (_, fixed), _ = at_key_and_value(rank=4, variant="lora-xs")
+    rows = fixed["B"].reshape(3, 4, -1)
+    np.testing.assert_allclose(rows @ rows.mT, np.broadcast_to(np.eye(4), (3, 4, 4)), atol=1e-5)  # Vᵀ
+    (numbers, fixed), _ = at_key_and_value(rank=4, variant="tinylora")
+    assert numbers["v"].shape == (3, 64) and np.std(fixed["P"]) == pytest.approx(4**-0.5, rel=0.05)
+
+
 def an_adapter(kernel, variant="dora"):
     """(What trains, what is fixed) of a fresh one at a matrix."""
     variables = {"params": {"lm_head": {"kernel": kernel}}}

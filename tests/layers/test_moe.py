@@ -120,6 +120,22 @@ def test_the_lengths_of_blocks_change_nothing(lengths):
     assert_close(mixed, np.asarray(expected)[order])
 
 
+def test_gradients_in_bfloat16_add_up_in_float32():
+    """Of fifty blocks an expert. All matrices are the identity, so that each gradient is a plain sum."""
+    rng = np.random.default_rng(0)
+    rows, grad = (jnp.asarray(rng.uniform(0.5, 1.5, (800, 32)), jnp.bfloat16) for _ in range(2))
+    identity = jnp.broadcast_to(jnp.eye(32, dtype=jnp.bfloat16), (2, 32, 32))
+    zeros = jnp.zeros((2, 32), jnp.bfloat16)
+    experts = ExpertWeights(identity[:, :, None], identity, zeros[:, None], zeros)
+    mix = partial(in_blocks, sizes=jnp.array([400, 400]), activation=lambda parts: parts[..., 0, :], lengths=(8,))
+    found = jax.jit(lambda experts: jax.vjp(lambda experts: mix(rows, experts), experts)[1](grad)[0])(experts)
+    x, g = (np.asarray(leaf, np.float64).reshape(2, 400, 32) for leaf in (rows, grad))
+    of_matrix, of_bias = x.swapaxes(1, 2) @ g, g.sum(1)
+    exact = ExpertWeights(of_matrix[:, :, None], of_matrix, of_bias[:, None], of_bias)
+    for ours, sums in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert (ours == jnp.asarray(sums, jnp.bfloat16)).mean() > 0.995  # all but ties
+
+
 def test_blocks_are_as_long_as_an_expert_needs():
     assert block_lengths(4096, 64) == (16, 32, 48, 56, 64, 72, 80, 96, 128)
     assert block_lengths(4096, 8)[::8] == (128, 1024)
@@ -147,6 +163,7 @@ def test_capacity_drops_the_last_tokens_of_a_full_expert_and_counts_them():
     (expected, _), _ = value_and_gradients("dense", x, kept, weights, experts)
     assert_close(mixed, expected)
     assert slots_each(1.25, 4096, 8) == 640
+    assert slots_each(1.25, 10, 4) == 4
     assert slots_each(100.0, 4096, 8) == 4096, "more slots than there is to hold"
 
 
@@ -262,6 +279,16 @@ def test_padding_counts_nowhere():
     assert_close(padded, jax.tree.map(np.add, first, short))
 
 
+def test_padding_alone_costs_nothing_and_moves_nothing():
+    """As a micro-batch of rows that fill a batch up: nothing is divided by its tokens."""
+    reports, *_ = reported(real=jnp.zeros((2, 10), bool))
+    every = Balance(load_balance=1.0, router_z=1.0, sequence=1.0, device=1.0, devices=4)
+    assert set(map(float, terms(reports, every, 2).values())) == {0.0}
+    proportional = Balance(bias_rate=0.1, bias_update="proportional")
+    assert not moved_bias(jnp.zeros((3, 8)), reports.assigned, proportional).any()
+    assert not max_violation(reports.assigned).any()
+
+
 def test_a_bias_moves_against_the_load():
     bias, assigned = jnp.zeros((2, 4)), jnp.asarray([[4, 0, 2, 2], [2, 2, 2, 2]])
     np.testing.assert_allclose(moved_bias(bias, assigned, Balance(bias_rate=0.1)), [[-0.1, 0.1, 0, 0], [0, 0, 0, 0]])
@@ -276,6 +303,16 @@ def test_the_bias_chooses_and_does_not_weigh():
     ids, weights, _ = route(logits, experts, jnp.asarray([-9.0, 0.0, 0.0, 9.0]))
     assert ids.tolist() == [[3, 1]]
     np.testing.assert_allclose(weights[0], np.exp([-1.0, 1.0]) / np.exp([-1.0, 1.0]).sum(), rtol=1e-5)
+
+
+def test_the_router_computes_in_float32():
+    """Rounded to bfloat16, near-ties would go to other experts."""
+    layer = MixtureOfExperts(Experts(4, 2), 8, True, "silu", False, NORMAL, NORMAL, jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 6)), jnp.bfloat16)
+    variables = drawn(layer, x)
+    _, counts = apply(layer, variables, x)
+    logits = np.asarray(x, np.float64) @ np.asarray(variables["params"]["router"]["kernel"])
+    np.testing.assert_allclose(counts.squared_logsumexp, (np.log(np.exp(logits).sum(-1)) ** 2).sum(), rtol=1e-5)
 
 
 def test_noise_acts_in_training_alone_and_its_size_is_learned():
@@ -323,6 +360,7 @@ def test_all_kernels_that_add_to_the_stream_start_as_they_are_told(gated):
         assert (kernel == 1).all()
     assert {name for name in mlp if name != "down"} == ({"gate", "up"} if gated else {"up"})
     assert not any((mlp[name]["kernel"] == 1).any() for name in mlp if name != "down")
+    assert not (moe["up_kernel"][0] == moe["up_kernel"][1]).any(), "each expert draws its own"
 
 
 def test_layers_are_counted_in_order():

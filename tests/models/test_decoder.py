@@ -92,6 +92,8 @@ def test_the_choice_says_what_keeps_auto_from_the_fused_kernel(monkeypatch):
     half = build(gpt2, dtype=jnp.bfloat16)
     assert half.attention_choice() == "attention: fused"
     assert "masked; the fused kernel cannot run: it has no dropout" in half.attention_choice(training=True)
+    whole = build(override(gpt2, attn_pdrop=0.0), dtype=jnp.bfloat16)
+    assert whole.attention_choice(training=True) == "attention: fused"
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])

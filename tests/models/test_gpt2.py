@@ -68,12 +68,13 @@ def test_ways_to_run_the_layers_agree(variables, options):
 
 
 def size_of(model, layers: int):
-    """Operations in the program of a loss's gradient, and what its backward pass recomputes."""
+    """Operations in the program of a loss's gradient, and how many of them are activations and products."""
     config = dataclasses.replace(TINY, num_hidden_layers=layers)
     model = model.clone(config=config)
     gradient = jax.grad(lambda variables: model.apply(variables, TOKENS).sum())
     lowered = jax.jit(gradient).lower(abstract_variables(config))
-    return lowered.as_text().count("\n"), str(jax.make_jaxpr(gradient)(abstract_variables(config))).count("tanh")
+    program = str(jax.make_jaxpr(gradient)(abstract_variables(config)))
+    return lowered.as_text().count("\n"), program.count("tanh"), program.count("dot_general[")
 
 
 def test_a_scanned_program_does_not_grow_with_depth():
@@ -82,8 +83,27 @@ def test_a_scanned_program_does_not_grow_with_depth():
 
 
 def test_remat_recomputes_activations_in_the_backward_pass():
-    recomputed = {remat: size_of(build(TINY, remat=remat), 2)[1] for remat in ("none", "dots", "full")}
-    assert recomputed["none"] < recomputed["dots"] and recomputed["none"] < recomputed["full"]
+    """And "full" products with weights too."""
+    _, activations, products = zip(
+        *(size_of(build(TINY, remat=remat), 2) for remat in ("none", "dots", "full")), strict=True
+    )
+    assert activations[0] < activations[1] and activations[0] < activations[2]
+    assert products[0] <= products[1] < products[2]
+
+
+def test_dropout_of_embeddings_and_of_what_each_layer_adds():
+    """Of a half, so that what stays counts twice; each of two layers draws its own. All norms give zeros here, and each
+    branch its bias."""
+    config = dataclasses.replace(TINY, num_hidden_layers=2, embd_pdrop=0.5, attn_pdrop=0.0, resid_pdrop=0.5)
+    params = jax.tree.map(jnp.zeros_like, draw_variables(config)["params"])
+    block = params["group_0"]["block_0"]
+    params["token_embedding"]["embedding"] += 100
+    block["attention"]["out"]["bias"] += 1
+    block["mlp"]["down"]["bias"] += 10
+    key = {"dropout": jax.random.key(0)}
+    stream = apply(build(config), {"params": params}, TOKENS, rngs=key, method="forward").before_norm
+    expected = {100 * a + b + 10 * c for a in (0, 2) for b in (0, 2, 4) for c in (0, 2, 4)}
+    assert set(np.unique(stream)) == expected
 
 
 def test_positions_default_to_their_place_in_the_segment(variables):
@@ -174,6 +194,25 @@ def test_every_config_field_is_read_by_the_model(model_type):
         pattern = rf"(c|config)\.{field.name}\b"
         used = re.search(pattern, after_config + shared) or re.search(rf"self\.{field.name}\b", through_properties)
         assert used, f"no code reads {config_class.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "published"),
+    [
+        ("gemma2-27b", "query_pre_attn_scalar", 144),
+        ("gemma3-27b", "query_pre_attn_scalar", 168),
+        ("mistral-7b-v0.3", "sliding_window", None),
+        ("mixtral-8x7b", "router_aux_loss_coef", 0.02),
+        ("moonlight-16b", "routed_scaling_factor", 2.446),
+        ("smollm2-135m", "initializer_range", 0.041666666666666664),
+    ],
+)
+def test_presets_have_what_their_sizes_do_not_show(name, field, published):
+    assert getattr(preset(name), field) == published
+
+
+def test_the_ropes_of_two_llamas_stretch_as_far_as_published():
+    assert [preset(name).rope_parameters.factor for name in ("llama3.1-8b", "llama3.2-1b")] == [8, 32]
 
 
 def test_presets_are_configs_of_known_architectures():

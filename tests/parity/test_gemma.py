@@ -155,6 +155,8 @@ def test_embeddings_grow_by_the_root_of_the_width_in_their_own_type(width, wide,
         np.testing.assert_allclose(ours.apply(ones, jnp.ones((1, width), dtype), method="attend"), width)  # the head
     variables = {"params": {"embedding": jnp.asarray(table, jnp.bfloat16)}}
     np.testing.assert_array_equal(ours.apply(variables, jnp.arange(7)).astype(jnp.float32), expected)
+    computed = ours.clone(dtype=jnp.bfloat16).apply({"params": {"embedding": jnp.asarray(table)}}, jnp.arange(7))
+    np.testing.assert_array_equal(computed, jnp.asarray(table * np.float32(width**0.5), jnp.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,15 @@ def test_rms_norm_rounds_before_it_scales():
     assert share_of_equal(torch.nn.RMSNorm(64, eps=1e-5).bfloat16()) < 0.9
 
 
+@pytest.mark.parametrize(("layer", "alpha"), [(LayerNorm(1e-5), {}), (DyT(), {"alpha": jnp.bfloat16(0.7)})])
+def test_norms_with_a_bias_round_to_bfloat16_once(layer, alpha):
+    rng = np.random.default_rng(0)
+    x, scale, bias = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((50, 64), (64,), (64,)))
+    variables = {"params": {"scale": scale, "bias": bias, **alpha}}
+    wide = layer.apply(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables), x.astype(jnp.float32))
+    np.testing.assert_array_equal(layer.apply(variables, x), wide.astype(jnp.bfloat16), strict=True)
+
+
 def test_dynamic_tanh():
     """Golden arrays of the original repository."""
     golden = {name: jnp.asarray(array) for name, array in read_golden("dyt")[0].items()}

@@ -1,4 +1,5 @@
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -37,9 +38,15 @@ def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactl
 def test_other_decays(decay, expected):
     """By hand: from the peak at step 2 to a tenth of it at step 20, the last."""
     at = [1, 2, 3, 4, 11, 12, 19, 20, 30]
-    minimum = 0.0 if decay == "constant" else 0.1
+    minimum = 1.0 if decay == "constant" else 0.1
     rate = warmup_schedule(peak=1.0, steps=21, warmup_steps=2, minimum=minimum, decay=decay)
     np.testing.assert_allclose([float(rate(step)) for step in at], expected, rtol=1e-6)
+
+
+def test_the_fall_of_wsd_takes_one_step_at_least_and_none_of_the_warm_up():
+    short, warm = (warmup_schedule(peak=1.0, steps=5, warmup_steps=steps, decay="wsd") for steps in (0, 4))
+    assert [float(short(step)) for step in (3, 4)] == [1, 0]
+    assert float(warm(4)) == 1
 
 
 def test_the_fall_of_wsd_is_as_long_as_asked_for():
@@ -87,14 +94,15 @@ def test_a_parameter_without_a_role_is_named():
         decay_mask({"block": {"gain": jnp.ones(())}})
 
 
-def test_every_update_is_clipped():
+@pytest.mark.parametrize(("gradient", "clipped"), [([30.0, 40.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])])
+def test_every_update_is_clipped(gradient, clipped):
+    """A gradient shorter than that stays as it is."""
     optimizer = adamw(1.0, clip=1.0, weight_decay=0.0)
     params = {"kernel": jnp.zeros(2)}
     state = optimizer.init(params)
-    gradient = {"kernel": jnp.array([30.0, 40.0])}
-    _, state = optimizer.update(gradient, state, params)
+    _, state = optimizer.update({"kernel": jnp.array(gradient)}, state, params)
     moments = optax.tree_utils.tree_get(state, "mu")
-    np.testing.assert_allclose(moments["kernel"], 0.1 * np.array([0.6, 0.8]), rtol=1e-6)
+    np.testing.assert_allclose(moments["kernel"], 0.1 * np.array(clipped), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +125,10 @@ def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
     rng = np.random.default_rng(0)
     target = jnp.asarray(rng.normal(size=64), jnp.float32)
 
+    adam = partial(adamw, 0.03, b1=0.9, b2=0.95, weight_decay=0.0)
+
     def trained(**options):
-        optimizer = adamw(0.03, b1=0.9, b2=0.95, weight_decay=0.0, **options)
+        optimizer = adam(**options)
         params = {"kernel": jnp.zeros(64)}
         state = optimizer.init(params)
 
@@ -139,6 +149,14 @@ def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
     np.testing.assert_allclose(rounded, target, atol=0.02)
     np.testing.assert_allclose(rounded, whole, atol=0.02)
     assert not np.array_equal(rounded, whole)
+    # An update is computed in float32 from the moments as they are kept.
+    gradient, params = {"kernel": target}, {"kernel": whole}
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, in_bfloat16)
+    of_rounded, of_wide = (
+        optimizer.update(gradient, state, params)[0]
+        for optimizer, state in ((adam(moments="bfloat16"), in_bfloat16), (adam(), wide))
+    )
+    np.testing.assert_array_equal(of_rounded["kernel"], of_wide["kernel"])
 
 
 def test_decays_that_bfloat16_would_lose_are_refused():
@@ -146,6 +164,7 @@ def test_decays_that_bfloat16_would_lose_are_refused():
         BadInput, match=r"b2=0\.999 with moments in bfloat16: .* choose b2=0\.99 or less \(the second of --betas\)"
     ):
         adamw(1e-3, moments="bfloat16")
+    adamw(1e-3, b2=0.99, moments="bfloat16")
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (6, 20), (20, 6)])
@@ -171,9 +190,11 @@ def test_muon_refuses_a_matrix_whose_name_tells_of_another_one(module, features,
 
 
 def test_muon_keeps_one_moment_of_matrices_in_the_type_asked_for():
+    """Heads, of tokens or of classes, are no matrices of layers."""
     config = GPT2Config(vocab_size=11, hidden_size=4, num_hidden_layers=2, num_attention_heads=2)
     params = draw_variables(config)["params"]
     matrices = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path))
+    params |= {"lm_head": {"kernel": jnp.zeros((4, 11))}, "score": {"kernel": jnp.zeros((4, 3))}}
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     state = muon(1e-3, b2=0.95, moments="bfloat16").init(params)
     held = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]

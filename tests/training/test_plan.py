@@ -202,6 +202,9 @@ def test_micro_batches_keep_less_and_send_more(llama):
     once, twice = (plan(Run(config, sizes, 16, 256, accumulate)) for accumulate in (1, 2))
     kept = "activations kept for the backward pass"
     assert twice.parts["backward"][kept] == pytest.approx(once.parts["backward"][kept] / 2, rel=0.05)
+    # A device adds up over data the part of a gradient that it keeps; the table's is summed for each of its two ends.
+    expected = once.held["parameters"] + 4 * 257 * 384 / 4
+    assert once.sent["all-reduce of gradients", "data"] == pytest.approx(expected, rel=0.02)
     for name in (("all-gather of weights, backward", "fsdp"), ("all-reduce of gradients", "data")):
         assert twice.sent[name] == pytest.approx(2 * once.sent[name], rel=0.01)
 

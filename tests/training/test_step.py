@@ -119,6 +119,22 @@ def test_dropout_follows_seed_and_step():
     assert losses(1)[0] != first
 
 
+def test_each_micro_batch_draws_its_own_dropout():
+    class Draws:
+        model = build(CONFIG)
+
+        def weights(self, batch, step=None):
+            return {"loss": jnp.ones(())}
+
+        def loss(self, variables, batch, weights, rng):
+            drawn = jax.random.uniform(rng)
+            return variables["params"]["kernel"].sum(), {"sum": drawn, "squares": drawn**2}, {}
+
+    state = create_state({"params": {"kernel": jnp.ones(3)}}, SGD)
+    _, metrics = make_train_step(Draws(), SGD, accumulate=2)(state, {"x": np.ones((2, 1), np.float32)})
+    assert 2 * metrics["squares"] > metrics["sum"] ** 2 + 1e-3  # equal if both were the same number
+
+
 def test_bfloat16_compute_keeps_float32_masters():
     optimizer = adamw(1e-2)
     step = make_train_step(NextToken(build(CONFIG, dtype="bfloat16")), optimizer)
