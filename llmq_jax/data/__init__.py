@@ -3,7 +3,7 @@ labelled texts, conversations and preference pairs for fine-tuning."""
 
 from llmq_jax.data.batching import multi_token_rows, pack, packed_rows, pad
 from llmq_jax.data.chat_style import as_chat_template
-from llmq_jax.data.conversations import Conversation, read_conversations
+from llmq_jax.data.conversations import Conversation, as_conversation, read_conversations
 from llmq_jax.data.instruction_batches import (
     Example,
     Examples,
@@ -35,6 +35,7 @@ from llmq_jax.data.preferences import (
     without_padding,
 )
 from llmq_jax.data.prompt_templates import Rendered, alpaca_prompt, default_template, render
+from llmq_jax.data.prompts import Prompt, PromptBatches, read_prompts
 from llmq_jax.data.python_library import python_library_documents, split_modules
 from llmq_jax.data.records import Record, is_table, read_records
 from llmq_jax.data.some_batches import SomeBatches
@@ -81,6 +82,8 @@ __all__ = [
     "PreferenceExample",
     "PreferenceExamples",
     "Preferences",
+    "Prompt",
+    "PromptBatches",
     "Record",
     "Rendered",
     "SomeBatches",
@@ -91,6 +94,7 @@ __all__ = [
     "alpaca_prompt",
     "are_held_out",
     "as_chat_template",
+    "as_conversation",
     "chat_ending",
     "check_vocabulary",
     "class_names",
@@ -114,6 +118,7 @@ __all__ = [
     "read_documents",
     "read_labelled",
     "read_preferences",
+    "read_prompts",
     "read_records",
     "read_rows",
     "read_tokens",

@@ -26,6 +26,8 @@ TEMPLATES = ("chat", "plain")
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
+    """A prompt to answer."""
+
     where: str
     """The file and the row, for messages."""
     text: str

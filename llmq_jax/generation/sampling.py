@@ -45,25 +45,25 @@ class Sampler:
         if self.temperature == 0.0 and (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0):
             raise BadInput("top_k, top_p and min_p have no effect at temperature 0; drop them or raise the temperature")
 
+    def filter(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """The logits at the sampler's temperature, with -inf in place of every token that may not be drawn. Override it
+        for a sampler of your own; it is not called at temperature 0."""
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < least, NEVER, logits)
+        if self.top_p < 1.0:
+            probabilities = jax.nn.softmax(logits, axis=-1)
+            logits = jnp.where(probabilities < nucleus_edge(probabilities, self.top_p), NEVER, logits)
+        if self.min_p > 0.0:
+            probabilities = jax.nn.softmax(logits, axis=-1)
+            least = self.min_p * probabilities.max(axis=-1, keepdims=True)
+            logits = jnp.where(probabilities < least, NEVER, logits)
+        return logits
+
 
 DEFAULT = Sampler(temperature=TEMPERATURE, top_p=TOP_P)
 """How text is drawn where no sampler is given."""
-
-
-def filter_logits(logits: Float[Array, "B V"], sampler: Sampler) -> Float[Array, "B V"]:
-    """The logits at the sampler's temperature, with -inf in place of every token that may not be drawn."""
-    logits = logits / sampler.temperature
-    if 0 < sampler.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, sampler.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, NEVER, logits)
-    if sampler.top_p < 1.0:
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(probabilities < nucleus_edge(probabilities, sampler.top_p), NEVER, logits)
-    if sampler.min_p > 0.0:
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        least = sampler.min_p * probabilities.max(axis=-1, keepdims=True)
-        logits = jnp.where(probabilities < least, NEVER, logits)
-    return logits
 
 
 def nucleus_edge(probabilities: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
@@ -98,7 +98,7 @@ def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[
     if sampler.temperature == 0.0:
         tokens = first_largest(logits)
     else:
-        tokens = draw(jnp.exp(filter_logits(logits, sampler) - largest), keys)  # the largest is never filtered
+        tokens = draw(jnp.exp(sampler.filter(logits) - largest), keys)  # ours never filters the largest
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)
     return tokens, (chosen - largest - jnp.log(jnp.exp(scaled - largest).sum(axis=-1, keepdims=True)))[:, 0]
 

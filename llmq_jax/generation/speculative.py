@@ -24,7 +24,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.generation.decoding import DecodeState, divided, is_end, read_prompts, readable
-from llmq_jax.generation.sampling import Sampler, draw, filter_logits, first_largest, sample
+from llmq_jax.generation.sampling import Sampler, draw, first_largest, sample
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.models.deepseek3 import DeepSeek3
 
@@ -252,7 +252,7 @@ def accept(
         return own, accepted
 
     def probabilities(logits: Array) -> Array:
-        flat = filter_logits(logits.reshape(-1, logits.shape[-1]), sampler)
+        flat = sampler.filter(logits.reshape(-1, logits.shape[-1]))
         return jax.nn.softmax(flat, axis=-1).reshape(logits.shape)
 
     wanted, proposed = probabilities(logits), probabilities(draft_logits)

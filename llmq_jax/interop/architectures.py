@@ -10,7 +10,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
-from llmq_jax.models import override
+from llmq_jax.models import ARCHITECTURES, override
 from llmq_jax.models.heads import numbered_labels
 
 
@@ -196,6 +196,11 @@ def config_table(model_type: str) -> ConfigTable:
 
 
 def _tables(model_type: str) -> Tables:
+    if model_type not in TABLES and model_type in ARCHITECTURES:
+        raise BadInput(
+            f"transformers has no model of the type {model_type!r}, which is one of yours; lq.save keeps it in our own "
+            "format"
+        )
     if model_type not in TABLES:
         raise BadInput(f"model_type {model_type!r} is not supported; supported: {SUPPORTED}")
     return TABLES[model_type]

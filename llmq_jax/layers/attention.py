@@ -19,7 +19,7 @@ transposed once on the way in and the result once on the way out (caches hold ke
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -88,9 +88,10 @@ def attention(
     """What a block calls: attention to the sequence itself and to the tokens in its cache. Returns (mixed values,
     cache).
 
-    `others` are passed to `attend` unchanged: further inputs of a formula of yours, such as a learned sink. "plain"
-    alone supports them, so "auto" becomes "plain"; BadInput if another implementation is named, or if a keyword looks
-    like a misspelling of an existing argument.
+    `others` are passed to `attend` unchanged: further inputs of a formula of yours, such as a learned sink. With
+    `formula=` a function of yours runs in place of `attend`, and is called as it is. "plain" alone supports either, so
+    "auto" becomes "plain"; BadInput if another implementation is named, or if a keyword looks like a misspelling of an
+    existing argument.
     """
     if others:
         _refuse_misspelt(others)
@@ -185,14 +186,16 @@ def plain_attention(
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     window: int | None = None,
     dropout_key: PRNGKeyArray | UInt32[Array, "2"] | None = None,
+    *,
+    formula: Callable[..., Array] | None = None,
     **options: Any,
 ) -> Float[Array, "B N T V"]:
-    """All that attention="plain" computes, on a sequence's own keys or on those in a cache: `attend` under one mask.
-    `positions` and `segments` are pairs, (of queries, of keys); empty slots of a cache have positions after all
-    queries, so that none sees them."""
+    """All that attention="plain" computes, on a sequence's own keys or on those in a cache: `attend`, or another
+    `formula`, under one mask. `positions` and `segments` are pairs, (of queries, of keys); empty slots of a cache have
+    positions after all queries, so that none sees them."""
     query_segments, key_segments = segments or (None, None)
     mask = visible(*positions, query_segments, key_segments, window)
-    return attend(query, key, value, mask, dropout_key=dropout_key, **options)
+    return (formula or attend)(query, key, value, mask, dropout_key=dropout_key, **options)
 
 
 def check_implementation(name: str) -> None:

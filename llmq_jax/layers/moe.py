@@ -32,7 +32,8 @@ from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
 from llmq_jax.layers.repetition import repeated
 
 SCORES: dict[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
-"""Functions from the router's logits [..., E] to scores; a score is never negative."""
+"""Functions from the router's logits [B, T, E] to scores. A score is never negative; where it is 0 a token does not go
+to the expert, even if the expert is among its k largest."""
 # A group's score is the sum of its best two experts', as in DeepSeek's code. The paper (section 2.1.2) sums the best
 # top_k / top_groups, which in V3 is 2 as well.
 BEST_OF_GROUP = 2
@@ -237,10 +238,12 @@ class MixtureOfExperts(nn.Module):
             first = activation(parts[..., 0, :])
             return first * parts[..., 1, :] if gated else first
 
+        # The id E is no expert: of padding, and of scores that are 0.
+        ids = jnp.where(real[..., None] & (weights > 0), ids, e.num_experts)
         rows = x.astype(self.dtype or kernels.up.dtype).reshape(-1, x.shape[-1])
         mixed, dropped = dispatch_on_mesh(
             rows,
-            jnp.where(real[..., None], ids, e.num_experts).reshape(-1, e.top_k),
+            ids.reshape(-1, e.top_k),
             weights.reshape(-1, e.top_k),
             kernels,
             activate,

@@ -10,7 +10,6 @@ from llmq_jax.generation.sampling import (
     LEAST_TEMPERATURE,
     _where_reached,
     draw,
-    filter_logits,
     first_largest,
     nucleus_edge,
     sample,
@@ -18,7 +17,7 @@ from llmq_jax.generation.sampling import (
 
 
 def kept(logits, **options):
-    return np.isfinite(filter_logits(jnp.asarray([logits], jnp.float32), Sampler(**options)))[0].tolist()
+    return np.isfinite(Sampler(**options).filter(jnp.asarray([logits], jnp.float32)))[0].tolist()
 
 
 LOGITS = np.log([0.5, 0.25, 0.15, 0.1]).tolist()
@@ -50,7 +49,7 @@ def test_the_nucleus_is_that_of_sorting(top_p):
     logits = 4 * np.random.default_rng(1).normal(size=(3, 5000)).astype(np.float32)
     probabilities = np.exp(logits.astype(np.float64))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
-    found = np.isfinite(filter_logits(jnp.asarray(logits), Sampler(top_p=top_p)))
+    found = np.isfinite(Sampler(top_p=top_p).filter(jnp.asarray(logits)))
     for row, ours in zip(probabilities, found, strict=True):
         falling = np.sort(row)[::-1]
         count = np.searchsorted(np.cumsum(falling), top_p) + 1
@@ -67,7 +66,7 @@ def test_what_reaches_p_is_the_whole_nucleus():
 
 def test_the_nucleus_is_found_without_sorting():
     """XLA's CPU backend takes as long to sort a vocabulary as SmolLM2 takes to decode a token."""
-    program = jax.jit(filter_logits, static_argnums=1).lower(jnp.zeros((1, 64)), Sampler(top_p=0.9)).as_text()
+    program = jax.jit(Sampler(top_p=0.9).filter).lower(jnp.zeros((1, 64))).as_text()
     assert "sort" not in program
 
 

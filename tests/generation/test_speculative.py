@@ -10,7 +10,6 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
-from llmq_jax.generation.sampling import filter_logits
 from llmq_jax.generation.speculative import accept
 
 GREEDY = lq.Sampler(temperature=0.0)
@@ -169,7 +168,7 @@ def assert_drawn_as_by_the_model_alone(target, sampler, **draft):
     assert 0.1 < found.accepted / found.drafted < 0.9
     texts = np.stack(np.meshgrid(*[np.arange(4)] * 3, indexing="ij"), -1).reshape(-1, 3)
     logits = target.logits(np.concatenate([np.tile([1, 2], (64, 1)), texts], axis=1))[:, 1:4]
-    allowed = filter_logits(jnp.asarray(logits).reshape(-1, 4), sampler).reshape(64, 3, 4)
+    allowed = sampler.filter(jnp.asarray(logits).reshape(-1, 4)).reshape(64, 3, 4)
     each = np.take_along_axis(np.asarray(jax.nn.softmax(allowed)), texts[..., None], axis=2)[..., 0]
     expected = count * each.prod(1)
     seen = np.bincount(found.tokens @ [16, 4, 1], minlength=64)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.layers import attention, latent_attention, scaled_dot_product
+from llmq_jax.layers.caches import FullCache
 from llmq_jax.models import llama3, override
 from llmq_jax.models.gemma import GLOBAL, LOCAL
 from tests.weights import draw_variables
@@ -76,7 +78,7 @@ def change(monkeypatch):
             edited = changed(llama3, "GroupedQueryAttention", (place, LINES[name], False))
             monkeypatch.setattr(llama3, "GroupedQueryAttention", edited)
         elif name == "alibi":
-            edited = changed(attention, "plain_attention", ("return attend(", LINES[name], True))
+            edited = changed(attention, "plain_attention", ("return (formula or attend)(", LINES[name], True))
             for module in (attention, latent_attention):
                 monkeypatch.setattr(module, "plain_attention", edited)
         elif name == "sink":
@@ -155,7 +157,34 @@ def test_alibi_is_its_formula(change):
 
 
 def test_the_page_shows_these_changes():
-    assert set(LINES) == {"value-norm", "alibi", "sink", "sink-parameter", "sink-argument", "learned-sink"}
+    edits = {"value-norm", "alibi", "sink", "sink-parameter", "sink-argument", "learned-sink"}
+    assert set(LINES) == edits | {"top-keys", "top-keys-call"}
+
+
+def test_a_formula_of_ones_own_runs_over_a_sequence_and_over_a_cache():
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.standard_normal((2, 9, heads, 8)), "float32") for heads in (4, 2, 2))
+    scope = {"attention": attention.attention, "partial": partial, "width": 8, "cache": None}
+    exec(LINES["top-keys"], scope)
+
+    def mixed(cache, first, last):
+        places = jnp.broadcast_to(jnp.arange(first, last), (2, last - first))
+        rows = {name: x[:, first:last] for name, x in (("query", query), ("key", key), ("value", value))}
+        scope.update(rows, context=attention.Context(places), cache=cache)
+        exec(LINES["top-keys-call"], scope)
+        return scope["mixed"], scope["cache"]
+
+    found, _ = mixed(None, 0, 9)
+    scores = np.einsum("btngh,bsnh->bngts", query.reshape(2, 9, 2, 2, 8), key) * 8**-0.5
+    scores = np.where(np.tril(np.ones((9, 9), bool)), scores, -np.inf)
+    scores = np.where(scores < np.sort(scores)[..., -4, None], -np.inf, scores)
+    expected = np.einsum("bngts,bsnh->btngh", jax.nn.softmax(scores), value).reshape(2, 9, 4, 8)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    cache = FullCache.create(2, 12, 2, 8, jnp.float32)
+    beginning, cache = mixed(cache, 0, 7)
+    end, _ = mixed(cache, 7, 9)
+    np.testing.assert_allclose(jnp.concatenate([beginning, end], axis=1), expected, atol=1e-5)
 
 
 def test_only_the_formula_takes_arguments_of_its_own():

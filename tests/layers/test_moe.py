@@ -2,6 +2,7 @@ import dataclasses
 import math
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -206,6 +207,24 @@ def test_a_score_of_ones_own_is_what_chooses_and_weighs(monkeypatch):
     assert ids.tolist() == [[0, 2]]
     np.testing.assert_allclose(weights, [[9 / 13, 4 / 13]], rtol=1e-6)
     np.testing.assert_allclose(probabilities, [[9 / 14, 0, 4 / 14, 1 / 14]], rtol=1e-6)
+
+
+def test_where_a_score_is_0_no_expert_is_taken(monkeypatch):
+    """By the router of docs/moe.md, whose experts choose tokens: each takes as many as the others."""
+    page = (Path(__file__).parents[2] / "docs" / "moe.md").read_text()
+    mark = "<!-- executed by tests/layers/test_moe.py -->"
+    (code,) = re.findall(rf"{re.escape(mark)}\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setitem(SCORES, "expert_choice", None)  # so that it is taken out again
+    exec(code, scope := {})
+    assert scope["config"].usual_experts.top_k == 8
+    experts = Experts(4, 4, score="expert_choice", renormalise=False)
+    layer = MixtureOfExperts(experts, 10, True, "silu", False, NORMAL, NORMAL)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 8)), jnp.float32)
+    variables = drawn(layer, x)
+    output, found = apply(layer, variables, x)
+    assert found.assigned.tolist() == [6, 6, 6, 6]
+    dense = layer.clone(experts=dataclasses.replace(experts, dispatch="dense"))
+    assert_close(output, apply(dense, variables, x)[0])
 
 
 @partial(jax.jit, static_argnums=0)

@@ -140,6 +140,13 @@ def test_a_model_that_is_registered_anew_has_its_own_shapes(shown):
     assert "more" not in lq.models.abstract_variables(config)["params"]
 
 
+def test_a_model_of_ones_own_has_no_place_in_transformers(shown, tmp_path):
+    config = shown["CappedConfig"](**SIZES)
+    lm = lq.LanguageModel(config, lq.build(config), {})
+    with pytest.raises(BadInput, match=r"transformers has no model of the type 'capped', .*; lq.save keeps it"):
+        lq.save_hf(lm, tmp_path / "exported")
+
+
 def test_a_model_that_is_not_registered_is_told(shown):
     class Unknown(shown["CappedConfig"]):
         model_type = "unknown"

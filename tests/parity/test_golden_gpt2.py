@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 
 from llmq_jax.generation.generate import generate
-from llmq_jax.generation.sampling import Sampler, filter_logits
+from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop import from_state_dict, to_state_dict
 from llmq_jax.layers.norms import NORMS
 from tests.parity.golden import LOGITS, Golden
@@ -162,14 +162,14 @@ def test_sampling_distributions(generated):
     sampler = Sampler(temperature=generated.meta["temp"], top_k=generated.meta["top_k"])
     for step, end in enumerate(range(generated["in/x"].shape[1], rows.shape[1])):
         logits = next_logits(generated.lm, rows[:, :end], rows.shape[1])
-        found = jax.nn.softmax(filter_logits(logits, sampler))
+        found = jax.nn.softmax(sampler.filter(logits))
         expected = generated[f"out/sampling_probs/{step}"]
         assert ((found > 0) == (expected > 0)).all()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_top_k(generated):
-    found = filter_logits(jnp.asarray(generated["in/topk_logits"]), Sampler(top_k=generated.meta["topk_k"]))
+    found = Sampler(top_k=generated.meta["topk_k"]).filter(jnp.asarray(generated["in/topk_logits"]))
     keep = generated["out/topk_keep"]
     np.testing.assert_array_equal(np.isfinite(found), keep)
     np.testing.assert_array_equal(np.where(keep, found, 0), np.where(keep, generated["out/topk_values"], 0))

@@ -13,7 +13,6 @@ from transformers.generation.logits_process import (
 )
 
 from llmq_jax.generation import Sampler
-from llmq_jax.generation.sampling import filter_logits
 
 
 @pytest.mark.parametrize(
@@ -27,6 +26,6 @@ def test_filters_equal_transformers(temperature, top_k, top_p, min_p):
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     warpers += [MinPLogitsWarper(min_p)] if min_p else []
     theirs = LogitsProcessorList(warpers)(None, torch.tensor(logits)).numpy()
-    ours = np.asarray(filter_logits(jnp.asarray(logits), Sampler(temperature, top_k, top_p, min_p)))
+    ours = np.asarray(Sampler(temperature, top_k, top_p, min_p).filter(jnp.asarray(logits)))
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)

@@ -1,7 +1,10 @@
 """The loop of GRPO: rollouts, rewards, references, process supervision, a reward model that learns on."""
 
 import dataclasses
+import json
+import re
 from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from llmq_jax.objectives.logprobs import completion_logprobs
 from llmq_jax.objectives.reward import RewardModel, token_scores
 from llmq_jax.rewards import Rewards
 from llmq_jax.training.grpo import REFERENCE, Loop, over_updates, reference_variables
+from llmq_jax.training.metrics import read_metrics
 from llmq_jax.training.optimizer import adamw
 from llmq_jax.training.reward_learner import REWARD_MODEL, RewardLearner
 from llmq_jax.training.rollout_scores import ModelReward, Scores, SummedRewards, TextRewards, step_ends
@@ -575,3 +579,30 @@ def test_rewards_that_are_not_finite_are_refused(lm, reward_lm):
     rollout = roll_out(lm, prompts(2), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(8))
     with pytest.raises(BadInput, match="the reward model gave nan; train it anew"):
         ModelReward(reward_lm.replace(variables={"params": params}))(rollout)
+
+
+def test_the_loop_of_the_page(lm, tmp_path, monkeypatch):
+    """An advantage of its own and a reward that remembers, as docs/grpo.md shows them, on a smaller scale."""
+    page = (Path(__file__).parents[2] / "docs" / "grpo.md").read_text()
+    mark = "<!-- executed by tests/training/test_grpo.py -->"
+    (code,) = re.findall(rf"{re.escape(mark)}\n```python\n(.*?)```", page, re.DOTALL)
+    for large, small in (
+        ("size=8", "size=2"),
+        ("max_new_tokens=64", f"max_new_tokens={NEW}"),
+        ("temperature=1.0", "temperature=1.3"),  # that of SAMPLER, whose programs are compiled
+        ("steps=100, warmup_steps=10", "steps=2, warmup_steps=1"),
+        ("steps=100,", "steps=2,"),
+    ):
+        assert large in code
+        code = code.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"prompt": f"say {index}", "best": index}) for index in range(3)]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    copied = lm.replace(variables=jax.tree.map(jnp.array, jax.device_get(lm.variables)))
+    monkeypatch.setattr(lq, "load", lambda *_, **__: copied)
+    exec(compile(code, "docs/grpo.md", "exec"), scope := {"__name__": "page"})
+    assert scope["seen"].total() == 2 * 2 * GROUP
+    assert [0 < step["reward"] <= 1 for step in read_metrics(Path("runs/rloo/metrics.jsonl"))] == [True, True]
+    rewards = np.array([1, 0, 0, 0.5, 1, 1, 1, 1], np.float32)
+    advantages = scope["loop"].advantages(Scores(rewards, {}))
+    np.testing.assert_allclose(advantages, [5 / 6, -0.5, -0.5, 1 / 6, 0, 0, 0, 0], atol=1e-6)

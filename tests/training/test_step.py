@@ -1,4 +1,7 @@
+import re
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -181,3 +184,17 @@ def test_a_step_is_compiled_once_wherever_weights_come_from(bound):
     before = [leaf.committed for leaf in jax.tree.leaves(state)]
     state, _ = step(state, ragged_batch(0))
     assert [leaf.committed for leaf in jax.tree.leaves(state)] == before
+
+
+def test_batches_hold_what_a_teacher_says():
+    """By the class of docs/training.md."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    mark = "<!-- executed by tests/training/test_step.py -->"
+    (code,) = re.findall(rf"{re.escape(mark)}\n```python\n(.*?)```", page, re.DOTALL)
+    exec(code, scope := {})
+    model = SimpleNamespace(apply=lambda table, tokens, positions, segments: table[tokens])
+    teacher = SimpleNamespace(model=model, variables=jnp.eye(23))
+    batch = ragged_batch(0)
+    taught = scope["Taught"]([batch], teacher)[0]
+    assert taught.keys() == batch.keys() | {"teacher"}
+    assert (taught["teacher"].argmax(axis=-1) == batch["tokens"]).all()
