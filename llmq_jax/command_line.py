@@ -389,16 +389,32 @@ def _description(options: type) -> str:
     """The docstring of the options' class or, where that is only the signature that a dataclass generates, that of its
     module.
 
-    Prose is filled to the terminal's width; indented lines, which are commands, and lists stay as they are.
+    Prose is filled to the terminal's width; indented lines, which are commands, and lists stay as they are where they
+    fit.
     """
     own = options.__doc__ or ""
     of_module = sys.modules[options.__module__].__doc__ or ""
     text = inspect.cleandoc(of_module if own.startswith(f"{options.__name__}(") else own)
     width = shutil.get_terminal_size().columns
     return "\n".join(
-        textwrap.fill(" ".join(lines), width) if is_prose else "\n".join(lines)
+        textwrap.fill(" ".join(lines), width) if is_prose else "\n".join(_fitted(line, width) for line in lines)
         for is_prose, lines in itertools.groupby(text.splitlines(), _is_prose)
     )
+
+
+def _fitted(line: str, width: int) -> str:
+    """A command that is wider than the terminal in several lines: its note above it, and its options below."""
+    if len(line) <= width or not line.startswith("    "):
+        return line
+    command, _, note = line.strip().partition("   ")
+    lines = ["    # " + note.strip()] if note else []
+    lines.append("   ")
+    for word in re.split(r" (?=--)", command):
+        if len(lines[-1]) + len(word) + 3 > width:
+            lines[-1] += " \\"
+            lines.append("       ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def _is_prose(line: str) -> bool:

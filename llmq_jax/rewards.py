@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -255,8 +256,11 @@ class Rewards:
 
     def __post_init__(self) -> None:
         if not self.names or not len(self.names) == len(self.functions) == len(self.weights):
-            counts = f"{len(self.names)} names, {len(self.functions)} functions and {len(self.weights)} weights"
-            raise BadInput(f"rewards need one name, function and weight each, and at least one; there are {counts}")
+            counts = [counted(len(self.names), "name"), counted(len(self.functions), "function")]
+            counts.append(counted(len(self.weights), "weight"))
+            raise BadInput(
+                f"rewards need one name, function and weight each, and at least one; here are {', '.join(counts)}"
+            )
         for name, weight in zip(self.names, self.weights, strict=True):
             if self.names.count(name) > 1:
                 raise BadInput(f"there are {self.names.count(name)} rewards called {name!r}; give them different names")
@@ -337,7 +341,9 @@ def _called(
     except Exception as error:
         raise BadInput(f"the reward {name!r} failed with {_error_line(error)}{_place(error, function)}") from error
     if len(values) != len(completions):
-        raise BadInput(f"the reward {name!r} returned {len(values)} values for {len(completions)} completions")
+        raise BadInput(
+            f"the reward {name!r} returned {counted(len(values), 'value')} for {len(completions)} completions"
+        )
     return np.asarray([_number(name, row, value) for row, value in enumerate(values)], np.float64)
 
 

@@ -63,7 +63,7 @@ TABLE = [
     ("python -m train.arithmetic --out run --steps 0", "--steps is 0 and must be at least 1"),
     ("python -m train.report model", "not the folder of a run"),
     # Devices
-    (f"{PRETRAIN} --mesh data=300", "'data=300' is for 300 devices, and here"),
+    (f"{PRETRAIN} --mesh data=300", "'data=300' is for 300 devices, and JAX has"),
     (f"{PRETRAIN} --mesh data=1,rows=2", "unknown axis 'rows': choose from data, fsdp, expert, tensor"),
     (f"{PRETRAIN} --pmap --mesh data=1", "--mesh has no effect with --pmap"),
     (f"{PRETRAIN} --coordinator nowhere:1", "--coordinator needs --processes, how many there are, and --process"),

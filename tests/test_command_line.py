@@ -95,6 +95,7 @@ class Described:
 
         a command \\
             with its indentation
+        another --with "a text" --and an-option   a note
     - an item of a list
     - another
 
@@ -105,7 +106,7 @@ class Described:
     number: int = 1
 
 
-def test_help_fills_prose_and_leaves_commands_as_they_are(capsys, monkeypatch):
+def test_help_fills_prose_and_breaks_commands_only_where_they_are_too_wide(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
 
     def main(options: Described) -> None:
@@ -118,6 +119,9 @@ Prose that is filled.
 
     a command \\
         with its indentation
+    # a note
+    another --with "a text" \\
+        --and an-option
 - an item of a list
 - another
 

@@ -18,6 +18,10 @@ def members(kind):
     return [name for name, member in vars(kind).items() if name[0] != "_" and isinstance(member, kinds)]
 
 
+def test_the_package_lists_public_names_alone():
+    assert dir(lq) == sorted([*lq.__all__, "__version__"])
+
+
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in TYPES])
 def test_it_has_a_docstring(name):
     value = PUBLIC[name]

@@ -230,7 +230,7 @@ LINE = refuse.__code__.co_firstlineno + 1
             "the reward 'mine' takes no 'prompts', which it is given: end its arguments with **_",
         ),
         (lambda prompts, completions, **_: None, "the reward 'mine' failed with TypeError: 'NoneType' object"),
-        (lambda prompts, completions, **_: [1.0], "the reward 'mine' returned 1 values for 2 completions"),
+        (lambda prompts, completions, **_: [1.0], "the reward 'mine' returned 1 value for 2 completions"),
         (one_of(lambda text: float("nan")), "the reward 'mine' returned nan for completion 0; it must return a finite"),
         (one_of(lambda text: 1.0 if text == "x" else float("-inf")), "returned -inf for completion 1"),
         (one_of(lambda text: 1e39), "returned 1e+39 for completion 0"),  # more than float32 holds
@@ -260,8 +260,8 @@ def test_the_error_that_a_function_raised_is_kept():
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
-        ((), (), "and at least one; there are 0 names, 0 functions and 0 weights"),
-        (("a", "b"), (1.0,), "there are 2 names, 2 functions and 1 weights"),
+        ((), (), "and at least one; here are 0 names, 0 functions, 0 weights"),
+        (("a", "b"), (1.0,), "here are 2 names, 2 functions, 1 weight"),
         (("a", "a"), (1.0, 1.0), "there are 2 rewards called 'a'"),
         (("a",), (float("inf"),), "the weight of the reward 'a' is inf"),
     ],

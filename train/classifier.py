@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, refuse_idle, run
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from train.exports import export_commands
+from train.exports import export_commands, registering
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
@@ -259,7 +260,7 @@ def split_data(
         parts["training"] = kept
     for name in ("training", "validation", "test"):
         counts = ", ".join(f"{count:,} {label}" for label, count in zip(names, parts[name].counts(), strict=True))
-        print(f"{name + ':':12}{len(parts[name]):,} texts ({counts})")
+        print(f"{name + ':':12}{counted(len(parts[name]), 'text')} ({counts})")
     return options, parts
 
 
@@ -274,7 +275,7 @@ def distinct(path: Any, rows: list, names: Sequence[str], elsewhere: set[str]) -
         (contradictory, "under several labels"),
         (len(kept) - len(apart), "that are in the other files"),
     )
-    print("; ".join([f"{len(rows):,} texts in {path}", *(f"{n:,} {what} removed" for n, what in counts if n)]))
+    print("; ".join([f"{counted(len(rows), 'text')} in {path}", *(f"{n:,} {what} removed" for n, what in counts if n)]))
     if not len(apart):
         raise BadInput(f"{path}: no text is left; give texts that are not in the other files, under one label each")
     return apart
@@ -321,7 +322,7 @@ def token_rows(
         where = "--sample-prompt"
     rows, cut = source.class_tokens(texts, options.max_length)
     if part is not None and cut:
-        print(f"{part}: {cut:,} of {len(rows):,} texts are cut to {options.max_length} tokens (--max-length)")
+        print(f"{part}: {cut:,} of {counted(len(rows), 'text')} cut to --max-length {options.max_length}")
     for row in rows:
         check_vocabulary(np.asarray(row), source.config.vocab_size, where)
     return rows
@@ -352,7 +353,7 @@ def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[in
     write_json_atomically(folder / "test.json", {"step": step, **report.to_json()})
     plot_confusion(report, folder / "confusion.png")
     write_report_page(folder)
-    print(f"\ntest after step {step:,} on {len(part):,} texts: {report.text()}\n")
+    print(f"\ntest after step {step:,} on {counted(len(part), 'text')}: {report.text()}\n")
     print(f"written to {folder}: test.json, confusion.png, errors.jsonl (the worst {len(errors)} errors)", flush=True)
 
 
@@ -360,6 +361,7 @@ def next_commands(options: Options, config: Any) -> list[str]:
     cut = "" if options.max_length == config.max_position_embeddings else f" --max-length {options.max_length}"
     classify = f"llmq classify {shlex.quote(options.out)}{cut}"
     commands = [f'{classify} --text "..."', f"{classify} --data FILE --out classified.jsonl"]
+    commands = [command + registering(config) for command in commands]
     return commands + export_commands(options.out, config)
 
 

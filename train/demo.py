@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmq_jax.command_line import run
+from llmq_jax.counts import counted
 from train import pretrain
 
 BOUND = 1.6
@@ -68,7 +69,7 @@ def show(result, text: str, out: Path, export: Path, identical: bool, reached: b
 
     wanted = f"within the bound of {BOUND}" if reached else f"MISSED the bound of {BOUND}"
     validation = "not measured" if result.validation_loss is None else f"{result.validation_loss:.3f} nats per byte"
-    trained = f"{result.step:,} steps, {result.tokens:,} bytes"
+    trained = f"{counted(result.step, 'step')}, {result.tokens:,} bytes"
     if result.tokens_per_second is not None:  # a single step tells no speed
         trained += f", {result.tokens_per_second:,.0f} a second"
     table = Table.grid(padding=(0, 2))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle, run
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
@@ -188,7 +189,7 @@ def main(options: Options) -> Any:
         )
         if result.state is not None:
             means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))
-            print(f"\n{len(held_out):,} pairs held out: {figures(means)}")
+            print(f"\n{counted(len(held_out), 'pair')} held out: {figures(means)}")
             policy = source.replace(variables=whole(result.state.variables))
             start = None if began is None else source.replace(variables=whole({**result.state.variables, **began}))
             print(distance(options, policy, start, validation), flush=True)
@@ -222,7 +223,7 @@ def reference_logprobs(options: Options, reference: Any, parts: dict[str, Any], 
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in parts}
     began, count = time.monotonic(), sum(len(part) for part in parts.values())
-    print(f"asking the reference for both answers of {count:,} pairs", flush=True)
+    print(f"asking the reference for both answers of {counted(count, 'pair')}", flush=True)
     found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}
     print(f"asked in {time.monotonic() - began:.0f} s", flush=True)
     if first():

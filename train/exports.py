@@ -11,7 +11,14 @@ def next_commands(folder: str, config: Any, converses: Any, prompt: str = "The")
     `prompt` (in a shell's words), and to export it."""
     out = shlex.quote(folder)
     ask = f"llmq chat {out}" if converses else f"llmq generate {out} --prompt {prompt}"
-    return [ask, *export_commands(folder, config)]
+    return [ask + registering(config), *export_commands(folder, config)]
+
+
+def registering(config: Any) -> str:
+    """What is said beside a command of `llmq` for this model: "", unless a script has to register it first."""
+    if type(config).__module__.startswith("llmq_jax."):
+        return ""
+    return f"    # by a script that registers {config.model_type}: docs/own_model.md"
 
 
 def export_commands(folder: str, config: Any) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, no_option, option_name, refuse_idle, run, with_breaks
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
@@ -272,8 +273,9 @@ def main(options: Options) -> Any:
     )
     rows = options.prompts_per_step * options.group_size
     print(
-        f"{learner.described}\n{len(training):,} prompts to learn from, {len(validation):,} held out; "
-        f"{options.prompts_per_step} prompts x {options.group_size} answers = {rows} rows a step\n"
+        f"{learner.described}\n{counted(len(training), 'prompt')} to learn from, {len(validation):,} held out; "
+        f"{counted(options.prompts_per_step, 'prompt')} x {counted(options.group_size, 'answer')} = "
+        f"{counted(rows, 'row')} a step\n"
         f"{model.attention_choice()}",
         flush=True,
     )

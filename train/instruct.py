@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, refuse_idle, run
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from train.answers import end_of_answer, ending_with, questioner
 from train.chat_templates import (
@@ -276,7 +277,7 @@ def conversations(options: Options, sources: Sources) -> tuple[list, list]:
     if not training:
         raise BadInput(f"{sources.training}: every conversation is in {sources.validation} too; give others to learn")
     if len(training) < learned_once:
-        print(f"{learned_once - len(training):,} conversations that are held out too are not learned")
+        print(f"not learned, since they are held out too: {counted(learned_once - len(training), 'conversation')}")
     return training, validation
 
 
@@ -309,10 +310,10 @@ def described(options: Options, learned: Any, held_out: Any, steps_in_an_epoch: 
     """Lines on how much there is to learn, and how much of it did not fit."""
     kind = f"packed into rows of {options.context} tokens" if options.pack else "one in a row"
     lines = [
-        f"{len(learned):,} conversations to learn, {0 if held_out is None else len(held_out):,} held out "
+        f"{counted(len(learned), 'conversation')} to learn, {0 if held_out is None else len(held_out):,} held out "
         f"(template: {options.template})",
-        f"{learned.learned_tokens:,} of {learned.tokens:,} tokens are learned; {kind}, {steps_in_an_epoch:,} steps are "
-        "an epoch",
+        f"{learned.learned_tokens:,} of {learned.tokens:,} tokens are learned; {kind}, an epoch is "
+        f"{counted(steps_in_an_epoch, 'step')}",
     ]
     longer = options.context < config.max_position_embeddings
     advice = "choose a longer --context for all of them" if longer else "--too-long says what becomes of them"
@@ -332,7 +333,7 @@ def show(batch: dict, tokenizer: Any) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     how = "in colour" if console.is_terminal else "between ⟦ and ⟧"
-    console.print(f"a batch of {len(batch['tokens'])} rows; what is learned stands {how}")
+    console.print(f"a batch of {counted(len(batch['tokens']), 'row')}; what is learned stands {how}")
     for row, (tokens, segments, mask) in enumerate(
         zip(batch["tokens"], batch["segment_ids"], batch["mask"], strict=True), start=1
     ):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is, refuse_idle
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from train.chat_templates import check_chat_template
 from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, RecipeOptions, check_ranges, split_of
@@ -83,7 +84,7 @@ def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
 
     everything = read_preferences(sources.training)
     equal = f"; {everything.equal:,} of two equal answers left out" if everything.equal else ""
-    print(f"{len(everything):,} pairs in {sources.training}{equal}")
+    print(f"{counted(len(everything), 'pair')} in {sources.training}{equal}")
     if not sources.validation:
         return split_preferences(everything.pairs, *split_of(options))
     validation = read_preferences(sources.validation)
@@ -92,7 +93,7 @@ def read_pairs(options: PairOptions, sources: Sources) -> tuple[list, list]:
     if not training:
         raise BadInput(f"{sources.training}: every prompt is in {sources.validation} too; give others to learn")
     if len(training) < len(everything):
-        print(f"{len(everything) - len(training):,} pairs whose prompts are held out too are not learned")
+        print(f"not learned, since their prompts are held out too: {counted(len(everything) - len(training), 'pair')}")
     return training, validation.pairs
 
 
@@ -128,13 +129,13 @@ def answers(part: Any) -> list:
 def described(options: PairOptions, learned: Any, held_out: Any, steps_in_an_epoch: int) -> str:
     """Lines on how much there is to learn, and how much of it did not fit."""
     lines = [
-        f"{len(learned):,} pairs to learn, {len(held_out):,} held out (template: {options.template}); "
-        f"{steps_in_an_epoch:,} steps are an epoch"
+        f"{counted(len(learned), 'pair')} to learn, {len(held_out):,} held out (template: {options.template}); "
+        f"an epoch is {counted(steps_in_an_epoch, 'step')}"
     ]
     for name, part in (("to learn", learned), ("held out", held_out)):
         if part.truncated or part.dropped:
             lines.append(
-                f"{name}, within the context of {options.context} tokens: {part.truncated:,} pairs truncated, "
+                f"{name}, within the context of {options.context} tokens: {counted(part.truncated, 'pair')} truncated, "
                 f"{part.dropped:,} left out (--context, --too-long)"
             )
     return "\n".join(lines)

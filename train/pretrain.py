@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, run
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
-from train.exports import export_commands
+from train.exports import export_commands, registering
 from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
@@ -41,6 +42,7 @@ from train.texts import LIBRARY_FRACTION, text_sources, token_streams
 
 SAMPLE_TOKENS = 120
 STEPS = 2000
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 OF_TEXT = ("text_field", "validation_fraction")  # options without meaning for prepared tokens
 OF_VALIDATION = ("validation_data", "validation_fraction")
 MTP_COEFFICIENT, MTP_OPTIONS = 0.3, ("mtp_coefficient", "mtp_coefficient_end")
@@ -157,7 +159,13 @@ def starting_options(given: dict[str, str]) -> Options:
     """The defaults under the command line's options: those of the preset that it names, else of "demo"."""
     if "init_from" in given:
         return Options(learning_rate=1e-4)  # lower for weights that are trained already
-    options = RUNS.get(given.get("preset", "demo"), Options())
+    preset = given.get("preset", "demo")
+    options = RUNS.get(preset, Options())
+    if "help" in given and preset not in RUNS:
+        from llmq_jax.models import PRESETS
+
+        # For the help alone: a run keeps None for what follows from its preset.
+        return replace(options, **{name: getattr(PRESETS.get(preset), name, None) for name in SIZES})
     if "epochs" in given:
         return replace(options, steps=None)
     steps = given.get("steps", "")
@@ -177,6 +185,7 @@ def main(options: Options) -> None:
         trained = shlex.quote(options.folder)
         prompt = "def" if options.data is None else "The"
         commands = [f"llmq generate {trained} --prompt {prompt}", f"llmq evaluate {trained} FILE"]
+        commands = [command + registering(config) for command in commands]
         return commands + export_commands(options.folder, config)
 
     pretrain(options, next_commands)
@@ -285,7 +294,7 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         f"{0 if text.validation is None else len(text.validation):,} held out (tokenizer: {tokenizer.name})"
     )
     if text.validation is not None:
-        print(f"each evaluation takes {len(held_out):,} batches")
+        print(f"each evaluation takes {counted(len(held_out), 'batch')}")
     print(model.attention_choice(training=True), flush=True)
     return engine.run(
         create_state(variables, optimizer, seed=options.seed),
@@ -344,7 +353,7 @@ def check(options: Options) -> None:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
     check_ranges(options)
     from_model = "beside --init-from, which brings model and tokenizer"
-    brought = ("preset", "tokenizer", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    brought = ("preset", "tokenizer", *SIZES)
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))
     refuse_idle(
         options,
@@ -372,8 +381,8 @@ def prompt_length(options: Options, tokenizer: Any, config: Any) -> int:
     if options.sample_every != 0:
         if not 0 < len(ids) < longest:
             raise BadInput(
-                f"--sample-prompt {options.sample_prompt!r} is {len(ids)} tokens long; it needs at least 1, and fewer "
-                f"than the model's {longest} to leave room: give another one, or --sample-every 0"
+                f"--sample-prompt {options.sample_prompt!r} is {counted(len(ids), 'token')} long; it needs at least 1, "
+                f"and fewer than the model's {longest} to leave room: give another one, or --sample-every 0"
             )
         check_vocabulary(np.array(ids), config.vocab_size, "--sample-prompt")
     return len(ids)
@@ -392,7 +401,7 @@ def new_config(options: Options, vocab_size: int) -> Any:
     from llmq_jax.models.gpt2 import GPT2Config
 
     base = PRESETS.get(options.preset, GPT2Config())
-    sizes = {name: getattr(options, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
+    sizes = {name: getattr(options, name) for name in SIZES}
     sizes["max_position_embeddings"] = options.context
     sizes = {name: size for name, size in sizes.items() if size is not None}
     fields = fields_from_text(type(base), options.config or ())

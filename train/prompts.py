@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from train.options import split_of
 from train.sources import Sources
@@ -25,7 +26,7 @@ def prompts_of(options: Any, sources: Sources, source: Any) -> tuple[list, list]
             longest=options.max_prompt,
         )
         if dropped:
-            print(f"{path}: {dropped:,} prompts of more than {options.max_prompt} tokens are left out")
+            print(f"{path}: {counted(dropped, 'prompt')} longer than --max-prompt {options.max_prompt} left out")
         for prompt in found:
             check_vocabulary(np.asarray(prompt.tokens), source.config.vocab_size, prompt.where)
         return found

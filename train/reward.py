@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is, no_option, run
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from train.chat_templates import chat_template_digest, with_text_options
 from train.exports import export_commands
@@ -150,9 +151,9 @@ def main(options: Options) -> Any:
         everything = PreferenceEvaluation(held_out.pairs, size, longest)
         figures = step.evaluate(eval_step, result.state.variables, map(own_rows, everything))
         print(
-            f"\n{len(held_out):,} pairs held out: accuracy {figures['accuracy']:.4f}, margin {figures['margin']:.4f}, "
-            f"loss {figures['loss']:.4f}; rewards from {figures['min_reward']:.3f} to {figures['max_reward']:.3f}, "
-            f"{figures['mean_reward']:.3f} in the mean",
+            f"\n{counted(len(held_out), 'pair')} held out: accuracy {figures['accuracy']:.4f}, "
+            f"margin {figures['margin']:.4f}, loss {figures['loss']:.4f}; rewards from {figures['min_reward']:.3f} to "
+            f"{figures['max_reward']:.3f}, {figures['mean_reward']:.3f} in the mean",
             flush=True,
         )
     return result

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import default_is
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.commands.standard_input import standard_input
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 
 NEW_TOKENS = 256
@@ -107,10 +108,10 @@ class Conversation:
                 break
         else:
             what = "the message takes" if self.options.system is None else "the system text and the message take"
+            whose = "model" if self.context == self.lm.config.max_position_embeddings else "draft"
             raise BadInput(
-                f"{what} {len(tokens)} tokens, which with a reply of {self.drawing['max_new_tokens']} exceed the "
-                f"{'model' if self.context == self.lm.config.max_position_embeddings else 'draft'}'s context of "
-                f"{self.context}; say less, or lower --max-new-tokens"
+                f"{what} {counted(len(tokens), 'token')}, which with a reply of {self.drawing['max_new_tokens']} "
+                f"exceed the {whose}'s context of {self.context}; say less, or lower --max-new-tokens"
             )
         pieces = stream(self.lm, tokens, seed=self.options.seed_of(self.replies), **self.drawing)
         if refused and not self.refusal_is_told:

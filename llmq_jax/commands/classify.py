@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, Positional, Repeated, default_is, option_name
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.progress import with_progress
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 
 
@@ -133,7 +134,7 @@ def _rows(options: Options, lm: Any, labels: Sequence[str], records: list[Any]) 
     rows: list[list[int]]
     rows, cut = lm.class_tokens(texts, wanted)
     if cut:
-        print(f"{cut} of {len(rows)} texts are cut to {wanted} tokens", file=sys.stderr)
+        print(f"{cut} of {counted(len(rows), 'text')} cut to {counted(wanted, 'token')}", file=sys.stderr)
     return rows
 
 
@@ -202,7 +203,7 @@ def as_json(fields: dict[str, Any]) -> str:
 def summary(labels: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
     """How many texts got each label."""
     if len(labels) == 1:
-        return f"{len(results):,} scores"
+        return f"{counted(len(results), 'score')}"
     found = [each["label"] for each in results]
     counts = ", ".join(f"{found.count(label):,} {label}" for label in labels if label in found)
-    return f"{len(results):,} texts: {counts}"
+    return f"{counted(len(results), 'text')}: {counts}"

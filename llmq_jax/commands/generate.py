@@ -24,6 +24,7 @@ from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import standard_input
+from llmq_jax.counts import counted
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 
@@ -142,11 +143,12 @@ def _stream(options: Options, lm: Any, prompt: Any, tokens: int, drawing: dict[s
     if length + drawing["max_new_tokens"] > context:
         if options.max_new_tokens is None:
             raise BadInput(
-                f"the prompt has {length} tokens, which leave no room in the model's context of {context}; shorten it"
+                f"the prompt has {counted(length, 'token')}, which leave no room in the model's context of {context}; "
+                "shorten it"
             )
         raise BadInput(
-            f"the prompt has {length} tokens, which with --max-new-tokens {options.max_new_tokens} exceed the model's "
-            f"context of {context}; shorten it or ask for fewer"
+            f"the prompt has {counted(length, 'token')}, which with --max-new-tokens {options.max_new_tokens} exceed "
+            f"the model's context of {context}; shorten it or ask for fewer"
         )
     try:
         return lq.stream(lm, prompt, seed=options.seed_of(0), **drawing)
@@ -231,9 +233,9 @@ def _tell_of_longest(options: Options, lm: Any, numbers: list[int], lengths: lis
     longest = max(lengths)
     count = _new_tokens(options, lm, longest)
     print(
-        f"note: {options.source}: line {numbers[lengths.index(longest)]} has {longest} tokens and leaves room for "
-        f"{count} new ones in the model's context of {lm.config.max_position_embeddings}, which are all that any "
-        f"prompt gets; shorten it, or say so by --max-new-tokens {count}",
+        f"note: {options.source}: line {numbers[lengths.index(longest)]} has {counted(longest, 'token')} and leaves "
+        f"room for {count} new ones in the model's context of {lm.config.max_position_embeddings}, which are all that "
+        f"any prompt gets; shorten it, or say so by --max-new-tokens {count}",
         file=sys.stderr,
     )
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from llmq_jax.counts import counted
 from llmq_jax.data.batching import pack, packed_rows
 from llmq_jax.data.conversations import Conversation
 from llmq_jax.data.offsets import overlaps
@@ -114,8 +115,8 @@ def tokenize_conversations(
         examples.append(example)
     if not examples:
         raise BadInput(
-            f"none of the {len(conversations)} conversations has anything to learn within the context of {context} "
-            "tokens: shorten the prompts or, if the model takes more, choose a longer one"
+            f"of {counted(len(conversations), 'conversation')} none has anything to learn within the context of "
+            f"{context} tokens: shorten the prompts or, if the model takes more, choose a longer one"
         )
     return Examples(examples, truncated, dropped)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from llmq_jax.counts import counted
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
@@ -29,7 +30,10 @@ class LabelledTexts:
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
-            raise BadInput(f"there are {len(self.texts)} texts and {len(self.labels)} labels: give each text one")
+            raise BadInput(
+                f"here are {counted(len(self.texts), 'text')} and {counted(len(self.labels), 'label')}: give "
+                "each text one"
+            )
         if len(self.names) < 2:
             only = f", {self.names[0]!r}" if self.names else ""
             raise BadInput(f"a classifier tells classes apart, and there is only {len(self.names)}{only}: give two")
@@ -94,8 +98,8 @@ class LabelledTexts:
             others = [max(1, round(fraction * count)) for fraction in fractions[1:]]
             if count <= sum(others):
                 raise BadInput(
-                    f"class {self.names[label]!r} has {count} examples, too few for {len(fractions)} parts of "
-                    f"{', '.join(map(str, fractions))}: give more of them, or leave the class out"
+                    f"class {self.names[label]!r} has {counted(count, 'example')}, too few for {len(fractions)} parts "
+                    f"of {', '.join(map(str, fractions))}: give more of them, or leave the class out"
                 )
             members = self._of_class(label)[seeded_order(count, [seed, label])]
             ends = np.cumsum([count - sum(others), *others])[:-1]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from llmq_jax.counts import counted
 from llmq_jax.data.conversations import LOST, Conversation, answer, require_one_form, without_nulls
 from llmq_jax.data.folders import DataPath
 from llmq_jax.data.instruction_batches import Example, tokenize
@@ -223,8 +224,8 @@ def tokenize_preferences(
         pairs.append(pair)
     if not pairs:
         raise BadInput(
-            f"none of the {dropped} pairs differs in its responses within the context of {context} tokens: choose a "
-            "longer one"
+            f"of {counted(dropped, 'pair')} none differs in its responses within the context of {context} tokens: "
+            "choose a longer one"
         )
     return PreferenceExamples(pairs, truncated, dropped)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
+from llmq_jax.counts import counted
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.conversations import Conversation
 from llmq_jax.data.messages import Message, called, reasoning_of, text_of
@@ -105,7 +106,9 @@ class Rendered:
             numbers = train_on
         for number in numbers:
             if not -count <= number < count:
-                raise BadInput(f"{self.where} has {count} answers, numbered from 0, and none with the number {number}")
+                raise BadInput(
+                    f"{self.where} has {counted(count, 'answer')}, numbered from 0, and none with the number {number}"
+                )
         spans: list[Span] = []
         for number in sorted({number % count for number in numbers}):
             span = self.answers[number]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 
 Document = TypeVar("Document")
@@ -55,7 +56,7 @@ def split_tokens(
     cut = math.floor(round((1 - fraction) * len(tokens), 6))
     if cut < 1 or cut >= len(tokens):
         raise BadInput(
-            f"{len(tokens)} tokens are too few to hold out a fraction of {fraction}; give more text, or a file "
+            f"{counted(len(tokens), 'token')}: too few to hold out a fraction of {fraction}; give more text, or a file "
             "of its own for validation"
         )
     return tokens[:cut], tokens[cut:]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from llmq_jax.counts import counted
 from llmq_jax.data.splits import shuffled_epochs
 from llmq_jax.errors import BadInput
 
@@ -79,7 +80,7 @@ def training_batches(
     _check_sizes(tokens, context, batch_size, end_of_text, separate_documents)
     if len(tokens) < context + 1:
         raise BadInput(
-            f"the training text has {len(tokens)} tokens and one window needs {context + 1} (context + 1): "
+            f"the training text has {counted(len(tokens), 'token')} and one window needs {context + 1} (context + 1): "
             "use a longer text or a shorter context"
         )
     if seed < 0:
@@ -148,7 +149,9 @@ def evaluation_batches(
     """
     _check_sizes(tokens, context, batch_size, end_of_text, separate_documents)
     if len(tokens) < 2:
-        raise BadInput(f"the evaluation text has {len(tokens)} tokens and needs at least 2: use a longer text")
+        raise BadInput(
+            f"the evaluation text has {counted(len(tokens), 'token')} and needs at least 2: use a longer text"
+        )
     return EvaluationBatches(
         tokens=tokens,
         context=context,
@@ -191,7 +194,7 @@ def _with_documents(inputs: np.ndarray, targets: np.ndarray, mask: np.ndarray, e
 def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
     """The rows of a batch that one of several processes reads. BadInput: they cannot be divided evenly."""
     if batch_size % process_count:
-        raise BadInput(f"a batch of {batch_size} rows cannot be divided among {process_count} processes")
+        raise BadInput(f"a batch of {counted(batch_size, 'row')} cannot be divided among {process_count} processes")
     share = batch_size // process_count
     return range(process_index * share, (process_index + 1) * share)
 

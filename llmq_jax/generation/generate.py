@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmq_jax.counts import counted
 from llmq_jax.data.length_buckets import power_of_two
 from llmq_jax.data.text_stream import TextStream, decode_behind, last_text
 from llmq_jax.defaults import MTP
@@ -262,8 +263,8 @@ class Request:
         for i, row in enumerate(rows):
             if len(row) + max_new_tokens > context:
                 raise BadInput(
-                    f"prompt {i} has {len(row)} tokens, which with {max_new_tokens} new ones exceed the model's "
-                    f"context of {context}; shorten the prompt or lower max_new_tokens"
+                    f"prompt {i} has {counted(len(row), 'token')}, which with {max_new_tokens} new ones exceed the "
+                    f"model's context of {context}; shorten the prompt or lower max_new_tokens"
                 )
         lengths = np.array([len(row) for row in rows], np.int32)
         padded = np.zeros((len(rows), _prompt_width(int(lengths.max()), context)), np.int32)
@@ -279,7 +280,9 @@ class Request:
         if not several:
             seeds = [row_seed(seeds[0], row) for row in range(count)]
         if len(seeds) != count:
-            raise BadInput(f"{len(seeds)} seeds were given for {count} rows; give one seed, or one for each")
+            raise BadInput(
+                f"{counted(len(seeds), 'seed')} given for {counted(count, 'row')}; give one seed, or one for each"
+            )
         pad = lm.generation.pad_token_id
         if pad is None:
             pad = end_tokens[0] if end_tokens else 0

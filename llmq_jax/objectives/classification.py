@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
@@ -35,7 +36,7 @@ class Classification:
             raise BadInput(f"the model's config has {known}; to be trained to classify it needs two or more")
         if weights is not None and len(weights) != len(labels):
             raise BadInput(
-                f"{len(weights)} class weights were given for {len(labels)} classes ({shown(labels)}); give "
+                f"{counted(len(weights), 'class weight')} given for {len(labels)} classes ({shown(labels)}); give "
                 "one for each"
             )
         if weights is not None and not (min(weights) >= 0 and 0 < max(weights) < float("inf")):

@@ -167,8 +167,11 @@ class Checkpoints:
             saving.mkdir(parents=True)
         try:
             linked: Entries = {}
-            for part in sorted({*parts} - {STATE}):
-                if files := of_first(partial(self._linked, saving, part)):
+            apart = sorted({*parts} - {STATE})
+            newest = self.path(self.latest_step() or 0)
+            there = _entries(newest) if apart and first() else {}
+            for part in apart:
+                if files := of_first(partial(_linked, newest, there, saving, part)):
                     linked |= files
                     del parts[part]
             _check_room(self.folder, parts)
@@ -195,23 +198,6 @@ class Checkpoints:
             sync_folder(self.folder)
         self.delete_old()
         return target
-
-    def _linked(self, saving: Path, part: str) -> Entries:
-        """Link the newest checkpoint's files in the folder `part` into `saving`; their entries in its manifest. Empty
-        where it has no such folder, where one of the files is missing by now or has another size, and on file systems
-        without hard links."""
-        newest = self.path(self.latest_step() or 0)
-        try:
-            files = {name: entry for name, entry in read_manifest(newest).items() if name.split("/")[0] == part}
-            for name, entry in files.items():
-                if (newest / name).stat().st_size != entry["size"]:
-                    raise CorruptCheckpoint(f"{name} has another size")
-                (saving / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(newest / name, saving / name)
-            return files
-        except (CorruptCheckpoint, OSError):
-            shutil.rmtree(saving / part, ignore_errors=True)
-            return {}
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
         """The state of `step`, bit for bit, laid out like `example`: a state of the run, or its `jax.eval_shape`.
@@ -273,6 +259,31 @@ class Checkpoints:
         with contextlib.suppress(FileNotFoundError):
             os.rename(checkpoint, hidden)
             shutil.rmtree(hidden)
+
+
+def _entries(checkpoint: Path) -> Entries:
+    """The entries of its manifest; none where it cannot be read."""
+    try:
+        return read_manifest(checkpoint)
+    except (CorruptCheckpoint, OSError):
+        return {}
+
+
+def _linked(newest: Path, entries: Entries, saving: Path, part: str) -> Entries:
+    """Link the newest checkpoint's files in the folder `part` into `saving`; those of its `entries` that they have.
+    Empty where it has no such folder, where one of the files is missing by now or has another size, and on file systems
+    without hard links."""
+    files = {name: entry for name, entry in entries.items() if name.split("/")[0] == part}
+    try:
+        for name, entry in files.items():
+            if (newest / name).stat().st_size != entry["size"]:
+                raise OSError(f"{name} has another size")
+            (saving / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(newest / name, saving / name)
+        return files
+    except OSError:
+        shutil.rmtree(saving / part, ignore_errors=True)
+        return {}
 
 
 def _parts(state: Any) -> dict[str, dict[Name, Any]]:

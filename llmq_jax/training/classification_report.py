@@ -5,6 +5,7 @@ F1 their harmonic mean, 2PR / (P + R); each is 0 where it would be 0 / 0. Macro 
 small classes count as much as large ones.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from llmq_jax.training.metrics import one_line
-from llmq_jax.training.plots import INK, blank_figure, save_figure
+from llmq_jax.training.plots import INK, blank_figure, fonts_with, save_figure
 
 SCORES = ("precision", "recall", "f1")
 WORST = 20
@@ -146,8 +147,12 @@ def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:
     image = axes.imshow(parts, vmin=0.0, vmax=1.0, cmap="Blues")
     places = np.arange(len(report.labels))
     # A dollar in a label must not begin a formula.
-    axes.set_xticks(places, report.labels, rotation=30 if len(report.labels) > 3 else 0, parse_math=False)
-    axes.set_yticks(places, report.labels, parse_math=False)
+    families, lacking = fonts_with("".join(report.labels))
+    if lacking:
+        warnings.warn(f"no font here has {lacking}: boxes stand for them in {path}", stacklevel=2)
+    style = {"parse_math": False, "family": families}
+    axes.set_xticks(places, report.labels, rotation=30 if len(report.labels) > 3 else 0, **style)
+    axes.set_yticks(places, report.labels, **style)
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     axes.set_title(f"accuracy {report.accuracy:.4f}", loc="left", color=INK, fontweight="bold")
@@ -155,7 +160,9 @@ def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:
         colour = "white" if parts[row, column] > 0.5 else INK
         axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
     figure.colorbar(image, label="part of the class")
-    return save_figure(figure, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # told above, all in one line
+        return save_figure(figure, path)
 
 
 def _ratio(part: Any, whole: Any) -> float:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.axes import FSDP, TENSOR, axis_sizes, dimensions, partition_spec, path_names
 from llmq_jax.training.roles import role, roles
@@ -49,7 +50,9 @@ def warmup_schedule(
     between 0 and the peak with "constant", decay steps without "wsd" or for which the warm-up leaves no room.
     """
     if not 0 <= warmup_steps < steps:
-        raise BadInput(f"warm-up of {warmup_steps} steps does not fit a run of {steps}; make it shorter than the run")
+        raise BadInput(
+            f"warm-up of {counted(warmup_steps, 'step')} does not fit a run of {steps}; make it shorter than the run"
+        )
     for name, value in (("initial", initial), ("minimum", minimum)):
         if not 0.0 <= value <= peak:
             raise BadInput(f"{name} learning rate {value:g} must lie between 0 and the peak, {peak:g}")
@@ -62,8 +65,8 @@ def warmup_schedule(
             raise BadInput(f"decay_steps={decay_steps} has no effect with decay={decay!r}; leave it out")
         if not 0 < decay_steps < steps - warmup_steps:
             raise BadInput(
-                f"decay_steps={decay_steps} does not fit: {steps} steps less {warmup_steps} of warm-up leave room for "
-                f"{max(0, steps - warmup_steps - 1)}"
+                f"decay_steps={decay_steps} does not fit: {counted(steps, 'step')} less {warmup_steps} of warm-up "
+                f"leave room for {max(0, steps - warmup_steps - 1)}"
             )
     start = warmup_steps
     if decay == "wsd":

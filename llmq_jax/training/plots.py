@@ -213,6 +213,25 @@ def blank_figure(size: tuple[float, float] = (8, 4.8)) -> Any:
     return figure
 
 
+def fonts_with(text: str) -> tuple[list[str], str]:
+    """(families of fonts to draw the text in: matplotlib's default and, for what that lacks, others that are installed;
+    the characters that none of them has)."""
+    from matplotlib import font_manager
+
+    def without(lacking: set[str], file: str) -> set[str]:
+        font = font_manager.get_font(file)
+        return {character for character in lacking if not font.get_char_index(ord(character))}
+
+    families = ["sans-serif"]
+    lacking = without(set(text), font_manager.findfont(font_manager.FontProperties()))
+    for font in font_manager.fontManager.ttflist if lacking else ():
+        if font.name.startswith("Last Resort"):  # has a box for every character
+            continue
+        if len(still := without(lacking, font.fname)) < len(lacking):
+            families, lacking = [*families, font.name], still
+    return families, "".join(sorted(lacking))
+
+
 def blank_axes(title: str, runs: list[list[Record]], across: str = "step") -> tuple[Any, Any]:
     """An empty figure for losses; over steps, with tokens seen above where they are the same in all runs."""
     from matplotlib.ticker import EngFormatter, MaxNLocator

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from llmq_jax.counts import counted
 from llmq_jax.training.progress import clock
 from llmq_jax.training.time_spent import time_text
 
@@ -57,7 +58,7 @@ def peak_memory_bytes() -> int:
 
 
 def report_text(result: RunResult, folder: Path | None, further: str = "", next_commands: Sequence[str] = ()) -> str:
-    parts = [f"{result.step:,} steps, {result.tokens:,} tokens"]
+    parts = [f"{counted(result.step, 'step')}, {result.tokens:,} tokens"]
     if result.seconds is not None:
         parts.append(f"{clock(result.seconds)} of training")
     if result.tokens_per_second is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.atomic_files import write_atomically
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
@@ -73,7 +74,7 @@ def report_page(folder: Path) -> str:
     finished = read_finished(folder) if (folder / FINISHED).is_file() else None
     name = folder.absolute().name
     step = (finished or {}).get("step")
-    done = f"finished after {step:,} steps" if isinstance(step, int) else f"not finished: {_reached(records)}"
+    done = f"finished after {counted(step, 'step')}" if isinstance(step, int) else f"not finished: {_reached(records)}"
     about = " · ".join(filter(None, (str(config.get("recipe", "")), _model_name(config), done)))
     parts = [
         f"<h1>{html.escape(name)}</h1>\n<p class=about>{html.escape(about)}</p>",

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, partition_spec, path_names, put, row_devices
 
@@ -56,7 +57,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
             else ""
         )
         raise BadInput(
-            f"mesh {text!r} is for {product} devices, and here are {len(devices)}; sizes multiply to the "
+            f"mesh {text!r} is for {product} devices, and JAX has {len(devices)}; sizes multiply to the "
             f"number of devices{virtual}"
         )
     auto = (AxisType.Auto,) * len(MESH_AXES)
@@ -148,7 +149,8 @@ def own_rows(batch: dict[str, Any]) -> dict[str, Any]:
     def part(array: Any) -> Any:
         if len(array) % count:
             raise BadInput(
-                f"a batch of {len(array)} rows cannot be divided among {count} processes; give a multiple of {count}"
+                f"a batch of {counted(len(array), 'row')} cannot be divided among {count} processes; give a "
+                f"multiple of {count}"
             )
         return array[index * len(array) // count : (index + 1) * len(array) // count]
 
@@ -162,8 +164,8 @@ def check_rows(rows: int, parts: int, sizes: Mapping[str, int]) -> None:
         each = "" if parts == 1 else f" in {parts} parts"
         product = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES["batch"] if sizes[axis] > 1)
         raise BadInput(
-            f"a batch of {rows} rows{each} cannot be divided among {devices} devices ({product}); choose a multiple of "
-            f"{parts * devices}"
+            f"a batch of {counted(rows, 'row')}{each} cannot be divided among {devices} devices ({product}); choose a "
+            f"multiple of {parts * devices}"
         )
 
 
@@ -201,5 +203,5 @@ def layout_text(variables: dict[str, Any], sizes: Mapping[str, int]) -> str:
     for row in rows:
         lines.append(f"{row.name:{names}}  {list(row.shape)!s:{shapes}}  {row.axes:{axes}}  {row.bytes_per_device:16,}")
     devices, total = math.prod(sizes.values()), sum(row.bytes_per_device for row in rows)
-    lines.append(f"{devices} device{'s' if devices > 1 else ''}, {total:,} bytes of parameters on each")
+    lines.append(f"{counted(devices, 'device')}, {total:,} bytes of parameters on each")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import jaxpr_as_fun
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
@@ -156,7 +157,8 @@ def _split(batch: dict[str, Any], parts: int, neighbours: int) -> dict[str, Any]
     if rows % (parts * neighbours):
         groups = "" if neighbours == 1 else f" of whole groups of {neighbours}"
         raise BadInput(
-            f"a batch of {rows} rows cannot be cut into {parts} equal micro-batches{groups}; change one of the two"
+            f"a batch of {counted(rows, 'row')} cannot be cut into {parts} equal micro-batches{groups}; change one of "
+            "the two"
         )
 
     def cut(x: Any) -> Any:

@@ -181,7 +181,7 @@ def test_bad_files(llmq, folder, name, content, options, message, tmp_path, monk
 
 def test_long_texts_are_cut_and_counted(llmq, classifier, folder):
     code, out, err = llmq("classify", folder, "--text", "abcdefgh", "--text", "ab", "--max-length", 4, "--json")
-    assert code == 0 and err == "1 of 2 texts are cut to 4 tokens\n"
+    assert code == 0 and err == "1 of 2 texts cut to 4 tokens\n"
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows[0]["probabilities"] == pytest.approx(expected(classifier, "abcd"), abs=1e-5)
 

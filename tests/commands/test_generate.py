@@ -130,7 +130,7 @@ BAD = {
     ),
     "too many new tokens": (
         ["MODEL", "--prompt", "x", "--max-new-tokens", "33"],
-        "error: the prompt has 1 tokens, which with --max-new-tokens 33 exceed the model's context of 32; shorten it",
+        "error: the prompt has 1 token, which with --max-new-tokens 33 exceed the model's context of 32; shorten it",
     ),
     "idle jsonl": (["MODEL", "--prompt", "x", "--jsonl"], "--jsonl has no effect without --prompt-file; leave it out"),
     "no new token": (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),

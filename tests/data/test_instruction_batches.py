@@ -160,7 +160,7 @@ def test_too_long():
 def test_a_conversation_that_loses_its_answer_is_left_out():
     few = tokenized([*conversations("a"), *conversations("b", prompt_length=30)], context=6)
     assert (len(few), few.truncated, few.dropped) == (1, 0, 1)
-    with pytest.raises(BadInput, match="none of the 1 conversations has anything to learn within the context of 6"):
+    with pytest.raises(BadInput, match="of 1 conversation none has anything to learn within the context of 6"):
         tokenized(conversations("b", prompt_length=30), context=6)
 
 

@@ -91,7 +91,7 @@ def test_bad_rows(tmp_path, content, message):
 
 def test_what_is_no_labelled_text():
     for arguments, message in (
-        ((["x"], [], ("a", "b")), "1 texts and 0 labels"),
+        ((["x"], [], ("a", "b")), "1 text and 0 labels"),
         ((["x"], [0], ("a",)), "only 1, 'a'"),
         ((["x"], [2], ("a", "b")), "label 2 is none of the 2 classes"),
     ):

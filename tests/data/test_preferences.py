@@ -212,7 +212,7 @@ def test_what_nothing_is_left_of_is_dropped(read):
     assert [len(side.tokens) for side in (found.pairs[0].chosen, found.pairs[0].rejected)] == [3, 3]
     found = tokenize_preferences(merged, GPT2Tokenizer(), template="plain", context=2)
     assert (len(found), found.dropped) == (1, 1) and found.pairs[0].where.endswith("line 2")
-    with pytest.raises(BadInput, match="none of the 1 pairs differs in its responses within the context of 7 tokens"):
+    with pytest.raises(BadInput, match="of 1 pair none differs in its responses within the context of 7 tokens"):
         tokenize_preferences(read(STRINGS), tokenizer, template="plain", context=7)
 
 

@@ -54,5 +54,5 @@ def test_bad_splits():
             split_documents(["one", "two"], fraction)
         with pytest.raises(BadInput, match="between 0 and 1"):
             split_tokens(np.arange(10), fraction)
-    with pytest.raises(BadInput, match="1 tokens are too few"):
+    with pytest.raises(BadInput, match="1 token: too few"):
         split_tokens(np.arange(1), 0.1)

@@ -144,7 +144,7 @@ def test_bad_windows():
     with pytest.raises(BadInput, match=r"has 8 tokens and one window needs 9 \(context \+ 1\)"):
         training_batches(stream(8), context=8, batch_size=1)
     assert training_batches(stream(9), context=8, batch_size=1)[5]["targets"].tolist() == [list(range(1, 9))]
-    with pytest.raises(BadInput, match="1 tokens and needs at least 2"):
+    with pytest.raises(BadInput, match="1 token and needs at least 2"):
         evaluation_batches(stream(1), context=8, batch_size=1)
     with pytest.raises(BadInput, match="seed must not be negative"):
         training_batches(stream(20), context=8, batch_size=1, seed=-1)

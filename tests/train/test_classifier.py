@@ -310,7 +310,7 @@ def test_a_head_is_kept_if_it_knows_all_classes(classifier, base, labels, tmp_pa
 
 def test_long_texts_are_cut_and_counted(classifier):
     _, out, _ = classifier("--steps", 1, "--max-length", 5)
-    assert "training: 63 of 63 texts are cut to 5 tokens (--max-length)" in out
+    assert "training: 63 of 63 texts cut to --max-length 5" in out
     assert 'llmq classify run --max-length 5 --text "..."\n' in out
     assert "llmq classify run --max-length 5 --data FILE --out classified.jsonl\n" in out
 

@@ -74,7 +74,7 @@ def test_second_call_finds_the_run_finished_and_a_missed_bound_is_told(tiny_demo
 
 def test_a_single_step_has_no_speed_to_show(tiny_demo):
     code, out = tiny_demo(bound=9.0, steps=1)
-    assert code == 0 and "1 steps, 64 bytes" in out and "a second" not in out
+    assert code == 0 and "1 step, 64 bytes" in out and "a second" not in out
 
 
 def test_a_loss_that_was_not_measured_misses_the_bound(tiny_demo, monkeypatch):

@@ -215,6 +215,6 @@ def test_a_folder_with_splits(dpo, at_first_step, files):
     _, out, err = dpo("--data=data", "--train=all")
     assert err == at_first_step and "8 pairs to learn, 3 held out" in out
     assert "data: train.json to learn, dev.json held out, test/a.json left out\n" in out
-    assert "9 pairs in data (train)\n1 pairs whose prompts are held out too are not learned\n" in out
+    assert "9 pairs in data (train)\nnot learned, since their prompts are held out too: 1 pair\n" in out
     _, _, err = dpo("--data=data/train.json", "--validation-data=data/dev.json", "--train=all")
     assert err == at_first_step

@@ -167,7 +167,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_says_so(instruct, monkeypatch,
 
 def test_epochs_decide_the_steps(instruct):
     _, out, _ = instruct(*GIVEN, "--epochs", 2, "--sample-every", 0, tiny=[o for o in TINY if "steps" not in o])
-    assert "3 steps are an epoch" in out
+    assert "an epoch is 3 steps" in out
     assert metrics()[-1]["step"] == 6
 
 
@@ -448,7 +448,7 @@ def test_what_is_too_long_is_told(instruct, tmp_path):
     ("options", "message"),
     [
         (["--train-on", "none"], "--train-on is 'none' and must be response, last, all or numbers of answers"),
-        (["--train-on", "1"], "has 1 answers, numbered from 0, and none with the number 1"),
+        (["--train-on", "1"], "has 1 answer, numbered from 0, and none with the number 1"),
         (["--epochs", 2], "--epochs has no effect beside --steps"),
         (["--validation-fraction", 0], "--validation-fraction is 0.0 and must lie between 0 and 1"),
         (["--split-seed", -1], "--split-seed is -1 and must not be negative"),
@@ -507,12 +507,13 @@ def test_nothing_that_is_held_out_is_learned(instruct, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = ("--data=a.jsonl", "--init-from", "MODEL")
     code, out, err = instruct(*given, tiny=PREVIEW)
-    assert (code, err) == (0, "") and "1 conversations that are held out too are not learned\n" in out
+    assert (code, err) == (0, "") and "not learned, since they are held out too: 1 conversation\n" in out
     assert "18 conversations to learn, 1 held out" in out
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
     _, out, _ = instruct(*given, "--validation-data=b.jsonl", tiny=PREVIEW)
     assert (
-        "4 conversations that are held out too are not learned\n" in out and "16 conversations to learn, 2 hel" in out
+        "not learned, since they are held out too: 4 conversations\n" in out
+        and "16 conversations to learn, 2 hel" in out
     )
     code, _, err = instruct(*given, "--validation-data=a.jsonl", tiny=PREVIEW)
     assert code == 2 and "a.jsonl: every conversation is in a.jsonl too; give others to learn" in err

@@ -126,6 +126,13 @@ def test_the_help_says_what_a_field_looks_like(pretrain):
     assert "--config FIELD=VALUE ..." in out
 
 
+def test_the_help_shows_the_sizes_of_a_preset(pretrain, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    for preset, width in (("gpt2-124m", 768), ("demo", 96), ("none-such", "the preset's")):
+        _, out, _ = pretrain("--preset", preset, "--help")
+        assert f"Width of the model. (default: {width})" in out
+
+
 def test_the_same_command_tells_that_the_run_is_finished(pretrain, pretrained):
     shutil.copytree(pretrained / "run", "run")
     before = Path("run/metrics.jsonl").read_bytes()
@@ -345,7 +352,8 @@ def test_samples_may_change_on_resume_and_data_may_not(pretrain, monkeypatch):
     code, _, err = pretrain(*command, "--sample-every", 2)
     assert code == 2 and "training_sha256" in err and "validation_sha256" in err and "_tokens" not in err
     Path("my.txt").write_text("abc " * 100)
-    code, out, err = pretrain(*command, "--sample-every", 3, "--sample-prompt", "c")
+    usual = ("--schedule", "cosine", "--optimizer", "adamw")  # which the run has
+    code, out, err = pretrain(*command, *usual, "--sample-every", 3, "--sample-prompt", "c")
     assert (code, err) == (0, "") and "resuming run from step 2" in out
 
 
@@ -485,7 +493,7 @@ BAD = {
         ["--data", "TEXT", "--sample-prompt", "x" * 16],
         "--sample-prompt 'xxxxxxxxxxxxxxxx' is 16",
     ),
-    "no room for the default prompt": (["--data", "TEXT", "--context", "1"], "--sample-prompt '\\n' is 1 tokens long"),
+    "no room for the default prompt": (["--data", "TEXT", "--context", "1"], "--sample-prompt '\\n' is 1 token long"),
     "start without warm-up": (["--initial-learning-rate", "1e-5"], "--initial-learning-rate has no effect"),
     "keep nothing": (["--data", "TEXT", "--keep-last", "0"], "--keep-last is 0 and must be at least 1"),
     "keep what is not saved": (["--keep-last", "2", "--checkpoint-every", "0"], "--keep-last has no effect"),

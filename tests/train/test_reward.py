@@ -88,7 +88,7 @@ def test_a_run_learns_and_leaves_what_it_promises(reward, drawn):
     code, out, err = reward(*options)
     assert (code, err) == (0, "")
     assert "60 pairs in" in out and "3 of two equal answers left out" in out
-    assert "54 pairs to learn, 6 held out (template: plain); 7 steps are an epoch" in out
+    assert "54 pairs to learn, 6 held out (template: plain); an epoch is 7 steps" in out
     assert "a fresh scalar head\n" in out
     lines = records()
     first, *_, last = (line for line in lines if "accuracy" in line)
@@ -251,7 +251,7 @@ def test_prompts_are_held_out(reward, at_first_step):
         "few.jsonl", [{"prompt": "0:", "chosen": "A", "rejected": "b"}, {"prompt": "x", "chosen": "A", "rejected": "b"}]
     )
     _, out, err = reward("--validation-data", "few.jsonl")
-    assert err == at_first_step and "2 pairs whose prompts are held out too are not learned" in out
+    assert err == at_first_step and "not learned, since their prompts are held out too: 2 pairs" in out
     assert "58 pairs to learn, 2 held out" in out
     write("same.jsonl", [{"prompt": "0:", "chosen": "A", "rejected": "c"}])
     code, _, err = reward("--out=other", "--validation-data", "few.jsonl", data="same.jsonl")

@@ -268,7 +268,7 @@ def test_what_does_not_train_is_written_once_and_each_checkpoint_is_whole(three,
     assert bits(three.restore(new_state()).state) == bits(later(5))
 
 
-def test_each_entry_that_is_carried_is_written_where_it_changed(three):
+def test_each_entry_that_is_carried_is_written_where_it_changed(three, monkeypatch):
     """As GRPO's reference and reward model; and so a collection that a step of one's own changes. What the checkpoints
     that are deleted on the way have in common with others stays."""
 
@@ -280,12 +280,16 @@ def test_each_entry_that_is_carried_is_written_where_it_changed(three):
         (1, {"carried": carried | {"learner": new_state(6)}}),
         (1, {"variables": state.variables | {"frozen": frozen | {"odd": -frozen["odd"]}}}),
     )
+    read, read_manifest = [], module.read_manifest
+    monkeypatch.setattr(module, "read_manifest", lambda folder: read.append(folder) or read_manifest(folder))
     for step, (count, change) in enumerate(changes, start=4):
         state = state.replace(**change)
         three.save(step, state)
         written = {name.split("/")[0] for name, file in frozen_files(three.path(step)).items() if file.st_nlink == 1}
         assert len(written) == count
+        assert read == [three.path(step - 1)], "once for all parts"
         assert bits(three.restore(state).state) == bits(state)
+        read.clear()
     assert three.steps() == [2, 5, 6, 7]
 
 

@@ -14,6 +14,7 @@ from llmq_jax.training.classification_report import (
     probabilities,
     worst_errors,
 )
+from llmq_jax.training.plots import fonts_with
 
 LABELS = ("ham", "spam", "unsure")
 # Ten texts: 5 ham, 4 spam, 1 unsure; taken for
@@ -105,6 +106,21 @@ def test_worst_errors_are_the_most_confident_mistakes():
 def test_a_dollar_in_a_label_begins_no_formula(labels, tmp_path):
     report = classification_report(labels, np.eye(2, dtype=np.float32), [0, 1])
     assert plot_confusion(report, tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_that_the_default_font_lacks(tmp_path, monkeypatch):
+    """Another font that is installed draws them; what none has, a line tells."""
+    font_manager = pytest.importorskip("matplotlib.font_manager")
+    own = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]  # the same on all machines
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    families, lacking = fonts_with("a\u23b4")  # a bracket lying down
+    assert (families[0], len(families), lacking) == ("sans-serif", 2, "")
+    report = classification_report(("垃圾", "\ue12e"), np.eye(2, dtype=np.float32), [0, 1])
+    with pytest.warns(UserWarning) as told:
+        plot_confusion(report, tmp_path / "confusion.png")
+    assert [str(each.message) for each in told] == [
+        f"no font here has 圾垃: boxes stand for them in {tmp_path / 'confusion.png'}"
+    ]
 
 
 def test_predictions_for_people_and_for_programs():
