@@ -426,21 +426,8 @@ gives the same result up to rounding (except that dropout is drawn and experts a
 --attention too changes dropout's draws); and where the data are, whose contents are compared by digests."""
 
 
-LEFT_OPEN = {
-    "schedule": "cosine",
-    "optimizer": "adamw",
-    "base_dtype": "float32",
-    "lora_variant": "lora",
-    "lora_targets": "all-linear",
-    "lora_dropout": 0.0,
-    "label_smoothing": 0.0,
-}
-"""Defaults that are recorded as None, whether they are given or not: the run is the same."""
-
-
 def own_options(options: RecipeOptions, *without: str) -> dict[str, Any]:
     """The recipe's own options, for config.json: all but the training loop's, those of `PLACES`, and `without`."""
     theirs = {field.name for field in dataclasses.fields(run_options(options))}
     values = dataclasses.asdict(options)
-    values |= {name: None for name, usual in LEFT_OPEN.items() if name in values and values[name] == usual}
     return {name: value for name, value in values.items() if name not in {*theirs, *PLACES, *without}}
