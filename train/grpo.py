@@ -324,9 +324,11 @@ def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
 
     rows = options.prompts_per_step * options.group_size // (options.accumulate * row_parts(options))
     # With a shared prompt, answers attend to the whole cache under a mask; for long answers it costs less to compute
-    # each row alone, block by block.
+    # each row alone, block by block. So it does where cuDNN's kernel computes rows alone: it holds no scores, which of
+    # a cache would be [B, N, C, S] in every layer.
     window = getattr(model.config, "sliding_window", None) or math.inf
-    worth_it = options.max_new_tokens <= min(2 * longest_prompt, window)
+    fused = any(choice.name == "fused" for choice in model.attention_choices().values())
+    worth_it = not fused and options.max_new_tokens <= min(2 * longest_prompt, window)
     return options.group_size if worth_it and can_share_prompts(model) and rows % options.group_size == 0 else 1
 
 

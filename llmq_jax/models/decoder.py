@@ -28,7 +28,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.attention import Context, check_implementation, choose
+from llmq_jax.layers.attention import Choice, Context, check_implementation, choose
 from llmq_jax.layers.axes import constrain
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
@@ -362,25 +362,31 @@ class Decoder(nn.Module):
         }
 
     @nn.nowrap
-    def attention_choice(self, training: bool = False) -> str:
-        """Which implementation `attention` means on this machine and, if "auto" would take the fused kernel but cannot,
-        why: one line, to be shown once. A `dtype` of None counts as float32. BadInput: an implementation that is asked
-        for by name cannot run here."""
+    def attention_choices(self, training: bool = False) -> dict[int | None, Choice]:
+        """Which implementation `attention` means on this machine, for each window of the layers; None is no window. A
+        `dtype` of None counts as float32. BadInput: an implementation that is asked for by name cannot run here."""
         c, dtype = self.config, self.dtype or jnp.float32
         dropout = getattr(c, "attention_dropout", 0.0) or getattr(c, "attn_pdrop", 0.0)
         softcap = getattr(c, "attn_logit_softcapping", None)
         heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        names, obstacle = {}, None
+        choices = {}
         for block in self.unbound_blocks().values():
             cache = block.create_cache(1, 1, dtype)
             window = getattr(cache, "window", None)  # blocks need not have it, caches with a window do
             facts: dict[str, Any] = {"window": window, "dtype": dtype, "heads": heads}
             facts["head_dim"], facts["value_dim"] = self.head_widths(cache)
-            choice = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
-            names[window], obstacle = choice.name, obstacle or choice.obstacle
-        parts = [f"{name} in windows of {window}" for window, name in names.items() if window is not None]
-        if None in names:
-            parts.append(f"{names[None]} elsewhere" if parts else names[None])
+            choices[window] = choose(self.attention, softcap=softcap, dropout=training and dropout > 0, **facts)
+        return choices
+
+    @nn.nowrap
+    def attention_choice(self, training: bool = False) -> str:
+        """`attention_choices` and, if "auto" would take the fused kernel but cannot, why: one line, to be shown
+        once."""
+        choices = self.attention_choices(training)
+        parts = [f"{choice.name} in windows of {window}" for window, choice in choices.items() if window is not None]
+        if None in choices:
+            parts.append(f"{choices[None].name} elsewhere" if parts else choices[None].name)
+        obstacle = next((choice.obstacle for choice in choices.values() if choice.obstacle), None)
         why = f"; the fused kernel cannot run: {obstacle}" if obstacle else ""
         return f"attention: {', '.join(parts)}{why}"
 

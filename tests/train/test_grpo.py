@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -356,10 +357,10 @@ def test_rewards_without_spread_are_told(grpo):
     assert [record["grad_norm"] for record in records() if "loss" in record] == [0, 0]
 
 
-def test_whole_groups_share_their_prompts():
-    def shared(model=NARROW, **options):
+def test_whole_groups_share_their_prompts(monkeypatch):
+    def shared(model=NARROW, dtype=None, **options):
         given = {"prompts_per_step": 4, "group_size": 6, "max_new_tokens": 20, **options}
-        return shared_by(Options("data", "model", "run", **given), lq.build(model), longest_prompt=10)
+        return shared_by(Options("data", "model", "run", **given), lq.build(model, dtype=dtype), longest_prompt=10)
 
     assert shared() == shared(accumulate=2) == shared(mesh="data=1") == shared(mesh="data=4,tensor=2") == 6
     assert shared(accumulate=3) == shared(mesh="fsdp=8") == 1  # parts of 8 and of 3 rows
@@ -369,6 +370,9 @@ def test_whole_groups_share_their_prompts():
     assert shared(lq.MixtralConfig(num_hidden_layers=1, num_local_experts=2)) == 1
     by_length = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
     assert shared(lq.Llama3Config(num_hidden_layers=1, rope_parameters=by_length)) == 1
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert (shared(), shared(dtype="bfloat16")) == (6, 1)  # the fused kernel has no float32
 
 
 @pytest.mark.parametrize("loss", ["dr_grpo", pytest.param("sapo", marks=pytest.mark.exhaustive)])
