@@ -410,7 +410,7 @@ def _fitted(line: str, width: int) -> str:
     lines = ["    # " + note.strip()] if note else []
     lines.append("   ")
     for word in re.split(r" (?=--)", command):
-        if len(lines[-1]) + len(word) + 3 > width:
+        if lines[-1].strip() and len(lines[-1]) + len(word) + 3 > width:
             lines[-1] += " \\"
             lines.append("       ")
         lines[-1] += f" {word}"

@@ -259,7 +259,7 @@ class Rewards:
             counts = [counted(len(self.names), "name"), counted(len(self.functions), "function")]
             counts.append(counted(len(self.weights), "weight"))
             raise BadInput(
-                f"rewards need one name, function and weight each, and at least one; here are {', '.join(counts)}"
+                f"rewards need one name, function and weight each, and at least one; given: {', '.join(counts)}"
             )
         for name, weight in zip(self.names, self.weights, strict=True):
             if self.names.count(name) > 1:

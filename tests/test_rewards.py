@@ -260,8 +260,8 @@ def test_the_error_that_a_function_raised_is_kept():
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
-        ((), (), "and at least one; here are 0 names, 0 functions, 0 weights"),
-        (("a", "b"), (1.0,), "here are 2 names, 2 functions, 1 weight"),
+        ((), (), "and at least one; given: 0 names, 0 functions, 0 weights"),
+        (("a", "b"), (1.0,), "given: 2 names, 2 functions, 1 weight"),
         (("a", "a"), (1.0, 1.0), "there are 2 rewards called 'a'"),
         (("a",), (float("inf"),), "the weight of the reward 'a' is inf"),
     ],

@@ -324,11 +324,11 @@ def shared_by(options: Options, model: Any, longest_prompt: int) -> int:
 
     rows = options.prompts_per_step * options.group_size // (options.accumulate * row_parts(options))
     # With a shared prompt, answers attend to the whole cache under a mask; for long answers it costs less to compute
-    # each row alone, block by block. So it does where cuDNN's kernel computes rows alone: it holds no scores, which of
-    # a cache would be [B, N, C, S] in every layer.
+    # each row alone, block by block. cuDNN's kernel, which computes rows alone, holds no scores; over a cache they are
+    # [B, N, C, S] in every layer, more than is saved unless answers are short.
     window = getattr(model.config, "sliding_window", None) or math.inf
     fused = any(choice.name == "fused" for choice in model.attention_choices().values())
-    worth_it = not fused and options.max_new_tokens <= min(2 * longest_prompt, window)
+    worth_it = options.max_new_tokens <= min(longest_prompt // 2 if fused else 2 * longest_prompt, window)
     return options.group_size if worth_it and can_share_prompts(model) and rows % options.group_size == 0 else 1
 
 

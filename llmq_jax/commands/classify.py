@@ -203,7 +203,7 @@ def as_json(fields: dict[str, Any]) -> str:
 def summary(labels: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
     """How many texts got each label."""
     if len(labels) == 1:
-        return f"{counted(len(results), 'score')}"
+        return counted(len(results), "score")
     found = [each["label"] for each in results]
     counts = ", ".join(f"{found.count(label):,} {label}" for label in labels if label in found)
     return f"{counted(len(results), 'text')}: {counts}"

@@ -31,8 +31,8 @@ class LabelledTexts:
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
             raise BadInput(
-                f"here are {counted(len(self.texts), 'text')} and {counted(len(self.labels), 'label')}: give "
-                "each text one"
+                f"{counted(len(self.texts), 'text')} and {counted(len(self.labels), 'label')} were given: give each "
+                "text one"
             )
         if len(self.names) < 2:
             only = f", {self.names[0]!r}" if self.names else ""

@@ -98,7 +98,8 @@ def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[
     if sampler.temperature == 0.0:
         tokens = first_largest(logits)
     else:
-        tokens = draw(jnp.exp(sampler.filter(logits) - largest), keys)  # ours never filters the largest
+        kept = sampler.filter(logits)
+        tokens = draw(jnp.exp(kept - kept.max(axis=-1, keepdims=True)), keys)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)
     return tokens, (chosen - largest - jnp.log(jnp.exp(scaled - largest).sum(axis=-1, keepdims=True)))[:, 0]
 

@@ -89,15 +89,17 @@ def attention(
     cache).
 
     `others` are passed to `attend` unchanged: further inputs of a formula of yours, such as a learned sink. With
-    `formula=` a function of yours runs in place of `attend`, and is called as it is. "plain" alone supports either, so
+    `formula=` a function of yours runs in place of `attend`, on the same arguments. "plain" alone supports either, so
     "auto" becomes "plain"; BadInput if another implementation is named, or if a keyword looks like a misspelling of an
     existing argument.
     """
+    if others.get("formula", attend) is None:  # the default of a field
+        del others["formula"]
     if others:
         _refuse_misspelt(others)
         if context.implementation not in ("auto", "plain"):
             known = f"attention={context.implementation!r} does not compute with {' and '.join(others)}"
-            raise BadInput(f"{known}, which only the formula in `attend` may know of; take 'plain' or 'auto'")
+            raise BadInput(f"{known}; take 'plain' or 'auto'")
         context = context.replace(implementation="plain")
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # heads before positions
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, **others}

@@ -239,7 +239,7 @@ class MixtureOfExperts(nn.Module):
             return first * parts[..., 1, :] if gated else first
 
         # The id E is no expert: of padding, and of scores that are 0.
-        ids = jnp.where(real[..., None] & (weights > 0), ids, e.num_experts)
+        ids = jnp.where(real[..., None] & (weights != 0), ids, e.num_experts)
         rows = x.astype(self.dtype or kernels.up.dtype).reshape(-1, x.shape[-1])
         mixed, dropped = dispatch_on_mesh(
             rows,

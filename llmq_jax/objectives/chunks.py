@@ -44,6 +44,7 @@ class Chunks:
     order: Int[Array, "groups count"]
     """Places of each group's tokens: first those whose mask is not 0, then the others, both in the batch's order."""
     mask: Float[Array, "B T"]
+    """0 at tokens that do not count."""
 
     @classmethod
     def of(cls, mask: Float[Array, "B T"], longest: int) -> "Chunks":
@@ -88,9 +89,9 @@ class Chunks:
         end.
         """
         parts = tuple(map(self.split, rows))
-        counted = (self.split(self.mask) != 0).any(axis=(1, 2))  # here: one exchange between devices for all chunks
+        any_counts = (self.split(self.mask) != 0).any(axis=(1, 2))  # here: one exchange between devices for all chunks
         of_groups = by_group(function)
-        sums, results = jax.eval_shape(of_groups, *(part[0] for part in parts))
+        sums, results = jax.eval_shape(lambda *parts: of_groups(*(part[0] for part in parts)), *parts)
 
         def add(total: Any, *chunk: Array) -> tuple[Any, Any]:
             sums, results = of_groups(*chunk)
@@ -106,11 +107,11 @@ class Chunks:
             return stepped
 
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), sums)
-        total, stacked = jax.lax.scan(step, start, (counted, parts))
+        total, stacked = jax.lax.scan(step, start, (any_counts, parts))
         return jax.tree.map(lambda leaf: leaf.sum(0), total), jax.tree.map(self.join, stacked)
 
 
-def those(tree: Any, perturbed: bool) -> Any:
+def perturbed_leaves(tree: Any, perturbed: bool) -> Any:
     """Of arguments as `custom_vjp` with `symbolic_zeros` gives them, the values that need a gradient (or, with
     perturbed=False, those that do not), and None for the others. A frozen head needs none."""
     return jax.tree.map(
@@ -120,6 +121,6 @@ def those(tree: Any, perturbed: bool) -> Any:
     )
 
 
-def joined(first: Any, second: Any) -> Any:
+def merged_trees(first: Any, second: Any) -> Any:
     """One tree from two, each of which has None where the other has a value."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)

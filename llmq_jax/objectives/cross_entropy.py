@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import gathered_over_fsdp
-from llmq_jax.objectives.chunks import Chunks, chunk_tokens, joined, those
+from llmq_jax.objectives.chunks import Chunks, chunk_tokens, merged_trees, perturbed_leaves
 
 # Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**25, 2**28
@@ -72,11 +72,11 @@ def _summed_loss(unembed: Unembed, chunk_size: int, head: Any, hidden: Array, ta
 def _forward(
     unembed: Unembed, chunk_size: int, head: Any, hidden: Any, targets: Any, mask: Any
 ) -> tuple[Array, tuple[Any, Array]]:
-    learns, fixed = those(head, perturbed=True), those(head, perturbed=False)
+    learns, fixed = perturbed_leaves(head, True), perturbed_leaves(head, False)
     hidden, targets, mask = hidden.value, targets.value, mask.value
 
     def gradients(rows: Array, target: Array, weight: Array) -> tuple[tuple[Array, Any], Array]:
-        logits, pull_back = jax.vjp(lambda learns, rows: unembed(joined(learns, fixed), rows), learns, rows)
+        logits, pull_back = jax.vjp(lambda learns, rows: unembed(merged_trees(learns, fixed), rows), learns, rows)
         losses, pull_back_losses = jax.vjp(lambda logits: token_losses(logits, target), logits)
         head_gradient, row_gradient = pull_back(*pull_back_losses(weight))
         return (jnp.sum(weight * losses), head_gradient), row_gradient

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.layers.axes import gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
-from llmq_jax.objectives.chunks import Chunks, chunk_tokens, joined, those
+from llmq_jax.objectives.chunks import Chunks, chunk_tokens, merged_trees, perturbed_leaves
 
 # Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
 # head's gradient.
@@ -198,9 +198,9 @@ def _in_chunks(
 def _chunks_forward(
     of_rows: Callable[..., tuple[Array, ...]], chunk_size: int, head: Any, hidden: Any, targets: Any, mask: Any
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
-    learns, fixed = those(head, perturbed=True), those(head, perturbed=False)
+    learns, fixed = perturbed_leaves(head, True), perturbed_leaves(head, False)
     rows = hidden.value, targets.value, mask.value
-    return _in_chunks(of_rows, chunk_size, joined(learns, fixed), *rows), (learns, fixed, *rows)
+    return _in_chunks(of_rows, chunk_size, merged_trees(learns, fixed), *rows), (learns, fixed, *rows)
 
 
 def _chunks_backward(
@@ -210,7 +210,7 @@ def _chunks_backward(
     learns, fixed, hidden, targets, mask = saved
 
     def gradients(rows: Array, target: Array, *grads: Array) -> tuple[Any, Array]:
-        pull_back = jax.vjp(lambda learns, rows: of_rows(joined(learns, fixed), rows, target), learns, rows)[1]
+        pull_back = jax.vjp(lambda learns, rows: of_rows(merged_trees(learns, fixed), rows, target), learns, rows)[1]
         pulled: tuple[Any, Array] = pull_back(grads)
         return pulled
 

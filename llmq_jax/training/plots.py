@@ -224,10 +224,17 @@ def fonts_with(text: str) -> tuple[list[str], str]:
 
     families = ["sans-serif"]
     lacking = without(set(text), font_manager.findfont(font_manager.FontProperties()))
-    for font in font_manager.fontManager.ttflist if lacking else ():
-        if font.name.startswith("Last Resort"):  # has a box for every character
+    for font in font_manager.fontManager.ttflist:
+        if not lacking:
+            break
+        # "Last Resort" has a box for every character. A family is drawn in its upright, regular style.
+        if font.name.startswith("Last Resort") or (font.style, font.weight) != ("normal", 400):
             continue
-        if len(still := without(lacking, font.fname)) < len(lacking):
+        try:
+            still = without(lacking, font.fname)
+        except (OSError, RuntimeError):  # matplotlib's list is older than the folders of fonts
+            continue
+        if len(still) < len(lacking):
             families, lacking = [*families, font.name], still
     return families, "".join(sorted(lacking))
 

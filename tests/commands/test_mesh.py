@@ -117,7 +117,7 @@ BAD = {
     "no size": ("chat llama --mesh fsdp=two", "mesh 'fsdp=two': 'fsdp=two' is no size; write fsdp=2"),
     "other devices": (
         "classify classifier --text a --mesh data=2,fsdp=2",
-        "mesh 'data=2,fsdp=2' is for 2 x 2 = 4 devices, and here are 8; sizes multiply to the number of devices",
+        "mesh 'data=2,fsdp=2' is for 2 x 2 = 4 devices, and JAX has 8; sizes multiply to the number of devices",
     ),
     "one prompt": (
         "generate llama --prompt a --mesh data=2,tensor=4",
@@ -173,7 +173,7 @@ def test_refused_before_the_model_is_read(llmq, tmp_path, monkeypatch):
         code, out, err = llmq(*words.split(), "--mesh", "fsdp=2")
         assert (code, out) == (2, ""), words
         assert err == (
-            "error: mesh 'fsdp=2' is for 2 devices, and here are 1; sizes multiply to the number of devices; "
+            "error: mesh 'fsdp=2' is for 2 devices, and JAX has 1; sizes multiply to the number of devices; "
             "to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=2\n"
         )
 

@@ -221,6 +221,27 @@ def test_no_logits_of_all_tokens_exist_and_no_copies_of_the_head(lm, small_chunk
     assert not re.search(copies_of_the_head, program)
 
 
+def test_a_fixed_head_gets_no_gradient(lm, small_chunks):
+    model, variables = lm
+    tokens, mask, lengths = map(jnp.asarray, rows())
+    name = "token_embedding" if model.config.tie_word_embeddings else "lm_head"
+    learned = {module: leaf for module, leaf in variables["params"].items() if module != name}
+
+    def loss(params):
+        params = {**variables["params"], **params}
+        return token_logprobs(model, {"params": params}, tokens, mask, lengths=lengths).sum()
+
+    gradients = jax.jit(jax.grad(loss))
+    found, all_of_them = gradients(learned), gradients(variables["params"])
+    for ours, expected in zip(
+        jax.tree.leaves(found), jax.tree.leaves({k: all_of_them[k] for k in learned}), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    of_head = re.compile(r"f32\[1,(61,16|16,61)\]")  # summed over chunks
+    assert of_head.search(str(jax.make_jaxpr(gradients)(variables["params"])))
+    assert not of_head.search(str(jax.make_jaxpr(gradients)(learned)))
+
+
 def test_several_rows_of_targets_follow_one_of_tokens(lm, small_chunks):
     """And of each target it is told whether the model would have taken it."""
     model, variables = lm

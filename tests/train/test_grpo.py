@@ -372,7 +372,8 @@ def test_whole_groups_share_their_prompts(monkeypatch):
     assert shared(lq.Llama3Config(num_hidden_layers=1, rope_parameters=by_length)) == 1
     gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    assert (shared(), shared(dtype="bfloat16")) == (6, 1)  # the fused kernel has no float32
+    short, longer = ({"dtype": "bfloat16", "max_new_tokens": tokens} for tokens in (5, 6))
+    assert (shared(), shared(**short), shared(**longer)) == (6, 6, 1)  # the fused kernel has no float32
 
 
 @pytest.mark.parametrize("loss", ["dr_grpo", pytest.param("sapo", marks=pytest.mark.exhaustive)])

@@ -38,9 +38,9 @@ def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactl
 def test_other_decays(decay, expected):
     """By hand: from the peak at step 2 to a tenth of it at step 20, the last."""
     at = [1, 2, 3, 4, 11, 12, 19, 20, 30]
-    minimum = 1.0 if decay == "constant" else 0.1
-    rate = warmup_schedule(peak=1.0, steps=21, warmup_steps=2, minimum=minimum, decay=decay)
-    np.testing.assert_allclose([float(rate(step)) for step in at], expected, rtol=1e-6)
+    for minimum in (0.0, 1.0) if decay == "constant" else (0.1,):
+        rate = warmup_schedule(peak=1.0, steps=21, warmup_steps=2, minimum=minimum, decay=decay)
+        np.testing.assert_allclose([float(rate(step)) for step in at], expected, rtol=1e-6)
 
 
 def test_the_fall_of_wsd_takes_one_step_at_least_and_none_of_the_warm_up():
