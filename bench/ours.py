@@ -57,6 +57,7 @@ class OurSide(Side):
     """Whether the C allocator keeps freed memory, as in our training loop and nowhere else."""
 
     def prepare(self) -> dict[str, Any]:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # as `use_device` does
         if self.KEEPS_FREED_MEMORY:
             keep_freed_memory()
         facts = self.build()

@@ -45,7 +45,7 @@ from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
-from llmq_jax.training.time_spent import TimeSpent
+from llmq_jax.training.time_spent import TimeSpent, is_under_way
 from llmq_jax.training.trackers import require_wandb
 from llmq_jax.training.validation import LOSS, PREFIX, Validation
 
@@ -311,9 +311,11 @@ class _Loop:
                 self.read(unread)
             unread = Step(self.step, self.tokens, metrics)
             intervals = (options.evaluate_every, options.sample_every, options.checkpoint_every)
-            if stop.received or any(options.due(every, self.step) for every in intervals):
+            pauses = stop.received or any(options.due(every, self.step) for every in intervals)
+            if pauses or not is_under_way(metrics["loss"]):
                 self.read(unread)
                 unread = None
+            if pauses:
                 with self.pace.pause():
                     self.pause(stop)
         if unread:

@@ -1,6 +1,6 @@
 """Where a run's time goes.
 
-JAX computes a step while Python goes on, and the loop does not wait for a step just to measure it. What is counted is
+On a GPU JAX computes a step while Python goes on, and the loop does not wait for a step just to measure it. What is counted is
 the loop's own time, by what it does or waits for anyway.
 
     compiling    tracing and compiling steps: the first one, and where batches differ in shape, the first of each
@@ -44,7 +44,7 @@ class TimeSpent:
         began, compiled = self._now(), self._compiled()
         with jax.profiler.TraceAnnotation(part):  # shown in a profile, if one is made
             yield
-        if hasattr(under_way, "is_ready") and not under_way.is_ready():
+        if is_under_way(under_way):
             part = "step"
         spent = self._now() - began
         if part == "step":
@@ -62,6 +62,12 @@ class TimeSpent:
         """Seconds of all parts, and of all else as `other`."""
         other = self._now() - self._began - sum(self._seconds.values())
         return {name: round(seconds, 3) for name, seconds in {**self._seconds, "other": other}.items()}
+
+
+def is_under_way(result: Any) -> bool:
+    """Whether the device still computes it. A CPU whose programs run when they are called (`command_line.use_device`)
+    never does, nor does it what is on the host."""
+    return hasattr(result, "is_ready") and not result.is_ready()
 
 
 def time_text(seconds: dict[str, float]) -> str:

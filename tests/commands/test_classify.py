@@ -218,7 +218,8 @@ def test_what_cannot_be_is_refused_in_one_line(llmq, folder, options, message, t
     assert (code, out) == (2, "") and err.count("\n") == 1 and message in err
 
 
-def test_the_help_shows_commands_as_they_are_typed(llmq):
+def test_the_help_shows_commands_as_they_are_typed(llmq, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     _, out, _ = llmq("classify", "--help")
     assert '\n    llmq classify runs/spam --text "You have won a prize" --text "See you at noon"\n' in out
 

@@ -68,8 +68,9 @@ def test_signals_act_as_usual_where_nothing_would_be_saved(tmp_path):
         quiet(tmp_path / "run", batches, replace(OPTIONS, checkpoint_every=0))
 
 
-def test_device_is_never_waited_for_before_the_next_step_is_handed_over(tmp_path):
-    """What is read of step s must come after the call of step s + 1, save where the run pauses."""
+@pytest.mark.parametrize("under_way", [True, False])
+def test_device_is_never_waited_for_before_the_next_step_is_handed_over(monkeypatch, under_way):
+    """What is read of step s must come after the call of step s + 1, save where the run pauses or the step is done."""
     order = []
 
     def step(state, batch):
@@ -78,22 +79,13 @@ def test_device_is_never_waited_for_before_the_next_step_is_handed_over(tmp_path
         return state, metrics
 
     read = engine._Loop.read
-    engine._Loop.read = lambda self, done: (order.append(("read", done.step)), read(self, done))
-    try:
-        options = RunOptions(steps=4)
-        engine.run(tiny_run.new_state(), step, Batches(), options, output=io.StringIO())
-    finally:
-        engine._Loop.read = read
-    assert order == [
-        ("step", 1),
-        ("step", 2),
-        ("read", 1),
-        ("step", 3),
-        ("read", 2),
-        ("step", 4),
-        ("read", 3),
-        ("read", 4),
-    ]
+    monkeypatch.setattr(engine._Loop, "read", lambda self, done: (order.append(("read", done.step)), read(self, done)))
+    monkeypatch.setattr(engine, "is_under_way", lambda loss: under_way)
+    engine.run(tiny_run.new_state(), step, Batches(), RunOptions(steps=4), output=io.StringIO())
+    steps, reads = ([(name, number) for number in (1, 2, 3, 4)] for name in ("step", "read"))
+    at_once = [event for both in zip(steps, reads, strict=True) for event in both]
+    later = [steps[0], *(event for both in zip(steps[1:], reads, strict=False) for event in both), reads[3]]
+    assert order == (later if under_way else at_once)
 
 
 class ShorterBatches(Batches):
@@ -122,6 +114,7 @@ def test_a_step_is_read_before_the_next_is_compiled(tmp_path, monkeypatch):
 
     read = engine._Loop.read
     monkeypatch.setattr(engine._Loop, "read", lambda self, done: (order.append(("read", done.step)), read(self, done)))
+    monkeypatch.setattr(engine, "is_under_way", lambda loss: True)
     engine.run(tiny_run.new_state(), step, ShorterBatches(), RunOptions(steps=5), output=io.StringIO())
     assert order.index(("read", 3)) < order.index(("step", 4)) < order.index(("step", 5)) < order.index(("read", 4))
 
