@@ -1,7 +1,7 @@
 """Where a run's time goes.
 
-On a GPU JAX computes a step while Python goes on, and the loop does not wait for a step just to measure it. What is counted is
-the loop's own time, by what it does or waits for anyway.
+On a GPU JAX computes a step while Python goes on, and the loop does not wait for a step just to measure it. What is
+counted is the loop's own time, by what it does or waits for anyway.
 
     compiling    tracing and compiling steps: the first one, and where batches differ in shape, the first of each
     step         handing steps over and waiting for them
