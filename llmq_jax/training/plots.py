@@ -224,18 +224,18 @@ def fonts_with(text: str) -> tuple[list[str], str]:
 
     families = ["sans-serif"]
     lacking = without(set(text), font_manager.findfont(font_manager.FontProperties()))
-    for font in font_manager.fontManager.ttflist:
+    for family in dict.fromkeys(font.name for font in font_manager.fontManager.ttflist):
         if not lacking:
             break
-        # "Last Resort" has a box for every character. A family is drawn in its upright, regular style.
-        if font.name.startswith("Last Resort") or (font.style, font.weight) != ("normal", 400):
+        if family.startswith("Last Resort"):  # has a box for every character
             continue
-        try:
-            still = without(lacking, font.fname)
-        except (OSError, RuntimeError):  # matplotlib's list is older than the folders of fonts
+        try:  # the style that is drawn may have other characters than the family's others
+            drawn = font_manager.findfont(font_manager.FontProperties(family=family), fallback_to_default=False)
+            still = without(lacking, drawn)
+        except (OSError, RuntimeError, ValueError):  # matplotlib's list is older than the folders of fonts
             continue
         if len(still) < len(lacking):
-            families, lacking = [*families, font.name], still
+            families, lacking = [*families, family], still
     return families, "".join(sorted(lacking))
 
 
