@@ -24,6 +24,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.layers.recomputation import kept
 
 IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
 AUTOMATIC = "blocks"
@@ -275,7 +276,7 @@ def _is_marked(leaf: Any) -> bool:
 def _through_blocks(
     rows: Array, experts: ExpertWeights, sizes: Array, activation: Activation, lengths: tuple[int, ...]
 ) -> tuple[Array, tuple[Any, ...]]:
-    count, plan = _plan(sizes, len(rows), lengths)
+    count, plan = kept(_plan(sizes, len(rows), lengths))
     longest = lengths[-1]
     padded = jnp.pad(rows, ((0, longest), (0, 0)))
     parts, hidden = experts.up.shape[2:]
@@ -288,7 +289,7 @@ def _through_blocks(
         return _put(preactivations, up, block["start"]), _put(mixed, down, block["start"])
 
     empty = jnp.zeros((len(padded), parts * hidden), rows.dtype), jnp.zeros_like(padded)
-    preactivations, mixed = jax.lax.fori_loop(0, count, one_block, empty)
+    preactivations, mixed = kept(jax.lax.fori_loop(0, count, one_block, empty))
     mixed = jnp.where((jnp.arange(len(rows)) < sizes.sum())[:, None], mixed[: len(rows)], 0)
     return mixed, (padded, preactivations, experts, count, plan)
 

@@ -6,7 +6,6 @@ from jaxtyping import Array, Float
 
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.linear import Linear, side_by_side
-from llmq_jax.layers.recomputation import recomputed
 
 
 class MLP(nn.Module):
@@ -34,7 +33,8 @@ class MLP(nn.Module):
         up = linear(self.intermediate_size, self.kernel_init, "up")
         if self.gated:
             gate = linear(self.intermediate_size, self.kernel_init, "gate")
-            hidden = recomputed(lambda gate, up: activation(gate) * up)(*side_by_side(x, gate, up))
+            gated, upped = side_by_side(x, gate, up)
+            hidden = activation(gated) * upped
         else:
-            hidden = recomputed(activation)(up(x))
+            hidden = activation(up(x))
         return linear(x.shape[-1], self.down_init, "down")(hidden)

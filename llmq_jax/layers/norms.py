@@ -12,7 +12,6 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
-from llmq_jax.layers.recomputation import recomputed
 from llmq_jax.layers.repetition import repeated
 
 
@@ -36,7 +35,7 @@ class LayerNorm(nn.Module):
             normalised = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
             return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
-        return recomputed(normalise)(x, scale, bias)
+        return normalise(x, scale, bias)
 
 
 class RMSNorm(nn.Module):
@@ -57,7 +56,7 @@ class RMSNorm(nn.Module):
             normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
             return normalised.astype(x.dtype) * repeated(scale, x)
 
-        return recomputed(normalise)(x, scale)
+        return normalise(x, scale)
 
 
 class ZeroCentredRMSNorm(nn.Module):
@@ -77,7 +76,7 @@ class ZeroCentredRMSNorm(nn.Module):
             normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
             return (normalised * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
-        return recomputed(normalise)(x, scale)
+        return normalise(x, scale)
 
 
 class DyT(nn.Module):
@@ -99,7 +98,7 @@ class DyT(nn.Module):
             alpha, scale, bias = (parameter.astype(jnp.float32) for parameter in (alpha, scale, bias))
             return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
 
-        return recomputed(bound)(x, alpha, scale, bias)
+        return bound(x, alpha, scale, bias)
 
 
 # Zhu et al. 2025, section 7 and appendix: where alpha starts in language models, by model width, before attention and

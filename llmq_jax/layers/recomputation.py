@@ -1,17 +1,35 @@
-"""Functions that the backward pass recomputes, instead of keeping their intermediate values from the forward pass."""
+"""What the backward pass of a layer recomputes, instead of keeping it from the forward pass (`jax.checkpoint`)."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+# Cheaper to compute again than to write and to read. Exponentials and sums are not; and a comparison's result is small.
+ELEMENTWISE = frozenset(
+    (
+        *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos", "div", "erf"),
+        *("expand_dims", "integer_pow", "logistic", "max", "min", "mul", "neg", "pad", "reshape", "rev", "rsqrt"),
+        *("select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose"),
+    )
+)
 
 
-def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The same function, for which the backward pass keeps only the arguments (`jax.checkpoint`).
+def but_elementwise(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep all but the results of elementwise operations."""
+    return primitive.name not in ELEMENTWISE
 
-    For functions that are cheaper than writing and reading their intermediate values. JAX keeps all that derivatives
-    need, five arrays for a GELU: in a loop over layers (`scan_layers`) each is written to a stack and read back, which
-    is a tenth of the time of a GPT-2 step and two fifths of its memory. In unrolled layers XLA sees both passes and
-    decides itself what to keep.
-    """
-    again: Callable[..., jax.Array] = jax.checkpoint(function, prevent_cse=False)  # a loop's body needs no barrier
-    return again
+
+POLICIES = {
+    "none": but_elementwise,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the forward pass keeps for a pattern's backward pass: all that is not cheap, the results of products with
+weights, or the input alone."""
+
+
+def kept(results: Any) -> Any:
+    """Results of a loop with a hand-written gradient, so marked that "none" keeps them. Otherwise `jax.checkpoint`
+    looks into the loop, and repeats it or keeps what each of its iterations computes."""
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, "kept"), results)

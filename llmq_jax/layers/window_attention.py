@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from llmq_jax.layers.caches import NOWHERE
+from llmq_jax.layers.recomputation import kept
 from llmq_jax.layers.scaled_dot_product import (
     attend,
     in_groups,
@@ -151,20 +152,20 @@ def _windowed_forward(
         state = [jnp.zeros((*rows, width), jnp.float32) for width in (value.shape[3], 1, 1)]
     else:
         state = [jnp.zeros((*rows, value.shape[3]), value.dtype)]
-    mixed, *sums = loop.run(one_block, tuple(state), rows[2])
-    kept = (mixed, *sums) if dropout_key is None else ()
-    return mixed.astype(value.dtype), (query, key, value, places, dropout_key, *kept)
+    mixed, *sums = kept(loop.run(one_block, tuple(state), rows[2]))
+    results = (mixed, *sums) if dropout_key is None else ()
+    return mixed.astype(value.dtype), (query, key, value, places, dropout_key, *results)
 
 
 def _windowed_backward(loop: _WindowLoop, saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
-    query, key, value, places, dropout_key, *kept = saved
+    query, key, value, places, dropout_key, *results = saved
 
     def one_block(index: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start = index * loop.block
         block = loop.cut_all(query, key, value, places, start)
         own_grad = loop.cut(grad, start)
         if dropout_key is None:
-            mixed, largest, total = (in_groups(loop.cut(x, start), key) for x in kept)
+            mixed, largest, total = (in_groups(loop.cut(x, start), key) for x in results)
             again = lean_again(*block, loop.scale, loop.softcap, largest, total, mixed)
             own, *near, _ = lean_backward(loop.scale, loop.softcap, again, own_grad)
         else:

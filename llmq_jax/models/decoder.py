@@ -33,19 +33,12 @@ from llmq_jax.layers.axes import constrain
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
+from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models.heads import LM_HEAD, SCORE, last_hidden, shown
 from llmq_jax.weight_type import weight_type
 
 # Ids, positions or segment ids, from the host or the device.
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
-
-# What the forward pass saves for a pattern's backward pass: everything, the results of products with weights, or the
-# input alone.
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 SHAPES_ALONE = "shapes_alone"
 """A key of this name tells `init` that only the shapes of its variables are asked for."""
@@ -145,7 +138,8 @@ class Decoder(nn.Module):
     dtype: Dtype | None = None
     """Type to compute in; None computes in the parameters' own type. Norms and softmax always run in float32."""
     remat: str = "none"
-    """What the backward pass recomputes: "none", "dots" (all but products with weights) or "full"."""
+    """What the backward pass recomputes: "none" (elementwise operations alone), "dots" (all but products with weights)
+    or "full"."""
     scan_layers: bool = True
     """Run a group's layers as a compiled loop; False writes them out (longer to compile, at times faster)."""
     attention: str = "auto"
@@ -297,10 +291,10 @@ class Decoder(nn.Module):
     @nn.nowrap
     def scanned(self, module: type[nn.Module], repeats: int) -> Callable[..., nn.Module]:
         """The constructor of a loop over `repeats` modules, called as `(x, inputs of each module, inputs of all)`."""
-        if self.remat not in REMAT_POLICIES:
-            raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT_POLICIES)}")
-        if self.remat != "none":
-            module = nn.remat(module, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan_layers)
+        if self.remat not in POLICIES:
+            raise BadInput(f"remat={self.remat!r} is unknown; use one of {', '.join(POLICIES)}")
+        if self.scan_layers or self.remat != "none":  # else XLA, which then sees both passes, decides what to keep
+            module = nn.remat(module, policy=POLICIES[self.remat], prevent_cse=not self.scan_layers)
         return nn.scan(
             module,
             variable_axes={"params": 0, "router": 0, LORA: 0, LORA_FIXED: 0},

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import gathered_over_fsdp
-from llmq_jax.objectives.chunks import Chunks, chunk_tokens, merged_trees, perturbed_leaves
+from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, perturbed_leaves
 
 # Size of a chunk's logits, in elements. Every chunk reads and writes the whole gradient of the head: few chunks.
-CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**25, 2**28
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**25, 2**29
 SHORTEST_CHUNK = 128
 
 Unembed = Callable[[Any, Array], Array]
@@ -29,9 +29,7 @@ def token_losses(logits: Float[Array, "M V"], targets: Int[Array, " M"]) -> Floa
     """-log softmax(logits)[target] of M tokens, in nats. The chunked form takes both value and gradient from here, so
     that a term added here is trained too."""
     logits = logits.astype(jnp.float32)
-    # By comparison, because the gradient of a lookup is a scatter into another array of this size.
-    chosen = jnp.where(targets[:, None] == jnp.arange(logits.shape[-1]), logits, 0.0).sum(-1)
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jax.nn.logsumexp(logits, axis=-1) - at_targets(logits, targets)
 
 
 def chunked_cross_entropy(

@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.layers.axes import gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
-from llmq_jax.objectives.chunks import Chunks, chunk_tokens, merged_trees, perturbed_leaves
+from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, perturbed_leaves
 
 # Elements of a chunk's logits. Smaller chunks skip more tokens that do not count, but each chunk reads and writes the
 # head's gradient.
-CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**24, 2**26
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**24, 2**28
 SHORTEST_CHUNK = 64
 
 Measure = Callable[[Float[Array, "N V"], Int[Array, " N"]], Float[Array, " N"]]
@@ -224,7 +224,7 @@ _in_chunks.defvjp(_chunks_forward, _chunks_backward, symbolic_zeros=True)
 
 
 def _of_target(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
-    return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+    return at_targets(logprobs, targets)
 
 
 def _entropy(logprobs: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:

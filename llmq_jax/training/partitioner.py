@@ -324,7 +324,10 @@ class Partitioner:
     def rule_while(self, op: Operation) -> None:
         body, skipped = op.params["body_jaxpr"].jaxpr, op.params["cond_nconsts"]
         inner = [Value(v.aval, o.spec) for v, o in zip(body.invars, op.inputs[skipped:], strict=True)]
+        outside = self.rounds
+        self.rounds *= most_rounds(op.params["cond_jaxpr"].jaxpr)
         results, lives = self.scope(body, inner)
+        self.rounds = outside
         self.close(op, [v.spec for v in results], lives)
 
     def rule_cond(self, op: Operation) -> None:
@@ -420,3 +423,9 @@ def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ran
                 b, j = b * after[j], j + 1
         runs.append((range(first, i), range(second, j)))
     return runs
+
+
+def most_rounds(condition: core.Jaxpr) -> int:
+    """The most rounds of a loop that compares its counter, from 0 on, with a number; 1 if it does not."""
+    comparisons = [equation.invars[1] for equation in condition.eqns if equation.primitive.name == "lt"]
+    return max((int(bound.val) for bound in comparisons if isinstance(bound, core.Literal)), default=1)

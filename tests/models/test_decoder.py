@@ -1,5 +1,6 @@
 """What all architectures share: how attention runs, by name, and caches of both kinds."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.moe import Experts
-from llmq_jax.models import Gemma3Config, GPT2Config, build, override
+from llmq_jax.models import Gemma3Config, GPT2Config, MixtralConfig, abstract_variables, build, override
 from llmq_jax.models.decoder import layers_in_groups
 from tests.models.compiled import apply, decode
 from tests.weights import draw_variables
@@ -136,3 +137,42 @@ def test_layers_differ_in_the_arguments_that_are_given_by_layer():
     experts = {"experts": Experts(first_layer=1), "turns": True}
     pattern = (SimpleNamespace(window=7, **experts), SimpleNamespace(**experts))
     assert found == [((SimpleNamespace(window=7, turns=True),), 1), (pattern, 2)]
+
+
+def loops(config, **options):
+    """(those in the forward pass, those in the backward pass): of a training loss's loop over layers, the stacked
+    results, and the loops in its body, by name."""
+    model, variables = build(config, **options), abstract_variables(config)
+    gradient = jax.grad(lambda params: model.apply({**variables, "params": params}, TOKENS).sum())
+    found = {}
+    for equation in jax.make_jaxpr(gradient)(variables["params"]).jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["length"] == config.num_hidden_layers:
+            stacked = [v.aval.shape[1:] for v in equation.outvars[equation.params["num_carry"] :]]
+            names = re.findall(r"= (scan|while)\[", str(equation.params["jaxpr"]))
+            found[equation.params["reverse"]] = stacked, names
+    return found[False], found[True]
+
+
+def test_the_backward_pass_recomputes_what_is_elementwise_and_nothing_else():
+    """Of an activation, its argument is kept alone; of a norm, its mean and variance; of loops, their results."""
+    sizes = {"vocab_size": 29, "max_position_embeddings": 160, "hidden_size": 12, "num_attention_heads": 2}
+    config = GPT2Config(**sizes, num_hidden_layers=3, **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0))
+    (kept, _), _ = loops(config, attention="masked")
+    rows, length = TOKENS.shape
+
+    def numbers(kept):
+        """Those kept for each token, but for what attention keeps of pairs of tokens."""
+        return sum(np.prod(shape, dtype=int) for shape in kept if shape.count(length) < 2) / (rows * length)
+
+    mixed, statistics = 12, 2 * (2 + 2)  # largest and total of each head's scores; mean and variance of each norm
+    assert numbers(kept) <= 12 + 3 * 12 + mixed + 12 + 48 + statistics  # the stream, and results of products but `down`
+    (fewer, _), _ = loops(config, attention="masked", remat="full")
+    assert numbers(fewer) == 12
+
+    window = dataclasses.replace(CONFIG, layer_types=(LOCAL,) * 3)
+    for other in (
+        window,
+        MixtralConfig(**sizes, num_hidden_layers=3, intermediate_size=16, num_key_value_heads=1, num_local_experts=4),
+    ):
+        (_, forward), (_, backward) = loops(other)
+        assert len(backward) == 1 and backward[0] in forward  # its own loop, and not the forward pass's again
