@@ -81,8 +81,8 @@ class ComputeOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations and matrix products; weights that train stay in float32."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes to save memory: what is elementwise (none), all but products with weights (dots), or
-    whole layers (full)."""
+    """What the backward pass recomputes to save memory: what is elementwise (none), all but the products with weights
+    (dots), or whole layers (full)."""
     scan_layers: bool = True
     """Compile one layer and loop over it. With --no-scan-layers every layer is compiled: slower to compile, at times
     faster to run."""

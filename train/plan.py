@@ -38,8 +38,8 @@ class Options:
     moments: Literal["float32", "bfloat16"] = TrainingOptions.moments
     """Type in which the optimizer's moments are stored."""
     remat: Literal["none", "dots", "full"] = ComputeOptions.remat
-    """What the backward pass recomputes to save memory: what is elementwise (none), all but products with weights (dots), or
-    whole layers (full)."""
+    """What the backward pass recomputes to save memory: what is elementwise (none), all but the products with weights
+    (dots), or whole layers (full)."""
     attention: Annotated[
         Literal["plain", "masked", "blocked"] | None, default_is("masked; blocked in models with windows")
     ] = None
