@@ -19,7 +19,9 @@ transposed once on the way in and the result once on the way out (caches hold ke
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -292,17 +294,34 @@ def _fused(query: Array, key: Array, value: Array, context: Context, scale: floa
     if length % 2:
         query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in (query, key, value))
         segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, 1)))
-    mixed = jax.nn.dot_product_attention(
-        query.swapaxes(1, 2),
-        key.swapaxes(1, 2),
-        value.swapaxes(1, 2),
-        mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
-        scale=scale,
-        is_causal=True,
-        local_window_size=None if window is None or window >= length else (window - 1, 0),
-        implementation="cudnn",
-    )
+    with _no_gradient_of_masks():
+        mixed = jax.nn.dot_product_attention(
+            query.swapaxes(1, 2),
+            key.swapaxes(1, 2),
+            value.swapaxes(1, 2),
+            mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None or window >= length else (window - 1, 0),
+            implementation="cudnn",
+        )
     return mixed[:, :length, :, :width].swapaxes(1, 2)
+
+
+@contextmanager
+def _no_gradient_of_masks() -> Iterator[None]:
+    """JAX gives cuDNN a mask as numbers to be added to the scores, and up to 0.10.2 asks it for their gradient too: a
+    sum over heads [B, 1, T, T] in every layer that nobody reads, and that some of cuDNN's kernels cannot compute."""
+    module: Any = sys.modules.get("jax._src.cudnn.fused_attention_stablehlo")
+    asks = getattr(module, "should_export_dbias", None)
+    if asks is None:  # a newer JAX
+        yield
+        return
+    module.should_export_dbias = lambda *shapes: False
+    try:
+        yield
+    finally:
+        module.should_export_dbias = asks
 
 
 def _fused_obstacle(

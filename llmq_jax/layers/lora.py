@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.axes import on_host
+from llmq_jax.layers.recomputation import recomputed
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
@@ -122,20 +123,28 @@ def adapted(
     low = x.astype(y.dtype) @ first.astype(y.dtype)
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
-        # In float32: near 1, where all these ratios start, bfloat16 is too coarse for what m learns.
-        y = (y * _magnitude_ratio(kernel, first, last, trained, fixed)).astype(y.dtype)
+        y = recomputed(_times)(y, _magnitude_ratio(kernel, first, last, trained, fixed))
     return y
+
+
+def _times(y: Float[Array, "M *features"], ratio: Float[Array, "*features"]) -> Float[Array, "M *features"]:
+    """In float32: near 1, where all these ratios start, bfloat16 is too coarse for what DoRA's m learns. To be
+    recomputed, or the backward pass would keep y in float32."""
+    return (y * ratio).astype(y.dtype)
 
 
 @jax.custom_vjp
 def raised(low: Float[Array, "M R"], last: Float[Array, "R F"]) -> Float[Array, "M F"]:
     """low B. The gradient of B is formed as lowᵀ grad, with R rows: JAX would form (gradᵀ low)ᵀ, with F rows and only R
-    columns, which XLA's CPU backend computes several times as slowly."""
-    return low @ last
+    columns, which XLA's CPU backend computes several times as slowly.
+
+    The product has a batch axis, of size 1, because remat="dots" keeps those that have none: this one is as large as
+    x W, which is kept, and takes no longer to compute than to read."""
+    return jax.lax.dot_general(low[None], last[None], (((2,), (1,)), ((0,), (0,))))[0]
 
 
 raised.defvjp(
-    lambda low, last: (low @ last, (low, last)),
+    lambda low, last: (raised(low, last), (low, last)),
     lambda saved, grad: (grad @ saved[1].T, jax.lax.dot_general(saved[0], grad, (((0,), (0,)), ((), ())))),
 )
 

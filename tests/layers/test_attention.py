@@ -430,7 +430,7 @@ def test_narrow_values_are_filled_up_for_the_fused_kernel(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "length"), [("plain", 36), ("plain", 35), ("packed", 36), ("packed", 35)])
 def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, length, monkeypatch):
-    """Forward and back, with its window; lowered here, not run."""
+    """Forward and back, with its window, and without a gradient of its mask; lowered here, not run."""
     context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind)).replace(implementation="fused")
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
@@ -445,6 +445,8 @@ def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, length, monkeypatch)
     for call in calls:
         plain = call.replace("\\22", "")
         assert "sliding_window_length: 5" in plain and "mask_type: CAUSAL" in plain, plain
+    results = calls[1].rpartition("->")[2]
+    assert results.count("tensor<") == 4, results  # of queries, keys and values, and cuDNN's own
 
 
 def test_blocks_of_a_window():
