@@ -20,6 +20,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -31,7 +32,6 @@ from jaxtyping import Array, Float
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.axes import on_host
-from llmq_jax.layers.recomputation import recomputed
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
@@ -123,13 +123,14 @@ def adapted(
     low = x.astype(y.dtype) @ first.astype(y.dtype)
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
-        y = recomputed(_times)(y, _magnitude_ratio(kernel, first, last, trained, fixed))
+        y = _times(y, _magnitude_ratio(kernel, first, last, trained, fixed))
     return y
 
 
+@partial(jax.checkpoint, prevent_cse=False)
 def _times(y: Float[Array, "M *features"], ratio: Float[Array, "*features"]) -> Float[Array, "M *features"]:
-    """In float32: near 1, where all these ratios start, bfloat16 is too coarse for what DoRA's m learns. To be
-    recomputed, or the backward pass would keep y in float32."""
+    """In float32: near 1, where all these ratios start, bfloat16 is too coarse for what DoRA's m learns. Without
+    `checkpoint`, y would be kept in float32 for the backward pass."""
     return (y * ratio).astype(y.dtype)
 
 
@@ -138,9 +139,9 @@ def raised(low: Float[Array, "M R"], last: Float[Array, "R F"]) -> Float[Array, 
     """low B. The gradient of B is formed as lowᵀ grad, with R rows: JAX would form (gradᵀ low)ᵀ, with F rows and only R
     columns, which XLA's CPU backend computes several times as slowly.
 
-    The product has a batch axis, of size 1, because remat="dots" keeps those that have none: this one is as large as
+    The forward rule calls this function, where no policy of remat looks for products to keep: this one is as large as
     x W, which is kept, and takes no longer to compute than to read."""
-    return jax.lax.dot_general(low[None], last[None], (((2,), (1,)), ((0,), (0,))))[0]
+    return low @ last
 
 
 raised.defvjp(
