@@ -23,7 +23,6 @@ from llmq_jax.models import (
     init,
     override,
 )
-from llmq_jax.models.decoder import REMAT_POLICIES
 from llmq_jax.objectives import NextToken
 
 SIZES = {
@@ -305,14 +304,14 @@ def test_what_a_dora_stretches_by_is_not_rounded_to_bfloat16():
 
 
 def test_what_remat_keeps_of_an_adapted_product():
-    """With "dots", x W alone, and not what the adapter adds to it, which is as large."""
+    """The results of products, as "dots" does: x W alone, and not what the adapter adds to it, which is as large."""
     kernel = jnp.ones((3, 7))
     trained, fixed = an_adapter(kernel, "lora")
 
     def adapted(x, trained):
         return jnp.sin(lora.adapted(x, x @ kernel, kernel, trained, fixed))
 
-    remat = jax.checkpoint(adapted, policy=REMAT_POLICIES["dots"])
+    remat = jax.checkpoint(adapted, policy=jax.checkpoint_policies.dots_saveable)
     kept = jax.tree.leaves(jax.vjp(remat, jnp.ones((5, 3)), trained)[1])
     assert sorted(leaf.shape for leaf in kept if leaf.shape[:1] == (5,)) == [(5, 1), (5, 3), (5, 7)]
 
