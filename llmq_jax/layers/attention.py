@@ -63,6 +63,8 @@ class Context(struct.PyTreeNode):
     """The rotation in layers with a window, if they have frequencies of their own."""
     implementation: str = struct.field(pytree_node=False, default="auto")
     """How self-attention is computed: one of `IMPLEMENTATIONS`."""
+    padded_on_the_right: bool = struct.field(pytree_node=False, default=False)
+    """Whether `segment_ids` tell nothing but the padding after the one document of each row."""
 
 
 class Choice(NamedTuple):
@@ -288,8 +290,10 @@ def query_blocks(
 def _fused(query: Array, key: Array, value: Array, context: Context, scale: float, window: int | None) -> Array:
     """cuDNN's flash attention. Its window counts tokens of the row, which within a segment equals positions. It needs
     values as wide as keys: narrower ones (MLA's) are padded with zeros, which are cut off the result. Its masks, and in
-    JAX all of its gradients, need rows of even length: an odd row gets one token more, which the others do not see."""
+    JAX all of its gradients, need rows of even length: an odd row gets one token more, which the others do not see. Nor
+    do they see padding on the right, so that this needs no mask, with which the kernel is slower."""
     segments, length, width = context.segment_ids, query.shape[2], value.shape[-1]
+    segments = None if context.padded_on_the_right else segments
     value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
     if length % 2:
         query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in (query, key, value))
