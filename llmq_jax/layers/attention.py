@@ -19,7 +19,9 @@ transposed once on the way in and the result once on the way out (caches hold ke
 left to XLA, each product and each of its gradients gets transposes of its own, at twice the time on a CPU.
 """
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -61,6 +63,8 @@ class Context(struct.PyTreeNode):
     """The rotation in layers with a window, if they have frequencies of their own."""
     implementation: str = struct.field(pytree_node=False, default="auto")
     """How self-attention is computed: one of `IMPLEMENTATIONS`."""
+    padded_on_the_right: bool = struct.field(pytree_node=False, default=False)
+    """Whether `segment_ids` tell nothing but the padding after the one document of each row."""
 
 
 class Choice(NamedTuple):
@@ -286,23 +290,42 @@ def query_blocks(
 def _fused(query: Array, key: Array, value: Array, context: Context, scale: float, window: int | None) -> Array:
     """cuDNN's flash attention. Its window counts tokens of the row, which within a segment equals positions. It needs
     values as wide as keys: narrower ones (MLA's) are padded with zeros, which are cut off the result. Its masks, and in
-    JAX all of its gradients, need rows of even length: an odd row gets one token more, which the others do not see."""
+    JAX all of its gradients, need rows of even length: an odd row gets one token more, which the others do not see. Nor
+    do they see padding on the right, so that this needs no mask, with which the kernel is slower."""
     segments, length, width = context.segment_ids, query.shape[2], value.shape[-1]
+    segments = None if context.padded_on_the_right else segments
     value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
     if length % 2:
         query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in (query, key, value))
         segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, 1)))
-    mixed = jax.nn.dot_product_attention(
-        query.swapaxes(1, 2),
-        key.swapaxes(1, 2),
-        value.swapaxes(1, 2),
-        mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
-        scale=scale,
-        is_causal=True,
-        local_window_size=None if window is None or window >= length else (window - 1, 0),
-        implementation="cudnn",
-    )
+    with _no_gradient_of_masks():
+        mixed = jax.nn.dot_product_attention(
+            query.swapaxes(1, 2),
+            key.swapaxes(1, 2),
+            value.swapaxes(1, 2),
+            mask=None if segments is None else segments[:, None, :, None] == segments[:, None, None, :],
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None or window >= length else (window - 1, 0),
+            implementation="cudnn",
+        )
     return mixed[:, :length, :, :width].swapaxes(1, 2)
+
+
+@contextmanager
+def _no_gradient_of_masks() -> Iterator[None]:
+    """JAX gives cuDNN a mask as numbers to be added to the scores, and up to 0.10.2 asks it for their gradient too: a
+    sum over heads [B, 1, T, T] in every layer that nobody reads, and that some of cuDNN's kernels cannot compute."""
+    module: Any = sys.modules.get("jax._src.cudnn.fused_attention_stablehlo")
+    asks = getattr(module, "should_export_dbias", None)
+    if asks is None:  # a newer JAX
+        yield
+        return
+    module.should_export_dbias = lambda *shapes: False
+    try:
+        yield
+    finally:
+        module.should_export_dbias = asks
 
 
 def _fused_obstacle(

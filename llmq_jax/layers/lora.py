@@ -20,6 +20,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -122,20 +123,29 @@ def adapted(
     low = x.astype(y.dtype) @ first.astype(y.dtype)
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
-        # In float32: near 1, where all these ratios start, bfloat16 is too coarse for what m learns.
-        y = (y * _magnitude_ratio(kernel, first, last, trained, fixed)).astype(y.dtype)
+        y = _times(y, _magnitude_ratio(kernel, first, last, trained, fixed))
     return y
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _times(y: Float[Array, "M *features"], ratio: Float[Array, "*features"]) -> Float[Array, "M *features"]:
+    """In float32: near 1, where all these ratios start, bfloat16 is too coarse for what DoRA's m learns. Without
+    `checkpoint`, y would be kept in float32 for the backward pass."""
+    return (y * ratio).astype(y.dtype)
 
 
 @jax.custom_vjp
 def raised(low: Float[Array, "M R"], last: Float[Array, "R F"]) -> Float[Array, "M F"]:
     """low B. The gradient of B is formed as lowᵀ grad, with R rows: JAX would form (gradᵀ low)ᵀ, with F rows and only R
-    columns, which XLA's CPU backend computes several times as slowly."""
+    columns, which XLA's CPU backend computes several times as slowly.
+
+    The forward rule calls this function, where no policy of remat looks for products to keep: this one is as large as
+    x W, which is kept, and takes no longer to compute than to read."""
     return low @ last
 
 
 raised.defvjp(
-    lambda low, last: (low @ last, (low, last)),
+    lambda low, last: (raised(low, last), (low, last)),
     lambda saved, grad: (grad @ saved[1].T, jax.lax.dot_general(saved[0], grad, (((0,), (0,)), ((), ())))),
 )
 

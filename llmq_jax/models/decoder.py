@@ -182,13 +182,22 @@ class Decoder(nn.Module):
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
         caches: Any = None,
+        *,
+        lengths: Int[Array, " B"] | None = None,
     ) -> Output:
-        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token."""
+        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token.
+
+        `lengths`, in place of `segment_ids`, are those of rows with one document each, padded on the right: the fused
+        kernel then needs no mask.
+        """
         tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
         if tokens.size == 0:
             raise BadInput(f"tokens of the shape {tokens.shape} are none; give one row or more, of one token or more")
+        if lengths is not None:
+            segment_ids = segments_of(lengths, tokens.shape[1])
         positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
-        context = self.context(positions, segment_ids).replace(implementation=self.attention)
+        context = self.context(positions, segment_ids)
+        context = context.replace(implementation=self.attention, padded_on_the_right=lengths is not None)
         x = constrain(self.embed(tokens, positions), "batch")
         new_caches, counts = {}, {}
         for name in self.groups():  # the loops over layers that `set_groups` made: self.group_0, ...

@@ -54,10 +54,10 @@ class Classification:
         `rng` is given in training: dropout acts, and the balance losses of experts are added.
         """
         tokens, mask = batch["tokens"], batch["mask"].astype(jnp.float32)
-        segment_ids = segments_of(batch["lengths"], tokens.shape[1])
         rngs = None if rng is None else {"dropout": rng}
-        output = self.model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs)
-        logits = self.model.apply(variables, last_hidden(output.hidden, segment_ids), method="class_logits", rngs=rngs)
+        output = self.model.apply(variables, tokens, lengths=batch["lengths"], method="forward", rngs=rngs)
+        last = last_hidden(output.hidden, segments_of(batch["lengths"], tokens.shape[1]))
+        logits = self.model.apply(variables, last, method="class_logits", rngs=rngs)
         losses = token_losses(logits, batch["labels"])
         loss = safe_divide((self._row_weights(batch) * losses).sum(), weights["loss"])
         right = (logits.argmax(axis=-1) == batch["labels"]).astype(jnp.float32)

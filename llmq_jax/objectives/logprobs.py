@@ -157,8 +157,7 @@ def greedy_logprobs(
 
 
 def _forward(model: Decoder, variables: dict[str, Any], tokens: Array, lengths: Array | None) -> Any:
-    segment_ids = None if lengths is None else segments_of(lengths, tokens.shape[1])
-    return model.apply(variables, tokens, None, segment_ids, method="forward")
+    return model.apply(variables, tokens, lengths=lengths, method="forward")
 
 
 def _measured(

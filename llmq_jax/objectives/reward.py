@@ -179,5 +179,5 @@ def _check_pooling(pooling: str) -> None:
 def _forward(
     model: Decoder, variables: dict[str, Any], tokens: Array, lengths: Array, rngs: dict[str, Any] | None
 ) -> tuple[Any, Array]:
-    segment_ids = segments_of(lengths, tokens.shape[1])
-    return model.apply(variables, tokens, None, segment_ids, method="forward", rngs=rngs), segment_ids
+    output = model.apply(variables, tokens, lengths=lengths, method="forward", rngs=rngs)
+    return output, segments_of(lengths, tokens.shape[1])

@@ -30,15 +30,25 @@ def test_published_sizes():
     assert gpu.cache_bytes(lq.preset("llama3.2-1b"), 100) == 2 * 16 * 100 * 8 * 128
 
 
-@pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("llama", 63), ("mixture", 64)])
-def test_the_training_step_as_a_gpu_gets_it(name, length, monkeypatch):
-    """Lowered here for CUDA, not run: cuDNN's attention, products in bfloat16 except the router's, which are in float32
-    and not in TF32, sums over tokens in float32, nothing that calls the host, and the state donated."""
+@pytest.fixture
+def h100(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [H100])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     cudnn = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91002)
     monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda least: True)
+
+
+def calls_of(lowered):
+    lines = lowered.as_text().splitlines()
+    calls = {line.partition("@")[2].partition("(")[0] for line in lines if "stablehlo.custom_call" in line}
+    return {call for call in calls if "Sharding" not in call}
+
+
+@pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("llama", 63), ("mixture", 64)])
+def test_the_training_step_as_a_gpu_gets_it(name, length, h100):
+    """Lowered here for CUDA, not run: cuDNN's attention, products in bfloat16 except the router's, which are in float32
+    and not in TF32, sums over tokens in float32, nothing that calls the host, and the state donated."""
     config, rows = CONFIGS[name], 4
     optimizer = lq.training.adamw(1e-4)
     model = lq.build(config, dtype="bfloat16", attention="fused")
@@ -48,8 +58,7 @@ def test_the_training_step_as_a_gpu_gets_it(name, length, monkeypatch):
     batch = {name: jax.ShapeDtypeStruct((rows, length), dtype) for name, dtype in types.items()}
     lowered = step.program.trace(state, batch).lower(lowering_platforms=("cuda",))
     lines = lowered.as_text().splitlines()
-    calls = [line.partition("@")[2].partition("(")[0] for line in lines if "stablehlo.custom_call" in line]
-    assert {call for call in calls if "Sharding" not in call} == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    assert calls_of(lowered) == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
     products = [line.rpartition(" : ") for line in lines if "dot_general" in line]
     wide = [(what, types) for what, _, types in products if "f32>" in types.partition("->")[0]]
     of_router = [types for _, types in wide if model.experts and f"x{model.experts.num_experts}xf32" in types]
@@ -102,3 +111,23 @@ def test_what_does_not_fit_is_told_and_the_rest_goes_on():
     assert told.startswith("does not fit: Out of memory allocating 2.0 GiB; take less")
     with pytest.raises(jax.errors.JaxRuntimeError, match="No valid engine"):
         gpu.within_memory("take less", measure, "INTERNAL: No valid engine configs")
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "reward", "classifier"])
+def test_rows_padded_on_the_right_need_no_mask(name, h100):
+    labels = {"reward": ("reward",), "classifier": ("ham", "spam")}.get(name)
+    config = lq.models.override(CONFIGS["llama"], labels=labels)
+    model = lq.build(config, dtype="bfloat16", attention="fused")
+    ids, mask, one, number = jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16)), jnp.ones(2, jnp.int32), jnp.ones(2)
+    rows = {"tokens": ids, "lengths": one}
+    pairs = {"tokens": ids[None], "lengths": one[None], "response_mask": mask[None], "mask": number[:1]}
+    answers = {"prompt_lengths": one, "completion_mask": mask, "old_logprobs": mask, "advantages": number}
+    objective, batch = {
+        "dpo": lambda: (lq.objectives.DPO(model), {**pairs, "reference_logprobs": number[None]}),
+        "grpo": lambda: (lq.objectives.GRPO(model=model), {**rows, **answers}),
+        "reward": lambda: (lq.objectives.RewardModel(model), pairs),
+        "classifier": lambda: (lq.objectives.Classification(model), {**rows, "labels": one, "mask": number}),
+    }[name]()
+    variables = jax.eval_shape(lambda: lq.init(config))
+    loss = jax.jit(lambda variables: objective.loss(variables, batch, objective.weights(batch))[0])
+    assert calls_of(loss.trace(variables).lower(lowering_platforms=("cuda",))) == {"__cudnn$fmhaSoftmax"}

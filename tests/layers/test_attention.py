@@ -11,6 +11,7 @@ from llmq_jax.layers.attention import Context, attention, choose, query_blocks, 
 from llmq_jax.layers.axes import MESH_AXES
 from llmq_jax.layers.scaled_dot_product import attend, lean_attend, visible
 from llmq_jax.layers.window_attention import window_block, window_blocks
+from llmq_jax.models.decoder import segments_of
 
 
 def places(context: Context):
@@ -387,12 +388,18 @@ def test_an_unknown_implementation():
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "length"), [("plain", None, 36), ("plain", 5, 35), ("packed", 5, 36), ("packed", 5, 35)]
+    ("kind", "window", "length"),
+    [("plain", None, 36), ("plain", 5, 35), ("packed", 5, 36), ("packed", 5, 35), ("padded on the right", 5, 35)],
 )
 def test_what_the_fused_kernel_is_asked_for(kind, window, length, monkeypatch):
     """The call with another implementation in the kernel's place: masks, window and scale mean the same. Its masks have
-    even lengths."""
-    context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind))
+    even lengths, and padding on the right needs none."""
+    if kind == "padded on the right":
+        segments, context = segments_of(np.array([35, 21]), 35), long_rows("plain")
+        context = context.replace(positions=context.positions[:, :35], segment_ids=segments, padded_on_the_right=True)
+        real = segments[..., None, None] != 0
+    else:
+        context, real = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind)), True
     inputs = [x.swapaxes(1, 2).astype(jnp.bfloat16) for x in draw(8, length=length)]
     expected, _ = attention(*inputs, context.replace(implementation="masked"), scale=0.4, window=window)
     kernel, calls, unused = jax.nn.dot_product_attention, [], jax.random.key(0)  # a key alone drops nothing
@@ -406,7 +413,8 @@ def test_what_the_fused_kernel_is_asked_for(kind, window, length, monkeypatch):
     fused = context.replace(implementation="fused")
     found, _ = attention(*inputs, fused, scale=0.4, window=window, dropout_key=unused)
     assert calls == [("cudnn", kind == "packed" and (36, 36))]
-    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=0.06)
+    difference = jnp.where(real, found.astype(jnp.float32) - expected.astype(jnp.float32), 0)
+    np.testing.assert_allclose(difference, 0, atol=0.06)
 
 
 def test_narrow_values_are_filled_up_for_the_fused_kernel(monkeypatch):
@@ -430,7 +438,7 @@ def test_narrow_values_are_filled_up_for_the_fused_kernel(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "length"), [("plain", 36), ("plain", 35), ("packed", 36), ("packed", 35)])
 def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, length, monkeypatch):
-    """Forward and back, with its window; lowered here, not run."""
+    """Forward and back, with its window, and without a gradient of its mask; lowered here, not run."""
     context = jax.tree.map(lambda fact: fact[:, :length], long_rows(kind)).replace(implementation="fused")
     monkeypatch.setattr(jax, "devices", lambda: [HOPPER])
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
@@ -445,6 +453,8 @@ def test_the_fused_kernel_is_in_the_program_for_a_gpu(kind, length, monkeypatch)
     for call in calls:
         plain = call.replace("\\22", "")
         assert "sliding_window_length: 5" in plain and "mask_type: CAUSAL" in plain, plain
+    results = calls[1].rpartition("->")[2]
+    assert results.count("tensor<") == 4, results  # of queries, keys and values, and cuDNN's own
 
 
 def test_blocks_of_a_window():

@@ -298,6 +298,22 @@ def test_what_a_dora_stretches_by_is_not_rounded_to_bfloat16():
     found = lora.adapted(x, x @ kernel, kernel, {**trained, "magnitude": 1.003 * trained["magnitude"]}, fixed)
     assert found.dtype == jnp.bfloat16
     assert np.mean(np.float64(found) / np.float64(x)) == pytest.approx(1.003, abs=3e-4)
+    # Nor is anything kept in float32 for the backward pass.
+    backward = jax.vjp(lambda x, trained: lora.adapted(x, x @ kernel, kernel, trained, fixed), x, trained)[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(backward) if leaf.size >= x.size} == {jnp.bfloat16.dtype}
+
+
+def test_what_remat_keeps_of_an_adapted_product():
+    """The results of products, as "dots" does: x W alone, and not what the adapter adds to it, which is as large."""
+    kernel = jnp.ones((3, 7))
+    trained, fixed = an_adapter(kernel, "lora")
+
+    def adapted(x, trained):
+        return jnp.sin(lora.adapted(x, x @ kernel, kernel, trained, fixed))
+
+    remat = jax.checkpoint(adapted, policy=jax.checkpoint_policies.dots_saveable)
+    kept = jax.tree.leaves(jax.vjp(remat, jnp.ones((5, 3)), trained)[1])
+    assert sorted(leaf.shape for leaf in kept if leaf.shape[:1] == (5,)) == [(5, 1), (5, 3), (5, 7)]
 
 
 @pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "capacity"])
