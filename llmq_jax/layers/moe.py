@@ -24,7 +24,7 @@ from llmq_jax.field_types import check_fields, create
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.expert_balance import Balance, RouterReport, report
-from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation
+from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation, economical
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
@@ -241,15 +241,13 @@ class MixtureOfExperts(nn.Module):
         # The id E is no expert: of padding, and of scores that are 0.
         ids = jnp.where(real[..., None] & (weights != 0), ids, e.num_experts)
         rows = x.astype(self.dtype or kernels.up.dtype).reshape(-1, x.shape[-1])
-        mixed, dropped = dispatch_on_mesh(
-            rows,
-            ids.reshape(-1, e.top_k),
-            weights.reshape(-1, e.top_k),
-            kernels,
-            activate,
-            e.dispatch,
-            e.capacity_factor,
-        )
+
+        def mix(rows: Array, ids: Array, weights: Array, kernels: ExpertWeights) -> tuple[Array, Array]:
+            kernels = jax.tree.map(lambda leaf: leaf.astype(self.dtype or leaf.dtype), kernels)
+            return dispatch_on_mesh(rows, ids, weights, kernels, activate, e.dispatch, e.capacity_factor)
+
+        inputs = rows, ids.reshape(-1, e.top_k), weights.reshape(-1, e.top_k), kernels
+        mixed, dropped = economical(mix, e.dispatch)(*inputs)
         mixed = mixed.reshape(x.shape)
         if e.num_shared:
             shared = self.shared(gated)(x)
@@ -257,7 +255,8 @@ class MixtureOfExperts(nn.Module):
                 weight = self.param("shared_weight", nn.initializers.zeros, ())
                 shared *= repeated(jax.nn.sigmoid(weight.astype(jnp.float32)), shared)
             mixed += shared
-        return mixed, report(logits, probabilities, ids, real, dropped)
+        # jax.checkpoint makes a plain number of a constant.
+        return mixed, report(logits, probabilities, ids, real, jnp.asarray(dropped))
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         e, x = self.experts, x.astype(jnp.float32)
@@ -271,7 +270,8 @@ class MixtureOfExperts(nn.Module):
         return logits
 
     def expert_weights(self, width: int, parts: int) -> ExpertWeights:
-        """The weights of all experts, stacked, and their adapters; `parts` is 2 in gated networks, else 1."""
+        """The weights of all experts, stacked, in the type they are held in, and their adapters; `parts` is 2 in gated
+        networks, else 1."""
         e = self.experts
         hidden = e.intermediate_size or self.intermediate_size
 
@@ -281,14 +281,12 @@ class MixtureOfExperts(nn.Module):
                 matrix = (shape[1], math.prod(shape[2:]))
                 return jax.vmap(lambda key: initialise(key, matrix))(keys).reshape(shape)
 
-            leaf = self.param(name, draw)
-            return leaf.astype(self.dtype or leaf.dtype)
+            return self.param(name, draw)
 
         def bias(name: str, shape: tuple[int, ...]) -> Array | None:
             if not (self.use_bias if e.bias is None else e.bias):
                 return None
-            leaf = self.param(name, nn.initializers.zeros, shape)
-            return leaf.astype(self.dtype or leaf.dtype)
+            return self.param(name, nn.initializers.zeros, shape)
 
         def low_rank(name: str) -> tuple[Array, ...] | None:
             if not self.has_variable(LORA_FIXED, name):

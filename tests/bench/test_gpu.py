@@ -32,8 +32,10 @@ def test_published_sizes():
 
 @pytest.mark.parametrize(("name", "length"), [("gpt2", 64), ("llama", 63), ("mixture", 64)])
 def test_the_training_step_as_a_gpu_gets_it(name, length, monkeypatch):
-    """Lowered here for CUDA, not run: cuDNN's attention, products in bfloat16 except the router's, which are in float32
-    and not in TF32, sums over tokens in float32, nothing that calls the host, and the state donated."""
+    """Lowered here for CUDA, not run: cuDNN's attention, the kernels of experts, products in bfloat16 except the
+    router's, which are in float32 and not in TF32, sums over tokens in float32, nothing that calls the host, no branch,
+    and the state donated."""
+    monkeypatch.setattr("llmq_jax.layers.expert_dispatch.works_here", lambda: True)
     monkeypatch.setattr(jax, "devices", lambda: [H100])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     cudnn = "jax._src.cudnn.fused_attention_stablehlo"
@@ -49,7 +51,9 @@ def test_the_training_step_as_a_gpu_gets_it(name, length, monkeypatch):
     lowered = step.program.trace(state, batch).lower(lowering_platforms=("cuda",))
     lines = lowered.as_text().splitlines()
     calls = [line.partition("@")[2].partition("(")[0] for line in lines if "stablehlo.custom_call" in line]
-    assert {call for call in calls if "Sharding" not in call} == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    kernels = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", *["__gpu$xla.gpu.triton"] * bool(model.experts)}
+    assert {call for call in calls if "Sharding" not in call} == kernels
+    assert "stablehlo.case" not in lowered.as_text()
     products = [line.rpartition(" : ") for line in lines if "dot_general" in line]
     wide = [(what, types) for what, _, types in products if "f32>" in types.partition("->")[0]]
     of_router = [types for _, types in wide if model.experts and f"x{model.experts.num_experts}xf32" in types]

@@ -300,7 +300,7 @@ def test_what_a_dora_stretches_by_is_not_rounded_to_bfloat16():
     assert np.mean(np.float64(found) / np.float64(x)) == pytest.approx(1.003, abs=3e-4)
 
 
-@pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "capacity"])
+@pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "grouped", "capacity"])
 @pytest.mark.parametrize("sides", [("up",), ("down",), ("up", "down")])
 @pytest.mark.product
 def test_experts_with_adapters_are_the_same_however_tokens_come_to_them(capacity_or_name, sides):

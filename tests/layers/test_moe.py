@@ -96,7 +96,7 @@ def test_implementations_agree_in_outputs_and_all_gradients(case, padding):
     if padding:
         ids = jnp.where((jnp.arange(len(x)) % 3 == 1)[:, None], CASES[case]["count"], ids)
     expected, _ = jax.device_get(value_and_gradients("dense", x, ids, weights, experts))
-    for name in ("blocks", "ragged"):
+    for name in ("blocks", "ragged", "grouped"):
         assert_close(value_and_gradients(name, x, ids, weights, experts)[0], expected)
     everything = slots_each(float(CASES[case]["count"]), ids.size, CASES[case]["count"])
     found, dropped = value_and_gradients("capacity", x, ids, weights, experts, everything)
@@ -145,11 +145,12 @@ def test_blocks_are_as_long_as_an_expert_needs():
     assert block_lengths(2, 8) == (2,)
 
 
-def test_rows_that_are_not_finite_stay_with_their_own_experts():
+@pytest.mark.parametrize("name", ["blocks", "grouped"])
+def test_rows_that_are_not_finite_stay_with_their_own_experts(name):
     """The rest of a block reads on into the next expert's rows, and past the last one into padding."""
     x, ids, weights, experts = draw(2, tokens=40, count=4, top_k=1)
     ids = ids.at[7].set(4)
-    mixed = dispatched(x.at[7].set(jnp.nan), ids, weights, experts, "blocks")
+    mixed = dispatched(x.at[7].set(jnp.nan), ids, weights, experts, name)
     expected = dispatched(x, ids, weights, experts, "dense")
     others = np.arange(40) != 7
     assert_close(np.asarray(mixed)[others], np.asarray(expected)[others])
