@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.grouped_product import grouped_product, works_here
+from llmq_jax.layers.repetition import repeated
 
 IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged", "grouped")
 AUTOMATIC, ON_GPU = "blocks", "grouped"
@@ -474,7 +475,8 @@ def _by_products(
     count, _, parts, hidden = experts.up.shape
     up_bias = None if experts.up_bias is None else experts.up_bias.reshape(count, -1)
     up = checkpoint_name(layer(rows, ones, _flat(experts.up), experts.up_low_rank, up_bias), KEPT)
-    activated = activation(up.reshape(-1, parts, hidden)) * shares
+    activated = activation(up.reshape(-1, parts, hidden))
+    activated *= repeated(shares, activated)
     return layer(activated, shares, experts.down, experts.down_low_rank, experts.down_bias)
 
 
