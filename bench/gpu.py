@@ -63,7 +63,7 @@ class Options:
     attention: Literal["fused", "masked", "blocked", "auto"] = "fused"
     """Of training; "fused" is cuDNN's, and an error where it cannot run. If it fails in cuDNN, "masked" tells what the
     rest takes, with a smaller batch: it stores all scores."""
-    dispatch: Literal["auto", "blocks", "ragged", "dense"] = "auto"
+    dispatch: Literal["auto", "blocks", "grouped", "ragged", "dense"] = "auto"
     """How tokens come to their experts (docs/moe.md): which is fastest on a GPU is for this program to show."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes, for less memory: "dots" all but products with weights, "full" everything."""

@@ -1,4 +1,4 @@
-"""Tokens to their experts and back: one call, four implementations that give the same values and gradients.
+"""Tokens to their experts and back: one call, five implementations that give the same values and gradients.
 
 - dense: every expert on every token; outputs of experts that were not chosen get weight 0. The reference.
 - blocks: assignments are sorted by expert and cut into blocks of one expert each; a loop runs over these blocks, so
@@ -7,6 +7,7 @@
 - capacity: a fixed number of slots for each expert, filled in the order of the tokens; assignments that find no free
   slot are dropped and counted (GShard, arXiv:2006.16668, section 2.2).
 - ragged: `jax.lax.ragged_dot` on the sorted assignments, for which some backends compute every expert on every token.
+- grouped: the same by kernels for GPUs (`layers.grouped_product`), whose work grows with the assignments.
 
 An assignment is a (token, choice) pair: M tokens with k choices each have A = M · k of them. The id E stands for no
 expert (padding): such assignments are sorted last, cost nothing and give zero.
@@ -24,11 +25,14 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.layers.grouped_product import grouped_product, works_here
 from llmq_jax.layers.recomputation import kept
+from llmq_jax.layers.repetition import repeated
 
-IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged")
-AUTOMATIC = "blocks"
-"""What "auto" means: on a CPU the fastest, or nearly, from one token to thousands, of 8 experts or 64 (docs/moe.md)."""
+IMPLEMENTATIONS = ("auto", "dense", "blocks", "capacity", "ragged", "grouped")
+AUTOMATIC, ON_GPU = "blocks", "grouped"
+"""What "auto" means: on a CPU the fastest, or nearly, from one token to thousands, of 8 experts or 64; on a GPU what
+never makes the host wait (docs/moe.md)."""
 # The length of a block is one of BLOCK_STEPS times a step, which is about 1 / STEPS_OF_MEAN of an expert's mean load.
 # The half steps around that mean (4) let most experts fit into one block with little padding. Steps are multiples of
 # SHORTEST_STEP, which suits matrix products, and at most LONGEST_STEP, beyond which these get no faster.
@@ -58,6 +62,7 @@ class ExpertWeights(struct.PyTreeNode):
 
 WEIGHTS = tuple(field.name for field in fields(ExpertWeights))
 Activation = Callable[[Float[Array, "*rows P F"]], Float[Array, "*rows F"]]
+Product = Callable[[Float[Array, "A K"], Float[Array, "E K N"], Int[Array, " E"]], Float[Array, "A N"]]
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,14 @@ def dispatch(
 
     assignments = ids.size
 
-    def own_experts(rows: Array, ids: Array, sizes: Array) -> tuple[Array, Array]:
+    def own_experts(rows: Array, ids: Array, sizes: Array, shares: Array | None = None) -> tuple[Array, Array]:
         """Pass rows sorted by expert through this device's experts: (rows, the number of dropped ones)."""
         if name == "blocks":
             # `rows` has room for all devices' assignments; on average as many arrive as this device's tokens have.
             lengths = block_lengths(assignments, len(sizes))
             return in_blocks(rows, experts, sizes, activation, lengths), jnp.zeros((), jnp.int32)
-        if name == "ragged":
-            return _ragged(rows, ids, experts, sizes, activation), jnp.zeros((), jnp.int32)
+        if name in PRODUCTS:
+            return _by_products(rows, experts, sizes, activation, PRODUCTS[name], shares), jnp.zeros((), jnp.int32)
         return _in_slots(rows, ids, experts, sizes, activation, capacity)
 
     flat = ids.reshape(-1)
@@ -107,7 +112,13 @@ def dispatch(
     rows = _spread(x, order, inverse, ids.shape[1])
     if exchange is None:
         # The id E is out of range and not counted.
-        mixed, dropped = own_experts(rows, flat[order], jnp.bincount(flat, length=experts.up.shape[0]))
+        sizes = jnp.bincount(flat, length=experts.up.shape[0])
+        if name in PRODUCTS:
+            # Weighted on the way, so that the weights' gradient needs nothing of what experts give.
+            shares = _reorder(weights.reshape(-1, 1), order, inverse)
+            mixed, dropped = own_experts(rows, flat[order], sizes, shares)
+            return _reorder(mixed, inverse, order).reshape(*ids.shape, -1).sum(1), dropped
+        mixed, dropped = own_experts(rows, flat[order], sizes)
     else:
         sizes = jnp.bincount(flat, length=experts.up.shape[0] * exchange.devices)
         mixed, dropped = _on_owners(rows, sizes, exchange, own_experts)
@@ -154,7 +165,9 @@ def check_implementation(name: str) -> None:
 def choose(name: str) -> str:
     """The implementation to run for a name, which may be "auto"."""
     check_implementation(name)
-    return AUTOMATIC if name == "auto" else name
+    if name != "auto":
+        return name
+    return ON_GPU if jax.default_backend() == "gpu" and works_here() else AUTOMATIC
 
 
 def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
@@ -425,30 +438,45 @@ def _product(a: Float[Array, "i j"], b: Float[Array, "j l"]) -> Float[Array, "i 
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _ragged(rows: Array, ids: Array, experts: ExpertWeights, sizes: Array, activation: Activation) -> Array:
+def _by_products(
+    rows: Array,
+    experts: ExpertWeights,
+    sizes: Array,
+    activation: Activation,
+    product: Product,
+    shares: Float[Array, "A 1"] | None,
+) -> Float[Array, "A D"]:
+    """What experts give, times `shares`; zero for rows of no expert, as `product` has it."""
+    ones = jnp.ones((len(rows), 1), rows.dtype)
+    shares = ones if shares is None else shares.astype(rows.dtype)
+
+    def layer(rows: Array, one: Array, matrices: Array, low_rank: tuple[Array, Array] | None, bias: Any) -> Array:
+        mixed = product(rows, matrices, sizes)
+        if low_rank is not None:
+            first, last = low_rank
+            mixed += product(product(rows, first, sizes), _flat(last), sizes)
+        if bias is not None:  # As a product, whose gradient adds up in float32 too.
+            mixed += product(one, bias[:, None], sizes)
+        return mixed
+
     count, _, parts, hidden = experts.up.shape
-    real = ids < count
-    ids = jnp.minimum(ids, count - 1)
+    up_bias = None if experts.up_bias is None else experts.up_bias.reshape(count, -1)
+    up = layer(rows, ones, _flat(experts.up), experts.up_low_rank, up_bias)
+    activated = activation(up.reshape(-1, parts, hidden))
+    activated *= repeated(shares, activated)
+    return layer(activated, shares, experts.down, experts.down_low_rank, experts.down_bias)
 
-    def product(rows: Array, *matrices: Array) -> Array:
-        for matrix in matrices:  # Rows of no expert may hold anything.
-            rows = jnp.where(real[:, None], jax.lax.ragged_dot(rows, matrix.reshape(*matrix.shape[:2], -1), sizes), 0)
-        return rows
 
-    up = product(rows, experts.up)
-    if experts.up_low_rank is not None:
-        up += product(rows, *experts.up_low_rank)
-    up = up.reshape(-1, parts, hidden)
-    if experts.up_bias is not None:
-        up += experts.up_bias[ids]
-    up = jnp.where(real[:, None, None], up, 0)
-    activated = activation(up)
-    down = product(activated, experts.down)
-    if experts.down_low_rank is not None:
-        down += product(activated, *experts.down_low_rank)
-    if experts.down_bias is not None:
-        down += experts.down_bias[ids]
-    return jnp.where(real[:, None], down, 0)
+def _flat(matrices: Float[Array, "E D *PF"]) -> Float[Array, "E D F"]:
+    return matrices.reshape(*matrices.shape[:2], -1)
+
+
+def _ragged_product(rows: Array, matrices: Array, sizes: Array) -> Array:
+    real = (jnp.arange(len(rows)) < sizes.sum())[:, None]  # Rows of no expert may hold anything.
+    return jnp.where(real, jax.lax.ragged_dot(rows, matrices, sizes), 0)
+
+
+PRODUCTS: dict[str, Product] = {"ragged": _ragged_product, "grouped": grouped_product}
 
 
 def _in_slots(

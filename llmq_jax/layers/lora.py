@@ -20,7 +20,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -123,15 +122,9 @@ def adapted(
     low = x.astype(y.dtype) @ first.astype(y.dtype)
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
-        y = _times(y, _magnitude_ratio(kernel, first, last, trained, fixed))
+        # In float32: near 1, where all these ratios start, bfloat16 is too coarse for what m learns.
+        y = (y * _magnitude_ratio(kernel, first, last, trained, fixed)).astype(y.dtype)
     return y
-
-
-@partial(jax.checkpoint, prevent_cse=False)
-def _times(y: Float[Array, "M *features"], ratio: Float[Array, "*features"]) -> Float[Array, "M *features"]:
-    """In float32: near 1, where all these ratios start, bfloat16 is too coarse for what DoRA's m learns. Without
-    `checkpoint`, y would be kept in float32 for the backward pass."""
-    return (y * ratio).astype(y.dtype)
 
 
 @jax.custom_vjp

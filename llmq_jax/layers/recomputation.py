@@ -5,23 +5,26 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# Cheaper to compute again than to write and to read. Exponentials and sums are not; and a comparison's result is small.
-ELEMENTWISE = frozenset(
+# Elementwise operations, and lookups: cheaper to repeat than to write their results and read them back. Exponentials
+# and sums are not; and a comparison's result is small. What a hand-written forward
+# rule calls as a `custom_vjp` function is repeated too (`lora.raised`).
+CHEAP = frozenset(
     (
-        *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos", "div", "erf"),
-        *("expand_dims", "integer_pow", "logistic", "max", "min", "mul", "neg", "pad", "reshape", "rev", "rsqrt"),
-        *("select_n", "sign", "sin", "slice", "split", "sqrt", "square", "squeeze", "sub", "tanh", "transpose"),
+        *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos"),
+        *("custom_vjp_call", "div", "erf", "expand_dims", "gather", "integer_pow", "logistic", "max", "min", "mul"),
+        *("neg", "pad", "reshape", "rev", "rsqrt", "select_n", "sign", "sin", "slice", "split", "sqrt", "square"),
+        *("squeeze", "sub", "tanh", "transpose"),
     )
 )
 
 
-def but_elementwise(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep all but the results of elementwise operations."""
-    return primitive.name not in ELEMENTWISE
+def but_cheap(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep all but the results of cheap operations."""
+    return primitive.name not in CHEAP
 
 
 POLICIES = {
-    "none": but_elementwise,
+    "none": but_cheap,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

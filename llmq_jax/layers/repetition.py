@@ -1,4 +1,4 @@
-"""Parameters that all tokens share, repeated for each of them."""
+"""Parameters that all tokens share, repeated for each of them, and weights of tokens, for each of their features."""
 
 import jax
 import jax.numpy as jnp

@@ -34,7 +34,7 @@ LOOPS = ("scan", "while", "cond", "shard_map")
 # Operations that read their operands from memory, ...
 IN_MEMORY = (
     *(*LOOPS, "dot_general", "ragged_dot_general", "sort", "top_k", "scatter", "scatter-add", "all_to_all", "psum"),
-    *("cumsum", "cummax"),
+    *("cumsum", "cummax", "pallas_call"),
 )
 # ... those that write their results there, ...
 MADE = (*IN_MEMORY, "gather", "concatenate", "stack", "dynamic_update_slice", "argmax", "all-gather", "random_bits")

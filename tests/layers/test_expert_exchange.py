@@ -50,7 +50,7 @@ def loss(mix):
 
 
 expected = loss(lambda *inputs: dispatch(*inputs, activate, "dense")[0])(x, weights, experts)
-for name in ("blocks", "ragged", "capacity"):
+for name in ("blocks", "ragged", "grouped", "capacity"):
     compiled = loss(partial(layer, name)).lower(x, weights, experts).compile()
     found = compiled(x, weights, experts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
@@ -66,7 +66,7 @@ def test_experts_on_eight_devices():
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=with_devices(8), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
-    for name in ("blocks", "ragged", "capacity"):
+    for name in ("blocks", "ragged", "grouped", "capacity"):
         # Rows there and back with the loads, and the gradients of rows there and back.
         assert int(facts[f"{name} exchanges"]) >= 4
         assert facts[f"{name} all experts"] == "0"

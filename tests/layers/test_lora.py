@@ -316,7 +316,7 @@ def test_what_remat_keeps_of_an_adapted_product():
     assert sorted(leaf.shape for leaf in kept if leaf.shape[:1] == (5,)) == [(5, 1), (5, 3), (5, 7)]
 
 
-@pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "capacity"])
+@pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "grouped", "capacity"])
 @pytest.mark.parametrize("sides", [("up",), ("down",), ("up", "down")])
 @pytest.mark.product
 def test_experts_with_adapters_are_the_same_however_tokens_come_to_them(capacity_or_name, sides):

@@ -96,7 +96,7 @@ def test_implementations_agree_in_outputs_and_all_gradients(case, padding):
     if padding:
         ids = jnp.where((jnp.arange(len(x)) % 3 == 1)[:, None], CASES[case]["count"], ids)
     expected, _ = jax.device_get(value_and_gradients("dense", x, ids, weights, experts))
-    for name in ("blocks", "ragged"):
+    for name in ("blocks", "ragged", "grouped"):
         assert_close(value_and_gradients(name, x, ids, weights, experts)[0], expected)
     everything = slots_each(float(CASES[case]["count"]), ids.size, CASES[case]["count"])
     found, dropped = value_and_gradients("capacity", x, ids, weights, experts, everything)
