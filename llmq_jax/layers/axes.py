@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
 
@@ -191,6 +191,28 @@ def gathered_over_fsdp(tree: Any) -> Any:
         return gathered(leaf)
 
     return jax.tree_util.tree_map_with_path(gather, tree)
+
+
+def looked_up(
+    vectors: Callable[[Array, Array], Array], table: Float[Array, "V D"], ids: Int[Array, "..."], rows: str | None
+) -> Float[Array, "... D"]:
+    """`vectors(table, ids)`, which looks ids up in a table whose rows have the name `rows`.
+
+    Where a device has fewer ids than the table has rows, the table stays divided by fsdp: each device looks up its
+    columns for all ids along fsdp, and an all-to-all makes whole vectors of them, and columns of their gradients.
+    Otherwise the table is gathered, which then has fewer bytes than the vectors.
+    """
+    sizes = axis_sizes()
+    groups = row_groups(len(ids)) if ids.ndim else 1
+    if _axes_of("embed", table.shape[1], sizes) is None or ids.size // groups >= len(table):
+        return vectors(constrain(table, rows), ids)
+    # A dimension of its own for each axis, so that fsdp alone moves: from columns to rows of the batch.
+    axes = [axis if groups > 1 else None for axis in AXES["batch"]]
+    each = ids.reshape(*(sizes[axis] if axis else 1 for axis in axes), -1, *ids.shape[1:])
+    along = [None if axis == FSDP else axis for axis in axes]
+    each = _constrained(each, PartitionSpec(*along))
+    columns = _constrained(vectors(table, each), PartitionSpec(*along, *[None] * ids.ndim, FSDP))
+    return _constrained(columns, PartitionSpec(*axes)).reshape(*ids.shape, table.shape[1])
 
 
 def sharding_of(path: Sequence[str], leaf: Any) -> NamedSharding:

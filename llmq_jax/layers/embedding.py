@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
-from llmq_jax.layers.axes import constrain
+from llmq_jax.layers.axes import looked_up
 
 
 class Embedding(nn.Module):
@@ -26,11 +26,13 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", self.embedding_init, (self.vocab_size, self.features))
 
     def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        # Features are gathered first: otherwise each device would look up parts of vectors, to be joined afterwards.
-        rows = constrain(self.embedding, self.rows)[ids]
-        if self.scale is not None:
-            rows = rows * jnp.asarray(self.scale, rows.dtype)
-        return rows.astype(self.dtype or rows.dtype)
+        def vectors(table: Array, ids: Array) -> Array:
+            rows = table[ids]
+            if self.scale is not None:
+                rows = rows * jnp.asarray(self.scale, rows.dtype)
+            return rows.astype(self.dtype or rows.dtype)
+
+        return looked_up(vectors, self.embedding, ids, self.rows)
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         dtype = self.dtype or self.embedding.dtype

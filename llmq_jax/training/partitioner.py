@@ -5,9 +5,9 @@ the arguments from operation to operation. Of an array of S bytes, over n device
 
 - all-gather, S (n-1)/n: where one mesh axis divides different dimensions of two operands, one operand is gathered, such
   as weights under "fsdp", whose axis divides rows too;
-- all-reduce, 2 S (n-1)/n: a sum over a divided dimension is partial on each device, and these are added up. For a
-  gradient that stays divided by "fsdp" it is a reduce-scatter along that axis, S (n-1)/n, and an all-reduce of the
-  remaining part along the others;
+- all-reduce, 2 S (n-1)/n: a sum over a divided dimension is partial on each device, and these are added up; partial
+  sums that are added to each other, together. For a gradient that stays divided by "fsdp" it is a reduce-scatter along
+  that axis, S (n-1)/n, and an all-reduce of the remaining part along the others;
 - all-to-all, S (n-1)/n: an array is constrained to be divided along another dimension than before;
 - in `shard_map` the program names its exchanges itself: all-to-all, S (n-1)/n, and sums.
 
@@ -31,6 +31,8 @@ from llmq_jax.layers.axes import DATA, FSDP, TENSOR
 Spec = tuple[tuple[str, ...], ...] | None
 
 CONSTANTS = ("iota", "random_bits", "random_wrap", "random_unwrap", "random_split", "random_fold_in", "random_clone")
+# Operations through which a sum over devices may be put off.
+FOLLOWED = ("reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type", "sharding_constraint")
 FORWARD, BACKWARD = "forward", "backward"
 GATHERED, LOGITS = "gathered weights", "logits of a chunk"
 
@@ -85,6 +87,8 @@ class Partitioner:
                 self.weights.setdefault(tuple(sorted(shape[front:])), divided[0] if divided else None)
         self.sent: dict[tuple[str, str], float] = defaultdict(float)
         """Bytes that a device sends, by (kind of exchange, axes)."""
+        self.partial: dict[Value, tuple[str, tuple[str, ...], int]] = {}
+        """Sums over devices: what was sent for each."""
         self.rounds, self.backward = 1, False
 
     def scope(self, program: core.Jaxpr, inputs: list[Value]) -> tuple[list[Value], dict[str, Counter[str]]]:
@@ -122,6 +126,7 @@ class Partitioner:
             self.reduce(op)
         else:
             self.element_by_element(op)
+        self.summed_first(op)
         if op.name in ("convert_element_type", "name", "copy"):
             op.outputs[0].source = op.inputs[0].source or op.inputs[0]
 
@@ -145,18 +150,36 @@ class Partitioner:
 
     def summed(self, op: Operation, out: Value, axes: Sequence[str]) -> None:
         """Partial sums over these axes are added up. A gradient is then divided as its weight is."""
+        if not axes:
+            return
         whole = now = self.bytes(out)
         of_rows = list(axes) != [TENSOR]  # tensor divides no rows: sums over it are activations, not gradients
-        out.gradient = self.is_weight(out) and of_rows and not {DATA, FSDP} & set(axes_in(out.spec))
+        of_lookup = op.name == "scatter-add"  # its vectors may be divided into columns, as the table is
+        divided = {DATA, FSDP} & set(axes_in(out.spec))
+        out.gradient = self.is_weight(out) and of_rows and (of_lookup or not divided)
         if out.gradient:
-            self.divide_as_weight(out)
+            if not divided:
+                self.divide_as_weight(out)
             if FSDP in axes and FSDP in axes_in(out.spec):
                 self.send("reduce-scatter of gradients", (FSDP,), whole)
                 now, axes = self.bytes(out), [axis for axis in axes if axis != FSDP]
                 op.unsummed = whole
             elif axes and len(out.aval.shape) > 1:
                 op.unsummed = whole
-        self.send(f"all-reduce of {'gradients' if out.gradient else 'activations'}", axes, 2 * now)
+        of = f"all-reduce of {'gradients' if out.gradient else 'activations'}"
+        self.partial[out] = (of, tuple(axes), 2 * now)
+        self.send(of, axes, 2 * now)
+
+    def summed_first(self, op: Operation) -> None:
+        """Partial sums that are added to each other are added up over devices together, once: so it is with the
+        gradients that query, key and value give their input."""
+        sums = [self.partial[v] for v in op.inputs if v in self.partial]
+        if op.name in FOLLOWED and sums:
+            self.partial[op.outputs[0]] = sums[0]
+        elif op.name in ("add", "add_any") and len(sums) == 2 and sums[0] == sums[1]:
+            self.partial[op.outputs[0]] = sums[0]
+            of, axes, whole = sums[0]
+            self.send(of, axes, -whole)
 
     def divide_as_weight(self, out: Value) -> None:
         size = self.weights[tuple(sorted(out.aval.shape))]
@@ -189,16 +212,17 @@ class Partitioner:
         out.spec = tuple(spec)
 
     def rule_reshape(self, op: Operation) -> None:
-        """A run of dimensions becomes another: of its dimensions the first that the axes divide evenly takes them."""
+        """A run of dimensions becomes another: each of its dimensions takes the axes, in order, that divide it
+        evenly."""
         x, out = op.inputs[0], op.outputs[0]
         if x.spec is None:
             return
         spec: list[tuple[str, ...]] = [()] * len(out.aval.shape)
         for old, new in groups(x.aval.shape, out.aval.shape):
-            axes = tuple(axis for i in old for axis in x.spec[i])
-            takes = [j for j in new if out.aval.shape[j] % self.parts(axes) == 0 and out.aval.shape[j] > 1]
-            if axes and takes:
-                spec[takes[0]] = axes
+            axes = [axis for i in old for axis in x.spec[i]]
+            for j in new:
+                while axes and out.aval.shape[j] % self.parts((*spec[j], axes[0])) == 0:
+                    spec[j] = (*spec[j], axes.pop(0))
         out.spec = tuple(spec)
 
     def rule_squeeze(self, op: Operation) -> None:
@@ -273,7 +297,13 @@ class Partitioner:
     def rule_scatter_add(self, op: Operation) -> None:
         x, _, updates = op.inputs
         numbers, out = op.params["dimension_numbers"], op.outputs[0]
-        out.spec = x.spec or ((),) * len(out.aval.shape)
+        spec = list(x.spec or [()] * len(out.aval.shape))
+        inserted = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+        windows = [k for k in range(len(spec)) if k not in inserted]
+        for k, j in zip(windows, numbers.update_window_dims, strict=True):
+            whole = out.aval.shape[k] == updates.aval.shape[j]
+            spec[k] = spec[k] or (updates.spec[j] if updates.spec and whole else ())
+        out.spec = tuple(spec)
         if updates.spec is not None and not numbers.operand_batching_dims:
             self.summed(op, out, axes_in(without(updates.spec, numbers.update_window_dims)))
 
@@ -282,10 +312,13 @@ class Partitioner:
         out.spec = spec_of(op.params["sharding"].spec, len(out.aval.shape), self.sizes)
         if x.spec is None:
             return {}
-        for axis in axes_in(out.spec):  # Muon exchanges parts of all layers for some whole layers.
+        for axis in axes_in(out.spec):
             before, after = ([k for k, axes in enumerate(spec) if axis in axes] for spec in (x.spec, out.spec))
             if before and before != after:
-                self.send("all-to-all of layers", (axis,), self.bytes(x))
+                # Muon exchanges parts of all layers, which are stacked first, for some whole layers; a lookup of ids
+                # exchanges columns for whole vectors.
+                of = "layers" if 0 in (*before, *after) else "embeddings"
+                self.send(f"all-to-all of {of}", (axis,), self.bytes(x))
         return {0: out.spec} if set(axes_in(x.spec)) - set(axes_in(out.spec)) else {}
 
     # Loops, and programs of one device.
@@ -366,8 +399,12 @@ class Partitioner:
 
     def rule_psum(self, op: Operation) -> None:
         self.element_by_element(op)
-        of = "activations" if TENSOR in op.params["axes"] else "gradients"
-        self.send(f"all-reduce of {of}", op.params["axes"], 2 * sum(size_of(v.aval) for v in op.inputs))
+        axes = [axis for axis in op.params["axes"] if self.sizes[axis] > 1]
+        whole = sum(size_of(v.aval) for v in op.inputs)
+        if axes == [FSDP]:  # each device keeps its part; over several axes at once, the compiler sums all of it
+            self.send("reduce-scatter of gradients", axes, whole)
+        else:
+            self.send(f"all-reduce of {'activations' if axes == [TENSOR] else 'gradients'}", axes, 2 * whole)
 
     def rule_all_to_all(self, op: Operation) -> None:
         self.element_by_element(op)

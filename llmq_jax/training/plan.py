@@ -13,9 +13,10 @@ and sent, with S the bytes that a device has of what is gathered or summed, over
 
     fsdp      all-gather of each layer's weights, forward and again backward: S (n-1)/n each;
               reduce-scatter of their gradients: S (n-1)/n
+              all-to-all of looked-up embeddings, forward and backward: S (n-1)/n each
     data      all-reduce of gradients: 2 S (n-1)/n
-    tensor    all-reduce of activations: forward of what attention and the network give, backward of the gradients that
-              the products with divided outputs give their inputs, one for each: 2 S (n-1)/n
+    tensor    all-reduce of activations: forward of what attention and the network give, backward of the gradients of
+              their inputs: 2 S (n-1)/n
     expert    all-to-all of tokens to their experts and back, forward and backward: S (n-1)/n. A device sends as much
               room as all its tokens need at each other one
 
