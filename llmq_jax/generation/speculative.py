@@ -225,7 +225,7 @@ def advance_by_drafts(
         return state.replace(
             caches=in_order(output.caches),
             done=state.done | ended | (state.lengths >= limit),
-            draft=draft.follow(begun, output, tokens, gained),
+            draft=draft.follow(begun.replace(caches=in_order(begun.caches)), output, tokens, gained),
             drafted=state.drafted + live * draft.count,
             accepted=state.accepted + jnp.minimum(accepted, gained),
         )
