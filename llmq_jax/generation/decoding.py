@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, sample
-from llmq_jax.layers.axes import constrain, replicated
+from llmq_jax.layers.axes import axis_sizes, constrain, replicated
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 
 
@@ -110,6 +111,15 @@ def divided(caches: Caches) -> Caches:
     return placed
 
 
+def in_order(caches: Caches) -> Caches:
+    """Caches that a loop updates, with the order of their axes in memory kept. XLA's GPU backend would otherwise turn
+    some around before the loop and back after it, in as much memory again. On a mesh it would join them for that."""
+    if jax.default_backend() != "gpu" or axis_sizes():
+        return caches
+    ordered: Caches = jax.tree.map(lambda leaf: with_layout_constraint(leaf, Layout(tuple(range(leaf.ndim)))), caches)
+    return ordered
+
+
 @partial(jax.jit, static_argnames=("model", "sampler", "end_tokens"), donate_argnames=("state",))
 def advance(
     model: Decoder,
@@ -129,7 +139,7 @@ def advance(
     def next_token(state: DecodeState) -> DecodeState:
         output = model.decode(outside, layers, state.newest[:, None], state.positions[:, None], state.caches)
         logits = model.apply(outside, output.hidden[:, 0], method="unembed")
-        return _append(state.replace(caches=output.caches), logits, sampler, end_tokens)
+        return _append(state.replace(caches=in_order(output.caches)), logits, sampler, end_tokens)
 
     return readable(jax.lax.while_loop(unfinished, next_token, state))
 
@@ -140,10 +150,17 @@ def _append(state: DecodeState, logits: jax.Array, sampler: Sampler, end_tokens:
     drawn, logprobs = sample(logits, keys, sampler)
     live = ~state.done
     ended = is_end(drawn, end_tokens)
+
+    def put(into: jax.Array, new: jax.Array) -> jax.Array:
+        # As slices: for `.at[:, step]` XLA would check for every token that the index is inside.
+        here = jax.lax.dynamic_index_in_dim(into, state.step, axis=1, keepdims=False)
+        written: jax.Array = jax.lax.dynamic_update_index_in_dim(into, jnp.where(live, new, here), state.step, axis=1)
+        return written
+
     return state.replace(
         step=state.step + 1,
-        tokens=state.tokens.at[:, state.step].set(jnp.where(live, drawn, state.tokens[:, state.step])),
-        logprobs=state.logprobs.at[:, state.step].set(jnp.where(live, logprobs, 0.0)),
+        tokens=put(state.tokens, drawn),
+        logprobs=put(state.logprobs, logprobs),
         lengths=state.lengths + live,
         done=state.done | ended,
         positions=jnp.where(live, state.positions + 1, state.positions),

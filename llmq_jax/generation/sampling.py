@@ -1,6 +1,7 @@
 """From logits to a token: temperature, then top-k, then top-p, then min-p, in transformers' order."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ LEAST_TEMPERATURE = 1e-30
 """Logits divided by less could be infinite."""
 # Tokens of a block: see `draw`.
 BLOCK = 128
+PROBABILITY_BITS = 30
+"""Of a float from 0 to 1, or a rounding error above, the lower ones; the two above are 0."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +69,28 @@ DEFAULT = Sampler(temperature=TEMPERATURE, top_p=TOP_P)
 """How text is drawn where no sampler is given."""
 
 
+as_floats = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+
+
 def nucleus_edge(probabilities: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
     """The least probability in the nucleus: the largest one below which tokens hold at most 1 - p in all.
 
-    Found by bisection over the bits of a non-negative float, whose order is that of integers: 31 passes over the
-    vocabulary, which on a CPU take a fortieth of the time that sorting takes. Equally probable tokens stay together.
+    Found bit by bit, from the highest: non-negative floats are ordered as their bits are. On a CPU the 30 passes over
+    the vocabulary take a fortieth of the time that sorting takes. On a GPU, where a pass takes as long as launching it,
+    each of 10 finds three bits. Equally probable tokens stay together.
     """
-    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
+    at_once, unroll = (3, True) if jax.default_backend() == "gpu" else (1, False)
+    digits = jnp.arange(1, 2**at_once)
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low + 1) // 2
-        below = jnp.where(bits < middle, probabilities, 0.0).sum(axis=-1, keepdims=True)
-        small = below <= 1.0 - top_p
-        return jnp.where(small, middle, low), jnp.where(small, high, middle - 1)
+    def next_bits(index: Array, found: Int[Array, "B 1"]) -> Int[Array, "B 1"]:
+        shift = PROBABILITY_BITS - at_once * (index + 1)
+        edges = as_floats(found + (digits << shift))  # rising
+        below = jnp.where(probabilities[:, None] < edges[..., None], probabilities[:, None], 0.0).sum(axis=-1)
+        return found + ((below <= 1.0 - top_p).sum(axis=-1, keepdims=True) << shift)
 
-    largest = bits.max(axis=-1, keepdims=True)  # The most probable token always stays.
-    edge, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(largest), largest))
-    return jax.lax.bitcast_convert_type(edge, jnp.float32)
+    nothing = jnp.zeros((len(probabilities), 1), jnp.int32)
+    edge = as_floats(jax.lax.fori_loop(0, PROBABILITY_BITS // at_once, next_bits, nothing, unroll=unroll))
+    return jnp.minimum(edge, probabilities.max(axis=-1, keepdims=True))  # The most probable token always stays.
 
 
 def sample(logits: Float[Array, "B V"], keys: Array, sampler: Sampler) -> tuple[Int[Array, " B"], Float[Array, " B"]]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.generation.decoding import DecodeState, divided, is_end, read_prompts, readable
+from llmq_jax.generation.decoding import DecodeState, divided, in_order, is_end, read_prompts, readable
 from llmq_jax.generation.sampling import Sampler, draw, first_largest, sample
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.models.deepseek3 import DeepSeek3
@@ -223,9 +223,9 @@ def advance_by_drafts(
         state = _append(state, logits, tokens, kept, sampler)
         ended = (kept & is_end(tokens, end_tokens)).any(axis=1)
         return state.replace(
-            caches=output.caches,
+            caches=in_order(output.caches),
             done=state.done | ended | (state.lengths >= limit),
-            draft=draft.follow(begun, output, tokens, gained),
+            draft=draft.follow(begun.replace(caches=in_order(begun.caches)), output, tokens, gained),
             drafted=state.drafted + live * draft.count,
             accepted=state.accepted + jnp.minimum(accepted, gained),
         )

@@ -114,7 +114,9 @@ def attention(
             cache = cache.write(key, value, context.positions, context.segment_ids)
     else:
         cache, (keys, values, key_positions) = cache.update(key, value, context.positions, context.segment_ids)
-        if reads_plainly(context.implementation, window is not None):
+        # Of one query XLA's GPU backend makes one kernel of the whole softmax, so that `lean_attend` saves no pass.
+        one = query.shape[2] == 1 and jax.default_backend() == "gpu"
+        if one or reads_plainly(context.implementation, window is not None):
             mixed = plain_attention(query, keys, values, (context.positions, key_positions), **options)
         else:
             mask = visible(context.positions, key_positions, window=window)

@@ -187,8 +187,10 @@ def attend_to_latents(
     mixed latents; the rest, mixed rotated keys, is of no use."""
     batch, length, heads, width = query.shape
     rows = query.reshape(batch, length * heads, width)
-    # q Cᵀ, formed as (C qᵀ)ᵀ: XLA then transposes the small arrays, not C.
-    scores = jnp.einsum("bsc,bmc->bsm", latents, rows, preferred_element_type=jnp.float32).mT
+    if jax.default_backend() == "gpu":  # whose softmax is one kernel if the scores of a query lie side by side
+        scores = jnp.einsum("bmc,bsc->bms", rows, latents, preferred_element_type=jnp.float32)
+    else:  # q Cᵀ, formed as (C qᵀ)ᵀ: XLA's CPU backend then transposes the small arrays, not C.
+        scores = jnp.einsum("bsc,bmc->bsm", latents, rows, preferred_element_type=jnp.float32).mT
     scores = jnp.where(mask[:, :, None], scores.reshape(batch, length, heads, -1) * scale, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(latents.dtype).reshape(batch, length * heads, -1)
     return jnp.einsum("bms,bsc->bmc", weights, latents).reshape(query.shape)

@@ -7,12 +7,24 @@ decoder takes any of them.
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.repetition import repeated
+
+
+def mean(x: Float[Array, "*batch D"], epsilon: float = 0.0) -> Float[Array, "*batch 1"]:
+    """The mean over the last axis, plus epsilon.
+
+    Of a single vector, as in decoding one row, both constants go into the terms of the sum: XLA's GPU backend makes one
+    kernel of a norm, which the product after it may join, unless a constant stands between the sum and its use.
+    """
+    if x.size == x.shape[-1] and jax.default_backend() == "gpu":
+        return ((x + epsilon) / x.shape[-1]).sum(-1, keepdims=True)
+    return x.mean(-1, keepdims=True) + epsilon
 
 
 class LayerNorm(nn.Module):
@@ -31,8 +43,8 @@ class LayerNorm(nn.Module):
 
         def normalise(x: Array, scale: Array, bias: Array) -> Array:
             wide = x.astype(jnp.float32)
-            centred = wide - wide.mean(-1, keepdims=True)
-            normalised = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+            centred = wide - mean(wide)
+            normalised = centred * lax.rsqrt(mean(jnp.square(centred), self.epsilon))
             return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
         return normalise(x, scale, bias)
@@ -53,7 +65,7 @@ class RMSNorm(nn.Module):
 
         def normalise(x: Array, scale: Array) -> Array:
             wide = x.astype(jnp.float32)
-            normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+            normalised = wide * lax.rsqrt(mean(jnp.square(wide), self.epsilon))
             return normalised.astype(x.dtype) * repeated(scale, x)
 
         return normalise(x, scale)
@@ -73,7 +85,7 @@ class ZeroCentredRMSNorm(nn.Module):
 
         def normalise(x: Array, scale: Array) -> Array:
             wide = x.astype(jnp.float32)
-            normalised = wide * lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+            normalised = wide * lax.rsqrt(mean(jnp.square(wide), self.epsilon))
             return (normalised * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
         return normalise(x, scale)

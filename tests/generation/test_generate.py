@@ -49,6 +49,36 @@ def test_each_prompt_of_a_batch_gets_the_greedy_tokens_of_the_uncached_model(lm)
         np.testing.assert_allclose(together.logprobs[row], logprobs, atol=1e-4)
 
 
+def test_what_decodes_on_a_gpu(monkeypatch):
+    """Norms, rotations, attention and caches in the ways of a GPU, run here, give the tokens of the uncached model. The
+    program of a token has no loop, which would cut its CUDA graph."""
+    config = lq.Llama3Config(
+        vocab_size=257,
+        max_position_embeddings=64,
+        hidden_size=40,  # as in no other test: what has been traced for a CPU would be taken
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        initializer_range=0.3,
+    )
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config), lq.ByteTokenizer())
+    tokens, logprobs = greedy_without_cache(lm, PROMPTS[0], 12)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    request = Request.create(lm, PROMPTS[:1], 12, lq.Sampler(temperature=0.0), (), 0)
+    found = request.finish(request.advance(request.start(), 12))
+    assert found.tokens[0].tolist() == tokens
+    np.testing.assert_allclose(found.logprobs[0], logprobs, atol=1e-4)
+    leaves, tree = jax.tree.flatten((*lm.sliced(1), request.start()))
+
+    def drawn(*leaves):
+        options = {"sampler": lq.Sampler(top_p=0.9), "end_tokens": ()}
+        return jax.tree.leaves(advance(lm.model, *tree.unflatten(leaves), 12, **options))
+
+    program = jax.jit(drawn).trace(*leaves).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("stablehlo.while") == 1
+
+
 def test_a_row_depends_on_its_own_seed_only(lm):
     together = lq.generate(lm, PROMPTS, max_new_tokens=12, sampler=SAMPLER, seed=[3, 7, 3])
     alone = lq.generate(lm, PROMPTS[1], max_new_tokens=12, sampler=SAMPLER, seed=7)
