@@ -33,6 +33,9 @@ weights, or the input alone."""
 
 
 def kept(results: Any) -> Any:
-    """Results of a loop with a hand-written gradient, so marked that "none" keeps them. Otherwise `jax.checkpoint`
-    looks into the loop, and repeats it or keeps what each of its iterations computes."""
+    """Results that a hand-written gradient reads, so marked that "none" keeps these very arrays.
+
+    Of a loop's results `jax.checkpoint` would otherwise keep what each iteration computes, or repeat the loop; of a
+    cheap operation's, its operands.
+    """
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, "kept"), results)

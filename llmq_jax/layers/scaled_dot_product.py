@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
+from llmq_jax.layers.recomputation import kept
+
 
 def visible(
     query_positions: Int[Array, "B T"],
@@ -104,7 +106,7 @@ def lean_forward(
     largest = scores.max(-1, keepdims=True)
     exponentials = jnp.exp(scores - largest)
     total = exponentials.sum(-1, keepdims=True)
-    exponentials = exponentials.astype(value.dtype)
+    exponentials = kept(exponentials.astype(value.dtype))  # in this type, rather than in float32
     mixed = jnp.einsum("bkgts,bksh->bkgth", exponentials, value, preferred_element_type=jnp.float32) / total
     return ungrouped(mixed.astype(value.dtype)), Saved(query, key, value, exponentials, largest, total, mixed)
 

@@ -147,7 +147,7 @@ def loops(config, **options):
     found = {}
     for equation in jax.make_jaxpr(gradient)(variables["params"]).jaxpr.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] == config.num_hidden_layers:
-            stacked = [v.aval.shape[1:] for v in equation.outvars[equation.params["num_carry"] :]]
+            stacked = [v.aval.update(shape=v.aval.shape[1:]) for v in equation.outvars[equation.params["num_carry"] :]]
             names = re.findall(r"= (scan|while)\[", str(equation.params["jaxpr"]))
             found[equation.params["reverse"]] = stacked, names
     return found[False], found[True]
@@ -162,12 +162,14 @@ def test_the_backward_pass_recomputes_what_is_elementwise_and_nothing_else():
 
     def numbers(kept):
         """Those kept for each token, but for what attention keeps of pairs of tokens."""
-        return sum(np.prod(shape, dtype=int) for shape in kept if shape.count(length) < 2) / (rows * length)
+        return sum(x.size for x in kept if x.shape.count(length) < 2) / (rows * length)
 
     mixed, statistics = 12, 2 * (2 + 2)  # largest and total of each head's scores; mean and variance of each norm
     assert numbers(kept) <= 12 + 3 * 12 + mixed + 12 + 48 + statistics  # the stream, and results of products but `down`
     (fewer, _), _ = loops(config, attention="masked", remat="full")
     assert numbers(fewer) == 12
+    (kept, _), _ = loops(config, attention="masked", dtype="bfloat16")
+    assert {x.dtype.name for x in kept if x.shape.count(length) == 2} == {"bfloat16"}
 
     window = dataclasses.replace(CONFIG, layer_types=(LOCAL,) * 3)
     for other in (
