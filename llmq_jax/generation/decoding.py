@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from llmq_jax.generation.sampling import Sampler, sample
 from llmq_jax.layers.axes import axis_sizes, constrain, replicated
-from llmq_jax.models.decoder import Decoder, Output, segments_of
+from llmq_jax.models.decoder import Decoder, Output
 
 
 class DecodeState(struct.PyTreeNode):
@@ -100,8 +100,7 @@ def read_prompts(
     rows, width = prompts.shape
     caches = model.create_caches(rows, width, model.compute_dtype(variables), lookahead)
     positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-    segment_ids = segments_of(prompt_lengths, width)
-    output = model.apply(variables, prompts, positions, segment_ids, caches, method="forward")
+    output = model.apply(variables, prompts, positions, caches=caches, lengths=prompt_lengths, method="forward")
     return output, divided(tuple(cache.extend(length) for cache in model.slice_caches(output.caches)))
 
 

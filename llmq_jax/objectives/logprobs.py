@@ -126,9 +126,9 @@ def _after_prompts(
     before, once for each group, into caches."""
     (first, width), count = prompts[::group_size].shape, tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width), (first, width))
-    segment_ids = segments_of(prompt_lengths[::group_size] - 1, width)
+    lengths = prompt_lengths[::group_size] - 1
     caches = model.create_caches(first, width + count, model.compute_dtype(variables))
-    read = model.apply(variables, prompts[::group_size], positions, segment_ids, caches, method="forward")
+    read = model.apply(variables, prompts[::group_size], positions, caches=caches, lengths=lengths, method="forward")
     caches = jax.tree.map(lambda leaf: jnp.repeat(leaf, group_size, axis=1), read.caches)  # [layers, rows, ...]
     positions = prompt_lengths[:, None] - 1 + jnp.arange(count)
     output: Output = model.apply(variables, tokens, positions, counted.astype(jnp.int32), caches, method="forward")
