@@ -2,7 +2,7 @@
 
     python -m bench.gpu                               gpt2-124m, llama3.2-1b, and a mixture of experts with MLA
     python -m bench.gpu llama3.2-1b --batch-size 8    one of them
-    python -m bench.gpu deepseek-1b-active --dispatch ragged
+    python -m bench.gpu deepseek-1b-active --dispatch blocks
 
 Training is a step of the library: bfloat16 products, float32 weights, clipping, AdamW, cuDNN's attention by name.
 Its MFU is by the formula and the peaks of llmq_jax/training/flops.py.

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
+from threading import RLock
 from typing import Any, NamedTuple
 
 import jax
@@ -293,7 +294,7 @@ def _fused(query: Array, key: Array, value: Array, context: Context, scale: floa
     """cuDNN's flash attention. Its window counts tokens of the row, which within a segment equals positions. It needs
     values as wide as keys: narrower ones (MLA's) are padded with zeros, which are cut off the result. Its masks, and in
     JAX all of its gradients, need rows of even length: an odd row gets one token more, which the others do not see. Nor
-    do they see padding on the right, so that this needs no mask, with which the kernel is slower."""
+    do they see padding on the right, so that this needs no mask."""
     segments, length, width = context.segment_ids, query.shape[2], value.shape[-1]
     segments = None if context.padded_on_the_right else segments
     value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
@@ -314,20 +315,24 @@ def _fused(query: Array, key: Array, value: Array, context: Context, scale: floa
     return mixed[:, :length, :, :width].swapaxes(1, 2)
 
 
+_PATCHING = RLock()
+
+
 @contextmanager
 def _no_gradient_of_masks() -> Iterator[None]:
     """JAX gives cuDNN a mask as numbers to be added to the scores, and up to 0.10.2 asks it for their gradient too: a
     sum over heads [B, 1, T, T] in every layer that nobody reads, and that some of cuDNN's kernels cannot compute."""
     module: Any = sys.modules.get("jax._src.cudnn.fused_attention_stablehlo")
-    asks = getattr(module, "should_export_dbias", None)
-    if asks is None:  # a newer JAX
-        yield
-        return
-    module.should_export_dbias = lambda *shapes: False
-    try:
-        yield
-    finally:
-        module.should_export_dbias = asks
+    with _PATCHING:
+        asks = getattr(module, "should_export_dbias", None)
+        if asks is None:  # a newer JAX
+            yield
+            return
+        module.should_export_dbias = lambda *shapes: False
+        try:
+            yield
+        finally:
+            module.should_export_dbias = asks
 
 
 def _fused_obstacle(

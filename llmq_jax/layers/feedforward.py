@@ -33,8 +33,8 @@ class MLP(nn.Module):
         up = linear(self.intermediate_size, self.kernel_init, "up")
         if self.gated:
             gate = linear(self.intermediate_size, self.kernel_init, "gate")
-            gated, upped = side_by_side(x, gate, up)
-            hidden = activation(gated) * upped
+            gate_of_x, up_of_x = side_by_side(x, gate, up)
+            hidden = activation(gate_of_x) * up_of_x
         else:
             hidden = activation(up(x))
         return linear(x.shape[-1], self.down_init, "down")(hidden)

@@ -26,6 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from llmq_jax.errors import BadInput
+
 # Triton multiplies tiles of at least 16 x 16. Three steps of rows and matrix are in flight at once, 96 KiB of shared
 # memory in all, which every GPU since Ampere has.
 LEAST, MOST, STEP_BYTES = 16, 128, 128
@@ -48,6 +50,7 @@ def grouped_product(
 ) -> Float[Array, "A N"]:
     """Rows, of which the first `sizes[0]` belong to group 0 and so on, times their group's matrix; rows behind all
     groups give zero."""
+    sizes = sizes.astype(jnp.int32)  # kernels count in 32 bits, under JAX_ENABLE_X64 too
     depth, width = (-matrices.shape[axis] % LEAST for axis in (1, 2))
     rows = jnp.pad(rows, ((0, 0), (0, depth)))
     matrices = jnp.pad(matrices, ((0, 0), (0, depth), (0, width)))
@@ -162,10 +165,12 @@ def _call(kernel: Any, shape: Any, programs: int, length: int) -> Callable[..., 
 @cache
 def works_here() -> bool:
     """Whether the kernels compile for this process's GPU and give what plain products do, gradients too; if not, a line
-    on standard error says so."""
+    on standard error says so. BadInput in one process of several, whose programs have to be the same."""
 
     def greatest() -> float:
-        return max(_difference(rows, dtype) for rows in (8, 512) for dtype in (jnp.bfloat16, jnp.float32))
+        # Tiles of 16 rows, 32 and 128. NumPy's maximum of numbers and NaN is NaN, unlike Python's.
+        cases = [(rows, dtype) for rows in (8, 90, 512) for dtype in (jnp.bfloat16, jnp.float32)]
+        return float(np.max([_difference(rows, dtype) for rows, dtype in cases]))
 
     try:
         with ThreadPoolExecutor(1) as alone:  # a thread of its own has no mesh, and traces no program
@@ -173,9 +178,13 @@ def works_here() -> bool:
         reason = None if wrong < 0.05 else f"they are off by {wrong:.2g}"
     except Exception as error:  # of any kind: compilers have many
         reason = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
-    if reason is not None:
-        print(f"the kernels for experts do not work on this GPU; 'blocks' is taken ({reason})", file=sys.stderr)
-    return reason is None
+    if reason is None:
+        return True
+    fault = "the kernels for experts do not work on this GPU"
+    if jax.process_count() > 1:
+        raise BadInput(f"{fault}; give experts dispatch='blocks' in all processes ({reason})")
+    print(f"{fault}; 'blocks' is taken ({reason})", file=sys.stderr)
+    return False
 
 
 def _difference(count: int, dtype: Any) -> float:
@@ -196,4 +205,4 @@ def _difference(count: int, dtype: Any) -> float:
 
     expected, found = jax.device_get(jax.jit(with_gradients)(*arrays))
     pairs = [(np.float32(a), np.float32(b)) for a, b in zip(expected, found, strict=True)]
-    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
+    return float(np.max([np.abs(a - b).max() / np.abs(a).max() for a, b in pairs]))

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# Elementwise operations, and lookups: cheaper to repeat than to write their results and read them back. Exponentials
-# and sums are not; and a comparison's result is small. What a hand-written forward
-# rule calls as a `custom_vjp` function is repeated too (`lora.raised`).
+# Elementwise operations, and lookups: cheaper to repeat than to write their results and read them back. `exp` is not
+# among them, because attention takes it of T x T scores; nor are sums; and a comparison's result is small. What a
+# hand-written forward rule calls as a `custom_vjp` function is repeated too (`lora.raised`).
 CHEAP = frozenset(
     (
         *("add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cos"),

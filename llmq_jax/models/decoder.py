@@ -183,9 +183,10 @@ class Decoder(nn.Module):
         segment_ids: Tokens | None = None,
         caches: Any = None,
         *,
-        lengths: Int[Array, " B"] | None = None,
+        lengths: Int[Array, " B"] | Int[np.ndarray, " B"] | None = None,
     ) -> Output:
-        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token.
+        """One pass. Positions default to 0, 1, ... in each segment. BadInput: there is no token,
+        or lengths and segment ids.
 
         `lengths`, in place of `segment_ids`, are those of rows with one document each, padded on the right: the fused
         kernel then needs no mask.
@@ -194,6 +195,8 @@ class Decoder(nn.Module):
         if tokens.size == 0:
             raise BadInput(f"tokens of the shape {tokens.shape} are none; give one row or more, of one token or more")
         if lengths is not None:
+            if segment_ids is not None:
+                raise BadInput("lengths and segment_ids both say what is padding; give one of them")
             segment_ids = segments_of(lengths, tokens.shape[1])
         positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
         context = self.context(positions, segment_ids)

@@ -4,8 +4,9 @@ The tokens that count come first, so that the chunks after the last of them can 
 logits but those that fill up a chunk. On a mesh, each chunk has equally many tokens of every group of devices
 (`layers.axes.row_groups`), which stay there.
 
-Losses that go through the head in chunks write their own gradient (`jax.custom_vjp`): automatic differentiation of the
-loop would keep a copy of the head for each chunk that may be skipped.
+Losses that go through the head in chunks write their own gradient (`jax.custom_vjp`): a loop of as many rounds as there
+are chunks that count has no automatic one. Nor has that gradient one in reverse; forward over reverse, as in
+`jax.hessian`, works.
 """
 
 from collections.abc import Callable
@@ -122,9 +123,10 @@ def _summed(leaf: Array) -> Array:
 
 @jax.custom_jvp
 def at_targets(values: Float[Array, "N V"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
-    """values[n, targets[n]], looked up; but its gradient is a comparison, because that of a lookup would be a scatter
-    into another array of this size."""
-    return jnp.take_along_axis(values, targets[:, None], axis=-1)[:, 0]
+    """values[n, targets[n]], or 0 where there is none, as for padding's target -100. The gradient of this lookup is a
+    comparison, because its own would be a scatter into another array of this size."""
+    found = jnp.take_along_axis(values, targets[:, None], axis=-1, mode="clip")[:, 0]
+    return jnp.where((targets >= 0) & (targets < values.shape[-1]), found, 0.0)
 
 
 @at_targets.defjvp

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
@@ -464,5 +465,7 @@ def groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ran
 
 def most_rounds(condition: core.Jaxpr) -> int:
     """The most rounds of a loop that compares its counter, from 0 on, with a number; 1 if it does not."""
-    comparisons = [equation.invars[1] for equation in condition.eqns if equation.primitive.name == "lt"]
-    return max((int(bound.val) for bound in comparisons if isinstance(bound, core.Literal)), default=1)
+    bounds = [equation.invars[1] for equation in condition.eqns if equation.primitive.name == "lt"]
+    literals = [np.asarray(v.val) for v in bounds if isinstance(v, core.Literal)]
+    numbers = [int(value) for value in literals if value.dtype.kind == "i"]
+    return max([1, *numbers])

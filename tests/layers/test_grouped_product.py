@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmq_jax.errors import BadInput
 from llmq_jax.layers import expert_dispatch, grouped_product
 from llmq_jax.layers.grouped_product import grouped_product as product
 
@@ -65,8 +66,11 @@ def test_a_gpu_takes_the_kernels_only_if_they_work_there(monkeypatch, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert works(lambda rows, dtype: 0.01) == "grouped"
     assert not capsys.readouterr().err
-    assert works(lambda rows, dtype: np.nan) == "blocks"
+    assert works(lambda rows, dtype: np.nan if dtype == jnp.float32 else 0.01) == "blocks"
     assert works(lambda rows, dtype: 1 / 0) == "blocks"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(BadInput, match="dispatch='blocks' in all processes"):  # which must run the same program
+        works(lambda rows, dtype: 1 / 0)
     grouped_product.works_here.cache_clear()
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2

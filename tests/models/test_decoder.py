@@ -139,6 +139,11 @@ def test_layers_differ_in_the_arguments_that_are_given_by_layer():
     assert found == [((SimpleNamespace(window=7, turns=True),), 1), (pattern, 2)]
 
 
+def test_padding_is_told_in_one_way(variables):
+    with pytest.raises(BadInput, match="lengths and segment_ids both say what is padding"):
+        build(CONFIG).apply(variables, TOKENS, None, np.ones_like(TOKENS), lengths=np.full(2, 9), method="forward")
+
+
 def loops(config, **options):
     """(those in the forward pass, those in the backward pass): of a training loss's loop over layers, the stacked
     results, and the loops in its body, by name."""

@@ -111,6 +111,22 @@ def test_token_losses_are_minus_log_softmax():
     np.testing.assert_allclose(token_losses(logits, jnp.array([1, 2])), [1000.0, np.log(3.0)])
 
 
+def test_targets_outside_the_vocabulary_do_no_harm_where_nothing_counts():
+    head, hidden, targets, mask = draw(vocabulary=10, tokens=(2, 6), width=4)
+    mask = jnp.ones_like(mask).at[:, 4:].set(0)
+    outside = targets.at[0, 4:].set(-100).at[1, 4:].set(10)
+
+    def value_and_gradients(targets, chunk_size):
+        def loss(head, hidden):
+            return chunked_cross_entropy(unembed, head, hidden, targets, mask, chunk_size=chunk_size)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(head, hidden)
+
+    for chunk_size in (5, 12):
+        found, expected = value_and_gradients(outside, chunk_size), value_and_gradients(targets, chunk_size)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_memory_stays_far_below_the_logits():
     head, hidden, targets, mask = draw(vocabulary=20_000, tokens=(4, 512), width=16)
 
