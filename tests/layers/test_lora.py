@@ -13,6 +13,7 @@ from llmq_jax.interop.peft import module_names
 from llmq_jax.layers import lora
 from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
 from llmq_jax.layers.lora import LoRA
+from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models import (
     DeepSeekV3Config,
     Gemma3Config,
@@ -298,22 +299,24 @@ def test_what_a_dora_stretches_by_is_not_rounded_to_bfloat16():
     found = lora.adapted(x, x @ kernel, kernel, {**trained, "magnitude": 1.003 * trained["magnitude"]}, fixed)
     assert found.dtype == jnp.bfloat16
     assert np.mean(np.float64(found) / np.float64(x)) == pytest.approx(1.003, abs=3e-4)
-    # Nor is anything kept in float32 for the backward pass.
-    backward = jax.vjp(lambda x, trained: lora.adapted(x, x @ kernel, kernel, trained, fixed), x, trained)[1]
+    # Nor does a layer keep anything in float32 for the backward pass.
+    adapted = jax.checkpoint(partial(lora.adapted, fixed=fixed), policy=POLICIES["none"])
+    backward = jax.vjp(lambda x, trained: adapted(x, x @ kernel, kernel, trained), x, trained)[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(backward) if leaf.size >= x.size} == {jnp.bfloat16.dtype}
 
 
 def test_what_remat_keeps_of_an_adapted_product():
-    """The results of products, as "dots" does: x W alone, and not what the adapter adds to it, which is as large."""
+    """The results of products, as "dots" and "none" do: x W alone, and not what the adapter adds to it, which is as
+    large."""
     kernel = jnp.ones((3, 7))
     trained, fixed = an_adapter(kernel, "lora")
 
     def adapted(x, trained):
         return jnp.sin(lora.adapted(x, x @ kernel, kernel, trained, fixed))
 
-    remat = jax.checkpoint(adapted, policy=jax.checkpoint_policies.dots_saveable)
-    kept = jax.tree.leaves(jax.vjp(remat, jnp.ones((5, 3)), trained)[1])
-    assert sorted(leaf.shape for leaf in kept if leaf.shape[:1] == (5,)) == [(5, 1), (5, 3), (5, 7)]
+    for policy in (jax.checkpoint_policies.dots_saveable, POLICIES["none"]):
+        kept = jax.tree.leaves(jax.vjp(jax.checkpoint(adapted, policy=policy), jnp.ones((5, 3)), trained)[1])
+        assert sorted(leaf.shape for leaf in kept if leaf.shape[:1] == (5,)) == [(5, 1), (5, 3), (5, 7)]
 
 
 @pytest.mark.parametrize("capacity_or_name", ["blocks", "ragged", "grouped", "capacity"])

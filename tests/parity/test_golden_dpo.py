@@ -17,7 +17,7 @@ from tests.parity.gradients import assert_same_gradients
 class GivenLogits(lq.GPT2):
     """A model whose hidden states are logits that were given."""
 
-    def forward(self, tokens, positions=None, segment_ids=None, caches=None):
+    def forward(self, tokens, positions=None, segment_ids=None, caches=None, *, lengths=None):
         return Output(LOGITS, LOGITS, None, {})
 
     def unembed(self, hidden):
