@@ -104,7 +104,7 @@ class Chunks:
 
         def unfinished(state: tuple[Array, Any, Any]) -> Array:
             i = state[0]
-            return (i < self.chunks) & (i * self.size < counted)  # the first alone bounds the rounds on paper
+            return (i < self.chunks) & (i * self.size < counted)  # `train.plan` reads the first, a number, as the bound
 
         def one_chunk(state: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
             i, totals, stacked = state
