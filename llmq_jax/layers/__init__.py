@@ -8,3 +8,5 @@ Two letters depend on the context: V is the vocabulary, and in attention the wid
 classifier, in GRPO the tokens of completions, and in latent attention the features that a cache holds per token. A
 file that needs other letters defines them itself.
 """
+
+import llmq_jax.layers.bfloat16_on_cpu  # noqa: F401  # replaces lowering rules

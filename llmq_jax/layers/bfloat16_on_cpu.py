@@ -1,0 +1,139 @@
+"""How arrays in bfloat16 are handed to XLA's CPU backend, which by itself takes longer for them than for float32.
+
+Processors that multiply bfloat16 (AMX, AVX512-BF16) do so several times as fast as float32. XLA has such products, but
+takes them only where the result is in float32, the last axis of the first operand is contracted, and there are two rows
+or more; it converts the operands of all others to float32. It does so, too, with whole arrays of which one part is read
+or written: the stack of which a layer takes its weights, the cache in which a token puts its keys.
+
+Here JAX's lowering rules for these operations, by which a traced program becomes XLA's, are replaced for bfloat16 on a
+CPU. What is written, traced, differentiated and planned stays the same, and layers of one's own gain as well. Values
+do not change but for the order in which products are summed, in float32 as before.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+Axes = tuple[int, ...]
+Dimensions = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+"""As `lax.dot_general` has them: the contracted axes of both operands, and their batch axes."""
+
+
+def product(lhs: jax.Array, rhs: jax.Array, dimensions: Dimensions) -> jax.Array:
+    """`lax.dot_general` of arrays in bfloat16, with a result in float32, in a form that XLA computes in bfloat16."""
+    (contracted, rhs_contracted), (batch, rhs_batch) = dimensions
+    rows = _rows(lhs, contracted, batch)
+    lhs = transposed(lhs, (*batch, *rows, *contracted))
+    ahead, sizes = len(batch), lhs.shape[len(batch) : len(batch) + len(rows)]
+    if math.prod(sizes) > 1:
+        contracted = tuple(range(ahead + len(rows), lhs.ndim))
+        return _product(lhs, rhs, ((contracted, rhs_contracted), (tuple(range(ahead)), rhs_batch)))
+    # A row of zeros beside the only one. If the matrix can be the first operand as it lies, it is: faster by a third.
+    shape, columns = lhs.shape, _rows(rhs, rhs_contracted, rhs_batch)
+    lhs = lhs.reshape(*shape[:ahead], 1, *shape[ahead + len(rows) :])
+    lhs = jnp.pad(lhs, [(0, int(axis == ahead)) for axis in range(lhs.ndim)])
+    ours, theirs = (tuple(range(ahead + 1, lhs.ndim)), tuple(range(ahead))), (rhs_contracted, rhs_batch)
+    widths = [rhs.shape[axis] for axis in columns]
+    if _is_canonical(rhs, *theirs) and math.prod(widths) > 1:
+        found = _product(rhs, lhs, ((theirs[0], ours[0]), (theirs[1], ours[1])))[..., 0]
+    else:
+        found = _product(lhs, rhs, ((ours[0], theirs[0]), (ours[1], theirs[1]))).take(0, axis=ahead)
+    return found.reshape(*shape[:ahead], *sizes, *widths)
+
+
+def _product(lhs: jax.Array, rhs: jax.Array, dimensions: Dimensions) -> jax.Array:
+    # XLA decides early which products to compute in bfloat16. A transposition that only then moves into one (through
+    # `jnp.where`, for instance) would leave a product that it cannot compute; the barrier keeps it out.
+    return lax.dot_general(lax.optimization_barrier(lhs), rhs, dimensions, preferred_element_type=jnp.float32)
+
+
+def transposed(x: jax.Array, order: Axes) -> jax.Array:
+    """x with its axes in this order, in memory. An axis of even size is cut in two on the way: a mere transposition
+    XLA would move into the product that reads it."""
+    if order == tuple(range(x.ndim)):
+        return x
+    cut = next(axis for axis in order if x.shape[axis] % 2 == 0)
+    parts = x.reshape(*x.shape[:cut], x.shape[cut] // 2, 2, *x.shape[cut + 1 :])
+    places = [place for axis in order for place in ((cut, cut + 1) if axis == cut else (axis + (axis > cut),))]
+    return parts.transpose(places).reshape([x.shape[axis] for axis in order])
+
+
+def _rows(x: Any, contracted: Sequence[int], batch: Sequence[int]) -> Axes:
+    """The axes that are neither contracted nor of the batch."""
+    return tuple(axis for axis in range(x.ndim) if axis not in (*contracted, *batch))
+
+
+def _is_canonical(x: Any, contracted: Axes, batch: Axes) -> bool:
+    """Whether axes of the batch come first, and those that are contracted last."""
+    return (*batch, *_rows(x, contracted, batch), *contracted) == tuple(range(x.ndim))
+
+
+def _gains(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> bool:
+    """Whether XLA can compute a product in bfloat16, but would not as it is written."""
+    (contracted, _), (batch, _) = params["dimension_numbers"]
+    canonical = _is_canonical(lhs, contracted, batch)
+    rows = math.prod(lhs.shape[axis] for axis in _rows(lhs, contracted, batch))
+    return (
+        lhs.dtype == rhs.dtype == jnp.bfloat16
+        and out.dtype in (jnp.bfloat16, jnp.float32)
+        and not (out.dtype == jnp.float32 and canonical and rows > 1)
+        and (canonical or any(size % 2 == 0 for size in lhs.shape))
+        and 0 not in (*lhs.shape, *rhs.shape)
+        and not isinstance(params["precision"], lax.DotAlgorithm | lax.DotAlgorithmPreset)
+        and params["out_sharding"] is None
+    )
+
+
+def _lower_product(own: mlir.LoweringRule, context: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
+    (out,), (left, right) = context.avals_out, context.avals_in
+    if not _gains(left, right, out, params):
+        return own(context, lhs, rhs, **params)
+    lower = mlir.lower_fun(
+        lambda lhs, rhs: product(lhs, rhs, params["dimension_numbers"]).astype(out.dtype), multiple_results=False
+    )
+    return lower(context, lhs, rhs)
+
+
+def _lower_move(own: mlir.LoweringRule, move: Callable[..., Any], context: Any, *operands: Any, **params: Any) -> Any:
+    """An operation that only moves numbers is done on their bits."""
+    # A gather that fills in numbers is lowered to one that does not, and comes here again.
+    fills = params.get("mode") == lax.GatherScatterMode.FILL_OR_DROP and "fill_value" in params
+    if context.avals_in[0].dtype != jnp.bfloat16 or fills:
+        return own(context, *operands, **params)
+
+    def on_bits(*operands: jax.Array) -> jax.Array:
+        bits = [lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x for x in operands]
+        return lax.bitcast_convert_type(move(*bits, **params), jnp.bfloat16)
+
+    return mlir.lower_fun(on_bits, multiple_results=False)(context, *operands)
+
+
+def _scatter(x: jax.Array, indices: Any, parts: Any, *, update_jaxpr: Any, update_consts: Any, **params: Any) -> Any:
+    return lax.scatter(x, indices, parts, **params)  # which makes its own `update_jaxpr`, of the type of x
+
+
+def _replace_rules() -> None:
+    try:  # JAX has no public name for the rule of its own that is used where nothing is gained
+        by_primitive = mlir._lowerings | mlir._platform_specific_lowerings["cpu"]
+        own = {primitive: by_primitive[primitive].rule for primitive in (lax.dot_general_p, *MOVES)}
+    except (AttributeError, KeyError):
+        return  # in a later JAX perhaps: bfloat16 is slow then, and tests/layers/test_bfloat16_on_cpu.py fails
+    mlir.register_lowering(lax.dot_general_p, partial(_lower_product, own[lax.dot_general_p]), platform="cpu")
+    for primitive, move in MOVES.items():
+        mlir.register_lowering(primitive, partial(_lower_move, own[primitive], move), platform="cpu")
+
+
+MOVES: dict[Primitive, Callable[..., Any]] = {
+    lax.dynamic_slice_p: lax.dynamic_slice_p.bind,
+    lax.dynamic_update_slice_p: lax.dynamic_update_slice_p.bind,
+    lax.gather_p: lax.gather_p.bind,
+    lax.scatter_p: _scatter,
+}
+_replace_rules()
