@@ -81,7 +81,7 @@ class TrainStepSide(OurSide):
         config = row_config(self.row)
         variables = lq.init(config, seed=0)
         write_weights(variables, config, self.folder)
-        model = lq.build(config, scan_layers=self.name.endswith("scanned"))
+        model = lq.build(config, scan_layers=self.name.endswith("scanned"), dtype=self.row.dtype)
         optimizer = lq.training.adamw(1e-3)
         self.step = lq.training.make_train_step(lq.objectives.NextToken(model), optimizer)
         trainable = "params"

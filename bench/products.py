@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 OPERAND_BYTES = 2**26
@@ -29,6 +30,7 @@ class Product:
     n: int
     left_transposed: bool
     right_transposed: bool
+    dtype: str = "float32"
 
     @property
     def flops(self) -> int:
@@ -36,8 +38,13 @@ class Product:
 
     @property
     def bytes_moved(self) -> int:
-        """In float32, every operand read once and the result written once."""
-        return 4 * self.count * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+        """Every operand read once and the result written once."""
+        return (
+            (4 if self.dtype == "float32" else 2)
+            * self.count
+            * self.batch
+            * (self.m * self.k + self.k * self.n + self.m * self.n)
+        )
 
     @property
     def copies(self) -> int:
@@ -73,9 +80,15 @@ def _products(jaxpr: Any, times: int) -> Iterator[tuple]:
         # Without a contracted axis it is only a multiplication.
         if equation.primitive.name == "dot_general" and any(equation.params["dimension_numbers"][0]):
             yield (times, *_shape(equation))
-        if equation.primitive.name == "while" and next(_products(equation.params["body_jaxpr"].jaxpr, 1), None):
-            raise ValueError("a loop whose length is known only while it runs holds matrix products")
         inside = times * equation.params["length"] if equation.primitive.name == "scan" else times
+        if equation.primitive.name == "while" and next(_products(equation.params["body_jaxpr"].jaxpr, 1), None):
+            from llmq_jax.training.partitioner import most_rounds  # with JAX, which PyTorch's sides do without
+
+            # The loop over chunks of tokens has a bound, and reaches it where all tokens count.
+            rounds = most_rounds(equation.params["cond_jaxpr"].jaxpr)
+            if rounds == 1:
+                raise ValueError("a loop whose length is known only while it runs holds matrix products")
+            inside = times * rounds
         for value in equation.params.values():
             for part in value if isinstance(value, tuple | list) else (value,):
                 part = getattr(part, "jaxpr", part)  # of a closed jaxpr
@@ -84,7 +97,7 @@ def _products(jaxpr: Any, times: int) -> Iterator[tuple]:
 
 
 def _shape(equation: Any) -> tuple:
-    """(batch, m, k, n, left transposed, right transposed) of a dot_general."""
+    """(batch, m, k, n, left transposed, right transposed, type) of a dot_general."""
     (left_contracted, right_contracted), (left_batch, right_batch) = equation.params["dimension_numbers"]
     left, right = (variable.aval.shape for variable in equation.invars)
     left_free = [i for i in range(len(left)) if i not in (*left_contracted, *left_batch)]
@@ -100,6 +113,7 @@ def _shape(equation: Any) -> tuple:
         size(right, right_free),
         bool(left_free) and max(left_contracted) < max(left_free),
         bool(right_free) and max(right_contracted) > max(right_free),
+        equation.invars[0].aval.dtype.name,
     )
 
 
@@ -116,7 +130,10 @@ def time_in_jax(products: list[Product]) -> list[float]:
         )
         keys = jax.random.split(jax.random.key(0), 2 * product.copies)
         pairs = [
-            (jax.random.normal(keys[2 * i], product.left), jax.random.normal(keys[2 * i + 1], product.right))
+            tuple(
+                jax.random.normal(key, shape, product.dtype)
+                for key, shape in zip(keys[2 * i : 2 * i + 2], (product.left, product.right), strict=True)
+            )
             for i in range(product.copies)
         ]
         return lambda: jax.block_until_ready(run(pairs))
@@ -129,7 +146,8 @@ def time_in_torch(products: list[Product]) -> list[float]:
     import torch
 
     def program(product: Product) -> Callable:
-        pairs = [(torch.randn(product.left), torch.randn(product.right)) for _ in range(product.copies)]
+        make = partial(torch.randn, dtype=getattr(torch, product.dtype))
+        pairs = [(make(product.left), make(product.right)) for _ in range(product.copies)]
         pairs = [
             (left.mT if product.left_transposed else left, right.mT if product.right_transposed else right)
             for left, right in pairs

@@ -30,7 +30,7 @@ TRAIN_SIDES = (
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Forward, backward, clipping to norm 1 and AdamW, without dropout, in float32."""
+    """Forward, backward, clipping to norm 1 and AdamW, without dropout."""
 
     name: str
     fields: Mapping[str, Any]
@@ -44,6 +44,8 @@ class TrainStep:
     adapters: int | None = None
     """The rank of adapters at all linear layers, which train in place of the weights; sides called *full* train the
     weights."""
+    dtype: str = "float32"
+    """The type that is computed in; weights, gradients and moments are in float32. PyTorch has autocast for it."""
     kind: ClassVar[str] = "train"
     unit: ClassVar[str] = "step"
 
@@ -54,7 +56,10 @@ class TrainStep:
     @property
     def about(self) -> str:
         adapters = "" if self.adapters is None else f" of adapters of rank {self.adapters} at all linear layers"
-        return f"{_model(self)}, {self.batch} x {self.context} tokens: forward, backward, clipping, AdamW{adapters}"
+        dtype = "" if self.dtype == "float32" else f", in {self.dtype}"
+        return (
+            f"{_model(self)}, {self.batch} x {self.context} tokens: forward, backward, clipping, AdamW{adapters}{dtype}"
+        )
 
 
 @dataclass(frozen=True)
@@ -437,6 +442,16 @@ ROWS: dict[str, Row] = {
             model_type="llama",
             # Each side holds weights, gradients and moments: more sides do not fit 24 GiB.
             sides=("ours", "transformers, eager", "transformers, compiled", "plain torch, compiled"),
+        ),
+        TrainStep(
+            "smollm2-bfloat16-step-2048",
+            SMOLLM2,
+            batch=4,
+            context=512,
+            model_type="llama",
+            sides=("ours", "ours, scanned", "transformers, eager", "transformers, compiled"),
+            at_least=1.0,
+            dtype="bfloat16",
         ),
         TrainStep(
             "gemma3-step-2048",

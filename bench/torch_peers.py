@@ -70,7 +70,7 @@ class WithLoss(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.model(tokens, use_cache=False).logits if self.of_transformers else self.model(tokens)
-        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        return functional.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
 
 
 class TrainStepSide(TorchSide):
@@ -97,8 +97,10 @@ class TrainStepSide(TorchSide):
         return {**super().prepare(), "losses": self.losses}
 
     def repeat(self, count: int) -> None:
+        dtype = getattr(torch, self.row.dtype)
         for _ in range(count):
-            loss = self.loss(*self.batches[self.done % len(self.batches)])
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = self.loss(*self.batches[self.done % len(self.batches)])
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()

@@ -23,6 +23,7 @@ from bench.rows import (
     WindowedAttention,
     gpt2,
 )
+from llmq_jax.objectives.cross_entropy import chunked_cross_entropy
 
 pytestmark = pytest.mark.slow  # some sides start processes of their own
 
@@ -191,6 +192,18 @@ def test_products_of_a_program_with_loops():
     assert sum(product.count for product in found) == 9  # forward, and two gradients of each
     assert sum(product.flops for product in found) == 9 * 2 * 5 * 4 * 4
     assert any(product.left_transposed for product in found)
+
+
+def test_products_of_a_loss_in_chunks():
+    def loss(head, hidden):
+        tokens = jnp.zeros((2, 6), jnp.int32)
+        return chunked_cross_entropy(
+            lambda head, rows: rows @ head["w"], head, hidden, tokens, tokens + 1.0, chunk_size=4
+        )
+
+    found = products_of(jax.grad(loss, (0, 1)), {"w": jnp.ones((4, 5))}, jnp.ones((2, 6, 4)))
+    assert [product.count for product in found] == [3, 3, 3]  # chunks: forward, and two gradients
+    assert sum(product.flops for product in found) == 3 * 2 * 12 * 4 * 5
 
 
 def test_products_of_a_loop_of_unknown_length_are_refused():
