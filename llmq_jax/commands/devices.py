@@ -45,8 +45,6 @@ class DeviceOptions:
     @contextlib.contextmanager
     def advice_on_memory(self) -> Iterator[None]:
         """Turn running out of memory into BadInput that says which options to change."""
-        import jax
-
         from llmq_jax.training.out_of_memory import ERRORS, placed, shortage
 
         try:
@@ -57,7 +55,7 @@ class DeviceOptions:
             less = [f"a smaller {option_name(name)}" for name in LESS if hasattr(self, name)]
             if getattr(self, "batch_size", None) not in (None, 1):
                 less.append("a smaller --batch-size")
-            if jax.default_backend() != "cpu" and getattr(self, "dtype", None) in (None, "float32"):
+            if getattr(self, "dtype", None) in (None, "float32"):
                 less.append("--dtype bfloat16")
             divided = "other axes of --mesh" if self.mesh else "--mesh tensor=N, where there are N devices"
             raise BadInput(

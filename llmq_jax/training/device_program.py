@@ -7,9 +7,8 @@ allocated from its first round on; what it carries is overwritten in place; a ro
 at its end, all together.
 
 XLA's CPU backend works in this way: in all cases that were tried, the estimate was within a quarter of what it takes
-(tests/training/test_plan.py). Two things that it does are not followed here: it converts the operands of products in
-bfloat16 to float32, which may double the memory; and where a stack has a single layer, it undoes recomputation. An
-accelerator's backend may fuse more, and sum in smaller groups.
+(tests/training/test_plan.py). One thing that it does is not followed here: where a stack has a single layer, it undoes
+recomputation. An accelerator's backend may fuse more, and sum in smaller groups.
 """
 
 from collections import Counter, defaultdict
