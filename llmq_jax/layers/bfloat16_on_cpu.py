@@ -48,10 +48,7 @@ def product(lhs: jax.Array, rhs: jax.Array, dimensions: Dimensions) -> jax.Array
     return found.reshape(*shape[:ahead], *sizes, *widths)
 
 
-def _product(lhs: jax.Array, rhs: jax.Array, dimensions: Dimensions) -> jax.Array:
-    # XLA decides early which products to compute in bfloat16. A transposition that only then moves into one (through
-    # `jnp.where`, for instance) would leave a product that it cannot compute; the barrier keeps it out.
-    return lax.dot_general(lax.optimization_barrier(lhs), rhs, dimensions, preferred_element_type=jnp.float32)
+_product = partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def transposed(x: jax.Array, order: Axes) -> jax.Array:
@@ -75,29 +72,27 @@ def _is_canonical(x: Any, contracted: Axes, batch: Axes) -> bool:
     return (*batch, *_rows(x, contracted, batch), *contracted) == tuple(range(x.ndim))
 
 
-def _gains(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> bool:
-    """Whether XLA can compute a product in bfloat16, but would not as it is written."""
-    (contracted, _), (batch, _) = params["dimension_numbers"]
-    canonical = _is_canonical(lhs, contracted, batch)
-    rows = math.prod(lhs.shape[axis] for axis in _rows(lhs, contracted, batch))
-    return (
-        lhs.dtype == rhs.dtype == jnp.bfloat16
-        and out.dtype in (jnp.bfloat16, jnp.float32)
-        and not (out.dtype == jnp.float32 and canonical and rows > 1)
-        and (canonical or any(size % 2 == 0 for size in lhs.shape))
-        and 0 not in (*lhs.shape, *rhs.shape)
-        and not isinstance(params["precision"], lax.DotAlgorithm | lax.DotAlgorithmPreset)
-        and params["out_sharding"] is None
-    )
-
-
 def _lower_product(own: mlir.LoweringRule, context: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
-    (out,), (left, right) = context.avals_out, context.avals_in
-    if not _gains(left, right, out, params):
+    (left, right), (out,) = context.avals_in, context.avals_out
+    dimensions = (contracted, _), (batch, _) = params["dimension_numbers"]
+    canonical = _is_canonical(left, contracted, batch)
+    if (
+        not left.dtype == right.dtype == jnp.bfloat16
+        or out.dtype not in (jnp.bfloat16, jnp.float32)
+        or not (canonical or any(size % 2 == 0 for size in left.shape))
+        or 0 in (*left.shape, *right.shape)
+        or isinstance(params["precision"], lax.DotAlgorithm | lax.DotAlgorithmPreset)
+        or params["out_sharding"] is not None
+    ):
         return own(context, lhs, rhs, **params)
-    lower = mlir.lower_fun(
-        lambda lhs, rhs: product(lhs, rhs, params["dimension_numbers"]).astype(out.dtype), multiple_results=False
-    )
+    rows = math.prod(left.shape[axis] for axis in _rows(left, contracted, batch))
+    if canonical and rows > 1 and out.dtype == jnp.float32:
+        # As XLA takes it. It decides so early, and a transposition that moves into the product later (through
+        # `jnp.where`, for instance) would leave one that it cannot compute: the barrier keeps it out.
+        barrier = mlir.lower_fun(lax.optimization_barrier, multiple_results=False)
+        (lhs,) = barrier(context.replace(avals_in=[left], avals_out=[left]), lhs)
+        return own(context, lhs, rhs, **params)
+    lower = mlir.lower_fun(lambda lhs, rhs: product(lhs, rhs, dimensions).astype(out.dtype), multiple_results=False)
     return lower(context, lhs, rhs)
 
 

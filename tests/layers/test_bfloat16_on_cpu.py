@@ -68,11 +68,13 @@ def test_products_of_any_size(form, size):
     np.testing.assert_allclose(np.float64(found), exact, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [lambda x: jnp.where(x > 0, x, 0), jax.nn.silu, lambda x: jax.nn.silu(x) * x])
-def test_transposition_that_moves_into_a_product(function):
+@pytest.mark.parametrize("result", [None, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("function", [lambda x: jnp.where(x > 0, x, 0), lambda x: jax.nn.silu(x) * x])
+def test_transposition_that_moves_into_a_product(function, result):
     """Through `where`, which XLA overlooks when it decides which products to compute in bfloat16."""
     x, weights = normal(32, 64), normal(32, 48, seed=1)
-    found = jax.jit(lambda x, weights: function(x.T) @ weights)(x, weights)
+    multiply = jax.jit(lambda x, weights: jnp.matmul(function(x.T), weights, preferred_element_type=result))
+    found = multiply(x, weights)
     exact = np.float64(function(x)).T @ np.float64(weights)
     np.testing.assert_allclose(np.float64(found), exact, rtol=2**-8, atol=0.05)
 
