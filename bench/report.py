@@ -21,7 +21,8 @@ rounds there were, when and on which machine. Times are medians over the rounds.
 ratios, with the least and the greatest in brackets; above 1 we are faster. Weights and batches are the same on all
 sides (exported through `lq.interop.to_state_dict`); where losses or tokens disagree, a row ends in an error.
 
-All sides compute in float32, unless the row says otherwise, and without dropout. PyTorch has fused AdamW and fused
+All sides compute in float32 and without dropout. In a row in bfloat16 PyTorch has autocast, which keeps the residual
+stream in float32; ours is in bfloat16. PyTorch has fused AdamW and fused
 attention, and runs as it comes. Our training loop sets the C allocator to keep freed memory, in large pages
 (`training/host_memory.py`). What that would do for PyTorch is shown in the rows "our allocator", against which no
 target is measured. Training goes through `lq.training.make_train_step` with `scan_layers=False`; "ours, scanned" has

@@ -45,6 +45,8 @@ class DeviceOptions:
     @contextlib.contextmanager
     def advice_on_memory(self) -> Iterator[None]:
         """Turn running out of memory into BadInput that says which options to change."""
+        import jax
+
         from llmq_jax.training.out_of_memory import ERRORS, placed, shortage
 
         try:
@@ -55,7 +57,8 @@ class DeviceOptions:
             less = [f"a smaller {option_name(name)}" for name in LESS if hasattr(self, name)]
             if getattr(self, "batch_size", None) not in (None, 1):
                 less.append("a smaller --batch-size")
-            if getattr(self, "dtype", None) in (None, "float32"):
+            dtype = getattr(self, "dtype", None)  # on a CPU None may be bfloat16, if it is that of the file
+            if dtype == "float32" or (dtype is None and jax.default_backend() != "cpu"):
                 less.append("--dtype bfloat16")
             divided = "other axes of --mesh" if self.mesh else "--mesh tensor=N, where there are N devices"
             raise BadInput(

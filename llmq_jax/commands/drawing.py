@@ -75,8 +75,7 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
 
         top_p = (TOP_P if self.temperature else 1.0) if self.top_p is None else self.top_p
         sampler = lq.Sampler(temperature=self.temperature, top_k=self.top_k, top_p=top_p, min_p=self.min_p)
-        # Every CPU is fast in float32, and bfloat16, in which most files are, rounds. It takes half the memory, and,
-        # where a CPU multiplies it, less time (docs/generation.md).
+        # Most files are in bfloat16. On a CPU float32, because every CPU is fast in it, and because bfloat16 rounds.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         lm = self.load_model(self.model, dtype)
         lm.require_language_model(self.model)

@@ -31,21 +31,17 @@ def product(lhs: jax.Array, rhs: jax.Array, dimensions: Dimensions) -> jax.Array
     (contracted, rhs_contracted), (batch, rhs_batch) = dimensions
     rows = _rows(lhs, contracted, batch)
     lhs = transposed(lhs, (*batch, *rows, *contracted))
-    ahead, sizes = len(batch), lhs.shape[len(batch) : len(batch) + len(rows)]
-    if math.prod(sizes) > 1:
-        contracted = tuple(range(ahead + len(rows), lhs.ndim))
-        return _product(lhs, rhs, ((contracted, rhs_contracted), (tuple(range(ahead)), rhs_batch)))
+    if math.prod(lhs.shape[: len(batch) + len(rows)]) > 1:
+        contracted, batch = tuple(range(len(batch) + len(rows), lhs.ndim)), tuple(range(len(batch)))
+        return _product(lhs, rhs, ((contracted, rhs_contracted), (batch, rhs_batch)))
     # A row of zeros beside the only one. If the matrix can be the first operand as it lies, it is: faster by a third.
-    shape, columns = lhs.shape, _rows(rhs, rhs_contracted, rhs_batch)
-    lhs = lhs.reshape(*shape[:ahead], 1, *shape[ahead + len(rows) :])
-    lhs = jnp.pad(lhs, [(0, int(axis == ahead)) for axis in range(lhs.ndim)])
-    ours, theirs = (tuple(range(ahead + 1, lhs.ndim)), tuple(range(ahead))), (rhs_contracted, rhs_batch)
-    widths = [rhs.shape[axis] for axis in columns]
-    if _is_canonical(rhs, *theirs) and math.prod(widths) > 1:
-        found = _product(rhs, lhs, ((theirs[0], ours[0]), (theirs[1], ours[1])))[..., 0]
+    two = jnp.pad(lhs.reshape(1, *lhs.shape[len(rows) :]), [(0, 1), *((0, 0) for _ in contracted)])
+    contracted = tuple(range(1, two.ndim))
+    if _is_canonical(rhs, rhs_contracted, ()):
+        found = _product(rhs, two, ((rhs_contracted, contracted), ((), ())))[..., 0]
     else:
-        found = _product(lhs, rhs, ((ours[0], theirs[0]), (ours[1], theirs[1]))).take(0, axis=ahead)
-    return found.reshape(*shape[:ahead], *sizes, *widths)
+        found = _product(two, rhs, ((contracted, rhs_contracted), ((), ())))[0]
+    return found.reshape(*lhs.shape[: len(rows)], *found.shape)
 
 
 _product = partial(lax.dot_general, preferred_element_type=jnp.float32)
@@ -57,7 +53,8 @@ def transposed(x: jax.Array, order: Axes) -> jax.Array:
     if order == tuple(range(x.ndim)):
         return x
     cut = next(axis for axis in order if x.shape[axis] % 2 == 0)
-    parts = x.reshape(*x.shape[:cut], x.shape[cut] // 2, 2, *x.shape[cut + 1 :])
+    # Into halves, which a mesh that divides the axis can follow.
+    parts = x.reshape(*x.shape[:cut], 2, x.shape[cut] // 2, *x.shape[cut + 1 :])
     places = [place for axis in order for place in ((cut, cut + 1) if axis == cut else (axis + (axis > cut),))]
     return parts.transpose(places).reshape([x.shape[axis] for axis in order])
 
@@ -74,19 +71,24 @@ def _is_canonical(x: Any, contracted: Axes, batch: Axes) -> bool:
 
 def _lower_product(own: mlir.LoweringRule, context: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
     (left, right), (out,) = context.avals_in, context.avals_out
-    dimensions = (contracted, _), (batch, _) = params["dimension_numbers"]
+    dimensions = (contracted, rhs_contracted), (batch, rhs_batch) = params["dimension_numbers"]
+    rows = [left.shape[axis] for axis in _rows(left, contracted, batch)]
     canonical = _is_canonical(left, contracted, batch)
     if (
         not left.dtype == right.dtype == jnp.bfloat16
         or out.dtype not in (jnp.bfloat16, jnp.float32)
+        or not all(isinstance(size, int) and size > 0 for size in (*left.shape, *right.shape))
         or not (canonical or any(size % 2 == 0 for size in left.shape))
-        or 0 in (*left.shape, *right.shape)
         or isinstance(params["precision"], lax.DotAlgorithm | lax.DotAlgorithmPreset)
-        or params["out_sharding"] is not None
+        or any(axis is not None for x in (left, right, out) for axis in x.sharding.spec)  # of a mesh with explicit axes
     ):
         return own(context, lhs, rhs, **params)
-    rows = math.prod(left.shape[axis] for axis in _rows(left, contracted, batch))
-    if canonical and rows > 1 and out.dtype == jnp.float32:
+    if math.prod(rows) == 1:
+        columns = math.prod(right.shape[axis] for axis in _rows(right, rhs_contracted, rhs_batch))
+        # Of products in a batch, and of a matrix that is turned for this, XLA's own are faster.
+        if batch or columns == 1 or getattr(rhs.owner, "name", "") == "stablehlo.transpose":
+            return own(context, lhs, rhs, **params)
+    elif canonical and out.dtype == jnp.float32:
         # As XLA takes it. It decides so early, and a transposition that moves into the product later (through
         # `jnp.where`, for instance) would leave one that it cannot compute: the barrier keeps it out.
         barrier = mlir.lower_fun(lax.optimization_barrier, multiple_results=False)
@@ -100,7 +102,9 @@ def _lower_move(own: mlir.LoweringRule, move: Callable[..., Any], context: Any, 
     """An operation that only moves numbers is done on their bits."""
     # A gather that fills in numbers is lowered to one that does not, and comes here again.
     fills = params.get("mode") == lax.GatherScatterMode.FILL_OR_DROP and "fill_value" in params
-    if context.avals_in[0].dtype != jnp.bfloat16 or fills:
+    update = params.get("update_jaxpr")  # of a scatter: what is put in a place, of what stands there and an update
+    computes = update is not None and (update.eqns or update.outvars != update.invars[1:])
+    if context.avals_in[0].dtype != jnp.bfloat16 or fills or computes:
         return own(context, *operands, **params)
 
     def on_bits(*operands: jax.Array) -> jax.Array:
