@@ -34,13 +34,9 @@ def product(lhs: jax.Array, rhs: jax.Array, dimensions: Dimensions) -> jax.Array
     if math.prod(lhs.shape[: len(batch) + len(rows)]) > 1:
         contracted, batch = tuple(range(len(batch) + len(rows), lhs.ndim)), tuple(range(len(batch)))
         return _product(lhs, rhs, ((contracted, rhs_contracted), (batch, rhs_batch)))
-    # A row of zeros beside the only one. If the matrix can be the first operand as it lies, it is: faster by a third.
+    # The only row becomes the second operand, with a row of zeros beside it.
     two = jnp.pad(lhs.reshape(1, *lhs.shape[len(rows) :]), [(0, 1), *((0, 0) for _ in contracted)])
-    contracted = tuple(range(1, two.ndim))
-    if _is_canonical(rhs, rhs_contracted, ()):
-        found = _product(rhs, two, ((rhs_contracted, contracted), ((), ())))[..., 0]
-    else:
-        found = _product(two, rhs, ((contracted, rhs_contracted), ((), ())))[0]
+    found = _product(rhs, two, ((rhs_contracted, tuple(range(1, two.ndim))), ((), ())))[..., 0]
     return found.reshape(*lhs.shape[: len(rows)], *found.shape)
 
 
@@ -85,8 +81,8 @@ def _lower_product(own: mlir.LoweringRule, context: Any, lhs: Any, rhs: Any, **p
         return own(context, lhs, rhs, **params)
     if math.prod(rows) == 1:
         columns = math.prod(right.shape[axis] for axis in _rows(right, rhs_contracted, rhs_batch))
-        # Of products in a batch, and of a matrix that is turned for this, XLA's own are faster.
-        if batch or columns == 1 or getattr(rhs.owner, "name", "") == "stablehlo.transpose":
+        # Otherwise XLA's own are faster, or may be: the matrix may be a transposed one, which is not seen here.
+        if batch or columns == 1 or not _is_canonical(right, rhs_contracted, ()):
             return own(context, lhs, rhs, **params)
     elif canonical and out.dtype == jnp.float32:
         # As XLA takes it. It decides so early, and a transposition that moves into the product later (through
