@@ -146,8 +146,8 @@ def time_in_torch(products: list[Product]) -> list[float]:
     import torch
 
     def program(product: Product) -> Callable:
-        make = partial(torch.randn, dtype=getattr(torch, product.dtype))
-        pairs = [(make(product.left), make(product.right)) for _ in range(product.copies)]
+        normal = partial(torch.randn, dtype=getattr(torch, product.dtype))
+        pairs = [(normal(product.left), normal(product.right)) for _ in range(product.copies)]
         pairs = [
             (left.mT if product.left_transposed else left, right.mT if product.right_transposed else right)
             for left, right in pairs
