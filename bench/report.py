@@ -22,14 +22,14 @@ ratios, with the least and the greatest in brackets; above 1 we are faster. Weig
 sides (exported through `lq.interop.to_state_dict`); where losses or tokens disagree, a row ends in an error.
 
 All sides compute in float32 and without dropout. In a row in bfloat16 PyTorch has autocast, which keeps the residual
-stream in float32; ours is in bfloat16. PyTorch has fused AdamW and fused
-attention, and runs as it comes. Our training loop sets the C allocator to keep freed memory, in large pages
-(`training/host_memory.py`). What that would do for PyTorch is shown in the rows "our allocator", against which no
-target is measured. Training goes through `lq.training.make_train_step` with `scan_layers=False`; "ours, scanned" has
-`scan_layers=True`, with which adapters train as fast. Peak memory is that of the whole process, libraries included.
-Temporary memory is what our compiled program allocates beside its arguments and results. *compile* is the time that the
-first run took beyond a later one, without any cache. Starts are those of whole processes: *cold* with an empty
-compilation cache, *cached* with JAX's persistent cache, which our commands keep, filled by an earlier start.
+stream in float32; ours is in bfloat16. PyTorch has fused AdamW and fused attention, and runs as it comes. Our training
+loop sets the C allocator to keep freed memory, in large pages (`training/host_memory.py`). What that would do for
+PyTorch is shown in the rows "our allocator", against which no target is measured. Training goes through
+`lq.training.make_train_step` with `scan_layers=False`; "ours, scanned" has `scan_layers=True`, with which adapters
+train as fast. Peak memory is that of the whole process, libraries included. Temporary memory is what our compiled
+program allocates beside its arguments and results. *compile* is the time that the first run took beyond a later one,
+without any cache. Starts are those of whole processes: *cold* with an empty compilation cache, *cached* with JAX's
+persistent cache, which our commands keep, filled by an earlier start.
 
 The roofline of a row is the time that its own matrix products take alone. Each product is timed in the same rounds,
 with the shape and the order of axes that it has in our program, in JAX and in PyTorch; the faster of the two counts.
