@@ -60,13 +60,14 @@ class LanguageModel:
         Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked for
         the prompts.
         """
-        joins = {"cpu": True, "gpu": not axis_sizes()}  # joined, they would be divided at other rows than apart
-        one_row = batch == 1 and joins.get(jax.default_backend(), False)
-        if one_row not in self._sliced:
+        backend = jax.default_backend()
+        # On a mesh of GPUs, joined kernels would be divided at other rows than apart.
+        joined = backend == "cpu" or (backend == "gpu" and batch == 1 and not axis_sizes())
+        if joined not in self._sliced:
             self._sliced.clear()
-            arrange = {"arrange": by_output} if one_row else {}
-            self._sliced[one_row] = self.model.slice_layers(self.variables, **arrange)
-        return self._sliced[one_row]
+            arrange = {"arrange": by_output} if joined else {}
+            self._sliced[joined] = self.model.slice_layers(self.variables, **arrange)
+        return self._sliced[joined]
 
     @functools.cached_property
     def sliced_ahead(self) -> tuple[dict[str, Any], ...]:

@@ -1,12 +1,12 @@
 """Tables of vectors, looked up by id; a tied table also serves as the output head."""
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import looked_up
+from llmq_jax.layers.linear import times_transposed
 
 
 class Embedding(nn.Module):
@@ -37,5 +37,4 @@ class Embedding(nn.Module):
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         dtype = self.dtype or self.embedding.dtype
         rows = x.astype(dtype).reshape(-1, self.features)
-        scores = jax.lax.dot_general(rows, self.embedding.astype(dtype), (((1,), (1,)), ((), ())))
-        return scores.reshape(*x.shape[:-1], self.vocab_size)
+        return times_transposed(rows, self.embedding.astype(dtype)).reshape(*x.shape[:-1], self.vocab_size)

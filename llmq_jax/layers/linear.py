@@ -16,6 +16,8 @@ from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
 from llmq_jax.layers.repetition import repeated
 
 KERNEL, KERNEL_BY_OUTPUT, JOINED_KERNELS = "kernel", "kernel_by_output", "joined_kernels"
+# Up to so many rows a product counts as one of few rows: see `times_transposed`.
+FEW_ROWS = 64
 # Layers that share one input, by their names in attention and in feed-forward networks.
 SIDE_BY_SIDE = (
     ("query", "key", "value"),
@@ -78,13 +80,16 @@ class Linear(nn.Module):
         """x W, whichever layout of W the parameters hold."""
         params = self.variables.get("params", {})
         if holds_by_output(params):
-            return _product(x, flat_by_output(params), 1, self.dtype)
+            return _by_rows(x, flat_by_output(params), self.dtype)
         # Initialised as the flat matrix it is, so that initialisers see fan-in = D and fan-out = all features.
         width = x.shape[-1]
         kernel: Array = self.param(
             KERNEL, lambda key: self.kernel_init(key, (width, math.prod(features))).reshape(width, *features)
         )
-        return _product(x, kernel, 0, self.dtype)
+        dtype = self.dtype or kernel.dtype
+        # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the kernel's
+        # gradient (1.2 times the time of a whole training step).
+        return jax.lax.dot_general(x.astype(dtype).reshape(-1, width), kernel.astype(dtype), (((1,), (0,)), ((), ())))
 
     @nn.nowrap
     def adapt(self, x: Float[Array, "*batch D"], y: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
@@ -96,13 +101,20 @@ class Linear(nn.Module):
         return adapted(rows, y, self.get_variable("params", KERNEL), adapter[LORA], adapter[LORA_FIXED], key)
 
 
-def _product(x: Float[Array, "*batch D"], kernel: Array, axis: int, dtype: Dtype | None) -> Float[Array, "B ..."]:
-    """x times a kernel: x's features are contracted with this axis of the kernel."""
+def _by_rows(x: Float[Array, "*batch D"], kernel: Float[Array, "out D"], dtype: Dtype | None) -> Float[Array, "M out"]:
     dtype = dtype or kernel.dtype
-    # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the kernel's
-    # gradient (1.2 times the time of a whole training step).
-    rows = x.astype(dtype).reshape(-1, x.shape[-1])
-    return jax.lax.dot_general(rows, kernel.astype(dtype), (((1,), (axis,)), ((), ())))
+    return times_transposed(x.astype(dtype).reshape(-1, x.shape[-1]), kernel.astype(dtype))
+
+
+def times_transposed(rows: Float[Array, "M D"], matrix: Float[Array, "out D"]) -> Float[Array, "M out"]:
+    """x Wᵀ."""
+    contracted = (((1,), (1,)), ((), ()))
+    if 1 < len(rows) <= FEW_ROWS and jax.default_backend() == "cpu":
+        # Formed as (W xᵀ)ᵀ. XLA's CPU backend reads the second operand once for every few rows of the first: with the
+        # matrix in that place, 8 rows take 2.5 times as long (2,048 x 8,192).
+        # The barrier keeps XLA from swapping them again.
+        return jax.lax.optimization_barrier(jax.lax.dot_general(matrix, rows, contracted)).T
+    return jax.lax.dot_general(rows, matrix, contracted)
 
 
 def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[Array, "..."], ...]:
@@ -113,7 +125,7 @@ def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[A
         rows = x.reshape(-1, x.shape[-1])  # flattened here, so that the backward pass keeps one copy for all layers
         return tuple(linear(rows, batch=x.shape[:-1]) for linear in linears)
     ends = np.cumsum([np.prod(linear.features) for linear in linears])
-    products = jnp.split(_product(x, joined.kernels, 1, first.dtype), ends[:-1], axis=1)
+    products = jnp.split(_by_rows(x, joined.kernels, first.dtype), ends[:-1], axis=1)
     return tuple(linear(x, product) for linear, product in zip(linears, products, strict=True))
 
 
@@ -124,10 +136,10 @@ def by_output(variables: dict[str, Any]) -> dict[str, Any]:
     """The same variables with every `Linear`'s kernel as (out, in): each output reads contiguous memory.
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
-    (in, out); several rows 1.4 times as slowly. Kernels of layers that `SIDE_BY_SIDE` lists together are joined: one
-    product of 1 MB or more replaces small ones, which would wait for each other's threads. On a GPU fewer products are
-    launched, and XLA's `dot-merger` need not join them by copying the kernels for every token. Layers of these names
-    that are called one by one, each with its own input, use their own rows of the joined kernel.
+    (in, out), and few rows (`times_transposed`) 1.1 to 3 times as fast. Kernels of layers that `SIDE_BY_SIDE` lists
+    together are joined: one product of 1 MB or more replaces small ones, which would wait for each other's threads. On
+    a GPU fewer products are launched, and XLA's `dot-merger` need not join them by copying the kernels for every token.
+    Layers of these names that are called one by one, each with its own input, use their own rows of the joined kernel.
     """
     tree = {name: by_output(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
     if KERNEL in tree:

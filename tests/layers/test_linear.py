@@ -8,7 +8,15 @@ from flax import linen as nn
 
 import llmq_jax as lq
 from llmq_jax.layers.attention import attention
-from llmq_jax.layers.linear import JOINED_KERNELS, KERNEL_BY_OUTPUT, Linear, by_output, flat_by_output, side_by_side
+from llmq_jax.layers.linear import (
+    JOINED_KERNELS,
+    KERNEL_BY_OUTPUT,
+    Linear,
+    by_output,
+    flat_by_output,
+    side_by_side,
+    times_transposed,
+)
 from llmq_jax.layers.repetition import repeated
 from llmq_jax.models import llama3, override
 from tests.weights import draw_variables
@@ -114,9 +122,18 @@ def test_what_all_tokens_share_has_a_gradient_summed_in_float32_on_a_gpu(way, mo
     np.testing.assert_allclose(found, (times * np.asarray(grad, np.float64)).sum(0), rtol=0.004)
 
 
-def test_one_row_takes_joined_kernels_on_a_gpu(monkeypatch):
+def test_decoding_takes_joined_kernels_on_a_cpu_and_for_one_row_on_a_gpu(monkeypatch):
     lm = lq.LanguageModel(CONFIG, lq.build(CONFIG), lq.init(CONFIG))
-    for backend, joined in (("cpu", True), ("gpu", True), ("tpu", False)):
+    for backend, joined in (("cpu", (True, True)), ("gpu", (True, False)), ("tpu", (False, False))):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert ("JoinedKernels" in str(jax.tree.structure(lm.replace().sliced(1)))) == joined
-        assert "JoinedKernels" not in str(jax.tree.structure(lm.replace().sliced(2)))
+        for rows, expected in enumerate(joined, 1):
+            assert ("JoinedKernels" in str(jax.tree.structure(lm.replace().sliced(rows)))) == expected
+
+
+@pytest.mark.parametrize(("rows", "first"), [(1, "rows"), (2, "matrix"), (64, "matrix"), (65, "rows")])
+def test_of_a_product_with_few_rows_the_matrix_is_the_first_operand(rows, first):
+    """In the compiled program too: XLA would swap the operands of a transposed product."""
+    x, matrix = (jax.random.normal(jax.random.key(i), (size, 16)) for i, size in enumerate((rows, 96)))
+    program = jax.jit(times_transposed).lower(x, matrix).compile()
+    np.testing.assert_allclose(program(x, matrix), x @ matrix.T, atol=1e-5)
+    assert (f"f32[96,{rows}]" in program.as_text()) == (first == "matrix")
