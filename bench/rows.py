@@ -377,6 +377,18 @@ LLAMA = {
     "vocab_size": 8192,
     "tie_word_embeddings": True,
 }
+LLAMA_1B = {  # Llama 3.2 1B with 4 of its 16 layers
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 2048,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    "tie_word_embeddings": True,
+}
 GEMMA3 = {
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
@@ -497,6 +509,7 @@ ROWS: dict[str, Row] = {
         Generation("gpt2-generate-8", SMALL, batch=8),
         Generation("smollm2-generate-1", SMOLLM2, 1, model_type="llama", sides=SMOLLM2_SIDES, at_least=3.0),
         Generation("smollm2-generate-8", SMOLLM2, 8, model_type="llama", sides=SMOLLM2_SIDES, at_least=2.0),
+        Generation("llama1b-generate-8", LLAMA_1B, 8, new_tokens=32, model_type="llama", sides=SMOLLM2_SIDES),
         Generation(
             "smollm2-prefill-512",
             SMOLLM2,

@@ -112,8 +112,8 @@ def times_transposed(rows: Float[Array, "M D"], matrix: Float[Array, "out D"]) -
     if 1 < len(rows) <= FEW_ROWS and jax.default_backend() == "cpu":
         # Formed as (W xᵀ)ᵀ. XLA's CPU backend reads the second operand once for every few rows of the first: with the
         # matrix in that place, 8 rows take 2.5 times as long (2,048 x 8,192).
-        # The barrier keeps XLA from swapping them again.
-        return jax.lax.optimization_barrier(jax.lax.dot_general(matrix, rows, contracted)).T
+        product: Array = jax.lax.optimization_barrier(jax.lax.dot_general(matrix, rows, contracted))
+        return product.T  # The barrier keeps XLA from swapping the operands again.
     return jax.lax.dot_general(rows, matrix, contracted)
 
 
