@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmq_jax.adapters import load_adapter, lora, merge, save_adapter, unmerge
     from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, load_tokenizer
     from llmq_jax.errors import BadInput
-    from llmq_jax.generation import Generation, Sampler, generate, stream
+    from llmq_jax.generation import Generation, PromptCache, Sampler, generate, stream
     from llmq_jax.interop.generation_config import GenerationConfig
     from llmq_jax.interop.huggingface import save_hf
     from llmq_jax.language_model import LanguageModel, with_classifier
@@ -72,6 +72,7 @@ _HOME = {
     "GenerationConfig": "interop.generation_config",
     "LanguageModel": "language_model",
     "LoRA": "layers.lora",
+    "PromptCache": "generation",
     "Sampler": "generation",
     "build": "models",
     "generate": "generation",
@@ -116,6 +117,7 @@ __all__ = [
     "MistralConfig",
     "Mixtral",
     "MixtralConfig",
+    "PromptCache",
     "Qwen2Config",
     "Qwen3Config",
     "Qwen3MoeConfig",

@@ -19,6 +19,7 @@ from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model, whole
 from llmq_jax.generation.generate import generate
+from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated
@@ -137,6 +138,7 @@ class LanguageModel:
         stop: Sequence[Any] | SupportsIndex | str | None = None,
         seed: int = 0,
         tools: Sequence[Any] | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> str:
         """The reply to messages, each {"role": "system", "user" or "assistant", "content": text}; calls of tools, and
         what these gave back, as data/messages.py has them. A call in the reply is text, as the template spells it.
@@ -146,7 +148,8 @@ class LanguageModel:
         for the tools, or they and the new tokens exceed the model's context.
         """
         tokens = self.chat_tokens(messages, tools)
-        reply = generate(self, [tokens], max_new_tokens=max_new_tokens, sampler=sampler, stop=stop, seed=seed)
+        options: dict[str, Any] = {"sampler": sampler, "stop": stop, "seed": seed, "prompt_cache": prompt_cache}
+        reply = generate(self, [tokens], max_new_tokens=max_new_tokens, **options)
         assert reply.text is not None
         return reply.text[0]
 

@@ -77,10 +77,14 @@ class Conversation:
     """The turns of a conversation, as far as the model's context has room for them beside a reply."""
 
     def __init__(self, lm: Any, options: Options, drawing: dict[str, Any]):
+        from llmq_jax.generation import PromptCache
+
         self.lm = lm
         self.options = options
         self.drawing = drawing
         self.context = context_of(lm, drawing)
+        if drawing.get("draft") is None:  # then only what is new in a conversation is read
+            self.drawing = drawing | {"prompt_cache": PromptCache()}
         self.turns: list[list[dict[str, str]]] = []
         """Pairs of a message and the reply to it, the oldest first."""
         self.replies = 0

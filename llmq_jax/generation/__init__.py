@@ -1,6 +1,7 @@
 """From prompts to text: sampling, and the decoding loop."""
 
 from llmq_jax.generation.generate import Generation, generate, stream
+from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import Sampler, row_seed
 
-__all__ = ["Generation", "Sampler", "generate", "row_seed", "stream"]
+__all__ = ["Generation", "PromptCache", "Sampler", "generate", "row_seed", "stream"]

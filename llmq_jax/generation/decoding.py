@@ -57,15 +57,18 @@ def prefill(
     pad: int,
     lookahead: int = 0,
     samples: int = 1,
+    held: Caches = (),
+    start: jax.Array | int = 0,
 ) -> tuple[DecodeState, Output | None]:
     """Read the prompts [P, T] into caches of `length` slots, with room for `new_tokens`, and draw the first token of
-    each row; `samples` neighbouring rows, B in all, continue each prompt.
+    each row; `samples` neighbouring rows, B in all, continue each prompt. The prompts' first `start` tokens are not
+    given: they are in the caches `held`, which have at most as many slots.
 
     `lookahead` is the number of tokens that may be rolled back. If it is above 0, the model's output for the prompts is
     returned with the state: a draft may read it.
     """
     batch = prompts.shape[0] * samples
-    output, caches = read_prompts(model, variables, prompts, prompt_lengths, length, lookahead)
+    output, caches = read_prompts(model, variables, prompts, prompt_lengths, length, lookahead, held, start)
     last = jnp.take_along_axis(output.hidden, prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
     if samples > 1:
         last, prompt_lengths, caches = jax.tree.map(
@@ -78,7 +81,7 @@ def prefill(
         logprobs=jnp.zeros((batch, new_tokens), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
-        positions=prompt_lengths - 1,
+        positions=start + prompt_lengths - 1,
         newest=jnp.zeros(batch, jnp.int32),
         keys=jax.vmap(jax.random.key)(seeds),
         caches=caches,
@@ -95,11 +98,17 @@ def read_prompts(
     prompt_lengths: jax.Array,
     length: int,
     lookahead: int,
+    held: Caches = (),
+    start: jax.Array | int = 0,
 ) -> tuple[Output, tuple[Any, ...]]:
-    """A pass over the prompts: (its output, one cache per layer, of `length` slots)."""
+    """A pass over the prompts, after what the caches `held` hold: (its output, one cache per layer, of `length`
+    slots)."""
     rows, width = prompts.shape
-    caches = model.create_caches(rows, width, model.compute_dtype(variables), lookahead)
-    positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
+    if held:
+        caches = model.stack_caches([cache.extend(length) for cache in held])
+    else:
+        caches = model.create_caches(rows, width, model.compute_dtype(variables), lookahead)
+    positions = jnp.broadcast_to(start + jnp.arange(width), prompts.shape)
     output = model.apply(variables, prompts, positions, caches=caches, lengths=prompt_lengths, method="forward")
     return output, divided(tuple(cache.extend(length) for cache in model.slice_caches(output.caches)))
 

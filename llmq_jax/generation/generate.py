@@ -21,6 +21,7 @@ from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model, scalar, whole
 from llmq_jax.generation.decoding import DecodeState, advance, prefill
+from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import DEFAULT, Sampler, row_seed
 from llmq_jax.generation.speculative import (
     Draft,
@@ -84,6 +85,7 @@ def generate(
     draft: LanguageModel | str | None = None,
     draft_tokens: int | None = None,
     samples: int = 1,
+    prompt_cache: PromptCache | None = None,
 ) -> Generation:
     """Continue every prompt (one string, or several strings or lists of token ids) by up to `max_new_tokens` tokens.
 
@@ -100,6 +102,9 @@ def generate(
     LanguageModel of the same vocabulary, which proposes `draft_tokens` (4), or "mtp", the model's own modules of
     multi-token prediction. Greedy tokens stay the same (except, in half precision, at near-ties, which a pass over
     several tokens may round the other way); sampled ones are other draws from the same distribution.
+
+    `prompt_cache`, for one prompt continued once without a draft, holds what earlier calls have read: the beginning
+    that the prompt has in common with it is not computed again.
     """
     request = Request.create(
         lm,
@@ -111,6 +116,7 @@ def generate(
         draft,
         draft_tokens,
         samples,
+        prompt_cache,
     )
     state = request.start()
     if not request.stop_strings:
@@ -133,6 +139,7 @@ def stream(
     seed: SupportsIndex = 0,
     draft: LanguageModel | str | None = None,
     draft_tokens: int | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[str]:
     """Yield the text of one continuation as it comes; the pieces join to what `generate` gives.
 
@@ -144,23 +151,29 @@ def stream(
     if lm.tokenizer is None:
         raise BadInput("this model has no tokenizer, so there is no text to stream; use generate with token ids")
     # Checked now, not when the first piece is asked for.
-    return _pieces(Request.create(lm, [prompt], max_new_tokens, sampler, stop, seed, draft, draft_tokens))
+    request = Request.create(
+        lm, [prompt], max_new_tokens, sampler, stop, seed, draft, draft_tokens, prompt_cache=prompt_cache
+    )
+    return _pieces(request)
 
 
 def _pieces(request: "Request") -> Iterator[str]:
     row, shown = RowText(request, 0), 0
     state, finished = request.start(), False
-    while not finished:
-        tokens, length, done = jax.device_get((state.tokens[0], state.lengths[0], state.done[0]))
-        ended = bool(done or length == request.max_new_tokens)
-        row.read_on(tokens[row.read : length].tolist(), ended)
-        finished = ended or row.stop is not None
-        end = row.stop if finished else request.certain(row.text)
-        if row.text[shown:end]:
-            yield row.text[shown:end]
-            shown = len(row.text[:end])
-        if not finished:
-            state = request.advance(state, row.read + 1)
+    try:
+        while not finished:
+            tokens, length, done = jax.device_get((state.tokens[0], state.lengths[0], state.done[0]))
+            ended = bool(done or length == request.max_new_tokens)
+            row.read_on(tokens[row.read : length].tolist(), ended)
+            finished = ended or row.stop is not None
+            end = row.stop if finished else request.certain(row.text)
+            if row.text[shown:end]:
+                yield row.text[shown:end]
+                shown = len(row.text[:end])
+            if not finished:
+                state = request.advance(state, row.read + 1)
+    finally:  # the caller may stop asking
+        request.remember(state)
 
 
 class RowText:
@@ -224,6 +237,7 @@ class Request:
     """The model whose variables the draft reads."""
     samples: int = 1
     """Rows that continue each prompt."""
+    prompt_cache: PromptCache | None = None
 
     @classmethod
     def create(
@@ -237,6 +251,7 @@ class Request:
         draft: LanguageModel | str | None = None,
         draft_tokens: int | None = None,
         samples: int = 1,
+        prompt_cache: PromptCache | None = None,
     ) -> "Request":
         require_model(lm)
         if not isinstance(prompts, Iterable):
@@ -266,10 +281,7 @@ class Request:
                     f"prompt {i} has {counted(len(row), 'token')}, which with {max_new_tokens} new ones exceed the "
                     f"model's context of {context}; shorten the prompt or lower max_new_tokens"
                 )
-        lengths = np.array([len(row) for row in rows], np.int32)
-        padded = np.zeros((len(rows), _prompt_width(int(lengths.max()), context)), np.int32)
-        for i, row in enumerate(rows):
-            padded[i, : len(row)] = row
+        padded, lengths = _padded(rows, context)
         end_tokens, stop_strings = _stops(lm, stop)
         count = len(rows) * samples
         seed = scalar(seed)
@@ -286,6 +298,11 @@ class Request:
         pad = lm.generation.pad_token_id
         if pad is None:
             pad = end_tokens[0] if end_tokens else 0
+        if prompt_cache is not None:
+            if not isinstance(prompt_cache, PromptCache):
+                raise BadInput(f"prompt_cache={prompt_cache!r} is not a PromptCache; pass lq.PromptCache()")
+            if count > 1 or draft is not None:
+                raise BadInput("prompt_cache holds one text; give one prompt, one sample and no draft, or leave it out")
         drafting = _drafting(lm, draft, draft_tokens, int(lengths.max()) + max_new_tokens)
         sampler = sampler or DEFAULT
         return cls(
@@ -301,17 +318,25 @@ class Request:
             behind,
             *drafting,
             samples,
+            prompt_cache,
         )
 
     def start(self) -> DecodeState:
         needed = int(self.prompt_lengths.max()) + self.max_new_tokens
-        length = min(max(SHORTEST_CACHE, power_of_two(needed)), self.lm.config.max_position_embeddings)
+        context = self.lm.config.max_position_embeddings
+        length = min(max(SHORTEST_CACHE, power_of_two(needed)), context)
+        unread, lengths = self.prompts, self.prompt_lengths
+        held: dict[str, Any] = {}
+        if self.prompt_cache is not None and (read := self.prompt_cache.begins(self.lm, self.only_prompt)):
+            unread, lengths = _padded([self.only_prompt[read:]], context)
+            length = max(length, self.prompt_cache.slots)
+            held = {"held": self.prompt_cache.caches, "start": read}
         state: DecodeState
         state, output = prefill(
             self.lm.model,
             self.lm.variables,
-            self.prompts,
-            self.prompt_lengths,
+            unread,
+            lengths,
             self.seeds,
             sampler=self.sampler,
             length=length,
@@ -320,6 +345,7 @@ class Request:
             pad=self.pad,
             lookahead=0 if self.draft is None else self.draft.count + 1,
             samples=self.samples,
+            **held,
         )
         if self.draft is None:
             return state
@@ -366,7 +392,17 @@ class Request:
             logprobs=jnp.where(past, 0.0, state.logprobs),
         )
 
+    @property
+    def only_prompt(self) -> list[int]:
+        ids: list[int] = self.prompts[0, : self.prompt_lengths[0]].tolist()
+        return ids
+
+    def remember(self, state: DecodeState) -> None:
+        if self.prompt_cache is not None:
+            self.prompt_cache.keep(self.lm, self.only_prompt, state)
+
     def finish(self, state: DecodeState) -> Generation:
+        self.remember(state)
         tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))
         tokens, logprobs = tokens[:, : self.max_new_tokens], logprobs[:, : self.max_new_tokens]
         text = None
@@ -428,6 +464,15 @@ def _drafting(
         longest = draft.config.max_position_embeddings
         raise BadInput(f"prompt and new tokens are {needed} in all, more than the draft's context of {longest}")
     return ModelDraft(draft.model, count), draft
+
+
+def _padded(rows: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
+    """(prompts padded on the right, their lengths)."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    padded = np.zeros((len(rows), _prompt_width(int(lengths.max()), context)), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, lengths
 
 
 def _prompt_width(longest: int, context: int) -> int:

@@ -121,8 +121,12 @@ class RingCache(struct.PyTreeNode):
     empty: bool = struct.field(pytree_node=False, default=False)
 
     @property
+    def slots(self) -> int:
+        return self.positions.shape[-1]
+
+    @property
     def never_wraps(self) -> bool:
-        return self.positions.shape[-1] < self.window + self.lookahead
+        return self.slots < self.window + self.lookahead
 
     @classmethod
     def create(

@@ -424,6 +424,17 @@ class Decoder(nn.Module):
         )
 
     @nn.nowrap
+    def stack_caches(self, caches: Sequence[Any]) -> dict[str, Any]:
+        """The stacked caches that `forward` takes, from one per layer."""
+        held: dict[str, dict[str, list[Any]]] = {}
+        for ((group, block), _), cache in zip(self.layer_paths(), caches, strict=True):
+            held.setdefault(group, {}).setdefault(block, []).append(cache)
+        return {
+            group: {block: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) for block, layers in blocks.items()}
+            for group, blocks in held.items()
+        }
+
+    @nn.nowrap
     def decode(
         self,
         outside: dict[str, Any],

@@ -86,6 +86,21 @@ def test_every_line_gets_a_reply_that_knows_those_before(chat, chat_model):
     assert second != chat_model.chat([user(" two")], max_new_tokens=8, sampler=SAMPLER, seed=8)
 
 
+def test_what_was_read_is_not_read_again(chat, chat_model, monkeypatch):
+    given, functions = [], lq.generate.__globals__
+    prefill = functions["prefill"]
+
+    def counting(model, variables, prompts, lengths, *args, **kwargs):
+        given.append(int(lengths[0]))
+        return prefill(model, variables, prompts, lengths, *args, **kwargs)
+
+    monkeypatch.setitem(functions, "prefill", counting)
+    chat("a\nb\n")
+    said = [user("a"), {"role": "assistant", "content": replies(chat_model, ["a"])[0]}, user("b")]
+    # The reply may be bytes of no character, which the second prompt spells in another way.
+    assert given[0] == 4 and given[1] <= len(chat_model.chat_tokens(said)) - 4
+
+
 def test_variables_of_the_chat_template(llmq, chat_model, tmp_path, monkeypatch):
     template = chat_model.tokenizer.chat_template.source + "{%- if brief -%}in short{%- endif -%}"
     lm = chat_model.replace(tokenizer=chat_model.tokenizer.with_chat_template(template))

@@ -1,0 +1,62 @@
+"""What a model has read of a growing text, such as a conversation: a longer prompt is read from there on."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from llmq_jax.generation.decoding import Caches, DecodeState
+from llmq_jax.layers.caches import RingCache
+
+if TYPE_CHECKING:
+    from llmq_jax.language_model import LanguageModel
+else:
+    LanguageModel = Any  # Its package imports this one.
+
+
+class PromptCache:
+    """The keys and values of one text, a prompt with its continuation. A prompt that begins like this text is computed
+    only from where they part. Pass the same one to each call of `generate`, `stream` or `lm.chat`:
+
+        cache = lq.PromptCache()
+        lq.generate(lm, text, prompt_cache=cache)  # reads the text, and writes on
+        lq.generate(lm, text + more, prompt_cache=cache)  # reads `more`
+
+    Each call replaces what is held. Another model's is not used. Layers with a window forget what is older, so that a
+    prompt that parts from a text longer than the window before its end is read whole.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Free what is held."""
+        self.lm: LanguageModel | None = None
+        self.tokens: list[int] = []
+        """The text, without tokens after a stop string."""
+        self.caches: Caches = ()
+        """One per layer."""
+        self.slots = 0
+        """The length that the caches were made for."""
+        self.read = 0
+        """The number of tokens in the caches."""
+
+    def begins(self, lm: LanguageModel, prompt: list[int]) -> int:
+        """The number of the prompt's tokens that need not be computed; the last, which tells the next one, is not among
+        them."""
+        if self.lm is not lm:
+            return 0
+        pairs = zip(self.tokens, prompt[:-1], strict=False)
+        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        count = min(len(self.tokens), len(prompt) - 1) if same is None else same
+        overwritten = any(isinstance(cache, RingCache) and self.read > cache.slots for cache in self.caches)
+        return 0 if count < self.read and overwritten else count
+
+    def keep(self, lm: LanguageModel, prompt: list[int], state: DecodeState) -> None:
+        """Hold the text of a state's only row. Of one that an interrupted step has used up nothing can be held."""
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+            self.forget()
+            return
+        tokens, length, self.read = jax.device_get((state.tokens[0], state.lengths[0], state.positions[0]))
+        # The newest token is not read yet: its position is the number of those that are.
+        self.lm, self.tokens = lm, [*prompt, *tokens[:length].tolist()][: self.read]
+        self.caches, self.slots = state.caches, len(tokens)
