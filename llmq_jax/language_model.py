@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from llmq_jax.counts import counted
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.tokenizers import Tokenizer
@@ -354,9 +355,8 @@ def _shortened(row: list[int], content: list[int], longest: int) -> list[int]:
     """A row of at most `longest` tokens: its content is cut, and the tokens that a template put around it stay."""
     added = len(row) - len(content)
     if added >= longest:
-        raise BadInput(
-            f"{longest} tokens of a text leave no room beside the {added} that the tokenizer adds; take more"
-        )
+        room = counted(longest, "token")
+        raise BadInput(f"a text of at most {room} has no room beside the {added} that the tokenizer adds; take more")
     start = next(place for place in range(added + 1) if row[place : place + len(content)] == content)
     return [*row[:start], *content[: longest - added], *row[start + len(content) :]]
 

@@ -271,11 +271,13 @@ def distinct(path: Any, rows: list, names: Sequence[str], elsewhere: set[str]) -
     kept, repeated, contradictory = labelled_texts(rows, names).without_duplicates()
     apart = kept.without(elsewhere)
     counts = (
-        (repeated, "duplicates"),
-        (contradictory, "under several labels"),
-        (len(kept) - len(apart), "that are in the other files"),
+        (repeated, counted(repeated, "duplicate")),
+        (contradictory, f"{contradictory:,} under several labels"),
+        (len(kept) - len(apart), f"{len(kept) - len(apart):,} that are in the other files"),
     )
-    print("; ".join([f"{counted(len(rows), 'text')} in {path}", *(f"{n:,} {what} removed" for n, what in counts if n)]))
+    print(
+        "; ".join([f"{counted(len(rows), 'text')} in {path}", *(f"{told} removed" for count, told in counts if count)])
+    )
     if not len(apart):
         raise BadInput(f"{path}: no text is left; give texts that are not in the other files, under one label each")
     return apart

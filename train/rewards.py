@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 
 REWARD_RATE = 1e-5
@@ -57,7 +58,8 @@ def reward_weights(options: Any) -> list[float]:
     if not any(weights):
         raise BadInput(f"--reward-weights {options.reward_weights} leaves no reward; give one that is not 0")
     if len(weights) != len(given):
-        raise BadInput(f"--reward-weights has {len(weights)} numbers for {len(given)} rewards; give one for each")
+        numbers, rewards = counted(len(weights), "number"), counted(len(given), "reward")
+        raise BadInput(f"--reward-weights has {numbers} for {rewards}; give one for each")
     return weights
 
 

@@ -129,7 +129,7 @@ def test_what_a_template_adds_is_not_cut_off():
         [[97, 98, 99, 256], [97, 98, 256], [97, 98, 99, 256]],
         2,
     )
-    assert "1 tokens of a text leave no room beside the 1" in refused(lm.class_tokens, ["ab"], longest=1)
+    assert "at most 1 token has no room beside the 1" in refused(lm.class_tokens, ["ab"], longest=1)
 
 
 def test_without_a_token_for_padding_nothing_is_exported(tmp_path):

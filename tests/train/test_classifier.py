@@ -232,7 +232,7 @@ def test_a_folder_with_splits(classifier, tmp_path):
         rows = "".join(f"{name},{name[0]}{i}\n" for i in range(9))
         (tmp_path / "parts" / "train" / f"{name}.csv").write_text(f"label,text\n{rows}ham,ok\n")
     code, out, err = classifier("--steps", 2, data="parts")
-    assert (code, err) == (0, "") and "20 texts in parts (train); 1 duplicates removed; 1 that are in the other" in out
+    assert (code, err) == (0, "") and "20 texts in parts (train); 1 duplicate removed; 1 that are in the other" in out
     assert "parts: train/ham.csv and 1 more to learn, valid.csv held out, test.csv to test on\n" in out
     assert "training:   18 texts (9 ham, 9 spam)" in out and "on 3 texts: " in out
     files = ("--validation-data", "parts/valid.csv", "--test-data", "parts/test.csv")
@@ -251,10 +251,10 @@ def test_no_text_is_in_two_parts_or_twice_in_one(classifier, at_first_step, tmp_
     (tmp_path / "all.csv").write_text(f"label,text\n{rows}ham,ok\nspam,x\nham,a1\n")
     files = ("--validation-data", "validation.csv", "--test-data", "test.csv")
     _, out, err = classifier(*files, data="all.csv")
-    assert err == at_first_step and "3 texts in test.csv; 1 duplicates removed\n" in out
-    removed = "1 duplicates removed; 2 under several labels removed; 1 that are in the other files removed"
+    assert err == at_first_step and "3 texts in test.csv; 1 duplicate removed\n" in out
+    removed = "1 duplicate removed; 2 under several labels removed; 1 that are in the other files removed"
     assert f"6 texts in validation.csv; {removed}\n" in out
-    assert "21 texts in all.csv; 1 duplicates removed; 2 that are in the other files removed\n" in out
+    assert "21 texts in all.csv; 1 duplicate removed; 2 that are in the other files removed\n" in out
     assert "training:   18 texts (9 ham, 9 spam)" in out and "validation: 2 texts (1 ham, 1 spam)" in out
     code, _, err = classifier("--steps", 1, "--test-data", "all.csv", "--out=other", data="all.csv")
     assert code == 2 and "all.csv: no text is left; give texts that are not in the other files" in err

@@ -512,7 +512,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"reward": "RW:broken"}, "the reward 'broken' failed with RuntimeError: no such lab"),
         ({"reward": "RW:short", "validation_fraction": 0.3}, "the reward 'short' returned 1 value for 3 completions"),
         ({"reward": "RW:infinite"}, "the reward 'infinite' returned inf for completion 0"),
-        ({"reward_weights": "1,2"}, "--reward-weights has 2 numbers for 1 rewards; give one for each"),
+        ({"reward_weights": "1,2"}, "--reward-weights has 2 numbers for 1 reward; give one for each"),
         ({"reward_weights": "much"}, "--reward-weights is 'much' and must be numbers: 1,0.5"),
         ({"reward": "JUDGED", "reward_weights": "2"}, "--reward-weights has no effect with a reward model alone"),
         ({"reward": "JUDGED,SPAM"}, "--reward names 2 reward models"),
