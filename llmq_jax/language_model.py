@@ -63,8 +63,8 @@ class LanguageModel:
         the prompts.
         """
         backend = jax.default_backend()
-        # On a mesh of GPUs, joined kernels would be divided at other rows than apart.
-        joined = backend == "cpu" or (backend == "gpu" and batch == 1 and not axis_sizes())
+        # On a mesh, joined kernels would be divided at other rows than apart.
+        joined = not axis_sizes() and (backend == "cpu" or (backend == "gpu" and batch == 1))
         if joined not in self._sliced:
             self._sliced.clear()
             arrange = {"arrange": by_output} if joined else {}
