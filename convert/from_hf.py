@@ -55,8 +55,8 @@ def main(options: Options) -> None:
 def fields_given(options: Options) -> dict[str, Any] | None:
     """The fields of the config that the options give; None where they give none."""
     from llmq_jax.errors import BadInput
-    from llmq_jax.interop.huggingface import fields_of_weights, find
-    from llmq_jax.model_files import has_config
+    from llmq_jax.interop.huggingface import find
+    from llmq_jax.model_files import fields_of_weights, has_config
 
     heads = options.num_attention_heads
     words = {"--num-attention-heads": () if heads is None else (f"num_attention_heads={heads}",)}

@@ -7,7 +7,7 @@ are read.
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,6 @@ from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (
-    config_class_of,
     config_from_hf,
     config_to_hf,
     from_state_dict,
@@ -34,7 +33,6 @@ from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safet
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
 from llmq_jax.layers.lora import merge, spread
-from llmq_jax.models import fields_from_text
 from llmq_jax.weight_type import weight_type
 from llmq_jax.whole_folders import whole_folder
 
@@ -98,14 +96,6 @@ def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = Non
         raise located(path, error) from error
     tokenizer = tokenizer_in(folder)
     return Contents(config, variables, tokenizer, _read_generation_config(folder, values, config, tokenizer))
-
-
-def fields_of_weights(path: Path, layout: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """Fields of the config of weights that come without one, from words as in `models.fields_from_text`."""
-    try:
-        return fields_from_text(config_class_of(open_weights(path), layout), assignments)
-    except BadInput as error:
-        raise located(path, error) from error
 
 
 def located(path: Path, error: BadInput) -> BadInput:

@@ -176,6 +176,7 @@ def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_pa
         (source / "model.safetensors", {"num_attention_heads": 2}, "has a config of its own"),
         (ours, {"num_attention_heads": 2}, f"{ours}: has a config of its own"),
         (OPENAI, {"num_attention_heads": 2}, f"{OPENAI}: has a config of its own"),
+        (tmp_path, {"num_attention_heads": 2}, f"{tmp_path}: is a folder with "),
         (source, {"tokenizer": "bytes"}, "has a tokenizer of its own; drop --tokenizer"),
     ):
         with pytest.raises(BadInput) as caught:
@@ -185,3 +186,9 @@ def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_pa
     # What is possible without a tokenizer is said, and what comes next.
     from_hf.main(from_hf.Options(str(training_checkpoint), str(tmp_path / "more"), **original))
     assert load(tmp_path / "more").tokenizer is None
+    # OpenAI's weights may lack their config, too.
+    openai = Path(shutil.copytree(OPENAI, tmp_path / "124M"))
+    (openai / "hparams.json").unlink()
+    heads = load(OPENAI).config.num_attention_heads
+    from_hf.main(from_hf.Options(str(openai), str(tmp_path / "theirs"), num_attention_heads=heads))
+    assert load(tmp_path / "theirs").config == load(OPENAI).config
