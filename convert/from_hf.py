@@ -2,7 +2,7 @@
 
 import shlex
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Positional, default_is, run
 
@@ -18,7 +18,10 @@ class Options:
     layout: str = "hf"
     """Whose names the weights bear: hf (transformers), original; for GPT-2 also book (LLMs-from-scratch), nanogpt."""
     num_attention_heads: Annotated[int | None, default_is("that of config.json")] = None
-    """Number of heads, for weights without a config.json: their shapes tell the rest of the config."""
+    """Number of heads, for weights without a config.json: their shapes tell most of the rest."""
+    config: Annotated[tuple[str, ...], default_is("what shapes tell", metavar="FIELD=VALUE ...")] = ()
+    """Other fields of the config, for weights without a config.json: num_experts_per_tok=2 rms_norm_eps=1e-5. What
+    their shapes do not tell is asked for."""
     tokenizer: Annotated[str | None, default_is("the model's")] = None
     """Tokenizer for a model that comes without: bytes, gpt2, or a tokenizer.json or a folder with one."""
 
@@ -26,14 +29,10 @@ class Options:
 def main(options: Options) -> None:
     from llmq_jax.data.tokenizers import load_tokenizer
     from llmq_jax.errors import BadInput
-    from llmq_jax.interop.huggingface import find
-    from llmq_jax.model_files import has_config, load, save
+    from llmq_jax.model_files import load, save
 
-    if options.num_attention_heads is not None and has_config(find(options.source)):
-        raise BadInput(f"{options.source}: has a config of its own; drop --num-attention-heads")
+    config = fields_given(options)
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
-    heads = options.num_attention_heads
-    config = None if heads is None else {"num_attention_heads": heads}
     lm = load(options.source, options.layout, config, options.dtype)
     if tokenizer is not None:
         if lm.tokenizer is not None:
@@ -51,6 +50,24 @@ def main(options: Options) -> None:
         print("without a tokenizer, which text needs: give one with --tokenizer")
     else:
         print(f'next: llmq generate {shlex.quote(str(folder))} --prompt "Once upon a time"')
+
+
+def fields_given(options: Options) -> dict[str, Any] | None:
+    """The fields of the config that the options give; None where they give none."""
+    from llmq_jax.errors import BadInput
+    from llmq_jax.interop.huggingface import find
+    from llmq_jax.model_files import fields_of_weights, has_config
+
+    heads = options.num_attention_heads
+    words = {"--num-attention-heads": () if heads is None else (f"num_attention_heads={heads}",)}
+    words |= {"--config": options.config}
+    if not any(words.values()):
+        return None
+    source = find(options.source)
+    if has_config(source):
+        given = " and ".join(option for option, fields in words.items() if fields)
+        raise BadInput(f"{options.source}: has a config of its own; drop {given}")
+    return fields_of_weights(source, options.layout, [word for fields in words.values() for word in fields])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,28 @@ import numpy as np
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create, require_model
+from llmq_jax.interop.architectures import config_class_of
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf import is_gguf, read_gguf
-from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, float_type, is_hf, read_hf
+from llmq_jax.interop.huggingface import (
+    CONFIG,
+    GENERATION_CONFIG,
+    find,
+    float_type,
+    is_hf,
+    located,
+    open_weights,
+    read_hf,
+)
 from llmq_jax.interop.nanogpt import LAYOUT as NANOGPT
 from llmq_jax.interop.nanogpt import is_nanogpt, read_nanogpt
 from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.language_model import LanguageModel, differing_weight
-from llmq_jax.models import ARCHITECTURES, PRESETS, build, override
+from llmq_jax.models import ARCHITECTURES, PRESETS, build, fields_from_text, override
 from llmq_jax.models.config import require_sizes
+from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.whole_folders import whole_folder
 
 
@@ -114,6 +125,18 @@ def has_config(source: Path) -> bool:
     has_file = any((folder / name).is_file() for name in (CONFIG, HPARAMS))
     with_config = (is_nanogpt, is_gguf, is_adapter)
     return has_file or any(test(source) for test in with_config) or find_checkpoint(source) is not None
+
+
+def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """Fields of the config of weights that come without one, from words as in `fields_from_text`; empty for what is no
+    model, which `load` refuses."""
+    if not (is_hf(source) or is_openai(source)):
+        return {}
+    try:
+        config_class = config_class_of(open_weights(source), layout) if is_hf(source) else GPT2Config
+        return fields_from_text(config_class, assignments)
+    except BadInput as error:
+        raise located(source, error) from error
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:

@@ -149,10 +149,16 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
         shown = [f"{getattr(value, 'rope_theta', value):g} of {name}" for name, value in values.items()]
         warnings.warn(
             f"the shapes of weights do not tell {' and '.join(assumed)}, in which models differ: taken is "
-            f"{' and '.join(shown)}; put the model's config.json beside the weights, or pass config={{...}}",
+            f"{' and '.join(shown)}; put the model's config.json beside the weights, or pass config={{...}} (to "
+            "convert.from_hf, --config FIELD=VALUE)",
             stacklevel=2,
         )
     return config
+
+
+def config_class_of(state: Mapping[str, Any], layout: str = "hf") -> type:
+    """The class of the config of weights that come without one, from their names."""
+    return TABLES[_recognise(state, layout)].config.config_class
 
 
 def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: str) -> Any:
@@ -171,17 +177,16 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
                 warnings.warn(f"{announced}: transformers does not save it; loaded with {name}={value}", stacklevel=5)
                 changes[name] = value
         return override(stored, **changes)
-    if isinstance(given, Mapping):
-        return config_from_state_dict(state, layout, **given)
-    if given is None:
-        missing = TABLES[_recognise(state, layout)].underivable
-        fields = ", ".join(f"{name!r}: ..." for name in missing)
-        option = " or, to convert.from_hf, --num-attention-heads" if missing == ("num_attention_heads",) else ""
+    if not (given is None or isinstance(given, Mapping)):
+        return given
+    missing = [name for name in TABLES[_recognise(state, layout)].underivable if name not in (given or {})]
+    if missing:
+        fields, words = ", ".join(f"{name!r}: ..." for name in missing), " ".join(f"{name}=..." for name in missing)
         raise BadInput(
             f"has weights but no config, and their shapes do not tell {' and '.join(missing)}; put the model's "
-            f"config.json beside them, or pass config={{{fields}}} in Python{option}"
+            f"config.json beside them, or pass config={{{fields}}} in Python or, to convert.from_hf, --config {words}"
         )
-    return given
+    return config_from_state_dict(state, layout, **(given or {}))
 
 
 def weight_table(model_type: str, layout: str = "hf") -> WeightTable:

@@ -14,7 +14,7 @@ from typing import Any
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import as_type, has_type, type_name
 from llmq_jax.interop.float8 import without_blocks
-from llmq_jax.interop.tables import KEEP as KEEP
+from llmq_jax.interop.tables import KEEP
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.heads import numbered_labels
 

@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, NULL_DROPOUT, ROTARY, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, NULL_DROPOUT, ROTARY, ConfigTable
 from llmq_jax.interop.mixtral import APART_EXPERTS, FUSED_EXPERTS, ROUTER
 from llmq_jax.interop.rope import read_rope, write_rope
-from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 
 LAYER = "model.layers.{layer}"

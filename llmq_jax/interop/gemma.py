@@ -13,56 +13,36 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.interop import llama3
 from llmq_jax.interop.configs import (
     ACTIVATION_SPELLINGS,
     CLASSIFIER_FIELDS,
     GROUPED,
-    KEEP,
     NULL_DROPOUT,
     ConfigTable,
     require_whole_heads,
 )
 from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
+from llmq_jax.interop.qwen import with_norms
 from llmq_jax.interop.rope import read_rope, read_ropes, write_rope, write_ropes
-from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.interop.tables import KEEP, Shape, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 
-GEMMA3 = WeightTable(
-    rules=(
-        rule("model.embed_tokens.weight", "token_embedding/embedding", as_is),
-        rule("model.layers.{layer}.input_layernorm.weight", "{block}/attention_norm/scale", vector),
-        rule("model.layers.{layer}.self_attn.q_proj.weight", "{block}/attention/query/kernel", out_in),
-        rule("model.layers.{layer}.self_attn.q_proj.bias", "{block}/attention/query/bias", vector),
-        rule("model.layers.{layer}.self_attn.q_norm.weight", "{block}/attention/query_norm/scale", vector),
-        rule("model.layers.{layer}.self_attn.k_proj.weight", "{block}/attention/key/kernel", out_in),
-        rule("model.layers.{layer}.self_attn.k_proj.bias", "{block}/attention/key/bias", vector),
-        rule("model.layers.{layer}.self_attn.k_norm.weight", "{block}/attention/key_norm/scale", vector),
-        rule("model.layers.{layer}.self_attn.v_proj.weight", "{block}/attention/value/kernel", out_in),
-        rule("model.layers.{layer}.self_attn.v_proj.bias", "{block}/attention/value/bias", vector),
-        rule("model.layers.{layer}.self_attn.o_proj.weight", "{block}/attention/out/kernel", out_in),
-        rule("model.layers.{layer}.self_attn.o_proj.bias", "{block}/attention/out/bias", vector),
-        rule("model.layers.{layer}.post_attention_layernorm.weight", "{block}/post_attention_norm/scale", vector),
-        rule("model.layers.{layer}.pre_feedforward_layernorm.weight", "{block}/mlp_norm/scale", vector),
-        rule("model.layers.{layer}.mlp.gate_proj.weight", "{block}/mlp/gate/kernel", out_in),
-        rule("model.layers.{layer}.mlp.up_proj.weight", "{block}/mlp/up/kernel", out_in),
-        rule("model.layers.{layer}.mlp.down_proj.weight", "{block}/mlp/down/kernel", out_in),
-        rule("model.layers.{layer}.post_feedforward_layernorm.weight", "{block}/post_mlp_norm/scale", vector),
-        rule("model.norm.weight", "final_norm/scale", vector),
-        rule("lm_head.weight", "lm_head/kernel", out_in),
-        SCORE,
-    ),
-    ignorable=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),
-    tied={"lm_head.weight": "model.embed_tokens.weight"},
+LLAMA, LAYER = llama3.LAYOUTS["hf"], "model.layers.{layer}"
+# In place of Llama's post_attention_layernorm, which is the norm before the feed-forward network.
+NORMS = (
+    rule(f"{LAYER}.post_attention_layernorm.weight", "{block}/post_attention_norm/scale", vector),
+    rule(f"{LAYER}.pre_feedforward_layernorm.weight", "{block}/mlp_norm/scale", vector),
+    rule(f"{LAYER}.post_feedforward_layernorm.weight", "{block}/post_mlp_norm/scale", vector),
+)
+AT = next(i for i, entry in enumerate(LLAMA.rules) if entry.path.endswith("mlp_norm/scale"))
+GEMMA2 = replace(LLAMA, rules=(*LLAMA.rules[:AT], *NORMS, *LLAMA.rules[AT + 1 :]), optional_prefix="")
+GEMMA3 = replace(
+    with_norms(GEMMA2, f"{LAYER}.self_attn.q_norm", f"{LAYER}.self_attn.k_norm"),
     within={"language_model.": "", "model.language_model.": "model."},
     beside=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-)
-GEMMA2 = replace(
-    GEMMA3,
-    rules=tuple(entry for entry in GEMMA3.rules if not entry.path.endswith(("query_norm/scale", "key_norm/scale"))),
-    within={},
-    beside=(),
 )
 GEMMA3_LAYOUTS, GEMMA2_LAYOUTS = {"hf": GEMMA3}, {"hf": GEMMA2}
 

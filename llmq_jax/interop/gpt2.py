@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, KEEP, ConfigTable
-from llmq_jax.interop.tables import SCORE, Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, ConfigTable
+from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
 from llmq_jax.models.gpt2 import GPT2Config
 
 # Where queries, keys and values are in our leaves, kernel [D, 3, N, H] and bias [3, N, H].
@@ -104,36 +104,33 @@ LAYOUTS = {
         tied={"out_head.weight": "tok_emb.weight"},
         writes_tied=True,
     ),
-    "original": WeightTable(
-        rules=(
-            rule("emb_dict.weight", "token_embedding/embedding", as_is),
-            rule("pos_emb_dict.weight", "position_embedding/embedding", as_is),
-            rule("trf_blocks.{layer}.ln_1.scale", "{block}/attention_norm/scale", vector),
-            rule("trf_blocks.{layer}.ln_1.shift", "{block}/attention_norm/bias", vector),
-            rule("trf_blocks.{layer}.att.w_queries.weight", "{block}/attention/qkv/kernel", out_in, at=Q),
-            rule("trf_blocks.{layer}.att.w_keys.weight", "{block}/attention/qkv/kernel", out_in, at=K),
-            rule("trf_blocks.{layer}.att.w_values.weight", "{block}/attention/qkv/kernel", out_in, at=V),
-            rule("trf_blocks.{layer}.att.w_queries.bias", "{block}/attention/qkv/bias", vector, at=Q, optional=True),
-            rule("trf_blocks.{layer}.att.w_keys.bias", "{block}/attention/qkv/bias", vector, at=K, optional=True),
-            rule("trf_blocks.{layer}.att.w_values.bias", "{block}/attention/qkv/bias", vector, at=V, optional=True),
-            rule("trf_blocks.{layer}.att.out_proj.weight", "{block}/attention/out/kernel", out_in),
-            rule("trf_blocks.{layer}.att.out_proj.bias", "{block}/attention/out/bias", vector),
-            rule("trf_blocks.{layer}.ln_2.scale", "{block}/mlp_norm/scale", vector),
-            rule("trf_blocks.{layer}.ln_2.shift", "{block}/mlp_norm/bias", vector),
-            rule("trf_blocks.{layer}.ffn.layers.0.weight", "{block}/mlp/up/kernel", out_in),
-            rule("trf_blocks.{layer}.ffn.layers.0.bias", "{block}/mlp/up/bias", vector),
-            rule("trf_blocks.{layer}.ffn.layers.2.weight", "{block}/mlp/down/kernel", out_in),
-            rule("trf_blocks.{layer}.ffn.layers.2.bias", "{block}/mlp/down/bias", vector),
-            rule("final_ln.scale", "final_norm/scale", vector),
-            rule("final_ln.shift", "final_norm/bias", vector),
-            rule("out.weight", "lm_head/kernel", out_in),
-        ),
-        ignorable=("trf_blocks.{layer}.att.mask",),
-        tied={"out.weight": "emb_dict.weight"},
-        writes_tied=True,
-    ),
 }
-# The same names, with torch's linear layers, and without biases in some files.
+
+ORIGINAL_NAMES = {
+    "tok_emb": "emb_dict",
+    "pos_emb": "pos_emb_dict",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "W_query": "w_queries",
+    "W_key": "w_keys",
+    "W_value": "w_values",
+    "ff": "ffn",
+    "final_norm": "final_ln",
+    "out_head": "out",
+}
+"""{part of a name in `book`: the part in `original`}; all other parts are the same."""
+
+
+def original(name: str) -> str:
+    return ".".join(ORIGINAL_NAMES.get(part, part) for part in name.split("."))
+
+
+LAYOUTS["original"] = replace(
+    LAYOUTS["book"],
+    rules=tuple(entry._replace(key=original(entry.key)) for entry in LAYOUTS["book"].rules),
+    tied={original(key): original(source) for key, source in LAYOUTS["book"].tied.items()},
+)
+# The names of `hf`, with torch's linear layers, and without biases in some files.
 LAYOUTS["nanogpt"] = replace(
     LAYOUTS["hf"],
     rules=tuple(

@@ -127,7 +127,11 @@ def save_hf(
     tensors = weight_table(lm.config.model_type).lazy_state_dict(merge(spread(lm.variables)), lm.config, dtype)
     config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
     changed_files: dict[str, bytes] = {}
-    if lm.config.labels is not None:
+    if lm.config.labels is None:
+        # As `padding_idx` of transformers' embedding it would keep its row, often that of the end token, from being
+        # trained; generation_config.json has it.
+        config["pad_token_id"] = None
+    else:
         config["pad_token_id"], changed_files = padding(lm)
     check_target(folder, overwrite)
     with whole_folder(folder) as partial:

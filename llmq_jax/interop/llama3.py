@@ -17,16 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import (
-    ACTIVATION_SPELLINGS,
-    GROUPED,
-    KEEP,
-    NULL_DROPOUT,
-    ConfigTable,
-    require_whole_heads,
-)
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, NULL_DROPOUT, ConfigTable, require_whole_heads
 from llmq_jax.interop.rope import read_rope, write_rope
-from llmq_jax.interop.tables import SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
+from llmq_jax.interop.tables import KEEP, SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
 
 

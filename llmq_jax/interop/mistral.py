@@ -4,8 +4,9 @@
 """
 
 from llmq_jax.interop import llama3
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, KEEP, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
 from llmq_jax.interop.rope import read_rope
+from llmq_jax.interop.tables import KEEP
 from llmq_jax.models.mistral import MistralConfig
 
 LAYOUTS = {"hf": llama3.LAYOUTS["hf"]}

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.interop import llama3
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, KEEP, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
 from llmq_jax.interop.llama3 import derive_sizes, write_sizes
 from llmq_jax.interop.rope import read_rope
-from llmq_jax.interop.tables import Rule, Shape, WeightTable, experts_out_in, out_in, rule
+from llmq_jax.interop.tables import KEEP, Rule, Shape, WeightTable, experts_out_in, out_in, rule
 from llmq_jax.models.mixtral import MixtralConfig
 
 # The places of an expert's gate and up projection in our leaf, which is [D, 2, F] for each expert.

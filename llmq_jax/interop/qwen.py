@@ -17,9 +17,9 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3, mixtral
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, KEEP, ConfigTable
+from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
 from llmq_jax.interop.rope import read_rope
-from llmq_jax.interop.tables import Shape, WeightTable, rule, vector
+from llmq_jax.interop.tables import KEEP, Shape, WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 

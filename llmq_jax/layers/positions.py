@@ -110,8 +110,13 @@ class Rope:
         self.require(self.rope_theta > 1, "rope_theta", "must be above 1")
 
     def frequencies(self, width: int, lengths: Int[Array, "B S"]) -> Any:
-        """Radians per position, [H/2]; or [B, S, H/2] where they depend on a document's length (`document_lengths`)."""
+        """Radians per position, [H/2]; or [B, S, H/2], by `document_lengths`, where `depends_on_length`."""
         return inverse_frequencies(float(self.rope_theta), width)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the rotation at a position depends on the length of its document."""
+        return False
 
     @property
     def attention_scale(self) -> float:
@@ -202,6 +207,10 @@ class DynamicRope(ScaledRope):
     rope_type: str = field(default="dynamic", init=False)
     original_max_position_embeddings: int
     """The length that the model was trained on."""
+
+    @property
+    def depends_on_length(self) -> bool:
+        return True
 
     def frequencies(self, width: int, lengths: Array) -> Any:
         trained = self.original_max_position_embeddings
@@ -366,9 +375,15 @@ class LongRope(ScaledRope):
                     f"rope_parameters.{name} has {count} factors; heads of {width} features take {width // 2}"
                 )
 
+    @property
+    def depends_on_length(self) -> bool:
+        return self.short_factor != self.long_factor  # they are equal in GGUF files, which have one list
+
     def frequencies(self, width: int, lengths: Array) -> Any:
         plain = inverse_frequencies(float(self.rope_theta), width)
         short, long = (jnp.float32(plain / np.array(factors)) for factors in (self.short_factor, self.long_factor))
+        if not self.depends_on_length:
+            return short
         return jnp.where(lengths[..., None] > self.original_max_position_embeddings, long, short)
 
     @property

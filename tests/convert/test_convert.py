@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from convert import from_hf
+from llmq_jax import command_line
 from llmq_jax.data.tokenizers import ByteTokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import to_state_dict
@@ -22,6 +23,8 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.models.mixtral import MixtralConfig
+from tests.weights import draw_variables
 
 ROOT = Path(__file__).parents[2]
 OPENAI = ROOT / "tests" / "interop" / "data" / "openai_gpt2"
@@ -124,6 +127,30 @@ def test_a_checkpoint_of_a_training_script(source, training_checkpoint, tmp_path
     jax.tree.map(np.testing.assert_array_equal, ours.variables, load(source).variables)
 
 
+def test_weights_of_experts_without_a_config(tmp_path):
+    """Their shapes do not tell how many experts a token uses: an error names the option that does."""
+    sizes = {"vocab_size": 257, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=3, rms_norm_eps=1e-6)
+    folder = save_hf(LanguageModel(config, build(config), draw_variables(config)), tmp_path / "theirs")
+    (folder / "config.json").unlink()
+
+    for fields, message in (
+        ((), "do not tell num_experts_per_tok; put the model's config.json beside them, or pass "
+             "config={'num_experts_per_tok': ...} in Python or, to convert.from_hf, --config num_experts_per_tok=..."),
+        (("num_experts_per_tok=two",), "num_experts_per_tok=two: is not of the type int"),
+        (("experts_per_tok=2",), "MixtralConfig has no field 'experts_per_tok'"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput) as caught:
+            from_hf.main(from_hf.Options(str(folder), str(tmp_path / "ours"), num_attention_heads=2, config=fields))
+        assert str(caught.value).startswith(f"{folder}: ") and message in str(caught.value)
+    options = ("--num-attention-heads=2", "--config", "num_experts_per_tok=3", "rms_norm_eps=1e-6")
+    with pytest.warns(UserWarning, match="tell rope_parameters, in which"), pytest.raises(SystemExit) as ended:
+        command_line.run(from_hf.main, [str(folder), str(tmp_path / "ours"), *options])
+    assert ended.value.code == 0
+    assert load(tmp_path / "ours").config == config
+
+
 def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_path):
     original = {"layout": "original", "num_attention_heads": 3}
     ours = save(load(source), tmp_path / "ours")
@@ -136,9 +163,20 @@ def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_pa
             "gpt2 has 50257 ids, more than the model's vocabulary",
         ),
         (source, {"num_attention_heads": 2}, f"{source}: has a config of its own; drop --num-attention-heads"),
+        (
+            source,
+            {"num_attention_heads": 2, "config": ("norm=dyt",)},
+            f"{source}: has a config of its own; drop --num-attention-heads and --config",
+        ),
+        (
+            training_checkpoint,
+            {**original, "config": ("num_attention_heads=3",)},
+            f"{training_checkpoint}: num_attention_heads is given twice",
+        ),
         (source / "model.safetensors", {"num_attention_heads": 2}, "has a config of its own"),
         (ours, {"num_attention_heads": 2}, f"{ours}: has a config of its own"),
         (OPENAI, {"num_attention_heads": 2}, f"{OPENAI}: has a config of its own"),
+        (tmp_path, {"num_attention_heads": 2}, f"{tmp_path}: is a folder with "),
         (source, {"tokenizer": "bytes"}, "has a tokenizer of its own; drop --tokenizer"),
     ):
         with pytest.raises(BadInput) as caught:
@@ -148,3 +186,9 @@ def test_a_checkpoint_without_what_is_needed(source, training_checkpoint, tmp_pa
     # What is possible without a tokenizer is said, and what comes next.
     from_hf.main(from_hf.Options(str(training_checkpoint), str(tmp_path / "more"), **original))
     assert load(tmp_path / "more").tokenizer is None
+    # OpenAI's weights may lack their config, too.
+    openai = Path(shutil.copytree(OPENAI, tmp_path / "124M"))
+    (openai / "hparams.json").unlink()
+    heads = load(OPENAI).config.num_attention_heads
+    from_hf.main(from_hf.Options(str(openai), str(tmp_path / "theirs"), num_attention_heads=heads))
+    assert load(tmp_path / "theirs").config == load(OPENAI).config

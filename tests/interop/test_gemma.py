@@ -127,8 +127,9 @@ def test_the_config_from_shapes():
 def test_all_that_weights_without_a_config_lack_is_named_at_once(tmp_path):
     save_file(state_of(GEMMA3), tmp_path / "model.safetensors")
     fields = "config={'num_attention_heads': ..., 'sliding_window': ..., 'query_pre_attn_scalar': ...} in Python"
+    words = "--config num_attention_heads=... sliding_window=... query_pre_attn_scalar=..."
     message = refused(load, tmp_path)
-    assert message.endswith(f"put the model's config.json beside them, or pass {fields}")
+    assert message.endswith(f"config.json beside them, or pass {fields} or, to convert.from_hf, {words}")
 
 
 def test_what_does_not_fit_is_named():

@@ -20,6 +20,7 @@ from llmq_jax.interop.gguf_files import AT_ONCE, open_gguf
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.model_files import has_config, load
 from llmq_jax.models.llama3 import Llama3Config
+from llmq_jax.objectives.grpo import can_share_prompts
 from tests.smollm2 import smollm2_gguf
 
 LOGITS = 1e-4
@@ -297,6 +298,7 @@ def test_models_against_transformers(tmp_path, name):
     for field in ("vocab_size", "num_key_value_heads", "rms_norm_eps", "attention_bias", "mlp_bias"):
         assert getattr(config, field) == getattr(theirs, field), field
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert can_share_prompts(lm.model)  # the divisors are the same at any length
     if name == "llama3":  # the divisors are a scaling that transformers has as well, under another name
         exported = transformers.AutoModelForCausalLM.from_pretrained(save_hf(lm, tmp_path / "hf")).eval()
         np.testing.assert_allclose(their_logits(exported), expected, atol=LOGITS)

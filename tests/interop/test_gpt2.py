@@ -258,7 +258,7 @@ def test_a_training_checkpoint_without_what_is_needed(checkpoint):
     assert refused(load, path, layout=layout) == (
         f"{path}: has weights but no config, and their shapes do not tell num_attention_heads; "
         "put the model's config.json beside them, or pass config={'num_attention_heads': ...} in Python or, to "
-        "convert.from_hf, --num-attention-heads"
+        "convert.from_hf, --config num_attention_heads=..."
     )
     for given in (None, config, {"num_attention_heads": 3}):
         message = refused(load, path, config=given)

@@ -28,7 +28,7 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.interop.safetensors_files import open_safetensors, write_safetensors
 from llmq_jax.language_model import LanguageModel
-from llmq_jax.model_files import load
+from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.weight_type import weight_type
@@ -215,6 +215,26 @@ def test_special_tokens_that_no_file_names(tmp_path):
     assert load(folder).generation == GenerationConfig(eos_token_id=(256,))
     edit_json(folder / "config.json", eos_token_id=None)
     assert load(folder).generation == GenerationConfig()
+
+
+@pytest.mark.parametrize("pad", [2, 300])
+def test_padding_in_generation_is_no_padding_of_the_embedding(tmp_path, pad):
+    """A pad token of config.json is the `padding_idx` of transformers' embedding, whose row gets no gradient, and which
+    must be in the vocabulary."""
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=12, num_hidden_layers=1, num_attention_heads=3, intermediate_size=8
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    edit_json(tmp_path / "theirs" / "generation_config.json", pad_token_id=pad)
+    lm = load(tmp_path / "theirs")
+    assert lm.generation.pad_token_id == pad
+    folder = save_hf(load(save(lm, tmp_path / "run")), tmp_path / "ours")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.generation_config.pad_token_id == pad
+    tokens = torch.tensor([[1, 2, 3]])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert model.get_input_embeddings().weight.grad[2].abs().max() > 0
+    assert load(folder).generation == lm.generation
 
 
 def test_tokenizer_files_are_kept(lm, tmp_path):

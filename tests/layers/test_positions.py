@@ -198,6 +198,7 @@ def test_there_and_back(rope_type):
     assert rope_from(rope.to_dict(), WIDTH, 128) == rope
     assert rope_from(dataclasses.asdict(rope), WIDTH, 128) == rope  # as a checkpoint of ours keeps it
     assert hash(rope) == hash(rope_from(rope, WIDTH, 128))
+    assert rope.depends_on_length == (np.ndim(rope.frequencies(WIDTH, jnp.array([[8]]))) == 3)
 
 
 def test_what_a_dict_leaves_out():
