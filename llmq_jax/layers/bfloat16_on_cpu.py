@@ -45,8 +45,12 @@ _product = partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def transposed(x: jax.Array, order: Axes) -> jax.Array:
-    """x with its axes in this order, in memory. An axis of even size is cut in two on the way: a mere transposition
-    XLA would move into the product that reads it."""
+    """x with its axes in this order, in memory. XLA moves a mere transposition into the product that reads it, but not
+    one between two reshapes. So an axis of even size is cut in two, and joined again after it. With x [6, 5]:
+
+        x.T @ w                                                    becomes a product over the first axis of x
+        x.reshape(2, 3, 5).transpose(2, 0, 1).reshape(5, 6) @ w    the same values, and it stays as it is
+    """
     if order == tuple(range(x.ndim)):
         return x
     cut = next(axis for axis in order if x.shape[axis] % 2 == 0)

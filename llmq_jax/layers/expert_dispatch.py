@@ -11,6 +11,10 @@
 
 An assignment is a (token, choice) pair: M tokens with k choices each have A = M · k of them. The id E stands for no
 expert (padding): such assignments are sorted last, cost nothing and give zero.
+
+The router's weights act in one of three places: in `dense` in the sum over all experts; in `ragged` and `grouped` on
+the hidden units, before the second matrix, so that the weights' gradient needs nothing of what experts give; in
+`blocks`, in `capacity` and wherever devices exchange tokens (without their weights) in the sum over a token's experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -113,16 +117,14 @@ def dispatch(
     if exchange is None:
         # The id E is out of range and not counted.
         sizes = jnp.bincount(flat, length=experts.up.shape[0])
-        if name in PRODUCTS:
-            # Weighted on the way, so that the weights' gradient needs nothing of what experts give.
-            shares = _reorder(weights.reshape(-1, 1), order, inverse)
-            mixed, dropped = own_experts(rows, flat[order], sizes, shares)
-            return _reorder(mixed, inverse, order).reshape(*ids.shape, -1).sum(1), dropped
-        mixed, dropped = own_experts(rows, flat[order], sizes)
+        shares = _reorder(weights.reshape(-1, 1), order, inverse) if name in PRODUCTS else None
+        mixed, dropped = own_experts(rows, flat[order], sizes, shares)
     else:
-        sizes = jnp.bincount(flat, length=experts.up.shape[0] * exchange.devices)
+        sizes, shares = jnp.bincount(flat, length=experts.up.shape[0] * exchange.devices), None
         mixed, dropped = _on_owners(rows, sizes, exchange, own_experts)
     mixed = _reorder(mixed, inverse, order).reshape(*ids.shape, -1)
+    if shares is not None:
+        return mixed.sum(1), dropped
     return jnp.einsum("mkd,mk->md", mixed, weights.astype(mixed.dtype)), dropped
 
 

@@ -38,9 +38,10 @@ TIED = "tied"
 """The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
 """The entry of `lora_fixed` that names parameters which came whole with the adapters, in place of the base's own (an
-embedding, a head), each with one of these marks."""
+embedding, a head), each with one of these marks: {"lm_head": jnp.asarray(TRAINS)}."""
 STAYS, TRAINS = 1.0, 2.0
-"""What came whole stays as it is, or trains on with the adapters, as PEFT's `modules_to_save` do."""
+"""What came whole stays as it is, or trains on with the adapters, as PEFT's `modules_to_save` do. Marks are arrays,
+because they stand in the variables, which checkpoints, meshes and `jax.jit` take for a tree of arrays."""
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 Adapter = tuple[dict[str, Any], dict[str, Any]]
@@ -146,8 +147,7 @@ raised.defvjp(
 def factors(trained: dict[str, Any], fixed: dict[str, Any]) -> tuple[Float[Array, "*stack D R"], Array]:
     """(A [*stack, D, R], s M B [*stack, R, *features]): the two matrices whose product is added to W."""
     first, last = (trained[name] if name in trained else fixed[name] for name in (A, B))
-    scale = fixed[SCALE]
-    scaled = scale.reshape(scale.shape + (1,) * (last.ndim - scale.ndim)) * last
+    scaled = _along(fixed[SCALE], last) * last
     if NUMBERS in trained:
         middle = jnp.einsum("...u,...urs->...rs", trained[NUMBERS], fixed[PROJECTIONS])
     elif MIDDLE in trained:
@@ -163,9 +163,13 @@ def _magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str
     """DoRA's m / ‖V‖ of each column of V = W + A B, with s contained in B; 1 in layers without an adapter."""
     stack = first.ndim - 2
     columns = jax.lax.stop_gradient(_column_norms(kernel, first, last))
-    ratio = trained[MAGNITUDE].reshape(columns.shape) / columns
-    scale = fixed[SCALE].reshape(fixed[SCALE].shape + (1,) * (columns.ndim - fixed[SCALE].ndim))
-    return jnp.where(scale == 0, 1.0, ratio).reshape(*kernel.shape[:stack], *kernel.shape[stack + 1 :])
+    ratio = jnp.where(_along(fixed[SCALE], columns) == 0, 1.0, trained[MAGNITUDE].reshape(columns.shape) / columns)
+    return ratio.reshape(*kernel.shape[:stack], *kernel.shape[stack + 1 :])
+
+
+def _along(leading: Array, leaf: Array) -> Array:
+    """A number for each entry of a leaf's first axes, so shaped that it multiplies the leaf."""
+    return leading.reshape(leading.shape + (1,) * (leaf.ndim - leading.ndim))
 
 
 def _column_norms(kernel: Array, first: Array, last: Array) -> Float[Array, "*stack F"]:
@@ -396,7 +400,7 @@ def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Arr
     chosen = jnp.asarray(in_layer if stacked else in_layer[0])
 
     def in_chosen(leaf: Array) -> Array:
-        return leaf * chosen.reshape(chosen.shape + (1,) * (leaf.ndim - chosen.ndim))
+        return leaf * _along(chosen, leaf)
 
     lead = kernel.shape[:stack]
     fixed: dict[str, Array] = {SCALE: in_chosen(jnp.full(lead[:stacked], spec.scale, jnp.float32))}

@@ -40,14 +40,10 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-
-        def normalise(x: Array, scale: Array, bias: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            centred = wide - mean(wide)
-            normalised = centred * lax.rsqrt(mean(jnp.square(centred), self.epsilon))
-            return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
-
-        return normalise(x, scale, bias)
+        wide = x.astype(jnp.float32)
+        centred = wide - mean(wide)
+        normalised = centred * lax.rsqrt(mean(jnp.square(centred), self.epsilon))
+        return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -62,13 +58,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-
-        def normalise(x: Array, scale: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            normalised = wide * lax.rsqrt(mean(jnp.square(wide), self.epsilon))
-            return normalised.astype(x.dtype) * repeated(scale, x)
-
-        return normalise(x, scale)
+        wide = x.astype(jnp.float32)
+        normalised = wide * lax.rsqrt(mean(jnp.square(wide), self.epsilon))
+        return normalised.astype(x.dtype) * repeated(scale, x)
 
 
 class ZeroCentredRMSNorm(nn.Module):
@@ -82,13 +74,9 @@ class ZeroCentredRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
-
-        def normalise(x: Array, scale: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            normalised = wide * lax.rsqrt(mean(jnp.square(wide), self.epsilon))
-            return (normalised * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
-
-        return normalise(x, scale)
+        wide = x.astype(jnp.float32)
+        normalised = wide * lax.rsqrt(mean(jnp.square(wide), self.epsilon))
+        return (normalised * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class DyT(nn.Module):
@@ -105,12 +93,8 @@ class DyT(nn.Module):
         alpha = self.param("alpha", nn.initializers.constant(self.alpha_init), ())
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-
-        def bound(x: Array, alpha: Array, scale: Array, bias: Array) -> Array:
-            alpha, scale, bias = (parameter.astype(jnp.float32) for parameter in (alpha, scale, bias))
-            return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
-
-        return bound(x, alpha, scale, bias)
+        alpha, scale, bias = (parameter.astype(jnp.float32) for parameter in (alpha, scale, bias))
+        return (scale * jnp.tanh(alpha * x.astype(jnp.float32)) + bias).astype(x.dtype)
 
 
 # Zhu et al. 2025, section 7 and appendix: where alpha starts in language models, by model width, before attention and

@@ -30,9 +30,11 @@ from jaxtyping import Array, Float, Int
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Choice, Context, check_implementation, choose
 from llmq_jax.layers.axes import constrain
+from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
+from llmq_jax.layers.norms import EmbeddingScale
 from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models.heads import LM_HEAD, SCORE, last_hidden, shown
 from llmq_jax.weight_type import weight_type
@@ -160,7 +162,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The input of the first layer."""
-        raise NotImplementedError
+        return self.scale_embedded(self.token_embedding(tokens))
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
@@ -243,6 +245,16 @@ class Decoder(nn.Module):
     # it is tied, or the `score` of a classifier.
 
     @nn.nowrap
+    def set_embedding(self, factor: float | None = None) -> None:
+        """Create the table of token embeddings in `setup`. What is looked up is multiplied by `factor`; in models with
+        Dynamic Tanh by a learned factor in its place (`scale_embedded`)."""
+        c = self.config
+        if c.norm == "dyt":
+            factor, self.embedding_scale = None, EmbeddingScale()
+        normal = nn.initializers.normal(c.initializer_range)
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype, factor)
+
+    @nn.nowrap
     def set_groups(self) -> None:
         """Create the layers in `setup`: `self.group_0`, ..., one loop for each of `groups`."""
         check_implementation(self.attention)
@@ -258,6 +270,11 @@ class Decoder(nn.Module):
             self.score = head(len(c.labels), dtype=self.dtype)
         elif not c.tie_word_embeddings:
             self.lm_head = head(c.vocab_size, dtype=self.dtype)
+
+    @nn.nowrap
+    def scale_embedded(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Embeddings times Dynamic Tanh's learned factor, in models that have it for norms."""
+        return self.embedding_scale(x) if self.config.norm == "dyt" else x
 
     def normalise(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The norm after the last layer."""

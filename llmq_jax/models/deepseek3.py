@@ -40,7 +40,7 @@ from llmq_jax.layers.positions import Rope, YarnRope, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
 from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
-from llmq_jax.models.llama3 import Llama3, Llama3Block
+from llmq_jax.models.llama3 import DEFAULT_ROPE, Llama3, Llama3Block
 
 MTP = "mtp"
 BLOCK = "block_0"
@@ -51,7 +51,6 @@ MTP_HIDDEN = ("after_norm", "before_norm")
 # Section 4.2: the speed of the bias for selection, and the coefficient of the sequence-wise balance loss, which here is
 # the mean over layers.
 PAPER_BALANCE = Balance(bias_rate=0.001, sequence=0.0001)
-DEFAULT_ROPE = Rope()
 
 
 @dataclass(frozen=True)
@@ -230,10 +229,9 @@ class DeepSeekV3Config:
         DeepSeek applies the temperature here; rotated queries and keys are scaled by mscale / mscale_all_dim alone,
         which is 1 in its models.
         """
-        rope = self.rope_parameters
         scale: float = self.latent_sizes.key_width**-0.5
-        if isinstance(rope, YarnRope) and rope.mscale_all_dim:
-            scale *= yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
+        if isinstance(self.rope, YarnRope) and self.rope.mscale_all_dim:
+            scale *= yarn_scale(self.rope.factor, self.rope.mscale_all_dim) ** 2
         return scale
 
 

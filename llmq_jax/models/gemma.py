@@ -23,17 +23,14 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
-from llmq_jax.layers.attention import Context, attention
-from llmq_jax.layers.caches import FullCache, RingCache
-from llmq_jax.layers.embedding import Embedding
-from llmq_jax.layers.linear import Linear, side_by_side
+from llmq_jax.layers.attention import Context
+from llmq_jax.layers.caches import Cache
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
-from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
+from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import (
     GLOBAL,
@@ -48,6 +45,7 @@ from llmq_jax.models.config import (
 )
 from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.llama3 import GroupedQueryAttention, Llama3Block
 
 FAST, SLOW = Rope(rope_theta=10_000.0), Rope(rope_theta=1_000_000.0)
 
@@ -61,6 +59,8 @@ class Gemma2Config:
     """The kinds of layers, which repeat, where `layer_types` is None."""
     normalises_queries: ClassVar[bool] = False
     """Whether queries and keys are normalised."""
+    attention_output_bias: ClassVar[bool | None] = None
+    """As attention_bias."""
 
     vocab_size: int = 256000
     max_position_embeddings: int = 8192
@@ -137,6 +137,16 @@ class Gemma2Config:
         set_rope(self, "rope_parameters", self.head_dim)
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         set_labels(self)
+
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, by the name that Llama's attention reads."""
+        return self.head_dim
+
+    @property
+    def key_value_heads(self) -> int:
+        """`num_key_value_heads`, by the name that Llama's attention reads."""
+        return self.num_key_value_heads
 
     @property
     def family_layer_types(self) -> tuple[str, ...]:
@@ -283,12 +293,7 @@ class Gemma(Decoder):
 
     def setup(self) -> None:
         c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        # Dynamic Tanh has a learned factor, which starts at sqrt(D), in place of the fixed one.
-        scale = None if c.norm == "dyt" else c.hidden_size**0.5
-        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype, scale)
-        if c.norm == "dyt":
-            self.embedding_scale = EmbeddingScale()
+        self.set_embedding(c.hidden_size**0.5)
         self.set_groups()
         self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         self.set_head()
@@ -297,10 +302,6 @@ class Gemma(Decoder):
         c = self.config
         block = partial(GemmaBlock, c, self.dtype)
         return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
-
-    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = self.token_embedding(tokens)
-        return self.embedding_scale(x) if self.config.norm == "dyt" else x
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
@@ -315,26 +316,30 @@ class Gemma(Decoder):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-class GemmaBlock(nn.Module):
-    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`."""
+class GemmaBlock(Llama3Block):
+    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`. With a `window` it is a local layer."""
 
-    config: Gemma2Config
-    dtype: Dtype | None = None
-    window: int | None = None
-    """Keys that a token sees, its own among them, in a local layer; None is a global one."""
-    experts: Experts | None = None
+    config: Gemma2Config  # type: ignore[assignment]
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
-    ) -> tuple[Array, FullCache | RingCache | None, dict[str, Any]]:
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None, dict[str, Any]]:
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        attention = GemmaAttention(c, self.dtype, self.window, name="attention")
-        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
+        if self.window is not None:
+            context = context.replace(rotation=context.local_rotation)
+        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + norm("post_attention_norm")(mixed)
         update, counts = self.feed_forward(norm("mlp_norm")(x), context)
         return x + norm("post_mlp_norm")(update), cache, counts
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        """Llama's, with another scale and a softcap."""
+        c = self.config
+        scale, softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
+        return GroupedQueryAttention(c, self.dtype, self.window, scale, softcap, name="attention")
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
@@ -353,57 +358,3 @@ class GemmaBlock(nn.Module):
             down_init=normal,
             dtype=self.dtype,
         )
-
-    @nn.nowrap
-    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> FullCache | RingCache:
-        c = self.config
-        if self.window is None:
-            return FullCache.create(batch, length, c.num_key_value_heads, c.head_dim, dtype)
-        return RingCache.create(batch, length, self.window, lookahead, c.num_key_value_heads, c.head_dim, dtype)
-
-
-class GemmaAttention(nn.Module):
-    """Grouped-query attention as in Llama 3, within a window in local layers.
-
-    Queries and keys are normalised first (Gemma 3), then rotated.
-    """
-
-    config: Gemma2Config
-    dtype: Dtype | None = None
-    window: int | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
-    ) -> tuple[Array, FullCache | RingCache | None]:
-        c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-
-        def heads(count: int, name: str) -> Linear:
-            return Linear((count, c.head_dim), c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
-
-        query, key, value = side_by_side(
-            x,
-            heads(c.num_attention_heads, "query"),
-            heads(c.num_key_value_heads, "key"),
-            heads(c.num_key_value_heads, "value"),
-        )
-        if c.normalises_queries:
-            norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_dim, c.initializer_range)
-            query, key = norm("query_norm")(query), norm("key_norm")(key)
-        rotation = context.rotation if self.window is None else context.local_rotation
-        assert rotation is not None
-        mixed, cache = attention(
-            rotation.apply(query),
-            rotation.apply(key),
-            value,
-            context,
-            cache,
-            scale=c.query_pre_attn_scalar**-0.5,
-            window=self.window,
-            softcap=c.attn_logit_softcapping,
-            dropout_rate=c.attention_dropout,
-            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
-        )
-        out = Linear(c.hidden_size, c.attention_bias, normal, self.dtype, name="out")
-        return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)), cache

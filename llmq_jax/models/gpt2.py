@@ -29,7 +29,7 @@ from llmq_jax.layers.caches import FullCache
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
-from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
+from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates
 from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
 from llmq_jax.models.heads import Labels, set_labels
@@ -113,14 +113,11 @@ class GPT2(Decoder):
 
     def setup(self) -> None:
         c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
+        self.set_embedding()
         # The original initialises positions at half the scale of tokens (0.01 against 0.02).
         half = nn.initializers.normal(c.initializer_range / 2)
         self.position_embedding = Embedding(c.max_position_embeddings, c.hidden_size, half, self.dtype, rows=None)
         self.embedding_dropout = nn.Dropout(c.embd_pdrop)
-        if c.norm == "dyt":
-            self.embedding_scale = EmbeddingScale()
         self.set_groups()
         self.final_norm = norm_layer(c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
         self.set_head()
@@ -130,8 +127,7 @@ class GPT2(Decoder):
         return layers_in_groups(partial(GPT2Block, c, self.dtype), c.num_hidden_layers, self.experts)
 
     def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = self.token_embedding(tokens) + self.position_embedding(positions)
-        x = self.embedding_scale(x) if self.config.norm == "dyt" else x
+        x = self.scale_embedded(self.token_embedding(tokens) + self.position_embedding(positions))
         dropped: Array = self.embedding_dropout(x, deterministic=not self.has_rng("dropout"))
         return dropped
 

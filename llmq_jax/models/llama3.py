@@ -25,10 +25,9 @@ from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
 from llmq_jax.layers.caches import Cache, FullCache, RingCache
-from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, side_by_side
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
-from llmq_jax.layers.norms import NORMS, EmbeddingScale, norm_layer
+from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
 from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
@@ -238,10 +237,7 @@ class Llama3(Decoder):
 
     def setup(self) -> None:
         c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, normal, self.dtype)
-        if c.norm == "dyt":
-            self.embedding_scale = EmbeddingScale()
+        self.set_embedding()
         self.set_groups()
         self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         self.set_head()
@@ -250,10 +246,6 @@ class Llama3(Decoder):
         c = self.config
         block = partial(Llama3Block, c, self.dtype)
         return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
-
-    def embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = self.token_embedding(tokens)
-        return self.embedding_scale(x) if self.config.norm == "dyt" else x
 
     @nn.nowrap
     def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
@@ -315,9 +307,14 @@ class Llama3Block(nn.Module):
 class GroupedQueryAttention(nn.Module):
     """RoPE on queries and keys; query head n reads the head n // (N / K) of keys and values."""
 
-    config: Llama3Config
+    config: Any
+    """A Llama3Config, or another that has the same names."""
     dtype: Dtype | None = None
     window: int | None = None
+    scale: float | None = None
+    """What scores are multiplied by; None is 1 / sqrt(H)."""
+    softcap: float | None = None
+    """c: scores become c · tanh(scores / c); None leaves them as they are."""
 
     @nn.compact
     def __call__(
@@ -346,8 +343,9 @@ class GroupedQueryAttention(nn.Module):
             value,
             context,
             cache,
-            scale=c.head_width**-0.5,
+            scale=c.head_width**-0.5 if self.scale is None else self.scale,
             window=self.window,
+            softcap=self.softcap,
             dropout_rate=c.attention_dropout,
             dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
         )

@@ -103,8 +103,10 @@ class Chunks:
         counted = (self.mask != 0).reshape(self.groups, -1).sum(1).max()
 
         def unfinished(state: tuple[Array, Any, Any]) -> Array:
+            # The second implies the first, which is there for `train.plan`: that multiplies what a round sends by the
+            # most rounds, and reads only a number as such (test_most_rounds_of_the_loop_over_chunks).
             i = state[0]
-            return (i < self.chunks) & (i * self.size < counted)  # `train.plan` reads the first, a number, as the bound
+            return (i < self.chunks) & (i * self.size < counted)
 
         def one_chunk(state: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
             i, totals, stacked = state

@@ -23,14 +23,16 @@ if __name__ == "__main__":
     os.environ.update(with_devices(8))
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import AXES, path_names, sharding_of
 from llmq_jax.models import abstract_variables, override
+from llmq_jax.objectives.chunks import Chunks
 from llmq_jax.training import sharding
-from llmq_jax.training.partitioner import groups, merged
+from llmq_jax.training.partitioner import groups, merged, most_rounds
 from llmq_jax.training.plan import Run, abstract_step, changes, changes_text, plan, plan_text
 
 GIB = 2**30
@@ -253,6 +255,12 @@ def test_no_change_is_enough(monkeypatch):
 def test_what_cannot_be_planned(mesh, rows, context, why):
     with pytest.raises(BadInput, match=why):
         plan(Run(lq.preset("llama-10m"), sharding.mesh_sizes(mesh), rows, context))
+
+
+def test_most_rounds_of_the_loop_over_chunks():
+    program = jax.make_jaxpr(lambda mask: Chunks.of(mask, 16).run(lambda row: (row.sum(), None), mask))
+    (loop,) = (op for op in program(jnp.ones((4, 60))).eqns if op.primitive.name == "while")
+    assert most_rounds(loop.params["cond_jaxpr"].jaxpr) == 4 * 60 / 16
 
 
 def test_dimensions_that_become_others():
