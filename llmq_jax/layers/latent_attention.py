@@ -33,8 +33,8 @@ from jaxtyping import Array, Bool, Float
 
 from llmq_jax.layers.attention import Context, plain_attention, reads_plainly, self_attention
 from llmq_jax.layers.caches import LatentCache
-from llmq_jax.layers.linear import Linear, flat_by_output, side_by_side
-from llmq_jax.layers.lora import merge
+from llmq_jax.layers.linear import KERNEL, Linear, by_input, flat_by_output, side_by_side
+from llmq_jax.layers.lora import MAGNITUDE, adapters, factors, magnitude_ratio
 from llmq_jax.layers.norms import RMSNorm
 from llmq_jax.layers.scaled_dot_product import visible
 
@@ -163,12 +163,22 @@ class LatentAttention(nn.Module):
         self, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context, cache: LatentCache
     ) -> Float[Array, "B T N V"]:
         """Attention to the latents in a cache. The keys' bias is left out: it adds the same to all scores of a query,
-        which the softmax cancels."""
-        s = self.sizes
-        up = merge(dict(self.variables))["params"]["latent_up"]
-        kernel = flat_by_output(up).astype(content.dtype).reshape(s.num_heads, -1, s.latent_rank)
+        which the softmax cancels. An adapter's matrices are absorbed one after the other, beside W."""
+        s, dtype = self.sizes, content.dtype
+        up, adapter = self.variables["params"]["latent_up"], adapters(dict(self.variables)).get(("latent_up", KERNEL))
+        kernel = flat_by_output(up).astype(dtype).reshape(s.num_heads, -1, s.latent_rank)
         to_keys, to_values = jnp.split(kernel, [s.content_width], axis=1)  # [N, width, R]
+        if adapter is not None:
+            first, last = factors(*adapter)
+            if MAGNITUDE in adapter[0]:
+                whole = by_input(up, (s.latent_rank, *last.shape[1:]))
+                ratios = jnp.split(magnitude_ratio(whole, first, last, *adapter), [s.content_width], axis=-1)
+                content = (content * ratios[0]).astype(dtype)
+            first, last = first.astype(dtype), last.astype(dtype)
+            last_keys, last_values = jnp.split(last, [s.content_width], axis=-1)
         latent_query = jnp.einsum("btnh,nhr->btnr", content, to_keys)
+        if adapter is not None:
+            latent_query += jnp.einsum("btnh,anh->btna", content, last_keys) @ first.T
         latents, places = cache.read()
         mixed = attend_to_latents(
             jnp.concatenate([latent_query, rotary], axis=-1),
@@ -176,7 +186,12 @@ class LatentAttention(nn.Module):
             visible(context.positions, places),
             self.scale,
         )
-        values = jnp.einsum("btnr,nvr->btnv", mixed[..., : s.latent_rank], to_values)
+        mixed = mixed[..., : s.latent_rank]
+        values = jnp.einsum("btnr,nvr->btnv", mixed, to_values)
+        if adapter is not None:
+            values += jnp.einsum("btna,anv->btnv", mixed @ first, last_values)
+            if MAGNITUDE in adapter[0]:
+                values = (values * ratios[1]).astype(dtype)
         return values + up["bias"][:, s.content_width :].astype(values.dtype) if self.up_bias else values
 
 

@@ -124,7 +124,7 @@ def adapted(
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)
     if MAGNITUDE in trained:
         # In float32: near 1, where all these ratios start, bfloat16 is too coarse for what m learns.
-        y = (y * _magnitude_ratio(kernel, first, last, trained, fixed)).astype(y.dtype)
+        y = (y * magnitude_ratio(kernel, first, last, trained, fixed)).astype(y.dtype)
     return y
 
 
@@ -159,7 +159,7 @@ def factors(trained: dict[str, Any], fixed: dict[str, Any]) -> tuple[Float[Array
     return first, (middle @ flat).reshape(scaled.shape)
 
 
-def _magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
+def magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
     """DoRA's m / ‖V‖ of each column of V = W + A B, with s contained in B; 1 in layers without an adapter."""
     stack = first.ndim - 2
     columns = jax.lax.stop_gradient(_column_norms(kernel, first, last))
@@ -263,7 +263,7 @@ def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Ar
         total = _matrices(kernel, stack) + first.astype(jnp.float32) @ _matrices(last, stack)
         total = total.reshape(kernel.shape)
         if MAGNITUDE in trained:
-            total *= jnp.expand_dims(_magnitude_ratio(kernel, first, last, trained, fixed), stack)
+            total *= jnp.expand_dims(magnitude_ratio(kernel, first, last, trained, fixed), stack)
         return total.astype(kernel.dtype)
 
 

@@ -422,15 +422,26 @@ class Decoder(nn.Module):
     def slice_layers(
         self, variables: dict[str, Any], arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
-        """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), with adapters
-        merged, and then passed through `arrange`."""
+        """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), passed through
+        `arrange`. Adapters are merged first where that is exact (`merges_exactly`), else they stay beside the matrices.
+        """
         variables = spread(variables)
+        if self.merges_exactly(variables):
+            variables = merge(variables)  # in whole groups: a few large products instead of several per layer
         groups = {group for (group, _), _ in self.all_layer_paths()}
         outside = {
             collection: {name: leaf for name, leaf in tree.items() if name not in groups}
             for collection, tree in variables.items()
         }
-        return arrange(merge(outside)), slice_modules(variables, self.layer_paths(), arrange)
+        return arrange(outside), slice_modules(variables, self.layer_paths(), arrange)
+
+    @nn.nowrap
+    def merges_exactly(self, variables: Mapping[str, Any]) -> bool:
+        """Whether products with W + s A B are those with W and with A B, but for float32's rounding. Where W or its
+        products are in 16 bits, and in TF32, which float32 is on a GPU, merging would round a small update away, and
+        what answers would be another policy than what learns."""
+        types = {np.dtype(self.compute_dtype(variables)), weight_type(jax.tree.leaves(variables["params"]))}
+        return types == {np.dtype(np.float32)} and jax.default_backend() == "cpu"
 
     @nn.nowrap
     def slice_caches(self, caches: dict[str, Any]) -> tuple[Any, ...]:
@@ -481,8 +492,7 @@ def slice_modules(
     paths: Sequence[tuple[tuple[str, str], int]],
     arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree,
 ) -> tuple[dict[str, Any], ...]:
-    """The variables of the module at each path, with adapters merged, and then passed through `arrange`."""
-    variables = merge(variables)  # in whole groups: a few large products instead of several per layer
+    """The variables of the module at each path, passed through `arrange`."""
     modules = []
     for (group, name), repeat in paths:
         stack = {collection: tree[group][name] for collection, tree in variables.items() if name in tree.get(group, {})}

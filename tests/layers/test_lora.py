@@ -12,6 +12,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.interop.peft import module_names
 from llmq_jax.layers import lora
 from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
+from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LoRA
 from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models import (
@@ -145,11 +146,15 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, n
 
 @pytest.mark.parametrize(("base", "name"), CASES, indirect=["base"])
 @pytest.mark.product("adapters")
-def test_decoding_and_modules_have_the_adapters_too(base, name):
+def test_decoding_has_the_adapters_too(base, name, monkeypatch):
+    """Merged where that is exact, else beside the matrices, whose layout differs from that of training."""
     model, variables = base
     adapted = moved(lora.add(variables, model.layer_paths(), VARIANTS[name]))
     expected = np.asarray(apply(model, adapted))
-    outside, layers = model.slice_layers(adapted)
+    assert not any("lora" in layer for layer in model.slice_layers(adapted)[1])
+    monkeypatch.setattr(type(model), "merges_exactly", lambda model, variables: False)
+    outside, layers = model.slice_layers(adapted, by_output)
+    assert any("lora" in layer for layer in layers)
     caches = model.slice_caches(model.create_caches(2, 16, jnp.float32))
     for place in range(6):
         logits, caches = decode(model, outside, layers, TOKENS[:, [place]], np.full((2, 1), place), caches)

@@ -124,6 +124,27 @@ def test_answers_follow_their_prompts_and_keep_their_logprobs(lm):
     assert len(set(rollout.completions)) > 4
 
 
+def test_answers_in_half_precision_are_those_of_the_adapters_that_learn(lm):
+    """Merged into the weights, what they have learned so far would be rounded away."""
+
+    def unlike(lm):
+        """The mean difference of log-probabilities, as the answers were drawn and as the policy learns."""
+        rollout = roll_out(lm, prompts(), group_size=GROUP, max_new_tokens=NEW, sampler=SAMPLER, seeds=range(5 * GROUP))
+        arrays = (jnp.asarray(x) for x in (rollout.tokens, rollout.lengths, rollout.prompt_lengths))
+        differences = np.abs(logprobs_of(lm.model, lm.variables, *arrays) - rollout.logprobs)
+        return differences[rollout.answer_mask > 0].mean()
+
+    adapted = lq.lora(lm, rank=2)
+    fresh = adapted.variables["lora"]
+    learned = jax.tree.map(lambda leaf: leaf + 0.01 * np.random.default_rng(1).standard_normal(leaf.shape), fresh)
+    in_bfloat16 = {"params": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params)}
+    adapted = adapted.replace(variables={**adapted.variables, "lora": learned})
+    single, half = (lq.build(lm.config, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert unlike(adapted.replace(model=single, variables={**adapted.variables, **in_bfloat16})) < 1e-5
+    plain, beside = unlike(lm.replace(model=half)), unlike(adapted.replace(model=half))
+    assert beside < 1.4 * plain  # merged: 1.85
+
+
 def test_a_step_raises_the_reward_of_its_answers(lm):
     """What was better than its group becomes likelier, what was worse less so."""
     loop, state = make_loop(lm, iterations=2)
