@@ -33,6 +33,7 @@ from train.options import (
     completed,
     filled,
     model_of,
+    named_as_options,
     on_devices,
     optimizer_of,
     own_options,
@@ -240,14 +241,7 @@ def main(options: Options) -> Any:
     longest_prompt = max(len(prompt.tokens) for prompt in (*training, *validation))
     objective = GRPO(
         learner.model,
-        loss_type=options.loss,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        beta=options.beta,
-        kl=options.kl,
-        kl_by_ratio=options.kl_by_ratio,
-        max_length=options.max_new_tokens if options.loss == "dr_grpo" else None,
-        entropy_coefficient=options.entropy_coefficient,
+        **loss_options(options),
         temperature=options.temperature,
         group_size=shared_by(options, learner.model, longest_prompt),
     )
@@ -301,6 +295,7 @@ def main(options: Options) -> Any:
         model_config=config,
         tokenizer=TextFiles(source.tokenizer, source.generation),
         schedule=schedule,
+        updates_per_step=options.iterations,
         evaluate=evaluate,
         judged_by=("reward", "highest"),
         sample=sample,
@@ -347,15 +342,12 @@ def resolved(options: Options) -> Options:
 
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
+    from llmq_jax.generation import Sampler
+    from llmq_jax.objectives.grpo import LossOptions
+
     check_ranges(options)
     check_what_trains(options)
     check_chat_template(options)
-    if options.base_dtype == "bfloat16" and options.dtype != "bfloat16":
-        # Answers are sampled from weights with the adapters merged in, in the base's type.
-        raise BadInput(
-            "--base-dtype bfloat16 with --dtype float32 would learn by another policy than the one that answers; add "
-            "--dtype bfloat16"
-        )
     counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
     for name in (*counts, "max_prompt", "validation_prompts"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -370,15 +362,10 @@ def check(options: Options) -> None:
         )
     if not 0 < options.temperature < math.inf:
         raise BadInput(f"--temperature is {options.temperature} and must be positive: equal answers teach nothing")
-    for name in ("beta", "clip_low", "clip_high", "top_k"):
-        if getattr(options, name) is not None and not 0 <= getattr(options, name) < math.inf:
-            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must not be negative")
-    if options.clip_low is not None and options.clip_low > 1:
-        raise BadInput(f"--clip-low is {options.clip_low} and must be at most 1: a ratio is never below 0")
-    if not 0 < options.top_p <= 1:
-        raise BadInput(f"--top-p is {options.top_p} and must be above 0 and at most 1")
-    if not math.isfinite(options.entropy_coefficient):
-        raise BadInput(f"--entropy-coefficient is {options.entropy_coefficient} and must be finite")
+    names_of_both = ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio", "entropy_coefficient", "top_k", "top_p")
+    with named_as_options(*names_of_both, loss_type="loss"):
+        LossOptions(**loss_options(options))
+        Sampler(top_k=options.top_k, top_p=options.top_p)
     if options.reward_learning_rate is not None and not 0 < options.reward_learning_rate < math.inf:
         raise BadInput(f"--reward-learning-rate is {options.reward_learning_rate} and must be positive")
     if options.replay is not None and not 0 < options.replay < 1:
@@ -393,12 +380,8 @@ def check(options: Options) -> None:
     refuse_idle(
         options,
         (
-            ("clip_low", options.loss in ("sapo", "cispo"), f"with --loss {options.loss}"),
-            ("clip_high", options.loss == "sapo", "with --loss sapo"),
             ("clip_low", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
             ("clip_high", one_update, "with --iterations 1, whose only update begins at the ratio 1"),
-            ("kl", options.beta == 0, "with --beta 0"),
-            ("kl_by_ratio", options.beta == 0, "with --beta 0"),
             ("reference", options.beta == 0, "with --beta 0"),
             ("steps_per_iteration", moves_once, "without a reference that moves (--beta) or --judge"),
             ("reward_pooling", no_model, "without a reward model in --reward"),
@@ -431,6 +414,16 @@ def check(options: Options) -> None:
         )
     if options.supervision == "process" and (no_model or len(names(options.reward)) > 1):
         raise BadInput("--supervision process takes one reward model and nothing else: --reward FOLDER")
+
+
+def loss_options(options: Options) -> dict[str, Any]:
+    """Those of the objective's fields that the options of the loss give."""
+    return {
+        "loss_type": options.loss,
+        "max_length": options.max_new_tokens if options.loss == "dr_grpo" else None,
+        **{name: getattr(options, name) for name in ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio")},
+        "entropy_coefficient": options.entropy_coefficient,
+    }
 
 
 def with_longest_prompt(options: Options, config: Any) -> Options:

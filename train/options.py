@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,9 +292,8 @@ def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
     train = getattr(options, "train", "all")
     muon = " (then without --optimizer muon)" if options.optimizer == "muon" else ""
     changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
-    both = " and --dtype float32 -> bfloat16" if of_prompts and options.dtype == "float32" else ""  # GRPO needs both
     in_float32 = train == "lora" and options.weight_dtype == "float32"
-    changes += [f"--base-dtype float32 -> bfloat16{both}"] if in_float32 else []
+    changes += ["--base-dtype float32 -> bfloat16"] if in_float32 else []
     many_moments = train == "all" and options.moments == "float32"
     changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
     here = jax.device_count()
@@ -331,6 +331,23 @@ def check_mesh(options: RecipeOptions, variables: Any, rows: int) -> None:
     if options.layout:
         print(sharding.layout_text(variables, sizes), flush=True)
         raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def named_as_options(*same: str, **others: str) -> Iterator[None]:
+    """BadInput of the library, told in the options' names: "beta=-1 must be" is "--beta is -1 and must be". Fields are
+    called as options, but for `others`: {field: the option's}."""
+    names = {**dict(zip(same, same, strict=True)), **others}
+    named = rf"\b({'|'.join(names)})\b(?:=('?)([^\s',;]+)\2( must)?)?"
+
+    def option(found: re.Match[str]) -> str:
+        name, value, must = option_name(names[found[1]]), found[3], found[4]
+        return name if value is None else f"{name} is {value} and{must}" if must else f"{name} {value}"
+
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(re.sub(named, option, str(error))) from None
 
 
 def filled(options: Any, **values: Any) -> Any:

@@ -62,6 +62,7 @@ def run(
     model_config: Any = None,
     tokenizer: Any = None,
     schedule: Callable[[Any], Any] | None = None,
+    updates_per_step: int = 1,
     evaluate: Callable[[dict[str, Any]], dict[str, float]] | None = None,
     judged_by: JudgedBy = ("loss", "lowest"),
     sample: Callable[[dict[str, Any], int], str] | None = None,
@@ -82,6 +83,7 @@ def run(
       None: nothing is written.
     * `model_config` (a dict or config dataclass) and `tokenizer` are saved with every checkpoint.
     * `schedule(i)` is the learning rate of update i, here only for the log.
+    * `updates_per_step`: how many updates of the optimizer a call of `train_step` makes, which counts as one here.
     * `evaluate(variables)` returns means by name, of which `judged_by` names the one whose lowest or highest value
       marks the best step; `sample(variables, step)` returns a text to show, the same one for the same arguments.
     * `tokens_per_step` is the number over all processes. By default it is `batches.count_tokens(i)` if there is that
@@ -132,6 +134,7 @@ def run(
             model_config=model_config,
             tokenizer=tokenizer,
             learning_rates=None if schedule is None else _table(schedule, options.steps),
+            updates_per_step=updates_per_step,
             evaluate=evaluate,
             validation=validation,
             sample=sample,
@@ -187,6 +190,7 @@ class _Loop:
     model_config: Any
     tokenizer: Any
     learning_rates: np.ndarray | None
+    updates_per_step: int
     evaluate: Callable[..., Any] | None
     validation: Validation
     sample: Callable[..., Any] | None
@@ -257,7 +261,7 @@ class _Loop:
             if early := self.stop_early():
                 say(early)
         elif self.options.branch_from is not None:
-            self.state, info = branch(self.options, self.state, self.model_config, say)
+            self.state, info = branch(self.options, self.state, self.model_config, self.updates_per_step, say)
             self.step, self.tokens = info.step, info.tokens
         folder = self.folder if processes.first() else None
         self.recorder = Recorder(

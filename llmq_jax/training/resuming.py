@@ -31,6 +31,7 @@ from llmq_jax.training.plots import Point, curve, training_curve
 from llmq_jax.training.report import RunResult
 from llmq_jax.training.run_folder import CODE, FINISHED, RunFolder, code_digest, differences
 from llmq_jax.training.run_options import RunOptions
+from llmq_jax.training.state import with_updates
 from llmq_jax.training.validation import LOSS, Validation
 
 
@@ -155,15 +156,18 @@ def check_rates(folder: RunFolder, recorded: Sequence[Point], learning_rates: np
             )
 
 
-def branch(options: RunOptions, state: Any, model_config: Any, say: Callable[[str], None]) -> Restored:
-    """The checkpoint that `branch_from` names in the place of `state`, whose arrays are freed."""
+def branch(
+    options: RunOptions, state: Any, model_config: Any, updates_per_step: int, say: Callable[[str], None]
+) -> Restored:
+    """The checkpoint that `branch_from` names in the place of `state`, whose arrays are freed, with its updates counted
+    as this run counts them."""
     found = branch_source(options)
     restored = restore_checkpoint(found, released(state))
     say(f"beginning with the state of {found}, after step {restored.info.step}")
     model = json.loads(json_bytes(config_dict(model_config)))
     if model and (differing := differences(read_config(found), model)):
         say(f"the model is configured otherwise than it was: {', '.join(differing)}")
-    return restored
+    return restored._replace(state=with_updates(restored.state, restored.info.step * updates_per_step))
 
 
 def branch_source(options: RunOptions) -> Path:

@@ -50,6 +50,22 @@ def one_or_all(trees: dict[str, Any]) -> dict[str, Any]:
     return next(iter(trees.values())) if len(trees) == 1 else trees
 
 
+def with_updates(state: TrainState, updates: int) -> TrainState:
+    """The state with this number of finished updates, by which a schedule gives the learning rate. The moments keep the
+    number of their own."""
+    count = updates - int(state.step)
+    if count == 0:
+        return state
+
+    def counted(part: Any) -> Any:
+        return part._replace(count=part.count + count) if isinstance(part, optax.ScaleByScheduleState) else part
+
+    optimizer_state = jax.tree.map(
+        counted, state.optimizer_state, is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState)
+    )
+    return state.replace(step=state.step + count, optimizer_state=optimizer_state)
+
+
 def routers_learn(variables: dict[str, Any], trainable: tuple[str, ...]) -> bool:
     """Whether steps move the biases for selection of those routers that are among `params`."""
     return ROUTER in variables and PARAMS in trainable

@@ -7,7 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import llmq_jax as lq
@@ -308,6 +310,24 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(grpo, case):
     jax.tree.map(np.testing.assert_array_equal, lq.load("run").variables, variables)
 
 
+@pytest.mark.exhaustive
+def test_a_branch_with_other_iterations_has_the_rate_of_its_step(grpo, monkeypatch):
+    """Though the optimizer has counted other updates; here each adds its rate to the weights."""
+
+    def rates(schedule, **_):
+        ones = optax.stateless(lambda grads, params: jax.tree.map(jnp.ones_like, grads))
+        return optax.chain(ones, optax.scale_by_schedule(schedule))
+
+    monkeypatch.setattr("llmq_jax.training.optimizer.adamw", rates)
+    options = {"steps": 2, "warmup_steps": 1, "initial_learning_rate": 0, "learning_rate": 0.01, "evaluate_every": 0}
+    assert grpo(**options, checkpoint_every=1)[0] == 0
+    source = "run/checkpoints/00000001"
+    code, _, err = grpo(**options, branch_from=source, iterations=4, out="branch")
+    assert (code, err) == (0, "")
+    before, after = (lq.load(path).params["final_norm"]["scale"] for path in (source, "branch"))
+    np.testing.assert_allclose(after - before, 4 * 0.01, rtol=1e-3)
+
+
 def test_a_reward_model_that_learns_changes_what_is_rewarded(grpo):
     """From the second iteration on; validation goes on measuring by what it was at first."""
     learning = {"judge": "RW:small", "replay_data": "PAIRS", "steps_per_iteration": 2, "reward_learning_rate": 0.01}
@@ -451,10 +471,10 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"accumulate": 0}, "--accumulate is 0 and must be at least 1"),
         ({"temperature": 0}, "--temperature is 0.0 and must be positive"),
         ({"top_p": 0}, "--top-p is 0.0 and must be above 0 and at most 1"),
-        ({"beta": -1}, "--beta is -1.0 and must not be negative"),
+        ({"beta": -1}, "--beta is -1.0 and must be at least 0, and finite"),
         ({"clip_low": 2}, "--clip-low is 2.0 and must be at most 1"),
-        ({"clip_low": 0.1, "loss": "sapo"}, "--clip-low has no effect with --loss sapo; leave it out"),
-        ({"clip_high": 0.1, "loss": "sapo"}, "--clip-high has no effect with --loss sapo; leave it out"),
+        ({"clip_low": 0.1, "loss": "sapo"}, "--clip-low 0.1 has no effect with --loss sapo, only with grpo, bnpo"),
+        ({"clip_high": 0.1, "loss": "sapo"}, "--clip-high 0.1 has no effect with --loss sapo, only with grpo, bnpo"),
         ({"clip_high": 0.3}, "--clip-high has no effect with --iterations 1, whose only update begins at the ratio 1"),
         ({"beta": 0.1, "reference": "old"}, "--beta has no effect where the reference is the policy that learns"),
         ({"beta": 0.1, "steps_per_iteration": 1}, "--beta has no effect where the reference is the policy that learns"),
@@ -472,10 +492,9 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"keep_last": 0, "reward": "RW:broken"}, "--keep-last is 0 and must be at least 1"),
         ({"log_every": -1, "reward": "RW:broken"}, "--log-every is -1 and must be at least 0"),
         ({"sample_every": -1, "reward": "RW:broken"}, "--sample-every is -1 and must be at least 0"),
-        ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low has no effect with --loss cispo; leave it out"),
-        ({"kl": "k2"}, "--kl has no effect with --beta 0; leave it out"),
-        ({"base_dtype": "bfloat16", "train": "lora"}, "would learn by another policy than the one that answers; add"),
-        ({"kl_by_ratio": True}, "--kl-by-ratio has no effect with --beta 0; leave it out"),
+        ({"clip_low": 0.1, "loss": "cispo"}, "--clip-low 0.1 has no effect with --loss cispo, only with grpo"),
+        ({"kl": "k2"}, "--kl k2 has no effect with --beta 0; leave it out, or give a --beta"),
+        ({"kl_by_ratio": True}, "--kl-by-ratio has no effect with --beta 0; leave it out, or give a --beta"),
         ({"reference": "start"}, "--reference has no effect with --beta 0; leave it out"),
         ({"steps_per_iteration": 2}, "--steps-per-iteration has no effect without a reference that moves"),
         ({"initial_learning_rate": 0}, "--initial-learning-rate has no effect without warm-up; leave it out"),
