@@ -95,8 +95,8 @@ TABLE = [
     # Rewards
     (f"{GRPO} --data prompts.jsonl --group-size 1", "an answer alone has no others to be better than"),
     (f"{GRPO} --data empty-prompts.jsonl", "empty"),
-    (f"{GRPO} --data prompts.jsonl --loss cispo --clip-low 0.1", "--clip-low has no effect with --loss cispo"),
-    (f"{GRPO} --data prompts.jsonl --kl k1", "--kl has no effect with --beta 0"),
+    (f"{GRPO} --data prompts.jsonl --loss cispo --clip-low 0.1", "--clip-low 0.1 has no effect with --loss cispo"),
+    (f"{GRPO} --data prompts.jsonl --kl k1", "--kl k1 has no effect with --beta 0"),
     (f"{GRPO} --data prompts.jsonl --reward mine.py", "add the name of a function in it, as mine.py:reward"),
     (f"{GRPO} --data prompts.jsonl --max-new-tokens 64", "leaves no room in the model's context, 64"),
     # Converters

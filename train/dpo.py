@@ -27,6 +27,7 @@ from train.options import (
     check_mesh,
     filled,
     model_of,
+    named_as_options,
     on_devices,
     optimizer_of,
     own_options,
@@ -50,6 +51,8 @@ from train.what_trains import FineTuningOptions, TuningOptions, flops_of, prepar
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
 REFERENCE_FILE = "reference_logprobs.npz"
+DIGEST = "reference_sha256"
+"""The entry of that file with the digest of the reference's weights."""
 ANSWERS, ANSWER_TOKENS = 32, 64
 
 
@@ -98,8 +101,10 @@ def main(options: Options) -> Any:
     from llmq_jax.training import engine, resuming, step
     from llmq_jax.training.metrics import printable
     from llmq_jax.training.parts import whole
+    from llmq_jax.training.processes import of_first
     from llmq_jax.training.sharding import own_rows, row_share
     from llmq_jax.training.state import create_state
+    from llmq_jax.weight_digest import weight_digest
 
     # The pairs, some of them held out, and the model.
     sources = sources_of(options, record_files)
@@ -140,13 +145,14 @@ def main(options: Options) -> Any:
         "may_change": MAY_CHANGE,
         "model_config": config,
     }
-    # Loaded before the run folder is opened, since it may not fit into memory; not needed where an earlier start has
-    # saved its log-probabilities.
-    asked = (Path(options.out) / REFERENCE_FILE).exists()
-    if not asked and options.reference is not None:
-        reference = other_reference(options, source)
+    # Loaded before the run folder is opened, since it may not fit into memory; not needed once the run has learned from
+    # its log-probabilities.
+    learning = of_first(lambda: has_learned(Path(options.out)))
+    if options.reference is not None:
+        reference = None if learning else other_reference(options, source)
+    digest = None if reference is None else weight_digest(reference.variables)
     with resuming.open_folder(options.out, run_options(options), **settings) as folder:
-        found = reference_logprobs(options, reference, parts, folder.path / REFERENCE_FILE)
+        found, asked = reference_logprobs(options, reference, digest, learning, parts, folder.path / REFERENCE_FILE)
         del reference  # a second model, or whole copies of layers that were cut in two
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}
         size, longest = options.batch_size, options.context
@@ -169,7 +175,7 @@ def main(options: Options) -> Any:
         unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
         # Where only a part of the model trains, its first values are enough to restore the reference at the end.
         began = None
-        if options.train != "all" and options.reference is None:
+        if options.train != "all" and options.reference is None and asked in (None, digest):
             kept = np.asarray if jax.process_count() == 1 else jnp.copy  # no process alone has all of an array
             began = {name: jax.tree.map(kept, learner.variables[name]) for name in learner.trainable}
         result = engine.run(
@@ -192,28 +198,37 @@ def main(options: Options) -> Any:
             print(f"\n{counted(len(held_out), 'pair')} held out: {figures(means)}")
             policy = source.replace(variables=whole(result.state.variables))
             start = None if began is None else source.replace(variables=whole({**result.state.variables, **began}))
-            print(distance(options, policy, start, validation), flush=True)
+            print(distance(options, policy, start, asked, validation), flush=True)
     return result
 
 
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
-    from llmq_jax.objectives.preference import SMOOTHED
+    from llmq_jax.objectives.preference import SMOOTHED, check_dpo
 
     check_preference_options(options)
-    if not 0 < options.beta < float("inf"):
-        raise BadInput(f"--beta is {options.beta} and must be positive")
-    if not 0 <= (options.label_smoothing or 0) < 0.5:
-        raise BadInput(f"--label-smoothing is {options.label_smoothing} and must be at least 0 and below 0.5")
-    idle = options.loss not in SMOOTHED
-    refuse_idle(options, [("label_smoothing", idle, f"with --loss {options.loss}")])
-    if options.normalise and options.loss == "ipo":
-        raise BadInput("--normalise has no effect with --loss ipo, which always compares means; leave it out")
+    refuse_idle(options, [("label_smoothing", options.loss not in SMOOTHED, f"with --loss {options.loss}")])
+    with named_as_options("beta", "label_smoothing", "normalise", loss_type="loss"):
+        check_dpo(options.beta, options.label_smoothing or 0.0, options.loss, options.normalise)
 
 
-def reference_logprobs(options: Options, reference: Any, parts: dict[str, Any], path: Path) -> dict:
-    """{part: float32 [N, 2]}: log-probabilities under the reference of both answers of each of its pairs, read from
-    `path` where an earlier start of this run has saved them."""
+def has_learned(folder: Path) -> bool:
+    """Whether an earlier start of this run got beyond its reference's log-probabilities: they stay, whatever the
+    reference's name stands for by now."""
+    from llmq_jax.training.checkpoints import find_checkpoint
+    from llmq_jax.training.run_folder import FINISHED
+
+    learned = find_checkpoint(folder) is not None or (folder / FINISHED).exists()
+    return learned and (folder / REFERENCE_FILE).exists()
+
+
+def reference_logprobs(
+    options: Options, reference: Any, digest: str | None, learning: bool, parts: dict[str, Any], path: Path
+) -> tuple[dict[str, Any], str | None]:
+    """({part: float32 [N, 2]}, digest of the reference that they are of, None where an older version saved them):
+    log-probabilities under the reference of both answers of each of its pairs. They are read from `path` where an
+    earlier start has saved them, if the run has learned from them (`learning`) or the reference is still the same by
+    its `digest`."""
     import numpy as np
 
     from llmq_jax.atomic_files import write_atomically
@@ -221,14 +236,21 @@ def reference_logprobs(options: Options, reference: Any, parts: dict[str, Any], 
 
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in parts}
+            saved = str(file[DIGEST]) if DIGEST in file else None
+            found = {name: file[name] for name in parts}
+        if None not in (digest, saved) and digest != saved:
+            what = "the run keeps to what it has learned from" if learning else "it is asked anew"
+            name = options.reference or options.init_from
+            print(f"{name} holds other weights than when this run began; {what}", flush=True)
+        if learning or digest == saved:
+            return found, saved
     began, count = time.monotonic(), sum(len(part) for part in parts.values())
     print(f"asking the reference for both answers of {counted(count, 'pair')}", flush=True)
     found = {name: logprobs_of(reference, part.pairs, options) for name, part in parts.items()}
     print(f"asked in {time.monotonic() - began:.0f} s", flush=True)
     if first():
-        write_atomically(path, npz_bytes(found))
-    return found
+        write_atomically(path, npz_bytes({**found, DIGEST: np.array(digest)}))
+    return found, digest
 
 
 def npz_bytes(arrays: dict[str, Any]) -> bytes:
@@ -286,9 +308,10 @@ def figures(means: dict[str, float]) -> str:
     )
 
 
-def distance(options: Options, policy: Any, reference: Any, validation: list) -> str:
+def distance(options: Options, policy: Any, reference: Any, digest: str | None, validation: list) -> str:
     """A line on the KL divergence of the policy from the reference: E[log policy(answer) - log reference(answer)], over
-    answers that the policy samples to held-out prompts. `reference` None: it is loaded again."""
+    answers that the policy samples to held-out prompts. `reference` None: it is loaded again, if it still has this
+    digest."""
     import jax
     import numpy as np
 
@@ -298,6 +321,7 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
     from llmq_jax.layers.axes import replicated
     from llmq_jax.model_files import load
     from llmq_jax.objectives.logprobs import sequence_logprobs
+    from llmq_jax.weight_digest import weight_digest
 
     longest = policy.config.max_position_embeddings - ANSWER_TOKENS
     prompts = [prompt_tokens(pair.chosen, options, policy.tokenizer) for pair in validation]
@@ -323,7 +347,10 @@ def distance(options: Options, policy: Any, reference: Any, validation: list) ->
 
     ratios = logprobs(policy)
     if reference is None:
-        reference = load(options.reference or options.init_from, dtype="float32")
+        name = options.reference or options.init_from
+        reference = load(name, dtype=options.weight_dtype if options.reference is None else None)
+        if digest not in (None, weight_digest(reference.variables)):
+            return f"KL to the reference: not measured, since {name} holds other weights than when this run began"
     ratios -= logprobs(reference)
     return (
         f"KL to the reference on {len(rows)} sampled answers: {ratios.mean():.3f} nats an answer, "

@@ -77,7 +77,7 @@ def rewards_of(chosen: Float[Array, " B"], rejected: Float[Array, " B"], beta: f
     }
 
 
-def check_dpo(beta: float, label_smoothing: float, loss_type: str) -> None:
+def check_dpo(beta: float, label_smoothing: float, loss_type: str, normalise: bool = False) -> None:
     """BadInput for options that are unknown or out of range, or that the loss ignores."""
     if loss_type not in LOSS_TYPES:
         raise BadInput(f"loss_type={loss_type!r} is unknown; choose from {', '.join(LOSS_TYPES)}")
@@ -89,6 +89,8 @@ def check_dpo(beta: float, label_smoothing: float, loss_type: str) -> None:
         )
     if label_smoothing and loss_type not in SMOOTHED:
         raise BadInput(f"label_smoothing has no effect with loss_type={loss_type!r}; leave it out")
+    if normalise and loss_type == "ipo":
+        raise BadInput("normalise has no effect with loss_type='ipo', which always compares means; leave it out")
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,7 @@ class DPO:
     """Compare means over tokens in place of sums; "ipo" always does."""
 
     def __post_init__(self) -> None:
-        check_dpo(self.beta, self.label_smoothing, self.loss_type)
-        if self.normalise and self.loss_type == "ipo":
-            raise BadInput("normalise has no effect with loss_type='ipo', which always compares means; leave it out")
+        check_dpo(self.beta, self.label_smoothing, self.loss_type, self.normalise)
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
         """The number of pairs that count: of the loss and of each metric."""

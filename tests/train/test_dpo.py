@@ -130,10 +130,12 @@ def test_the_reference_attends_as_the_policy(dpo, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
-    """A killed run goes on bit for bit; the reference is not asked again."""
+    """A killed run goes on bit for bit; the reference is not asked again, though its name stands for another model by
+    now. A run that begins anew asks that one."""
+    shutil.copytree(files["OTHER"], "named")
     options = (
         "--checkpoint-every=4",
-        "--reference=OTHER",
+        "--reference=named",
         "--label-smoothing=0.1",
         "--lora-rank=2",
         "--sample-every=0",
@@ -142,10 +144,13 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     whole = (tmp_path / "run" / "metrics.jsonl").read_text()
     (tmp_path / "run" / "finished.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "00000008")
+    shutil.rmtree("named")
+    shutil.copytree(files["MODEL"], "named")
     code, output, _ = dpo(*options)
     assert code == 0
     assert "resuming run from step" in output
     assert "asking the reference" not in output
+    assert "KL to the reference: not measured, since named holds other weights than when this run began" in output
 
     def without_times(text):
         return [
@@ -157,6 +162,14 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
     assert without_times(again) == without_times(whole)
     first = next(record for record in map(json.loads, whole.splitlines()) if "loss" in record)
     assert first["rewards/margins"] != 0  # the reference is another model
+    (tmp_path / "run" / "finished.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    code, output, _ = dpo(*options)
+    assert code == 0
+    assert "named holds other weights than when this run began; it is asked anew\nasking the reference" in output
+    assert "KL to the reference on" in output
+    first = next(record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)  # now it is the policy's own start
 
 
 @pytest.mark.exhaustive
