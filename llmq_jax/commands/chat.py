@@ -128,6 +128,11 @@ class Conversation:
         del self.turns[:forgotten]
         return pieces
 
+    def reset(self) -> None:
+        self.turns.clear()
+        if "prompt_cache" in self.drawing:
+            self.drawing["prompt_cache"].forget()
+
     def add(self, message: str, reply: str) -> None:
         self.turns.append([_message("user", message), _message("assistant", reply)])
         self.replies += 1
@@ -169,7 +174,7 @@ def _take(line: str, conversation: Conversation, at_terminal: bool) -> bool:
     """Run the command, or answer the message, in a line; returns whether that was possible."""
     command = line.strip()
     if command == "/reset":
-        conversation.turns.clear()
+        conversation.reset()
     elif command == "/help":
         print("\n".join(f"{name:8}{meaning}" for name, meaning in COMMANDS.items()), file=sys.stderr)
     elif command.startswith("/") and at_terminal:

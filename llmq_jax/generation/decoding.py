@@ -62,7 +62,7 @@ def prefill(
 ) -> tuple[DecodeState, Output | None]:
     """Read the prompts [P, T] into caches of `length` slots, with room for `new_tokens`, and draw the first token of
     each row; `samples` neighbouring rows, B in all, continue each prompt. The prompts' first `start` tokens are not
-    given: they are in the caches `held`, which have at most as many slots.
+    given: they are in the caches `held`.
 
     `lookahead` is the number of tokens that may be rolled back. If it is above 0, the model's output for the prompts is
     returned with the state: a draft may read it.

@@ -20,7 +20,7 @@ from llmq_jax.data.text_stream import TextStream, decode_behind, last_text
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model, scalar, whole
-from llmq_jax.generation.decoding import DecodeState, advance, prefill
+from llmq_jax.generation.decoding import Caches, DecodeState, advance, prefill
 from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import DEFAULT, Sampler, row_seed
 from llmq_jax.generation.speculative import (
@@ -322,37 +322,51 @@ class Request:
         )
 
     def start(self) -> DecodeState:
-        needed = int(self.prompt_lengths.max()) + self.max_new_tokens
-        context = self.lm.config.max_position_embeddings
-        length = min(max(SHORTEST_CACHE, power_of_two(needed)), context)
-        unread, lengths = self.prompts, self.prompt_lengths
-        held: dict[str, Any] = {}
-        if self.prompt_cache is not None and (read := self.prompt_cache.begins(self.lm, self.only_prompt)):
-            unread, lengths = _padded([self.only_prompt[read:]], context)
-            length = max(length, self.prompt_cache.slots)
-            held = {"held": self.prompt_cache.caches, "start": read}
-        state: DecodeState
-        state, output = prefill(
+        read = 0 if self.prompt_cache is None else self.prompt_cache.begins(self.lm, self.only_prompt)
+        unread = self.only_prompt[read:]
+        if self.prompt_cache is not None and read and len(unread) <= max(LONGEST_PROMPT_STEP, read):
+            return self._read_on(unread, read, self.prompt_cache.caches)
+        state, output = self._prefill(self.prompts, self.prompt_lengths)
+        if self.draft is None:
+            return state
+        prompts = jnp.asarray(self.prompts), jnp.asarray(self.prompt_lengths)
+        assert self.draft_lm is not None
+        begun: DecodeState = start_draft(
+            self.draft, self.draft_lm.variables, state, output, *prompts, length=self._slots
+        )
+        return begun
+
+    def _read_on(self, unread: list[int], read: int, caches: Caches) -> DecodeState:
+        """Read the rest of the only prompt, in pieces: what attends to a cache has all its scores in memory."""
+        for start in range(0, len(unread), LONGEST_PROMPT_STEP):
+            piece = _padded([unread[start : start + LONGEST_PROMPT_STEP]], self.lm.config.max_position_embeddings)
+            state, _ = self._prefill(*piece, held=caches, start=read + start)
+            caches = state.caches
+        return state
+
+    def _prefill(self, prompts: np.ndarray, lengths: np.ndarray, **held: Any) -> tuple[DecodeState, Any]:
+        read: tuple[DecodeState, Any] = prefill(
             self.lm.model,
             self.lm.variables,
-            unread,
+            prompts,
             lengths,
             self.seeds,
             sampler=self.sampler,
-            length=length,
-            new_tokens=length,  # more than enough, and no second length to compile for
+            length=self._slots,
+            new_tokens=self._slots,  # more than enough, and no second length to compile for
             end_tokens=self.end_tokens,
             pad=self.pad,
             lookahead=0 if self.draft is None else self.draft.count + 1,
             samples=self.samples,
             **held,
         )
-        if self.draft is None:
-            return state
-        prompts = jnp.asarray(self.prompts), jnp.asarray(self.prompt_lengths)
-        assert self.draft_lm is not None
-        begun: DecodeState = start_draft(self.draft, self.draft_lm.variables, state, output, *prompts, length=length)
-        return begun
+        return read
+
+    @property
+    def _slots(self) -> int:
+        """The length of the caches."""
+        needed = int(self.prompt_lengths.max()) + self.max_new_tokens
+        return min(max(SHORTEST_CACHE, power_of_two(needed)), int(self.lm.config.max_position_embeddings))
 
     def advance(self, state: DecodeState, until: int) -> DecodeState:
         rows = len(self.seeds)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from llmq_jax.generation.decoding import Caches, DecodeState
-from llmq_jax.layers.caches import RingCache
+from llmq_jax.layers.caches import FullCache, LatentCache, RingCache
 
 if TYPE_CHECKING:
     from llmq_jax.language_model import LanguageModel
@@ -21,8 +21,10 @@ class PromptCache:
         lq.generate(lm, text, prompt_cache=cache)  # reads the text, and writes on
         lq.generate(lm, text + more, prompt_cache=cache)  # reads `more`
 
-    Each call replaces what is held. Another model's is not used. Layers with a window forget what is older, so that a
-    prompt that parts from a text longer than the window before its end is read whole.
+    Each call replaces what is held. It is not used by another model, nor where there is more to read anew than is held,
+    nor where RoPE depends on the length of a text. Layers with a window forget what is older, so that a prompt that
+    parts from a text longer than the window before its end is read whole. At near-ties tokens may be others than
+    without a cache, because keys were computed in passes of other lengths.
     """
 
     def __init__(self) -> None:
@@ -35,21 +37,18 @@ class PromptCache:
         """The text, without tokens after a stop string."""
         self.caches: Caches = ()
         """One per layer."""
-        self.slots = 0
-        """The length that the caches were made for."""
         self.read = 0
         """The number of tokens in the caches."""
 
     def begins(self, lm: LanguageModel, prompt: list[int]) -> int:
         """The number of the prompt's tokens that need not be computed; the last, which tells the next one, is not among
         them."""
-        if self.lm is not lm:
+        if self.lm is not lm or lm.model.rotates_by_length:
             return 0
         pairs = zip(self.tokens, prompt[:-1], strict=False)
         same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
         count = min(len(self.tokens), len(prompt) - 1) if same is None else same
-        overwritten = any(isinstance(cache, RingCache) and self.read > cache.slots for cache in self.caches)
-        return 0 if count < self.read and overwritten else count
+        return count if all(_goes_back(cache, self.read, count) for cache in self.caches) else 0
 
     def keep(self, lm: LanguageModel, prompt: list[int], state: DecodeState) -> None:
         """Hold the text of a state's only row. Of one that an interrupted step has used up nothing can be held."""
@@ -59,4 +58,11 @@ class PromptCache:
         tokens, length, self.read = jax.device_get((state.tokens[0], state.lengths[0], state.positions[0]))
         # The newest token is not read yet: its position is the number of those that are.
         self.lm, self.tokens = lm, [*prompt, *tokens[:length].tolist()][: self.read]
-        self.caches, self.slots = state.caches, len(tokens)
+        self.caches = state.caches
+
+
+def _goes_back(cache: Any, read: int, count: int) -> bool:
+    """Whether a cache of `read` tokens still holds what the token after the first `count` sees."""
+    if isinstance(cache, RingCache):
+        return count >= read - 1 or read <= cache.slots
+    return count == read or isinstance(cache, FullCache | LatentCache)

@@ -24,11 +24,12 @@ take as long as the product.
 to an empty cache attends only to itself.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 NOWHERE = int(np.iinfo(np.int32).max)
 """The position of an empty slot: after all queries, so that none sees it."""
@@ -69,8 +70,8 @@ class FullCache(struct.PyTreeNode):
         return cache, cache.read()
 
     def extend(self, length: int) -> "FullCache":
-        """The same cache with `length` slots in all."""
-        return self.replace(keys=_lengthen(self.keys, -1, length), values=_lengthen(self.values, -2, length))
+        """The same cache with `length` slots in all, or cut to as many."""
+        return self.replace(keys=_resized(self.keys, -1, length), values=_resized(self.values, -2, length))
 
 
 class LatentCache(struct.PyTreeNode):
@@ -102,7 +103,7 @@ class LatentCache(struct.PyTreeNode):
         return self.latents, jnp.broadcast_to(jnp.arange(length), (batch, length))
 
     def extend(self, length: int) -> "LatentCache":
-        return self.replace(latents=_lengthen(self.latents, -2, length))
+        return self.replace(latents=_resized(self.latents, -2, length))
 
 
 class RingCache(struct.PyTreeNode):
@@ -192,11 +193,10 @@ class RingCache(struct.PyTreeNode):
         """The same cache for `length` positions in all. Only a cache with fewer than window + lookahead slots grows,
         and such a cache has never wrapped."""
         slots = min(length, self.window + self.lookahead)
-        more = [(0, 0)] * (self.positions.ndim - 1) + [(0, slots - self.positions.shape[-1])]
         return self.replace(
-            keys=_lengthen(self.keys, -1, slots),
-            values=_lengthen(self.values, -2, slots),
-            positions=jnp.pad(self.positions, more, constant_values=NOWHERE),
+            keys=_resized(self.keys, -1, slots),
+            values=_resized(self.values, -2, slots),
+            positions=_resized(self.positions, -1, slots, NOWHERE),
         )
 
 
@@ -230,7 +230,8 @@ def _put(
     )
 
 
-def _lengthen(held: Float[Array, "..."], axis: int, slots: int) -> Float[Array, "..."]:
-    more = [(0, 0)] * held.ndim
-    more[axis] = (0, slots - held.shape[axis])
-    return jnp.pad(held, more)
+def _resized(held: Shaped[Array, "..."], axis: int, slots: int, fill: int = 0) -> Shaped[Array, "..."]:
+    ends = [(0, 0, 0)] * held.ndim
+    ends[axis] = (0, slots - held.shape[axis], 0)
+    resized: Array = jax.lax.pad(held, jnp.asarray(fill, held.dtype), ends)
+    return resized

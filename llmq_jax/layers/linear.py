@@ -152,10 +152,11 @@ def by_output(variables: dict[str, Any]) -> dict[str, Any]:
     as they are.
 
     XLA's CPU backend multiplies a single row by such a matrix at the speed of memory, 1.1 to 1.5 times as fast as by
-    (in, out), and few rows (`times_transposed`) 1.1 to 3 times as fast. Kernels of layers that `SIDE_BY_SIDE` lists
-    together are joined: one product of 1 MB or more replaces small ones, which would wait for each other's threads. On
-    a GPU fewer products are launched, and XLA's `dot-merger` need not join them by copying the kernels for every token.
-    Layers of these names that are called one by one, each with its own input, use their own rows of the joined kernel.
+    (in, out), and few rows (`times_transposed`) up to 3 times, the more the larger the matrix. Kernels of layers that
+    `SIDE_BY_SIDE` lists together are joined: one product of 1 MB or more replaces small ones, which would wait for each
+    other's threads. On a GPU fewer products are launched, and XLA's `dot-merger` need not join them by copying the
+    kernels for every token. Layers of these names that are called one by one, each with its own input, use their own
+    rows of the joined kernel.
     """
     tree = {name: by_output(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
     if KERNEL in tree and not isinstance(tree[KERNEL], dict):  # a dict is the kernel's adapter

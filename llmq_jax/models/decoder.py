@@ -35,6 +35,7 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.norms import EmbeddingScale
+from llmq_jax.layers.positions import Rope
 from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models.heads import LM_HEAD, SCORE, last_hidden, shown
 from llmq_jax.weight_type import weight_type
@@ -175,6 +176,12 @@ class Decoder(nn.Module):
         fields describe some, `usual_experts`."""
         given: Experts | None = self.config.experts
         return getattr(self.config, "usual_experts", None) if given is None else given
+
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether the rotation of a token depends on the length of its document (RoPE scaled by it)."""
+        ropes = (getattr(self.config, name, None) for name in ("rope_parameters", "local_rope_parameters"))
+        return any(isinstance(rope, Rope) and rope.depends_on_length for rope in ropes)
 
     # The pass.
 

@@ -38,7 +38,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.layers.positions import Rope
 from llmq_jax.models.decoder import Decoder
 from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.logprobs import completion_logprobs
@@ -342,9 +341,8 @@ def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> F
 
 def can_share_prompts(model: Decoder) -> bool:
     """Whether the answers of a group can share one pass over their prompt: see `GRPO.group_size`."""
-    ropes = (getattr(model.config, name, None) for name in ("rope_parameters", "local_rope_parameters"))
-    by_length = any(isinstance(rope, Rope) and rope.depends_on_length for rope in ropes)  # on prompt and answer
-    return model.experts is None and model.frozen_layers == 0 and not by_length
+    # A length is that of prompt and answer.
+    return model.experts is None and model.frozen_layers == 0 and not model.rotates_by_length
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def run(
     model_config: Any = None,
     tokenizer: Any = None,
     schedule: Callable[[Any], Any] | None = None,
-    updates_per_step: int = 1,
+    updates_per_step: int | None = None,
     evaluate: Callable[[dict[str, Any]], dict[str, float]] | None = None,
     judged_by: JudgedBy = ("loss", "lowest"),
     sample: Callable[[dict[str, Any], int], str] | None = None,
@@ -83,7 +83,8 @@ def run(
       None: nothing is written.
     * `model_config` (a dict or config dataclass) and `tokenizer` are saved with every checkpoint.
     * `schedule(i)` is the learning rate of update i, here only for the log.
-    * `updates_per_step`: how many updates of the optimizer a call of `train_step` makes, which counts as one here.
+    * `updates_per_step`: how many updates of the optimizer a call of `train_step` makes, which counts as one here. So
+      a branch of a run that made another number goes on with the learning rate of its step; None keeps the state's.
     * `evaluate(variables)` returns means by name, of which `judged_by` names the one whose lowest or highest value
       marks the best step; `sample(variables, step)` returns a text to show, the same one for the same arguments.
     * `tokens_per_step` is the number over all processes. By default it is `batches.count_tokens(i)` if there is that
@@ -190,7 +191,7 @@ class _Loop:
     model_config: Any
     tokenizer: Any
     learning_rates: np.ndarray | None
-    updates_per_step: int
+    updates_per_step: int | None
     evaluate: Callable[..., Any] | None
     validation: Validation
     sample: Callable[..., Any] | None

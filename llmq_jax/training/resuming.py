@@ -157,16 +157,18 @@ def check_rates(folder: RunFolder, recorded: Sequence[Point], learning_rates: np
 
 
 def branch(
-    options: RunOptions, state: Any, model_config: Any, updates_per_step: int, say: Callable[[str], None]
+    options: RunOptions, state: Any, model_config: Any, updates_per_step: int | None, say: Callable[[str], None]
 ) -> Restored:
     """The checkpoint that `branch_from` names in the place of `state`, whose arrays are freed, with its updates counted
-    as this run counts them."""
+    as this run counts them, if it says how."""
     found = branch_source(options)
     restored = restore_checkpoint(found, released(state))
     say(f"beginning with the state of {found}, after step {restored.info.step}")
     model = json.loads(json_bytes(config_dict(model_config)))
     if model and (differing := differences(read_config(found), model)):
         say(f"the model is configured otherwise than it was: {', '.join(differing)}")
+    if updates_per_step is None:
+        return restored
     return restored._replace(state=with_updates(restored.state, restored.info.step * updates_per_step))
 
 

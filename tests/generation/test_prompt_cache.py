@@ -26,6 +26,17 @@ LATENTS = {
     "v_head_dim": 8,
 }
 WINDOW = {"head_dim": 8, "sliding_window": 12, "layer_types": ("sliding_attention", "full_attention")}
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        "factor": 8.0,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [4.0, 8.0],
+    },
+}
 CONFIGS = {
     "gpt2": lq.GPT2Config(**SIZES, num_attention_heads=2),
     "a window that wraps": lq.Gemma3Config(**LLAMA, **WINDOW),
@@ -52,6 +63,38 @@ def computed(monkeypatch):
 
     monkeypatch.setitem(generate, "prefill", prefill)
     return counts
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotations_that_depend_on_the_length_are_read_anew(rope, computed):
+    config = lq.Llama3Config(**LLAMA, rope_parameters=ROPES[rope])
+    lm = lq.LanguageModel(config, lq.build(config), draw_variables(config, seed=3))
+    cache = lq.PromptCache()
+    for prompt in (text(12), text(30)):
+        lq.generate(lm, [prompt], max_new_tokens=2, stop=(), prompt_cache=cache)
+    assert computed == [12, 30]
+
+
+def test_a_long_rest_is_read_in_pieces_and_one_longer_than_what_is_held_as_a_whole(lm, computed, monkeypatch):
+    monkeypatch.setitem(lq.generate.__globals__, "LONGEST_PROMPT_STEP", 8)
+    cache, prompt = lq.PromptCache(), text(70)
+    for end in (9, 26, 45, 70):
+        made = lq.generate(lm, [prompt[:end]], max_new_tokens=1, sampler=GREEDY, stop=(), prompt_cache=cache)
+        whole = lq.generate(lm, [prompt[:end]], max_new_tokens=1, sampler=GREEDY, stop=())
+        np.testing.assert_array_equal(made.tokens, whole.tokens)
+        np.testing.assert_allclose(made.logprobs, whole.logprobs, atol=2e-5)
+    assert computed == [9, 9, 26, 26, 8, 8, 3, 45, 8, 8, 8, 1, 70]
+
+
+def test_a_short_text_has_short_caches_again():
+    config = lq.Llama3Config(**LLAMA | {"max_position_embeddings": 512})
+    lm = lq.LanguageModel(config, lq.build(config), draw_variables(config, seed=4))
+    cache, options = lq.PromptCache(), {"max_new_tokens": 4, "sampler": GREEDY, "stop": ()}
+    long, short = text(300), [*text(300)[:20], 1]
+    for prompt, slots in ((long, 512), (short, 256), (long, 512)):
+        made = lq.generate(lm, [prompt], prompt_cache=cache, **options)
+        np.testing.assert_array_equal(made.tokens, lq.generate(lm, [prompt], **options).tokens)
+        assert {held.keys.shape[-1] for held in cache.caches} == {slots}
 
 
 def text(length, seed=0):
