@@ -12,6 +12,7 @@ from flax import struct
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
+from llmq_jax.layers.axes import axis_sizes
 from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
 from llmq_jax.layers.repetition import repeated
 
@@ -107,8 +108,8 @@ def _by_rows(x: Float[Array, "*batch D"], kernel: Float[Array, "out D"], dtype: 
 
 
 def times_transposed(rows: Float[Array, "M D"], matrix: Float[Array, "out D"]) -> Float[Array, "M out"]:
-    """x Wᵀ."""
-    few = 1 < len(rows) <= FEW_ROWS and jax.default_backend() == "cpu"
+    """x Wᵀ. On a mesh in the usual form, in which the rows that a device holds are those that it computes."""
+    few = 1 < len(rows) <= FEW_ROWS and jax.default_backend() == "cpu" and not axis_sizes()
     return _matrix_first(rows, matrix) if few else _rows_first(rows, matrix)
 
 
