@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from bench.products import Product, products_of, time_in_jax
 from bench.rows import ADAPTER, FULL, PROMPTS
 from bench.worker import Side
 from llmq_jax.data.prompts import Prompt, PromptBatches
+from llmq_jax.generation.decoding import read_prompts
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
@@ -241,10 +243,13 @@ class ExpertsSide(GradientsSide):
 
 
 def chosen_experts_alone(row: Any) -> tuple[Any, dict]:
-    """(a model with only as many experts as a token passes through, shapes of its variables): the work for one
-    token."""
-    count = row.fields["num_experts_per_tok"]
-    config = replace(row_config(row), n_routed_experts=count, n_group=1, topk_group=1)
+    """(a model with only as many experts as the tokens of one pass go through, if each goes through others; shapes of
+    its variables): the work for one token of each row."""
+    config = row_config(row)
+    (field,) = {"n_routed_experts", "num_local_experts"} & row.fields.keys()
+    count = min(row.fields[field], row.batch * row.fields["num_experts_per_tok"])
+    groups = {"n_group": 1, "topk_group": 1} if "n_group" in row.fields else {}
+    config = replace(config, **{field: count}, **groups)
     config = replace(config, experts=replace(lq.build(config).experts, dispatch="dense"))
     return lq.build(config), abstract_variables(config)
 
@@ -284,8 +289,10 @@ class GenerationSide(OurSide):
         else:
             outside, layers = self.lm.sliced(batch)
         if self.row.new_tokens == 1:
-            prompts = jnp.asarray(self.prompts)
-            return products_of(lambda prompts: model.apply(self.lm.variables, prompts, method="hidden"), prompts)
+            prompts, lengths = jnp.asarray(self.prompts), jnp.full(batch, self.row.prompt)
+            read = partial(read_prompts, model, length=length, lookahead=0)
+            read_from = self.lm.read_from(batch, prompts.size)
+            return products_of(lambda *arguments: read(*arguments)[0].hidden, *read_from, prompts, lengths)
         caches = model.slice_caches(model.create_caches(batch, length, jnp.float32))
         caches = tuple(cache.replace(empty=False) for cache in caches)  # as after a prompt
         token = jnp.zeros((batch, 1), jnp.int32)

@@ -435,6 +435,17 @@ DEEPSEEK = {
     "max_position_embeddings": 256,
     "vocab_size": 257,
 }
+MIXTRAL_QUARTER = {  # Mixtral 8x7B at a quarter of its width, with 4 of its 32 layers
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 2048,
+    "vocab_size": 32000,
+}
 WITHOUT_PLAIN = ("ours", "ours, scanned", "transformers, eager", "transformers, compiled")
 SMOLLM2_SIDES = ("ours", "transformers, eager", "plain torch, eager")
 CACHED_SIDES = ("ours", "ours, without a cache", "transformers, eager")
@@ -520,6 +531,8 @@ ROWS: dict[str, Row] = {
             sides=SMOLLM2_SIDES,
             at_least=1.0,
         ),
+        Generation("mixtral-generate-1", MIXTRAL_QUARTER, 1, new_tokens=32, model_type="mixtral", at_least=1.0),
+        Generation("mixtral-generate-8", MIXTRAL_QUARTER, 8, new_tokens=32, model_type="mixtral", at_least=1.0),
         Generation("deepseek-generate-1", DEEPSEEK, 1, model_type="deepseek_v3", at_least=3.0),
         # The pairs are text of GPT-2's tokenizer, whose end token is its last.
         DPOStep("smollm2-dpo-step-2", SMOLLM2 | {"vocab_size": 50257}),

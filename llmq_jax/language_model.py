@@ -24,8 +24,10 @@ from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated
+from llmq_jax.layers.expert_dispatch import apart_pays
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, spread, trained_numbers
+from llmq_jax.layers.moe import by_expert
 from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
@@ -65,11 +67,34 @@ class LanguageModel:
         backend = jax.default_backend()
         # On a mesh, joined kernels would be divided at other rows than apart.
         joined = not axis_sizes() and (backend == "cpu" or (backend == "gpu" and batch == 1))
-        if joined not in self._sliced:
+        apart = not axis_sizes() and self._experts_apart(batch)
+        if (joined, apart) not in self._sliced:
+
+            def arrange(variables: dict[str, Any]) -> dict[str, Any]:
+                variables = by_output(variables) if joined else variables
+                return by_expert(variables) if apart else variables
+
             self._sliced.clear()
-            arrange = {"arrange": by_output} if joined else {}
-            self._sliced[joined] = self.model.slice_layers(self.variables, **arrange)
-        return self._sliced[joined]
+            self._sliced[joined, apart] = self.model.slice_layers(self.variables, arrange)
+        return self._sliced[joined, apart]
+
+    def read_from(self, batch: int, tokens: int) -> tuple[dict[str, Any], tuple[dict[str, Any], ...] | None]:
+        """(variables outside the layers, variables of each layer) that read prompts of so many tokens in all, before
+        decoding of this batch; or (all variables, None).
+
+        On a CPU a loop over stacked layers copies the weights of each out of the stack, which for short prompts takes
+        longer than the products.
+        """
+        if axis_sizes() or jax.default_backend() != "cpu":
+            return self.variables, None
+        if self._experts_apart(batch) and not self._experts_apart(tokens):
+            return self.variables, None
+        return self.sliced(batch)
+
+    def _experts_apart(self, tokens: int) -> bool:
+        """Whether passes over so many tokens want each expert's matrices as arrays of their own."""
+        experts = self.model.experts
+        return experts is not None and apart_pays(experts.dispatch, experts.num_experts, tokens)
 
     @functools.cached_property
     def sliced_ahead(self) -> tuple[dict[str, Any], ...]:
@@ -78,7 +103,7 @@ class LanguageModel:
         return slice_modules(spread(self.variables), paths)
 
     @functools.cached_property
-    def _sliced(self) -> dict[bool, tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:
+    def _sliced(self) -> dict[tuple[bool, bool], tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:
         return {}
 
     def require_tokenizer(self, source: str) -> Tokenizer:

@@ -38,6 +38,7 @@ class DecodeState(struct.PyTreeNode):
 
 State = TypeVar("State", bound=DecodeState)
 Caches = tuple[Any, ...]
+Layers = tuple[dict[str, Any], ...]
 
 
 @partial(
@@ -57,18 +58,20 @@ def prefill(
     pad: int,
     lookahead: int = 0,
     samples: int = 1,
+    layers: Layers | None = None,
     held: Caches = (),
     start: jax.Array | int = 0,
 ) -> tuple[DecodeState, Output | None]:
     """Read the prompts [P, T] into caches of `length` slots, with room for `new_tokens`, and draw the first token of
-    each row; `samples` neighbouring rows, B in all, continue each prompt. The prompts' first `start` tokens are not
-    given: they are in the caches `held`.
+    each row; `samples` neighbouring rows, B in all, continue each prompt. With `layers`, these are the variables of
+    each layer, and `variables` those outside. The prompts' first `start` tokens are not given: they are in the caches
+    `held`.
 
     `lookahead` is the number of tokens that may be rolled back. If it is above 0, the model's output for the prompts is
     returned with the state: a draft may read it.
     """
     batch = prompts.shape[0] * samples
-    output, caches = read_prompts(model, variables, prompts, prompt_lengths, length, lookahead, held, start)
+    output, caches = read_prompts(model, variables, layers, prompts, prompt_lengths, length, lookahead, held, start)
     last = jnp.take_along_axis(output.hidden, prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
     if samples > 1:
         last, prompt_lengths, caches = jax.tree.map(
@@ -94,6 +97,7 @@ def prefill(
 def read_prompts(
     model: Decoder,
     variables: dict[str, Any],
+    layers: Layers | None,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
     length: int,
@@ -101,16 +105,21 @@ def read_prompts(
     held: Caches = (),
     start: jax.Array | int = 0,
 ) -> tuple[Output, tuple[Any, ...]]:
-    """A pass over the prompts, after what the caches `held` hold: (its output, one cache per layer, of `length`
-    slots)."""
+    """A pass over the prompts, after what the caches `held` hold: (its output, one cache per layer, of `length` slots).
+    `layers` as in `prefill`."""
     rows, width = prompts.shape
-    if held:
-        caches = model.stack_caches([cache.extend(length) for cache in held])
-    else:
-        caches = model.create_caches(rows, width, model.compute_dtype(variables), lookahead)
     positions = jnp.broadcast_to(start + jnp.arange(width), prompts.shape)
-    output = model.apply(variables, prompts, positions, caches=caches, lengths=prompt_lengths, method="forward")
-    return output, divided(tuple(cache.extend(length) for cache in model.slice_caches(output.caches)))
+    dtype = model.compute_dtype(variables, layers or ())
+    caches: Any = [cache.extend(length) for cache in held]
+    stacked = model.stack_caches(caches) if held else model.create_caches(rows, width, dtype, lookahead)
+    if layers is None:
+        output = model.apply(variables, prompts, positions, caches=stacked, lengths=prompt_lengths, method="forward")
+        caches = model.slice_caches(output.caches)
+    else:
+        caches = tuple(caches) or model.slice_caches(stacked)
+        output = model.decode(variables, layers, prompts, positions, caches, prompt_lengths)
+        caches = output.caches
+    return output, divided(tuple(cache.extend(length) for cache in caches))
 
 
 def divided(caches: Caches) -> Caches:
@@ -132,7 +141,7 @@ def in_order(caches: Caches) -> Caches:
 def advance(
     model: Decoder,
     outside: dict[str, Any],
-    layers: tuple[dict[str, Any], ...],
+    layers: Layers,
     state: DecodeState,
     until: jax.Array,
     *,

@@ -332,9 +332,12 @@ class Request:
             return state
         prompts = jnp.asarray(self.prompts), jnp.asarray(self.prompt_lengths)
         assert self.draft_lm is not None
-        begun: DecodeState = start_draft(
-            self.draft, self.draft_lm.variables, state, output, *prompts, length=self._slots
-        )
+        variables, layers = self.lm.variables, None
+        if not isinstance(self.draft, MultiTokenDraft):
+            batch = self._batch if self.draft_lm is self.lm else len(self.seeds)
+            variables, layers = self.draft_lm.read_from(batch, self.prompts.size)
+        options = {"length": self._slots, "layers": layers}
+        begun: DecodeState = start_draft(self.draft, variables, state, output, *prompts, **options)
         return begun
 
     def _read_on(self, unread: list[int], read: int, caches: Caches) -> DecodeState:
@@ -346,9 +349,10 @@ class Request:
         return state
 
     def _prefill(self, prompts: np.ndarray, lengths: np.ndarray, **held: Any) -> tuple[DecodeState, Any]:
+        variables, layers = self.lm.read_from(self._batch, prompts.size)
         read: tuple[DecodeState, Any] = prefill(
             self.lm.model,
-            self.lm.variables,
+            variables,
             prompts,
             lengths,
             self.seeds,
@@ -359,9 +363,15 @@ class Request:
             pad=self.pad,
             lookahead=0 if self.draft is None else self.draft.count + 1,
             samples=self.samples,
+            layers=layers,
             **held,
         )
         return read
+
+    @property
+    def _batch(self) -> int:
+        """Tokens that a pass of decoding reads."""
+        return len(self.seeds) * (1 if self.draft is None else self.draft.count + 1)
 
     @property
     def _slots(self) -> int:
@@ -370,21 +380,19 @@ class Request:
         return min(max(SHORTEST_CACHE, power_of_two(needed)), int(self.lm.config.max_position_embeddings))
 
     def advance(self, state: DecodeState, until: int) -> DecodeState:
-        rows = len(self.seeds)
         options = {"sampler": self.sampler, "end_tokens": self.end_tokens}
+        outside, layers = self.lm.sliced(self._batch)
         advanced: DecodeState
         if self.draft is None:
-            outside, layers = self.lm.sliced(rows)
             advanced = advance(self.lm.model, outside, layers, state, until, **options)
             return advanced
         assert self.draft_lm is not None
-        outside, layers = self.lm.sliced(rows * (self.draft.count + 1))
         if isinstance(self.draft, MultiTokenDraft):
             of_draft = outside, self.lm.sliced_ahead
         elif self.draft_lm is self.lm:
             of_draft = outside, layers
         else:
-            of_draft = self.draft_lm.sliced(rows)
+            of_draft = self.draft_lm.sliced(len(self.seeds))
         advanced = advance_by_drafts(
             self.lm.model, self.draft, outside, layers, of_draft, state, until, self.max_new_tokens, **options
         )

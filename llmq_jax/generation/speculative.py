@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.generation.decoding import DecodeState, divided, in_order, is_end, read_prompts, readable
+from llmq_jax.generation.decoding import DecodeState, Layers, divided, in_order, is_end, read_prompts, readable
 from llmq_jax.generation.sampling import Sampler, draw, first_largest, sample
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.models.deepseek3 import DeepSeek3
@@ -31,7 +31,7 @@ from llmq_jax.models.deepseek3 import DeepSeek3
 # Indices of a row's random keys in one pass, beside 0, 1, ..., those of its drafts.
 ACCEPTANCE, RESIDUAL = 1_000_000, 1_000_001
 
-Sliced = tuple[dict[str, Any], tuple[dict[str, Any], ...]]
+Sliced = tuple[dict[str, Any], Layers]
 """(variables outside the layers or modules that a draft runs, variables of each of these)."""
 Draw = Callable[[Array, int], Array]
 """A token for each row, from logits [B, V] and the index of the draft."""
@@ -61,9 +61,16 @@ class ModelDraft:
         """int32 [B, 2]: the newest token, last, and the one before it, which the draft may not have read yet."""
 
     def start(
-        self, variables: dict[str, Any], output: Output, prompts: Array, lengths: Array, newest: Array, length: int
+        self,
+        variables: dict[str, Any],
+        layers: Layers | None,
+        output: Output,
+        prompts: Array,
+        lengths: Array,
+        newest: Array,
+        length: int,
     ) -> State:
-        _, caches = read_prompts(self.model, variables, prompts, lengths, length, self.count + 1)
+        _, caches = read_prompts(self.model, variables, layers, prompts, lengths, length, self.count + 1)
         before = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
         return self.State(caches, jnp.stack([before, newest], axis=1))
 
@@ -114,7 +121,14 @@ class MultiTokenDraft:
         return 2 * self.count
 
     def start(
-        self, variables: dict[str, Any], output: Output, prompts: Array, lengths: Array, newest: Array, length: int
+        self,
+        variables: dict[str, Any],
+        layers: Layers | None,
+        output: Output,
+        prompts: Array,
+        lengths: Array,
+        newest: Array,
+        length: int,
     ) -> State:
         caches = self.model.create_ahead_caches(len(prompts), prompts.shape[1], output.hidden.dtype)
         segment_ids = segments_of(lengths, prompts.shape[1])
@@ -175,11 +189,12 @@ def start_draft(
     prompt_lengths: jax.Array,
     *,
     length: int,
+    layers: Layers | None = None,
 ) -> SpeculativeState:
-    """The state of `prefill` with that of the draft added."""
+    """The state of `prefill` with that of the draft added. `layers` as there, of a draft that is a model."""
     zeros = jnp.zeros_like(state.lengths)
     fields = {name: getattr(state, name) for name in DecodeState.__dataclass_fields__}
-    begun = draft.start(variables, output, prompts, prompt_lengths, state.newest, length)
+    begun = draft.start(variables, layers, output, prompts, prompt_lengths, state.newest, length)
     return SpeculativeState(**fields, draft=begun, drafted=zeros, accepted=zeros)
 
 
@@ -188,7 +203,7 @@ def advance_by_drafts(
     model: Decoder,
     draft: Draft,
     outside: dict[str, Any],
-    layers: tuple[dict[str, Any], ...],
+    layers: Layers,
     draft_variables: Sliced,
     state: SpeculativeState,
     until: jax.Array,

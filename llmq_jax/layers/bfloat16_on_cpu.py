@@ -109,6 +109,10 @@ def _lower_move(own: mlir.LoweringRule, move: Callable[..., Any], context: Any, 
         return own(context, *operands, **params)
 
     def on_bits(*operands: jax.Array) -> jax.Array:
+        if move == lax.gather_p.bind:
+            # In a loop, XLA would take the bits of a whole table before it, as a copy. To tie the table to the ids,
+            # which the loop changes, keeps them inside, where the lookup takes them of its rows alone.
+            operands = lax.optimization_barrier(operands)
         bits = [lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x for x in operands]
         return lax.bitcast_convert_type(move(*bits, **params), jnp.bfloat16)
 

@@ -9,6 +9,10 @@
 - ragged: `jax.lax.ragged_dot` on the sorted assignments, for which some backends compute every expert on every token.
 - grouped: the same by kernels for GPUs (`layers.grouped_product`), whose work grows with the assignments.
 
+On few tokens, as in decoding, these would first copy each expert's matrices out of the stack (blocks) or read every
+expert's (dense). Where the matrices lie apart, whatever the implementation is called, a loop over the experts that any
+token chose reads just theirs (`_through_chosen`).
+
 An assignment is a (token, choice) pair: M tokens with k choices each have A = M · k of them. The id E stands for no
 expert (padding): such assignments are sorted last, cost nothing and give zero.
 
@@ -30,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.grouped_product import grouped_product, works_here
+from llmq_jax.layers.linear import FEW_ROWS, times_transposed
 from llmq_jax.layers.recomputation import kept
 from llmq_jax.layers.repetition import repeated
 
@@ -41,6 +46,8 @@ never makes the host wait (docs/moe.md)."""
 # The half steps around that mean (4) let most experts fit into one block with little padding. Steps are multiples of
 # SHORTEST_STEP, which suits matrix products, and at most LONGEST_STEP, beyond which these get no faster.
 BLOCK_STEPS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = (1, 2, 3, 3.5, 4, 4.5, 5, 6, 8), 4, 16, 128
+MOST_APART = 64
+"""Up to so many experts lie apart in decoding: each takes about 10 ms to compile in each layer."""
 
 
 class ExpertWeights(struct.PyTreeNode):
@@ -51,9 +58,9 @@ class ExpertWeights(struct.PyTreeNode):
 
     # Any, because leaves may also be the gradients of a single expert, shapes or shardings.
     up: Any
-    """[E, D, P, F]."""
+    """[E, D, P, F]; or apart and by output: a tuple of E matrices [P F, D]."""
     down: Any
-    """[E, F, D]."""
+    """[E, F, D]; or a tuple of E matrices [D, F]."""
     up_bias: Any = None
     """[E, P, F], or None."""
     down_bias: Any = None
@@ -93,6 +100,8 @@ def dispatch(
     `capacity` is the number of slots per expert. With an `exchange`, ids number the experts of all devices, and dropped
     assignments are counted on the device of their expert.
     """
+    if isinstance(experts.up, tuple):
+        return _through_chosen(x, ids, weights, experts, activation), jnp.zeros((), jnp.int32)
     name = choose(implementation)
     if name == "dense":
         if exchange is not None:
@@ -172,11 +181,51 @@ def choose(name: str) -> str:
     return ON_GPU if jax.default_backend() == "gpu" and works_here() else AUTOMATIC
 
 
+def apart_pays(implementation: str, num_experts: int, rows: int) -> bool:
+    """Whether passes over so many tokens are faster with experts that lie apart (off a mesh)."""
+    on_cpu = jax.default_backend() == "cpu" and choose(implementation) == "blocks"
+    return on_cpu and num_experts <= MOST_APART and rows <= FEW_ROWS
+
+
 def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:
     """The lengths, in rows, that blocks of `in_blocks` may have, ascending."""
     wanted = -(-assignments // (num_experts * STEPS_OF_MEAN * SHORTEST_STEP)) * SHORTEST_STEP
     step = min(wanted, LONGEST_STEP)
     return tuple(dict.fromkeys(min(int(step * count), assignments) for count in BLOCK_STEPS))
+
+
+def _through_chosen(x: Array, ids: Array, weights: Array, experts: ExpertWeights, activation: Activation) -> Array:
+    """All tokens through each expert that any of them chose, one expert after another; weight 0 for the others."""
+    chosen = jax.nn.one_hot(ids, len(experts.up), dtype=jnp.float32)  # all zeros for the id E
+    shares = jnp.einsum("mke,mk->em", chosen, weights.astype(jnp.float32))
+    used = chosen.any((0, 1))
+    order = jnp.argsort(~used, stable=True)
+    # A branch for each expert, which refers to that expert's arrays: an index into a stack would copy them.
+    branches = [partial(_through_one, expert=e, experts=experts, activation=activation) for e in range(len(experts.up))]
+
+    def add(i: Array, total: Array) -> Array:
+        mixed = jax.lax.switch(order[i], branches, x)
+        share = shares[order[i]][:, None]
+        return total + jnp.where(share == 0, 0, share * mixed.astype(jnp.float32))  # 0 * inf is not 0
+
+    total: Array = jax.lax.fori_loop(0, used.sum(), add, jnp.zeros(x.shape, jnp.float32))
+    return total.astype(x.dtype)
+
+
+def _through_one(
+    x: Float[Array, "M D"], expert: int, experts: ExpertWeights, activation: Activation
+) -> Float[Array, "M D"]:
+    """All tokens through one expert, whose matrices lie apart."""
+
+    def layer(x: Array, matrix: Array, low_rank: tuple[Array, Array] | None, bias: Any) -> Array:
+        y = times_transposed(x, matrix.astype(x.dtype))
+        if low_rank is not None:
+            y += _adapter(x, low_rank, expert)
+        return y if bias is None else y + bias[expert].reshape(-1)
+
+    up, down = experts.up[expert], experts.down[expert]
+    activated = activation(layer(x, up, experts.up_low_rank, experts.up_bias).reshape(len(x), -1, down.shape[1]))
+    return layer(activated, down, experts.down_low_rank, experts.down_bias)
 
 
 def _dense(x: Array, ids: Array, weights: Array, experts: ExpertWeights, activation: Activation) -> Array:
@@ -418,7 +467,7 @@ def _lengthened(x: Float[Array, "size D"], length: int) -> Float[Array, "length 
     return jnp.pad(x, ((0, length - len(x)), (0, 0)))
 
 
-def _adapter(rows: Float[Array, "M D"], pair: tuple[Array, Array], expert: Int[Array, ""]) -> Float[Array, "M F"]:
+def _adapter(rows: Float[Array, "M D"], pair: tuple[Array, Array], expert: Int[Array, ""] | int) -> Float[Array, "M F"]:
     """Rows through the adapter of an expert."""
     first, last = (leaf[expert] for leaf in pair)
     return (rows @ first) @ last.reshape(last.shape[0], -1)

@@ -33,7 +33,7 @@ def dispatch_on_mesh(
     """`dispatch` on the current mesh, or without one. Results are equal on every mesh, except for what "capacity"
     drops: an expert's slots are a share of the tokens on the devices along the expert axis, not of the whole batch."""
     sizes = axis_sizes()
-    count = experts.up.shape[0]
+    count = len(experts.up)
 
     def slots(assignments: int) -> int | None:
         return None if capacity_factor is None else slots_each(capacity_factor, assignments, count)

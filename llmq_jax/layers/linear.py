@@ -179,6 +179,12 @@ def holds_by_output(params: Mapping[str, Any]) -> bool:
     return KERNEL_BY_OUTPUT in params or JOINED_KERNELS in params
 
 
+def each_own_kernel(params: Any) -> list[Array]:
+    """The leaves of parameters, with joined kernels once: as the kernel of each layer."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, JoinedKernels))
+    return [leaf.own if isinstance(leaf, JoinedKernels) else leaf for leaf in leaves]
+
+
 def flat_by_output(params: Mapping[str, Any]) -> Float[Array, "out D"]:
     """The kernel of a `Linear` as (out, in), whichever layout its parameters hold."""
     if JOINED_KERNELS in params:

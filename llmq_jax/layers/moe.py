@@ -28,12 +28,14 @@ from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
+from llmq_jax.layers.lora import EXPERT_KERNELS, LORA, LORA_FIXED, factors
 from llmq_jax.layers.repetition import repeated
 
 SCORES: dict[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 """Functions from the router's logits [B, T, E] to scores. A score is never negative; where it is 0 a token does not go
 to the expert, even if the expert is among its k largest."""
+APART = "_apart"
+"""After the name of a kernel: the experts' matrices, not stacked (`by_expert`)."""
 # A group's score is the sum of its best two experts', as in DeepSeek's code. The paper (section 2.1.2) sums the best
 # top_k / top_groups, which in V3 is 2 as well.
 BEST_OF_GROUP = 2
@@ -240,7 +242,7 @@ class MixtureOfExperts(nn.Module):
 
         # The id E is no expert: of padding, and of scores that are 0.
         ids = jnp.where(real[..., None] & (weights != 0), ids, e.num_experts)
-        rows = x.astype(self.dtype or kernels.up.dtype).reshape(-1, x.shape[-1])
+        rows = x.astype(self.dtype or jax.tree.leaves(kernels.up)[0].dtype).reshape(-1, x.shape[-1])
         mixed, dropped = dispatch_on_mesh(
             rows,
             ids.reshape(-1, e.top_k),
@@ -275,7 +277,10 @@ class MixtureOfExperts(nn.Module):
         e = self.experts
         hidden = e.intermediate_size or self.intermediate_size
 
-        def kernel(name: str, initialise: Initializer, shape: tuple[int, ...]) -> Array:
+        def kernel(name: str, initialise: Initializer, shape: tuple[int, ...]) -> Any:
+            if self.has_variable("params", name + APART):
+                return self.get_variable("params", name + APART)
+
             def draw(key: Array) -> Array:  # a flat matrix per expert, so that initialisers see the true fan-in
                 keys = jax.random.split(key, shape[0])
                 matrix = (shape[1], math.prod(shape[2:]))
@@ -311,6 +316,24 @@ class MixtureOfExperts(nn.Module):
         activation = e.activation or self.activation
         bias = self.use_bias if e.bias is None else e.bias
         return MLP(hidden, activation, self.kernel_init, self.down_init, self.dtype, bias, gated, name="shared")
+
+
+# The layout of decoding.
+
+
+def by_expert(variables: dict[str, Any]) -> dict[str, Any]:
+    """The same variables with the matrices of stacked experts as arrays of their own, by output as in
+    `layers.linear.by_output`."""
+    tree = {name: by_expert(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
+    for name in EXPERT_KERNELS:
+        if name in tree and not isinstance(tree[name], dict):  # a dict is the kernel's adapter
+            tree[name + APART] = _apart(tree.pop(name))
+    return tree
+
+
+@jax.jit
+def _apart(stack: Float[Array, "E D *features"]) -> tuple[Float[Array, "features D"], ...]:
+    return tuple(matrix.reshape(len(matrix), -1).T for matrix in stack)
 
 
 def mlp_or_experts(

@@ -31,7 +31,7 @@ from llmq_jax.errors import BadInput
 from llmq_jax.layers.attention import Choice, Context, check_implementation, choose
 from llmq_jax.layers.axes import constrain
 from llmq_jax.layers.embedding import Embedding
-from llmq_jax.layers.linear import Linear
+from llmq_jax.layers.linear import Linear, each_own_kernel
 from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
 from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.norms import EmbeddingScale
@@ -370,9 +370,11 @@ class Decoder(nn.Module):
         }
 
     @nn.nowrap
-    def compute_dtype(self, variables: Mapping[str, Any]) -> Dtype:
-        """The type to compute in, and of caches: `dtype`, or where that is None the type of most weights."""
-        return self.dtype or weight_type(jax.tree.leaves(variables["params"]))
+    def compute_dtype(self, variables: Mapping[str, Any], layers: Sequence[Mapping[str, Any]] = ()) -> Dtype:
+        """The type to compute in, and of caches: `dtype`, or where that is None the type of most weights. With `layers`
+        the variables are those outside the layers, as from `slice_layers`."""
+        params = [tree["params"] for tree in (variables, *layers)]
+        return self.dtype or weight_type(each_own_kernel(params))
 
     @nn.nowrap
     def create_caches(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> dict[str, Any]:
@@ -477,13 +479,19 @@ class Decoder(nn.Module):
         tokens: Tokens,
         positions: Tokens,
         caches: tuple[Any, ...],
+        lengths: Int[Array, " B"] | None = None,
     ) -> Output:
-        """A pass over sliced layers; `caches`, and those of the output, are one per layer."""
+        """A pass over sliced layers; `caches`, and those of the output, are one per layer. `lengths` as in `forward`:
+        of prompts."""
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        # Some scalings of RoPE depend on the document's length. Here that is each token's position + 1, as if it were a
-        # segment of its own: its rotation must not depend on drafts that follow it in the same pass.
-        alone = jnp.broadcast_to(jnp.arange(1, tokens.shape[1] + 1), tokens.shape)
-        context = self.context(positions, alone).replace(segment_ids=None, implementation=self.attention)
+        if lengths is not None:
+            context = self.context(positions, segments_of(lengths, tokens.shape[1])).replace(padded_on_the_right=True)
+        else:
+            # Some scalings of RoPE depend on the document's length. Here that is each token's position + 1, as if it
+            # were a segment of its own: its rotation must not depend on drafts that follow it in the same pass.
+            alone = jnp.broadcast_to(jnp.arange(1, tokens.shape[1] + 1), tokens.shape)
+            context = self.context(positions, alone).replace(segment_ids=None)
+        context = context.replace(implementation=self.attention)
         x = self.apply(outside, tokens, positions, method="embed")
         blocks = self.unbound_blocks()
         new_caches = []

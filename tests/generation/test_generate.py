@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.generation.decoding import DecodeState, advance, prefill
+from llmq_jax.generation.decoding import DecodeState, advance, prefill, read_prompts
 from llmq_jax.generation.generate import STRETCH, Request
 from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer, one_word_model
+from tests.weights import draw_variables
 
 PROMPTS = ["hello", "hi there, you two", "a"]
 SAMPLER = lq.Sampler(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01)
@@ -125,6 +127,53 @@ def test_samples_share_rings_and_latents():
         together = lq.generate(lm, prompts, samples=2, seed=2, **options)
         apart = lq.generate(lm, [prompts[0], prompts[0], prompts[1], prompts[1]], seed=2, **options)
         np.testing.assert_array_equal(together.tokens, apart.tokens)
+
+
+SIZES = {"vocab_size": 61, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 3}
+LATENTS = {"q_lora_rank": 10, "kv_lora_rank": 7, "qk_nope_head_dim": 5, "qk_rope_head_dim": 4, "v_head_dim": 11}
+BY_LENGTH = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+READ = {
+    "gpt2": lq.GPT2Config(**SIZES, max_position_embeddings=16),
+    "rotations by length": lq.Llama3Config(
+        **SIZES, num_key_value_heads=1, max_position_embeddings=5, rope_parameters=BY_LENGTH
+    ),
+    "rings": lq.Gemma3Config(
+        **SIZES, num_key_value_heads=1, head_dim=8, sliding_window=4, max_position_embeddings=16
+    ),
+    "latents, experts": lq.DeepSeekV3Config(
+        **SIZES, **LATENTS, n_routed_experts=4, n_group=1, topk_group=1, moe_intermediate_size=8, num_experts_per_tok=2,
+        first_k_dense_replace=1, max_position_embeddings=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.product
+def test_prompts_are_read_over_slices_as_over_stacked_layers(name):
+    """Of unequal lengths, shorter and longer than a window: what is known of the next token, and what caches hold."""
+    config = READ[name]
+    variables = draw_variables(dataclasses.replace(config, initializer_range=0.3))
+    lm = lq.LanguageModel(config, lq.build(config), variables)
+    prompts = np.random.default_rng(0).integers(1, 61, (2, 8)), jnp.asarray([3, 8])
+    read = jax.jit(read_prompts, static_argnames=("model", "length", "lookahead"))
+    ways = [read(lm.model, *of, *prompts, length=16, lookahead=0) for of in ((variables, None), lm.read_from(2, 16))]
+    (whole, expected), (output, caches) = ways
+    for row, length in enumerate(prompts[1]):
+        np.testing.assert_allclose(output.hidden[row, :length], whole.hidden[row, :length], atol=1e-5)
+    for found, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_which_weights_read_prompts(lm, monkeypatch):
+    config = READ["latents, experts"]
+    experts = lq.LanguageModel(config, lq.build(config), lq.init(config))
+    sliced = [
+        layers is not None for _, layers in (lm.read_from(1, 999), experts.read_from(1, 64), experts.read_from(1, 65))
+    ]
+    assert sliced == [True, True, False]
+    assert experts.read_from(65, 999)[1] is not None  # decoding of so many rows has its experts stacked
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lm.read_from(1, 16) == (lm.variables, None)
 
 
 def test_fewer_tokens_are_a_beginning_of_more(lm):

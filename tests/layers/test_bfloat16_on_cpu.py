@@ -136,6 +136,18 @@ def test_moves_of_bits(name):
     assert not re.search(r"f32\[4,6,8\]", compiled(MOVES[name], normal(4, 6, 8), jnp.int32(2)).replace("bf16", ""))
 
 
+def test_a_lookup_in_a_loop_copies_no_table():
+    def looked_up(table, ids):
+        def add(step, total):
+            return total + table[(ids + step) % 64].astype(jnp.float32).sum()
+
+        return lax.fori_loop(0, len(ids), add, 0.0)
+
+    program = compiled(looked_up, normal(64, 24), jnp.arange(3))
+    before, _, main = program.partition("\nENTRY ")
+    assert "u16[64,24]" in before and "u16[64,24]" not in main
+
+
 def test_gradients():
     x, weights = normal(24, 32), normal(32, 40, seed=1)
 

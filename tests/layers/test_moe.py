@@ -10,15 +10,39 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import llmq_jax as lq
 from llmq_jax.errors import BadInput
+from llmq_jax.generation.decoding import advance
+from llmq_jax.generation.generate import Request
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
-from llmq_jax.layers.expert_dispatch import ExpertWeights, block_lengths, choose, dispatch, in_blocks, slots_each
+from llmq_jax.layers.expert_dispatch import (
+    MOST_APART,
+    ExpertWeights,
+    block_lengths,
+    choose,
+    dispatch,
+    in_blocks,
+    slots_each,
+)
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.feedforward import MLP
-from llmq_jax.layers.moe import SCORES, Experts, MixtureOfExperts, balance_from, experts_from, route
+from llmq_jax.layers.linear import FEW_ROWS
+from llmq_jax.layers.moe import SCORES, Experts, MixtureOfExperts, balance_from, by_expert, experts_from, route
+from llmq_jax.models import override
 
 NORMAL = nn.initializers.normal(0.3)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
 
 
 def draw(seed, tokens, count, top_k, width=6, hidden=10, parts=2, biases=False, spread=1.0):
@@ -105,6 +129,62 @@ def test_implementations_agree_in_outputs_and_all_gradients(case, padding):
     if padding and len(x) > 1:
         mixed, (grad_of_x, grad_of_weights, _) = expected
         assert not mixed[1].any() and not grad_of_x[1].any() and not grad_of_weights[1].any()
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["", "with adapters"])
+@pytest.mark.parametrize("case", CASES)
+def test_experts_that_lie_apart_give_the_same(case, adapted):
+    x, ids, weights, experts = draw(0, **CASES[case])
+    ids = jnp.where((jnp.arange(len(x)) % 3 == 1)[:, None], CASES[case]["count"], ids)  # padding
+    if adapted:
+        pairs = {}
+        for name, stack in (("up", experts.up), ("down", experts.down)):
+            first = jax.random.normal(jax.random.key(1), (*stack.shape[:2], 2))
+            pairs[name + "_low_rank"] = first, jax.random.normal(jax.random.key(2), (len(stack), 2, *stack.shape[2:]))
+        experts = experts.replace(**pairs)
+    kernels = by_expert({"moe": {"up_kernel": experts.up, "down_kernel": experts.down}})["moe"]
+    apart = experts.replace(up=kernels["up_kernel_apart"], down=kernels["down_kernel_apart"])
+    assert_close(dispatched(x, ids, weights, apart, "auto"), dispatched(x, ids, weights, experts, "dense"))
+
+
+def test_an_expert_that_overflows_stays_with_its_own_tokens():
+    x, ids, weights, experts = draw(2, tokens=8, count=4, top_k=1)
+    ids = ids.at[:, 0].set(jnp.arange(8) % 2)
+    apart = experts.replace(up=tuple(up.reshape(len(up), -1).T for up in experts.up), down=tuple(experts.down.mT))
+    spoilt = apart.replace(down=(apart.down[0] * jnp.inf, *apart.down[1:]))
+    found, expected = (dispatched(x, ids, weights, each, "auto") for each in (spoilt, apart))
+    assert_close(found[1::2], expected[1::2])
+    assert not np.isfinite(found[::2]).any()
+
+
+def test_decoding_a_token_reads_no_stack_of_experts():
+    """Nor does it copy an expert's matrices, as an index into the stack would."""
+    config = override(lq.MixtralConfig(), **TINY, num_local_experts=6, num_experts_per_tok=2)
+    lm = lq.LanguageModel(config, lq.build(config), lq.init(config))
+    request = Request.create(lm, [[1, 2, 3]], 8, lq.Sampler(temperature=0.0), (), 0)
+    leaves, structure = jax.tree.flatten((*lm.sliced(1), request.start()))
+
+    def tokens(leaves):
+        outside, layers, state = jax.tree.unflatten(structure, leaves)
+        return advance(lm.model, outside, layers, state, 8, sampler=request.sampler, end_tokens=()).tokens
+
+    program = jax.jit(tokens).lower(leaves).compile().as_text()
+    assert all(f"f32[{shape}]" in program for shape in ("48,16", "16,24"))
+    assert not re.search(r"= f32\[(1,)?(48,16|16,24)\]\S* (?!parameter|get-tuple-element|bitcast)", program)
+    assert not re.search(r"f32\[6,(48|16|24),", program)
+
+
+def test_when_experts_lie_apart(monkeypatch):
+    def apart(rows, **fields):
+        config = override(lq.MixtralConfig(), **TINY | fields)
+        lm = lq.LanguageModel(config, lq.build(config), lq.init(config))
+        return "up_kernel_apart" in str(jax.tree_util.tree_leaves_with_path(lm.sliced(rows)))
+
+    assert apart(1) and apart(FEW_ROWS) and not apart(FEW_ROWS + 1)
+    assert not apart(1, num_local_experts=MOST_APART + 1)
+    assert apart(1, experts={"dispatch": "blocks"}) and not apart(1, experts={"dispatch": "dense"})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not apart(1)
 
 
 def test_what_is_taken_where_none_is_said():

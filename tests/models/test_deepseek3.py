@@ -9,6 +9,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.linear import by_output
+from llmq_jax.layers.moe import by_expert
 from llmq_jax.models import abstract_variables, build, fields_from_text, init, override, preset
 from llmq_jax.models.decoder import slice_modules
 from llmq_jax.models.deepseek3 import PAPER_BALANCE, DeepSeekV3Config
@@ -201,7 +202,7 @@ def test_a_model_is_kept_and_read_again(variables, tmp_path):
 
 @pytest.mark.parametrize(
     ("case", "arrange"),
-    list(zip(CONFIGS, (lambda tree: tree, by_output, by_output), strict=True)),
+    list(zip(CONFIGS, (lambda tree: tree, by_output, lambda tree: by_expert(by_output(tree))), strict=True)),
     indirect=["case"],
     ids=CONFIGS,
 )
