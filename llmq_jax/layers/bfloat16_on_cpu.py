@@ -99,7 +99,9 @@ def _lower_product(own: mlir.LoweringRule, context: Any, lhs: Any, rhs: Any, **p
     return lower(context, lhs, rhs)
 
 
-def _lower_move(own: mlir.LoweringRule, move: Callable[..., Any], context: Any, *operands: Any, **params: Any) -> Any:
+def _lower_move(
+    own: mlir.LoweringRule, move: Callable[..., Any], reads: bool, context: Any, *operands: Any, **params: Any
+) -> Any:
     """An operation that only moves numbers is done on their bits."""
     # A gather that fills in numbers is lowered to one that does not, and comes here again.
     fills = params.get("mode") == lax.GatherScatterMode.FILL_OR_DROP and "fill_value" in params
@@ -109,9 +111,9 @@ def _lower_move(own: mlir.LoweringRule, move: Callable[..., Any], context: Any, 
         return own(context, *operands, **params)
 
     def on_bits(*operands: jax.Array) -> jax.Array:
-        if move == lax.gather_p.bind:
-            # In a loop, XLA would take the bits of a whole table before it, as a copy. To tie the table to the ids,
-            # which the loop changes, keeps them inside, where the lookup takes them of its rows alone.
+        if reads:
+            # In a loop, XLA would take the bits of a whole table or stack before it, as a copy. What ties it to the
+            # indices, which the loop changes, keeps them inside, where the bits are those of what is read.
             operands = lax.optimization_barrier(operands)
         bits = [lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x for x in operands]
         return lax.bitcast_convert_type(move(*bits, **params), jnp.bfloat16)
@@ -131,7 +133,8 @@ def _replace_rules() -> None:
         return  # in a later JAX perhaps: bfloat16 is slow then, and tests/layers/test_bfloat16_on_cpu.py fails
     mlir.register_lowering(lax.dot_general_p, partial(_lower_product, own[lax.dot_general_p]), platform="cpu")
     for primitive, move in MOVES.items():
-        mlir.register_lowering(primitive, partial(_lower_move, own[primitive], move), platform="cpu")
+        reads = primitive in (lax.dynamic_slice_p, lax.gather_p)
+        mlir.register_lowering(primitive, partial(_lower_move, own[primitive], move, reads), platform="cpu")
 
 
 MOVES: dict[Primitive, Callable[..., Any]] = {

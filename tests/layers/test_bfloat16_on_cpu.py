@@ -136,14 +136,13 @@ def test_moves_of_bits(name):
     assert not re.search(r"f32\[4,6,8\]", compiled(MOVES[name], normal(4, 6, 8), jnp.int32(2)).replace("bf16", ""))
 
 
-def test_a_lookup_in_a_loop_copies_no_table():
-    def looked_up(table, ids):
-        def add(step, total):
-            return total + table[(ids + step) % 64].astype(jnp.float32).sum()
+@pytest.mark.parametrize("name", ["a layer of a stack", "rows of a table"])
+def test_what_a_loop_reads_is_not_copied_before_it(name):
+    def total(x, ids):
+        read = {"a layer of a stack": lambda i: lax.dynamic_index_in_dim(x, i), "rows of a table": lambda i: x[ids + i]}
+        return lax.fori_loop(0, len(ids), lambda i, total: total + read[name](i).astype(jnp.float32).sum(), 0.0)
 
-        return lax.fori_loop(0, len(ids), add, 0.0)
-
-    program = compiled(looked_up, normal(64, 24), jnp.arange(3))
+    program = compiled(total, normal(64, 24), jnp.arange(3))
     before, _, main = program.partition("\nENTRY ")
     assert "u16[64,24]" in before and "u16[64,24]" not in main
 
