@@ -43,6 +43,7 @@ ROTARY = frozenset(_ROTARY.split())
 GROUPED = ROTARY | {"head_dim", "num_key_value_heads"}
 """The same for models with grouped-query attention."""
 
+ACTIVATION_FIELDS = ("activation_function", "hidden_act", "hidden_activation")
 # transformers has several names for the same few functions.
 ACTIVATION_SPELLINGS = {
     "gelu_accurate": "gelu_new",
@@ -143,8 +144,6 @@ class ConfigTable:
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """{our field: its names in config.json} where it has another than ours, or several (transformers' `attribute_map`).
     All are read, and ours; the first is written."""
-    aliases: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
-    """{our field: {their value: our value}} for values that mean the same."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """{their field: the only value that we compute}; written on export."""
     ignored: frozenset[str] = frozenset()
@@ -183,7 +182,7 @@ class ConfigTable:
             if not has_type(values[key], hint):
                 raise BadInput(f"{key}={values[key]!r} is not of the type {type_name(hint)}")
             value = as_type(values[key], hint)
-            fields[name] = self.aliases[name].get(value, value) if name in self.aliases else value
+            fields[name] = ACTIVATION_SPELLINGS.get(value, value) if name in ACTIVATION_FIELDS else value
         known = {*HARMLESS, *FIXED, *self.fixed, *self.ignored, *map(self._written_name, fields)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, NULL_DROPOUT, ROTARY, ConfigTable
+from llmq_jax.interop.configs import NULL_DROPOUT, ROTARY, ConfigTable
 from llmq_jax.interop.mixtral import APART_EXPERTS, FUSED_EXPERTS, ROUTER, with_usual_experts
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, out_in, rule, vector
@@ -142,7 +142,6 @@ CONFIG = ConfigTable(
         "n_routed_experts": ("n_routed_experts", "num_local_experts"),
         "num_nextn_predict_layers": ("num_nextn_predict_layers", "num_mtp_layers"),
     },
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own={
         "norm": ("rms_norm", KEEP),
         "experts": (None, KEEP),

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, ConfigTable
+from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
 from llmq_jax.models.gpt2 import GPT2Config
 
@@ -162,7 +162,6 @@ CONFIG = ConfigTable(
         "num_attention_heads": ("n_head",),
         "intermediate_size": ("n_inner",),
     },
-    aliases={"activation_function": ACTIVATION_SPELLINGS},
     fixed={
         "add_cross_attention": False,
         "scale_attn_by_inverse_layer_idx": False,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.interop import llama3
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
+from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.llama3 import derive_sizes, write_sizes
 from llmq_jax.interop.rope import read_rope
 from llmq_jax.interop.tables import KEEP, Rule, Shape, WeightTable, experts_out_in, out_in, rule
@@ -72,7 +72,6 @@ CONFIG = ConfigTable(
     shared=GROUPED
     | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef", "sliding_window"},
     names={"num_local_experts": ("num_local_experts", "num_experts")},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     fixed={"router_jitter_noise": 0.0},
     own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
     # It says whether transformers' loss includes the balance loss; here router_aux_loss_coef alone decides. It is not

@@ -17,7 +17,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3, mixtral
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
+from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.rope import read_rope
 from llmq_jax.interop.tables import KEEP, Shape, WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
@@ -125,7 +125,6 @@ QWEN2_CONFIG = ConfigTable(
     architecture="Qwen2ForCausalLM",
     classifier="Qwen2ForSequenceClassification",
     shared=SHARED,
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=OWN | {"attention_bias": (True, KEEP), "attention_output_bias": (False, KEEP)},
     ignored=IGNORED,
     read=read_qwen,
@@ -136,7 +135,6 @@ QWEN3_CONFIG = ConfigTable(
     architecture="Qwen3ForCausalLM",
     classifier="Qwen3ForSequenceClassification",
     shared=SHARED | {"attention_bias"},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=OWN,
     ignored=IGNORED,
     read=read_qwen,
@@ -150,7 +148,6 @@ QWEN3_MOE_CONFIG = ConfigTable(
     | {"attention_bias", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob"},
     # The name in files of the hub. Transformers 5 reads it too, and writes ours, which other programs do not know.
     names={"num_local_experts": ("num_experts",)},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=OWN,
     # Qwen3-Coder's files have the last three from another model; nothing reads them.
     ignored=mixtral.CONFIG.ignored
