@@ -66,13 +66,14 @@ PLAIN = (int, float, bool, str, type(None))
 
 def check_fields(instance: Any) -> None:
     """For `__post_init__`: BadInput for a field that by its annotation is a number, a bool or a string, but has a value
-    of another type. Scalars of NumPy and JAX become Python's. Fields of other types are not checked."""
+    of another type. Scalars of NumPy and JAX become Python's, and integers floats where the field is one. Fields of
+    other types are not checked."""
     kind: Any = type(instance)
     for name, hint in _plain_hints(kind).items():
         value = scalar(getattr(instance, name))
         if not has_type(value, hint):
             raise BadInput(f"{kind.__name__}.{name}={value!r} is not of the type {type_name(hint)}")
-        object.__setattr__(instance, name, value)
+        object.__setattr__(instance, name, as_type(value, hint))
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def test_scalars_become_pythons():
     cake = Cake(layers=np.int64(3), heat=jnp.float32(0.5), cream=np.bool_(False), other=np.int64(1))
     assert cake == Cake(3, 0.5, False, other=np.int64(1))
     assert [type(value) for value in (cake.layers, cake.heat, cake.cream)] == [int, float, bool]
-    assert type(Cake(heat=2).heat) is int  # as it was given: a config is written as it was read
+    assert type(Cake(heat=2).heat) is float  # transformers takes no integer there
 
 
 @pytest.mark.parametrize(

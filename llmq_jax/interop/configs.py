@@ -43,6 +43,7 @@ ROTARY = frozenset(_ROTARY.split())
 GROUPED = ROTARY | {"head_dim", "num_key_value_heads"}
 """The same for models with grouped-query attention."""
 
+ACTIVATION_FIELDS = ("activation_function", "hidden_act", "hidden_activation")
 # transformers has several names for the same few functions.
 ACTIVATION_SPELLINGS = {
     "gelu_accurate": "gelu_new",
@@ -138,14 +139,11 @@ class ConfigTable:
     classifier: str
     """The same for a model with labels."""
     shared: frozenset[str]
-    """Our fields that transformers' config has by the same name. A field that is neither here nor in `renamed`, `own`
-    and `training` is one that a user added, which transformers would ignore."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """{our field: their field} where the names differ; both are read, theirs is written."""
-    other_names: Mapping[str, str] = field(default_factory=dict)
-    """{another name of a field in config.json: the field}, transformers' `attribute_map`."""
-    aliases: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
-    """{our field: {their value: our value}} for values that mean the same."""
+    """Our fields that transformers' config has by the same name. A field that is neither here nor in `names`, `own` and
+    `training` is one that a user added, which transformers would ignore."""
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """{our field: its names in config.json} where it has another than ours, or several (transformers' `attribute_map`).
+    All are read, and ours; the first is written."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """{their field: the only value that we compute}; written on export."""
     ignored: frozenset[str] = frozenset()
@@ -157,6 +155,9 @@ class ConfigTable:
     null: Mapping[str, Any] = field(default_factory=dict)
     """{their field: the value that transformers computes with where it is null}, for fields whose type here has no
     None. It may differ from the default of an absent field: a null switch is off."""
+    essence: Callable[[Any], Any] = lambda config: config
+    """From our config, the one of the same function without what only training or speed depends on, if it can be left
+    out."""
     read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Brings all spellings of a config.json to one, before its fields are read."""
     write: Callable[[Any, dict[str, Any]], dict[str, Any]] = lambda config, values: values
@@ -166,10 +167,7 @@ class ConfigTable:
         """Our config; fields that are absent take our defaults, which are transformers' defaults."""
         labels = read_labels(values)
         values = without_blocks(values)
-        for other, name in self.other_names.items():
-            if other in values and values.get(name, values[other]) != values[other]:
-                raise BadInput(f"{name}={values[name]!r} and {other}={values[other]!r} are one field; keep one of them")
-        values = {self.other_names.get(name, name): value for name, value in values.items()}
+        values = self._by_written_names(values)
         values = self.read({name: self.null.get(name) if value is None else value for name, value in values.items()})
         for name, supported in (FIXED | dict(self.fixed)).items():
             value = values.get(name, supported)
@@ -178,15 +176,14 @@ class ConfigTable:
                 raise BadInput(f"{name}={value!r} is not supported, only {supported!r}")
         fields = {}
         for name, hint in typing.get_type_hints(self.config_class).items():
-            theirs = self.renamed.get(name, name)
-            key = theirs if theirs in values else name
+            key = self._written_name(name)
             if typing.get_origin(hint) is typing.ClassVar or name in self._elsewhere or key not in values:
                 continue
             if not has_type(values[key], hint):
                 raise BadInput(f"{key}={values[key]!r} is not of the type {type_name(hint)}")
             value = as_type(values[key], hint)
-            fields[name] = self.aliases[name].get(value, value) if name in self.aliases else value
-        known = {*HARMLESS, *FIXED, *self.fixed, *self.ignored, *self.renamed.values(), *fields}
+            fields[name] = ACTIVATION_SPELLINGS.get(value, value) if name in ACTIVATION_FIELDS else value
+        known = {*HARMLESS, *FIXED, *self.fixed, *self.ignored, *map(self._written_name, fields)}
         unknown = sorted(set(values) - known)
         if unknown:
             warnings.warn(f"config.json: unknown fields are ignored: {', '.join(unknown)}", stacklevel=4)
@@ -199,6 +196,7 @@ class ConfigTable:
         A field that transformers does not have is left out if it has its default, with which the model must compute
         what transformers' model does; any other value is BadInput.
         """
+        config = self.essence(config)
         for name, (theirs, remedy) in self.own.items():
             value = getattr(config, name)
             if value != theirs:
@@ -207,8 +205,8 @@ class ConfigTable:
         fields = {}
         for entry in dataclasses.fields(config):
             name, value = entry.name, getattr(config, entry.name)
-            if name in self.renamed or name in self.shared:
-                fields[self.renamed.get(name, name)] = value
+            if name in self.names or name in self.shared:
+                fields[self._written_name(name)] = value
             elif name not in self._elsewhere and value != _default(entry):
                 unknown = f"transformers' {config.model_type} has no such field"
                 raise BadInput(f"{name}={value!r} cannot be exported: {unknown}; {KEEP}")
@@ -221,6 +219,21 @@ class ConfigTable:
             **fields,
         }
         return self.write(config, values)
+
+    def _written_name(self, field: str) -> str:
+        """The name by which config.json is written with one of our fields."""
+        return self.names.get(field, (field,))[0]
+
+    def _by_written_names(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json, each by the name by which it is written. BadInput for one that has two names
+        there and two values."""
+        written = {name: names[0] for ours, names in self.names.items() for name in (*names, ours)}
+        spelt: dict[str, str] = {}
+        for name, value in values.items():
+            first = spelt.setdefault(written.get(name, name), name)
+            if first != name and values[first] != value:
+                raise BadInput(f"{first}={values[first]!r} and {name}={value!r} are one field; keep one of them")
+        return {name: values[found] for name, found in spelt.items()}
 
     @property
     def _elsewhere(self) -> set[str]:

@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, NULL_DROPOUT, ROTARY, ConfigTable
-from llmq_jax.interop.mixtral import APART_EXPERTS, FUSED_EXPERTS, ROUTER
+from llmq_jax.interop.configs import NULL_DROPOUT, ROTARY, ConfigTable
+from llmq_jax.interop.mixtral import APART_EXPERTS, FUSED_EXPERTS, ROUTER, with_usual_experts
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
@@ -102,7 +102,8 @@ def unkept(state: Mapping[str, Any], config: DeepSeekV3Config) -> dict[str, Any]
 
 LAYOUTS = {"hf": replace(table(*APART_EXPERTS), spellings=(table(*FUSED_EXPERTS),))}
 
-# Fields that DeepSeek's own config.json has beside transformers', with the values that make it V3.
+# Fields that DeepSeek's own config.json has beside transformers', with the values that make it V3. Other programs read
+# them: without, vLLM takes a softmax for the scores and has no bias for selection.
 ALWAYS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 
 
@@ -124,7 +125,7 @@ def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_fields(config: DeepSeekV3Config, values: dict[str, Any]) -> dict[str, Any]:
     derived = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim}
-    return write_rope(config.rope, values | derived, config.qk_rope_head_dim)
+    return write_rope(config.rope, values | derived | ALWAYS, config.qk_rope_head_dim)
 
 
 _SHARED = """
@@ -137,8 +138,10 @@ CONFIG = ConfigTable(
     architecture="DeepseekV3ForCausalLM",
     classifier="DeepseekV3ForSequenceClassification",
     shared=ROTARY | set(_SHARED.split()),
-    other_names={"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
+    names={
+        "n_routed_experts": ("n_routed_experts", "num_local_experts"),
+        "num_nextn_predict_layers": ("num_nextn_predict_layers", "num_mtp_layers"),
+    },
     own={
         "norm": ("rms_norm", KEEP),
         "experts": (None, KEEP),
@@ -151,6 +154,7 @@ CONFIG = ConfigTable(
     ignored=frozenset({"head_dim", "qk_head_dim", "aux_loss_alpha", "seq_aux", "output_router_logits"})
     | {"pretraining_tp", "ep_size", "auto_map", "router_aux_loss_coef"},
     null=NULL_DROPOUT | {"norm_topk_prob": False, "num_nextn_predict_layers": 0, "rope_interleave": False},
+    essence=with_usual_experts,
     read=read_fields,
     write=write_fields,
 )

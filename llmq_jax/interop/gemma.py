@@ -14,14 +14,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3
-from llmq_jax.interop.configs import (
-    ACTIVATION_SPELLINGS,
-    CLASSIFIER_FIELDS,
-    GROUPED,
-    NULL_DROPOUT,
-    ConfigTable,
-    require_whole_heads,
-)
+from llmq_jax.interop.configs import CLASSIFIER_FIELDS, GROUPED, NULL_DROPOUT, ConfigTable, require_whole_heads
 from llmq_jax.interop.generation_config import TOKEN_IDS
 from llmq_jax.interop.llama3 import derive_sizes, gated_width
 from llmq_jax.interop.qwen import with_norms
@@ -115,7 +108,6 @@ GEMMA2_CONFIG = ConfigTable(
     architecture="Gemma2ForCausalLM",
     classifier="Gemma2ForSequenceClassification",
     shared=SHARED | {"attn_logit_softcapping"},
-    aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     fixed={"use_bidirectional_attention": False},
     own=OWN,
     ignored=IGNORED,
@@ -128,7 +120,6 @@ GEMMA3_CONFIG = ConfigTable(
     architecture="Gemma3ForCausalLM",
     classifier="Gemma3TextForSequenceClassification",
     shared=SHARED | {"local_rope_parameters"},  # `write_gemma3` puts it into rope_parameters
-    aliases={"hidden_activation": ACTIVATION_SPELLINGS},
     # transformers has the field, and nothing reads it: it computes as if it were null.
     fixed={"use_bidirectional_attention": False, "attn_logit_softcapping": None},
     own=OWN | {"attn_logit_softcapping": (None, KEEP)},

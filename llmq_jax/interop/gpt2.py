@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, ConfigTable
+from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import KEEP, SCORE, Shape, WeightTable, as_is, convolution, in_out, out_in, rule, vector
 from llmq_jax.models.gpt2 import GPT2Config
 
@@ -155,14 +155,13 @@ CONFIG = ConfigTable(
     architecture="GPT2LMHeadModel",
     classifier="GPT2ForSequenceClassification",
     shared=frozenset(_SHARED.split()),
-    renamed={
-        "max_position_embeddings": "n_positions",
-        "hidden_size": "n_embd",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "intermediate_size": "n_inner",
+    names={
+        "max_position_embeddings": ("n_positions",),
+        "hidden_size": ("n_embd",),
+        "num_hidden_layers": ("n_layer",),
+        "num_attention_heads": ("n_head",),
+        "intermediate_size": ("n_inner",),
     },
-    aliases={"activation_function": ACTIVATION_SPELLINGS},
     fixed={
         "add_cross_attention": False,
         "scale_attn_by_inverse_layer_idx": False,
@@ -170,7 +169,7 @@ CONFIG = ConfigTable(
     },
     ignored=frozenset(
         {
-            "n_ctx",  # a second name of n_positions
+            "n_ctx",  # n_positions once more, which nothing reads but llama.cpp
             "reorder_and_upcast_attn",  # scores in float32, which ours always are
             # The pooling of GPT2DoubleHeadsModel.
             "summary_activation",
@@ -181,6 +180,7 @@ CONFIG = ConfigTable(
         }
     ),
     own={"norm": ("layer_norm", KEEP), "experts": (None, KEEP)},
+    write=lambda config, values: values | {"n_ctx": config.max_position_embeddings},
 )
 
 

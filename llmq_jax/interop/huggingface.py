@@ -1,8 +1,8 @@
 """Hugging Face folders, read and written: config, generation config, weights and tokenizer together.
 
 What is read here is what transformers writes (`save_pretrained`), and what is written here is what it reads
-(`from_pretrained`), versions 4 and 5. The path of a file of weights stands for its folder, but no other weights there
-are read.
+(`from_pretrained`), versions 4 and 5 (4 does not scale RoPE in Gemma 3's local layers). The path of a file of weights
+stands for its folder, but no other weights there are read.
 """
 
 import os

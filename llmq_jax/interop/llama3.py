@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, NULL_DROPOUT, ConfigTable, require_whole_heads
+from llmq_jax.interop.configs import GROUPED, NULL_DROPOUT, ConfigTable, require_whole_heads
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import KEEP, SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
@@ -146,7 +146,6 @@ CONFIG = ConfigTable(
     architecture="LlamaForCausalLM",
     classifier="LlamaForSequenceClassification",
     shared=GROUPED | {"attention_bias", "hidden_act", "mlp_bias"},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=OWN
     | {"attention_output_bias": (None, "load its weights with attention_bias=True, and the other biases are zeros")},
     ignored=frozenset({"pretraining_tp"}),

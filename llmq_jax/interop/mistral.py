@@ -4,7 +4,7 @@
 """
 
 from llmq_jax.interop import llama3
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
+from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.rope import read_rope
 from llmq_jax.interop.tables import KEEP
 from llmq_jax.models.mistral import MistralConfig
@@ -16,7 +16,6 @@ CONFIG = ConfigTable(
     architecture="MistralForCausalLM",
     classifier="MistralForSequenceClassification",
     shared=GROUPED | {"hidden_act", "sliding_window"},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
     read=read_rope,
     write=llama3.write_sizes,

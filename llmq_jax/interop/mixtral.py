@@ -7,13 +7,13 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from llmq_jax.interop import llama3
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
+from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.llama3 import derive_sizes, write_sizes
 from llmq_jax.interop.rope import read_rope
 from llmq_jax.interop.tables import KEEP, Rule, Shape, WeightTable, experts_out_in, out_in, rule
@@ -55,18 +55,29 @@ APART = with_experts(
 LAYOUTS = {"hf": replace(APART, spellings=(FUSED,))}
 
 
+def with_usual_experts(config: Any) -> Any:
+    """The config without its `experts` where these compute what its other fields say: how tokens come to their experts
+    makes no difference (unless some are dropped), and what keeps the load even none outside of training."""
+    experts, usual = config.experts, config.usual_experts
+    if experts is None or usual is None:
+        return config
+    changed = {entry.name for entry in fields(experts) if getattr(experts, entry.name) != getattr(usual, entry.name)}
+    return replace(config, experts=None) if changed <= {"dispatch", "balance"} else config
+
+
 CONFIG = ConfigTable(
     config_class=MixtralConfig,
     architecture="MixtralForCausalLM",
     classifier="MixtralForSequenceClassification",
     shared=GROUPED
     | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef", "sliding_window"},
-    other_names={"num_experts": "num_local_experts"},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
+    names={"num_local_experts": ("num_local_experts", "num_experts")},
     fixed={"router_jitter_noise": 0.0},
     own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
-    # It says whether transformers' loss includes the balance loss; here router_aux_loss_coef alone decides.
+    # It says whether transformers' loss includes the balance loss; here router_aux_loss_coef alone decides. It is not
+    # written either: with it, transformers does not generate from padded prompts.
     ignored=frozenset({"output_router_logits"}),
+    essence=with_usual_experts,
     read=read_rope,
     write=write_sizes,
 )

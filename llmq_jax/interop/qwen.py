@@ -17,7 +17,7 @@ from typing import Any
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop import llama3, mixtral
-from llmq_jax.interop.configs import ACTIVATION_SPELLINGS, GROUPED, ConfigTable
+from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.rope import read_rope
 from llmq_jax.interop.tables import KEEP, Shape, WeightTable, rule, vector
 from llmq_jax.models.config import GLOBAL, LOCAL, MOST_LAYERS
@@ -96,10 +96,8 @@ def write_qwen2(config: Qwen2Config, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_qwen3_moe(config: Qwen3MoeConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """Sizes written out, and the number of experts as `num_experts`, its name in files of the hub. Transformers 5 reads
-    it as well as `num_local_experts`, which it writes itself and other programs do not know."""
+    """Sizes and switches written out."""
     own = {
-        "num_experts": values.pop("num_local_experts"),
         "use_sliding_window": config.sliding_window is not None,
         "mlp_only_layers": list(config.mlp_only_layers),
     }
@@ -127,7 +125,6 @@ QWEN2_CONFIG = ConfigTable(
     architecture="Qwen2ForCausalLM",
     classifier="Qwen2ForSequenceClassification",
     shared=SHARED,
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=OWN | {"attention_bias": (True, KEEP), "attention_output_bias": (False, KEEP)},
     ignored=IGNORED,
     read=read_qwen,
@@ -138,7 +135,6 @@ QWEN3_CONFIG = ConfigTable(
     architecture="Qwen3ForCausalLM",
     classifier="Qwen3ForSequenceClassification",
     shared=SHARED | {"attention_bias"},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
     own=OWN,
     ignored=IGNORED,
     read=read_qwen,
@@ -150,13 +146,14 @@ QWEN3_MOE_CONFIG = ConfigTable(
     classifier="Qwen3MoeForSequenceClassification",
     shared=mixtral.CONFIG.shared
     | {"attention_bias", "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob"},
-    other_names={"num_experts": "num_local_experts"},
-    aliases={"hidden_act": ACTIVATION_SPELLINGS},
+    # The name in files of the hub. Transformers 5 reads it too, and writes ours, which other programs do not know.
+    names={"num_local_experts": ("num_experts",)},
     own=OWN,
     # Qwen3-Coder's files have the last three from another model; nothing reads them.
     ignored=mixtral.CONFIG.ignored
     | {"max_window_layers", "qkv_bias", "shared_expert_intermediate_size", "use_qk_norm"},
     null={"mlp_only_layers": []},
+    essence=mixtral.with_usual_experts,
     read=read_window,
     write=write_qwen3_moe,
 )

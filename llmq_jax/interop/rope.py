@@ -1,7 +1,8 @@
-"""RoPE in `config.json`: several spellings, old and new, are read; transformers' newest one is written.
+"""RoPE in `config.json`: several spellings, old and new, are read; one of each is written, which say the same.
 
 - new (transformers 5): `rope_parameters` {rope_type, rope_theta, factor, ...}
-- old: `rope_theta` beside `rope_scaling` {rope_type or type, factor, ...}, null where there is no scaling
+- old (transformers 4): `rope_theta` beside `rope_scaling` {rope_type or type, factor, ...}, null where there is no
+  scaling
 - either: `original_max_position_embeddings` may stand outside
 - where layers of two kinds differ (Gemma 3), new: `rope_parameters` {full_attention: {...}, sliding_attention: {...}};
   old: the old spelling above for full attention, `rope_local_base_freq` for sliding attention, which is not scaled
@@ -12,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.positions import ROPES, Rope
+from llmq_jax.interop.tables import KEEP
+from llmq_jax.layers.positions import ROPES, Rope, YarnRope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -21,6 +23,7 @@ WITHOUT_ORIGINAL = ("default", "linear", "dynamic")
 """The types for which transformers ignores ORIGINAL. For `dynamic` the original is max_position_embeddings."""
 NEUTRAL = {"finetuned": (True, False), "attn_factor": (1,), "extrapolation_factor": (1,)}
 """{parameter of YaRN's own code (jquesnelle/yarn): the values with which it changes nothing}."""
+UNREAD = "transformers does not read it where layers of two kinds differ"
 WITHOUT_TYPE = ("rope_theta", "partial_rotary_factor", ORIGINAL)
 """Parameters that may stand without a rope_type: they scale nothing."""
 
@@ -101,23 +104,38 @@ def read_ropes(values: Mapping[str, Any]) -> dict[str, Any]:
     if by_kind:
         raise BadInput(f"rope_parameters has {', '.join(by_kind)} outside of {FULL} and {SLIDING}, the kinds of layers")
     local = read_rope({"rope_parameters": sliding, "rope_theta": values.pop("rope_local_base_freq", None)})
-    return {
-        **read_rope({**values, "rope_parameters": full}, updated=True),
-        "local_rope_parameters": local["rope_parameters"],
-    }
-
-
-def write_rope(rope: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """A config.json with the RoPE of a config whose heads have `width` features."""
-    exported = rope.exported(width)
-    values = {**values, "rope_parameters": exported.to_dict()}
-    if exported.rope_type == "dynamic":
-        values["max_position_embeddings"] = values["rope_parameters"].pop(ORIGINAL)
+    values = read_rope({**values, "rope_parameters": full}, updated=True)
+    values["local_rope_parameters"] = local["rope_parameters"]
+    for name in ("rope_parameters", "local_rope_parameters"):
+        if values[name].get("truncate") is False:
+            raise BadInput(f"{name}: truncate=False is not supported: {UNREAD}; drop it")
     return values
 
 
+def write_rope(rope: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """A config.json with the RoPE of a config whose heads have `width` features, in both spellings."""
+    exported = rope.exported(width)
+    parameters = exported.to_dict()
+    longest = {"max_position_embeddings": parameters.pop(ORIGINAL)} if exported.rope_type == "dynamic" else {}
+    # Of this type alone transformers 4 reads the trained length outside of the parameters.
+    trained = {ORIGINAL: parameters[ORIGINAL]} if exported.rope_type == "longrope" else {}
+    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    return {
+        **values,
+        **longest,
+        **trained,
+        "rope_parameters": parameters,
+        "rope_theta": exported.rope_theta,
+        "rope_scaling": None if exported.rope_type == "default" else scaling,
+    }
+
+
 def write_ropes(rope: Rope, local: Rope, values: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """As `write_rope`, where layers of two kinds differ."""
+    """As `write_rope`, where layers of two kinds differ. The old spelling has no place for a scaling of local
+    layers."""
+    for name, one in (("rope_parameters", rope), ("local_rope_parameters", local)):
+        if isinstance(one, YarnRope) and not one.truncate:
+            raise BadInput(f"{name}: truncate=False cannot be exported: {UNREAD}; {KEEP}")
     of_full, of_sliding = (write_rope(each, values, width) for each in (rope, local))
     trained = [part["max_position_embeddings"] for part in (of_full, of_sliding)]
     if trained[0] != trained[1]:
@@ -126,4 +144,4 @@ def write_ropes(rope: Rope, local: Rope, values: Mapping[str, Any], width: int) 
             f"max_position_embeddings, for all layers; here one kind has {trained[0]} and the other {trained[1]}"
         )
     by_kind = {FULL: of_full["rope_parameters"], SLIDING: of_sliding["rope_parameters"]}
-    return {**of_full, "rope_parameters": by_kind}
+    return {**of_full, "rope_parameters": by_kind, "rope_local_base_freq": of_sliding["rope_theta"]}

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.field_types import as_type, has_type, type_name, whole
 from llmq_jax.layers.axes import constrain_like_params
+from llmq_jax.layers.positions import Rope
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
 from llmq_jax.models.decoder import SHAPES_ALONE, Decoder
 from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
@@ -95,9 +96,13 @@ def preset(name: str, **overrides: Any) -> Any:
 
 
 def override(config: Any, **changes: Any) -> Any:
-    """The config with some fields changed; an unknown field is BadInput."""
-    for field in changes:
+    """The config with some fields changed; an unknown field is BadInput. A dict of RoPE's parameters that has no base
+    keeps the config's, as the scalings of model cards mean it."""
+    for field, value in changes.items():
         _require_field(type(config), field)
+        if isinstance(rope := getattr(config, field), Rope) and isinstance(value, Mapping):
+            said = {name: parameter for name, parameter in value.items() if parameter is not None}
+            changes[field] = {"rope_theta": rope.rope_theta, **said}
     return dataclasses.replace(config, **changes)
 
 

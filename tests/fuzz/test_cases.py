@@ -60,7 +60,7 @@ def test_json_that_python_does_not_read(tmp_path, content):
         ({"architectures": CLASSIFIER, "problem_type": []}, "problem_type=[] is not supported"),
         ({"model_type": ["llama"]}, "model_type=['llama'] is no name"),
         ({"rms_norm_eps": 10**400}, "is not of the type float"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "is not a number"),
+        ({"rope_theta": 10**400, "rope_parameters": {"rope_type": "default"}}, "is not a number"),
         ({"head_dim": 2**63}, "is beyond all models"),
         ({"head_dim": 2**30}, "features are not supported"),
     ],

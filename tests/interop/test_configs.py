@@ -15,7 +15,7 @@ from llmq_jax.interop.architectures import TABLES
 from llmq_jax.interop.configs import FIXED
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel
-from llmq_jax.models import ARCHITECTURES, Architecture, build, init
+from llmq_jax.models import ARCHITECTURES, Architecture, build, init, preset
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
 from tests.interop.refusals import refused
@@ -152,19 +152,20 @@ def test_values_that_do_not_fit_together():
         config_from_hf({**ORIGINAL, "n_head": 7})
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "qwen3_moe", "deepseek_v3"])
 def test_other_names_of_fields(model_type):
     """transformers' attribute_map; where both names stand it goes by their order."""
-    other_names = TABLES[model_type].config.other_names
-    values = {"model_type": model_type} | dict.fromkeys(other_names, 64)
-    theirs = transformers.AutoConfig.for_model(**values)
-    assert dict(theirs.attribute_map) == other_names
-    same = dict.fromkeys(other_names.values(), 64)
-    for ours in (config_from_hf(values), config_from_hf(values | same)):
-        for name in other_names.values():
-            assert getattr(ours, name) == getattr(theirs, name) == 64
-    for other, name in other_names.items():
-        assert f"{name}=32 and {other}=64 are one field" in refused(config_from_hf, values | {name: 32})
+    attribute_map = transformers.AutoConfig.for_model(model_type).attribute_map
+    for other, name in attribute_map.items():
+        names = TABLES[model_type].config.names
+        (ours,) = [field for field, spelt in names.items() if {other, name} <= {field, *spelt}]
+        for said in ({other: 24}, {name: 24}, {name: 24, other: 24}):
+            values = {"model_type": model_type, **said}
+            theirs = transformers.AutoConfig.for_model(**values)
+            assert getattr(config_from_hf(values), ours) == getattr(theirs, name) == 24
+        message = refused(config_from_hf, {"model_type": model_type, name: 24, other: 12})
+        assert message.endswith("are one field; keep one of them")
+        assert f"{name}=24" in message and f"{other}=12" in message
 
 
 def test_unknown_architecture():
@@ -177,7 +178,7 @@ def test_unknown_architecture():
 @pytest.mark.parametrize("model_type", TABLES)
 def test_every_field_is_known_to_be_transformers_or_not(model_type):
     table = TABLES[model_type].config
-    groups = (table.shared, table.renamed, table.own, table.training, ["labels"])
+    groups = (table.shared | table.names.keys(), table.own, table.training, ["labels"])
     known = [name for group in groups for name in group]
     assert sorted(known) == sorted(field.name for field in dataclasses.fields(table.config_class))
 
@@ -187,10 +188,39 @@ def test_what_is_written_is_transformers(model_type):
     theirs = transformers.AutoConfig.for_model(model_type).to_dict()
     # Gemma 3's second rope is a part of transformers' rope_parameters; of some Qwens the model alone reads head_dim.
     undeclared = {"local_rope_parameters"} | ({"head_dim"} if model_type in ("qwen2", "qwen3_moe") else set())
-    # Another name, which other readers need, for what transformers 5 writes as num_local_experts.
-    older = {"num_experts"} if model_type == "qwen3_moe" else set()
+    # What transformers 4 and other readers need.
+    older = {"rope_theta", "rope_scaling", "rope_local_base_freq"} | {
+        "gpt2": {"n_ctx"},
+        "qwen3_moe": {"num_experts"},
+        "deepseek_v3": {"scoring_func", "topk_method", "moe_layer_freq"},
+    }.get(model_type, set())
     assert config_to_hf(TABLES[model_type].config.config_class()).keys() <= theirs.keys() | undeclared | older
     assert TABLES[model_type].config.shared - undeclared <= theirs.keys()
+
+
+def test_llama_cpp_finds_the_context_of_gpt_2():
+    """By a second name, which is in the hub's files, and which nothing else reads."""
+    written = config_to_hf(GPT2Config(max_position_embeddings=96))
+    assert (written["n_positions"], written["n_ctx"]) == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("mixtral-10m", {"router_aux_loss_coef": 0, "initializer_range": 1}),
+        ("deepseek-10m", {"routed_scaling_factor": 2}),
+        ("gemma3-270m", {"final_logit_softcapping": 30}),
+        ("gpt2-124m", {"attn_pdrop": 0}),
+    ],
+)
+def test_whole_numbers_in_fields_of_floats(name, fields):
+    """transformers refuses integers there."""
+    config = preset(name)
+    # Fields of the package's own classes are checked by beartype, in tests alone.
+    unchecked = dataclasses.make_dataclass("Unchecked", [], bases=(type(config),), frozen=True)
+    written = config_to_hf(unchecked(**vars(config) | fields))
+    assert written.items() >= fields.items()
+    transformers.AutoConfig.for_model(**written)
 
 
 SIZES = {

@@ -676,7 +676,10 @@ def test_a_file_of_the_hub():
     assert config == preset("deepseek-v3")
     written = config_to_hf(config)
     assert written.items() >= {"head_dim": 64, "num_key_value_heads": 128, "num_nextn_predict_layers": 1}.items()
-    assert not written.keys() & {"experts", "balance", "norm", "mtp_hidden", "attention_up_bias", "rope_scaling"}
+    assert not written.keys() & {"experts", "balance", "norm", "mtp_hidden", "attention_up_bias"}
+    # What transformers does not write: to vLLM, without it, experts are chosen by a softmax and without their bias.
+    own = ("scoring_func", "topk_method", "moe_layer_freq", "rope_theta")
+    assert {name: written[name] for name in own} == {name: hub()[name] for name in own}
     assert config_from_hf(written) == config
     # Its own spelling and transformers' are one.
     theirs = transformers.DeepseekV3Config(**{k: v for k, v in hub().items() if k != "quantization_config"})
@@ -729,10 +732,16 @@ def test_what_makes_no_sense_is_refused(changes, message):
     assert message in refused(config_from_hf, {"model_type": "deepseek_v3", **SIZES, **changes})
 
 
+def test_what_leaves_the_function_of_experts_is_exported():
+    for config in (PLAIN, CONFIGS["nothing shared"]):
+        assert config_to_hf(override(config, experts={"dispatch": "dense", "balance": None})) == config_to_hf(config)
+
+
 @pytest.mark.parametrize(
     "field",
     [
         {"experts": Experts(6, 2)},
+        {"experts": {"dispatch": "capacity", "capacity_factor": 1.0}},
         {"norm": "dyt"},
         {"attention_up_bias": True},
         {"mtp_hidden": "before_norm"},

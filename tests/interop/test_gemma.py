@@ -1,5 +1,6 @@
 """Gemma's names and config.json, there and back: spellings of layers and RoPE, the text of the multimodal model."""
 
+import copy
 import json
 import shutil
 from functools import cache
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
@@ -251,8 +253,9 @@ def test_files_of_the_hub():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_understood_by_transformers(name):
     values = config_to_hf(preset(name))
-    theirs = transformers.AutoConfig.for_model(**values)
-    assert theirs.to_dict().items() >= {k: v for k, v in values.items() if k != "architectures"}.items()
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(values))
+    passed_over = ("architectures", "rope_theta", "rope_scaling", "rope_local_base_freq")
+    assert theirs.to_dict().items() >= {k: v for k, v in values.items() if k not in passed_over}.items()
     assert config_from_hf(theirs.to_dict()) == preset(name)
 
 
@@ -396,6 +399,27 @@ def test_what_transformers_does_not_compute_cannot_be_exported():
     trained = [{"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": n} for n in (16, 32)]
     config = override(GEMMA3, rope_parameters=trained[0], local_rope_parameters=trained[1])
     assert "local_rope_parameters cannot be exported" in refused(config_to_hf, config)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def test_untruncated_yarn_in_gemma_3_is_neither_read_nor_written():
+    """transformers looks for `truncate` beside the kinds of layers, so that there it is always true."""
+    untruncated = YARN | {"truncate": False}
+    for kind in (GLOBAL, LOCAL):
+        frequencies = []
+        for rope in (YARN, untruncated):
+            theirs = transformers.Gemma3TextConfig(**SIZES | {"head_dim": 64}, rope_parameters={kind: dict(rope)})
+            frequencies.append(ROPE_INIT_FUNCTIONS["yarn"](theirs, None, layer_type=kind)[0])
+        assert torch.equal(*frequencies)
+        said = {"rope_parameters": {kind: untruncated}}
+        assert "truncate=False is not supported" in refused(config_from_hf, SMALL | said)
+    assert "truncate=False is not supported" in refused(config_from_hf, SMALL | {"rope_scaling": untruncated})
+    for field in ("rope_parameters", "local_rope_parameters"):
+        message = refused(config_to_hf, override(GEMMA3, **{field: untruncated}))
+        assert "truncate=False cannot be exported" in message
+    assert config_to_hf(override(GEMMA2, rope_parameters=untruncated))["rope_parameters"]["truncate"] is False
 
 
 @pytest.mark.exhaustive

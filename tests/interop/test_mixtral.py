@@ -269,7 +269,7 @@ def test_a_file_of_the_hub():
     assert config == MixtralConfig(max_position_embeddings=32768, router_aux_loss_coef=0.02)
     written = config_to_hf(config)
     assert written.items() >= {"sliding_window": None, "router_jitter_noise": 0.0, "num_local_experts": 8}.items()
-    assert "rope_theta" not in written and "attention_bias" not in written and "experts" not in written
+    assert not written.keys() & {"attention_bias", "experts"}
     assert config_from_hf(written) == config
     early = config_from_hf(hub(sliding_window=4096))
     assert early.layer_windows == (4096,) * 32 and config_from_hf(config_to_hf(early)) == early
@@ -318,7 +318,8 @@ def test_biases_of_attention_are_none_of_mixtral_s():
 @pytest.mark.parametrize(
     "config",
     [
-        override(UNTIED, experts=Experts(5, 3)),
+        override(UNTIED, experts={"renormalise": False}),
+        override(UNTIED, experts={"dispatch": "capacity", "capacity_factor": 1.0}),
         Llama3Config(experts=Experts()),
         GPT2Config(experts=Experts()),
         Gemma2Config(experts=Experts()),
@@ -330,6 +331,26 @@ def test_experts_of_our_own_cannot_be_exported(config):
     message = refused(config_to_hf, config)
     assert message.startswith("experts=Experts(num_experts=")
     assert f"transformers' {config.model_type} does not compute it; keep such a model in our own format" in message
+
+
+@pytest.mark.parametrize("config", [config for _, config in MODELS.values()], ids=MODELS)
+def test_what_leaves_the_function_of_experts_is_exported(config):
+    """How tokens come to their experts, and what keeps the load even in training."""
+    written = config_to_hf(config)
+    for experts in ({}, {"dispatch": "dense"}, {"balance": None}, {"balance": {"load_balance": 0.5}}):
+        assert config_to_hf(override(config, experts=experts)) == written
+    dense, variables = override(config, experts={"dispatch": "dense"}), draw_variables(config)
+    assert to_state_dict(variables, dense).keys() == to_state_dict(variables, config).keys()
+
+
+def test_balance_in_transformers_trainer_is_not_switched_on():
+    """With the switch in config.json transformers cannot generate from padded prompts."""
+    assert not config_to_hf(config_from_hf(hub(output_router_logits=True))).get("output_router_logits", False)
+    config = transformers.MixtralConfig(**SIZES, output_router_logits=True)
+    model = transformers.MixtralForCausalLM(config).eval()
+    tokens = torch.tensor(TOKENS)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        model.generate(tokens, attention_mask=(tokens.cumsum(1) > tokens[:1, :1]).long(), max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmq_jax.errors import BadInput
-from llmq_jax.interop import config_from_hf
+from llmq_jax.interop import config_from_hf, config_to_hf
+from llmq_jax.interop.architectures import TABLES, resolve_config
+from llmq_jax.models import PRESETS, override, preset
 
 YARN = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
 
@@ -101,3 +103,71 @@ def test_rope_parameters_beside_rope_scaling():
     by_kind = {**both, "model_type": "gemma3_text", "rope_parameters": {"full_attention": both["rope_parameters"]}}
     theirs = transformers.AutoConfig.for_model(**copy.deepcopy(by_kind)).rope_parameters["full_attention"]
     assert config_from_hf(by_kind).rope.to_dict() == theirs
+
+
+OLD = ("rope_theta", "rope_scaling", "rope_local_base_freq", "original_max_position_embeddings")
+DIVISORS = {"short_factor": [1.0, 1.5, 2.0], "long_factor": [2.0, 4.0, 8.0]}
+TYPES = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0, "original_max_position_embeddings": 16},
+    "ntk": {"factor": 2.0},
+    "by_parts": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.7},
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 16, **DIVISORS},
+}
+WIDTHS = {"head_dim": 6, "qk_rope_head_dim": 6, "sliding_window": 16}
+EXPORTED = {
+    **PRESETS,
+    **{
+        f"{model_type}, {rope_type}": (tables.config.config_class, rope_type)
+        for model_type, tables in TABLES.items()
+        if model_type != "gpt2"
+        for rope_type in TYPES
+    },
+}
+
+
+def understood(values):
+    return transformers.AutoConfig.for_model(**copy.deepcopy(values))
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_both_spellings_are_written_and_say_the_same(name):
+    """Version 4 of transformers reads the older one alone; 5 reads the newer, and here too nothing changes by the
+    other. Without the newer one the older says all of it."""
+    config = EXPORTED[name]
+    if isinstance(config, tuple):
+        kind, rope_type = config
+        model_type = kind.model_type
+        widths = {field: width for field, width in WIDTHS.items() if hasattr(kind, field)}
+        rope = {"rope_type": rope_type, "rope_theta": 700.0, **TYPES[rope_type]}
+        longest = 16 if (model_type, rope_type) == ("gemma3_text", "dynamic") else 64  # one for both kinds of layers
+        config = override(kind(), max_position_embeddings=longest, rope_parameters=rope, **widths)
+    written = config_to_hf(config)
+    new = {field: value for field, value in written.items() if field not in OLD}
+    old = {field: value for field, value in written.items() if field != "rope_parameters"}
+    assert ("rope_theta" in old and "rope_scaling" in old) == (config.model_type != "gpt2")
+    ours, theirs = config_from_hf(new), understood(new)
+    for values in (written, old):
+        assert config_from_hf(values) == ours
+        assert understood(values).to_diff_dict() | {OLD[-1]: None} == theirs.to_diff_dict() | {OLD[-1]: None}
+
+
+def test_a_trained_length_that_version_4_reads_outside():
+    """Of longrope alone; of yarn and llama3 it reads it beside the factor."""
+    rope = {"rope_type": "longrope", **TYPES["longrope"]}
+    config = config_from_hf({"model_type": "llama", "max_position_embeddings": 64, "head_dim": 6, "rope_scaling": rope})
+    assert config_to_hf(config)["original_max_position_embeddings"] == 16
+
+
+@pytest.mark.parametrize("name", ["llama3.2-1b", "qwen3-0.6b"])
+@pytest.mark.parametrize("said", [{}, {"rope_theta": None}])
+def test_a_scaling_that_is_put_over_a_config_keeps_its_base(name, said):
+    """A model card's YaRN says nothing of the base."""
+    changes = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **said}}
+    config, base = preset(name), PRESETS[name].rope.rope_theta
+    for changed in (preset(name, **changes), override(config, **changes), resolve_config(changes, config, {}, "hf")):
+        assert (changed.rope.rope_type, changed.rope.rope_theta) == ("yarn", base)
+    changes["rope_parameters"]["rope_theta"] = 700.0
+    assert override(config, **changes).rope.rope_theta == 700.0
