@@ -29,14 +29,13 @@ from llmq_jax.interop.peft import (
 from llmq_jax.interop.peft_whole import (
     EMBEDDING,
     TWICE,
-    equal,
     fitting,
     module_name,
     parted,
     replaced,
     whole_shapes,
 )
-from llmq_jax.interop.tables import Placement, in_out
+from llmq_jax.interop.tables import Placement, equal, in_out
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
     DROPOUT,

@@ -27,7 +27,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import put
+from llmq_jax.layers.axes import on_host, put
 from llmq_jax.models import abstract_variables, all_layer_paths
 
 Shape = tuple[int, ...]
@@ -276,7 +276,8 @@ class WeightTable:
         """Whether every tensor that may repeat another one does so, or is absent."""
         prefix = "" if any(name.startswith(self.optional_prefix) for name in state) else self.optional_prefix
         pairs = [(key.removeprefix(prefix), source.removeprefix(prefix)) for key, source in self.tied.items()]
-        return all(_equal(state, key, source) for key, source in pairs if key in state and source in state)
+        both = [pair for pair in pairs if pair[0] in state and pair[1] in state]
+        return all(equal(*(np.asarray(_tensor(state, name)) for name in pair)) for pair in both)
 
     def _own_part(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Our part of a larger model's state dict, under the part's own names; any other state dict unchanged."""
@@ -340,7 +341,11 @@ class WeightTable:
         for key, source in self.tied.items():
             if key in wanted or key not in names or source not in names:
                 continue
-            if not _equal(state, names[key], names[source]):
+            if equal(*(np.asarray(_tensor(state, names[name])) for name in (key, source))):
+                continue
+            if config.labels is not None and SCORE.key in names:
+                untied.append(f"{names[key]} is a language model's head, which no classifier has; leave it out")
+            elif config.tie_word_embeddings:
                 untied.append(
                     f"{names[key]} differs from {names[source]} although tie_word_embeddings is true"
                     " (set it to false in the config if the head has weights of its own)"
@@ -385,8 +390,9 @@ def _tensor(state: Mapping[str, Any], name: str) -> Any:
         ) from error
 
 
-def _equal(state: Mapping[str, Any], left: str, right: str) -> bool:
-    return np.array_equal(_tensor(state, left), _tensor(state, right))
+def equal(left: Any, right: Any) -> bool:
+    """Whether two tensors have the same values; of arrays on a mesh all processes must ask."""
+    return left is right or (left.shape == right.shape and np.array_equal(on_host(left), on_host(right)))
 
 
 @functools.cache

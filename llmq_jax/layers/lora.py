@@ -29,7 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput, close_names
-from llmq_jax.field_types import check_fields
+from llmq_jax.field_types import check_fields, has_type, scalar
 from llmq_jax.layers.axes import on_host
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
@@ -88,8 +88,12 @@ class LoRA:
         require(not self.tied or tiny, "tied", "has no effect but on tinylora")
         require(isinstance(self.targets, Sequence), "targets", "must be a name, or several: ('query', 'value')")
         require(len(self.targets) > 0, "targets", "names no matrix")
+        named = all(isinstance(target, str) for target in self.targets)
+        require(named, "targets", "must be a name, or several: ('query', 'value')")
         require(self.layers is None or isinstance(self.layers, Sequence), "layers", "must be a sequence: (0, 1)")
         require(self.layers is None or len(self.layers) > 0, "layers", "names no layer")
+        numbered = all(has_type(scalar(layer), int) for layer in self.layers or ())
+        require(numbered, "layers", "must be a sequence of whole numbers: (0, 1)")
 
     @property
     def scale(self) -> float:
