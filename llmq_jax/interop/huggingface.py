@@ -32,7 +32,7 @@ from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig, warn
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
-from llmq_jax.layers.lora import merge, spread
+from llmq_jax.layers.lora import merge_when_read, spread
 from llmq_jax.weight_type import weight_type
 from llmq_jax.whole_folders import whole_folder
 
@@ -125,8 +125,8 @@ def save_hf(
     require_model(lm)
     folder = Path(folder).expanduser().resolve()
     dtype = float_type(dtype)
-    config = config_to_hf(lm.config)
-    tensors = weight_table(lm.config.model_type).lazy_state_dict(merge(spread(lm.variables)), lm.config, dtype)
+    config, variables = config_to_hf(lm.config), merge_when_read(spread(lm.variables))
+    tensors = weight_table(lm.config.model_type).lazy_state_dict(variables, lm.config, dtype)
     config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
     changed_files: dict[str, bytes] = {}
     if lm.config.labels is None:

@@ -222,7 +222,8 @@ class WeightTable:
         return variables
 
     def lazy_state_dict(self, variables: dict[str, Any], config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
-        """Our variables, or any tree of that structure, as a state dict; tensors are made when asked for.
+        """Our variables, or any tree of that structure, as a state dict; tensors are made when asked for. Leaves are
+        arrays, or anything with a shape and a type that gives its parts by index.
 
         `dtype` is that of parameters, as in `from_state_dict`.
         """
@@ -409,10 +410,20 @@ def _theirs(part: Placement, leaf: Any, dtype: Any) -> LazyTensor:
     dtype = np.dtype(leaf.dtype if dtype is None else dtype)
 
     def read() -> np.ndarray:
-        ours = np.asarray(leaf)[part.slot]
+        ours = _part_on_host(leaf, part.slot)
         return np.ascontiguousarray(part.transform.to_theirs(ours).astype(dtype, copy=False))
 
     return LazyTensor(part.transform.their_shape(part.our_shape(leaf.shape)), dtype, read)
+
+
+def _part_on_host(leaf: Any, slot: tuple[Any, ...]) -> np.ndarray:
+    """`leaf[slot]`. An array of another device, or of several, is not asked for as a whole: JAX would keep that copy as
+    long as the array. On one CPU there is no copy, and a part taken by JAX would be one."""
+    if isinstance(leaf, jax.Array):
+        if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
+            return np.asarray(leaf[slot] if slot else jnp.copy(leaf))  # leaf[()] is the array itself
+        leaf = np.asarray(leaf)
+    return np.asarray(leaf[slot])
 
 
 def _widest(dtypes: Iterable[np.dtype]) -> np.dtype:

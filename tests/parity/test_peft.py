@@ -236,6 +236,8 @@ def test_several_adapters_share_their_base(llama, tmp_path):
     expected = lq.generate(lq.merge(first), prompt, max_new_tokens=8, sampler=greedy).tokens
     np.testing.assert_array_equal(lq.generate(first, prompt, max_new_tokens=8, sampler=greedy).tokens, expected)
     loaded = lq.load(lq.save_hf(first, tmp_path / "merged"))
+    matrices, expected = (jax.tree.leaves(each.params) for each in (loaded, lq.merge(first)))
+    assert all(np.abs(a - b).max() < 1e-6 for a, b in zip(matrices, expected, strict=True))
     np.testing.assert_allclose(loaded.logits(tokens), first.logits(tokens), atol=LOGITS, rtol=0)
     lq.model_files.save(first, tmp_path / "own")
     np.testing.assert_array_equal(lq.load(tmp_path / "own").logits(tokens), first.logits(tokens))
