@@ -16,7 +16,7 @@ from typing import Any
 from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model
-from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, is_hf, located
 from llmq_jax.interop.peft import is_adapter, module_names
 from llmq_jax.interop.peft_reader import base_of, read_adapter
@@ -128,7 +128,11 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
     path = folder / GENERATION_CONFIG
     if path.is_file():
         try:
-            generation = GenerationConfig.from_hf(generation.to_hf() | read_json(path))
+            values = read_json(path)
+            # Of what its base says too, loading that has told.
+            new = {name: value for name, value in values.items() if generation.other.get(name) != value}
+            warn_of_ignored(new, path)
+            generation = GenerationConfig.from_hf(generation.to_hf() | values)
         except BadInput as error:
             raise located(path, error) from error
     return lm.replace(tokenizer=lm.tokenizer if own is None else own, generation=generation)

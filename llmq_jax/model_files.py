@@ -15,7 +15,7 @@ from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create, require_model
 from llmq_jax.interop.architectures import config_class_of
-from llmq_jax.interop.generation_config import GenerationConfig
+from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
 from llmq_jax.interop.gguf import is_gguf, read_gguf
 from llmq_jax.interop.huggingface import (
     CONFIG,
@@ -33,7 +33,7 @@ from llmq_jax.interop.openai import HPARAMS, is_openai, read_openai
 from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.language_model import LanguageModel, differing_weight
-from llmq_jax.models import ARCHITECTURES, PRESETS, build, fields_from_text, override
+from llmq_jax.models import ARCHITECTURES, PRESETS, architecture, build, fields_from_text, override
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.whole_folders import whole_folder
@@ -63,6 +63,12 @@ def load(
 
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise BadInput(f"path={path!r} names no model; give a path or a hub id, as a text")
+    if isinstance(config, Mapping):
+        for name in config:
+            if not isinstance(name, str):
+                raise BadInput(f"config={dict(config)!r:.60}: {name!r:.60} is no name of a field")
+    elif config is not None:
+        architecture(config)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         lm = _load(path, layout, config, dtype)
@@ -174,7 +180,9 @@ class TextFiles:
         """`name` names the tokenizer. Without a generation config, its end-of-text token ends texts."""
         tokenizer = tokenizer_in(folder, name)
         if (folder / GENERATION_CONFIG).is_file():
-            return cls(tokenizer, GenerationConfig.from_hf(read_json(folder / GENERATION_CONFIG)))
+            values = read_json(folder / GENERATION_CONFIG)
+            warn_of_ignored(values, folder / GENERATION_CONFIG)
+            return cls(tokenizer, GenerationConfig.from_hf(values))
         end = None if tokenizer is None else tokenizer.end_of_text
         return cls(tokenizer, GenerationConfig(eos_token_id=() if end is None else (end,)))
 

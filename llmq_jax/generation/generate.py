@@ -126,7 +126,7 @@ def generate(
         state = request.stop_at_strings(state, texts)
         reached = min(reached + STRETCH, request.max_new_tokens)
         state = request.advance(state, reached)
-    return request.finish(request.stop_at_strings(state, texts))
+    return request.finish(request.stop_at_strings(state, texts), texts)
 
 
 def stream(
@@ -424,15 +424,17 @@ class Request:
         if self.prompt_cache is not None:
             self.prompt_cache.keep(self.lm, self.only_prompt, state)
 
-    def finish(self, state: DecodeState) -> Generation:
+    def finish(self, state: DecodeState, texts: Sequence["RowText"] = ()) -> Generation:
+        """What was generated; `texts` are those of all rows where these were read for stop strings."""
         self.remember(state)
         tokens, logprobs, lengths = jax.device_get((state.tokens, state.logprobs, state.lengths))
         tokens, logprobs = tokens[:, : self.max_new_tokens], logprobs[:, : self.max_new_tokens]
         text = None
-        if self.lm.tokenizer is not None:
+        if texts:
+            text = [row.text[: row.stop] for row in texts]
+        elif self.lm.tokenizer is not None:
             rows = zip(tokens, lengths, self.behind, strict=True)
             text = [self._decode(row[:length].tolist(), behind) for row, length, behind in rows]
-            text = [t[: self.stop_position(t)] for t in text]
         counts = (0, 0)
         if isinstance(state, SpeculativeState):
             counts = (int(state.drafted.sum()), int(state.accepted.sum()))

@@ -1,5 +1,6 @@
 """Which architecture has which tables, and the functions that apply them."""
 
+import typing
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import has_type, scalar, type_name
 from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
@@ -136,6 +138,10 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
     missing = [name for name in tables.underivable if name not in fields]
     if missing:
         raise BadInput(f"the shapes of weights do not tell {' and '.join(missing)}; give it in the config")
+    hints = typing.get_type_hints(tables.config.config_class)
+    for name in tables.underivable:  # by which the others are derived
+        if not has_type(scalar(fields[name]), hints[name]):
+            raise BadInput(f"{name}={fields[name]!r} is not of the type {type_name(hints[name])}")
     shapes, layers = table.survey(state)
     try:
         derived = tables.derive(shapes, layers, table.is_tied(state), layout, fields)

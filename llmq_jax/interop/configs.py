@@ -58,9 +58,12 @@ NULL_DROPOUT = {"attention_dropout": 0.0}
 
 # Fields of any config.json that do change what is computed, with the only values that we compute.
 FIXED: dict[str, Any] = {
+    "chain_hidden_post_norm": None,
     "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
+    "mtp_hidden_states_first": False,
     "partial_rotary_factor": 1.0,
+    "per_layer_config": {},
     "pruned_heads": {},
     "quantization_config": None,
     "rope_interleaved": False,

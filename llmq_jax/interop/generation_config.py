@@ -1,18 +1,45 @@
 """What `generation_config.json` says: the tokens that end, begin and pad a text."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import scalar
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Fields by which transformers chooses other tokens and that nothing here applies, with the values that change nothing.
+# How tokens are drawn (temperature, top_k, ...) is not among them: a Sampler says it.
+IGNORED: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "stop_strings": None,
+    "num_beams": 1,
+}
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Special tokens of a model; any of several end tokens ends a text."""
+    """Special tokens of a model; any of several end tokens ends a text. One may be given as a number, as in
+    `generation_config.json`."""
 
     eos_token_id: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -20,19 +47,22 @@ class GenerationConfig:
     other: Mapping[str, Any] = field(default_factory=dict)
     """The file's other fields, kept so that they are written back."""
 
+    def __post_init__(self) -> None:
+        for name in TOKEN_IDS:
+            value = getattr(self, name)
+            ids = _ids(name, value)
+            if name == "eos_token_id":
+                object.__setattr__(self, name, ids)
+                continue
+            if len(ids) > 1:
+                raise BadInput(f"{name}={value!r} is not one token id")
+            object.__setattr__(self, name, next(iter(ids), None))
+
     @classmethod
     def from_hf(cls, values: Mapping[str, Any]) -> "GenerationConfig":
         """From `generation_config.json`, where the end token may be an id, a list of ids or null."""
-        ids = {name: _ids(name, values.get(name)) for name in TOKEN_IDS}
-        for name in ("bos_token_id", "pad_token_id"):
-            if len(ids[name]) > 1:
-                raise BadInput(f"{name}={values[name]!r} is not one token id")
-        return cls(
-            eos_token_id=ids["eos_token_id"],
-            bos_token_id=next(iter(ids["bos_token_id"]), None),
-            pad_token_id=next(iter(ids["pad_token_id"]), None),
-            other={name: value for name, value in values.items() if name not in TOKEN_IDS},
-        )
+        ids: dict[str, Any] = {name: values.get(name) for name in TOKEN_IDS}
+        return cls(**ids, other={name: value for name, value in values.items() if name not in TOKEN_IDS})
 
     def token_ids(self) -> dict[str, Any]:
         """The special tokens as transformers writes them: null, an id or, for several end tokens, a list."""
@@ -53,8 +83,18 @@ class GenerationConfig:
         return dataclasses.replace(self, **changes)
 
 
+def warn_of_ignored(values: Mapping[str, Any], file: Path) -> None:
+    """Name those of the file's fields that change what transformers generates, and nothing here."""
+    said = {name: values.get(name) for name in IGNORED}
+    found = [f"{name}={value!r:.60}" for name, value in said.items() if value not in (None, IGNORED[name], [], {})]
+    if found:
+        warnings.warn(f"{file}: ignored in generation: {', '.join(found)}", stacklevel=2)
+
+
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    value = scalar(value)
+    several = isinstance(value, list | tuple | np.ndarray)
+    ids = [scalar(i) for i in value] if several else [] if value is None else [value]
     if ids == [-1]:  # how some published configs say that there is none
         return ()
     if not all(type(i) is int and i >= 0 for i in ids):

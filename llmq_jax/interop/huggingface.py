@@ -28,11 +28,11 @@ from llmq_jax.interop.architectures import (
     weight_table,
 )
 from llmq_jax.interop.float8 import block_size, dequantised
-from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig
+from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig, warn_of_ignored
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
-from llmq_jax.layers.lora import merge, spread
+from llmq_jax.layers.lora import merge_when_read, spread
 from llmq_jax.weight_type import weight_type
 from llmq_jax.whole_folders import whole_folder
 
@@ -53,9 +53,11 @@ EXPORTED = (
     *COMPANION_FILES,
 )
 """Patterns of all files that an export may consist of."""
-TOKENIZER_DOWNLOADED = ("*.json", "*.txt", "*.model", "*.jinja")
+TOKENIZER_DOWNLOADED = ("*.json", "*.txt", "*.model", "chat_template.jinja", "additional_chat_templates/*.jinja")
 DOWNLOADED = ("model*.safetensors", "adapter_model.safetensors", *TOKENIZER_DOWNLOADED)
 DOWNLOADED_WITHOUT_SAFETENSORS = ("pytorch_model*.bin", "adapter_model.bin")
+# Patterns match across slashes, and subfolders hold other formats of the same weights.
+NOT_DOWNLOADED = ("*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors", "*/*.bin")
 
 
 class Contents(NamedTuple):
@@ -123,8 +125,8 @@ def save_hf(
     require_model(lm)
     folder = Path(folder).expanduser().resolve()
     dtype = float_type(dtype)
-    config = config_to_hf(lm.config)
-    tensors = weight_table(lm.config.model_type).lazy_state_dict(merge(spread(lm.variables)), lm.config, dtype)
+    config, variables = config_to_hf(lm.config), merge_when_read(spread(lm.variables))
+    tensors = weight_table(lm.config.model_type).lazy_state_dict(variables, lm.config, dtype)
     config |= lm.generation.token_ids() | {"dtype": weight_type(tensors.values()).name}
     changed_files: dict[str, bytes] = {}
     if lm.config.labels is None:
@@ -201,9 +203,9 @@ def download(name: str, *, tokenizer: bool = False) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repository, _, revision = name.partition("@")
-    wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None, "ignore_patterns": ["*/*"]}
+    wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
+    wanted["ignore_patterns"] = list(NOT_DOWNLOADED)
     try:
-        # Patterns match across slashes; subfolders hold other formats of the same weights.
         folder = snapshot_download(**wanted, allow_patterns=list(TOKENIZER_DOWNLOADED if tokenizer else DOWNLOADED))
         weights = is_safetensors(Path(folder)) or (Path(folder) / "adapter_model.safetensors").is_file()
         if not (weights or tokenizer):
@@ -273,7 +275,9 @@ def _read_generation_config(
     path = folder / GENERATION_CONFIG
     try:
         own = language_part(values)
-        said = {name: own[name] for name in TOKEN_IDS if name in own} | (read_json(path) if path.is_file() else {})
+        stored = read_json(path) if path.is_file() else {}
+        warn_of_ignored(stored or own, path if stored else folder / CONFIG)
+        said = {name: own[name] for name in TOKEN_IDS if name in own} | stored
         end = None if tokenizer is None else tokenizer.end_of_text
         if end is not None and end < config.vocab_size:
             said.setdefault("eos_token_id", end)

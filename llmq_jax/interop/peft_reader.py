@@ -29,14 +29,13 @@ from llmq_jax.interop.peft import (
 from llmq_jax.interop.peft_whole import (
     EMBEDDING,
     TWICE,
-    equal,
     fitting,
     module_name,
     parted,
     replaced,
     whole_shapes,
 )
-from llmq_jax.interop.tables import Placement, in_out
+from llmq_jax.interop.tables import Placement, equal, in_out
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
     DROPOUT,
@@ -58,6 +57,8 @@ from llmq_jax.models import abstract_variables
 from llmq_jax.models.heads import LM_HEAD, SCORE
 
 SCORE_WEIGHT = f"{PREFIX}score.weight"
+MAGNITUDES = "lora_magnitude_vector"
+"""What DoRA has beside A and B."""
 # Fields of adapter_config.json that are read, with their types.
 FIELDS = {
     "peft_type": str,
@@ -73,6 +74,7 @@ FIELDS = {
     "target_parameters": list[str],
     "modules_to_save": list[str],
     "use_rslora": bool,
+    "use_dora": bool,
 }
 # Fields of adapter_config.json with the only value that is supported: others make an adapter compute something else.
 PLAIN = {
@@ -269,7 +271,8 @@ class _Reader:
                 continue
             first, last, scale = pair
             leaves = {A: first, B: last, SCALE: scale}
-            magnitude = self._take(f"{PREFIX}{site.module}.lora_magnitude_vector", last.shape[-1:])
+            self._check_dora(site.module)
+            magnitude = self._take(f"{PREFIX}{site.module}.{MAGNITUDES}", last.shape[-1:])
             if magnitude is not None:
                 leaves[MAGNITUDE] = magnitude
             parts.setdefault(site.placement.path[1:], []).append((site, leaves))
@@ -332,6 +335,7 @@ class _Reader:
         pair = self._take_pair(f"{PREFIX}{module}", rows, width, "lora_embedding_A", "lora_embedding_B")
         if pair is not None:
             first, last = pair
+            self._check_dora(module)
             change = self._scale(module, len(last)) * (first @ last)
             given[EMBEDDING] = jnp.asarray(given.get(EMBEDDING, embedding), jnp.float32) + change
         adapts_head = any(key.startswith(f"{PREFIX}{LM_HEAD}.lora_") for key in self.state)
@@ -441,7 +445,7 @@ class _Reader:
         for part in self.apart.get((site.placement.path, site.placement.slot), ()):
             module = part.key.removesuffix(".weight")
             at = part.slot[len(site.placement.slot) + 2 :]  # behind the expert and D
-            if f"{PREFIX}{module}.lora_magnitude_vector" in self.state:
+            if f"{PREFIX}{module}.{MAGNITUDES}" in self.state:
                 raise BadInput(
                     f"{self.file}: has a DoRA of {module}, and experts have plain LoRA alone; merge it in PEFT"
                 )
@@ -466,7 +470,7 @@ class _Reader:
         if pair is None:
             return None
         first, last = pair
-        rank = self._pattern("rank_pattern", site.pattern_name, self.values.get("r", 8))
+        rank = self._pattern("rank_pattern", site.pattern_name, self._rank)
         if len(last) != rank * count:
             raise self._other_base(f"{name}.lora_A.weight", first.T.shape, (rank * count, width))
         return (
@@ -474,6 +478,21 @@ class _Reader:
             last.reshape(rank, count, features).swapaxes(0, 1),
             self._scale(site.pattern_name, rank),
         )
+
+    @property
+    def _rank(self) -> Any:
+        return self.values.get("r", 8)  # PEFT's default
+
+    def _check_dora(self, module: str) -> None:
+        """BadInput where a module's tensors are not those that `use_dora` says: PEFT goes by the config, and takes
+        magnitudes that it lacks from the base."""
+        dora, has = self.values.get("use_dora", False), f"{PREFIX}{module}.{MAGNITUDES}" in self.state
+        if dora != has:
+            held = "has a" if has else "has no"
+            raise BadInput(
+                f"{self.file}: {held} {MAGNITUDES} of {module}, and {CONFIG} says use_dora={dora}; save the adapter "
+                "again"
+            )
 
     def _is_target_parameter(self, parameter: str) -> bool:
         names = self.values.get("target_parameters") or ()
@@ -511,6 +530,12 @@ class _Reader:
     def _scale(self, module: str, rank: int) -> np.float32:
         if rank < 1:
             raise BadInput(f"{self.file}: the adapter of {module} has the rank {rank}; it needs at least 1")
+        said = self._pattern("rank_pattern", module, self._rank)
+        if rank != said:
+            raise BadInput(
+                f"{self.file}: the adapter of {module} has the rank {rank}, and {CONFIG} says {said} (r, "
+                "rank_pattern); save the adapter again"
+            )
         alpha = self._pattern("alpha_pattern", module, self.values.get("lora_alpha", 8))
         return np.float32(alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.peft import memory_table
-from llmq_jax.layers.axes import on_host
+from llmq_jax.interop.tables import equal
 from llmq_jax.models import override
 from llmq_jax.models.heads import LM_HEAD, SCORE
 
@@ -76,8 +76,3 @@ def fitting(config: Any, params: dict[str, Any], file: Path) -> Any:
             "both (save_embedding_layers=True)"
         )
     return override(config, vocab_size=vocab_size, tie_word_embeddings=is_tied)
-
-
-def equal(left: Any, right: Any) -> bool:
-    """Whether two matrices have the same values; all processes must ask."""
-    return left is right or (left.shape == right.shape and bool((on_host(left) == on_host(right)).all()))

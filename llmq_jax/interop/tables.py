@@ -27,7 +27,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers.axes import put
+from llmq_jax.layers.axes import on_host, put
 from llmq_jax.models import abstract_variables, all_layer_paths
 
 Shape = tuple[int, ...]
@@ -222,7 +222,8 @@ class WeightTable:
         return variables
 
     def lazy_state_dict(self, variables: dict[str, Any], config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
-        """Our variables, or any tree of that structure, as a state dict; tensors are made when asked for.
+        """Our variables, or any tree of that structure, as a state dict; tensors are made when asked for. Leaves are
+        arrays, or anything with a shape and a type that gives its parts by index.
 
         `dtype` is that of parameters, as in `from_state_dict`.
         """
@@ -276,7 +277,8 @@ class WeightTable:
         """Whether every tensor that may repeat another one does so, or is absent."""
         prefix = "" if any(name.startswith(self.optional_prefix) for name in state) else self.optional_prefix
         pairs = [(key.removeprefix(prefix), source.removeprefix(prefix)) for key, source in self.tied.items()]
-        return all(_equal(state, key, source) for key, source in pairs if key in state and source in state)
+        both = [pair for pair in pairs if pair[0] in state and pair[1] in state]
+        return all(equal(*(np.asarray(_tensor(state, name)) for name in pair)) for pair in both)
 
     def _own_part(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Our part of a larger model's state dict, under the part's own names; any other state dict unchanged."""
@@ -340,7 +342,11 @@ class WeightTable:
         for key, source in self.tied.items():
             if key in wanted or key not in names or source not in names:
                 continue
-            if not _equal(state, names[key], names[source]):
+            if equal(*(np.asarray(_tensor(state, names[name])) for name in (key, source))):
+                continue
+            if config.labels is not None and SCORE.key in names:
+                untied.append(f"{names[key]} is a language model's head, which no classifier has; leave it out")
+            elif config.tie_word_embeddings:
                 untied.append(
                     f"{names[key]} differs from {names[source]} although tie_word_embeddings is true"
                     " (set it to false in the config if the head has weights of its own)"
@@ -385,8 +391,9 @@ def _tensor(state: Mapping[str, Any], name: str) -> Any:
         ) from error
 
 
-def _equal(state: Mapping[str, Any], left: str, right: str) -> bool:
-    return np.array_equal(_tensor(state, left), _tensor(state, right))
+def equal(left: Any, right: Any) -> bool:
+    """Whether two tensors have the same values; of arrays on a mesh all processes must ask."""
+    return left is right or (left.shape == right.shape and np.array_equal(on_host(left), on_host(right)))
 
 
 @functools.cache
@@ -403,10 +410,20 @@ def _theirs(part: Placement, leaf: Any, dtype: Any) -> LazyTensor:
     dtype = np.dtype(leaf.dtype if dtype is None else dtype)
 
     def read() -> np.ndarray:
-        ours = np.asarray(leaf)[part.slot]
+        ours = _part_on_host(leaf, part.slot)
         return np.ascontiguousarray(part.transform.to_theirs(ours).astype(dtype, copy=False))
 
     return LazyTensor(part.transform.their_shape(part.our_shape(leaf.shape)), dtype, read)
+
+
+def _part_on_host(leaf: Any, slot: tuple[Any, ...]) -> np.ndarray:
+    """`leaf[slot]`. An array of another device, or of several, is not asked for as a whole: JAX would keep that copy as
+    long as the array. On one CPU there is no copy, and a part taken by JAX would be one."""
+    if isinstance(leaf, jax.Array):
+        if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
+            return np.asarray(leaf[slot] if slot else jnp.copy(leaf))  # leaf[()] is the array itself
+        leaf = np.asarray(leaf)
+    return np.asarray(leaf[slot])
 
 
 def _widest(dtypes: Iterable[np.dtype]) -> np.dtype:

@@ -16,8 +16,9 @@ path, and so do stacked experts (`expert_dispatch`): W gets no gradient, and in 
 Factors of stacked layers are stacked like their matrices; layers without an adapter have the scale 0 there.
 """
 
+import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput, close_names
-from llmq_jax.field_types import check_fields
+from llmq_jax.field_types import check_fields, has_type, scalar
 from llmq_jax.layers.axes import on_host
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
@@ -88,8 +89,12 @@ class LoRA:
         require(not self.tied or tiny, "tied", "has no effect but on tinylora")
         require(isinstance(self.targets, Sequence), "targets", "must be a name, or several: ('query', 'value')")
         require(len(self.targets) > 0, "targets", "names no matrix")
+        named = all(isinstance(target, str) for target in self.targets)
+        require(named, "targets", "must be a name, or several: ('query', 'value')")
         require(self.layers is None or isinstance(self.layers, Sequence), "layers", "must be a sequence: (0, 1)")
         require(self.layers is None or len(self.layers) > 0, "layers", "names no layer")
+        numbered = all(has_type(scalar(layer), int) for layer in self.layers or ())
+        require(numbered, "layers", "must be a sequence of whole numbers: (0, 1)")
 
     @property
     def scale(self) -> float:
@@ -216,6 +221,38 @@ def merge(variables: dict[str, Any]) -> dict[str, Any]:
     return _moved(variables, adapters(variables))
 
 
+def merge_when_read(variables: dict[str, Any]) -> dict[str, Any]:
+    """The same as `merge`, with an `Unmerged` in the place of each matrix that has an adapter."""
+    return _moved(variables, adapters(variables), Unmerged)
+
+
+@dataclass(frozen=True)
+class Unmerged:
+    """A matrix, or a stack of them, beside its adapter. A part is merged when it is asked for, so that not all matrices
+    need be there twice."""
+
+    kernel: Array
+    trained: dict[str, Any]
+    fixed: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.kernel.dtype
+
+    def __getitem__(self, slot: tuple[Any, ...]) -> Array:
+        stack = (self.trained | self.fixed)[A].ndim - 2
+        at = tuple(itertools.takewhile(lambda index: isinstance(index, int), slot))[:stack]
+        trained, fixed = (
+            {name: leaf[at[: leaf.ndim]] for name, leaf in part.items()} for part in (self.trained, self.fixed)
+        )
+        part: Array = _merged(self.kernel[at], trained, fixed)[slot[len(at) :]]
+        return part
+
+
 def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `merge`, up to rounding: the adapters of `adapted` are subtracted from the matrices of `variables`
     and put beside them.
@@ -236,8 +273,11 @@ def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any
     return _moved(variables, taken_out) | {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
 
 
-def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter]) -> dict[str, Any]:
-    """`variables` without adapters, their matrices moved by the updates of those that were found."""
+def _moved(
+    variables: dict[str, Any], found: Mapping[Path, Adapter], moved: Callable[..., Any] | None = None
+) -> dict[str, Any]:
+    """`variables` without adapters, their matrices moved by the updates of those that were found, or what `moved` makes
+    of (a matrix, its adapter)."""
     params = flatten_dict(variables["params"]) if found else {}
     missing = [path for path in found if path not in params]
     if missing:
@@ -250,7 +290,7 @@ def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter]) -> dict[str
                 f"adapters at {'/'.join(path)} of a matrix {list(shape)}, where this model has "
                 f"{list(params[path].shape)}; load those of this model"
             )
-    params |= {path: _merged(params[path], *adapter) for path, adapter in found.items()}
+    params |= {path: (moved or _merged)(params[path], *adapter) for path, adapter in found.items()}
     rest = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     return {**rest, "params": unflatten_dict(params)} if found else rest
 

@@ -368,6 +368,9 @@ class LongRope(ScaledRope):
 
     def check(self, width: int, max_position_embeddings: int) -> None:
         super().check(width, max_position_embeddings)
+        derived = self.attention_factor is None and self.factor != 1
+        rule = "must be above 1, since attention's scale is divided by its logarithm; or give an attention_factor"
+        self.require(not derived or self.original_max_position_embeddings > 1, "original_max_position_embeddings", rule)
         for name in ("short_factor", "long_factor"):
             count = len(getattr(self, name))
             if count != width // 2:

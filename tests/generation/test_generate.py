@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.data import GPT2Tokenizer
 from llmq_jax.generation.decoding import DecodeState, advance, prefill, read_prompts
 from llmq_jax.generation.generate import STRETCH, Request
 from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer, one_word_model
@@ -258,10 +259,10 @@ def test_streamed_pieces_join_to_the_whole(lm, seed):
 def writes(monkeypatch):
     """`writes(ids, **options)`: (text of generate, its new tokens, pieces of stream) of a model that writes these."""
 
-    def writes(ids, **options):
-        tokenizer = fallback_tokenizer()
+    def writes(ids, tokenizer=None, **options):
+        tokenizer = tokenizer or fallback_tokenizer()
         config = lq.GPT2Config(
-            vocab_size=len(TOKENS),
+            vocab_size=tokenizer.vocab_size,
             max_position_embeddings=128,
             hidden_size=2,
             num_hidden_layers=1,
@@ -353,6 +354,14 @@ def test_a_stop_string_before_the_end_token(writes):
     assert (made, pieces, len(tokens)) == ("x", ["x"], 2)
     made, tokens, pieces = writes([*byte_ids(b"x" + EMOJI), 2], stop="never there")
     assert (made, "".join(pieces), len(tokens)) == ("x😀", "x😀", 6)
+
+
+def test_a_stop_string_that_only_half_a_character_behind_another_one_completes(writes):
+    """One token of GPT-2 is a space and half a character, at which the shorter one ends the row."""
+    tokenizer = GPT2Tokenizer()
+    ids = [*tokenizer.encode("h"), tokenizer.encode(" 😀")[0]]
+    assert tokenizer.decode(ids) == "h \ufffd"
+    assert writes([*ids, *ids], tokenizer, stop=[" ", "h \ufffd"]) == ("h", ids, ["h"])
 
 
 def test_similar_lengths_share_one_compiled_program(lm):

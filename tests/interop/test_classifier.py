@@ -146,6 +146,14 @@ def test_weights_of_the_other_kind(tmp_path):
     weights = to_state_dict(classifier.variables, CONFIG)
     message = refused(from_state_dict, weights, LANGUAGE_MODEL)
     assert "1 unread (score.weight)" in message and "these are the weights of a classifier: name its classes" in message
+    own_head = lq.models.override(LANGUAGE_MODEL, tie_word_embeddings=False)
+    left_over = to_state_dict(draw_variables(own_head), own_head)["lm_head.weight"]
+    for is_tied in (True, False):
+        state = to_state_dict(classifier.variables, CONFIG) | {"lm_head.weight": left_over}
+        message = refused(from_state_dict, state, lq.models.override(CONFIG, tie_word_embeddings=is_tied))
+        assert message.endswith(
+            "GPT2Config: lm_head.weight is a language model's head, which no classifier has; leave it out"
+        )
     save_hf(language_model, tmp_path / "lm")
     assert str(tmp_path / "lm") in refused(load, tmp_path / "lm", config={"labels": ["a", "b"]})
 

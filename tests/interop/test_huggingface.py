@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +195,43 @@ def test_special_tokens_of_config_json_where_there_is_no_generation_config(their
     edit_json(theirs / "config.json", eos_token_id="2")
     with pytest.raises(BadInput, match="eos_token_id='2' is neither a token id nor a list"):
         load(theirs)
+
+
+def test_what_generation_ignores_is_named_in_one_warning(theirs, tmp_path):
+    """Fields of generation_config.json or, where there is none, of config.json; in a run of ours, too."""
+    path = theirs / "generation_config.json"
+    plain = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "min_length": 0}
+    edit_json(path, **plain, num_beams=1, bad_words_ids=[], temperature=0.6, top_k=20, do_sample=True, max_length=30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(theirs)
+    penalties = {"repetition_penalty": 1.1, "bad_words_ids": [[3]], "min_new_tokens": 4}
+    named = "ignored in generation: repetition_penalty=1.1, bad_words_ids=[[3]], min_new_tokens=4"
+    edit_json(path, **penalties)
+    with pytest.warns(UserWarning) as caught:
+        lm = load(theirs)
+    assert [str(warning.message) for warning in caught] == [f"{path}: {named}"]
+    with pytest.warns(UserWarning, match=re.escape(named)):
+        load(save(lm, tmp_path / "run"))
+    path.unlink()
+    edit_json(theirs / "config.json", **penalties)
+    with pytest.warns(UserWarning, match=re.escape(named)):
+        load(theirs)
+
+
+@pytest.mark.parametrize("end", [256, np.int64(256), [256], np.array([256]), (np.int32(256),)])
+def test_an_end_token_in_any_form_of_an_integer(lm, tmp_path, end):
+    generation = GenerationConfig(eos_token_id=end, pad_token_id=np.int64(3))
+    assert generation == GenerationConfig(eos_token_id=(256,), pad_token_id=3)
+    assert load(save_hf(lm.replace(generation=generation), tmp_path / "ours")).generation == generation
+
+
+@pytest.mark.parametrize(
+    "fields", [{"eos_token_id": "256"}, {"eos_token_id": (True,)}, {"pad_token_id": 2.5}, {"bos_token_id": [1, 2]}]
+)
+def test_what_is_no_token_is_refused(fields):
+    ((name, value),) = fields.items()
+    assert f"{name}={value!r} is n" in refused(GenerationConfig, **fields)
 
 
 def test_special_tokens_that_no_file_names(tmp_path):
@@ -425,6 +464,23 @@ def test_weights_without_a_config(theirs):
     assert load(theirs, config={"num_attention_heads": 3}).config == lm.config
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("llama3.2-1b", "'llama3.2-1b' is no config of a model: give an instance of one of its classes"),
+        (Path("config.json"), "is no config of a model"),
+        ({1: 2}, "config={1: 2}: 1 is no name of a field"),
+    ],
+)
+def test_what_is_no_config_is_refused(theirs, given, message):
+    assert message in refused(load, theirs, config=given)
+    (theirs / "config.json").unlink()
+    assert message in refused(load, theirs, config=given)
+    assert "num_attention_heads='3' is not of the type int" in refused(
+        load, theirs, config={"num_attention_heads": "3"}
+    )
+
+
 def test_a_given_config_takes_the_place_of_the_file(theirs):
     config = load(theirs).config
     exact = dataclasses.replace(config, activation_function="gelu")
@@ -462,11 +518,11 @@ def test_the_hub_is_asked_for_a_revision_and_for_data_alone(theirs, monkeypatch,
             "tokenizer.json",
             "merges.txt",
             "chat_template.jinja",
-            "adapter.py",
         ]
-        there += ["modeling_tiny.py", "pytorch_model.bin", "training_args.bin", "run.sh", "onnx/model.json", "x.pkl"]
+        there += ["additional_chat_templates/tool_use.jinja", "modeling_tiny.py", "pytorch_model.bin", "x.pkl"]
+        there += ["training_args.bin", "run.sh", "onnx/model.json", "onnx/model.safetensors", "other/template.jinja"]
         wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        assert wanted == there[:5]
+        assert wanted == [*there[:5], "additional_chat_templates/tool_use.jinja"]
         return str(theirs)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -588,11 +644,12 @@ def test_peak_memory_is_that_of_the_model(tmp_path):
 
 def test_a_tokenizer_of_the_hub_comes_without_weights(theirs, monkeypatch, tmp_path):
     there = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt", "run.py", "a/b.json"]
+    there += ["additional_chat_templates/tool_use.jinja", "original/tokenizer.model", "onnx/merges.txt"]
 
     def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
         wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         assert (repo_id, revision) == ("org/tiny", "v1")
-        assert wanted == ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+        assert wanted == ["config.json", "tokenizer.json", "vocab.json", "merges.txt", there[7]]
         fallback_tokenizer().save(tmp_path)
         return str(tmp_path)
 

@@ -1,6 +1,8 @@
 """The strict machinery of weight tables, on GPT-2's table."""
 
 import dataclasses
+import subprocess
+import sys
 from dataclasses import replace
 
 import ml_dtypes
@@ -13,6 +15,7 @@ from llmq_jax.interop import from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.tables import KEEP, LazyTensor
 from llmq_jax.models.gpt2 import GPT2Config
+from tests.devices import with_devices
 
 SIZES = {"vocab_size": 11, "max_position_embeddings": 7, "hidden_size": 6}
 TIED = GPT2Config(**SIZES, num_hidden_layers=2, num_attention_heads=3, intermediate_size=5)
@@ -208,3 +211,29 @@ def test_variables_that_do_not_fit_are_refused():
 def test_unknown_layout():
     with pytest.raises(BadInput, match="gpt2 has no layout 'huggingface'; it has hf"):
         from_state_dict({}, TIED, layout="huggingface")
+
+
+ON_DEVICES = """
+import jax
+import numpy as np
+from llmq_jax.interop.architectures import weight_table
+from llmq_jax.training.sharding import make_mesh, place
+from tests.models.test_heads import CONFIGS
+from tests.weights import draw_variables
+config = CONFIGS["mixtral"]
+variables, table = draw_variables(config), weight_table("mixtral")
+with jax.set_mesh(make_mesh("fsdp=2,expert=2")):
+    placed = place(variables)
+assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed))
+expected, found = (table.lazy_state_dict(each, config) for each in (variables, placed))
+for key, tensor in found.items():
+    np.testing.assert_array_equal(np.asarray(tensor), np.asarray(expected[key]), err_msg=key)
+kept = [leaf.shape for leaf in jax.tree.leaves(placed) if leaf._npy_value is not None]
+assert not kept, kept
+"""
+
+
+def test_an_export_leaves_no_copy_of_the_weights_on_the_host():
+    """JAX keeps what it has copied from other devices, as long as the array."""
+    done = subprocess.run([sys.executable, "-c", ON_DEVICES], env=with_devices(4), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

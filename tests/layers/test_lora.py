@@ -447,6 +447,22 @@ def test_bad_adapters_are_refused_in_one_line(fields, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("targets", [1], "LoRA: targets=[1] must be a name, or several: ('query', 'value')"),
+        ("layers", ["1"], "LoRA: layers=['1'] must be a sequence of whole numbers: (0, 1)"),
+    ],
+)
+def test_fields_of_another_type_are_refused(field, value, message):
+    """Set afterwards: the annotations of the class are checked in these tests."""
+    spec = LoRA()
+    object.__setattr__(spec, field, value)
+    with pytest.raises(BadInput) as error:
+        spec.__post_init__()
+    assert str(error.value) == message
+
+
 def test_a_pattern_that_the_chosen_layers_lack_is_refused():
     model, variables = build(CONFIGS["deepseek"]), drawn(CONFIGS["deepseek"])
     with pytest.raises(BadInput, match=r"layers 0 have no moe/\*; leave it out"):

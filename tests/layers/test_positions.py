@@ -248,6 +248,10 @@ LONGROPE = {"rope_type": "longrope", **PARAMETERS["longrope"]}
         ({"rope_type": "by_parts", **TRAINED, "alpha": 0.0}, "alpha=0.0 must be positive"),
         ({"rope_type": "by_parts_ntk", **TRAINED, "ntk_factor": 0.5}, "ntk_factor=0.5 must be at least 1"),
         (LONGROPE | {"long_factor": [1.0] * 7}, "long_factor has 7 factors; heads of 16 features take 8"),
+        (
+            LONGROPE | {"original_max_position_embeddings": 1},
+            "=1 must be above 1, since attention's scale",
+        ),
         (LONGROPE | {"long_factor": 2.0}, "long_factor=2.0 is not a list of numbers"),
         (LONGROPE | {"short_factor": [1.0] * 7 + ["x"]}, "is not a list of numbers"),
         (LONGROPE | {"short_factor": [0.0] * 8}, "must be positive numbers"),

@@ -236,6 +236,8 @@ def test_several_adapters_share_their_base(llama, tmp_path):
     expected = lq.generate(lq.merge(first), prompt, max_new_tokens=8, sampler=greedy).tokens
     np.testing.assert_array_equal(lq.generate(first, prompt, max_new_tokens=8, sampler=greedy).tokens, expected)
     loaded = lq.load(lq.save_hf(first, tmp_path / "merged"))
+    matrices, expected = (jax.tree.leaves(each.params) for each in (loaded, lq.merge(first)))
+    assert all(np.abs(a - b).max() < 1e-6 for a, b in zip(matrices, expected, strict=True))
     np.testing.assert_allclose(loaded.logits(tokens), first.logits(tokens), atol=LOGITS, rtol=0)
     lq.model_files.save(first, tmp_path / "own")
     np.testing.assert_array_equal(lq.load(tmp_path / "own").logits(tokens), first.logits(tokens))
@@ -443,8 +445,8 @@ def test_adapters_of_a_multimodal_model_fit_its_text_part(pair_of, tmp_path):
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 AT_EMBEDDING = {
-    "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 61)),
-    "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((32, 2)),
+    "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((3, 61)),
+    "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((32, 3)),
 }
 
 
@@ -489,10 +491,8 @@ AT_EMBEDDING = {
             "holds no adapter of a layer beside an embedding or a head: merge it in PEFT",
         ),
         (
-            {},
-            lambda state: (
-                state | AT_EMBEDDING | {"base_model.model.model.embed_tokens.lora_magnitude_vector": np.zeros(61)}
-            ),
+            {"use_dora": True},
+            lambda state: AT_EMBEDDING | {"base_model.model.model.embed_tokens.lora_magnitude_vector": np.zeros(61)},
             "of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT",
         ),
         (
@@ -500,6 +500,15 @@ AT_EMBEDDING = {
             lambda state: {name: x for name, x in state.items() if name != NAME.replace("lora_A", "lora_B")},
             "lora_A.weight and no lora_B",
         ),
+        ({"use_dora": True}, None, "lora_magnitude_vector of model.layers.0.self_attn.q_proj, and adapter_config.json"),
+        (
+            {},
+            lambda state: state | {NAME.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(32, np.float32)},
+            "has a lora_magnitude_vector of model.layers.0.self_attn.q_proj, and adapter_config.json says use_dora=Fal",
+        ),
+        ({"use_dora": "yes"}, None, "use_dora='yes' is not of the type bool"),
+        ({"r": 8}, None, "q_proj has the rank 3, and adapter_config.json says 8 (r, rank_pattern)"),
+        ({"rank_pattern": {"q_proj": 2}}, None, "q_proj has the rank 3, and adapter_config.json says 2"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, config, tensors, message):
