@@ -26,7 +26,7 @@ from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated
 from llmq_jax.layers.expert_dispatch import apart_pays
 from llmq_jax.layers.linear import by_output
-from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, spread, trained_numbers
+from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, adapters, spread, trained_numbers
 from llmq_jax.layers.moe import by_expert
 from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
@@ -404,6 +404,8 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     }
     if own := variables.get(LORA_FIXED, {}).get(WHOLE):  # a head that came with the adapters goes, too
         variables[LORA_FIXED][WHOLE] = {name: mark for name, mark in own.items() if name in expected}
+    if not adapters(spread(variables)):  # those of the old head were all; empty collections would count as adapters
+        variables = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     kernel = expected[SCORE]["kernel"]
     fresh = config.initializer_range * jax.random.normal(
         jax.random.key(whole(seed, "seed")), kernel.shape, kernel.dtype

@@ -6,6 +6,8 @@ returns a list of numbers, with None where it has no reward for a completion. TR
 form.
 """
 
+import copy
+import functools
 import importlib.util
 import inspect
 import math
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,9 @@ from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 
 RewardFunction = Callable[..., Sequence[float | None]]
+
+FAULTS = (Exception, SystemExit)
+"""What a user's code may raise for which it is named; `sys.exit` too would end the run without a word."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The right number
@@ -220,14 +226,9 @@ def find(name: str) -> RewardFunction:
 def _from_file(path: Path, name: str) -> RewardFunction:
     if not path.is_file():
         raise BadInput(f"there is no file {path} to read the reward {name!r} from")
-    # The module is in sys.modules, under a name of its own, since classes that the file defines look it up there.
-    module_name = f"_reward_file_{path.resolve().as_posix()}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None  # as of every .py file
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        module = _module(path.resolve(), path.read_bytes())
+    except FAULTS as error:
         raise BadInput(f"{path}, which holds the reward {name!r}, cannot be run: {_error_line(error)}") from error
     function: RewardFunction | None = getattr(module, name, None)
     if not callable(function):
@@ -237,7 +238,19 @@ def _from_file(path: Path, name: str) -> RewardFunction:
     return function
 
 
-def _error_line(error: Exception) -> str:
+@functools.cache
+def _module(path: Path, contents: bytes) -> ModuleType:
+    """The module of a file with these contents, which is run once for all functions in it."""
+    # In sys.modules, under a name of its own, since classes that the file defines look it up there.
+    module_name = f"_reward_file_{path.as_posix()}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # as of every .py file
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _error_line(error: BaseException) -> str:
     """One line of an error: its type and what it says."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -335,10 +348,12 @@ def _called(
     name: str, function: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Any]
 ) -> np.ndarray:
     """What one function returns, checked, float64 [B], with nan for None."""
+    # Copies of its own: what one function changes in place would be what the next one reads.
+    arguments = copy.deepcopy({"prompts": prompts, "completions": completions, **columns})
     try:
-        returned = function(prompts=prompts, completions=completions, **columns)
+        returned = function(**arguments)
         values = list(returned)
-    except Exception as error:
+    except FAULTS as error:
         raise BadInput(f"the reward {name!r} failed with {_error_line(error)}{_place(error, function)}") from error
     if len(values) != len(completions):
         raise BadInput(
@@ -347,7 +362,7 @@ def _called(
     return np.asarray([_number(name, row, value) for row, value in enumerate(values)], np.float64)
 
 
-def _place(error: Exception, function: RewardFunction) -> str:
+def _place(error: BaseException, function: RewardFunction) -> str:
     """ " (my_rewards.py, line 7)": the last place in the file that holds the function, whatever libraries it called;
     nothing where the call itself failed."""
     code = getattr(inspect.unwrap(function), "__code__", None)

@@ -1,6 +1,7 @@
 """Rewards by rules: what they give, where they have nothing to say, and what names itself when it fails."""
 
 import functools
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,6 +186,23 @@ def test_the_weighted_sum_leaves_out_what_has_nothing_to_say():
     assert list(by_name) == ["digits", "answer"] and total.dtype == np.float32
 
 
+def test_each_function_has_lists_of_its_own():
+    """What one does with them changes nothing for the others, nor for who ranks the same answers later."""
+    prompts, completions = [[{"content": "?"}]], ["12"]
+    columns = {"answer": ["12"], "numbers": [[2, 1]]}
+
+    def careless(prompts, completions, answer, numbers):
+        rewards = [len(completions.pop()) + sum(numbers.pop())]
+        prompts.pop()[0].clear()
+        answer[0] = None
+        return rewards
+
+    rewards = Rewards(("careless", "again", "answer"), (careless, careless, numeric_answer), (1.0, 1.0, 1.0))
+    assert rewards(prompts, completions, columns)[0] == 11
+    assert (prompts, completions) == ([[{"content": "?"}]], ["12"])
+    assert columns == {"answer": ["12"], "numbers": [[2, 1]]}
+
+
 def test_numbers_of_any_type():
     values = iter([True, np.float32(0.5), np.int64(3), np.asarray(2.0)])
     total, _ = Rewards(("any",), (one_of(lambda text: next(values)),), (1.0,))(["?"] * 4, ["x"] * 4, {})
@@ -213,6 +231,10 @@ def failing(prompts, completions, **_):
     refuse()
 
 
+def leaving(prompts, completions, **_):
+    sys.exit(3)
+
+
 LINE = refuse.__code__.co_firstlineno + 1
 
 
@@ -220,6 +242,7 @@ LINE = refuse.__code__.co_firstlineno + 1
     ("function", "message"),
     [
         (failing, f"the reward 'mine' failed with ValueError: no such thing (test_rewards.py, line {LINE})"),
+        (leaving, "the reward 'mine' failed with SystemExit: 3 (test_rewards.py, line "),
         (
             numeric_answer,
             "the reward 'mine' needs 'answer', which it is not given: there are prompts, completions and, beside the "
@@ -296,7 +319,12 @@ def test_names(tmp_path):
     assert find("length:4")(prompts=["?"], completions=["x" * 5]) == [0.75]
     file = tmp_path / "my:rewards.py"
     file.write_text(FILE)
-    assert find(f"{file}:by_words")(prompts=["?"], completions=["a b c"], answer=["?"]) == [6.0]
+    by_words = find(f"{file}:by_words")
+    assert by_words(prompts=["?"], completions=["a b c"], answer=["?"]) == [6.0]
+    # A file is run once, so that its functions share what it holds; and again where it has changed.
+    assert find(f"{file}:Scale") is by_words.__globals__["Scale"]
+    file.write_text(FILE.replace("2.0", "30.0"))
+    assert find(f"{file}:by_words")(prompts=["?"], completions=["a b c"], answer=["?"]) == [90.0]
 
 
 @pytest.mark.parametrize(
@@ -321,10 +349,11 @@ def test_names(tmp_path):
             "which holds the reward 'reward', cannot be run: ZeroDivisionError: division by zero",
         ),
         ("FOLDER/not_python.py:reward", "cannot be run: SyntaxError:"),
+        ("FOLDER/leaves.py:reward", "cannot be run: SystemExit: 3"),
     ],
 )
 def test_names_of_nothing(name, message, tmp_path):
-    files = {"mine": FILE, "empty": "", "broken": "1 / 0", "not_python": "def def"}
+    files = {"mine": FILE, "empty": "", "broken": "1 / 0", "not_python": "def def", "leaves": "raise SystemExit(3)"}
     for stem, text in files.items():
         (tmp_path / f"{stem}.py").write_text(text)
     with pytest.raises(BadInput) as error:

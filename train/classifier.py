@@ -36,7 +36,7 @@ from train.options import (
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, load_to_train, prepared
 
 EPOCHS = 3.0
 TEST_FRACTION = 0.2
@@ -102,7 +102,7 @@ def main(options: Options) -> Any:
     # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data.length_buckets import LabelledBatches, LabelledEvaluation
     from llmq_jax.data.records import record_files
-    from llmq_jax.model_files import TextFiles, load
+    from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.classification import Classification
     from llmq_jax.training import engine, step
     from llmq_jax.training.classification_report import prediction, prediction_line
@@ -113,7 +113,7 @@ def main(options: Options) -> Any:
     # The texts, split, and the model with a head for their classes.
     sources = sources_of(options, record_files)
     found = read_data(options, sources)
-    source = load(options.init_from, dtype=options.weight_dtype)
+    source = load_to_train(options)
     source.require_tokenizer(options.init_from)
     options, parts = split_data(options, sources, found, source.config.labels)
     source, head = with_head(source, parts["training"].names, options.seed)
@@ -135,7 +135,8 @@ def main(options: Options) -> Any:
 
     # The model, computing as the options say, and the part of it that trains.
     model = model_of(options, config)
-    learner = prepared(source.replace(model=model), options)
+    source = source.replace(model=model)
+    learner = prepared(source, options)
     source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
     check_mesh(options, learner.variables, options.batch_size)
 
@@ -245,7 +246,8 @@ def split_data(
             parts[name] = distinct(path, rows[name], names, elsewhere)
             elsewhere |= {row.text for row in rows[name]}
     kept = distinct(sources.training, rows["training"], names, elsewhere)
-    if gone := [label for label in found if not kept.counts()[names.index(label)]]:
+    left = dict(zip(names, kept.counts(), strict=True))
+    if gone := [label for label in found if not left[label]]:
         raise BadInput(f"{sources.training}: no text of class {gone[0]!r} is left to learn; give some, or leave it out")
     if options.balance:
         kept = kept.balanced(options.split_seed)

@@ -10,7 +10,10 @@ the model before training or another one, computes its log-probabilities once, b
 memory. The same command again resumes a run that was stopped.
 """
 
+import itertools
 import time
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +50,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, load_to_train, prepared
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
 REFERENCE_FILE = "reference_logprobs.npz"
@@ -96,7 +99,7 @@ def main(options: Options) -> Any:
 
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.data.records import record_files
-    from llmq_jax.model_files import TextFiles, load
+    from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.preference import DPO
     from llmq_jax.training import engine, resuming, step
     from llmq_jax.training.metrics import printable
@@ -109,7 +112,7 @@ def main(options: Options) -> Any:
     # The pairs, some of them held out, and the model.
     sources = sources_of(options, record_files)
     training, validation = read_pairs(options, sources)
-    source = load(options.init_from, dtype=options.weight_dtype)
+    source = load_to_train(options)
     source.require_language_model(options.init_from)
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
     if not sources.validation:
@@ -235,9 +238,12 @@ def reference_logprobs(
     from llmq_jax.training.processes import first
 
     if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            saved = str(file[DIGEST]) if DIGEST in file else None
-            found = {name: file[name] for name in parts}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                saved = str(file[DIGEST]) if DIGEST in file else None
+                found = {name: file[name] for name in parts}
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadInput(f"{path} is damaged ({error}); remove it, and the reference is asked anew") from None
         if None not in (digest, saved) and digest != saved:
             what = "the run keeps to what it has learned from" if learning else "it is asked anew"
             name = options.reference or options.init_from
@@ -323,9 +329,14 @@ def distance(options: Options, policy: Any, reference: Any, digest: str | None, 
     from llmq_jax.objectives.logprobs import sequence_logprobs
     from llmq_jax.weight_digest import weight_digest
 
-    longest = policy.config.max_position_embeddings - ANSWER_TOKENS
-    prompts = [prompt_tokens(pair.chosen, options, policy.tokenizer) for pair in validation]
-    prompts = [prompt for prompt in prompts if 0 < len(prompt) <= longest][:ANSWERS]
+    if reference is None:
+        name = options.reference or options.init_from
+        reference = load(name) if options.reference is not None else load_to_train(options)
+        if digest not in (None, weight_digest(reference.variables)):
+            return f"KL to the reference: not measured, since {name} holds other weights than when this run began"
+    longest = min(lm.config.max_position_embeddings for lm in (policy, reference)) - ANSWER_TOKENS
+    found = (prompt_tokens(pair.chosen, options, policy.tokenizer) for pair in validation)
+    prompts = list(itertools.islice((prompt for prompt in found if 0 < len(prompt) <= longest), ANSWERS))
     if not prompts:
         return "KL to the reference: no prompt leaves room for an answer"
     drawn = generate(
@@ -345,13 +356,7 @@ def distance(options: Options, policy: Any, reference: Any, digest: str | None, 
 
         return np.array(of_rows(lm.variables, tokens, mask, lengths))
 
-    ratios = logprobs(policy)
-    if reference is None:
-        name = options.reference or options.init_from
-        reference = load(name, dtype=options.weight_dtype if options.reference is None else None)
-        if digest not in (None, weight_digest(reference.variables)):
-            return f"KL to the reference: not measured, since {name} holds other weights than when this run began"
-    ratios -= logprobs(reference)
+    ratios = logprobs(policy) - logprobs(reference)
     return (
         f"KL to the reference on {len(rows)} sampled answers: {ratios.mean():.3f} nats an answer, "
         f"{ratios.sum() / drawn.lengths.sum():.4f} a token"

@@ -46,7 +46,7 @@ from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.sources import one_split, sources_of
 from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, load_to_train, prepared
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
@@ -203,7 +203,7 @@ def main(options: Options) -> Any:
     from llmq_jax.data.prompts import PromptBatches
     from llmq_jax.data.records import record_files
     from llmq_jax.generation import Sampler
-    from llmq_jax.model_files import TextFiles, load, save
+    from llmq_jax.model_files import TextFiles, save
     from llmq_jax.objectives.grpo import GRPO
     from llmq_jax.training import engine
     from llmq_jax.training.grpo import Loop
@@ -219,7 +219,7 @@ def main(options: Options) -> Any:
     sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
     replay_data = one_split(options.replay_data, "train", record_files)
     functions, judge = reward_functions(options)
-    source = load(options.init_from, dtype=options.weight_dtype)
+    source = load_to_train(options)
     source.require_language_model(options.init_from)
     source.require_tokenizer(options.init_from)
     source = with_chat_template(options, source)
@@ -404,6 +404,11 @@ def check(options: Options) -> None:
         raise BadInput(
             "--beta has no effect where the reference is the policy that learns, in the first update of every step: "
             "give more --iterations, or another --reference"
+        )
+    if (options.steps_per_iteration or 0) > options.steps:
+        raise BadInput(
+            f"--steps-per-iteration {options.steps_per_iteration} has no effect: the run has only "
+            f"{counted(options.steps, 'step')}; leave it out, or give fewer"
         )
     if options.judge is not None and options.replay_data is None:
         raise BadInput("--judge needs --replay-data, the pairs that the reward model learned from before")

@@ -45,7 +45,7 @@ from train.options import (
 )
 from train.sources import Sources, sources_of
 from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, load_to_train, prepared
 
 EPOCHS = 3.0
 OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed")
@@ -135,13 +135,14 @@ def main(options: Options) -> Any:
     from llmq_jax.training import engine, step
     from llmq_jax.training.metrics import printable
     from llmq_jax.training.parts import whole
+    from llmq_jax.training.processes import of_first
     from llmq_jax.training.sharding import row_share
     from llmq_jax.training.state import create_state
 
     # The conversations, some of them held out, and the model.
     sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
     training, validation = conversations(options, sources)
-    source = load(options.init_from, dtype=None if options.preview else options.weight_dtype)
+    source = load(options.init_from) if options.preview else load_to_train(options)
     source.require_language_model(options.init_from)
     options, source = with_text_options(options, training, source)
     tokenizer, config = source.tokenizer, source.config
@@ -191,7 +192,8 @@ def main(options: Options) -> Any:
         f"{model.attention_choice(training=True)}",
         flush=True,
     )
-    if not Path(options.out).exists() and options.sample_every != 0:  # a new run: what it starts from
+    # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
+    if options.sample_every != 0 and of_first(lambda: not Path(options.out).exists()):
         print(printable(ask(whole(learner.variables))), flush=True)
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}

@@ -147,13 +147,14 @@ def check_ranges(options: RecipeOptions) -> None:
         ("batch_size", lambda size: size > 0, "be at least 1"),
         ("accumulate", lambda parts: parts > 0, "be at least 1"),
         ("accumulate", lambda parts: size is None or size % parts == 0, f"divide --batch-size {size}"),
-        ("learning_rate", lambda rate: rate > 0, "be positive"),
+        ("learning_rate", lambda rate: 0 < rate < math.inf, "be positive and finite"),
+        ("warmup_steps", lambda steps: steps >= 0, "not be negative"),
         ("betas", lambda betas: all(0 <= beta < 1 for beta in betas), "be at least 0 and below 1"),
-        ("weight_decay", lambda decay: decay >= 0, "not be negative"),
+        ("weight_decay", lambda decay: 0 <= decay < math.inf, "be finite and not negative"),
         ("clip", lambda norm: norm >= 0, "not be negative (0 does not clip)"),
         ("seed", lambda seed: 0 <= seed < 2**32, "be at least 0 and below 2^32"),
         ("evaluate_batches", lambda count: count > 0, "be at least 1"),
-        ("epochs", lambda count: 0 < count < math.inf, "be positive"),
+        ("epochs", lambda count: 0 < count < math.inf, "be positive and finite"),
         ("validation_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
         ("test_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
         ("split_seed", lambda seed: seed >= 0, "not be negative"),
@@ -396,15 +397,16 @@ def optimizer_of(options: RecipeOptions, updates_per_step: int = 1) -> tuple[Any
     rate."""
     from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
 
-    schedule = warmup_schedule(
-        peak=options.learning_rate,
-        steps=options.steps,
-        warmup_steps=options.warmup_steps,
-        initial=options.initial_learning_rate,
-        minimum=options.minimum_learning_rate,
-        decay=options.schedule or "cosine",
-        decay_steps=options.decay_steps,
-    )
+    with named_as_options("decay_steps"):
+        schedule = warmup_schedule(
+            peak=options.learning_rate,
+            steps=options.steps,
+            warmup_steps=options.warmup_steps,
+            initial=options.initial_learning_rate,
+            minimum=options.minimum_learning_rate,
+            decay=options.schedule or "cosine",
+            decay_steps=options.decay_steps,
+        )
     b1, b2 = options.betas
     fields = {"b1": b1, "b2": b2, "weight_decay": options.weight_decay, "clip": options.clip or None}
     fields["moments"] = options.moments

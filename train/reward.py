@@ -42,7 +42,7 @@ from train.preferences import (
 )
 from train.sources import sources_of
 from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, flops_of, prepared
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, load_to_train, prepared
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5
 SAMPLES = 3
@@ -79,7 +79,7 @@ def main(options: Options) -> Any:
     # JAX has its device now: modules that import JAX may follow.
     from llmq_jax.data import PreferenceBatches, PreferenceEvaluation
     from llmq_jax.data.records import record_files
-    from llmq_jax.model_files import TextFiles, load
+    from llmq_jax.model_files import TextFiles
     from llmq_jax.objectives.reward import RewardModel
     from llmq_jax.training import engine, step
     from llmq_jax.training.parts import whole
@@ -89,7 +89,7 @@ def main(options: Options) -> Any:
     # The pairs, some of them held out, and the model with a head that gives one number.
     sources = sources_of(options, record_files)
     training, validation = read_pairs(options, sources)
-    source = load(options.init_from, dtype=options.weight_dtype)
+    source = load_to_train(options)
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
     if not sources.validation:
         options = filled(options, split_seed=0)

@@ -42,7 +42,7 @@ class TuningOptions:
 
     @property
     def weight_dtype(self) -> str:
-        """Type in which the model's weights are loaded; those that train are float32."""
+        """Type of the weights that stay frozen; those that train are float32."""
         return self.base_dtype or "float32"
 
 
@@ -56,6 +56,30 @@ class FineTuningOptions(RecipeOptions):
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
     """Weight decay of kernels and embeddings (not of norms and biases), multiplied by the learning rate."""
+
+
+def load_to_train(options: TuningOptions) -> Any:
+    """The model of --init-from, its weights in --base-dtype, float32 unless given. Of a run's, those that train on
+    beside adapters are not rounded: a classifier's head, and what came whole with the adapters."""
+    from pathlib import Path
+
+    import jax
+
+    from llmq_jax.layers.lora import trained_whole
+    from llmq_jax.model_files import load
+    from llmq_jax.models.heads import SCORE
+    from llmq_jax.training.checkpoints import find_checkpoint
+
+    dtype = options.weight_dtype
+    if options.base_dtype is None or find_checkpoint(Path(options.init_from).expanduser()) is None:
+        return load(options.init_from, dtype=dtype)
+    lm = load(options.init_from)
+    trains = {SCORE, *trained_whole(lm.variables)}
+    params = {
+        name: tree if name in trains else jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+        for name, tree in lm.params.items()
+    }
+    return lm.replace(variables={**lm.variables, "params": params})
 
 
 class Prepared(NamedTuple):

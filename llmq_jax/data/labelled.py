@@ -74,10 +74,11 @@ class LabelledTexts:
     def balanced(self, seed: int = 0) -> "LabelledTexts":
         """As many examples of each class as the smallest has, chosen by the seed, in their order. A class without
         examples stays empty."""
-        least = min((count for _, count in self._counted() if count), default=0)
+        members = self._members()
+        least = min((len(each) for each in members if len(each)), default=0)
         if not least:
             raise BadInput("there is no example to balance; give some")
-        chosen = [self._of_class(label)[seeded_order(count, [seed, label])[:least]] for label, count in self._counted()]
+        chosen = [each[seeded_order(len(each), [seed, label])[:least]] for label, each in enumerate(members)]
         return self.take(np.sort(np.concatenate(chosen)).tolist())
 
     def stratified_split(
@@ -91,8 +92,8 @@ class LabelledTexts:
         if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise BadInput(f"the fractions of a split must be positive and add up to 1, not {list(fractions)}")
         parts: list[list[int]] = [[] for _ in fractions]
-        for label, count in self._counted():
-            if count == 0:
+        for label, each in enumerate(self._members()):
+            if (count := len(each)) == 0:
                 continue
             # The first part, for training, takes what rounding leaves over.
             others = [max(1, round(fraction * count)) for fraction in fractions[1:]]
@@ -101,9 +102,8 @@ class LabelledTexts:
                     f"class {self.names[label]!r} has {counted(count, 'example')}, too few for {len(fractions)} parts "
                     f"of {', '.join(map(str, fractions))}: give more of them, or leave the class out"
                 )
-            members = self._of_class(label)[seeded_order(count, [seed, label])]
             ends = np.cumsum([count - sum(others), *others])[:-1]
-            for part, chosen in zip(parts, np.split(members, ends), strict=True):
+            for part, chosen in zip(parts, np.split(each[seeded_order(count, [seed, label])], ends), strict=True):
                 part.extend(chosen.tolist())
         return tuple(self.take(sorted(part)) for part in parts)
 
@@ -113,11 +113,10 @@ class LabelledTexts:
         there = counts > 0
         return np.where(there, len(self) / (there.sum() * np.maximum(counts, 1)), 1).astype(np.float32)
 
-    def _of_class(self, label: int) -> np.ndarray:
-        return np.flatnonzero(np.array(self.labels) == label)
-
-    def _counted(self) -> Iterable[tuple[int, int]]:
-        return enumerate(self.counts())
+    def _members(self) -> list[np.ndarray]:
+        """The examples of each class, in their order."""
+        by_class = np.argsort(np.asarray(self.labels, np.int64), kind="stable")
+        return np.split(by_class, np.cumsum(self.counts())[:-1])
 
 
 class LabelledRow(NamedTuple):

@@ -115,7 +115,7 @@ def record_files(path: DataPath) -> list[Path]:
         return [path]
 
     def passed_over(file: Path) -> str | None:
-        return None if format_of(file) in FORMATS else "of another format"
+        return None if holds_records(file) else "of another format"
 
     return files_in(path, passed_over, f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} file")
 
@@ -123,6 +123,11 @@ def record_files(path: DataPath) -> list[Path]:
 def is_table(path: str | Path) -> bool:
     """Whether a file has columns that may lack names: .csv, .tsv."""
     return format_of(Path(path)) in TABLES
+
+
+def holds_records(path: Path) -> bool:
+    """Whether a file's name is that of a file of records."""
+    return format_of(path) in FORMATS
 
 
 def format_of(path: Path) -> str:

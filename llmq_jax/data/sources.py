@@ -8,10 +8,10 @@ from pathlib import Path
 
 from llmq_jax.data.folders import DataPath, FolderFiles, files_in, looked_in
 from llmq_jax.data.records import (
-    FORMATS,
     FileBytes,
     checked_text,
     format_of,
+    holds_records,
     iterate_records,
     json_lines,
     json_rows,
@@ -88,7 +88,7 @@ def text_files(path: DataPath) -> list[Path]:
         raise BadInput(f"there is no file or folder {path}{looked_in(path)}")
     if path.is_file() and path.stat().st_size == 0:
         raise BadInput(f"{path} is empty; write something into it, or name another file")
-    if path.is_file() and not _holds_records(path) and b"\0" in _start_of(path):
+    if path.is_file() and not holds_records(path) and b"\0" in _start_of(path):
         raise BadInput(
             f"{path} has zero bytes near its start, as UTF-16 and binary files have: only text in UTF-8 is read "
             "(iconv -f UTF-16LE -t UTF-8 converts it)"
@@ -101,7 +101,7 @@ def _has_text(document: str) -> bool:
 
 
 def _documents_of(file: Path, text_field: str) -> Iterator[str]:
-    if not _holds_records(file):
+    if not holds_records(file):
         yield read_text(file)
     elif format_of(file) in (".json", ".jsonl"):
         for where, value in json_rows(file):
@@ -115,13 +115,9 @@ def _documents_of(file: Path, text_field: str) -> Iterator[str]:
             yield record.fields[text_field]
 
 
-def _holds_records(path: Path) -> bool:
-    return format_of(path) in FORMATS
-
-
 def has_fields(path: str | Path) -> bool:
     """Whether a path may hold records, of whose fields one is the text: a file of records, or a folder."""
-    return Path(path).is_dir() or _holds_records(Path(path))
+    return Path(path).is_dir() or holds_records(Path(path))
 
 
 def is_jsonl(path: str | Path) -> bool:
@@ -135,7 +131,7 @@ def _start_of(path: Path) -> bytes:
 
 
 def _passed_over(path: Path) -> str | None:
-    return "binary" if not _holds_records(path) and _is_binary(path) else None
+    return "binary" if not holds_records(path) and _is_binary(path) else None
 
 
 def _is_binary(path: Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmq_jax.data.folders import FolderFiles
-from llmq_jax.data.records import FORMATS, format_of
+from llmq_jax.data.records import format_of, holds_records
 from llmq_jax.errors import BadInput
 
 SPLITS = {
@@ -41,13 +41,13 @@ def files_by_split(folder: Path, files: Sequence[Path]) -> dict[str, FolderFiles
         splits = {_WORDS[word[0].strip("-_.").lower()] for word in words}
         if len(splits) == 1:
             named[file] = splits.pop()
-        elif splits and _holds_records(file):
+        elif splits and holds_records(file):
             both = " and ".join(split for split in SPLITS if split in splits)
             raise BadInput(f"{folder}: {file.relative_to(folder)} names the splits {both}: {_ADVICE}")
     unnamed = next((file for file in files if file not in named), None)
     if named and unnamed is not None:
         for file, split in named.items():
-            if _holds_records(file) or (split == "train" and format_of(file) == ".txt"):
+            if holds_records(file) or (split == "train" and format_of(file) == ".txt"):
                 name, other = file.relative_to(folder), unnamed.relative_to(folder)
                 raise BadInput(f"{folder}: {name} names the split {split}, and {other} names none: {_ADVICE}")
         example = next(iter(named)).relative_to(folder)
@@ -62,7 +62,3 @@ def files_by_split(folder: Path, files: Sequence[Path]) -> dict[str, FolderFiles
         if split in named.values()
     }
     return parts if len(parts) > 1 else {}
-
-
-def _holds_records(file: Path) -> bool:
-    return format_of(file) in FORMATS

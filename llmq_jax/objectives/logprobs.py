@@ -205,16 +205,21 @@ def _chunks_forward(
 def _chunks_backward(
     of_rows: Callable[..., tuple[Array, ...]], chunk_size: int, saved: tuple[Any, ...], grads: tuple[Any, ...]
 ) -> tuple[Any, Array, None, None]:
-    """No logits were kept: each chunk computes its own anew."""
+    """No logits were kept: each chunk computes its own anew. Measures that nothing learns from, as an entropy that is
+    only reported, are not differentiated."""
     learns, fixed, hidden, targets, mask = saved
+    learned = [place for place, grad in enumerate(grads) if not isinstance(grad, SymbolicZero)]
 
     def gradients(rows: Array, target: Array, *grads: Array) -> tuple[Any, Array]:
-        pull_back = jax.vjp(lambda learns, rows: of_rows(merged_trees(learns, fixed), rows, target), learns, rows)[1]
-        pulled: tuple[Any, Array] = pull_back(grads)
+        def measured(learns: Any, rows: Array) -> tuple[Array, ...]:
+            values = of_rows(merged_trees(learns, fixed), rows, target)
+            return tuple(values[place] for place in learned)
+
+        pulled: tuple[Any, Array] = jax.vjp(measured, learns, rows)[1](grads)
         return pulled
 
-    grads = tuple(jnp.zeros(mask.shape) if isinstance(grad, SymbolicZero) else grad for grad in grads)
-    head_gradient, row_gradients = Chunks.of(mask, chunk_size).run(gradients, hidden, targets, *grads)
+    learned_grads = (grads[place] for place in learned)
+    head_gradient, row_gradients = Chunks.of(mask, chunk_size).run(gradients, hidden, targets, *learned_grads)
     head_gradient = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), head_gradient, learns)
     return head_gradient, row_gradients, None, None
 

@@ -262,7 +262,8 @@ class _Loop:
             if early := self.stop_early():
                 say(early)
         elif self.options.branch_from is not None:
-            self.state, info = branch(self.options, self.state, self.model_config, self.updates_per_step, say)
+            how = self.options, self.folder, self.state, self.model_config, self.updates_per_step
+            self.state, info = branch(*how, say)
             self.step, self.tokens = info.step, info.tokens
         folder = self.folder if processes.first() else None
         self.recorder = Recorder(

@@ -52,6 +52,9 @@ REFERENCE = "reference"
 """The entry of `TrainState.carried` with the reference's variables."""
 ROUNDS = 3
 """Rounds of sampling in a step with `dynamic_sampling`, of which ROUNDS - 1 replace prompts."""
+REPLACEMENTS = 1
+"""The last word of the entropy of prompts that replace others. Without it, the order in step s and round 0 is that of
+epoch s: zeros at the end do not count."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ class Loop:
 
     def other_prompts(self, step: int, attempt: int, count: int, seen: set[int]) -> list[int]:
         """Indices of prompts that this step has not asked yet, followed, if these are too few, by some that it has."""
-        order = seeded_order(len(self.prompts), [self.seed, step, attempt]).tolist()
+        order = seeded_order(len(self.prompts), [self.seed, step, attempt, REPLACEMENTS]).tolist()
         order = [place for place in order if place not in seen] + [place for place in order if place in seen]
         return [order[index % len(order)] for index in range(count)]
 

@@ -49,7 +49,9 @@ def warmup_schedule(
     BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, an unknown decay, a minimum
     between 0 and the peak with "constant", decay steps without "wsd" or for which the warm-up leaves no room.
     """
-    if not 0 <= warmup_steps < steps:
+    if warmup_steps < 0:
+        raise BadInput(f"warmup_steps={warmup_steps} must not be negative")
+    if warmup_steps >= steps:
         raise BadInput(
             f"warm-up of {counted(warmup_steps, 'step')} does not fit a run of {steps}; make it shorter than the run"
         )

@@ -40,9 +40,9 @@ class Step(NamedTuple):
 
 class Recorder:
     """Writes metrics and samples to the files and trackers that the options ask for, and to the terminal; without a
-    folder, to the terminal alone. Files are cut back to the step that the run starts from. A sample that is due at that
-    step comes after its checkpoint, and is written anew; so is the evaluation of a run that begins `anew`. On the
-    terminal, the metrics in `show` are printed beside the loss."""
+    folder, to the terminal alone. Files are cut back to the step that the run starts from; to nothing where it begins
+    `anew`, without a checkpoint of its own. A sample that is due at that step comes after its checkpoint, and is
+    written once more. On the terminal, the metrics in `show` are printed beside the loss."""
 
     def __init__(
         self,
@@ -61,9 +61,10 @@ class Recorder:
         self._told = False
         self._trackers: list[TensorBoard | WeightsAndBiases] = []
         if folder is not None:
-            recorded = start - anew
+            recorded = -1 if anew else start
             drop_metrics_after(folder.path / METRICS, recorded)
-            drop_samples_after(folder.path / SAMPLES, start - options.due(options.sample_every, start))
+            sampled = recorded - options.due(options.sample_every, recorded)
+            drop_samples_after(folder.path / SAMPLES, sampled)
             self._metrics = MetricsFile(folder.path / METRICS)
             if options.sample_every:
                 self._samples = SamplesFile(folder.path / SAMPLES)

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 
 from llmq_jax.atomic_files import json_bytes
+from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import check_fields
 from llmq_jax.training import processes
 from llmq_jax.training.checkpoints import (
     CheckpointInfo,
@@ -100,22 +102,27 @@ def finished_result(
     """The result of a run that was finished by an earlier process, with its last state in the place of `state`, never
     with that of an earlier step."""
     report = folder.report()
+    try:
+        told = RunResult(state=None, **report)
+        check_fields(told)
+    except (TypeError, BadInput) as error:
+        raise BadInput(f"{folder.path / FINISHED} is damaged ({error}); remove it and run the same again") from None
     history = History()
     with contextlib.suppress(BadInput):  # a finished run needs none of its records
-        history = read_history(folder, report["step"], validation.name)
+        history = read_history(folder, told.step, validation.name)
     validation.take_up(history.judged, history.validation_losses)
     check_rates(folder, history.learning_rates, learning_rates)
-    if report["step"] not in checkpoints.steps():
-        return RunResult(state=None, **report)
+    if told.step not in checkpoints.steps():
+        return told
     try:
-        restored = checkpoints.restore(released(state), report["step"])
+        restored = checkpoints.restore(released(state), told.step)
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(
             f"{folder.path} is finished, but {error}; or remove {folder.path / FINISHED}, and the same "
             f"command goes on from the newest whole one"
         ) from None
     assert restored is not None
-    return RunResult(state=restored.state, **report)
+    return dataclasses.replace(told, state=restored.state)
 
 
 class History(NamedTuple):
@@ -148,6 +155,9 @@ def check_rates(folder: RunFolder, recorded: Sequence[Point], learning_rates: np
     if learning_rates is None:
         return
     for step, rate in recorded:
+        if step > len(learning_rates):
+            steps = counted(len(learning_rates), "step")
+            raise BadInput(f"{folder.path} holds a run with a step {step}, and this one has {steps}; give more")
         now = float(learning_rates[step - 1])
         if not math.isclose(rate, now, rel_tol=1e-4, abs_tol=1e-12):
             raise BadInput(
@@ -157,11 +167,16 @@ def check_rates(folder: RunFolder, recorded: Sequence[Point], learning_rates: np
 
 
 def branch(
-    options: RunOptions, state: Any, model_config: Any, updates_per_step: int | None, say: Callable[[str], None]
+    options: RunOptions,
+    folder: RunFolder | None,
+    state: Any,
+    model_config: Any,
+    updates_per_step: int | None,
+    say: Callable[[str], None],
 ) -> Restored:
     """The checkpoint that `branch_from` names in the place of `state`, whose arrays are freed, with its updates counted
-    as this run counts them, if it says how."""
-    found = branch_source(options)
+    as this run counts them, if it says how. It is the same one whenever the run in `folder` begins."""
+    found = branch_source(options, folder)
     restored = restore_checkpoint(found, released(state))
     say(f"beginning with the state of {found}, after step {restored.info.step}")
     model = json.loads(json_bytes(config_dict(model_config)))
@@ -172,12 +187,17 @@ def branch(
     return restored._replace(state=with_updates(restored.state, restored.info.step * updates_per_step))
 
 
-def branch_source(options: RunOptions) -> Path:
-    """The checkpoint that `branch_from` names. BadInput where there is none, or none that leaves steps to do."""
+def branch_source(options: RunOptions, folder: RunFolder | None = None) -> Path:
+    """The checkpoint that `branch_from` names or, where the run in `folder` began before, named then. BadInput where
+    there is none, or none that leaves steps to do."""
 
     def find() -> str:
         source = str(options.branch_from)
-        found = find_checkpoint(source)
+        kept = None if folder is None else folder.branched_from(source)
+        found = find_checkpoint(source if kept is None else kept)
+        if found is None and kept is not None:
+            assert folder is not None
+            raise BadInput(f"{folder.path} began with {kept}, which is gone; begin anew in another folder")
         if found is None:
             raise BadInput(f"branch_from is {source}, where no checkpoint is; name one, or the folder of a run")
         step = read_info(found).step
@@ -186,6 +206,8 @@ def branch_source(options: RunOptions) -> Path:
                 f"branch_from is {found}, the state after step {step}, and steps is {options.steps}, which counts from "
                 "the other run's beginning; give more"
             )
+        if folder is not None and kept is None:
+            folder.keep_branch(str(found))
         return str(found)
 
     return Path(processes.of_first(find))

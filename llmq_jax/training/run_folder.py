@@ -33,6 +33,9 @@ MARK = "run_format"
 """Field of config.json that tells a run folder from a model folder, which has a config.json too."""
 CODE = "code"
 """Field of config.json with the digest of the code, which may change."""
+BRANCH = "branched_from"
+"""Field of config.json with the checkpoint that a branch of another run began with, which its options may name by the
+other's folder."""
 FORMAT = 1
 SEEN_SECONDS = 60
 """Time within which every process must see what process 0 has written: a shared file system may take a moment."""
@@ -108,6 +111,17 @@ class RunFolder:
         before = (read_run_config(self.path / CONFIG) or {}).get(CODE)
         return before is not None and before != self.config.get(CODE)
 
+    def branched_from(self, source: str) -> str | None:
+        """The checkpoint in `source` that this run began with, if `keep_branch` was told; for process 0 alone."""
+        kept = (read_run_config(self.path / CONFIG) or {}).get(BRANCH)
+        return kept if isinstance(kept, str) and Path(kept).is_relative_to(source) else None
+
+    def keep_branch(self, checkpoint: str) -> None:
+        """Keep the checkpoint that this run begins with: a folder names another one once its run has gone on. For
+        process 0 alone."""
+        config = read_run_config(self.path / CONFIG) or self.config
+        write_json_atomically(self.path / CONFIG, {**config, BRANCH: checkpoint})
+
     @property
     def checkpoints(self) -> Path:
         """The folder of its checkpoints."""
@@ -138,7 +152,7 @@ class RunFolder:
         saved = config_of_run(self.path)
         if saved is None:
             return False
-        if differing := differences(saved, self.config, may_change):
+        if differing := differences(saved, self.config, (*may_change, BRANCH)):
             raise BadInput(
                 f"{self.path} holds a run with other options: {', '.join(differing)}; give it its own options to "
                 "resume it, or name another folder for a new run, which --branch-from takes from this one's last "

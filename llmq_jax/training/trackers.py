@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llmq_jax.atomic_files import AppendedFile
+from llmq_jax.atomic_files import AppendedFile, write_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import Record
 
@@ -64,7 +64,7 @@ class WeightsAndBiases:
         folder = Path(folder)
         id_file = folder / "wandb_id.txt"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            write_atomically(id_file, wandb.util.generate_id().encode())
         self._run = wandb.init(
             project=project, id=id_file.read_text(), name=name, dir=folder, config=config, resume="allow"
         )

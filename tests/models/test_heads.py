@@ -159,6 +159,15 @@ def test_the_fresh_head_is_drawn_as_transformers_draws_it():
     assert logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("tied", [{}, {"variant": "tinylora", "tied": True}])
+def test_adapters_of_the_old_head_alone_leave_none(tied):
+    """So that a recipe adds its own, in place of training the head alone."""
+    lm = language_model("llama", tie_word_embeddings=False)
+    alone, beside = (with_classifier(lq.lora(lm, targets=names, **tied), LABELS) for names in ("lm_head", "*"))
+    assert sorted(alone.variables) == sorted(lm.variables)
+    assert "lora" in beside.variables and "lm_head" not in beside.variables["lora_fixed"]
+
+
 @pytest.mark.exhaustive
 def test_a_classifier_may_be_given_other_labels():
     classifier = with_classifier(language_model("llama"), LABELS)

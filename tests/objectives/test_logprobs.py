@@ -111,6 +111,22 @@ def test_completions_have_their_part_of_the_row(lm):
         assert not entropies[row, count:].any()
 
 
+def test_entropies_that_need_no_gradient_are_not_differentiated(lm):
+    """Beside log-probabilities that learn, they cost an exponential forward, and none backward."""
+    model, variables = lm
+    tokens, _, lengths = map(jnp.asarray, rows())
+
+    def exponentials(entropies):
+        def loss(variables):
+            found = completion_logprobs(model, variables, tokens, lengths, lengths - 5, 5, entropies=entropies)
+            return found[0].sum(), found[1:]
+
+        program = jax.jit(jax.grad(loss, has_aux=True)).lower(variables).compile()
+        return program.cost_analysis()["transcendentals"]
+
+    assert exponentials(True) - exponentials(False) < 1.5 * 15 * 61
+
+
 WINDOW = {"sliding_window": 5, "layer_types": ("sliding_attention", "full_attention")}
 LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 2}
 SIZES = {name: getattr(CONFIG, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -287,11 +288,26 @@ def test_a_misspelt_column_is_found_before_the_model_is_loaded(classifier):
     assert code == 2 and "has no field 'body'" in err
 
 
-def test_a_classifier_goes_on_with_its_head_and_its_order(classifier, base, tmp_path):
-    save(with_classifier(load(base), ["spam", "ham"]), tmp_path / "started")
-    code, out, _ = classifier("--steps", 1, model="started")
+def test_a_classifier_goes_on_with_its_head_and_its_order(classifier, base, tmp_path, monkeypatch):
+    """And its head, which trains, is not rounded to the type of what stays frozen. Samples and test compute as training
+    does."""
+    computed, classify_rows = [], LanguageModel.classify_rows
+
+    def watched(lm, rows, *arguments, **named):
+        computed.append((lm.model.dtype, lm.model.attention))
+        return classify_rows(lm, rows, *arguments, **named)
+
+    monkeypatch.setattr(LanguageModel, "classify_rows", watched)
+    before = save(with_classifier(load(base), ["spam", "ham"]), tmp_path / "started")
+    how = ("--steps", 1, "--sample-every", 1, "--dtype", "bfloat16", "--attention", "masked")
+    frozen = ("--train", "lora", "--base-dtype", "bfloat16", "--learning-rate", 1e-30)
+    code, out, _ = classifier(*how, *frozen, model="started")
     assert code == 0 and "classes: spam, ham; the head goes on" in out
-    assert load("run").config.labels == ("spam", "ham")
+    after = load("run")
+    assert after.config.labels == ("spam", "ham")
+    np.testing.assert_array_equal(after.params["score"]["kernel"], load(before).params["score"]["kernel"])
+    assert after.params["token_embedding"]["embedding"].dtype == "bfloat16"
+    assert computed == [(jnp.bfloat16, "masked")] * 2
 
 
 @pytest.mark.parametrize("labels", [("spam", "eggs", "ham"), ("eggs", "ham")])

@@ -10,6 +10,7 @@ import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
+from llmq_jax.models import abstract_variables
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
 
 SIZES = {
@@ -112,10 +113,11 @@ def test_a_chat_template_for_a_model_that_has_none(dpo, tmp_path):
     assert code == 2 and "other options: chat_template_sha256 " in errors
 
 
-def test_the_reference_attends_as_the_policy(dpo, monkeypatch):
+def test_the_reference_attends_as_the_policy(dpo, files, monkeypatch):
     """Where a kernel fails, --attention names another for both."""
     from llmq_jax.models.decoder import Decoder
 
+    abstract_variables(lq.load(files["MODEL"]).config)  # traces a forward pass, once, for its shapes alone
     seen, forward = set(), Decoder.forward
 
     def watched(model, *arguments, **named):
@@ -126,6 +128,35 @@ def test_the_reference_attends_as_the_policy(dpo, monkeypatch):
     options = ("--attention=masked", "--reference=OTHER", "--steps=1", "--sample-every=0")
     assert dpo(*options, "--train=all")[0] == 0
     assert seen == {"masked"}
+    saved = Path("run/reference_logprobs.npz")
+    saved.write_bytes(saved.read_bytes()[:-100])
+    code, _, errors = dpo(*options, "--train=all")
+    assert code == 2 and "reference_logprobs.npz is damaged (" in errors and errors.count("\n") == 1
+
+
+def test_the_distance_to_a_reference_of_a_shorter_context(dpo, tmp_path, monkeypatch):
+    """Only prompts that leave room for an answer in both contexts are asked, and no more of them rendered than that."""
+    from train import dpo as recipe
+
+    rendered, prompt_tokens = [], recipe.prompt_tokens
+
+    def watched(*arguments):
+        rendered.append(prompt_tokens(*arguments))
+        return rendered[-1]
+
+    monkeypatch.setattr(recipe, "prompt_tokens", watched)
+    monkeypatch.setattr(recipe, "ANSWERS", 2)
+    make_model(tmp_path / "short", max_position_embeddings=80)
+    for name, count in (("training", 4), ("validation", 5)):
+        pairs = [
+            {"prompt": f"{name} {i} " + "x" * (130 if i == 0 else 1), "chosen": "a", "rejected": "b"}
+            for i in range(count)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(pairs))
+    data = ("--data=training.json", "--validation-data=validation.json", "--reference=short", "--context=80")
+    code, output, _ = dpo(*data, "--steps=1", "--train=all", "--sample-every=0")
+    assert code == 0 and "KL to the reference on 2 sampled answers" in output
+    assert [len(tokens) > 80 for tokens in rendered] == [True, False, False]
 
 
 @pytest.mark.exhaustive

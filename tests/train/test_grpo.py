@@ -478,6 +478,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"clip_high": 0.3}, "--clip-high has no effect with --iterations 1, whose only update begins at the ratio 1"),
         ({"beta": 0.1, "reference": "old"}, "--beta has no effect where the reference is the policy that learns"),
         ({"beta": 0.1, "steps_per_iteration": 1}, "--beta has no effect where the reference is the policy that learns"),
+        ({"beta": 0.1, "steps_per_iteration": 99}, "--steps-per-iteration 99 has no effect: the run has only "),
         ({"reward_weights": "0"}, "--reward-weights 0 leaves no reward; give one that is not 0"),
         ({"step_separator": ""}, "--step-separator is empty and must be what ends a step"),
         ({"lora_dropout": 0.1, "train": "lora"}, "--lora-dropout has no effect in GRPO"),

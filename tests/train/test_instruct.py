@@ -538,6 +538,16 @@ def test_a_folder_of_data(instruct, at_first_step, tmp_path, alpaca):
 
 
 @pytest.mark.exhaustive
+def test_process_0_says_for_all_whether_a_run_is_new(instruct, at_first_step, monkeypatch):
+    """Each would look at its own machine's disk, and the first sample is one that all must compute together."""
+    from llmq_jax.training import processes
+
+    monkeypatch.setattr(processes, "of_first", lambda action: True)  # process 0 has no folder
+    Path("run").mkdir()
+    _, out, err = instruct(*GIVEN, "--sample-prompt", "a")
+    assert err == at_first_step and "\n-> " in out
+
+
 def test_the_split_follows_its_seed_alone(instruct, at_first_step):
     def digest(*options):
         assert instruct(*GIVEN, *options)[2] == at_first_step

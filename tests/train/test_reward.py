@@ -337,6 +337,10 @@ def test_layers_that_are_cut_are_in_memory_once(reward, beside_state):
         (["--data", "one.jsonl"], "holding out pairs needs at least 2 different prompts, found 1"),
         (["--data", "texts.jsonl"], "texts.jsonl: line 1 is no preference pair (fields found: text)"),
         (["--learning-rate", 0], "--learning-rate is 0.0 and must be positive"),
+        (["--learning-rate", "inf"], "--learning-rate is inf and must be positive and finite"),
+        (["--weight-decay", "inf"], "--weight-decay is inf and must be finite and not negative"),
+        (["--warmup-steps", -1], "--warmup-steps is -1 and must not be negative"),
+        (["--schedule", "wsd", "--decay-steps", 9, "--steps", 9], "--decay-steps 9 does not fit: 9 steps less"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(reward, options, message):

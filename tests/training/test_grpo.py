@@ -354,6 +354,8 @@ def test_rounds_of_sampling(lm):
     assert [prompt.columns["best"] for prompt in rollout.prompts] == [5, 7, *asked[2][:2]]
     assert loop.teaches(scores).all() and rollout.tokens.shape == (4 * GROUP, 11)
     assert cost.tokens == 12 * GROUP * (1 + NEW) and cost.silent == 0.5
+    # In an order of their own, not that in which the first epoch asks.
+    assert loop.other_prompts(0, 0, 12, set()) != PromptBatches(12, 12, loop.seed)[0]["prompts"].tolist()
 
 
 def test_metrics_of_several_updates():

@@ -71,6 +71,7 @@ def test_the_fall_of_wsd_is_as_long_as_asked_for():
         ({"peak": 1e-3, "steps": 10, "minimum": 1e-4, "decay": "constant"}, "minimum=0.0001 has no effect with decay"),
         ({"peak": 1e-3, "steps": 10, "decay": "cosin"}, "decay='cosin' is unknown; did you mean cosine"),
         ({"peak": 1e-3, "steps": 10, "warmup_steps": 10}, "warm-up of 10 steps does not fit a run of 10"),
+        ({"peak": 1e-3, "steps": 10, "warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
         ({"peak": 1e-3, "steps": 10, "minimum": 1e-2}, "minimum learning rate 0.01 must lie between 0 and the peak"),
     ],
 )

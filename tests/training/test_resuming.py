@@ -112,6 +112,9 @@ def test_a_finished_run_needs_none_of_its_records(tmp_path):
     quiet(tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text("{torn\n" * 3)
     assert "is finished already; nothing to do" in quiet(tmp_path / "run")[1]
+    (tmp_path / "run/finished.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"finished\.json is damaged .*; remove it and run the same again"):
+        quiet(tmp_path / "run")
 
 
 def test_finished_run_never_shows_the_state_of_an_earlier_step(whole, tmp_path):
@@ -136,6 +139,9 @@ def test_run_folder_of_the_caller_is_used_and_stays_locked(whole, tmp_path):
         with pytest.raises(BadInput, match="config has no effect"):
             quiet(folder, config={"lr": 2})
     assert_same_run(whole, tmp_path / "run")
+    (tmp_path / "run" / "finished.json").unlink()
+    with RunFolder(tmp_path / "run", {"lr": 1}) as folder, pytest.raises(BadInput, match=r"step 12, .* has 10 steps"):
+        quiet(folder, options=replace(OPTIONS, steps=10))
 
 
 def test_another_run_is_refused_and_neutral_options_may_change(whole):
@@ -152,11 +158,12 @@ def branching(source, **changed):
 
 def test_a_branch_of_a_run_goes_on_from_its_whole_state(whole, tmp_path):
     """With equal options it is that run: dropout's key, the moments and the place in the data come along. Killed before
-    its first checkpoint it branches off once more, and after it goes on from its own."""
+    its first checkpoint it branches off once more, from the same one, though the other run has gone on meanwhile; after
+    it, it goes on from its own."""
     source, folder = tmp_path / "stopped", tmp_path / "branch"
-    with pytest.raises(RuntimeError, match="no batch"):
-        quiet(source, Batches(broken_at(9)))
-    for broken in (10, 14):
+    for broken, stopped in ((10, 9), (14, 13)):
+        with pytest.raises(RuntimeError, match="no batch"):
+            quiet(source, Batches(broken_at(stopped)))
         with pytest.raises(RuntimeError, match="no batch"):
             quiet(folder, Batches(broken_at(broken)), branching(source))
     shutil.rmtree(source)  # which it needs no more
@@ -177,6 +184,19 @@ def test_a_branch_may_differ_in_all_but_its_arrays(whole, tmp_path):
     assert (result.step, [r["step"] for r in timeless(tmp_path / "slow") if "loss" in r]) == (24, [18, 20, 22, 24])
     result, _ = quiet(None, options=branching(at_16, checkpoint_every=0))
     assert_same_arrays(result.state, final_state(whole))
+
+
+def test_a_branch_that_begins_anew_has_no_records_of_an_earlier_start(whole, tmp_path):
+    """Not even where a script names another checkpoint for it. One that is gone is told."""
+    for name, broken in (("00000016", 19), ("00000020", 23)):
+        source = tmp_path / name
+        shutil.copytree(whole / "checkpoints" / name, source)
+        with RunFolder(tmp_path / "run", {"lr": 1}) as folder, pytest.raises(RuntimeError, match="no batch"):
+            quiet(folder, Batches(broken_at(broken)), branching(source, steps=24), schedule=None)
+    assert [record["step"] for record in timeless(tmp_path / "run")] == [22]
+    shutil.rmtree(source)
+    with RunFolder(tmp_path / "run", {"lr": 1}) as folder, pytest.raises(BadInput, match="00000020, which is gone"):
+        quiet(folder, options=branching(source, steps=24), schedule=None)
 
 
 @pytest.mark.parametrize(

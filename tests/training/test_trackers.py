@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,7 @@ def test_wandb_resumes_under_the_same_id(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr(Path, "write_text", None)  # which a kill could tear
     for _ in range(2):
         tracker = WeightsAndBiases("project", tmp_path, "name", {"lr": 1})
         tracker.write({"step": 3, "loss": 0.5, "none": None})
