@@ -1,6 +1,7 @@
 """PyTorch models to compare with: tiny, and randomised so that no fault can hide behind an initial value."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ import torch
 from convert.parity_reference import Reference, randomise
 from tests.parity.gradients import assert_same_gradients
 
-__all__ = ["PAIRS", "assert_same_gradients", "numpy_gradients", "numpy_state", "randomise"]
+__all__ = ["PAIRS", "assert_same_gradients", "fields_of_transformers", "numpy_gradients", "numpy_state", "randomise"]
 
 PAIRS = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5, or 6, who knows"},
@@ -17,6 +18,21 @@ PAIRS = [
     {"prompt": "Say no.", "chosen": " No.", "rejected": " Yes."},
 ]
 """Of answers, as TRL reads them: of several lengths, with characters of several bytes."""
+
+
+FOR_OTHERS = {
+    "architectures",
+    # RoPE as transformers 4 spells it, which 5 reads and does not write.
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "original_max_position_embeddings"),
+    "n_ctx",  # read by llama.cpp
+    *("scoring_func", "topk_method", "moe_layer_freq"),  # read by vLLM, and in DeepSeek's own files
+}
+"""Fields of an exported config.json that transformers 5 does not write itself."""
+
+
+def fields_of_transformers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An exported config.json without those."""
+    return {name: value for name, value in values.items() if name not in FOR_OTHERS}
 
 
 def numpy_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
