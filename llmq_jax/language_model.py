@@ -24,7 +24,7 @@ from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated
-from llmq_jax.layers.expert_dispatch import apart_pays
+from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, adapters, spread, trained_numbers
 from llmq_jax.layers.moe import by_expert
@@ -61,8 +61,7 @@ class LanguageModel:
     def sliced(self, batch: int) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """(variables outside the layers, variables of each layer): what decoding reads, in the layout for this batch.
 
-        Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked for
-        the prompts.
+        Kept until another layout is asked for: it is as large as the model's layers, which `variables` keep stacked.
         """
         backend = jax.default_backend()
         # On a mesh, joined kernels would be divided at other rows than apart.
@@ -83,18 +82,18 @@ class LanguageModel:
         decoding of this batch; or (all variables, None).
 
         On a CPU a loop over stacked layers copies the weights of each out of the stack, which for short prompts takes
-        longer than the products.
+        longer than the products. With experts that lie apart, longer prompts are read from the stack.
         """
         if axis_sizes() or jax.default_backend() != "cpu":
             return self.variables, None
-        if self._experts_apart(batch) and not self._experts_apart(tokens):
+        if self._experts_apart(batch) and tokens > LONGEST_PROMPT_APART:
             return self.variables, None
         return self.sliced(batch)
 
-    def _experts_apart(self, tokens: int) -> bool:
-        """Whether passes over so many tokens want each expert's matrices as arrays of their own."""
+    def _experts_apart(self, batch: int) -> bool:
+        """Whether decoding of this batch wants each expert's matrices as arrays of their own."""
         experts = self.model.experts
-        return experts is not None and apart_pays(experts.dispatch, experts.num_experts, tokens)
+        return experts is not None and apart_pays(experts.dispatch, experts.num_experts, batch)
 
     @functools.cached_property
     def sliced_ahead(self) -> tuple[dict[str, Any], ...]:

@@ -232,9 +232,9 @@ class ConfigTable:
         there and two values."""
         written = {name: names[0] for ours, names in self.names.items() for name in (*names, ours)}
         spelt: dict[str, str] = {}
-        for name, value in values.items():
+        for name, value in sorted(values.items(), key=lambda entry: entry[1] is None):  # null yields to another name
             first = spelt.setdefault(written.get(name, name), name)
-            if first != name and values[first] != value:
+            if first != name and value not in (None, values[first]):
                 raise BadInput(f"{first}={values[first]!r} and {name}={value!r} are one field; keep one of them")
         return {name: values[found] for name, found in spelt.items()}
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import scalar
 
@@ -93,7 +91,7 @@ def warn_of_ignored(values: Mapping[str, Any], file: Path) -> None:
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
     value = scalar(value)
-    several = isinstance(value, list | tuple | np.ndarray)
+    several = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 1
     ids = [scalar(i) for i in value] if several else [] if value is None else [value]
     if ids == [-1]:  # how some published configs say that there is none
         return ()

@@ -10,8 +10,8 @@
 - grouped: the same by kernels for GPUs (`layers.grouped_product`), whose work grows with the assignments.
 
 On few tokens, as in decoding, these would first copy each expert's matrices out of the stack (blocks) or read every
-expert's (dense). Where the matrices lie apart, whatever the implementation is called, a loop over the experts that any
-token chose reads just theirs (`_through_chosen`).
+expert's (dense). Where the matrices lie apart, blocks are not made: a loop over the experts that any token chose reads
+just theirs (`_through_chosen`).
 
 An assignment is a (token, choice) pair: M tokens with k choices each have A = M · k of them. The id E stands for no
 expert (padding): such assignments are sorted last, cost nothing and give zero.
@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.layers.grouped_product import grouped_product, works_here
-from llmq_jax.layers.linear import FEW_ROWS, times_transposed
+from llmq_jax.layers.linear import times_transposed
 from llmq_jax.layers.recomputation import kept
 from llmq_jax.layers.repetition import repeated
 
@@ -46,8 +46,9 @@ never makes the host wait (docs/moe.md)."""
 # The half steps around that mean (4) let most experts fit into one block with little padding. Steps are multiples of
 # SHORTEST_STEP, which suits matrix products, and at most LONGEST_STEP, beyond which these get no faster.
 BLOCK_STEPS, STEPS_OF_MEAN, SHORTEST_STEP, LONGEST_STEP = (1, 2, 3, 3.5, 4, 4.5, 5, 6, 8), 4, 16, 128
-MOST_APART = 64
-"""Up to so many experts lie apart in decoding: each takes about 10 ms to compile in each layer."""
+MOST_APART, MOST_ROWS_APART, LONGEST_PROMPT_APART = 64, 24, 128
+"""Up to so many experts lie apart (each takes about 10 ms to compile in each layer), in decoding of so many rows, and
+for prompts of so many tokens in all, for which a loop over stacked layers would copy all experts of each."""
 
 
 class ExpertWeights(struct.PyTreeNode):
@@ -100,9 +101,11 @@ def dispatch(
     `capacity` is the number of slots per expert. With an `exchange`, ids number the experts of all devices, and dropped
     assignments are counted on the device of their expert.
     """
-    if isinstance(experts.up, tuple):
-        return _through_chosen(x, ids, weights, experts, activation), jnp.zeros((), jnp.int32)
     name = choose(implementation)
+    if isinstance(experts.up, tuple):
+        if name != "blocks":
+            raise BadInput(f"dispatch={name!r} needs stacked experts, and these lie apart (`by_expert`)")
+        return _through_chosen(x, ids, weights, experts, activation), jnp.zeros((), jnp.int32)
     if name == "dense":
         if exchange is not None:
             raise BadInput("dispatch='dense' has no exchange: every device would need every expert; take 'blocks'")
@@ -182,9 +185,9 @@ def choose(name: str) -> str:
 
 
 def apart_pays(implementation: str, num_experts: int, rows: int) -> bool:
-    """Whether passes over so many tokens are faster with experts that lie apart (off a mesh)."""
+    """Whether decoding of so many rows is faster with experts that lie apart (off a mesh)."""
     on_cpu = jax.default_backend() == "cpu" and choose(implementation) == "blocks"
-    return on_cpu and num_experts <= MOST_APART and rows <= FEW_ROWS
+    return on_cpu and num_experts <= MOST_APART and rows <= MOST_ROWS_APART
 
 
 def block_lengths(assignments: int, num_experts: int) -> tuple[int, ...]:

@@ -218,7 +218,7 @@ def from_adapters(found: dict[Path, Adapter]) -> dict[str, Any]:
 def merge(variables: dict[str, Any]) -> dict[str, Any]:
     """The same model without adapters: W + s A B in W's place, formed in float32 and rounded to W's type. In bfloat16
     the rounding may lose a good part of a small update."""
-    return _moved(variables, adapters(variables))
+    return _moved(variables, adapters(variables), _merged)
 
 
 def merge_when_read(variables: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def merge_when_read(variables: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Unmerged:
     """A matrix, or a stack of them, beside its adapter. A part is merged when it is asked for, so that not all matrices
-    need be there twice."""
+    need be there twice; half of a matrix that holds two is merged with the other half, each time."""
 
     kernel: Array
     trained: dict[str, Any]
@@ -270,14 +270,12 @@ def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any
         if own != here:
             raise BadInput(f"adapters with a {name} {own}, where this model has {here}; load those of this model")
     taken_out = {path: (trained, {**fixed, SCALE: -fixed[SCALE]}) for path, (trained, fixed) in found.items()}
-    return _moved(variables, taken_out) | {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
+    beside = {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
+    return _moved(variables, taken_out, _merged) | beside
 
 
-def _moved(
-    variables: dict[str, Any], found: Mapping[Path, Adapter], moved: Callable[..., Any] | None = None
-) -> dict[str, Any]:
-    """`variables` without adapters, their matrices moved by the updates of those that were found, or what `moved` makes
-    of (a matrix, its adapter)."""
+def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter], moved: Callable[..., Any]) -> dict[str, Any]:
+    """`variables` without adapters; in the place of each matrix that has one, what `moved` makes of it and them."""
     params = flatten_dict(variables["params"]) if found else {}
     missing = [path for path in found if path not in params]
     if missing:
@@ -290,7 +288,7 @@ def _moved(
                 f"adapters at {'/'.join(path)} of a matrix {list(shape)}, where this model has "
                 f"{list(params[path].shape)}; load those of this model"
             )
-    params |= {path: (moved or _merged)(params[path], *adapter) for path, adapter in found.items()}
+    params |= {path: moved(params[path], *adapter) for path, adapter in found.items()}
     rest = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
     return {**rest, "params": unflatten_dict(params)} if found else rest
 

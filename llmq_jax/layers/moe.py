@@ -273,7 +273,8 @@ class MixtureOfExperts(nn.Module):
         return logits
 
     def expert_weights(self, width: int, parts: int) -> ExpertWeights:
-        """The weights of all experts, stacked, and their adapters; `parts` is 2 in gated networks, else 1."""
+        """The weights of all experts, stacked unless `by_expert` has laid their matrices apart, and their adapters;
+        `parts` is 2 in gated networks, else 1."""
         e = self.experts
         hidden = e.intermediate_size or self.intermediate_size
 
@@ -295,19 +296,22 @@ class MixtureOfExperts(nn.Module):
             leaf = self.param(name, nn.initializers.zeros, shape)
             return leaf.astype(self.dtype or leaf.dtype)
 
-        def low_rank(name: str) -> tuple[Array, ...] | None:
+        def low_rank(name: str, dtype: Dtype) -> tuple[Array, ...] | None:
             if not self.has_variable(LORA_FIXED, name):
                 return None
             pair = factors(*(self.get_variable(collection, name) for collection in (LORA, LORA_FIXED)))
-            return tuple(leaf.astype(self.dtype or self.get_variable("params", name).dtype) for leaf in pair)
+            return tuple(leaf.astype(dtype) for leaf in pair)
 
+        up = kernel("up_kernel", self.kernel_init, (e.num_experts, width, parts, hidden))
+        down = kernel("down_kernel", self.down_init, (e.num_experts, hidden, width))
+        dtypes = [self.dtype or jax.tree.leaves(matrices)[0].dtype for matrices in (up, down)]
         return ExpertWeights(
-            up=kernel("up_kernel", self.kernel_init, (e.num_experts, width, parts, hidden)),
-            down=kernel("down_kernel", self.down_init, (e.num_experts, hidden, width)),
+            up,
+            down,
             up_bias=bias("up_bias", (e.num_experts, parts, hidden)),
             down_bias=bias("down_bias", (e.num_experts, width)),
-            up_low_rank=low_rank("up_kernel"),
-            down_low_rank=low_rank("down_kernel"),
+            up_low_rank=low_rank("up_kernel", dtypes[0]),
+            down_low_rank=low_rank("down_kernel", dtypes[1]),
         )
 
     def shared(self, gated: bool) -> nn.Module:

@@ -373,7 +373,7 @@ class Decoder(nn.Module):
     def compute_dtype(self, variables: Mapping[str, Any], layers: Sequence[Mapping[str, Any]] = ()) -> Dtype:
         """The type to compute in, and of caches: `dtype`, or where that is None the type of most weights. With `layers`
         the variables are those outside the layers, as from `slice_layers`."""
-        params = [tree["params"] for tree in (variables, *layers)]
+        params = [tree.get("params", {}) for tree in (variables, *layers)]
         return self.dtype or weight_type(each_own_kernel(params))
 
     @nn.nowrap

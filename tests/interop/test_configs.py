@@ -72,6 +72,8 @@ def test_our_names_are_read_too():
     """transformers' GPT2Config has them as other names of the same fields."""
     config = config_from_hf({"model_type": "gpt2", "hidden_size": 20, "num_attention_heads": 5})
     assert (config.hidden_size, config.num_attention_heads) == (20, 5)
+    for fields in ({"n_inner": None, "intermediate_size": 512}, {"intermediate_size": 512, "n_inner": None}):
+        assert config_from_hf({"model_type": "gpt2", **fields}).intermediate_size == 512
 
 
 @pytest.mark.parametrize(
@@ -192,11 +194,13 @@ def test_what_is_written_is_transformers(model_type):
     # Gemma 3's second rope is a part of transformers' rope_parameters; of some Qwens the model alone reads head_dim.
     undeclared = {"local_rope_parameters"} | ({"head_dim"} if model_type in ("qwen2", "qwen3_moe") else set())
     # What transformers 4 and other readers need.
-    older = {"rope_theta", "rope_scaling", "rope_local_base_freq"} | {
+    older = {
         "gpt2": {"n_ctx"},
         "qwen3_moe": {"num_experts"},
         "deepseek_v3": {"scoring_func", "topk_method", "moe_layer_freq"},
+        "gemma3_text": {"rope_local_base_freq"},
     }.get(model_type, set())
+    older |= set() if model_type == "gpt2" else {"rope_theta", "rope_scaling"}
     assert config_to_hf(TABLES[model_type].config.config_class()).keys() <= theirs.keys() | undeclared | older
     assert TABLES[model_type].config.shared - undeclared <= theirs.keys()
 

@@ -14,6 +14,7 @@ from llmq_jax.layers import lora
 from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LoRA
+from llmq_jax.layers.moe import by_expert
 from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models import (
     DeepSeekV3Config,
@@ -153,7 +154,7 @@ def test_decoding_has_the_adapters_too(base, name, monkeypatch):
     expected = np.asarray(apply(model, adapted))
     assert not any("lora" in layer for layer in model.slice_layers(adapted)[1])
     monkeypatch.setattr(type(model), "merges_exactly", lambda model, variables: False)
-    outside, layers = model.slice_layers(adapted, by_output)
+    outside, layers = model.slice_layers(adapted, lambda tree: by_expert(by_output(tree)))
     assert any("lora" in layer for layer in layers)
     caches = model.slice_caches(model.create_caches(2, 16, jnp.float32))
     for place in range(6):

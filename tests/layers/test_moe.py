@@ -17,6 +17,7 @@ from llmq_jax.generation.generate import Request
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
 from llmq_jax.layers.expert_dispatch import (
     MOST_APART,
+    MOST_ROWS_APART,
     ExpertWeights,
     block_lengths,
     choose,
@@ -26,7 +27,6 @@ from llmq_jax.layers.expert_dispatch import (
 )
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.feedforward import MLP
-from llmq_jax.layers.linear import FEW_ROWS
 from llmq_jax.layers.moe import SCORES, Experts, MixtureOfExperts, balance_from, by_expert, experts_from, route
 from llmq_jax.models import override
 
@@ -145,6 +145,8 @@ def test_experts_that_lie_apart_give_the_same(case, adapted):
     kernels = by_expert({"moe": {"up_kernel": experts.up, "down_kernel": experts.down}})["moe"]
     apart = experts.replace(up=kernels["up_kernel_apart"], down=kernels["down_kernel_apart"])
     assert_close(dispatched(x, ids, weights, apart, "auto"), dispatched(x, ids, weights, experts, "dense"))
+    with pytest.raises(BadInput, match="lie apart"):
+        dispatch(x, ids, weights, apart, activate, "dense")
 
 
 def test_an_expert_that_overflows_stays_with_its_own_tokens():
@@ -180,7 +182,7 @@ def test_when_experts_lie_apart(monkeypatch):
         lm = lq.LanguageModel(config, lq.build(config), lq.init(config))
         return "up_kernel_apart" in str(jax.tree_util.tree_leaves_with_path(lm.sliced(rows)))
 
-    assert apart(1) and apart(FEW_ROWS) and not apart(FEW_ROWS + 1)
+    assert apart(1) and apart(MOST_ROWS_APART) and not apart(MOST_ROWS_APART + 1)
     assert not apart(1, num_local_experts=MOST_APART + 1)
     assert apart(1, experts={"dispatch": "blocks"}) and not apart(1, experts={"dispatch": "dense"})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -11,6 +11,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.caches import FullCache, RingCache
+from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.moe import Experts
 from llmq_jax.models import Gemma3Config, GPT2Config, MixtralConfig, abstract_variables, build, override
 from llmq_jax.models.decoder import layers_in_groups
@@ -115,6 +116,14 @@ def test_decoding_past_the_window_equals_the_whole_pass(variables, lookahead):
         logits, caches = decode(model, outside, layers, newest, positions, caches)
         np.testing.assert_allclose(logits, np.take_along_axis(whole, positions[..., None], axis=1), atol=1e-4)
         lengths = lengths + count
+
+
+def test_the_type_of_caches_is_that_of_most_weights():
+    """In sliced layers too: a block may have no parameter, and joined kernels count once."""
+    model = build(CONFIG)
+    joined = by_output({name: {"kernel": jnp.ones((4, 4), jnp.bfloat16)} for name in ("query", "key", "value")})
+    assert model.compute_dtype({"params": {"embedding": jnp.ones((5, 8))}}, ({}, {"params": joined})) == jnp.bfloat16
+    assert model.compute_dtype({"params": {"embedding": jnp.ones((7, 8))}}, ({}, {"params": joined})) == jnp.float32
 
 
 def test_caches_of_a_long_context_are_small():
