@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import jax
 import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.torch
