@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import ml_dtypes
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
