@@ -109,14 +109,14 @@ def read_prompts(
     `layers` as in `prefill`."""
     rows, width = prompts.shape
     positions = jnp.broadcast_to(start + jnp.arange(width), prompts.shape)
-    dtype = model.compute_dtype(variables, layers or ())
-    caches: Any = [cache.extend(length) for cache in held]
-    stacked = model.stack_caches(caches) if held else model.create_caches(rows, width, dtype, lookahead)
+    caches = tuple(cache.extend(length) for cache in held)
+    empty = model.create_caches(rows, width, model.compute_dtype(variables, layers or ()), lookahead)
     if layers is None:
+        stacked = model.stack_caches(caches) if held else empty
         output = model.apply(variables, prompts, positions, caches=stacked, lengths=prompt_lengths, method="forward")
         caches = model.slice_caches(output.caches)
     else:
-        caches = tuple(caches) or model.slice_caches(stacked)
+        caches = caches or model.slice_caches(empty)
         output = model.decode(variables, layers, prompts, positions, caches, prompt_lengths)
         caches = output.caches
     return output, divided(tuple(cache.extend(length) for cache in caches))

@@ -332,12 +332,10 @@ class Request:
             return state
         prompts = jnp.asarray(self.prompts), jnp.asarray(self.prompt_lengths)
         assert self.draft_lm is not None
-        variables, layers = self.lm.variables, None
-        if not isinstance(self.draft, MultiTokenDraft):
-            batch = self._batch if self.draft_lm is self.lm else len(self.seeds)
-            variables, layers = self.draft_lm.read_from(batch, self.prompts.size)
-        options = {"length": self._slots, "layers": layers}
-        begun: DecodeState = start_draft(self.draft, variables, state, output, *prompts, **options)
+        batch = self._batch if self.draft_lm is self.lm else len(self.seeds)
+        of_model = not isinstance(self.draft, MultiTokenDraft)
+        read_from = self.draft_lm.read_from(batch, self.prompts.size) if of_model else (self.lm.variables, None)
+        begun: DecodeState = start_draft(self.draft, read_from, state, output, *prompts, length=self._slots)
         return begun
 
     def _read_on(self, unread: list[int], read: int, caches: Caches) -> DecodeState:

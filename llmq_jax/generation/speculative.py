@@ -33,6 +33,8 @@ ACCEPTANCE, RESIDUAL = 1_000_000, 1_000_001
 
 Sliced = tuple[dict[str, Any], Layers]
 """(variables outside the layers or modules that a draft runs, variables of each of these)."""
+ReadFrom = tuple[dict[str, Any], Layers | None]
+"""What a draft reads prompts from, as `LanguageModel.read_from` has it; (all variables, None) for modules."""
 Draw = Callable[[Array, int], Array]
 """A token for each row, from logits [B, V] and the index of the draft."""
 
@@ -61,16 +63,9 @@ class ModelDraft:
         """int32 [B, 2]: the newest token, last, and the one before it, which the draft may not have read yet."""
 
     def start(
-        self,
-        variables: dict[str, Any],
-        layers: Layers | None,
-        output: Output,
-        prompts: Array,
-        lengths: Array,
-        newest: Array,
-        length: int,
+        self, read_from: ReadFrom, output: Output, prompts: Array, lengths: Array, newest: Array, length: int
     ) -> State:
-        _, caches = read_prompts(self.model, variables, layers, prompts, lengths, length, self.count + 1)
+        _, caches = read_prompts(self.model, *read_from, prompts, lengths, length, self.count + 1)
         before = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
         return self.State(caches, jnp.stack([before, newest], axis=1))
 
@@ -121,20 +116,13 @@ class MultiTokenDraft:
         return 2 * self.count
 
     def start(
-        self,
-        variables: dict[str, Any],
-        layers: Layers | None,
-        output: Output,
-        prompts: Array,
-        lengths: Array,
-        newest: Array,
-        length: int,
+        self, read_from: ReadFrom, output: Output, prompts: Array, lengths: Array, newest: Array, length: int
     ) -> State:
         caches = self.model.create_ahead_caches(len(prompts), prompts.shape[1], output.hidden.dtype)
         segment_ids = segments_of(lengths, prompts.shape[1])
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
         ahead = self.model.apply(
-            variables, output, prompts, segment_ids=segment_ids, caches=stacked, method="look_ahead"
+            read_from[0], output, prompts, segment_ids=segment_ids, caches=stacked, method="look_ahead"
         )
         caches = tuple(jax.tree.map(lambda leaf, k=k: leaf[k], ahead.caches).extend(length) for k in range(self.count))
         caches = divided(caches)
@@ -182,19 +170,18 @@ def _last(rows: Array, gained: Int[Array, " B"], count: int) -> Array:
 @partial(jax.jit, static_argnames=("draft", "length"))
 def start_draft(
     draft: Draft,
-    variables: dict[str, Any],
+    read_from: ReadFrom,
     state: DecodeState,
     output: Output,
     prompts: jax.Array,
     prompt_lengths: jax.Array,
     *,
     length: int,
-    layers: Layers | None = None,
 ) -> SpeculativeState:
-    """The state of `prefill` with that of the draft added. `layers` as there, of a draft that is a model."""
+    """The state of `prefill` with that of the draft added."""
     zeros = jnp.zeros_like(state.lengths)
     fields = {name: getattr(state, name) for name in DecodeState.__dataclass_fields__}
-    begun = draft.start(variables, layers, output, prompts, prompt_lengths, state.newest, length)
+    begun = draft.start(read_from, output, prompts, prompt_lengths, state.newest, length)
     return SpeculativeState(**fields, draft=begun, drafted=zeros, accepted=zeros)
 
 
