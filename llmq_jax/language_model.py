@@ -25,9 +25,9 @@ from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated
 from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
+from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, adapters, spread, trained_numbers
-from llmq_jax.layers.moe import by_expert
 from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown

@@ -11,10 +11,11 @@ from flax.traverse_util import flatten_dict
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.peft import module_names
 from llmq_jax.layers import lora
-from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
+from llmq_jax.layers.expert_dispatch import dispatch
+from llmq_jax.layers.expert_weights import ExpertWeights
+from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LoRA
-from llmq_jax.layers.moe import by_expert
 from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models import (
     DeepSeekV3Config,
