@@ -38,8 +38,9 @@ from llmq_jax.layers.moe import Experts, balance_from, experts_from, require_sam
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
-from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, layers_in_groups
+from llmq_jax.models.decoder import Output, Tokens, default_positions
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.layer_groups import LayerGroup, layers_in_groups
 from llmq_jax.models.llama3 import DEFAULT_ROPE, Llama3, Llama3Block
 
 MTP = "mtp"

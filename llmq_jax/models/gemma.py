@@ -43,8 +43,9 @@ from llmq_jax.models.config import (
     set_layer_types,
     set_rope,
 )
-from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
+from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.layer_groups import LayerGroup, layers_in_groups
 from llmq_jax.models.llama3 import GroupedQueryAttention, Llama3Block
 
 FAST, SLOW = Rope(rope_theta=10_000.0), Rope(rope_theta=1_000_000.0)

@@ -31,8 +31,9 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates
-from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
+from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.layer_groups import LayerGroup, layers_in_groups
 
 
 @dataclass(frozen=True)
