@@ -310,7 +310,7 @@ class DeepSeek3(Llama3):
     def setup(self) -> None:
         super().setup()
         if self.config.num_nextn_predict_layers:
-            self.mtp = self.scanned(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
+            self.mtp = self.scanned(PredictionStep, self.config.num_nextn_predict_layers)(self.prediction_module)
 
     def layer_groups(self) -> tuple[LayerGroup, ...]:
         c = self.config
@@ -346,43 +346,48 @@ class DeepSeek3(Llama3):
         tokens: Tokens,
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
-        seen: Int[Array, "B depth T"] | None = None,
-        seen_segment_ids: Int[Array, "B depth T"] | None = None,
+        ahead_tokens: Int[Array, "B depth T"] | None = None,
+        ahead_segment_ids: Int[Array, "B depth T"] | None = None,
         caches: Any = None,
     ) -> Ahead:
         """Run the modules on the `output` of `forward` for the same tokens (eq. 21 and 22).
 
-        Module k also sees the tokens k places further on, or those of `seen` if given; `seen_segment_ids` are then the
-        documents that these belong to, 0 where there is none.
+        Module k also sees the tokens k places further on, or those of `ahead_tokens` if given; `ahead_segment_ids` are
+        then the documents that these belong to, 0 where there is none.
         """
         tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
         positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
         depths = range(1, self.config.num_nextn_predict_layers + 1)
-        if seen is None:
+        if ahead_tokens is None:
             embedded = self.embed(tokens, positions)
             embedded = jnp.stack([jnp.roll(embedded, -k, axis=1) for k in depths])  # [depth, B, T, D]
             real = jnp.stack([has_token_ahead(tokens, segment_ids, k) for k in depths])  # [depth, B, T]
             segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
         else:
-            embedded = jnp.stack([self.embed(seen[:, k - 1], positions) for k in depths])
-            assert seen_segment_ids is not None
-            segments = seen_segment_ids.swapaxes(0, 1)
-        fed = output.hidden if self.config.mtp_hidden == "after_norm" else output.before_norm
-        _, (hidden, new_caches, counts) = self.mtp(fed, (embedded, segments, caches), context)
+            embedded = jnp.stack([self.embed(ahead_tokens[:, k - 1], positions) for k in depths])
+            assert ahead_segment_ids is not None
+            segments = ahead_segment_ids.swapaxes(0, 1)
+        previous = self.before_modules(output)
+        _, (hidden, new_caches, counts) = self.mtp(previous, (embedded, segments, caches), context)
         return Ahead(hidden, new_caches, counts)
+
+    @nn.nowrap
+    def before_modules(self, output: Output) -> Float[Array, "B T D"]:
+        """h⁰: the model's hidden states, as the first module reads them."""
+        return output.hidden if self.config.mtp_hidden == "after_norm" else output.before_norm
 
     def forward_and_ahead(
         self,
         tokens: Tokens,
         positions: Tokens | None = None,
         segment_ids: Tokens | None = None,
-        seen: Int[Array, "B depth T"] | None = None,
-        seen_segment_ids: Int[Array, "B depth T"] | None = None,
+        ahead_tokens: Int[Array, "B depth T"] | None = None,
+        ahead_segment_ids: Int[Array, "B depth T"] | None = None,
     ) -> tuple[Output, Ahead]:
         """(`forward`, `look_ahead`) in one pass; the counts of both are in the first."""
         output = self.forward(tokens, positions, segment_ids)
-        ahead = self.look_ahead(output, tokens, positions, segment_ids, seen, seen_segment_ids)
+        ahead = self.look_ahead(output, tokens, positions, segment_ids, ahead_tokens, ahead_segment_ids)
         return output.replace(counts={**output.counts, MTP: ahead.counts}), ahead
 
     def mtp_logits(
@@ -408,20 +413,22 @@ class DeepSeek3(Llama3):
         self,
         outside: dict[str, Any],
         module: dict[str, Any],
-        fed: Float[Array, "B T D"],
+        previous: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         cache: LatentCache,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], LatentCache]:
-        """One module, by its sliced variables: (hidden state to unembed, `fed` of the next module, cache).
+        """One module, by its sliced variables: (hidden state to unembed, `previous` of the next module, cache).
 
-        `fed` is the hidden state at `positions`, from the model or the module before; `tokens` are k places further on.
+        `previous` is the hidden state at `positions`, from the model or the module before; `tokens` are k places
+        further on.
         """
         context = self.context(positions, segment_ids).replace(implementation=self.attention)
-        seen = self.apply(outside, tokens, positions, method="embed")
-        hidden, fed, cache, _ = self.prediction_module(parent=None).apply(module, fed, seen, context, cache)
-        return hidden, fed, cache
+        embedded = self.apply(outside, tokens, positions, method="embed")
+        given = self.prediction_module(parent=None).apply(module, previous, embedded, context, cache)
+        hidden, previous, cache, _ = given
+        return hidden, previous, cache
 
 
 def has_token_ahead(
@@ -466,8 +473,11 @@ def latent_attention(config: DeepSeekV3Config, dtype: Dtype | None = None, name:
 
 
 class PredictionModule(DeepSeekBlock):
-    """A block on the projected concatenation of two normalised vectors: the hidden state at i, and the embedding of
-    token i + k (eq. 21, 22).
+    """A block on the projection of two normalised vectors, the hidden state at i and the embedding of token i + k. At
+    depth k, with the variable or the module here:
+
+        h' = M [norm(h of depth k - 1); norm(Emb(t_(i + k)))]    eq. 21    `previous`, `embedded`; projection: M
+        h of depth k = TRM(h')                                   eq. 22    the block
 
     DeepSeek's checkpoints have the embedding first; the paper writes it second.
     """
@@ -475,30 +485,30 @@ class PredictionModule(DeepSeekBlock):
     @nn.compact
     def __call__(  # type: ignore[override]  # It takes two inputs.
         self,
-        fed: Float[Array, "B T D"],
-        seen: Float[Array, "B T D"],
+        previous: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
         context: Context,
         cache: Cache | None = None,
     ) -> tuple[Array, Array, Cache | None, dict[str, Any]]:
-        """(hidden state to unembed, `fed` of the next module, cache, counts)."""
+        """(hidden state to unembed, `previous` of the next module, cache, counts)."""
         c = self.config
         norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
         normal = nn.initializers.normal(c.initializer_range)
-        both = jnp.concatenate([norm("embedding_norm")(seen), norm("hidden_norm")(fed)], axis=-1)
+        both = jnp.concatenate([norm("embedding_norm")(embedded), norm("hidden_norm")(previous)], axis=-1)
         x = Linear(c.hidden_size, False, normal, self.dtype, name="projection")(both)
         x, cache, counts = super().__call__(x, context, cache)
         hidden = norm("final_norm")(x)
         return hidden, hidden if c.mtp_hidden == "after_norm" else x, cache, counts
 
 
-class Depth(nn.Module):
+class PredictionStep(nn.Module):
     """One module of multi-token prediction, as the body of a loop over them."""
 
     module: Any
 
     @nn.compact
-    def __call__(self, fed: Array, ahead: tuple[Any, ...], context: Context) -> tuple[Array, tuple[Any, ...]]:
-        seen, segment_ids, caches = ahead
-        context = context.replace(segment_ids=segment_ids)
-        hidden, fed, cache, counts = self.module(name=BLOCK)(fed, seen, context, caches)
-        return fed, (hidden, cache, {BLOCK: counts})
+    def __call__(self, previous: Array, ahead: tuple[Any, ...], context: Context) -> tuple[Array, tuple[Any, ...]]:
+        embedded, segment_ids, caches = ahead
+        context = context.replace(segment_ids=segment_ids)  # a place without a token ahead counts as padding
+        hidden, previous, cache, counts = self.module(name=BLOCK)(previous, embedded, context, caches)
+        return previous, (hidden, cache, {BLOCK: counts})
