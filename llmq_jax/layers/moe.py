@@ -206,7 +206,10 @@ def _in_best_groups(selection: Float[Array, "*batch E"], experts: Experts) -> Fl
 
 
 class MixtureOfExperts(nn.Module):
-    """A router, experts stacked in one array, and shared experts.
+    """A router, experts stacked in one array, and shared experts:
+
+        y = Σ g_e · expert_e(x) + shared(x)              over the chosen experts, with their weights g: `route`
+        expert_e(x) = W_down (act(W_gate x) * W_up x)    or W_down act(W_up x), if it is not gated
 
     `gated`, `activation`, `use_bias` and `intermediate_size` describe the feed-forward network that it replaces.
     """
@@ -237,6 +240,7 @@ class MixtureOfExperts(nn.Module):
         activation = ACTIVATIONS[e.activation or self.activation]
 
         def activate(parts: Float[Array, "*rows P F"]) -> Float[Array, "*rows F"]:
+            """Of the two parts of a gated expert, the gate comes first."""
             first = activation(parts[..., 0, :])
             return first * parts[..., 1, :] if gated else first
 

@@ -238,7 +238,7 @@ class Decoder(nn.Module):
         labels, tied = self.config.labels, self.config.tie_word_embeddings
         if labels is not None:
             raise BadInput(f"this model is a classifier ({shown(labels)}) and gives no token; classify with it")
-        logits = self.token_embedding.attend(hidden) if tied else self.lm_head(hidden)
+        logits = self.token_embedding.logits(hidden) if tied else self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
     def class_logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:

@@ -328,7 +328,7 @@ class GroupedQueryAttention(nn.Module):
             features = (count, c.head_width)
             return Linear(features, c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
 
-        query, key, value = side_by_side(
+        query, key, value = side_by_side(  # three products, or one where decoding has joined the kernels
             x,
             heads(c.num_attention_heads, "query"),
             heads(c.key_value_heads, "key"),
