@@ -228,6 +228,7 @@ def main(options: Options) -> Any:
         for part in (training, validation):
             if each is not None and part:
                 each.rewards.check_columns(part[0].columns)
+    batches = PromptBatches(len(training), options.prompts_per_step, options.seed)
     rows = options.prompts_per_step * options.group_size
     source, learner = learner_of(source, options, rows, drops=False)
 
@@ -271,7 +272,7 @@ def main(options: Options) -> Any:
         return validated(loop, variables, validation, rows)
 
     def sample(variables, at_step):
-        return table(loop, variables, PromptBatches(len(training), options.prompts_per_step, options.seed)[at_step - 1])
+        return table(loop, variables, batches[at_step - 1])
 
     converses = options.template != "plain" and source.tokenizer.chat_template is not None
     parts = {"training": training, "validation": validation}
@@ -280,7 +281,7 @@ def main(options: Options) -> Any:
     result = engine.run(
         loop.start(learner.state(optimizer, options.seed)),
         loop.step,
-        PromptBatches(len(training), options.prompts_per_step, options.seed),
+        batches,
         run_options(options),
         folder=options.out,
         config={"recipe": "train.grpo", **own_options(options, "batch_size", "sample_prompt"), **digests},

@@ -195,6 +195,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     from llmq_jax.data import PreferenceEvaluation
     from llmq_jax.data.messages import text_of
     from llmq_jax.layers.axes import replicated
+    from llmq_jax.objectives.preference import rows_of_pairs
     from llmq_jax.objectives.reward import model_rewards
     from llmq_jax.training.metrics import one_line
 
@@ -202,7 +203,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     pairs = pairs[:SAMPLES]
     (batch,) = PreferenceEvaluation(pairs, len(pairs), options.context)
     order = [index for _, index in sorted((len(pair), index) for index, pair in enumerate(pairs))]  # the batch's
-    rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}
+    rows = rows_of_pairs(batch)
 
     @jax.jit
     def rewards(variables, tokens, lengths, response_mask):
