@@ -33,7 +33,7 @@ from train.options import (
     with_steps,
 )
 from train.sources import Sources, sources_of
-from train.texts import fingerprint
+from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
 EPOCHS = 3.0
@@ -154,7 +154,7 @@ def main(options: Options) -> Any:
         each = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(config.labels, weights, strict=True))
         head += f"\nclass weights: {each}; losses are weighted by them, in training and validation"
     print(f"{head}\n{learner.described}\n{source.model.attention_choice(training=True)}", flush=True)
-    digests = {f"{name}_sha256": fingerprint(numbered(rows[name], part.labels)) for name, part in parts.items()}
+    digests = digests_of({name: (rows[name], part.labels) for name, part in parts.items()}, numbered)
     result = engine.run(
         learner.state(optimizer, options.seed),
         train_step,
@@ -325,11 +325,11 @@ def token_rows(
     return rows
 
 
-def numbered(rows: Sequence[list[int]], labels: Sequence[int]) -> Any:
+def numbered(part: tuple[Sequence[list[int]], Sequence[int]]) -> Any:
     """Token rows and their labels as one array, to take a digest of."""
     import numpy as np
 
-    return np.concatenate([[len(row), label, *row] for row, label in zip(rows, labels, strict=True)]).astype(np.int64)
+    return np.concatenate([[len(row), label, *row] for row, label in zip(*part, strict=True)]).astype(np.int64)
 
 
 def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[int]]) -> None:

@@ -47,7 +47,7 @@ from train.preferences import (
     read_pairs,
 )
 from train.sources import sources_of
-from train.texts import fingerprint
+from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, flops_of, learner_of, load_to_train
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
@@ -137,7 +137,7 @@ def main(options: Options) -> Any:
         flush=True,
     )
     parts = {"training": learned, "validation": held_out}
-    digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
     settings = {
         "config": {"recipe": "train.dpo", **own_options(options), **digests},

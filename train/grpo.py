@@ -43,7 +43,7 @@ from train.options import (
 from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.sources import one_split, sources_of
-from train.texts import fingerprint
+from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, learner_of, load_to_train
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
@@ -276,7 +276,7 @@ def main(options: Options) -> Any:
 
     converses = options.template != "plain" and source.tokenizer.chat_template is not None
     parts = {"training": training, "validation": validation}
-    digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests = digests_of(parts, numbered)
     digests |= reward_digests(options, replay_data, score) | chat_template_digest(options, source.tokenizer)
     result = engine.run(
         loop.start(learner.state(optimizer, options.seed)),

@@ -42,7 +42,7 @@ from train.options import (
     with_steps,
 )
 from train.sources import Sources, sources_of
-from train.texts import fingerprint
+from train.texts import digests_of
 from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
 EPOCHS = 3.0
@@ -189,7 +189,7 @@ def main(options: Options) -> Any:
     if options.sample_every != 0 and of_first(lambda: not Path(options.out).exists()):
         print(printable(ask(whole(learner.variables))), flush=True)
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
-    digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
+    digests = digests_of(parts, tokens_and_masks)
     digests |= chat_template_digest(options, tokenizer)
     kept = in_style(options, training, tokenizer)
     lengths = [len(example.tokens) for example in learned.examples]
