@@ -5,9 +5,10 @@ them: "Question: {question}\nAnswer:". Its other fields are columns that reward 
 `tools` and `chat_template_kwargs` go to the chat template too.
 """
 
+import functools
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,6 @@ class PromptBatches:
     size: int
     """Prompts in a step."""
     seed: int = 0
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         first = step * self.size
@@ -171,11 +171,12 @@ class PromptBatches:
 
     def _place(self, index: int) -> int:
         epoch, place = divmod(index, self.count)
-        if epoch not in self._orders:
-            if len(self._orders) > 1:
-                self._orders.clear()
-            self._orders[epoch] = seeded_order(self.count, [self.seed, epoch])
-        return int(self._orders[epoch][place])
+        return int(_order(self.count, self.seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)  # a step may end one epoch and begin the next
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return seeded_order(count, [seed, epoch])
 
 
 def step_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:
