@@ -5,7 +5,6 @@ llama, as llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that com
 qwen3 (the dense models of Qwen 3).
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE, CONTROL, gguf_tokenizer
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.architectures import from_state_dict, resolve_config
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
@@ -129,7 +128,7 @@ class _Metadata:
         )
         unknown = sorted(set(self._values) - self._read)
         if unknown:
-            warnings.warn(f"unknown metadata is ignored: {', '.join(unknown)}", stacklevel=4)
+            warn(f"unknown metadata is ignored: {', '.join(unknown)}")
         return config
 
     def _check_fixed(self) -> None:
