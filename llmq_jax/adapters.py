@@ -122,14 +122,12 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
         generation = generation.replace(eos_token_id=(*generation.eos_token_id, end))
     path = folder / GENERATION_CONFIG
     if path.is_file():
-        try:
+        with located(path):
             values = read_json(path)
             # Of what its base says too, loading that has told.
             new = {name: value for name, value in values.items() if generation.other.get(name) != value}
             warn_of_ignored(new, path)
             generation = GenerationConfig.from_hf(generation.to_hf() | values)
-        except BadInput as error:
-            raise located(path, error) from error
     return lm.replace(tokenizer=lm.tokenizer if own is None else own, generation=generation)
 
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE, CONTROL, gguf_tokenizer
 from llmq_jax.errors import BadInput, warn
-from llmq_jax.interop.architectures import from_state_dict, resolve_config
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
-from llmq_jax.interop.huggingface import Contents, is_hf, located
+from llmq_jax.interop.huggingface import Contents, is_hf, located, read_state
 from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 
@@ -51,15 +50,11 @@ def read_gguf(path: Path, config: Any = None, dtype: Any = None) -> Contents:
     """Read a GGUF file, or the only one in a folder; a given `config` takes the place of the file's, or changes it."""
     file = _only_file(path)
     gguf = open_gguf(file)
-    try:
+    with located(file):
         _check_kind(gguf.metadata)
-        needed = config is None or isinstance(config, Mapping)
-        config = resolve_config(config, _Metadata(gguf).config() if needed else None, gguf.tensors, LAYOUT)
-        variables = from_state_dict(gguf.tensors, config, LAYOUT, dtype)
+        config, variables = read_state(gguf.tensors, LAYOUT, config, dtype, _Metadata(gguf).config)
         tokenizer = gguf_tokenizer(gguf.metadata, file.stem)
         generation = GenerationConfig() if tokenizer is None else generation_config(gguf.metadata)
-    except BadInput as error:
-        raise located(file, error) from error
     return Contents(config, variables, tokenizer, generation)
 
 
