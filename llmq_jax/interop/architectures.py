@@ -8,7 +8,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import has_type, scalar, type_name
-from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
+from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
 from llmq_jax.models import ARCHITECTURES, override
@@ -34,7 +34,9 @@ GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_sc
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
-    "mistral": Tables(mistral.LAYOUTS, mistral.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "mistral": Tables(
+        llama3.MISTRAL_LAYOUTS, llama3.MISTRAL_CONFIG, llama3.derive, underivable=("num_attention_heads",)
+    ),
     "qwen2": Tables(qwen.QWEN2_LAYOUTS, qwen.QWEN2_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "mixtral": Tables(
