@@ -13,7 +13,7 @@ from llmq_jax.errors import BadInput
 @dataclass(frozen=True)
 class Options:
     source: Positional[str]
-    """The model: a run folder or checkpoint of this project, a Hugging Face folder, or a hub id."""
+    """The model: a run folder or checkpoint of this project, a Hugging Face folder, OpenAI's GPT-2, or a hub id."""
     target: Positional[str]
     """The folder to write; it must not exist or be empty."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the model")] = None
@@ -42,6 +42,10 @@ def main(options: Options) -> None:
     widened = wide_enough(lm, options.dtype)
     folder = save_hf(widened, options.target, options.dtype, options.max_shard_size or "5GB", options.overwrite)
     print(f"{folder}: {lm}\n{type_written(lm, options.dtype)}")
+    if lm.tokenizer is None:
+        print(f"without a tokenizer, which text needs: {options.source} holds none")
+    else:
+        print(f"next: {command_for(lm, str(folder))}")
     kind = "CausalLM" if lm.config.labels is None else "SequenceClassification"
     print(f'next: transformers.AutoModelFor{kind}.from_pretrained("{folder}")')
 

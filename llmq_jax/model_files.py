@@ -138,11 +138,9 @@ def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> 
     model, which `load` refuses."""
     if not (is_hf(source) or is_openai(source)):
         return {}
-    try:
+    with located(source):
         config_class = config_class_of(open_weights(source), layout) if is_hf(source) else GPT2Config
         return fields_from_text(config_class, assignments)
-    except BadInput as error:
-        raise located(source, error) from error
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:

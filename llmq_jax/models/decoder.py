@@ -31,7 +31,7 @@ from llmq_jax.layers.attention import Choice, Context, check_implementation, cho
 from llmq_jax.layers.axes import constrain
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, each_own_kernel
-from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
+from llmq_jax.layers.lora import LORA, LORA_FIXED, measured, merge, spread
 from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.norms import EmbeddingScale
 from llmq_jax.layers.positions import Rope
@@ -377,7 +377,8 @@ class Decoder(nn.Module):
         self, variables: dict[str, Any], arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), passed through
-        `arrange`. Adapters are merged first where that is exact (`merges_exactly`), else they stay beside the matrices.
+        `arrange`. Adapters are merged first where that is exact (`merges_exactly`), else they stay beside the matrices,
+        `measured`.
         """
         variables = spread(variables)
         if self.merges_exactly(variables):
@@ -387,7 +388,11 @@ class Decoder(nn.Module):
             collection: {name: leaf for name, leaf in tree.items() if name not in groups}
             for collection, tree in variables.items()
         }
-        return arrange(outside), slice_modules(variables, self.layer_paths(), arrange)
+
+        def prepared(tree: dict[str, Any]) -> dict[str, Any]:
+            return arrange(measured(tree))
+
+        return prepared(outside), slice_modules(variables, self.layer_paths(), prepared)
 
     @nn.nowrap
     def merges_exactly(self, variables: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import Cache
-from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
+from llmq_jax.layers.moe import Experts, experts_from
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import (
@@ -62,6 +62,7 @@ class Gemma2Config:
     """Whether queries and keys are normalised."""
     attention_output_bias: ClassVar[bool | None] = None
     """As attention_bias."""
+    mlp_bias: ClassVar[bool] = False
 
     vocab_size: int = 256000
     max_position_embeddings: int = 8192
@@ -138,6 +139,11 @@ class Gemma2Config:
         set_rope(self, "rope_parameters", self.head_dim)
         object.__setattr__(self, "experts", experts_from(self.experts, self.num_hidden_layers))
         set_labels(self)
+
+    @property
+    def hidden_act(self) -> str:
+        """`hidden_activation`, by the name that Llama's block reads."""
+        return self.hidden_activation
 
     @property
     def head_width(self) -> int:
@@ -341,21 +347,3 @@ class GemmaBlock(Llama3Block):
         c = self.config
         scale, softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
         return GroupedQueryAttention(c, self.dtype, self.window, scale, softcap, name="attention")
-
-    @nn.nowrap
-    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """GeGLU, or experts: (what is added to the residual stream, the block's counts)."""
-        c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        return mlp_or_experts(
-            x,
-            context,
-            self.experts,
-            intermediate_size=c.intermediate_size,
-            gated=True,
-            activation=c.hidden_activation,
-            use_bias=False,
-            kernel_init=normal,
-            down_init=normal,
-            dtype=self.dtype,
-        )

@@ -281,7 +281,7 @@ class Llama3Block(nn.Module):
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """SwiGLU, or experts: (what is added to the residual stream, the block's counts)."""
+        """SwiGLU (GeGLU in Gemma), or experts: (what is added to the residual stream, the block's counts)."""
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         return mlp_or_experts(

@@ -157,6 +157,7 @@ def test_decoding_has_the_adapters_too(base, name, monkeypatch):
     monkeypatch.setattr(type(model), "merges_exactly", lambda model, variables: False)
     outside, layers = model.slice_layers(adapted, lambda tree: by_expert(by_output(tree)))
     assert any("lora" in layer for layer in layers)
+    assert ("'ratio'" in str(jax.tree.structure(layers))) == (name == "dora")  # no pass measures columns again
     caches = model.slice_caches(model.create_caches(2, 16, jnp.float32))
     for place in range(6):
         logits, caches = decode(model, outside, layers, TOKENS[:, [place]], np.full((2, 1), place), caches)
