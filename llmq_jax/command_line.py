@@ -173,7 +173,7 @@ def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
         jax.config.update("jax_platforms", before)
         raise BadInput(
             f"--device {device}: JAX finds no {device.upper()} here; use --device cpu, or install JAX for your GPU: "
-            f"pip install 'llmq_jax[cuda]'"
+            f"pip install -e '.[cuda]'"
         )
 
 

@@ -122,7 +122,7 @@ class AlgorithmOptions:
     top_p: float = 1.0
     """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
     iterations: int = 1
-    """mu, optimizer updates on the answers of a step."""
+    """mu, optimizer updates on the answers of a step (the inner loop; --steps-per-iteration is the outer)."""
     scale: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the standard deviation of the group's rewards, of the step's, or nothing."""
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo"] = "grpo"
@@ -141,8 +141,8 @@ class AlgorithmOptions:
     """Reference of the --beta term: the policy at the start of each iteration (iteration; see --steps-per-iteration),
     at the start of the run (start), or the one that sampled the answers (old)."""
     steps_per_iteration: Annotated[int | None, default_is("the whole run")] = None
-    """M, steps in an iteration: at the end of each the reference is renewed, and the reward model learns if there is a
-    --judge."""
+    """M, steps in an iteration of the outer loop (the inner is --iterations): at the end of each the reference is
+    renewed, and the reward model learns if there is a --judge."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus: how much a nat of the policy's entropy lowers the loss."""
     mask_truncated: Flag = False

@@ -1,7 +1,7 @@
 """Measure the perplexity of any model on any text, or how well it does the tasks of the evaluation harness.
 
     llmq evaluate runs/mine other.txt
-    llmq evaluate gpt2 --tasks hellaswag,arc_easy --limit 100                      pip install 'llmq_jax[eval]'
+    llmq evaluate gpt2 --tasks hellaswag,arc_easy --limit 100                      pip install -e '.[eval]'
     llmq evaluate runs/mine --tasks my_task --include-path my_tasks --out results.json
 
 A text is read once, in consecutive windows of the model's context; every token but the first is predicted, from the

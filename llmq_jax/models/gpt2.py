@@ -147,12 +147,16 @@ class GPT2Block(nn.Module):
         c = self.config
         deterministic = not self.has_rng("dropout")
         norm = partial(norm_layer, c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
-        attention = GPT2Attention(c, self.dtype, name="attention")
-        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
+        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
         update, counts = self.feed_forward(norm("mlp_norm")(x), context)
         x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
         return x, cache, counts
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        """Called as `(x, context, cache) -> (what is added to the residual stream, cache)`."""
+        return GPT2Attention(self.config, self.dtype, name="attention")
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:

@@ -91,7 +91,7 @@ def test_without_the_harness(llmq, model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "llmq_jax.interop.evaluation_harness")
     code, out, err = llmq("evaluate", model_folder, "--tasks", "hellaswag")
-    assert (code, out) == (2, "") and err.count("\n") == 1 and "pip install 'llmq_jax[eval]'" in err
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "pip install -e '.[eval]'" in err
 
 
 def test_tasks_of_one_s_own_need_no_others(task_folder, monkeypatch):
