@@ -236,63 +236,6 @@ class DeepSeekV3Config:
         return scale
 
 
-PRESETS = {
-    "deepseek-v3": DeepSeekV3Config(
-        max_position_embeddings=163840,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 40.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-        },
-    ),
-    # Of DeepSeek-V2-Lite's size: 16 billion parameters, 3 of which are active.
-    "moonlight-16b": DeepSeekV3Config(
-        vocab_size=163840,
-        max_position_embeddings=8192,
-        hidden_size=2048,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        q_lora_rank=None,
-        intermediate_size=11264,
-        first_k_dense_replace=1,
-        n_routed_experts=64,
-        num_experts_per_tok=6,
-        moe_intermediate_size=1408,
-        n_shared_experts=2,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=2.446,
-        num_nextn_predict_layers=0,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 50000.0},
-    ),
-    # To train from bytes, on a laptop.
-    "deepseek-10m": DeepSeekV3Config(
-        vocab_size=257,
-        max_position_embeddings=256,
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        q_lora_rank=128,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        intermediate_size=768,
-        first_k_dense_replace=1,
-        n_routed_experts=16,
-        num_experts_per_tok=3,
-        moe_intermediate_size=192,
-        n_shared_experts=1,
-        n_group=4,
-        topk_group=2,
-    ),
-}
-
-
 class Ahead(struct.PyTreeNode):
     """The results of the modules of multi-token prediction, stacked over the depths k = 1, ..., D."""
 
@@ -512,3 +455,60 @@ class PredictionStep(nn.Module):
         context = context.replace(segment_ids=segment_ids)  # a place without a token ahead counts as padding
         hidden, previous, cache, counts = self.module(name=BLOCK)(previous, embedded, context, caches)
         return previous, (hidden, cache, {BLOCK: counts})
+
+
+PRESETS = {
+    "deepseek-v3": DeepSeekV3Config(
+        max_position_embeddings=163840,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    # Of DeepSeek-V2-Lite's size: 16 billion parameters, 3 of which are active.
+    "moonlight-16b": DeepSeekV3Config(
+        vocab_size=163840,
+        max_position_embeddings=8192,
+        hidden_size=2048,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        q_lora_rank=None,
+        intermediate_size=11264,
+        first_k_dense_replace=1,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        n_shared_experts=2,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=2.446,
+        num_nextn_predict_layers=0,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 50000.0},
+    ),
+    # To train from bytes, on a laptop.
+    "deepseek-10m": DeepSeekV3Config(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        intermediate_size=768,
+        first_k_dense_replace=1,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
+        moe_intermediate_size=192,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+    ),
+}

@@ -209,6 +209,62 @@ class Gemma3Config(Gemma2Config):
         return self.local_rope_parameters
 
 
+class Gemma(Decoder):
+    """Scaled token embeddings, blocks of two kinds, final norm, tied head. Gemma 2 or 3, by its config."""
+
+    config: Gemma2Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.set_embedding(c.hidden_size**0.5)
+        self.set_groups()
+        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        self.set_head()
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        c = self.config
+        block = partial(GemmaBlock, c, self.dtype)
+        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        c = self.config
+        rotation, local_rotation = (
+            rope.rotation(positions, c.head_dim, segment_ids) for rope in (c.rope, c.local_rope)
+        )
+        return Context(positions, segment_ids, rotation, local_rotation)
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        logits, cap = super().unembed(hidden), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class GemmaBlock(Llama3Block):
+    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`. With a `window` it is a local layer."""
+
+    config: Gemma2Config  # type: ignore[assignment]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None, dict[str, Any]]:
+        c = self.config
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        if self.window is not None:
+            context = context.replace(rotation=context.local_rotation)
+        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
+        x = x + norm("post_attention_norm")(mixed)
+        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
+        return x + norm("post_mlp_norm")(update), cache, counts
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        """Llama's, with another scale and a softcap."""
+        c = self.config
+        scale, softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
+        return GroupedQueryAttention(c, self.dtype, self.window, scale, softcap, name="attention")
+
+
 LONG = {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0}
 PRESETS = {
     "gemma3-270m": Gemma3Config(
@@ -291,59 +347,3 @@ PRESETS = {
         query_pre_attn_scalar=64,
     ),
 }
-
-
-class Gemma(Decoder):
-    """Scaled token embeddings, blocks of two kinds, final norm, tied head. Gemma 2 or 3, by its config."""
-
-    config: Gemma2Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.set_embedding(c.hidden_size**0.5)
-        self.set_groups()
-        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        self.set_head()
-
-    def layer_groups(self) -> tuple[LayerGroup, ...]:
-        c = self.config
-        block = partial(GemmaBlock, c, self.dtype)
-        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
-
-    @nn.nowrap
-    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
-        c = self.config
-        rotation, local_rotation = (
-            rope.rotation(positions, c.head_dim, segment_ids) for rope in (c.rope, c.local_rope)
-        )
-        return Context(positions, segment_ids, rotation, local_rotation)
-
-    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        logits, cap = super().unembed(hidden), self.config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-class GemmaBlock(Llama3Block):
-    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`. With a `window` it is a local layer."""
-
-    config: Gemma2Config  # type: ignore[assignment]
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None, dict[str, Any]]:
-        c = self.config
-        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        if self.window is not None:
-            context = context.replace(rotation=context.local_rotation)
-        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
-        x = x + norm("post_attention_norm")(mixed)
-        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
-        return x + norm("post_mlp_norm")(update), cache, counts
-
-    @nn.nowrap
-    def attention_layer(self) -> nn.Module:
-        """Llama's, with another scale and a softcap."""
-        c = self.config
-        scale, softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
-        return GroupedQueryAttention(c, self.dtype, self.window, scale, softcap, name="attention")

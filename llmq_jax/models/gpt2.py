@@ -99,14 +99,6 @@ class GPT2Config:
         return self.initializer_range / math.sqrt(2 * self.num_hidden_layers)
 
 
-PRESETS = {
-    "gpt2-124m": GPT2Config(),
-    "gpt2-355m": GPT2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
-    "gpt2-774m": GPT2Config(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20),
-    "gpt2-1558m": GPT2Config(hidden_size=1600, num_hidden_layers=48, num_attention_heads=25),
-}
-
-
 class GPT2(Decoder):
     """Token and position embeddings, equal blocks, final norm, tied head."""
 
@@ -206,3 +198,11 @@ class GPT2Attention(nn.Module):
         )
         out = Linear(c.hidden_size, kernel_init=residual, dtype=self.dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)), cache
+
+
+PRESETS = {
+    "gpt2-124m": GPT2Config(),
+    "gpt2-355m": GPT2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+    "gpt2-774m": GPT2Config(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20),
+    "gpt2-1558m": GPT2Config(hidden_size=1600, num_hidden_layers=48, num_attention_heads=25),
+}

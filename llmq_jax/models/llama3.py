@@ -145,94 +145,6 @@ class Llama3Config:
         return (None,) * self.num_hidden_layers
 
 
-LLAMA_3_2_ROPE: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LLAMA_3: dict[str, Any] = {
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-}
-SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_theta": 100_000.0},
-    "tie_word_embeddings": True,
-}
-PRESETS = {
-    "llama3.2-1b": Llama3Config(
-        **LLAMA_3,
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        intermediate_size=8192,
-        rope_parameters=LLAMA_3_2_ROPE,
-        tie_word_embeddings=True,
-    ),
-    "llama3.2-3b": Llama3Config(
-        **LLAMA_3,
-        hidden_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        intermediate_size=8192,
-        rope_parameters=LLAMA_3_2_ROPE,
-        tie_word_embeddings=True,
-    ),
-    "llama3.1-8b": Llama3Config(
-        **LLAMA_3,
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        intermediate_size=14336,
-        rope_parameters={**LLAMA_3_2_ROPE, "factor": 8.0},
-    ),
-    "smollm2-135m": Llama3Config(
-        **SMOLLM2,
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        initializer_range=1 / 24,
-    ),
-    "smollm2-360m": Llama3Config(
-        **SMOLLM2,
-        hidden_size=960,
-        num_hidden_layers=32,
-        num_attention_heads=15,
-        num_key_value_heads=5,
-        intermediate_size=2560,
-    ),
-    "smollm2-1.7b": Llama3Config(
-        **{**SMOLLM2, "rope_parameters": {"rope_theta": 130_000.0}},
-        hidden_size=2048,
-        num_hidden_layers=24,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        intermediate_size=8192,
-    ),
-    # To train from bytes, on a laptop.
-    "llama-10m": Llama3Config(
-        vocab_size=257,
-        max_position_embeddings=256,
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        intermediate_size=1024,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-    ),
-}
-
-
 class Llama3(Decoder):
     """Token embeddings, equal blocks, final norm, head."""
 
@@ -355,3 +267,91 @@ class GroupedQueryAttention(nn.Module):
         bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
         out = Linear(c.hidden_size, bias, normal, self.dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_width)), cache
+
+
+LLAMA_3_2_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+}
+SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 100_000.0},
+    "tie_word_embeddings": True,
+}
+PRESETS = {
+    "llama3.2-1b": Llama3Config(
+        **LLAMA_3,
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        intermediate_size=8192,
+        rope_parameters=LLAMA_3_2_ROPE,
+        tie_word_embeddings=True,
+    ),
+    "llama3.2-3b": Llama3Config(
+        **LLAMA_3,
+        hidden_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        intermediate_size=8192,
+        rope_parameters=LLAMA_3_2_ROPE,
+        tie_word_embeddings=True,
+    ),
+    "llama3.1-8b": Llama3Config(
+        **LLAMA_3,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=14336,
+        rope_parameters={**LLAMA_3_2_ROPE, "factor": 8.0},
+    ),
+    "smollm2-135m": Llama3Config(
+        **SMOLLM2,
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        initializer_range=1 / 24,
+    ),
+    "smollm2-360m": Llama3Config(
+        **SMOLLM2,
+        hidden_size=960,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        intermediate_size=2560,
+    ),
+    "smollm2-1.7b": Llama3Config(
+        **{**SMOLLM2, "rope_parameters": {"rope_theta": 130_000.0}},
+        hidden_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=8192,
+    ),
+    # To train from bytes, on a laptop.
+    "llama-10m": Llama3Config(
+        vocab_size=257,
+        max_position_embeddings=256,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    ),
+}
