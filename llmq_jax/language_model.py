@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from llmq_jax.counts import counted
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
+from llmq_jax.data.messages import refuse_answered
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model, whole
@@ -170,7 +171,7 @@ class LanguageModel:
 
         tools: those that the model may call, each an object that describes one by JSON Schema. The other arguments are
         those of `generate`. BadInput: the model has no chat template, the template refuses the messages or has no place
-        for the tools, or they and the new tokens exceed the model's context.
+        for the tools, the last message is the assistant's, or they and the new tokens exceed the model's context.
         """
         tokens = self.chat_tokens(messages, tools)
         options: dict[str, Any] = {"sampler": sampler, "stop": stop, "seed": seed, "prompt_cache": prompt_cache}
@@ -188,6 +189,7 @@ class LanguageModel:
         variables |= {} if tools is None else {"tools": tools}
         text = template.render(messages, add_generation_prompt=True, **variables)
         template.refuse_unread(messages, variables)
+        refuse_answered(messages, "the conversation")
         return self.require_tokenizer("this model").encode(text, allow_special=True)
 
     def replace(self, **changes: Any) -> "LanguageModel":

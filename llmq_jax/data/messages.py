@@ -132,6 +132,13 @@ def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str) -> 
             raise BadInput(f"{where} has {name!r}, which is not read: write it into the text, or remove it")
 
 
+def refuse_answered(messages: Sequence[Mapping[str, Any]], what: str) -> None:
+    """BadInput, which calls the messages `what`, where the assistant has spoken last: its reply would begin a second
+    message of its own."""
+    if messages[-1]["role"] == "assistant":
+        raise BadInput(f"{what} ends with a message of the assistant: end it with what is to be answered")
+
+
 def _message(message: Any, where: str, given: bool) -> Message:
     if not isinstance(message, Mapping):
         raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')

@@ -380,6 +380,11 @@ BAD_FILES = {
         [],
         "FILE: line 1: the chat template refused these messages: no cooks",
     ),
+    "answered messages": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        [],
+        "FILE: line 1: the conversation ends with a message of the assistant: end it with what is to be answered",
+    ),
     "lost system": (
         GOOD + '{"prompt": "a", "system": "b"}',
         ["--chat"],
