@@ -450,6 +450,12 @@ def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | N
         raise BadInput(f"{name} must be integers, not {array.dtype}")
     if shape is not None and array.shape != shape:
         raise BadInput(f"{name} have the shape {list(array.shape)}, which does not fit tokens: {list(shape)}")
+    limits = np.iinfo(np.int32)
+    for value in (array.min(), array.max()):
+        if not limits.min <= value <= limits.max:  # it would become another number in silence
+            raise BadInput(
+                f"{name} hold {value}, which is no id, length or position of any model; take out such numbers"
+            )
     return array.astype(np.int32)
 
 
