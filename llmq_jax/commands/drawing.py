@@ -93,3 +93,12 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
         from llmq_jax.generation import row_seed
 
         return row_seed(self.seed or 0, number)
+
+
+def context_of(lm: Any, drawing: dict[str, Any]) -> tuple[int, str]:
+    """(the context in tokens, whose it is): "model" or, if that of a draft model is shorter, "draft"."""
+    contexts = [(int(lm.config.max_position_embeddings), "model")]
+    draft: Any = drawing.get("draft")
+    if hasattr(draft, "config"):
+        contexts.append((int(draft.config.max_position_embeddings), "draft"))
+    return min(contexts, key=lambda context: context[0])

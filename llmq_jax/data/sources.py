@@ -13,24 +13,11 @@ from llmq_jax.data.records import (
     format_of,
     holds_records,
     iterate_records,
-    json_lines,
     json_rows,
-    json_values,
     no_field,
     read_text,
 )
 from llmq_jax.errors import BadInput
-
-__all__ = [
-    "Documents",
-    "has_fields",
-    "is_jsonl",
-    "iterate_documents",
-    "json_lines",
-    "json_values",
-    "read_documents",
-    "read_text",
-]
 
 _SNIFFED_BYTES = 8192
 
