@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, Positional, Repeated, default_is, option_name
 from llmq_jax.commands.devices import DeviceOptions
+from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
@@ -107,7 +108,6 @@ def _kept_lines(
     """The `KeptLines` of --out; None where lines are printed."""
     if options.out is None:
         return contextlib.nullcontext()
-    from llmq_jax.commands.kept_lines import kept_lines
     from llmq_jax.weight_digest import weight_digest
 
     fields, digest = [json.loads(as_json(record.fields)) for record in records], hashlib.sha256()
@@ -140,7 +140,6 @@ def _rows(options: Options, lm: Any, labels: Sequence[str], records: list[Any]) 
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read."""
-    from llmq_jax.commands.generate import check_out
     from llmq_jax.data import has_fields, is_table
 
     if bool(options.text) == (options.data is not None):

@@ -11,7 +11,6 @@ in FILE.partial, and the same command goes on from there.
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.commands.drawing import DrawingOptions, context_of
+from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.counts import counted
 from llmq_jax.defaults import MTP
@@ -263,7 +263,6 @@ def _kept_lines(
     """The `KeptLines` of --out; None where lines are printed."""
     if options.out is None:
         return contextlib.nullcontext()
-    from llmq_jax.commands.kept_lines import kept_lines
     from llmq_jax.weight_digest import weight_digest
 
     command = asdict(options)
@@ -278,14 +277,6 @@ def _kept_lines(
     tokens = [[int(token) for token in prompt] for prompt in prompts]
     command["prompt_file"] = hashlib.sha256(json.dumps([records, tokens]).encode()).hexdigest()
     return kept_lines(Path(options.out), command, records)
-
-
-def check_out(out: Path) -> None:
-    """BadInput for a file that cannot be written anew: now, not after hours."""
-    if out.exists():
-        raise BadInput(f"--out {out} is there already; name a new file")
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise BadInput(f"--out {out}: nothing can be written to the folder {out.parent}; make it, or name another")
 
 
 def _read_records(options: Options) -> tuple[list[int], list[dict[str, Any]]]:

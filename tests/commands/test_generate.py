@@ -11,6 +11,7 @@ import jax
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.atomic_files import lock_file
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.generation.sampling import DEFAULT
 from tests.byte_fallback import one_word_model
@@ -296,6 +297,15 @@ def test_the_same_command_goes_on_where_it_was_stopped(stopped, stopped_at, llmq
     assert llmq(*command)[:2] == (0, "")
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == expected
     assert not partial.exists()
+
+
+def test_two_processes_do_not_write_the_same_lines(stopped, llmq):
+    command, _, partial = stopped
+    before, lock = partial.read_bytes(), lock_file(partial)
+    code, _, err = llmq(*command)
+    os.close(lock)
+    assert (code, partial.read_bytes()) == (2, before)
+    assert err == f"error: another process is writing {partial}; wait for it, or name another file by --out\n"
 
 
 @pytest.mark.parametrize(
