@@ -281,10 +281,13 @@ def _kept_lines(
 
 def _read_records(options: Options) -> tuple[list[int], list[dict[str, Any]]]:
     """(line numbers, objects) of a .jsonl file of prompts."""
+    from llmq_jax.data.records import checked_text
+
     numbers, records = [], []
     for number, record in _json_lines(options):
         if fault := _fault(record):
             raise BadInput(f"{options.source}: line {number} {fault}")
+        checked_text(json.dumps(record, ensure_ascii=False), f"{options.source}: line {number}")
         numbers.append(number)
         records.append(record)
     if not records:
@@ -313,10 +316,6 @@ def _fault(record: Any) -> str | None:
         return 'has a "prompt" that is not a string'
     if taken := [name for name in ADDED if name in record]:
         return f'has a field "{taken[0]}" already, which the result would replace; rename it'
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON can spell it (\ud800)
-        return "holds half a surrogate pair, which is not valid Unicode"
     return None
 
 

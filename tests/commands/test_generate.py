@@ -398,7 +398,7 @@ BAD_FILES = {
     "both": ('{"prompt": "a", "messages": []}', [], 'line 1 has both "prompt" and "messages"; keep one of them'),
     "no text": ('{"prompt": ["a"]}', [], 'line 1 has a "prompt" that is not a string'),
     "field in the way": ('{"prompt": "a", "tokens": 1}', [], 'line 1 has a field "tokens" already'),
-    "no Unicode": ('{"prompt": "a", "id": "\\ud800"}', [], "line 1 holds half a surrogate pair"),
+    "no Unicode": ('{"prompt": "a", "id": "\\ud800"}', [], "line 1: half a surrogate pair at character"),
     "too long": (GOOD + f'{{"prompt": "{"x" * 99}"}}', [], "FILE: line 2: the prompt has 99 tokens, which leave no"),
     "no room": (GOOD + f'{{"prompt": "{"x" * 90}"}}', ["--max-new-tokens", "8"], "FILE: line 2: the prompt has 90"),
     "no messages": (GOOD + '{"messages": []}', [], "FILE: line 2: messages are empty"),
