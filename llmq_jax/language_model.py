@@ -17,6 +17,7 @@ from llmq_jax.counts import counted
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.messages import refuse_answered
+from llmq_jax.data.records import is_blank
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model, whole
@@ -301,7 +302,7 @@ class LanguageModel:
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise BadInput(f"text {number} must be a string, not {type(text).__name__}")
-            if not text or text.isspace():
+            if is_blank(text):
                 raise BadInput(f"text {number} is empty; there is nothing to classify")
             row = tokenizer.encode(text, add_special_tokens=True)
             if longest is not None and len(row) > longest:

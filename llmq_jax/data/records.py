@@ -152,6 +152,11 @@ def checked_text(value: object, where: str) -> str:
     return value
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text is empty, or white space alone."""
+    return not text or text.isspace()
+
+
 def no_field(where: str, name: str, found: Iterable[object], option: str | None = None) -> str:
     """The error message for a missing field; `option` is the option that chooses another field."""
     advice = f": choose one with {option}" if option else ""
