@@ -143,6 +143,14 @@ def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> 
         return fields_from_text(config_class, assignments)
 
 
+def free_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder that `save` may write. BadInput: it is there, and not empty."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
+    return folder
+
+
 def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
     """Save a model in our own format, which `load` and every recipe's `--init-from` read; returns the folder.
 
@@ -151,9 +159,7 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
     from llmq_jax.training.checkpoints import Checkpoints
 
     require_model(lm)
-    folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
+    folder = free_folder(folder)
     files = TextFiles(lm.tokenizer, lm.generation)
     with whole_folder(folder.resolve()) as partial:
         checkpoints = Checkpoints(partial / "checkpoints")

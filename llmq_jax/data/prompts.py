@@ -15,7 +15,7 @@ import numpy as np
 
 from llmq_jax.data.conversations import LOST, Conversation
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.messages import message_list, refuse_lost, template_variables, text_of
+from llmq_jax.data.messages import message_list, refuse_answered, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import prompt_text
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
@@ -102,8 +102,7 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
     if not is_text and not isinstance(value, list):
         raise BadInput(f"{where}: the prompt must be a string or a list of messages, not {value!r:.40}")
     messages = ({"role": "user", "content": checked_text(value, where)},) if is_text else message_list(record, "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise BadInput(f"{where}: the prompt ends with a message of the assistant: end it with what is to be answered")
+    refuse_answered(messages, f"{where}: the prompt")
     if not any(text_of(message).strip() for message in messages):
         raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
     chat = tokenizer.chat_template

@@ -542,7 +542,14 @@ def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ..
 
 
 def _special_token(lm: LanguageModel, string: str) -> int | None:
-    """The special token that the string spells, if it does."""
+    """The special token that the string spells, if it does. BadInput: it has other text beside one."""
     assert lm.tokenizer is not None
     ids = lm.tokenizer.encode(string, allow_special=True)
-    return ids[0] if len(ids) == 1 and not lm.tokenizer.decode(ids, skip_special_tokens=True) else None
+    if lm.tokenizer.decode(ids) == lm.tokenizer.decode(ids, skip_special_tokens=True):
+        return None
+    if len(ids) > 1:
+        raise BadInput(
+            f"stop={string!r} holds a special token beside other text, and texts do not show special tokens; give the "
+            "token alone as a stop"
+        )
+    return ids[0]

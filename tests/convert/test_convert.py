@@ -70,6 +70,15 @@ def test_bad_input_is_one_line(source, tmp_path):
     )
 
 
+@pytest.mark.parametrize("words", ["from_hf", "to_hf", "to_hf --adapter", "to_hf --overwrite"])
+def test_a_target_in_the_way_is_told_before_the_model_is_read(words, program, tmp_path):
+    (taken := tmp_path / "taken").mkdir()
+    (taken / "notes.txt").touch()
+    name, *options = words.split()
+    code, out, err = program(f"convert.{name}", tmp_path / "nowhere", taken, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {taken}: ")
+
+
 def test_openai_s_gpt2(tmp_path):
     done = convert("to_hf", OPENAI, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
