@@ -61,9 +61,11 @@ class Part(NamedTuple):
     model_type: str
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     """From the larger model's config.json, that of the part."""
+    prefix: str
+    """What the larger model's modules have in memory where those of the part alone have `model.`."""
 
 
-PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal)}
+PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal, "model.language_model.")}
 ASSUMED = ("rope_parameters", "rms_norm_eps")
 """Fields in which models of one architecture differ, and which shapes do not tell."""
 SUPPORTED = ", ".join([*TABLES, *PARTS])

@@ -22,7 +22,7 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
 from llmq_jax.model_files import has_config
 from llmq_jax.objectives import NextToken
-from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed
+from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed, moved
 from tests.parity.decoders import LOGITS, LOSS, draw_tokens, make_pair, their_logits
 
 SOME = {
@@ -124,14 +124,6 @@ def test_adapters_of_ours_load_in_peft(pair, fields, tmp_path):
     expected = ours.logits(tokens)
     assert np.abs(expected - lm.logits(tokens)).max() > 0.005
     np.testing.assert_allclose(their_logits(loaded, tokens), expected, atol=LOGITS, rtol=0)
-
-
-def moved(lm, size=0.05):
-    """The same with other adapters than fresh ones."""
-    leaves, structure = jax.tree.flatten(lm.variables["lora"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [leaf + size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return lm.replace(variables={**lm.variables, "lora": jax.tree.unflatten(structure, noise)})
 
 
 TRAINED = [("gpt2", "all"), ("gpt2", KINDS[1]), ("llama", "all"), ("mixtral", "all")]
@@ -417,30 +409,6 @@ def test_patterns_name_a_matrix_that_was_adapted_as_a_parameter(pair_of, tmp_pat
     patterns = {name: 9, rf".*1\..*{name}.weight": 40}  # the first matches nothing
     spec = peft.LoraConfig(r=2, alpha_pattern=patterns, task_type="CAUSAL_LM", **fields)
     assert_both_ways(anew, lm, spec, tmp_path)
-
-
-def test_adapters_of_a_multimodal_model_fit_its_text_part(pair_of, tmp_path):
-    """Names of transformers 5 and 4; patterns, too."""
-    _, lm = pair_of("gemma3_text")
-    ours = moved(lq.lora(lm, rank=2, targets="attention"))
-    lq.save_adapter(ours, tmp_path / "text")
-    tokens = draw_tokens(lm)
-    for place, outer in enumerate(("model.language_model.", "language_model.model.")):
-
-        def longer(state, outer=outer):
-            return {
-                name.replace("base_model.model.model.", f"base_model.model.{outer}"): x for name, x in state.items()
-            }
-
-        patterns = {"alpha_pattern": {rf"{outer}layers\.1\.self_attn\.q_proj": 7}}
-        text = {"alpha_pattern": {r"model\.layers\.1\.self_attn\.q_proj": 7}}
-        expected = lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / f"{place}", text)).logits(tokens)
-        found = lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / f"{place} whole", patterns, longer))
-        np.testing.assert_array_equal(found.logits(tokens), expected)
-        assert np.abs(expected - ours.logits(tokens)).max() > 1e-4
-    vision = {"base_model.model.model.vision_tower.layers.0.q_proj.lora_A.weight": np.zeros((2, 8), np.float32)}
-    with pytest.raises(BadInput, match="it adapts what stands beside the text's part of its base"):
-        lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / "vision", None, lambda state: state | vision))
 
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
