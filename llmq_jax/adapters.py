@@ -102,7 +102,7 @@ def load_with_base(
         lm = load_weights(folder, folder, layout, config, dtype)
     elif not base:
         raise BadInput(f"{folder}: is an adapter that names no base; load that, then lq.load_adapter(lm, folder)")
-    elif is_adapter(find(base)):
+    elif is_adapter(find(base, config=config)):
         raise BadInput(f"{folder}: its base {base} is an adapter too; merge that one into its own base first")
     else:
         lm = load(base, layout, config, dtype)
