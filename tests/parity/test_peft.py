@@ -273,6 +273,21 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path, monkeypa
         lq.load(changed(folder, tmp_path / "nameless", {"base_model_name_or_path": None}))
     with pytest.raises(BadInput, match="is an adapter too; merge that one into its own base first"):
         lq.load(changed(folder, tmp_path / "twice", {"base_model_name_or_path": str(tmp_path / "nameless")}))
+    # A base that cannot be had, such as unsloth's in 4 bits, or a path on the computer where the adapter was trained.
+    quantised = tmp_path / "base-bnb-4bit"
+    shutil.copytree(base, quantised)
+    values = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (quantised / "config.json").write_text(json.dumps(values))
+    for number, (path, why) in enumerate(
+        [(quantised, "quantization_config="), ("/home/a/base", "there is no such file")]
+    ):
+        lost = changed(folder, tmp_path / f"lost {number}", {"base_model_name_or_path": str(path)})
+        with pytest.raises(BadInput) as error:
+            lq.load(lost)
+        assert str(error.value).startswith(f"{lost}: its base {path} cannot be loaded: {path}") and why in str(
+            error.value
+        )
+        assert f'lq.load_adapter(lq.load("..."), "{lost}")' in str(error.value)
     # A model in the folder itself is its base, as where a trainer wrote into that.
     inside = changed(folder, tmp_path / "inside", {"base_model_name_or_path": str(tmp_path / "inside")})
     for file in ("config.json", "model.safetensors"):
