@@ -36,10 +36,17 @@ CONFIGS = {
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.mark.parametrize("model_type", ["llama", *CONFIGS])
+LATENTS = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 6, "v_head_dim": 8}
+LATENTS |= {"num_key_value_heads": 3, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+LATENTS |= {"first_k_dense_replace": 1, "moe_intermediate_size": 8, "num_nextn_predict_layers": 0}
+OTHERS = {"gemma2": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 5}, "deepseek_v3": LATENTS}
+
+
+@pytest.mark.parametrize("model_type", ["llama", *CONFIGS, *OTHERS])
 def test_files_of_the_model_without_a_head(tmp_path, model_type):
     """transformers' `AutoModel` writes its names without a prefix; with a tied head all weights are there."""
-    config = transformers.AutoConfig.for_model(model_type, **SIZES, tie_word_embeddings=True)
+    sizes = SIZES | OTHERS.get(model_type, {})
+    config = transformers.AutoConfig.for_model(model_type, **sizes, tie_word_embeddings=True)
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = np.arange(11)[None]
