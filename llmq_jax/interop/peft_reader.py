@@ -393,7 +393,7 @@ class _Reader:
         if not self._is_target_parameter(parameter):
             width, features = self._widths(site)
             pair = self._take_pair(name, width, features)
-            return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
+            return None if pair is None else (*pair, self._scale(site.module, len(pair[1])))
         # A module's weight that was adapted as a parameter: patterns name the parameter, and B A has the weight's own
         # orientation.
         rows, columns = site.placement.transform.their_shape(self._our_shape(site))

@@ -331,7 +331,7 @@ def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
         ("mixtral", ("q_proj", "block_sparse_moe.gate", "w1", "w2", "w3")),
         ("mixtral", ("w2",)),
         ("mixtral", ("w1",)),
-        ("qwen3_moe", ("q_proj", "gate_proj", "up_proj", "down_proj")),
+        ("qwen3_moe", ("q_proj", "mlp.gate", "gate_proj", "up_proj", "down_proj")),
         ("deepseek_v3", ("kv_b_proj", "gate_proj", "up_proj", "down_proj")),
     ],
 )
@@ -346,14 +346,14 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
     for name, matrix in files.items():
         if name.endswith(tuple(f"{each}.weight" for each in names)):
             rank = next((rank for end, rank in ranks.items() if f".{end}." in name), 2)
-            scale = (7 if ".w2." in name else 0 if ".w3." in name else 5) / rank
+            scale = (7 if ".w2." in name else 0 if ".w3." in name else 9 if ".gate." in name else 5) / rank
             first = draw.normal(size=(rank, matrix.shape[1])).astype(np.float32) * np.float32(0.3)
             last = draw.normal(size=(matrix.shape[0], rank)).astype(np.float32) * np.float32(0.1)
             module = f"base_model.model.{name.removesuffix('.weight')}"
             state |= {f"{module}.lora_A.weight": first, f"{module}.lora_B.weight": last}
             merged[name] = matrix + np.float32(scale) * last @ first
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "target_modules": [name.split(".")[-1] for name in names]}
-    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7, "w3": 0}, "lora_dropout": 0.05}
+    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7, "w3": 0, "gate": 9}, "lora_dropout": 0.05}
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
