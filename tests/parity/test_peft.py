@@ -447,6 +447,11 @@ AT_EMBEDDING = {
             lambda state: state | {NAME: np.zeros((3, 48), np.float32)},
             f"{NAME} is [3, 48] instead of [r, 32]: it is an adapter of another base (org/other)",
         ),
+        (
+            {},
+            lambda state: state | {NAME: np.zeros(0, np.float32)},
+            f"{NAME} is empty: its trainer (ZeRO-3, FSDP) saved it without gathering its parts; save the adapter again",
+        ),
         ({}, lambda state: state | {"base_model.model.odd": np.zeros(3)}, "base_model.model.odd has no place in this"),
         (
             {},

@@ -80,8 +80,12 @@ def test_adapters_of_a_multimodal_model_fit_its_text_part(multimodal, tmp_path):
         np.testing.assert_array_equal(found.logits(tokens), expected)
         assert np.abs(expected - ours.logits(tokens)).max() > 1e-4
     vision = {"base_model.model.model.vision_tower.layers.0.q_proj.lora_A.weight": np.zeros((2, 8), np.float32)}
-    with pytest.raises(BadInput, match="it adapts what stands beside the text's part of its base"):
-        lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / "vision", None, lambda state: state | vision))
+    both = changed(tmp_path / "text", tmp_path / "both", None, lambda state: state | vision)
+    with pytest.warns(UserWarning, match=r"1 tensors of other parts of its base are ignored: model\.vision_tower$"):
+        np.testing.assert_array_equal(lq.load_adapter(lm, both).logits(tokens), ours.logits(tokens))
+    alone = changed(tmp_path / "text", tmp_path / "alone", None, lambda state: vision)
+    with pytest.warns(UserWarning, match="are ignored"), pytest.raises(BadInput, match="holds no adapter of a layer"):
+        lq.load_adapter(lm, alone)
 
 
 def test_a_base_that_is_not_on_this_computer_is_warned_of(multimodal, tmp_path, monkeypatch):
