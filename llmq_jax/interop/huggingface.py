@@ -255,7 +255,8 @@ def _refuse_by_config(folder: Path, config: Any) -> None:
 
 
 def float_type(dtype: Any) -> np.dtype | None:
-    """A floating type from its name or any other form of it; None stays None. BadInput: any other type."""
+    """A floating type from its name or any other form of it; None stays None. BadInput: any other type, and those of
+    one byte, whose range weights exceed without scales beside them."""
     if dtype is None:
         return None
     known: np.dtype | None
@@ -263,8 +264,8 @@ def float_type(dtype: Any) -> np.dtype | None:
         known = jnp.dtype(dtype)
     except TypeError:
         known = None
-    if known is None or not jnp.issubdtype(known, jnp.floating):
-        raise BadInput(f"dtype={dtype!r} is not a floating type; use float32, bfloat16 or float16")
+    if known is None or not jnp.issubdtype(known, jnp.floating) or known.itemsize == 1:
+        raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
     return known
 
 

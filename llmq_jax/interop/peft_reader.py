@@ -521,8 +521,8 @@ class _Reader:
         ):
             if not tensor.size:
                 raise BadInput(
-                    f"{self.file}: {self.in_file[name]} is empty: its trainer (ZeRO-3, FSDP) saved it without gathering "
-                    "its parts; save the adapter again, from all of them"
+                    f"{self.file}: {self.in_file[name]} is empty: its trainer (ZeRO-3, FSDP) saved it without "
+                    "gathering its parts; save the adapter again, from all of them"
                 )
             raise self._other_base(name, tensor.shape, shape)
         return tensor.astype(np.float32, copy=False)
