@@ -9,7 +9,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import has_type, scalar, type_name
-from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
+from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, ministral, mistral, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
 from llmq_jax.models import ARCHITECTURES, override
@@ -36,6 +36,9 @@ TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "mistral": Tables(mistral.LAYOUTS, mistral.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "ministral": Tables(
+        ministral.LAYOUTS, ministral.CONFIG, llama3.derive, underivable=("num_attention_heads", "sliding_window")
+    ),
     "qwen2": Tables(qwen.QWEN2_LAYOUTS, qwen.QWEN2_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "mixtral": Tables(
@@ -107,7 +110,9 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
     if not isinstance(values["model_type"], str):
         raise BadInput(f"model_type={values['model_type']!r} is no name; supported: {SUPPORTED}")
     values = language_part(values)
-    return config_table(values["model_type"]).from_hf(values)
+    # As in transformers' AutoConfig.
+    is_ministral = values["model_type"] == "mistral" and "layer_types" in values
+    return config_table("ministral" if is_ministral else values["model_type"]).from_hf(values)
 
 
 def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -320,6 +320,18 @@ def test_a_window_beside_experts_is_of_all_layers(spelling, window):
 
 
 @pytest.mark.parametrize(
+    ("kinds", "window"), [([GLOBAL, LOCAL, GLOBAL], 4096), ([LOCAL] * 3, 4096), ([GLOBAL] * 3, None), (None, 4096)]
+)
+def test_a_mistral_with_kinds_of_layers_is_a_ministral(kinds, window):
+    """As transformers' AutoConfig reads it; the kinds decide, whatever window is named."""
+    values = {"model_type": "mistral", **SMALL, "sliding_window": 4096, "layer_types": kinds}
+    config = config_from_hf(values)
+    assert config.layer_windows == tuple(None if kind == GLOBAL else window for kind in kinds or [LOCAL] * 3)
+    assert config.model_type == "ministral"
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
         ("qwen3_moe", {"num_experts": 0}, "num_experts=0 must be at least 1"),
@@ -327,6 +339,8 @@ def test_a_window_beside_experts_is_of_all_layers(spelling, window):
         ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1 is not of the type"),
         ("qwen3_moe", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 must be at most 10,000"),
         ("mistral", {"sliding_window": 0}, "MistralConfig.sliding_window=0 must be at least 1"),
+        ("mistral", {"layer_types": ["chunked_attention"] * 3}, "has 'chunked_attention', which is neither"),
+        ("ministral", {"layer_types": [LOCAL] * 3, "sliding_window": None}, f"has {LOCAL}, and sliding_window is None"),
         ("mistral", {"sliding_window": 4.5}, "sliding_window=4.5 is not of the type"),
         ("mistral", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
         ("qwen2", {**USED, "max_window_layers": 0, "sliding_window": 0}, "sliding_window=0 must be at least 1"),
