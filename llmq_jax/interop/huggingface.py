@@ -249,9 +249,15 @@ def download(name: str, *, tokenizer: bool = False, config: Any = None) -> Path:
 
 def _refuse_by_config(folder: Path, config: Any) -> None:
     """BadInput for a model that `read_hf` would refuse for its `config.json`; an adapter's model may be another."""
-    if (folder / CONFIG).is_file() and not is_adapter(folder):
+    file = folder / CONFIG
+    if not file.is_file() or is_adapter(folder) or not (config is None or isinstance(config, Mapping)):
+        return
+    values = read_json(file)
+    try:
         with warnings.catch_warnings(action="ignore"):  # reading the model will tell
-            _stored_config(folder, read_json(folder / CONFIG), config)
+            config_from_hf(values)
+    except BadInput as error:
+        raise BadInput(f"{file}: {error}") from error
 
 
 def float_type(dtype: Any) -> np.dtype | None:
