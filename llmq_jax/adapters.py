@@ -100,13 +100,25 @@ def load_with_base(
         lm = load_weights(folder, folder, layout, config, dtype)
     elif not base:
         raise BadInput(f"{folder}: is an adapter that names no base; load that, then lq.load_adapter(lm, folder)")
-    elif is_adapter(find(base)):
-        raise BadInput(f"{folder}: its base {base} is an adapter too; merge that one into its own base first")
     else:
-        lm = load(base, layout, config, dtype)
+        lm = _load_base(base, folder, layout, config, dtype)
     if classes and lm.config.labels is None:
         lm = with_classifier(lm, numbered_labels(classes))
     return load_adapter(lm, folder)
+
+
+def _load_base(base: str, folder: Path, layout: str, config: Any, dtype: Any) -> LanguageModel:
+    """The base that an adapter's folder names; BadInput, which names the folder, where it cannot be loaded."""
+    try:
+        if not is_adapter(find(base, config=config)):
+            return load(base, layout, config, dtype)
+    except BadInput as error:
+        raise BadInput(
+            f"{folder}: its base {base} cannot be loaded: {error}; load that model from elsewhere, not quantised, and "
+            f'the adapter onto it: lq.load_adapter(lq.load("..."), "{folder}"), or name it in adapter_config.json '
+            "(base_model_name_or_path)"
+        ) from error
+    raise BadInput(f"{folder}: its base {base} is an adapter too; merge that one into its own base first")
 
 
 def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:

@@ -18,6 +18,7 @@ from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.messages import refuse_answered
 from llmq_jax.data.records import is_blank
+from llmq_jax.data.tokenizer_files import WRITE_JSON
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model, whole
@@ -110,7 +111,10 @@ class LanguageModel:
     def require_tokenizer(self, source: str) -> Tokenizer:
         """The tokenizer; BadInput, which names the model's source, where there is none."""
         if self.tokenizer is None:
-            raise BadInput(f"{source} holds no tokenizer, so text means nothing to it; put its tokenizer.json there")
+            raise BadInput(
+                f"{source} holds no tokenizer, so text means nothing to it; put its tokenizer.json there, or "
+                f"{WRITE_JSON}"
+            )
         return self.tokenizer
 
     def require_same_vocabulary(self, other: "LanguageModel", name: str) -> None:

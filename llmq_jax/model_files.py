@@ -81,7 +81,7 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
     dtype = float_type(dtype)
     if str(path) in PRESETS and not Path(path).exists():
         raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
-    source = find(path)
+    source = find(path, config=config)
     if find_checkpoint(source) is not None:
         if layout != "hf":
             raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")

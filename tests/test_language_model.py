@@ -212,8 +212,11 @@ def test_types(lm, tmp_path):
     assert load(tmp_path / "saved", dtype="bfloat16").params["final_norm"]["bias"].dtype == ml_dtypes.bfloat16
     narrow = save(load(tmp_path / "saved", dtype=jnp.bfloat16), tmp_path / "narrow")
     assert load(narrow).params["final_norm"]["bias"].dtype == ml_dtypes.bfloat16
-    with pytest.raises(BadInput, match="dtype='int32' is not a floating type"):
-        load(tmp_path / "saved", dtype="int32")
+    for kind in ("int32", "float8_e4m3fn"):  # weights in float8 would want scales beside them
+        with pytest.raises(BadInput, match=f"dtype='{kind}' is not a floating type of 2 bytes or more"):
+            load(tmp_path / "saved", dtype=kind)
+        with pytest.raises(BadInput, match=f"dtype='{kind}' is not a floating type of 2 bytes or more"):
+            save_hf(lm, tmp_path / "float8", dtype=kind)
 
 
 def test_a_given_config_takes_the_place_of_the_checkpoint_s(lm, tmp_path):

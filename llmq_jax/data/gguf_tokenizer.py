@@ -58,6 +58,7 @@ class PreTokenizer:
 
 _GPT2 = PreTokenizer()
 _LLAMA3 = PreTokenizer(_words(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
+_QWEN2 = PreTokenizer(_words(r"\p{N}"), nfc=True)
 PRE_TOKENIZERS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -65,9 +66,13 @@ PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "qwen2": PreTokenizer(_words(r"\p{N}"), nfc=True),
+    "falcon3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "megrez": _QWEN2,
+    "kormo": _QWEN2,
 }
-"""By `tokenizer.ggml.pre`."""
+"""By `tokenizer.ggml.pre`; names share a tokenizer as they do in llama.cpp."""
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> FileTokenizer | None:

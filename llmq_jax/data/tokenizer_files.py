@@ -26,8 +26,17 @@ COMPANION_FILES = (
 )
 """Files that may accompany a tokenizer.json in a Hugging Face folder; kept and written back unchanged."""
 
+UNREAD = ("tokenizer.model", "spiece.model", "tiktoken.model")
+"""Files of SentencePiece and of tiktoken, from which transformers makes a tokenizer.json."""
+WRITE_JSON = "have transformers write a tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that transformers has names for."""
+
+
+def unread_file(folder: Path) -> str | None:
+    """The name of the file that a folder has for a tokenizer in place of those that are read; None without one."""
+    return next((name for name in UNREAD if (folder / name).is_file()), None)
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from llmq_jax.data.gpt2_vocabulary import (
 )
 from llmq_jax.data.long_documents import GPT2_CUTS, pieces, places_to_cut
 from llmq_jax.data.offsets import byte_offsets
-from llmq_jax.data.tokenizer_files import TokenizerFiles
-from llmq_jax.errors import BadInput
+from llmq_jax.data.tokenizer_files import WRITE_JSON, TokenizerFiles, unread_file
+from llmq_jax.errors import BadInput, warn
 
 BLOCK_CHARACTERS = 2**20
 """Documents are encoded in blocks of about this many characters, which bounds memory and feeds all cores."""
@@ -454,9 +454,10 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         path, name = find(name_or_path, tokenizer=True), str(name_or_path)
     if path.is_file():
         return _own_tokenizer(TokenizerFiles.read(path).contents) or FileTokenizer(path)
-    found = tokenizer_in(path, name) if path.is_dir() else None
+    found = _tokenizer_in(path, name) if path.is_dir() else None
     if found is None:
         what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
+        what = f"a folder with {unread}, which is not read: {WRITE_JSON}" if (unread := unread_file(path)) else what
         raise BadInput(
             f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json, a folder with one, or the "
             f"org/name of a model on the Hugging Face hub; this is {what}"
@@ -465,12 +466,20 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | None:
-    """The tokenizer whose files are in a folder, or None where there are none.
+    """The tokenizer whose files are in a folder, or None where there are none, or, with a warning, where transformers
+    alone reads them.
 
     It is a ByteTokenizer or GPT2Tokenizer, which are faster, where that would write exactly these files; else a
     FileTokenizer. name: see there.
     """
-    folder = Path(folder)
+    found = _tokenizer_in(Path(folder), name)
+    if found is None and (unread := unread_file(Path(folder))):
+        why = f"{unread} is not read: {WRITE_JSON}"
+        warn(f"{folder}: is loaded without a tokenizer, since {why}")
+    return found
+
+
+def _tokenizer_in(folder: Path, name: str | None) -> Tokenizer | None:
     if (folder / "tokenizer.json").is_file():
         return _own_tokenizer(TokenizerFiles.read(folder / "tokenizer.json").contents) or FileTokenizer(folder, name)
     if vocabulary_files(folder):

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import has_type, scalar, type_name
-from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mixtral, qwen
+from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, ministral, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
 from llmq_jax.models import ARCHITECTURES, override
@@ -37,6 +37,9 @@ TABLES = {
     "mistral": Tables(
         llama3.MISTRAL_LAYOUTS, llama3.MISTRAL_CONFIG, llama3.derive, underivable=("num_attention_heads",)
     ),
+    "ministral": Tables(
+        ministral.LAYOUTS, ministral.CONFIG, llama3.derive, underivable=("num_attention_heads", "sliding_window")
+    ),
     "qwen2": Tables(qwen.QWEN2_LAYOUTS, qwen.QWEN2_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "mixtral": Tables(
@@ -62,9 +65,11 @@ class Part(NamedTuple):
     model_type: str
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     """From the larger model's config.json, that of the part."""
+    prefix: str
+    """What the larger model's modules have in memory where those of the part alone have `model.`."""
 
 
-PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal)}
+PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal, "model.language_model.")}
 ASSUMED = ("rope_parameters", "rms_norm_eps")
 """Fields in which models of one architecture differ, and which shapes do not tell."""
 SUPPORTED = ", ".join([*TABLES, *PARTS])
@@ -106,7 +111,9 @@ def config_from_hf(values: Mapping[str, Any]) -> Any:
     if not isinstance(values["model_type"], str):
         raise BadInput(f"model_type={values['model_type']!r} is no name; supported: {SUPPORTED}")
     values = language_part(values)
-    return config_table(values["model_type"]).from_hf(values)
+    # As in transformers' AutoConfig.
+    is_ministral = values["model_type"] == "mistral" and "layer_types" in values
+    return config_table("ministral" if is_ministral else values["model_type"]).from_hf(values)
 
 
 def language_part(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,25 +13,25 @@ from typing import Any
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import as_type, has_type, type_name
 from llmq_jax.interop.float8 import without_blocks
+from llmq_jax.interop.generation_config import IGNORED
 from llmq_jax.interop.tables import KEEP
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.heads import numbered_labels
 
-# Fields of any config.json that do not change what a decoder computes; at the end those of other programs.
+# Fields of any config.json that do not change what a decoder computes, beside those of generation, of which reading its
+# config tells; at the end those of other programs.
 _HARMLESS = """
-    _attn_implementation _name_or_path _num_labels architectures attn_implementation begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label is_decoder label2id length_penalty max_length min_length
-    model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_past output_scores pad_token_id prefix problem_type remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
-    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache
+    _attn_implementation _name_or_path _num_labels architectures attn_implementation bos_token_id
+    chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping eos_token_id
+    finetuning_task gradient_checkpointing id2label is_decoder label2id length_penalty max_length model_type
+    num_beam_groups num_labels num_return_sequences output_attentions output_hidden_states output_past output_scores
+    pad_token_id prefix problem_type remove_invalid_values return_dict return_dict_in_generate sep_token_id
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache
     _attn_implementation_autoset _commit_hash _flash_attn_2_enabled is_llama_config max_sequence_length
     transformers.js_config unsloth_fixed unsloth_version
 """
-HARMLESS = frozenset(_HARMLESS.split())
+HARMLESS = frozenset(_HARMLESS.split()) | IGNORED.keys()
 
 _ROTARY = """
     attention_dropout hidden_size initializer_range intermediate_size max_position_embeddings num_attention_heads
@@ -60,7 +60,9 @@ FIXED: dict[str, Any] = {
     "chain_hidden_post_norm": None,
     "cross_attention_hidden_size": None,
     "is_encoder_decoder": False,
+    "logits_mup_width_multiplier": None,
     "mtp_hidden_states_first": False,
+    "mtp_per_layer_config": {},
     "partial_rotary_factor": 1.0,
     "per_layer_config": {},
     "pruned_heads": {},

@@ -4,7 +4,8 @@
   stored (out, in). Files hold one tensor for each matrix of each expert; others hold all experts of a layer in one, as
   transformers has them in memory (`gate_up_proj`: the gate's rows first). Both are read, one or the other throughout;
   the former is written. The modules of multi-token prediction are layers after the last, L, L + 1, ..., each with
-  copies of the embedding and the head, which are not read.
+  copies of the embedding and the head, which are not read. Files of `DeepseekV3Model`, which has no head, leave out the
+  prefix `model.`.
 
 The published files are in float8: see `interop.float8`.
 """
@@ -65,6 +66,7 @@ def table(*experts: Any) -> WeightTable:
             f"{LAYER}.embed_tokens.weight",
             f"{LAYER}.shared_head.head.weight",
         ),
+        optional_prefix="model.",
         tied={"lm_head.weight": "model.embed_tokens.weight"},
         select=own_layers,
     )

@@ -1,7 +1,8 @@
 """Gemma's weights and configs, and the text part of the multimodal Gemma 3.
 
 - `hf`: transformers' `Gemma3ForCausalLM` and `Gemma2ForCausalLM`. Linear layers are torch's, stored (out, in); norms
-  hold w of 1 + w, as ours do. A tied head is not in the file.
+  hold w of 1 + w, as ours do. A tied head is not in the file. Files of the models without a head leave out the prefix
+  `model.`.
 
 The multimodal model (`model_type` "gemma3") is a vision tower and a projector beside a `gemma3_text`, whose tensors are
 `language_model.model...` in most files, and `model.language_model...` in some and in transformers' memory. The text
@@ -31,7 +32,7 @@ NORMS = (
     rule(f"{LAYER}.post_feedforward_layernorm.weight", "{block}/post_mlp_norm/scale", vector),
 )
 AT = next(i for i, entry in enumerate(LLAMA.rules) if entry.path.endswith("mlp_norm/scale"))
-GEMMA2 = replace(LLAMA, rules=(*LLAMA.rules[:AT], *NORMS, *LLAMA.rules[AT + 1 :]), optional_prefix="")
+GEMMA2 = replace(LLAMA, rules=(*LLAMA.rules[:AT], *NORMS, *LLAMA.rules[AT + 1 :]))
 GEMMA3 = replace(
     with_norms(GEMMA2, f"{LAYER}.self_attn.q_norm", f"{LAYER}.self_attn.k_norm"),
     within={"language_model.": "", "model.language_model.": "model."},

@@ -8,6 +8,7 @@ stands for its folder, but no other weights there are read.
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +31,7 @@ from llmq_jax.interop.architectures import (
 )
 from llmq_jax.interop.float8 import block_size, dequantised
 from llmq_jax.interop.generation_config import TOKEN_IDS, GenerationConfig, warn_of_ignored
+from llmq_jax.interop.peft import is_adapter
 from llmq_jax.interop.safetensors_files import INDEX, is_safetensors, open_safetensors, write_safetensors
 from llmq_jax.interop.tensor_files import TensorFiles, read_json, write_json
 from llmq_jax.interop.torch_files import is_torch, open_torch
@@ -194,9 +196,10 @@ def padding(lm: Any) -> tuple[int, dict[str, bytes]]:
     return tokens[0], files.naming("pad_token", spelling)
 
 
-def find(name: str | os.PathLike[str], *, tokenizer: bool = False) -> Path:
+def find(name: str | os.PathLike[str], *, tokenizer: bool = False, config: Any = None) -> Path:
     """The path of a model: one that exists, or the local copy of what the hub has under this name ("org/name", or
-    "org/name@revision" for one commit, tag or branch of it). With `tokenizer` no weights are fetched.
+    "org/name@revision" for one commit, tag or branch of it). With `tokenizer` no weights are fetched; nor are they for
+    a model whose `config.json` is refused, unless a whole `config` is given, which takes its place.
 
     The hub is not asked for a name that can only be a path: `runs/mien` where there is a folder `runs`.
     """
@@ -210,13 +213,13 @@ def find(name: str | os.PathLike[str], *, tokenizer: bool = False) -> Path:
         raise BadInput(f"{name}: there is no such file or folder" + (f"; did you mean {near[0]}?" if near else ""))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) or name.startswith("."):
         raise BadInput(f"{name}: there is no such file or folder")
-    return download(name, tokenizer=tokenizer)
+    return download(name, tokenizer=tokenizer, config=config)
 
 
-def download(name: str, *, tokenizer: bool = False) -> Path:
+def download(name: str, *, tokenizer: bool = False, config: Any = None) -> Path:
     """The local copy of a model on the Hugging Face hub ("gpt2", "org/name@revision") or, for a `tokenizer`, of its
     files without weights, fetched unless it is there already. Only weights, JSON and text are fetched: no code, and no
-    pickle where there are safetensors."""
+    pickle where there are safetensors. `config`: see `find`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -224,10 +227,15 @@ def download(name: str, *, tokenizer: bool = False) -> Path:
     wanted: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     wanted["ignore_patterns"] = list(NOT_DOWNLOADED)
     try:
-        folder = snapshot_download(**wanted, allow_patterns=list(TOKENIZER_DOWNLOADED if tokenizer else DOWNLOADED))
-        weights = is_safetensors(Path(folder)) or (Path(folder) / "adapter_model.safetensors").is_file()
-        if not (weights or tokenizer):
-            folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED_WITHOUT_SAFETENSORS))
+        folder = snapshot_download(**wanted, allow_patterns=list(TOKENIZER_DOWNLOADED))
+        if not tokenizer:
+            _refuse_by_config(Path(folder), config)
+            # All once more, of one commit: the name may mean another by now.
+            folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED))
+            if not (is_safetensors(Path(folder)) or (Path(folder) / "adapter_model.safetensors").is_file()):
+                folder = snapshot_download(**wanted, allow_patterns=list(DOWNLOADED_WITHOUT_SAFETENSORS))
+    except BadInput:
+        raise
     except LocalEntryNotFoundError as error:
         raise BadInput(
             f"{name}: there is no such file or folder, and the Hugging Face hub could not be reached (no network, or "
@@ -257,8 +265,18 @@ def download(name: str, *, tokenizer: bool = False) -> Path:
     return Path(folder)
 
 
+def _refuse_by_config(folder: Path, config: Any) -> None:
+    """BadInput for a model that `read_hf` would refuse for its `config.json`; an adapter's model may be another."""
+    file = folder / CONFIG
+    if not file.is_file() or is_adapter(folder) or not (config is None or isinstance(config, Mapping)):
+        return
+    with located(file), warnings.catch_warnings(action="ignore"):  # reading the model will tell
+        config_from_hf(read_json(file))
+
+
 def float_type(dtype: Any) -> np.dtype | None:
-    """A floating type from its name or any other form of it; None stays None. BadInput: any other type."""
+    """A floating type from its name or any other form of it; None stays None. BadInput: any other type, and those of
+    one byte, whose range weights exceed without scales beside them."""
     if dtype is None:
         return None
     known: np.dtype | None
@@ -266,8 +284,8 @@ def float_type(dtype: Any) -> np.dtype | None:
         known = jnp.dtype(dtype)
     except TypeError:
         known = None
-    if known is None or not jnp.issubdtype(known, jnp.floating):
-        raise BadInput(f"dtype={dtype!r} is not a floating type; use float32, bfloat16 or float16")
+    if known is None or not jnp.issubdtype(known, jnp.floating) or known.itemsize == 1:
+        raise BadInput(f"dtype={dtype!r} is not a floating type of 2 bytes or more; use float32, bfloat16 or float16")
     return known
 
 

@@ -225,14 +225,19 @@ class _Reader:
     def __init__(self, folder: Path, values: Mapping[str, Any], state: dict[str, np.ndarray], config: Any):
         self.folder, self.file, self.values = folder, weights_file(folder), values
         self._set_config(config)
-        self.within, self.beside = memory_table(config).within, memory_table(config).beside
+        self.within, beside = memory_table(config).within, memory_table(config).beside
         self.renamed, self.apart = _names_of_files(config, self.sites)
         self.in_file: dict[str, str] = {}
         """{a tensor's name in memory: what this folder calls it}"""
         self.old_modules: dict[str, str] = {}
         """{a module's name in memory: what this folder calls it}, where the two differ."""
+        others = [name for name in state if name.removeprefix(PREFIX).startswith(beside)]
+        if others:
+            where = [prefix.rstrip(".") for prefix in beside if any(f"{PREFIX}{prefix}" in name for name in others)]
+            warn(f"{self.file}: {len(others)} tensors of other parts of its base are ignored: {', '.join(where)}")
         for name in state:
-            self._give_own_name(name)
+            if name not in others:
+                self._give_own_name(name)
         self.state = {own: state[name] for own, name in self.in_file.items()}
         self.replaced: dict[str, bool] = {}
         """{our name of an embedding or a head that is a copy, or differs from the base's: whether it is a copy that
@@ -375,8 +380,6 @@ class _Reader:
             hint = "; it is a language model's head, and this is a classifier: load it onto the language model"
         elif any(f".{name}." in some[0] for name in whole):
             hint = f"; of modules_to_save={whole} only embeddings and heads are supported: merge it in PEFT"
-        elif some[0].removeprefix(PREFIX).startswith(self.beside):
-            hint = "; it adapts what stands beside the text's part of its base, and only that part is read"
         elif "lora_embedding_" in some[0] or some[0].startswith(f"{PREFIX}{module_name(self.config, EMBEDDING)}."):
             hint = "; of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT"
         elif "lora_" in some[0]:
@@ -388,7 +391,7 @@ class _Reader:
         if not self._is_target_parameter(parameter):
             width, features = self._widths(site)
             pair = self._take_pair(name, width, features)
-            return None if pair is None else (*pair, self._scale(site.pattern_name, len(pair[1])))
+            return None if pair is None else (*pair, self._scale(site.module, len(pair[1])))
         # A module's weight that was adapted as a parameter: patterns name the parameter, and B A has the weight's own
         # orientation.
         rows, columns = site.placement.transform.their_shape(self._our_shape(site))
@@ -508,6 +511,11 @@ class _Reader:
         if len(tensor.shape) != len(shape) or any(
             not isinstance(w, str) and w != got for w, got in zip(shape, tensor.shape, strict=True)
         ):
+            if not tensor.size:
+                raise BadInput(
+                    f"{self.file}: {self.in_file[name]} is empty: its trainer (ZeRO-3, FSDP) saved it without "
+                    "gathering its parts; save the adapter again, from all of them"
+                )
             raise self._other_base(name, tensor.shape, shape)
         return tensor.astype(np.float32, copy=False)
 

@@ -12,12 +12,14 @@ import numpy as np
 
 from llmq_jax.data.tokenizer_files import COMPANION_FILES
 from llmq_jax.errors import BadInput, warn
+from llmq_jax.interop.architectures import PARTS
+from llmq_jax.interop.huggingface import CONFIG as BASE_CONFIG
 from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
 from llmq_jax.interop.peft_whole import EMBEDDING, module_name
 from llmq_jax.interop.safetensors_files import save_tensors
 from llmq_jax.interop.tables import in_out
-from llmq_jax.interop.tensor_files import write_json
+from llmq_jax.interop.tensor_files import read_json, write_json
 from llmq_jax.layers.lora import (
     DROPOUT,
     LORA,
@@ -37,6 +39,8 @@ from llmq_jax.layers.lora import (
 from llmq_jax.models.heads import LM_HEAD
 from llmq_jax.whole_folders import whole_folder
 
+ALONE = "model."
+"""What names of modules begin with in a model that is no part of another; a head's does not."""
 PEFT_VERSION = "0.21.2"  # whose folders these are
 CARD = "README.md"  # a model card, which is its author's: kept as it is
 EXPORTED = (CONFIG, WEIGHTS, CARD, GENERATION_CONFIG, "tokenizer.json", *COMPANION_FILES)
@@ -55,7 +59,7 @@ def write_adapter(
     text_files: Any = None,
 ) -> Path:
     """Write the adapters of a model as a folder that PEFT loads onto `base`, the name of the model without them, for
-    one of the hub also "org/name@revision".
+    one of the hub also "org/name@revision". If that is a multimodal model, of which ours is a part, names are as in it.
 
     A classifier's head, and an embedding or a head that came with the adapters, are written whole, as PEFT's
     `modules_to_save` has them. `text_files` has a method `save(folder)`, which writes the tokenizer's files beside
@@ -65,7 +69,13 @@ def write_adapter(
     found = adapters(spread(variables))
     if not found:
         raise BadInput("this model has no adapters to write; add some with lq.lora, or save the whole model")
-    sites = [site for site in sites_of(config) if site.placement.path[1:] in found]
+    prefix = _prefix_in(base, config)
+
+    def named(module: str) -> str:
+        return prefix + module.removeprefix(ALONE) if module.startswith(ALONE) else module
+
+    everywhere = [site._replace(module=named(site.module)) for site in sites_of(config)]
+    sites = [site for site in everywhere if site.placement.path[1:] in found]
     homeless = found.keys() - {site.placement.path[1:] for site in sites}
     if homeless:
         raise BadInput(f"PEFT has no adapter at {'/'.join(min(homeless))}; merge it (lq.merge) and save the model")
@@ -78,11 +88,12 @@ def write_adapter(
             )
         if site.module == "score":
             raise BadInput("PEFT keeps a classifier's head whole; merge the adapter at score and save the model")
-    tensors, values = _tiny(sites, found, tied) if tiny else _low_rank(sites, found, sites_of(config))
+    in_short = everywhere if prefix == ALONE else None
+    tensors, values = _tiny(sites, found, tied) if tiny else _low_rank(sites, found, in_short)
     if config.labels is not None:
         score = np.asarray(variables["params"]["score"]["kernel"])
         tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.reshape(score.shape[0], -1).T)
-    whole = {name: module_name(config, name) for name in variables[LORA_FIXED].get(WHOLE, {})}
+    whole = {name: named(module_name(config, name)) for name in variables[LORA_FIXED].get(WHOLE, {})}
     if config.labels is None and EMBEDDING in whole and LM_HEAD not in variables["params"]:
         # PEFT takes a copy of the embedding for a copy of it alone, so a tied head is written too.
         whole[LM_HEAD] = module_name(config, LM_HEAD)
@@ -107,7 +118,7 @@ def write_adapter(
     folder = Path(folder).expanduser().resolve()
     check_target(folder, overwrite, CONFIG, EXPORTED)
     taken = [site.module for site in sites if site.module.endswith(TAKEN_FOR_EXPERTS) and not site.of_experts]
-    if not tiny and taken and any(site.of_experts for site in sites_of(config)):
+    if not tiny and taken and any(site.of_experts for site in everywhere):
         warn(
             f"PEFT {PEFT_VERSION} takes {taken[0]} and its like for experts, and refuses this folder or loads it "
             "without their adapters; it loads whole here (lq.load_adapter), and merged (lq.merge) anywhere"
@@ -122,6 +133,31 @@ def write_adapter(
     return folder
 
 
+def _prefix_in(base: str, config: Any) -> str:
+    """What the names of the base's modules begin with where ours begin with `model.`. The hub is not asked what its
+    model is: one that was loaded here is in its cache."""
+    prefixes = {name: part.prefix for name, part in PARTS.items() if part.model_type == config.model_type}
+    if not base or not prefixes:
+        return ALONE
+    path, (name, _, revision) = Path(base).expanduser(), base.partition("@")
+    if path.exists():
+        file = (path.parent if path.is_file() else path) / BASE_CONFIG
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, BASE_CONFIG, revision=revision or None) if is_hub_id(name) else None
+        if not isinstance(cached, str):
+            warn(
+                f"{base} is not on this computer, so that it cannot be seen whether it is multimodal: the adapters are "
+                "named for the text model alone, and PEFT finds none of them in a multimodal one; load it once "
+                "(lq.load), and write them again"
+            )
+            return ALONE
+        file = Path(cached)
+    kind = read_json(file).get("model_type") if file.is_file() else None
+    return prefixes.get(kind, ALONE) if isinstance(kind, str) else ALONE
+
+
 def _named_base(base: str) -> dict[str, Any]:
     """The config's fields that name the base; PEFT has a separate one for a revision on the hub."""
     name, _, revision = base.partition("@")
@@ -131,9 +167,10 @@ def _named_base(base: str) -> dict[str, Any]:
 
 
 def _low_rank(
-    sites: list[Site], found: Mapping[tuple[str, ...], Any], everywhere: list[Site]
+    sites: list[Site], found: Mapping[tuple[str, ...], Any], everywhere: list[Site] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, fields of the config) of LoRA, DoRA and LoRA-XS."""
+    """(tensors, fields of the config) of LoRA, DoRA and LoRA-XS. `everywhere` are the model's matrices, or None where
+    it has others that are not known, which short names might mean too."""
     tensors: dict[str, np.ndarray] = {}
     alphas, ranks = {}, {}
     linears: list[str] = []
@@ -175,12 +212,13 @@ def _low_rank(
             f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"
         )
     rank, alpha = _most(ranks), _most(alphas)
+    others = None if everywhere is None else [site.module for site in everywhere if not site.is_parameter]
     return tensors, {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(dropouts, default=0.0),
-        "target_modules": _short_names(linears, [site.module for site in everywhere if not site.is_parameter]),
+        "target_modules": linears if others is None else _short_names(linears, others),
         "target_parameters": sorted({".".join(name.split(".")[3:]) for name in parameters}) or None,
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},

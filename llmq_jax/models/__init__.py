@@ -21,6 +21,7 @@ from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2, GPT2Config
 from llmq_jax.models.llama3 import Llama3, Llama3Config
+from llmq_jax.models.ministral import MinistralConfig
 from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.mixtral import Mixtral, MixtralConfig
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -38,6 +39,7 @@ __all__ = [
     "Gemma3Config",
     "Llama3",
     "Llama3Config",
+    "MinistralConfig",
     "MistralConfig",
     "Mixtral",
     "MixtralConfig",
@@ -65,6 +67,7 @@ ARCHITECTURES = {
     "gpt2": Architecture(GPT2Config, GPT2),
     "llama": Architecture(Llama3Config, Llama3),
     "mistral": Architecture(MistralConfig, Llama3),
+    "ministral": Architecture(MinistralConfig, Llama3),
     "qwen2": Architecture(Qwen2Config, Llama3),
     "qwen3": Architecture(Qwen3Config, Llama3),
     "mixtral": Architecture(MixtralConfig, Mixtral),

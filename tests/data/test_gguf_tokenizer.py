@@ -235,6 +235,15 @@ def test_how_text_is_cut_into_words(gpt2_metadata, pre):
     assert (differing == 0) == (pre == "gpt-2")
 
 
+@pytest.mark.parametrize(
+    ("pre", "group"),
+    [("falcon3", "llama-bpe"), ("deepseek-r1-qwen", "qwen2"), ("megrez", "qwen2"), ("kormo", "qwen2")],
+)
+def test_names_that_llama_cpp_has_for_the_same(gpt2_metadata, pre, group):
+    ours, same = (gguf_tokenizer(gpt2_metadata | {"tokenizer.ggml.pre": name}, "x").files() for name in (pre, group))
+    assert ours == same
+
+
 def test_the_published_tokenizer_of_gpt2(gpt2_metadata):
     ours, published = gguf_tokenizer(gpt2_metadata, "gpt2"), GPT2Tokenizer()
     for text in TEXTS:

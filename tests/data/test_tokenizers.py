@@ -290,6 +290,12 @@ def test_bad_tokenizers(tmp_path):
             load_tokenizer(name)
         assert "\n" not in str(caught.value)
     assert tokenizer_in(tmp_path) is None
+    (tmp_path / "tokenizer.model").write_bytes(b"SentencePiece's")  # which only transformers reads
+    way_out = r"is not read: have transformers write a tokenizer\.json \(AutoTokenizer"
+    with pytest.warns(UserWarning, match=f"{tmp_path}: is loaded without a tokenizer, since tokenizer.model {way_out}"):
+        assert tokenizer_in(tmp_path) is None
+    with pytest.raises(BadInput, match=f"a folder with tokenizer.model, which {way_out}"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": 1')
     with pytest.raises(BadInput, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path)

@@ -43,10 +43,12 @@ from llmq_jax.interop.tensorflow_bundle import FOOTER, MAGIC, open_tensorflow
 from llmq_jax.interop.torch_files import open_torch
 from llmq_jax.model_files import _config
 from llmq_jax.models import abstract_variables
+from llmq_jax.models.config import GLOBAL, LOCAL
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma2Config, Gemma3Config
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.models.llama3 import Llama3Config
+from llmq_jax.models.ministral import MinistralConfig
 from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.mixtral import MixtralConfig
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -217,6 +219,7 @@ CONFIGS = {
     "gpt2": GPT2Config(vocab_size=12, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, labels=("no", "yes")),
     "llama": LLAMA,
     "mistral": MistralConfig(vocab_size=12),
+    "ministral": MinistralConfig(vocab_size=12, num_hidden_layers=2, layer_types=[LOCAL, GLOBAL]),
     "qwen2": Qwen2Config(vocab_size=12, sliding_window=8),
     "qwen3": Qwen3Config(vocab_size=12),
     "mixtral": MixtralConfig(vocab_size=12),

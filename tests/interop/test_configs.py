@@ -87,6 +87,9 @@ def test_our_names_are_read_too():
         ("per_layer_config", {"1": {"layer_norm_epsilon": 0.5}}),
         ("mtp_hidden_states_first", True),
         ("chain_hidden_post_norm", False),
+        # What transformers' modules of multi-token prediction read of any config.
+        ("mtp_per_layer_config", {"0": {"num_experts_per_tok": 1}}),
+        ("logits_mup_width_multiplier", 24.0),
         ("quantization_config", {"quant_method": "gptq"}),
         ("activation_function", "prelu"),
     ],

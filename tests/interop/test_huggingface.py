@@ -217,8 +217,9 @@ def test_what_generation_ignores_is_named_in_one_warning(theirs, tmp_path):
         load(save(lm, tmp_path / "run"))
     path.unlink()
     edit_json(theirs / "config.json", **penalties)
-    with pytest.warns(UserWarning, match=re.escape(named)):
+    with pytest.warns(UserWarning) as caught:
         load(theirs)
+    assert [str(warning.message) for warning in caught] == [f"{theirs / 'config.json'}: {named}"]
 
 
 @pytest.mark.parametrize("end", [256, np.int64(256), [256], np.array([256]), jnp.array([256]), (np.int32(256),)])
@@ -524,19 +525,32 @@ def test_the_hub_is_asked_for_a_revision_and_for_data_alone(theirs, monkeypatch,
         there += ["additional_chat_templates/tool_use.jinja", "modeling_tiny.py", "pytorch_model.bin", "x.pkl"]
         there += ["training_args.bin", "run.sh", "onnx/model.json", "onnx/model.safetensors", "other/template.jinja"]
         wanted = list(filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
-        assert wanted == [
-            "config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "merges.txt",
-            "chat_template.jinja",
-            "additional_chat_templates/tool_use.jinja",
-        ]
+        texts = ["tokenizer.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+        assert wanted == ["config.json", *(["model.safetensors"] if len(asked) > 1 else []), *texts]
         return str(theirs)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     load(name)
-    assert asked == [(repository, revision)]
+    assert asked == [(repository, revision)] * 2  # texts first
+
+
+def test_no_weights_are_fetched_of_a_model_whose_config_is_refused(theirs, monkeypatch, tmp_path):
+    """Unless another config takes its place."""
+    fetched = []
+
+    def snapshot_download(allow_patterns, **wanted):
+        fetched.append("model*.safetensors" in allow_patterns)
+        if fetched[-1]:
+            shutil.copy(theirs / "model.safetensors", tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert f"{tmp_path / 'config.json'}: model_type 'mamba' is not supported" in refused(load, "org/tiny")
+    assert "is not supported" in refused(load, "org/tiny", config={"vocab_size": 7})
+    assert fetched == [False, False]
+    load("org/tiny", config=load(theirs).config)
+    assert fetched[2:] == [False, True]
 
 
 def test_what_the_hub_does_not_give_is_told_in_a_line(tmp_path, monkeypatch):

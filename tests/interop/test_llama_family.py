@@ -36,10 +36,17 @@ CONFIGS = {
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.mark.parametrize("model_type", ["llama", *CONFIGS])
+LATENTS = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 6, "v_head_dim": 8}
+LATENTS |= {"num_key_value_heads": 3, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+LATENTS |= {"first_k_dense_replace": 1, "moe_intermediate_size": 8, "num_nextn_predict_layers": 0}
+OTHERS = {"gemma2": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 5}, "deepseek_v3": LATENTS}
+
+
+@pytest.mark.parametrize("model_type", ["llama", *CONFIGS, *OTHERS])
 def test_files_of_the_model_without_a_head(tmp_path, model_type):
     """transformers' `AutoModel` writes its names without a prefix; with a tied head all weights are there."""
-    config = transformers.AutoConfig.for_model(model_type, **SIZES, tie_word_embeddings=True)
+    sizes = SIZES | OTHERS.get(model_type, {})
+    config = transformers.AutoConfig.for_model(model_type, **sizes, tie_word_embeddings=True)
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = np.arange(11)[None]
@@ -313,6 +320,18 @@ def test_a_window_beside_experts_is_of_all_layers(spelling, window):
 
 
 @pytest.mark.parametrize(
+    ("kinds", "window"), [([GLOBAL, LOCAL, GLOBAL], 4096), ([LOCAL] * 3, 4096), ([GLOBAL] * 3, None), (None, 4096)]
+)
+def test_a_mistral_with_kinds_of_layers_is_a_ministral(kinds, window):
+    """As transformers' AutoConfig reads it; the kinds decide, whatever window is named."""
+    values = {"model_type": "mistral", **SMALL, "sliding_window": 4096, "layer_types": kinds}
+    config = config_from_hf(values)
+    assert config.layer_windows == tuple(None if kind == GLOBAL else window for kind in kinds or [LOCAL] * 3)
+    assert config.model_type == "ministral"
+    assert config_from_hf(config_to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
         ("qwen3_moe", {"num_experts": 0}, "num_experts=0 must be at least 1"),
@@ -320,6 +339,8 @@ def test_a_window_beside_experts_is_of_all_layers(spelling, window):
         ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1 is not of the type"),
         ("qwen3_moe", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 must be at most 10,000"),
         ("mistral", {"sliding_window": 0}, "MistralConfig.sliding_window=0 must be at least 1"),
+        ("mistral", {"layer_types": ["chunked_attention"] * 3}, "has 'chunked_attention', which is neither"),
+        ("ministral", {"layer_types": [LOCAL] * 3, "sliding_window": None}, f"has {LOCAL}, and sliding_window is None"),
         ("mistral", {"sliding_window": 4.5}, "sliding_window=4.5 is not of the type"),
         ("mistral", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
         ("qwen2", {**USED, "max_window_layers": 0, "sliding_window": 0}, "sliding_window=0 must be at least 1"),

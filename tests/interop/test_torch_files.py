@@ -105,7 +105,8 @@ def test_the_hub_is_asked_for_bin_files_only_where_there_are_no_safetensors(thei
     asked = []
 
     def snapshot_download(repo_id, revision, allow_patterns, ignore_patterns):
-        asked.append(repo_id in ("org/old", "org/new") and "pytorch_model*.bin" in allow_patterns)
+        kinds = ("pytorch_model*.bin", "model*.safetensors", "*.json")
+        asked.append(next(kind for kind in kinds if kind in allow_patterns))
         return str(theirs)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -113,7 +114,8 @@ def test_the_hub_is_asked_for_bin_files_only_where_there_are_no_safetensors(thei
     np.testing.assert_array_equal(load("org/old").logits([[1, 2]]), expected)
     (tmp_path / "model.safetensors").rename(theirs / "model.safetensors")
     np.testing.assert_array_equal(load("org/new").logits([[1, 2]]), expected)
-    assert asked == [False, True, False]
+    text, safetensors = ("*.json", "model*.safetensors")
+    assert asked == [text, safetensors, "pytorch_model*.bin", text, safetensors]
 
 
 def shard(folder, names=("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")):

@@ -28,6 +28,15 @@ CONFIGS = {
     "mistral": lq.MistralConfig(
         vocab_size=257, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, sliding_window=16, **SIZES
     ),
+    "ministral": lq.MinistralConfig(
+        vocab_size=257,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        sliding_window=16,
+        layer_types=["full_attention", "sliding_attention"],
+        **SIZES,
+    ),
     "qwen2": lq.Qwen2Config(
         vocab_size=257, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, **SIZES
     ),

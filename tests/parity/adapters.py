@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import peft
 import torch
 from safetensors.numpy import load_file, save_file
@@ -54,6 +55,14 @@ def adapted_by(model, spec):
             if "lora_B" in name:
                 parameter.mul_(0.05)
     return adapted
+
+
+def moved(lm, size=0.05):
+    """The same with other adapters than fresh ones."""
+    leaves, structure = jax.tree.flatten(lm.variables["lora"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [leaf + size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return lm.replace(variables={**lm.variables, "lora": jax.tree.unflatten(structure, noise)})
 
 
 def changed(folder, target, config=None, tensors=None):

@@ -1,5 +1,5 @@
-"""Mistral, Qwen 2 and Qwen 3, which are Llama with one change each, against transformers: all that decoders have in
-common, with windows that are shorter than the rows; other configs; what is exported."""
+"""Mistral, Ministral, Qwen 2 and Qwen 3, which are Llama with one change each, against transformers: all that decoders
+have in common, with windows that are shorter than the rows; other configs; what is exported."""
 
 import dataclasses
 
@@ -12,8 +12,9 @@ from llmq_jax.interop import config_from_hf, config_to_hf
 from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.model_files import load
-from llmq_jax.models import build, init
+from llmq_jax.models import build
 from llmq_jax.models.config import GLOBAL, LOCAL
+from llmq_jax.models.ministral import MinistralConfig
 from llmq_jax.models.mistral import MistralConfig
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 from tests.parity.decoders import (
@@ -26,6 +27,7 @@ from tests.parity.decoders import (
     their_logits,
 )
 from tests.parity.references import fields_of_transformers
+from tests.weights import draw_variables
 
 SIZES = {
     "vocab_size": 101,
@@ -64,6 +66,7 @@ EVERYTHING = {
 IRREGULAR = {"use_sliding_window": True, "sliding_window": 7, "layer_types": [LOCAL, GLOBAL]}
 OTHERS = {
     "mistral, no window": ("mistral", SIZES | EVERYTHING | {"sliding_window": None}),
+    "ministral": ("ministral", SIZES | EVERYTHING | {"sliding_window": 7, "layer_types": [LOCAL, GLOBAL]}),
     "qwen 2, everything": ("qwen2", SIZES | EVERYTHING | IRREGULAR),
     "qwen 3, everything": ("qwen3", SIZES | EVERYTHING | IRREGULAR | {"attention_bias": True}),
 }
@@ -90,6 +93,7 @@ def test_a_window_is_seen(name):
 
 FAMILY = {
     MistralConfig: transformers.MistralConfig,
+    MinistralConfig: transformers.MinistralConfig,
     Qwen2Config: transformers.Qwen2Config,
     Qwen3Config: transformers.Qwen3Config,
 }
@@ -121,7 +125,7 @@ def test_exported_models_are_those_of_transformers(config_class, tmp_path):
     assert theirs.to_dict().items() >= known.items()
     assert config_from_hf(theirs.to_dict()) == ours
 
-    lm = LanguageModel(ours, build(ours), init(ours, seed=3))
+    lm = LanguageModel(ours, build(ours), draw_variables(ours, seed=3))
     folder = save_hf(lm, tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     assert type(model).__name__ == values["architectures"][0]

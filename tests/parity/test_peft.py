@@ -22,7 +22,7 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers import lora
 from llmq_jax.model_files import has_config
 from llmq_jax.objectives import NextToken
-from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed
+from tests.parity.adapters import FIELDS, adapted_by, base_pair, changed, moved
 from tests.parity.decoders import LOGITS, LOSS, draw_tokens, make_pair, their_logits
 
 SOME = {
@@ -124,14 +124,6 @@ def test_adapters_of_ours_load_in_peft(pair, fields, tmp_path):
     expected = ours.logits(tokens)
     assert np.abs(expected - lm.logits(tokens)).max() > 0.005
     np.testing.assert_allclose(their_logits(loaded, tokens), expected, atol=LOGITS, rtol=0)
-
-
-def moved(lm, size=0.05):
-    """The same with other adapters than fresh ones."""
-    leaves, structure = jax.tree.flatten(lm.variables["lora"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [leaf + size * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return lm.replace(variables={**lm.variables, "lora": jax.tree.unflatten(structure, noise)})
 
 
 TRAINED = [("gpt2", "all"), ("gpt2", KINDS[1]), ("llama", "all"), ("mixtral", "all")]
@@ -281,6 +273,21 @@ def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path, monkeypa
         lq.load(changed(folder, tmp_path / "nameless", {"base_model_name_or_path": None}))
     with pytest.raises(BadInput, match="is an adapter too; merge that one into its own base first"):
         lq.load(changed(folder, tmp_path / "twice", {"base_model_name_or_path": str(tmp_path / "nameless")}))
+    # A base that cannot be had, such as unsloth's in 4 bits, or a path on the computer where the adapter was trained.
+    quantised = tmp_path / "base-bnb-4bit"
+    shutil.copytree(base, quantised)
+    values = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (quantised / "config.json").write_text(json.dumps(values))
+    for number, (path, why) in enumerate(
+        [(quantised, "quantization_config="), ("/home/a/base", "there is no such file")]
+    ):
+        lost = changed(folder, tmp_path / f"lost {number}", {"base_model_name_or_path": str(path)})
+        with pytest.raises(BadInput) as error:
+            lq.load(lost)
+        assert str(error.value).startswith(f"{lost}: its base {path} cannot be loaded: {path}") and why in str(
+            error.value
+        )
+        assert f'lq.load_adapter(lq.load("..."), "{lost}")' in str(error.value)
     # A model in the folder itself is its base, as where a trainer wrote into that.
     inside = changed(folder, tmp_path / "inside", {"base_model_name_or_path": str(tmp_path / "inside")})
     for file in ("config.json", "model.safetensors"):
@@ -324,7 +331,7 @@ def test_adapters_of_as_many_experts_as_the_base_has(pair_of, tmp_path):
         ("mixtral", ("q_proj", "block_sparse_moe.gate", "w1", "w2", "w3")),
         ("mixtral", ("w2",)),
         ("mixtral", ("w1",)),
-        ("qwen3_moe", ("q_proj", "gate_proj", "up_proj", "down_proj")),
+        ("qwen3_moe", ("q_proj", "mlp.gate", "gate_proj", "up_proj", "down_proj")),
         ("deepseek_v3", ("kv_b_proj", "gate_proj", "up_proj", "down_proj")),
     ],
 )
@@ -339,14 +346,14 @@ def test_adapters_of_transformers_4_whose_experts_are_apart(pair_of, tmp_path, m
     for name, matrix in files.items():
         if name.endswith(tuple(f"{each}.weight" for each in names)):
             rank = next((rank for end, rank in ranks.items() if f".{end}." in name), 2)
-            scale = (7 if ".w2." in name else 0 if ".w3." in name else 5) / rank
+            scale = (7 if ".w2." in name else 0 if ".w3." in name else 9 if ".gate." in name else 5) / rank
             first = draw.normal(size=(rank, matrix.shape[1])).astype(np.float32) * np.float32(0.3)
             last = draw.normal(size=(matrix.shape[0], rank)).astype(np.float32) * np.float32(0.1)
             module = f"base_model.model.{name.removesuffix('.weight')}"
             state |= {f"{module}.lora_A.weight": first, f"{module}.lora_B.weight": last}
             merged[name] = matrix + np.float32(scale) * last @ first
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "target_modules": [name.split(".")[-1] for name in names]}
-    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7, "w3": 0}, "lora_dropout": 0.05}
+    config |= {"rank_pattern": ranks, "alpha_pattern": {"w2": 7, "w3": 0, "gate": 9}, "lora_dropout": 0.05}
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -419,30 +426,6 @@ def test_patterns_name_a_matrix_that_was_adapted_as_a_parameter(pair_of, tmp_pat
     assert_both_ways(anew, lm, spec, tmp_path)
 
 
-def test_adapters_of_a_multimodal_model_fit_its_text_part(pair_of, tmp_path):
-    """Names of transformers 5 and 4; patterns, too."""
-    _, lm = pair_of("gemma3_text")
-    ours = moved(lq.lora(lm, rank=2, targets="attention"))
-    lq.save_adapter(ours, tmp_path / "text")
-    tokens = draw_tokens(lm)
-    for place, outer in enumerate(("model.language_model.", "language_model.model.")):
-
-        def longer(state, outer=outer):
-            return {
-                name.replace("base_model.model.model.", f"base_model.model.{outer}"): x for name, x in state.items()
-            }
-
-        patterns = {"alpha_pattern": {rf"{outer}layers\.1\.self_attn\.q_proj": 7}}
-        text = {"alpha_pattern": {r"model\.layers\.1\.self_attn\.q_proj": 7}}
-        expected = lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / f"{place}", text)).logits(tokens)
-        found = lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / f"{place} whole", patterns, longer))
-        np.testing.assert_array_equal(found.logits(tokens), expected)
-        assert np.abs(expected - ours.logits(tokens)).max() > 1e-4
-    vision = {"base_model.model.model.vision_tower.layers.0.q_proj.lora_A.weight": np.zeros((2, 8), np.float32)}
-    with pytest.raises(BadInput, match="it adapts what stands beside the text's part of its base"):
-        lq.load_adapter(lm, changed(tmp_path / "text", tmp_path / "vision", None, lambda state: state | vision))
-
-
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 AT_EMBEDDING = {
     "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((3, 61)),
@@ -463,6 +446,11 @@ AT_EMBEDDING = {
             {"base_model_name_or_path": "org/other"},
             lambda state: state | {NAME: np.zeros((3, 48), np.float32)},
             f"{NAME} is [3, 48] instead of [r, 32]: it is an adapter of another base (org/other)",
+        ),
+        (
+            {},
+            lambda state: state | {NAME: np.zeros(0, np.float32)},
+            f"{NAME} is empty: its trainer (ZeRO-3, FSDP) saved it without gathering its parts; save the adapter again",
         ),
         ({}, lambda state: state | {"base_model.model.odd": np.zeros(3)}, "base_model.model.odd has no place in this"),
         (
