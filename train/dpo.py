@@ -235,9 +235,9 @@ def reference_logprobs(
     import numpy as np
 
     from llmq_jax.atomic_files import write_atomically
-    from llmq_jax.training.processes import first
+    from llmq_jax.training.processes import first, of_first
 
-    if path.exists():
+    if of_first(path.exists):
         try:
             with np.load(path, allow_pickle=False) as file:
                 saved = str(file[DIGEST]) if DIGEST in file else None

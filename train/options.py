@@ -214,8 +214,9 @@ def on_devices(recipe: Callable) -> Callable:
             use_device(options.device)
             stack.enter_context(one_speaks())
             mesh = mesh_of(options)
-            # Processes with different meshes would wait for one another, so both values must equal those of process 0.
-            same({"mesh": mesh, "processes": options.processes}, differences)
+            # Processes with different options would wait for one another in exchanges that not all of them make.
+            given = {name: value for name, value in dataclasses.asdict(options).items() if name not in PLACES}
+            same({**given, "mesh": mesh, "processes": options.processes}, differences)
             if (folder := options.folder) is not None and trains:
                 # Only looked at: the run itself opens it later, once data and model, which may take long, are loaded.
                 together(lambda: config_of_run(Path(folder)) if first() else None)
