@@ -176,13 +176,14 @@ def main(options: Options) -> Any:
             print(printable(ask(whole(learner.variables))), flush=True)
         lengths = [len(answer.tokens) for answer in answers(learned)]
         unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
+        state = create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable)
         # Where only a part of the model trains, its first values are enough to restore the reference at the end.
         began = None
         if options.train != "all" and options.reference is None and asked in (None, digest):
             kept = np.asarray if jax.process_count() == 1 else jnp.copy  # no process alone has all of an array
-            began = {name: jax.tree.map(kept, learner.variables[name]) for name in learner.trainable}
+            began = {name: jax.tree.map(kept, state.variables[name]) for name in state.changing}
         result = engine.run(
-            create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+            state,
             train_step,
             batches,
             run_options(options),

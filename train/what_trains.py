@@ -118,14 +118,21 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
     from llmq_jax.models import parameter_count
+    from llmq_jax.models.deepseek3 import MTP
     from llmq_jax.models.heads import SCORE
-    from llmq_jax.training.parts import FROZEN, PARAMS, freeze_all_but, train_adapters
+    from llmq_jax.training.parts import FROZEN, PARAMS, freeze, freeze_all_but, train_adapters
 
     model, variables = lm.model, lm.variables
     if options.train != "lora":
         lm.require_no_adapters(options.init_from)
     if options.train == "all":
-        return Prepared(model, variables, (PARAMS,), f"training all {parameter_count(variables[PARAMS]):,} parameters")
+        total = parameter_count(variables[PARAMS])
+        described = f"training all {total:,} parameters"
+        if MTP in variables[PARAMS]:  # they get no gradient, and weight decay would shrink them
+            variables = freeze(variables, (MTP,))
+            numbers, whose = parameter_count(variables[PARAMS]), "multi-token prediction, which train.pretrain trains"
+            described = f"training {numbers:,} of {total:,} parameters (all but those of {whose})"
+        return Prepared(model, variables, (PARAMS,), described)
     classifier = lm.config.labels is not None
     if options.train == "lora":
         if lora.LORA not in variables:
