@@ -243,6 +243,8 @@ def mesh_of(options: RecipeOptions) -> str | None:
 
     if options.pmap and options.mesh is not None:
         raise BadInput("--mesh has no effect with --pmap; leave one of them out")
+    if options.pmap and jax.device_count() == 1:
+        raise BadInput("--pmap has no effect on one device; leave it out")
     if jax.process_count() == 1 or options.mesh is not None:
         return options.mesh
     if options.pmap:
@@ -287,10 +289,12 @@ def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
         halves = count % 2 == 0 and count // 2 * each % (parts * devices) == 0
         fewer = [f"{option_name(name)} {count} -> {count // 2}"] if halves else []
         same = "" if options.loss_of_parts else " (the same result)"
-        fewer += [f"--accumulate {parts} -> {more}{same}"] if more else []
+        # Updates of a reward model with --judge are neither cut into parts nor computed in another type.
+        alone = " for the policy" if getattr(options, "judge", None) is not None else ""
+        fewer += [f"--accumulate {parts} -> {more}{same}{alone}"] if more else []
         changes += [" or ".join(fewer)] if fewer else []
         changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
-        changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []
+        changes += [f"--dtype float32 -> bfloat16{alone}"] if options.dtype == "float32" else []
     train = getattr(options, "train", "all")
     muon = " (then without --optimizer muon)" if options.optimizer == "muon" else ""
     changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
