@@ -49,8 +49,9 @@ class TrainingOptions:
     """Weight decay of kernels and embeddings (not of norms and biases), multiplied by the learning rate."""
     clip: float = 1.0
     """Clip the gradient to this global norm; 0: no clipping."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the optimizer's moments are stored; bfloat16 needs --betas of at most 0.99."""
+    moments: Literal["float32", "first-bfloat16", "bfloat16"] = "float32"
+    """Type in which the optimizer's moments are stored: both, or the first alone (first-bfloat16). In bfloat16 a moment
+    needs a decay rate in --betas of at most 0.99."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and dropout; equal options give equal runs."""
 
@@ -300,8 +301,8 @@ def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
     changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
     in_float32 = train == "lora" and options.weight_dtype == "float32"
     changes += ["--base-dtype float32 -> bfloat16"] if in_float32 else []
-    many_moments = train == "all" and options.moments == "float32"
-    changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
+    if train == "all" and options.moments == "float32" and options.betas[0] <= 0.99:
+        changes += [f"--moments float32 -> {'bfloat16' if options.betas[1] <= 0.99 else 'first-bfloat16'}"]
     here = jax.device_count()
     fsdp = here if sizes["fsdp"] < here else 2 * here
     mesh = f"--pmap -> --mesh fsdp={fsdp}" if options.pmap else f"--mesh {options.mesh or 'none'} -> fsdp={fsdp}"
