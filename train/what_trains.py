@@ -59,22 +59,21 @@ class FineTuningOptions(RecipeOptions):
 
 
 def load_to_train(options: TuningOptions) -> Any:
-    """The model of --init-from, its weights in --base-dtype, float32 unless given. Of a run's, those that train on
-    beside adapters are not rounded: a classifier's head, and what came whole with the adapters."""
-    from pathlib import Path
-
+    """The model of --init-from, its weights in --base-dtype, float32 unless given, but for those that train on beside
+    adapters: a classifier's head, and what came whole with the adapters, are not rounded."""
     import jax
 
     from llmq_jax.layers.lora import trained_whole
     from llmq_jax.model_files import load
     from llmq_jax.models.heads import SCORE
-    from llmq_jax.training.checkpoints import find_checkpoint
 
     dtype = options.weight_dtype
-    if options.base_dtype is None or find_checkpoint(Path(options.init_from).expanduser()) is None:
-        return load(options.init_from, dtype=dtype)
-    lm = load(options.init_from)
-    trains = {SCORE, *trained_whole(lm.variables)}
+    lm = load(options.init_from, dtype=dtype)
+    trains = lm.params.keys() & {SCORE, *trained_whole(lm.variables)}
+    if dtype == "float32" or not trains:
+        return lm
+    del lm  # there need not be room for both
+    lm = load(options.init_from)  # in its own types
     params = {
         name: tree if name in trains else jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
         for name, tree in lm.params.items()
