@@ -29,7 +29,8 @@ from llmq_jax.generation.decoding import read_prompts
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context, attention
-from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
+from llmq_jax.layers.expert_dispatch import dispatch
+from llmq_jax.layers.expert_weights import ExpertWeights
 from llmq_jax.models import ARCHITECTURES, abstract_variables
 from llmq_jax.objectives.cross_entropy import chunked_cross_entropy, token_losses
 from llmq_jax.objectives.preference import pair_logprobs

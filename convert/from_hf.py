@@ -29,8 +29,9 @@ class Options:
 def main(options: Options) -> None:
     from llmq_jax.data.tokenizers import load_tokenizer
     from llmq_jax.errors import BadInput
-    from llmq_jax.model_files import load, save
+    from llmq_jax.model_files import free_folder, load, save
 
+    free_folder(options.target)  # a model is read for minutes
     config = fields_given(options)
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     lm = load(options.source, options.layout, config, options.dtype)

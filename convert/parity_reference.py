@@ -293,7 +293,7 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise BadInput(
             f"parity compares with transformers on PyTorch, and {error.name or 'one of them'} is not installed: "
-            "pip install 'llmq_jax[test]'"
+            "pip install -e '.[test]'"
         ) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -13,7 +13,7 @@ from llmq_jax.errors import BadInput
 @dataclass(frozen=True)
 class Options:
     source: Positional[str]
-    """The model: a run folder or checkpoint of this project, a Hugging Face folder, or a hub id."""
+    """The model: a run folder or checkpoint of this project, a Hugging Face folder, OpenAI's GPT-2, or a hub id."""
     target: Positional[str]
     """The folder to write; it must not exist or be empty."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, default_is("that of the model")] = None
@@ -29,19 +29,27 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from llmq_jax.interop.huggingface import save_hf
+    from llmq_jax.interop import huggingface, peft_writer
     from llmq_jax.model_files import load
 
     if options.base is not None and not options.adapter:
         raise BadInput("--base has no effect without --adapter; leave it out")
+    target = Path(options.target).expanduser().resolve()
+    written = peft_writer if options.adapter else huggingface
+    huggingface.check_target(target, options.overwrite, written.CONFIG, written.EXPORTED)  # a model is read for minutes
     lm = load(options.source)
     refuse_mean_pooling(Path(options.source))
     if options.adapter:
         write_adapter(lm, options)
         return
     widened = wide_enough(lm, options.dtype)
-    folder = save_hf(widened, options.target, options.dtype, options.max_shard_size or "5GB", options.overwrite)
+    size = options.max_shard_size or "5GB"
+    folder = huggingface.save_hf(widened, options.target, options.dtype, size, options.overwrite)
     print(f"{folder}: {lm}\n{type_written(lm, options.dtype)}")
+    if lm.tokenizer is None:
+        print(f"without a tokenizer, which text needs: {options.source} holds none")
+    else:
+        print(f"next: {command_for(lm, str(folder))}")
     kind = "CausalLM" if lm.config.labels is None else "SequenceClassification"
     print(f'next: transformers.AutoModelFor{kind}.from_pretrained("{folder}")')
 

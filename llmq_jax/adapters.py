@@ -9,12 +9,11 @@ Models are immutable: each of these functions leaves the one it is given as it w
 """
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 from llmq_jax.data.tokenizers import tokenizer_in
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored
 from llmq_jax.interop.huggingface import CONFIG, GENERATION_CONFIG, find, is_hf, located
@@ -94,10 +93,9 @@ def load_with_base(
     base, classes = base_of(folder)
     if (folder / CONFIG).is_file() and is_hf(folder) and (is_path or not base):
         if base and not (os.path.isdir(base) and folder.samefile(base)):
-            warnings.warn(
+            warn(
                 f"{folder}: its adapters go onto the model beside them, not onto {base}; if that model is merged, and "
-                "has them already, move its adapter_config.json away",
-                stacklevel=3,
+                "has them already, move its adapter_config.json away"
             )
         lm = load_weights(folder, folder, layout, config, dtype)
     elif not base:
@@ -116,10 +114,7 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
     end token ends a text as well; where a `generation_config.json` there names end tokens, only those do."""
     own = tokenizer_in(folder)
     if own is not None and own.vocab_size > lm.config.vocab_size:
-        warnings.warn(
-            f"{folder}: its tokenizer has {own.vocab_size} tokens, the base {lm.config.vocab_size}: its own stays",
-            stacklevel=3,
-        )
+        warn(f"{folder}: its tokenizer has {own.vocab_size} tokens, the base {lm.config.vocab_size}: its own stays")
         return lm
     generation = lm.generation
     end = None if own is None else own.end_of_text
@@ -127,14 +122,12 @@ def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
         generation = generation.replace(eos_token_id=(*generation.eos_token_id, end))
     path = folder / GENERATION_CONFIG
     if path.is_file():
-        try:
+        with located(path):
             values = read_json(path)
             # Of what its base says too, loading that has told.
             new = {name: value for name, value in values.items() if generation.other.get(name) != value}
             warn_of_ignored(new, path)
             generation = GenerationConfig.from_hf(generation.to_hf() | values)
-        except BadInput as error:
-            raise located(path, error) from error
     return lm.replace(tokenizer=lm.tokenizer if own is None else own, generation=generation)
 
 

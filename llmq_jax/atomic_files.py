@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from llmq_jax.errors import BadInput
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -63,6 +66,22 @@ class AppendedFile:
     def close(self) -> None:
         """Close the file. Pieces that wait are lost."""
         self._file.close()
+
+
+def lock_file(path: Path) -> int:
+    """A descriptor that holds the lock (flock) of a file, made if it is missing, until it is closed. A killed process
+    leaves no lock behind. BlockingIOError: another process holds it. BadInput: the file system has no locks."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        raise BadInput(
+            f"{path.parent}: its file system cannot lock files ({error.strerror}); name a folder on another one"
+        ) from None
+    return descriptor
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

@@ -10,6 +10,7 @@ its error messages as boxes of several lines: `_parse` catches them and `_one_li
 Nothing here imports JAX before the options are read, so that help and errors come at once.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import hashlib
@@ -33,6 +34,7 @@ import docstring_parser
 import tyro
 from tyro.conf import Positional as Positional
 
+from llmq_jax.atomic_files import full_disk
 from llmq_jax.errors import BAD_INPUT, BadInput, did_you_mean
 from llmq_jax.option_names import meant_by
 
@@ -84,23 +86,22 @@ def run(
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     program = program or _program_name()
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal or a file that is not in UTF-8 must not end a run.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _open_streams()
     warnings.formatwarning = _warning
     of_file: dict[str, list[str]] = {}
     try:
-        if isinstance(command, Mapping):
-            command, arguments, program = _choose_verb(command, arguments, program)
-        options = _options_class(command)
-        arguments = _join_texts(options, arguments)
-        of_file = _of_file(options, arguments)
-        arguments = [*itertools.chain.from_iterable(of_file.values()), *arguments]
-        default = defaults(_given(arguments)) if defaults else tyro.MISSING_NONPROP
-        result = command(_parse(options, arguments, program, default))
-        code = result if isinstance(result, int) else 0
-        sys.stdout.flush()
+        try:
+            if isinstance(command, Mapping):
+                command, arguments, program = _choose_verb(command, arguments, program)
+            options = _options_class(command)
+            arguments = _join_texts(options, arguments)
+            of_file = _of_file(options, arguments)
+            arguments = [*itertools.chain.from_iterable(of_file.values()), *arguments]
+            default = defaults(_given(arguments)) if defaults else tyro.MISSING_NONPROP
+            result = command(_parse(options, arguments, program, default))
+            code = result if isinstance(result, int) else 0
+        finally:  # also after --help, which ends by SystemExit
+            sys.stdout.flush()
     except BadInput as error:
         words = str(error).split()
         if words and words[0] in of_file:
@@ -108,18 +109,46 @@ def run(
         print("error:", *words, file=sys.stderr)
         code = BAD_INPUT
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader of our output has gone; the interpreter must not complain when it flushes the rest.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader of our output has gone
+            _discard_output()
             code = BROKEN_PIPE
         elif error.filename is not None:  # no permission, disk full, a folder where a file is needed, ...
             print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+            code = BAD_INPUT
+        elif (full := full_disk(error)) is not None:  # what this project writes elsewhere is named
+            _discard_output()
+            print(f"error: {full}: standard output, or a library's file", file=sys.stderr)
             code = BAD_INPUT
         else:
             raise
     except KeyboardInterrupt:
         code = INTERRUPTED
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Put an empty stream in the place of one that was closed (>&-), and let no letter end a run: a terminal or a file
+    that is not in UTF-8 gets those that it has no bytes for spelled out."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (closed by the interpreter)
+    codecs.register_error("as_in_json", _as_in_json)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="as_in_json")
+
+
+def _as_in_json(error: UnicodeError) -> tuple[str, int]:
+    r"""Characters as \u and four digits, as JSON has them, so that a line of JSON with them stays one. Beyond U+FFFF
+    these are two; Python's own "backslashreplace" writes others."""
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return re.sub("....", r"\\u\g<0>", units), error.end
+
+
+def _discard_output() -> None:
+    """The interpreter must not complain when it flushes what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 _python_warning = warnings.formatwarning
@@ -173,7 +202,7 @@ def use_device(device: Literal["auto", "cpu", "gpu"]) -> None:
         jax.config.update("jax_platforms", before)
         raise BadInput(
             f"--device {device}: JAX finds no {device.upper()} here; use --device cpu, or install JAX for your GPU: "
-            f"pip install 'llmq_jax[cuda]'"
+            f"pip install -e '.[cuda]'"
         )
 
 

@@ -1,7 +1,9 @@
-"""The one error type for bad input, and the hint at what was meant."""
+"""The one error type for bad input, the hint at what was meant, and warnings."""
 
 import difflib
+import sys
 import unicodedata
+import warnings
 from collections.abc import Iterable
 
 BAD_INPUT = 2
@@ -47,3 +49,11 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     known = list(known)
     begun = sorted((each for each in known if len(name) > 2 and each.startswith(name)), key=len)
     return list(dict.fromkeys([*begun, *difflib.get_close_matches(name, known, n=count, cutoff=0.6)]))[:count]
+
+
+def warn(message: str) -> None:
+    """A warning at the user's own line: the newest one that is not of this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

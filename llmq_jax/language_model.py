@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from llmq_jax.counts import counted
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
+from llmq_jax.data.messages import refuse_answered
+from llmq_jax.data.records import is_blank
 from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import require_model, whole
@@ -25,9 +27,9 @@ from llmq_jax.generation.sampling import Sampler
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.layers.axes import axis_sizes, replicated
 from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
+from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, adapters, spread, trained_numbers
-from llmq_jax.layers.moe import by_expert
 from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
@@ -170,7 +172,7 @@ class LanguageModel:
 
         tools: those that the model may call, each an object that describes one by JSON Schema. The other arguments are
         those of `generate`. BadInput: the model has no chat template, the template refuses the messages or has no place
-        for the tools, or they and the new tokens exceed the model's context.
+        for the tools, the last message is the assistant's, or they and the new tokens exceed the model's context.
         """
         tokens = self.chat_tokens(messages, tools)
         options: dict[str, Any] = {"sampler": sampler, "stop": stop, "seed": seed, "prompt_cache": prompt_cache}
@@ -188,6 +190,7 @@ class LanguageModel:
         variables |= {} if tools is None else {"tools": tools}
         text = template.render(messages, add_generation_prompt=True, **variables)
         template.refuse_unread(messages, variables)
+        refuse_answered(messages, "the conversation")
         return self.require_tokenizer("this model").encode(text, allow_special=True)
 
     def replace(self, **changes: Any) -> "LanguageModel":
@@ -299,7 +302,7 @@ class LanguageModel:
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise BadInput(f"text {number} must be a string, not {type(text).__name__}")
-            if not text or text.isspace():
+            if is_blank(text):
                 raise BadInput(f"text {number} is empty; there is nothing to classify")
             row = tokenizer.encode(text, add_special_tokens=True)
             if longest is not None and len(row) > longest:
@@ -448,6 +451,12 @@ def _integers(name: str, values: Integers, rank: int, shape: tuple[int, ...] | N
         raise BadInput(f"{name} must be integers, not {array.dtype}")
     if shape is not None and array.shape != shape:
         raise BadInput(f"{name} have the shape {list(array.shape)}, which does not fit tokens: {list(shape)}")
+    limits = np.iinfo(np.int32)
+    for value in (array.min(), array.max()):
+        if not limits.min <= value <= limits.max:  # it would become another number in silence
+            raise BadInput(
+                f"{name} hold {value}, which is no id, length or position of any model; take out such numbers"
+            )
     return array.astype(np.int32)
 
 

@@ -141,11 +141,17 @@ def fields_of_weights(source: Path, layout: str, assignments: Sequence[str]) -> 
     model, which `load` refuses."""
     if not (is_hf(source) or is_openai(source)):
         return {}
-    try:
+    with located(source):
         config_class = config_class_of(open_weights(source), layout) if is_hf(source) else GPT2Config
         return fields_from_text(config_class, assignments)
-    except BadInput as error:
-        raise located(source, error) from error
+
+
+def free_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder that `save` may write. BadInput: it is there, and not empty."""
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
+    return folder
 
 
 def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
@@ -156,9 +162,7 @@ def save(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
     from llmq_jax.training.checkpoints import Checkpoints
 
     require_model(lm)
-    folder = Path(folder).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: is not an empty folder; name one that does not exist")
+    folder = free_folder(folder)
     files = TextFiles(lm.tokenizer, lm.generation)
     with whole_folder(folder.resolve()) as partial:
         checkpoints = Checkpoints(partial / "checkpoints")

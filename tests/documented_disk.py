@@ -41,7 +41,7 @@ MADE = (
     (
         "train.pretrain --data my.txt --out runs/other --steps 2 --batch-size 2 --hidden-size 32"
         " --num-attention-heads 2 --num-hidden-layers 2 --context 16",
-        ("gpt2-layer_norm", "llama-rms_norm"),
+        ("gpt2-layer_norm", "llama-rms_norm", "runs/baseline", "runs/capped"),
     ),
     (
         "train.instruct --data data.json --init-from HuggingFaceTB/SmolLM2-135M-Instruct --out runs/sft",

@@ -329,7 +329,7 @@ NO_PATHS = {  # options that take a text, but none that is a path
     *("random", "layout", "inject"),
     *("reward", "judge"),  # paths and names between commas: `train.rewards.names`
 }
-COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "parity", "openai_gpt2"))]
+COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "parity"))]
 COMMANDS += [f"train.{name}" for name in (*RECIPES, "prepare", "plan", "report", "demo", "arithmetic")]
 
 
@@ -426,16 +426,36 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_letters_that_the_output_has_no_bytes_for_are_spelled_out():
-    """A log of a run on a machine that is not set to UTF-8."""
+    """A log of a run on a machine that is not set to UTF-8. As JSON spells them: a line of JSON is one there too."""
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ended = talking('print(\'{"na\u00efve": "\u2026\U0001f642"}\')', env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b'{"na\xefve": "\\u2026\\ud83d\\ude42"}\n', b"")
+
+
+def talking(main, closed="", **options):
+    """The end of a command in a process of its own, with these statements as its main function."""
     program = (
         "from dataclasses import dataclass\nfrom llmq_jax import command_line\n"
         "@dataclass\nclass Options:\n    'Talk.'\n"
-        "def main(options: Options):\n    print('na\u00efve \u2026')\n"
+        f"def main(options: Options):\n    {main}\n"
         "command_line.run(main)\n"
     )
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"na\xefve \\u2026\n", b"")
+    command = ["bash", "-c", f'exec "$0" -c "$1" ${{@:2}} {closed}', sys.executable, program, *options.pop("words", ())]
+    return subprocess.run(command, **{"capture_output": True} | options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_an_output_that_takes_no_more_is_told_in_a_line(words):
+    with open("/dev/full", "wb") as full:
+        ended = talking("print('words')", words=words, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    message = b"error: No space left on device: standard output, or a library's file\n"
+    assert (ended.returncode, ended.stderr) == (2, message)
+
+
+def test_closed_streams_are_empty_ones():
+    ended = talking("import sys; print('words'); sys.exit(sys.stdin.read() or 3)", "<&- >&-")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, b"", b"")
 
 
 def test_device_that_is_not_there_is_refused():

@@ -54,7 +54,8 @@ FRESH = r"train\.pretrain(?!.* --(init-from|layout))"
 SAMPLED = r"out runs/(mine|dpo)\b|sample|options|layout|preview|help"
 """Some runs of each recipe, and what says itself whether it samples; the others do not."""
 SMALLER = (
-    (r"train\.pretrain(?!.* --layout)", "--steps 1 --batch-size 2 --context 16 --warmup-steps 0"),
+    (r"train\.pretrain(?!.* --layout)", "--steps 1 --context 16 --warmup-steps 0"),
+    (r"train\.pretrain(?!.* --(layout|mesh|coordinator))", "--batch-size 2"),  # those need the rows that they ask for
     (r"train\.(classifier|instruct|reward|dpo) .*--data", "--epochs 0.01"),  # a step
     (FRESH, "--hidden-size 32 --num-attention-heads 2"),
     (rf"{FRESH}(?!.*layer_types)", "--num-hidden-layers 1"),
@@ -66,7 +67,6 @@ SMALLER = (
     (r"train\.pretrain(?!.* --(data|layout|options))", "--evaluate-batches 2"),  # of the standard library
     ("--out runs/rate-", "--steps 2"),  # which have a speed, to be drawn over seconds
     ("--profile 10:15", "--steps 15"),
-    ("--mesh data=2|--coordinator", "--batch-size 8"),
     (r"train\.grpo", "--steps 1 --prompts-per-step 2 --group-size 2 --max-new-tokens 8"),
     ("--judge", "--steps 3 --steps-per-iteration 2"),
     ("--lora-layers 20-29", "--lora-layers 0-0"),

@@ -82,6 +82,9 @@ def test_compiled_once_for_each_shape(lm):
     [
         ({"tokens": [[1, 2], [3, 257]]}, "tokens[1, 1] is 257, outside the vocabulary of 257 ids"),
         ({"tokens": [[-1]]}, "tokens[0, 0] is -1, outside the vocabulary"),
+        ({"tokens": np.array([[2**32 + 1]])}, "tokens hold 4294967297, which is no id, length or position"),
+        ({"tokens": np.array([[2**63]], np.uint64)}, "tokens hold 9223372036854775808, which is no id"),
+        ({"tokens": [[1]], "segment_ids": [[2**32]]}, "segment_ids hold 4294967296"),
         ({"tokens": [1, 2]}, "tokens must be [B, T] and not empty, but have the shape [2]"),
         ({"tokens": "text"}, "tokens must be integers, not text; lm.tokenizer.encode(text) gives the ids of a row"),
         ({"tokens": ["text"]}, "tokens must be integers, not text;"),

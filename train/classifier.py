@@ -24,9 +24,7 @@ from train.exports import export_commands, registering
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    check_mesh,
     check_ranges,
-    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -35,8 +33,8 @@ from train.options import (
     with_steps,
 )
 from train.sources import Sources, sources_of
-from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, load_to_train, prepared
+from train.texts import digests_of
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
 EPOCHS = 3.0
 TEST_FRACTION = 0.2
@@ -108,7 +106,6 @@ def main(options: Options) -> Any:
     from llmq_jax.training.classification_report import prediction, prediction_line
     from llmq_jax.training.parts import whole
     from llmq_jax.training.sharding import own_rows, row_share
-    from llmq_jax.training.state import create_state
 
     # The texts, split, and the model with a head for their classes.
     sources = sources_of(options, record_files)
@@ -134,11 +131,7 @@ def main(options: Options) -> Any:
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
     # The model, computing as the options say, and the part of it that trains.
-    model = model_of(options, config)
-    source = source.replace(model=model)
-    learner = prepared(source, options)
-    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
-    check_mesh(options, learner.variables, options.batch_size)
+    source, learner = learner_of(source, options, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
     weights = tuple(training.class_weights().tolist()) if options.class_weights else None
@@ -160,10 +153,10 @@ def main(options: Options) -> Any:
     if weights is not None:
         each = ", ".join(f"{label} {weight:.3g}" for label, weight in zip(config.labels, weights, strict=True))
         head += f"\nclass weights: {each}; losses are weighted by them, in training and validation"
-    print(f"{head}\n{learner.described}\n{model.attention_choice(training=True)}", flush=True)
-    digests = {f"{name}_sha256": fingerprint(numbered(rows[name], part.labels)) for name, part in parts.items()}
+    print(f"{head}\n{learner.described}\n{source.model.attention_choice(training=True)}", flush=True)
+    digests = digests_of({name: (rows[name], part.labels) for name, part in parts.items()}, numbered)
     result = engine.run(
-        create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+        learner.state(optimizer, options.seed),
         train_step,
         batches,
         run_options(options),
@@ -332,11 +325,11 @@ def token_rows(
     return rows
 
 
-def numbered(rows: Sequence[list[int]], labels: Sequence[int]) -> Any:
+def numbered(part: tuple[Sequence[list[int]], Sequence[int]]) -> Any:
     """Token rows and their labels as one array, to take a digest of."""
     import numpy as np
 
-    return np.concatenate([[len(row), label, *row] for row, label in zip(rows, labels, strict=True)]).astype(np.int64)
+    return np.concatenate([[len(row), label, *row] for row, label in zip(*part, strict=True)]).astype(np.int64)
 
 
 def test(options: Options, lm: Any, step: int, part: Any, rows: Sequence[list[int]]) -> None:

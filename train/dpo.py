@@ -27,9 +27,7 @@ from train.chat_templates import chat_template_digest, tell_of_no_end, with_text
 from train.exports import next_commands
 from train.options import (
     MAY_CHANGE,
-    check_mesh,
     filled,
-    model_of,
     named_as_options,
     on_devices,
     optimizer_of,
@@ -49,8 +47,8 @@ from train.preferences import (
     read_pairs,
 )
 from train.sources import sources_of
-from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, flops_of, load_to_train, prepared
+from train.texts import digests_of
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, learner_of, load_to_train
 
 LORA_RATE, FULL_RATE = 5e-5, 1e-6
 REFERENCE_FILE = "reference_logprobs.npz"
@@ -106,7 +104,6 @@ def main(options: Options) -> Any:
     from llmq_jax.training.parts import whole
     from llmq_jax.training.processes import of_first
     from llmq_jax.training.sharding import own_rows, row_share
-    from llmq_jax.training.state import create_state
     from llmq_jax.weight_digest import weight_digest
 
     # The pairs, some of them held out, and the model.
@@ -123,13 +120,11 @@ def main(options: Options) -> Any:
     options = with_steps(options, steps_in_an_epoch, EPOCHS)
 
     # The model, computing as the options say and stopping at the end of an answer, and the part of it that trains.
-    model = model_of(options, config, drops=False)
     end = end_of_answer([pair.chosen for pair in learned.pairs], tokenizer)
     tell_of_no_end(options, end)
-    source = source.replace(model=model, generation=ending_with(end, source.generation))
-    learner = prepared(source, options)
-    reference, source = source, source.replace(variables={})
-    check_mesh(options, learner.variables, options.batch_size)
+    reference = source.replace(generation=ending_with(end, source.generation))
+    source, learner = learner_of(reference, options, options.batch_size, drops=False)
+    reference = reference.replace(model=source.model)
     schedule, optimizer = optimizer_of(options)
     objective = DPO(learner.model, options.beta, options.label_smoothing or 0.0, options.loss, options.normalise)
     train_step = train_step_of(options, objective, optimizer)
@@ -137,11 +132,12 @@ def main(options: Options) -> Any:
     ask = questioner(options, source, [pair.chosen for pair in validation])
 
     print(
-        f"{learner.described}\n{described(options, learned, held_out, steps_in_an_epoch)}\n{model.attention_choice()}",
+        f"{learner.described}\n{described(options, learned, held_out, steps_in_an_epoch)}\n"
+        f"{source.model.attention_choice()}",
         flush=True,
     )
     parts = {"training": learned, "validation": held_out}
-    digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
     settings = {
         "config": {"recipe": "train.dpo", **own_options(options), **digests},
@@ -176,7 +172,7 @@ def main(options: Options) -> Any:
             print(printable(ask(whole(learner.variables))), flush=True)
         lengths = [len(answer.tokens) for answer in answers(learned)]
         unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
-        state = create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable)
+        state = learner.state(optimizer, options.seed)
         # Where only a part of the model trains, its first values are enough to restore the reference at the end.
         began = None
         if options.train != "all" and options.reference is None and asked in (None, digest):

@@ -28,11 +28,9 @@ from train.exports import next_commands
 from train.options import (
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    check_mesh,
     check_ranges,
     completed,
     filled,
-    model_of,
     named_as_options,
     on_devices,
     optimizer_of,
@@ -45,8 +43,8 @@ from train.options import (
 from train.prompts import numbered, prompts_of
 from train.rewards import REWARD_RATE, names, reward_digests, reward_functions, reward_learner, reward_models, rewards
 from train.sources import one_split, sources_of
-from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, load_to_train, prepared
+from train.texts import digests_of
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, learner_of, load_to_train
 
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
@@ -124,7 +122,7 @@ class AlgorithmOptions:
     top_p: float = 1.0
     """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
     iterations: int = 1
-    """mu, optimizer updates on the answers of a step."""
+    """mu, optimizer updates on the answers of a step (the inner loop; --steps-per-iteration is the outer)."""
     scale: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the standard deviation of the group's rewards, of the step's, or nothing."""
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "sapo", "cispo"] = "grpo"
@@ -143,8 +141,8 @@ class AlgorithmOptions:
     """Reference of the --beta term: the policy at the start of each iteration (iteration; see --steps-per-iteration),
     at the start of the run (start), or the one that sampled the answers (old)."""
     steps_per_iteration: Annotated[int | None, default_is("the whole run")] = None
-    """M, steps in an iteration: at the end of each the reference is renewed, and the reward model learns if there is a
-    --judge."""
+    """M, steps in an iteration of the outer loop (the inner is --iterations): at the end of each the reference is
+    renewed, and the reward model learns if there is a --judge."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus: how much a nat of the policy's entropy lowers the loss."""
     mask_truncated: Flag = False
@@ -212,7 +210,6 @@ def main(options: Options) -> Any:
     from llmq_jax.training.report_page import write_report_page
     from llmq_jax.training.reward_learner import REWARD_MODEL
     from llmq_jax.training.rollout_scores import reward_model_of
-    from llmq_jax.training.state import create_state
 
     if options.judge is not None and jax.process_count() > 1:
         raise BadInput("--judge is for one process: a reward model that learns is saved by one; leave it out")
@@ -231,11 +228,9 @@ def main(options: Options) -> Any:
         for part in (training, validation):
             if each is not None and part:
                 each.rewards.check_columns(part[0].columns)
-    model = model_of(options, config, drops=False)
-    source = source.replace(model=model)
-    learner = prepared(source, options)
-    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
-    check_mesh(options, learner.variables, options.prompts_per_step * options.group_size)
+    batches = PromptBatches(len(training), options.prompts_per_step, options.seed)
+    rows = options.prompts_per_step * options.group_size
+    source, learner = learner_of(source, options, rows, drops=False)
 
     schedule, optimizer = optimizer_of(options, options.iterations)
     longest_prompt = max(len(prompt.tokens) for prompt in (*training, *validation))
@@ -265,12 +260,11 @@ def main(options: Options) -> Any:
         seed=options.seed,
         reward_learner=reward_learner(options, replay_data, source, score, judge, longest),
     )
-    rows = options.prompts_per_step * options.group_size
     print(
         f"{learner.described}\n{counted(len(training), 'prompt')} to learn from, {len(validation):,} held out; "
         f"{counted(options.prompts_per_step, 'prompt')} x {counted(options.group_size, 'answer')} = "
         f"{counted(rows, 'row')} a step\n"
-        f"{model.attention_choice()}",
+        f"{source.model.attention_choice()}",
         flush=True,
     )
 
@@ -278,16 +272,16 @@ def main(options: Options) -> Any:
         return validated(loop, variables, validation, rows)
 
     def sample(variables, at_step):
-        return table(loop, variables, PromptBatches(len(training), options.prompts_per_step, options.seed)[at_step - 1])
+        return table(loop, variables, batches[at_step - 1])
 
     converses = options.template != "plain" and source.tokenizer.chat_template is not None
     parts = {"training": training, "validation": validation}
-    digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests = digests_of(parts, numbered)
     digests |= reward_digests(options, replay_data, score) | chat_template_digest(options, source.tokenizer)
     result = engine.run(
-        loop.start(create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable)),
+        loop.start(learner.state(optimizer, options.seed)),
         loop.step,
-        PromptBatches(len(training), options.prompts_per_step, options.seed),
+        batches,
         run_options(options),
         folder=options.out,
         config={"recipe": "train.grpo", **own_options(options, "batch_size", "sample_prompt"), **digests},

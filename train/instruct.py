@@ -31,10 +31,8 @@ from train.options import (
     LONGEST_CONTEXT,
     MAY_CHANGE,
     VALIDATION_FRACTION,
-    check_mesh,
     check_ranges,
     filled,
-    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -44,8 +42,8 @@ from train.options import (
     with_steps,
 )
 from train.sources import Sources, sources_of
-from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, load_to_train, prepared
+from train.texts import digests_of
+from train.what_trains import FineTuningOptions, TuningOptions, check_what_trains, flops_of, learner_of, load_to_train
 
 EPOCHS = 3.0
 OF_VALIDATION = ("validation_data", "validation_fraction", "split_seed")
@@ -138,7 +136,6 @@ def main(options: Options) -> Any:
     from llmq_jax.training.processes import of_first, same
     from llmq_jax.training.run_folder import differences
     from llmq_jax.training.sharding import row_share
-    from llmq_jax.training.state import create_state
 
     # The conversations, some of them held out, and the model.
     sources = sources_of(options, record_files, hold_out=options.evaluate_every != 0)
@@ -168,12 +165,8 @@ def main(options: Options) -> Any:
     options = with_steps(options, len(batches), EPOCHS)
 
     # The model, computing as the options say and stopping at the end of an answer, and the part of it that trains.
-    model = model_of(options, config)
-    generation = ending_with(end, source.generation)
-    source = source.replace(model=model, generation=generation)
-    learner = prepared(source, options)
-    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
-    check_mesh(options, learner.variables, options.batch_size)
+    source = source.replace(generation=ending_with(end, source.generation))
+    source, learner = learner_of(source, options, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
     objective = NextToken(learner.model)
@@ -190,11 +183,11 @@ def main(options: Options) -> Any:
 
     print(
         f"{learner.described}\n{described(options, learned, held_out, len(batches), config)}\n"
-        f"{model.attention_choice(training=True)}",
+        f"{source.model.attention_choice(training=True)}",
         flush=True,
     )
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
-    digests = {f"{name}_sha256": fingerprint(tokens_and_masks(part)) for name, part in parts.items()}
+    digests = digests_of(parts, tokens_and_masks)
     digests |= chat_template_digest(options, tokenizer)
     same(digests, differences)  # of other data processes would take other prompts, and wait for one another
     # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
@@ -203,7 +196,7 @@ def main(options: Options) -> Any:
     kept = in_style(options, training, tokenizer)
     lengths = [len(example.tokens) for example in learned.examples]
     return engine.run(
-        create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+        learner.state(optimizer, options.seed),
         train_step,
         batches,
         run_options(options),
@@ -211,7 +204,7 @@ def main(options: Options) -> Any:
         config={"recipe": "train.instruct", **own_options(options, "preview"), **digests},
         may_change=MAY_CHANGE,
         model_config=config,
-        tokenizer=TextFiles(kept, generation),
+        tokenizer=TextFiles(kept, source.generation),
         schedule=schedule,
         evaluate=None if held_out is None else evaluate,
         sample=sample,

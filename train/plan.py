@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from llmq_jax.command_line import default_is, run, use_device
+from llmq_jax.command_line import default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput
 from train.options import LONGEST_CONTEXT, ComputeOptions, TrainingOptions, context_of
 
@@ -53,7 +53,7 @@ def main(options: Options) -> int:
     for name in ("accumulate", "batch_size", "context", "device_memory"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} is {value} and must be positive")
+            raise BadInput(f"{option_name(name)} is {value} and must be positive")
 
     use_device("cpu")
     from llmq_jax.models import fields_from_text, override, preset

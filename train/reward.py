@@ -20,9 +20,7 @@ from train.chat_templates import chat_template_digest, with_text_options
 from train.exports import export_commands
 from train.options import (
     MAY_CHANGE,
-    check_mesh,
     filled,
-    model_of,
     on_devices,
     optimizer_of,
     own_options,
@@ -41,8 +39,8 @@ from train.preferences import (
     read_pairs,
 )
 from train.sources import sources_of
-from train.texts import fingerprint
-from train.what_trains import FineTuningOptions, TuningOptions, flops_of, load_to_train, prepared
+from train.texts import digests_of
+from train.what_trains import FineTuningOptions, TuningOptions, flops_of, learner_of, load_to_train
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-5
 SAMPLES = 3
@@ -84,7 +82,6 @@ def main(options: Options) -> Any:
     from llmq_jax.training import engine, step
     from llmq_jax.training.parts import whole
     from llmq_jax.training.sharding import own_rows, row_share
-    from llmq_jax.training.state import create_state
 
     # The pairs, some of them held out, and the model with a head that gives one number.
     sources = sources_of(options, record_files)
@@ -104,16 +101,13 @@ def main(options: Options) -> Any:
     options = with_steps(options, batches.per_epoch, EPOCHS)
 
     # The model, computing as the options say, and the part of it that trains.
-    model = model_of(options, config)
-    learner = prepared(source.replace(model=model), options)
-    source = source.replace(variables={})  # it would keep layers that were cut in two in memory, whole
-    check_mesh(options, learner.variables, options.batch_size)
+    source, learner = learner_of(source, options, options.batch_size)
 
     schedule, optimizer = optimizer_of(options)
     objective = RewardModel(learner.model, options.pooling, options.center)
     train_step = train_step_of(options, objective, optimizer)
     eval_step = step.make_eval_step(objective)
-    shown = sampler(options, model, held_out.pairs, validation)
+    shown = sampler(options, source.model, held_out.pairs, validation)
 
     def evaluate(variables):
         return step.evaluate(eval_step, variables, map(own_rows, some))
@@ -123,14 +117,14 @@ def main(options: Options) -> Any:
 
     print(
         f"{head}\n{learner.described}\n{described(options, learned, held_out, batches.per_epoch)}\n"
-        f"{model.attention_choice(training=True)}",
+        f"{source.model.attention_choice(training=True)}",
         flush=True,
     )
     parts = {"training": learned, "validation": held_out}
-    digests = {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}
+    digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
     result = engine.run(
-        create_state(learner.variables, optimizer, seed=options.seed, trainable=learner.trainable),
+        learner.state(optimizer, options.seed),
         train_step,
         batches,
         run_options(options),
@@ -201,6 +195,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     from llmq_jax.data import PreferenceEvaluation
     from llmq_jax.data.messages import text_of
     from llmq_jax.layers.axes import replicated
+    from llmq_jax.objectives.preference import rows_of_pairs
     from llmq_jax.objectives.reward import model_rewards
     from llmq_jax.training.metrics import one_line
 
@@ -208,7 +203,7 @@ def sampler(options: Options, model: Any, pairs: list, validation: list) -> Any:
     pairs = pairs[:SAMPLES]
     (batch,) = PreferenceEvaluation(pairs, len(pairs), options.context)
     order = [index for _, index in sorted((len(pair), index) for index, pair in enumerate(pairs))]  # the batch's
-    rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}
+    rows = rows_of_pairs(batch)
 
     @jax.jit
     def rewards(variables, tokens, lengths, response_mask):

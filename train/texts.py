@@ -180,3 +180,8 @@ def fingerprint(tokens: Any) -> str:
     import numpy as np
 
     return hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest()
+
+
+def digests_of(parts: dict[str, Any], numbered: Callable[[Any], Any]) -> dict[str, str]:
+    """{"training_sha256": SHA-256 of what `numbered` makes of the part "training"}, and so on, for a run's config."""
+    return {f"{name}_sha256": fingerprint(numbered(part)) for name, part in parts.items()}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.errors import BadInput
-from train.options import RecipeOptions
+from train.options import RecipeOptions, check_mesh, model_of
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
 
@@ -92,6 +92,12 @@ class Prepared(NamedTuple):
     described: str
     """One line for the start of the run."""
 
+    def state(self, optimizer: Any, seed: int) -> Any:
+        """The training state of step 0, whose steps consume the variables."""
+        from llmq_jax.training.state import create_state
+
+        return create_state(self.variables, optimizer, seed=seed, trainable=self.trainable)
+
 
 def check_what_trains(options: TuningOptions) -> None:
     """BadInput for an option that would have no effect."""
@@ -110,6 +116,18 @@ def check_what_trains(options: TuningOptions) -> None:
         )
     if options.blocks is not None and options.blocks < 1:
         raise BadInput(f"--blocks is {options.blocks} and must be at least 1; --train head trains the head alone")
+
+
+def learner_of(lm: Any, options: FineTuningOptions, rows: int, *, drops: bool = True) -> tuple[Any, Prepared]:
+    """(the model, computing as the options say, without its variables; the part of it that trains, with them). `drops`:
+    whether the objective applies dropout in training.
+
+    BadInput where the model cannot compute so, or --mesh does not fit it, or batches of this many rows; with --layout,
+    print the table of shardings and exit."""
+    lm = lm.replace(model=model_of(options, lm.config, drops))
+    learner = prepared(lm, options)
+    check_mesh(options, learner.variables, rows)
+    return lm.replace(variables={}), learner  # they would keep layers that were cut in two in memory, whole
 
 
 def prepared(lm: Any, options: TuningOptions) -> Prepared:

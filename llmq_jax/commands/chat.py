@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from llmq_jax.command_line import default_is
-from llmq_jax.commands.drawing import DrawingOptions
+from llmq_jax.commands.drawing import DrawingOptions, context_of
 from llmq_jax.commands.standard_input import standard_input
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
@@ -52,7 +52,7 @@ def converse(options: Options) -> int:
     """Answer messages until the input ends; returns the exit code."""
     lm, drawing = options.load()
     lm.require_chat_template(options.model)
-    half = context_of(lm, drawing) // 2
+    half = context_of(lm, drawing)[0] // 2
     drawing["max_new_tokens"] = min(NEW_TOKENS, half) if options.max_new_tokens is None else options.max_new_tokens
     conversation = Conversation(lm, options, drawing)
     conversation.ask("?")  # computes nothing: raises now what the first message would raise
@@ -82,7 +82,7 @@ class Conversation:
         self.lm = lm
         self.options = options
         self.drawing = drawing
-        self.context = context_of(lm, drawing)
+        self.context, self.whose = context_of(lm, drawing)
         if drawing.get("draft") is None:  # then only what is new in a conversation is read
             self.drawing = drawing | {"prompt_cache": PromptCache()}
         self.turns: list[list[dict[str, str]]] = []
@@ -112,10 +112,9 @@ class Conversation:
                 break
         else:
             what = "the message takes" if self.options.system is None else "the system text and the message take"
-            whose = "model" if self.context == self.lm.config.max_position_embeddings else "draft"
             raise BadInput(
                 f"{what} {counted(len(tokens), 'token')}, which with a reply of {self.drawing['max_new_tokens']} "
-                f"exceed the {whose}'s context of {self.context}; say less, or lower --max-new-tokens"
+                f"exceed the {self.whose}'s context of {self.context}; say less, or lower --max-new-tokens"
             )
         pieces = stream(self.lm, tokens, seed=self.options.seed_of(self.replies), **self.drawing)
         if refused and not self.refusal_is_told:
@@ -144,13 +143,6 @@ class Conversation:
     def _messages(self, turns: list[list[dict[str, str]]], message: str) -> list[dict[str, str]]:
         system = [] if self.options.system is None else [_message("system", self.options.system)]
         return [*system, *itertools.chain.from_iterable(turns), _message("user", message)]
-
-
-def context_of(lm: Any, drawing: dict[str, Any]) -> int:
-    """The model's context in tokens, or a draft model's if that is shorter."""
-    draft = drawing.get("draft")
-    models = [lm, draft] if hasattr(draft, "config") else [lm]
-    return min(int(model.config.max_position_embeddings) for model in models)
 
 
 def _message(role: str, content: str) -> dict[str, str]:

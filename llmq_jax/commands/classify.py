@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, Repeated, default_is, option_name
+from llmq_jax.command_line import Flag, Positional, Repeated, default_is, refuse_idle
 from llmq_jax.commands.devices import DeviceOptions
+from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
@@ -33,7 +34,7 @@ class TextOptions:
     text: Repeated = ()
     """A text to classify; may be given several times."""
     data: Annotated[str | None, default_is("none")] = None
-    """Texts: .json, .jsonl, .csv, .tsv or .parquet with a text field, or a text file, which is one text."""
+    """Texts: .json, .jsonl, .csv, .tsv or .parquet with a text field, a text file, which is one text, or a folder."""
     text_field: Annotated[str | None, default_is("text")] = None
     """Field or column of --data that holds the text."""
     columns: Annotated[str | None, default_is("those of the header")] = None
@@ -107,7 +108,6 @@ def _kept_lines(
     """The `KeptLines` of --out; None where lines are printed."""
     if options.out is None:
         return contextlib.nullcontext()
-    from llmq_jax.commands.kept_lines import kept_lines
     from llmq_jax.weight_digest import weight_digest
 
     fields, digest = [json.loads(as_json(record.fields)) for record in records], hashlib.sha256()
@@ -140,18 +140,15 @@ def _rows(options: Options, lm: Any, labels: Sequence[str], records: list[Any]) 
 
 def check(options: Options) -> None:
     """Refuse what cannot be, or would have no effect, before anything is read."""
-    from llmq_jax.commands.generate import check_out
     from llmq_jax.data import has_fields, is_table
 
     if bool(options.text) == (options.data is not None):
         raise BadInput("give texts: --text TEXT, once or several times, or --data FILE, one of the two")
-    for name, fits, kind in (
-        ("text_field", has_fields, "which has no fields"),
-        ("columns", is_table, "which is no .csv or .tsv file"),
-    ):
-        if getattr(options, name) is not None and (options.data is None or not fits(options.data)):
-            where = "without --data" if options.data is None else f"on {options.data}, {kind}"
-            raise BadInput(f"{option_name(name)} has no effect {where}; leave it out")
+    refuse_idle(options, ((name, options.data is None, "without --data") for name in ("text_field", "columns")))
+    if options.data is not None:
+        no_fields, no_table = not has_fields(options.data), not is_table(options.data)
+        refuse_idle(options, [("text_field", no_fields, f"on {options.data}, which has no fields")])
+        refuse_idle(options, [("columns", no_table, f"on {options.data}, which is no .csv or .tsv file")])
     if options.batch_size < 1:
         raise BadInput(f"--batch-size is {options.batch_size} and must be at least 1")
     if options.out is None:
@@ -165,23 +162,24 @@ def check(options: Options) -> None:
 
 def read(options: Options) -> list[Any]:
     """The records with the texts, none of which is empty."""
-    from llmq_jax.data import Record, has_fields, read_documents, read_records, text_to_classify
+    from llmq_jax.data import Record, text_to_classify
+    from llmq_jax.data.records import checked_text, holds_records, iterate_records, read_text
+    from llmq_jax.data.sources import text_files
 
-    name = options.text_field or "text"
-    if options.data is None:
-        records = [Record(f"--text number {number}", {name: text}) for number, text in enumerate(options.text, start=1)]
-    elif has_fields(options.data) and not Path(options.data).is_dir():
-        columns = None if options.columns is None else [column.strip() for column in options.columns.split(",")]
-        records = read_records(options.data, columns, {name: "--text-field"}, string_field=name)
-    else:
-        documents = read_documents(options.data, name)
-        records = [Record(f"{options.data}: text {number}", {name: text}) for number, text in enumerate(documents, 1)]
+    name, records = options.text_field or "text", []
+    columns = None if options.columns is None else [column.strip() for column in options.columns.split(",")]
+    for number, text in enumerate(options.text, start=1):
+        records.append(Record(f"--text number {number}", {name: text}))
+    for file in [] if options.data is None else text_files(options.data):
+        if holds_records(file):
+            records += iterate_records(file, columns, needed={name: "--text-field"}, string_field=name)
+        else:
+            records.append(Record(str(file), {name: read_text(file)}))
+    if not records:
+        raise BadInput(f"{options.data} holds no record")
     for record in records:
         text_to_classify(record, name)
-        try:
-            as_json(record.fields).encode()
-        except UnicodeEncodeError:  # JSON can spell it (\ud800)
-            raise BadInput(f"{record.where} holds half a surrogate pair, which is not valid Unicode") from None
+        checked_text(as_json(record.fields), record.where)
     return records
 
 

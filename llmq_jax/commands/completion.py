@@ -24,7 +24,8 @@ _llmq() {{
 {cases}
     esac
   else
-    COMPREPLY=($(compgen -f -- "$word"))
+    COMPREPLY=()
+    while IFS= read -r word; do COMPREPLY+=("$word"); done < <(compgen -f -- "$word")
     return
   fi
   COMPREPLY=($(compgen -W "$known" -- "$word"))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, Repeated, default_is, option_name, with_breaks
+from llmq_jax.command_line import Positional, Repeated, default_is, option_name, refuse_idle, with_breaks
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
@@ -48,14 +48,14 @@ class SamplingOptions:
 class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last class come first
     def check(self) -> None:
         """BadInput for options that cannot be, or would have no effect."""
-        if self.seed is not None and self.temperature == 0:
-            raise BadInput("--seed has no effect at temperature 0, where nothing is drawn; leave it out")
-        if self.draft_tokens is not None and self.draft is None:
-            raise BadInput("--draft-tokens has no effect without a draft model; leave it out, or name one with --draft")
-        if self.draft_tokens is not None and self.draft == MTP:
-            raise BadInput(
-                "--draft-tokens has no effect beside --draft mtp: each module drafts one token; leave it out"
-            )
+        refuse_idle(
+            self,
+            (
+                ("seed", self.temperature == 0, "at temperature 0, where nothing is drawn"),
+                ("draft_tokens", self.draft is None, "without a draft model (--draft)"),
+                ("draft_tokens", self.draft == MTP, "beside --draft mtp, of which each module drafts one token"),
+            ),
+        )
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
         self.chat_variables()
@@ -93,3 +93,12 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
         from llmq_jax.generation import row_seed
 
         return row_seed(self.seed or 0, number)
+
+
+def context_of(lm: Any, drawing: dict[str, Any]) -> tuple[int, str]:
+    """(the context in tokens, whose it is): "model" or, if that of a draft model is shorter, "draft"."""
+    contexts = [(int(lm.config.max_position_embeddings), "model")]
+    draft: Any = drawing.get("draft")
+    if hasattr(draft, "config"):
+        contexts.append((int(draft.config.max_position_embeddings), "draft"))
+    return min(contexts, key=lambda context: context[0])

@@ -1,7 +1,7 @@
 """Measure the perplexity of any model on any text, or how well it does the tasks of the evaluation harness.
 
     llmq evaluate runs/mine other.txt
-    llmq evaluate gpt2 --tasks hellaswag,arc_easy --limit 100                      pip install 'llmq_jax[eval]'
+    llmq evaluate gpt2 --tasks hellaswag,arc_easy --limit 100                      pip install -e '.[eval]'
     llmq evaluate runs/mine --tasks my_task --include-path my_tasks --out results.json
 
 A text is read once, in consecutive windows of the model's context; every token but the first is predicted, from the
@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, Positional, default_is, option_name, refuse_idle
 from llmq_jax.commands.devices import DeviceOptions
+from llmq_jax.commands.kept_lines import check_out
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.errors import BadInput
 
@@ -161,9 +162,10 @@ def evaluate_tasks(options: Options) -> None:
     from llmq_jax.atomic_files import write_atomically
     from llmq_jax.interop.evaluation_harness import results_json, results_table
 
+    # Printed first: what took hours is not lost where the file cannot be written.
+    print(results_json(results["results"]) if options.json else results_table(results))
     if options.out is not None:
         write_atomically(Path(options.out), results_json(results, indent=2).encode() + b"\n")
-    print(results_json(results["results"]) if options.json else results_table(results))
 
 
 def results_of_tasks(options: Options) -> dict[str, Any]:
@@ -197,8 +199,6 @@ def results_of_tasks(options: Options) -> dict[str, Any]:
 
 def check_tasks(options: Options) -> None:
     """BadInput for options that cannot be, before the harness is imported, which takes seconds."""
-    from llmq_jax.commands.generate import check_out
-
     refuse_idle(options, ((name, True, "on --tasks, only on a text") for name in OF_TEXTS))
     for name, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
         if (value := getattr(options, name)) is not None and value < least:

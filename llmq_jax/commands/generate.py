@@ -11,7 +11,6 @@ in FILE.partial, and the same command goes on from there.
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from llmq_jax.command_line import Flag, default_is, refuse_idle
-from llmq_jax.commands.drawing import DrawingOptions
+from llmq_jax.commands.drawing import DrawingOptions, context_of
+from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
-from llmq_jax.commands.standard_input import standard_input
 from llmq_jax.counts import counted
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
@@ -31,6 +30,7 @@ from llmq_jax.errors import BadInput
 NEW_TOKENS = 128
 BATCH_SIZE = 8
 ADDED = ("completion", "tokens")
+STANDARD_INPUT = "standard input"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Options(DrawingOptions, PromptOptions):  # the fields of the last class co
     @property
     def source(self) -> str:
         """The prompt file's name in error messages."""
-        return "standard input" if self.prompt_file == "-" else str(self.prompt_file)
+        return STANDARD_INPUT if self.prompt_file == "-" else str(self.prompt_file)
 
 
 def main(options: Options) -> None:
@@ -100,7 +100,7 @@ def _print_text(options: Options, text: str) -> None:
     else:
         tokens = lm.tokenizer.encode_prompt(text)
         prompt, shown = text, text
-    drawing["max_new_tokens"] = _new_tokens(options, lm, len(tokens))
+    drawing["max_new_tokens"] = _new_tokens(options, context_of(lm, drawing)[0], len(tokens))
     pieces = _stream(options, lm, prompt, len(tokens), drawing)
     start = time.perf_counter()
     print(shown, end="", flush=True)
@@ -111,13 +111,12 @@ def _print_text(options: Options, text: str) -> None:
 
 
 def _text(options: Options) -> str:
-    from llmq_jax.data.sources import read_text
+    from llmq_jax.data.records import decoded, read_text
 
     if options.prompt is not None and options.prompt != "-":
         return options.prompt
     if "-" in (options.prompt, options.prompt_file):
-        with standard_input() as stream:
-            text = stream.read()
+        text = decoded(sys.stdin.buffer.read(), STANDARD_INPUT)
     else:
         text = read_text(options.source)
     return re.sub(r"\r?\n\Z", "", text)  # which editors and `echo` put there
@@ -127,11 +126,11 @@ def _said(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def _new_tokens(options: Options, lm: Any, longest: int) -> int:
+def _new_tokens(options: Options, context: int, longest: int) -> int:
     """The new tokens of a prompt of this length; an empty one starts from the end-of-text token."""
     if options.max_new_tokens is not None:
         return options.max_new_tokens
-    return max(1, min(NEW_TOKENS, int(lm.config.max_position_embeddings) - max(1, longest)))
+    return max(1, min(NEW_TOKENS, context - max(1, longest)))
 
 
 def _stream(options: Options, lm: Any, prompt: Any, tokens: int, drawing: dict[str, Any]) -> Iterator[str]:
@@ -139,16 +138,16 @@ def _stream(options: Options, lm: Any, prompt: Any, tokens: int, drawing: dict[s
     of tokens."""
     import llmq_jax as lq
 
-    length, context = max(1, tokens), lm.config.max_position_embeddings
+    length, (context, whose) = max(1, tokens), context_of(lm, drawing)
     if length + drawing["max_new_tokens"] > context:
         if options.max_new_tokens is None:
             raise BadInput(
-                f"the prompt has {counted(length, 'token')}, which leave no room in the model's context of {context}; "
-                "shorten it"
+                f"the prompt has {counted(length, 'token')}, which leave no room in the {whose}'s context of {context};"
+                " shorten it"
             )
         raise BadInput(
             f"the prompt has {counted(length, 'token')}, which with --max-new-tokens {options.max_new_tokens} exceed "
-            f"the model's context of {context}; shorten it or ask for fewer"
+            f"the {whose}'s context of {context}; shorten it or ask for fewer"
         )
     try:
         return lq.stream(lm, prompt, seed=options.seed_of(0), **drawing)
@@ -181,13 +180,21 @@ def _print_records(options: Options, numbers: list[int], records: list[dict[str,
     lm, drawing = options.load()
     prompts = _prompts(options, lm, numbers, records)
     lengths = [len(prompt) for prompt in prompts]
-    drawing["max_new_tokens"] = _new_tokens(options, lm, max(lengths))
+    context, whose = context_of(lm, drawing)
+    drawing["max_new_tokens"] = _new_tokens(options, context, max(lengths))
     _stream(options, lm, [0], 1, drawing)  # computes nothing, and checks: here the options, then each prompt
     for number, prompt in zip(numbers, prompts, strict=True):
         with _at_line(options, number):
             _stream(options, lm, prompt, len(prompt), drawing)
-    if drawing["max_new_tokens"] < _new_tokens(options, lm, min(lengths)):
-        _tell_of_longest(options, lm, numbers, lengths)
+    if (count := drawing["max_new_tokens"]) < _new_tokens(options, context, min(lengths)):
+        longest = max(lengths)
+        number = numbers[lengths.index(longest)]
+        print(
+            f"note: {options.source}: line {number} has {counted(longest, 'token')} and leaves "
+            f"room for {count} new ones in the {whose}'s context of {context}, which are all that any prompt gets; "
+            f"shorten it, or say so by --max-new-tokens {count}",
+            file=sys.stderr,
+        )
 
     start = time.perf_counter()
     size = min(size, options.rows_of(len(prompts)))
@@ -211,11 +218,12 @@ def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[s
 
     prompts = []
     for number, record in zip(numbers, records, strict=True):
+        where = f"{options.source}: line {number}"
         if not _by_template(options, record):
+            refuse_lost(record, ("tools", "chat_template_kwargs", "system"), where, "without --chat")
             with _at_line(options, number):
                 prompts.append(lm.tokenizer.encode_prompt(record["prompt"]))
             continue
-        where = f"{options.source}: line {number}"
         variables = template_variables(Record(where, record))
         refuse_lost(record, LOST["prompt" if "prompt" in record else "messages"], where)
         with _at_line(options, number):
@@ -227,17 +235,6 @@ def _prompts(options: Options, lm: Any, numbers: list[int], records: list[dict[s
 def _by_template(options: Options, record: dict[str, Any]) -> bool:
     """Whether the chat template writes the prompt."""
     return options.chat or "messages" in record
-
-
-def _tell_of_longest(options: Options, lm: Any, numbers: list[int], lengths: list[int]) -> None:
-    longest = max(lengths)
-    count = _new_tokens(options, lm, longest)
-    print(
-        f"note: {options.source}: line {numbers[lengths.index(longest)]} has {counted(longest, 'token')} and leaves "
-        f"room for {count} new ones in the model's context of {lm.config.max_position_embeddings}, which are all that "
-        f"any prompt gets; shorten it, or say so by --max-new-tokens {count}",
-        file=sys.stderr,
-    )
 
 
 def _batch(
@@ -266,7 +263,6 @@ def _kept_lines(
     """The `KeptLines` of --out; None where lines are printed."""
     if options.out is None:
         return contextlib.nullcontext()
-    from llmq_jax.commands.kept_lines import kept_lines
     from llmq_jax.weight_digest import weight_digest
 
     command = asdict(options)
@@ -283,20 +279,15 @@ def _kept_lines(
     return kept_lines(Path(options.out), command, records)
 
 
-def check_out(out: Path) -> None:
-    """BadInput for a file that cannot be written anew: now, not after hours."""
-    if out.exists():
-        raise BadInput(f"--out {out} is there already; name a new file")
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise BadInput(f"--out {out}: nothing can be written to the folder {out.parent}; make it, or name another")
-
-
 def _read_records(options: Options) -> tuple[list[int], list[dict[str, Any]]]:
     """(line numbers, objects) of a .jsonl file of prompts."""
+    from llmq_jax.data.records import checked_text
+
     numbers, records = [], []
     for number, record in _json_lines(options):
         if fault := _fault(record):
             raise BadInput(f"{options.source}: line {number} {fault}")
+        checked_text(json.dumps(record, ensure_ascii=False), f"{options.source}: line {number}")
         numbers.append(number)
         records.append(record)
     if not records:
@@ -305,13 +296,11 @@ def _read_records(options: Options) -> tuple[list[int], list[dict[str, Any]]]:
 
 
 def _json_lines(options: Options) -> Iterator[tuple[int, Any]]:
-    from llmq_jax.data.sources import json_lines, json_values
+    from llmq_jax.data.records import decoded_lines, json_lines, json_values
 
     if options.prompt_file != "-":
-        yield from json_lines(options.source)
-        return
-    with standard_input() as stream:
-        yield from json_values(enumerate(stream, start=1), options.source)
+        return json_lines(options.source)
+    return json_values(decoded_lines(sys.stdin.buffer, STANDARD_INPUT), STANDARD_INPUT)
 
 
 def _fault(record: Any) -> str | None:
@@ -327,10 +316,6 @@ def _fault(record: Any) -> str | None:
         return 'has a "prompt" that is not a string'
     if taken := [name for name in ADDED if name in record]:
         return f'has a field "{taken[0]}" already, which the result would replace; rename it'
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON can spell it (\ud800)
-        return "holds half a surrogate pair, which is not valid Unicode"
     return None
 
 

@@ -1,17 +1,19 @@
 """An output file whose lines may take hours: when the command is stopped, finished lines stay, and the same command
 goes on from there.
 
-Until all lines are done, they are in FILE.partial, after a first line that tells which command they belong to.
+Until all lines are done, they are in FILE.partial, after a first line that tells which command they belong to. The
+process that writes them holds its lock.
 """
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.atomic_files import AppendedFile, sync_folder, write_atomically
+from llmq_jax.atomic_files import AppendedFile, lock_file, sync_folder, write_atomically
 from llmq_jax.command_line import option_name
 from llmq_jax.errors import BadInput
 
@@ -26,7 +28,7 @@ class KeptLines:
     def __init__(self, path: Path, command: Mapping[str, Any], records: Sequence[dict[str, Any]]):
         """`command` holds whatever else the lines depend on, by the names of options. BadInput: FILE.partial belongs to
         another command, or was not written by one."""
-        self.partial = path.with_name(f"{path.name}.partial")
+        self.partial = _partial(path)
         self.records = records
         self._heading = json.dumps({MARK: command})
         self._file: AppendedFile | None = None
@@ -81,22 +83,49 @@ def _is_of(row: Any, record: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def kept_lines(path: Path, command: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> Iterator[KeptLines]:
     """The lines of `path`, to which the caller adds one for each record: the file is written at the end. Whatever ends
-    this earlier leaves the finished lines in FILE.partial, and a message says so."""
-    kept, count = KeptLines(path, command, records), f"{len(records):,}"
-    if kept.lines:
-        print(f"going on after {len(kept.lines):,} of {count}, found in {kept.partial}", file=sys.stderr)
-    try:
-        yield kept
-        write_atomically(path, as_data(kept.lines))
-    except BaseException:
+    this earlier leaves the finished lines in FILE.partial, and a message says so. BadInput: another process writes
+    them."""
+    with _locked(_partial(path)):
+        kept, count = KeptLines(path, command, records), f"{len(records):,}"
         if kept.lines:
-            print(
-                f"{len(kept.lines):,} of {count} are in {kept.partial}: the command goes on from there", file=sys.stderr
-            )
-        raise
+            print(f"going on after {len(kept.lines):,} of {count}, found in {kept.partial}", file=sys.stderr)
+        try:
+            yield kept
+            write_atomically(path, as_data(kept.lines))
+        except BaseException:
+            if kept.lines:
+                done = f"{len(kept.lines):,} of {count}"
+                print(f"{done} are in {kept.partial}: the command goes on from there", file=sys.stderr)
+            raise
+        finally:
+            kept.close()
+        kept.partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    try:
+        lock = lock_file(partial)
+    except BlockingIOError:
+        raise BadInput(f"another process is writing {partial}; wait for it, or name another file by --out") from None
+    try:
+        yield
     finally:
-        kept.close()
-    kept.partial.unlink(missing_ok=True)
+        if partial.exists() and not partial.stat().st_size:  # made by the lock alone
+            partial.unlink()
+        os.close(lock)
+
+
+def check_out(out: Path) -> None:
+    """BadInput for a file that cannot be written anew: now, not after hours."""
+    if out.exists():
+        raise BadInput(f"--out {out} is there already; name a new file")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise BadInput(f"--out {out}: nothing can be written to the folder {out.parent}; make it, or name another")
 
 
 def as_data(lines: Sequence[str]) -> bytes:

@@ -16,23 +16,19 @@ TokenList = Sequence[int] | np.ndarray
 
 
 def pad(
-    sequences: Sequence[TokenList], length: int | None = None, pad_id: int = 0, side: str = "right"
+    sequences: Sequence[TokenList], length: int | None = None
 ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, " B"]]:
-    """(tokens, lengths): the sequences as rows of `length` tokens, by default the longest one's.
+    """(tokens, lengths): the sequences as rows of `length` tokens, by default the longest one's, with zeros behind.
 
-    side: where the padding goes, "right" (training) or "left".
     Raises BadInput for a sequence longer than `length`: cutting is the caller's decision.
     """
-    if side not in ("left", "right"):
-        raise BadInput(f'side must be "left" or "right", not {side!r}')
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
     if length is None:
         length = int(lengths.max(initial=0))
     _check_lengths(lengths, length)
-    tokens = np.full((len(sequences), length), pad_id, np.int32)
+    tokens = np.zeros((len(sequences), length), np.int32)
     for row, sequence in zip(tokens, sequences, strict=True):
-        start = 0 if side == "right" else length - len(sequence)
-        row[start : start + len(sequence)] = sequence
+        row[: len(sequence)] = sequence
     return tokens, lengths
 
 
@@ -67,13 +63,13 @@ def pack(lengths: TokenList, capacity: int) -> list[list[int]]:
 
 
 def packed_rows(
-    sequences: Sequence[TokenList], plan: Sequence[Sequence[int]], capacity: int, pad_id: int = 0
+    sequences: Sequence[TokenList], plan: Sequence[Sequence[int]], capacity: int
 ) -> dict[str, Int32[np.ndarray, "B T"]]:
     """The rows of (a part of) a plan by `pack`: tokens, segment_ids and positions, all int32 `[rows, capacity]`.
 
-    segment_ids number the sequences of a row 1, 2, ... and are 0 on padding; positions start at 0 in every sequence.
+    segment_ids number the sequences of a row 1, 2, ...; positions start at 0 in every sequence. Padding is 0 in all.
     """
-    tokens = np.full((len(plan), capacity), pad_id, np.int32)
+    tokens = np.zeros((len(plan), capacity), np.int32)
     segment_ids = np.zeros((len(plan), capacity), np.int32)
     positions = np.zeros((len(plan), capacity), np.int32)
     for row, indices in enumerate(plan):

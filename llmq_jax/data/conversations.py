@@ -26,7 +26,7 @@ from llmq_jax.data.messages import (
     template_variables,
     text_of,
 )
-from llmq_jax.data.records import Record, read_records
+from llmq_jax.data.records import Record, is_blank, read_records
 from llmq_jax.errors import BadInput
 
 FORMS = {
@@ -167,6 +167,6 @@ def _prompt_and_completion(record: Record) -> Conversation:
 
 
 def _not_empty(text: str, where: str) -> str:
-    if not text or text.isspace():
+    if is_blank(text):
         raise BadInput(empty_response(where))
     return text

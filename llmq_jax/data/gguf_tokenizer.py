@@ -13,7 +13,6 @@ SmolLM2 and Qwen2.
 """
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llmq_jax.data.tokenizers import FileTokenizer
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
 
@@ -184,7 +183,7 @@ class _Vocabulary:
 def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
     name = vocabulary.get("tokenizer.ggml.pre", str, "")
     if not name:
-        warnings.warn("no tokenizer.ggml.pre says how text is cut into words: it is as GPT-2 does", stacklevel=2)
+        warn("no tokenizer.ggml.pre says how text is cut into words: it is as GPT-2 does")
         name = "default"
     if name not in PRE_TOKENIZERS:
         raise BadInput(f"tokenizer.ggml.pre={name!r} is not supported, only {', '.join(PRE_TOKENIZERS)}")

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from llmq_jax.counts import counted
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.records import Record, checked_text, no_field, read_records
+from llmq_jax.data.records import Record, checked_text, is_blank, no_field, read_records
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.errors import BadInput
 
@@ -193,7 +193,7 @@ def labelled_texts(rows: Sequence[LabelledRow], names: Sequence[str]) -> Labelle
 def text_to_classify(record: Record, name: str) -> str:
     """The text in a field. BadInput where there is none."""
     text = record.text(name, "--text-field")
-    if not text or text.isspace():
+    if is_blank(text):
         raise BadInput(f"{record.where}: field {name!r} holds no text: remove the row, or fill it in")
     return text
 
@@ -203,7 +203,7 @@ def _label(record: Record, name: str) -> str:
         raise BadInput(no_field(record.where, name, record.fields, "--label-field"))
     value = record.fields[name]
     label = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(label, str) or not label or label.isspace():
+    if not isinstance(label, str) or is_blank(label):
         raise BadInput(f"{record.where}: field {name!r} is {value!r} and must be a label: a string or a whole number")
     return checked_text(label, f"{record.where}: field {name!r}").strip()
 

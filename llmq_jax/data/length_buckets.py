@@ -4,9 +4,11 @@ Padding is computed for nothing, and every new width is compiled anew. Rows of s
 32, 64, 96, 128, 192, 256, 384, ..., keep both costs small.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -50,55 +52,77 @@ def padded_rows(rows: Sequence[Sequence[int]], indices: Sequence[int], batch_siz
     return {"tokens": tokens, "lengths": lengths, "mask": (np.arange(batch_size) < len(chosen)).astype(np.float32)}
 
 
-@dataclass(frozen=True, eq=False)
-class EpochPlan:
-    """`plan[i]` is the indices of the rows in training batch i, from 0: a pure function of (lengths, batch_size, seed,
-    i). Each epoch has every row once, in an order of its own."""
+def shuffled_by_length(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The indices of rows in the batches of an epoch: all rows are shuffled, then sorted by length within stretches of
+    POOL batches; then all batches are shuffled."""
+    order = seeded_order(len(lengths), [seed, epoch, 0]).tolist()
+    size = POOL * batch_size
+    batches = []
+    for start in range(0, len(order), size):
+        stretch = order[start : start + size]
+        sorted_places = by_length([lengths[index] for index in stretch], batch_size)
+        batches += [[stretch[place] for place in places] for places in sorted_places]
+    return [batches[place] for place in seeded_order(len(batches), [seed, epoch, 1])]
 
-    lengths: Sequence[int]
-    """Tokens of each row."""
+
+class BatchesByLength(ABC):
+    """`batches[i]` is training batch i, from 0: a pure function of (rows, batch_size, seed, i). Each epoch has every
+    row once, in an order of its own. Each of several processes gets its share of the rows, at the width of the whole
+    batch."""
+
     batch_size: int
-    seed: int = 0
-    _epochs: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
-    """The plan of the epoch that was asked for last."""
+    """Rows over all processes."""
+    seed: int
+    process_index: int
+    process_count: int
+
+    @property
+    @abstractmethod
+    def _rows(self) -> Sequence[Any]:
+        """What batches are made of: those of similar `len` share one."""
+
+    @abstractmethod
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        """The rows at these indices, filled up to `batch_size`."""
+
+    def _tokens(self, row: Any) -> int:
+        """Tokens of one of `_rows`."""
+        return len(row)
+
+    @cached_property
+    def _epoch(self) -> Callable[[int], list[list[int]]]:
+        """The indices of the rows in each batch of an epoch; those of the epoch asked for last are kept."""
+        lengths = [len(row) for row in self._rows]
+        return lru_cache(maxsize=1)(partial(shuffled_by_length, lengths, self.batch_size, self.seed))
+
+    def _indices(self, index: int) -> list[int]:
+        epoch, place = divmod(index, self.per_epoch)
+        return self._epoch(epoch)[place]
 
     @property
     def per_epoch(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.lengths) // self.batch_size)
+        return -(-len(self._rows) // self.batch_size)
 
-    def __getitem__(self, index: int) -> list[int]:
-        epoch, place = divmod(index, self.per_epoch)
-        if epoch not in self._epochs:
-            self._epochs.clear()
-            self._epochs[epoch] = self._epoch(epoch)
-        return self._epochs[epoch][place]
+    def count_tokens(self, index: int) -> int:
+        """Tokens of batch `index`, without padding, over all processes."""
+        return sum(self._tokens(self._rows[row]) for row in self._indices(index))
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        """The indices of each batch of an epoch: all rows are shuffled, then sorted by length within stretches of POOL
-        batches; then all batches are shuffled."""
-        order = seeded_order(len(self.lengths), [self.seed, epoch, 0]).tolist()
-        size = POOL * self.batch_size
-        batches = []
-        for start in range(0, len(order), size):
-            stretch = order[start : start + size]
-            sorted_places = by_length([self.lengths[index] for index in stretch], self.batch_size)
-            batches += [[stretch[place] for place in places] for places in sorted_places]
-        return [batches[place] for place in seeded_order(len(batches), [self.seed, epoch, 1])]
+    def __getitem__(self, index: int) -> Batch:
+        batch = self._batch(self._indices(index))
+        share = rows_of(self.process_index, self.process_count, self.batch_size)
+        return {name: array[share.start : share.stop] for name, array in batch.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledBatches:
-    """`batches[i]` is training batch i, from 0: a pure function of (rows, batch_size, seed, i). Each epoch has every
-    row once, in an order of its own. A batch has `tokens` [B, T], `lengths`, `labels` and `mask` [B]. Each of several
-    processes gets its share of the rows, at the width of the whole batch."""
+class LabelledBatches(BatchesByLength):
+    """Training batches of labelled texts: `tokens` [B, T], `lengths`, `labels` and `mask` [B]."""
 
     rows: Sequence[Sequence[int]]
     """Token ids of each text."""
     labels: Sequence[int]
     """The number of each text's class."""
     batch_size: int
-    """Rows over all processes."""
     longest: int
     """The greatest width."""
     seed: int = 0
@@ -112,23 +136,12 @@ class LabelledBatches:
             raise BadInput(f"batch_size is {self.batch_size} and must be at least 1")
         rows_of(self.process_index, self.process_count, self.batch_size)
 
-    @cached_property
-    def _plan(self) -> EpochPlan:
-        return EpochPlan([len(row) for row in self.rows], self.batch_size, self.seed)
-
     @property
-    def per_epoch(self) -> int:
-        """Batches in an epoch."""
-        return self._plan.per_epoch
+    def _rows(self) -> Sequence[Sequence[int]]:
+        return self.rows
 
-    def count_tokens(self, index: int) -> int:
-        """Tokens of batch `index`, without padding, over all processes."""
-        return sum(len(self.rows[row]) for row in self._plan[index])
-
-    def __getitem__(self, index: int) -> Batch:
-        batch = labelled_batch(self.rows, self.labels, self._plan[index], self.batch_size, self.longest)
-        share = rows_of(self.process_index, self.process_count, self.batch_size)
-        return {name: array[share.start : share.stop] for name, array in batch.items()}
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        return labelled_batch(self.rows, self.labels, indices, self.batch_size, self.longest)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,58 +1,79 @@
 """Cutting long documents where a cut cannot change their tokens.
 
 Hugging Face's `tokenizers` needs about 130 bytes of memory for each character of the text it is given, and encodes one
-text on one core: a book of 100 MB has to be cut first. At a line break between two visible characters, byte-level
-tokenizers (GPT-2, Llama 3, Qwen, DeepSeek, SmolLM) always begin a new word, and tokens never cross words. Others
-(SentencePiece-like ones put a space before the text, or treat it as one word) get their documents whole.
+text on one core: a book of 100 MB has to be cut first. Byte-level tokenizers (GPT-2, Llama 3, Qwen, DeepSeek, SmolLM)
+part a text into words, and tokens never cross words. At some white space, which differs between them, a word ends
+whatever stands on either side: each is tried at the places of CUTS. Others (SentencePiece-like ones put a space before
+the text, or treat it as one word) get their documents whole.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
 
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
-# One or more of every kind of character that patterns tell apart: letters, digits, marks, signs.
+CUTS = (
+    r"(?<=\S)(?=[ \t])",  # before spaces
+    r"(?<=\S)(?=[\r\n])",  # before line breaks: not with Llama 3, whose signs take them in
+    r"(?<=[\r\n])(?=\S)",  # after line breaks: not with GPT-2, for which the last of several is a word of its own
+)
+"""Where a document may be cut. White space is spelled out: Python counts characters as such that tokenizers do not."""
+GPT2_CUTS = re.compile("|".join(CUTS[:2]))
+# One or more of every kind of character that patterns tell apart: letters, digits, marks, signs; and white space.
 KINDS = ("a", "A", "don't", "1", "é", "e\u0301", "中", "🙂", *"/.,:;!?'\"`~@#$%^&*()[]{}<>-_+=|\\")
-_LONE_LINE_BREAK = re.compile(r"(?<=\S)\n(?=\S)")
+GAPS = (" ", "\t", "\n", "\r", "  ", " \n", "\n ", "\n\n", "\r\n", "\n \n")
 
 
-def may_cut_at_line_breaks(tokenizer: dict[str, Any], pre_tokenizer: Any) -> bool:
-    """Whether no token of a tokenizer spans a line break between visible characters, by its tokenizer.json (read as a
-    dict) and by trying its pre-tokenizer."""
-    described = tokenizer.get("pre_tokenizer") or {}
-    steps = described.get("pretokenizers", [described])
-    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    prefixed = any(step.get("add_prefix_space", True) for step in byte_level)
-    normalizer = (tokenizer.get("normalizer") or {}).get("type", "NFC")
-    # Added tokens are found before the text is split; these take in a line break.
-    swallowed = any(
-        not token.get("special") and (token.get("lstrip") or "\n" in token["content"])
-        for token in tokenizer.get("added_tokens", [])
-    )
-    # Without merges (the files of ByteTokenizer) every byte is a token, however the text is split.
-    splits = tokenizer.get("model", {}).get("merges") == [] or _splits_after_line_breaks(pre_tokenizer)
-    return bool(byte_level) and not prefixed and normalizer in UNICODE_FORMS and not swallowed and splits
+def places_to_cut(tokenizer: dict[str, Any], pre_tokenizer: Any) -> re.Pattern[str] | None:
+    """Those of CUTS that no token of a tokenizer spans, by its tokenizer.json (read as a dict) and by trying its
+    pre-tokenizer; None where there are none. Trying takes a fifth of a second."""
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    normalizers = {step["type"] for step in _steps(tokenizer.get("normalizer"), "normalizers")}
+    if not byte_level or not normalizers <= set(UNICODE_FORMS):
+        return None
+    # Added tokens are found before the text is split.
+    tokens = [token for token in tokenizer.get("added_tokens", []) if not token.get("special")]
+    cuts = [cut for cut in CUTS if not any(_takes_in(token, cut) for token in tokens)]
+
+    @functools.cache
+    def words(text: str) -> Any:
+        found = [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]
+        # Without merges (the files of ByteTokenizer) every byte is a token, however the text is split.
+        return "".join(found) if tokenizer.get("model", {}).get("merges") == [] else found
+
+    for texts in itertools.product(KINDS, GAPS, KINDS):
+        text = "".join(texts)
+        for cut in tuple(cuts):
+            for place in (found.start() for found in re.finditer(cut, text)):
+                if words(text[:place]) + words(text[place:]) != words(text):
+                    cuts.remove(cut)
+                    break
+    return re.compile("|".join(cuts)) if cuts else None
 
 
-def _splits_after_line_breaks(pre_tokenizer: Any) -> bool:
-    """Whether a word always ends with the line break, whatever stands on either side. (With patterns such as o200k's a
-    word may go on after it, with a slash.)"""
-    if pre_tokenizer is None:
-        return False
-    for before, after in itertools.product(KINDS, KINDS):
-        words = pre_tokenizer.pre_tokenize_str(f"{before}\n{after}")
-        end = len(before) + 1
-        if any(start < end < stop for _, (start, stop) in words):
-            return False
-    return True
+def _steps(described: dict[str, Any] | None, members: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence of others."""
+    if described is None:
+        return []
+    if described["type"] == "Sequence":
+        return [step for member in described[members] for step in _steps(member, members)]
+    return [described]
 
 
-def cut_at_line_breaks(text: str, length: int) -> Iterator[str]:
-    """Pieces of `length` characters or more, cut after lone line breaks; joined, they are the text."""
+def _takes_in(token: dict[str, Any], cut: str) -> bool:
+    """Whether the cut may lie within an added token, or within white space that it takes from its neighbours."""
+    before = "\n" if token.get("lstrip") else ""
+    after = (" ", "\n") if token.get("rstrip") else ("",)
+    return any(re.search(cut, f"{before}{token['content']}{end}") for end in after)
+
+
+def pieces(text: str, length: int, cuts: re.Pattern[str] | None) -> Iterator[str]:
+    """Pieces of `length` characters or more, cut at these places; joined, they are the text."""
     start = 0
     while start < len(text):
-        found = _LONE_LINE_BREAK.search(text, start + length)
+        found = cuts.search(text, start + length) if cuts else None
         end = found.end() if found else len(text)
         yield text[start:end]
         start = end

@@ -125,11 +125,20 @@ def template_variables(record: Record) -> dict[str, Any]:
     return variables
 
 
-def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    """BadInput for a field of `names` that is not empty: other programs train on it, and this one does not read it."""
+def refuse_lost(fields: Mapping[str, Any], names: Sequence[str], where: str, when: str = "") -> None:
+    """BadInput for a field of `names` that is not empty: other programs train on it, and this one does not read it, or
+    not `when`."""
     for name in names:
         if fields.get(name) and fields[name] != "[]":
-            raise BadInput(f"{where} has {name!r}, which is not read: write it into the text, or remove it")
+            said = f"not read {when}".strip()
+            raise BadInput(f"{where} has {name!r}, which is {said}: write it into the text, or remove it")
+
+
+def refuse_answered(messages: Sequence[Mapping[str, Any]], what: str) -> None:
+    """BadInput, which calls the messages `what`, where the assistant has spoken last: its reply would begin a second
+    message of its own."""
+    if messages[-1]["role"] == "assistant":
+        raise BadInput(f"{what} ends with a message of the assistant: end it with what is to be answered")
 
 
 def _message(message: Any, where: str, given: bool) -> Message:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from llmq_jax.data.batching import pad
-from llmq_jax.data.length_buckets import Batch, EpochPlan, bucket_width, by_length
+from llmq_jax.data.length_buckets import Batch, BatchesByLength, bucket_width, by_length
 from llmq_jax.data.preferences import PreferenceExample
 from llmq_jax.data.splits import seeded_order
 from llmq_jax.data.windows import rows_of
@@ -22,14 +22,11 @@ OWN_FIELDS = ("tokens", "lengths", "response_mask", "mask", "margins")
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceBatches:
-    """`batches[i]` is training batch i, from 0: a pure function of (pairs, batch_size, seed, i). Each epoch has every
-    pair once, in an order of its own. `preference_batch` lists the fields. Each of several processes gets its share of
-    the pairs, at the width of the whole batch."""
+class PreferenceBatches(BatchesByLength):
+    """Training batches of pairs, which are their rows. `preference_batch` lists the fields."""
 
     pairs: Sequence[PreferenceExample]
     batch_size: int
-    """Pairs over all processes."""
     longest: int
     """The greatest width."""
     seed: int = 0
@@ -41,28 +38,19 @@ class PreferenceBatches:
         _check(self.pairs, self.batch_size, self.columns)
         rows_of(self.process_index, self.process_count, self.batch_size)
 
-    @cached_property
-    def _plan(self) -> EpochPlan:
-        return EpochPlan([len(pair) for pair in self.pairs], self.batch_size, self.seed)
+    @property
+    def _rows(self) -> Sequence[PreferenceExample]:
+        return self.pairs
 
     @cached_property
     def _columns(self) -> Columns:
         return _with_margins(self.pairs, self.columns)
 
-    @property
-    def per_epoch(self) -> int:
-        """Batches in an epoch."""
-        return self._plan.per_epoch
+    def _tokens(self, row: PreferenceExample) -> int:
+        return len(row.chosen.tokens) + len(row.rejected.tokens)
 
-    def count_tokens(self, index: int) -> int:
-        """Tokens of batch `index`, without padding, over all processes."""
-        pairs = [self.pairs[pair] for pair in self._plan[index]]
-        return sum(len(side.tokens) for pair in pairs for side in (pair.chosen, pair.rejected))
-
-    def __getitem__(self, index: int) -> Batch:
-        batch = preference_batch(self.pairs, self._plan[index], self.batch_size, self.longest, self._columns)
-        share = rows_of(self.process_index, self.process_count, self.batch_size)
-        return {name: array[share.start : share.stop] for name, array in batch.items()}
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        return preference_batch(self.pairs, indices, self.batch_size, self.longest, self._columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,16 +5,17 @@ them: "Question: {question}\nAnswer:". Its other fields are columns that reward 
 `tools` and `chat_template_kwargs` go to the chat template too.
 """
 
+import functools
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llmq_jax.data.conversations import LOST, Conversation
 from llmq_jax.data.folders import DataPath
-from llmq_jax.data.messages import message_list, refuse_lost, template_variables, text_of
+from llmq_jax.data.messages import message_list, refuse_answered, refuse_lost, template_variables, text_of
 from llmq_jax.data.prompt_templates import prompt_text
 from llmq_jax.data.records import Record, checked_text, no_field, read_records
 from llmq_jax.data.splits import seeded_order
@@ -101,8 +102,7 @@ def _prompt(record: Record, tokenizer: Tokenizer, template: str | None, prompt_f
     if not is_text and not isinstance(value, list):
         raise BadInput(f"{where}: the prompt must be a string or a list of messages, not {value!r:.40}")
     messages = ({"role": "user", "content": checked_text(value, where)},) if is_text else message_list(record, "prompt")
-    if messages[-1]["role"] == "assistant":
-        raise BadInput(f"{where}: the prompt ends with a message of the assistant: end it with what is to be answered")
+    refuse_answered(messages, f"{where}: the prompt")
     if not any(text_of(message).strip() for message in messages):
         raise BadInput(f"{where}: the prompt is empty, so there is nothing to answer: remove the row, or fill it in")
     chat = tokenizer.chat_template
@@ -162,7 +162,6 @@ class PromptBatches:
     size: int
     """Prompts in a step."""
     seed: int = 0
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         first = step * self.size
@@ -171,11 +170,12 @@ class PromptBatches:
 
     def _place(self, index: int) -> int:
         epoch, place = divmod(index, self.count)
-        if epoch not in self._orders:
-            if len(self._orders) > 1:
-                self._orders.clear()
-            self._orders[epoch] = seeded_order(self.count, [self.seed, epoch])
-        return int(self._orders[epoch][place])
+        return int(_order(self.count, self.seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=2)  # a step may end one epoch and begin the next
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return seeded_order(count, [seed, epoch])
 
 
 def step_seeds(seed: int, step: int, rows: int, stream: int = 0) -> list[int]:

@@ -152,6 +152,11 @@ def checked_text(value: object, where: str) -> str:
     return value
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text is empty, or white space alone."""
+    return not text or text.isspace()
+
+
 def no_field(where: str, name: str, found: Iterable[object], option: str | None = None) -> str:
     """The error message for a missing field; `option` is the option that chooses another field."""
     advice = f": choose one with {option}" if option else ""
@@ -196,29 +201,35 @@ class FileBytes:
             raise BadInput(f"{self._path} cannot be read ({error})") from None
 
 
-def _decode(content: bytes, path: Path, offset: int = 0) -> str:
-    """UTF-8 text without a byte order mark. offset: where in the file the content begins."""
+def decoded(content: bytes, source: str | Path, offset: int = 0) -> str:
+    """UTF-8 text without a byte order mark. source: what errors call its origin. offset: where in it the content
+    begins."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         at = offset + error.start
-        raise BadInput(f"{path}: byte {at} (0x{content[error.start]:02x}) is not UTF-8: convert it to UTF-8") from None
+        byte = f"0x{content[error.start]:02x}"
+        raise BadInput(f"{source}: byte {at} ({byte}) is not UTF-8: convert it to UTF-8") from None
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
+def decoded_lines(stream: Iterable[bytes], source: str | Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its line break) of a stream of bytes, of which it reads a line at a time."""
+    offset = 0
+    for number, line in enumerate(stream, start=1):
+        yield number, decoded(line, source, offset)
+        offset += len(line)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its line break) without reading the whole file at once."""
     with FileBytes(path) as stream:
-        offset = 0
-        for number, line in enumerate(stream, start=1):
-            yield number, _decode(line, path, offset)
-            offset += len(line)
+        yield from decoded_lines(stream, path)
 
 
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 file, whatever its name ends in (but for .gz, which is unzipped)."""
     with FileBytes(Path(path)) as stream:
-        return _decode(stream.read(), Path(path))
+        return decoded(stream.read(), path)
 
 
 # JSON

@@ -12,25 +12,13 @@ from llmq_jax.data.records import (
     checked_text,
     format_of,
     holds_records,
+    is_blank,
     iterate_records,
-    json_lines,
     json_rows,
-    json_values,
     no_field,
     read_text,
 )
 from llmq_jax.errors import BadInput
-
-__all__ = [
-    "Documents",
-    "has_fields",
-    "is_jsonl",
-    "iterate_documents",
-    "json_lines",
-    "json_values",
-    "read_documents",
-    "read_text",
-]
 
 _SNIFFED_BYTES = 8192
 
@@ -45,7 +33,7 @@ def read_documents(path: DataPath, text_field: str = "text") -> list[str]:
     text_field: the key or column that holds the text.
     """
     documents = list(iterate_documents(path, text_field))
-    if not any(map(_has_text, documents)):
+    if all(map(is_blank, documents)):
         raise BadInput(f"{path} holds no text")
     return documents
 
@@ -71,7 +59,7 @@ class Documents:
         total, text = 0, False
         for document in self:
             total += 1
-            text = text or _has_text(document)
+            text = text or not is_blank(document)
         if not text:
             raise BadInput(f"{self.path} holds no text")
         return total
@@ -94,10 +82,6 @@ def text_files(path: DataPath) -> list[Path]:
             "(iconv -f UTF-16LE -t UTF-8 converts it)"
         )
     return [path]
-
-
-def _has_text(document: str) -> bool:
-    return bool(document) and not document.isspace()
 
 
 def _documents_of(file: Path, text_field: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ Three rules hold for all of them:
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ from llmq_jax.data.gpt2_vocabulary import (
     read_vocabulary,
     vocabulary_files,
 )
-from llmq_jax.data.long_documents import cut_at_line_breaks, may_cut_at_line_breaks
+from llmq_jax.data.long_documents import GPT2_CUTS, pieces, places_to_cut
 from llmq_jax.data.offsets import byte_offsets
 from llmq_jax.data.tokenizer_files import TokenizerFiles
 from llmq_jax.errors import BadInput
@@ -266,7 +267,7 @@ class GPT2Tokenizer(Tokenizer):
             with ThreadPoolExecutor() as threads, self._as_bad_input():  # tiktoken releases the interpreter lock
                 yield from threads.map(encoded, pieces)
 
-        return _in_pieces(texts, all_encoded, self.dtype)
+        return _in_pieces(texts, all_encoded, self.dtype, lambda: GPT2_CUTS)
 
     def _as_bad_input(self) -> AbstractContextManager[None]:
         """BadInput for a text that tiktoken's patterns cannot match, such as a million spaces in a row."""
@@ -320,9 +321,6 @@ class FileTokenizer(Tokenizer):
         with self._as_bad_input("be read"):
             self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.end_of_text = self._find_end_of_text()
-        with self._as_bad_input("be read"):
-            described = json.loads(files.contents["tokenizer.json"])
-            self._may_cut = may_cut_at_line_breaks(described, self._plain.pre_tokenizer)
 
     def _load(self, special_is_text: bool, post_processed: bool = True) -> hf_tokenizers.Tokenizer:
         with self._as_bad_input("be read"):
@@ -343,6 +341,12 @@ class FileTokenizer(Tokenizer):
     def _as_bad_input(self, what: str) -> AbstractContextManager[None]:
         """BadInput for faults that tokenizers finds in the file, some of them only on use."""
         return _rust_errors_as_bad_input(f"{self._files.source}: tokenizer.json cannot {what}")
+
+    @cached_property
+    def _cuts(self) -> re.Pattern[str] | None:
+        """Where long texts may be cut."""
+        with self._as_bad_input("be read"):
+            return places_to_cut(json.loads(self._files.contents["tokenizer.json"]), self._plain.pre_tokenizer)
 
     @cached_property
     def _special(self) -> hf_tokenizers.Tokenizer:
@@ -415,7 +419,7 @@ class FileTokenizer(Tokenizer):
                     encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
                 yield from (np.array(encoding.ids, self.dtype) for encoding in encodings)
 
-        return _in_pieces(texts, all_encoded, self.dtype, may_cut=self._may_cut)
+        return _in_pieces(texts, all_encoded, self.dtype, lambda: self._cuts)
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and the files that came with it, byte for byte."""
@@ -542,16 +546,19 @@ def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _in_pieces(
-    texts: Sequence[str], encode: Callable[[list[str]], Iterable[np.ndarray]], dtype: np.dtype, may_cut: bool = True
+    texts: Sequence[str],
+    encode: Callable[[list[str]], Iterable[np.ndarray]],
+    dtype: np.dtype,
+    cuts: Callable[[], re.Pattern[str] | None],
 ) -> list[np.ndarray]:
     """Token ids of each text. Long texts are encoded in pieces, so that all cores work on a single text too."""
-    pieces, counts = [], []
+    parts, counts, length = [], [], BLOCK_CHARACTERS // 16
     for text in texts:
         _utf8(text)
-        cut = list(cut_at_line_breaks(text, BLOCK_CHARACTERS // 16)) if may_cut else [text]
-        pieces.extend(cut)
+        cut = [text] if len(text) <= length else list(pieces(text, length, cuts()))
+        parts.extend(cut)
         counts.append(len(cut))
-    arrays = list(encode(pieces))
+    arrays = list(encode(parts))
     ends = np.cumsum(counts)
     return [_join(arrays[end - count : end], dtype) for end, count in zip(ends, counts, strict=True)]
 

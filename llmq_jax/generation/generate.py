@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.counts import counted
+from llmq_jax.data.batching import pad
 from llmq_jax.data.length_buckets import power_of_two
 from llmq_jax.data.text_stream import TextStream, decode_behind, last_text
 from llmq_jax.defaults import MTP
@@ -491,16 +492,9 @@ def _drafting(
 
 def _padded(rows: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
     """(prompts padded on the right, their lengths)."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    padded = np.zeros((len(rows), _prompt_width(int(lengths.max()), context)), np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded, lengths
-
-
-def _prompt_width(longest: int, context: int) -> int:
+    longest = max(map(len, rows))
     step = min(max(SHORTEST_PROMPT, power_of_two(longest)), LONGEST_PROMPT_STEP)
-    return min(-(-longest // step) * step, context)
+    return pad(rows, min(-(-longest // step) * step, context))
 
 
 def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
@@ -548,7 +542,14 @@ def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ..
 
 
 def _special_token(lm: LanguageModel, string: str) -> int | None:
-    """The special token that the string spells, if it does."""
+    """The special token that the string spells, if it does. BadInput: it has other text beside one."""
     assert lm.tokenizer is not None
     ids = lm.tokenizer.encode(string, allow_special=True)
-    return ids[0] if len(ids) == 1 and not lm.tokenizer.decode(ids, skip_special_tokens=True) else None
+    if lm.tokenizer.decode(ids) == lm.tokenizer.decode(ids, skip_special_tokens=True):
+        return None
+    if len(ids) > 1:
+        raise BadInput(
+            f"stop={string!r} holds a special token beside other text, and texts do not show special tokens; give the "
+            "token alone as a stop"
+        )
+    return ids[0]

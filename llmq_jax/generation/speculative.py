@@ -102,7 +102,7 @@ class MultiTokenDraft:
     class State(struct.PyTreeNode):
         caches: tuple[Any, ...]
         """By module."""
-        fed: jax.Array
+        previous: jax.Array
         """[B, 2 D, M]: the hidden states that the first module reads, at the last places that the model has read."""
         recent: jax.Array
         """int32 [B, 2 D]: the tokens one place further on; the last is the newest."""
@@ -127,13 +127,10 @@ class MultiTokenDraft:
         caches = tuple(jax.tree.map(lambda leaf, k=k: leaf[k], ahead.caches).extend(length) for k in range(self.count))
         caches = divided(caches)
         places = jnp.maximum(lengths[:, None] - self.places + jnp.arange(self.places), 0)
-        fed = jnp.take_along_axis(self.fed(output), places[..., None], axis=1)
+        previous = jnp.take_along_axis(self.model.before_modules(output), places[..., None], axis=1)
         after = jnp.minimum(places[:, :-1] + 1, prompts.shape[1] - 1)
         recent = jnp.concatenate([jnp.take_along_axis(prompts, after, axis=1), newest[:, None]], axis=1)
-        return self.State(caches, fed, recent)
-
-    def fed(self, output: Output) -> Float[Array, "B T M"]:
-        return output.hidden if self.model.config.mtp_hidden == "after_norm" else output.before_norm
+        return self.State(caches, previous, recent)
 
     def propose(
         self, variables: Sliced, state: State, positions: Array, draw: Draw
@@ -141,19 +138,21 @@ class MultiTokenDraft:
         outside, modules = variables
         places = positions[:, None] - self.places + jnp.arange(self.places)
         real = (places >= 0).astype(jnp.int32)  # A short prompt has fewer.
-        fed, seen, caches, drafts, all_logits = state.fed, state.recent, [], [], []
+        previous, recent, caches, drafts, all_logits = state.previous, state.recent, [], [], []
         for index, (module, cache) in enumerate(zip(modules, state.caches, strict=True)):
-            hidden, fed, cache = self.model.decode_ahead(outside, module, fed, seen, places, real, cache)
+            hidden, previous, cache = self.model.decode_ahead(outside, module, previous, recent, places, real, cache)
             logits = self.model.apply(outside, hidden[:, -1], method="unembed")
             drafts.append(draw(logits, index))
             all_logits.append(logits)
             caches.append(cache)
-            seen = jnp.concatenate([seen[:, 1:], drafts[-1][:, None]], axis=1)
+            recent = jnp.concatenate([recent[:, 1:], drafts[-1][:, None]], axis=1)
         return jnp.stack(drafts, 1), jnp.stack(all_logits, 1), state.replace(caches=tuple(caches))
 
     def follow(self, state: State, output: Output, tokens: Array, gained: Array) -> State:
         return state.replace(
-            fed=_last(jnp.concatenate([state.fed, self.fed(output)], axis=1), gained, self.places),
+            previous=_last(
+                jnp.concatenate([state.previous, self.model.before_modules(output)], axis=1), gained, self.places
+            ),
             recent=_last(jnp.concatenate([state.recent, tokens], axis=1), gained, self.places),
         )
 

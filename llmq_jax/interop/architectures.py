@@ -1,15 +1,14 @@
 """Which architecture has which tables, and the functions that apply them."""
 
 import typing
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import has_type, scalar, type_name
-from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
+from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
 from llmq_jax.models import ARCHITECTURES, override
@@ -35,7 +34,9 @@ GEMMA_UNDERIVABLE = ("num_attention_heads", "sliding_window", "query_pre_attn_sc
 TABLES = {
     "gpt2": Tables(gpt2.LAYOUTS, gpt2.CONFIG, gpt2.derive, underivable=("num_attention_heads",)),
     "llama": Tables(llama3.LAYOUTS, llama3.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
-    "mistral": Tables(mistral.LAYOUTS, mistral.CONFIG, llama3.derive, underivable=("num_attention_heads",)),
+    "mistral": Tables(
+        llama3.MISTRAL_LAYOUTS, llama3.MISTRAL_CONFIG, llama3.derive, underivable=("num_attention_heads",)
+    ),
     "qwen2": Tables(qwen.QWEN2_LAYOUTS, qwen.QWEN2_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "qwen3": Tables(qwen.QWEN3_LAYOUTS, qwen.QWEN3_CONFIG, llama3.derive, underivable=("num_attention_heads",)),
     "mixtral": Tables(
@@ -153,11 +154,10 @@ def config_from_state_dict(state: Mapping[str, Any], layout: str = "hf", **field
     if layout == "hf" and (assumed := [name for name in ASSUMED if hasattr(config, name) and name not in fields]):
         values = {name: getattr(config, name) for name in assumed}
         shown = [f"{getattr(value, 'rope_theta', value):g} of {name}" for name, value in values.items()]
-        warnings.warn(
+        warn(
             f"the shapes of weights do not tell {' and '.join(assumed)}, in which models differ: taken is "
             f"{' and '.join(shown)}; put the model's config.json beside the weights, or pass config={{...}} (to "
-            "convert.from_hf, --config FIELD=VALUE)",
-            stacklevel=2,
+            "convert.from_hf, --config FIELD=VALUE)"
         )
     return config
 
@@ -180,7 +180,7 @@ def resolve_config(given: Any, stored: Any, state: Mapping[str, Any], layout: st
         for name, value in _tables(stored.model_type).unkept(state, stored).items():
             if name not in changes:
                 announced = f"{name}={getattr(stored, name)} announces what the weights hold nothing of"
-                warnings.warn(f"{announced}: transformers does not save it; loaded with {name}={value}", stacklevel=5)
+                warn(f"{announced}: transformers does not save it; loaded with {name}={value}")
                 changes[name] = value
         return override(stored, **changes)
     if not (given is None or isinstance(given, Mapping)):

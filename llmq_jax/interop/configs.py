@@ -6,12 +6,11 @@ know is named in a warning.
 
 import dataclasses
 import typing
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import as_type, has_type, type_name
 from llmq_jax.interop.float8 import without_blocks
 from llmq_jax.interop.tables import KEEP
@@ -189,7 +188,7 @@ class ConfigTable:
         known = {*HARMLESS, *FIXED, *self.fixed, *self.ignored, *map(self._written_name, fields)}
         unknown = sorted(set(values) - known)
         if unknown:
-            warnings.warn(f"config.json: unknown fields are ignored: {', '.join(unknown)}", stacklevel=4)
+            warn(f"config.json: unknown fields are ignored: {', '.join(unknown)}")
         require_sizes(fields)
         return self.config_class(**fields, labels=labels)
 

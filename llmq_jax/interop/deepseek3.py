@@ -9,12 +9,11 @@
 The published files are in float8: see `interop.float8`.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.configs import NULL_DROPOUT, ROTARY, ConfigTable
 from llmq_jax.interop.mixtral import APART_EXPERTS, FUSED_EXPERTS, ROUTER, with_usual_experts
 from llmq_jax.interop.rope import read_rope, write_rope
@@ -86,7 +85,7 @@ def own_layers(state: Mapping[str, Any], config: DeepSeekV3Config) -> Mapping[st
     left_out = tuple(f"{LAYER.format(layer=layer)}." for layer in range(first + wanted, first + held))
     if not left_out:
         return state
-    warnings.warn(f"modules of multi-token prediction are left out: {len(left_out)}", stacklevel=5)
+    warn(f"modules of multi-token prediction are left out: {len(left_out)}")
     return {name: state[name] for name in state if not name.startswith(left_out)}
 
 

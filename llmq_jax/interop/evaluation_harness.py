@@ -51,7 +51,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise BadInput(
-        f"the evaluation harness is not installed, or too old ({error}); pip install 'llmq_jax[eval]'"
+        f"the evaluation harness is not installed, or too old ({error}); pip install -e '.[eval]'"
     ) from error
 
 # The most tokens of an answer, unless a task says otherwise.

@@ -1,13 +1,12 @@
 """What `generation_config.json` says: the tokens that end, begin and pad a text."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import scalar
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -86,7 +85,7 @@ def warn_of_ignored(values: Mapping[str, Any], file: Path) -> None:
     said = {name: values.get(name) for name in IGNORED}
     found = [f"{name}={value!r:.60}" for name, value in said.items() if value not in (None, IGNORED[name], [], {})]
     if found:
-        warnings.warn(f"{file}: ignored in generation: {', '.join(found)}", stacklevel=2)
+        warn(f"{file}: ignored in generation: {', '.join(found)}")
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ llama, as llama.cpp calls Llama 1 to 3, Mistral, SmolLM2 and all others that com
 qwen3 (the dense models of Qwen 3).
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.data.gguf_tokenizer import CHAT_TEMPLATE, CONTROL, gguf_tokenizer
-from llmq_jax.errors import BadInput
-from llmq_jax.interop.architectures import from_state_dict, resolve_config
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import GGUF, open_gguf
-from llmq_jax.interop.huggingface import Contents, is_hf, located
+from llmq_jax.interop.huggingface import Contents, is_hf, located, read_state
 from llmq_jax.models.llama3 import Llama3Config
 from llmq_jax.models.qwen import Qwen2Config, Qwen3Config
 
@@ -52,15 +50,11 @@ def read_gguf(path: Path, config: Any = None, dtype: Any = None) -> Contents:
     """Read a GGUF file, or the only one in a folder; a given `config` takes the place of the file's, or changes it."""
     file = _only_file(path)
     gguf = open_gguf(file)
-    try:
+    with located(file):
         _check_kind(gguf.metadata)
-        needed = config is None or isinstance(config, Mapping)
-        config = resolve_config(config, _Metadata(gguf).config() if needed else None, gguf.tensors, LAYOUT)
-        variables = from_state_dict(gguf.tensors, config, LAYOUT, dtype)
+        config, variables = read_state(gguf.tensors, LAYOUT, config, dtype, _Metadata(gguf).config)
         tokenizer = gguf_tokenizer(gguf.metadata, file.stem)
         generation = GenerationConfig() if tokenizer is None else generation_config(gguf.metadata)
-    except BadInput as error:
-        raise located(file, error) from error
     return Contents(config, variables, tokenizer, generation)
 
 
@@ -129,7 +123,7 @@ class _Metadata:
         )
         unknown = sorted(set(self._values) - self._read)
         if unknown:
-            warnings.warn(f"unknown metadata is ignored: {', '.join(unknown)}", stacklevel=4)
+            warn(f"unknown metadata is ignored: {', '.join(unknown)}")
         return config
 
     def _check_fixed(self) -> None:

@@ -5,9 +5,10 @@ What is read here is what transformers writes (`save_pretrained`), and what is w
 stands for its folder, but no other weights there are read.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -88,22 +89,39 @@ def read_hf(path: Path, layout: str = "hf", config: Any = None, dtype: Any = Non
     folder = path.parent if path.is_file() else path
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     state: Mapping[str, Any] = open_weights(path)
-    try:
+    with located(path):
         block = block_size(values)
         if block is not None:
             state = dequantised(state, block)
-        config = resolve_config(config, _stored_config(folder, values, config), state, layout)
-        variables = from_state_dict(state, config, layout, dtype)
-    except BadInput as error:
-        raise located(path, error) from error
+
+        def stored() -> Any:
+            with located(folder / CONFIG):
+                return config_from_hf(values) if values else None
+
+        config, variables = read_state(state, layout, config, dtype, stored)
     tokenizer = tokenizer_in(folder)
     return Contents(config, variables, tokenizer, _read_generation_config(folder, values, config, tokenizer))
 
 
-def located(path: Path, error: BadInput) -> BadInput:
-    """The error with the path that it is about, unless it names a file already."""
-    names_it = str(error).startswith((f"{path}:", f"{path}{os.sep}"))
-    return error if names_it else BadInput(f"{path}: {error}")
+def read_state(
+    state: Mapping[str, Any], layout: str, given: Any, dtype: Any, stored: Callable[[], Any]
+) -> tuple[Any, dict[str, Any]]:
+    """(config, variables) of weights. `stored` reads the config beside them, or returns None. It is not called where a
+    whole one is given, so that the stored one need not be one that we can read."""
+    needed = given is None or isinstance(given, Mapping)
+    config = resolve_config(given, stored() if needed else None, state, layout)
+    return config, from_state_dict(state, config, layout, dtype)
+
+
+@contextlib.contextmanager
+def located(path: Path) -> Iterator[None]:
+    """A BadInput from within gets the path that it is about, unless it names a file already."""
+    try:
+        yield
+    except BadInput as error:
+        if str(error).startswith((f"{path}:", f"{path}{os.sep}")):
+            raise
+        raise BadInput(f"{path}: {error}") from error
 
 
 def save_hf(
@@ -253,17 +271,6 @@ def float_type(dtype: Any) -> np.dtype | None:
     return known
 
 
-def _stored_config(folder: Path, values: Mapping[str, Any], given: Any) -> Any:
-    """The config of `config.json`; None where there is none, or where a whole config is given, so that it need not be
-    one that we can read."""
-    if not values or not (given is None or isinstance(given, Mapping)):
-        return None
-    try:
-        return config_from_hf(values)
-    except BadInput as error:
-        raise BadInput(f"{folder / CONFIG}: {error}") from error
-
-
 def _read_generation_config(
     folder: Path, values: Mapping[str, Any], config: Any, tokenizer: Tokenizer | None
 ) -> GenerationConfig:
@@ -273,7 +280,7 @@ def _read_generation_config(
     transformers reads only one of the two files, and without an end token in it never stops generating.
     """
     path = folder / GENERATION_CONFIG
-    try:
+    with located(path if path.is_file() else folder / CONFIG):
         own = language_part(values)
         stored = read_json(path) if path.is_file() else {}
         warn_of_ignored(stored or own, path if stored else folder / CONFIG)
@@ -282,8 +289,6 @@ def _read_generation_config(
         if end is not None and end < config.vocab_size:
             said.setdefault("eos_token_id", end)
         return GenerationConfig.from_hf(said)
-    except BadInput as error:
-        raise BadInput(f"{path if path.is_file() else folder / CONFIG}: {error}") from error
 
 
 def check_target(folder: Path, overwrite: bool, needed: str = CONFIG, exported: Collection[str] = EXPORTED) -> None:

@@ -1,4 +1,4 @@
-"""Llama's weights and config in the layouts that its checkpoints come in.
+"""Llama's weights and config in the layouts that its checkpoints come in, and Mistral's (`hf` alone, the same names).
 
 - `hf`: transformers' `LlamaForCausalLM`. Linear layers are torch's, stored (out, in). A tied head is not in the file.
   Files of `LlamaModel`, which has no head, leave out the prefix `model.`.
@@ -21,6 +21,7 @@ from llmq_jax.interop.configs import GROUPED, NULL_DROPOUT, ConfigTable, require
 from llmq_jax.interop.rope import read_rope, write_rope
 from llmq_jax.interop.tables import KEEP, SCORE, Shape, Transform, WeightTable, as_is, out_in, rule, vector
 from llmq_jax.models.llama3 import Llama3Config
+from llmq_jax.models.mistral import MistralConfig
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,18 @@ CONFIG = ConfigTable(
     null=NULL_DROPOUT,
     read=read_rope,
     write=write_fields,
+)
+
+MISTRAL_LAYOUTS = {"hf": LAYOUTS["hf"]}
+MISTRAL_OWN = OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)}
+MISTRAL_CONFIG = ConfigTable(
+    config_class=MistralConfig,
+    architecture="MistralForCausalLM",
+    classifier="MistralForSequenceClassification",
+    shared=GROUPED | {"hidden_act", "sliding_window"},
+    own=MISTRAL_OWN,
+    read=read_rope,
+    write=write_sizes,
 )
 
 

@@ -16,7 +16,7 @@ from llmq_jax.interop import llama3
 from llmq_jax.interop.configs import GROUPED, ConfigTable
 from llmq_jax.interop.llama3 import derive_sizes, write_sizes
 from llmq_jax.interop.rope import read_rope
-from llmq_jax.interop.tables import KEEP, Rule, Shape, WeightTable, experts_out_in, out_in, rule
+from llmq_jax.interop.tables import Rule, Shape, WeightTable, experts_out_in, out_in, rule
 from llmq_jax.models.mixtral import MixtralConfig
 
 # The places of an expert's gate and up projection in our leaf, which is [D, 2, F] for each expert.
@@ -73,7 +73,7 @@ CONFIG = ConfigTable(
     | {"hidden_act", "num_experts_per_tok", "num_local_experts", "router_aux_loss_coef", "sliding_window"},
     names={"num_local_experts": ("num_local_experts", "num_experts")},
     fixed={"router_jitter_noise": 0.0},
-    own=llama3.OWN | {"attention_bias": (False, KEEP), "mlp_bias": (False, KEEP)},
+    own=llama3.MISTRAL_OWN,
     # It says whether transformers' loss includes the balance loss; here router_aux_loss_coef alone decides. It is not
     # written either: with it, transformers does not generate from padded prompts.
     ignored=frozenset({"output_router_logits"}),

@@ -15,9 +15,8 @@ from typing import Any
 
 from llmq_jax.data.tokenizers import GPT2Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.architectures import from_state_dict, resolve_config
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.huggingface import Contents, is_hf, located
+from llmq_jax.interop.huggingface import Contents, is_hf, located, read_state
 from llmq_jax.interop.torch_files import is_torch, open_torch, saved_beside
 from llmq_jax.models.config import require_sizes
 from llmq_jax.models.gpt2 import GPT2Config
@@ -52,14 +51,10 @@ def read_nanogpt(path: Path, config: Any = None, dtype: Any = None) -> Contents:
     """
     path = path / CHECKPOINT if path.is_dir() else path
     state = open_torch(path)
-    try:
-        # With a whole config given, model_args may have entries that we do not know.
-        needed = config is None or isinstance(config, Mapping)
-        stored = config_from_model_args(saved_beside(path, MODEL_ARGS)) if needed else None
-        config = resolve_config(config, stored, state, LAYOUT)
-        variables = from_state_dict(state, config, LAYOUT, dtype)
-    except BadInput as error:
-        raise located(path, error) from error
+    with located(path):
+        config, variables = read_state(
+            state, LAYOUT, config, dtype, lambda: config_from_model_args(saved_beside(path, MODEL_ARGS))
+        )
     tokenizer = tokenizer_in(path.parent)
     if tokenizer is None and config.vocab_size in GPT2_VOCABULARIES:
         tokenizer = GPT2Tokenizer()

@@ -9,15 +9,13 @@ Source: openai/gpt-2 (`download_model.py`, `src/model.py`). It computes the same
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
-from llmq_jax.interop.architectures import from_state_dict, resolve_config
 from llmq_jax.interop.generation_config import GenerationConfig
-from llmq_jax.interop.huggingface import Contents, located
+from llmq_jax.interop.huggingface import Contents, located, read_state
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.interop.tensorflow_bundle import open_tensorflow
 from llmq_jax.models.gpt2 import GPT2Config
@@ -43,16 +41,11 @@ def is_openai(path: Path) -> bool:
 
 def read_openai(folder: Path, config: Any = None, dtype: Any = None) -> Contents:
     """Read a folder of OpenAI's; a given `config` takes the place of `hparams.json`, a dict changes fields of it."""
-    # With a whole config given, hparams.json may have fields that we do not know.
-    needed = config is None or isinstance(config, Mapping)
-    stored = config_from_hparams(folder / HPARAMS) if needed and (folder / HPARAMS).is_file() else None
-    index = checkpoint_index(folder)
-    state = open_tensorflow(index)
-    try:
-        config = resolve_config(config, stored, state, LAYOUT)
-        variables = from_state_dict(state, config, LAYOUT, dtype)
-    except BadInput as error:
-        raise located(folder, error) from error
+    state, file = open_tensorflow(checkpoint_index(folder)), folder / HPARAMS
+    with located(folder):
+        config, variables = read_state(
+            state, LAYOUT, config, dtype, lambda: config_from_hparams(file) if file.is_file() else None
+        )
     tokenizer = tokenizer_in(folder)
     return Contents(config, variables, tokenizer, _generation_config(tokenizer, config))
 
@@ -65,10 +58,8 @@ def config_from_hparams(path: Path) -> GPT2Config:
             raise BadInput(f"{path}: {name} is no field of OpenAI's GPT-2, which has {', '.join(FIELDS)}")
         if type(values.get(name)) is not int:
             raise BadInput(f"{path}: {name} must be an integer, but is {values.get(name)!r}")
-    try:
+    with located(path):
         return GPT2Config(**{ours: values[theirs] for theirs, ours in FIELDS.items()})
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
 
 
 def checkpoint_index(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow.compute
 from flax.traverse_util import flatten_dict
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import has_type, type_name
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.peft import (
@@ -279,18 +278,14 @@ class _Reader:
         dropout = float(self.values.get("lora_dropout", 0))
         if dropout and any(site.is_parameter for entries in parts.values() for site, _ in entries):
             # In transformers 4 experts were modules, and their adapters had dropout.
-            warnings.warn(
+            warn(
                 f"{self.folder / CONFIG}: lora_dropout={dropout} is left out: adapters of experts have none here, nor "
-                "in PEFT",
-                stacklevel=2,
+                "in PEFT"
             )
             dropout = 0.0
         head = (LM_HEAD, "kernel")
         if dropout and head in parts:
-            warnings.warn(
-                f"{self.folder / CONFIG}: lora_dropout={dropout} is left out at lm_head, which works within the loss",
-                stacklevel=2,
-            )
+            warn(f"{self.folder / CONFIG}: lora_dropout={dropout} is left out at lm_head, which works within the loss")
         return {path: self._stacked(path, entries, dropout * (path != head)) for path, entries in parts.items()}
 
     def tiny(self) -> Found:

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.data.tokenizer_files import COMPANION_FILES
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.huggingface import GENERATION_CONFIG, check_target
 from llmq_jax.interop.peft import CONFIG, PREFIX, WEIGHTS, Site, experts_module, is_hub_id, sites_of
 from llmq_jax.interop.peft_whole import EMBEDDING, module_name
@@ -109,10 +108,9 @@ def write_adapter(
     check_target(folder, overwrite, CONFIG, EXPORTED)
     taken = [site.module for site in sites if site.module.endswith(TAKEN_FOR_EXPERTS) and not site.of_experts]
     if not tiny and taken and any(site.of_experts for site in sites_of(config)):
-        warnings.warn(
+        warn(
             f"PEFT {PEFT_VERSION} takes {taken[0]} and its like for experts, and refuses this folder or loads it "
-            "without their adapters; it loads whole here (lq.load_adapter), and merged (lq.merge) anywhere",
-            stacklevel=3,
+            "without their adapters; it loads whole here (lq.load_adapter), and merged (lq.merge) anywhere"
         )
     with whole_folder(folder) as partial:
         write_json(partial / CONFIG, values)

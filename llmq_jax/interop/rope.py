@@ -8,11 +8,10 @@
   old: the old spelling above for full attention, `rope_local_base_freq` for sliding attention, which is not scaled
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.tables import KEEP
 from llmq_jax.layers.positions import ROPES, Rope, YarnRope
 
@@ -64,10 +63,9 @@ def read_rope(values: Mapping[str, Any], updated: bool = False) -> dict[str, Any
     if merged.get("rope_type") == "yarn" and "attn_factor" in merged:
         given = merged.pop("attn_factor")
         if "attention_factor" not in merged:
-            warnings.warn(
+            warn(
                 f"rope_type 'yarn' has attn_factor={given!r:.60}, which counts for nothing, as in transformers; vLLM "
-                "and llama.cpp scale by it: to do so, give as attention_factor its product with 0.1 ln(factor) + 1",
-                stacklevel=4,
+                "and llama.cpp scale by it: to do so, give as attention_factor its product with 0.1 ln(factor) + 1"
             )
     _warn_of_another_ratio(merged, values.get("max_position_embeddings"))
     if merged.get("rope_type", "default") in WITHOUT_ORIGINAL:
@@ -85,10 +83,9 @@ def _warn_of_another_ratio(parameters: Mapping[str, Any], longest: Any) -> None:
     given: tuple[Any, ...] = (factor, trained, longest)
     numbers = all(type(value) in (int, float) and value > 0 for value in given)
     if parameters.get("rope_type") == "yarn" and numbers and longest / trained not in (1, factor):
-        warnings.warn(
+        warn(
             f"rope_type 'yarn' has factor={factor}, which counts, and max_position_embeddings={longest} is "
-            f"{longest / trained:g} times {ORIGINAL}={trained}",
-            stacklevel=5,
+            f"{longest / trained:g} times {ORIGINAL}={trained}"
         )
 
 

@@ -16,7 +16,6 @@ import functools
 import itertools
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from llmq_jax.errors import BadInput
+from llmq_jax.errors import BadInput, warn
 from llmq_jax.layers.axes import on_host, put
 from llmq_jax.models import abstract_variables, all_layer_paths
 
@@ -287,7 +286,7 @@ class WeightTable:
         others = [name for name in state if name.startswith(self.beside)]
         if others:
             where = [prefix.rstrip(".") for prefix in self.beside if any(name.startswith(prefix) for name in others)]
-            warnings.warn(f"{len(others)} tensors of other parts are ignored: {', '.join(where)}", stacklevel=5)
+            warn(f"{len(others)} tensors of other parts are ignored: {', '.join(where)}")
         part: dict[str, Any] = {}
         for name in state:
             if not name.startswith(self.beside):

@@ -70,7 +70,7 @@ def _unpickle(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise BadInput(
-            f"{path}: only PyTorch reads this file, and it is not installed: pip install 'llmq_jax[torch]'"
+            f"{path}: only PyTorch reads this file, and it is not installed: pip install -e '.[torch]'"
         ) from error
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles

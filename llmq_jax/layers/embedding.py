@@ -34,7 +34,8 @@ class Embedding(nn.Module):
 
         return looked_up(vectors, self.embedding, ids, self.rows)
 
-    def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """x Eᵀ: the head of models in which it is tied to the table."""
         dtype = self.dtype or self.embedding.dtype
         rows = x.astype(dtype).reshape(-1, self.features)
         return times_transposed(rows, self.embedding.astype(dtype)).reshape(*x.shape[:-1], self.vocab_size)

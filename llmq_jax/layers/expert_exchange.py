@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.layers.axes import AXES, EXPERT, EXPERTS, TENSOR, axis_sizes, in_use, partition_spec
-from llmq_jax.layers.expert_dispatch import WEIGHTS, Activation, Exchange, ExpertWeights, choose, dispatch, slots_each
+from llmq_jax.layers.expert_dispatch import Exchange, choose, dispatch, slots_each
+from llmq_jax.layers.expert_weights import WEIGHTS, Activation, ExpertWeights
 
 # Adapters (A, B) of experts: each has the dimensions of its side of the matrix. The low rank is never divided.
 _LOW_RANK = {

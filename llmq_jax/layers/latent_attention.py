@@ -24,6 +24,7 @@ computed in one of two forms:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,36 +164,62 @@ class LatentAttention(nn.Module):
         self, content: Float[Array, "B T N _"], rotary: Float[Array, "B T N _"], context: Context, cache: LatentCache
     ) -> Float[Array, "B T N V"]:
         """Attention to the latents in a cache. The keys' bias is left out: it adds the same to all scores of a query,
-        which the softmax cancels. An adapter's matrices are absorbed one after the other, beside W."""
-        s, dtype = self.sizes, content.dtype
-        up, adapter = self.variables["params"]["latent_up"], adapters(dict(self.variables)).get(("latent_up", KERNEL))
-        kernel = flat_by_output(up).astype(dtype).reshape(s.num_heads, -1, s.latent_rank)
-        to_keys, to_values = jnp.split(kernel, [s.content_width], axis=1)  # [N, width, R]
-        if adapter is not None:
-            first, last = factors(*adapter)
-            if MAGNITUDE in adapter[0]:
-                whole = by_input(up, (s.latent_rank, *last.shape[1:]))
-                ratios = jnp.split(magnitude_ratio(whole, first, last, *adapter), [s.content_width], axis=-1)
-                content = (content * ratios[0]).astype(dtype)
-            first, last = first.astype(dtype), last.astype(dtype)
-            last_keys, last_values = jnp.split(last, [s.content_width], axis=-1)
-        latent_query = jnp.einsum("btnh,nhr->btnr", content, to_keys)
-        if adapter is not None:
-            latent_query += jnp.einsum("btnh,anh->btna", content, last_keys) @ first.T
+        which the softmax cancels."""
+        to_keys, to_values = self.halves_of_latent_up(content.dtype)
+        query = jnp.concatenate([to_keys.transposed(content), rotary], axis=-1)
         latents, places = cache.read()
-        mixed = attend_to_latents(
-            jnp.concatenate([latent_query, rotary], axis=-1),
-            latents,
-            visible(context.positions, places),
-            self.scale,
+        mixed = attend_to_latents(query, latents, visible(context.positions, places), self.scale)
+        values = to_values(mixed[..., : self.sizes.latent_rank])
+        if not self.up_bias:
+            return values
+        bias: Array = self.variables["params"]["latent_up"]["bias"]
+        return values + bias[:, self.sizes.content_width :].astype(values.dtype)
+
+    def halves_of_latent_up(self, dtype: Dtype) -> tuple["HeadsOfLatents", "HeadsOfLatents"]:
+        """(W^UK, W^UV), each with its half of an adapter."""
+        s, up = self.sizes, self.variables["params"]["latent_up"]
+        kernel = flat_by_output(up).astype(dtype).reshape(s.num_heads, -1, s.latent_rank)
+        matrices = jnp.split(kernel, [s.content_width], axis=1)
+        adapter = adapters(dict(self.variables)).get(("latent_up", KERNEL))
+        if adapter is None:
+            return HeadsOfLatents(matrices[0]), HeadsOfLatents(matrices[1])
+        first, last = factors(*adapter)
+        ratios: list[Any] = [None, None]
+        if MAGNITUDE in adapter[0]:
+            whole = by_input(up, (s.latent_rank, *last.shape[1:]))
+            ratios = jnp.split(magnitude_ratio(whole, first, last, *adapter), [s.content_width], axis=-1)
+        lasts = jnp.split(last.astype(dtype), [s.content_width], axis=-1)
+        keys, values = (
+            HeadsOfLatents(matrix, (first.astype(dtype), last), ratio)
+            for matrix, last, ratio in zip(matrices, lasts, ratios, strict=True)
         )
-        mixed = mixed[..., : s.latent_rank]
-        values = jnp.einsum("btnr,nvr->btnv", mixed, to_values)
-        if adapter is not None:
-            values += jnp.einsum("btna,anv->btnv", mixed @ first, last_values)
-            if MAGNITUDE in adapter[0]:
-                values = (values * ratios[1]).astype(dtype)
-        return values + up["bias"][:, s.content_width :].astype(values.dtype) if self.up_bias else values
+        return keys, values
+
+
+@dataclass(frozen=True)
+class HeadsOfLatents:
+    """The map from latents to the content of each head's keys, or to its values: W + A B, or with DoRA its rows times
+    a ratio. W and the adapter's matrices are applied beside each other, and A B is never formed."""
+
+    matrices: Float[Array, "N _ R"]
+    low_rank: tuple[Float[Array, "R A"], Float[Array, "A N _"]] | None = None
+    ratio: Float[Array, "N _"] | None = None
+
+    def __call__(self, latents: Float[Array, "B T N R"]) -> Float[Array, "B T N _"]:
+        heads = jnp.einsum("btnr,nvr->btnv", latents, self.matrices)
+        if self.low_rank is not None:
+            first, last = self.low_rank
+            heads += jnp.einsum("btna,anv->btnv", latents @ first, last)
+        return heads if self.ratio is None else (heads * self.ratio).astype(heads.dtype)
+
+    def transposed(self, heads: Float[Array, "B T N _"]) -> Float[Array, "B T N R"]:
+        """From heads back to latents."""
+        heads = heads if self.ratio is None else (heads * self.ratio).astype(heads.dtype)
+        latents = jnp.einsum("btnh,nhr->btnr", heads, self.matrices)
+        if self.low_rank is not None:
+            first, last = self.low_rank
+            latents += jnp.einsum("btnh,anh->btna", heads, last) @ first.T
+        return latents
 
 
 def attend_to_latents(

@@ -35,6 +35,8 @@ from llmq_jax.layers.axes import on_host
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
+RATIO = "ratio"
+"""The entry of `lora_fixed` in which `measured` puts m / ‖V‖."""
 TIED = "tied"
 """The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
@@ -165,7 +167,11 @@ def factors(trained: dict[str, Any], fixed: dict[str, Any]) -> tuple[Float[Array
 
 
 def magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
-    """DoRA's m / ‖V‖ of each column of V = W + A B, with s contained in B; 1 in layers without an adapter."""
+    """DoRA's m / ‖V‖ of each column of V = W + A B, with s contained in B; 1 in layers without an adapter. What
+    `measured` has put there is taken as it is."""
+    if RATIO in fixed:
+        ratio: Array = fixed[RATIO]
+        return ratio
     stack = first.ndim - 2
     columns = jax.lax.stop_gradient(_column_norms(kernel, first, last))
     ratio = jnp.where(_along(fixed[SCALE], columns) == 0, 1.0, trained[MAGNITUDE].reshape(columns.shape) / columns)
@@ -213,6 +219,22 @@ def from_adapters(found: dict[Path, Adapter]) -> dict[str, Any]:
         for place in (0, 1)
     )
     return {LORA: unflatten_dict(trained), LORA_FIXED: unflatten_dict(fixed)}
+
+
+def measured(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables for passes in which nothing trains, with DoRA's m / ‖V‖ beside its factors: else each pass would
+    measure the columns again."""
+    found = adapters(variables)
+    for path, (trained, fixed) in found.items():
+        if MAGNITUDE in trained:
+            kernel: Any = flatten_dict(variables["params"])[path]
+            fixed[RATIO] = _ratio(kernel, trained, fixed)
+    return {**variables, **from_adapters(found)} if found else variables
+
+
+@jax.jit
+def _ratio(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
+    return magnitude_ratio(kernel, *factors(trained, fixed), trained, fixed)
 
 
 def merge(variables: dict[str, Any]) -> dict[str, Any]:

@@ -24,18 +24,18 @@ from llmq_jax.field_types import check_fields, create
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.expert_balance import Balance, RouterReport, report
-from llmq_jax.layers.expert_dispatch import ExpertWeights, check_implementation
+from llmq_jax.layers.expert_dispatch import check_implementation
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
+from llmq_jax.layers.expert_weights import ExpertWeights
+from llmq_jax.layers.experts_apart import APART
 from llmq_jax.layers.feedforward import MLP
 from llmq_jax.layers.linear import Linear
-from llmq_jax.layers.lora import EXPERT_KERNELS, LORA, LORA_FIXED, factors
+from llmq_jax.layers.lora import LORA, LORA_FIXED, factors
 from llmq_jax.layers.repetition import repeated
 
 SCORES: dict[str, Callable[[Array], Array]] = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 """Functions from the router's logits [B, T, E] to scores. A score is never negative; where it is 0 a token does not go
 to the expert, even if the expert is among its k largest."""
-APART = "_apart"
-"""After the name of a kernel: the experts' matrices, not stacked (`by_expert`)."""
 # A group's score is the sum of its best two experts', as in DeepSeek's code. The paper (section 2.1.2) sums the best
 # top_k / top_groups, which in V3 is 2 as well.
 BEST_OF_GROUP = 2
@@ -206,7 +206,10 @@ def _in_best_groups(selection: Float[Array, "*batch E"], experts: Experts) -> Fl
 
 
 class MixtureOfExperts(nn.Module):
-    """A router, experts stacked in one array, and shared experts.
+    """A router, experts stacked in one array, and shared experts:
+
+        y = Σ g_e · expert_e(x) + shared(x)              over the chosen experts, with their weights g: `route`
+        expert_e(x) = W_down (act(W_gate x) * W_up x)    or W_down act(W_up x), if it is not gated
 
     `gated`, `activation`, `use_bias` and `intermediate_size` describe the feed-forward network that it replaces.
     """
@@ -237,6 +240,7 @@ class MixtureOfExperts(nn.Module):
         activation = ACTIVATIONS[e.activation or self.activation]
 
         def activate(parts: Float[Array, "*rows P F"]) -> Float[Array, "*rows F"]:
+            """Of the two parts of a gated expert, the gate comes first."""
             first = activation(parts[..., 0, :])
             return first * parts[..., 1, :] if gated else first
 
@@ -320,24 +324,6 @@ class MixtureOfExperts(nn.Module):
         activation = e.activation or self.activation
         bias = self.use_bias if e.bias is None else e.bias
         return MLP(hidden, activation, self.kernel_init, self.down_init, self.dtype, bias, gated, name="shared")
-
-
-# The layout of decoding.
-
-
-def by_expert(variables: dict[str, Any]) -> dict[str, Any]:
-    """The same variables with the matrices of stacked experts as arrays of their own, by output as in
-    `layers.linear.by_output`."""
-    tree = {name: by_expert(leaf) if isinstance(leaf, dict) else leaf for name, leaf in variables.items()}
-    for name in EXPERT_KERNELS:
-        if name in tree and not isinstance(tree[name], dict):  # a dict is the kernel's adapter
-            tree[name + APART] = _apart(tree.pop(name))
-    return tree
-
-
-@jax.jit
-def _apart(stack: Float[Array, "E D *features"]) -> tuple[Float[Array, "features D"], ...]:
-    return tuple(matrix.reshape(len(matrix), -1).T for matrix in stack)
 
 
 def mlp_or_experts(

@@ -6,16 +6,15 @@ An architecture derives from `Decoder` and says what its embedding and head are 
   `create_cache`. `counts` are sums that the block reports to the training step: {"router": a RouterReport} with
   experts, an empty dict without.
 - A pattern is one block or several in a row: in GPT-2 one, in Gemma 3 five local ones and a global one.
-- A group is a pattern that repeats. Its parameters are stacked over the repetitions, on a leading axis, and it is run
-  by `nn.scan`, so that the time to compile does not grow with depth. A layer's path says where its parameters are:
-  layer 7 of Gemma 3, counted from 0, is `block_1` of `group_0` in repetition 1.
+- A group is a pattern that repeats (`layer_groups.py`). Its parameters are stacked over the repetitions, on a leading
+  axis, and it is run by `nn.scan`, so that the time to compile does not grow with depth. A layer's path says where its
+  parameters are: layer 7 of Gemma 3, counted from 0, is `block_1` of `group_0` in repetition 1.
 
 Decoding slices the layers once and runs them one after another (`decode`), which is up to 1.8 times as fast as scanning
 inside the decoding loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,12 +31,13 @@ from llmq_jax.layers.attention import Choice, Context, check_implementation, cho
 from llmq_jax.layers.axes import constrain
 from llmq_jax.layers.embedding import Embedding
 from llmq_jax.layers.linear import Linear, each_own_kernel
-from llmq_jax.layers.lora import LORA, LORA_FIXED, merge, spread
+from llmq_jax.layers.lora import LORA, LORA_FIXED, measured, merge, spread
 from llmq_jax.layers.moe import Experts
 from llmq_jax.layers.norms import EmbeddingScale
 from llmq_jax.layers.positions import Rope
 from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models.heads import LM_HEAD, SCORE, last_hidden, shown
+from llmq_jax.models.layer_groups import LayerGroup
 from llmq_jax.weight_type import weight_type
 
 # Ids, positions or segment ids, from the host or the device.
@@ -45,61 +45,6 @@ Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 SHAPES_ALONE = "shapes_alone"
 """A key of this name tells `init` that only the shapes of its variables are asked for."""
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """`repeats` repetitions of a pattern of blocks, each given by its constructor."""
-
-    blocks: tuple[Callable[..., nn.Module], ...]
-    repeats: int
-
-
-def layers_in_groups(
-    block: Callable[..., nn.Module], layers: int, experts: Experts | None, **by_layer: Sequence[Any]
-) -> tuple[LayerGroup, ...]:
-    """Groups of layers that differ only in these arguments of the block: `experts`, for the layers that
-    `experts.in_layer` names, and those in `by_layer`, one value per layer, as in `window=(512, 512, None)`. None leaves
-    an argument at the block's default."""
-    with_experts = [experts if experts is not None and experts.in_layer(layer) else None for layer in range(layers)]
-    by_layer = {"experts": with_experts, **by_layer}
-    kinds = tuple(  # each layer's arguments
-        {name: value for name, value in zip(by_layer, values, strict=True) if value is not None}
-        for values in zip(*by_layer.values(), strict=True)
-    )
-    return tuple(
-        LayerGroup(tuple(partial(block, **kind) for kind in pattern), repeats)
-        for pattern, repeats in repeating_patterns(kinds)
-    )
-
-
-def repeating_patterns(kinds: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], int]]:
-    """Kinds of layers as repeating patterns, [(pattern, repeats)]: greedily, each time the pattern whose repetitions
-    cover most of the layers that are left.
-
-    26 layers of Gemma 3 are 4 times six and 2 times one. Layers that repeat nowhere are patterns of one.
-    """
-
-    def repeats(length: int) -> int:
-        count = 1
-        while kinds[count * length : (count + 1) * length] == kinds[:length]:
-            count += 1
-        return count
-
-    def covered(length: int) -> int:
-        count = repeats(length)
-        return length * count if count > 1 or length == 1 else 0
-
-    patterns = []
-    while kinds:
-        best = 1
-        for length in range(2, len(kinds) // 2 + 1):
-            if covered(best) == len(kinds):  # nothing covers more
-                break
-            best = length if covered(length) > covered(best) else best
-        patterns.append((kinds[:best], repeats(best)))
-        kinds = kinds[best * repeats(best) :]
-    return patterns
 
 
 class Output(struct.PyTreeNode):
@@ -293,7 +238,7 @@ class Decoder(nn.Module):
         labels, tied = self.config.labels, self.config.tie_word_embeddings
         if labels is not None:
             raise BadInput(f"this model is a classifier ({shown(labels)}) and gives no token; classify with it")
-        logits = self.token_embedding.attend(hidden) if tied else self.lm_head(hidden)
+        logits = self.token_embedding.logits(hidden) if tied else self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
     def class_logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
@@ -432,7 +377,8 @@ class Decoder(nn.Module):
         self, variables: dict[str, Any], arrange: Callable[[dict[str, Any]], dict[str, Any]] = lambda tree: tree
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """(variables outside of all that `all_layer_paths` lists, variables of each layer in order), passed through
-        `arrange`. Adapters are merged first where that is exact (`merges_exactly`), else they stay beside the matrices.
+        `arrange`. Adapters are merged first where that is exact (`merges_exactly`), else they stay beside the matrices,
+        `measured`.
         """
         variables = spread(variables)
         if self.merges_exactly(variables):
@@ -442,7 +388,11 @@ class Decoder(nn.Module):
             collection: {name: leaf for name, leaf in tree.items() if name not in groups}
             for collection, tree in variables.items()
         }
-        return arrange(outside), slice_modules(variables, self.layer_paths(), arrange)
+
+        def prepared(tree: dict[str, Any]) -> dict[str, Any]:
+            return arrange(measured(tree))
+
+        return prepared(outside), slice_modules(variables, self.layer_paths(), prepared)
 
     @nn.nowrap
     def merges_exactly(self, variables: Mapping[str, Any]) -> bool:

@@ -38,8 +38,9 @@ from llmq_jax.layers.moe import Experts, balance_from, experts_from, require_sam
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope, YarnRope, yarn_scale
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
-from llmq_jax.models.decoder import LayerGroup, Output, Tokens, default_positions, layers_in_groups
+from llmq_jax.models.decoder import Output, Tokens, default_positions
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.layer_groups import LayerGroup, layers_in_groups
 from llmq_jax.models.llama3 import DEFAULT_ROPE, Llama3, Llama3Block
 
 MTP = "mtp"
@@ -235,6 +236,227 @@ class DeepSeekV3Config:
         return scale
 
 
+class Ahead(struct.PyTreeNode):
+    """The results of the modules of multi-token prediction, stacked over the depths k = 1, ..., D."""
+
+    hidden: Float[Array, "depth B T D"]
+    """At place i of depth k, the hidden state that predicts token i + k + 1, after the module's norm."""
+    caches: Any = None
+    counts: Any = None
+
+
+class DeepSeek3(Llama3):
+    """Llama with other blocks, followed by the modules of multi-token prediction."""
+
+    config: DeepSeekV3Config  # type: ignore[assignment]  # Its fields are not Llama's, and its blocks read them.
+
+    def setup(self) -> None:
+        super().setup()
+        if self.config.num_nextn_predict_layers:
+            self.mtp = self.scanned(PredictionStep, self.config.num_nextn_predict_layers)(self.prediction_module)
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        c = self.config
+        return layers_in_groups(partial(DeepSeekBlock, c, self.dtype), c.num_hidden_layers, self.experts)
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        c = self.config
+        rotation = c.rope.rotation(positions, c.qk_rope_head_dim, segment_ids)
+        return Context(positions, segment_ids, rotation)
+
+    @nn.nowrap
+    def head_widths(self, cache: LatentCache) -> tuple[int, int]:
+        return self.config.latent_sizes.key_width, self.config.v_head_dim
+
+    def __call__(
+        self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
+    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
+        if self.is_initializing() and self.config.num_nextn_predict_layers:  # `init` gives all modules their parameters
+            self.look_ahead(self.forward(tokens, positions, segment_ids), tokens, positions, segment_ids)
+        return super().__call__(tokens, positions, segment_ids)
+
+    # Multi-token prediction.
+
+    @property
+    def prediction_module(self) -> Callable[..., Any]:
+        """The constructor of a module."""
+        return partial(PredictionModule, self.config, self.dtype, experts=self.experts)
+
+    def look_ahead(
+        self,
+        output: Output,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        ahead_tokens: Int[Array, "B depth T"] | None = None,
+        ahead_segment_ids: Int[Array, "B depth T"] | None = None,
+        caches: Any = None,
+    ) -> Ahead:
+        """Run the modules on the `output` of `forward` for the same tokens (eq. 21 and 22).
+
+        Module k also sees the tokens k places further on, or those of `ahead_tokens` if given; `ahead_segment_ids` are
+        then the documents that these belong to, 0 where there is none.
+        """
+        tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
+        positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
+        context = self.context(positions, segment_ids).replace(implementation=self.attention)
+        depths = range(1, self.config.num_nextn_predict_layers + 1)
+        if ahead_tokens is None:
+            embedded = self.embed(tokens, positions)
+            embedded = jnp.stack([jnp.roll(embedded, -k, axis=1) for k in depths])  # [depth, B, T, D]
+            real = jnp.stack([has_token_ahead(tokens, segment_ids, k) for k in depths])  # [depth, B, T]
+            segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
+        else:
+            embedded = jnp.stack([self.embed(ahead_tokens[:, k - 1], positions) for k in depths])
+            assert ahead_segment_ids is not None
+            segments = ahead_segment_ids.swapaxes(0, 1)
+        previous = self.before_modules(output)
+        _, (hidden, new_caches, counts) = self.mtp(previous, (embedded, segments, caches), context)
+        return Ahead(hidden, new_caches, counts)
+
+    @nn.nowrap
+    def before_modules(self, output: Output) -> Float[Array, "B T D"]:
+        """h⁰: the model's hidden states, as the first module reads them."""
+        return output.hidden if self.config.mtp_hidden == "after_norm" else output.before_norm
+
+    def forward_and_ahead(
+        self,
+        tokens: Tokens,
+        positions: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        ahead_tokens: Int[Array, "B depth T"] | None = None,
+        ahead_segment_ids: Int[Array, "B depth T"] | None = None,
+    ) -> tuple[Output, Ahead]:
+        """(`forward`, `look_ahead`) in one pass; the counts of both are in the first."""
+        output = self.forward(tokens, positions, segment_ids)
+        ahead = self.look_ahead(output, tokens, positions, segment_ids, ahead_tokens, ahead_segment_ids)
+        return output.replace(counts={**output.counts, MTP: ahead.counts}), ahead
+
+    def mtp_logits(
+        self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
+    ) -> tuple[Float[Array, "B _ V"], ...]:
+        """For each depth k from 1 on, logits [B, T - k, V] in float32: at place i those of token i + k + 1."""
+        _, ahead = self.forward_and_ahead(tokens, positions, segment_ids)
+        return tuple(self.unembed(hidden[:, :-k]) for k, hidden in enumerate(ahead.hidden, start=1))
+
+    @nn.nowrap
+    def all_layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
+        ahead = tuple(((MTP, BLOCK), depth) for depth in range(self.config.num_nextn_predict_layers))
+        return (*self.layer_paths(), *ahead)
+
+    @nn.nowrap
+    def create_ahead_caches(self, batch: int, length: int, dtype: Dtype) -> tuple[LatentCache, ...]:
+        """Empty caches, one for each module."""
+        module = self.prediction_module(parent=None)
+        return tuple(module.create_cache(batch, length, dtype) for _ in range(self.config.num_nextn_predict_layers))
+
+    @nn.nowrap
+    def decode_ahead(
+        self,
+        outside: dict[str, Any],
+        module: dict[str, Any],
+        previous: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: LatentCache,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], LatentCache]:
+        """One module, by its sliced variables: (hidden state to unembed, `previous` of the next module, cache).
+
+        `previous` is the hidden state at `positions`, from the model or the module before; `tokens` are k places
+        further on.
+        """
+        context = self.context(positions, segment_ids).replace(implementation=self.attention)
+        embedded = self.apply(outside, tokens, positions, method="embed")
+        given = self.prediction_module(parent=None).apply(module, previous, embedded, context, cache)
+        hidden, previous, cache, _ = given
+        return hidden, previous, cache
+
+
+def has_token_ahead(
+    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, distance: int
+) -> Bool[Array, "B T"]:
+    """Whether the token `distance` places further on is in the row, and of the same document."""
+    length = tokens.shape[1]
+    inside = jnp.broadcast_to(jnp.arange(length) < length - distance, tokens.shape)
+    if segment_ids is None:
+        return inside
+    return inside & (segment_ids != 0) & (jnp.roll(segment_ids, -distance, axis=1) == segment_ids)
+
+
+class DeepSeekBlock(Llama3Block):
+    """Llama's block with multi-head latent attention."""
+
+    config: DeepSeekV3Config  # type: ignore[assignment]
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        return latent_attention(self.config, self.dtype, name="attention")
+
+    @nn.nowrap
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> LatentCache:
+        return LatentCache.create(batch, length, self.config.latent_sizes.cached_width, dtype)
+
+
+def latent_attention(config: DeepSeekV3Config, dtype: Dtype | None = None, name: str | None = None) -> LatentAttention:
+    """The layer of multi-head latent attention that the config describes."""
+    return LatentAttention(
+        config.latent_sizes,
+        scale=config.score_scale,
+        interleaved=config.rope_interleave,
+        use_bias=config.attention_bias,
+        up_bias=config.attention_up_bias,
+        epsilon=LATENT_EPSILON,
+        kernel_init=nn.initializers.normal(config.initializer_range),
+        dropout_rate=config.attention_dropout,
+        dtype=dtype,
+        name=name,
+    )
+
+
+class PredictionModule(DeepSeekBlock):
+    """A block on the projection of two normalised vectors, the hidden state at i and the embedding of token i + k. At
+    depth k, with the variable or the module here:
+
+        h' = M [norm(h of depth k - 1); norm(Emb(t_(i + k)))]    eq. 21    `previous`, `embedded`; projection: M
+        h of depth k = TRM(h')                                   eq. 22    the block
+
+    DeepSeek's checkpoints have the embedding first; the paper writes it second.
+    """
+
+    @nn.compact
+    def __call__(  # type: ignore[override]  # It takes two inputs.
+        self,
+        previous: Float[Array, "B T D"],
+        embedded: Float[Array, "B T D"],
+        context: Context,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Array, Cache | None, dict[str, Any]]:
+        """(hidden state to unembed, `previous` of the next module, cache, counts)."""
+        c = self.config
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        normal = nn.initializers.normal(c.initializer_range)
+        both = jnp.concatenate([norm("embedding_norm")(embedded), norm("hidden_norm")(previous)], axis=-1)
+        x = Linear(c.hidden_size, False, normal, self.dtype, name="projection")(both)
+        x, cache, counts = super().__call__(x, context, cache)
+        hidden = norm("final_norm")(x)
+        return hidden, hidden if c.mtp_hidden == "after_norm" else x, cache, counts
+
+
+class PredictionStep(nn.Module):
+    """One module of multi-token prediction, as the body of a loop over them."""
+
+    module: Any
+
+    @nn.compact
+    def __call__(self, previous: Array, ahead: tuple[Any, ...], context: Context) -> tuple[Array, tuple[Any, ...]]:
+        embedded, segment_ids, caches = ahead
+        context = context.replace(segment_ids=segment_ids)  # a place without a token ahead counts as padding
+        hidden, previous, cache, counts = self.module(name=BLOCK)(previous, embedded, context, caches)
+        return previous, (hidden, cache, {BLOCK: counts})
+
+
 PRESETS = {
     "deepseek-v3": DeepSeekV3Config(
         max_position_embeddings=163840,
@@ -290,214 +512,3 @@ PRESETS = {
         topk_group=2,
     ),
 }
-
-
-class Ahead(struct.PyTreeNode):
-    """The results of the modules of multi-token prediction, stacked over the depths k = 1, ..., D."""
-
-    hidden: Float[Array, "depth B T D"]
-    """At place i of depth k, the hidden state that predicts token i + k + 1, after the module's norm."""
-    caches: Any = None
-    counts: Any = None
-
-
-class DeepSeek3(Llama3):
-    """Llama with other blocks, followed by the modules of multi-token prediction."""
-
-    config: DeepSeekV3Config  # type: ignore[assignment]  # Its fields are not Llama's, and its blocks read them.
-
-    def setup(self) -> None:
-        super().setup()
-        if self.config.num_nextn_predict_layers:
-            self.mtp = self.scanned(Depth, self.config.num_nextn_predict_layers)(self.prediction_module)
-
-    def layer_groups(self) -> tuple[LayerGroup, ...]:
-        c = self.config
-        return layers_in_groups(partial(DeepSeekBlock, c, self.dtype), c.num_hidden_layers, self.experts)
-
-    @nn.nowrap
-    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
-        c = self.config
-        rotation = c.rope.rotation(positions, c.qk_rope_head_dim, segment_ids)
-        return Context(positions, segment_ids, rotation)
-
-    @nn.nowrap
-    def head_widths(self, cache: LatentCache) -> tuple[int, int]:
-        return self.config.latent_sizes.key_width, self.config.v_head_dim
-
-    def __call__(
-        self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
-    ) -> Float[Array, "B T V"] | Float[Array, "B C"]:
-        if self.is_initializing() and self.config.num_nextn_predict_layers:  # `init` gives all modules their parameters
-            self.look_ahead(self.forward(tokens, positions, segment_ids), tokens, positions, segment_ids)
-        return super().__call__(tokens, positions, segment_ids)
-
-    # Multi-token prediction.
-
-    @property
-    def prediction_module(self) -> Callable[..., Any]:
-        """The constructor of a module."""
-        return partial(PredictionModule, self.config, self.dtype, experts=self.experts)
-
-    def look_ahead(
-        self,
-        output: Output,
-        tokens: Tokens,
-        positions: Tokens | None = None,
-        segment_ids: Tokens | None = None,
-        seen: Int[Array, "B depth T"] | None = None,
-        seen_segment_ids: Int[Array, "B depth T"] | None = None,
-        caches: Any = None,
-    ) -> Ahead:
-        """Run the modules on the `output` of `forward` for the same tokens (eq. 21 and 22).
-
-        Module k also sees the tokens k places further on, or those of `seen` if given; `seen_segment_ids` are then the
-        documents that these belong to, 0 where there is none.
-        """
-        tokens, segment_ids = jnp.asarray(tokens), None if segment_ids is None else jnp.asarray(segment_ids)
-        positions = default_positions(tokens, segment_ids) if positions is None else jnp.asarray(positions)
-        context = self.context(positions, segment_ids).replace(implementation=self.attention)
-        depths = range(1, self.config.num_nextn_predict_layers + 1)
-        if seen is None:
-            embedded = self.embed(tokens, positions)
-            embedded = jnp.stack([jnp.roll(embedded, -k, axis=1) for k in depths])  # [depth, B, T, D]
-            real = jnp.stack([has_token_ahead(tokens, segment_ids, k) for k in depths])  # [depth, B, T]
-            segments = jnp.where(real, jnp.int32(1) if segment_ids is None else segment_ids, 0)
-        else:
-            embedded = jnp.stack([self.embed(seen[:, k - 1], positions) for k in depths])
-            assert seen_segment_ids is not None
-            segments = seen_segment_ids.swapaxes(0, 1)
-        fed = output.hidden if self.config.mtp_hidden == "after_norm" else output.before_norm
-        _, (hidden, new_caches, counts) = self.mtp(fed, (embedded, segments, caches), context)
-        return Ahead(hidden, new_caches, counts)
-
-    def forward_and_ahead(
-        self,
-        tokens: Tokens,
-        positions: Tokens | None = None,
-        segment_ids: Tokens | None = None,
-        seen: Int[Array, "B depth T"] | None = None,
-        seen_segment_ids: Int[Array, "B depth T"] | None = None,
-    ) -> tuple[Output, Ahead]:
-        """(`forward`, `look_ahead`) in one pass; the counts of both are in the first."""
-        output = self.forward(tokens, positions, segment_ids)
-        ahead = self.look_ahead(output, tokens, positions, segment_ids, seen, seen_segment_ids)
-        return output.replace(counts={**output.counts, MTP: ahead.counts}), ahead
-
-    def mtp_logits(
-        self, tokens: Tokens, positions: Tokens | None = None, segment_ids: Tokens | None = None
-    ) -> tuple[Float[Array, "B _ V"], ...]:
-        """For each depth k from 1 on, logits [B, T - k, V] in float32: at place i those of token i + k + 1."""
-        _, ahead = self.forward_and_ahead(tokens, positions, segment_ids)
-        return tuple(self.unembed(hidden[:, :-k]) for k, hidden in enumerate(ahead.hidden, start=1))
-
-    @nn.nowrap
-    def all_layer_paths(self) -> tuple[tuple[tuple[str, str], int], ...]:
-        ahead = tuple(((MTP, BLOCK), depth) for depth in range(self.config.num_nextn_predict_layers))
-        return (*self.layer_paths(), *ahead)
-
-    @nn.nowrap
-    def create_ahead_caches(self, batch: int, length: int, dtype: Dtype) -> tuple[LatentCache, ...]:
-        """Empty caches, one for each module."""
-        module = self.prediction_module(parent=None)
-        return tuple(module.create_cache(batch, length, dtype) for _ in range(self.config.num_nextn_predict_layers))
-
-    @nn.nowrap
-    def decode_ahead(
-        self,
-        outside: dict[str, Any],
-        module: dict[str, Any],
-        fed: Float[Array, "B T D"],
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"],
-        cache: LatentCache,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], LatentCache]:
-        """One module, by its sliced variables: (hidden state to unembed, `fed` of the next module, cache).
-
-        `fed` is the hidden state at `positions`, from the model or the module before; `tokens` are k places further on.
-        """
-        context = self.context(positions, segment_ids).replace(implementation=self.attention)
-        seen = self.apply(outside, tokens, positions, method="embed")
-        hidden, fed, cache, _ = self.prediction_module(parent=None).apply(module, fed, seen, context, cache)
-        return hidden, fed, cache
-
-
-def has_token_ahead(
-    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, distance: int
-) -> Bool[Array, "B T"]:
-    """Whether the token `distance` places further on is in the row, and of the same document."""
-    length = tokens.shape[1]
-    inside = jnp.broadcast_to(jnp.arange(length) < length - distance, tokens.shape)
-    if segment_ids is None:
-        return inside
-    return inside & (segment_ids != 0) & (jnp.roll(segment_ids, -distance, axis=1) == segment_ids)
-
-
-class DeepSeekBlock(Llama3Block):
-    """Llama's block with multi-head latent attention."""
-
-    config: DeepSeekV3Config  # type: ignore[assignment]
-
-    @nn.nowrap
-    def attention_layer(self) -> nn.Module:
-        return latent_attention(self.config, self.dtype, name="attention")
-
-    @nn.nowrap
-    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> LatentCache:
-        return LatentCache.create(batch, length, self.config.latent_sizes.cached_width, dtype)
-
-
-def latent_attention(config: DeepSeekV3Config, dtype: Dtype | None = None, name: str | None = None) -> LatentAttention:
-    """The layer of multi-head latent attention that the config describes."""
-    return LatentAttention(
-        config.latent_sizes,
-        scale=config.score_scale,
-        interleaved=config.rope_interleave,
-        use_bias=config.attention_bias,
-        up_bias=config.attention_up_bias,
-        epsilon=LATENT_EPSILON,
-        kernel_init=nn.initializers.normal(config.initializer_range),
-        dropout_rate=config.attention_dropout,
-        dtype=dtype,
-        name=name,
-    )
-
-
-class PredictionModule(DeepSeekBlock):
-    """A block on the projected concatenation of two normalised vectors: the hidden state at i, and the embedding of
-    token i + k (eq. 21, 22).
-
-    DeepSeek's checkpoints have the embedding first; the paper writes it second.
-    """
-
-    @nn.compact
-    def __call__(  # type: ignore[override]  # It takes two inputs.
-        self,
-        fed: Float[Array, "B T D"],
-        seen: Float[Array, "B T D"],
-        context: Context,
-        cache: Cache | None = None,
-    ) -> tuple[Array, Array, Cache | None, dict[str, Any]]:
-        """(hidden state to unembed, `fed` of the next module, cache, counts)."""
-        c = self.config
-        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        normal = nn.initializers.normal(c.initializer_range)
-        both = jnp.concatenate([norm("embedding_norm")(seen), norm("hidden_norm")(fed)], axis=-1)
-        x = Linear(c.hidden_size, False, normal, self.dtype, name="projection")(both)
-        x, cache, counts = super().__call__(x, context, cache)
-        hidden = norm("final_norm")(x)
-        return hidden, hidden if c.mtp_hidden == "after_norm" else x, cache, counts
-
-
-class Depth(nn.Module):
-    """One module of multi-token prediction, as the body of a loop over them."""
-
-    module: Any
-
-    @nn.compact
-    def __call__(self, fed: Array, ahead: tuple[Any, ...], context: Context) -> tuple[Array, tuple[Any, ...]]:
-        seen, segment_ids, caches = ahead
-        context = context.replace(segment_ids=segment_ids)
-        hidden, fed, cache, counts = self.module(name=BLOCK)(fed, seen, context, caches)
-        return fed, (hidden, cache, {BLOCK: counts})

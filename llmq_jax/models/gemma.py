@@ -29,7 +29,7 @@ from llmq_jax.field_types import check_fields
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
 from llmq_jax.layers.caches import Cache
-from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
+from llmq_jax.layers.moe import Experts, experts_from
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import (
@@ -43,8 +43,9 @@ from llmq_jax.models.config import (
     set_layer_types,
     set_rope,
 )
-from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
+from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.layer_groups import LayerGroup, layers_in_groups
 from llmq_jax.models.llama3 import GroupedQueryAttention, Llama3Block
 
 FAST, SLOW = Rope(rope_theta=10_000.0), Rope(rope_theta=1_000_000.0)
@@ -61,6 +62,7 @@ class Gemma2Config:
     """Whether queries and keys are normalised."""
     attention_output_bias: ClassVar[bool | None] = None
     """As attention_bias."""
+    mlp_bias: ClassVar[bool] = False
 
     vocab_size: int = 256000
     max_position_embeddings: int = 8192
@@ -139,6 +141,11 @@ class Gemma2Config:
         set_labels(self)
 
     @property
+    def hidden_act(self) -> str:
+        """`hidden_activation`, by the name that Llama's block reads."""
+        return self.hidden_activation
+
+    @property
     def head_width(self) -> int:
         """`head_dim`, by the name that Llama's attention reads."""
         return self.head_dim
@@ -200,6 +207,62 @@ class Gemma3Config(Gemma2Config):
     def local_rope(self) -> Rope:
         assert isinstance(self.local_rope_parameters, Rope)
         return self.local_rope_parameters
+
+
+class Gemma(Decoder):
+    """Scaled token embeddings, blocks of two kinds, final norm, tied head. Gemma 2 or 3, by its config."""
+
+    config: Gemma2Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.set_embedding(c.hidden_size**0.5)
+        self.set_groups()
+        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        self.set_head()
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        c = self.config
+        block = partial(GemmaBlock, c, self.dtype)
+        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        c = self.config
+        rotation, local_rotation = (
+            rope.rotation(positions, c.head_dim, segment_ids) for rope in (c.rope, c.local_rope)
+        )
+        return Context(positions, segment_ids, rotation, local_rotation)
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        logits, cap = super().unembed(hidden), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+class GemmaBlock(Llama3Block):
+    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`. With a `window` it is a local layer."""
+
+    config: Gemma2Config  # type: ignore[assignment]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None, dict[str, Any]]:
+        c = self.config
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        if self.window is not None:
+            context = context.replace(rotation=context.local_rotation)
+        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
+        x = x + norm("post_attention_norm")(mixed)
+        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
+        return x + norm("post_mlp_norm")(update), cache, counts
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        """Llama's, with another scale and a softcap."""
+        c = self.config
+        scale, softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
+        return GroupedQueryAttention(c, self.dtype, self.window, scale, softcap, name="attention")
 
 
 LONG = {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0}
@@ -284,77 +347,3 @@ PRESETS = {
         query_pre_attn_scalar=64,
     ),
 }
-
-
-class Gemma(Decoder):
-    """Scaled token embeddings, blocks of two kinds, final norm, tied head. Gemma 2 or 3, by its config."""
-
-    config: Gemma2Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.set_embedding(c.hidden_size**0.5)
-        self.set_groups()
-        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        self.set_head()
-
-    def layer_groups(self) -> tuple[LayerGroup, ...]:
-        c = self.config
-        block = partial(GemmaBlock, c, self.dtype)
-        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
-
-    @nn.nowrap
-    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
-        c = self.config
-        rotation, local_rotation = (
-            rope.rotation(positions, c.head_dim, segment_ids) for rope in (c.rope, c.local_rope)
-        )
-        return Context(positions, segment_ids, rotation, local_rotation)
-
-    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        logits, cap = super().unembed(hidden), self.config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-class GemmaBlock(Llama3Block):
-    """`x + norm(attention(norm(x)))`, then `x + norm(mlp(norm(x)))`. With a `window` it is a local layer."""
-
-    config: Gemma2Config  # type: ignore[assignment]
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None, dict[str, Any]]:
-        c = self.config
-        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        if self.window is not None:
-            context = context.replace(rotation=context.local_rotation)
-        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
-        x = x + norm("post_attention_norm")(mixed)
-        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
-        return x + norm("post_mlp_norm")(update), cache, counts
-
-    @nn.nowrap
-    def attention_layer(self) -> nn.Module:
-        """Llama's, with another scale and a softcap."""
-        c = self.config
-        scale, softcap = c.query_pre_attn_scalar**-0.5, c.attn_logit_softcapping
-        return GroupedQueryAttention(c, self.dtype, self.window, scale, softcap, name="attention")
-
-    @nn.nowrap
-    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """GeGLU, or experts: (what is added to the residual stream, the block's counts)."""
-        c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        return mlp_or_experts(
-            x,
-            context,
-            self.experts,
-            intermediate_size=c.intermediate_size,
-            gated=True,
-            activation=c.hidden_activation,
-            use_bias=False,
-            kernel_init=normal,
-            down_init=normal,
-            dtype=self.dtype,
-        )

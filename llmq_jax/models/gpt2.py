@@ -31,8 +31,9 @@ from llmq_jax.layers.linear import Linear
 from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates
-from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
+from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.layer_groups import LayerGroup, layers_in_groups
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,6 @@ class GPT2Config:
         return self.initializer_range / math.sqrt(2 * self.num_hidden_layers)
 
 
-PRESETS = {
-    "gpt2-124m": GPT2Config(),
-    "gpt2-355m": GPT2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
-    "gpt2-774m": GPT2Config(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20),
-    "gpt2-1558m": GPT2Config(hidden_size=1600, num_hidden_layers=48, num_attention_heads=25),
-}
-
-
 class GPT2(Decoder):
     """Token and position embeddings, equal blocks, final norm, tied head."""
 
@@ -146,12 +139,16 @@ class GPT2Block(nn.Module):
         c = self.config
         deterministic = not self.has_rng("dropout")
         norm = partial(norm_layer, c.norm, c.layer_norm_epsilon, c.hidden_size, c.initializer_range)
-        attention = GPT2Attention(c, self.dtype, name="attention")
-        mixed, cache = attention(norm("attention_norm", before_attention=True)(x), context, cache)
+        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
         x = x + nn.Dropout(c.resid_pdrop)(mixed, deterministic=deterministic)
         update, counts = self.feed_forward(norm("mlp_norm")(x), context)
         x = x + nn.Dropout(c.resid_pdrop)(update, deterministic=deterministic)
         return x, cache, counts
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        """Called as `(x, context, cache) -> (what is added to the residual stream, cache)`."""
+        return GPT2Attention(self.config, self.dtype, name="attention")
 
     @nn.nowrap
     def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
@@ -201,3 +198,11 @@ class GPT2Attention(nn.Module):
         )
         out = Linear(c.hidden_size, kernel_init=residual, dtype=self.dtype, name="out")
         return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_dim)), cache
+
+
+PRESETS = {
+    "gpt2-124m": GPT2Config(),
+    "gpt2-355m": GPT2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+    "gpt2-774m": GPT2Config(hidden_size=1280, num_hidden_layers=36, num_attention_heads=20),
+    "gpt2-1558m": GPT2Config(hidden_size=1600, num_hidden_layers=48, num_attention_heads=25),
+}

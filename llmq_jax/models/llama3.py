@@ -30,8 +30,9 @@ from llmq_jax.layers.moe import Experts, experts_from, mlp_or_experts
 from llmq_jax.layers.norms import NORMS, norm_layer
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import require, require_at_least, require_one_of, require_positive, require_rates, set_rope
-from llmq_jax.models.decoder import Decoder, LayerGroup, layers_in_groups
+from llmq_jax.models.decoder import Decoder
 from llmq_jax.models.heads import Labels, set_labels
+from llmq_jax.models.layer_groups import LayerGroup, layers_in_groups
 
 DEFAULT_ROPE = Rope()
 
@@ -51,9 +52,11 @@ class Llama3Config:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
-    """Heads of keys and values, each shared by equally many query heads; None is one for each query head."""
+    """Heads of keys and values, each shared by equally many query heads; None is one for each query head. Code reads
+    `key_value_heads`, which is never None."""
     head_dim: int | None = None
-    """Width of a head; None is hidden_size / num_attention_heads."""
+    """Width of a head; None, also where it was given, is hidden_size / num_attention_heads. Code reads `head_width`,
+    which is never None."""
     intermediate_size: int = 11008
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
@@ -142,6 +145,130 @@ class Llama3Config:
         return (None,) * self.num_hidden_layers
 
 
+class Llama3(Decoder):
+    """Token embeddings, equal blocks, final norm, head."""
+
+    config: Llama3Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.set_embedding()
+        self.set_groups()
+        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        self.set_head()
+
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        c = self.config
+        block = partial(Llama3Block, c, self.dtype)
+        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
+
+    @nn.nowrap
+    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
+        rope = self.config.rope
+        return Context(positions, segment_ids, rope.rotation(positions, self.config.head_width, segment_ids))
+
+
+class Llama3Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    config: Llama3Config
+    dtype: Dtype | None = None
+    window: int | None = None
+    """Keys that a token sees, its own among them; None is all."""
+    experts: Experts | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None, dict[str, Any]]:
+        c = self.config
+        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
+        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
+        x = x + mixed
+        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
+        return x + update, cache, counts
+
+    @nn.nowrap
+    def attention_layer(self) -> nn.Module:
+        """Called as `(x, context, cache) -> (what is added to the residual stream, cache)`."""
+        return GroupedQueryAttention(self.config, self.dtype, self.window, name="attention")
+
+    @nn.nowrap
+    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """SwiGLU (GeGLU in Gemma), or experts: (what is added to the residual stream, the block's counts)."""
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        return mlp_or_experts(
+            x,
+            context,
+            self.experts,
+            intermediate_size=c.intermediate_size,
+            gated=True,
+            activation=c.hidden_act,
+            use_bias=c.mlp_bias,
+            kernel_init=normal,
+            down_init=normal,
+            dtype=self.dtype,
+        )
+
+    @nn.nowrap
+    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> Cache:
+        c = self.config
+        if self.window is None:
+            return FullCache.create(batch, length, c.key_value_heads, c.head_width, dtype)
+        return RingCache.create(batch, length, self.window, lookahead, c.key_value_heads, c.head_width, dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """RoPE on queries and keys; query head n reads the head n // (N / K) of keys and values."""
+
+    config: Any
+    """A Llama3Config, or another that has the same names."""
+    dtype: Dtype | None = None
+    window: int | None = None
+    scale: float | None = None
+    """What scores are multiplied by; None is 1 / sqrt(H)."""
+    softcap: float | None = None
+    """c: scores become c · tanh(scores / c); None leaves them as they are."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
+    ) -> tuple[Array, FullCache | RingCache | None]:
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+
+        def heads(count: int, name: str) -> Linear:
+            features = (count, c.head_width)
+            return Linear(features, c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
+
+        query, key, value = side_by_side(  # three products, or one where decoding has joined the kernels
+            x,
+            heads(c.num_attention_heads, "query"),
+            heads(c.key_value_heads, "key"),
+            heads(c.key_value_heads, "value"),
+        )
+        if c.normalises_queries:
+            norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_width, c.initializer_range)
+            query, key = norm("query_norm")(query), norm("key_norm")(key)
+        assert context.rotation is not None
+        mixed, cache = attention(
+            context.rotation.apply(query),
+            context.rotation.apply(key),
+            value,
+            context,
+            cache,
+            scale=c.head_width**-0.5 if self.scale is None else self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            dropout_rate=c.attention_dropout,
+            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
+        )
+        bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
+        out = Linear(c.hidden_size, bias, normal, self.dtype, name="out")
+        return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_width)), cache
+
+
 LLAMA_3_2_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -228,127 +355,3 @@ PRESETS = {
         tie_word_embeddings=True,
     ),
 }
-
-
-class Llama3(Decoder):
-    """Token embeddings, equal blocks, final norm, head."""
-
-    config: Llama3Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.set_embedding()
-        self.set_groups()
-        self.final_norm = norm_layer(c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        self.set_head()
-
-    def layer_groups(self) -> tuple[LayerGroup, ...]:
-        c = self.config
-        block = partial(Llama3Block, c, self.dtype)
-        return layers_in_groups(block, c.num_hidden_layers, self.experts, window=c.layer_windows)
-
-    @nn.nowrap
-    def context(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Context:
-        rope = self.config.rope
-        return Context(positions, segment_ids, rope.rotation(positions, self.config.head_width, segment_ids))
-
-
-class Llama3Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
-
-    config: Llama3Config
-    dtype: Dtype | None = None
-    window: int | None = None
-    """Keys that a token sees, its own among them; None is all."""
-    experts: Experts | None = None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None, dict[str, Any]]:
-        c = self.config
-        norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.hidden_size, c.initializer_range)
-        mixed, cache = self.attention_layer()(norm("attention_norm", before_attention=True)(x), context, cache)
-        x = x + mixed
-        update, counts = self.feed_forward(norm("mlp_norm")(x), context)
-        return x + update, cache, counts
-
-    @nn.nowrap
-    def attention_layer(self) -> nn.Module:
-        """Called as `(x, context, cache) -> (what is added to the residual stream, cache)`."""
-        return GroupedQueryAttention(self.config, self.dtype, self.window, name="attention")
-
-    @nn.nowrap
-    def feed_forward(self, x: Float[Array, "B T D"], context: Context) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """SwiGLU, or experts: (what is added to the residual stream, the block's counts)."""
-        c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-        return mlp_or_experts(
-            x,
-            context,
-            self.experts,
-            intermediate_size=c.intermediate_size,
-            gated=True,
-            activation=c.hidden_act,
-            use_bias=c.mlp_bias,
-            kernel_init=normal,
-            down_init=normal,
-            dtype=self.dtype,
-        )
-
-    @nn.nowrap
-    def create_cache(self, batch: int, length: int, dtype: Dtype, lookahead: int = 0) -> Cache:
-        c = self.config
-        if self.window is None:
-            return FullCache.create(batch, length, c.key_value_heads, c.head_width, dtype)
-        return RingCache.create(batch, length, self.window, lookahead, c.key_value_heads, c.head_width, dtype)
-
-
-class GroupedQueryAttention(nn.Module):
-    """RoPE on queries and keys; query head n reads the head n // (N / K) of keys and values."""
-
-    config: Any
-    """A Llama3Config, or another that has the same names."""
-    dtype: Dtype | None = None
-    window: int | None = None
-    scale: float | None = None
-    """What scores are multiplied by; None is 1 / sqrt(H)."""
-    softcap: float | None = None
-    """c: scores become c · tanh(scores / c); None leaves them as they are."""
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: FullCache | RingCache | None = None
-    ) -> tuple[Array, FullCache | RingCache | None]:
-        c = self.config
-        normal = nn.initializers.normal(c.initializer_range)
-
-        def heads(count: int, name: str) -> Linear:
-            features = (count, c.head_width)
-            return Linear(features, c.attention_bias, normal, self.dtype, name=name)  # [B, T, count, H]
-
-        query, key, value = side_by_side(
-            x,
-            heads(c.num_attention_heads, "query"),
-            heads(c.key_value_heads, "key"),
-            heads(c.key_value_heads, "value"),
-        )
-        if c.normalises_queries:
-            norm = partial(norm_layer, c.norm, c.rms_norm_eps, c.head_width, c.initializer_range)
-            query, key = norm("query_norm")(query), norm("key_norm")(key)
-        assert context.rotation is not None
-        mixed, cache = attention(
-            context.rotation.apply(query),
-            context.rotation.apply(key),
-            value,
-            context,
-            cache,
-            scale=c.head_width**-0.5 if self.scale is None else self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            dropout_rate=c.attention_dropout,
-            dropout_key=self.make_rng("dropout") if self.has_rng("dropout") else None,
-        )
-        bias = c.attention_bias if c.attention_output_bias is None else c.attention_output_bias
-        out = Linear(c.hidden_size, bias, normal, self.dtype, name="out")
-        return out(mixed.reshape(*x.shape[:2], c.num_attention_heads * c.head_width)), cache

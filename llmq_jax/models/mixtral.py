@@ -64,6 +64,12 @@ class MixtralConfig(MistralConfig):
         return Balance(load_balance=coefficient, pooled=True, divide_by_top_k=False) if coefficient else None
 
 
+class Mixtral(Llama3):
+    """Llama with experts."""
+
+    config: MixtralConfig
+
+
 PRESETS = {
     "mixtral-8x7b": MixtralConfig(max_position_embeddings=32768, router_aux_loss_coef=0.02),
     # To train from bytes, on a laptop.
@@ -78,9 +84,3 @@ PRESETS = {
         router_aux_loss_coef=0.01,
     ),
 }
-
-
-class Mixtral(Llama3):
-    """Llama with experts."""
-
-    config: MixtralConfig

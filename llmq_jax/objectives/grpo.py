@@ -157,7 +157,7 @@ def grpo_loss(
     ignored, even NaN. Gradients flow to `logprobs` and `entropies`. `loss_options` are the fields of `LossOptions`.
 
     `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
-    of micro-batches, except those called min and max, then add up to the batch's. Value and gradient are TRL's.
+    of micro-batches, except those called min and max, then add up to the batch's. Value and gradient equal TRL's.
 
     Metrics, named as TRL's: `kl` (if beta); `entropy` (if given); `clip_ratio/low_mean`, `.../high_mean` and
     `.../region_mean`, the fraction of the tokens (gspo: answers) that is clipped below, above or either way, and, of
@@ -245,8 +245,8 @@ def surrogate(ratio: Array, logprobs: Float[Array, "B C"], advantages: Array, op
         positive, negative = options.value("sapo_temperature_positive"), options.value("sapo_temperature_negative")
         temperature = jnp.where(advantages > 0, positive, negative)
         return 4 / temperature * jax.nn.sigmoid(temperature * (ratio - 1)) * advantages
-    # The minimum of the two, written as one bound for each sign of the advantage: only a ratio that moved too far in
-    # the direction of its advantage loses its gradient. So an infinite ratio is never multiplied by an advantage of 0.
+    # min(ρ A, clip(ρ) A), written as one bound for each sign of A: only a ratio that moved too far in the direction of
+    # its advantage loses its gradient. So an infinite ratio is never multiplied by an advantage of 0.
     lower, upper = options.bounds
     # Not jnp.clip, which halves the gradient at a bound; torch.clamp does not.
     from_above, from_below = jnp.where(ratio > upper, upper, ratio), jnp.where(ratio < lower, lower, ratio)
@@ -331,7 +331,7 @@ def _row_means(values: Array, mask: Float[Array, "B C"]) -> Float[Array, " B"]:
 
 
 def _share(mask: Float[Array, "B C"], weights: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
-    """A micro-batch's part of the batch."""
+    """The answers of a micro-batch, as a part of the batch's."""
     return safe_divide(jnp.asarray(float(len(mask))), weights["rows"])
 
 

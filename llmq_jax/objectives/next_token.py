@@ -3,6 +3,9 @@
 An objective is two pure functions. `weights` counts, from the masks of the whole global batch, what each named term is
 divided by; `loss` sums over a micro-batch and divides by these weights. The results of micro-batches and of devices
 then simply add: accumulation, padding and data parallelism cannot change the total.
+
+What training adds to the loss is added where `rng` is given, and the plain loss is then a metric by one of OWN_LOSSES
+(`training/metrics.py`). A metric that evaluation returns, where `rng` is None, has an entry in `weights`.
 """
 
 from dataclasses import dataclass

@@ -155,8 +155,14 @@ def pair_logprobs(
     model: Decoder, variables: dict[str, Any], batch: dict[str, Array]
 ) -> tuple[Float[Array, "B 2"], dict[str, Any]]:
     """(log p(answer | prompt) of both answers of each pair, counts of the pass): one pass for all of them."""
-    rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}
+    rows = rows_of_pairs(batch)
     logprobs, counts = logprobs_and_counts(
         model, variables, rows["tokens"], rows["response_mask"], lengths=rows["lengths"]
     )
     return logprobs.sum(axis=-1).reshape(-1, 2), counts
+
+
+def rows_of_pairs(batch: dict[str, Any]) -> dict[str, Any]:
+    """The answers of a batch of B pairs as rows, those of a pair one after the other: `tokens` [2 B, T], `lengths`
+    [2 B], `response_mask` [2 B, T]."""
+    return {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("tokens", "lengths", "response_mask")}

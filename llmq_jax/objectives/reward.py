@@ -25,6 +25,7 @@ from llmq_jax.models.decoder import Decoder, segments_of
 from llmq_jax.models.heads import last_hidden, shown
 from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.means import safe_divide
+from llmq_jax.objectives.preference import rows_of_pairs
 
 POOLINGS = ("last", "mean")
 
@@ -63,17 +64,9 @@ class RewardModel:
         balance losses of experts are added.
         """
         mask = batch["mask"].astype(jnp.float32)
-        pairs, _, width = batch["tokens"].shape
-        rewards, counts = model_rewards(
-            self.model,
-            variables,
-            batch["tokens"].reshape(2 * pairs, width),
-            batch["lengths"].reshape(2 * pairs),
-            batch["response_mask"].reshape(2 * pairs, width),
-            self.pooling,
-            rngs=None if rng is None else {"dropout": rng},
-        )
-        rewards = rewards.reshape(pairs, 2)
+        rngs = None if rng is None else {"dropout": rng}
+        rewards, counts = model_rewards(self.model, variables, **rows_of_pairs(batch), pooling=self.pooling, rngs=rngs)
+        rewards = rewards.reshape(-1, 2)
         chosen, rejected = rewards[:, 0], rewards[:, 1]
         losses = bradley_terry_loss(chosen, rejected, margin=batch.get("margins"), center=self.center)
         loss = safe_divide((mask * losses).sum(), weights["loss"])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from llmq_jax.errors import warn
 from llmq_jax.training.metrics import one_line
 from llmq_jax.training.plots import INK, blank_figure, fonts_with, save_figure
 
@@ -149,7 +150,7 @@ def plot_confusion(report: ClassificationReport, path: str | Path) -> Path:
     # A dollar in a label must not begin a formula.
     families, lacking = fonts_with("".join(report.labels))
     if lacking:
-        warnings.warn(f"no font here has {lacking}: boxes stand for them in {path}", stacklevel=2)
+        warn(f"no font here has {lacking}: boxes stand for them in {path}")
     style = {"parse_math": False, "family": families}
     axes.set_xticks(places, report.labels, rotation=30 if len(report.labels) > 3 else 0, **style)
     axes.set_yticks(places, report.labels, **style)

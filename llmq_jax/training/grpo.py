@@ -57,14 +57,14 @@ REPLACEMENTS = 1
 epoch s: zeros at the end do not count."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingCost:
     """What it took to get a step's answers."""
 
-    seconds: float
-    tokens: int
+    seconds: float = 0.0
+    tokens: int = 0
     """Tokens of all rows that were sampled, prompts and replaced rows included."""
-    silent: float
+    silent: float = 0.0
     """The fraction of the first round's groups whose advantages are all 0."""
 
 
@@ -100,7 +100,7 @@ class Loop:
     reward_learner: RewardLearner | None = None
     """Trains the reward model further (line 12)."""
     say: Callable[[str], None] = print
-    has_told: bool = field(default=False, init=False)
+    has_warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -127,8 +127,8 @@ class Loop:
             last = (number + 1) % self.steps_per_iteration == 0
             state, figures = self.reward_learner.step(state, rollout, number % self.steps_per_iteration, last)
             metrics |= {**figures, "reward_model_seconds": np.float32(time.monotonic() - learned)}
-        self.tell(scores, rows["completion_mask"])
-        metrics |= self.figures(cost, rollout, scores)
+        self.warn_once(scores, rows["completion_mask"])
+        metrics |= self.answer_metrics(cost, rollout, scores)
         metrics |= {"rollout_seconds": np.float32(cost.seconds)}
         metrics |= {"scoring_seconds": np.float32(scored - begin - cost.seconds)}
         metrics |= {"update_seconds": np.float32(learned - scored)}
@@ -151,43 +151,62 @@ class Loop:
 
     def answered(self, state: TrainState, batch: dict[str, Any]) -> tuple[Rollout, Scores, SamplingCost]:
         """(answers of the current policy, their rewards, what sampling them took)."""
-        number, count = int(batch["step"]), len(batch["prompts"])
+        step, prompts = int(batch["step"]), [int(index) for index in batch["prompts"]]
+        cost = SamplingCost()
         begin = time.monotonic()
         policy = self.policy(state.variables)
-        seconds, drawn = time.monotonic() - begin, 0
-        places, seen = list(batch["prompts"]), set()  # indices of the prompts to ask next, and of those asked already
-        kept: list[tuple[Rollout, Scores]] = []
-        needed, spare = count, None  # number of groups still to find; the last round with groups that teach nothing
-        for attempt in range(ROUNDS if self.dynamic_sampling else 1):
-            begin = time.monotonic()
-            seeds = step_seeds(self.seed, number, count * self.group_size, attempt)
-            rollout = self.sample(policy, [self.prompts[place] for place in places], seeds)
-            seconds, drawn = seconds + time.monotonic() - begin, drawn + int(rollout.lengths.sum())
-            scores = self.scored(state, rollout)
-            teaches = self.teaches(scores)
-            if attempt == 0:
-                silent = float(1 - teaches.mean())
-            if not self.dynamic_sampling or (attempt == 0 and teaches.all()):
-                return rollout, scores, SamplingCost(seconds, drawn, silent)
-            useful = np.flatnonzero(teaches).tolist()[:needed]
-            kept += [_part(rollout, scores, useful)] if useful else []
-            needed -= len(useful)
-            idle = np.flatnonzero(~teaches).tolist()
-            spare = (rollout, scores, idle) if idle else spare
-            seen |= set(places)
-            if not needed:
-                break
-            places = self.other_prompts(number, attempt, count, seen)
-        if needed:  # too few were found: groups that teach nothing fill the batch up to its shape
-            assert spare is not None
-            rollout, scores, idle = spare
-            kept.append(_part(rollout, scores, [idle[index % len(idle)] for index in range(needed)]))
-        return *_joined(kept), SamplingCost(seconds, drawn, silent)
+        cost.seconds += time.monotonic() - begin
 
-    def other_prompts(self, step: int, attempt: int, count: int, seen: set[int]) -> list[int]:
+        def ask(prompts: list[int], attempt: int) -> tuple[Rollout, Scores]:
+            begin = time.monotonic()
+            seeds = step_seeds(self.seed, step, len(prompts) * self.group_size, attempt)
+            rollout = self.sample(policy, [self.prompts[index] for index in prompts], seeds)
+            cost.seconds += time.monotonic() - begin
+            cost.tokens += int(rollout.lengths.sum())
+            return rollout, self.scored(state, rollout)
+
+        rollout, scores = ask(prompts, 0)
+        teaches = self.teaches(scores)
+        cost.silent = float(1 - teaches.mean())
+        if self.dynamic_sampling and not teaches.all():
+            rollout, scores = self.with_replacements(ask, step, prompts, (rollout, scores))
+        return rollout, scores, cost
+
+    def with_replacements(
+        self,
+        ask: Callable[[list[int], int], tuple[Rollout, Scores]],
+        step: int,
+        prompts: list[int],
+        first: tuple[Rollout, Scores],
+    ) -> tuple[Rollout, Scores]:
+        """As many groups as there are prompts, all of which teach: those of the first round, (answers, rewards), that
+        do, and others to other prompts. If too few are found in all rounds, groups that teach nothing fill the batch
+        up to its shape."""
+        (rollout, scores), count = first, len(prompts)
+        kept, missing, asked = [], count, set(prompts)
+        for attempt in range(ROUNDS):
+            if attempt:
+                prompts = self.other_prompts(step, attempt - 1, count, asked)
+                asked |= set(prompts)
+                rollout, scores = ask(prompts, attempt)
+            teaches = self.teaches(scores)
+            useful, silent = np.flatnonzero(teaches)[:missing].tolist(), np.flatnonzero(~teaches).tolist()
+            if useful:
+                kept.append(_part(rollout, scores, useful))
+                missing -= len(useful)
+            if silent:
+                filling = rollout, scores, silent
+            if not missing:
+                break
+        if missing:
+            rollout, scores, silent = filling
+            kept.append(_part(rollout, scores, [silent[index % len(silent)] for index in range(missing)]))
+        return _joined(kept)
+
+    def other_prompts(self, step: int, attempt: int, count: int, asked: set[int]) -> list[int]:
         """Indices of prompts that this step has not asked yet, followed, if these are too few, by some that it has."""
         order = seeded_order(len(self.prompts), [self.seed, step, attempt, REPLACEMENTS]).tolist()
-        order = [place for place in order if place not in seen] + [place for place in order if place in seen]
+        order = [index for index in order if index not in asked] + [index for index in order if index in asked]
         return [order[index % len(order)] for index in range(count)]
 
     def sample(self, policy: Any, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Rollout:
@@ -261,7 +280,7 @@ class Loop:
         )
         return np.asarray(logprobs)
 
-    def tell(self, scores: Scores, mask: np.ndarray) -> None:
+    def warn_once(self, scores: Scores, mask: np.ndarray) -> None:
         """Report the first step that teaches nothing, and why; the metric `frac_reward_zero_std` shows later ones."""
         why = None
         if not self.teaches(scores).any():
@@ -274,11 +293,11 @@ class Loop:
                 "every answer was cut and is masked: such a step teaches nothing; allow more new tokens, or do without "
                 "the mask"
             )
-        if why is not None and not self.has_told:
+        if why is not None and not self.has_warned:
             self.say(why)
-            self.has_told = True
+            self.has_warned = True
 
-    def figures(self, cost: SamplingCost, rollout: Rollout, scores: Scores) -> dict[str, Any]:
+    def answer_metrics(self, cost: SamplingCost, rollout: Rollout, scores: Scores) -> dict[str, Any]:
         """The metrics of a step's answers, by TRL's names."""
         lengths, terminated = rollout.answer_lengths, rollout.terminated
         ended = lengths[terminated] if terminated.any() else np.zeros(1)

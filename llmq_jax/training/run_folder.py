@@ -9,7 +9,6 @@
 A folder that is not empty and not of this run is refused before anything is written into it, the lock included.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -23,7 +22,7 @@ from typing import Any
 
 import jax
 
-from llmq_jax.atomic_files import json_bytes, write_json_atomically
+from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
 from llmq_jax.training.processes import first, same, share, together
@@ -161,19 +160,12 @@ class RunFolder:
         return True
 
     def _take_lock(self, owner: str) -> None:
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_file(self.path / LOCK)
         except BlockingIOError:
-            other = os.read(self._lock, 32).decode(errors="replace").partition("\n")[0] or "unknown"
-            self.close()
+            other = (self.path / LOCK).read_text(errors="replace").partition("\n")[0] or "unknown"
             raise BadInput(
                 f"another process (id {other}) is training in {self.path}; wait for it, or name another folder"
-            ) from None
-        except OSError as error:
-            self.close()
-            raise BadInput(
-                f"{self.path}: its file system cannot lock files ({error.strerror}); name a folder on another one"
             ) from None
         os.ftruncate(self._lock, 0)
         os.write(self._lock, owner.encode())

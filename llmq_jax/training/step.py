@@ -1,4 +1,4 @@
-"""The one training step that all objectives share: gradients, accumulation, clipping, update."""
+"""The one training step that all objectives share: gradients, accumulation, update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,8 +65,8 @@ def make_train_step(
     """`train_step(state, batch) -> (state, metrics)`, compiled; the state given to it is consumed (donated).
 
     `accumulate` cuts the batch into that many micro-batches whose gradients add up: the same loss and gradients in
-    less memory. Metrics are on the device: `loss`, `grad_norm` (before clipping), the objective's own, and the load of
-    experts, against which the collection "router" moves.
+    less memory. Metrics are on the device: `loss`, `grad_norm` (before the optimizer clips), the objective's own, and
+    the load of experts, against which the collection "router" moves.
 
     `pmap`: the same step by `jax.pmap`, where no mesh is set: every device has all of the state and its part of the
     rows. Terms of a whole batch (the balance losses of experts) are then computed on each part and averaged, as with

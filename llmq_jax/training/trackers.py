@@ -80,7 +80,7 @@ class WeightsAndBiases:
 def require_wandb() -> None:
     """BadInput where W&B is asked for and not installed."""
     if importlib.util.find_spec("wandb") is None:
-        raise BadInput("wandb is not installed; pip install 'llmq_jax[wandb]', or leave the wandb option out")
+        raise BadInput("wandb is not installed; pip install -e '.[wandb]', or leave the wandb option out")
 
 
 def _tag(name: str) -> str:

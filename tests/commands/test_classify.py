@@ -95,6 +95,19 @@ def test_kinds_of_files(llmq, classifier, folder, kind, tmp_path):
         assert json.loads(line) == {**record, **said}
 
 
+def test_a_folder_s_records_come_out_again(llmq, folder, tmp_path, monkeypatch):
+    """Those of its files of records with all fields, its text files as one text each; faults name file and row."""
+    (data := tmp_path / "data").mkdir()
+    (data / "a.jsonl").write_text('{"id": 1, "text": "x"}\n"y"\n')
+    (data / "b.csv").write_text("id,text\n7,z\n")
+    (data / "c.txt").write_text("w")
+    code, out, _ = llmq("classify", folder, "--data", data, "--json")
+    found = [{name: row[name] for name in row if name in ("id", "text")} for row in map(json.loads, out.splitlines())]
+    assert (code, found) == (0, [{"id": 1, "text": "x"}, {"text": "y"}, {"id": "7", "text": "z"}, {"text": "w"}])
+    (data / "b.csv").write_text("id,text\n7,z\n8, \n")
+    assert f"{data / 'b.csv'}: line 3: field 'text' holds no text" in llmq("classify", folder, "--data", data)[2]
+
+
 @pytest.fixture
 def stopped(llmq, folder, tmp_path, monkeypatch, stopped_at):
     """(the command, what it writes without a stop, the file with the two lines of five that it came to)."""
@@ -158,7 +171,7 @@ def test_what_json_has_no_form_for_goes_on(llmq, folder, tmp_path, monkeypatch, 
 BAD_FILES = [
     ("a.jsonl", '{"text": "x"}\n{"text": " "}', [], "a.jsonl: line 2: field 'text' holds no text"),
     ("a.jsonl", '{"text": "x", "label": "ham"}', [], "line 1 has a field 'label' already, which the result would"),
-    ("a.jsonl", '{"text": "x", "id": "\\ud800"}', [], "line 1 holds half a surrogate pair"),
+    ("a.jsonl", '{"text": "x", "id": "\\ud800"}', [], "line 1: half a surrogate pair at character"),
     ("a.csv", "id,body\n1,x\n", [], "the header has no field 'text' (fields found: id, body): choose one with --text-"),
     ("a.csv", "id,text\n1,x\n", ["--columns", "id,text"], "line 1 is a header; leave out --columns"),
     (
@@ -167,7 +180,7 @@ BAD_FILES = [
         ["--columns", "id,text"],
         "--columns has no effect on a.jsonl, which is no .csv or .ts",
     ),
-    ("a.txt", " ", [], "a.txt holds no text"),
+    ("a.txt", " ", [], "a.txt: field 'text' holds no text"),
 ]
 
 

@@ -27,7 +27,6 @@ COMMANDS = [
     "train.demo",
     "convert.from_hf",
     "convert.to_hf",
-    "convert.openai_gpt2",
     "convert.parity",
 ]
 

@@ -14,7 +14,7 @@ def completed(script, folder, *words):
     ask = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _llmq; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, cwd=folder)
     assert (done.returncode, done.stderr) in ((0, ""), (1, ""))
-    return done.stdout.split()
+    return [line for line in done.stdout.splitlines() if line]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
@@ -28,6 +28,9 @@ def test_verbs_options_and_files(llmq, tmp_path):
     assert "--help" in completed(script, tmp_path, "llmq", "env", "-")
     assert completed(script, tmp_path, "llmq", "generate", "mo") == ["model.gguf"]
     assert completed(script, tmp_path, "llmq", "generate", "--model") == []
+    (tmp_path / "my model [1].gguf").touch()
+    (tmp_path / "my m*").touch()
+    assert sorted(completed(script, tmp_path, "llmq", "generate", "my")) == ["my m*", "my model [1].gguf"]
 
 
 def test_zsh_takes_the_same(llmq):

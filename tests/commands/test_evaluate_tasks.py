@@ -57,6 +57,17 @@ def test_json_and_chat(llmq, chat_folder, task_folder):
     assert asked == "<|user|>what is warm?<|end|><|assistant|>"
 
 
+def test_results_are_printed_where_they_cannot_be_written(llmq, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("llmq_jax.commands.evaluate.results_of_tasks", lambda options: {"results": {"a": 1}})
+    monkeypatch.setattr("llmq_jax.atomic_files.write_atomically", full)
+    out = tmp_path / "results.json"
+    ended = llmq("evaluate", "model", "--tasks", "a", "--json", "--out", out)
+    assert ended == (2, '{"a": 1}\n', f"error: No space left on device: {out}\n")
+
+
 TASK = ["--tasks", "local_choice", "--include-path", "TASKS"]
 BAD = {
     "neither": (["MODEL"], "give a text, as llmq evaluate MODEL FILE, or tasks"),
@@ -91,7 +102,7 @@ def test_without_the_harness(llmq, model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "llmq_jax.interop.evaluation_harness")
     code, out, err = llmq("evaluate", model_folder, "--tasks", "hellaswag")
-    assert (code, out) == (2, "") and err.count("\n") == 1 and "pip install 'llmq_jax[eval]'" in err
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "pip install -e '.[eval]'" in err
 
 
 def test_tasks_of_one_s_own_need_no_others(task_folder, monkeypatch):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import jax
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.atomic_files import lock_file
 from llmq_jax.commands.drawing import DrawingOptions
 from llmq_jax.generation.sampling import DEFAULT
 from tests.byte_fallback import one_word_model
@@ -21,7 +23,7 @@ SAMPLER = lq.Sampler(temperature=0.8, top_p=0.95)  # the default
 @pytest.fixture
 def piped(monkeypatch):
     """`piped(text)` makes it standard input."""
-    return lambda text: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    return lambda text: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
 
 
 def test_greedy_text_is_that_of_the_library(llmq, model_folder, tiny_model):
@@ -52,6 +54,19 @@ def test_without_a_length_it_fills_the_context(llmq, model_folder, tiny_model):
     assert (code, out) == (0, "x" * 30 + expected + TAIL)
 
 
+def test_without_a_length_it_fills_the_draft_s_context(llmq, model_folder, tiny_model, tmp_path):
+    config = dataclasses.replace(tiny_model.config, max_position_embeddings=16)
+    lq.save_hf(tiny_model.replace(config=config, variables=lq.init(config)), tmp_path / "draft")
+    command = ["generate", model_folder, "--prompt-file", tmp_path / "prompts.jsonl", "--draft", tmp_path / "draft"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n')
+    code, out, err = llmq(*command)
+    assert (code, json.loads(out)["tokens"], err) == (0, 14, "")
+    code, _, err = llmq(*command, "--max-new-tokens", 15)
+    assert (
+        code == 2 and "line 1: the prompt has 2 tokens, which with --max-new-tokens 15 exceed the draft's cont" in err
+    )
+
+
 def test_a_stop_text_may_be_a_line_break(model_folder):
     r"""Which a shell leaves as the two characters of \n: they stand in no text, and nothing would stop."""
     _, drawing = DrawingOptions(model=str(model_folder), stop=(r"\n\n", r"a\tb", r"\\nabla", "e")).load()
@@ -64,7 +79,10 @@ def test_prompt_from_standard_input(llmq, model_folder, piped):
     assert llmq("generate", model_folder, "--prompt", "-", "--max-new-tokens", 4) == given
 
 
-@pytest.mark.parametrize(("content", "prompt"), [("ö", "ö"), ("a\nö\n", "a\nö"), ("ö\n\n", "ö\n"), ("ö\r\n", "ö")])
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [("ö", "ö"), ("a\nö\n", "a\nö"), ("ö\n\n", "ö\n"), ("ö\r\n", "ö"), ("\ufeffa\r\nö\r\n", "a\r\nö")],
+)
 def test_prompt_from_a_file(llmq, model_folder, tmp_path, piped, content, prompt):
     """Whatever its name ends in; but for the last, its line breaks are part of the prompt."""
     given = llmq("generate", model_folder, "--prompt", prompt, "--max-new-tokens", 4)
@@ -84,7 +102,7 @@ def test_standard_input_must_be_utf8_in_any_locale(chat_folder, arguments):
     command = [*program, verb, str(chat_folder), *options]
     ended = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, env=environment)
     assert (ended.returncode, ended.stdout) == (2, b"")
-    assert ended.stderr.startswith(b"error: standard input is not UTF-8 (") and ended.stderr.count(b"\n") == 1
+    assert re.match(rb"error: standard input.* is not UTF-8.*: convert it to UTF-8\n\Z", ended.stderr)
 
 
 def test_chat_asks_for_the_reply(llmq, chat_folder, chat_model):
@@ -219,7 +237,7 @@ def test_the_space_before_the_first_new_word(llmq, tmp_path):
 
 def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, piped):
     expected = llmq("generate", chat_folder, "--prompt-file", prompt_file, "--max-new-tokens", 8)
-    piped(prompt_file.read_text())
+    piped("\ufeff" + prompt_file.read_text().replace("\n", "\r\n"))
     assert llmq("generate", chat_folder, "--prompt-file", "-", "--jsonl", "--max-new-tokens", 8) == expected
     other = prompt_file.rename(tmp_path / "prompts.txt")
     assert llmq("generate", chat_folder, "--prompt-file", other, "--jsonl", "--max-new-tokens", 8) == expected
@@ -279,6 +297,15 @@ def test_the_same_command_goes_on_where_it_was_stopped(stopped, stopped_at, llmq
     assert llmq(*command)[:2] == (0, "")
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == expected
     assert not partial.exists()
+
+
+def test_two_processes_do_not_write_the_same_lines(stopped, llmq):
+    command, _, partial = stopped
+    before, lock = partial.read_bytes(), lock_file(partial)
+    code, _, err = llmq(*command)
+    os.close(lock)
+    assert (code, partial.read_bytes()) == (2, before)
+    assert err == f"error: another process is writing {partial}; wait for it, or name another file by --out\n"
 
 
 @pytest.mark.parametrize(
@@ -371,7 +398,7 @@ BAD_FILES = {
     "both": ('{"prompt": "a", "messages": []}', [], 'line 1 has both "prompt" and "messages"; keep one of them'),
     "no text": ('{"prompt": ["a"]}', [], 'line 1 has a "prompt" that is not a string'),
     "field in the way": ('{"prompt": "a", "tokens": 1}', [], 'line 1 has a field "tokens" already'),
-    "no Unicode": ('{"prompt": "a", "id": "\\ud800"}', [], "line 1 holds half a surrogate pair"),
+    "no Unicode": ('{"prompt": "a", "id": "\\ud800"}', [], "line 1: half a surrogate pair at character"),
     "too long": (GOOD + f'{{"prompt": "{"x" * 99}"}}', [], "FILE: line 2: the prompt has 99 tokens, which leave no"),
     "no room": (GOOD + f'{{"prompt": "{"x" * 90}"}}', ["--max-new-tokens", "8"], "FILE: line 2: the prompt has 90"),
     "no messages": (GOOD + '{"messages": []}', [], "FILE: line 2: messages are empty"),
@@ -380,10 +407,20 @@ BAD_FILES = {
         [],
         "FILE: line 1: the chat template refused these messages: no cooks",
     ),
+    "answered messages": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+        [],
+        "FILE: line 1: the conversation ends with a message of the assistant: end it with what is to be answered",
+    ),
     "lost system": (
         GOOD + '{"prompt": "a", "system": "b"}',
         ["--chat"],
         "FILE: line 2 has 'system', which is not read: write it into the text, or remove it",
+    ),
+    "lost tools": (
+        '{"prompt": "a", "tools": [{"name": "clock"}]}',
+        [],
+        "FILE: line 1 has 'tools', which is not read without --chat: write it into the text, or remove it",
     ),
     "idle chat": ('{"messages": [{"role": "user", "content": "a"}]}', ["--chat"], "--chat has no effect on FILE"),
     "batch size": (GOOD, ["--batch-size", "0"], "--batch-size 0 must be at least 1"),

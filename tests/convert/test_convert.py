@@ -1,4 +1,4 @@
-"""python -m convert.from_hf, convert.to_hf and convert.openai_gpt2, as a user runs them."""
+"""python -m convert.from_hf and convert.to_hf, as a user runs them."""
 
 import os
 import shutil
@@ -70,8 +70,17 @@ def test_bad_input_is_one_line(source, tmp_path):
     )
 
 
+@pytest.mark.parametrize("words", ["from_hf", "to_hf", "to_hf --adapter", "to_hf --overwrite"])
+def test_a_target_in_the_way_is_told_before_the_model_is_read(words, program, tmp_path):
+    (taken := tmp_path / "taken").mkdir()
+    (taken / "notes.txt").touch()
+    name, *options = words.split()
+    code, out, err = program(f"convert.{name}", tmp_path / "nowhere", taken, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"error: {taken}: ")
+
+
 def test_openai_s_gpt2(tmp_path):
-    done = convert("openai_gpt2", OPENAI, tmp_path / "hf")
+    done = convert("to_hf", OPENAI, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     assert f"llmq generate {tmp_path / 'hf'}" in done.stdout
     lm = load(tmp_path / "hf")
@@ -86,25 +95,21 @@ def test_openai_s_gpt2(tmp_path):
     assert theirs.generation_config.eos_token_id == 261
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("! the")["input_ids"] == [0, 258]
 
-    done = convert("openai_gpt2", OPENAI, tmp_path / "hf")
-    assert done.returncode == 2 and f"{tmp_path / 'hf'}: is not empty" in done.stderr
-    assert convert("openai_gpt2", OPENAI, tmp_path / "hf", "--overwrite", "--dtype", "bfloat16").returncode == 0
+    assert convert("to_hf", OPENAI, tmp_path / "hf", "--overwrite", "--dtype", "bfloat16").returncode == 0
     assert load(tmp_path / "hf").params["final_norm"]["bias"].dtype == "bfloat16"
 
 
-def test_openai_s_gpt2_that_is_damaged(source, tmp_path):
+def test_openai_s_gpt2_that_is_damaged(tmp_path):
     folder = Path(shutil.copytree(OPENAI, tmp_path / "124M"))
     (folder / "vocab.bpe").unlink()
-    done = convert("openai_gpt2", folder, tmp_path / "bare")
+    done = convert("to_hf", folder, tmp_path / "bare")
     assert done.returncode == 0 and "without a tokenizer" in done.stdout
     file = folder / "model.ckpt.data-00000-of-00001"
     os.truncate(file, 1000)
-    done = convert("openai_gpt2", folder, tmp_path / "hf")
+    done = convert("to_hf", folder, tmp_path / "hf")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {file}: is truncated: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "hf").exists()
-    done = convert("openai_gpt2", source, tmp_path / "hf")
-    assert done.stderr.startswith(f"error: {source}: is no folder of OpenAI's") and done.stderr.count("\n") == 1
 
 
 @pytest.fixture

@@ -407,7 +407,7 @@ def test_bad_folders(folder, tmp_path):
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_the_extra_is_named_where_it_is_not_installed(folder, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BadInput, match=rf"{name} is not installed: pip install 'llmq_jax\[test\]'"):
+    with pytest.raises(BadInput, match=rf"{name} is not installed: pip install -e '\.\[test\]'"):
         parity.main(parity.Options(str(folder)))
 
 

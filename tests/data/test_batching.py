@@ -13,11 +13,11 @@ from llmq_jax.errors import BadInput
 
 
 def test_pad():
-    tokens, lengths = pad([[1, 2, 3], [], [4]], pad_id=9)
-    assert tokens.tolist() == [[1, 2, 3], [9, 9, 9], [4, 9, 9]]
+    tokens, lengths = pad([[1, 2, 3], [], np.array([4])])
+    assert tokens.tolist() == [[1, 2, 3], [0, 0, 0], [4, 0, 0]]
     assert lengths.tolist() == [3, 0, 1]
     assert tokens.dtype == lengths.dtype == np.int32
-    assert pad([[1, 2], np.array([3])], length=4, side="left")[0].tolist() == [[0, 0, 1, 2], [0, 0, 0, 3]]
+    assert pad([[1, 2]], length=4)[0].tolist() == [[1, 2, 0, 0]]
     assert pad([])[0].shape == (0, 0)
 
 
@@ -26,8 +26,6 @@ def test_bad_padding_and_packing():
         pad([[1], [1, 2, 3]], length=2)
     with pytest.raises(BadInput, match="sequence 2 has 9 tokens and a row holds 8"):
         pack([1, 8, 9, 10], 8)
-    with pytest.raises(BadInput, match='"left" or "right", not'):
-        pad([[1]], side="both")
     with pytest.raises(BadInput, match="row 1 of the plan is longer"):
         packed_rows([[1, 2], [3, 4]], [[0], [0, 1]], 3)
 
@@ -35,17 +33,17 @@ def test_bad_padding_and_packing():
 @given(st.lists(st.integers(0, 20), max_size=60))
 def test_packing_loses_nothing(lengths):
     capacity = 20
-    sequences = [[100 * index + place for place in range(length)] for index, length in enumerate(lengths)]
+    sequences = [[1 + 100 * index + place for place in range(length)] for index, length in enumerate(lengths)]
     plan = pack(lengths, capacity)
     assert sorted(index for row in plan for index in row) == list(range(len(lengths)))
-    batch = packed_rows(sequences, plan, capacity, pad_id=-1)
+    batch = packed_rows(sequences, plan, capacity)
     for row, indices in enumerate(plan):
         for segment, index in enumerate(indices, start=1):
             here = batch["segment_ids"][row] == segment
             assert batch["tokens"][row][here].tolist() == sequences[index]
             assert batch["positions"][row][here].tolist() == list(range(lengths[index]))
         padding = batch["segment_ids"][row] == 0
-        assert (batch["tokens"][row][padding] == -1).all()
+        assert (batch["tokens"][row][padding] == 0).all()
         assert (~padding).sum() == sum(lengths[index] for index in indices) <= capacity
 
 

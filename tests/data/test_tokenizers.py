@@ -241,7 +241,7 @@ def test_encode_documents(monkeypatch, saved, metaspace_folder, which):
     monkeypatch.setattr(tokenizers_module, "BLOCK_CHARACTERS", 64)  # cuts documents into pieces of 4 characters
     name = metaspace_folder if which == "metaspace" else saved / which[6:] if which.startswith("saved") else which
     tokenizer = load_tokenizer(name)
-    documents = [*TEXTS, "one\ntwo\n\nthree \n four\n\tfive\r\nsix\n" * 9, "x\n" * 50]
+    documents = [*TEXTS, "one\ntwo\n\nthree \n four\n\tfive\r\nsix!\r\n\n" * 9, "x\n" * 50]
     tokens = encode_documents(tokenizer, (document for document in documents))
     start, end = tokenizer.beginning, tokenizer.end_of_text
     expected = [i for document in documents for i in [*start, *tokenizer.encode(document), end]]
@@ -264,7 +264,7 @@ def test_cores_share_a_long_document(monkeypatch):
     monkeypatch.setattr(tokenizers_module.tiktoken, "Encoding", Recording)
     tokenizer = load_tokenizer("gpt2")
     (ids,) = tokenizer.encode_arrays(["one\ntwo\nthree\n"])
-    assert sorted(read) == ["one\ntwo\n", "three\n"]
+    assert sorted(read) == ["\n", "\nthree", "one\ntwo"]
     assert ids.dtype == np.uint16 and ids.tolist() == tokenizer.encode("one\ntwo\nthree\n")
 
 

@@ -29,8 +29,7 @@ from llmq_jax.data.prompts import read_prompts
 from llmq_jax.data.sources import read_documents
 from llmq_jax.data.token_files import read_tokens, write_tokens
 from llmq_jax.data.tokenizers import FileTokenizer, Tokenizer, tokenizer_in
-from llmq_jax.interop import gguf as interop_gguf
-from llmq_jax.interop import peft_reader
+from llmq_jax.interop import huggingface, peft_reader
 from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.interop.gguf import read_gguf
 from llmq_jax.interop.huggingface import read_hf
@@ -140,7 +139,7 @@ def gguf_file(path: Path, template: str = TEMPLATE) -> None:
 
 def read_gguf_file(folder: Path) -> None:
     """Without taking the tensors into a model, which takes longer than all the rest."""
-    with mock.patch.object(interop_gguf, "from_state_dict", lambda state, *_: read_all(state)):
+    with mock.patch.object(huggingface, "from_state_dict", lambda state, *_: read_all(state)):
         contents = read_gguf(folder / "model.gguf")
     if contents.tokenizer is not None:
         use_tokenizer(contents.tokenizer)

@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import json
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.data import GPT2Tokenizer
+from llmq_jax.data import FileTokenizer, GPT2Tokenizer
 from llmq_jax.generation.decoding import DecodeState, advance, prefill, read_prompts
 from llmq_jax.generation.generate import STRETCH, Request
 from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer, one_word_model
@@ -349,6 +350,18 @@ def test_a_text_goes_on_as_the_whole_is_decoded(prompt):
     assert lq.generate(lm, [ids], max_new_tokens=3, sampler=options["sampler"]).text[0] == "hi hi hi"
 
 
+def test_a_space_is_no_special_token():
+    """A decoder drops it at the beginning of a text: alone it has none, and it ends a text within other tokens."""
+    lm = one_word_model("▁hi")
+    described = json.loads(lm.tokenizer.files()["tokenizer.json"])
+    described["normalizer"]["normalizers"] = described["normalizer"]["normalizers"][1:]  # no space before the text
+    files = lm.tokenizer.files() | {"tokenizer.json": json.dumps(described).encode()}
+    lm = lm.replace(tokenizer=FileTokenizer.from_files(files, "unprefixed"))
+    assert lm.tokenizer.decode(lm.tokenizer.encode(" ")) == ""
+    made = lq.generate(lm, "x", max_new_tokens=3, sampler=lq.Sampler(temperature=0.0), stop=" ")
+    assert (made.text, made.lengths.tolist()) == ([""], [1])
+
+
 def test_a_stop_string_before_the_end_token(writes):
     made, tokens, pieces = writes([*byte_ids(b"x\n"), 2], stop="\n")
     assert (made, pieces, len(tokens)) == ("x", ["x"], 2)
@@ -405,6 +418,10 @@ def test_the_context_may_be_filled_and_not_exceeded(lm):
         ({"prompts": "a", "stop": ""}, "a stop string is empty"),
         ({"prompts": "a", "stop": [1.5]}, "stop=1.5 is neither a string nor a token id below 257"),
         ({"prompts": "a", "stop": [999]}, "stop=999 is neither"),
+        (
+            {"prompts": "a", "stop": "<|endoftext|>\n"},
+            r"stop='<\|endoftext\|>\\n' holds a special token beside other text, .*; give the token alone as a stop",
+        ),
         ({"prompts": [1, 2, 3]}, "prompt 0 is the number 1; give a list of prompts"),
     ],
 )

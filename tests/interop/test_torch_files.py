@@ -256,7 +256,7 @@ def test_without_torch(theirs, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = theirs / "pytorch_model.bin"
     assert refused(load, theirs) == (
-        f"{path}: only PyTorch reads this file, and it is not installed: pip install 'llmq_jax[torch]'"
+        f"{path}: only PyTorch reads this file, and it is not installed: pip install -e '.[torch]'"
     )
 
 

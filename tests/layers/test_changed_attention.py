@@ -16,6 +16,7 @@ from llmq_jax.layers import attention, latent_attention, scaled_dot_product
 from llmq_jax.layers.caches import FullCache
 from llmq_jax.models import llama3, override
 from llmq_jax.models.gemma import GLOBAL, LOCAL
+from tests.models.test_own_model import shown  # noqa: F401  a fixture
 from tests.weights import draw_variables
 
 PAGE = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
@@ -158,21 +159,19 @@ def test_alibi_is_its_formula(change):
 
 def test_the_page_shows_these_changes():
     edits = {"value-norm", "alibi", "sink", "sink-parameter", "sink-argument", "learned-sink"}
-    assert set(LINES) == edits | {"top-keys", "top-keys-call"}
+    assert set(LINES) == edits
 
 
-def test_a_formula_of_ones_own_runs_over_a_sequence_and_over_a_cache():
+def test_a_formula_of_ones_own_runs_over_a_sequence_and_over_a_cache(shown):  # noqa: F811
+    """That of docs/own_model.md, with shared heads of keys and values."""
+    formula = partial(shown["top_keys"], keys=4)
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((2, 9, heads, 8)), "float32") for heads in (4, 2, 2))
-    scope = {"attention": attention.attention, "partial": partial, "width": 8, "cache": None}
-    exec(LINES["top-keys"], scope)
 
     def mixed(cache, first, last):
         places = jnp.broadcast_to(jnp.arange(first, last), (2, last - first))
-        rows = {name: x[:, first:last] for name, x in (("query", query), ("key", key), ("value", value))}
-        scope.update(rows, context=attention.Context(places), cache=cache)
-        exec(LINES["top-keys-call"], scope)
-        return scope["mixed"], scope["cache"]
+        rows = (x[:, first:last] for x in (query, key, value))
+        return attention.attention(*rows, attention.Context(places), cache, scale=8**-0.5, formula=formula)
 
     found, _ = mixed(None, 0, 9)
     scores = np.einsum("btngh,bsnh->bngts", query.reshape(2, 9, 2, 2, 8), key) * 8**-0.5

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
-from llmq_jax.layers.expert_dispatch import Exchange, ExpertWeights, dispatch
+from llmq_jax.layers.expert_dispatch import Exchange, dispatch
+from llmq_jax.layers.expert_weights import ExpertWeights
 
 DEVICES, EXPERTS, TOKENS, WIDTH, HIDDEN = 8, 16, 64, 6, 10
 rng = np.random.default_rng(0)

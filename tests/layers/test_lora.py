@@ -11,10 +11,11 @@ from flax.traverse_util import flatten_dict
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.peft import module_names
 from llmq_jax.layers import lora
-from llmq_jax.layers.expert_dispatch import ExpertWeights, dispatch
+from llmq_jax.layers.expert_dispatch import dispatch
+from llmq_jax.layers.expert_weights import ExpertWeights
+from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LoRA
-from llmq_jax.layers.moe import by_expert
 from llmq_jax.layers.recomputation import POLICIES
 from llmq_jax.models import (
     DeepSeekV3Config,
@@ -156,6 +157,7 @@ def test_decoding_has_the_adapters_too(base, name, monkeypatch):
     monkeypatch.setattr(type(model), "merges_exactly", lambda model, variables: False)
     outside, layers = model.slice_layers(adapted, lambda tree: by_expert(by_output(tree)))
     assert any("lora" in layer for layer in layers)
+    assert ("'ratio'" in str(jax.tree.structure(layers))) == (name == "dora")  # no pass measures columns again
     caches = model.slice_caches(model.create_caches(2, 16, jnp.float32))
     for place in range(6):
         logits, caches = decode(model, outside, layers, TOKENS[:, [place]], np.full((2, 1), place), caches)

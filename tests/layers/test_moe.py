@@ -15,19 +15,13 @@ from llmq_jax.errors import BadInput
 from llmq_jax.generation.decoding import advance
 from llmq_jax.generation.generate import Request
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
-from llmq_jax.layers.expert_dispatch import (
-    MOST_APART,
-    MOST_ROWS_APART,
-    ExpertWeights,
-    block_lengths,
-    choose,
-    dispatch,
-    in_blocks,
-    slots_each,
-)
+from llmq_jax.layers.expert_blocks import block_lengths, in_blocks
+from llmq_jax.layers.expert_dispatch import MOST_APART, MOST_ROWS_APART, choose, dispatch, slots_each
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
+from llmq_jax.layers.expert_weights import ExpertWeights
+from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.feedforward import MLP
-from llmq_jax.layers.moe import SCORES, Experts, MixtureOfExperts, balance_from, by_expert, experts_from, route
+from llmq_jax.layers.moe import SCORES, Experts, MixtureOfExperts, balance_from, experts_from, route
 from llmq_jax.models import override
 
 NORMAL = nn.initializers.normal(0.3)

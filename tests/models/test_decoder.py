@@ -14,7 +14,7 @@ from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.moe import Experts
 from llmq_jax.models import Gemma3Config, GPT2Config, MixtralConfig, abstract_variables, build, override
-from llmq_jax.models.decoder import layers_in_groups
+from llmq_jax.models.layer_groups import layers_in_groups
 from tests.models.compiled import apply, decode
 from tests.weights import draw_variables
 

@@ -8,8 +8,8 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
+from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output
-from llmq_jax.layers.moe import by_expert
 from llmq_jax.models import abstract_variables, build, fields_from_text, init, override, preset
 from llmq_jax.models.decoder import slice_modules
 from llmq_jax.models.deepseek3 import PAPER_BALANCE, DeepSeekV3Config

@@ -13,8 +13,8 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.caches import FullCache, RingCache
 from llmq_jax.layers.linear import by_output
 from llmq_jax.models import abstract_variables, build, init, override, preset
-from llmq_jax.models.decoder import repeating_patterns
 from llmq_jax.models.gemma import GLOBAL, LOCAL, Gemma2Config, Gemma3Config
+from llmq_jax.models.layer_groups import repeating_patterns
 from llmq_jax.training.roles import roles
 from tests.models.compiled import apply, decode
 from tests.weights import draw_variables

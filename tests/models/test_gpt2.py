@@ -12,7 +12,7 @@ from llmq_jax import language_model
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.linear import by_output
 from llmq_jax.models import ARCHITECTURES, PRESETS, GPT2Config, abstract_variables, build, decoder, init, preset
-from llmq_jax.models.llama3 import GroupedQueryAttention
+from llmq_jax.models.llama3 import GroupedQueryAttention, Llama3Block
 from tests.models.compiled import apply, decode
 from tests.weights import draw_variables
 
@@ -190,8 +190,9 @@ def test_every_config_field_is_read_by_the_model(model_type):
         inspect.getsource(inspect.getmodule(kind)).split(f"class {kind.__name__}(")[1] for kind in own
     )
     shared = inspect.getsource(decoder) + inspect.getsource(language_model)
-    if "GroupedQueryAttention" in after_config:
-        shared += inspect.getsource(GroupedQueryAttention)
+    for part in (GroupedQueryAttention, Llama3Block):
+        if part.__name__ in after_config:
+            shared += inspect.getsource(part)
     properties = inspect.getmembers(config_class, lambda value: isinstance(value, property))
     through_properties = "".join(inspect.getsource(value.fget) for _, value in properties)
     for field in dataclasses.fields(config_class):

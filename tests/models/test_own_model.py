@@ -35,7 +35,7 @@ def shown():
         del ROLES[name]
 
 
-@pytest.mark.parametrize("name", ["CappedConfig", "ValueResidualConfig", "SwishConfig", "GainConfig"])
+@pytest.mark.parametrize("name", ["CappedConfig", "TopKeysConfig", "ValueResidualConfig", "SwishConfig", "GainConfig"])
 def test_models_of_the_page_train_and_come_back(name, shown, tmp_path):
     config = shown[name](**SIZES)
     tokens = np.frombuffer(b"abcdefgh" * 200, np.uint8)
@@ -74,8 +74,9 @@ def test_commands_know_a_model_of_another_folder(shown, tmp_path, monkeypatch, c
     (tmp_path / "with_capped.py").write_text(script)
     (tmp_path / "my.txt").write_text("A text to train on. " * 100)
     monkeypatch.chdir(tmp_path)
-    for table, name in ((ARCHITECTURES, "capped"), (PRESETS, "capped"), (sys.modules, "capped")):
+    for table, name in ((ARCHITECTURES, "capped"), *((PRESETS, name) for name in ("capped", "baseline"))):
         monkeypatch.setitem(table, name, None)  # so that what the file puts there is taken out again
+    monkeypatch.setitem(sys.modules, "capped", None)
     monkeypatch.delitem(sys.modules, "capped")
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -88,7 +89,7 @@ def test_commands_know_a_model_of_another_folder(shown, tmp_path, monkeypatch, c
     assert "unknown preset 'caped': did you mean capped?" in said("train.pretrain", "--preset", "caped")
     command = re.search(r"with_capped\.py (train\.pretrain .* --out) ", PAGE)[1].split()
     small = "run --num-hidden-layers 1 --steps 1 --batch-size 2 --context 16 --evaluate-every 0 --sample-every 0"
-    out = said(*command, *small.split())
+    out = said(*command, *small.split(), "--config", "logit_cap=20")
     assert re.search(r"llmq generate run --prompt The +# by a script that registers capped: docs/own_model.md\n", out)
     assert lq.load("run").config.logit_cap == 20
     assert said("llmq", "generate", "run", "--prompt", "The ", "--max-new-tokens", "2").startswith("The ")

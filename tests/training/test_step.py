@@ -186,12 +186,28 @@ def test_a_step_is_compiled_once_wherever_weights_come_from(bound):
     assert [leaf.committed for leaf in jax.tree.leaves(state)] == before
 
 
-def test_batches_hold_what_a_teacher_says():
-    """By the class of docs/training.md."""
+def shown(name):
+    """What docs/training.md defines."""
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    mark = "<!-- executed by tests/training/test_step.py -->"
+    mark = f"<!-- executed by tests/training/test_step.py: {name} -->"
     (code,) = re.findall(rf"{re.escape(mark)}\n```python\n(.*?)```", page, re.DOTALL)
     exec(code, scope := {})
+    return scope
+
+
+def test_a_loss_with_one_more_term():
+    """The terms add up over halves of the batch to those of the formula; evaluation has the plain loss alone."""
+    objective, state, batch = shown("z-loss")["WithZLoss"](build(CONFIG)), fresh(SGD), ragged_batch(0)
+    plain = evaluate(make_eval_step(objective), state.variables, [batch])["loss"]
+    squares = jax.nn.logsumexp(objective.model.apply(state.variables, batch["tokens"]), axis=-1) ** 2
+    z_loss = (batch["mask"] * squares).sum() / batch["mask"].sum()
+    expected = {"loss": plain + 1e-4 * z_loss, "next_token_loss": plain, "z_loss": z_loss}
+    _, metrics = make_train_step(objective, SGD, accumulate=2)(state, batch)
+    assert_close({name: metrics[name] for name in expected}, expected, rtol=1e-5)
+
+
+def test_batches_hold_what_a_teacher_says():
+    scope = shown("teacher")
     model = SimpleNamespace(apply=lambda table, tokens, positions, segments: table[tokens])
     teacher = SimpleNamespace(model=model, variables=jnp.eye(23))
     batch = ragged_batch(0)

@@ -64,7 +64,7 @@ def test_wandb_that_is_not_installed_is_one_line_before_anything_runs(monkeypatc
     import tiny_run
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"wandb is not installed; pip install 'llmq_jax\[wandb\]'"):
+    with pytest.raises(BadInput, match=r"wandb is not installed; pip install -e '\.\[wandb\]'"):
         require_wandb()
     with pytest.raises(BadInput, match="wandb is not installed"):
         tiny_run.run(tmp_path / "run", options=RunOptions(steps=2, wandb="project"))
