@@ -54,12 +54,13 @@ def load(
 
     A PEFT folder is loaded onto the base that it names; `adapters.load_adapter` loads it onto another. The variables
     are sharded over `mesh` (a text such as "fsdp=4,tensor=2", or the result of `training.make_mesh`), else over the
-    mesh that is set, if one is.
+    mesh that is set, if one is. If its devices are those of several processes, all of them load together, each from
+    what `path` names on its machine.
 
     BadInput, which names the file: there is no model, it is damaged, an architecture or a field that changes the
-    computation is not supported, or weights and config do not fit each other.
+    computation is not supported, weights and config do not fit each other, or processes have different weights.
     """
-    from llmq_jax.training.sharding import make_mesh, place
+    from llmq_jax.training.sharding import copies_compared, make_mesh, place
 
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise BadInput(f"path={path!r} names no model; give a path or a hub id, as a text")
@@ -70,22 +71,24 @@ def load(
     elif config is not None:
         architecture(config)
     mesh = make_mesh(mesh) if isinstance(mesh, str) else mesh
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh), copies_compared(str(path)):
         lm = _load(path, layout, config, dtype)
         return lm.replace(variables=place(lm.variables))
 
 
 def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) -> LanguageModel:
     from llmq_jax.training.checkpoints import find_checkpoint
+    from llmq_jax.training.sharding import spans_processes
 
     dtype = float_type(dtype)
     if str(path) in PRESETS and not Path(path).exists():
         raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
     source = find(path, config=config)
-    if find_checkpoint(source) is not None:
+    checkpoint = _checkpoint_of_all(source) if spans_processes() else find_checkpoint(source) and source
+    if checkpoint is not None:
         if layout != "hf":
             raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
-        return _load_checkpoint(source, config, dtype)
+        return _load_checkpoint(source, checkpoint, config, dtype)
     if is_adapter(source):
         from llmq_jax.adapters import load_with_base
 
@@ -191,11 +194,26 @@ class TextFiles:
         return cls(tokenizer, GenerationConfig(eos_token_id=() if end is None else (end,)))
 
 
-def _load_checkpoint(path: Path, config: Any, dtype: np.dtype | None) -> LanguageModel:
+def _checkpoint_of_all(source: Path) -> Path | None:
+    """The checkpoint that process 0 finds there: of a run that goes on another process may see an older or a newer
+    one."""
+    from llmq_jax.training.checkpoints import find_checkpoint
+    from llmq_jax.training.processes import of_first
+
+    def find() -> str | None:
+        found = find_checkpoint(source)
+        return None if found is None else str(found.relative_to(source))
+
+    name = of_first(find)
+    return None if name is None else source / name
+
+
+def _load_checkpoint(path: Path, checkpoint: Path, config: Any, dtype: np.dtype | None) -> LanguageModel:
+    """The model in a checkpoint, or in the newest one of the run `checkpoint`; `path` gives its tokenizer a name."""
     from llmq_jax.training import parts
     from llmq_jax.training.checkpoints import load_checkpoint_variables
 
-    loaded = load_checkpoint_variables(path)
+    loaded = load_checkpoint_variables(checkpoint)
     variables = parts.whole(loaded.variables)
     if config is None:
         config = _config(path, loaded.config)

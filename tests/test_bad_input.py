@@ -65,6 +65,7 @@ TABLE = [
     # Devices
     (f"{PRETRAIN} --mesh data=300", "'data=300' is for 300 devices, and JAX has"),
     (f"{PRETRAIN} --mesh data=1,rows=2", "unknown axis 'rows': choose from data, fsdp, expert, tensor"),
+    (f"{PRETRAIN} --pmap", "--pmap has no effect on one device; leave it out"),
     (f"{PRETRAIN} --pmap --mesh data=1", "--mesh has no effect with --pmap"),
     (f"{PRETRAIN} --coordinator nowhere:1", "--coordinator needs --processes, how many there are, and --process"),
     (

@@ -172,13 +172,14 @@ def main(options: Options) -> Any:
             print(printable(ask(whole(learner.variables))), flush=True)
         lengths = [len(answer.tokens) for answer in answers(learned)]
         unembedded = sum(int(answer.learned.sum()) for answer in answers(learned)) / sum(lengths)
+        state = learner.state(optimizer, options.seed)
         # Where only a part of the model trains, its first values are enough to restore the reference at the end.
         began = None
         if options.train != "all" and options.reference is None and asked in (None, digest):
             kept = np.asarray if jax.process_count() == 1 else jnp.copy  # no process alone has all of an array
-            began = {name: jax.tree.map(kept, learner.variables[name]) for name in learner.trainable}
+            began = {name: jax.tree.map(kept, state.variables[name]) for name in state.changing}
         result = engine.run(
-            learner.state(optimizer, options.seed),
+            state,
             train_step,
             batches,
             run_options(options),
@@ -231,9 +232,9 @@ def reference_logprobs(
     import numpy as np
 
     from llmq_jax.atomic_files import write_atomically
-    from llmq_jax.training.processes import first
+    from llmq_jax.training.processes import first, of_first
 
-    if path.exists():
+    if of_first(path.exists):
         try:
             with np.load(path, allow_pickle=False) as file:
                 saved = str(file[DIGEST]) if DIGEST in file else None

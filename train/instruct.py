@@ -133,7 +133,8 @@ def main(options: Options) -> Any:
     from llmq_jax.training import engine, step
     from llmq_jax.training.metrics import printable
     from llmq_jax.training.parts import whole
-    from llmq_jax.training.processes import of_first
+    from llmq_jax.training.processes import of_first, same
+    from llmq_jax.training.run_folder import differences
     from llmq_jax.training.sharding import row_share
 
     # The conversations, some of them held out, and the model.
@@ -185,12 +186,13 @@ def main(options: Options) -> Any:
         f"{source.model.attention_choice(training=True)}",
         flush=True,
     )
-    # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
-    if options.sample_every != 0 and of_first(lambda: not Path(options.out).exists()):
-        print(printable(ask(whole(learner.variables))), flush=True)
     parts = {"training": learned} | ({} if held_out is None else {"validation": held_out})
     digests = digests_of(parts, tokens_and_masks)
     digests |= chat_template_digest(options, tokenizer)
+    same(digests, differences)  # of other data processes would take other prompts, and wait for one another
+    # A new run: what it starts from. Process 0 decides for all, since every process must answer where one does.
+    if options.sample_every != 0 and of_first(lambda: not Path(options.out).exists()):
+        print(printable(ask(whole(learner.variables))), flush=True)
     kept = in_style(options, training, tokenizer)
     lengths = [len(example.tokens) for example in learned.examples]
     return engine.run(

@@ -49,8 +49,9 @@ class TrainingOptions:
     """Weight decay of kernels and embeddings (not of norms and biases), multiplied by the learning rate."""
     clip: float = 1.0
     """Clip the gradient to this global norm; 0: no clipping."""
-    moments: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the optimizer's moments are stored; bfloat16 needs --betas of at most 0.99."""
+    moments: Literal["float32", "first-bfloat16", "bfloat16"] = "float32"
+    """Type in which the optimizer's moments are stored: both, or the first alone (first-bfloat16). In bfloat16 a moment
+    needs a decay rate in --betas of at most 0.99."""
     seed: int = 0
     """Seed of the initial weights, the order of the data and dropout; equal options give equal runs."""
 
@@ -214,8 +215,9 @@ def on_devices(recipe: Callable) -> Callable:
             use_device(options.device)
             stack.enter_context(one_speaks())
             mesh = mesh_of(options)
-            # Processes with different meshes would wait for one another, so both values must equal those of process 0.
-            same({"mesh": mesh, "processes": options.processes}, differences)
+            # Processes with different options would wait for one another in exchanges that not all of them make.
+            given = {name: value for name, value in dataclasses.asdict(options).items() if name not in PLACES}
+            same({**given, "mesh": mesh, "processes": options.processes}, differences)
             if (folder := options.folder) is not None and trains:
                 # Only looked at: the run itself opens it later, once data and model, which may take long, are loaded.
                 together(lambda: config_of_run(Path(folder)) if first() else None)
@@ -242,6 +244,8 @@ def mesh_of(options: RecipeOptions) -> str | None:
 
     if options.pmap and options.mesh is not None:
         raise BadInput("--mesh has no effect with --pmap; leave one of them out")
+    if options.pmap and jax.device_count() == 1:
+        raise BadInput("--pmap has no effect on one device; leave it out")
     if jax.process_count() == 1 or options.mesh is not None:
         return options.mesh
     if options.pmap:
@@ -286,17 +290,19 @@ def less_memory(options: RecipeOptions, in_steps: bool = True) -> list[str]:
         halves = count % 2 == 0 and count // 2 * each % (parts * devices) == 0
         fewer = [f"{option_name(name)} {count} -> {count // 2}"] if halves else []
         same = "" if options.loss_of_parts else " (the same result)"
-        fewer += [f"--accumulate {parts} -> {more}{same}"] if more else []
+        # Updates of a reward model with --judge are neither cut into parts nor computed in another type.
+        alone = " for the policy" if getattr(options, "judge", None) is not None else ""
+        fewer += [f"--accumulate {parts} -> {more}{same}{alone}"] if more else []
         changes += [" or ".join(fewer)] if fewer else []
         changes += [f"--remat {options.remat} -> full"] if options.remat != "full" else []
-        changes += ["--dtype float32 -> bfloat16"] if options.dtype == "float32" else []
+        changes += [f"--dtype float32 -> bfloat16{alone}"] if options.dtype == "float32" else []
     train = getattr(options, "train", "all")
     muon = " (then without --optimizer muon)" if options.optimizer == "muon" else ""
     changes += [f"--train all -> lora{muon}"] if hasattr(options, "train") and train == "all" else []
     in_float32 = train == "lora" and options.weight_dtype == "float32"
     changes += ["--base-dtype float32 -> bfloat16"] if in_float32 else []
-    many_moments = train == "all" and options.moments == "float32"
-    changes += ["--moments float32 -> bfloat16"] if many_moments and max(options.betas) <= 0.99 else []
+    if train == "all" and options.moments == "float32" and options.betas[0] <= 0.99:
+        changes += [f"--moments float32 -> {'bfloat16' if options.betas[1] <= 0.99 else 'first-bfloat16'}"]
     here = jax.device_count()
     fsdp = here if sizes["fsdp"] < here else 2 * here
     mesh = f"--pmap -> --mesh fsdp={fsdp}" if options.pmap else f"--mesh {options.mesh or 'none'} -> fsdp={fsdp}"

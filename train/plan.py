@@ -35,8 +35,8 @@ class Options:
     """Type of activations and matrix products; weights and gradients stay in float32."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, with two moments for each parameter, or muon, with one for each of the layers' matrices."""
-    moments: Literal["float32", "bfloat16"] = TrainingOptions.moments
-    """Type in which the optimizer's moments are stored."""
+    moments: Literal["float32", "first-bfloat16", "bfloat16"] = TrainingOptions.moments
+    """Type in which the optimizer's moments are stored: all of them, or the first alone (first-bfloat16)."""
     remat: Literal["none", "dots", "full"] = ComputeOptions.remat
     """What the backward pass recomputes to save memory: what is elementwise (none), all but the products with weights
     (dots), or whole layers (full)."""

@@ -91,6 +91,10 @@ def rewards(options: Any, source: Any, functions: Any, longest: int) -> Any:
         return functions
     (folder,) = models
     lm = load(folder, dtype="float32")
+    # In float32, for which there is no fused kernel.
+    attention = "auto" if options.attention == "fused" else options.attention
+    how = {"remat": options.remat, "scan_layers": options.scan_layers, "attention": attention}
+    lm = lm.replace(model=lm.model.clone(**how))
     if lm.config.labels is None or len(lm.config.labels) != 1:
         raise BadInput(f"{folder} is no reward model: it needs one label, as python -m train.reward gives it")
     lm.require_tokenizer(folder)

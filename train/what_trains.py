@@ -59,22 +59,21 @@ class FineTuningOptions(RecipeOptions):
 
 
 def load_to_train(options: TuningOptions) -> Any:
-    """The model of --init-from, its weights in --base-dtype, float32 unless given. Of a run's, those that train on
-    beside adapters are not rounded: a classifier's head, and what came whole with the adapters."""
-    from pathlib import Path
-
+    """The model of --init-from, its weights in --base-dtype, float32 unless given, but for those that train on beside
+    adapters: a classifier's head, and what came whole with the adapters, are not rounded."""
     import jax
 
     from llmq_jax.layers.lora import trained_whole
     from llmq_jax.model_files import load
     from llmq_jax.models.heads import SCORE
-    from llmq_jax.training.checkpoints import find_checkpoint
 
     dtype = options.weight_dtype
-    if options.base_dtype is None or find_checkpoint(Path(options.init_from).expanduser()) is None:
-        return load(options.init_from, dtype=dtype)
-    lm = load(options.init_from)
-    trains = {SCORE, *trained_whole(lm.variables)}
+    lm = load(options.init_from, dtype=dtype)
+    trains = lm.params.keys() & {SCORE, *trained_whole(lm.variables)}
+    if dtype == "float32" or not trains:
+        return lm
+    del lm  # there need not be room for both
+    lm = load(options.init_from)  # in its own types
     params = {
         name: tree if name in trains else jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
         for name, tree in lm.params.items()
@@ -136,14 +135,21 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
     from llmq_jax.models import parameter_count
+    from llmq_jax.models.deepseek3 import MTP
     from llmq_jax.models.heads import SCORE
-    from llmq_jax.training.parts import FROZEN, PARAMS, freeze_all_but, train_adapters
+    from llmq_jax.training.parts import FROZEN, PARAMS, freeze, freeze_all_but, train_adapters
 
     model, variables = lm.model, lm.variables
     if options.train != "lora":
         lm.require_no_adapters(options.init_from)
     if options.train == "all":
-        return Prepared(model, variables, (PARAMS,), f"training all {parameter_count(variables[PARAMS]):,} parameters")
+        total = parameter_count(variables[PARAMS])
+        described = f"training all {total:,} parameters"
+        if MTP in variables[PARAMS]:  # they get no gradient, and weight decay would shrink them
+            variables = freeze(variables, (MTP,))
+            numbers, whose = parameter_count(variables[PARAMS]), "multi-token prediction, which train.pretrain trains"
+            described = f"training {numbers:,} of {total:,} parameters (all but those of {whose})"
+        return Prepared(model, variables, (PARAMS,), described)
     classifier = lm.config.labels is not None
     if options.train == "lora":
         if lora.LORA not in variables:

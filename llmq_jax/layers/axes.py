@@ -15,8 +15,10 @@ of a parameter's dimensions depend on the module that holds it, never on its ran
 activations (`constrain`) and know no mesh axes; without a mesh (`jax.set_mesh`) names do nothing.
 """
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -223,15 +225,37 @@ def sharding_of(path: Sequence[str], leaf: Any) -> NamedSharding:
 
 def put(path: Sequence[str], leaf: Any) -> Array:
     """A parameter on its devices: with a mesh, each part goes directly to the devices that hold it. Several processes
-    each pass the same whole array (which is not checked), or all pass one global array."""
+    each pass the same whole array (see `noted`), or all pass one global array."""
     sharding = sharding_of(path, leaf) if axis_sizes() else None
     there: Array
     if jax.process_count() == 1 or sharding is None or (isinstance(leaf, Array) and not leaf.is_fully_addressable):
         there = jax.device_put(leaf, sharding)
     else:
         whole = np.asarray(leaf)
+        note(f"{'/'.join(path)} {whole.dtype} {whole.shape}".encode(), whole.reshape(-1).view(np.uint8))
         there = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
     return there
+
+
+_digests: list[Any] = []
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Any]:
+    """A SHA-256 of all that `put` takes meanwhile from copies of this process's own, by which processes can tell that
+    theirs are the same."""
+    _digests.append(hashlib.sha256())
+    try:
+        yield _digests[-1]
+    finally:
+        _digests.pop()
+
+
+def note(*what: Any) -> None:
+    """Add bytes to the digest under way, if there is one."""
+    for digest in _digests[-1:]:
+        for part in what:
+            digest.update(part)
 
 
 def on_host(x: Array | np.ndarray) -> np.ndarray:

@@ -40,9 +40,16 @@ from llmq_jax.atomic_files import json_bytes, sync_folder
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
-from llmq_jax.layers.axes import axis_sizes, path_names, sharding_of
+from llmq_jax.layers.axes import axis_sizes, note, path_names, sharding_of
 from llmq_jax.training.fingerprint import fingerprint
-from llmq_jax.training.manifest import CorruptCheckpoint, Entries, read_manifest, verify_manifest, write_manifest
+from llmq_jax.training.manifest import (
+    MANIFEST,
+    CorruptCheckpoint,
+    Entries,
+    read_manifest,
+    verify_manifest,
+    write_manifest,
+)
 from llmq_jax.training.processes import first, of_first, share, together, wait_for_all
 from llmq_jax.training.state import TrainState
 
@@ -210,8 +217,9 @@ class Checkpoints:
             # One process chooses for all: on a shared file system others may not see the newest one yet.
             step = of_first(lambda: self._newest_whole(warn))
             return None if step is None else read_checkpoint(self.path(step), example)
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
+        steps = of_first(self.steps)
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
             raise BadInput(f"no checkpoint of step {step} in {self.folder}; steps there: {there}")
         return restore_checkpoint(self.path(step), example)
 
@@ -373,6 +381,7 @@ def load_checkpoint_variables(path: str | Path) -> LoadedCheckpoint:
 
 def _load_variables(folder: Path) -> LoadedCheckpoint:
     verify_manifest(folder)
+    note((folder / MANIFEST).read_bytes())  # in place of the arrays, of which a process reads its own parts
     config = read_config(folder)
     with _orbax() as (ocp, checkpointer):
         saved = _saved_arrays(checkpointer, folder)

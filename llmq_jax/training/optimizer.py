@@ -17,6 +17,9 @@ from llmq_jax.training.roles import role, roles
 # Roles that weight decay pulls towards zero; norms and biases stay out.
 DECAYED = frozenset({"kernel", "embedding"})
 
+MOMENTS = ("float32", "first-bfloat16", "bfloat16")
+"""Types of the moments between updates; "first-bfloat16" is that of the first alone."""
+
 Schedule = Callable[[int], jax.Array]
 
 # (rate - minimum) / (peak - minimum), as a function of the fraction of the decay that has passed.
@@ -101,7 +104,8 @@ def adamw(
     decay acts on kernels and embeddings, by role, and is scaled by the learning rate, as in torch.optim.AdamW.
 
     `moments` is the type of both moments between updates, "float32" or "bfloat16" (as in DeepSeek-V3, arXiv:2412.19437,
-    section 3.3.2). BadInput for decay rates so near 1 that bfloat16, of 8 bits, would lose every change.
+    section 3.3.2), or "first-bfloat16", of the first alone (optax's `mu_dtype`). BadInput for decay rates so near 1
+    that bfloat16, of 8 bits, would lose every change.
     """
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
     scale = _kept_in(scale, moments, b1=b1, b2=b2)
@@ -276,26 +280,34 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 
 
 def _kept_in(scale: optax.GradientTransformation, moments: str, **decays: float) -> optax.GradientTransformation:
-    """The transformation with its moments, which have these decay rates, rounded to the type `moments` between updates;
-    the updates themselves are computed in float32."""
+    """The transformation with its moments, which have these decay rates, rounded between updates as `moments`, one of
+    MOMENTS, says; the updates themselves are computed in float32. BadInput for another name."""
+    if moments not in MOMENTS:
+        raise BadInput(f"moments={moments!r} is unknown; {did_you_mean(moments, MOMENTS)}")
     if moments == "float32":
         return scale
+    first_alone = moments == "first-bfloat16"
     for name, decay in decays.items():
-        if 1 - decay < 2**-7:
+        if 1 - decay < 2**-7 and not (first_alone and name == "b2"):
             option = {"b1": " (the first of --betas)", "b2": " (the second of --betas)"}.get(name, "")
+            other = "first-bfloat16 or " if name == "b2" else ""
             raise BadInput(
-                f"{name}={decay} with moments in {moments}: what one update changes is rounded away; choose "
-                f"{name}=0.99 or less{option}, or moments in float32"
+                f"{name}={decay} with moments in bfloat16: what one update changes is rounded away; choose "
+                f"{name}=0.99 or less{option}, or moments in {other}float32"
             )
 
     def cast(state: Any, to: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+        def kept(path: Any, x: jax.Array) -> jax.Array:
+            stays = first_alone and "nu" in path_names(path)  # optax's name of the second
+            return x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) and not stays else x
+
+        return jax.tree_util.tree_map_with_path(kept, state)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = scale.update(updates, cast(state, jnp.float32), params)
-        return updates, cast(state, moments)
+        return updates, cast(state, jnp.bfloat16)
 
-    return optax.GradientTransformation(lambda params: cast(scale.init(params), moments), update)
+    return optax.GradientTransformation(lambda params: cast(scale.init(params), jnp.bfloat16), update)
 
 
 def decay_mask(params: dict[str, Any]) -> dict[str, Any]:

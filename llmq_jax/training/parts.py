@@ -95,12 +95,17 @@ def freeze_all_but(
         )
     model, variables, below = cut(model, variables, blocks)
     trained = {*heads, *((set(model.groups()) - below | {"final_norm"}) if blocks else ())}
-    params = variables.pop(PARAMS)
+    return model, freeze(variables, variables[PARAMS].keys() - trained)
+
+
+def freeze(variables: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The variables with these parameters frozen."""
+    params = variables[PARAMS]
     parts = {
-        PARAMS: {name: leaf for name, leaf in params.items() if name in trained},
-        FROZEN: {name: leaf for name, leaf in params.items() if name not in trained},
+        PARAMS: {name: leaf for name, leaf in params.items() if name not in names},
+        FROZEN: {name: leaf for name, leaf in params.items() if name in names},
     }
-    return model, {**variables, **parts}
+    return {**variables, **parts}
 
 
 def train_adapters(

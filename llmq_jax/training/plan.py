@@ -41,7 +41,7 @@ from llmq_jax.layers.axes import AXES, MESH_AXES, partition_spec, path_names, ro
 from llmq_jax.models import DeepSeek3, build, init
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.device_program import COPIES, GRADIENTS, KEPT, LOSS, UNSUMMED, UPDATE, WORKING, Device
-from llmq_jax.training.optimizer import adamw, muon
+from llmq_jax.training.optimizer import MOMENTS, adamw, muon
 from llmq_jax.training.partitioner import BACKWARD, FORWARD, GATHERED, LOGITS, Spec, axes_in, size_of, spec_of
 from llmq_jax.training.sharding import check_mesh, check_rows
 from llmq_jax.training.state import TrainState, create_state
@@ -176,7 +176,7 @@ def _variants(run: Run) -> list[list[Run]]:
         [replace(run, accumulate=n) for n in range(run.accumulate + 1, rows + 1) if rows % n == 0],
         [replace(run, dtype="bfloat16")] if run.dtype == "float32" else [],
         [replace(run, attention="blocked")] if run.attention != "blocked" else [],
-        [replace(run, moments="bfloat16")] if run.moments == "float32" else [],
+        [replace(run, moments=moments) for moments in MOMENTS[MOMENTS.index(run.moments) + 1 :]],
         [
             replace(run, sizes={**run.sizes, "data": data // n, "fsdp": fsdp * n})
             for n in range(2, data + 1)

@@ -238,10 +238,10 @@ def same(config: dict[str, Any], differences: Callable[[dict[str, Any], dict[str
     """BadInput on all processes where one has other options or other data than process 0."""
     if jax.process_count() == 1:
         return
-    theirs = share(config)
+    theirs, own = share(config), json.loads(json.dumps(config))  # of both, what JSON makes of tuples
 
     def compare() -> None:
-        if found := differences(theirs, config):
+        if found := differences(theirs, own):
             raise BadInput(f"has other options or data than process 0: {', '.join(found)}; give all the same")
 
     together(compare)

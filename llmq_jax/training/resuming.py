@@ -101,7 +101,7 @@ def finished_result(
 ) -> RunResult:
     """The result of a run that was finished by an earlier process, with its last state in the place of `state`, never
     with that of an earlier step."""
-    report = folder.report()
+    report = processes.of_first(folder.report)
     try:
         told = RunResult(state=None, **report)
         check_fields(told)
@@ -112,7 +112,7 @@ def finished_result(
         history = read_history(folder, told.step, validation.name)
     validation.take_up(history.judged, history.validation_losses)
     check_rates(folder, history.learning_rates, learning_rates)
-    if told.step not in checkpoints.steps():
+    if not processes.of_first(lambda: told.step in checkpoints.steps()):
         return told
     try:
         restored = checkpoints.restore(released(state), told.step)

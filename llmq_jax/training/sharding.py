@@ -8,9 +8,10 @@
 inserts the exchanges between devices (axes are of type Auto: with Explicit ones Linen's modules cannot run).
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.layers.axes import AXES, MESH_AXES, axis_sizes, dimensions, partition_spec, path_names, put, row_devices
+from llmq_jax.layers.axes import (
+    AXES,
+    MESH_AXES,
+    axis_sizes,
+    dimensions,
+    noted,
+    partition_spec,
+    path_names,
+    put,
+    row_devices,
+)
+from llmq_jax.training.processes import share, together
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -96,6 +108,28 @@ def _can_place(tree: Any) -> bool:
     return not traced and bool(axis_sizes())
 
 
+def spans_processes() -> bool:
+    """Whether the current mesh has devices of several processes."""
+    return bool(axis_sizes()) and jax.process_count() > 1 and jax.sharding.get_mesh().is_multi_process
+
+
+@contextlib.contextmanager
+def copies_compared(name: str) -> Iterator[None]:
+    """In the end BadInput on all processes of the current mesh where one has read other weights meanwhile than process
+    0, or a checkpoint with other files: replicas would differ without a word. `name` says what was read."""
+    with noted() as digest:
+        yield
+    if not spans_processes():
+        return
+    theirs, own = share(digest.hexdigest()), digest.hexdigest()
+
+    def compare() -> None:
+        if own != theirs:
+            raise BadInput(f"{name} is not the same here as where process 0 is; give all processes the same files")
+
+    together(compare)
+
+
 def place_batch(batch: dict[str, Any], parts: int | None = None) -> dict[str, Any]:
     """A batch with its rows divided over the current mesh; unchanged without a mesh. `parts` is the number of
     micro-batches, each of which must be divisible too (BadInput); if it is None, rows that cannot be divided go to all
@@ -112,8 +146,10 @@ def place_batch(batch: dict[str, Any], parts: int | None = None) -> dict[str, An
             check_rows(rows, parts, mesh.shape)
         spec = PartitionSpec(AXES["batch"]) if rows % devices == 0 else PartitionSpec()
         sharding = NamedSharding(mesh, spec)
-        if shares == 1:
+        if jax.process_count() == 1:
             return jax.device_put(array, sharding)
+        if shares == 1:  # device_put would compare the array among processes, by an exchange for each
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
         return jax.make_array_from_process_local_data(sharding, np.asarray(array), (rows, *array.shape[1:]))
 
     return {name: put_rows(array) for name, array in batch.items()}

@@ -11,6 +11,7 @@ import pytest
 
 import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer, read_labelled
+from llmq_jax.interop.huggingface import save_hf
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
@@ -298,7 +299,7 @@ def test_a_classifier_goes_on_with_its_head_and_its_order(classifier, base, tmp_
         return classify_rows(lm, rows, *arguments, **named)
 
     monkeypatch.setattr(LanguageModel, "classify_rows", watched)
-    before = save(with_classifier(load(base), ["spam", "ham"]), tmp_path / "started")
+    before = save_hf(with_classifier(load(base), ["spam", "ham"]), tmp_path / "started")
     how = ("--steps", 1, "--sample-every", 1, "--dtype", "bfloat16", "--attention", "masked")
     frozen = ("--train", "lora", "--base-dtype", "bfloat16", "--learning-rate", 1e-30)
     code, out, _ = classifier(*how, *frozen, model="started")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
+import train.dpo
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.language_model import LanguageModel
@@ -21,6 +22,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "intermediate_size": 24,
 }
+EXPERTS = {"num_experts": 4, "selection_bias": True, "balance": {"bias_rate": 0.1}}
 WORDS = ["ab", "ba", "aa", "bb", "abab", "a", "b", "bab", "aba", "bba", "aab", "abb"]
 
 
@@ -43,6 +45,7 @@ def files(tmp_path_factory):
         "MODEL": make_model(folder / "model"),
         "OTHER": make_model(folder / "other", seed=5),
         "WIDE": make_model(folder / "wide", vocab_size=300),
+        "EXPERTS": make_model(folder / "experts", experts=EXPERTS),
         "PAIRS": path,
     }
 
@@ -205,14 +208,28 @@ def test_runs_resume_from_the_same_reference(dpo, tmp_path, files):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    "part", [("--train=blocks", "--blocks=1"), ("--train=lora", "--lora-layers=1", "--seed=4294967295")]
+    ("model", "part"),
+    [
+        ("EXPERTS", ("--train=blocks", "--blocks=1")),  # with a bias for selection, which moves
+        ("MODEL", ("--train=lora", "--lora-layers=1", "--seed=4294967295")),
+    ],
 )
-def test_a_part_may_train(dpo, tmp_path, files, part):
+def test_a_part_may_train(dpo, tmp_path, files, monkeypatch, model, part):
     """The reference is the model as it was, of which a part was kept: nothing is loaded again to measure how far the
     policy went."""
-    code, output, _ = dpo("--learning-rate=1e-2", *part)
+    asked = []
+
+    def distance(options, policy, reference, *rest):
+        asked.append(reference.variables)
+        return measured(options, policy, reference, *rest)
+
+    measured = train.dpo.distance
+    monkeypatch.setattr(train.dpo, "distance", distance)
+    code, output, _ = dpo("--learning-rate=1e-2", f"--init-from={model}", *part)
     assert code == 0
-    policy, reference = lq.load(tmp_path / "run"), lq.load(files["MODEL"])
+    policy, reference = lq.load(tmp_path / "run"), lq.load(files[model])
+    for name, tree in reference.variables.items():
+        jax.tree.map(np.testing.assert_array_equal, asked[0][name], tree)
     assert "KL to the reference on 1 sampled answers" in output
     told = float(output.split("sampled answers: ")[1].split()[0])
     assert told != 0

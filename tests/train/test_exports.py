@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
@@ -17,9 +18,10 @@ from llmq_jax.errors import BadInput
 from llmq_jax.generation import Sampler
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.layers.lora import STAYS, TRAINS
-from llmq_jax.models import ARCHITECTURES, Architecture
+from llmq_jax.models import ARCHITECTURES, Architecture, parameter_count
 from llmq_jax.training.parts import whole
 from tests.programs import ended
+from tests.weights import draw_variables
 from train.exports import export_commands
 from train.instruct import Options
 from train.what_trains import flops_of, prepared
@@ -143,6 +145,18 @@ def test_what_came_with_adapters_trains_on_or_is_told(base):
     told = "(lora, token_embedding); what came with the adapters, but not as modules_to_save, stays as it is: lm_head"
     assert learner.described.endswith(told)
     assert flops_of(options, learner, [8]) is None
+
+
+def test_modules_that_the_loss_does_not_read_stay_as_they_are():
+    """Weight decay would shrink what gets no gradient."""
+    sizes = {"vocab_size": 23, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = lq.DeepSeekV3Config(**sizes, num_nextn_predict_layers=1, first_k_dense_replace=1)
+    lm = LanguageModel(config, lq.build(config), draw_variables(config))
+    learner = prepared(lm, Options(data="data.json", init_from="lm", train="all"))
+    assert learner.variables["frozen"].keys() == {"mtp"} and "mtp" not in learner.variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, whole(learner.variables), lm.variables)
+    rest, everything = (parameter_count(tree) for tree in (learner.variables["params"], lm.params))
+    assert learner.described.startswith(f"training {rest:,} of {everything:,} parameters (all but those of multi-token")
 
 
 @pytest.mark.parametrize("given", [{"lora_rank": 4}, {"lora_dropout": 0.0}])

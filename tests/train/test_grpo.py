@@ -13,7 +13,9 @@ import optax
 import pytest
 
 import llmq_jax as lq
+import train.grpo
 from llmq_jax.data import ByteTokenizer
+from llmq_jax.errors import BadInput
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.training import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS, read_metrics
@@ -360,6 +362,20 @@ def test_functions_and_a_model_are_weighed(grpo):
     first = next(record for record in records() if "reward" in record)
     expected = 2 * first["rewards/small/mean"] + 0.5 * first["rewards/model/mean"]
     assert first["reward"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_reward_model_computes_as_the_options_say(grpo, monkeypatch):
+    scorers = []
+
+    def made(*arguments):
+        scorers.append(rewards(*arguments))
+        raise BadInput("made")
+
+    rewards = train.grpo.rewards
+    monkeypatch.setattr(train.grpo, "rewards", made)
+    grpo(reward="JUDGED", remat="full", no_scan_layers=True, attention="blocked")
+    model = scorers[0].lm.model
+    assert (model.remat, model.scan_layers, model.attention) == ("full", False, "blocked")
 
 
 def test_layers_that_are_cut_are_in_memory_once(grpo, request):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -109,8 +110,12 @@ def test_only_what_can_still_be_changed_is_advised():
     ]
     grpo = GRPOOptions("data", "model", "run", prompts_per_step=3, group_size=4, accumulate=2)
     assert less_memory(grpo)[0] == "--accumulate 2 -> 3 (the same result)"
+    judged = less_memory(replace(grpo, judge="my_rewards.py:solved"))
+    of_both, *of_one = judged[1], judged[0], judged[2]
+    assert of_both == "--remat none -> full" and all(change.endswith(" for the policy") for change in of_one)
     assert less_memory(RecipeOptions(), in_steps=False)[0] == "--moments float32 -> bfloat16"
-    assert less_memory(RecipeOptions(betas=(0.9, 0.999)), in_steps=False)[0].startswith("--mesh")
+    assert less_memory(RecipeOptions(betas=(0.9, 0.999)), in_steps=False)[0] == "--moments float32 -> first-bfloat16"
+    assert less_memory(RecipeOptions(betas=(0.999, 0.9)), in_steps=False)[0].startswith("--mesh")
     assert less_memory(InstructOptions("data", "model", "run"), in_steps=False)[0] == "--base-dtype float32 -> bfloat16"
     adapted = GRPOOptions("data", "model", "run", train="lora")
     assert less_memory(adapted, in_steps=False)[0] == "--base-dtype float32 -> bfloat16"

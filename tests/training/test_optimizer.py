@@ -122,7 +122,8 @@ def test_adapters_of_every_kind_have_roles(fields):
         muon(0.1).init(adapted.variables["lora"])
 
 
-def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
+@pytest.mark.parametrize("moments", ["bfloat16", "first-bfloat16"])
+def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place(moments):
     rng = np.random.default_rng(0)
     target = jnp.asarray(rng.normal(size=64), jnp.float32)
 
@@ -143,10 +144,10 @@ def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
             params, state = step(params, state)
         return params["kernel"], state
 
-    (whole, in_float32), (rounded, in_bfloat16) = trained(), trained(moments="bfloat16")
-    for name in ("mu", "nu"):
+    (whole, in_float32), (rounded, in_bfloat16) = trained(), trained(moments=moments)
+    for name, kept in (("mu", "bfloat16"), ("nu", moments.replace("first-bfloat16", "float32"))):
         assert optax.tree_utils.tree_get(in_float32, name)["kernel"].dtype == jnp.float32
-        assert optax.tree_utils.tree_get(in_bfloat16, name)["kernel"].dtype == jnp.bfloat16
+        assert optax.tree_utils.tree_get(in_bfloat16, name)["kernel"].dtype == kept
     np.testing.assert_allclose(rounded, target, atol=0.02)
     np.testing.assert_allclose(rounded, whole, atol=0.02)
     assert not np.array_equal(rounded, whole)
@@ -155,7 +156,7 @@ def test_moments_in_bfloat16_take_half_the_memory_and_lead_to_the_same_place():
     wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, in_bfloat16)
     of_rounded, of_wide = (
         optimizer.update(gradient, state, params)[0]
-        for optimizer, state in ((adam(moments="bfloat16"), in_bfloat16), (adam(), wide))
+        for optimizer, state in ((adam(moments=moments), in_bfloat16), (adam(), wide))
     )
     np.testing.assert_array_equal(of_rounded["kernel"], of_wide["kernel"])
 
@@ -166,6 +167,11 @@ def test_decays_that_bfloat16_would_lose_are_refused():
     ):
         adamw(1e-3, moments="bfloat16")
     adamw(1e-3, b2=0.99, moments="bfloat16")
+    adamw(1e-3, b2=0.999, moments="first-bfloat16")
+    with pytest.raises(BadInput, match=r"b1=0\.995 with moments in bfloat16: .*, or moments in float32$"):
+        adamw(1e-3, b1=0.995, moments="first-bfloat16")
+    with pytest.raises(BadInput, match="moments='float16' is unknown"):
+        adamw(1e-3, moments="float16")
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (6, 20), (20, 6)])
@@ -201,6 +207,9 @@ def test_muon_keeps_one_moment_of_matrices_in_the_type_asked_for():
     held = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert {leaf.dtype for leaf in held} == {jnp.dtype("bfloat16")}
     assert sum(leaf.size for leaf in held) == 2 * total - matrices
+    state = muon(1e-3, moments="first-bfloat16").init(params)
+    wide = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.dtype == jnp.float32)
+    assert wide == total - matrices  # AdamW's second moments
     with pytest.raises(BadInput, match="with moments in bfloat16: what one update changes"):
         muon(1e-3, moments="bfloat16")
 
