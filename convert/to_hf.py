@@ -47,7 +47,10 @@ def main(options: Options) -> None:
     folder = huggingface.save_hf(widened, options.target, options.dtype, size, options.overwrite)
     print(f"{folder}: {lm}\n{type_written(lm, options.dtype)}")
     if lm.tokenizer is None:
-        print(f"without a tokenizer, which text needs: {options.source} holds none")
+        print(
+            f"without a tokenizer, which text needs: {options.source} holds none (tokenizer.json; OpenAI's "
+            "encoder.json and vocab.bpe)"
+        )
     else:
         print(f"next: {command_for(lm, str(folder))}")
     kind = "CausalLM" if lm.config.labels is None else "SequenceClassification"

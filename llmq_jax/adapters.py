@@ -114,9 +114,8 @@ def _load_base(base: str, folder: Path, layout: str, config: Any, dtype: Any) ->
             return load(base, layout, config, dtype)
     except BadInput as error:
         raise BadInput(
-            f"{folder}: its base {base} cannot be loaded: {error}; load that model from elsewhere, not quantised, and "
-            f'the adapter onto it: lq.load_adapter(lq.load("..."), "{folder}"), or name it in adapter_config.json '
-            "(base_model_name_or_path)"
+            f"{folder}: its base {base} cannot be loaded: {error}. Another copy of that model, unquantised, will do: "
+            f'lq.load_adapter(lq.load("..."), "{folder}"), or its name in adapter_config.json (base_model_name_or_path)'
         ) from error
     raise BadInput(f"{folder}: its base {base} is an adapter too; merge that one into its own base first")
 
@@ -124,7 +123,7 @@ def _load_base(base: str, folder: Path, layout: str, config: Any, dtype: Any) ->
 def _with_own_text_files(lm: LanguageModel, folder: Path) -> LanguageModel:
     """The model with the tokenizer that trainers save beside adapters: these were trained with its chat template. Its
     end token ends a text as well; where a `generation_config.json` there names end tokens, only those do."""
-    own = tokenizer_in(folder)
+    own = tokenizer_in(folder, without="keeps the tokenizer of the base")
     if own is not None and own.vocab_size > lm.config.vocab_size:
         warn(f"{folder}: its tokenizer has {own.vocab_size} tokens, the base {lm.config.vocab_size}: its own stays")
         return lm

@@ -100,8 +100,16 @@ def run(
             default = defaults(_given(arguments)) if defaults else tyro.MISSING_NONPROP
             result = command(_parse(options, arguments, program, default))
             code = result if isinstance(result, int) else 0
-        finally:  # also after --help, which ends by SystemExit
             sys.stdout.flush()
+        except SystemExit:  # as after --help
+            sys.stdout.flush()
+            raise
+        except BaseException:
+            try:
+                sys.stdout.flush()
+            except OSError:  # what ended the command is told
+                _discard_output()
+            raise
     except BadInput as error:
         words = str(error).split()
         if words and words[0] in of_file:

@@ -53,7 +53,7 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 def warn(message: str) -> None:
     """A warning at the user's own line: the newest one that is not of this package."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __package__:
+    package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

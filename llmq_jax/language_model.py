@@ -30,7 +30,7 @@ from llmq_jax.layers.axes import axis_sizes, replicated
 from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
 from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output
-from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, adapters, spread, trained_numbers
+from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, adapters, measured, spread, trained_numbers
 from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
@@ -102,7 +102,7 @@ class LanguageModel:
     def sliced_ahead(self) -> tuple[dict[str, Any], ...]:
         """Variables of each module of multi-token prediction: what drafting by them reads."""
         paths = self.model.all_layer_paths()[len(self.model.layer_paths()) :]
-        return slice_modules(spread(self.variables), paths)
+        return slice_modules(spread(self.variables), paths, measured)
 
     @functools.cached_property
     def _sliced(self) -> dict[tuple[bool, bool], tuple[dict[str, Any], tuple[dict[str, Any], ...]]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +77,11 @@ def load(
 
 
 def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) -> LanguageModel:
-    from llmq_jax.training.checkpoints import find_checkpoint
-    from llmq_jax.training.sharding import spans_processes
-
     dtype = float_type(dtype)
     if str(path) in PRESETS and not Path(path).exists():
         raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
-    source = find(path, config=config)
-    checkpoint = _checkpoint_of_all(source) if spans_processes() else find_checkpoint(source) and source
+    source = _agreed(lambda: find(path, config=config))
+    checkpoint = _checkpoint(source)
     if checkpoint is not None:
         if layout != "hf":
             raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
@@ -194,17 +191,29 @@ class TextFiles:
         return cls(tokenizer, GenerationConfig(eos_token_id=() if end is None else (end,)))
 
 
-def _checkpoint_of_all(source: Path) -> Path | None:
-    """The checkpoint that process 0 finds there: of a run that goes on another process may see an older or a newer
-    one."""
+def _agreed(action: Callable[[], Any]) -> Any:
+    """The action's result; of several processes, all raise its BadInput where one does."""
+    from llmq_jax.training.processes import together
+    from llmq_jax.training.sharding import spans_processes
+
+    return together(action) if spans_processes() else action()
+
+
+def _checkpoint(source: Path) -> Path | None:
+    """A checkpoint, or a run, whose newest one is meant; of several processes, the checkpoint that process 0 finds: of
+    a run that goes on another may see an older or a newer one."""
     from llmq_jax.training.checkpoints import find_checkpoint
     from llmq_jax.training.processes import of_first
+    from llmq_jax.training.sharding import spans_processes
 
-    def find() -> str | None:
+    if not spans_processes():
+        return None if find_checkpoint(source) is None else source
+
+    def newest() -> str | None:
         found = find_checkpoint(source)
         return None if found is None else str(found.relative_to(source))
 
-    name = of_first(find)
+    name = of_first(newest)
     return None if name is None else source / name
 
 

@@ -444,13 +444,25 @@ def talking(main, closed="", **options):
     return subprocess.run(command, **{"capture_output": True} | options)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+on_linux = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+
+
+@on_linux
 @pytest.mark.parametrize("words", [(), ("--help",)])
 def test_an_output_that_takes_no_more_is_told_in_a_line(words):
     with open("/dev/full", "wb") as full:
         ended = talking("print('words')", words=words, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     message = b"error: No space left on device: standard output, or a library's file\n"
     assert (ended.returncode, ended.stderr) == (2, message)
+
+
+@on_linux
+def test_an_error_is_told_though_the_output_takes_no_more():
+    raising = "print('words'); from llmq_jax.errors import BadInput; raise BadInput('no good')"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "wb") as full:
+        ended = talking(raising, capture_output=False, stdout=full, stderr=subprocess.PIPE, env=buffered)
+    assert (ended.returncode, ended.stderr) == (2, b"error: no good\n")
 
 
 def test_closed_streams_are_empty_ones():

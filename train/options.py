@@ -217,7 +217,7 @@ def on_devices(recipe: Callable) -> Callable:
             mesh = mesh_of(options)
             # Processes with different options would wait for one another in exchanges that not all of them make.
             given = {name: value for name, value in dataclasses.asdict(options).items() if name not in PLACES}
-            same({**given, "mesh": mesh, "processes": options.processes}, differences)
+            same({**given, "mesh": mesh, "processes": options.processes, "layout": options.layout}, differences)
             if (folder := options.folder) is not None and trains:
                 # Only looked at: the run itself opens it later, once data and model, which may take long, are loaded.
                 together(lambda: config_of_run(Path(folder)) if first() else None)

@@ -163,7 +163,7 @@ def check(options: Options) -> None:
 def read(options: Options) -> list[Any]:
     """The records with the texts, none of which is empty."""
     from llmq_jax.data import Record, text_to_classify
-    from llmq_jax.data.records import checked_text, holds_records, iterate_records, read_text
+    from llmq_jax.data.records import checked_text, holds_records, is_blank, iterate_records, read_text
     from llmq_jax.data.sources import text_files
 
     name, records = options.text_field or "text", []
@@ -174,7 +174,10 @@ def read(options: Options) -> list[Any]:
         if holds_records(file):
             records += iterate_records(file, columns, needed={name: "--text-field"}, string_field=name)
         else:
-            records.append(Record(str(file), {name: read_text(file)}))
+            text = read_text(file)
+            if is_blank(text):
+                raise BadInput(f"{file} holds no text; remove it, or fill it in")
+            records.append(Record(str(file), {name: text}))
     if not records:
         raise BadInput(f"{options.data} holds no record")
     for record in records:

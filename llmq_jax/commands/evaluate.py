@@ -162,10 +162,11 @@ def evaluate_tasks(options: Options) -> None:
     from llmq_jax.atomic_files import write_atomically
     from llmq_jax.interop.evaluation_harness import results_json, results_table
 
-    # Printed first: what took hours is not lost where the file cannot be written.
-    print(results_json(results["results"]) if options.json else results_table(results))
-    if options.out is not None:
-        write_atomically(Path(options.out), results_json(results, indent=2).encode() + b"\n")
+    try:
+        if options.out is not None:
+            write_atomically(Path(options.out), results_json(results, indent=2).encode() + b"\n")
+    finally:  # what took hours is not lost where the file cannot be written
+        print(results_json(results["results"]) if options.json else results_table(results))
 
 
 def results_of_tasks(options: Options) -> dict[str, Any]:

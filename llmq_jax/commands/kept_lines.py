@@ -86,6 +86,7 @@ def kept_lines(path: Path, command: Mapping[str, Any], records: Sequence[dict[st
     this earlier leaves the finished lines in FILE.partial, and a message says so. BadInput: another process writes
     them."""
     with _locked(_partial(path)):
+        check_out(path)  # once more: another process may have finished it meanwhile
         kept, count = KeptLines(path, command, records), f"{len(records):,}"
         if kept.lines:
             print(f"going on after {len(kept.lines):,} of {count}, found in {kept.partial}", file=sys.stderr)
@@ -108,14 +109,23 @@ def _partial(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    try:
-        lock = lock_file(partial)
-    except BlockingIOError:
-        raise BadInput(f"another process is writing {partial}; wait for it, or name another file by --out") from None
+    def is_ours() -> bool:
+        return partial.exists() and os.path.samestat(os.fstat(lock), partial.stat())
+
+    while True:
+        try:
+            lock = lock_file(partial)
+        except BlockingIOError:
+            raise BadInput(
+                f"another process is writing {partial}; wait for it, or name another file by --out"
+            ) from None
+        if is_ours():
+            break
+        os.close(lock)  # of a file that who held it has removed
     try:
         yield
     finally:
-        if partial.exists() and not partial.stat().st_size:  # made by the lock alone
+        if is_ours() and not partial.stat().st_size:  # made by the lock alone
             partial.unlink()
         os.close(lock)
 

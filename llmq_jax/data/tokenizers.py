@@ -465,17 +465,18 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     return found
 
 
-def tokenizer_in(folder: str | Path, name: str | None = None) -> Tokenizer | None:
+def tokenizer_in(
+    folder: str | Path, name: str | None = None, without: str = "is loaded without a tokenizer"
+) -> Tokenizer | None:
     """The tokenizer whose files are in a folder, or None where there are none, or, with a warning, where transformers
     alone reads them.
 
     It is a ByteTokenizer or GPT2Tokenizer, which are faster, where that would write exactly these files; else a
-    FileTokenizer. name: see there.
+    FileTokenizer. name: see there. `without` is what the warning says of the model.
     """
     found = _tokenizer_in(Path(folder), name)
     if found is None and (unread := unread_file(Path(folder))):
-        why = f"{unread} is not read: {WRITE_JSON}"
-        warn(f"{folder}: is loaded without a tokenizer, since {why}")
+        warn(f"{folder}: {without}, since {unread} is not read: {WRITE_JSON}")
     return found
 
 

@@ -271,7 +271,8 @@ def _refuse_by_config(folder: Path, config: Any) -> None:
     if not file.is_file() or is_adapter(folder) or not (config is None or isinstance(config, Mapping)):
         return
     with located(file), warnings.catch_warnings(action="ignore"):  # reading the model will tell
-        config_from_hf(read_json(file))
+        if values := read_json(file):  # an empty one is taken for none
+            config_from_hf(values)
 
 
 def float_type(dtype: Any) -> np.dtype | None:

@@ -233,7 +233,11 @@ class _Reader:
         """{a module's name in memory: what this folder calls it}, where the two differ."""
         others = [name for name in state if name.removeprefix(PREFIX).startswith(beside)]
         if others:
-            where = [prefix.rstrip(".") for prefix in beside if any(f"{PREFIX}{prefix}" in name for name in others)]
+            where = [
+                prefix.rstrip(".")
+                for prefix in beside
+                if any(name.removeprefix(PREFIX).startswith(prefix) for name in others)
+            ]
             warn(f"{self.file}: {len(others)} tensors of other parts of its base are ignored: {', '.join(where)}")
         for name in state:
             if name not in others:

@@ -1,5 +1,6 @@
 """Adapters written as PEFT's folders; the names are in `interop.peft`."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -144,8 +145,12 @@ def _prefix_in(base: str, config: Any) -> str:
         file = (path.parent if path.is_file() else path) / BASE_CONFIG
     else:
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        cached = try_to_load_from_cache(name, BASE_CONFIG, revision=revision or None) if is_hub_id(name) else None
+        cached = None
+        if is_hub_id(name):
+            with contextlib.suppress(HFValidationError):
+                cached = try_to_load_from_cache(name, BASE_CONFIG, revision=revision or None)
         if not isinstance(cached, str):
             warn(
                 f"{base} is not on this computer, so that it cannot be seen whether it is multimodal: the adapters are "

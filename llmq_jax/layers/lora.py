@@ -223,7 +223,7 @@ def from_adapters(found: dict[Path, Adapter]) -> dict[str, Any]:
 
 def measured(variables: dict[str, Any]) -> dict[str, Any]:
     """The variables for passes in which nothing trains, with DoRA's m / ‖V‖ beside its factors: else each pass would
-    measure the columns again."""
+    measure the columns again. Of the adapters' collections, only what `adapters` finds is kept."""
     found = adapters(variables)
     for path, (trained, fixed) in found.items():
         if MAGNITUDE in trained:

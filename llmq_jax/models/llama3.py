@@ -55,8 +55,8 @@ class Llama3Config:
     """Heads of keys and values, each shared by equally many query heads; None is one for each query head. Code reads
     `key_value_heads`, which is never None."""
     head_dim: int | None = None
-    """Width of a head; None, also where it was given, is hidden_size / num_attention_heads. Code reads `head_width`,
-    which is never None."""
+    """Width of a head; None is hidden_size / num_attention_heads, and a given value equal to that is held as None. Code
+    reads `head_width`, which is never None."""
     intermediate_size: int = 11008
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6

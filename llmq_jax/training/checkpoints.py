@@ -376,6 +376,8 @@ def load_checkpoint_variables(path: str | Path) -> LoadedCheckpoint:
         if folder.exists():
             raise
         # A run that goes on has deleted it meanwhile, and has a newer one.
+        if find_checkpoint(path) is None:
+            raise BadInput(f"{folder}: was deleted while it was read, as by a run that goes on; start again") from None
         return load_checkpoint_variables(path)
 
 
@@ -454,7 +456,7 @@ def _check_same_arrays(folder: Path, saved: Mapping[Name, Any], wanted: Mapping[
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise BadInput(
             f"checkpoint {folder} is of another model or optimizer: {faults[0]}{more}; "
-            f"use the options it was trained with, or another folder"
+            f"use the options, and the version, that it was trained with, or another folder"
         )
 
 

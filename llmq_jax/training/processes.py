@@ -47,7 +47,8 @@ def one_speaks() -> Iterator[None]:
     """Of several processes, show only process 0's standard output."""
     with contextlib.ExitStack() as stack:
         if not first():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield
 
 

@@ -115,15 +115,23 @@ def spans_processes() -> bool:
 
 @contextlib.contextmanager
 def copies_compared(name: str) -> Iterator[None]:
-    """In the end BadInput on all processes of the current mesh where one has read other weights meanwhile than process
-    0, or a checkpoint with other files: replicas would differ without a word. `name` says what was read."""
-    with noted() as digest:
-        yield
+    """In the end, where the current mesh spans processes, BadInput on all of them if one could not read, or has read
+    other weights than process 0, or a checkpoint with other files: replicas would differ without a word. `name` says
+    what was read."""
     if not spans_processes():
+        yield
         return
+    fault = None
+    with noted() as digest:
+        try:
+            yield
+        except BadInput as error:
+            fault = error
     theirs, own = share(digest.hexdigest()), digest.hexdigest()
 
     def compare() -> None:
+        if fault is not None:
+            raise fault
         if own != theirs:
             raise BadInput(f"{name} is not the same here as where process 0 is; give all processes the same files")
 

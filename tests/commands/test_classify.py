@@ -180,7 +180,7 @@ BAD_FILES = [
         ["--columns", "id,text"],
         "--columns has no effect on a.jsonl, which is no .csv or .ts",
     ),
-    ("a.txt", " ", [], "a.txt: field 'text' holds no text"),
+    ("a.txt", " ", [], "a.txt holds no text; remove it"),
 ]
 
 

@@ -13,6 +13,8 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.atomic_files import lock_file
 from llmq_jax.commands.drawing import DrawingOptions
+from llmq_jax.commands.kept_lines import kept_lines
+from llmq_jax.errors import BadInput
 from llmq_jax.generation.sampling import DEFAULT
 from tests.byte_fallback import one_word_model
 
@@ -297,6 +299,25 @@ def test_the_same_command_goes_on_where_it_was_stopped(stopped, stopped_at, llmq
     assert llmq(*command)[:2] == (0, "")
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == expected
     assert not partial.exists()
+
+
+def test_lines_that_another_process_finishes_meanwhile(tmp_path, monkeypatch):
+    """It has removed the file whose lock is waited for, or another has, and then the result is there."""
+    out, locks = tmp_path / "out.jsonl", []
+
+    def removed_at_first(path):
+        locks.append(lock_file(path))
+        if len(locks) == 1:
+            path.unlink()
+        return locks[-1]
+
+    monkeypatch.setattr("llmq_jax.commands.kept_lines.lock_file", removed_at_first)
+    with kept_lines(out, {}, [{"a": 1}]) as kept:
+        kept.add(['{"a": 1}'])
+    assert (len(locks), out.read_text(), os.listdir(tmp_path)) == (2, '{"a": 1}\n', ["out.jsonl"])
+    with pytest.raises(BadInput, match="is there already"), kept_lines(out, {}, [{"a": 1}]):
+        pass
+    assert os.listdir(tmp_path) == ["out.jsonl"]
 
 
 def test_two_processes_do_not_write_the_same_lines(stopped, llmq):

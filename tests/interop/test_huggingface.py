@@ -215,6 +215,8 @@ def test_what_generation_ignores_is_named_in_one_warning(theirs, tmp_path):
     assert [(str(warning.message), warning.filename) for warning in caught] == [(f"{path}: {named}", __file__)]
     with pytest.warns(UserWarning, match=re.escape(named)):
         load(save(lm, tmp_path / "run"))
+    with pytest.warns(UserWarning, match=re.escape(named)):
+        exec("load(folder)", {"load": load, "folder": theirs})  # code without a module
     path.unlink()
     edit_json(theirs / "config.json", **penalties)
     with pytest.warns(UserWarning) as caught:

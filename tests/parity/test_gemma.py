@@ -153,7 +153,7 @@ def test_embeddings_grow_by_the_root_of_the_width_in_their_own_type(width, wide,
     for dtype, factor in ((jnp.float32, wide), (jnp.bfloat16, narrow)):
         ones = {"params": {"embedding": jnp.ones((7, width), dtype)}}
         np.testing.assert_allclose(ours.apply(ones, jnp.arange(1)).astype(jnp.float32), factor, rtol=1e-6)
-        np.testing.assert_allclose(ours.apply(ones, jnp.ones((1, width), dtype), method="attend"), width)  # the head
+        np.testing.assert_allclose(ours.apply(ones, jnp.ones((1, width), dtype), method="logits"), width)  # the head
     variables = {"params": {"embedding": jnp.asarray(table, jnp.bfloat16)}}
     np.testing.assert_array_equal(ours.apply(variables, jnp.arange(7)).astype(jnp.float32), expected)
     computed = ours.clone(dtype=jnp.bfloat16).apply({"params": {"embedding": jnp.asarray(table)}}, jnp.arange(7))
