@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
-from llmq_jax.generation.generate import Request
+from llmq_jax.generation.request import Request
 from llmq_jax.weight_type import weight_type
 from tests.weights import draw_variables
 

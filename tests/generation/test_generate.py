@@ -11,7 +11,8 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.data import FileTokenizer, GPT2Tokenizer
 from llmq_jax.generation.decoding import DecodeState, advance, prefill, read_prompts
-from llmq_jax.generation.generate import STRETCH, Request
+from llmq_jax.generation.generate import STRETCH
+from llmq_jax.generation.request import Request
 from tests.byte_fallback import TOKENS, byte_ids, fallback_tokenizer, one_word_model
 from tests.weights import draw_variables
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import llmq_jax as lq
+from llmq_jax.generation import request
 from tests.weights import draw_variables
 
 GREEDY = lq.Sampler(temperature=0.0)
@@ -54,14 +55,13 @@ def lm(request):
 @pytest.fixture
 def computed(monkeypatch):
     """The numbers of tokens that calls of `prefill` are given."""
-    generate = lq.generate.__globals__
-    before, counts = generate["prefill"], []
+    before, counts = request.prefill, []
 
     def prefill(model, variables, prompts, lengths, *args, **kwargs):
         counts.append(int(lengths[0]))
         return before(model, variables, prompts, lengths, *args, **kwargs)
 
-    monkeypatch.setitem(generate, "prefill", prefill)
+    monkeypatch.setattr(request, "prefill", prefill)
     return counts
 
 
@@ -76,7 +76,7 @@ def test_rotations_that_depend_on_the_length_are_read_anew(rope, computed):
 
 
 def test_a_long_rest_is_read_in_pieces_and_one_longer_than_what_is_held_as_a_whole(lm, computed, monkeypatch):
-    monkeypatch.setitem(lq.generate.__globals__, "LONGEST_PROMPT_STEP", 8)
+    monkeypatch.setattr(request, "LONGEST_PROMPT_STEP", 8)
     cache, prompt = lq.PromptCache(), text(70)
     for end in (9, 26, 45, 70):
         made = lq.generate(lm, [prompt[:end]], max_new_tokens=1, sampler=GREEDY, stop=(), prompt_cache=cache)
@@ -145,14 +145,13 @@ def test_a_stream_that_nobody_reads_on_leaves_what_was_read(bytes_lm, computed):
 
 
 def test_what_an_interrupted_step_used_up_is_forgotten(bytes_lm, monkeypatch):
-    cache, generate = lq.PromptCache(), lq.generate.__globals__
-    advance = generate["advance"]
+    cache, advance = lq.PromptCache(), request.advance
 
     def interrupted(*args, **kwargs):
         advance(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(generate, "advance", interrupted)
+    monkeypatch.setattr(request, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(lq.stream(bytes_lm, "hello", max_new_tokens=12, stop=(), prompt_cache=cache))
     assert cache.tokens == [] and cache.caches == ()

@@ -13,7 +13,7 @@ from flax import linen as nn
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.generation.decoding import advance
-from llmq_jax.generation.generate import Request
+from llmq_jax.generation.request import Request
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
 from llmq_jax.layers.expert_blocks import block_lengths, in_blocks
 from llmq_jax.layers.expert_dispatch import MOST_APART, MOST_ROWS_APART, choose, dispatch, slots_each
