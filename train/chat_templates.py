@@ -25,8 +25,9 @@ def check_chat_template(options: Any) -> None:
 
 
 def with_text_options(options: Any, conversations: list, lm: Any) -> tuple[Any, Any]:
-    """(the options with --template and --context filled in, the model with the template of --chat-template). BadInput
-    where the model lacks a tokenizer or a chat template that is needed."""
+    """(the options with --template and --context filled in, the model with the template of --chat-template); prints a
+    line where the model has a chat template by which the records are not written. BadInput where the model lacks a
+    tokenizer or a chat template that is needed."""
     from llmq_jax.data import default_template
 
     lm.require_tokenizer(options.init_from)
@@ -35,6 +36,8 @@ def with_text_options(options: Any, conversations: list, lm: Any) -> tuple[Any, 
     template = options.template or ("chat" if by_chat else default_template(conversations, lm.tokenizer))
     if template == "chat":
         lm.require_chat_template(options.init_from, WITHOUT_CHAT_TEMPLATE)
+    elif options.template is None and conversations[0].form == "prompt" and lm.tokenizer.chat_template is not None:
+        print("answers that are texts are taken as they are; --template chat writes them as the model chats")
     return dataclasses.replace(options, context=context_of(options, lm.config), template=template), lm
 
 

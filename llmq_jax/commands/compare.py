@@ -63,7 +63,8 @@ def main(options: Options) -> None:
         for name in names:
             apart.add_column(Text(name), justify="right")
         for option, values in differing.items():
-            cut = [value if len(value) <= LONGEST else f"{value[:LONGEST]}…" for value in values]
+            lines = [value.replace("\n", "\\n") for value in values]  # one row each
+            cut = [value if len(value) <= LONGEST else f"{value[:LONGEST]}…" for value in lines]
             apart.add_row(option, *map(Text, cut))
         print()
         print_table(apart)

@@ -19,6 +19,8 @@ from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.model_files import load, save
 from llmq_jax.models import build, init
 from llmq_jax.objectives.reward import model_rewards
+from train import dpo
+from train.chat_templates import with_text_options
 
 SIZES = {
     "max_position_embeddings": 48,
@@ -165,6 +167,16 @@ def with_chat_template(base, folder):
     lm.tokenizer.save(folder)
     Path(folder, "chat_template.jinja").write_text(CHATML)
     return lm.replace(tokenizer=FileTokenizer(folder))
+
+
+@pytest.mark.parametrize(("template", "told"), [(None, True), ("plain", False)])
+def test_texts_that_are_not_written_as_the_model_chats_are_told(base, tmp_path, capsys, template, told):
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs(1)))
+    answers = [pair.chosen for pair in read_preferences(tmp_path / "pairs.json")]
+    options = dpo.Options(data="pairs.json", init_from="base", out="run", template=template)
+    options, _ = with_text_options(options, answers, with_chat_template(base, tmp_path / "files"))
+    line = "answers that are texts are taken as they are; --template chat writes them as the model chats\n"
+    assert (options.template, capsys.readouterr().out) == ("plain", line if told else "")
 
 
 @pytest.mark.parametrize(
