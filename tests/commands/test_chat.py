@@ -18,6 +18,7 @@ import llmq_jax as lq
 from llmq_jax import generation
 from llmq_jax.commands.chat import Conversation, Options
 from llmq_jax.data import as_chat_template
+from llmq_jax.generation import request
 
 SAMPLER = lq.Sampler(temperature=0.8, top_p=0.95)  # the default
 SYSTEM, USER, ASSISTANT, END = 257, 258, 259, 260
@@ -87,14 +88,13 @@ def test_every_line_gets_a_reply_that_knows_those_before(chat, chat_model):
 
 
 def test_what_was_read_is_not_read_again(chat, chat_model, monkeypatch):
-    given, functions = [], lq.generate.__globals__
-    prefill = functions["prefill"]
+    given, prefill = [], request.prefill
 
     def counting(model, variables, prompts, lengths, *args, **kwargs):
         given.append(int(lengths[0]))
         return prefill(model, variables, prompts, lengths, *args, **kwargs)
 
-    monkeypatch.setitem(functions, "prefill", counting)
+    monkeypatch.setattr(request, "prefill", counting)
     chat("a\nb\n")
     said = [user("a"), {"role": "assistant", "content": replies(chat_model, ["a"])[0]}, user("b")]
     # The reply may be bytes of no character, which the second prompt spells in another way.
