@@ -24,7 +24,7 @@ from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.lora import LORA, LoRA
-from llmq_jax.model_files import TextFiles, load, load_weights
+from llmq_jax.model_files import TextFiles, agreed, decided, load, load_weights
 from llmq_jax.models.heads import numbered_labels
 
 
@@ -90,8 +90,8 @@ def load_with_base(
     """The base that a PEFT folder names, with the folder's adapters; see `load`. As in transformers, a model in the
     folder itself is the base whatever the name says, unless the folder is a copy from the hub (`is_path` False) that
     names a base: there, weights beside adapters may have them merged already."""
-    base, classes = base_of(folder)
-    if (folder / CONFIG).is_file() and is_hf(folder) and (is_path or not base):
+    base, classes, beside = decided(lambda: [*base_of(folder), (folder / CONFIG).is_file() and is_hf(folder)])
+    if beside and (is_path or not base):
         if base and not (os.path.isdir(base) and folder.samefile(base)):
             warn(
                 f"{folder}: its adapters go onto the model beside them, not onto {base}; if that model is merged, and "
@@ -110,7 +110,8 @@ def load_with_base(
 def _load_base(base: str, folder: Path, layout: str, config: Any, dtype: Any) -> LanguageModel:
     """The base that an adapter's folder names; BadInput, which names the folder, where it cannot be loaded."""
     try:
-        if not is_adapter(find(base, config=config)):
+        path = agreed(lambda: find(base, config=config))
+        if not decided(lambda: is_adapter(path)):
             return load(base, layout, config, dtype)
     except BadInput as error:
         raise BadInput(

@@ -80,13 +80,13 @@ def _load(path: str | os.PathLike[str], layout: str, config: Any, dtype: Any) ->
     dtype = float_type(dtype)
     if str(path) in PRESETS and not Path(path).exists():
         raise BadInput(f"{path}: is a preset, a size without weights; use it to train, or name a model")
-    source = _agreed(lambda: find(path, config=config))
+    source = agreed(lambda: find(path, config=config))
     checkpoint = _checkpoint(source)
     if checkpoint is not None:
         if layout != "hf":
             raise BadInput(f"{path}: is a checkpoint of ours; layout={layout!r} would have no effect")
         return _load_checkpoint(source, checkpoint, config, dtype)
-    if is_adapter(source):
+    if decided(lambda: is_adapter(source)):
         from llmq_jax.adapters import load_with_base
 
         return load_with_base(source, layout, config, dtype, is_path=Path(path).expanduser().exists())
@@ -191,12 +191,21 @@ class TextFiles:
         return cls(tokenizer, GenerationConfig(eos_token_id=() if end is None else (end,)))
 
 
-def _agreed(action: Callable[[], Any]) -> Any:
+def agreed(action: Callable[[], Any]) -> Any:
     """The action's result; of several processes, all raise its BadInput where one does."""
     from llmq_jax.training.processes import together
     from llmq_jax.training.sharding import spans_processes
 
     return together(action) if spans_processes() else action()
+
+
+def decided(action: Callable[[], Any]) -> Any:
+    """The action's result, on which the reading of a model depends; of several processes, process 0's, on all: they
+    must go through the same exchanges."""
+    from llmq_jax.training.processes import of_first
+    from llmq_jax.training.sharding import spans_processes
+
+    return of_first(action) if spans_processes() else action()
 
 
 def _checkpoint(source: Path) -> Path | None:
