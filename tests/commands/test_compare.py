@@ -174,13 +174,18 @@ def test_runs_of_one_name_and_what_they_differ_in(llmq, run, tmp_path):
         (tmp_path / f"lr-{rate}").mkdir()
         folders.append(run(f"lr-{rate}/run", 3.0))
         config = {"run_format": 1, "learning_rate": rate, "seed": 0, "model": {"name": "x" * 30 + str(rate)}}
+        config["sample_prompt"] = f"\n{rate}"
         (folders[-1] / "config.json").write_text(json.dumps(config))
     code, out, err = llmq("compare", *folders, run("bare", 2.0))
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines[1:4]] == ["lr-0.001/run", "lr-0.003/run", "bare"]
     assert lines[5] == ["differing", "in", "lr-0.001/run", "lr-0.003/run", "bare"]
-    assert lines[6:] == [["learning_rate", "0.001", "0.003"], ["model.name", *["x" * 20 + "…"] * 2]]
+    assert lines[6:] == [
+        ["learning_rate", "0.001", "0.003"],
+        ["model.name", *["x" * 20 + "…"] * 2],
+        ["sample_prompt", r"\n0.001", r"\n0.003"],
+    ]
 
 
 def test_bad_input(llmq, run, tmp_path):
