@@ -27,7 +27,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from llmq_jax.data.tokenizers import load_tokenizer
+    from llmq_jax.data.tokenizer_loading import load_tokenizer
     from llmq_jax.errors import BadInput
     from llmq_jax.model_files import free_folder, load, save
 

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.data.tokenizers import tokenizer_in
+from llmq_jax.data.tokenizer_loading import tokenizer_in
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.generation_config import GenerationConfig, warn_of_ignored

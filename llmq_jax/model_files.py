@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
+from llmq_jax.data.tokenizer_loading import tokenizer_in
+from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create, require_model
 from llmq_jax.interop.architectures import config_class_of

@@ -43,16 +43,9 @@ from llmq_jax.data.sources import Documents, has_fields, iterate_documents, read
 from llmq_jax.data.splits import are_held_out, split_documents, split_tokens
 from llmq_jax.data.text_stream import TextStream
 from llmq_jax.data.token_files import TokenFiles, is_token_folder, read_tokens, write_tokens
-from llmq_jax.data.tokenizers import (
-    ByteTokenizer,
-    FileTokenizer,
-    GPT2Tokenizer,
-    Tokenizer,
-    encode_documents,
-    encoded_blocks,
-    load_tokenizer,
-    tokenizer_in,
-)
+from llmq_jax.data.token_stream import encode_documents, encoded_blocks
+from llmq_jax.data.tokenizer_loading import load_tokenizer, tokenizer_in
+from llmq_jax.data.tokenizers import ByteTokenizer, FileTokenizer, GPT2Tokenizer, Tokenizer
 from llmq_jax.data.windows import (
     Batch,
     EvaluationBatches,

@@ -10,8 +10,13 @@ the text, or treat it as one word) get their documents whole.
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+import numpy as np
+
+BLOCK_CHARACTERS = 2**20
+"""Documents are encoded in blocks of about this many characters, which bounds memory and feeds all cores."""
 
 UNICODE_FORMS = ("NFC", "NFKC", "NFD", "NFKD")
 CUTS = (
@@ -77,3 +82,37 @@ def pieces(text: str, length: int, cuts: re.Pattern[str] | None) -> Iterator[str
         end = found.end() if found else len(text)
         yield text[start:end]
         start = end
+
+
+def in_blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about BLOCK_CHARACTERS in all."""
+    block, characters = [], 0
+    for text in texts:
+        block.append(text)
+        characters += len(text)
+        if characters >= BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def in_pieces(
+    texts: Iterable[str],
+    encode: Callable[[list[str]], Iterable[np.ndarray]],
+    dtype: np.dtype,
+    cuts: Callable[[], re.Pattern[str] | None],
+) -> list[np.ndarray]:
+    """Token ids of each text. Long texts are encoded in pieces, so that all cores work on a single text too."""
+    parts, counts, length = [], [], BLOCK_CHARACTERS // 16
+    for text in texts:
+        cut = [text] if len(text) <= length else list(pieces(text, length, cuts()))
+        parts.extend(cut)
+        counts.append(len(cut))
+    arrays = list(encode(parts))
+    ends = np.cumsum(counts)
+    return [_join(arrays[end - count : end], dtype) for end, count in zip(ends, counts, strict=True)]
+
+
+def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros(0, dtype), *arrays])

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.atomic_files import naming
-from llmq_jax.data.tokenizers import Tokenizer, encode_documents, tokenizer_in
+from llmq_jax.data.token_stream import encode_documents
+from llmq_jax.data.tokenizer_loading import tokenizer_in
+from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json

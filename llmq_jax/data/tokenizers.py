@@ -9,11 +9,10 @@ Three rules hold for all of them:
   vocabulary may be padded beyond its tokenizer's), as in transformers.
 """
 
-import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -29,20 +28,16 @@ from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.gpt2_vocabulary import (
     END_OF_TEXT,
-    PUBLISHED_SHA256,
     Vocabulary,
     byte_characters,
     packaged_vocabulary,
     read_vocabulary,
     vocabulary_files,
 )
-from llmq_jax.data.long_documents import GPT2_CUTS, pieces, places_to_cut
+from llmq_jax.data.long_documents import GPT2_CUTS, in_blocks, in_pieces, places_to_cut
 from llmq_jax.data.offsets import byte_offsets
-from llmq_jax.data.tokenizer_files import WRITE_JSON, TokenizerFiles, unread_file
-from llmq_jax.errors import BadInput, warn
-
-BLOCK_CHARACTERS = 2**20
-"""Documents are encoded in blocks of about this many characters, which bounds memory and feeds all cores."""
+from llmq_jax.data.tokenizer_files import TokenizerFiles
+from llmq_jax.errors import BadInput
 
 GPT2_NAMED_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
 
@@ -267,7 +262,7 @@ class GPT2Tokenizer(Tokenizer):
             with ThreadPoolExecutor() as threads, self._as_bad_input():  # tiktoken releases the interpreter lock
                 yield from threads.map(encoded, pieces)
 
-        return _in_pieces(texts, all_encoded, self.dtype, lambda: GPT2_CUTS)
+        return in_pieces(map(_checked, texts), all_encoded, self.dtype, lambda: GPT2_CUTS)
 
     def _as_bad_input(self) -> AbstractContextManager[None]:
         """BadInput for a text that tiktoken's patterns cannot match, such as a million spaces in a row."""
@@ -289,7 +284,7 @@ class GPT2Tokenizer(Tokenizer):
         merges = "".join(f"{left} {right}\n" for left, right in self._vocabulary.merges)
         return {
             **_hf_files(exported, config),
-            "vocab.json": _json_bytes(self._vocabulary.ids),
+            "vocab.json": json_bytes(self._vocabulary.ids),
             "merges.txt": ("#version: 0.2\n" + merges).encode(),
         }
 
@@ -414,12 +409,12 @@ class FileTokenizer(Tokenizer):
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         def all_encoded(pieces: list[str]) -> Iterator[np.ndarray]:
-            for block in _blocks(pieces):
+            for block in in_blocks(pieces):
                 with self._as_bad_input("encode"):
                     encodings = self._plain.encode_batch_fast(block, add_special_tokens=False)
                 yield from (np.array(encoding.ids, self.dtype) for encoding in encodings)
 
-        return _in_pieces(texts, all_encoded, self.dtype, lambda: self._cuts)
+        return in_pieces(map(_checked, texts), all_encoded, self.dtype, lambda: self._cuts)
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and the files that came with it, byte for byte."""
@@ -440,143 +435,6 @@ def _rust_errors_as_bad_input(what: str) -> Iterator[None]:
         raise BadInput(f"{what} ({reason:.300})") from None
 
 
-def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, from a folder with one or with GPT-2's files, or of
-    a model on the Hugging Face hub ("org/name"), whose weights are not fetched."""
-    if str(name_or_path) == "bytes":
-        return ByteTokenizer()
-    if str(name_or_path) == "gpt2":
-        return GPT2Tokenizer()
-    path, name = Path(name_or_path), None
-    if "/" in str(name_or_path) and not path.exists():
-        from llmq_jax.interop.huggingface import find  # which imports JAX
-
-        path, name = find(name_or_path, tokenizer=True), str(name_or_path)
-    if path.is_file():
-        return _own_tokenizer(TokenizerFiles.read(path).contents) or FileTokenizer(path)
-    found = _tokenizer_in(path, name) if path.is_dir() else None
-    if found is None:
-        what = "a folder without tokenizer.json or vocab.json and merges.txt" if path.is_dir() else "neither of them"
-        what = f"a folder with {unread}, which is not read: {WRITE_JSON}" if (unread := unread_file(path)) else what
-        raise BadInput(
-            f"no tokenizer {str(name_or_path)!r}: expected bytes, gpt2, a tokenizer.json, a folder with one, or the "
-            f"org/name of a model on the Hugging Face hub; this is {what}"
-        )
-    return found
-
-
-def tokenizer_in(
-    folder: str | Path, name: str | None = None, without: str = "is loaded without a tokenizer"
-) -> Tokenizer | None:
-    """The tokenizer whose files are in a folder, or None where there are none, or, with a warning, where transformers
-    alone reads them.
-
-    It is a ByteTokenizer or GPT2Tokenizer, which are faster, where that would write exactly these files; else a
-    FileTokenizer. name: see there. `without` is what the warning says of the model.
-    """
-    found = _tokenizer_in(Path(folder), name)
-    if found is None and (unread := unread_file(Path(folder))):
-        warn(f"{folder}: {without}, since {unread} is not read: {WRITE_JSON}")
-    return found
-
-
-def _tokenizer_in(folder: Path, name: str | None) -> Tokenizer | None:
-    if (folder / "tokenizer.json").is_file():
-        return _own_tokenizer(TokenizerFiles.read(folder / "tokenizer.json").contents) or FileTokenizer(folder, name)
-    if vocabulary_files(folder):
-        return _with_companions(GPT2Tokenizer(folder, name), folder)
-    return None
-
-
-def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer with what other files of its folder add: its class, its end token, its chat template."""
-    companions = TokenizerFiles.companions(folder)
-    config = companions.config()
-    kind = config.get("tokenizer_class") or "GPT2Tokenizer"
-    flag = next((name for name in ("add_prefix_space", "add_bos_token", "add_eos_token") if config.get(name)), None)
-    if str(kind).removesuffix("Fast") != "GPT2Tokenizer" or flag:
-        what = flag or f"a {kind}"
-        raise BadInput(
-            f"{folder}: tokenizer_config.json names {what}, and vocab.json with merges.txt is read as plain "
-            "GPT2Tokenizer alone: have transformers write a tokenizer.json (AutoTokenizer's save_pretrained)"
-        )
-    named = companions.named_tokens()
-    if companions.chat_template() is None and named.items() <= GPT2_NAMED_TOKENS.items():
-        return tokenizer
-    files = tokenizer.files()
-    own = json.loads(files["tokenizer_config.json"]) | named  # kept where the folder has no tokenizer_config.json
-    files["tokenizer_config.json"] = _json_bytes(own, indent=2)
-    return FileTokenizer.from_files({**files, **companions.contents}, tokenizer.name)
-
-
-def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True) -> np.ndarray:
-    """All documents as one stream of tokens `[N]`, uint16 or uint32: the tokenizer's `beginning` (often empty) before
-    each, the end-of-text token after it.
-
-    Documents may come from a generator: only a block of them is held at a time. append_end_of_text=False leaves out the
-    end-of-text tokens (for one single text).
-    """
-    # A bytearray grows in place, so the stream is never held twice.
-    stream = bytearray()
-    for piece in encoded_blocks(tokenizer, documents, append_end_of_text=append_end_of_text):
-        stream += piece.tobytes()
-    return np.frombuffer(stream, tokenizer.dtype)
-
-
-def encoded_blocks(
-    tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True
-) -> Iterator[np.ndarray]:
-    """The stream of `encode_documents` in pieces `[n]`, each of about BLOCK_CHARACTERS of text."""
-    if append_end_of_text and tokenizer.end_of_text is None:
-        raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with")
-    end = np.array([tokenizer.end_of_text] if append_end_of_text else [], tokenizer.dtype)
-    start = np.array(tokenizer.beginning, tokenizer.dtype)
-    # A token that both begins and ends texts stands once between them.
-    between = start[:0] if np.array_equal(start, end) else start
-    begun = False
-    for block in _blocks(documents):
-        pieces = []
-        for ids in tokenizer.encode_arrays(block):
-            pieces += [between if begun else start, ids.astype(tokenizer.dtype, copy=False), end]
-            begun = True
-        yield np.concatenate(pieces)
-
-
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about BLOCK_CHARACTERS in all."""
-    block, characters = [], 0
-    for text in texts:
-        block.append(text)
-        characters += len(text)
-        if characters >= BLOCK_CHARACTERS:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
-
-
-def _in_pieces(
-    texts: Sequence[str],
-    encode: Callable[[list[str]], Iterable[np.ndarray]],
-    dtype: np.dtype,
-    cuts: Callable[[], re.Pattern[str] | None],
-) -> list[np.ndarray]:
-    """Token ids of each text. Long texts are encoded in pieces, so that all cores work on a single text too."""
-    parts, counts, length = [], [], BLOCK_CHARACTERS // 16
-    for text in texts:
-        _utf8(text)
-        cut = [text] if len(text) <= length else list(pieces(text, length, cuts()))
-        parts.extend(cut)
-        counts.append(len(cut))
-    arrays = list(encode(parts))
-    ends = np.cumsum(counts)
-    return [_join(arrays[end - count : end], dtype) for end, count in zip(ends, counts, strict=True)]
-
-
-def _join(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate([np.zeros(0, dtype), *arrays])
-
-
 def _plain_ints(ids: Iterable[SupportsIndex]) -> list[int]:
     """The ids as Python integers; those of an array all at once, since one by one is slow."""
     return ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
@@ -589,6 +447,11 @@ def _utf8(text: str) -> bytes:
         raise BadInput(f"text is not valid Unicode: half a surrogate pair at character {error.start}") from None
 
 
+def _checked(text: str) -> str:
+    _utf8(text)
+    return text
+
+
 def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.Tokenizer:
     tokenizer = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE(vocab=vocabulary.ids, merges=vocabulary.merges))
     tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
@@ -599,19 +462,9 @@ def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.To
 def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, bytes]:
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-        "tokenizer_config.json": _json_bytes(config, indent=2),
+        "tokenizer_config.json": json_bytes(config, indent=2),
     }
 
 
-def _json_bytes(content: dict[str, Any], indent: int | None = None) -> bytes:
+def json_bytes(content: dict[str, Any], indent: int | None = None) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()
-
-
-def _own_tokenizer(files: dict[str, bytes]) -> Tokenizer | None:
-    """The GPT2Tokenizer or ByteTokenizer that writes exactly these files; None where neither does."""
-    is_gpt2 = hashlib.sha256(files.get("merges.txt", b"")).hexdigest() == PUBLISHED_SHA256["vocab.bpe"]
-    try:
-        tokenizer = GPT2Tokenizer() if is_gpt2 else ByteTokenizer()
-    except BadInput:  # GPT-2's vocabulary is not installed, and not needed either
-        return None
-    return tokenizer if tokenizer.files() == files else None

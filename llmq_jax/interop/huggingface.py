@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmq_jax.data.tokenizer_files import COMPANION_FILES, TokenizerFiles
-from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
+from llmq_jax.data.tokenizer_loading import tokenizer_in
+from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.field_types import require_model
 from llmq_jax.interop.architectures import (

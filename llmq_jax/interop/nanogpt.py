@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.data.tokenizers import GPT2Tokenizer, tokenizer_in
+from llmq_jax.data.tokenizer_loading import tokenizer_in
+from llmq_jax.data.tokenizers import GPT2Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import Contents, is_hf, located, read_state

@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmq_jax.data.tokenizers import Tokenizer, tokenizer_in
+from llmq_jax.data.tokenizer_loading import tokenizer_in
+from llmq_jax.data.tokenizers import Tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.huggingface import Contents, located, read_state

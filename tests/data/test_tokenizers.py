@@ -9,10 +9,17 @@ import tokenizers as hf_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, TextStream, encode_documents, load_tokenizer
-from llmq_jax.data import tokenizers as tokenizers_module
+from llmq_jax.data import (
+    ByteTokenizer,
+    FileTokenizer,
+    GPT2Tokenizer,
+    TextStream,
+    encode_documents,
+    load_tokenizer,
+    long_documents,
+    tokenizer_in,
+)
 from llmq_jax.data.gpt2_vocabulary import PUBLISHED_SHA256, packaged_vocabulary
-from llmq_jax.data.tokenizers import tokenizer_in
 from llmq_jax.errors import BadInput
 
 TEXTS = [
@@ -238,7 +245,7 @@ def test_a_chat_template_in_place_of_a_tokenizers_own(metaspace_folder, tmp_path
 @pytest.mark.parametrize("which", ["bytes", "gpt2", "saved bytes", "saved gpt2", "metaspace"])
 def test_encode_documents(monkeypatch, saved, metaspace_folder, which):
     """Blocks, cut documents and threads leave exactly the tokens of each document alone."""
-    monkeypatch.setattr(tokenizers_module, "BLOCK_CHARACTERS", 64)  # cuts documents into pieces of 4 characters
+    monkeypatch.setattr(long_documents, "BLOCK_CHARACTERS", 64)  # cuts documents into pieces of 4 characters
     name = metaspace_folder if which == "metaspace" else saved / which[6:] if which.startswith("saved") else which
     tokenizer = load_tokenizer(name)
     documents = [*TEXTS, "one\ntwo\n\nthree \n four\n\tfive\r\nsix!\r\n\n" * 9, "x\n" * 50]
@@ -253,7 +260,7 @@ def test_encode_documents(monkeypatch, saved, metaspace_folder, which):
 
 
 def test_cores_share_a_long_document(monkeypatch):
-    monkeypatch.setattr(tokenizers_module, "BLOCK_CHARACTERS", 64)
+    monkeypatch.setattr(long_documents, "BLOCK_CHARACTERS", 64)
     read: list[str] = []
 
     class Recording(tiktoken.Encoding):
@@ -261,7 +268,7 @@ def test_cores_share_a_long_document(monkeypatch):
             read.append(text)
             return super().encode_to_numpy(text, **options)
 
-    monkeypatch.setattr(tokenizers_module.tiktoken, "Encoding", Recording)
+    monkeypatch.setattr(tiktoken, "Encoding", Recording)
     tokenizer = load_tokenizer("gpt2")
     (ids,) = tokenizer.encode_arrays(["one\ntwo\nthree\n"])
     assert sorted(read) == ["\n", "\nthree", "one\ntwo"]

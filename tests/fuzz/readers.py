@@ -20,7 +20,7 @@ import tokenizers
 import torch
 
 from llmq_jax.commands.kept_lines import KeptLines
-from llmq_jax.data import ByteTokenizer
+from llmq_jax.data import ByteTokenizer, FileTokenizer, Tokenizer, tokenizer_in
 from llmq_jax.data.conversations import read_conversations
 from llmq_jax.data.labelled import read_labelled
 from llmq_jax.data.nanogpt_tokens import read_nanogpt_tokens
@@ -28,7 +28,6 @@ from llmq_jax.data.preferences import read_preferences
 from llmq_jax.data.prompts import read_prompts
 from llmq_jax.data.sources import read_documents
 from llmq_jax.data.token_files import read_tokens, write_tokens
-from llmq_jax.data.tokenizers import FileTokenizer, Tokenizer, tokenizer_in
 from llmq_jax.interop import huggingface, peft_reader
 from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.interop.gguf import read_gguf

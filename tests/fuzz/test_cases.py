@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llmq_jax.data import GPT2Tokenizer, tokenizer_in
 from llmq_jax.data.records import read_records
-from llmq_jax.data.tokenizers import GPT2Tokenizer, tokenizer_in
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import config_from_hf
 from llmq_jax.interop.safetensors_files import open_safetensors

@@ -24,7 +24,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
-from llmq_jax.data.tokenizers import ByteTokenizer, GPT2Tokenizer, load_tokenizer
+from llmq_jax.data import ByteTokenizer, GPT2Tokenizer, load_tokenizer
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.generation_config import GenerationConfig

@@ -19,7 +19,7 @@ import torch
 from gguf import GGUFWriter
 
 from llmq_jax.adapters import load_adapter
-from llmq_jax.data.tokenizers import tokenizer_in
+from llmq_jax.data import tokenizer_in
 from llmq_jax.interop.architectures import config_from_hf, config_to_hf, to_state_dict
 from llmq_jax.interop.generation_config import GenerationConfig
 from llmq_jax.interop.gguf_files import open_gguf

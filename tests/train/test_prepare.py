@@ -89,7 +89,7 @@ def test_streams(prepare):
 
 
 def test_many_pieces_are_one_stream(monkeypatch, tmp_path):
-    monkeypatch.setattr("llmq_jax.data.tokenizers.BLOCK_CHARACTERS", 100)
+    monkeypatch.setattr("llmq_jax.data.long_documents.BLOCK_CHARACTERS", 100)
     from llmq_jax.data import encoded_blocks
 
     tokenizer = ByteTokenizer()
