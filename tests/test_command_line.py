@@ -329,7 +329,7 @@ NO_PATHS = {  # options that take a text, but none that is a path
     *("random", "layout", "inject"),
     *("reward", "judge"),  # paths and names between commas: `train.rewards.names`
 }
-COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "parity"))]
+COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "openai_gpt2", "parity"))]
 COMMANDS += [f"train.{name}" for name in (*RECIPES, "prepare", "plan", "report", "demo", "arithmetic")]
 
 
