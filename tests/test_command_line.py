@@ -259,6 +259,9 @@ def test_an_option_without_use_is_not_in_the_help_and_says_why(recipe, capsys):
     )
     assert run(["--lora-dropuot", "0.1"], main) == 2
     assert "--lora-dropout" not in capsys.readouterr().err
+    assert run(["--preset", "gpt2-124m"], main) == 2
+    told = "error: --preset has no effect in fine-tuning, which starts from the model of --init-from; leave it out\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("text", ["-jam", "- jam", "--- jam", "--jam and cream", "-", "-5"])
