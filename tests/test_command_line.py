@@ -259,6 +259,9 @@ def test_an_option_without_use_is_not_in_the_help_and_says_why(recipe, capsys):
     )
     assert run(["--lora-dropuot", "0.1"], main) == 2
     assert "--lora-dropout" not in capsys.readouterr().err
+    assert run(["--preset", "gpt2-124m"], main) == 2
+    told = "error: --preset has no effect in fine-tuning, which starts from the model of --init-from; leave it out\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("text", ["-jam", "- jam", "--- jam", "--jam and cream", "-", "-5"])
@@ -329,7 +332,7 @@ NO_PATHS = {  # options that take a text, but none that is a path
     *("random", "layout", "inject"),
     *("reward", "judge"),  # paths and names between commas: `train.rewards.names`
 }
-COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "parity"))]
+COMMANDS = [*VERBS.values(), *(f"convert.{name}" for name in ("to_hf", "from_hf", "openai_gpt2", "parity"))]
 COMMANDS += [f"train.{name}" for name in (*RECIPES, "prepare", "plan", "report", "demo", "arithmetic")]
 
 

@@ -90,7 +90,7 @@ def training(config: lq.GPT2Config) -> None:
     batches = lq.data.training_batches(training, context=64, batch_size=12, seed=0)
     assert_type(batches, lq.data.TrainingBatches)
     objective = lq.objectives.NextToken(lq.build(config))
-    rate = lq.training.warmup_schedule(peak=1e-3, minimum=1e-4, steps=500, warmup_steps=50)
+    rate = lq.training.warmup_cosine(peak=1e-3, minimum=1e-4, steps=500, warmup_steps=50)
     assert_type(rate, Callable[[int], jax.Array])
     optimizer: optax.GradientTransformation = lq.training.adamw(rate, b2=0.99, weight_decay=0.1)
     state = lq.training.create_state(lq.init(config, seed=0), optimizer)

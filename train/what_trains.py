@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from llmq_jax.command_line import Flag, default_is, refuse_idle
+from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle
 from llmq_jax.errors import BadInput
 from train.options import RecipeOptions, check_mesh, model_of
 
@@ -56,6 +56,7 @@ class FineTuningOptions(RecipeOptions):
     """AdamW's decay rates of the gradient's first and second moment."""
     weight_decay: float = 0.0
     """Weight decay of kernels and embeddings (not of norms and biases), multiplied by the learning rate."""
+    preset: None = no_option("in fine-tuning, which starts from the model of --init-from")
 
 
 def load_to_train(options: TuningOptions) -> Any:

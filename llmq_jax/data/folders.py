@@ -27,8 +27,14 @@ class FolderFiles:
 
 
 def looked_in(path: Path) -> str:
-    """For a message about a path that is not there: the folder from which a relative path is looked up."""
-    return "" if path.is_absolute() else f"; paths are looked up from {Path.cwd()}"
+    """For a message about a path that is not there: the folder from which a relative path is looked up, and what to do
+    where it may be a name on the hub."""
+    if path.is_absolute():
+        return ""
+    where = f"; paths are looked up from {Path.cwd()}"
+    if len(path.parts) != 2 or path.suffix or path.parent.exists():
+        return where
+    return f"{where}; of the hub download it first: hf download --repo-type dataset {path} --local-dir {path.name}"
 
 
 DataPath = str | Path | FolderFiles

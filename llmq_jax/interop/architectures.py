@@ -94,7 +94,8 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
 
 
 def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") -> dict[str, np.ndarray]:
-    """{PyTorch name: numpy array}, the way back; also for gradients or any other tree with the variables' structure.
+    """{PyTorch name: numpy array}, the way back; also for gradients or any other tree with the structure of the
+    variables, or of `variables["params"]`, whose tensors then come alone.
 
     A tied head has a name of its own only where the layout's files give it one (`book` and `original` do). Types are
     kept. BadInput: a layout that the architecture does not have.

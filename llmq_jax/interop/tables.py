@@ -222,13 +222,18 @@ class WeightTable:
 
     def lazy_state_dict(self, variables: dict[str, Any], config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
         """Our variables, or any tree of that structure, as a state dict; tensors are made when asked for. Leaves are
-        arrays, or anything with a shape and a type that gives its parts by index.
+        arrays, or anything with a shape and a type that gives its parts by index. A tree without `params` is one of
+        that collection's structure, such as its gradient, and gives its tensors alone.
 
         `dtype` is that of parameters, as in `from_state_dict`.
         """
         expected = flatten_dict(abstract_variables(config))
-        leaves = flatten_dict(variables)
         placements = self.placements(config)
+        if PARAMS not in variables:
+            variables = {PARAMS: variables}
+            expected = {path: leaf for path, leaf in expected.items() if path[0] == PARAMS}
+            placements = [part for part in placements if part.path[0] == PARAMS]
+        leaves = flatten_dict(variables)
         wrong = [
             f"{_name(path)} is {_shape(leaf)} instead of {_shape(expected[path])}"
             for path, leaf in leaves.items()

@@ -146,34 +146,36 @@ def grpo_loss(
     advantages: Advantages,
     mask: Mask,
     *,
+    loss_type: str = "grpo",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    beta: float = 0.0,
     entropies: Float[Array, "B C"] | None = None,
     weights: dict[str, Float[Array, ""]] | None = None,
-    **loss_options: Any,
+    **others: Any,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """(loss, metrics) of B answers of up to C tokens, from the log-probabilities of their tokens, in nats.
 
     `logprobs` are the policy's, `old_logprobs` those it had when it sampled the answers, `reference_logprobs` the
-    reference's: given if and only if beta > 0. `mask` is 1 on the tokens that count; values at other tokens are
-    ignored, even NaN. Gradients flow to `logprobs` and `entropies`. `loss_options` are the fields of `LossOptions`.
+    reference's, which beta > 0 needs; without it they only give the metric `kl`. `mask` is 1 on the tokens that count;
+    values at other tokens are ignored, even NaN. Gradients flow to `logprobs` and `entropies`. Options are the fields
+    of `LossOptions`, which describes them: None is the loss type's own default, for `clip_low` and `clip_high` 0.2.
 
     `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
     of micro-batches, except those called min and max, then add up to the batch's. Value and gradient equal TRL's.
 
-    Metrics, named as TRL's: `kl` (if beta); `entropy` (if given); `clip_ratio/low_mean`, `.../high_mean` and
+    Metrics, named as TRL's: `kl` (beside a reference); `entropy` (if given); `clip_ratio/low_mean`, `.../high_mean` and
     `.../region_mean`, the fraction of the tokens (gspo: answers) that is clipped below, above or either way, and, of
     the answers' own fractions, the least of those below, `clip_ratio/low_min`, and the greatest of those above,
     `clip_ratio/high_max`; for cispo only `cispo_clip_ratio` and for sapo none of these; with an entropy bonus
     `policy_loss`, the loss without it.
 
-    BadInput: a loss type that is unknown, an option that it ignores or that is out of range, a reference without beta
-    or beta without a reference.
+    BadInput: a loss type that is unknown, an option that it ignores or that is out of range, beta without a reference.
     """
-    options = LossOptions(**loss_options)
-    beta, entropy_coefficient = options.beta, options.entropy_coefficient
+    options = LossOptions(loss_type=loss_type, clip_low=clip_low, clip_high=clip_high, beta=beta, **others)
+    entropy_coefficient = options.entropy_coefficient
     if beta and reference_logprobs is None:
         raise BadInput(f"beta={beta} needs the log-probabilities of the reference model; give them, or beta=0")
-    if not beta and reference_logprobs is not None:
-        raise BadInput("log-probabilities of a reference model have no effect with beta=0; leave them out")
     if entropy_coefficient and entropies is None:
         raise BadInput(f"entropy_coefficient={entropy_coefficient} needs the entropies; give them, or leave it out")
     weights = loss_weights(mask) if weights is None else weights
@@ -185,11 +187,12 @@ def grpo_loss(
     ratio = policy_ratio(logprobs, old_logprobs, mask, sequence=options.loss_type == "gspo")
     losses = -surrogate(ratio, logprobs, advantages, options)
     metrics = clip_metrics(ratio, advantages, mask, options, weights)
-    if reference_logprobs is not None:  # and beta is not 0
+    if reference_logprobs is not None:
         distance = kl_estimate(logprobs, _constant(reference_logprobs, mask), options.kl or "k3")
         if options.kl_by_ratio:
             distance *= ratio
-        losses += beta * distance
+        if beta:  # 0 times an infinite distance would be NaN
+            losses += beta * distance
         metrics["kl"] = safe_divide((mask * distance).sum(), weights["tokens"])
     loss = averaged(losses, mask, options, weights)
     if entropies is not None:
@@ -349,8 +352,8 @@ def can_share_prompts(model: Decoder) -> bool:
 class GRPO(LossOptions):
     """Batches hold `tokens` [B, T], prompts with their completions, padded on the right to `lengths` [B];
     `prompt_lengths` [B]; and of the completions, aligned on the left: `completion_mask` [B, C], which is 1 on the
-    tokens that count, the end token included, `old_logprobs` [B, C], `advantages` [B] or [B, C], and if and only if
-    beta > 0 `reference_logprobs` [B, C]. With a `group_size` above 1 they also hold `prompts` [B, W], the beginnings of
+    tokens that count, the end token included, `old_logprobs` [B, C], `advantages` [B] or [B, C], and if beta > 0
+    `reference_logprobs` [B, C]. With a `group_size` above 1 they also hold `prompts` [B, W], the beginnings of
     the rows.
 
     Evaluation reports the loss without the entropy bonus.

@@ -4,7 +4,7 @@ from llmq_jax.training.checkpoints import Checkpoints, find_checkpoint, load_che
 from llmq_jax.training.engine import run
 from llmq_jax.training.failures import NonFiniteLoss
 from llmq_jax.training.flops import token_flops
-from llmq_jax.training.optimizer import adamw, muon, warmup_schedule
+from llmq_jax.training.optimizer import adamw, muon, warmup_cosine, warmup_schedule
 from llmq_jax.training.plots import plot_losses
 from llmq_jax.training.report import RunResult
 from llmq_jax.training.run_folder import RunFolder
@@ -34,5 +34,6 @@ __all__ = [
     "plot_losses",
     "run",
     "token_flops",
+    "warmup_cosine",
     "warmup_schedule",
 ]

@@ -87,6 +87,16 @@ def warmup_schedule(
     return learning_rate
 
 
+def warmup_cosine(
+    peak: float, steps: int, warmup_steps: int = 0, *, initial: float = 0.0, minimum: float = 0.0
+) -> Schedule:
+    """`warmup_schedule` whose decay is the cosine: linear from `initial` to `peak` at step `warmup_steps`, then half a
+    cosine to `minimum`, which it reaches at the last of the `steps` and keeps. BadInput: as there.
+
+    It is optax.warmup_cosine_decay_schedule(initial, peak, warmup_steps, steps - 1, minimum)."""
+    return warmup_schedule(peak=peak, steps=steps, warmup_steps=warmup_steps, initial=initial, minimum=minimum)
+
+
 def adamw(
     learning_rate: Schedule | float,
     *,

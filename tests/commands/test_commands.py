@@ -27,6 +27,7 @@ COMMANDS = [
     "train.demo",
     "convert.from_hf",
     "convert.to_hf",
+    "convert.openai_gpt2",
     "convert.parity",
 ]
 

@@ -1,4 +1,4 @@
-"""python -m convert.from_hf and convert.to_hf, as a user runs them."""
+"""python -m convert.from_hf, convert.to_hf and convert.openai_gpt2, as a user runs them."""
 
 import os
 import shutil
@@ -80,7 +80,7 @@ def test_a_target_in_the_way_is_told_before_the_model_is_read(words, program, tm
 
 
 def test_openai_s_gpt2(tmp_path):
-    done = convert("to_hf", OPENAI, tmp_path / "hf")
+    done = convert("openai_gpt2", OPENAI, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     assert f"llmq generate {tmp_path / 'hf'}" in done.stdout
     lm = load(tmp_path / "hf")
@@ -106,10 +106,17 @@ def test_openai_s_gpt2_that_is_damaged(tmp_path):
     assert done.returncode == 0 and "without a tokenizer" in done.stdout
     file = folder / "model.ckpt.data-00000-of-00001"
     os.truncate(file, 1000)
-    done = convert("to_hf", folder, tmp_path / "hf")
+    done = convert("openai_gpt2", folder, tmp_path / "hf")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {file}: is truncated: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "hf").exists()
+
+
+def test_openai_gpt2_takes_openai_s_folders_alone(source, program, tmp_path):
+    for other in (source, tmp_path / "nowhere"):
+        code, out, err = program("convert.openai_gpt2", other, tmp_path / "hf")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: {other}: is no folder of OpenAI's")
 
 
 @pytest.fixture

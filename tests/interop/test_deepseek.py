@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
 
 import llmq_jax as lq
+from llmq_jax.errors import BadInput
 from llmq_jax.interop import config_from_hf, config_from_state_dict, config_to_hf, from_state_dict, to_state_dict
 from llmq_jax.interop.architectures import ASSUMED
 from llmq_jax.layers.moe import Experts
@@ -152,6 +153,14 @@ def test_there_and_back(config):
     variables, state = drawn(config)
     for spelling in (state, fused(state)):
         assert_equal_trees(from_state_dict(spelling, config), variables)
+
+
+def test_a_gradient_of_the_parameters_alone_has_no_names_of_the_router_s_biases(config):
+    variables, state = drawn(config)
+    found = to_state_dict(variables["params"], config)
+    assert_equal_trees(found, {name: array for name, array in state.items() if not name.endswith("correction_bias")})
+    with pytest.raises(BadInput, match=r"1 missing \(params/final_norm/scale\)"):
+        to_state_dict({name: leaf for name, leaf in variables["params"].items() if name != "final_norm"}, config)
 
 
 @pytest.mark.exhaustive

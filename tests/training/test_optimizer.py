@@ -11,7 +11,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.errors import BadInput
 from llmq_jax.models import GPT2Config, init
-from llmq_jax.training.optimizer import adamw, decay_mask, muon, orthogonalised, warmup_schedule
+from llmq_jax.training.optimizer import adamw, decay_mask, muon, orthogonalised, warmup_cosine, warmup_schedule
 from llmq_jax.training.roles import roles
 from tests.weights import draw_variables
 
@@ -19,6 +19,10 @@ from tests.weights import draw_variables
 def test_learning_rate_starts_at_the_initial_rate_and_reaches_the_minimum_exactly():
     rate = warmup_schedule(peak=1e-3, steps=50, warmup_steps=10, initial=1e-5, minimum=1e-4)
     rates = np.array([float(rate(step)) for step in range(60)])
+    same = warmup_cosine(1e-3, 50, 10, initial=1e-5, minimum=1e-4)
+    np.testing.assert_array_equal([float(same(step)) for step in range(60)], rates)
+    optax_s = optax.warmup_cosine_decay_schedule(1e-5, 1e-3, 10, 49, 1e-4)
+    np.testing.assert_allclose([float(optax_s(step)) for step in range(60)], rates, rtol=1e-5)
     np.testing.assert_allclose(rates[0], 1e-5, rtol=1e-6)
     np.testing.assert_allclose(rates[5], (1e-5 + 1e-3) / 2, rtol=1e-6)
     np.testing.assert_allclose(rates[10], 1e-3, rtol=1e-6)
@@ -77,7 +81,7 @@ def test_the_fall_of_wsd_is_as_long_as_asked_for():
 )
 def test_impossible_schedules_are_refused(options, message):
     with pytest.raises(BadInput, match=message):
-        warmup_schedule(**options)
+        (warmup_schedule if {"decay", "decay_steps"} & options.keys() else warmup_cosine)(**options)
 
 
 def test_decay_goes_by_role_and_not_by_rank():

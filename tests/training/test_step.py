@@ -156,6 +156,20 @@ def test_a_batch_that_does_not_divide_is_refused():
         make_train_step(NextToken(build(CONFIG)), SGD, accumulate=3)(fresh(SGD), ragged_batch(0))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
+        ({"accumulate": 1.5}, "accumulate=1.5 must be an integer"),
+        ({"mode": "pmapp"}, "mode='pmapp' is unknown; did you mean pmap?"),
+    ],
+)
+def test_a_step_of_no_number_of_parts_or_of_no_mode_is_refused(options, message):
+    with pytest.raises(BadInput) as error:
+        make_train_step(NextToken(build(CONFIG)), SGD, **options)
+    assert str(error.value) == message
+
+
 def test_a_metric_without_a_weight_is_told_before_anything_runs():
     class Forgetful(NextToken):
         def loss(self, *arguments):
