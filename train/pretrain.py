@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.named_as_options import named_as_options
 from train.exports import export_commands, registering
 from train.options import (
     LONGEST_CONTEXT,
@@ -408,7 +409,9 @@ def new_config(options: Options, vocab_size: int) -> Any:
     sizes["vocab_size"] = vocab_size
     for name in sizes.keys() & fields.keys():
         raise BadInput(f"--config {name}={fields[name]!r}: is {sizes[name]} by the other options; give it in one place")
-    return with_dropout(override(base, **sizes, **fields), options.dropout)
+    with named_as_options(*SIZES, max_position_embeddings="context"):
+        config = override(base, **sizes, **fields)
+    return with_dropout(config, options.dropout)
 
 
 def with_fields(source: Any, options: Options) -> Any:
@@ -430,7 +433,8 @@ def with_dropout(config: Any, rate: float | None) -> Any:
     names = [field.name for field in dataclasses.fields(config) if field.name.endswith(("_pdrop", "_dropout"))]
     if not names:
         raise BadInput(f"--dropout has no effect on {config.model_type}, which has no dropout; leave it out")
-    return dataclasses.replace(config, **dict.fromkeys(names, rate))
+    with named_as_options(**dict.fromkeys(names, "dropout")):
+        return dataclasses.replace(config, **dict.fromkeys(names, rate))
 
 
 if __name__ == "__main__":

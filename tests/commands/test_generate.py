@@ -147,11 +147,14 @@ BAD = {
     ),
     "idle jsonl": (["MODEL", "--prompt", "x", "--jsonl"], "--jsonl reads the prompts of --prompt-file: name the file"),
     "jsonl of nothing": (["MODEL", "--jsonl"], "--jsonl reads the prompts of --prompt-file: name the file, or - for"),
-    "no new token": (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
-    "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
+    "no new token": (
+        ["MODEL", "--prompt", "x", "--max-new-tokens", "0"],
+        "--max-new-tokens is 0 and must be at least 1",
+    ),
+    "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "--top-p is 2.0 and must be above 0 and at most 1"),
     "idle draft": (["MODEL", "--prompt", "x", "--draft-tokens", "3"], "--draft-tokens has no effect without a draft"),
     "no modules": (["MODEL", "--prompt", "x", "--draft", "mtp"], "this gpt2 has no modules of multi-token prediction"),
-    "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at temperature 0"),
+    "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at --temperature 0"),
     "idle seed": (
         ["MODEL", "--prompt", "x", "--temperature", "0", "--seed", "0"],
         "--seed has no effect at temperature 0",
@@ -443,7 +446,7 @@ BAD_FILES = {
     ),
     "idle chat": ('{"messages": [{"role": "user", "content": "a"}]}', ["--chat"], "--chat has no effect on FILE"),
     "batch size": (GOOD, ["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-    "no new token": (GOOD, ["--max-new-tokens", "0"], "error: max_new_tokens=0 must be at least 1"),
+    "no new token": (GOOD, ["--max-new-tokens", "0"], "error: --max-new-tokens is 0 and must be at"),
     "empty stop": (GOOD, ["--stop", ""], "error: a stop string is empty"),
     "no folder": (
         GOOD,

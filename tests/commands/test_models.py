@@ -1,11 +1,9 @@
-import functools
 import json
 
 import jax
-import pytest
 
 import llmq_jax as lq
-from llmq_jax.commands.models import count_parameters
+from llmq_jax.commands.models import PARAMETERS, count_parameters
 
 # Published counts, the tied head once: transformers' `model.num_parameters()`.
 GPT2_PARAMETERS = {
@@ -16,13 +14,8 @@ GPT2_PARAMETERS = {
 }
 
 
-counted_once = functools.cache(count_parameters)
-
-
-@pytest.fixture(autouse=True)
-def counts(monkeypatch):
-    """Every preset is traced to be counted, which takes seconds: once, for all commands here."""
-    monkeypatch.setattr("llmq_jax.commands.models.count_parameters", counted_once)
+def test_the_counts_that_are_shown_are_those_of_the_models():
+    assert {name: count_parameters(config) for name, config in lq.models.PRESETS.items()} == PARAMETERS
 
 
 def test_table_has_every_preset_with_its_published_size(llmq):
@@ -39,9 +32,11 @@ def test_table_has_every_preset_with_its_published_size(llmq):
     assert rows["smollm2-1.7b"][3:5] == ["32", "32"]
 
 
-def test_json_is_the_config(llmq):
+def test_json_is_the_config(llmq, monkeypatch, tiny_config):
+    monkeypatch.setitem(lq.models.PRESETS, "mine", tiny_config)
     _, out, _ = llmq("models", "--json")
     rows = {row.pop("preset"): row for row in map(json.loads, out.splitlines())}
+    assert rows["mine"]["parameters"] == count_parameters(tiny_config)
     row = rows["gpt2-355m"]
     assert (row.pop("model_type"), row.pop("parameters")) == ("gpt2", 354_823_168)
     assert lq.GPT2Config(**row) == lq.preset("gpt2-355m")
