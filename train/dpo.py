@@ -111,6 +111,7 @@ def main(options: Options) -> Any:
     training, validation = read_pairs(options, sources)
     source = load_to_train(options)
     source.require_language_model(options.init_from)
+    plain = options.template == "plain"
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
     if not sources.validation:
         options = filled(options, split_seed=0)
@@ -136,6 +137,7 @@ def main(options: Options) -> Any:
         f"{source.model.attention_choice()}",
         flush=True,
     )
+    converses = not plain and tokenizer.chat_template is not None
     parts = {"training": learned, "validation": held_out}
     digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
@@ -191,7 +193,7 @@ def main(options: Options) -> Any:
             sample=sample,
             flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
-            next_commands=next_commands(options.out, config, options.template == "chat"),
+            next_commands=next_commands(options.out, config, converses),
         )
         if result.state is not None:
             means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))

@@ -137,6 +137,7 @@ RUNS = {
         log_every=100,
         evaluate_every=1500,
         sample_every=750,
+        checkpoint_every=750,
     ),
     # nanoGPT's example for a CPU (its README: validation loss 1.88), with bytes for characters.
     "nanogpt-shakespeare-cpu": Options(
@@ -172,10 +173,11 @@ def starting_options(given: dict[str, str]) -> Options:
     steps = given.get("steps", "")
     if options.steps is None or not steps.isdecimal() or int(steps) >= options.steps:
         return options
-    # A shorter run is logged, evaluated and sampled from as often as the whole one: its curves have as many points.
+    # A shorter run is logged, evaluated, sampled from and saved as often as the whole one: its curves have as many
+    # points.
     shorter = {
         name: max(1, -(-every * int(steps) // options.steps))
-        for name in ("log_every", "evaluate_every", "sample_every")
+        for name in ("log_every", "evaluate_every", "sample_every", "checkpoint_every")
         if (every := getattr(options, name))
     }
     return replace(options, **shorter)

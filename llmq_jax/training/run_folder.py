@@ -153,9 +153,9 @@ class RunFolder:
             return False
         if differing := differences(saved, self.config, (*may_change, BRANCH)):
             raise BadInput(
-                f"{self.path} holds a run with other options: {', '.join(differing)}; give it its own options to "
-                "resume it, or name another folder for a new run, which --branch-from takes from this one's last "
-                "state on, to more steps or otherwise"
+                f"{self.path} holds a run with other options: {', '.join(differing)}; with its own options it goes on, "
+                f"to change them name another folder, and to begin there with this one's state, as for more steps, "
+                f"--branch-from {self.path}"
             )
         return True
 

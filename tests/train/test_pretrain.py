@@ -112,7 +112,7 @@ def test_multi_token_prediction(pretrain):
         ([*DEEPSEEK, "--mtp-coefficient-end", -1], "--mtp-coefficient-end is -1.0 and must be at least 0"),
         (
             [*DEEPSEEK, "num_nextn_predict_layers=16"],
-            "num_nextn_predict_layers=16 must be below max_position_embeddings=16",
+            "num_nextn_predict_layers=16 must be below --context 16",
         ),
     ],
 )
