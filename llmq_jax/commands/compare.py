@@ -107,6 +107,7 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
 
 
 def is_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder, as far as its files tell."""
     from llmq_jax.training.metrics import METRICS
     from llmq_jax.training.run_folder import CONFIG, read_run_config
 
