@@ -153,9 +153,9 @@ class RunFolder:
             return False
         if differing := differences(saved, self.config, (*may_change, BRANCH)):
             raise BadInput(
-                f"{self.path} holds a run with other options: {', '.join(differing)}; with its own options it goes on, "
-                f"to change them name another folder, and to begin there with this one's state, as for more steps, "
-                f"--branch-from {self.path}"
+                f"{self.path} holds a run with other options: {', '.join(differing)}; with its own options it goes on; "
+                f"for others name another folder, where --branch-from {self.path} begins with this one's state, as for "
+                "more steps"
             )
         return True
 
