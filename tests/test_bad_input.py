@@ -23,10 +23,10 @@ GRPO = "python -m train.grpo --init-from model --out run --max-new-tokens 8"
 TABLE = [
     # Windows, heads
     (f"{PRETRAIN} --preset gemma3-10m --config sliding_window=-1", "sliding_window=-1 must be at least 1"),
-    (f"{PRETRAIN} --preset gemma3-10m --config sliding_window=999", "must be at most max_position_embeddings=256"),
+    (f"{PRETRAIN} --preset gemma3-10m --config sliding_window=999", "must be at most --context 256"),
     (f"{PRETRAIN} --preset gemma3-10m --config 'layer_types=[\"full_attention\"]'", "layer_types"),
     (f"{PRETRAIN} --preset gemma3-10m --config head_dim=7", "head_dim=7 must be even: RoPE turns pairs of features"),
-    (f"{PRETRAIN} --preset llama-10m --config num_key_value_heads=5", "must divide num_attention_heads=6"),
+    (f"{PRETRAIN} --preset llama-10m --config num_key_value_heads=5", "must divide --num-attention-heads 6"),
     (f"{PRETRAIN} --preset llama-10m --config no_such_field=5", "no_such_field"),
     # Experts
     (f'{PRETRAIN} --preset llama-10m --config \'experts={{"num_experts": 4, "top_k": 8}}\'', "top_k=8 is more than"),
@@ -46,7 +46,7 @@ TABLE = [
     (f"{PRETRAIN} --preset deepseek-10m --config q_lora_rank=0", "None makes queries without a latent"),
     (
         f"{PRETRAIN} --preset deepseek-10m --context 2 --config num_nextn_predict_layers=4",
-        "must be below max_position_embeddings=2",
+        "must be below --context 2",
     ),
     (f"{PRETRAIN} --mtp-coefficient 0.3", "--mtp-coefficient has no effect"),
     # Training
@@ -82,7 +82,7 @@ TABLE = [
     (f"{INSTRUCT} --data empty-answer.jsonl", "line 2: field 'completion': the response is empty"),
     (f"{INSTRUCT} --data role.jsonl", "the role 'usher': choose from system, developer, user, assistant, tool"),
     (f"{INSTRUCT} --data answers.jsonl --lora-targets nothing", "nothing"),
-    (f"{INSTRUCT} --data answers.jsonl --lora-rank 1000", "1000"),
+    (f"{INSTRUCT} --data answers.jsonl --lora-rank 1000", "--lora-rank 1000 is above that of"),
     (f"{INSTRUCT} --data answers.jsonl --optimizer muon", "--optimizer muon has no effect with --train lora, which"),
     (f"{INSTRUCT} --data answers.jsonl --init-from nowhere", "nowhere: there is no such file or folder"),
     # Pairs
@@ -107,7 +107,7 @@ TABLE = [
     ("python -m convert.parity nowhere", "nowhere: there is no such file or folder"),
     # llmq
     ("llmq generate model --prompt x --draft other", "the draft has a vocabulary of 300 ids and the model one of 257"),
-    ("llmq generate model --prompt x --top-p 2", "top_p=2.0 must be above 0 and at most 1"),
+    ("llmq generate model --prompt x --top-p 2", "--top-p is 2.0 and must be above 0 and at most 1"),
     ("llmq generate text.txt --prompt x", "text.txt: is a .txt file, not a model; give"),
     ("llmq chat model", "model has no chat template, so it cannot converse"),
     ("llmq classify model --text x", "model is a language model, which knows no classes"),

@@ -22,13 +22,13 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle, run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.named_as_options import named_as_options
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
 from train.exports import next_commands
 from train.options import (
     MAY_CHANGE,
     filled,
-    named_as_options,
     on_devices,
     optimizer_of,
     own_options,
@@ -111,6 +111,7 @@ def main(options: Options) -> Any:
     training, validation = read_pairs(options, sources)
     source = load_to_train(options)
     source.require_language_model(options.init_from)
+    plain = options.template == "plain"
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
     if not sources.validation:
         options = filled(options, split_seed=0)
@@ -136,6 +137,7 @@ def main(options: Options) -> Any:
         f"{source.model.attention_choice()}",
         flush=True,
     )
+    converses = not plain and tokenizer.chat_template is not None
     parts = {"training": learned, "validation": held_out}
     digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, source.tokenizer)
@@ -191,7 +193,7 @@ def main(options: Options) -> Any:
             sample=sample,
             flops_per_token=flops_of(options, learner, lengths, unembedded),
             show=("rewards/accuracies", "rewards/margins"),
-            next_commands=next_commands(options.out, config, options.template == "chat"),
+            next_commands=next_commands(options.out, config, converses),
         )
         if result.state is not None:
             means = step.evaluate(eval_step, result.state.variables, map(own_rows, held_out_batches(None)))

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import Flag, default_is, no_option, option_name, refuse_idle, run, with_breaks
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.named_as_options import named_as_options
 from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.exports import next_commands
@@ -31,7 +32,6 @@ from train.options import (
     check_ranges,
     completed,
     filled,
-    named_as_options,
     on_devices,
     optimizer_of,
     own_options,

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, use_device
 from llmq_jax.errors import BadInput
+from llmq_jax.named_as_options import named_as_options
 
 LONGEST_CONTEXT = 1024
 """Tokens that a row has at most, unless --context says otherwise."""
@@ -232,6 +232,7 @@ def on_devices(recipe: Callable) -> Callable:
                     f"of {devices * options.accumulate})"
                 )
             stack.enter_context(advice_on_memory(options))
+            stack.enter_context(named_as_options("branch_from"))
             return recipe(options, *arguments)
 
     return run
@@ -338,23 +339,6 @@ def check_mesh(options: RecipeOptions, variables: Any, rows: int) -> None:
     if options.layout:
         print(sharding.layout_text(variables, sizes), flush=True)
         raise SystemExit(0)
-
-
-@contextlib.contextmanager
-def named_as_options(*same: str, **others: str) -> Iterator[None]:
-    """BadInput of the library, told in the options' names: "beta=-1 must be" is "--beta is -1 and must be". Fields are
-    called as options, but for `others`: {field: the option's}."""
-    names = {**dict(zip(same, same, strict=True)), **others}
-    named = rf"\b({'|'.join(names)})\b(?:=('?)([^\s',;]+)\2( must)?)?"
-
-    def option(found: re.Match[str]) -> str:
-        name, value, must = option_name(names[found[1]]), found[3], found[4]
-        return name if value is None else f"{name} is {value} and{must}" if must else f"{name} {value}"
-
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(re.sub(named, option, str(error))) from None
 
 
 def filled(options: Any, **values: Any) -> Any:

@@ -9,17 +9,19 @@ run does not fit.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from llmq_jax.command_line import default_is, option_name, run, use_device
 from llmq_jax.errors import BadInput
 from train.options import LONGEST_CONTEXT, ComputeOptions, TrainingOptions, context_of
+from train.pretrain import RUNS, default_tokenizer, new_config
 
 
 @dataclass(frozen=True)
 class Options:
     preset: str
-    """A model size (see llmq models)."""
+    """A model size (see llmq models), or a complete run of train.pretrain (demo, nanogpt-shakespeare-cpu), of which the
+    model is taken."""
     config: Annotated[tuple[str, ...], default_is("the preset's", metavar="FIELD=VALUE ...")] = ()
     """Fields of the model's config: num_hidden_layers=4 vocab_size=257."""
     mesh: str = "data=1"
@@ -60,7 +62,7 @@ def main(options: Options) -> int:
     from llmq_jax.training.plan import Run, changes_text, plan, plan_text
     from llmq_jax.training.sharding import mesh_sizes, row_devices
 
-    config = preset(options.preset)
+    config = model_of_run(options.preset) if options.preset in RUNS else preset(options.preset)
     config = override(config, **fields_from_text(type(config), options.config))
     sizes = mesh_sizes(options.mesh)
     given = Run(
@@ -81,6 +83,13 @@ def main(options: Options) -> int:
         return 0
     print(changes_text(found, memory))
     return 1
+
+
+def model_of_run(name: str) -> Any:
+    """The config of the model that train.pretrain's complete run of this name makes."""
+    from llmq_jax.data import load_tokenizer
+
+    return new_config(RUNS[name], load_tokenizer(default_tokenizer(name)).vocab_size)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.named_as_options import named_as_options
 from train.exports import export_commands, registering
 from train.options import (
     LONGEST_CONTEXT,
@@ -136,6 +137,7 @@ RUNS = {
         log_every=100,
         evaluate_every=1500,
         sample_every=750,
+        checkpoint_every=750,
     ),
     # nanoGPT's example for a CPU (its README: validation loss 1.88), with bytes for characters.
     "nanogpt-shakespeare-cpu": Options(
@@ -171,10 +173,11 @@ def starting_options(given: dict[str, str]) -> Options:
     steps = given.get("steps", "")
     if options.steps is None or not steps.isdecimal() or int(steps) >= options.steps:
         return options
-    # A shorter run is logged, evaluated and sampled from as often as the whole one: its curves have as many points.
+    # A shorter run is logged, evaluated, sampled from and saved as often as the whole one: its curves have as many
+    # points.
     shorter = {
         name: max(1, -(-every * int(steps) // options.steps))
-        for name in ("log_every", "evaluate_every", "sample_every")
+        for name in ("log_every", "evaluate_every", "sample_every", "checkpoint_every")
         if (every := getattr(options, name))
     }
     return replace(options, **shorter)
@@ -408,7 +411,9 @@ def new_config(options: Options, vocab_size: int) -> Any:
     sizes["vocab_size"] = vocab_size
     for name in sizes.keys() & fields.keys():
         raise BadInput(f"--config {name}={fields[name]!r}: is {sizes[name]} by the other options; give it in one place")
-    return with_dropout(override(base, **sizes, **fields), options.dropout)
+    with named_as_options(*SIZES, max_position_embeddings="context"):
+        config = override(base, **sizes, **fields)
+    return with_dropout(config, options.dropout)
 
 
 def with_fields(source: Any, options: Options) -> Any:
@@ -430,7 +435,8 @@ def with_dropout(config: Any, rate: float | None) -> Any:
     names = [field.name for field in dataclasses.fields(config) if field.name.endswith(("_pdrop", "_dropout"))]
     if not names:
         raise BadInput(f"--dropout has no effect on {config.model_type}, which has no dropout; leave it out")
-    return dataclasses.replace(config, **dict.fromkeys(names, rate))
+    with named_as_options(**dict.fromkeys(names, "dropout")):
+        return dataclasses.replace(config, **dict.fromkeys(names, rate))
 
 
 if __name__ == "__main__":

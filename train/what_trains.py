@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle
 from llmq_jax.errors import BadInput
+from llmq_jax.named_as_options import named_as_options
 from train.options import RecipeOptions, check_mesh, model_of
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")
@@ -154,8 +155,9 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     classifier = lm.config.labels is not None
     if options.train == "lora":
         if lora.LORA not in variables:
-            spec = _spec(options)
-            variables = lora.add(variables, model.layer_paths(), spec, module_names(lm.config), options.seed)
+            with named_as_options(**{f"LoRA: {name}": f"lora_{name}" for name in LORA_OPTIONS}):
+                spec = _spec(options)
+                variables = lora.add(variables, model.layer_paths(), spec, module_names(lm.config), options.seed)
         else:
             why = "on --init-from, which has adapters already, and they go on as they are"
             refuse_idle(options, ((f"lora_{name}", True, why) for name in LORA_OPTIONS))

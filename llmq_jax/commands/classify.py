@@ -23,6 +23,7 @@ from llmq_jax.command_line import Flag, Positional, Repeated, default_is, refuse
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
+from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input, without_last_break
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 
@@ -32,7 +33,7 @@ class TextOptions:
     model: Positional[str]
     """The classifier: a run folder or checkpoint of this project, a Hugging Face folder or a hub id."""
     text: Repeated = ()
-    """A text to classify; may be given several times."""
+    """A text to classify; may be given several times. - reads one text from standard input."""
     data: Annotated[str | None, default_is("none")] = None
     """Texts: .json, .jsonl, .csv, .tsv or .parquet with a text field, a text file, which is one text, or a folder."""
     text_field: Annotated[str | None, default_is("text")] = None
@@ -145,6 +146,10 @@ def check(options: Options) -> None:
     if bool(options.text) == (options.data is not None):
         raise BadInput("give texts: --text TEXT, once or several times, or --data FILE, one of the two")
     refuse_idle(options, ((name, options.data is None, "without --data") for name in ("text_field", "columns")))
+    if options.data == "-":
+        raise BadInput("--data takes a file or a folder; for a text on standard input give --text -")
+    if options.text.count("-") > 1:
+        raise BadInput("--text - is given twice, and standard input is one text; give it once")
     if options.data is not None:
         no_fields, no_table = not has_fields(options.data), not is_table(options.data)
         refuse_idle(options, [("text_field", no_fields, f"on {options.data}, which has no fields")])
@@ -169,7 +174,8 @@ def read(options: Options) -> list[Any]:
     name, records = options.text_field or "text", []
     columns = None if options.columns is None else [column.strip() for column in options.columns.split(",")]
     for number, text in enumerate(options.text, start=1):
-        records.append(Record(f"--text number {number}", {name: text}))
+        where = STANDARD_INPUT if text == "-" else f"--text number {number}"
+        records.append(Record(where, {name: without_last_break(whole_input()) if text == "-" else text}))
     for file in [] if options.data is None else text_files(options.data):
         if holds_records(file):
             records += iterate_records(file, columns, needed={name: "--text-field"}, string_field=name)

@@ -3,10 +3,11 @@
 llmq compare runs/mine runs/dyt --out losses.png
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from llmq_jax.command_line import Positional, default_is
 from llmq_jax.errors import BadInput
@@ -33,11 +34,10 @@ def main(options: Options) -> None:
     from rich.text import Text
 
     from llmq_jax.commands.tables import print_table
-    from llmq_jax.training.plots import plot_comparison, read_records, run_names
+    from llmq_jax.training.plots import plot_comparison, run_names
     from llmq_jax.training.run_folder import what_differs
 
     folders = (options.run, *options.others)
-    names = run_names(folders)
     if options.out is not None and Path(options.out).suffix.lower() != ".png":
         raise BadInput(f"--out {options.out}: the plot is a PNG; give it a name that ends in .png")
     if options.out is not None and not Path(options.out).parent.is_dir():
@@ -45,22 +45,22 @@ def main(options: Options) -> None:
     if options.out is None and options.x is not None:
         raise BadInput("--x has no effect without --out; leave it out, or give a PNG to draw into")
 
-    runs = {name: read_records(Path(folder)) for name, folder in zip(names, folders, strict=True)}
-    judges = [judged_by(Path(folder), records) for folder, records in zip(folders, runs.values(), strict=True)]
+    runs = read_runs(dict(zip(run_names(folders), map(Path, folders), strict=True)), options)
+    folders = tuple(str(run.folder) for run in runs.values())
     titles = ["training", "validation", "last", "best", "at step"]
     if options.metric is not None:
         titles = ["last", "lowest", "at step", "highest", "at step"]
     table = Table("run", box=None, header_style="bold", pad_edge=False)
     for title in ("steps", *titles, "tokens/s"):
         table.add_column(title, justify="right")
-    for (name, records), judge in zip(runs.items(), judges, strict=True):
-        table.add_row(*map(Text, (name, *cells(name, records, judge, options.metric))))  # brackets are no style
+    for name, run in runs.items():
+        table.add_row(*map(Text, (name, *cells(run, options.metric))))  # brackets are no style
     if options.metric is not None:
         print(options.metric)
     print_table(table)
     if differing := what_differs(folders):
         apart = Table("differing in", box=None, header_style="bold", pad_edge=False)
-        for name in names:
+        for name in runs:
             apart.add_column(Text(name), justify="right")
         for option, values in differing.items():
             lines = [value.replace("\n", "\\n") for value in values]  # one row each
@@ -69,27 +69,81 @@ def main(options: Options) -> None:
         print()
         print_table(apart)
     if options.out is not None:
-        means = {None if judge is None else judge[0] for judge in judges}
-        (agreed,) = means if len(means) == 1 else (None,)
-        metric = options.metric or (f"validation_{agreed}" if agreed not in (None, "loss") else None)
+        metric = options.metric or common_metric(list(runs.values()))
         print(f"drawn: {plot_comparison(folders, options.out, metric, options.x or 'step')}")
 
 
+class Run(NamedTuple):
+    folder: Path
+    records: list[dict[str, Any]]
+    judge: tuple[str, str] | None
+    """The validation metric that decides its best step, and whether its lowest or highest value is best."""
+
+
+def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
+    """The runs by name. Those that are damaged, or have not yet measured what is asked for, are told of and left out.
+    BadInput where none is left, and for a folder that is no run's."""
+    from llmq_jax.training.plots import positions, read_records, require_metric
+
+    runs: dict[str, Run] = {}
+    faults: list[BadInput] = []
+    for name, folder in folders.items():
+        try:
+            records = read_records(folder)
+            if options.metric is not None:
+                require_metric(name, records, options.metric)
+            positions(name, records, options.x or "step")
+        except BadInput as fault:
+            if not is_run(folder):
+                raise
+            faults.append(fault)
+        else:
+            runs[name] = Run(folder, records, judged_by(folder, records))
+    if not runs:
+        raise faults[0]
+    for left_out in faults:
+        print(f"left out: {left_out}", file=sys.stderr)
+    return runs
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder, as far as its files tell."""
+    from llmq_jax.training.metrics import METRICS
+    from llmq_jax.training.run_folder import CONFIG, read_run_config
+
+    return (folder / METRICS).is_file() or read_run_config(folder / CONFIG) is not None
+
+
 def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:
-    """The validation metric that decides a run's best step, and whether its lowest or highest value is best, as the
-    checkpoints say; without any, the loss if it was measured, else None."""
+    """`Run.judge`, as the checkpoints say; without any, the reward or else the validation loss if it was measured."""
     from llmq_jax.training.checkpoints import Checkpoints
+    from llmq_jax.training.plots import curve
 
-    found = Checkpoints(folder / "checkpoints").judged_by()
-    return found or (("loss", "lowest") if any("validation_loss" in record for record in records) else None)
+    if (found := Checkpoints(folder / "checkpoints").judged_by()) is not None:
+        return found
+    if curve(records, "reward"):
+        return "reward", "highest"
+    return ("loss", "lowest") if curve(records, "validation_loss") else None
 
 
-def cells(name: str, records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: str | None) -> list[str]:
+def common_metric(runs: list[Run]) -> str | None:
+    """What to draw: what all runs are judged by, of validation or else of training; None: their losses."""
+    from llmq_jax.training.plots import curve
+
+    judges = {run.judge for run in runs}
+    (judge,) = judges if len(judges) == 1 else (None,)
+    names = () if judge is None or judge[0] == "loss" else (f"validation_{judge[0]}", judge[0])
+    return next((name for name in names if all(curve(run.records, name) for run in runs)), None)
+
+
+def cells(run: Run, metric: str | None) -> list[str]:
     """The cells of a run's row, after its name: of the given metric or, where that is None, of what the run is judged
     by."""
     import statistics
 
-    from llmq_jax.training.plots import curve, require_metric, shown_value, training_curve
+    from llmq_jax.training.plots import curve, shown_value, training_curve
+
+    records = run.records
 
     def last(points: list[tuple[int, float]]) -> str:
         return shown_value(points[-1][1]) if points else ""
@@ -102,12 +156,12 @@ def cells(name: str, records: list[dict[str, Any]], judge: tuple[str, str] | Non
         return [shown_value(value), f"{step:,}"]
 
     if metric is None:
-        mean, best = judge or ("", "lowest")
+        mean, best = run.judge or ("", "lowest")
         found = curve(records, f"validation_{mean}")
         made = [point for point in found if point[0] > 0]  # the best step is one that the run has made
-        row = [last(training_curve(records)), mean, last(found), *extreme(made, min if best == "lowest" else max)]
+        trained = curve(records, "reward") if mean == "reward" else training_curve(records)  # GRPO's loss is about 0
+        row = [last(trained), mean, last(found), *extreme(made, min if best == "lowest" else max)]
     else:
-        require_metric(name, records, metric)
         found = curve(records, metric)
         row = [last(found), *extreme(found, min), *extreme(found, max)]
     speeds = [speed for _, speed in curve(records, "tokens_per_second")]

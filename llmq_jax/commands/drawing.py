@@ -7,6 +7,7 @@ from llmq_jax.command_line import Positional, Repeated, default_is, option_name,
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
+from llmq_jax.named_as_options import named_as_options
 
 SEEDS = 2**32
 
@@ -56,6 +57,9 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
                 ("draft_tokens", self.draft == MTP, "beside --draft mtp, of which each module drafts one token"),
             ),
         )
+        for name in ("max_new_tokens", "draft_tokens"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise BadInput(f"{option_name(name)} is {count} and must be at least 1")
         if not 0 <= (self.seed or 0) < SEEDS:
             raise BadInput(f"--seed {self.seed} must lie between 0 and {SEEDS - 1}")
         self.chat_variables()
@@ -75,7 +79,8 @@ class DrawingOptions(DeviceOptions, SamplingOptions):  # the fields of the last 
         import llmq_jax as lq
 
         top_p = (TOP_P if self.temperature else 1.0) if self.top_p is None else self.top_p
-        sampler = lq.Sampler(temperature=self.temperature, top_k=self.top_k, top_p=top_p, min_p=self.min_p)
+        with named_as_options("temperature", "top_k", "top_p", "min_p"):
+            sampler = lq.Sampler(temperature=self.temperature, top_k=self.top_k, top_p=top_p, min_p=self.min_p)
         # Most files are in bfloat16. On a CPU float32, because every CPU is fast in it, and because bfloat16 rounds.
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else None)
         lm = self.load_model(self.model, dtype)

@@ -24,6 +24,7 @@ from llmq_jax.command_line import Flag, Positional, default_is, option_name, ref
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.kept_lines import check_out
 from llmq_jax.commands.progress import with_progress
+from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input
 from llmq_jax.errors import BadInput
 
 LONGEST = 2048
@@ -37,7 +38,8 @@ class EvaluationOptions:
     model: Positional[str]
     """The model: a run folder or checkpoint of this project, a Hugging Face folder, a hub id, or a GGUF file."""
     file: Annotated[Positional[str | None], default_is("none")] = None
-    """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these."""
+    """The text: a text file, .json, .jsonl, .csv, .tsv or .parquet with a text field, or a folder of these;
+    - is a text on standard input."""
     split: Annotated[Literal["train", "validation", "test"] | None, default_is("all files, which are of one")] = None
     """The split to read, in a folder whose file names tell several."""
     text_field: Annotated[str | None, default_is("text")] = None
@@ -80,12 +82,19 @@ def main(options: Options) -> None:
 
 def evaluate_text(options: Options) -> None:
     from llmq_jax.data import has_fields, read_documents
+    from llmq_jax.data.records import is_blank
 
     assert options.file is not None
     refuse_idle(options, ((name, True, "on a text, only on --tasks") for name in OF_TASKS))
     if options.text_field is not None and not has_fields(options.file):
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
-    documents = read_documents(one_text(options.file, options.split), options.text_field or "text")
+    if options.file == "-":
+        refuse_idle(options, [("split", True, "on standard input, which is one text")])
+        documents = [whole_input()]
+        if is_blank(documents[0]):
+            raise BadInput(f"{STANDARD_INPUT} holds no text")
+    else:
+        documents = read_documents(one_text(options.file, options.split), options.text_field or "text")
     with options.on_devices(options.batch_size):
         result = figures(options, documents)
     print(json.dumps(result) if options.json else _table(result))

@@ -11,7 +11,6 @@ in FILE.partial, and the same command goes on from there.
 import contextlib
 import hashlib
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.commands.drawing import DrawingOptions, context_of
 from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
+from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input, without_last_break
 from llmq_jax.counts import counted
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
@@ -30,7 +30,6 @@ from llmq_jax.errors import BadInput
 NEW_TOKENS = 128
 BATCH_SIZE = 8
 ADDED = ("completion", "tokens")
-STANDARD_INPUT = "standard input"
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,11 @@ class Options(DrawingOptions, PromptOptions):  # the fields of the last class co
 
 
 def main(options: Options) -> None:
+    if options.jsonl and options.prompt_file is None:
+        raise BadInput("--jsonl reads the prompts of --prompt-file: name the file, or - for standard input")
     if (options.prompt is None) == (options.prompt_file is None):
         fault = "there is no prompt" if options.prompt is None else "two prompts were given"
         raise BadInput(f"{fault}: give either --prompt TEXT or --prompt-file FILE")
-    if options.jsonl and options.prompt_file is None:
-        raise BadInput("--jsonl has no effect without --prompt-file; leave it out")
     options.check()
     from llmq_jax.data.sources import is_jsonl
 
@@ -111,15 +110,27 @@ def _print_text(options: Options, text: str) -> None:
 
 
 def _text(options: Options) -> str:
-    from llmq_jax.data.records import decoded, read_text
+    from llmq_jax.data.records import read_text
 
     if options.prompt is not None and options.prompt != "-":
         return options.prompt
-    if "-" in (options.prompt, options.prompt_file):
-        text = decoded(sys.stdin.buffer.read(), STANDARD_INPUT)
-    else:
-        text = read_text(options.source)
-    return re.sub(r"\r?\n\Z", "", text)  # which editors and `echo` put there
+    text = whole_input() if "-" in (options.prompt, options.prompt_file) else read_text(options.source)
+    if _are_records(text):
+        file = options.prompt_file or options.prompt
+        print(
+            f"note: these lines of JSON are taken as one prompt; for a prompt each, --prompt-file {file} --jsonl",
+            file=sys.stderr,
+        )
+    return without_last_break(text)
+
+
+def _are_records(text: str) -> bool:
+    """Whether a text begins like a .jsonl file of prompts. It may be a prompt all the same, so this is only told."""
+    try:
+        first = json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return False
+    return _fault(first) is None
 
 
 def _said(text: str) -> list[dict[str, str]]:

@@ -1,11 +1,27 @@
-"""Standard input, as `llmq chat` reads it."""
+"""Standard input: as a whole, where a command takes - for it, and line by line, as `llmq chat` reads it."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from llmq_jax.errors import BadInput
+
+STANDARD_INPUT = "standard input"
+"""What errors call it."""
+
+
+def whole_input() -> str:
+    """All of it, as the same file by name would be read: UTF-8, without a byte order mark."""
+    from llmq_jax.data.records import decoded
+
+    return decoded(sys.stdin.buffer.read(), STANDARD_INPUT)
+
+
+def without_last_break(text: str) -> str:
+    """The text without its final line break, which editors and `echo` put there."""
+    return re.sub(r"\r?\n\Z", "", text)
 
 
 @contextlib.contextmanager

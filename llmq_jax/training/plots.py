@@ -16,9 +16,14 @@ from llmq_jax.training.run_folder import CONFIG, read_run_config
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
 
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)))
+"""Of one curve after another, so that of two that are equal the lower one is seen between the dashes of the upper."""
+
 Point = tuple[int, float]
 """(step, value)"""
 Points = list[Point]
+PANEL_TITLE = 870
+"""The font size in which a title of one character would fill all columns of panels."""
 ACROSS = {"step": "steps", "tokens": "tokens seen", "seconds": "seconds of training"}
 """{what curves may be drawn over: the label of that axis}"""
 LOSS_UNITS = {
@@ -70,7 +75,7 @@ def plot_comparison(
                 "compare; name a metric that all have"
             )
         at = [x for x, value in zip(positions(run, records, across), values, strict=True) if value is not None]
-        _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], run, at)
+        _draw(axes, points, RUN_COLOURS[index % len(RUN_COLOURS)], run, at, number=index)
     if across != "step":  # over steps, blank_axes has set the limits
         axes.set_xlim(left=0)
     legend(axes)
@@ -145,9 +150,10 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
     figure = blank_figure((10.0, 5.2 / columns * rows))
     for index, (title, curves) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold", parse_math=False)
-        for colour, (name, points) in zip(RUN_COLOURS, curves.items(), strict=False):
-            _draw(axes, points, colour, name)
+        size = min(10.0, PANEL_TITLE / columns / len(title))  # a long one must not run out of the figure
+        axes.set_title(title, loc="left", color=INK, fontsize=size, fontweight="bold", parse_math=False)
+        for number, (colour, (name, points)) in enumerate(zip(RUN_COLOURS, curves.items(), strict=False)):
+            _draw(axes, points, colour, name, number=number)
         axes.xaxis.set_major_locator(MaxNLocator(12 // columns, integer=True))  # their numbers stand side by side
         axes.ticklabel_format(axis="y", useOffset=False)
         if index + columns >= len(panels):
@@ -162,9 +168,10 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
 
 def read_records(folder: Path) -> list[Record]:
     """The metrics of a run; BadInput where there are none."""
-    if not (folder / METRICS).is_file():
+    measured = (folder / METRICS).is_file()
+    if not measured and read_run_config(folder / CONFIG) is None:
         raise BadInput(f"no {METRICS} in {folder}; give the folder of a run")
-    records = read_metrics(folder / METRICS)
+    records = read_metrics(folder / METRICS) if measured else []
     if not records:
         raise BadInput(f"{folder / METRICS} has no records yet; train for some steps first")
     return records
@@ -269,11 +276,15 @@ def blank_axes(title: str, runs: list[list[Record]], across: str = "step") -> tu
     return figure, axes
 
 
-def _draw(axes: Any, points: Points, colour: str, name: str, at: Sequence[float] | None = None) -> None:
-    """A curve of (step, value), over its steps unless `at` says where each is drawn."""
+def _draw(
+    axes: Any, points: Points, colour: str, name: str, at: Sequence[float] | None = None, number: int = 0
+) -> None:
+    """A curve of (step, value), over its steps unless `at` says where each is drawn; `number` counts curves that may
+    lie on one another."""
     marker = "o" if len(points) <= 50 else None
     steps, values = zip(*points, strict=True)
-    style: dict[str, Any] = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 4}
+    style: dict[str, Any] = {"color": colour, "linewidth": 2, "linestyle": DASHES[number % len(DASHES)]}
+    style |= {"marker": marker, "markersize": 4}
     # The first point and the last stand on the edges of the axes, which would cut them in halves.
     axes.plot(steps if at is None else at, values, label=_label(name, points), clip_on=False, **style)
 

@@ -24,13 +24,14 @@ from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
 PICTURES = {
-    "losses.png": "Loss",
     "curves.png": "What it learned",
+    "losses.png": "Loss",
     "confusion.png": "Confusion on the test",
     "expert-load.png": "Load of the experts",
     "balance.png": "Balance of the experts",
 }
-"""{picture that a run may have drawn: the heading above it}"""
+"""{picture that a run may have drawn: the heading above it}. Those that GRPO draws come first: its loss tells
+little."""
 BESIDE = ("step", "tokens", "loss", "validation_loss")
 """Fields of records that get no curve of their own: losses.png shows them."""
 STYLE = """
@@ -112,11 +113,11 @@ def _figures(finished: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> 
     shown = {
         "steps": _number(found.get("step")),
         "tokens": _number(found.get("tokens")),
+        "reward": _number(found.get("reward")),
+        "validation reward": _number(found.get("validation_reward")),
         "loss": _number(found.get("loss")),
         "validation loss": _number(found.get("validation_loss")),
         "best validation loss": _number(found.get("best_validation_loss")),
-        "reward": _number(found.get("reward")),
-        "validation reward": _number(found.get("validation_reward")),
         "accuracy": _number(found.get("validation_accuracy")),
         "training": clock(found["seconds"]) if "seconds" in found else None,
         "tokens/s": _number(found.get("tokens_per_second"), "{:,.0f}"),

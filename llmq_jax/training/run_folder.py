@@ -153,9 +153,9 @@ class RunFolder:
             return False
         if differing := differences(saved, self.config, (*may_change, BRANCH)):
             raise BadInput(
-                f"{self.path} holds a run with other options: {', '.join(differing)}; give it its own options to "
-                "resume it, or name another folder for a new run, which --branch-from takes from this one's last "
-                "state on, to more steps or otherwise"
+                f"{self.path} holds a run with other options: {', '.join(differing)}; with its own options it goes on; "
+                f"for others name another folder, where --branch-from {self.path} begins with this one's state, as for "
+                "more steps"
             )
         return True
 
@@ -260,13 +260,15 @@ def code_digest() -> str:
 
 def what_differs(folders: Sequence[str | Path]) -> dict[str, list[str]]:
     """{option or field of the model: its value in each of these runs}, where these are not all the same; "" in a folder
-    that has no config of a run."""
+    that has no config of a run, and a dash where it is not set. An option that sets a field of the model's config is
+    left out, since the field says more: an option that is not given stands for the preset's value."""
     configs = [_flat(read_run_config(Path(folder) / CONFIG) or {}) for folder in folders]
     names = dict.fromkeys(name for config in configs for name in config)
+    names = dict.fromkeys(name for name in names if f"model.{name}" not in names)
 
     def row(name: str, text: Callable[[Any], str]) -> list[str]:
         values = [config.get(name) for config in configs]
-        texts = [value if isinstance(value, str) else text(value) for value in values]
+        texts = [value if isinstance(value, str) else "–" if value is None else text(value) for value in values]
         return [text if config else "" for text, config in zip(texts, configs, strict=True)]
 
     def differ(texts: list[str]) -> bool:

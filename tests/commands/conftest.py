@@ -1,5 +1,6 @@
 """Tiny models in folders, for the commands to work on: one with a byte tokenizer, one that chats."""
 
+import io
 import itertools
 from functools import partial
 
@@ -32,6 +33,12 @@ def model_folder(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     lq.save_hf(tiny_model, folder)
     return folder
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """`piped(text)` makes it standard input."""
+    return lambda text: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
 
 
 CHAT_TEMPLATE = """\

@@ -31,8 +31,9 @@ def expected(classifier, text):
     return dict(zip(LABELS, probabilities(np.asarray(classifier.classify([text])))[0].tolist(), strict=True))
 
 
-def test_texts(llmq, classifier, folder):
-    options = [option for text in TEXTS for option in ("--text", text)]
+def test_texts(llmq, classifier, folder, piped):
+    piped(f"{TEXTS[0]}\n")
+    options = [option for text in ("-", *TEXTS[1:]) for option in ("--text", text)]
     code, out, err = llmq("classify", folder, *options)
     assert (code, err) == (0, "")
     for line, text in zip(out.splitlines(), TEXTS, strict=True):
@@ -214,6 +215,9 @@ def test_a_scalar_head_gives_a_number(llmq, tiny_model, tmp_path):
     [
         ([], "give texts: --text TEXT, once or several times, or --data FILE"),
         (["--text", "a", "--data", "b"], "one of the two"),
+        (["--data", "-"], "--data takes a file or a folder; for a text on standard input give --text -"),
+        (["--text", "-", "--text", "-"], "--text - is given twice, and standard input is one text; give it once"),
+        (["--text", "-"], "standard input: field 'text' holds no text"),
         (["--text", "a", "--text-field", "b"], "--text-field has no effect without --data"),
         (["--data", "a.txt", "--text-field", "b"], "--text-field has no effect on a.txt, which has no fields"),
         (["--text", "a", "--batch-size", 0], "--batch-size is 0 and must be at least 1"),
@@ -225,7 +229,8 @@ def test_a_scalar_head_gives_a_number(llmq, tiny_model, tmp_path):
         (["--text", "a", "--out", "a.jsonl", "--json"], "--json has no effect beside --out"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(llmq, folder, options, message, tmp_path, monkeypatch):
+def test_what_cannot_be_is_refused_in_one_line(llmq, folder, options, message, tmp_path, monkeypatch, piped):
+    piped("\n")
     monkeypatch.chdir(tmp_path)
     code, out, err = llmq("classify", folder, *options)
     assert (code, out) == (2, "") and err.count("\n") == 1 and message in err

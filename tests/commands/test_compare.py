@@ -100,8 +100,8 @@ def test_each_run_shows_what_it_is_judged_by(llmq, run, tmp_path, drawn):
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["run", "steps", "training", "validation", "last", "best", "at", "step", "tokens/s"]
-    assert rows[1] == ["one", "30", "2.5000", "reward", "0.5000", "0.7500", "20", "1,000"]
-    assert rows[2] == ["two", "10", "2.5000", "reward", "0.0000", "0.0000", "10", "1,000"]
+    assert rows[1] == ["one", "30", "reward", "0.5000", "0.7500", "20", "1,000"]
+    assert rows[2] == ["two", "10", "reward", "0.0000", "0.0000", "10", "1,000"]
     assert rows[3] == ["other", "20", "2.5000", "loss", "2.0000", "2.0000", "20", "1,000"]
     assert drawn[0].axes[0].get_title(loc="left") == "training loss"
     assert llmq("compare", one, two, "--out", tmp_path / "x.png")[0] == 0
@@ -174,6 +174,7 @@ def test_runs_of_one_name_and_what_they_differ_in(llmq, run, tmp_path):
         (tmp_path / f"lr-{rate}").mkdir()
         folders.append(run(f"lr-{rate}/run", 3.0))
         config = {"run_format": 1, "learning_rate": rate, "seed": 0, "model": {"name": "x" * 30 + str(rate)}}
+        config |= {"name": rate, "dropout": None if rate == 0.001 else 0.1}  # the model's field says what `name` is
         config["sample_prompt"] = f"\n{rate}"
         (folders[-1] / "config.json").write_text(json.dumps(config))
     code, out, err = llmq("compare", *folders, run("bare", 2.0))
@@ -184,8 +185,36 @@ def test_runs_of_one_name_and_what_they_differ_in(llmq, run, tmp_path):
     assert lines[6:] == [
         ["learning_rate", "0.001", "0.003"],
         ["model.name", *["x" * 20 + "…"] * 2],
+        ["dropout", "–", "0.1"],
         ["sample_prompt", r"\n0.001", r"\n0.003"],
     ]
+
+
+def test_a_run_that_cannot_be_compared_is_left_out(llmq, run, tmp_path, drawn):
+    (begun := tmp_path / "begun").mkdir()
+    (begun / "config.json").write_text('{"run_format": 1}')
+    damaged, other = run("damaged", 3.0), run("other", 3.0, figure="validation_reward")
+    (damaged / "metrics.jsonl").write_text("{\n")
+    options = ("--metric", "validation_loss", "--out", tmp_path / "x.png")
+    code, out, err = llmq("compare", begun, run("a", 3.0), damaged, other, *options)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[2:]] == ["a", "drawn:"]
+    assert len(drawn[0].axes[0].lines) == 1
+    assert [line.partition(";")[0] for line in err.splitlines()] == [
+        f"left out: {begun / 'metrics.jsonl'} has no records yet",
+        f"left out: {damaged / 'metrics.jsonl'} line 1 is not a metrics record",
+        "left out: other has no 'validation_loss' in its metrics.jsonl",
+    ]
+
+
+def test_of_grpo_the_reward_is_shown_and_drawn(llmq, run, tmp_path, drawn):
+    """Its loss is about 0 whatever the policy; these runs hold out no prompts, and one has no checkpoint. Of equal
+    curves the lower one is seen between the dashes of the upper."""
+    one = judged(run("one", 0.25, 0.5, figure="reward", training=1e-8), "reward", "highest")
+    code, out, _ = llmq("compare", one, run("two", 0.25, 0.5, figure="reward"), "--out", tmp_path / "x.png")
+    assert code == 0 and out.splitlines()[1].split() == ["one", "20", "0.5000", "reward", "1,000"]
+    (axes,) = drawn[0].axes
+    assert axes.get_title(loc="left") == "reward" and axes.lines[1].get_ydata().tolist() == [0.25, 0.5]
+    assert [line.is_dashed() for line in axes.lines] == [False, True]
 
 
 def test_bad_input(llmq, run, tmp_path):
@@ -194,6 +223,8 @@ def test_bad_input(llmq, run, tmp_path):
     apart.mkdir()
     (apart / "metrics.jsonl").write_text('{"step": 1, "tokens": 3, "validation_loss": 2.0}\n')
     (tmp_path / "empty").mkdir()
+    (begun := tmp_path / "begun").mkdir()
+    (begun / "config.json").write_text('{"run_format": 1}')
     for arguments, message in (
         ([], "missing RUN"),
         ([tmp_path / "empty"], "no metrics.jsonl in"),
@@ -209,10 +240,8 @@ def test_bad_input(llmq, run, tmp_path):
             [folder, "--metric", "acc"],
             "a has no 'acc' in its metrics.jsonl; choose from tokens, loss, tokens_per_second, ",
         ),
-        (
-            [folder, apart, "--metric", "loss"],
-            "validated has no 'loss' in its metrics.jsonl; choose from tokens, valid",
-        ),
+        ([folder, tmp_path / "empty"], "no metrics.jsonl in"),
+        ([begun], f"{begun / 'metrics.jsonl'} has no records yet"),
         ([apart, "--x", "seconds", "--out", tmp_path / "x.png"], "validated has no tokens_per_second in its metrics"),
     ):
         code, _, err = llmq("compare", *arguments)

@@ -29,7 +29,10 @@ def reference_loss(lm, tokens, context):
 
 
 @pytest.mark.parametrize("context", [32, 7])
-def test_figures_are_those_of_plain_windows(llmq, model_folder, tiny_model, text_file, context):
+def test_figures_are_those_of_plain_windows(llmq, model_folder, tiny_model, text_file, context, piped):
+    if context == 7:
+        piped(TEXT)
+        text_file = "-"
     code, out, err = llmq("evaluate", model_folder, text_file, "--context", context, "--json")
     assert (code, err) == (0, "")
     result = json.loads(out)
@@ -89,6 +92,8 @@ BAD = {
     "no model there": (["nowhere", "TEXT"], "nowhere"),
     "no file there": (["MODEL", "nothing.txt"], "there is no file or folder nothing.txt"),
     "context": (["MODEL", "TEXT", "--context", "33"], "--context 33 exceeds the model's context; choose at most 32"),
+    "no text in the pipe": (["MODEL", "-"], "standard input holds no text"),
+    "a split of the pipe": (["MODEL", "-", "--split", "test"], "--split has no effect on standard input"),
     "no context": (["MODEL", "TEXT", "--context", "0"], "context"),
     "no fields": (["MODEL", "TEXT", "--text-field", "body"], "--text-field has no effect on"),
     "batch size": (["MODEL", "TEXT", "--batch-size", "0"], "batch size"),
@@ -96,7 +101,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(llmq, model_folder, text_file, case):
+def test_bad_input(llmq, model_folder, text_file, case, piped):
+    piped(" ")
     arguments, message = BAD[case]
     names = {"MODEL": str(model_folder), "TEXT": str(text_file)}
     code, out, err = llmq("evaluate", *(names.get(a, a) for a in arguments))

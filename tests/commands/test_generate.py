@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import os
 import re
@@ -20,12 +19,6 @@ from tests.byte_fallback import one_word_model
 
 TAIL = "\n"
 SAMPLER = lq.Sampler(temperature=0.8, top_p=0.95)  # the default
-
-
-@pytest.fixture
-def piped(monkeypatch):
-    """`piped(text)` makes it standard input."""
-    return lambda text: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
 
 
 def test_greedy_text_is_that_of_the_library(llmq, model_folder, tiny_model):
@@ -152,12 +145,16 @@ BAD = {
         ["MODEL", "--prompt", "x", "--max-new-tokens", "33"],
         "error: the prompt has 1 token, which with --max-new-tokens 33 exceed the model's context of 32; shorten it",
     ),
-    "idle jsonl": (["MODEL", "--prompt", "x", "--jsonl"], "--jsonl has no effect without --prompt-file; leave it out"),
-    "no new token": (["MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
-    "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "top_p=2.0 must be above 0 and at most 1"),
+    "idle jsonl": (["MODEL", "--prompt", "x", "--jsonl"], "--jsonl reads the prompts of --prompt-file: name the file"),
+    "jsonl of nothing": (["MODEL", "--jsonl"], "--jsonl reads the prompts of --prompt-file: name the file, or - for"),
+    "no new token": (
+        ["MODEL", "--prompt", "x", "--max-new-tokens", "0"],
+        "--max-new-tokens is 0 and must be at least 1",
+    ),
+    "top-p": (["MODEL", "--prompt", "x", "--top-p", "2"], "--top-p is 2.0 and must be above 0 and at most 1"),
     "idle draft": (["MODEL", "--prompt", "x", "--draft-tokens", "3"], "--draft-tokens has no effect without a draft"),
     "no modules": (["MODEL", "--prompt", "x", "--draft", "mtp"], "this gpt2 has no modules of multi-token prediction"),
-    "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at temperature 0"),
+    "no effect": (["MODEL", "--prompt", "x", "--temperature", "0", "--top-k", "3"], "no effect at --temperature 0"),
     "idle seed": (
         ["MODEL", "--prompt", "x", "--temperature", "0", "--seed", "0"],
         "--seed has no effect at temperature 0",
@@ -246,6 +243,10 @@ def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, pip
     piped('{"prompt": "a"}\n{"prompt": 1}\n')
     code, _, err = llmq("generate", chat_folder, "--prompt-file", "-", "--jsonl")
     assert (code, err) == (2, 'error: standard input: line 2 has a "prompt" that is not a string\n')
+    piped('{"prompt": "a"}\n{"prompt": "b"}\n')
+    code, _, err = llmq("generate", chat_folder, "--prompt-file", "-", "--max-new-tokens", 96)
+    note = "note: these lines of JSON are taken as one prompt; for a prompt each, --prompt-file - --jsonl\n"
+    assert code == 2 and err.startswith(f"{note}error: the prompt has 31 tokens, which with ")
 
 
 def test_one_long_prompt_does_not_shorten_the_others_in_silence(llmq, model_folder, tmp_path):
@@ -445,7 +446,7 @@ BAD_FILES = {
     ),
     "idle chat": ('{"messages": [{"role": "user", "content": "a"}]}', ["--chat"], "--chat has no effect on FILE"),
     "batch size": (GOOD, ["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-    "no new token": (GOOD, ["--max-new-tokens", "0"], "error: max_new_tokens=0 must be at least 1"),
+    "no new token": (GOOD, ["--max-new-tokens", "0"], "error: --max-new-tokens is 0 and must be at"),
     "empty stop": (GOOD, ["--stop", ""], "error: a stop string is empty"),
     "no folder": (
         GOOD,

@@ -101,6 +101,14 @@ def test_gains_begin_as_the_model_that_they_join(shown):
     np.testing.assert_allclose(shown["with_gains"](lm).logits([[1, 2, 3]]), lm.logits([[1, 2, 3]]), atol=1e-5)
 
 
+def test_the_choice_of_attention_knows_that_a_layer_may_have_a_formula_of_its_own(shown):
+    """Those of this package have none."""
+    capped, own = (lq.build(shown[name](**SIZES)) for name in ("CappedConfig", "TopKeysConfig"))
+    assert capped.attention_choice() == "attention: blocked"
+    assert own.attention_choice() == "attention: blocked; plain where a layer has a formula of its own"
+    assert own.clone(attention="masked").attention_choice() == "attention: masked"
+
+
 def test_capped_logits_are_capped(shown):
     config = shown["CappedConfig"](**SIZES, logit_cap=2.0)
     logits = lq.build(config).apply(lq.init(config), np.arange(16)[None])

@@ -111,6 +111,8 @@ def test_a_chat_template_for_a_model_that_has_none(dpo, tmp_path):
     assert (code, errors) == (0, "") and "(template: chat)" in output and "will not learn to stop" not in output
     assert lq.load(tmp_path / "run").tokenizer.chat_template.source == OWN
     assert "is finished already" in dpo(*given)[1]
+    _, output, _ = dpo("--init-from=run", "--steps=1", "--sample-every=0", "--evaluate-every=0", "--out=texts")
+    assert "(template: plain)" in output and "\n  llmq chat texts\n" in output  # though it learns from texts
     (tmp_path / "own.jinja").write_text(OWN + "{# the same #}")
     code, _, errors = dpo(*given)
     assert code == 2 and "other options: chat_template_sha256 " in errors

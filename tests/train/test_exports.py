@@ -115,7 +115,7 @@ def test_classifiers_of_which_a_part_was_trained(base, tmp_path, capsys, monkeyp
         (("--train=blocks", "--blocks=3"), "3 blocks cannot train: the model has 2"),
         (("--train=head",), "--train head: this model's head is its embedding; choose blocks, lora or all"),
         (("--lora-targets=q_prj",), "LoRA: 'q_prj' matches no matrix; did you mean q_proj?"),
-        (("--lora-rank=99",), "LoRA: rank=99 is above that of"),
+        (("--lora-rank=99",), "--lora-rank 99 is above that of"),
         (("--lora-layers=0-7",), "LoRA: layer 2 does not exist; the model has layers 0 to 1"),
         (("--lora-layers=first",), "--lora-layers 'first' is no list of layers; write 0,1,2 or 20-29"),
     ],

@@ -23,6 +23,11 @@ def test_a_plan_without_devices(planned):
     assert lines[-1].endswith("on each of 8 devices: fits 80 GiB")
 
 
+def test_a_complete_run_of_pretraining_names_its_model(planned):
+    code, out, _ = planned("--preset", "demo", "--config", "num_hidden_layers=1")
+    assert code == 0 and "\nparameters  " in out
+
+
 def test_a_window_is_as_long_as_the_recipe_makes_it(planned):
     code, out, _ = planned("--preset", "llama3.2-1b")  # which takes 131,072 tokens
     assert code == 0

@@ -112,7 +112,7 @@ def test_multi_token_prediction(pretrain):
         ([*DEEPSEEK, "--mtp-coefficient-end", -1], "--mtp-coefficient-end is -1.0 and must be at least 0"),
         (
             [*DEEPSEEK, "num_nextn_predict_layers=16"],
-            "num_nextn_predict_layers=16 must be below max_position_embeddings=16",
+            "num_nextn_predict_layers=16 must be below --context 16",
         ),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_plateau_is_cooled_down_by_a_branch(pretrain):
     assert pretrain(*shared, *cooled, "--out", "straight", tiny=tiny)[0] == 0
     assert [r["loss"] for r in metrics("straight") if "loss" in r][4:] == losses("cooled")
     code, _, err = pretrain(*shared, *plateau, "--out", "none", "--branch-from", "plateau", tiny=tiny)
-    assert code == 2 and "branch_from is plateau/checkpoints/00000004, the state after step 4, and steps is 4" in err
+    assert code == 2 and "--branch-from is plateau/checkpoints/00000004, the state after step 4, and steps is 4" in err
 
 
 def test_tokens_outside_the_vocabulary_name_the_file_or_the_option(pretrain, tmp_path):
@@ -425,8 +425,8 @@ BAD = {
     "broken JSON": (["--data", "broken.jsonl"], "broken JSON at line 1"),
     "unknown preset": (["--preset", "gpt2-124"], "unknown preset 'gpt2-124': did you mean gpt2-124m"),
     "strange preset": (["--preset", "zzz"], "choose from demo, nanogpt-shakespeare-cpu, gpt2-124m"),
-    "width and heads": (["--data", "TEXT", "--hidden-size", "17"], "num_attention_heads"),
-    "dropout": (["--data", "TEXT", "--dropout", "1"], "pdrop"),
+    "width and heads": (["--data", "TEXT", "--hidden-size", "17"], "heads is 2 and must divide --hidden-size 17"),
+    "dropout": (["--data", "TEXT", "--dropout", "1"], "--dropout is 1.0 and must be at least 0 and below 1"),
     "attention": (["--data", "TEXT", "--attention", "fused"], "attention='fused' cannot run: it is a kernel of NVIDIA"),
     "unknown field": (
         ["--data", "TEXT", "--config", "norms=dyt"],
@@ -468,7 +468,7 @@ BAD = {
         ["--data", "TEXT", "--validation-fraction", "0"],
         "fraction is 0.0 and must lie between 0 and 1",
     ),
-    "no context": (["--data", "TEXT", "--context", "0"], "max_position_embeddings"),
+    "no context": (["--data", "TEXT", "--context", "0"], "--context is 0 and must be at least 1"),
     "no tokenizer": (["--data", "TEXT", "--tokenizer", "nowhere"], "no tokenizer 'nowhere'"),
     "device": (["--device", "gpu"], "--device gpu: JAX finds no GPU here; use --device cpu"),
     "device choice": (["--device", "tpu"], "--device cannot be 'tpu': choose from auto, cpu, gpu"),

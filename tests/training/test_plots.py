@@ -68,6 +68,16 @@ def test_panels_say_what_they_are_over_and_the_whole_of_their_figures():
     assert {axes.yaxis.get_offset_text().get_text() for axes in figure.axes} == {""}
 
 
+def test_long_titles_of_panels_are_whole():
+    titles = ["validation_completions/mean_length", "rewards/my_very_long_function_name_of_all/mean"] * 3
+    figure = draw_panels([(title, {title: [(1, 0.00025), (3, 0.00012)]}) for title in titles], 3)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        title = axes._left_title.get_window_extent()
+        following = [other.bbox.x0 for other in figure.axes if other.bbox.x0 > axes.bbox.x0]
+        assert title.x1 < min(following, default=figure.bbox.x1)
+
+
 @pytest.mark.parametrize("columns", [2, 3])
 def test_the_steps_below_panels_stand_apart(columns):
     figure = draw_panels([("entropy", {"entropy": [(1, 2.0), (2_800, 1.0)]})] * columns, columns)

@@ -77,6 +77,16 @@ def test_a_run_under_way_has_a_page_too(folder, tmp_path):
     assert f"not finished: step {step}" in Reader(write_report_page(tmp_path).read_text()).text
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"minimum_learning_rate": 0.1 + 0.2}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0, "reward": 0.5}\n')
+    for name in ("losses.png", "curves.png"):  # as GRPO draws, whose loss tells little
+        shutil.copy(folder / "losses.png", tmp_path / name)
+    page = write_report_page(tmp_path).read_text()
+    assert re.findall("<dt>(.*?)</dt>|<h2>(.*?)</h2>", page)[1:5] == [
+        ("reward", ""),
+        ("loss", ""),
+        ("", "What it learned"),
+        ("", "Loss"),
+    ]
     (tmp_path / "metrics.jsonl").unlink()
     page = write_report_page(tmp_path).read_text()
     assert "<td>minimum_learning_rate</td><td>0.3</td>" in page
