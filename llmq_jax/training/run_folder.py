@@ -152,10 +152,11 @@ class RunFolder:
         if saved is None:
             return False
         if differing := differences(saved, self.config, (*may_change, BRANCH)):
+            same = "its own options and data" if any("_sha256 " in each for each in differing) else "its own options"
             raise BadInput(
-                f"{self.path} holds a run with other options: {', '.join(differing)}; give it its own options to "
-                "resume it, or name another folder for a new run, which --branch-from takes from this one's last "
-                "state on, to more steps or otherwise"
+                f"{self.path} holds a run with other options: {', '.join(differing)}; give it {same} to resume it, or "
+                "name another folder for a new run, which --branch-from takes from this one's last state on, to more "
+                "steps or otherwise"
             )
         return True
 
