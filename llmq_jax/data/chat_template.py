@@ -3,8 +3,8 @@
 The text is the one that transformers' `apply_chat_template` gives. A template is code by the authors of the model, so
 it runs in Jinja's sandbox, where it reaches nothing but its variables, and within limits that are set here:
 
-- time: each call and each iteration of a loop is a step, and so is each character that `*` repeats. Steps are counted,
-  and the clock is read with each count. That ends endless loops and recursions.
+- time: each call, filter, test and iteration of a loop is a step, and so is each character that `*` repeats. Steps are
+  counted, and the clock is read with each count. That ends endless loops and recursions.
 - memory: what an operator, a filter or a string method makes is counted too, and an upper bound of it is computed
   first: `"x" | center(1000000000)` is refused before it makes anything.
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from string import Formatter
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes, pass_context
@@ -276,6 +277,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for name in WEB_FILTERS:
             del self.filters[name]
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
+        self.tests = {name: _stepwise(function) for name, function in self.tests.items()}
         self.filters |= {"counted": _counted, "shown": _shown, "concatenated": _concatenated, "made": _made}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         del self.globals["lipsum"]  # writes as much blind text as it is asked for, in one step
@@ -305,6 +307,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.spend(1)
         method = getattr(called, "__wrapped__", called)  # the sandbox's own version of str.format
+        if getattr(method, "__name__", None) in NOT_COUNTED:
+            raise SecurityError(f"{method.__name__} is not allowed")
         if isinstance(text := getattr(method, "__self__", None), str):
             args = _without_iterators(args)
             _check_bound(method.__name__, (text, *args, *kwargs.values()))
@@ -331,13 +335,15 @@ _CHEAP = """
 """
 CHEAP_FILTERS = frozenset(_CHEAP.split())
 """Filters that make no text, so that no bound of what they make need be computed."""
+_PRODUCTS = "indent lstrip rfind rindex rpartition rsplit rstrip strip tojson translate trim"
+PRODUCTS = frozenset(_PRODUCTS.split())
+"""What takes time or makes a text as the product of the lengths of a text and of an argument."""
+NOT_COUNTED = frozenset(("encode", "to_bytes"))
+"""Methods that make bytes, of which nothing would be counted."""
 FIELD = {"%": "%", "format": "{", "format_map": "{"}
-WIDTH = {
-    "%": re.compile(r"%[^%a-zA-Z]*(\*|\d{5})"),
-    "format": re.compile(r":[^{}]*(\{|\d{5})"),
-    "format_map": re.compile(r":[^{}]*(\{|\d{5})"),
-}
-"""Finds a field whose width has five digits or more, or is itself an argument."""
+WIDE = {"%": re.compile(r"%[^%a-zA-Z]*(\*|\d{5})"), "%(": re.compile(r"\*|\d{5}"), "{": re.compile(r"\{|\d{5}")}
+"""Finds a width of five digits or more, or one that is itself an argument: in a text for `%`, in one whose fields have
+names in parentheses, which may hold anything, and in what follows the colon of a field for `format`."""
 
 
 def _sandbox_of(context: Context) -> _Sandbox:
@@ -351,15 +357,29 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @pass_context  # also keeps Jinja from calling it as it compiles
     def bounded(context: Context, *args: Any, **kwargs: Any) -> Any:
+        sandbox = _sandbox_of(context)
+        sandbox.spend(1)
         if name not in CHEAP_FILTERS:
             args = _without_iterators(args)
-            _check_bound(name, (*args, *kwargs.values()))
-        sandbox = _sandbox_of(context)
+            _check_bound("%" if name == "format" else name, (*args, *kwargs.values()))
         passed: Mapping[Any, Any] = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx}
         value = function(*args, **kwargs) if first is None else function(passed.get(first, sandbox), *args, **kwargs)
         return sandbox.make(value) if name not in CHEAP_FILTERS or name in ("int", "list") else value
 
     return bounded
+
+
+def _stepwise(function: Any) -> Callable[..., Any]:
+    """The test as a step: `select` makes it of every item."""
+    first = _PassArg.from_obj(function)
+
+    @pass_context
+    def stepwise(context: Context, *args: Any, **kwargs: Any) -> Any:
+        sandbox = _sandbox_of(context)
+        sandbox.spend(1)
+        return function(*args, **kwargs) if first is None else function(sandbox, *args, **kwargs)
+
+    return stepwise
 
 
 def _without_iterators(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -375,14 +395,31 @@ def _check_bound(name: str, operands: tuple[Any, ...]) -> None:
     elif name == "join":
         # The separator and the items, in either order: | join and str.join differ.
         bound += math.prod(len(operand) for operand in operands[:2] if isinstance(operand, str | list | tuple | dict))
-    elif name in WIDTH:
-        if isinstance(text, str) and WIDTH[name].search(text):
+    elif name in FIELD:
+        if isinstance(text, str) and _has_wide_field(name, text):
             raise SecurityError("a format with such a width is not allowed")
         bound += 10_000 * str(text).count(FIELD[name]) + str(text).count(FIELD[name]) * bound
     else:
         bound *= max((abs(width) for width in operands[1:] if isinstance(width, int)), default=1) or 1
+        if name in PRODUCTS:
+            bound = max(bound, _size(text) * max(map(_longest, operands[1:]), default=0))
     if bound > MAX_MADE:
-        raise SecurityError(f"{name} could make more than {MAX_MADE:,} characters")
+        raise SecurityError(f"{name} could make more than {MAX_MADE:,} characters or comparisons")
+
+
+def _has_wide_field(name: str, text: str) -> bool:
+    if name == "%":
+        return WIDE["%(" if "%(" in text else "%"].search(text) is not None
+    return any(spec and WIDE["{"].search(spec) for _, _, spec, _ in Formatter().parse(text))
+
+
+def _longest(value: Any) -> int:
+    """The length of the longest text in a value."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple):
+        return max(map(_longest, value), default=0)
+    return len(value) if isinstance(value, str) else 0
 
 
 def _size(value: Any) -> int:

@@ -41,11 +41,13 @@ def mesh_sizes(text: str) -> dict[str, int]:
     given = set()
     for part in text.split(","):
         name, equals, size = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise BadInput(f"mesh {text!r}: {part.strip()!r} is no axis with its size; write data=2,fsdp=4")
         if name not in sizes:
             raise BadInput(f"mesh {text!r}: unknown axis {name!r}: {did_you_mean(name, MESH_AXES)}")
         if name in given:
             raise BadInput(f"mesh {text!r}: {name} is there twice")
-        if not equals or not size.isdecimal() or int(size) < 1:
+        if not size.isdecimal() or int(size) < 1:
             raise BadInput(f"mesh {text!r}: {part.strip()!r} is no size; write {name}=2")
         given.add(name)
         sizes[name] = int(size)
@@ -90,8 +92,9 @@ def check_mesh(sizes: Mapping[str, int], variables: dict[str, Any]) -> None:
                         f"mesh axis {axis}={sizes[axis]} divides no parameter: {'/'.join(path)} {list(shape)} has "
                         f"{size} along {name!r}; choose a divisor"
                     )
+        nothing = " or ".join(map(repr, names))
         raise BadInput(
-            f"mesh axis {axis}={sizes[axis]} has no effect: this model has nothing along {names}; leave it out"
+            f"mesh axis {axis}={sizes[axis]} has no effect: this model has nothing along {nothing}; leave it out"
         )
 
 

@@ -136,7 +136,7 @@ BAD = {
     "batch of texts": ("classify classifier --text a --batch-size 3 --mesh data=8", "a batch of 3 rows cannot be"),
     "no experts": (
         "generate llama --prompt a --mesh expert=8",
-        "mesh axis expert=8 has no effect: this model has nothing along ['expert']; leave it out",
+        "mesh axis expert=8 has no effect: this model has nothing along 'expert'; leave it out",
     ),
     "no experts in tasks": (
         "evaluate llama --tasks local_choice --include-path tasks --mesh expert=8",

@@ -1,5 +1,6 @@
 """Chat templates give the text that transformers gives, and nothing that a template does gets out of hand."""
 
+import contextlib
 import json
 import re
 import resource
@@ -181,6 +182,16 @@ def test_bounds(monkeypatch, template, reason):
         "{{ '%*d' % (1000000000, 1) }}",
         "{{ '{:1000000000}'.format(1) }}",
         "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ '%9000000000d' | format(1) }}",
+        "{{ '%*d' | format(9000000000, 1) }}",
+        "{{ '%(a)9000000000d' % {'a': 1} }}",
+        "{{ '%(a(b)c)9000000000d' | format(**{'a(b)c': 1}) }}",
+        "{{ ('a' * 90000).translate({97: 'b' * 90000}) }}",
+        "{{ ('a\n' * 90000) | indent('b' * 90000) }}",
+        "{{ range(90000) | list | tojson(indent='b' * 90000) }}",
+        "{{ range(90000) | list | tojson(separators=('b' * 90000, '')) }}",
+        "{{ 'a'.encode().center(9000000000) }}",
+        "{{ (1).to_bytes(9000000000, 'big') }}",
         "{{ ('{:9999}' * 90000).format(*range(90000)) }}",
         "{{ ('a' * 90000).replace('a', 'b' * 90000) }}",
         "{{ ('a' * 90000) | replace('', 'b' * 90000) }}",
@@ -205,9 +216,26 @@ def test_memory_is_bounded(template):
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, hard))
     try:
-        assert re.search(r"could make|makes|steps|width|too big", refused(template))
+        assert re.search(r"could make|makes|steps|width|too big|not allowed", refused(template))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_the_time_of_a_step_is_bounded(monkeypatch):
+    """Each would take minutes or hours."""
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 2)
+    long = "{% set a = namespace(x='a') %}{% for i in range(23) %}{% set a.x = a.x ~ a.x %}{% endfor %}"  # 2^23 letters
+    begun = time.process_time()
+    for slow in (
+        "{{ ('{}' ~ ':' * 900000).format(1) }}",
+        "{{ a.x.strip('b' ~ a.x) }}",
+        "{{ a.x | trim('b' ~ a.x) }}",
+        "{{ a.x.rfind('a' * 900000 ~ 'b' ~ 'a' * 90000) }}",
+        "{{ (['b'] * 900000) | select('in', a.x) | list }}",
+    ):
+        with contextlib.suppress(BadInput):
+            ChatTemplate(long + slow).render(CONVERSATIONS[0])
+    assert time.process_time() - begun < 10
 
 
 def test_time_is_bounded(monkeypatch):

@@ -451,6 +451,7 @@ def test_data_that_changed_are_noticed(recipe, capsys):
     code, _, errors = recipe.call("run", capsys)
     assert (code, errors.count("\n")) == (2, 1)
     assert errors.startswith(f"error: {recipe.folder}/run holds a run with other options: ") and "_sha256 " in errors
+    assert "; with its own options and data it goes on; " in errors
 
 
 @pytest.mark.parametrize("recipe", ["grpo"], indirect=True)

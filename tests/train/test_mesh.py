@@ -241,7 +241,7 @@ def test_weights_are_read_straight_to_the_devices_that_have_them(model, tmp_path
 def test_what_cannot_be_is_told_in_a_line(train):
     for options, why in (
         (("--mesh", "data=3"), "is for 3 devices, and JAX has 8"),
-        (("--mesh", ""), "mesh '': unknown axis ''"),  # as of a variable that is not set
+        (("--mesh", ""), "mesh '': '' is no axis with its size"),  # as of a variable that is not set
         (("--mesh", "data=8", "--accumulate", "2"), "a batch of 8 rows in 2 parts cannot be divided among 8 devices"),
         (("--mesh", "expert=8"), "expert=8 has no effect: this model has nothing along"),
     ):
