@@ -119,7 +119,7 @@ def run(config: object, variables: dict, pmap: bool = False) -> dict:
     model = lq.build(config)
     more = getattr(config, "num_nextn_predict_layers", 0)
     objective = MultiToken(model, 0.3) if more else NextToken(model)
-    step = make_train_step(objective, RECORDS, accumulate=ACCUMULATE, pmap=pmap)
+    step = make_train_step(objective, RECORDS, accumulate=ACCUMULATE, mode=PMAP if pmap else "jit")
     state = create_state(jax.tree.map(jnp.array, variables), RECORDS)  # a copy, which the first step consumes
     # How pmap compiles is its own affair.
     compiled = None if pmap else step.program.lower(state, place_batch(batches()[0])).compile()

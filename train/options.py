@@ -426,7 +426,7 @@ def train_step_of(options: RecipeOptions, objective: Any, optimizer: Any) -> Any
     """The compiled training step that the options ask for."""
     from llmq_jax.training.step import make_train_step
 
-    return make_train_step(objective, optimizer, accumulate=options.accumulate, pmap=options.pmap)
+    return make_train_step(objective, optimizer, accumulate=options.accumulate, mode="pmap" if options.pmap else "jit")
 
 
 def run_options(options: RecipeOptions) -> Any:

@@ -20,6 +20,7 @@ from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
 from llmq_jax.training.state import ROUTER, TrainState, routers_learn
 
 REPLICAS = "replicas"
+MODES = ("jit", "pmap")
 
 
 @runtime_checkable
@@ -60,7 +61,7 @@ EvalStep = Compiled[dict[str, Any], tuple[dict[str, Any], dict[str, Any]]]
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1, pmap: bool = False
+    objective: Objective, optimizer: optax.GradientTransformation, *, accumulate: int = 1, mode: str = "jit"
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)`, compiled; the state given to it is consumed (donated).
 
@@ -68,13 +69,16 @@ def make_train_step(
     less memory. Metrics are on the device: `loss`, `grad_norm` (before the optimizer clips), the objective's own, and
     the load of experts, against which the collection "router" moves.
 
-    `pmap`: the same step by `jax.pmap`, where no mesh is set: every device has all of the state and its part of the
-    rows. Terms of a whole batch (the balance losses of experts) are then computed on each part and averaged, as with
-    `accumulate`.
+    `mode` "jit" computes on the mesh that is set, or on one device. "pmap" is the same step by `jax.pmap` on all
+    devices, where no mesh is set: every device has all of the state and its part of the rows. Terms of a whole batch
+    (the balance losses of experts) are then computed on each part and averaged, as with `accumulate`.
 
     The step raises BadInput for a batch whose rows cannot be cut into so many equal parts.
     """
 
+    if mode not in MODES:
+        raise BadInput(f"mode={mode!r} must be one of {', '.join(MODES)}")
+    pmap = mode == "pmap"
     experts = objective.model.experts
     neighbours = getattr(objective, "group_size", 1)  # consecutive rows that the objective needs together
 

@@ -101,7 +101,7 @@ def test_the_compilers_figure_is_told_where_it_is_at_hand():
 def test_the_compilers_figure_of_a_step_by_pmap():
     config = lq.GPT2Config(vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)
     optimizer = optax.sgd(0.1)
-    step = make_train_step(NextToken(lq.build(config)), optimizer, pmap=True)
+    step = make_train_step(NextToken(lq.build(config)), optimizer, mode="pmap")
     assert step.replicas == jax.local_device_count()
     batch = {name: np.ones((2, 4), np.int32) for name in ("tokens", "targets")} | {"mask": np.ones((2, 4), np.float32)}
     told = usage(create_state(lq.init(config), optimizer), batch, step)

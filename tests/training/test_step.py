@@ -156,6 +156,11 @@ def test_a_batch_that_does_not_divide_is_refused():
         make_train_step(NextToken(build(CONFIG)), SGD, accumulate=3)(fresh(SGD), ragged_batch(0))
 
 
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(BadInput, match="mode='vmap' must be one of jit, pmap"):
+        make_train_step(NextToken(build(CONFIG)), SGD, mode="vmap")
+
+
 def test_a_metric_without_a_weight_is_told_before_anything_runs():
     class Forgetful(NextToken):
         def loss(self, *arguments):
