@@ -76,6 +76,8 @@ def make_train_step(
     The step raises BadInput for a batch whose rows cannot be cut into so many equal parts.
     """
 
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise BadInput(f"accumulate={accumulate!r} must be a positive integer")
     if mode not in MODES:
         raise BadInput(f"mode={mode!r} must be one of {', '.join(MODES)}")
     pmap = mode == "pmap"

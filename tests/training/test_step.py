@@ -156,9 +156,13 @@ def test_a_batch_that_does_not_divide_is_refused():
         make_train_step(NextToken(build(CONFIG)), SGD, accumulate=3)(fresh(SGD), ragged_batch(0))
 
 
-def test_an_unknown_mode_is_refused():
+def test_arguments_of_the_step_are_looked_at():
+    objective = NextToken(build(CONFIG))
     with pytest.raises(BadInput, match="mode='vmap' must be one of jit, pmap"):
-        make_train_step(NextToken(build(CONFIG)), SGD, mode="vmap")
+        make_train_step(objective, SGD, mode="vmap")
+    for parts in (0, -1, 1.5):
+        with pytest.raises(BadInput, match=f"accumulate={parts} must be a positive integer"):
+            make_train_step(objective, SGD, accumulate=parts)
 
 
 def test_a_metric_without_a_weight_is_told_before_anything_runs():
