@@ -266,7 +266,10 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
         raise BadInput("--separate-documents has no effect on a single document; leave it out")
     windows = {"context": options.context, "batch_size": options.batch_size, **row_share()}
     windows |= {"end_of_text": tokenizer.end_of_text, "separate_documents": options.separate_documents}
-    batches = training_batches(text.training, **windows, seed=options.seed)
+    try:
+        batches = training_batches(text.training, **windows, seed=options.seed)
+    except BadInput as error:
+        raise BadInput(f"{options.data}: {error}" if options.data else str(error)) from error
     if text.validation is not None:
         held_out = SomeBatches(evaluation_batches(text.validation, **windows), options.evaluate_batches)
     if options.epochs is None and options.steps is None:

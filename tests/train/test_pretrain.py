@@ -419,7 +419,7 @@ BAD = {
     "no file": (["--data", "nothing.txt"], "there is no file or folder nothing.txt"),
     "empty file": (["--data", "empty.txt"], "empty.txt is empty"),
     "blank file": (["--data", "blank.txt"], "blank.txt holds no text"),
-    "shorter than a context": (["--data", "TEXT", "--context", "100000"], "the training text has"),
+    "shorter than a context": (["--data", "TEXT", "--context", "100000"], "text.txt: the training text has"),
     "not UTF-8": (["--data", "latin.txt"], "is not UTF-8"),
     "no text field": (["--data", "rows.jsonl"], "rows.jsonl: line 2 has no field 'text' (fields found: body)"),
     "broken JSON": (["--data", "broken.jsonl"], "broken JSON at line 1"),
