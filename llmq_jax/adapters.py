@@ -8,6 +8,7 @@
 Models are immutable: each of these functions leaves the one it is given as it was.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.lora import LORA, LoRA
 from llmq_jax.model_files import TextFiles, agreed, decided, load, load_weights
 from llmq_jax.models.heads import numbered_labels
+from llmq_jax.option_names import meant_by
 
 
 def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields: Any) -> LanguageModel:
@@ -37,11 +39,16 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     et al. 2021, arXiv:2106.09685, eq. 3); variants differ.
 
     BadInput: the model has adapters already, a target or layer that it lacks, a rank above a matrix's, fields that
-    contradict each other.
+    contradict each other or that a LoRA does not have.
     """
     require_model(lm)
     if spec is not None and fields:
         raise BadInput("give a LoRA or its fields, not both")
+    known = [field.name for field in dataclasses.fields(LoRA)]
+    for name in fields:
+        if name not in known:
+            hint = meant_by(name, [f"lora_{field}" for field in known], lambda option: option.removeprefix("lora_"))
+            raise BadInput(f"LoRA has no field {name!r}; {hint or 'choose from ' + ', '.join(known)}")
     spec = LoRA(**fields) if spec is None else spec
     variables = low_rank.add(lm.variables, lm.model.layer_paths(), spec, module_names(lm.config), seed)
     return lm.replace(variables=variables)
@@ -56,8 +63,7 @@ def merge(lm: LanguageModel) -> LanguageModel:
 
 def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
     """The inverse of `merge`, up to rounding: the adapters of `adapted` are subtracted from the matrices of `merged`
-    and stand beside them. BadInput for DoRA, whose merged matrices no longer tell the norms of their columns, and for
-    matrices that `merged` lacks."""
+    and stand beside them. BadInput for matrices that `merged` lacks, and for a DoRA with a magnitude of 0."""
     return merged.replace(variables=low_rank.unmerge(merged.variables, adapted.variables))
 
 

@@ -54,6 +54,7 @@ OURS = {
     "lora_rank": ("lora_r", "r", "rank"),
     "lora_targets": ("lora_target_modules", "target_modules"),
     "lora_rslora": ("use_rslora",),
+    "lora_variant": ("use_dora", "dora"),
     "lora_layers": ("layers_to_transform",),
     "reference": ("ref_model",),
     "center": ("center_rewards_coefficient",),

@@ -125,7 +125,7 @@ def _rows(options: Options, lm: Any, labels: Sequence[str], records: list[Any]) 
     longest = lm.config.max_position_embeddings
     if options.max_length is not None and not 0 < options.max_length <= longest:
         raise BadInput(f"--max-length {options.max_length} must lie between 1 and the model's {longest}")
-    for record in records:
+    for record in records if options.json or options.out is not None else ():
         if taken := [name for name in added(labels) if name in record.fields]:
             raise BadInput(
                 f"{record.where} has a field {taken[0]!r} already, which the result would replace; rename it"

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmq_jax.counts import counted
 from llmq_jax.data.folders import DataPath, FolderFiles, files_in, looked_in
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
@@ -308,7 +309,8 @@ def _table_rows(
     for start, end, values in rows:
         if len(values) != len(names):
             hint = "quote text that holds the delimiter" if kind == ".csv" else "a text may not hold a tab"
-            raise BadInput(f"{path}: the row that ends at line {end} has {len(values)} fields and {whose}: {hint}")
+            number = counted(len(values), "field")
+            raise BadInput(f"{path}: the row that ends at line {end} has {number} and {whose}: {hint}")
         yield Record(f"{path}: line {start}", dict(zip(names, values, strict=True)))
 
 

@@ -277,23 +277,23 @@ class Unmerged:
 
 def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `merge`, up to rounding: the adapters of `adapted` are subtracted from the matrices of `variables`
-    and put beside them.
+    and put beside them. How long DoRA's columns were before is told by the matrices of `adapted`.
 
-    BadInput for DoRA, because merged matrices do not tell the norms of the columns of W + s A B; for `variables` whose
-    adapters are not merged; and for those of another model.
+    BadInput for `variables` whose adapters are not merged; for those of another model; and for a column whose DoRA
+    magnitude is 0, of which merging left nothing.
     """
     if LORA in variables:
         raise BadInput("this model has adapters beside its matrices, so that they are not merged; merge them first")
-    found = adapters(spread(adapted))
-    if any(MAGNITUDE in trained for trained, _ in found.values()):
-        raise BadInput("a merged DoRA cannot be unmerged: it does not tell how long its columns were; keep the base")
+    found = adapters(measured(spread(adapted)))
+    for path, (_, fixed) in found.items():
+        if RATIO in fixed and not fixed[RATIO].all():
+            raise BadInput(f"adapters at {'/'.join(path)} have a magnitude of 0, which nothing undoes; keep the base")
     for name in adapted.get(LORA_FIXED, {}).get(WHOLE, {}):
         own, here = (jax.tree.map(jnp.shape, each["params"].get(name)) for each in (adapted, variables))
         if own != here:
             raise BadInput(f"adapters with a {name} {own}, where this model has {here}; load those of this model")
-    taken_out = {path: (trained, {**fixed, SCALE: -fixed[SCALE]}) for path, (trained, fixed) in found.items()}
     beside = {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
-    return _moved(variables, taken_out, _merged) | beside
+    return _moved(variables, found, _unmerged) | beside
 
 
 def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter], moved: Callable[..., Any]) -> dict[str, Any]:
@@ -325,6 +325,16 @@ def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Ar
         if MAGNITUDE in trained:
             total *= jnp.expand_dims(magnitude_ratio(kernel, first, last, trained, fixed), stack)
         return total.astype(kernel.dtype)
+
+
+@jax.jit
+def _unmerged(merged: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
+    """W, from what `_merged` makes of it; of DoRA `fixed` has the ratio."""
+    stack = (trained | fixed)[A].ndim - 2
+    scaled = merged / jnp.expand_dims(fixed[RATIO], stack) if RATIO in fixed else merged
+    undone = {name: leaf for name, leaf in trained.items() if name != MAGNITUDE}, {**fixed, SCALE: -fixed[SCALE]}
+    kernel: Array = _merged(scaled, *undone)
+    return kernel.astype(merged.dtype)
 
 
 # Fresh adapters.

@@ -4,6 +4,8 @@ DeepSeekMath (Shao et al. 2024, arXiv:2402.03300), sections 4.1.2 (one reward pe
 of an answer). What the policy learns from them is in `objectives.grpo`.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -13,7 +15,11 @@ SCALES = ("group", "batch", "none")
 
 
 def group_advantages(
-    rewards: Float[Array, " B"], group_size: int, *, scale: str = "group", epsilon: float = 1e-4
+    rewards: Float[Array, " B"] | Sequence[float],
+    group_size: int,
+    *,
+    scale: str = "group",
+    epsilon: float = 1e-4,
 ) -> Float[Array, " B"]:
     """How much better each answer did than its group: A_i = (r_i - mean(r)) / (std(r) + ε).
 
@@ -23,7 +29,7 @@ def group_advantages(
     group's. Where all rewards of a group are equal, the advantages are exactly 0. BadInput: rewards that are no whole
     number of groups, a scale that is unknown, a group of one with scale "group".
     """
-    groups = _groups(rewards, group_size, scale)
+    groups = _groups(jnp.asarray(rewards), group_size, scale)
     if scale == "group" and group_size == 1:
         raise BadInput("a group of one answer has no spread to divide by; sample group_size=2 or more, or scale='none'")
     return _standardised(groups, jnp.ones_like(groups), scale, epsilon).reshape(-1)

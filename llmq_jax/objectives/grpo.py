@@ -150,16 +150,25 @@ def grpo_loss(
     clip_low: float | None = None,
     clip_high: float | None = None,
     beta: float = 0.0,
+    kl: str | None = None,
+    kl_by_ratio: bool = False,
+    max_length: int | None = None,
+    entropy_coefficient: float = 0.0,
+    sapo_temperature_positive: float | None = None,
+    sapo_temperature_negative: float | None = None,
     entropies: Float[Array, "B C"] | None = None,
     weights: dict[str, Float[Array, ""]] | None = None,
-    **others: Any,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """(loss, metrics) of B answers of up to C tokens, from the log-probabilities of their tokens, in nats.
 
     `logprobs` are the policy's, `old_logprobs` those it had when it sampled the answers, `reference_logprobs` the
     reference's, which beta > 0 needs; without it they only give the metric `kl`. `mask` is 1 on the tokens that count;
-    values at other tokens are ignored, even NaN. Gradients flow to `logprobs` and `entropies`. Options are the fields
-    of `LossOptions`, which describes them: None is the loss type's own default, for `clip_low` and `clip_high` 0.2.
+    values at other tokens are ignored, even NaN. Gradients flow to `logprobs` and `entropies`.
+
+    Options, None being the loss type's own: the ratio is kept within 1 - `clip_low` (0.2) and 1 + `clip_high` (as
+    `clip_low`; for cispo the greatest ratio itself, 5); `beta` weighs the distance from the reference, estimated by
+    `kl` (k3), `kl_by_ratio` times the ratio; dr_grpo divides by `max_length`, the longest that an answer may be in any
+    batch (C); `entropy_coefficient` is that of the bonus; the temperatures are sapo's (1, 1.05). More in `LossOptions`.
 
     `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
     of micro-batches, except those called min and max, then add up to the batch's. Value and gradient equal TRL's.
@@ -172,8 +181,20 @@ def grpo_loss(
 
     BadInput: a loss type that is unknown, an option that it ignores or that is out of range, beta without a reference.
     """
-    options = LossOptions(loss_type=loss_type, clip_low=clip_low, clip_high=clip_high, beta=beta, **others)
-    entropy_coefficient = options.entropy_coefficient
+    if loss_type == "dr_grpo" and max_length is None:
+        max_length = mask.shape[1]
+    options = LossOptions(
+        loss_type=loss_type,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        beta=beta,
+        kl=kl,
+        kl_by_ratio=kl_by_ratio,
+        max_length=max_length,
+        entropy_coefficient=entropy_coefficient,
+        sapo_temperature_positive=sapo_temperature_positive,
+        sapo_temperature_negative=sapo_temperature_negative,
+    )
     if beta and reference_logprobs is None:
         raise BadInput(f"beta={beta} needs the log-probabilities of the reference model; give them, or beta=0")
     if entropy_coefficient and entropies is None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
+from llmq_jax.errors import BadInput
 from llmq_jax.layers.axes import gathered_over_fsdp
 from llmq_jax.models.decoder import Decoder, Output, segments_of
 from llmq_jax.objectives.chunks import Chunks, at_targets, chunk_tokens, merged_trees, perturbed_leaves
@@ -67,6 +68,11 @@ def logprobs_and_counts(
 ) -> tuple[Float[Array, "B T-1"], dict[str, Any]]:
     """`token_logprobs`, and the counts of the pass, from which balance losses of experts are computed."""
     tokens = jnp.asarray(tokens)
+    if mask is not None and jnp.shape(mask) != tokens.shape:
+        raise BadInput(
+            f"mask has the shape {list(jnp.shape(mask))} and tokens {list(tokens.shape)}; give it an entry for each "
+            "token, the first too"
+        )
     output = _forward(model, variables, tokens, lengths)
     counted = jnp.ones(tokens.shape) if mask is None else jnp.asarray(mask, jnp.float32)
     if lengths is not None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from llmq_jax.atomic_files import full_disk
 from llmq_jax.errors import BadInput
 from llmq_jax.training.out_of_memory import OutOfMemory, shortage, usage
+from llmq_jax.training.run_folder import has_trained
 
 
 class NonFiniteLoss(BadInput):
@@ -79,7 +80,7 @@ def out_of_memory(
     # What could not be compiled is not tried again.
     needed = usage(state, batch, train_step, compiled="compil" not in str(error).lower())
     saved = newest_text(newest)
-    if newest is None and folder is not None:
+    if newest is None and folder is not None and has_trained(folder):
         saved += f", so remove {folder} before you run it with options that change results"
     return OutOfMemory(f"out of memory in {place} ({short}): {needed}; {saved}")
 

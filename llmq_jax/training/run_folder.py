@@ -25,6 +25,7 @@ import jax
 from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
+from llmq_jax.training.metrics import METRICS
 from llmq_jax.training.processes import first, same, share, together
 
 CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
@@ -44,9 +45,10 @@ class RunFolder:
     """Open `path` for the run described by `config` (a dict that JSON can hold) and lock it.
 
     A new or empty folder becomes the folder of this run; one that has this config is resumed (`resumed`), or is
-    `finished`. BadInput where the config differs, each differing field listed; where another process trains in it; and
-    where the folder is anything else. Fields named in `may_change` ("device", or "options.keep_last" for nested ones)
-    do not change results and may differ; config.json keeps what the run began with.
+    `finished`. BadInput where the config differs, each differing field listed, unless no step of that run was recorded;
+    where another process trains in it; and where the folder is anything else. Fields named in `may_change` ("device",
+    or "options.keep_last" for nested ones) do not change results and may differ; config.json keeps what the run began
+    with.
 
     With several processes (training.processes) all open it together: process 0 writes and locks. BadInput where one of
     them does not see that folder.
@@ -152,6 +154,8 @@ class RunFolder:
         if saved is None:
             return False
         if differing := differences(saved, self.config, (*may_change, BRANCH)):
+            if not has_trained(self.path):
+                return False
             same = "its own options and data" if any("_sha256 " in each for each in differing) else "its own options"
             raise BadInput(
                 f"{self.path} holds a run with other options: {', '.join(differing)}; with {same} it goes on; for "
@@ -171,6 +175,16 @@ class RunFolder:
         os.ftruncate(self._lock, 0)
         os.write(self._lock, owner.encode())
         os.fsync(self._lock)  # a file that stays open may be seen by other machines only then
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether anything that a step left is there. Nothing is where a run failed before: at a reward that raises, or for
+    want of memory. It is begun again with an option or a file mended."""
+    if (folder / FINISHED).exists() or any((folder / "checkpoints").glob("*")):
+        return True
+    path = folder / METRICS
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return any(not line.startswith(b'{"step": 0,') for line in lines)
 
 
 def read_finished(folder: Path) -> dict[str, Any]:

@@ -171,7 +171,12 @@ def test_what_json_has_no_form_for_goes_on(llmq, folder, tmp_path, monkeypatch, 
 
 BAD_FILES = [
     ("a.jsonl", '{"text": "x"}\n{"text": " "}', [], "a.jsonl: line 2: field 'text' holds no text"),
-    ("a.jsonl", '{"text": "x", "label": "ham"}', [], "line 1 has a field 'label' already, which the result would"),
+    (
+        "a.jsonl",
+        '{"text": "x", "label": "ham"}',
+        ["--json"],
+        "line 1 has a field 'label' already, which the result would replace; rename it",
+    ),
     ("a.jsonl", '{"text": "x", "id": "\\ud800"}', [], "line 1: half a surrogate pair at character"),
     ("a.csv", "id,body\n1,x\n", [], "the header has no field 'text' (fields found: id, body): choose one with --text-"),
     ("a.csv", "id,text\n1,x\n", ["--columns", "id,text"], "line 1 is a header; leave out --columns"),
@@ -198,6 +203,12 @@ def test_long_texts_are_cut_and_counted(llmq, classifier, folder):
     assert code == 0 and err == "1 of 2 texts cut to 4 tokens\n"
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows[0]["probabilities"] == pytest.approx(expected(classifier, "abcd"), abs=1e-5)
+
+
+def test_labelled_texts_are_classified_where_no_record_comes_out(llmq, folder, tmp_path):
+    (tmp_path / "labelled.tsv").write_text("ham\tab\n")
+    _, expected, _ = llmq("classify", folder, "--text", "ab")
+    assert llmq("classify", folder, "--data", tmp_path / "labelled.tsv", "--columns", "label,text") == (0, expected, "")
 
 
 def test_a_scalar_head_gives_a_number(llmq, tiny_model, tmp_path):

@@ -135,7 +135,7 @@ def test_the_text_of_a_field():
             r"line 1 must be .*, not a list: a \.jsonl file has one record a line, a \.json",
         ),
         ("a.jsonl", '[\n{"x": 1}]', None, r"broken JSON at line 1, .*: a \.jsonl file has one record a line, a \.json"),
-        ("a.tsv", "a\tb\n1\n", None, r"line 2 has 1 fields and the header 2"),
+        ("a.tsv", "a\tb\n1\n", None, r"line 2 has 1 field and the header 2"),
         ("a.tsv", "a\ta\n1\t2\n", None, r"two columns are called 'a'"),
         ("a.csv", "a,b\n", None, r"holds no record"),
         ("a.csv", "", None, r"is empty"),

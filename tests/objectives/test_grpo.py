@@ -209,6 +209,7 @@ def test_defaults_of_the_loss_types():
         "sapo": {"sapo_temperature_positive": 1.0, "sapo_temperature_negative": 1.05},
         "cispo": {"clip_high": 5.0},
         "grpo": {"clip_low": 0.2, "clip_high": 0.2, "kl": "k3"},
+        "dr_grpo": {"max_length": answers["mask"].shape[1]},
     }
     for loss_type, options in spelled.items():
         found, expected = (
@@ -234,7 +235,7 @@ REFUSED = [
         "sapo_temperature_positive=1.0 has no effect with loss_type='grpo', only with",
     ),
     ({"max_length": 10}, "max_length=10 has no effect with loss_type='grpo', only with dr_grpo"),
-    ({"loss_type": "dr_grpo"}, "loss_type='dr_grpo' divides by max_length=None"),
+    ({"loss_type": "dr_grpo", "max_length": 0}, "loss_type='dr_grpo' divides by max_length=0"),
     ({"kl": "k1"}, "kl='k1' has no effect with beta=0"),
     ({"kl": "k4", "beta": 0.1}, "kl='k4' is unknown; choose from k1, k2, k3"),
     ({"beta": -0.1}, "beta=-0.1 must be at least 0"),
@@ -268,6 +269,7 @@ def test_options_that_are_refused(options, message):
         (lambda x: GRPO(build(SPARSE), group_size=2), "group_size=2: a model with experts, frozen layers or a RoPE"),
         (lambda x: GRPO(build(SCALED), group_size=2), "a RoPE that goes by the length of a row cannot share"),
         (lambda x: GRPO(build(DENSE).clone(frozen_layers=1), group_size=2), "frozen layers or a RoPE"),
+        (lambda x: GRPO(build(DENSE), loss_type="dr_grpo"), "loss_type='dr_grpo' divides by max_length=None"),
         (lambda x: GRPO(build(DENSE), temperature=0.0), "temperature=0.0 of GRPO must be positive"),
     ],
 )

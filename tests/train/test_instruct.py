@@ -533,6 +533,7 @@ def test_a_folder_of_data(instruct, at_first_step, tmp_path, alpaca):
     for name in ("training_sha256", "validation_sha256"):
         assert file[name] == folder[name]
     (tmp_path / "data" / "c.jsonl").write_text(json.dumps(rows[0]))
+    Path("run/metrics.jsonl").write_text('{"step": 1}\n')  # with no step on record it would begin again
     code, _, err = instruct("--data=data", *given)
     assert code == 2 and "run holds a run with other options: training_sha256" in err
 
@@ -662,5 +663,6 @@ def test_a_folder_with_splits(instruct, at_first_step, alpaca):
     assert code == 2 and "error: data has validation files of its own, validation.json: leave --validation-data" in err
     # A run that began when all files were one is another one.
     Path("data", "test.json").rename("data/train-2.json")
+    Path("run/metrics.jsonl").write_text('{"step": 1}\n')
     code, _, err = instruct("--data=data", *given)
     assert code == 2 and "run holds a run with other options: training_sha256 " in err and err.count("\n") == 1

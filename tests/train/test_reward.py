@@ -374,4 +374,5 @@ def test_a_folder_with_splits(reward, at_first_step, tmp_path):
     files = ("data/train-00000-of-00001.jsonl", "--validation-data", "data/validation-00000-of-00001.jsonl")
     assert reward(*files[1:], data=files[0])[2] == at_first_step
     files = ("data/train-00000-of-00001.jsonl", "--validation-data", "data/test-00000-of-00001.jsonl")
+    Path("run/metrics.jsonl").write_text('{"step": 1}\n')
     assert "run holds a run with other options: " in reward(*files[1:], data=files[0])[2]

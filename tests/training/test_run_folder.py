@@ -18,6 +18,12 @@ from llmq_jax.training.run_folder import RunFolder, differences, what_differs
 CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
 
 
+def begun(path, config):
+    """A run of which a step is recorded."""
+    RunFolder(path, config).close()
+    (path / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 3.0}\n{"step": 10, "loss": 2.0}\n')
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -44,8 +50,19 @@ def test_same_config_resumes_until_finished(tmp_path):
         assert folder.report() == {"loss": 1.5}
 
 
+def test_a_run_that_failed_before_its_first_step_is_begun_with_other_options(tmp_path):
+    begun(tmp_path / "run", CONFIG)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "validation_loss": 3.0}\n')
+    with RunFolder(tmp_path / "run", {**CONFIG, "lr": 0.2}) as folder:
+        assert not folder.resumed
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 0.2
+    (tmp_path / "run" / "checkpoints" / "00000003").mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"options: lr 0.2 -> 0.1;"):
+        RunFolder(tmp_path / "run", CONFIG)
+
+
 def test_other_config_lists_every_difference_and_touches_nothing(tmp_path):
-    RunFolder(tmp_path / "run", CONFIG).close()
+    begun(tmp_path / "run", CONFIG)
     before = contents(tmp_path)
     other = {**CONFIG, "lr": 0.2, "device": "gpu", "model": {"width": 8}, "seed": 1}
     with pytest.raises(BadInput) as error:
@@ -76,7 +93,7 @@ def test_numbers_are_told_without_what_a_division_leaves_in_their_last_digits(tm
 
 
 def test_fields_that_change_no_result_may_change(tmp_path):
-    RunFolder(tmp_path / "run", CONFIG).close()
+    begun(tmp_path / "run", CONFIG)
     other = {**CONFIG, "device": "gpu", "model": {"width": 4, "layers": 3}}
     with RunFolder(tmp_path / "run", other, may_change=["device", "model.layers"]) as folder:
         assert folder.resumed
@@ -87,7 +104,7 @@ def test_fields_that_change_no_result_may_change(tmp_path):
 
 
 def test_what_an_older_version_did_not_know_of_is_not_used(tmp_path):
-    RunFolder(tmp_path / "run", CONFIG).close()
+    begun(tmp_path / "run", CONFIG)
     with RunFolder(tmp_path / "run", {**CONFIG, "schedule": None, "separate": False}) as folder:
         assert folder.resumed
     with pytest.raises(BadInput, match=r"options: count \(not set\) -> 0;"):
@@ -188,7 +205,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 
 
 def test_lock_is_given_back_when_opening_fails_and_when_closed(tmp_path):
-    RunFolder(tmp_path / "run", CONFIG).close()
+    begun(tmp_path / "run", CONFIG)
     with pytest.raises(BadInput, match="other options"):
         RunFolder(tmp_path / "run", {})
     folder = RunFolder(tmp_path / "run", CONFIG)
