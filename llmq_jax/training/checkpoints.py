@@ -75,17 +75,12 @@ class CheckpointInfo:
     best: str = "lowest"
     """Which value is best: "lowest" or "highest"."""
     value: float | None = None
-    """None where this step was not evaluated: such a checkpoint is never the best one."""
+    """None where this step was not evaluated."""
     version: int = VERSION
 
     def __post_init__(self) -> None:
         if self.best not in ("lowest", "highest"):
             raise BadInput(f"best={self.best!r} is neither lowest nor highest")
-
-    @property
-    def cost(self) -> float | None:
-        """The value, negated if highest is best, so that lower is better."""
-        return self.value if self.value is None or self.best == "lowest" else -self.value
 
 
 class Restored(NamedTuple):
@@ -102,39 +97,28 @@ class LoadedCheckpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`. Of the committed ones the newest `keep_last` stay, and with `keep_best`
-    the best one.
+    """The checkpoints of one run, in `folder`. Of the committed ones the newest `keep_last` stay, and the one that the
+    run names as its best.
 
     With several processes, all of them call `save` and `restore`; process 0 writes what is not an array.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 3, keep_best: bool = True):
+    def __init__(self, folder: str | Path, keep_last: int = 3):
         if keep_last < 1:
             raise BadInput(f"keep_last is {keep_last}; at least 1 checkpoint must be kept to resume from")
         self.folder = Path(folder)
         self.keep_last = keep_last
-        self.keep_best = keep_best
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, in order."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(name) for name in os.listdir(self.folder) if re.fullmatch(r"\d+", name))
+        numbers = (name for name in os.listdir(self.folder) if re.fullmatch(r"\d+", name))
+        return sorted(int(name) for name in numbers if self.path(int(name)).name == name)  # "300" is somebody's copy
 
     def latest_step(self) -> int | None:
         """The step of the newest committed checkpoint; None where there is none."""
         return max(self.steps(), default=None)
-
-    def best_step(self) -> int | None:
-        """The step with the lowest validation loss, or the best value of what else steps are judged by; the earliest on
-        a tie, None where no checkpoint was evaluated."""
-        costs = {}
-        for step in self.steps():
-            with contextlib.suppress(CorruptCheckpoint, BadInput):
-                cost = read_info(self.path(step)).cost
-                if cost is not None:
-                    costs[step] = cost
-        return min(costs, key=costs.__getitem__, default=None)
 
     def judged_by(self) -> JudgedBy | None:
         """What steps are judged by, from the newest checkpoint that says it; None where none does."""
@@ -159,12 +143,13 @@ class Checkpoints:
         judged_by: JudgedBy = ("loss", "lowest"),
         value: float | None = None,
         tokens: int = 0,
+        best: int | None = None,
     ) -> Path:
         """Commit the state, any pytree of arrays, as the checkpoint of `step`; then delete what need not be kept.
 
         `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`; `value` is that of the
-        mean `judged_by`, where the step was evaluated. A save that fails, as where there is no room, leaves nothing
-        behind.
+        mean `judged_by`, where the step was evaluated; `best` is the step, this or an earlier one, whose checkpoint
+        stays. A save that fails, as where there is no room, leaves nothing behind.
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
@@ -203,7 +188,7 @@ class Checkpoints:
             raise
         if first():
             sync_folder(self.folder)
-        self.delete_old()
+        self.delete_old(best)
         return target
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
@@ -235,12 +220,11 @@ class Checkpoints:
                 warn(f"warning: {error}; going back to an earlier one")
         return None
 
-    def delete_old(self) -> None:
+    def delete_old(self, best: int | None = None) -> None:
         """Delete the checkpoints that need not be kept. Each save ends with it, unless the process is killed."""
         steps = self.steps() if first() else []
-        kept = {*steps[-self.keep_last :], self.best_step() if self.keep_best and steps else None}
-        for step in steps:
-            if step not in kept:
+        for step in steps[: -self.keep_last]:
+            if step != best:
                 self._delete(self.path(step))
         wait_for_all("old checkpoints deleted")
 
@@ -248,7 +232,7 @@ class Checkpoints:
         """Delete what a killed process left: half-saved and half-deleted checkpoints. For the owner of the run only."""
         for name in os.listdir(self.folder) if first() and self.folder.is_dir() else []:
             if name.startswith((SAVING, DELETING)):
-                shutil.rmtree(self.folder / name)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         wait_for_all("leftovers removed")
 
     def set_aside_after(self, step: int) -> None:
@@ -263,10 +247,14 @@ class Checkpoints:
         wait_for_all("newer ones set aside")
 
     def _delete(self, checkpoint: Path) -> None:
+        """Delete a checkpoint, if it is there. What cannot be deleted, as on NFS while another process has a file of it
+        open, is hidden at least, and the run goes on."""
         hidden = self.folder / f"{DELETING}{checkpoint.name}"
         with contextlib.suppress(FileNotFoundError):
+            if hidden.exists():  # an earlier one of this step
+                shutil.rmtree(hidden, ignore_errors=True)
             os.rename(checkpoint, hidden)
-            shutil.rmtree(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _entries(checkpoint: Path) -> Entries:
