@@ -148,6 +148,26 @@ def run(config: object, variables: dict, pmap: bool = False) -> dict:
     }
 
 
+class Draws:
+    """An objective that draws one number where it is asked once: for a micro-batch, or on a replica."""
+
+    model = lq.build(CONFIGS["gpt2"]())
+
+    def weights(self, batch: dict, step: object = None) -> dict:
+        return {"loss": jnp.ones(())}
+
+    def loss(self, variables: dict, batch: dict, weights: dict, rng: jax.Array) -> tuple:
+        drawn = jax.random.uniform(rng)
+        return variables["params"]["kernel"].sum(), {"sum": drawn, "squares": drawn**2}, {}
+
+
+def spread_of_draws(count: int, **options: object) -> float:
+    """The variance of the numbers that a step draws, so many: 0 if they are one number."""
+    state = create_state({"params": {"kernel": jnp.ones(3)}}, RECORDS)
+    _, metrics = make_train_step(Draws(), RECORDS, **options)(state, {"x": np.ones((count, 1), np.float32)})
+    return float(metrics["squares"] / count - (metrics["sum"] / count) ** 2)
+
+
 def main(architecture: str, *meshes: str) -> None:
     """Variables are drawn on one device and again, in parts, on the last mesh: their program takes seconds."""
     config = CONFIGS[architecture]()
@@ -155,7 +175,7 @@ def main(architecture: str, *meshes: str) -> None:
     alone = run(config, variables)
     for text in meshes:
         if text == PMAP:
-            found = run(config, variables, pmap=True)
+            found = run(config, variables, pmap=True) | {"spread": spread_of_draws(8, pmap=True)}
         else:
             with jax.set_mesh(make_mesh(text)):
                 found = run(config, drawn(config) if text == meshes[-1] else variables)
@@ -178,6 +198,7 @@ def compared(found: dict, alone: dict) -> dict:
         "flops": found["flops"] / alone["flops"],
         "programs": found["programs"],
         "exchanges": found["exchanges"],
+        "spread": found.get("spread"),
     }
 
 

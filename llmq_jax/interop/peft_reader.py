@@ -1,18 +1,15 @@
 """Adapters read from PEFT's folders; the names are in `interop.peft`."""
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import pyarrow.compute
 from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput, warn
-from llmq_jax.field_types import has_type, type_name
 from llmq_jax.interop.architectures import weight_table
 from llmq_jax.interop.peft import (
     CONFIG,
@@ -25,6 +22,7 @@ from llmq_jax.interop.peft import (
     sites_of,
     weights_file,
 )
+from llmq_jax.interop.peft_config import ends_with, read_config, require_supported
 from llmq_jax.interop.peft_whole import (
     EMBEDDING,
     TWICE,
@@ -35,7 +33,6 @@ from llmq_jax.interop.peft_whole import (
     whole_shapes,
 )
 from llmq_jax.interop.tables import Placement, equal, in_out
-from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.layers.lora import (
     DROPOUT,
     LORA,
@@ -58,41 +55,6 @@ from llmq_jax.models.heads import LM_HEAD, SCORE
 SCORE_WEIGHT = f"{PREFIX}score.weight"
 MAGNITUDES = "lora_magnitude_vector"
 """What DoRA has beside A and B."""
-# Fields of adapter_config.json that are read, with their types.
-FIELDS = {
-    "peft_type": str,
-    "base_model_name_or_path": str,
-    "revision": str,
-    "r": int,
-    "lora_alpha": float,
-    "lora_dropout": float,
-    "tinylora_dropout": float,
-    "weight_tying": float,
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-    "target_parameters": list[str],
-    "modules_to_save": list[str],
-    "use_rslora": bool,
-    "use_dora": bool,
-}
-# Fields of adapter_config.json with the only value that is supported: others make an adapter compute something else.
-PLAIN = {
-    "bias": "none",
-    "lora_bias": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "velora_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-}
-# Of these, what PEFT 0.21 cannot merge into its base, or (`layer_replication`) merges into another model.
-UNMERGEABLE = ("layer_replication", "alora_invocation_tokens", "arrow_config")
-# Initialisations that change the base: such an adapter belongs to another base than the one it is loaded onto.
-CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -101,15 +63,12 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
 
     Strict: BadInput names what has no place in this model, and the shapes of what belongs to another base.
     """
-    values = _read_config(folder)
-    kind = values.get("peft_type")
-    if kind not in ("LORA", "TINYLORA"):
-        raise BadInput(f"{folder / CONFIG}: peft_type={kind!r} is not supported; LORA and TINYLORA are")
-    _require_plain(folder, values)
+    values = read_config(folder)
+    require_supported(folder, values)
     state = {name: np.asarray(tensor) for name, tensor in open_tensors(folder).items()}
     reader = _Reader(folder, values, state, config)
     variables = reader.take_embedding_and_head(variables)
-    found = reader.tiny() if kind == "TINYLORA" else reader.low_rank()
+    found = reader.tiny() if values["peft_type"] == "TINYLORA" else reader.low_rank()
     reader.check_all_read()
     if not found:
         beside = " beside an embedding or a head: merge it in PEFT" if reader.replaced else ""
@@ -125,7 +84,7 @@ def read_adapter(folder: Path, config: Any, variables: dict[str, Any]) -> tuple[
 
 def base_of(folder: Path) -> tuple[str, int]:
     """(the name of the base in a PEFT folder, or "", the number of classes if it is a classifier's, else 0)."""
-    values = _read_config(folder)
+    values = read_config(folder)
     base = values.get("base_model_name_or_path") or ""
     if values.get("revision") and is_hub_id(base):
         base = f"{base}@{values['revision']}"
@@ -134,63 +93,6 @@ def base_of(folder: Path) -> tuple[str, int]:
     if score is not None and len(score.shape) != 2:
         raise BadInput(f"{file}: {SCORE_WEIGHT} is {list(score.shape)}, and a head has two axes")
     return base, 0 if score is None else score.shape[0]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` without null fields; BadInput for fields that we read and whose values are of another
-    type."""
-    values = {name: value for name, value in read_json(folder / CONFIG).items() if value is not None}
-    for name, hint in FIELDS.items():
-        if name in values and not has_type(values[name], hint):
-            raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r:.60} is not of the type {type_name(hint)}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern, value in values.get(name, {}).items():
-            if not has_type(value, int if name == "rank_pattern" else float):
-                raise BadInput(f"{folder / CONFIG}: {name} says {value!r:.60} of {pattern}, which is no number")
-            _check_pattern(folder, pattern)
-    for name in ("lora_dropout", "tinylora_dropout", "weight_tying"):
-        if not 0 <= values.get(name, 0) <= 1:
-            raise BadInput(f"{folder / CONFIG}: {name}={values[name]} is not between 0 and 1")
-    return values
-
-
-def _check_pattern(folder: Path, pattern: str) -> None:
-    """BadInput for a pattern that may take for ever. Patterns are regular expressions by whoever made the file, and
-    Python's time to search for some of them is exponential.
-
-    Arrow uses RE2, whose time is linear in the lengths of name and pattern, except for counts ({1,1000}), which it
-    expands. It has no backreferences and no lookahead.
-    """
-    if len(pattern) > 1000 or "{" in pattern:
-        raise BadInput(f"{folder / CONFIG}: the pattern {pattern!r:.60} is too complicated; name the modules")
-    try:
-        re.compile(pattern)
-        _ends_with("", pattern)
-    except (re.error, RecursionError, OverflowError, ValueError) as error:
-        raise BadInput(
-            f"{folder / CONFIG}: {pattern!r:.60} is no pattern of modules' names that could be searched for in linear "
-            f"time ({error!s:.200}); name the modules"
-        ) from None
-
-
-def _ends_with(name: str, pattern: str) -> bool:
-    """Whether the pattern matches a module's whole name, or all of it after some dot."""
-    found = pyarrow.compute.match_substring_regex(pyarrow.scalar(name), rf"^(?:.*\.)?(?:{pattern})$")
-    return bool(found.as_py())
-
-
-def _require_plain(folder: Path, values: Mapping[str, Any]) -> None:
-    for name, plain in PLAIN.items():
-        if values.get(name, plain) not in (plain, None):
-            advice = "" if name in UNMERGEABLE else ": merge it in PEFT"
-            advice += ", which can where its matrices have biases of their own" if name == "lora_bias" else ""
-            raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r} is not supported, only {plain!r}{advice}")
-    start = values.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
-        raise BadInput(
-            f"{folder / CONFIG}: init_lora_weights={start!r} changed the base; have PEFT save the adapter as a plain "
-            "LoRA (path_initial_model_for_weight_conversion)"
-        )
 
 
 Pair = tuple[np.ndarray, np.ndarray, np.float32]
@@ -553,7 +455,7 @@ class _Reader:
         names = [module, *(outer + module.removeprefix(own) for outer, own in self.within.items())]
         if (own := module.removesuffix(".weight")) in self.old_modules:
             names.append(self.old_modules[own])
-        ends = (value for pattern, value in patterns.items() if any(_ends_with(name, pattern) for name in names))
+        ends = (value for pattern, value in patterns.items() if any(ends_with(name, pattern) for name in names))
         return next(ends, default)
 
     def _stacked(

@@ -191,7 +191,7 @@ def _low_rank(
                 continue
             scale = float(np.abs(fixed[SCALE]).max())
         if DROPOUT in fixed:
-            dropouts.add(round(float(np.asarray(fixed[DROPOUT])[slot]), 6))
+            dropouts.add(_seven_digits(np.asarray(fixed[DROPOUT])[slot]))
         unscaled = {**fixed, SCALE: jnp.ones_like(fixed[SCALE])}
         first, last = (np.asarray(leaf)[slot] for leaf in factors(trained, unscaled))
         last = last if chosen else np.zeros_like(last)
@@ -211,7 +211,7 @@ def _low_rank(
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(np.ascontiguousarray, (first, last))
         if MAGNITUDE in trained:
             tensors[f"{name}.lora_magnitude_vector"] = np.asarray(trained[MAGNITUDE])[slot].reshape(-1)
-        alphas[site.pattern_name], ranks[site.pattern_name] = round(scale * rank, 6), rank
+        alphas[site.pattern_name], ranks[site.pattern_name] = _seven_digits(scale * rank), rank
     if len(dropouts) > 1:
         raise BadInput(
             f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"
@@ -259,7 +259,7 @@ def _tiny(
         "weight_tying": float(tied),
         "projection_seed": 42,
         "save_projection": True,
-        "tinylora_dropout": round(float(leaves.get(DROPOUT, 0.0)), 6),
+        "tinylora_dropout": _seven_digits(leaves.get(DROPOUT, 0.0)),
         "target_modules": targets,
         "init_weights": True,
     }
@@ -275,6 +275,11 @@ def _short_names(modules: list[str], everywhere: list[str]) -> list[str]:
         alike = {end: [name for name in everywhere if f".{name}".endswith(f".{end}")] for end in ends}
         names.add(next(end for end, others in alike.items() if set(others) <= set(modules)))
     return sorted(names)
+
+
+def _seven_digits(number: Any) -> float:
+    """A number of float32 as it was before it was rounded to that: 0.1, not 0.10000000149."""
+    return float(f"{float(number):.7g}")
 
 
 def _most(values: Mapping[str, Any]) -> Any:

@@ -125,7 +125,8 @@ def adapted(
     paper)."""
     if DROPOUT in fixed and dropout_key is not None:
         keep = 1.0 - fixed[DROPOUT]
-        x = jnp.where(jax.random.bernoulli(dropout_key, keep, x.shape), x / keep.astype(x.dtype), 0)
+        kept = jax.random.bernoulli(dropout_key, keep, x.shape)
+        x = jnp.where(kept, x / jnp.where(keep > 0, keep, 1.0).astype(x.dtype), 0)  # x / 0 has the gradient 0 · inf
     first, last = factors(trained, fixed)
     low = x.astype(y.dtype) @ first.astype(y.dtype)
     y = y + raised(low, last.astype(y.dtype).reshape(last.shape[0], -1)).reshape(y.shape)

@@ -21,14 +21,12 @@ them is deleted. On a file system without hard links they are written with each.
 import contextlib
 import dataclasses
 import errno
-import io
-import logging
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,8 +38,8 @@ from llmq_jax.atomic_files import json_bytes, sync_folder
 from llmq_jax.errors import BadInput
 from llmq_jax.field_types import create
 from llmq_jax.json_text import parse_json
-from llmq_jax.layers.axes import axis_sizes, note, path_names, sharding_of
-from llmq_jax.training.fingerprint import fingerprint
+from llmq_jax.layers.axes import axis_sizes, note, sharding_of
+from llmq_jax.training.checkpoint_arrays import STATE, Name, named_leaves, parts_of, read_arrays, write_arrays
 from llmq_jax.training.manifest import (
     MANIFEST,
     CorruptCheckpoint,
@@ -51,15 +49,12 @@ from llmq_jax.training.manifest import (
     write_manifest,
 )
 from llmq_jax.training.processes import first, of_first, share, together, wait_for_all
-from llmq_jax.training.state import TrainState
 
-Name = tuple[str, ...]
-"""The path of an array in the state."""
 JudgedBy = tuple[str, Literal["lowest", "highest"]]
 """The validation metric that tells how good a step is, and which of its values is best."""
 
 VERSION = 3
-STATE, FROZEN, CONFIG, TOKENIZER, INFO = "state", "frozen-", "config.json", "tokenizer", "checkpoint.json"
+CONFIG, TOKENIZER, INFO = "config.json", "tokenizer", "checkpoint.json"
 SAVING, DELETING, DAMAGED = ".saving-", ".deleting-", "damaged-"
 MARGIN = 2**20  # bytes beside the arrays: their metadata, the tokenizer, records
 
@@ -75,17 +70,12 @@ class CheckpointInfo:
     best: str = "lowest"
     """Which value is best: "lowest" or "highest"."""
     value: float | None = None
-    """None where this step was not evaluated: such a checkpoint is never the best one."""
+    """None where this step was not evaluated."""
     version: int = VERSION
 
     def __post_init__(self) -> None:
         if self.best not in ("lowest", "highest"):
             raise BadInput(f"best={self.best!r} is neither lowest nor highest")
-
-    @property
-    def cost(self) -> float | None:
-        """The value, negated if highest is best, so that lower is better."""
-        return self.value if self.value is None or self.best == "lowest" else -self.value
 
 
 class Restored(NamedTuple):
@@ -102,39 +92,28 @@ class LoadedCheckpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`. Of the committed ones the newest `keep_last` stay, and with `keep_best`
-    the best one.
+    """The checkpoints of one run, in `folder`. Of the committed ones the newest `keep_last` stay, and the one that the
+    run names as its best.
 
     With several processes, all of them call `save` and `restore`; process 0 writes what is not an array.
     """
 
-    def __init__(self, folder: str | Path, keep_last: int = 3, keep_best: bool = True):
+    def __init__(self, folder: str | Path, keep_last: int = 3):
         if keep_last < 1:
             raise BadInput(f"keep_last is {keep_last}; at least 1 checkpoint must be kept to resume from")
         self.folder = Path(folder)
         self.keep_last = keep_last
-        self.keep_best = keep_best
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, in order."""
         if not self.folder.is_dir():
             return []
-        return sorted(int(name) for name in os.listdir(self.folder) if re.fullmatch(r"\d+", name))
+        numbers = (name for name in os.listdir(self.folder) if re.fullmatch(r"\d+", name))
+        return sorted(int(name) for name in numbers if self.path(int(name)).name == name)  # "300" is somebody's copy
 
     def latest_step(self) -> int | None:
         """The step of the newest committed checkpoint; None where there is none."""
         return max(self.steps(), default=None)
-
-    def best_step(self) -> int | None:
-        """The step with the lowest validation loss, or the best value of what else steps are judged by; the earliest on
-        a tie, None where no checkpoint was evaluated."""
-        costs = {}
-        for step in self.steps():
-            with contextlib.suppress(CorruptCheckpoint, BadInput):
-                cost = read_info(self.path(step)).cost
-                if cost is not None:
-                    costs[step] = cost
-        return min(costs, key=costs.__getitem__, default=None)
 
     def judged_by(self) -> JudgedBy | None:
         """What steps are judged by, from the newest checkpoint that says it; None where none does."""
@@ -159,16 +138,17 @@ class Checkpoints:
         judged_by: JudgedBy = ("loss", "lowest"),
         value: float | None = None,
         tokens: int = 0,
+        best: int | None = None,
     ) -> Path:
         """Commit the state, any pytree of arrays, as the checkpoint of `step`; then delete what need not be kept.
 
         `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`; `value` is that of the
-        mean `judged_by`, where the step was evaluated. A save that fails, as where there is no room, leaves nothing
-        behind.
+        mean `judged_by`, where the step was evaluated; `best` is the step, this or an earlier one, whose checkpoint
+        stays. A save that fails, as where there is no room, leaves nothing behind.
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
-        parts = _parts(state)
+        parts = parts_of(state)
         if first():
             _discard(saving)
             saving.mkdir(parents=True)
@@ -182,10 +162,7 @@ class Checkpoints:
                     linked |= files
                     del parts[part]
             _check_room(self.folder, parts)
-            with _orbax() as (ocp, checkpointer):
-                for part, arrays in parts.items():
-                    tree = traverse_util.unflatten_dict(arrays)
-                    checkpointer.save(saving.absolute() / part, args=ocp.args.PyTreeSave(tree))
+            write_arrays(saving, parts)
             if first():
                 found = float(value) if value is not None and math.isfinite(value) else None
                 info = CheckpointInfo(step, tokens, *judged_by, value=found)
@@ -203,7 +180,7 @@ class Checkpoints:
             raise
         if first():
             sync_folder(self.folder)
-        self.delete_old()
+        self.delete_old(best)
         return target
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
@@ -235,12 +212,11 @@ class Checkpoints:
                 warn(f"warning: {error}; going back to an earlier one")
         return None
 
-    def delete_old(self) -> None:
+    def delete_old(self, best: int | None = None) -> None:
         """Delete the checkpoints that need not be kept. Each save ends with it, unless the process is killed."""
         steps = self.steps() if first() else []
-        kept = {*steps[-self.keep_last :], self.best_step() if self.keep_best and steps else None}
-        for step in steps:
-            if step not in kept:
+        for step in steps[: -self.keep_last]:
+            if step != best:
                 self._delete(self.path(step))
         wait_for_all("old checkpoints deleted")
 
@@ -248,7 +224,7 @@ class Checkpoints:
         """Delete what a killed process left: half-saved and half-deleted checkpoints. For the owner of the run only."""
         for name in os.listdir(self.folder) if first() and self.folder.is_dir() else []:
             if name.startswith((SAVING, DELETING)):
-                shutil.rmtree(self.folder / name)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         wait_for_all("leftovers removed")
 
     def set_aside_after(self, step: int) -> None:
@@ -263,10 +239,14 @@ class Checkpoints:
         wait_for_all("newer ones set aside")
 
     def _delete(self, checkpoint: Path) -> None:
+        """Delete a checkpoint, if it is there. What cannot be deleted, as on NFS while another process has a file of it
+        open, is hidden at least, and the run goes on."""
         hidden = self.folder / f"{DELETING}{checkpoint.name}"
         with contextlib.suppress(FileNotFoundError):
+            if hidden.exists():  # an earlier one of this step
+                shutil.rmtree(hidden, ignore_errors=True)
             os.rename(checkpoint, hidden)
-            shutil.rmtree(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _entries(checkpoint: Path) -> Entries:
@@ -292,19 +272,6 @@ def _linked(newest: Path, entries: Entries, saving: Path, part: str) -> Entries:
     except OSError:
         shutil.rmtree(saving / part, ignore_errors=True)
         return {}
-
-
-def _parts(state: Any) -> dict[str, dict[Name, Any]]:
-    """The arrays by the folder that they are saved in: `state`, and one for each collection that does not train and for
-    each entry of `carried`."""
-    trained: dict[Name, Any] = {}
-    others: dict[Name, dict[Name, Any]] = {}
-    for name, array in _named_leaves(state).items():
-        apart = isinstance(state, TrainState) and (
-            name[0] == "carried" or (name[0] == "variables" and name[1] not in state.changing)
-        )
-        (others.setdefault(name[:2], {}) if apart else trained)[name] = array
-    return {STATE: trained} | {FROZEN + fingerprint(arrays): arrays for arrays in others.values()}
 
 
 def _check_room(folder: Path, arrays: Any) -> None:
@@ -346,11 +313,13 @@ def restore_checkpoint(folder: Path, example: Any) -> Restored:
 
 def read_checkpoint(folder: Path, example: Any) -> Restored:
     """The state in the folder of a checkpoint that is verified already."""
-    wanted = _named_leaves(example)
-    with _orbax() as (ocp, checkpointer):
-        saved = _saved_arrays(checkpointer, folder)
-        _check_same_arrays(folder, _of_all(saved), wanted)
-        restored = _read_arrays(ocp, checkpointer, saved, wanted)
+    wanted = named_leaves(example)
+
+    def choose(saved: Mapping[Name, Any]) -> Mapping[Name, Any]:
+        _check_same_arrays(folder, saved, wanted)
+        return wanted
+
+    restored = read_arrays(folder, choose)
     leaves = [restored[name] for name in wanted]
     return Restored(jax.tree.unflatten(jax.tree.structure(example), leaves), read_info(folder))
 
@@ -385,12 +354,14 @@ def _load_variables(folder: Path) -> LoadedCheckpoint:
     verify_manifest(folder)
     note((folder / MANIFEST).read_bytes())  # in place of the arrays, of which a process reads its own parts
     config = read_config(folder)
-    with _orbax() as (ocp, checkpointer):
-        saved = _saved_arrays(checkpointer, folder)
-        wanted = {name: _where_wanted(name, x) for name, x in _of_all(saved).items() if name[0] == "variables"}
+
+    def choose(saved: Mapping[Name, Any]) -> Mapping[Name, Any]:
+        wanted = {name: _where_wanted(name, array) for name, array in saved.items() if name[0] == "variables"}
         if not wanted:
             raise BadInput(f"checkpoint {folder} holds no model variables; give one that training saved")
-        arrays = _read_arrays(ocp, checkpointer, saved, wanted)
+        return wanted
+
+    arrays = read_arrays(folder, choose)
     variables = traverse_util.unflatten_dict({name[1:]: array for name, array in arrays.items()})
     tokenizer = folder / TOKENIZER
     return LoadedCheckpoint(config, variables, tokenizer if tokenizer.is_dir() else None, read_info(folder))
@@ -400,45 +371,6 @@ def _where_wanted(name: Name, array: Any) -> Any:
     """The array's shape and type, with its place on the mesh if one is set."""
     sharding = sharding_of(name, array) if axis_sizes() else None
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def _named_leaves(tree: Any) -> dict[Name, Any]:
-    """Every leaf by its path: names of dataclass fields and dict keys, indices of tuples. On disk the state is this
-    nested dict, so that readers need not know the optimizer's classes."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_names(path): leaf for path, leaf in leaves}
-
-
-def _saved_arrays(checkpointer: Any, folder: Path) -> dict[Path, dict[Name, Any]]:
-    """Shape and dtype of every array in the checkpoint, by the folder of its part, read from Orbax's metadata."""
-    parts = [folder.absolute() / STATE, *folder.absolute().glob(f"{FROZEN}*")]
-    return {part: traverse_util.flatten_dict(checkpointer.metadata(part).item_metadata.tree) for part in parts}
-
-
-def _of_all(parts: Mapping[Path, Mapping[Name, Any]]) -> dict[Name, Any]:
-    return {name: array for part in parts.values() for name, array in part.items()}
-
-
-def _read_arrays(
-    ocp: Any, checkpointer: Any, parts: Mapping[Path, Mapping[Name, Any]], wanted: Mapping[Name, Any]
-) -> dict[Name, jax.Array]:
-    """The arrays of these names, and no others, each placed like its counterpart in `wanted`."""
-    # Never left to Orbax: it would look for the devices that the checkpoint was saved from.
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def described(array: Any) -> Any:
-        sharding = getattr(array, "sharding", None)
-        sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else default
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-    arrays: dict[Name, jax.Array] = {}
-    for part, saved in parts.items():
-        tree = traverse_util.unflatten_dict({name: described(wanted[name]) for name in saved if name in wanted})
-        if tree:
-            arguments = ocp.checkpoint_utils.construct_restore_args(tree)
-            args = ocp.args.PyTreeRestore(item=tree, restore_args=arguments, partial_restore=True)
-            arrays |= traverse_util.flatten_dict(checkpointer.restore(part, args=args))
-    return arrays
 
 
 def _check_same_arrays(folder: Path, saved: Mapping[Name, Any], wanted: Mapping[Name, Any]) -> None:
@@ -496,30 +428,3 @@ def config_dict(config: Any) -> dict[str, Any]:
         return {"model_type": config.model_type, **fields}
     described: dict[str, Any] = config or {}
     return described
-
-
-@contextlib.contextmanager
-def _orbax() -> Iterator[tuple[Any, Any]]:
-    """`orbax.checkpoint` (imported here: it takes a third of a second) and a synchronous checkpointer.
-
-    Without compression, which saves 8% on float32 weights and makes saving and restoring three times as slow. Where
-    Orbax fails, its threads go on for a moment, and each logs an error of its own. These are silenced: the error that
-    is raised says it.
-    """
-    import orbax.checkpoint as ocp
-
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                with ocp.PyTreeCheckpointer(use_compression=False, use_zarr3=True) as checkpointer:
-                    yield ocp, checkpointer
-            except Exception as error:
-                if not isinstance(error, BadInput):
-                    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # futures complain when they are collected
-                    time.sleep(0.5)
-                raise
-    finally:
-        log.setLevel(level)

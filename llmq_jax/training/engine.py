@@ -217,7 +217,7 @@ class _Loop:
         self.profile = Profile()
         self.checkpoints: Checkpoints | None = None
         if self.folder is not None:
-            self.checkpoints = Checkpoints(self.folder.checkpoints, self.options.keep_last, self.options.keep_best)
+            self.checkpoints = Checkpoints(self.folder.checkpoints, self.options.keep_last)
 
     def train(self, output: TextOutput) -> RunResult:
         """The whole run: its beginning, the steps that are left, and its end."""
@@ -260,6 +260,7 @@ class _Loop:
             assert self.checkpoints is not None
             self.state, info, self.loss = resumed
             self.step, self.tokens, self.newest = info.step, info.tokens, self.checkpoints.path(info.step)
+            self.checkpoints.delete_old(self.best_saved())  # which a kill may have kept its save from
             if early := self.stop_early():
                 say(early)
         elif self.options.branch_from is not None:
@@ -360,7 +361,7 @@ class _Loop:
         with self.one_line() as said:  # an evaluation and the checkpoint that mostly follows it
             if self.options.due(self.options.evaluate_every, self.step):
                 said.append(self.evaluation())
-                best_to_keep = self.best_to_keep()
+                best_to_keep = bool(self.options.checkpoint_every) and self.best_saved() == self.step
                 early = self.stop_early()
             options, step = self.options, self.step
             if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
@@ -401,12 +402,12 @@ class _Loop:
         record = {"step": self.step, "tokens": self.tokens, **means}
         return self.recorder.evaluation(record, self.validation.judged_by[0])
 
-    def best_to_keep(self) -> bool:
-        """Whether this step is better than every checkpoint. The best step so far may have none: its checkpoint was
-        damaged, or found no room."""
-        if self.checkpoints is None or not (self.options.keep_best and self.options.checkpoint_every):
-            return False
-        return self.validation.is_better(self.step, than=processes.of_first(self.checkpoints.best_step))
+    def best_saved(self) -> int | None:
+        """The best of the steps that have a checkpoint and of this one, if the best is to be kept. The best step so far
+        may have none: its checkpoint was damaged, or found no room."""
+        if self.checkpoints is None or not self.options.keep_best:
+            return None
+        return self.validation.best_step({*processes.of_first(self.checkpoints.steps), self.step})
 
     def stop_early(self) -> str | None:
         """Make this step the run's last one, with all that is due then, if the options' patience since the best step
@@ -439,6 +440,7 @@ class _Loop:
                 judged_by=self.validation.judged_by,
                 value=self.validation.values.get(self.step),
                 tokens=self.tokens,
+                best=self.best_saved(),
             )
         except Exception as error:
             why = full_disk(error)

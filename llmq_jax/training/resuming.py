@@ -85,7 +85,6 @@ def resume(
     validation.take_up(history.judged, history.validation_losses)
     check_rates(folder, history.learning_rates, learning_rates)
     checkpoints.set_aside_after(step)
-    checkpoints.delete_old()  # the process that saved this one may have been killed before it did
     say(f"resuming {folder.path} from step {step}")
     if processes.first() and folder.code_changed:
         say("the code has changed since this run began; results from here on may differ")

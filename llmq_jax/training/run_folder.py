@@ -240,7 +240,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
     return [
         f"{name} {change(before, after)}"
         for name, before, after in pairs
-        if before != after and not (before is absent and (after is None or after is False))
+        if before != after
+        and json.dumps(before) != json.dumps(after)  # NaN is no other than itself
+        and not (before is absent and (after is None or after is False))
     ]
 
 

@@ -62,9 +62,10 @@ class Validation:
         self.values = {step: value for step, value in judged if step > self.start}
         self.losses = dict(losses)
 
-    def best_step(self) -> int | None:
-        """The best step, the earliest on a tie; None where no step was judged."""
-        return min(self.values, key=self.cost, default=None)
+    def best_step(self, among: Collection[int] | None = None) -> int | None:
+        """The best step, of all or of those `among`, the earliest on a tie; None where none of them was judged."""
+        judged = self.values if among is None else sorted(self.values.keys() & among)
+        return min(judged, key=self.cost, default=None)
 
     def best_loss(self) -> float | None:
         """The validation loss of the best step, where that is what the run is judged by."""
@@ -74,10 +75,6 @@ class Validation:
     def cost(self, step: int) -> float:
         """The value that a step is judged by, negated if highest is best, so that lower is better."""
         return self.values[step] if self.judged_by[1] == "lowest" else -self.values[step]
-
-    def is_better(self, step: int, than: int | None) -> bool:
-        """Whether a step is better than the step `than`, or was judged where that one was not."""
-        return step in self.values and (than not in self.values or self.cost(step) < self.cost(than))
 
     def patience_is_out(self) -> bool:
         """Whether the last `patience` evaluations brought no new best."""

@@ -450,7 +450,7 @@ def metrics() -> Parts:
 
 def read_checkpoint_info(folder: Path) -> None:
     read_info(folder)
-    Checkpoints(folder.parent).best_step()
+    Checkpoints(folder.parent).judged_by()
 
 
 MODEL, WRITE_MODEL = only_json(files_of(model_files))

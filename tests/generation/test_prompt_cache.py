@@ -124,6 +124,19 @@ def test_a_text_that_parts_from_the_old_one_is_read_from_there(lm, computed):
         assert computed[-2] == len(prompt) - (0 if wraps else read)
 
 
+@pytest.mark.parametrize("lm", ["a window that wraps"], indirect=True)
+def test_a_ring_is_used_as_long_as_it_holds_what_the_next_token_sees(lm, computed):
+    """A prompt that parts from a text of `read` tokens before its last ones, of 12 in a ring."""
+    for read, before, expected in ((12, 5, 11), (13, 1, 7), (13, 2, 19), (13, 3, 19)):
+        cache, start = lq.PromptCache(), text(read)
+        prompt = [*start[: read - before], *text(before + 6, seed=5)]
+        options = {"max_new_tokens": 1, "sampler": GREEDY, "stop": ()}
+        lq.generate(lm, [start], prompt_cache=cache, **options)
+        made = lq.generate(lm, [prompt], prompt_cache=cache, **options)
+        assert (cache.read, computed[-1]) == (len(prompt), expected)
+        np.testing.assert_allclose(made.logprobs, lq.generate(lm, [prompt], **options).logprobs, atol=2e-5)
+
+
 @pytest.fixture(scope="module")
 def bytes_lm():
     config = lq.Llama3Config(**LLAMA | {"vocab_size": 257})

@@ -199,13 +199,23 @@ def test_what_modules_draft_is_distributed_as_the_model_alone_draws():
 
 def test_acceptance_of_a_single_draft():
     """At q = p nothing is rejected; where p has nothing everything is, and what is drawn instead is p's."""
+    accepting = jax.jit(functools.partial(accept, sampler=lq.Sampler()))
     p = jnp.log(jnp.asarray([[0.5, 0.5, 1e-30], [0.25, 0.75, 1e-30]]))[None]
     keys = jax.vmap(jax.random.key)(jnp.arange(1))
-    tokens, accepted = accept(p, jnp.asarray([[1]]), p[:, :1], keys, lq.Sampler())
+    tokens, accepted = accepting(p, jnp.asarray([[1]]), p[:, :1], keys)
     assert accepted[0] == 1 and tokens[0, 0] == 1 and tokens[0, 1] < 2
     q = jnp.log(jnp.asarray([[[1e-30, 1e-30, 1.0]]]))
-    tokens, accepted = accept(p, jnp.asarray([[2]]), q, keys, lq.Sampler())
+    tokens, accepted = accepting(p, jnp.asarray([[2]]), q, keys)
     assert accepted[0] == 0 and tokens[0, 0] < 2
+    # The number by which a draft is rejected says nothing of the token in its place: that of either of two blocks.
+    p = np.full((400, 2, 256), 1e-30)
+    p[..., 0], p[..., 64:192] = 0.5, 0.5 / 128
+    q = np.where(np.arange(256) == 0, 1.0, 1e-30) * np.ones((400, 1, 1))
+    logits, draft_logits = (jnp.log(jnp.asarray(each, jnp.float32)) for each in (p, q))
+    keys = jax.vmap(jax.random.key)(jnp.arange(400))
+    tokens, accepted = accepting(logits, jnp.zeros((400, 1), jnp.int32), draft_logits, keys)
+    own = np.asarray(tokens)[np.asarray(accepted) == 0, 0]
+    assert 150 < len(own) < 250 and 0.4 < (own < 128).mean() < 0.6
 
 
 @pytest.mark.exhaustive

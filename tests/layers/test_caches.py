@@ -63,7 +63,7 @@ def full(length, *_):
 PIECES = {
     "one by one": [1] * LENGTH,
     "a prompt, then one by one": [17] + [1] * (LENGTH - 17),
-    "in pieces": [3, 4, 4, 11, 11, 4, 3],
+    "in pieces": [3, 4, 5, 10, 11, 4, 3],  # 5: one more than a lookahead of 3 is for
 }
 
 

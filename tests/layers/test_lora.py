@@ -246,6 +246,10 @@ def test_the_linear_layer_drops_the_adapters_input_alone():
     over_masks = jax.jit(jax.vmap(lambda key: lora.adapted(x, x @ kernel, kernel, factors, fixed, key)))
     mean = np.asarray(over_masks(keys)).mean(0)
     np.testing.assert_allclose(mean, lora.adapted(x, x @ kernel, kernel, factors, fixed), rtol=0.02)
+    # PEFT's folders may say that all is dropped.
+    fixed["dropout"] = jnp.float32(1)
+    whole = jax.grad(lambda x: lora.adapted(x, x @ kernel, kernel, factors, fixed, keys[0]).sum())(x)
+    np.testing.assert_array_equal(whole, 0)
 
 
 def test_fresh_adapters_are_drawn_as_the_papers_and_peft_say():

@@ -251,6 +251,13 @@ def test_numbers_that_matrices_share_stay_shared(llama, tmp_path):
     assert np.abs(classifier.hidden(tokens) - lq.with_classifier(lm, ("a", "b")).hidden(tokens)).max() > 1e-3
 
 
+def test_an_alpha_is_written_however_small_it_is(llama, tmp_path):
+    lm, _ = llama
+    lq.save_adapter(lq.lora(lm, rank=3, alpha=1.2345e-7, targets="attention", dropout=0.1), tmp_path / "small")
+    written = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert (written["lora_alpha"], written["lora_dropout"]) == (1.2345e-7, 0.1)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_folder_that_names_its_base_loads_as_a_model(llama, tmp_path, monkeypatch):
     lm, folder = llama

@@ -18,7 +18,7 @@ import pytest
 import llmq_jax as lq
 from llmq_jax.data import ByteTokenizer
 from llmq_jax.language_model import LanguageModel
-from llmq_jax.training import checkpoints as checkpoints_module
+from llmq_jax.training.checkpoint_arrays import read_arrays
 from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import TIME_FIELDS
 from llmq_jax.training.time_spent import TimeSpent
@@ -137,9 +137,7 @@ def records(folder):
 
 def arrays(checkpoint):
     """Every array of a state, the optimizer's too, as bytes."""
-    with checkpoints_module._orbax() as (ocp, checkpointer):
-        saved = checkpoints_module._saved_arrays(checkpointer, checkpoint)
-        read = checkpoints_module._read_arrays(ocp, checkpointer, saved, checkpoints_module._of_all(saved))
+    read = read_arrays(checkpoint, lambda saved: saved)
     assert any(name[0] == "optimizer_state" for name in read)
     return {
         "/".join(name): (str(array.dtype), array.shape, np.asarray(array).tobytes()) for name, array in read.items()

@@ -227,7 +227,7 @@ def test_the_checkpoint_of_highest_validation_reward_is_kept(grpo, measured):
     assert (code, err) == (0, "")
     assert "\nbest: validation reward 0.9000 at step 2\n" in out
     checkpoints = Checkpoints("run/checkpoints")
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([2, 4], 2)
+    assert checkpoints.steps() == [2, 4]
     finished = json.loads(Path("run/finished.json").read_text())
     assert (finished["best_step"], finished["validation_loss"]) == (2, None)
     # What was the best before a kill is still what others must beat.

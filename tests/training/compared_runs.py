@@ -27,8 +27,16 @@ def final_state(folder):
     return state_at(folder, json.loads((folder / "finished.json").read_text())["step"])
 
 
+def figures(folder):
+    """What a finished run tells of itself, without what may differ between equal runs."""
+    told = json.loads((folder / "finished.json").read_text())
+    of_the_process = {*TIME_FIELDS, "seconds", "time", "peak_memory_bytes"}
+    return {name: value for name, value in told.items() if name not in of_the_process}
+
+
 def assert_same_run(one, other):
     assert timeless(one) == timeless(other)
+    assert figures(one) == figures(other)
     assert (one / "samples.txt").read_bytes() == (other / "samples.txt").read_bytes()
     assert_same_arrays(final_state(one), final_state(other))
     assert Checkpoints(one / "checkpoints").steps() == Checkpoints(other / "checkpoints").steps()

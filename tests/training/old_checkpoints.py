@@ -9,10 +9,10 @@ from llmq_jax.training.manifest import write_manifest
 
 def save_as_format_3_began(checkpoints, step, state):
     """What does not train was in one folder then, and what is carried in `state/`."""
-    parts = module._parts(state.replace(carried=None))
+    parts = module.parts_of(state.replace(carried=None))
     frozen = {name: array for part, arrays in parts.items() if part != "state" for name, array in arrays.items()}
-    changing = {name: array for name, array in module._named_leaves(state).items() if name not in frozen}
-    with patch.object(module, "_parts", return_value={"state": changing, "frozen-0": frozen}):
+    changing = {name: array for name, array in module.named_leaves(state).items() if name not in frozen}
+    with patch.object(module, "parts_of", return_value={"state": changing, "frozen-0": frozen}):
         checkpoints.save(step, state)
 
 

@@ -1,6 +1,7 @@
 import errno
 import io
 import os
+import signal
 from dataclasses import replace
 
 import jax
@@ -118,7 +119,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_once_there_is_room(whole, tmp_p
     assert_same_run(folder, whole)
 
 
-def test_a_run_may_go_on_without_a_checkpoint_but_for_the_last(whole, tmp_path, monkeypatch):
+def test_a_run_may_go_on_without_a_checkpoint_but_for_the_last_and_where_it_is_stopped(whole, tmp_path, monkeypatch):
     going_on = replace(OPTIONS, on_full_disk="continue")
     output = io.StringIO()
     full_at(monkeypatch, 4, 12)
@@ -130,7 +131,10 @@ def test_a_run_may_go_on_without_a_checkpoint_but_for_the_last(whole, tmp_path, 
         f"{tmp_path}/run/checkpoints/00000008; going on",
     ]
     assert_same_run(tmp_path / "run", whole)
-    full_at(monkeypatch, STEPS)
+    full_at(monkeypatch, 6, STEPS)
+    stopping = Batches(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None)
+    with pytest.raises(DiskFull, match="checkpoints of step 6: No space left on device"):  # and not: which is saved
+        tiny_run.run(tmp_path / "last", stopping, going_on)
     with pytest.raises(DiskFull, match=f"checkpoints of step {STEPS}: No space left on device; the last good .*16; "):
         tiny_run.run(tmp_path / "last", options=going_on)
     assert not (tmp_path / "last" / "finished.json").exists()

@@ -84,6 +84,7 @@ def test_numbers_are_told_without_what_a_division_leaves_in_their_last_digits(tm
     """Unless they differ by it alone."""
     before, after = {"rate": 3e-3 / 10, "betas": [0.1 + 0.2, 1]}, {"rate": 1e-3, "betas": [0.4, 1]}
     assert differences(before, after) == ["rate 0.0003 -> 0.001", "betas [0.3, 1] -> [0.4, 1]"]
+    assert differences({"clip": float("nan")}, {"clip": float("nan"), "rate": None}) == []
     assert differences({"rate": 0.3}, {"rate": 0.1 + 0.2}) == ["rate 0.3 -> 0.30000000000000004"]
     folders = [tmp_path / name for name in "ab"]
     for folder, rate in zip(folders, (0.3, 0.1 + 0.2), strict=True):
@@ -129,6 +130,21 @@ def test_the_digest_of_the_code_is_that_of_files_and_names_wherever_they_stand(t
     (library / "steps.py").rename(library / "step.py")
     scripts[0].write_text("# another\n")
     assert digest(scripts[0]) != before
+
+
+def test_a_run_that_another_process_began_a_moment_ago_is_looked_at_again(tmp_path, monkeypatch):
+    """Before this one has the lock, and after it has found the folder free."""
+    take = RunFolder._take_lock
+
+    def late(folder, owner):
+        with monkeypatch.context() as patched:
+            patched.setattr(RunFolder, "_take_lock", take)
+            RunFolder(folder.path, {**CONFIG, "lr": 0.2}).close()
+        take(folder, owner)
+
+    monkeypatch.setattr(RunFolder, "_take_lock", late)
+    with pytest.raises(BadInput, match=r"other options: lr 0\.2 -> 0\.1;"):
+        RunFolder(tmp_path / "run", CONFIG)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_every_mesh_trains_as_one_device(architecture):
     for mesh, found in compared(architecture, MESHES[architecture]).items():
         sizes = sharding.mesh_sizes("data=8" if mesh == PMAP else mesh)
         assert found["programs"] == 1, mesh
+        assert mesh != PMAP or found["spread"] > 1e-3, "each replica draws its own dropout"
         # Of tokens there and back, and their gradients; of looked-up vectors, and theirs.
         least = 4 * (sizes["expert"] > 1) + 2 * (sizes["fsdp"] > 1)
         assert found["exchanges"] >= least and (found["exchanges"] > 0) == (least > 0), mesh

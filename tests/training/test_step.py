@@ -15,6 +15,7 @@ from llmq_jax.objectives import NextToken
 from llmq_jax.training.optimizer import adamw
 from llmq_jax.training.state import create_state
 from llmq_jax.training.step import evaluate, make_eval_step, make_train_step
+from tests.mesh_program import spread_of_draws
 
 CONFIG = GPT2Config(
     vocab_size=23,
@@ -123,19 +124,7 @@ def test_dropout_follows_seed_and_step():
 
 
 def test_each_micro_batch_draws_its_own_dropout():
-    class Draws:
-        model = build(CONFIG)
-
-        def weights(self, batch, step=None):
-            return {"loss": jnp.ones(())}
-
-        def loss(self, variables, batch, weights, rng):
-            drawn = jax.random.uniform(rng)
-            return variables["params"]["kernel"].sum(), {"sum": drawn, "squares": drawn**2}, {}
-
-    state = create_state({"params": {"kernel": jnp.ones(3)}}, SGD)
-    _, metrics = make_train_step(Draws(), SGD, accumulate=2)(state, {"x": np.ones((2, 1), np.float32)})
-    assert 2 * metrics["squares"] > metrics["sum"] ** 2 + 1e-3  # equal if both were the same number
+    assert spread_of_draws(2, accumulate=2) > 1e-3
 
 
 def test_bfloat16_compute_keeps_float32_masters():

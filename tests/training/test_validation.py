@@ -33,7 +33,7 @@ def test_a_new_best_is_saved_though_no_checkpoint_is_due(tmp_path):
     options = replace(OPTIONS, checkpoint_every=10, keep_last=1)
     quiet(tmp_path / "best", options=options, evaluate=new_bests_at(4, 8))
     checkpoints = Checkpoints(tmp_path / "best/checkpoints")
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 20], 8)
+    assert checkpoints.steps() == [8, 20]
     assert load_checkpoint_variables(checkpoints.path(8)).info.value == 1 / 8
     for name, changed in (("unwanted", {"keep_best": False}), ("never", {"checkpoint_every": 0})):
         quiet(tmp_path / name, options=replace(options, **changed), evaluate=new_bests_at(4, 8))
@@ -77,10 +77,10 @@ def test_a_run_may_be_judged_by_a_figure_whose_highest_value_is_the_best(tmp_pat
     folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
     with pytest.raises(RuntimeError, match="no batch"):
         quiet(folder, Batches(broken_at(13)), evaluate=rewarding(), **REWARDED)
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 10], 8)
+    assert checkpoints.steps() == [8, 10]
     result, said = quiet(folder, evaluate=rewarding(begin=8), **REWARDED)
     assert "from step 10" in said
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([8, 20], 8)
+    assert checkpoints.steps() == [8, 20]
     info = load_checkpoint_variables(checkpoints.path(8)).info
     assert (info.judged_by, info.best, info.value) == ("reward", "highest", 0.9)
     assert (result.best_step, result.validation_loss, result.best_validation_loss) == (8, None, None)
@@ -89,30 +89,35 @@ def test_a_run_may_be_judged_by_a_figure_whose_highest_value_is_the_best(tmp_pat
     assert "\nbest: validation reward 0.9000 at step 8\n" in quiet(folder, **REWARDED)[1]  # which is finished
 
 
-def test_a_run_of_checkpoints_of_format_1_goes_on_to_the_same_best(tmp_path):
+def test_a_run_that_goes_on_judged_otherwise_keeps_the_best_checkpoint_by_what_it_is_judged_by_now(tmp_path):
+    """Metrics tell which that is. Checkpoints of format 1 do not say what their values are of."""
     folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
+    options = replace(OPTIONS, keep_last=1)
+
+    def evaluate(begin):
+        reward, losses = rewarding(begin), iter([1.9, 1.8, 1.2, 1.5, 1.7][begin // 4 :])
+        return lambda variables: {"loss": next(losses), **reward(variables)}
+
     with pytest.raises(RuntimeError, match="no batch"):
-        quiet(folder, Batches(broken_at(13)), evaluate=rewarding(), **REWARDED)
-    for step in checkpoints.steps():
-        in_format_1(checkpoints.path(step))
-    result, said = quiet(folder, evaluate=rewarding(begin=8), **REWARDED)
-    assert "from step 10" in said
-    assert (result.best_step, checkpoints.steps(), checkpoints.best_step()) == (8, [8, 20], 8)
+        quiet(folder, Batches(broken_at(9)), **REWARDED | {"options": options}, evaluate=evaluate(0))
+    in_format_1(checkpoints.path(8))
+    result, said = quiet(folder, options=options, evaluate=evaluate(8))
+    assert "from step 8" in said
+    assert (result.best_step, checkpoints.steps()) == (12, [12, 20])
 
 
 def test_a_run_from_before_it_was_judged_goes_on(tmp_path):
     """As GRPO's: its checkpoints know nothing of rewards, its metrics do."""
     folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
-    options = replace(OPTIONS, keep_last=9)
+    options = replace(OPTIONS, keep_last=1)
     with pytest.raises(RuntimeError, match="no batch"):
-        quiet(folder, Batches(broken_at(5)), options, evaluate=rewarding())
+        quiet(folder, Batches(broken_at(9)), options, evaluate=rewarding())
     config = json.loads((folder / "config.json").read_text())
     del config["options"]["patience"]  # which it did not know of
     (folder / "config.json").write_text(json.dumps(config))
-    assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, None)
     named = {**REWARDED, "options": options}
-    result, _ = quiet(folder, evaluate=rewarding(begin=4), **named)
-    assert (result.best_step, checkpoints.best_step()) == (8, 8)
+    result, _ = quiet(folder, evaluate=rewarding(begin=8), **named)
+    assert (result.best_step, checkpoints.steps()) == (8, [8, 20])
 
 
 def test_the_validation_loss_is_told_beside_what_a_run_is_judged_by(tmp_path):
@@ -146,7 +151,7 @@ def test_a_new_best_is_what_no_checkpoint_is_as_good_as(tmp_path):
         quiet(folder, Batches(broken_at(11)), evaluate=rewarding(), **named)
     shutil.rmtree(checkpoints.path(8))
     quiet(folder, evaluate=rewarding(begin=8), **named)
-    assert (checkpoints.steps(), checkpoints.best_step()) == ([12, 20], 12)
+    assert checkpoints.steps() == [12, 20]
 
 
 def test_an_early_end_is_logged_whatever_the_interval(tmp_path):
@@ -306,7 +311,7 @@ def test_what_a_run_begins_from_is_neither_the_best_step_nor_waited_for(tmp_path
         "stopped early after step 16: 2 evaluations in a row without a new best; best: validation loss 0.4000" in said
     )
     assert (result.step, result.best_step, result.best_validation_loss) == (16, 8, 0.4)
-    assert Checkpoints(tmp_path / "run/checkpoints").best_step() == 8
+    assert Checkpoints(tmp_path / "run/checkpoints").steps() == [8, 12, 16]
 
 
 def test_an_evaluation_at_first_is_refused_where_a_run_has_none(tmp_path):
@@ -336,7 +341,6 @@ def test_evaluation_may_know_other_figures_than_a_loss(tmp_path):
     result, _ = quiet(tmp_path / "run", options=options, evaluate=lambda variables: {"accuracy": np.float32(0.5)})
     assert (result.validation_loss, result.best_step) == (None, None)
     assert timeless(tmp_path / "run")[-1] == {"step": 2, "tokens": result.tokens, "validation_accuracy": 0.5}
-    assert Checkpoints(tmp_path / "run/checkpoints").best_step() is None
 
 
 def test_a_run_without_any_loss_to_draw_ends_too(tmp_path):
