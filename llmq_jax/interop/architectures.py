@@ -278,7 +278,7 @@ def _advice_on_sizes(state: Mapping[str, Any], config: Any, layout: str) -> str 
     try:
         shapes, layers = table.survey(state)
         derived = _tables(config.model_type).derive(shapes, layers, False, layout, fields)
-    except (KeyError, ValueError, ZeroDivisionError):  # weights of another architecture
+    except (LookupError, TypeError, ValueError, ZeroDivisionError):  # weights of another architecture
         return None
     sizes = {name: (derived.get(name), fields.get(name)) for name in SIZES}
     wrong = [f"{name} is {own}, not {said}" for name, (own, said) in sizes.items() if own and said and own != said]
