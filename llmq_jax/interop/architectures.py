@@ -70,6 +70,15 @@ class Part(NamedTuple):
 
 
 PARTS = {"gemma3": Part("gemma3_text", gemma.read_multimodal, "model.language_model.")}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_intermediate_size",
+)
+"""Fields that shapes tell whatever the others are."""
 ASSUMED = ("rope_parameters", "rms_norm_eps")
 """Fields in which models of one architecture differ, and which shapes do not tell."""
 SUPPORTED = ", ".join([*TABLES, *PARTS])
@@ -87,7 +96,7 @@ def from_state_dict(state: Mapping[str, Any], config: Any, layout: str = "hf", d
         return table.from_state_dict(state, config, dtype)
     except BadInput as error:
         _check_layout(state, config.model_type, layout)
-        advice = _advice_on_head(state, config)
+        advice = _advice_on_head(state, config) or _advice_on_sizes(state, config, layout)
         if advice is None:
             raise
         raise BadInput(f"{error}; {advice}") from error
@@ -262,3 +271,16 @@ def _advice_on_head(state: Mapping[str, Any], config: Any) -> str | None:
             "lq.with_classifier(lm, labels)"
         )
     return None
+
+
+def _advice_on_sizes(state: Mapping[str, Any], config: Any, layout: str) -> str | None:
+    """The sizes that a config has and the weights have not."""
+    table, fields = weight_table(config.model_type, layout).spelling(state), dict(vars(config))
+    try:
+        shapes, layers = table.survey(state)
+        derived = _tables(config.model_type).derive(shapes, layers, False, layout, fields)
+    except (LookupError, TypeError, ValueError, ZeroDivisionError):  # weights of another architecture
+        return None
+    sizes = {name: (derived.get(name), fields.get(name)) for name in SIZES}
+    wrong = [f"{name} is {own}, not {said}" for name, (own, said) in sizes.items() if own and said and own != said]
+    return f"by the shapes of the weights {' and '.join(wrong)}" if wrong else None

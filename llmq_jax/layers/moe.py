@@ -102,7 +102,8 @@ class Experts:
         size = self.intermediate_size
         self._require(size is None or size >= 1, "intermediate_size", "must be at least 1")
         self._require(self.top_k <= self.num_experts, "top_k", f"is more than num_experts={self.num_experts}")
-        self._require(self.score in SCORES, "score", did_you_mean(self.score, SCORES))
+        if self.score not in SCORES:
+            raise BadInput(f"experts: score={self.score!r}; {did_you_mean(self.score, SCORES)}")
         self._require(
             self.activation is None or self.activation in ACTIVATIONS,
             "activation",

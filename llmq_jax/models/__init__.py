@@ -106,7 +106,16 @@ def override(config: Any, **changes: Any) -> Any:
         if isinstance(rope := getattr(config, field), Rope) and isinstance(value, Mapping):
             said = {name: parameter for name, parameter in value.items() if parameter is not None}
             changes[field] = {"rope_theta": rope.rope_theta, **said}
-    return dataclasses.replace(config, **changes)
+    changed = dataclasses.replace(config, **changes)
+    usual, experts = getattr(changed, "usual_experts", None), getattr(changed, "experts", None)
+    if usual is not None and experts is not None and experts.balance != usual.balance:
+        for field in ("router_aux_loss_coef", "balance"):
+            if changes.get(field):
+                raise BadInput(
+                    f"{field}={changes[field]!r} has no effect beside experts, which have a balance of their own; give "
+                    "one of the two"
+                )
+    return changed
 
 
 def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str
         except ValueError:
             fields[name] = text
         if not has_type(fields[name], hints[name]):
-            raise BadInput(f"{assignment}: is not of the type {type_name(hints[name])}")
+            raise BadInput(f"{assignment} is not of the type {type_name(hints[name])}")
         fields[name] = as_type(fields[name], hints[name])
     return fields
 

@@ -128,7 +128,7 @@ class Gemma2Config:
             LOCAL not in self.layer_kinds or self.sliding_window <= self.max_position_embeddings,
             self,
             "sliding_window",
-            f"must be at most max_position_embeddings={self.max_position_embeddings}: it would hide nothing",
+            f"must be at most max_position_embeddings={self.max_position_embeddings}, or it hides nothing; shorten it",
         )
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             cap = getattr(self, name)
@@ -200,8 +200,18 @@ class Gemma3Config(Gemma2Config):
     final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
+        self._take_ropes_by_kind()
         super().__post_init__()
         set_rope(self, "local_rope_parameters", self.head_dim)
+
+    def _take_ropes_by_kind(self) -> None:
+        """Part `rope_parameters` that are, as in transformers, an object of both kinds' parameters."""
+        given, names = self.rope_parameters, ("rope_parameters", "local_rope_parameters")
+        if isinstance(given, dict) and given.keys() - {"rope_theta"} == {LOCAL, GLOBAL}:  # `override` may add a base
+            rule = f"stands beside rope_parameters.{LOCAL}; give one of them"
+            require(self.local_rope_parameters == FAST, self, "local_rope_parameters", rule)
+            for name, kind in zip(names, (GLOBAL, LOCAL), strict=True):
+                object.__setattr__(self, name, given[kind])
 
     @property
     def local_rope(self) -> Rope:

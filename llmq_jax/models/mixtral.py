@@ -18,7 +18,7 @@ from llmq_jax.field_types import check_fields
 from llmq_jax.layers.expert_balance import Balance
 from llmq_jax.layers.moe import Experts, experts_from, require_same_sizes
 from llmq_jax.layers.positions import Rope
-from llmq_jax.models.config import require
+from llmq_jax.models.config import require, require_at_least
 from llmq_jax.models.llama3 import Llama3
 from llmq_jax.models.mistral import MistralConfig
 
@@ -46,6 +46,9 @@ class MixtralConfig(MistralConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.router_aux_loss_coef >= 0, self, "router_aux_loss_coef", "must be at least 0")
+        require_at_least(1, self, "num_local_experts", "num_experts_per_tok")
+        rule = f"is more than num_local_experts={self.num_local_experts}"
+        require(self.num_experts_per_tok <= self.num_local_experts, self, "num_experts_per_tok", rule)
         given = experts_from(self.experts, self.num_hidden_layers, self.usual_experts)
         object.__setattr__(self, "experts", given)
         super().__post_init__()

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llmq_jax.errors import BadInput
-from llmq_jax.models.deepseek3 import DeepSeek3, has_token_ahead
+from llmq_jax.models.decoder import Decoder
+from llmq_jax.models.deepseek3 import has_token_ahead
 from llmq_jax.objectives.balance_losses import with_balance_losses
 from llmq_jax.objectives.means import safe_divide
 from llmq_jax.objectives.next_token import head_loss
@@ -31,7 +32,8 @@ class MultiToken:
     module's is reported beside it: `mtp_1_loss`, ...
     """
 
-    model: DeepSeek3
+    model: Decoder
+    """One with such modules, as DeepSeek3 may have."""
     coefficient: float | Callable[[Any], Any] = 0.3
     """λ, or a schedule: a function of the step. The paper has 0.3, then 0.1 for the last third (section 4.2)."""
 
@@ -44,7 +46,7 @@ class MultiToken:
     @property
     def depth(self) -> int:
         """D, the number of the model's modules."""
-        return self.model.config.num_nextn_predict_layers
+        return getattr(self.model.config, "num_nextn_predict_layers", 0)
 
     def weights(self, batch: dict[str, Array], step: Any = None) -> dict[str, Float[Array, ""]]:
         """The number of targets that count at each depth; in training also λ at this step."""

@@ -150,7 +150,7 @@ def test_weights_of_experts_without_a_config(tmp_path):
     for fields, message in (
         ((), "do not tell num_experts_per_tok; put the model's config.json beside them, or pass "
              "config={'num_experts_per_tok': ...} in Python or, to convert.from_hf, --config num_experts_per_tok=..."),
-        (("num_experts_per_tok=two",), "num_experts_per_tok=two: is not of the type int"),
+        (("num_experts_per_tok=two",), "num_experts_per_tok=two is not of the type int"),
         (("experts_per_tok=2",), "MixtralConfig has no field 'experts_per_tok'"),
     ):  # fmt: skip
         with pytest.raises(BadInput) as caught:

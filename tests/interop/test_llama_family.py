@@ -334,7 +334,7 @@ def test_a_mistral_with_kinds_of_layers_is_a_ministral(kinds, window):
 @pytest.mark.parametrize(
     ("model_type", "changes", "message"),
     [
-        ("qwen3_moe", {"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ("qwen3_moe", {"num_experts": 0}, "num_local_experts=0 must be at least 1"),
         ("qwen3_moe", {"num_experts": 64, "num_local_experts": 128}, "are one field; keep one of them"),
         ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers=1 is not of the type"),
         ("qwen3_moe", {"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 must be at most 10,000"),

@@ -227,7 +227,9 @@ def test_a_count_of_experts_in_config_json_that_is_not_the_file_s(theirs, tmp_pa
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_local_experts": 4}))
     name = type(MODELS[theirs.config.model_type][1]).__name__
-    assert refused(load, tmp_path).startswith(f"{tmp_path}: the weights do not fit {name}: 6 unread (")
+    found = refused(load, tmp_path)
+    assert found.startswith(f"{tmp_path}: the weights do not fit {name}: 6 unread (")
+    assert found.endswith("; by the shapes of the weights num_local_experts is 5, not 4")
 
 
 # config.json.
@@ -298,8 +300,8 @@ def test_spellings_of_rope(spelling, rope):
     [
         ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported, only 0.0"),
-        ({"num_experts_per_tok": 6}, "top_k=6 is more than num_experts=5"),
-        ({"num_local_experts": 0}, "num_experts=0 must be at least 1"),
+        ({"num_experts_per_tok": 6}, "num_experts_per_tok=6 is more than num_local_experts=5"),
+        ({"num_local_experts": 0}, "num_local_experts=0 must be at least 1"),
         ({"num_local_experts": "8"}, "num_local_experts='8' is not of the type int"),
         ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 must be at least 0"),
         ({"hidden_act": "prelu"}, "hidden_act='prelu' must be one of"),

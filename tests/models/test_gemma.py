@@ -335,3 +335,16 @@ def test_a_scaling_alone_keeps_the_base_of_the_family():
     assert Gemma3Config(rope_parameters=scaling).rope_parameters.rope_theta == 1_000_000.0
     assert Gemma3Config(local_rope_parameters=scaling).local_rope_parameters.rope_theta == 10_000.0
     assert Gemma2Config(rope_parameters=scaling | {"rope_theta": None}).rope_parameters.rope_theta == 10_000.0
+
+
+def test_ropes_by_the_kind_of_layer_as_in_transformers():
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    both = {GLOBAL: scaling, LOCAL: {"rope_theta": 500.0}}
+    expected = Gemma3Config(rope_parameters=scaling, local_rope_parameters={"rope_theta": 500.0})
+    assert Gemma3Config(rope_parameters=both) == expected
+    assert override(Gemma3Config(), rope_parameters=both) == expected
+    for wrong in (both | {"rope_type": "linear"}, {GLOBAL: scaling}):
+        with pytest.raises(BadInput, match=r"rope_parameters\.full_attention is not a parameter of rope_type"):
+            Gemma3Config(rope_parameters=wrong)
+    with pytest.raises(BadInput, match=r"local_rope_parameters=.* beside rope_parameters\.sliding_attention"):
+        Gemma3Config(rope_parameters=both, local_rope_parameters=scaling)

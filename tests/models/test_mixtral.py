@@ -129,7 +129,7 @@ def test_experts_from_the_command_line():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_experts_per_tok": 5}, "top_k=5 is more than num_experts=4"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than num_local_experts=4"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size=0 must be at least 1"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be at least 1"),
         ({"mlp_only_layers": [3]}, r"mlp_only_layers=\(3,\) must be numbers of the 3 layers, counted from 0"),
@@ -149,7 +149,7 @@ def test_bad_input_of_qwen(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_experts_per_tok": 9}, "top_k=9 is more than num_experts=8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_experts=8"),
         ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1 must be at least 0"),
         (
             {"experts": {"num_experts": 4}},
@@ -161,6 +161,15 @@ def test_bad_input_of_qwen(fields, message):
 def test_bad_input(fields, message):
     with pytest.raises(BadInput, match=message):
         MixtralConfig(**fields)
+
+
+def test_two_balances_at_once_contradict_each_other():
+    for name, own in ("mixtral-10m", {"router_aux_loss_coef": 0.1}), ("deepseek-10m", {"balance": {"sequence": 0.1}}):
+        for experts in ({"balance": {"router_z": 0.1}}, {"balance": None}):
+            with pytest.raises(BadInput, match=f"{next(iter(own))}=.* has no effect beside experts"):
+                preset(name, **own, experts=experts)
+        assert preset(name, **own, experts={"dispatch": "dense"}).experts.balance is not None
+    assert preset("mixtral-10m", router_aux_loss_coef=0.0, experts={"balance": {"router_z": 0.1}}).experts.balance
 
 
 def test_the_base_of_rope_is_mixtrals_where_none_is_said():

@@ -11,7 +11,7 @@ import pytest
 from llmq_jax.data import multi_token_rows
 from llmq_jax.errors import BadInput
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, moved_bias
-from llmq_jax.models import build, override
+from llmq_jax.models import build, override, preset
 from llmq_jax.models.deepseek3 import DeepSeekV3Config
 from llmq_jax.objectives import MultiToken, NextToken
 from llmq_jax.training.state import create_state
@@ -315,6 +315,8 @@ def test_bad_input():
         MultiToken(MODEL, -1.0)
     with pytest.raises(BadInput, match="needs a model with num_nextn_predict_layers of at least 1"):
         MultiToken(build(override(CONFIG, num_nextn_predict_layers=0)))
+    with pytest.raises(BadInput, match="needs a model with num_nextn_predict_layers of at least 1"):
+        MultiToken(build(preset("llama-10m")))
     short = {name: array[:, :2] for name, array in plain().items()}
     with pytest.raises(BadInput, match="rows of 2 tokens leave nothing to predict for 2 modules; take longer ones"):
         weights_of(short)

@@ -435,7 +435,7 @@ BAD = {
     "no field": (["--data", "TEXT", "--config", "dyt"], "'dyt' is no assignment to a field"),
     "field twice": (["--data", "TEXT", "--config", "norm=dyt", "norm=rms_norm"], "norm is given twice"),
     "wrong value": (["--data", "TEXT", "--config", "norm=none"], "GPT2Config.norm='none' must be one of"),
-    "wrong type": (["--data", "TEXT", "--config", "norm=3"], "norm=3: is not of the type str"),
+    "wrong type": (["--data", "TEXT", "--config", "norm=3"], "norm=3 is not of the type str"),
     "field of an option": (
         ["--data", "TEXT", "--config", "hidden_size=8"],
         "hidden_size=8: is 16 by the other options",
