@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, default_is, run
+from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Positional, default_is
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SENTENCE = "When Mary and John went to the store, John gave a drink to"

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, default_is, option_name, run, use_device
+from llmq_jax.command_line import run, use_device
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.options import Flag, Positional, default_is, option_name
 
 SMALL = {
     "vocab_size": 32000,

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from llmq_jax.command_line import Positional, default_is, did_you_mean, run
-from llmq_jax.errors import BadInput
+from llmq_jax.command_line import run
+from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.options import Positional, default_is
 
 ENOUGH_ROUNDS = 5
 """For a report that is kept."""

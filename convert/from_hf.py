@@ -4,7 +4,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, default_is, run
+from llmq_jax.command_line import run
+from llmq_jax.options import Positional, default_is
 
 
 @dataclass(frozen=True)

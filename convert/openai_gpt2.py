@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from convert import to_hf
-from llmq_jax.command_line import Flag, Positional, default_is, run
+from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Flag, Positional, default_is
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, default_is, option_name, run, use_device
+from llmq_jax.command_line import run, use_device
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.options import Positional, default_is, option_name
 
 ROW = 48
 """Tokens in a row, unless a window of attention asks for more."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from convert.adapter_base import found_base, given_base, run_options
-from llmq_jax.command_line import Flag, Positional, default_is, option_name, run
+from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Flag, Positional, default_is, option_name
 
 
 @dataclass(frozen=True)

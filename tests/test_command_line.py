@@ -13,11 +13,11 @@ from typing import Literal
 
 import pytest
 
-from llmq_jax import command_line
-from llmq_jax.command_line import Flag, Positional, Repeated
+from llmq_jax import command_line, option_errors
 from llmq_jax.commands import VERBS
 from llmq_jax.errors import BadInput, close_names
 from llmq_jax.option_names import OURS, RESUMING
+from llmq_jax.options import PATHS, Flag, Positional, Repeated, option_name
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_code_2(case, capsys):
 def test_no_box_gets_through_whatever_tyro_says(capsys):
     """A complaint that `_one_line` has no words of its own for still becomes one line without frames."""
     box = "╭─ News ─────╮\n│ Something  │\n│ happened.  │\n│ ────────── │\n│ Footer     │\n╰────────────╯\n"
-    assert command_line._one_line(box, Options, [], "bake") == 'Something happened.: see "bake --help"'
+    assert option_errors.one_line(box, Options, [], "bake") == 'Something happened.: see "bake --help"'
 
 
 def test_choices_are_told_in_their_order(capsys):
@@ -315,7 +315,7 @@ def test_names_from_elsewhere_stand_for_options_that_there_are():
 
 def test_names_from_elsewhere_are_those_of_the_documentation():
     """Whatever row of docs/from_trl.md names one option for one argument."""
-    ours = {other: command_line.option_name(field) for field, names in OURS.items() for other in names}
+    ours = {other: option_name(field) for field, names in OURS.items() for other in names}
     found = 0
     for row in (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text().splitlines():
         there, here = [re.findall("`([^`]+)`", cell) for cell in [*row.split("|"), "", "", "", ""][1:4:2]]
@@ -341,7 +341,7 @@ def test_every_option_that_takes_a_text_is_a_path_or_is_none(module):
     options = command_line._options_class(importlib.import_module(module).main)
     for name, hint in typing.get_type_hints(options).items():
         if str in (hint, *typing.get_args(hint)):
-            assert (name in command_line.PATHS) != (name in NO_PATHS), name
+            assert (name in PATHS) != (name in NO_PATHS), name
 
 
 def test_a_leading_tilde_of_a_path_is_the_home_directory(capsys, monkeypatch, tmp_path):

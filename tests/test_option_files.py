@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 
 from llmq_jax import command_line
-from llmq_jax.command_line import Flag, default_is
+from llmq_jax.options import Flag, default_is
 from train import dpo, pretrain
 from train.options import PLACES, RecipeOptions, own_options
 

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from llmq_jax.command_line import refuse_idle
+from llmq_jax.options import refuse_idle
 from train.options import context_of
 
 KWARGS = "--chat-template-kwargs"

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, refuse_idle, run
+from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Flag, default_is, refuse_idle
 from train.exports import export_commands, registering
 from train.options import (
     MAY_CHANGE,

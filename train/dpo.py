@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle, run
+from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from llmq_jax.named_as_options import named_as_options
+from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.answers import end_of_answer, ending_with, prompt_tokens, questioner
 from train.chat_templates import chat_template_digest, tell_of_no_end, with_text_options
 from train.exports import next_commands

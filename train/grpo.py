@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, no_option, option_name, refuse_idle, run, with_breaks
+from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from llmq_jax.named_as_options import named_as_options
+from llmq_jax.options import Flag, default_is, named_as_options, no_option, option_name, refuse_idle, with_breaks
 from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.exports import next_commands

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, refuse_idle, run
+from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Flag, default_is, refuse_idle
 from train.answers import end_of_answer, ending_with, questioner
 from train.chat_templates import (
     chat_template_digest,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, use_device
+from llmq_jax.command_line import use_device
 from llmq_jax.errors import BadInput
-from llmq_jax.named_as_options import named_as_options
+from llmq_jax.options import Flag, default_is, named_as_options, option_name, refuse_idle
 
 LONGEST_CONTEXT = 1024
 """Tokens that a row has at most, unless --context says otherwise."""

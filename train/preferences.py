@@ -4,9 +4,9 @@ tokenised."""
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is, refuse_idle
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.options import default_is, refuse_idle
 from train.chat_templates import check_chat_template
 from train.options import LONGEST_CONTEXT, VALIDATION_FRACTION, RecipeOptions, check_ranges, split_of
 from train.sources import Sources

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmq_jax.command_line import default_is, refuse_idle, run
+from llmq_jax.command_line import run
 from llmq_jax.errors import BadInput
+from llmq_jax.options import default_is, refuse_idle
 from train.options import VALIDATION_FRACTION, filled
 from train.texts import Text, text_sources, texts
 

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, option_name, refuse_idle, run
+from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.named_as_options import named_as_options
+from llmq_jax.options import Flag, default_is, named_as_options, option_name, refuse_idle
 from train.exports import export_commands, registering
 from train.options import (
     LONGEST_CONTEXT,

@@ -7,7 +7,8 @@ A run writes it at its end as report.html; this command writes it for a run that
 
 from dataclasses import dataclass
 
-from llmq_jax.command_line import Positional, run
+from llmq_jax.command_line import run
+from llmq_jax.options import Positional
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is, no_option, run
+from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.options import default_is, no_option
 from train.chat_templates import chat_template_digest, with_text_options
 from train.exports import export_commands
 from train.options import (

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmq_jax.command_line import refuse_idle
 from llmq_jax.errors import BadInput
+from llmq_jax.options import refuse_idle
 
 USES = {"train": "to learn", "validation": "held out", "test": "to test on"}
 """{split: what its files are for}"""

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from llmq_jax.command_line import Flag, default_is, no_option, refuse_idle
 from llmq_jax.errors import BadInput
-from llmq_jax.named_as_options import named_as_options
+from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle
 from train.options import RecipeOptions, check_mesh, model_of
 
 LORA_OPTIONS = ("rank", "alpha", "targets", "layers", "dropout", "variant", "rslora", "numbers", "tied")

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from llmq_jax.command_line import default_is
 from llmq_jax.commands.drawing import DrawingOptions, context_of
 from llmq_jax.commands.standard_input import standard_input
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.options import default_is
 
 NEW_TOKENS = 256
 UNANSWERED = 1

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, Repeated, default_is, refuse_idle
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input, without_last_break
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Flag, Positional, Repeated, default_is, refuse_idle
 
 
 @dataclass(frozen=True)

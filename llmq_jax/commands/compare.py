@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from llmq_jax.command_line import Positional, default_is
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Positional, default_is
 
 LONGEST = 20  # characters of a value in the table of what differs
 

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from llmq_jax.command_line import Positional, option_name
+from llmq_jax.options import Positional, option_name
 
 BASH = """\
 _llmq() {{

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import default_is, option_name, use_device
+from llmq_jax.command_line import use_device
 from llmq_jax.errors import BadInput
+from llmq_jax.options import default_is, option_name
 
 LESS = ("context", "max_length", "max_new_tokens")
 """Options of commands that save memory when they are made smaller."""

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Positional, Repeated, default_is, option_name, refuse_idle, with_breaks
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.defaults import MTP, TEMPERATURE, TOP_P
 from llmq_jax.errors import BadInput
-from llmq_jax.named_as_options import named_as_options
+from llmq_jax.options import Positional, Repeated, default_is, named_as_options, option_name, refuse_idle, with_breaks
 
 SEEDS = 2**32
 

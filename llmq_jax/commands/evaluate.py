@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llmq_jax.command_line import Flag, Positional, default_is, option_name, refuse_idle
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.kept_lines import check_out
 from llmq_jax.commands.progress import with_progress
 from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Flag, Positional, default_is, option_name, refuse_idle
 
 LONGEST = 2048
 OF_TEXTS = ("text_field", "split")

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmq_jax.command_line import Flag, default_is, refuse_idle
 from llmq_jax.commands.drawing import DrawingOptions, context_of
 from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
@@ -26,6 +25,7 @@ from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input, withou
 from llmq_jax.counts import counted
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
+from llmq_jax.options import Flag, default_is, refuse_idle
 
 NEW_TOKENS = 128
 BATCH_SIZE = 8

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmq_jax.atomic_files import AppendedFile, lock_file, sync_folder, write_atomically
-from llmq_jax.command_line import option_name
 from llmq_jax.errors import BadInput
+from llmq_jax.options import option_name
 
 MARK = "lines of"
 """The one field of the first line: it holds the command."""

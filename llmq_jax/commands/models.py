@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from llmq_jax.command_line import Flag
+from llmq_jax.options import Flag
 
 
 @dataclass(frozen=True)

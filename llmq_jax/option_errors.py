@@ -1,0 +1,99 @@
+"""What is wrong with the arguments of a command, in one line.
+
+tyro draws its error messages as boxes of several lines, which `one_line` reads.
+"""
+
+import dataclasses
+import itertools
+import re
+import typing
+
+from llmq_jax.errors import BadInput
+from llmq_jax.option_names import meant_by
+from llmq_jax.options import IDLE, given_fields, option_name, text_options
+
+WITHOUT_NAME = {
+    "prompt": "a text is given by --prompt",
+    "prompt_file": "a file by --prompt-file",
+    "text": "a text is given by --text",
+    "data": "a file by --data",
+    "system": "messages are typed or come from standard input, and a system text is given by --system",
+}
+"""{field: advice for a value that is given without an option's name, where the command has this field}."""
+KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
+
+
+def check_names(options: type, arguments: list[str], program: str) -> None:
+    """Refuse an unknown option before tyro does: tyro would first complain of whatever its absence leaves missing."""
+    given = [field.name for field in given_fields(options)]
+    idle = {
+        option_name(each.name): each.metadata[IDLE] for each in dataclasses.fields(options) if IDLE in each.metadata
+    }
+    names = [option_name(field) for field in given]
+    known = {*names, *(name.replace("--", "--no-", 1) for name in names), "--help", "--help-verbose"}
+    for before, argument in itertools.pairwise(["", *arguments]):
+        name = argument.partition("=")[0].replace("_", "-")
+        # tyro's own options print completions for shells.
+        if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
+            if name in idle:
+                raise BadInput(f"{name} has no effect {idle[name]}; leave it out")
+            meant = meant_by(name, given, option_name)
+            hint = f"{meant} S" if meant.endswith("?") else f"{meant}; s" if meant else "s"
+            if before.replace("_", "-") in text_options(options):
+                hint = f"as the text of {before}, write {before}={argument}; s"
+            raise BadInput(f'unknown option {name}: {hint}ee "{program} --help"')
+
+
+def one_line(box: str, options: type, arguments: list[str], program: str) -> str:
+    """tyro's box as one line. Rules separate its sections: the fault, the option's help text, a footer.
+
+    The frame is drawn in the characters of the stream: "╭─ Title ──╮" and "│ text │", or " Title", a rule, "  text".
+    """
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).rstrip().splitlines()
+    lines = lines[1:-1] if lines[0].startswith("╭") else lines[2:]
+    lines = [line[2:].removesuffix("│").rstrip() for line in lines]
+    rules = [index for index, line in enumerate(lines) if line.startswith(("───", "---"))] + [len(lines)]
+    fault, explanation = lines[: rules[0]], lines[rules[0] + 1 :]
+    text = " ".join(" ".join(fault).split())
+    see = f'see "{program} --help"'
+
+    if text.startswith("Missing from"):  # the options stand four columns in, their help text eight
+        missing = [line.strip() for line in fault if re.match(r" {4}\S", line)]
+        return f"missing {' and '.join(', '.join(missing).rsplit(', ', 1))}: {see}"
+    if match := re.match(r"Missing value for argument '(.*?)'. Expected (\d+) values", text):
+        count = "a value" if match[2] == "1" else f"{match[2]} values"
+        return f"{match[1]} needs {count}: {see}"
+    if match := re.match(r"invalid choice '(.*?)' for argument '(.*?)'. Expected one of \((.*)\)", text):
+        name = match[2].rpartition(".")[2]  # one without an option's name is called by its group, too
+        choices = _in_order(options, name, [choice for choice in re.findall(r"'(.*?)'", match[3]) if choice != "None"])
+        return f"{name} cannot be {match[1]!r}: choose from {', '.join(choices)}"
+    if (match := re.match(r"Error parsing (\S+?): ", text)) and len(explanation) > 1:
+        wanted = explanation[1].strip().removeprefix(match[1]).strip()
+        given = _values_after(match[1], arguments)
+        return f"{match[1]} takes {KINDS.get(wanted, wanted)}, not {given!r}: {see}"
+    if match := re.match(r"Unrecognized options: (.*)", text):
+        fields = {field.name for field in dataclasses.fields(options)}
+        places = [words for name, words in WITHOUT_NAME.items() if name in fields]
+        begins = [index for index, argument in enumerate(arguments) if f"{match[1]} ".startswith(f"{argument} ")]
+        after_an_option = any(argument.startswith("-") for argument in arguments[: max(begins, default=0) + 1])
+        words = "" if after_an_option or not places else f"{', '.join(places)}; "
+        return f"no option takes {match[1]!r}: {words}{see}"
+    return f"{text}: {see}"
+
+
+def _in_order(options: type, name: str, choices: list[str]) -> list[str]:
+    """An option's choices in the order of their declaration, which tyro loses where the option may be None."""
+    hint = typing.get_type_hints(options).get(name.removeprefix("--").replace("-", "_"))
+    declared = [value for part in (hint, *typing.get_args(hint)) for value in typing.get_args(part)]
+    return [value for value in declared if value in choices] or choices
+
+
+def _values_after(option: str, arguments: list[str]) -> str:
+    """What the user wrote for an option, the last time it stands there."""
+    written = ""
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--") and name.replace("_", "-") == option:
+            rest = [following.startswith("--") for following in arguments[index + 1 :]] + [True]
+            written = value if equals else " ".join(arguments[index + 1 : index + 1 + rest.index(True)])
+    return written
