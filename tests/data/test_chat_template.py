@@ -11,7 +11,7 @@ import pytest
 import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, chat_template
+from llmq_jax.data import ByteTokenizer, FileTokenizer, GPT2Tokenizer, template_sandbox
 from llmq_jax.data.chat_template import ChatTemplate, parse_variables, read_chat_template
 from llmq_jax.errors import BadInput
 
@@ -164,8 +164,8 @@ def test_not_jinja():
     ],
 )
 def test_bounds(monkeypatch, template, reason):
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 10_000)
-    monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 100_000)
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 10_000)
+    monkeypatch.setattr(template_sandbox, "MAX_CHARACTERS", 100_000)
     assert reason in refused(template, [{"role": "user", "content": "x" * 1000}])
 
 
@@ -223,7 +223,7 @@ def test_memory_is_bounded(template):
 
 def test_the_time_of_a_step_is_bounded(monkeypatch):
     """Each would take minutes or hours."""
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 2)
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 2)
     long = "{% set a = namespace(x='a') %}{% for i in range(23) %}{% set a.x = a.x ~ a.x %}{% endfor %}"  # 2^23 letters
     begun = time.process_time()
     for slow in (
@@ -240,8 +240,8 @@ def test_the_time_of_a_step_is_bounded(monkeypatch):
 
 def test_time_is_bounded(monkeypatch):
     """In any thread, and of a template that another thread renders at the same time."""
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 1)
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 10**12)
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 1)
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 10**12)
     letters = "messages[0].content"
     template = ChatTemplate(f"{{% for i in {letters} %}}{{% for j in {letters} %}}{{% endfor %}}{{% endfor %}}")
     messages = [{"role": "user", "content": "x" * 10**6}]
@@ -274,7 +274,7 @@ def test_files_are_out_of_reach(tmp_path, monkeypatch):
 
 
 def test_steps_do_not_add_up(monkeypatch):
-    monkeypatch.setattr(chat_template, "MAX_STEPS", 1000)
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 1000)
     template = ChatTemplate("{% for i in range(900) %}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}")
     for _ in range(3):
         assert template.render(CONVERSATIONS[0]) == "Hello"
