@@ -24,6 +24,7 @@ from llmq_jax.interop.peft_writer import write_adapter
 from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.layers import lora as low_rank
+from llmq_jax.layers.fresh_adapters import add_adapters
 from llmq_jax.layers.lora import LORA, LoRA
 from llmq_jax.model_files import TextFiles, agreed, decided, load, load_weights
 from llmq_jax.models.heads import numbered_labels
@@ -50,7 +51,7 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
             hint = meant_by(name, [f"lora_{field}" for field in known], lambda option: option.removeprefix("lora_"))
             raise BadInput(f"LoRA has no field {name!r}; {hint or 'choose from ' + ', '.join(known)}")
     spec = LoRA(**fields) if spec is None else spec
-    variables = low_rank.add(lm.variables, lm.model.layer_paths(), spec, module_names(lm.config), seed)
+    variables = add_adapters(lm.variables, lm.model.layer_paths(), spec, module_names(lm.config), seed)
     return lm.replace(variables=variables)
 
 

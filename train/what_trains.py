@@ -135,6 +135,7 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
     """The model and its variables, split into what trains and what is frozen."""
     from llmq_jax.interop.peft import module_names
     from llmq_jax.layers import lora
+    from llmq_jax.layers.fresh_adapters import add_adapters
     from llmq_jax.models import parameter_count
     from llmq_jax.models.deepseek3 import MTP
     from llmq_jax.models.heads import SCORE
@@ -156,7 +157,7 @@ def prepared(lm: Any, options: TuningOptions) -> Prepared:
         if lora.LORA not in variables:
             with named_as_options(**{f"LoRA: {name}": f"lora_{name}" for name in LORA_OPTIONS}):
                 spec = _spec(options)
-                variables = lora.add(variables, model.layer_paths(), spec, module_names(lm.config), options.seed)
+                variables = add_adapters(variables, model.layer_paths(), spec, module_names(lm.config), options.seed)
         else:
             why = "on --init-from, which has adapters already, and they go on as they are"
             refuse_idle(options, ((f"lora_{name}", True, why) for name in LORA_OPTIONS))

@@ -18,9 +18,8 @@ Factors of stacked layers are stacked like their matrices; layers without an ada
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, Literal
 
 import jax
@@ -29,9 +28,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from llmq_jax.errors import BadInput, close_names
+from llmq_jax.errors import BadInput
 from llmq_jax.field_types import check_fields, has_type, scalar
-from llmq_jax.layers.axes import on_host
 
 LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
@@ -45,6 +43,7 @@ embedding, a head), each with one of these marks: {"lm_head": jnp.asarray(TRAINS
 STAYS, TRAINS = 1.0, 2.0
 """What came whole stays as it is, or trains on with the adapters, as PEFT's `modules_to_save` do. Marks are arrays,
 because they stand in the variables, which checkpoints, meshes and `jax.jit` take for a tree of arrays."""
+EXPERT_KERNELS = ("up_kernel", "down_kernel")
 NUMBERS_BY_DEFAULT = 64
 Path = tuple[str, ...]
 Adapter = tuple[dict[str, Any], dict[str, Any]]
@@ -155,7 +154,7 @@ raised.defvjp(
 def factors(trained: dict[str, Any], fixed: dict[str, Any]) -> tuple[Float[Array, "*stack D R"], Array]:
     """(A [*stack, D, R], s M B [*stack, R, *features]): the two matrices whose product is added to W."""
     first, last = (trained[name] if name in trained else fixed[name] for name in (A, B))
-    scaled = _along(fixed[SCALE], last) * last
+    scaled = along(fixed[SCALE], last) * last
     if NUMBERS in trained:
         middle = jnp.einsum("...u,...urs->...rs", trained[NUMBERS], fixed[PROJECTIONS])
     elif MIDDLE in trained:
@@ -174,27 +173,27 @@ def magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str,
         ratio: Array = fixed[RATIO]
         return ratio
     stack = first.ndim - 2
-    columns = jax.lax.stop_gradient(_column_norms(kernel, first, last))
-    ratio = jnp.where(_along(fixed[SCALE], columns) == 0, 1.0, trained[MAGNITUDE].reshape(columns.shape) / columns)
+    columns = jax.lax.stop_gradient(column_norms(kernel, first, last))
+    ratio = jnp.where(along(fixed[SCALE], columns) == 0, 1.0, trained[MAGNITUDE].reshape(columns.shape) / columns)
     return ratio.reshape(*kernel.shape[:stack], *kernel.shape[stack + 1 :])
 
 
-def _along(leading: Array, leaf: Array) -> Array:
+def along(leading: Array, leaf: Array) -> Array:
     """A number for each entry of a leaf's first axes, so shaped that it multiplies the leaf."""
     return leading.reshape(leading.shape + (1,) * (leaf.ndim - leading.ndim))
 
 
-def _column_norms(kernel: Array, first: Array, last: Array) -> Float[Array, "*stack F"]:
+def column_norms(kernel: Array, first: Array, last: Array) -> Float[Array, "*stack F"]:
     """‖W + A B‖ of each column: ‖w + A b‖² = ‖w‖² + 2 (Aᵀ w) · b + b · (Aᵀ A b), without forming A B. Kept above 0,
     also for a column of zeros, because it is a divisor."""
     stack = first.ndim - 2
-    w, a = _matrices(kernel, stack), first.astype(jnp.float32)
-    b = _matrices(last, stack)
+    w, a = as_matrices(kernel, stack), first.astype(jnp.float32)
+    b = as_matrices(last, stack)
     squares = jnp.square(w).sum(-2) + 2 * ((a.mT @ w) * b).sum(-2) + (b * (a.mT @ a @ b)).sum(-2)
     return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))
 
 
-def _matrices(leaf: Array, stack: int) -> Float[Array, "*stack D F"]:
+def as_matrices(leaf: Array, stack: int) -> Float[Array, "*stack D F"]:
     """[*stack, D, *features] in float32, with features flattened; `stack` counts the leading axes."""
     return leaf.astype(jnp.float32).reshape(*leaf.shape[: stack + 1], -1)
 
@@ -321,7 +320,7 @@ def _merged(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Ar
     with jax.default_matmul_precision("highest"):  # not TF32 on a GPU: what is merged once stays in the weights
         first, last = factors(trained, fixed)
         stack = first.ndim - 2
-        total = _matrices(kernel, stack) + first.astype(jnp.float32) @ _matrices(last, stack)
+        total = as_matrices(kernel, stack) + first.astype(jnp.float32) @ as_matrices(last, stack)
         total = total.reshape(kernel.shape)
         if MAGNITUDE in trained:
             total *= jnp.expand_dims(magnitude_ratio(kernel, first, last, trained, fixed), stack)
@@ -336,36 +335,6 @@ def _unmerged(merged: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> 
     undone = {name: leaf for name, leaf in trained.items() if name != MAGNITUDE}, {**fixed, SCALE: -fixed[SCALE]}
     kernel: Array = _merged(scaled, *undone)
     return kernel.astype(merged.dtype)
-
-
-# Fresh adapters.
-
-
-def add(
-    variables: dict[str, Any],
-    layer_paths: Sequence[tuple[tuple[str, str], int]],
-    spec: LoRA,
-    aliases: Mapping[str, Collection[str]] | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """The variables with fresh adapters, which do not change the outputs yet.
-
-    `layer_paths` are the model's. `aliases` are other names of matrices: {"q_proj": {"attention/query"}}.
-    BadInput: there are adapters already, a pattern or layer names nothing, the rank is above that of a matrix.
-    """
-    if LORA in variables:
-        raise BadInput("this model has adapters already; merge them first, or start from the base")
-    params = flatten_dict(variables["params"])
-    chosen = _chosen(params, layer_paths, spec, aliases or {})
-    keys = jax.random.split(jax.random.key(seed), len(chosen))
-    fresh = {
-        path: _fresh(params[path], path, np.array(in_layer), spec, key)
-        for key, (path, in_layer) in zip(keys, chosen.items(), strict=True)
-    }
-    trees = from_adapters(fresh)
-    if spec.tied:
-        trees[LORA] = {TIED: {NUMBERS: jnp.zeros(spec.length)}}
-    return {**variables, **trees}
 
 
 def spread(variables: dict[str, Any]) -> dict[str, Any]:
@@ -394,127 +363,3 @@ def trained_numbers(variables: dict[str, Any]) -> int:
             share = np.count_nonzero(fixed[SCALE]) / fixed[SCALE].size
             total += round(share * sum(leaf.size for leaf in trained.values()))
     return total
-
-
-ALL_LINEAR, ATTENTION, MLP = "all-linear", "attention", "mlp"
-EXPERT_KERNELS = ("up_kernel", "down_kernel")
-CHOOSERS = ("router", "noise")
-"""Layers of a mixture of experts that "all-linear" leaves out: those that choose the experts stay as they are."""
-
-
-def _chosen(
-    params: Mapping[Path, Any], layer_paths: Sequence[Any], spec: LoRA, aliases: Mapping[str, Collection[str]]
-) -> dict[Path, list[bool]]:
-    """{path of a matrix: for each repetition of its block, whether it gets an adapter}."""
-    layers = range(len(layer_paths)) if spec.layers is None else spec.layers
-    outside = [layer for layer in layers if not 0 <= layer < len(layer_paths)]
-    if outside:
-        raise BadInput(f"LoRA: layer {outside[0]} does not exist; the model has layers 0 to {len(layer_paths) - 1}")
-    places: dict[Path, list[bool]] = {block: [] for block, _ in layer_paths}
-    for layer, (block, _) in enumerate(layer_paths):
-        places[block].append(layer in layers)
-    matrices = {
-        path: "/".join(path[2:] if path[-1] in EXPERT_KERNELS else path[2:-1])
-        for path in sorted(params)
-        if path[:2] in places and path[-1] in ("kernel", *EXPERT_KERNELS)
-    }
-    matrices |= {path: path[0] for path in sorted(params) if len(path) == 2 and path[-1] == "kernel"}
-    patterns = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
-    wanted: set[Path] = set()
-    for pattern in patterns:
-        found = {path for path, name in matrices.items() if _means(pattern, path, name, aliases)}
-        in_layers = {path for path in found if any(places.get(path[:2], [True]))}
-        if found and not in_layers:
-            raise BadInput(f"LoRA: layers {', '.join(map(str, layers))} have no {pattern}; leave it out")
-        if not found:
-            names = [ALL_LINEAR, ATTENTION, MLP, *sorted(set(matrices.values()))]
-            if near := close_names(pattern, [*names, *sorted(aliases)], 1):
-                raise BadInput(f"LoRA: {pattern!r} matches no matrix; did you mean {near[0]}?")
-            raise BadInput(
-                f"LoRA: {pattern!r} matches no matrix; there are {', '.join(names)}"
-                + (f", or by their other names {', '.join(sorted(aliases))}" if aliases else "")
-            )
-        wanted |= in_layers
-    return {path: places.get(path[:2], [True]) for path in sorted(wanted)}
-
-
-def _means(pattern: str, path: Path, name: str, aliases: Mapping[str, Collection[str]]) -> bool:
-    in_block, parts = len(path) > 2, name.split("/")
-    ordinary = in_block and not any(part in CHOOSERS for part in parts)
-    if pattern == ALL_LINEAR:
-        return ordinary
-    if pattern in (ATTENTION, MLP):
-        return ordinary and (parts[0] == ATTENTION) == (pattern == ATTENTION)
-    names = {name, parts[-1], *(alias for alias, theirs in aliases.items() if name in theirs)}
-    return any(fnmatch(candidate, pattern) for candidate in names)
-
-
-def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Array) -> Adapter:
-    """The adapter of one matrix, or of a stack of them; `in_layer` says which of the stack have one."""
-    name = "/".join(path)
-    stacked = path[0].startswith("group_")
-    of_experts = path[-1] in EXPERT_KERNELS
-    stack = stacked + of_experts
-    width, features = kernel.shape[stack], kernel.shape[stack + 1 :]
-    smaller = min(width, int(np.prod(features)))
-    if spec.rank > smaller:
-        raise BadInput(
-            f"LoRA: rank={spec.rank} is above that of {name}, a matrix of rank {smaller}; choose a lower one"
-        )
-    if of_experts and (spec.dropout or spec.variant == "dora"):
-        what = f"dropout={spec.dropout}" if spec.dropout else f"variant={spec.variant!r}"
-        raise BadInput(f"LoRA: {what} does not act on stacked experts ({name}); choose targets without them")
-
-    if spec.dropout and not stacked:  # a head is applied chunk by chunk, in the loss, without random numbers
-        raise BadInput(f"LoRA: dropout={spec.dropout} does not act on the head ({name}); choose targets without it")
-
-    chosen = jnp.asarray(in_layer if stacked else in_layer[0])
-
-    def in_chosen(leaf: Array) -> Array:
-        return leaf * _along(chosen, leaf)
-
-    lead = kernel.shape[:stack]
-    fixed: dict[str, Array] = {SCALE: in_chosen(jnp.full(lead[:stacked], spec.scale, jnp.float32))}
-    if spec.dropout:
-        fixed[DROPOUT] = jnp.full(lead[:stacked], spec.dropout, jnp.float32)
-    if spec.variant in ("lora", "dora"):
-        # Kaiming's uniform with a = √5, PEFT's choice: U(-1/√D, 1/√D).
-        first = jax.random.uniform(key, (*lead, width, spec.rank), minval=-1, maxval=1) / width**0.5
-        trained = {A: in_chosen(first), B: jnp.zeros((*lead, spec.rank, *features))}
-        if spec.variant == "dora":
-            trained[MAGNITUDE] = _column_norms(kernel, trained[A], trained[B]).reshape(*lead, *features)
-        return trained, fixed
-    left, values, right = _largest_singular(on_host(_matrices(kernel, stack)), spec.rank)
-    tiny = spec.variant == "tinylora"
-    before, after = (np.sqrt(values), np.sqrt(values)) if tiny else (values, np.ones_like(values))
-    fixed[A] = jnp.asarray(left * before[..., None, :])
-    fixed[B] = jnp.asarray(after[..., None] * right).reshape(*lead, spec.rank, *features)
-    if not tiny:
-        return {MIDDLE: jnp.zeros((*lead, spec.rank, spec.rank))}, fixed
-    # Normal with the variance 1 / R, as PEFT; the paper does not say.
-    fixed[PROJECTIONS] = jax.random.normal(key, (*lead, spec.length, spec.rank, spec.rank)) / spec.rank**0.5
-    return {NUMBERS: jnp.zeros((*lead, spec.length))}, fixed
-
-
-def _largest_singular(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(U [*, D, R], Σ [*, R], Vᵀ [*, R, F]) of the largest singular values, from the smaller Gram matrix in float64:
-    several times as fast as a full singular value decomposition."""
-    from scipy.linalg import eigh
-
-    def of_one(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if w.shape[0] > w.shape[1]:
-            left, values, right = of_one(w.T)
-            return right.T, values, left.T
-        size = len(w)
-        squares, left = eigh(w @ w.T, subset_by_index=(size - rank, size - 1))
-        left, values = left[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0))
-        real = values > values[0] * np.finfo(np.float32).eps  # smaller ones are rounding errors of a lower rank
-        values = np.where(real, values, 0)
-        return left, values, np.where(real, left / np.where(real, values, 1), 0).T @ w
-
-    stack = matrices.shape[:-2]
-    parts = [of_one(w) for w in matrices.astype(np.float64).reshape(-1, *matrices.shape[-2:])]
-    left, values, right = (
-        np.stack(part).reshape(*stack, *part[0].shape).astype(np.float32) for part in zip(*parts, strict=True)
-    )
-    return left, values, right

@@ -10,10 +10,11 @@ from flax.traverse_util import flatten_dict
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.peft import module_names
-from llmq_jax.layers import lora
+from llmq_jax.layers import fresh_adapters, lora
 from llmq_jax.layers.expert_dispatch import dispatch
 from llmq_jax.layers.expert_weights import ExpertWeights
 from llmq_jax.layers.experts_apart import by_expert
+from llmq_jax.layers.fresh_adapters import add_adapters
 from llmq_jax.layers.linear import by_output
 from llmq_jax.layers.lora import LoRA
 from llmq_jax.layers.recomputation import POLICIES
@@ -126,7 +127,7 @@ def largest_difference(a, b):
 @pytest.mark.product("adapters")
 def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, name):
     model, variables = base
-    fresh = lora.add(variables, model.layer_paths(), VARIANTS[name])
+    fresh = add_adapters(variables, model.layer_paths(), VARIANTS[name])
     reference = np.asarray(apply(model, variables))
     # Zeros are added; but another program rounds elsewhere, and a DoRA divides by what it multiplies with.
     np.testing.assert_allclose(apply(model, fresh), reference, atol=2e-7 if name != "dora" else 1e-6, rtol=0)
@@ -147,7 +148,7 @@ def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, n
 def test_decoding_has_the_adapters_too(base, name, monkeypatch):
     """Merged where that is exact, else beside the matrices, whose layout differs from that of training."""
     model, variables = base
-    adapted = moved(lora.add(variables, model.layer_paths(), VARIANTS[name]))
+    adapted = moved(add_adapters(variables, model.layer_paths(), VARIANTS[name]))
     expected = np.asarray(apply(model, adapted))
     assert not any("lora" in layer for layer in model.slice_layers(adapted)[1])
     monkeypatch.setattr(type(model), "merges_exactly", lambda model, variables: False)
@@ -173,7 +174,7 @@ LORA_OF_ONE, DORA_OF_ONE = LoRA(rank=2, layers=(1,)), LoRA(rank=2, layers=(1,), 
 def test_layers_that_were_not_chosen_get_no_gradient(base, spec):
     """Of one stack, of several, and of one of experts."""
     model, variables = base
-    adapted = moved(lora.add(variables, model.layer_paths(), spec))
+    adapted = moved(add_adapters(variables, model.layer_paths(), spec))
 
     def loss(trained):
         return jnp.square(model.apply({**adapted, "lora": trained}, TOKENS)).mean()
@@ -205,7 +206,7 @@ def matrices_formed(base, spec):
     48 and 52 of them are no width of any model here."""
     model, variables = base
     if spec is not None:
-        variables = lora.add(variables, model.layer_paths(), spec)
+        variables = add_adapters(variables, model.layer_paths(), spec)
     trained = "params" if spec is None else "lora"
     objective = NextToken(model)
     batch = {"tokens": jnp.array(TOKENS), "targets": jnp.array(TOKENS), "mask": jnp.ones(TOKENS.shape)}
@@ -231,7 +232,7 @@ def test_no_gradient_of_a_matrix_is_formed(base):
 
 def test_the_linear_layer_drops_the_adapters_input_alone():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
-    fresh = lora.add(variables, model.layer_paths(), LoRA(rank=3, dropout=0.5))
+    fresh = add_adapters(variables, model.layer_paths(), LoRA(rank=3, dropout=0.5))
     first, second = jax.random.split(jax.random.key(0))
     np.testing.assert_allclose(apply(model, fresh, first), apply(model, variables), atol=2e-7)
     adapted = moved(fresh)
@@ -256,7 +257,7 @@ def test_fresh_adapters_are_drawn_as_the_papers_and_peft_say():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
 
     def at_key_and_value(**fields):
-        adapted = lora.add(variables, model.layer_paths(), LoRA(targets=("key", "value"), **fields))
+        adapted = add_adapters(variables, model.layer_paths(), LoRA(targets=("key", "value"), **fields))
         return [lora.adapters(adapted)["group_0", "block_0", "attention", name, "kernel"] for name in ("key", "value")]
 
     (key, fixed), (value, _) = at_key_and_value(rank=3)
@@ -273,7 +274,7 @@ def test_fresh_adapters_are_drawn_as_the_papers_and_peft_say():
 def an_adapter(kernel, variant="dora"):
     """(What trains, what is fixed) of a fresh one at a matrix."""
     variables = {"params": {"lm_head": {"kernel": kernel}}}
-    adapted = lora.add(variables, [], LoRA(rank=1, variant=variant, targets="lm_head"))
+    adapted = add_adapters(variables, [], LoRA(rank=1, variant=variant, targets="lm_head"))
     return lora.adapters(adapted)["lm_head", "kernel"]
 
 
@@ -375,14 +376,14 @@ def test_factors_of_the_largest_singular_values():
     rng = np.random.default_rng(0)
     for shape in ((2, 9, 6), (2, 6, 9)):
         w = rng.normal(size=shape).astype(np.float32)
-        left, values, right = lora._largest_singular(w, 3)
+        left, values, right = fresh_adapters._largest_singular(w, 3)
         np.testing.assert_allclose(values, np.linalg.svd(w, compute_uv=False)[:, :3], rtol=1e-6)
         u, s, vt = np.linalg.svd(w)
         best = (u[..., :3] * s[:, None, :3]) @ vt[:, :3]
         np.testing.assert_allclose((left * values[:, None]) @ right, best, atol=1e-5)
     # Of a matrix of rank 2 the third factors are zeros, not infinite.
     w = (rng.normal(size=(9, 2)) @ rng.normal(size=(2, 6))).astype(np.float32)
-    left, values, right = lora._largest_singular(w, 3)
+    left, values, right = fresh_adapters._largest_singular(w, 3)
     assert values[2] == 0 and np.isfinite(left).all() and np.isfinite(right).all()
     np.testing.assert_allclose((left * values) @ right, w, atol=1e-5)
 
@@ -392,7 +393,7 @@ def test_targets_are_named_by_groups_our_names_or_those_of_transformers():
     aliases = module_names(CONFIGS["deepseek"])
 
     def inside(*targets):
-        found = lora.adapters(lora.add(variables, model.layer_paths(), LoRA(rank=1, targets=targets), aliases))
+        found = lora.adapters(add_adapters(variables, model.layer_paths(), LoRA(rank=1, targets=targets), aliases))
         return {"/".join(path[2:] if path[-1] != "kernel" else path[2:-1]) or path[0] for path in found}
 
     attention = {f"attention/{name}" for name in ("query_down", "query_up", "latent_down", "latent_up", "out")}
@@ -413,7 +414,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
 
     def count(**fields):
-        return lora.trained_numbers(lora.add(variables, model.layer_paths(), LoRA(**fields)))
+        return lora.trained_numbers(add_adapters(variables, model.layer_paths(), LoRA(**fields)))
 
     assert count(rank=2, targets="query") == 3 * 2 * (24 + 24)
     assert count(rank=2, targets="query", layers=(1,)) == 2 * (24 + 24)
@@ -445,7 +446,7 @@ def test_what_trains_is_counted_in_the_layers_that_have_it():
 def test_bad_adapters_are_refused_in_one_line(fields, message):
     config = CONFIGS["mixtral"]
     with pytest.raises(BadInput) as error:
-        lora.add(drawn(config), build(config).layer_paths(), LoRA(**fields))
+        add_adapters(drawn(config), build(config).layer_paths(), LoRA(**fields))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -469,14 +470,14 @@ def test_fields_of_another_type_are_refused(field, value, message):
 def test_a_pattern_that_the_chosen_layers_lack_is_refused():
     model, variables = build(CONFIGS["deepseek"]), drawn(CONFIGS["deepseek"])
     with pytest.raises(BadInput, match=r"layers 0 have no moe/\*; leave it out"):
-        lora.add(variables, model.layer_paths(), LoRA(targets=("attention", "moe/*"), layers=(0,), rank=2))
+        add_adapters(variables, model.layer_paths(), LoRA(targets=("attention", "moe/*"), layers=(0,), rank=2))
 
 
 @pytest.mark.exhaustive
 def test_a_base_in_bfloat16_keeps_its_type():
     model, variables = build(CONFIGS["mixtral"]), drawn(CONFIGS["mixtral"])
     variables = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])}
-    adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)), size=1.0)
+    adapted = moved(add_adapters(variables, model.layer_paths(), LoRA(rank=2)), size=1.0)
     expected = apply(model, adapted)
     merged = lora.merge(adapted)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(merged))
@@ -492,7 +493,7 @@ def test_a_base_in_bfloat16_keeps_its_type():
 def test_modules_of_multi_token_prediction_stay_as_they_are():
     config = override(CONFIGS["deepseek"], num_nextn_predict_layers=1)
     model, variables = build(config), drawn(config)
-    adapted = moved(lora.add(variables, model.layer_paths(), LoRA(rank=2)))
+    adapted = moved(add_adapters(variables, model.layer_paths(), LoRA(rank=2)))
     assert all(path[0].startswith("group_") for path in lora.adapters(adapted))
     ahead = jax.jit(lambda variables: model.apply(variables, TOKENS, method="mtp_logits"))
     for found, expected in zip(ahead(lora.merge(adapted)), ahead(adapted), strict=True):
@@ -501,7 +502,7 @@ def test_modules_of_multi_token_prediction_stay_as_they_are():
 
 def test_what_was_never_merged_is_not_unmerged():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
-    adapted = lora.add(variables, model.layer_paths(), LoRA(rank=2))
+    adapted = add_adapters(variables, model.layer_paths(), LoRA(rank=2))
     with pytest.raises(BadInput, match="has adapters beside its matrices, so that they are not merged"):
         lora.unmerge(adapted, adapted)
     shallow = drawn(override(CONFIGS["llama"], num_hidden_layers=1))
@@ -510,7 +511,7 @@ def test_what_was_never_merged_is_not_unmerged():
     )
     with pytest.raises(BadInput, match=message):
         lora.unmerge(shallow, adapted)
-    dora = lora.add(variables, model.layer_paths(), LoRA(rank=2, targets="value", variant="dora"))
+    dora = add_adapters(variables, model.layer_paths(), LoRA(rank=2, targets="value", variant="dora"))
     dora["lora"] = jax.tree.map(jnp.zeros_like, dora["lora"])
     with pytest.raises(BadInput, match="adapters at group_0/block_0/attention/value/kernel have a magnitude of 0"):
         lora.unmerge(lora.merge(dora), dora)
@@ -518,6 +519,6 @@ def test_what_was_never_merged_is_not_unmerged():
 
 def test_a_model_with_adapters_takes_no_others():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
-    adapted = lora.add(variables, model.layer_paths(), LoRA())
+    adapted = add_adapters(variables, model.layer_paths(), LoRA())
     with pytest.raises(BadInput, match="has adapters already"):
-        lora.add(adapted, model.layer_paths(), LoRA())
+        add_adapters(adapted, model.layer_paths(), LoRA())

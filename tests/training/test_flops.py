@@ -14,6 +14,7 @@ from tiny_run import OPTIONS
 import llmq_jax as lq
 from bench.products import products_of
 from llmq_jax.layers import lora
+from llmq_jax.layers.fresh_adapters import add_adapters
 from llmq_jax.training import flops, recorder
 from llmq_jax.training.flops import Peak, attention_flops, passed_weights, peak_of, token_flops, token_utilisation
 from llmq_jax.training.metrics import read_metrics
@@ -83,7 +84,7 @@ def test_with_adapters_no_weight_has_a_gradient():
     """But for the adapters' own products, which do not count, and the first layer, before which nothing learns."""
     config = CONFIGS["llama3"]()
     model, _, tokens = plain(config)
-    variables = lora.add(lq.init(config), model.layer_paths(), lora.LoRA(rank=1))
+    variables = add_adapters(lq.init(config), model.layer_paths(), lora.LoRA(rank=1))
     trained, rest = {LORA: variables.pop(LORA)}, variables
     found = trained_products(model, trained, rest, tokens)
     found -= 3 * (ALL_SCORES - 1) * attention_flops(config, LENGTH)

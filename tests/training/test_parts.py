@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from llmq_jax.errors import BadInput
-from llmq_jax.layers import lora
+from llmq_jax.layers.fresh_adapters import add_adapters
 from llmq_jax.layers.lora import LoRA
 from llmq_jax.model_files import load
 from llmq_jax.models import Gemma3Config, GPT2Config, Llama3Config, build, init
@@ -132,7 +132,7 @@ def test_no_time_goes_to_the_layers_below():
 def test_adapters_of_the_last_layers_train_as_in_the_whole_model(name, layers):
     config, _ = CASES[name]
     model = build(config)
-    adapted = lora.add(draw_variables(config), model.layer_paths(), LoRA(rank=2, layers=layers))
+    adapted = add_adapters(draw_variables(config), model.layer_paths(), LoRA(rank=2, layers=layers))
     noise = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapted["lora"])
     adapted = {**adapted, "lora": noise}
     parted_model, parted, trainable = train_adapters(model, adapted)
@@ -171,7 +171,7 @@ def test_the_bias_of_a_router_moves_where_the_router_trains(train):
     model, variables = build(config), init(config)  # whose bias is 0
     trainable = ("params",)
     if train == "lora":
-        adapted = lora.add(variables, model.layer_paths(), LoRA(rank=2, targets="attention"))
+        adapted = add_adapters(variables, model.layer_paths(), LoRA(rank=2, targets="attention"))
         model, variables, trainable = train_adapters(model, adapted)
     elif train == "blocks":
         model, variables = freeze_all_but(model, variables, 1, ())
