@@ -206,7 +206,7 @@ def _choose_verb(
 ) -> tuple[Callable[..., Any], list[str], str]:
     """(the verb's main function, the arguments after it, the program's name with it)."""
     verb = arguments[0] if arguments else "--help"
-    if verb in HELP:
+    if verb in {"help", *HELP}:
         print(f"usage: {program} COMMAND [OPTIONS]\n")
         width = max(map(len, verbs))
         for name, module in verbs.items():

@@ -474,6 +474,8 @@ def validated(loop: Any, variables: dict, prompts: Sequence[Any], rows: int) -> 
 def table(loop: Any, variables: dict, batch: dict) -> str:
     """A few freshly sampled answers to a prompt of the step, with their advantages and rewards (by a reward model as it
     was at first)."""
+    import numpy as np
+
     from llmq_jax.data.prompts import step_seeds
     from llmq_jax.training.metrics import one_line
 
@@ -487,7 +489,8 @@ def table(loop: Any, variables: dict, batch: dict) -> str:
     )
     lines = [one_line(prompt.text, WIDTH)]
     for row in range(min(SAMPLES, len(answers))):
-        each = " ".join(f"{name} {values[row]:.3g}" for name, values in scores.by_name.items())
+        told = {name: values[row] for name, values in scores.by_name.items()}  # NaN: the function gave None
+        each = " ".join(f"{name} none" if np.isnan(value) else f"{name} {value:.3g}" for name, value in told.items())
         cut = "" if answers.terminated[row] else ", cut"
         lines.append(
             f"-> reward {scores.rewards[row]:.3f} ({each}), advantage {advantages[row]:+.3f}, "

@@ -131,6 +131,8 @@ def as_conversation(record: Record) -> Conversation:
 
 def _asked(record: Record, form: str) -> Conversation:
     where, fields = record
+    if fields.get("label") is False:  # the answers of TRL's unpaired preferences are rated
+        raise BadInput(f"{where}: label is false, and an answer that is not wanted would be learned; remove such rows")
     if form in ("messages", "conversations"):
         return Conversation(where, "messages", message_list(record, form))
     if form == "prompt":

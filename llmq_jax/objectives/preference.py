@@ -80,7 +80,10 @@ def rewards_of(chosen: Float[Array, " B"], rejected: Float[Array, " B"], beta: f
 def check_dpo(beta: float, label_smoothing: float, loss_type: str, normalise: bool = False) -> None:
     """BadInput for options that are unknown or out of range, or that the loss ignores."""
     if loss_type not in LOSS_TYPES:
-        raise BadInput(f"loss_type={loss_type!r} is unknown; choose from {', '.join(LOSS_TYPES)}")
+        advice = (
+            "cDPO is sigmoid with label_smoothing" if loss_type == "cdpo" else f"choose from {', '.join(LOSS_TYPES)}"
+        )
+        raise BadInput(f"loss_type={loss_type!r} is unknown; {advice}")
     if not 0 < beta < float("inf"):
         raise BadInput(f"beta={beta} must be positive")
     if not 0 <= label_smoothing < 0.5:

@@ -18,7 +18,7 @@ def test_help_lists_every_verb(llmq):
     assert (code, err) == (0, "")
     for verb in commands.VERBS:
         assert re.search(rf"^  {verb} +[A-Z].*\.$", out, re.MULTILINE)
-    assert llmq() == (code, out, err)
+    assert llmq() == llmq("help") == (code, out, err)
 
 
 COMMANDS = [

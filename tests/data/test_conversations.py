@@ -302,6 +302,7 @@ BAD = [
     ({"question": "x", "answer": ""}, r"field 'answer': the response is empty"),
     ({"question": "x", "answer": "y", "choices": ["y", "z"]}, r"has 'choices', which is not read: write it into the"),
     ({"question": "x", "answer": "y", "context": "z"}, r"has 'context', which is not read: write it into the"),
+    ({"prompt": "x", "completion": "y", "label": False}, r"label is false, and an answer that is not wanted would be"),
     ({**ALPACA, "output": " \n"}, r"field 'output': the response is empty"),
     ({**ALPACA, "output": 5}, r"field 'output' must be a string, not a number"),
     ({**ALPACA, "input": ["x"]}, r"field 'input' must be a string, not a list"),

@@ -55,6 +55,7 @@ def test_losses(options, expected):
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing has no effect with loss_type='hinge'"),
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing has no effect with loss_type='ipo'"),
         ({"loss_type": "kto"}, "loss_type='kto' is unknown; choose from sigmoid, robust, hinge, ipo"),
+        ({"loss_type": "cdpo"}, "loss_type='cdpo' is unknown; cDPO is sigmoid with label_smoothing"),
         ({"beta": 0.0}, "beta=0.0 must be positive"),
     ],
 )
