@@ -89,8 +89,9 @@ def text_options(options: type) -> set[str]:
 
 @contextlib.contextmanager
 def named_as_options(*same: str, **others: str) -> Iterator[None]:
-    """BadInput raised within it in the options' names: "beta=-1 must be" is "--beta is -1 and must be". Fields, with or
-    without the name of a config's class before them, are called as options, but for `others`: {field: the option's}."""
+    """BadInput raised within it in the options' names: "beta=-1 must be" is "--beta is -1 and must be". The options of
+    the fields `same` have the fields' names; `others` is {field: the field of its option}. The name of a config's class
+    may stand before a field."""
     names = {**dict(zip(same, same, strict=True)), **others}
     named = rf"\b(?:\w+Config\.)?({'|'.join(names)})\b(?:=('?)([^\s',;]+)\2( must)?)?"
 

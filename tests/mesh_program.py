@@ -175,7 +175,7 @@ def main(architecture: str, *meshes: str) -> None:
     alone = run(config, variables)
     for text in meshes:
         if text == PMAP:
-            found = run(config, variables, pmap=True) | {"spread": spread_of_draws(8, pmap=True)}
+            found = run(config, variables, pmap=True) | {"spread": spread_of_draws(8, mode="pmap")}
         else:
             with jax.set_mesh(make_mesh(text)):
                 found = run(config, drawn(config) if text == meshes[-1] else variables)

@@ -111,7 +111,7 @@ def main(options: Options) -> Any:
     training, validation = read_pairs(options, sources)
     source = load_to_train(options)
     source.require_language_model(options.init_from)
-    plain = options.template == "plain"
+    asked_plain = options.template == "plain"  # as it is given: further down a template is chosen where none is
     options, source = with_text_options(options, [pair.chosen for pair in training], source)
     if not sources.validation:
         options = filled(options, split_seed=0)
@@ -137,7 +137,7 @@ def main(options: Options) -> Any:
         f"{source.model.attention_choice()}",
         flush=True,
     )
-    converses = not plain and tokenizer.chat_template is not None
+    converses = not asked_plain and tokenizer.chat_template is not None
     parts = {"training": learned, "validation": held_out}
     digests = digests_of(parts, numbered)
     digests |= chat_template_digest(options, source.tokenizer)

@@ -269,7 +269,9 @@ def pretrain(options: Options, next_commands: Callable[[Any], list[str]] = lambd
     try:
         batches = training_batches(text.training, **windows, seed=options.seed)
     except BadInput as error:
-        raise BadInput(f"{options.data}: {error}" if options.data else str(error)) from error
+        if options.data is None:
+            raise
+        raise BadInput(f"{options.data}: {error}") from None
     if text.validation is not None:
         held_out = SomeBatches(evaluation_batches(text.validation, **windows), options.evaluate_batches)
     if options.epochs is None and options.steps is None:

@@ -125,8 +125,9 @@ def _rows(options: Options, lm: Any, labels: Sequence[str], records: list[Any]) 
     longest = lm.config.max_position_embeddings
     if options.max_length is not None and not 0 < options.max_length <= longest:
         raise BadInput(f"--max-length {options.max_length} must lie between 1 and the model's {longest}")
-    for record in records if options.json or options.out is not None else ():
-        if taken := [name for name in added(labels) if name in record.fields]:
+    for record in records:
+        taken = [name for name in added(labels) if name in record.fields]
+        if taken and (options.json or options.out is not None):
             raise BadInput(
                 f"{record.where} has a field {taken[0]!r} already, which the result would replace; rename it"
             )
@@ -174,8 +175,10 @@ def read(options: Options) -> list[Any]:
     name, records = options.text_field or "text", []
     columns = None if options.columns is None else [column.strip() for column in options.columns.split(",")]
     for number, text in enumerate(options.text, start=1):
-        where = STANDARD_INPUT if text == "-" else f"--text number {number}"
-        records.append(Record(where, {name: without_last_break(whole_input()) if text == "-" else text}))
+        where = f"--text number {number}"
+        if text == "-":
+            where, text = STANDARD_INPUT, without_last_break(whole_input())
+        records.append(Record(where, {name: text}))
     for file in [] if options.data is None else text_files(options.data):
         if holds_records(file):
             records += iterate_records(file, columns, needed={name: "--text-field"}, string_field=name)

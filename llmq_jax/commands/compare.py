@@ -46,7 +46,7 @@ def main(options: Options) -> None:
         raise BadInput("--x has no effect without --out; leave it out, or give a PNG to draw into")
 
     runs = read_runs(dict(zip(run_names(folders), map(Path, folders), strict=True)), options)
-    folders = tuple(str(run.folder) for run in runs.values())
+    kept = {name: run.folder for name, run in runs.items()}
     titles = ["training", "validation", "last", "best", "at step"]
     if options.metric is not None:
         titles = ["last", "lowest", "at step", "highest", "at step"]
@@ -58,7 +58,7 @@ def main(options: Options) -> None:
     if options.metric is not None:
         print(options.metric)
     print_table(table)
-    if differing := what_differs(folders):
+    if differing := what_differs(list(kept.values())):
         apart = Table("differing in", box=None, header_style="bold", pad_edge=False)
         for name in runs:
             apart.add_column(Text(name), justify="right")
@@ -70,20 +70,21 @@ def main(options: Options) -> None:
         print_table(apart)
     if options.out is not None:
         metric = options.metric or common_metric(list(runs.values()))
-        print(f"drawn: {plot_comparison(folders, options.out, metric, options.x or 'step')}")
+        print(f"drawn: {plot_comparison(kept, options.out, metric, options.x or 'step')}")
 
 
 class Run(NamedTuple):
     folder: Path
     records: list[dict[str, Any]]
     judge: tuple[str, str] | None
-    """The validation metric that decides its best step, and whether its lowest or highest value is best."""
+    """What its best step is judged by, a mean of the validation or GRPO's reward, and whether the lowest or highest
+    value is best."""
 
 
 def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
     """The runs by name. Those that are damaged, or have not yet measured what is asked for, are told of and left out.
     BadInput where none is left, and for a folder that is no run's."""
-    from llmq_jax.training.plots import positions, read_records, require_metric
+    from llmq_jax.training.plots import is_run, positions, read_records, require_metric
 
     runs: dict[str, Run] = {}
     faults: list[BadInput] = []
@@ -92,7 +93,7 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
             records = read_records(folder)
             if options.metric is not None:
                 require_metric(name, records, options.metric)
-            positions(name, records, options.x or "step")
+            positions(name, records, options.x or "step")  # which refuses records without this axis
         except BadInput as fault:
             if not is_run(folder):
                 raise
@@ -104,14 +105,6 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
     for left_out in faults:
         print(f"left out: {left_out}", file=sys.stderr)
     return runs
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run has begun in this folder, as far as its files tell."""
-    from llmq_jax.training.metrics import METRICS
-    from llmq_jax.training.run_folder import CONFIG, read_run_config
-
-    return (folder / METRICS).is_file() or read_run_config(folder / CONFIG) is not None
 
 
 def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Cutting long documents where a cut cannot change their tokens.
+"""Documents are encoded in blocks, and long ones cut where a cut cannot change their tokens.
 
 Hugging Face's `tokenizers` needs about 130 bytes of memory for each character of the text it is given, and encodes one
 text on one core: a book of 100 MB has to be cut first. Byte-level tokenizers (GPT-2, Llama 3, Qwen, DeepSeek, SmolLM)

@@ -160,7 +160,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.spend(1)
         method = getattr(called, "__wrapped__", called)  # the sandbox's own version of str.format
-        if getattr(method, "__name__", None) in NOT_COUNTED:
+        if getattr(method, "__name__", None) in MAKE_BYTES:
             raise SecurityError(f"{method.__name__} is not allowed")
         if isinstance(text := getattr(method, "__self__", None), str):
             args = _without_iterators(args)
@@ -188,13 +188,14 @@ _CHEAP = """
 """
 CHEAP_FILTERS = frozenset(_CHEAP.split())
 """Filters that make no text, so that no bound of what they make need be computed."""
-_PRODUCTS = "indent lstrip rfind rindex rpartition rsplit rstrip strip tojson translate trim"
-PRODUCTS = frozenset(_PRODUCTS.split())
+PRODUCTS = frozenset(
+    ("indent", "lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "tojson", "translate", "trim")
+)
 """What takes time or makes a text as the product of the lengths of a text and of an argument."""
-NOT_COUNTED = frozenset(("encode", "to_bytes"))
+MAKE_BYTES = frozenset(("encode", "to_bytes"))
 """Methods that make bytes, of which nothing would be counted."""
 FIELD = {"%": "%", "format": "{", "format_map": "{"}
-WIDE = {"%": re.compile(r"%[^%a-zA-Z]*(\*|\d{5})"), "%(": re.compile(r"\*|\d{5}"), "{": re.compile(r"\{|\d{5}")}
+WIDTHS = {"%": re.compile(r"%[^%a-zA-Z]*(\*|\d{5})"), "%(": re.compile(r"\*|\d{5}"), "{": re.compile(r"\{|\d{5}")}
 """Finds a width of five digits or more, or one that is itself an argument: in a text for `%`, in one whose fields have
 names in parentheses, which may hold anything, and in what follows the colon of a field for `format`."""
 
@@ -262,8 +263,8 @@ def _check_bound(name: str, operands: tuple[Any, ...]) -> None:
 
 def _has_wide_field(name: str, text: str) -> bool:
     if name == "%":
-        return WIDE["%(" if "%(" in text else "%"].search(text) is not None
-    return any(spec and WIDE["{"].search(spec) for _, _, spec, _ in Formatter().parse(text))
+        return WIDTHS["%(" if "%(" in text else "%"].search(text) is not None
+    return any(spec and WIDTHS["{"].search(spec) for _, _, spec, _ in Formatter().parse(text))
 
 
 def _longest(value: Any) -> int:

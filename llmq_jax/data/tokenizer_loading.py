@@ -12,7 +12,7 @@ from llmq_jax.data.tokenizers import (
     FileTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    json_bytes,
+    json_file,
 )
 from llmq_jax.errors import BadInput, warn
 
@@ -82,7 +82,7 @@ def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
         return tokenizer
     files = tokenizer.files()
     own = json.loads(files["tokenizer_config.json"]) | named  # kept where the folder has no tokenizer_config.json
-    files["tokenizer_config.json"] = json_bytes(own, indent=2)
+    files["tokenizer_config.json"] = json_file(own, indent=2)
     return FileTokenizer.from_files({**files, **companions.contents}, tokenizer.name)
 
 

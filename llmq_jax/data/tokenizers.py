@@ -284,7 +284,7 @@ class GPT2Tokenizer(Tokenizer):
         merges = "".join(f"{left} {right}\n" for left, right in self._vocabulary.merges)
         return {
             **_hf_files(exported, config),
-            "vocab.json": json_bytes(self._vocabulary.ids),
+            "vocab.json": json_file(self._vocabulary.ids),
             "merges.txt": ("#version: 0.2\n" + merges).encode(),
         }
 
@@ -448,6 +448,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _checked(text: str) -> str:
+    """The text; BadInput where it is no valid Unicode."""
     _utf8(text)
     return text
 
@@ -462,9 +463,9 @@ def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.To
 def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, bytes]:
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-        "tokenizer_config.json": json_bytes(config, indent=2),
+        "tokenizer_config.json": json_file(config, indent=2),
     }
 
 
-def json_bytes(content: dict[str, Any], indent: int | None = None) -> bytes:
+def json_file(content: dict[str, Any], indent: int | None = None) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()

@@ -14,8 +14,7 @@ from typing import Any
 from llmq_jax.errors import BadInput, warn
 from llmq_jax.interop.tables import KEEP
 from llmq_jax.layers.positions import ROPES, Rope, YarnRope
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from llmq_jax.models.config import GLOBAL, LOCAL
 
 ORIGINAL = "original_max_position_embeddings"
 WITHOUT_ORIGINAL = ("default", "linear", "dynamic")
@@ -97,9 +96,9 @@ def read_ropes(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(by_kind, dict):
         raise BadInput(f"rope_parameters={by_kind!r} is not an object of parameters by kind of layer")
     by_kind = dict(by_kind)
-    full, sliding = (by_kind.pop(kind, None) for kind in (FULL, SLIDING))
+    full, sliding = (by_kind.pop(kind, None) for kind in (GLOBAL, LOCAL))
     if by_kind:
-        raise BadInput(f"rope_parameters has {', '.join(by_kind)} outside of {FULL} and {SLIDING}, the kinds of layers")
+        raise BadInput(f"rope_parameters has {', '.join(by_kind)} outside of {GLOBAL} and {LOCAL}, the kinds of layers")
     local = read_rope({"rope_parameters": sliding, "rope_theta": values.pop("rope_local_base_freq", None)})
     values = read_rope({**values, "rope_parameters": full}, updated=True)
     values["local_rope_parameters"] = local["rope_parameters"]
@@ -140,5 +139,5 @@ def write_ropes(rope: Rope, local: Rope, values: Mapping[str, Any], width: int) 
             "local_rope_parameters cannot be exported: to transformers the trained length of rope_type 'dynamic' is "
             f"max_position_embeddings, for all layers; here one kind has {trained[0]} and the other {trained[1]}"
         )
-    by_kind = {FULL: of_full["rope_parameters"], SLIDING: of_sliding["rope_parameters"]}
+    by_kind = {GLOBAL: of_full["rope_parameters"], LOCAL: of_sliding["rope_parameters"]}
     return {**of_full, "rope_parameters": by_kind, "rope_local_base_freq": of_sliding["rope_theta"]}

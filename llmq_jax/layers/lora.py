@@ -332,8 +332,8 @@ def _unmerged(merged: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> 
     """W, from what `_merged` makes of it; of DoRA `fixed` has the ratio."""
     stack = (trained | fixed)[A].ndim - 2
     scaled = merged / jnp.expand_dims(fixed[RATIO], stack) if RATIO in fixed else merged
-    undone = {name: leaf for name, leaf in trained.items() if name != MAGNITUDE}, {**fixed, SCALE: -fixed[SCALE]}
-    kernel: Array = _merged(scaled, *undone)
+    plain = {name: leaf for name, leaf in trained.items() if name != MAGNITUDE}
+    kernel: Array = _merged(scaled, plain, {**fixed, SCALE: -fixed[SCALE]})
     return kernel.astype(merged.dtype)
 
 

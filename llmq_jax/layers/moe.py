@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float, Int
 
-from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.errors import BadInput
 from llmq_jax.field_types import check_fields, create
 from llmq_jax.layers.activations import ACTIVATIONS
 from llmq_jax.layers.attention import Context
@@ -102,8 +102,7 @@ class Experts:
         size = self.intermediate_size
         self._require(size is None or size >= 1, "intermediate_size", "must be at least 1")
         self._require(self.top_k <= self.num_experts, "top_k", f"is more than num_experts={self.num_experts}")
-        if self.score not in SCORES:
-            raise BadInput(f"experts: score={self.score!r}; {did_you_mean(self.score, SCORES)}")
+        self._require(self.score in SCORES, "score", f"is none of {', '.join(SCORES)}")
         self._require(
             self.activation is None or self.activation in ACTIVATIONS,
             "activation",

@@ -16,6 +16,7 @@ from llmq_jax.field_types import as_type, has_type, type_name, whole
 from llmq_jax.layers.axes import constrain_like_params
 from llmq_jax.layers.positions import Rope
 from llmq_jax.models import deepseek3, gemma, gpt2, llama3, mistral, mixtral, qwen
+from llmq_jax.models.config import GLOBAL, LOCAL, ROPE_FIELDS
 from llmq_jax.models.decoder import SHAPES_ALONE, Decoder
 from llmq_jax.models.deepseek3 import DeepSeek3, DeepSeekV3Config
 from llmq_jax.models.gemma import Gemma, Gemma2Config, Gemma3Config
@@ -101,6 +102,9 @@ def preset(name: str, **overrides: Any) -> Any:
 def override(config: Any, **changes: Any) -> Any:
     """The config with some fields changed; an unknown field is BadInput. A dict of RoPE's parameters that has no base
     keeps the config's, as the scalings of model cards mean it."""
+    ropes = changes.get(ROPE_FIELDS[GLOBAL])
+    if isinstance(ropes, Mapping) and ropes.keys() == ROPE_FIELDS.keys() and not changes.get(ROPE_FIELDS[LOCAL]):
+        changes |= {field: ropes[kind] for kind, field in ROPE_FIELDS.items()}
     for field, value in changes.items():
         _require_field(type(config), field)
         if isinstance(rope := getattr(config, field), Rope) and isinstance(value, Mapping):

@@ -365,9 +365,9 @@ class Decoder(nn.Module):
             parts.append(f"{choices[None].name} elsewhere" if parts else choices[None].name)
         obstacle = next((choice.obstacle for choice in choices.values() if choice.obstacle), None)
         why = f"; the fused kernel cannot run: {obstacle}" if obstacle else ""
-        blocks = {type(block).__module__.partition(".")[0] for block in self.unbound_blocks().values()}
-        others = blocks != {"llmq_jax"} and self.attention == "auto"  # which may call `attention` with a `formula`
-        own = "; plain where a layer has a formula of its own" if others else ""
+        packages = {type(block).__module__.partition(".")[0] for block in self.unbound_blocks().values()}
+        scripts = packages != {"llmq_jax"}  # whose blocks may call `attention` with a `formula`
+        own = "; plain where a layer has a formula of its own" if scripts and self.attention == "auto" else ""
         return f"attention: {', '.join(parts)}{why}{own}"
 
     @nn.nowrap

@@ -35,6 +35,7 @@ from llmq_jax.layers.positions import Rope
 from llmq_jax.models.config import (
     GLOBAL,
     LOCAL,
+    ROPE_FIELDS,
     require,
     require_at_least,
     require_one_of,
@@ -193,7 +194,8 @@ class Gemma3Config(Gemma2Config):
     vocab_size: int = 262208
     max_position_embeddings: int = 131072
     rope_parameters: Rope | dict[str, Any] = SLOW
-    """The base of RoPE in global layers, and its scaling."""
+    """The base of RoPE in global layers, and its scaling; or, as in transformers, a dict of both kinds' parameters:
+    {"full_attention": ..., "sliding_attention": ...}."""
     local_rope_parameters: Rope | dict[str, Any] = FAST
     """The base of RoPE and its scaling in local layers: one of `layers.positions`, or a dict as in config.json."""
     attn_logit_softcapping: float | None = None
@@ -206,11 +208,13 @@ class Gemma3Config(Gemma2Config):
 
     def _take_ropes_by_kind(self) -> None:
         """Part `rope_parameters` that are, as in transformers, an object of both kinds' parameters."""
-        given, names = self.rope_parameters, ("rope_parameters", "local_rope_parameters")
-        if isinstance(given, dict) and given.keys() - {"rope_theta"} == {LOCAL, GLOBAL}:  # `override` may add a base
+        given = self.rope_parameters
+        if isinstance(given, dict) and given.keys() & ROPE_FIELDS.keys():
+            rule = f"must have {' and '.join(ROPE_FIELDS)} alone"
+            require(given.keys() == ROPE_FIELDS.keys(), self, "rope_parameters", rule)
             rule = f"stands beside rope_parameters.{LOCAL}; give one of them"
             require(self.local_rope_parameters == FAST, self, "local_rope_parameters", rule)
-            for name, kind in zip(names, (GLOBAL, LOCAL), strict=True):
+            for kind, name in ROPE_FIELDS.items():
                 object.__setattr__(self, name, given[kind])
 
     @property

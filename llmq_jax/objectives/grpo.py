@@ -79,7 +79,8 @@ class LossOptions:
     """How far above 1 the ratio may rise before a good answer no longer pushes it up; by default as clip_low, DAPO has
     0.28. For cispo the greatest ratio itself; 5.0 by default."""
     beta: float = 0.0
-    """β, the coefficient of the distance from the reference. 0: no reference is read."""
+    """β, the coefficient of the distance from the reference. 0: none; a reference given to `grpo_loss` is measured, by
+    k3, and no more."""
     kl: str | None = None
     """The estimator of the distance from the reference, see `kl_estimate`; k3 by default."""
     kl_by_ratio: bool = False
@@ -167,8 +168,9 @@ def grpo_loss(
 
     Options, None being the loss type's own: the ratio is kept within 1 - `clip_low` (0.2) and 1 + `clip_high` (as
     `clip_low`; for cispo the greatest ratio itself, 5); `beta` weighs the distance from the reference, estimated by
-    `kl` (k3), `kl_by_ratio` times the ratio; dr_grpo divides by `max_length`, the longest that an answer may be in any
-    batch (C); `entropy_coefficient` is that of the bonus; the temperatures are sapo's (1, 1.05). More in `LossOptions`.
+    `kl` (k3), `kl_by_ratio` times the ratio; dr_grpo divides by `max_length`, the longest that an answer may be, or by
+    C, so give it where batches differ in width; `entropy_coefficient` is that of the bonus; the temperatures are sapo's
+    (1, 1.05). More in `LossOptions`.
 
     `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
     of micro-batches, except those called min and max, then add up to the batch's. Value and gradient equal TRL's.

@@ -23,8 +23,8 @@ import dataclasses
 import errno
 import math
 import os
-import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -108,7 +108,7 @@ class Checkpoints:
         """Steps of the committed checkpoints, in order."""
         if not self.folder.is_dir():
             return []
-        numbers = (name for name in os.listdir(self.folder) if re.fullmatch(r"\d+", name))
+        numbers = filter(str.isdecimal, os.listdir(self.folder))
         return sorted(int(name) for name in numbers if self.path(int(name)).name == name)  # "300" is somebody's copy
 
     def latest_step(self) -> int | None:
@@ -138,13 +138,13 @@ class Checkpoints:
         judged_by: JudgedBy = ("loss", "lowest"),
         value: float | None = None,
         tokens: int = 0,
-        best: int | None = None,
+        best_step: int | None = None,
     ) -> Path:
         """Commit the state, any pytree of arrays, as the checkpoint of `step`; then delete what need not be kept.
 
         `model_config` is a dict or a config dataclass; `tokenizer` has a method `save(folder)`; `value` is that of the
-        mean `judged_by`, where the step was evaluated; `best` is the step, this or an earlier one, whose checkpoint
-        stays. A save that fails, as where there is no room, leaves nothing behind.
+        mean `judged_by`, where the step was evaluated; the checkpoint of `best_step`, this or an earlier one, stays. A
+        save that fails, as where there is no room, leaves nothing behind.
         """
         target = self.path(step)
         saving = self.folder / f"{SAVING}{target.name}"
@@ -180,7 +180,7 @@ class Checkpoints:
             raise
         if first():
             sync_folder(self.folder)
-        self.delete_old(best)
+        self.delete_old(best_step)
         return target
 
     def restore(self, example: Any, step: int | None = None, warn: Callable[[str], None] = print) -> Restored | None:
@@ -212,11 +212,12 @@ class Checkpoints:
                 warn(f"warning: {error}; going back to an earlier one")
         return None
 
-    def delete_old(self, best: int | None = None) -> None:
-        """Delete the checkpoints that need not be kept. Each save ends with it, unless the process is killed."""
+    def delete_old(self, best_step: int | None = None) -> None:
+        """Delete the checkpoints that need not be kept: all but the last ones and that of `best_step`. Each save ends
+        with it, unless the process is killed."""
         steps = self.steps() if first() else []
         for step in steps[: -self.keep_last]:
-            if step != best:
+            if step != best_step:
                 self._delete(self.path(step))
         wait_for_all("old checkpoints deleted")
 
@@ -241,11 +242,9 @@ class Checkpoints:
     def _delete(self, checkpoint: Path) -> None:
         """Delete a checkpoint, if it is there. What cannot be deleted, as on NFS while another process has a file of it
         open, is hidden at least, and the run goes on."""
-        hidden = self.folder / f"{DELETING}{checkpoint.name}"
-        with contextlib.suppress(FileNotFoundError):
-            if hidden.exists():  # an earlier one of this step
-                shutil.rmtree(hidden, ignore_errors=True)
-            os.rename(checkpoint, hidden)
+        if checkpoint.exists():
+            hidden = Path(tempfile.mkdtemp(prefix=DELETING, dir=self.folder))
+            os.rename(checkpoint, hidden / checkpoint.name)
             shutil.rmtree(hidden, ignore_errors=True)
 
 

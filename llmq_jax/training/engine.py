@@ -260,7 +260,7 @@ class _Loop:
             assert self.checkpoints is not None
             self.state, info, self.loss = resumed
             self.step, self.tokens, self.newest = info.step, info.tokens, self.checkpoints.path(info.step)
-            self.checkpoints.delete_old(self.best_saved())  # which a kill may have kept its save from
+            self.checkpoints.delete_old(self.best_to_keep())  # the save before may have been killed before it did
             if early := self.stop_early():
                 say(early)
         elif self.options.branch_from is not None:
@@ -357,14 +357,14 @@ class _Loop:
     def pause(self, stop: StopSignals) -> None:
         """Do what is due between this step and the next. A checkpoint comes after the evaluation, whose loss it stores,
         and before a sample, which may fail."""
-        best_to_keep, early = False, None
+        is_best, early = False, None
         with self.one_line() as said:  # an evaluation and the checkpoint that mostly follows it
             if self.options.due(self.options.evaluate_every, self.step):
                 said.append(self.evaluation())
-                best_to_keep = bool(self.options.checkpoint_every) and self.best_saved() == self.step
+                is_best = bool(self.options.checkpoint_every) and self.best_to_keep() == self.step
                 early = self.stop_early()
             options, step = self.options, self.step
-            if options.due(options.checkpoint_every, step) or best_to_keep or stop.received:
+            if options.due(options.checkpoint_every, step) or is_best or stop.received:
                 with self.time.on("checkpoints", step):
                     said += self.save(needed=step == options.steps or stop.received is not None)
         if early:
@@ -402,9 +402,9 @@ class _Loop:
         record = {"step": self.step, "tokens": self.tokens, **means}
         return self.recorder.evaluation(record, self.validation.judged_by[0])
 
-    def best_saved(self) -> int | None:
-        """The best of the steps that have a checkpoint and of this one, if the best is to be kept. The best step so far
-        may have none: its checkpoint was damaged, or found no room."""
+    def best_to_keep(self) -> int | None:
+        """The best of this step and of those that have a checkpoint, if the best is to be kept. It need not be the best
+        so far, whose checkpoint may have been damaged or found no room."""
         if self.checkpoints is None or not self.options.keep_best:
             return None
         return self.validation.best_step({*processes.of_first(self.checkpoints.steps), self.step})
@@ -440,7 +440,7 @@ class _Loop:
                 judged_by=self.validation.judged_by,
                 value=self.validation.values.get(self.step),
                 tokens=self.tokens,
-                best=self.best_saved(),
+                best_step=self.best_to_keep(),
             )
         except Exception as error:
             why = full_disk(error)

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (2, 2)), (0, (7, 2, 2, 2)))
 Point = tuple[int, float]
 """(step, value)"""
 Points = list[Point]
-PANEL_TITLE = 870
+TITLE_POINTS = 870
 """The font size in which a title of one character would fill all columns of panels."""
 ACROSS = {"step": "steps", "tokens": "tokens seen", "seconds": "seconds of training"}
 """{what curves may be drawn over: the label of that axis}"""
@@ -54,16 +54,16 @@ def plot_losses(folder: str | Path) -> Path:
 
 
 def plot_comparison(
-    folders: Sequence[str | Path], path: str | Path, metric: str | None = None, across: str = "step"
+    folders: Mapping[str, str | Path], path: str | Path, metric: str | None = None, across: str = "step"
 ) -> Path:
-    """Draw a metric of several runs as `path`, over steps, tokens or seconds (`ACROSS`). `metric` None: the validation
-    losses, or the training losses where a run has no other."""
-    runs = dict(zip(run_names(folders), (read_records(Path(folder)) for folder in folders), strict=True))
+    """Draw a metric of several runs, {name: folder}, as `path`, over steps, tokens or seconds (`ACROSS`). None is the
+    validation losses, or the training losses where a run has no other."""
+    runs = {name: read_records(Path(folder)) for name, folder in folders.items()}
     validated = all(curve(records, "validation_loss") for records in runs.values())
     name = "validation_loss" if metric is None and validated else metric
     title = metric or ("validation loss" if validated else "training loss")
     drawn, axes = blank_axes(title, list(runs.values()), across)
-    axes.set_ylabel(metric or _loss_with_unit(folders), color=INK, parse_math=False)
+    axes.set_ylabel(metric or _loss_with_unit(folders.values()), color=INK, parse_math=False)
     for index, (run, records) in enumerate(runs.items()):
         if metric is not None:
             require_metric(run, records, metric)
@@ -82,7 +82,7 @@ def plot_comparison(
     return save_figure(drawn, path)
 
 
-def _loss_with_unit(folders: Sequence[str | Path]) -> str:
+def _loss_with_unit(folders: Iterable[str | Path]) -> str:
     """The label of the axis of losses, with their unit where it is known and the same in all runs."""
     units = {LOSS_UNITS.get(str((read_run_config(Path(folder) / CONFIG) or {}).get("recipe"))) for folder in folders}
     unit = units.pop()
@@ -150,7 +150,7 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
     figure = blank_figure((10.0, 5.2 / columns * rows))
     for index, (title, curves) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        size = min(10.0, PANEL_TITLE / columns / len(title))  # a long one must not run out of the figure
+        size = min(10.0, TITLE_POINTS / columns / max(1, len(title)))  # a long one must not run out of the figure
         axes.set_title(title, loc="left", color=INK, fontsize=size, fontweight="bold", parse_math=False)
         for number, (colour, (name, points)) in enumerate(zip(RUN_COLOURS, curves.items(), strict=False)):
             _draw(axes, points, colour, name, number=number)
@@ -166,12 +166,16 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
     return figure
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in this folder, as far as its files tell."""
+    return (folder / METRICS).is_file() or read_run_config(folder / CONFIG) is not None
+
+
 def read_records(folder: Path) -> list[Record]:
     """The metrics of a run; BadInput where there are none."""
-    measured = (folder / METRICS).is_file()
-    if not measured and read_run_config(folder / CONFIG) is None:
+    if not is_run(folder):
         raise BadInput(f"no {METRICS} in {folder}; give the folder of a run")
-    records = read_metrics(folder / METRICS) if measured else []
+    records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     if not records:
         raise BadInput(f"{folder / METRICS} has no records yet; train for some steps first")
     return records

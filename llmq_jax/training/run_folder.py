@@ -156,11 +156,10 @@ class RunFolder:
         if differing := differences(saved, self.config, (*may_change, BRANCH)):
             if not has_trained(self.path):
                 return False
-            same = "its own options and data" if any("_sha256 " in each for each in differing) else "its own options"
             raise BadInput(
-                f"{self.path} holds a run with other options: {', '.join(differing)}; with {same} it goes on; for "
-                f"others name another folder, where --branch-from {self.path} begins with this one's state, as for "
-                "more steps"
+                f"{self.path} holds a run with other options: {', '.join(differing)}; with its own options and data it "
+                f"goes on; for others name another folder, where branch_from={self.path} begins with this one's state, "
+                "as for more steps"
             )
         return True
 

@@ -64,8 +64,7 @@ class Validation:
 
     def best_step(self, among: Collection[int] | None = None) -> int | None:
         """The best step, of all or of those `among`, the earliest on a tie; None where none of them was judged."""
-        judged = self.values if among is None else sorted(self.values.keys() & among)
-        return min(judged, key=self.cost, default=None)
+        return min((step for step in self.values if among is None or step in among), key=self.cost, default=None)
 
     def best_loss(self) -> float | None:
         """The validation loss of the best step, where that is what the run is judged by."""

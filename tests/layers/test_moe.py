@@ -486,7 +486,7 @@ def test_layers_are_counted_in_order():
         ({"dispatch": "capacity", "capacity_factor": math.inf}, "capacity_factor=inf must be finite"),
         ({"scaling_factor": math.inf}, "scaling_factor=inf must be positive, and finite"),
         ({"dispatch": "sorted"}, "dispatch='sorted' is unknown"),
-        ({"score": "tanh"}, "score='tanh'; choose from softmax, sigmoid"),
+        ({"score": "tanh"}, "score='tanh' is none of softmax, sigmoid"),
         ({"activation": "prelu"}, "activation='prelu' is none of"),
         ({"shared_weight": True}, "has no effect without num_shared"),
         ({"experts": 3}, "there is no field 'experts'"),

@@ -343,8 +343,10 @@ def test_ropes_by_the_kind_of_layer_as_in_transformers():
     expected = Gemma3Config(rope_parameters=scaling, local_rope_parameters={"rope_theta": 500.0})
     assert Gemma3Config(rope_parameters=both) == expected
     assert override(Gemma3Config(), rope_parameters=both) == expected
+    slower = override(Gemma3Config(local_rope_parameters={"rope_theta": 700.0}), rope_parameters=both)
+    assert slower.local_rope_parameters.rope_theta == 500.0
     for wrong in (both | {"rope_type": "linear"}, {GLOBAL: scaling}):
-        with pytest.raises(BadInput, match=r"rope_parameters\.full_attention is not a parameter of rope_type"):
+        with pytest.raises(BadInput, match=r"rope_parameters=.* must have full_attention and sliding_attention alone"):
             Gemma3Config(rope_parameters=wrong)
     with pytest.raises(BadInput, match=r"local_rope_parameters=.* beside rope_parameters\.sliding_attention"):
         Gemma3Config(rope_parameters=both, local_rope_parameters=scaling)
