@@ -102,7 +102,7 @@ def main(options: Options) -> Any:
     from llmq_jax.training import engine, resuming, step
     from llmq_jax.training.metrics import printable
     from llmq_jax.training.parts import whole
-    from llmq_jax.training.processes import of_first
+    from llmq_jax.training.processes import first, of_first
     from llmq_jax.training.sharding import own_rows, row_share
     from llmq_jax.weight_digest import weight_digest
 
@@ -153,7 +153,11 @@ def main(options: Options) -> Any:
         reference = None if learning else other_reference(options, source)
     digest = None if reference is None else weight_digest(reference.variables)
     with resuming.open_folder(options.out, run_options(options), **settings) as folder:
-        found, asked = reference_logprobs(options, reference, digest, learning, parts, folder.path / REFERENCE_FILE)
+        # Of a run that failed before its first step they may be those of other pairs.
+        path = folder.path / REFERENCE_FILE
+        if first() and not folder.resumed:
+            path.unlink(missing_ok=True)
+        found, asked = reference_logprobs(options, reference, digest, learning, parts, path)
         del reference  # a second model, or whole copies of layers that were cut in two
         columns = {name: {"reference_logprobs": logprobs} for name, logprobs in found.items()}
         size, longest = options.batch_size, options.context

@@ -54,7 +54,7 @@ def main(options: Options) -> None:
     for title in ("steps", *titles, "tokens/s"):
         table.add_column(title, justify="right")
     for name, run in runs.items():
-        table.add_row(*map(Text, (name, *cells(run, options.metric))))  # brackets are no style
+        table.add_row(*map(Text, (name, *run.cells)))  # brackets are no style
     if options.metric is not None:
         print(options.metric)
     print_table(table)
@@ -79,6 +79,8 @@ class Run(NamedTuple):
     judge: tuple[str, str] | None
     """What its best step is judged by, a mean of the validation or GRPO's reward, and whether the lowest or highest
     value is best."""
+    cells: list[str]
+    """Those of its row, after its name."""
 
 
 def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
@@ -94,12 +96,14 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
             if options.metric is not None:
                 require_metric(name, records, options.metric)
             positions(name, records, options.x or "step")  # which refuses records without this axis
+            judge = judged_by(folder, records)
+            row = cells(records, judge, options.metric)
         except BadInput as fault:
             if not is_run(folder):
                 raise
             faults.append(fault)
         else:
-            runs[name] = Run(folder, records, judged_by(folder, records))
+            runs[name] = Run(folder, records, judge, row)
     if not runs:
         raise faults[0]
     for left_out in faults:
@@ -129,14 +133,11 @@ def common_metric(runs: list[Run]) -> str | None:
     return next((name for name in names if all(curve(run.records, name) for run in runs)), None)
 
 
-def cells(run: Run, metric: str | None) -> list[str]:
-    """The cells of a run's row, after its name: of the given metric or, where that is None, of what the run is judged
-    by."""
+def cells(records: list[dict[str, Any]], judge: tuple[str, str] | None, metric: str | None) -> list[str]:
+    """`Run.cells`: of the given metric or, where that is None, of what the run is judged by."""
     import statistics
 
     from llmq_jax.training.plots import curve, shown_value, training_curve
-
-    records = run.records
 
     def last(points: list[tuple[int, float]]) -> str:
         return shown_value(points[-1][1]) if points else ""
@@ -149,7 +150,7 @@ def cells(run: Run, metric: str | None) -> list[str]:
         return [shown_value(value), f"{step:,}"]
 
     if metric is None:
-        mean, best = run.judge or ("", "lowest")
+        mean, best = judge or ("", "lowest")
         found = curve(records, f"validation_{mean}")
         made = [point for point in found if point[0] > 0]  # the best step is one that the run has made
         trained = curve(records, "reward") if mean == "reward" else training_curve(records)  # GRPO's loss is about 0

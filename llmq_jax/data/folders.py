@@ -32,9 +32,10 @@ def looked_in(path: Path) -> str:
     if path.is_absolute():
         return ""
     where = f"; paths are looked up from {Path.cwd()}"
-    if len(path.parts) != 2 or path.suffix or path.parent.exists():
+    if len(path.parts) != 2 or path.suffix or path.parts[0][0] in ".~" or path.parent.exists():
         return where
-    return f"{where}; of the hub download it first: hf download --repo-type dataset {path} --local-dir {path.name}"
+    command = f"hf download --repo-type dataset {path} --local-dir {path.name}"
+    return f"{where}; if it is a data set on the hub, download it first: {command}"
 
 
 DataPath = str | Path | FolderFiles

@@ -195,9 +195,9 @@ PRODUCTS = frozenset(
 MAKE_BYTES = frozenset(("encode", "to_bytes"))
 """Methods that make bytes, of which nothing would be counted."""
 FIELD = {"%": "%", "format": "{", "format_map": "{"}
-WIDTHS = {"%": re.compile(r"%[^%a-zA-Z]*(\*|\d{5})"), "%(": re.compile(r"\*|\d{5}"), "{": re.compile(r"\{|\d{5}")}
-"""Finds a width of five digits or more, or one that is itself an argument: in a text for `%`, in one whose fields have
-names in parentheses, which may hold anything, and in what follows the colon of a field for `format`."""
+WIDTHS = {"%": re.compile(r"[%)][^%a-zA-Z]*(\*|\d{5})"), "{": re.compile(r"\{|\d{5}")}
+"""Finds a width of five digits or more, or one that is itself an argument: in a text for `%`, behind the sign or the
+name in parentheses, and in what follows the colon of a field for `format`."""
 
 
 def _sandbox_of(context: Context) -> Sandbox:
@@ -263,7 +263,7 @@ def _check_bound(name: str, operands: tuple[Any, ...]) -> None:
 
 def _has_wide_field(name: str, text: str) -> bool:
     if name == "%":
-        return WIDTHS["%(" if "%(" in text else "%"].search(text) is not None
+        return WIDTHS["%"].search(text) is not None
     return any(spec and WIDTHS["{"].search(spec) for _, _, spec, _ in Formatter().parse(text))
 
 

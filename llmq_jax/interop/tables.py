@@ -223,7 +223,7 @@ class WeightTable:
     def lazy_state_dict(self, variables: dict[str, Any], config: Any, dtype: Any = None) -> dict[str, LazyTensor]:
         """Our variables, or any tree of that structure, as a state dict; tensors are made when asked for. Leaves are
         arrays, or anything with a shape and a type that gives its parts by index. A tree without `params` is one of
-        that collection's structure, such as its gradient, and gives its tensors alone.
+        that collection's structure, such as its gradient, and gives its tensors alone (without a router's biases).
 
         `dtype` is that of parameters, as in `from_state_dict`.
         """

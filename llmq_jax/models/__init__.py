@@ -117,7 +117,7 @@ def override(config: Any, **changes: Any) -> Any:
             if changes.get(field):
                 raise BadInput(
                     f"{field}={changes[field]!r} has no effect beside experts, which have a balance of their own; give "
-                    "one of the two"
+                    "it there"
                 )
     return changed
 

@@ -168,9 +168,9 @@ def grpo_loss(
 
     Options, None being the loss type's own: the ratio is kept within 1 - `clip_low` (0.2) and 1 + `clip_high` (as
     `clip_low`; for cispo the greatest ratio itself, 5); `beta` weighs the distance from the reference, estimated by
-    `kl` (k3), `kl_by_ratio` times the ratio; dr_grpo divides by `max_length`, the longest that an answer may be, or by
-    C, so give it where batches differ in width; `entropy_coefficient` is that of the bonus; the temperatures are sapo's
-    (1, 1.05). More in `LossOptions`.
+    `kl` (k3), `kl_by_ratio` times the ratio; dr_grpo divides by `max_length`, the longest that an answer may be (C,
+    where the answers are a whole batch; give it where batches differ in width); `entropy_coefficient` is that of the
+    bonus; the temperatures are sapo's (1, 1.05). More in `LossOptions`.
 
     `weights`: if the answers are a micro-batch, `loss_weights` of the whole batch's mask. Losses, gradients and metrics
     of micro-batches, except those called min and max, then add up to the batch's. Value and gradient equal TRL's.
@@ -183,7 +183,7 @@ def grpo_loss(
 
     BadInput: a loss type that is unknown, an option that it ignores or that is out of range, beta without a reference.
     """
-    if loss_type == "dr_grpo" and max_length is None:
+    if loss_type == "dr_grpo" and max_length is None and weights is None:
         max_length = mask.shape[1]
     options = LossOptions(
         loss_type=loss_type,

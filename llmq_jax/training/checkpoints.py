@@ -124,6 +124,16 @@ class Checkpoints:
                     return info.judged_by, "highest" if info.best == "highest" else "lowest"
         return None
 
+    def values(self, judged_by: JudgedBy) -> list[tuple[int, float]]:
+        """(step, value) of the checkpoints whose steps were judged by this."""
+        found = []
+        for step in self.steps():
+            with contextlib.suppress(CorruptCheckpoint, BadInput):
+                info = read_info(self.path(step))
+                if info.value is not None and (info.judged_by, info.best) == judged_by:
+                    found.append((step, info.value))
+        return found
+
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, or would be."""
         return self.folder / f"{step:08d}"

@@ -82,7 +82,9 @@ def resume(
     assert restored is not None
     step = restored.info.step
     history = read_history(folder, step, validation.name)
-    validation.take_up(history.judged, history.validation_losses)
+    # The best checkpoint stays where metrics.jsonl, or its line there, is lost.
+    judged = dict(processes.of_first(lambda: checkpoints.values(validation.judged_by))) | dict(history.judged)
+    validation.take_up([(at, judged[at]) for at in sorted(judged) if at <= step], history.validation_losses)
     check_rates(folder, history.learning_rates, learning_rates)
     checkpoints.set_aside_after(step)
     say(f"resuming {folder.path} from step {step}")

@@ -25,8 +25,9 @@ import jax
 from llmq_jax.atomic_files import json_bytes, lock_file, write_json_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.json_text import parse_json
-from llmq_jax.training.metrics import METRICS
+from llmq_jax.training.metrics import METRICS, SAMPLES
 from llmq_jax.training.processes import first, same, share, together
+from llmq_jax.training.trackers import WANDB_ID
 
 CONFIG, LOCK, FINISHED = "config.json", "run.lock", "finished.json"
 MARK = "run_format"
@@ -99,6 +100,9 @@ class RunFolder:
         # Once more under the lock: another process may have begun here a moment ago.
         self.resumed = self._check(may_change)
         if not self.resumed:
+            if (self.path / CONFIG).exists():
+                print(f"{self.path} holds a run with other options that failed before its first step: begun anew")
+                (self.path / WANDB_ID).unlink(missing_ok=True)  # W&B would keep what the failed one has sent
             write_json_atomically(self.path / CONFIG, self.config)
 
     @property
@@ -180,6 +184,8 @@ def has_trained(folder: Path) -> bool:
     """Whether anything that a step left is there. Nothing is where a run failed before: at a reward that raises, or for
     want of memory. It is begun again with an option or a file mended."""
     if (folder / FINISHED).exists() or any((folder / "checkpoints").glob("*")):
+        return True
+    if (folder / SAMPLES).is_file() and (folder / SAMPLES).stat().st_size > 0:
         return True
     path = folder / METRICS
     lines = path.read_bytes().splitlines() if path.is_file() else []

@@ -15,6 +15,8 @@ from llmq_jax.atomic_files import AppendedFile, write_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import Record
 
+WANDB_ID = "wandb_id.txt"
+
 
 class TensorBoard:
     """Event files in `folder`; events of steps after `resume_step`, from before a kill, are purged.
@@ -62,7 +64,7 @@ class WeightsAndBiases:
         import wandb
 
         folder = Path(folder)
-        id_file = folder / "wandb_id.txt"
+        id_file = folder / WANDB_ID
         if not id_file.exists():
             write_atomically(id_file, wandb.util.generate_id().encode())
         self._run = wandb.init(

@@ -69,7 +69,7 @@ class Validation:
     def best_loss(self) -> float | None:
         """The validation loss of the best step, where that is what the run is judged by."""
         best = self.best_step()
-        return None if best is None or self.name != LOSS else self.losses[best]
+        return None if best is None or self.name != LOSS else self.values[best]
 
     def cost(self, step: int) -> float:
         """The value that a step is judged by, negated if highest is best, so that lower is better."""

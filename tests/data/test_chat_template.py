@@ -61,7 +61,8 @@ TEMPLATES = {
 {%- else %}nobody{% endfor %}
 {{- state.users }}{{ state.last * 2 }}{% for a, b in dict(x=1, y=2).items() if b > 1 %}{{ a }}{{ b }}{% endfor %}
 {%- for word in messages[0].content.split() | reverse %}<{{ word }}>{% else %}-{% endfor %}
-{%- for i in range(3, 0, -1) %}{{ i * 2 }}{{ '%02d' % i }}{% endfor %}{% for x in nothing %}{% else %}.{% endfor %}""",
+{%- for i in range(3, 0, -1) %}{{ i * 2 }}{{ '%02d' % i }}{% endfor %}
+{{- '12345 **%(n)s** says' % {'n': 1} }}{% for x in nothing %}{% else %}.{% endfor %}""",
     "macros": """\
 {%- macro turn(role, text='') -%}
 <{{ role }}>{{ text }}{{ caller() if caller else '' }}{{ kwargs | tojson }}

@@ -137,6 +137,12 @@ def test_the_reference_attends_as_the_policy(dpo, files, monkeypatch):
     saved.write_bytes(saved.read_bytes()[:-100])
     code, _, errors = dpo(*options, "--train=all")
     assert code == 2 and "reference_logprobs.npz is damaged (" in errors and errors.count("\n") == 1
+    # As a run leaves its folder that failed before its first step: what it asked may be of other pairs.
+    shutil.rmtree("run/checkpoints")
+    for file in ("finished.json", "metrics.jsonl", "samples.txt"):
+        Path("run", file).unlink(missing_ok=True)
+    code, output, _ = dpo(*options, "--train=all", "--split-seed=3")
+    assert code == 0 and "begun anew" in output and "asking the reference" in output
 
 
 def test_the_distance_to_a_reference_of_a_shorter_context(dpo, tmp_path, monkeypatch):

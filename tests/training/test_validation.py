@@ -143,6 +143,15 @@ def test_an_evaluation_is_one_short_line_with_its_checkpoint(show, told, tmp_pat
     assert {f"validation_{name}": value for name, value in means.items()}.items() <= records[-1].items()
 
 
+def test_the_best_checkpoint_stays_where_the_metrics_are_lost(tmp_path):
+    folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
+    with pytest.raises(RuntimeError, match="no batch"):
+        quiet(folder, Batches(broken_at(13)), evaluate=rewarding(), **REWARDED)
+    (folder / "metrics.jsonl").unlink()
+    assert quiet(folder, evaluate=rewarding(begin=8), **REWARDED)[0].best_step == 8
+    assert checkpoints.steps() == [8, 20]
+
+
 def test_a_new_best_is_what_no_checkpoint_is_as_good_as(tmp_path):
     """Where that of the best step has gone, the next one that is better than those left stays."""
     folder, checkpoints = tmp_path / "run", Checkpoints(tmp_path / "run/checkpoints")
