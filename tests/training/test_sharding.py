@@ -104,7 +104,7 @@ def test_a_parameter_is_divided_by_what_divides_it():
     [
         ("data=2,model=4", "unknown axis 'model'"),
         ("data=2,data=4", "data is there twice"),
-        ("data", "is no size; write data=2"),
+        ("data", "is no axis with its size; write data=2,fsdp=4"),
         ("data=0", "is no size"),
         ("data=3", "and JAX has 1; sizes multiply to the number of devices; to try it on a CPU, set XLA_FLAGS="),
         ("data=2,tensor=4", "is for 2 x 4 = 8 devices, and JAX has 1"),
