@@ -100,8 +100,13 @@ def preset(name: str, **overrides: Any) -> Any:
 
 
 def override(config: Any, **changes: Any) -> Any:
-    """The config with some fields changed; an unknown field is BadInput. A dict of RoPE's parameters that has no base
-    keeps the config's, as the scalings of model cards mean it."""
+    """The config with some fields changed. A dict of RoPE's parameters that has no base keeps the config's, as the
+    scalings of model cards mean it.
+
+    BadInput: there is no such field; the fields contradict each other; or a coefficient of a balance loss
+    (`router_aux_loss_coef`, `balance`) is among the changes where `experts` have another balance, beside which it would
+    have no effect.
+    """
     ropes = changes.get(ROPE_FIELDS[GLOBAL])
     if isinstance(ropes, Mapping) and ropes.keys() == ROPE_FIELDS.keys() and not changes.get(ROPE_FIELDS[LOCAL]):
         changes |= {field: ropes[kind] for kind, field in ROPE_FIELDS.items()}
