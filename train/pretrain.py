@@ -121,7 +121,7 @@ class Options(RecipeOptions, ModelOptions, DataOptions):  # dataclasses collect 
 # Presets that set a complete run; options given beside the preset override it.
 RUNS = {
     # Sized for two CPU cores: a model this small learns most from many small batches, and its layers are written out,
-    # which is 1.4 times as fast there as a loop. It reaches 1.52 nats a byte on held-out modules; twice the learning
+    # which is 1.4 times as fast there as a loop. It reaches 1.51 nats a byte on held-out modules; twice the learning
     # rate is too much.
     "demo": Options(
         preset="demo",

@@ -92,6 +92,34 @@ def _filtered(name: str, node: Any) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
 
+class _Dict:
+    """What a template may do with Python's `dict`, and no more: a class leads to others."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _PlainNamespace(Namespace):
+    """Jinja's, without names that begin with an underscore, which could hide Python's own attributes."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be among the names
+        self, *given = args
+        Namespace.__init__(self, _without_underscores(dict(*given, **kwargs)))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, _without_underscores({name: value})[name])
+
+
+def _without_underscores(names: dict[Any, Any]) -> dict[Any, Any]:
+    for name in names:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a namespace with the name {name!r} is unsafe: it begins with an underscore")
+    return names
+
+
 class _Spent(threading.local):
     """Steps and memory that a template has used so far. Thread-local: two threads may render the same template."""
 
@@ -115,6 +143,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.tests = {name: _stepwise(function) for name, function in self.tests.items()}
         self.filters |= {"counted": _counted, "shown": _shown, "concatenated": _concatenated, "made": _made}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.globals |= {"dict": _Dict(), "namespace": _PlainNamespace}
         del self.globals["lipsum"]  # writes as much blind text as it is asked for, in one step
 
     def compiled(self, source: str) -> Template:

@@ -131,6 +131,10 @@ def test_what_a_template_raises():
         "'{0.__class__.__base__}'.format(messages)",
         "self.__init__.__globals__",
         "cycler.__init__.__globals__.os",
+        "dict.__class__.__mro__",
+        "namespace(_x=1)",
+        "namespace({'__class__': 1})",
+        "1 }}{% set names = namespace(x=1) %}{% set names._x = 1 %}{{ 1",
     ],
 )
 def test_a_template_stays_in_its_sandbox(expression):
