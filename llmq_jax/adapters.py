@@ -43,6 +43,8 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     contradict each other or that a LoRA does not have.
     """
     require_model(lm)
+    if not isinstance(spec, LoRA | None):
+        raise BadInput(f"{spec!r:.60} is no LoRA; give one, or its fields: lq.lora(lm, rank=4)")
     if spec is not None and fields:
         raise BadInput("give a LoRA or its fields, not both")
     known = [field.name for field in dataclasses.fields(LoRA)]

@@ -206,6 +206,9 @@ def _choose_verb(
 ) -> tuple[Callable[..., Any], list[str], str]:
     """(the verb's main function, the arguments after it, the program's name with it)."""
     verb = arguments[0] if arguments else "--help"
+    if verb == "help" and arguments[1:]:
+        arguments = [arguments[1], "--help"]
+        verb = arguments[0]
     if verb in {"help", *HELP}:
         print(f"usage: {program} COMMAND [OPTIONS]\n")
         width = max(map(len, verbs))

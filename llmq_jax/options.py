@@ -93,7 +93,7 @@ def named_as_options(*same: str, **others: str) -> Iterator[None]:
     the fields `same` have the fields' names; `others` is {field: the field of its option}. The name of a config's class
     may stand before a field."""
     names = {**dict(zip(same, same, strict=True)), **others}
-    named = rf"\b(?:\w+Config\.)?({'|'.join(names)})\b(?:=('?)([^\s',;]+)\2( must)?)?"
+    named = rf"(?<![\w.])(?:\w+Config\.)?({'|'.join(names)})\b(?:=('?)([^\s',;]+)\2( must)?)?"
 
     def option(found: re.Match[str]) -> str:
         name, value, must = option_name(names[found[1]]), found[3], found[4]

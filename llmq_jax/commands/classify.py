@@ -178,6 +178,8 @@ def read(options: Options) -> list[Any]:
         where = f"--text number {number}"
         if text == "-":
             where, text = STANDARD_INPUT, without_last_break(whole_input())
+            if is_blank(text):
+                raise BadInput(f"{STANDARD_INPUT} holds no text")
         records.append(Record(where, {name: text}))
     for file in [] if options.data is None else text_files(options.data):
         if holds_records(file):

@@ -109,6 +109,8 @@ def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") ->
     A tied head has a name of its own only where the layout's files give it one (`book` and `original` do). Types are
     kept. BadInput: a layout that the architecture does not have.
     """
+    if not isinstance(variables, Mapping):
+        raise BadInput(f"{variables!r:.60} is no dict of variables; those of a LanguageModel are lm.variables")
     lazy = weight_table(config.model_type, layout).lazy_state_dict(variables, config)
     return {name: np.array(tensor) for name, tensor in lazy.items()}
 

@@ -147,7 +147,7 @@ def run(
         if run_folder is not None and run_folder.finished:
             assert loop.checkpoints is not None
             result = finished_result(run_folder, loop.checkpoints, state, validation, loop.learning_rates)
-            more = f"for more steps, begin another run with branch_from={run_folder.path}"
+            more = f"for more steps: another run with --branch-from {run_folder.path}, in Python branch_from"
             print(f"{run_folder.path} is finished already; nothing to do ({more})", file=output)
         else:
             result = loop.train(output)

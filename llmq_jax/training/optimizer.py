@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.field_types import whole
 from llmq_jax.layers.axes import FSDP, TENSOR, axis_sizes, dimensions, partition_spec, path_names
 from llmq_jax.training.roles import role, roles
 
@@ -52,6 +53,7 @@ def warmup_schedule(
     BadInput: a warm-up as long as the run, a rate that does not lie between 0 and the peak, an unknown decay, a minimum
     between 0 and the peak with "constant", decay steps without "wsd" or for which the warm-up leaves no room.
     """
+    steps, warmup_steps = whole(steps, "steps"), whole(warmup_steps, "warmup_steps")
     if warmup_steps < 0:
         raise BadInput(f"warmup_steps={warmup_steps} must not be negative")
     if warmup_steps >= steps:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import sys
 import time
@@ -160,10 +161,10 @@ class RunFolder:
         if differing := differences(saved, self.config, (*may_change, BRANCH)):
             if not has_trained(self.path):
                 return False
+            branch = f", where branch_from={self.path} begins with this one's state, as for more steps"
             raise BadInput(
                 f"{self.path} holds a run with other options: {', '.join(differing)}; with its own options and data it "
-                f"goes on; for others name another folder, where branch_from={self.path} begins with this one's state, "
-                "as for more steps"
+                f"goes on; for others name another folder{branch if any(self.checkpoints.glob('*')) else ''}"
             )
         return True
 
@@ -252,7 +253,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection
 
 
 def text_of(value: Any) -> str:
-    """A value of a config as JSON, for people: without rounding errors in the last digits of a number."""
+    """A value of a config as JSON, for people: without rounding errors in the last digits of a number, and of a SHA-256
+    the first twelve digits."""
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        value = value[:12]
 
     def rounded(value: Any) -> Any:
         if isinstance(value, list):

@@ -34,6 +34,9 @@ from llmq_jax.layers.axes import (
 )
 from llmq_jax.training.processes import share, together
 
+OTHER_NAMES = {"dp": "data", "tp": "tensor", "model": "tensor", "ep": "expert"}
+"""{axis as others call it: as it is called here}"""
+
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """Number of devices along each axis, from a text like "data=2,fsdp=4"; 1 along axes that it leaves out."""
@@ -44,7 +47,8 @@ def mesh_sizes(text: str) -> dict[str, int]:
         if not equals:
             raise BadInput(f"mesh {text!r}: {part.strip()!r} is no axis with its size; write data=2,fsdp=4")
         if name not in sizes:
-            raise BadInput(f"mesh {text!r}: unknown axis {name!r}: {did_you_mean(name, MESH_AXES)}")
+            meant = f"here it is {OTHER_NAMES[name]}" if name in OTHER_NAMES else did_you_mean(name, MESH_AXES)
+            raise BadInput(f"mesh {text!r}: unknown axis {name!r}: {meant}")
         if name in given:
             raise BadInput(f"mesh {text!r}: {name} is there twice")
         if not size.isdecimal() or int(size) < 1:

@@ -80,7 +80,7 @@ def make_train_step(
     if whole(accumulate, "accumulate") < 1:
         raise BadInput(f"accumulate={accumulate} must be at least 1")
     if mode not in MODES:
-        raise BadInput(f"mode={mode!r} is unknown; {did_you_mean(mode, MODES)}")
+        raise BadInput(f"mode={mode!r} is unknown; {did_you_mean(str(mode), MODES)}")
     pmap = mode == "pmap"
     experts = objective.model.experts
     neighbours = getattr(objective, "group_size", 1)  # consecutive rows that the objective needs together

@@ -228,7 +228,7 @@ def test_a_scalar_head_gives_a_number(llmq, tiny_model, tmp_path):
         (["--text", "a", "--data", "b"], "one of the two"),
         (["--data", "-"], "--data takes a file or a folder; for a text on standard input give --text -"),
         (["--text", "-", "--text", "-"], "--text - is given twice, and standard input is one text; give it once"),
-        (["--text", "-"], "standard input: field 'text' holds no text"),
+        (["--text", "-"], "standard input holds no text"),
         (["--text", "a", "--text-field", "b"], "--text-field has no effect without --data"),
         (["--data", "a.txt", "--text-field", "b"], "--text-field has no effect on a.txt, which has no fields"),
         (["--text", "a", "--batch-size", 0], "--batch-size is 0 and must be at least 1"),

@@ -19,6 +19,7 @@ def test_help_lists_every_verb(llmq):
     for verb in commands.VERBS:
         assert re.search(rf"^  {verb} +[A-Z].*\.$", out, re.MULTILINE)
     assert llmq() == llmq("help") == (code, out, err)
+    assert llmq("help", "models") == llmq("models", "--help")
 
 
 COMMANDS = [

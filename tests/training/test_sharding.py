@@ -102,7 +102,7 @@ def test_a_parameter_is_divided_by_what_divides_it():
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("data=2,model=4", "unknown axis 'model'"),
+        ("data=2,model=4", "unknown axis 'model': here it is tensor"),
         ("data=2,data=4", "data is there twice"),
         ("data", "is no axis with its size; write data=2,fsdp=4"),
         ("data=0", "is no size"),
