@@ -34,7 +34,7 @@ from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.metrics import OWN_LOSSES, shown_loss
 from llmq_jax.training.out_of_memory import ERRORS
 from llmq_jax.training.pace import Pace
-from llmq_jax.training.plots import plot_losses
+from llmq_jax.training.plots import is_rewarded, plot_losses, plot_rewards, read_records
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
 from llmq_jax.training.progress import TextOutput
 from llmq_jax.training.recorder import Recorder, Step
@@ -470,7 +470,10 @@ class _Loop:
         )
         if self.folder is not None and processes.first():
             if self.options.plot and (self.options.log_every or self.validation.losses):
-                plot_losses(self.folder.path)
+                if is_rewarded(read_records(self.folder.path)):
+                    plot_rewards(self.folder.path)
+                else:
+                    plot_losses(self.folder.path)
                 plot_experts(self.folder.path)
             self.folder.mark_finished(result.figures())
             if self.options.plot:

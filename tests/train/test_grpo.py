@@ -195,7 +195,8 @@ def test_what_is_rewarded_becomes_likelier(grpo, drawn):
     samples = Path("run/samples.txt").read_text()
     assert samples.count("-> reward ") == 2 * 4
     assert "(small " in samples and "advantage +" in samples and "advantage -" in samples and "say " in samples
-    assert Path("run/curves.png").stat().st_size > 10_000
+    assert Path("run/curves.png").stat().st_size > 10_000 and not Path("run/losses.png").exists()
+    assert "<h2>What it learned</h2>\n<img" in Path("run/report.html").read_text()
     assert lq.load("run").tokenizer is not None
     # The same command again finds it finished.
     assert "is finished already" in grpo(**options)[1]
