@@ -19,7 +19,7 @@ from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, Record, printable, read_metrics, read_samples
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, text_of
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, has_trained, read_finished, read_run_config, text_of
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
@@ -66,6 +66,8 @@ def write_report_page(folder: str | Path) -> Path:
 def report_page(folder: Path) -> str:
     """The page, as text."""
     config = read_run_config(folder / CONFIG)
+    if config is None and has_trained(folder):
+        raise BadInput(f"{folder / CONFIG} is missing or damaged; restore it from a copy")
     if config is None:
         raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
@@ -194,13 +196,15 @@ def _times(times: Mapping[str, float] | None) -> Iterator[str]:
 
 
 def _checkpoints(checkpoints: Checkpoints, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    judge, _ = checkpoints.judged_by() or ("loss", "lowest")
+    name = f"validation_{judge}"
+    values = {record["step"]: record[name] for record in records if name in record}
     rows = [
-        (f"{step:,}", _number(losses.get(step)) or "", f"{_bytes_in(checkpoints.path(step)) / 2**20:,.1f} MiB")
+        (f"{step:,}", _number(values.get(step)) or "", f"{_bytes_in(checkpoints.path(step)) / 2**20:,.1f} MiB")
         for step in checkpoints.steps()
     ]
     if rows:
-        yield _section("Checkpoints", _table(("step", "validation loss", "size"), rows))
+        yield _section("Checkpoints", _table(("step", name.replace("_", " "), "size"), rows))
 
 
 def _bytes_in(folder: Path) -> int:

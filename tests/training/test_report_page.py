@@ -102,6 +102,15 @@ def test_what_is_no_run(config, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("config", [None, "{"])
+def test_a_run_whose_config_is_lost(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BadInput, match=r"config.json is missing or damaged; restore it from a copy"):
+        write_report_page(tmp_path)
+
+
 @pytest.mark.parametrize("content", ['{"step": 2', "[1]"])
 def test_a_damaged_end_is_told(content, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
