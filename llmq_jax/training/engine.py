@@ -205,6 +205,7 @@ class _Loop:
     batch: Any = None
     """The batch of the step that is handed over next."""
     loss: float | None = None
+    reward: float | None = None
     newest: Path | None = None
     """The newest checkpoint."""
 
@@ -350,7 +351,7 @@ class _Loop:
         figures = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in figures.items():
             require_finite(name, value, done.step, self.newest)
-        self.loss = shown_loss(figures)
+        self.loss, self.reward = shown_loss(figures), figures.get("reward")
         self.pace.finished(done.step, done.tokens)
         self.recorder.step(done, figures, self.pace, self.time)
 
@@ -459,6 +460,7 @@ class _Loop:
             step=self.step,
             tokens=self.tokens,
             loss=self.loss,
+            reward=self.reward,
             validation_loss=self.validation.losses.get(self.step),
             best_validation_loss=self.validation.best_loss(),
             best_step=self.validation.best_step(),
