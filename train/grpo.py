@@ -49,14 +49,6 @@ from train.what_trains import FineTuningOptions, TuningOptions, check_what_train
 LORA_RATE, FULL_RATE = 1e-5, 1e-6
 SAMPLES, WIDTH = 4, 300
 SHOWN = ("reward", "reward_std")
-PANELS = (
-    ("reward", ("reward", "validation_reward")),
-    ("spread of rewards within a group", ("reward_std",)),
-    ("answers, tokens", ("completions/mean_length", "completions/mean_terminated_length")),
-    ("shares", ("frac_reward_zero_std", "completions/clipped_ratio")),
-    ("entropy, KL to the reference", ("entropy", "kl")),
-    ("clipped share of tokens", ("clip_ratio/low_mean", "clip_ratio/high_mean")),
-)
 
 
 @dataclass(frozen=True)
@@ -205,9 +197,6 @@ def main(options: Options) -> Any:
     from llmq_jax.objectives.grpo import GRPO
     from llmq_jax.training import engine
     from llmq_jax.training.grpo import Loop
-    from llmq_jax.training.plots import plot_panels
-    from llmq_jax.training.processes import first
-    from llmq_jax.training.report_page import write_report_page
     from llmq_jax.training.reward_learner import REWARD_MODEL
     from llmq_jax.training.rollout_scores import reward_model_of
 
@@ -296,9 +285,6 @@ def main(options: Options) -> Any:
         show=SHOWN,
         next_commands=next_commands(options.out, config, converses, prompt='"..."'),
     )
-    if options.log_every and first():
-        print(f"curves: {plot_panels(options.out, PANELS)}", flush=True)
-        write_report_page(options.out)
     learned = Path(options.out) / REWARD_MODEL
     if loop.reward_learner is not None and result.state is not None and not learned.exists():
         save(reward_model_of(score).lm.replace(variables=result.state.carried[REWARD_MODEL].variables), learned)

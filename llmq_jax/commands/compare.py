@@ -47,7 +47,7 @@ def main(options: Options) -> None:
 
     runs = read_runs(dict(zip(run_names(folders), map(Path, folders), strict=True)), options)
     kept = {name: run.folder for name, run in runs.items()}
-    titles = ["training", "validation", "last", "best", "at step"]
+    titles = ["training", "judged by", "validation", "best", "at step"]
     if options.metric is not None:
         titles = ["last", "lowest", "at step", "highest", "at step"]
     table = Table("run", box=None, header_style="bold", pad_edge=False)
@@ -69,7 +69,13 @@ def main(options: Options) -> None:
         print()
         print_table(apart)
     if options.out is not None:
-        metric = options.metric or common_metric(list(runs.values()))
+        together = runs if options.metric is not None else drawn_together(runs)
+        if left_out := [name for name in runs if name not in together]:
+            why = "judged by the reward" if is_judged_by_reward(runs[left_out[0]]) else "not judged by the reward"
+            names = ", ".join(left_out)
+            print(f"left out of the plot, as {why}: {names}; give a --metric to draw all", file=sys.stderr)
+        metric = options.metric or common_metric(list(together.values()))
+        kept = {name: run.folder for name, run in together.items()}
         print(f"drawn: {plot_comparison(kept, options.out, metric, options.x or 'step')}")
 
 
@@ -84,9 +90,9 @@ class Run(NamedTuple):
 
 
 def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
-    """The runs by name. Those that are damaged, or have not yet measured what is asked for, are told of and left out.
-    BadInput where none is left, and for a folder that is no run's."""
-    from llmq_jax.training.plots import is_run, positions, read_records, require_metric
+    """The runs by name. Those that are damaged, or have not yet measured what is asked for, and folders that are no
+    run's, are told of and left out. BadInput where none is left, and for a folder that is not there."""
+    from llmq_jax.training.plots import positions, read_records, require_metric
 
     runs: dict[str, Run] = {}
     faults: list[BadInput] = []
@@ -99,7 +105,7 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
             judge = judged_by(folder, records)
             row = cells(records, judge, options.metric)
         except BadInput as fault:
-            if not is_run(folder):
+            if not folder.exists():
                 raise
             faults.append(fault)
         else:
@@ -114,13 +120,25 @@ def read_runs(folders: dict[str, Path], options: Options) -> dict[str, Run]:
 def judged_by(folder: Path, records: list[dict[str, Any]]) -> tuple[str, str] | None:
     """`Run.judge`, as the checkpoints say; without any, the reward or else the validation loss if it was measured."""
     from llmq_jax.training.checkpoints import Checkpoints
-    from llmq_jax.training.plots import curve
+    from llmq_jax.training.plots import curve, is_rewarded
 
     if (found := Checkpoints(folder / "checkpoints").judged_by()) is not None:
         return found
-    if curve(records, "reward"):
+    if is_rewarded(records):
         return "reward", "highest"
     return ("loss", "lowest") if curve(records, "validation_loss") else None
+
+
+def is_judged_by_reward(run: Run) -> bool:
+    return run.judge is not None and run.judge[0] == "reward"
+
+
+def drawn_together(runs: dict[str, Run]) -> dict[str, Run]:
+    """The runs to draw where no metric is given. Of rewards and losses, which share no axis, those that more runs have;
+    of as many, those of the first run."""
+    rewarded = [is_judged_by_reward(run) for run in runs.values()]
+    drawn = max(rewarded, key=rewarded.count)
+    return {name: run for name, run in runs.items() if is_judged_by_reward(run) == drawn}
 
 
 def common_metric(runs: list[Run]) -> str | None:

@@ -34,7 +34,7 @@ from llmq_jax.training.host_memory import keep_freed_memory
 from llmq_jax.training.metrics import OWN_LOSSES, shown_loss
 from llmq_jax.training.out_of_memory import ERRORS
 from llmq_jax.training.pace import Pace
-from llmq_jax.training.plots import plot_losses
+from llmq_jax.training.plots import is_rewarded, plot_losses, plot_rewards, read_records
 from llmq_jax.training.profile import PROFILE, Profile, profiled_steps
 from llmq_jax.training.progress import TextOutput
 from llmq_jax.training.recorder import Recorder, Step
@@ -205,6 +205,7 @@ class _Loop:
     batch: Any = None
     """The batch of the step that is handed over next."""
     loss: float | None = None
+    reward: float | None = None
     newest: Path | None = None
     """The newest checkpoint."""
 
@@ -350,7 +351,7 @@ class _Loop:
         figures = {name: value.item() for name, value in zip(names, values, strict=True)}
         for name, value in figures.items():
             require_finite(name, value, done.step, self.newest)
-        self.loss = shown_loss(figures)
+        self.loss, self.reward = shown_loss(figures), figures.get("reward")
         self.pace.finished(done.step, done.tokens)
         self.recorder.step(done, figures, self.pace, self.time)
 
@@ -459,6 +460,7 @@ class _Loop:
             step=self.step,
             tokens=self.tokens,
             loss=self.loss,
+            reward=self.reward,
             validation_loss=self.validation.losses.get(self.step),
             best_validation_loss=self.validation.best_loss(),
             best_step=self.validation.best_step(),
@@ -470,7 +472,10 @@ class _Loop:
         )
         if self.folder is not None and processes.first():
             if self.options.plot and (self.options.log_every or self.validation.losses):
-                plot_losses(self.folder.path)
+                if is_rewarded(read_records(self.folder.path)):
+                    plot_rewards(self.folder.path)
+                else:
+                    plot_losses(self.folder.path)
                 plot_experts(self.folder.path)
             self.folder.mark_finished(result.figures())
             if self.options.plot:

@@ -1,4 +1,4 @@
-"""Loss curves as PNG: of one run, and of several beside one another."""
+"""What runs learned as PNG: of one, its losses or GRPO's rewards, and of several beside one another."""
 
 import io
 import logging
@@ -33,11 +33,25 @@ LOSS_UNITS = {
     "train.reward": "nats a pair",
 }
 """{recipe: unit of its loss, where all options have the same}. The losses of IPO and GRPO have no unit."""
+REWARDS = (
+    ("reward", ("reward", "validation_reward")),
+    ("spread of rewards within a group", ("reward_std",)),
+    ("answers, tokens", ("completions/mean_length", "completions/mean_terminated_length")),
+    ("shares", ("frac_reward_zero_std", "completions/clipped_ratio")),
+    ("entropy, KL to the reference", ("entropy", "kl")),
+    ("clipped share of tokens", ("clip_ratio/low_mean", "clip_ratio/high_mean")),
+)
+"""Panels of a run that learns from rewards: title and metrics of each."""
 
 
 def plot_losses(folder: str | Path) -> Path:
     """Draw training and validation loss of the run in `folder` over steps (below) and tokens seen (above) as
     `losses.png`, from metrics.jsonl."""
+    return save_figure(draw_losses(folder), Path(folder) / "losses.png")
+
+
+def draw_losses(folder: str | Path) -> Any:
+    """The figure of `plot_losses`."""
     folder = Path(folder)
     records = read_run(folder)
     training, validation = training_curve(records), curve(records, "validation_loss")
@@ -50,7 +64,24 @@ def plot_losses(folder: str | Path) -> Path:
     if validation:
         _draw(axes, validation, VALIDATION, "validation")
     legend(axes)
-    return save_figure(figure, folder / "losses.png")
+    return figure
+
+
+def plot_rewards(folder: str | Path) -> Path:
+    """Draw what the run in `folder` has measured of `REWARDS` over steps as `curves.png`, from metrics.jsonl."""
+    return save_figure(draw_rewards(folder), Path(folder) / "curves.png")
+
+
+def draw_rewards(folder: str | Path) -> Any:
+    """The figure of `plot_rewards`."""
+    records = read_records(Path(folder))
+    found = [(title, {name: points for name in names if (points := curve(records, name))}) for title, names in REWARDS]
+    return draw_panels([(title, curves) for title, curves in found if curves])
+
+
+def is_rewarded(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are of a run that learns from rewards, as GRPO, whose loss is about 0 whatever the policy."""
+    return any("reward" in record or "validation_reward" in record for record in records)
 
 
 def plot_comparison(
@@ -131,15 +162,6 @@ def run_names(folders: Sequence[str | Path]) -> list[str]:
         alike = (sum(other.parts[-n:] == path.parts[-n:] for other in paths) for n in lengths)
         names.append("/".join(path.parts[-next(n for n, count in zip(lengths, alike, strict=True) if count == 1) :]))
     return names
-
-
-def plot_panels(folder: str | Path, panels: Sequence[tuple[str, Sequence[str]]]) -> Path:
-    """Draw metrics of the run in `folder` over steps as `curves.png`: panels of (title, names of metrics), of which
-    those that the run has not measured are left out."""
-    folder = Path(folder)
-    records = read_metrics(folder / METRICS)
-    found = [(title, {name: points for name in names if (points := curve(records, name))}) for title, names in panels]
-    return save_figure(draw_panels([(title, curves) for title, curves in found if curves]), folder / "curves.png")
 
 
 def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 2) -> Any:

@@ -24,6 +24,8 @@ class RunResult:
     step: int
     tokens: int
     loss: float | None = None
+    reward: float | None = None
+    """Of the last step, where the run learns from rewards."""
     validation_loss: float | None = None
     best_validation_loss: float | None = None
     best_step: int | None = None
@@ -70,6 +72,8 @@ def report_text(result: RunResult, folder: Path | None, further: str = "", next_
     lines = ["", "finished: " + ", ".join(parts)]
     lines += [time_text(result.time)] if result.time else []
     losses = [] if result.loss is None else [f"training loss {result.loss:z.4f}"]
+    if result.reward is not None:  # GRPO's loss is about 0 whatever the policy
+        losses = [f"reward {result.reward:z.4f}"]
     if result.validation_loss is not None:
         best = ""
         if result.best_validation_loss is not None:

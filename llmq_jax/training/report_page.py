@@ -16,24 +16,21 @@ from llmq_jax.atomic_files import write_atomically
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.training.checkpoints import Checkpoints
-from llmq_jax.training.metrics import METRICS, SAMPLES, printable, read_metrics, read_samples
-from llmq_jax.training.plots import draw_panels
+from llmq_jax.training.metrics import METRICS, SAMPLES, Record, printable, read_metrics, read_samples
+from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, text_of
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, has_trained, read_finished, read_run_config, text_of
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
 PICTURES = {
-    "curves.png": "What it learned",
-    "losses.png": "Loss",
     "confusion.png": "Confusion on the test",
     "expert-load.png": "Load of the experts",
     "balance.png": "Balance of the experts",
 }
-"""{picture that a run may have drawn: the heading above it}. Those that GRPO draws come first: its loss tells
-little."""
+"""{picture that a run may have drawn at its end: the heading above it}. Before them comes what it learned."""
 BESIDE = ("step", "tokens", "loss", "validation_loss")
-"""Fields of records that get no curve of their own: losses.png shows them."""
+"""Fields of records that get no curve of their own: the picture of the losses shows them."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #24292f; --soft: #667085; --line: #d9dee5; --paper: #fff; --bar: #2f6fb0 }
 @media (prefers-color-scheme: dark) {
@@ -69,6 +66,8 @@ def write_report_page(folder: str | Path) -> Path:
 def report_page(folder: Path) -> str:
     """The page, as text."""
     config = read_run_config(folder / CONFIG)
+    if config is None and has_trained(folder):
+        raise BadInput(f"{folder / CONFIG} is missing or damaged; restore it from a copy")
     if config is None:
         raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
@@ -80,6 +79,7 @@ def report_page(folder: Path) -> str:
     parts = [
         f"<h1>{html.escape(name)}</h1>\n<p class=about>{html.escape(about)}</p>",
         _figures(finished or {}, records),
+        *_learned(folder, records, finished is not None),
         *(_section(title, _picture(folder / file)) for file, title in PICTURES.items() if (folder / file).is_file()),
         *_curves(records),
         *_samples(folder / SAMPLES),
@@ -115,7 +115,7 @@ def _figures(finished: dict[str, Any], records: Sequence[Mapping[str, Any]]) -> 
         "tokens": _number(found.get("tokens")),
         "reward": _number(found.get("reward")),
         "validation reward": _number(found.get("validation_reward")),
-        "loss": _number(found.get("loss")),
+        "loss": None if is_rewarded(records) else _number(found.get("loss")),
         "validation loss": _number(found.get("validation_loss")),
         "best validation loss": _number(found.get("best_validation_loss")),
         "accuracy": _number(found.get("validation_accuracy")),
@@ -134,6 +134,25 @@ def _number(value: Any, form: str = "") -> str | None:
     return form.format(value) if form else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
+def _learned(folder: Path, records: list[Record], finished: bool) -> Iterator[str]:
+    """The losses, or the curves of a run that learns from rewards: as drawn at its end, or else so far."""
+    file, title, draw = "losses.png", "Loss", draw_losses
+    if is_rewarded(records):
+        file, title, draw = "curves.png", "What it learned", draw_rewards
+    elif not any(curve(records, name) for name in ("loss", "validation_loss")):
+        return
+    if finished and (folder / file).is_file():
+        yield _section(title, _picture(folder / file))
+    else:
+        yield _section(title, _drawn(draw(folder), Path(file).stem))
+
+
+def _drawn(figure: Any, name: str) -> str:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return _image(png.getvalue(), name)
+
+
 def _picture(path: Path) -> str:
     return _image(path.read_bytes(), path.stem)
 
@@ -150,9 +169,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     }
     panels = [(name, {name: points}) for name, points in found.items() if len(points) > 1]
     if panels:
-        png = io.BytesIO()
-        draw_panels(panels, columns=3).savefig(png, format="png")
-        yield _section("Everything measured", _image(png.getvalue(), "metrics"))
+        yield _section("Everything measured", _drawn(draw_panels(panels, columns=3), "metrics"))
 
 
 def _samples(path: Path) -> Iterator[str]:
@@ -179,13 +196,15 @@ def _times(times: Mapping[str, float] | None) -> Iterator[str]:
 
 
 def _checkpoints(checkpoints: Checkpoints, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    losses = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+    judge, _ = checkpoints.judged_by() or ("loss", "lowest")
+    name = f"validation_{judge}"
+    values = {record["step"]: record[name] for record in records if name in record}
     rows = [
-        (f"{step:,}", _number(losses.get(step)) or "", f"{_bytes_in(checkpoints.path(step)) / 2**20:,.1f} MiB")
+        (f"{step:,}", _number(values.get(step)) or "", f"{_bytes_in(checkpoints.path(step)) / 2**20:,.1f} MiB")
         for step in checkpoints.steps()
     ]
     if rows:
-        yield _section("Checkpoints", _table(("step", "validation loss", "size"), rows))
+        yield _section("Checkpoints", _table(("step", name.replace("_", " "), "size"), rows))
 
 
 def _bytes_in(folder: Path) -> int:

@@ -56,7 +56,7 @@ class RunOptions:
     wandb: str | None = None
     """Weights & Biases project to log to."""
     plot: bool = True
-    """Draw losses.png at the end."""
+    """Draw losses.png, or curves.png of rewards, and write report.html at the end."""
     profile: str | None = None
     """Steps to trace, the first and the last: "10:15"."""
     on_full_disk: Literal["stop", "continue"] = "stop"

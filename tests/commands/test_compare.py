@@ -97,17 +97,32 @@ def test_each_run_shows_what_it_is_judged_by(llmq, run, tmp_path, drawn):
     two = judged(run("two", 0.0, figure=reward), "reward", "highest")
     other = judged(run("other", 3.0, 2.0), "loss", "lowest")
     code, out, err = llmq("compare", one, two, other, "--out", tmp_path / "x.png")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "left out of the plot, as not judged by the reward: other; give a --metric to draw all\n")
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["run", "steps", "training", "validation", "last", "best", "at", "step", "tokens/s"]
+    assert rows[0] == ["run", "steps", "training", "judged", "by", "validation", "best", "at", "step", "tokens/s"]
     assert rows[1] == ["one", "30", "reward", "0.5000", "0.7500", "20", "1,000"]
     assert rows[2] == ["two", "10", "reward", "0.0000", "0.0000", "10", "1,000"]
     assert rows[3] == ["other", "20", "2.5000", "loss", "2.0000", "2.0000", "20", "1,000"]
-    assert drawn[0].axes[0].get_title(loc="left") == "training loss"
     assert llmq("compare", one, two, "--out", tmp_path / "x.png")[0] == 0
-    (axes,) = drawn[1].axes
-    assert (axes.get_title(loc="left"), axes.get_ylabel()) == (reward, reward)
-    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.25, 0.75, 0.5], [0.0]]
+    for figure in drawn:
+        (axes,) = figure.axes
+        assert (axes.get_title(loc="left"), axes.get_ylabel()) == (reward, reward)
+        assert [line.get_ydata().tolist() for line in axes.lines] == [[0.25, 0.75, 0.5], [0.0]]
+
+
+def test_rewards_are_not_drawn_beside_losses(llmq, run, tmp_path, drawn):
+    (begun := tmp_path / "begun").mkdir()
+    (begun / "metrics.jsonl").write_text('{"step": 0, "tokens": 0, "validation_reward": 0.25}\n')
+    (tmp_path / "empty").mkdir()
+    code, out, err = llmq("compare", tmp_path / "empty", run("a", 3.0, 2.0), begun, "--out", tmp_path / "x.png")
+    assert code == 0 and out.splitlines()[2].split() == ["begun", "0", "reward", "0.2500"]
+    assert err.splitlines() == [
+        f"left out: no metrics.jsonl in {tmp_path / 'empty'}; give the folder of a run",
+        "left out of the plot, as judged by the reward: begun; give a --metric to draw all",
+    ]
+    (axes,) = drawn[0].axes
+    assert axes.get_title(loc="left") == "validation loss"
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[3.0, 2.0]]
 
 
 def test_a_run_without_losses_is_compared_by_what_it_has(llmq, tmp_path):
@@ -240,7 +255,8 @@ def test_bad_input(llmq, run, tmp_path):
             [folder, "--metric", "acc"],
             "a has no 'acc' in its metrics.jsonl; choose from tokens, loss, tokens_per_second, ",
         ),
-        ([folder, tmp_path / "empty"], "no metrics.jsonl in"),
+        ([folder, tmp_path / "mistyped"], "no metrics.jsonl in"),
+        ([begun, tmp_path / "empty"], f"{begun / 'metrics.jsonl'} has no records yet"),
         ([begun], f"{begun / 'metrics.jsonl'} has no records yet"),
         ([apart, "--x", "seconds", "--out", tmp_path / "x.png"], "validated has no tokens_per_second in its metrics"),
     ):

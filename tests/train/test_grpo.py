@@ -195,10 +195,17 @@ def test_what_is_rewarded_becomes_likelier(grpo, drawn):
     samples = Path("run/samples.txt").read_text()
     assert samples.count("-> reward ") == 2 * 4
     assert "(small " in samples and "advantage +" in samples and "advantage -" in samples and "say " in samples
-    assert Path("run/curves.png").stat().st_size > 10_000
+    assert Path("run/curves.png").stat().st_size > 10_000 and not Path("run/losses.png").exists()
+    page = Path("run/report.html").read_text()
+    assert "<h2>What it learned</h2>\n<img" in page
+    assert "<th>validation reward</th>" in page
+    assert f"<td>20</td><td>{held_out[2]['validation_reward']:.4f}</td>" in page
     assert lq.load("run").tokenizer is not None
     # The same command again finds it finished.
-    assert "is finished already" in grpo(**options)[1]
+    again = grpo(**options)[1]
+    assert "is finished already" in again
+    for said in (out, again):  # a loss of about 0 would tell nothing
+        assert f"\nreward {rewards[-1]:.4f}\n" in said and "training loss" not in said
 
 
 def stopped_at(step):

@@ -74,18 +74,18 @@ def test_a_run_under_way_has_a_page_too(folder, tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:10])  # torn
     step = json.loads(lines[2])["step"]
-    assert f"not finished: step {step}" in Reader(write_report_page(tmp_path).read_text()).text
+    page = write_report_page(tmp_path).read_text()
+    assert f"not finished: step {step}" in Reader(page).text and "<h2>Loss</h2>\n<img" in page
+    assert not (tmp_path / "losses.png").exists()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"minimum_learning_rate": 0.1 + 0.2}))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0, "reward": 0.5}\n')
-    for name in ("losses.png", "curves.png"):  # as GRPO draws, whose loss tells little
-        shutil.copy(folder / "losses.png", tmp_path / name)
+    shutil.copy(folder / "losses.png", tmp_path)  # as GRPO once drew it, whose loss tells nothing
     page = write_report_page(tmp_path).read_text()
-    assert re.findall("<dt>(.*?)</dt>|<h2>(.*?)</h2>", page)[1:5] == [
+    assert re.findall("<dt>(.*?)</dt>|<h2>(.*?)</h2>", page)[1:] == [
         ("reward", ""),
-        ("loss", ""),
         ("", "What it learned"),
-        ("", "Loss"),
+        ("", "Options"),
     ]
     (tmp_path / "metrics.jsonl").unlink()
     page = write_report_page(tmp_path).read_text()
@@ -100,6 +100,15 @@ def test_what_is_no_run(config, tmp_path):
     with pytest.raises(BadInput, match="not the folder of a run"):
         write_report_page(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("config", [None, "{"])
+def test_a_run_whose_config_is_lost(config, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BadInput, match=r"config.json is missing or damaged; restore it from a copy"):
+        write_report_page(tmp_path)
 
 
 @pytest.mark.parametrize("content", ['{"step": 2', "[1]"])
