@@ -81,7 +81,7 @@ def draw_rewards(folder: str | Path) -> Any:
 
 def is_rewarded(records: Sequence[Mapping[str, Any]]) -> bool:
     """Whether these are of a run that learns from rewards, as GRPO, whose loss is about 0 whatever the policy."""
-    return any("reward" in record or "validation_reward" in record for record in records)
+    return any(record.get(name) is not None for record in records for name in ("reward", "validation_reward"))
 
 
 def plot_comparison(
