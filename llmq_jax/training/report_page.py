@@ -19,7 +19,7 @@ from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, Record, printable, read_metrics, read_samples
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, has_trained, read_finished, read_run_config, text_of
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, text_of
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
@@ -66,7 +66,7 @@ def write_report_page(folder: str | Path) -> Path:
 def report_page(folder: Path) -> str:
     """The page, as text."""
     config = read_run_config(folder / CONFIG)
-    if config is None and has_trained(folder):
+    if config is None and (folder / METRICS).is_file():
         raise BadInput(f"{folder / CONFIG} is missing or damaged; restore it from a copy")
     if config is None:
         raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
