@@ -188,16 +188,12 @@ def draw_panels(panels: Sequence[tuple[str, dict[str, Points]]], columns: int = 
     return figure
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a run has begun in this folder, as far as its files tell."""
-    return (folder / METRICS).is_file() or read_run_config(folder / CONFIG) is not None
-
-
 def read_records(folder: Path) -> list[Record]:
     """The metrics of a run; BadInput where there are none."""
-    if not is_run(folder):
+    measured = (folder / METRICS).is_file()
+    if not measured and read_run_config(folder / CONFIG) is None:
         raise BadInput(f"no {METRICS} in {folder}; give the folder of a run")
-    records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    records = read_metrics(folder / METRICS) if measured else []
     if not records:
         raise BadInput(f"{folder / METRICS} has no records yet; train for some steps first")
     return records
