@@ -95,15 +95,16 @@ def dispatch(
         return _in_slots(rows, ids, experts, sizes, activation, capacity)
 
     flat = ids.reshape(-1)
-    order, inverse = _sorted(flat)
+    num_experts = experts.up.shape[0] * (1 if exchange is None else exchange.devices)
+    order, inverse = _sorted(flat, num_experts)
     rows = _spread(x, order, inverse, ids.shape[1])
+    # The id E is out of range and not counted.
+    sizes = jnp.bincount(flat, length=num_experts)
     if exchange is None:
-        # The id E is out of range and not counted.
-        sizes = jnp.bincount(flat, length=experts.up.shape[0])
         shares = _reorder(weights.reshape(-1, 1), order, inverse) if name in PRODUCTS else None
         mixed, dropped = own_experts(rows, flat[order], sizes, shares)
     else:
-        sizes, shares = jnp.bincount(flat, length=experts.up.shape[0] * exchange.devices), None
+        shares = None
         mixed, dropped = _on_owners(rows, sizes, exchange, own_experts)
     mixed = _reorder(mixed, inverse, order).reshape(*ids.shape, -1)
     if shares is not None:
@@ -127,7 +128,7 @@ def _on_owners(
     received, their_sizes = exchange.all_to_all(parts), exchange.all_to_all(sizes)
     # Received rows are sorted too: a row's index tells its expert. Empty places get an id past this device's experts.
     ids = (jnp.arange(count)[:, None] >= jnp.cumsum(their_sizes, 1)[:, None]).sum(-1).reshape(-1)
-    order, inverse = _sorted(ids)
+    order, inverse = _sorted(ids, sizes.shape[1])
     ours = _reorder(received.reshape(-1, rows.shape[1]), order, inverse)
     mixed, dropped = own_experts(ours, ids[order], their_sizes.sum(0))
     returned = exchange.all_to_all(_reorder(mixed, inverse, order).reshape(parts.shape))
@@ -136,10 +137,16 @@ def _on_owners(
     return jnp.where((index < ends[-1])[:, None], returned[device, index - starts[device]], 0), dropped
 
 
-def _sorted(ids: Int[Array, " A"]) -> tuple[Int[Array, " A"], Int[Array, " A"]]:
-    """(the order that sorts, keeping equals as they are, and its inverse)."""
-    order = jnp.argsort(ids, stable=True)
-    return order, jnp.zeros_like(order).at[order].set(jnp.arange(len(ids)), unique_indices=True)
+def _sorted(ids: Int[Array, " A"], most: int) -> tuple[Int[Array, " A"], Int[Array, " A"]]:
+    """(the order that sorts ids from 0 to `most`, keeping equals as they are, and its inverse)."""
+    count = len(ids)
+    index = jnp.arange(count)
+    if (most + 1) * count < 2**31:
+        # Each id with its index in one number: a CPU sorts these several times as fast as ids that carry indices along.
+        order = jnp.sort(ids * count + index) % count
+    else:
+        order = jnp.argsort(ids, stable=True)
+    return order, jnp.zeros_like(order).at[order].set(index, unique_indices=True)
 
 
 def check_implementation(name: str) -> None:

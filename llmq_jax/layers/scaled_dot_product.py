@@ -143,15 +143,10 @@ def lean_backward(scale: float, softcap: float | None, saved: Saved, grad: Array
     score_grad = score_grad.astype(value.dtype)
     return (
         ungrouped(jnp.einsum("bkgts,bksh->bkgth", score_grad, key)),
-        _over_queries(query, score_grad),
-        _over_queries((grad / total).astype(value.dtype), exponentials),
+        jnp.einsum("bkgts,bkgth->bksh", score_grad, query),
+        jnp.einsum("bkgts,bkgth->bksh", exponentials, (grad / total).astype(value.dtype)),
         None,
     )
-
-
-def _over_queries(x: Float[Array, "B K G T H"], weights: Float[Array, "B K G T S"]) -> Float[Array, "B K S H"]:
-    """weightsᵀ x, formed as (xᵀ weights)ᵀ: XLA's CPU backend then transposes x and the result, not the weights."""
-    return jax.lax.dot_general(x, weights, (((2, 3), (2, 3)), ((0, 1), (0, 1)))).mT
 
 
 lean_attend.defvjp(lean_forward, lean_backward)

@@ -16,7 +16,7 @@ from llmq_jax.generation.decoding import advance
 from llmq_jax.generation.request import Request
 from llmq_jax.layers.expert_balance import Balance, all_layers, balance_losses, max_violation, moved_bias, report
 from llmq_jax.layers.expert_blocks import block_lengths, in_blocks
-from llmq_jax.layers.expert_dispatch import MOST_APART, MOST_ROWS_APART, choose, dispatch, slots_each
+from llmq_jax.layers.expert_dispatch import MOST_APART, MOST_ROWS_APART, _sorted, choose, dispatch, slots_each
 from llmq_jax.layers.expert_exchange import dispatch_on_mesh
 from llmq_jax.layers.expert_weights import ExpertWeights
 from llmq_jax.layers.experts_apart import by_expert
@@ -185,6 +185,14 @@ def test_when_experts_lie_apart(monkeypatch):
 
 def test_what_is_taken_where_none_is_said():
     assert choose("auto") == "blocks"
+
+
+@pytest.mark.parametrize("most", [5, 2**30])  # 2**30 times 100 ids is no 32-bit number
+def test_sorting_keeps_the_order_of_equals(most):
+    ids = np.random.default_rng(0).integers(0, 6, 100)
+    order, inverse = _sorted(jnp.asarray(ids), most)
+    np.testing.assert_array_equal(order, np.argsort(ids, stable=True))
+    np.testing.assert_array_equal(order[inverse], np.arange(100))
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3,), (2, 5, 7), (16, 64)], ids=str)
