@@ -538,7 +538,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"validation_data": "DATA", "evaluate_every": 0}, "--validation-data has no effect with --evaluate-every 0"),
         ({"init_from": "JUDGED"}, "is a classifier"),
         # Rewards.
-        ({"reward": "anser"}, "there is no reward 'anser'; choose from answer, exact, format, think"),
+        ({"reward": "anser"}, "there is no reward 'anser'; did you mean answer?"),
         ({"reward": "runs/none"}, "--reward runs/none: there is no such folder, for a reward model"),
         ({"reward": "RW:smal"}, "has no function 'smal' for a reward; did you mean"),
         ({"reward": "RW:small,RW:small"}, "names a reward twice"),
