@@ -85,10 +85,23 @@ def _plain_hints(kind: Any) -> dict[str, Any]:
 
 
 def require_model(lm: Any) -> None:
-    """BadInput for what is no LanguageModel, such as the name of one."""
+    """BadInput for what is no LanguageModel, such as the name of one, and for one whose arrays a step has consumed."""
     if not (hasattr(lm, "config") and hasattr(lm, "variables") and hasattr(lm, "tokenizer")):
         name = repr(lm) if isinstance(lm, str) else "name"
         raise BadInput(f"{lm!r:.60} stands where a loaded model is wanted; give what lq.load({name}) returns")
+    refuse_consumed(lm.variables)
+
+
+def refuse_consumed(variables: Any) -> None:
+    """BadInput for variables of which a training step has consumed (donated) an array: no computation can read them."""
+    import jax
+
+    leaves = [leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array)]
+    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
+        raise BadInput(
+            "this model's weights are gone: a training step took over their memory (create_state does not copy them); "
+            "go on with what it returned, lm.replace(variables=state.variables), or load the model again"
+        )
 
 
 def scalar(value: Any) -> Any:

@@ -343,6 +343,7 @@ class LanguageModel:
     def _inputs(
         self, tokens: Integers, lengths: Integers | None, positions: Integers | None, segment_ids: Integers | None
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        require_model(self)
         tokens = _integers("tokens", tokens, 2)
         vocab_size, longest = self.config.vocab_size, self.config.max_position_embeddings
         outside = np.argwhere((tokens < 0) | (tokens >= vocab_size))

@@ -5,6 +5,7 @@ docs/from_trl.md says where meanings differ.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import fields as fields_of
 
 from llmq_jax.errors import close_names
 
@@ -42,6 +43,7 @@ OURS = {
     "remat": ("activation_checkpointing", "gradient_checkpointing"),
     "attention": ("attn_implementation", "flash_attention"),
     "device": ("use_cpu", "cpu", "gpu"),
+    "mesh": ("deepspeed", "fsdp", "parallelism_config"),
     "log_every": ("log_interval", "logging_steps"),
     "evaluate_every": ("eval_every", "eval_interval", "eval_steps"),
     "evaluate_batches": ("eval_batches", "eval_iters"),
@@ -70,9 +72,17 @@ OURS = {
     "entropy_coefficient": ("entropy_coef",),
 }
 """{our field: its names in other programs}."""
+BFLOAT16 = ("bf16", "bfloat16")
+"""Those of `dtype` that name the type themselves."""
 
 RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
 """Names for which we have no option: the same command again resumes a run."""
+WITHOUT_OPTION = {
+    "push_to_hub": ("out", "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER"),
+    "use_vllm": ("group_size", "the model that trains samples its answers itself, without vLLM; leave it out"),
+    "importance_sampling_level": ("clip_low", "ratios of whole sequences are those of --loss gspo, others of tokens"),
+}
+"""{name for which we have no option: (a field of the commands that it is for, what to do there)}."""
 
 
 def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = str) -> str:
@@ -81,8 +91,20 @@ def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = s
     elsewhere = name.removeprefix("--").replace("-", "_")
     if elsewhere in RESUMING and "out" in fields:
         return "the same command again resumes a run"
+    field, advice = WITHOUT_OPTION.get(elsewhere, ("", ""))
+    if field in fields:
+        return advice
     for field, others in OURS.items():
         if elsewhere in others and field in fields:
-            return f"here it is {shown(field)}"
+            return f"here it is {shown(field)}" + (" bfloat16" if elsewhere in BFLOAT16 else "")
+    if "config" in fields and _is_of_configs(elsewhere):
+        return f"as a field of the model's config it is given by {shown('config')} {elsewhere}=VALUE"
     near = close_names(elsewhere, fields, count=1)
     return f"did you mean {shown(near[0])}?" if near else ""
+
+
+def _is_of_configs(name: str) -> bool:
+    """Whether the config of some architecture has a field of this name."""
+    from llmq_jax.models import ARCHITECTURES
+
+    return any(name == field.name for each in ARCHITECTURES.values() for field in fields_of(each.config_class))

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from llmq_jax.counts import counted
-from llmq_jax.errors import BadInput, did_you_mean
+from llmq_jax.errors import BadInput, close_names, did_you_mean
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -216,6 +216,9 @@ def find(name: str) -> RewardFunction:
         raise BadInput(f"the reward {name!r} needs a number of characters, as length:400")
     if not colon and name.endswith(".py"):
         raise BadInput(f"the reward {name!r} is a file; add the name of a function in it, as {name}:reward")
+    if near := close_names(before or name, (*_BUILT_IN, "length"), count=1):
+        meant = f"length:{after if after.isdigit() else 'CHARACTERS'}" if near == ["length"] else near[0]
+        raise BadInput(f"there is no reward {name!r}; did you mean {meant}?")
     known = ", ".join((*_BUILT_IN, "length:CHARACTERS"))
     raise BadInput(
         f"there is no reward {name!r}; choose from {known}, path/to/file.py:function or, for --reward of train.grpo, "

@@ -57,6 +57,20 @@ TABLE = [
     (f"{PRETRAIN} --learning-rte 1", "unknown option --learning-rte: did you mean --learning-rate?"),
     (f"{PRETRAIN} --n-layer 2", "unknown option --n-layer: here it is --num-hidden-layers; see"),
     (f"{PRETRAIN} --lr 1e-3", "unknown option --lr: here it is --learning-rate; see"),
+    (f"{PRETRAIN} --bf16 true", "unknown option --bf16: here it is --dtype bfloat16; see"),
+    (f"{PRETRAIN} --deepspeed zero3.json", "unknown option --deepspeed: here it is --mesh; see"),
+    (f"{PRETRAIN} --report_to wandb", "unknown option --report-to: here it is --wandb; see"),
+    (f"{PRETRAIN} --push_to_hub", "unknown option --push-to-hub: a run stays here; python -m convert.to_hf RUN FOLDER"),
+    (
+        f"{PRETRAIN} --num-key-value-heads 2",
+        "unknown option --num-key-value-heads: as a field of the model's config it is given by --config "
+        "num_key_value_heads=VALUE; see",
+    ),
+    (f"{GRPO} --use_vllm true", "unknown option --use-vllm: the model that trains samples its answers itself"),
+    (
+        f"{GRPO} --importance_sampling_level sequence",
+        "unknown option --importance-sampling-level: ratios of whole sequences are those of --loss gspo",
+    ),
     (f"{PRETRAIN} --resume", "unknown option --resume: the same command again resumes a run; see"),
     (f"{PRETRAIN} --steps many", "--steps takes an integer, not 'many'"),
     (f"{PRETRAIN} --profile 9:1", "--profile is '9:1'"),

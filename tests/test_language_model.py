@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
 import llmq_jax as lq
@@ -19,6 +20,8 @@ from llmq_jax.language_model import LanguageModel
 from llmq_jax.model_files import load, save
 from llmq_jax.models import build
 from llmq_jax.models.gpt2 import GPT2Config
+from llmq_jax.objectives import NextToken
+from llmq_jax.training import create_state, make_train_step
 from llmq_jax.training.checkpoints import Checkpoints
 from tests.weights import draw_variables
 
@@ -43,6 +46,40 @@ def test_a_name_where_a_model_is_wanted_is_told_how_to_load_it(function, tmp_pat
     ):
         inspect.unwrap(getattr(lq, function))("gpt2", *arguments)
     assert not (tmp_path / "new").exists()
+
+
+USES = {
+    "logits": lambda lm, folder: lm.logits([[1, 2]]),
+    "generate": lambda lm, folder: lq.generate(lm, "a", 2),
+    "a draft": lambda lm, folder: lq.generate(load_copy(lm), "a", 2, draft=lm),
+    "save": lambda lm, folder: save(lm, folder),
+    "save_hf": lambda lm, folder: save_hf(lm, folder),
+    "lora": lambda lm, folder: lq.lora(lm, rank=2),
+    "create_state": lambda lm, folder: create_state(lm.variables, optax.sgd(0.1)),
+}
+
+
+def load_copy(lm):
+    return lm.replace(variables=draw_variables(lm.config, seed=1))
+
+
+@pytest.fixture(scope="module")
+def trained(lm):
+    """(the model that a step was made from, the state that it returned)."""
+    consumed, optimizer = load_copy(lm), optax.sgd(0.1)
+    ids = jnp.array([[1, 2, 3]])
+    batch = {"tokens": ids, "targets": ids, "mask": jnp.ones(ids.shape)}
+    step = make_train_step(NextToken(consumed.model), optimizer)
+    return consumed, step(create_state(consumed.variables, optimizer), batch)[0]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_whose_weights_a_step_has_consumed_says_so(trained, use, tmp_path):
+    consumed, state = trained
+    with pytest.raises(BadInput, match=r"this model's weights are gone: .*; go on with .*variables=state\.variables"):
+        USES[use](consumed, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    USES[use](consumed.replace(variables=jax.tree.map(jnp.copy, state.variables)), tmp_path / "new")
 
 
 def assert_same_variables(left, right):

@@ -330,9 +330,11 @@ def test_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("anwser", "there is no reward 'anwser'; did you mean answer?"),
+        ("lenght:400", "there is no reward 'lenght:400'; did you mean length:400?"),
         (
-            "anwser",
-            "there is no reward 'anwser'; choose from answer, exact, format, think, length:CHARACTERS, "
+            "novelty",
+            "there is no reward 'novelty'; choose from answer, exact, format, think, length:CHARACTERS, "
             "path/to/file.py:function or, for --reward of train.grpo, the folder of a reward model",
         ),
         ("length", "the reward 'length' needs a number of characters, as length:400"),

@@ -60,7 +60,7 @@ class DataAndModelOptions:
     """The model to start from, with its tokenizer: a run folder, a checkpoint, a Hugging Face folder, a GGUF file or a
     hub id."""
     out: str
-    """Run folder: options, metrics, samples, curves and checkpoints."""
+    """Run folder: options, metrics, samples, reward curves and checkpoints."""
     prompt_format: Annotated[str | None, default_is("{prompt}")] = None
     """How a prompt is made from a record's fields: "Question: {question}\\nAnswer:"."""
     template: Annotated[

@@ -15,7 +15,7 @@ from llmq_jax.command_line import run, use_device
 from llmq_jax.errors import BadInput
 from llmq_jax.options import default_is, option_name
 from train.options import LONGEST_CONTEXT, ComputeOptions, TrainingOptions, context_of
-from train.pretrain import RUNS, default_tokenizer, new_config
+from train.pretrain import RUNS, default_tokenizer, new_config, require_preset
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def main(options: Options) -> int:
     from llmq_jax.training.plan import Run, changes_text, plan, plan_text
     from llmq_jax.training.sharding import mesh_sizes, row_devices
 
+    require_preset(options.preset)
     config = model_of_run(options.preset) if options.preset in RUNS else preset(options.preset)
     config = override(config, **fields_from_text(type(config), options.config))
     sizes = mesh_sizes(options.mesh)
@@ -78,7 +79,7 @@ def main(options: Options) -> int:
         moments=options.moments,
         attention=options.attention or ("blocked" if getattr(config, "sliding_window", None) else "masked"),
     )
-    found, memory = plan(given), int(options.device_memory * 2**30)
+    found, memory = plan(given), round(options.device_memory * 2**30)
     print(plan_text(found, memory), flush=True)
     if found.total <= memory:
         return 0

@@ -348,15 +348,22 @@ def objective_of(options: Options, model: Any) -> Any:
     return MultiToken(model, optax.linear_schedule(start, end, max(1, options.steps - 1)) if end != start else start)
 
 
+def require_preset(name: str) -> None:
+    """BadInput for what is neither a complete run nor a model size."""
+    from llmq_jax.models import PRESETS
+
+    if name not in RUNS and name not in PRESETS:
+        raise BadInput(f"unknown preset {name!r}: {did_you_mean(name, [*RUNS, *PRESETS])}")
+
+
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
     from llmq_jax.data import has_fields, is_token_folder
-    from llmq_jax.models import PRESETS
 
     prepared = is_token_folder(options.data)
     text_files = [path for path in (None if prepared else options.data, options.validation_data) if path]
-    if options.preset is not None and options.preset not in RUNS and options.preset not in PRESETS:
-        raise BadInput(f"unknown preset {options.preset!r}: {did_you_mean(options.preset, [*RUNS, *PRESETS])}")
+    if options.preset is not None:
+        require_preset(options.preset)
     if options.init_from and not options.out:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
     check_ranges(options)

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
-from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input, without_last_break
+from llmq_jax.commands.standard_input import STANDARD_INPUT, text_of_input, without_last_break
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, Positional, Repeated, default_is, refuse_idle
@@ -177,9 +177,7 @@ def read(options: Options) -> list[Any]:
     for number, text in enumerate(options.text, start=1):
         where = f"--text number {number}"
         if text == "-":
-            where, text = STANDARD_INPUT, without_last_break(whole_input())
-            if is_blank(text):
-                raise BadInput(f"{STANDARD_INPUT} holds no text")
+            where, text = STANDARD_INPUT, without_last_break(text_of_input("--data FILE.jsonl"))
         records.append(Record(where, {name: text}))
     for file in [] if options.data is None else text_files(options.data):
         if holds_records(file):

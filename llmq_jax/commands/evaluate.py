@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.commands.devices import DeviceOptions
 from llmq_jax.commands.kept_lines import check_out
 from llmq_jax.commands.progress import with_progress
-from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input
+from llmq_jax.commands.standard_input import text_of_input
 from llmq_jax.errors import BadInput
 from llmq_jax.options import Flag, Positional, default_is, option_name, refuse_idle
 
@@ -82,7 +82,6 @@ def main(options: Options) -> None:
 
 def evaluate_text(options: Options) -> None:
     from llmq_jax.data import has_fields, read_documents
-    from llmq_jax.data.records import is_blank
 
     assert options.file is not None
     refuse_idle(options, ((name, True, "on a text, only on --tasks") for name in OF_TASKS))
@@ -90,9 +89,7 @@ def evaluate_text(options: Options) -> None:
         raise BadInput(f"--text-field has no effect on {options.file}, which has no fields; leave it out")
     if options.file == "-":
         refuse_idle(options, [("split", True, "on standard input, which is one text")])
-        documents = [whole_input()]
-        if is_blank(documents[0]):
-            raise BadInput(f"{STANDARD_INPUT} holds no text")
+        documents = [text_of_input("the name of a .jsonl file")]
     else:
         documents = read_documents(one_text(options.file, options.split), options.text_field or "text")
     with options.on_devices(options.batch_size):

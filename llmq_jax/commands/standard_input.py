@@ -1,6 +1,7 @@
 """Standard input: as a whole, where a command takes - for it, and line by line, as `llmq chat` reads it."""
 
 import contextlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,26 @@ def whole_input() -> str:
     from llmq_jax.data.records import decoded
 
     return decoded(sys.stdin.buffer.read(), STANDARD_INPUT)
+
+
+def text_of_input(file: str) -> str:
+    """All of it as one text. BadInput: it is blank, or holds lines of JSON with texts, which would be records in a file
+    of that name; `file` is how the command is given one."""
+    from llmq_jax.data.records import is_blank
+
+    text = whole_input()
+    if is_blank(text):
+        raise BadInput(f"{STANDARD_INPUT} holds no text")
+    try:
+        first = json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        first = None
+    if isinstance(first, dict) and isinstance(first.get("text"), str):
+        raise BadInput(
+            f"{STANDARD_INPUT} is taken as one text, and holds lines of JSON with texts; give {file} instead, or a "
+            ".txt file if the JSON is the text"
+        )
+    return text
 
 
 def without_last_break(text: str) -> str:

@@ -34,8 +34,8 @@ def looked_in(path: Path) -> str:
     where = f"; paths are looked up from {Path.cwd()}"
     if len(path.parts) != 2 or path.suffix or path.parts[0][0] in ".~" or path.parent.exists():
         return where
-    command = f"hf download --repo-type dataset {path} --local-dir {path.name}"
-    return f"{where}; if it is a data set on the hub, download it first: {command}"
+    command = f'hf download --repo-type dataset {path} --local-dir {path.name} --include "*.parquet"'
+    return f"{where}; if it is a data set on the hub, download its Parquet files first: {command}"
 
 
 DataPath = str | Path | FolderFiles
@@ -65,7 +65,8 @@ def files_in(folder: Path, passed_over: Callable[[Path], str | None], wanted: st
                 files.append(path)
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()) if count)
     if not files:
-        raise BadInput(f"{folder} holds no {wanted}" + (f" (skipped: {counts})" if counts else ""))
+        skips = f" (skipped: {counts})" if counts else ""
+        raise BadInput(f"{folder} holds no {wanted}{skips}; put one there, or name another path")
     if counts:
         _log.warning("%s: read %d files, skipped %s", folder, len(files), counts)
     return sorted(files, key=lambda path: path.relative_to(folder).parts)

@@ -371,6 +371,7 @@ def _drafting(
             raise BadInput(f"draft_tokens={count} has no effect beside draft={MTP!r}: each module drafts one token")
         assert isinstance(lm.model, DeepSeek3)
         return MultiTokenDraft(lm.model), lm
+    require_model(draft)
     count = DRAFT_TOKENS if count is None else whole(count, "draft_tokens")
     if count < 1:
         raise BadInput(f"draft_tokens={count} must be at least 1")

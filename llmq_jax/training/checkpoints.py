@@ -395,6 +395,12 @@ def _check_same_arrays(folder: Path, saved: Mapping[Name, Any], wanted: Mapping[
             )
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        if faults[0].startswith("optimizer_state/"):  # after those of the variables, and other state
+            raise BadInput(
+                f"checkpoint {folder} is of another optimizer, though of this model: {faults[0]}{more}; use the "
+                "optimizer, with the type of its moments, that it was trained with, or begin a run with its weights "
+                "alone (--init-from, in Python lq.load)"
+            )
         raise BadInput(
             f"checkpoint {folder} is of another model or optimizer: {faults[0]}{more}; "
             f"use the options, and the version, that it was trained with, or another folder"

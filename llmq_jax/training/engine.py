@@ -259,7 +259,7 @@ class _Loop:
             resumed = resume(self.folder, self.checkpoints, self.state, self.validation, self.learning_rates, say)
         if resumed is not None:
             assert self.checkpoints is not None
-            self.state, info, self.loss = resumed
+            self.state, info, self.loss, self.reward = resumed
             self.step, self.tokens, self.newest = info.step, info.tokens, self.checkpoints.path(info.step)
             self.checkpoints.delete_old(self.best_to_keep())  # the save before may have been killed before it did
             if early := self.stop_early():

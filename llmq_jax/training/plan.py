@@ -252,9 +252,9 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
 
 
 def plan_text(found: Plan, memory: int) -> str:
-    """Tables of memory and of what is sent, in GiB of a device, and whether it fits."""
+    """Tables of memory and of what is sent, in GiB or MiB of a device, and whether it fits."""
     run = found.run
-    unit, name = (2**30, "GiB") if found.total >= 2**30 else (2**20, "MiB")
+    unit, name = _unit(found.total)
     parts = [part for part in PARTS if part in found.parts]
     table = {row: [found.held[row] or found.parts[part][row] for part in parts] for row in ROWS}
     width = max(map(len, (*ROWS, *(kind for kind, _ in found.sent))))
@@ -275,7 +275,10 @@ def plan_text(found: Plan, memory: int) -> str:
     devices = math.prod(run.sizes.values())
     fits = "fits" if found.total <= memory else "does not fit"
     where = f"each of {devices:,} devices" if devices > 1 else "the device"
-    lines += ["", f"{found.total / unit:.2f} {name} on {where}: {fits} {memory / 2**30:g} GiB"]
+    lines += [
+        "",
+        f"{found.total / unit:.2f} {name} on {where}: {fits} {memory / _unit(memory)[0]:.4g} {_unit(memory)[1]}",
+    ]
     return "\n".join(lines)
 
 
@@ -288,4 +291,12 @@ def changes_text(given: Plan, memory: int) -> str:
             "shorter --context or a smaller model"
         )
     lines = ["what makes it fit, each alone:" if len(found) > 1 else "what makes it fit:"]
-    return "\n".join([*lines, *(f"  {change.words}: {change.plan.total / 2**30:.2f} GiB" for change in found)])
+    for change in found:
+        unit, name = _unit(change.plan.total)
+        lines.append(f"  {change.words}: {change.plan.total / unit:.2f} {name}")
+    return "\n".join(lines)
+
+
+def _unit(size: int) -> tuple[int, str]:
+    """The unit in which so many bytes are shown: (bytes, name)."""
+    return (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")

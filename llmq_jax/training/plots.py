@@ -11,7 +11,7 @@ import numpy as np
 from llmq_jax.atomic_files import write_atomically
 from llmq_jax.errors import BadInput
 from llmq_jax.training.metrics import METRICS, Record, figure, read_metrics, shown_loss
-from llmq_jax.training.run_folder import CONFIG, read_run_config
+from llmq_jax.training.run_folder import CONFIG, read_run_config, run_below
 
 TRAINING, VALIDATION, INK = "#7aa6d6", "#d1495b", "#333333"
 RUN_COLOURS = ("#2f6fb0", "#d1495b", "#3a9d6e", "#8a5fbf", "#d98f2b", "#4f9fb5", "#8c6d5a", "#777777")
@@ -192,7 +192,7 @@ def read_records(folder: Path) -> list[Record]:
     """The metrics of a run; BadInput where there are none."""
     measured = (folder / METRICS).is_file()
     if not measured and read_run_config(folder / CONFIG) is None:
-        raise BadInput(f"no {METRICS} in {folder}; give the folder of a run")
+        raise BadInput(f"no {METRICS} in {folder}; give the folder of a run{run_below(folder)}")
     records = read_metrics(folder / METRICS) if measured else []
     if not records:
         raise BadInput(f"{folder / METRICS} has no records yet; train for some steps first")

@@ -19,7 +19,7 @@ from llmq_jax.training.checkpoints import Checkpoints
 from llmq_jax.training.metrics import METRICS, SAMPLES, Record, printable, read_metrics, read_samples
 from llmq_jax.training.plots import curve, draw_losses, draw_panels, draw_rewards, is_rewarded
 from llmq_jax.training.progress import clock
-from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, text_of
+from llmq_jax.training.run_folder import CONFIG, FINISHED, MARK, read_finished, read_run_config, run_below, text_of
 
 PAGE = "report.html"
 SHOWN_SAMPLES = 5
@@ -69,7 +69,8 @@ def report_page(folder: Path) -> str:
     if config is None and (folder / METRICS).is_file():
         raise BadInput(f"{folder / CONFIG} is missing or damaged; restore it from a copy")
     if config is None:
-        raise BadInput(f"{folder} is not the folder of a run; give one that a recipe has trained in")
+        fault = f"{folder} is not the folder of a run; give one that a recipe has trained in"
+        raise BadInput(fault + run_below(folder))
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     finished = read_finished(folder) if (folder / FINISHED).is_file() else None
     name = folder.absolute().name

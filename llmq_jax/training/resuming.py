@@ -60,7 +60,8 @@ class Resumed(NamedTuple):
     state: Any
     info: CheckpointInfo
     loss: float | None
-    """The training loss that was logged last."""
+    reward: float | None
+    """The training loss and the reward that were logged last."""
 
 
 def resume(
@@ -90,7 +91,7 @@ def resume(
     say(f"resuming {folder.path} from step {step}")
     if processes.first() and folder.code_changed:
         say("the code has changed since this run began; results from here on may differ")
-    return Resumed(*restored, history.loss)
+    return Resumed(*restored, history.loss, history.reward)
 
 
 def finished_result(
@@ -131,6 +132,8 @@ class History(NamedTuple):
 
     loss: float | None = None
     """The training loss, as it was shown last."""
+    reward: float | None = None
+    """The reward in training, likewise."""
     judged: Sequence[Point] = ()
     validation_losses: Sequence[Point] = ()
     learning_rates: Sequence[Point] = ()
@@ -140,14 +143,17 @@ def read_history(folder: RunFolder, step: int, judged: str) -> History:
     """The figures up to a step, with those named `judged`. One process reads them for all, which must come to the same
     decisions."""
 
-    def read() -> tuple[float | None, list[list[Point]]]:
+    def last(points: Sequence[Point]) -> float | None:
+        return points[-1][1] if points else None
+
+    def read() -> tuple[float | None, float | None, list[list[Point]]]:
         path = folder.path / METRICS
         records = [record for record in (read_metrics(path) if path.exists() else []) if record["step"] <= step]
-        losses = training_curve(records)
-        return losses[-1][1] if losses else None, [curve(records, name) for name in (judged, LOSS, "learning_rate")]
+        curves = [curve(records, name) for name in (judged, LOSS, "learning_rate")]
+        return last(training_curve(records)), last(curve(records, "reward")), curves
 
-    loss, curves = processes.of_first(read)
-    return History(loss, *([(step, value) for step, value in points] for points in curves))
+    loss, reward, curves = processes.of_first(read)
+    return History(loss, reward, *([(step, value) for step, value in points] for points in curves))
 
 
 def check_rates(folder: RunFolder, recorded: Sequence[Point], learning_rates: np.ndarray | None) -> None:

@@ -231,6 +231,12 @@ def read_run_config(path: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and MARK in config else None
 
 
+def run_below(folder: Path) -> str:
+    """For a message about a folder that is no run's: the runs right below it, as `train.arithmetic` leaves one."""
+    runs = [str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG}")) if read_run_config(path) is not None]
+    return f", such as {' or '.join(runs[:3])}" if runs else ""
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
     """ "name old -> new" for every field, in the order of the new config. A field that the old config lacks, from an
     older version, equals one that is unused in the new one (None or False)."""

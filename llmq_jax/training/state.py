@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from llmq_jax.field_types import refuse_consumed
 from llmq_jax.training.parts import PARAMS
 from llmq_jax.training.sharding import place
 
@@ -83,8 +84,9 @@ def create_state(
 
     `variables` are those of `init` or of a LanguageModel. Arrays in float32 are not copied, and the first step consumes
     them (they are donated): that LanguageModel cannot be used afterwards. `optimizer` makes its state for the
-    collections `trainable`; `seed` is that of dropout.
+    collections `trainable`; `seed` is that of dropout. BadInput for variables that a step has consumed already.
     """
+    refuse_consumed(variables)
     names = (trainable,) if isinstance(trainable, str) else trainable
     learns = (*names, ROUTER) if routers_learn(variables, names) else names
     trained = {name: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), variables[name]) for name in learns}

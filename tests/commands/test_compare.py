@@ -110,6 +110,14 @@ def test_each_run_shows_what_it_is_judged_by(llmq, run, tmp_path, drawn):
         assert [line.get_ydata().tolist() for line in axes.lines] == [[0.25, 0.75, 0.5], [0.0]]
 
 
+def test_the_run_below_a_folder_is_named(llmq, run, tmp_path):
+    below = run("run", 3.0, 2.0)
+    (below / "config.json").write_text('{"run_format": 1}')
+    code, out, err = llmq("compare", below.parent)
+    assert (code, out) == (2, "")
+    assert err == f"error: no metrics.jsonl in {below.parent}; give the folder of a run, such as {below}\n"
+
+
 def test_rewards_are_not_drawn_beside_losses(llmq, run, tmp_path, drawn):
     (begun := tmp_path / "begun").mkdir()
     (begun / "metrics.jsonl").write_text('{"step": 0, "tokens": 0, "validation_reward": 0.25}\n')

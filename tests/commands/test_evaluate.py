@@ -109,6 +109,22 @@ def test_bad_input(llmq, model_folder, text_file, case, piped):
     assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("error: ") and message in err
 
 
+def test_lines_of_json_in_the_pipe_are_no_text(llmq, model_folder, tmp_path, piped):
+    """A file with these lines has two documents, and another loss than the lines as they are."""
+    lines = '{"text": "a cat"}\n{"text": "a dog"}\n'
+    piped(lines)
+    fault = (
+        "error: standard input is taken as one text, and holds lines of JSON with texts; give the name of a .jsonl "
+        "file instead, or a .txt file if the JSON is the text\n"
+    )
+    assert llmq("evaluate", model_folder, "-") == (2, "", fault)
+    (tmp_path / "lines.txt").write_text(lines)
+    assert llmq("evaluate", model_folder, tmp_path / "lines.txt")[0] == 0
+    for text in ('{"note": "no text"}\n', "{\n", "[1]\n", "1\n"):
+        piped(text)
+        assert llmq("evaluate", model_folder, "-")[0] == 0
+
+
 def test_json_without_the_field_names_row_and_fields(llmq, model_folder, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a"}\n{"body": "b"}\n')

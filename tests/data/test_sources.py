@@ -214,16 +214,15 @@ def test_parquet_with_bytes_that_are_not_utf8(tmp_path):
 
 
 def test_missing_paths_and_folders_without_text(tmp_path):
-    with pytest.raises(
-        BadInput, match=r"; if it is a data set on the hub, .*: hf download --repo-type dataset org/name "
-    ):
+    command = r'hf download --repo-type dataset org/name --local-dir name --include "\*\.parquet"$'
+    with pytest.raises(BadInput, match=rf"; if it is a data set on the hub, .*: {command}"):
         read_documents("org/name")
     with pytest.raises(BadInput, match="there is no file or folder"):
         read_documents(tmp_path / "missing.txt")
-    with pytest.raises(BadInput, match="holds no readable file"):
+    with pytest.raises(BadInput, match="holds no readable file; put one there, or name another path"):
         read_documents(tmp_path)
     write(tmp_path / ".hidden", "x")
-    with pytest.raises(BadInput, match=r"no readable file \(skipped: 1 hidden\)"):
+    with pytest.raises(BadInput, match=r"no readable file \(skipped: 1 hidden\); put one there"):
         read_documents(tmp_path)
 
 

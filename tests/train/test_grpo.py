@@ -244,6 +244,12 @@ def test_the_checkpoint_of_highest_validation_reward_is_kept(grpo, measured):
     assert (code, err) == (0, "")
     assert "resuming run from step 2" in out and "\nbest: validation reward 0.9000 at step 2\n" in out
     assert checkpoints.steps() == [2, 4]
+    # A kill may also come after the last checkpoint, when no step is left to do.
+    told = next(line for line in out.splitlines() if line.startswith("reward "))
+    stopped_at(4)
+    code, out, err = grpo(**options)
+    assert (code, err) == (0, "") and "resuming run from step 4" in out
+    assert f"\n{told}\n" in out and "training loss" not in out
 
 
 def test_a_run_whose_reward_rises_no_more_stops_early(grpo, measured):
@@ -538,7 +544,7 @@ def test_a_chat_template_for_a_model_that_has_none(grpo, tmp_path):
         ({"validation_data": "DATA", "evaluate_every": 0}, "--validation-data has no effect with --evaluate-every 0"),
         ({"init_from": "JUDGED"}, "is a classifier"),
         # Rewards.
-        ({"reward": "anser"}, "there is no reward 'anser'; choose from answer, exact, format, think"),
+        ({"reward": "anser"}, "there is no reward 'anser'; did you mean answer?"),
         ({"reward": "runs/none"}, "--reward runs/none: there is no such folder, for a reward model"),
         ({"reward": "RW:smal"}, "has no function 'smal' for a reward; did you mean"),
         ({"reward": "RW:small,RW:small"}, "names a reward twice"),

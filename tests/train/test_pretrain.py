@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -312,6 +313,13 @@ def test_a_plateau_is_cooled_down_by_a_branch(pretrain):
     assert [r["loss"] for r in metrics("straight") if "loss" in r][4:] == losses("cooled")
     code, _, err = pretrain(*shared, *plateau, "--out", "none", "--branch-from", "plateau", tiny=tiny)
     assert code == 2 and "--branch-from is plateau/checkpoints/00000004, the state after step 4, and steps is 4" in err
+    muon = ("--out", "none", "--branch-from", "plateau", "--steps", 6, "--optimizer", "muon")
+    code, _, err = pretrain(*shared, *muon, tiny=tiny)
+    assert code == 2 and re.search(
+        r"plateau/checkpoints/00000004 is of another optimizer, though of this model: optimizer_state/.*; use the "
+        r"optimizer, .* that it was trained with, or begin a run with its weights alone \(--init-from,",
+        err,
+    )
 
 
 def test_tokens_outside_the_vocabulary_name_the_file_or_the_option(pretrain, tmp_path):

@@ -102,6 +102,15 @@ def test_what_is_no_run(config, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_the_run_below_a_folder_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "run" / "config.json").write_text('{"run_format": 1}')
+    with pytest.raises(BadInput, match=rf"give one that a recipe has trained in, such as {tmp_path}/run$"):
+        write_report_page(tmp_path)
+
+
 @pytest.mark.parametrize("config", [None, "{"])
 def test_a_run_whose_config_is_lost(config, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
