@@ -88,7 +88,7 @@ def write_adapter(
                 f"PEFT has plain LoRA without dropout alone at {site.module}; merge it (lq.merge) and save the model"
             )
         if site.module == "score":
-            raise BadInput("PEFT keeps a classifier's head whole; merge the adapter at score and save the model")
+            raise BadInput("PEFT has no adapter at score, a classifier's head; merge it (lq.merge) and save the model")
     in_short = everywhere if prefix == ALONE else None
     tensors, values = _tiny(sites, found, tied) if tiny else _low_rank(sites, found, in_short)
     if config.labels is not None:
@@ -214,7 +214,8 @@ def _low_rank(
         alphas[site.pattern_name], ranks[site.pattern_name] = _seven_digits(scale * rank), rank
     if len(dropouts) > 1:
         raise BadInput(
-            f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"
+            f"PEFT has one dropout for all adapters, and these have {', '.join(map(str, sorted(dropouts)))}; merge "
+            "them (lq.merge) and save the model"
         )
     rank, alpha = _most(ranks), _most(alphas)
     others = None if everywhere is None else [site.module for site in everywhere if not site.is_parameter]
