@@ -290,7 +290,7 @@ class _Reader:
         elif any(f".{name}." in some[0] for name in whole):
             hint = f"; of modules_to_save={whole} only embeddings and heads are supported: merge it in PEFT"
         elif "lora_embedding_" in some[0] or some[0].startswith(f"{PREFIX}{module_name(self.config, EMBEDDING)}."):
-            hint = "; of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT"
+            hint = "; of embeddings only that of tokens may have an adapter, and only LoRA: merge it in PEFT"
         elif "lora_" in some[0]:
             hint = f": {self._another_base}"
         raise BadInput(f"{self.file}: {some[0]}{more} has no place in this {self.config.model_type}{hint}")

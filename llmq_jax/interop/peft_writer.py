@@ -80,10 +80,11 @@ def write_adapter(
     homeless = found.keys() - {site.placement.path[1:] for site in sites}
     if homeless:
         raise BadInput(f"PEFT has no adapter at {'/'.join(min(homeless))}; merge it (lq.merge) and save the model")
-    tiny = any(NUMBERS in trained for trained, _ in found.values())
+    # PEFT's TinyLoRA has no parameters, which experts are: with those, it is written as the LoRA that it equals.
+    tiny = any(NUMBERS in trained for trained, _ in found.values()) and not any(site.is_parameter for site in sites)
     for site in sites:
         trained, fixed = found[site.placement.path[1:]]
-        if site.is_parameter and (tiny or MAGNITUDE in trained or DROPOUT in fixed):
+        if site.is_parameter and (MAGNITUDE in trained or DROPOUT in fixed):
             raise BadInput(
                 f"PEFT has plain LoRA without dropout alone at {site.module}; merge it (lq.merge) and save the model"
             )
@@ -174,8 +175,8 @@ def _named_base(base: str) -> dict[str, Any]:
 def _low_rank(
     sites: list[Site], found: Mapping[tuple[str, ...], Any], everywhere: list[Site] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, fields of the config) of LoRA, DoRA and LoRA-XS. `everywhere` are the model's matrices, or None where
-    it has others that are not known, which short names might mean too."""
+    """(tensors, fields of the config) of LoRA and DoRA, and of what equals a LoRA. `everywhere` are the model's
+    matrices, or None where it has others that are not known, which short names might mean too."""
     tensors: dict[str, np.ndarray] = {}
     alphas, ranks = {}, {}
     linears: list[str] = []

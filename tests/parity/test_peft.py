@@ -107,6 +107,8 @@ def test_adapters_of_peft_and_back(pair, kind, tmp_path):
         ("mixtral", {"rank": 3, "variant": "lora-xs", "targets": "attention"}),
         ("gpt2", {"rank": 2, "variant": "lora-xs", "targets": "attention"}),
         ("gpt2", {"rank": 2, "variant": "tinylora", "numbers": 4, "tied": True, "targets": "attention"}),
+        ("mixtral", {"rank": 2, "variant": "tinylora", "numbers": 4, "alpha": 5.0, "layers": (0, 2)}),
+        ("qwen3_moe", {"rank": 2, "variant": "tinylora", "tied": True, "targets": ("attention", "mlp", "router")}),
     ],
     indirect=["pair"],
 )
@@ -124,6 +126,8 @@ def test_adapters_of_ours_load_in_peft(pair, fields, tmp_path):
     expected = ours.logits(tokens)
     assert np.abs(expected - lm.logits(tokens)).max() > 0.005
     np.testing.assert_allclose(their_logits(loaded, tokens), expected, atol=LOGITS, rtol=0)
+    again = lq.load_adapter(lm, tmp_path / "ours").logits(tokens)
+    np.testing.assert_allclose(again, expected, atol=LOGITS, rtol=0)
 
 
 TRAINED = [("gpt2", "all"), ("gpt2", KINDS[1]), ("llama", "all"), ("mixtral", "all")]
@@ -491,7 +495,7 @@ AT_EMBEDDING = {
         (
             {"use_dora": True},
             lambda state: AT_EMBEDDING | {"base_model.model.model.embed_tokens.lora_magnitude_vector": np.zeros(61)},
-            "of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT",
+            "of embeddings only that of tokens may have an adapter, and only LoRA: merge it in PEFT",
         ),
         (
             {},
@@ -533,6 +537,11 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, confi
         ("tinylora_v.0", None, "has no base_model.tinylora_v.0 of 5 numbers, as many as base_model.model.model.layers"),
         ("tinylora_v.0", np.zeros(4), "has no base_model.tinylora_v.0 of 5 numbers, as many as base_model.model.model"),
         ("tinylora_v.0", np.zeros((5, 1)), "base_model.tinylora_v.0 is [5, 1] instead of [u]"),
+        (
+            "model.embed_tokens.tinylora_A",
+            np.zeros((2, 61)),
+            "that of tokens may have an adapter, and only LoRA: merge",
+        ),
         ("layers.1.mlp.up_proj.tinylora_A", np.zeros((0, 32)), "layers.1.mlp.up_proj has the rank 0; it needs at leas"),
     ],
 )
@@ -541,7 +550,7 @@ def test_tiny_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, 
     lq.save_adapter(lq.lora(lm, rank=2, variant="tinylora", numbers=5, tied=True), tmp_path / "tied")
 
     def damaged(state):
-        (name,) = (name for name in state if name.endswith(end))
+        name = next((name for name in state if name.endswith(end)), PREFIX + end)
         rest = {other: x for other, x in state.items() if other != name}
         return rest if tensor is None else rest | {name: tensor}
 
