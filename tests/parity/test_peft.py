@@ -126,8 +126,14 @@ def test_adapters_of_ours_load_in_peft(pair, fields, tmp_path):
     expected = ours.logits(tokens)
     assert np.abs(expected - lm.logits(tokens)).max() > 0.005
     np.testing.assert_allclose(their_logits(loaded, tokens), expected, atol=LOGITS, rtol=0)
-    again = lq.load_adapter(lm, tmp_path / "ours").logits(tokens)
-    np.testing.assert_allclose(again, expected, atol=LOGITS, rtol=0)
+    again = lq.load_adapter(lm, tmp_path / "ours")
+    np.testing.assert_allclose(again.logits(tokens), expected, atol=LOGITS, rtol=0)
+    assert dropouts(again) == dropouts(ours)
+
+
+def dropouts(lm):
+    """The rates of a model's adapters."""
+    return {float(rate) for _, fixed in lora.adapters(lm.variables).values() for rate in fixed.get("dropout", ())}
 
 
 TRAINED = [("gpt2", "all"), ("gpt2", KINDS[1]), ("llama", "all"), ("mixtral", "all")]
@@ -251,6 +257,7 @@ def test_numbers_that_matrices_share_stay_shared(llama, tmp_path):
     half = changed(tmp_path / "tied", tmp_path / "half", None, lambda state: jax.tree.map(np.half, state))
     (numbers,) = jax.tree.leaves(lq.load_adapter(lm, half).variables["lora"])
     assert numbers.dtype == np.float32
+    assert dropouts(loaded) == dropouts(tied) == {0.25}
     tokens = draw_tokens(lm)
     np.testing.assert_allclose(loaded.logits(tokens), tied.logits(tokens), atol=1e-6, rtol=0)
     assert f"adapters of {5:,}" in repr(loaded)

@@ -105,4 +105,5 @@ def test_a_base_that_is_not_on_this_computer_is_warned_of(multimodal, tmp_path, 
     lq.save_adapter(ours, tmp_path / "whole", base="org/base@v1")
     for name, prefix in (("text", "model."), ("whole", "model.language_model.")):
         state = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert len(state) == 8  # A and B of four matrices
         assert all(key.startswith(f"base_model.model.{prefix}layers.0.self_attn.") for key in state)
