@@ -67,7 +67,9 @@ def merge(lm: LanguageModel) -> LanguageModel:
 
 def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
     """The inverse of `merge`, up to rounding: the adapters of `adapted` are subtracted from the matrices of `merged`
-    and stand beside them. BadInput for matrices that `merged` lacks, and for a DoRA with a magnitude of 0."""
+    and stand beside them. LoRA's may stand beside any matrices in `adapted`, DoRA's only beside those that they were
+    merged into, which tell how long the columns were. BadInput for matrices that `merged` lacks, and for a DoRA with a
+    magnitude of 0, or beside another base's matrices."""
     return merged.replace(variables=low_rank.unmerge(merged.variables, adapted.variables))
 
 

@@ -8,7 +8,8 @@ an adapter, that of `gate_up_proj` is at the module's `base_layer`. In transform
 module, with the name that it has in files of weights: adapters of that time are read. TinyLoRA keeps `tinylora_A`, `_B`
 and `_P` at each matrix, and `base_model.tinylora_v.G` for each group of matrices that share their trained vector.
 
-LoRA-XS has no form of its own there: it is written as the LoRA that it equals, B' = R B.
+LoRA-XS has no form of its own there, nor has TinyLoRA at experts and routers: they are written as the LoRA that they
+equal, B' = M B.
 """
 
 import re

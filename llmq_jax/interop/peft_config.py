@@ -58,8 +58,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise BadInput(f"{folder / CONFIG}: {name}={values[name]!r:.60} is not of the type {type_name(hint)}")
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, value in values.get(name, {}).items():
-            if not has_type(value, int if name == "rank_pattern" else float):
-                raise BadInput(f"{folder / CONFIG}: {name} says {value!r:.60} of {pattern}, which is no number")
+            hint = int if name == "rank_pattern" else float
+            if not has_type(value, hint):
+                raise BadInput(
+                    f"{folder / CONFIG}: {name} says {value!r:.60} of {pattern!r:.60}, which is not of the type "
+                    f"{type_name(hint)}"
+                )
             _check_pattern(folder, pattern)
     for name in ("lora_dropout", "tinylora_dropout", "weight_tying"):
         if not 0 <= values.get(name, 0) <= 1:

@@ -91,7 +91,7 @@ def base_of(folder: Path) -> tuple[str, int]:
     file = weights_file(folder)
     score = open_tensors(folder).get(SCORE_WEIGHT) if file.is_file() else None
     if score is not None and len(score.shape) != 2:
-        raise BadInput(f"{file}: {SCORE_WEIGHT} is {list(score.shape)}, and a head has two axes")
+        raise BadInput(f"{file}: {SCORE_WEIGHT} is {list(score.shape)}, and a head has two axes; save it again")
     return base, 0 if score is None else score.shape[0]
 
 
@@ -170,7 +170,7 @@ class _Reader:
                 self.old_modules[ours] = theirs
                 break
         if own in self.in_file:
-            raise BadInput(f"{self.file}: {self.in_file[own]} and {name} are two names of one tensor")
+            raise BadInput(f"{self.file}: {self.in_file[own]} and {name} are two names of one tensor; leave one out")
         self.in_file[own] = name
 
     def low_rank(self) -> Found:
@@ -206,6 +206,7 @@ class _Reader:
         groups = max(1, round(len(sites) * (1.0 - self.values.get("weight_tying", 0.0))))
         size = max(1, len(sites) // groups)
         keys = [f"base_model.tinylora_v.{min(index // size, groups - 1)}" for index in range(len(sites))]
+        numbers = {key: self._take(key, ("u",)) for key in set(keys)}
         parts: dict[tuple[str, ...], list[Leaves]] = {}
         for site, key in zip(sites, keys, strict=True):
             name = f"{PREFIX}{site.module}"
@@ -215,15 +216,17 @@ class _Reader:
             first, last = pair
             projections = self._take(f"{name}.tinylora_P", ("u", len(last), len(last)))
             if projections is None:
-                raise BadInput(f"{self.file}: holds no projections; save the adapter with save_projection")
-            if key not in self.state or self.state[key].shape != projections.shape[:1]:
-                raise BadInput(f"{self.file}: {key} is missing or of another length")
+                raise BadInput(f"{self.file}: has no {name}.tinylora_P; save the adapter with save_projection=True")
+            own = numbers[key]
+            if own is None or len(own) != len(projections):
+                raise BadInput(
+                    f"{self.file}: has no {key} of {len(projections)} numbers, as many as {name}.tinylora_P has "
+                    "matrices; save the adapter again"
+                )
             fixed = {A: first, B: last, PROJECTIONS: projections.swapaxes(1, 2), SCALE: np.float32(1)}
-            parts.setdefault(site.placement.path[1:], []).append((site, {NUMBERS: self.state[key], **fixed}))
+            parts.setdefault(site.placement.path[1:], []).append((site, {NUMBERS: own, **fixed}))
         if groups == 1 and len(sites) > 1:
-            self.shared = self.state[keys[0]]
-        for key in set(keys):
-            del self.state[key]
+            self.shared = numbers[keys[0]]
         dropout = float(self.values.get("tinylora_dropout", 0))
         return {path: self._stacked(path, entries, dropout) for path, entries in parts.items()}
 
@@ -287,7 +290,7 @@ class _Reader:
         elif any(f".{name}." in some[0] for name in whole):
             hint = f"; of modules_to_save={whole} only embeddings and heads are supported: merge it in PEFT"
         elif "lora_embedding_" in some[0] or some[0].startswith(f"{PREFIX}{module_name(self.config, EMBEDDING)}."):
-            hint = "; of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT"
+            hint = "; of embeddings only that of tokens may have an adapter, and only LoRA: merge it in PEFT"
         elif "lora_" in some[0]:
             hint = f": {self._another_base}"
         raise BadInput(f"{self.file}: {some[0]}{more} has no place in this {self.config.model_type}{hint}")
@@ -314,6 +317,11 @@ class _Reader:
         first = self._take(f"{name}.{a}", ("r", width))
         if first is None:
             return None
+        if not len(first):
+            module = name.removeprefix(PREFIX)
+            raise BadInput(
+                f"{self.file}: the adapter of {module} has the rank 0; it needs at least 1; save the adapter again"
+            )
         last = self._take(f"{name}.{b}", (features, len(first)))
         if last is None:
             raise BadInput(
@@ -360,7 +368,7 @@ class _Reader:
                 found.setdefault(str(at), []).append((at, *pair, self._scale(module, len(pair[1]))))
         for part_of, module in missing:
             if part_of in found:
-                raise BadInput(f"{self.file}: has adapters of other experts and none of {module}")
+                raise BadInput(f"{self.file}: has adapters of other experts and none of {module}; merge it in PEFT")
         return list(found.values())
 
     def _expert_pair(self, site: Site) -> Pair | None:
@@ -437,8 +445,6 @@ class _Reader:
         return "it is an adapter of another base" + (f" ({base})" if base else "")
 
     def _scale(self, module: str, rank: int) -> np.float32:
-        if rank < 1:
-            raise BadInput(f"{self.file}: the adapter of {module} has the rank {rank}; it needs at least 1")
         said = self._pattern("rank_pattern", module, self._rank)
         if rank != said:
             raise BadInput(

@@ -80,15 +80,16 @@ def write_adapter(
     homeless = found.keys() - {site.placement.path[1:] for site in sites}
     if homeless:
         raise BadInput(f"PEFT has no adapter at {'/'.join(min(homeless))}; merge it (lq.merge) and save the model")
-    tiny = any(NUMBERS in trained for trained, _ in found.values())
+    # PEFT's TinyLoRA has no parameters, which experts are: with those, it is written as the LoRA that it equals.
+    tiny = any(NUMBERS in trained for trained, _ in found.values()) and not any(site.is_parameter for site in sites)
     for site in sites:
         trained, fixed = found[site.placement.path[1:]]
-        if site.is_parameter and (tiny or MAGNITUDE in trained or DROPOUT in fixed):
+        if site.is_parameter and (MAGNITUDE in trained or DROPOUT in fixed):
             raise BadInput(
                 f"PEFT has plain LoRA without dropout alone at {site.module}; merge it (lq.merge) and save the model"
             )
         if site.module == "score":
-            raise BadInput("PEFT keeps a classifier's head whole; merge the adapter at score and save the model")
+            raise BadInput("PEFT has no adapter at score, a classifier's head; merge it (lq.merge) and save the model")
     in_short = everywhere if prefix == ALONE else None
     tensors, values = _tiny(sites, found, tied) if tiny else _low_rank(sites, found, in_short)
     if config.labels is not None:
@@ -174,8 +175,8 @@ def _named_base(base: str) -> dict[str, Any]:
 def _low_rank(
     sites: list[Site], found: Mapping[tuple[str, ...], Any], everywhere: list[Site] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, fields of the config) of LoRA, DoRA and LoRA-XS. `everywhere` are the model's matrices, or None where
-    it has others that are not known, which short names might mean too."""
+    """(tensors, fields of the config) of LoRA and DoRA, and of what equals a LoRA. `everywhere` are the model's
+    matrices, or None where it has others that are not known, which short names might mean too."""
     tensors: dict[str, np.ndarray] = {}
     alphas, ranks = {}, {}
     linears: list[str] = []
@@ -214,7 +215,8 @@ def _low_rank(
         alphas[site.pattern_name], ranks[site.pattern_name] = _seven_digits(scale * rank), rank
     if len(dropouts) > 1:
         raise BadInput(
-            f"adapters with different dropout ({', '.join(map(str, sorted(dropouts)))}) have no form in PEFT"
+            f"PEFT has one dropout for all adapters, and these have {', '.join(map(str, sorted(dropouts)))}; merge "
+            "them (lq.merge) and save the model"
         )
     rank, alpha = _most(ranks), _most(alphas)
     others = None if everywhere is None else [site.module for site in everywhere if not site.is_parameter]

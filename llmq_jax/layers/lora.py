@@ -277,10 +277,11 @@ class Unmerged:
 
 def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `merge`, up to rounding: the adapters of `adapted` are subtracted from the matrices of `variables`
-    and put beside them. How long DoRA's columns were before is told by the matrices of `adapted`.
+    and put beside them. How long DoRA's columns were before is told by the matrices of `adapted`, which have to be
+    those that the adapters were merged into.
 
-    BadInput for `variables` whose adapters are not merged; for those of another model; and for a column whose DoRA
-    magnitude is 0, of which merging left nothing.
+    BadInput for `variables` whose adapters are not merged; for those of another model; for a column whose DoRA
+    magnitude is 0, of which merging left nothing; and for a DoRA beside other matrices than it was merged into.
     """
     if LORA in variables:
         raise BadInput("this model has adapters beside its matrices, so that they are not merged; merge them first")
@@ -292,8 +293,15 @@ def unmerge(variables: dict[str, Any], adapted: dict[str, Any]) -> dict[str, Any
         own, here = (jax.tree.map(jnp.shape, each["params"].get(name)) for each in (adapted, variables))
         if own != here:
             raise BadInput(f"adapters with a {name} {own}, where this model has {here}; load those of this model")
-    beside = {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
-    return _moved(variables, found, _unmerged) | beside
+    parted = _moved(variables, found, _unmerged)
+    own, result = (flatten_dict(each["params"]) for each in (adapted, parted))
+    for path, (trained, fixed) in found.items():
+        if MAGNITUDE in trained and not _same_columns(result[path], own[path], trained, fixed):
+            raise BadInput(
+                f"adapters at {'/'.join(path)}, a DoRA, were merged into another matrix, or in a coarser type; load "
+                "them onto that base, in that type"
+            )
+    return parted | {name: adapted[name] for name in (LORA, LORA_FIXED) if name in adapted}
 
 
 def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter], moved: Callable[..., Any]) -> dict[str, Any]:
@@ -335,6 +343,19 @@ def _unmerged(merged: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> 
     plain = {name: leaf for name, leaf in trained.items() if name != MAGNITUDE}
     kernel: Array = _merged(scaled, plain, {**fixed, SCALE: -fixed[SCALE]})
     return kernel.astype(merged.dtype)
+
+
+@jax.jit
+def _same_columns(found: Array, kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
+    """Whether two matrices differ by no more than merging and unmerging round, in layers that have an adapter."""
+    first, last = factors(trained, fixed)
+    stack = first.ndim - 2
+    one, other = as_matrices(found, stack), as_matrices(kernel, stack)
+    # What is rounded is W and W + s A B, each in the coarser of both types; sums in float32 add 1e-5 at most.
+    lengths = jnp.linalg.norm(other, axis=-2) + column_norms(kernel, first, last)
+    rounding = 2 * max(jnp.finfo(found.dtype).eps, jnp.finfo(kernel.dtype).eps) + 1e-5
+    near = jnp.linalg.norm(one - other, axis=-2) <= rounding * lengths
+    return jnp.all(near | (along(fixed[SCALE], near) == 0))
 
 
 def spread(variables: dict[str, Any]) -> dict[str, Any]:

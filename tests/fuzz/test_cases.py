@@ -177,7 +177,7 @@ def test_adapters(tmp_path, change):
         ),
         (
             lambda state: state | {"base_model.model.score.weight": np.ones((), np.float32)},
-            r"score\.weight is \[\], and a head has two axes",
+            r"score\.weight is \[\], and a head has two axes; save it again",
         ),
     ],
 )

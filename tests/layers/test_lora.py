@@ -517,6 +517,31 @@ def test_what_was_never_merged_is_not_unmerged():
         lora.unmerge(lora.merge(dora), dora)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dora_is_unmerged_beside_the_base_that_it_was_merged_into(dtype):
+    """Merging takes the lengths of columns away; another base's are other lengths. LoRA takes none away."""
+    model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    for spec in (DORA_OF_ONE, LORA_OF_ONE):
+        adapted = moved(add_adapters(variables, model.layer_paths(), spec), size=0.1)
+        merged = lora.merge(adapted)
+        parted = lora.unmerge(merged, adapted)
+        assert largest_difference(parted["params"], variables["params"]) < {"float32": 1e-6, "bfloat16": 1e-3}[dtype]
+        first_layer = jax.tree.map(lambda leaf: leaf.at[0].multiply(1.5), variables["params"]["group_0"])
+        elsewhere = {**adapted, "params": {**variables["params"], "group_0": first_layer}}  # where there is no adapter
+        assert largest_difference(lora.unmerge(merged, elsewhere)["params"], parted["params"]) == 0
+        for other in (merged["params"], jax.tree.map(lambda leaf: leaf * 1.05, variables["params"])):
+            another = {**adapted, "params": other}
+            if spec is LORA_OF_ONE:
+                again = lora.unmerge(merged, another)
+                assert largest_difference(again["params"], parted["params"]) == 0
+                continue
+            with pytest.raises(
+                BadInput, match=r"adapters at group_0/block_0/attention/\w+/kernel, a DoRA, were merged into an"
+            ):
+                lora.unmerge(merged, another)
+
+
 def test_a_model_with_adapters_takes_no_others():
     model, variables = build(CONFIGS["llama"]), drawn(CONFIGS["llama"])
     adapted = add_adapters(variables, model.layer_paths(), LoRA())

@@ -107,6 +107,8 @@ def test_adapters_of_peft_and_back(pair, kind, tmp_path):
         ("mixtral", {"rank": 3, "variant": "lora-xs", "targets": "attention"}),
         ("gpt2", {"rank": 2, "variant": "lora-xs", "targets": "attention"}),
         ("gpt2", {"rank": 2, "variant": "tinylora", "numbers": 4, "tied": True, "targets": "attention"}),
+        ("mixtral", {"rank": 2, "variant": "tinylora", "numbers": 4, "alpha": 5.0, "layers": (0, 2)}),
+        ("qwen3_moe", {"rank": 2, "variant": "tinylora", "tied": True, "targets": ("attention", "mlp", "router")}),
     ],
     indirect=["pair"],
 )
@@ -124,6 +126,14 @@ def test_adapters_of_ours_load_in_peft(pair, fields, tmp_path):
     expected = ours.logits(tokens)
     assert np.abs(expected - lm.logits(tokens)).max() > 0.005
     np.testing.assert_allclose(their_logits(loaded, tokens), expected, atol=LOGITS, rtol=0)
+    again = lq.load_adapter(lm, tmp_path / "ours")
+    np.testing.assert_allclose(again.logits(tokens), expected, atol=LOGITS, rtol=0)
+    assert dropouts(again) == dropouts(ours)
+
+
+def dropouts(lm):
+    """The rates of a model's adapters."""
+    return {float(rate) for _, fixed in lora.adapters(lm.variables).values() for rate in fixed.get("dropout", ())}
 
 
 TRAINED = [("gpt2", "all"), ("gpt2", KINDS[1]), ("llama", "all"), ("mixtral", "all")]
@@ -244,6 +254,10 @@ def test_numbers_that_matrices_share_stay_shared(llama, tmp_path):
     assert (written["weight_tying"], written["tinylora_dropout"]) == (1.0, 0.25)
     loaded = lq.load_adapter(lm, tmp_path / "tied")
     jax.tree.map(np.testing.assert_array_equal, loaded.variables["lora"], tied.variables["lora"])
+    half = changed(tmp_path / "tied", tmp_path / "half", None, lambda state: jax.tree.map(np.half, state))
+    (numbers,) = jax.tree.leaves(lq.load_adapter(lm, half).variables["lora"])
+    assert numbers.dtype == np.float32
+    assert dropouts(loaded) == dropouts(tied) == {0.25}
     tokens = draw_tokens(lm)
     np.testing.assert_allclose(loaded.logits(tokens), tied.logits(tokens), atol=1e-6, rtol=0)
     assert f"adapters of {5:,}" in repr(loaded)
@@ -488,7 +502,7 @@ AT_EMBEDDING = {
         (
             {"use_dora": True},
             lambda state: AT_EMBEDDING | {"base_model.model.model.embed_tokens.lora_magnitude_vector": np.zeros(61)},
-            "of embeddings only that of tokens may have an adapter, and no DoRA: merge it in PEFT",
+            "of embeddings only that of tokens may have an adapter, and only LoRA: merge it in PEFT",
         ),
         (
             {},
@@ -504,6 +518,15 @@ AT_EMBEDDING = {
         ({"use_dora": "yes"}, None, "use_dora='yes' is not of the type bool"),
         ({"r": 8}, None, "q_proj has the rank 3, and adapter_config.json says 8 (r, rank_pattern)"),
         ({"rank_pattern": {"q_proj": 2}}, None, "q_proj has the rank 3, and adapter_config.json says 2"),
+        ({"rank_pattern": {"q\nproj": 2.5}}, None, r"rank_pattern says 2.5 of 'q\nproj', which is not of the type i"),
+        (
+            {"alpha_pattern": {"q_proj": "2"}},
+            None,
+            "alpha_pattern says '2' of 'q_proj', which is not of the type float",
+        ),
+        ({"lora_dropout": 1.5}, None, "lora_dropout=1.5 is not between 0 and 1"),
+        ({"tinylora_dropout": -1}, None, "tinylora_dropout=-1 is not between 0 and 1"),
+        ({"weight_tying": 2}, None, "weight_tying=2 is not between 0 and 1"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, config, tensors, message):
@@ -512,6 +535,52 @@ def test_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, confi
         lq.load_adapter(lm, changed(folder, tmp_path / "changed", config, tensors))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("end", "tensor", "message"),
+    [
+        ("layers.1.mlp.up_proj.tinylora_P", None, "layers.1.mlp.up_proj.tinylora_P; save the adapter with save_pr"),
+        ("tinylora_v.0", None, "has no base_model.tinylora_v.0 of 5 numbers, as many as base_model.model.model.layers"),
+        ("tinylora_v.0", np.zeros(4), "has no base_model.tinylora_v.0 of 5 numbers, as many as base_model.model.model"),
+        ("tinylora_v.0", np.zeros((5, 1)), "base_model.tinylora_v.0 is [5, 1] instead of [u]"),
+        (
+            "model.embed_tokens.tinylora_A",
+            np.zeros((2, 61)),
+            "that of tokens may have an adapter, and only LoRA: merge",
+        ),
+        ("layers.1.mlp.up_proj.tinylora_A", np.zeros((0, 32)), "layers.1.mlp.up_proj has the rank 0; it needs at leas"),
+    ],
+)
+def test_tiny_adapters_that_do_not_fit_are_refused_in_one_line(llama, tmp_path, end, tensor, message):
+    lm, _ = llama
+    lq.save_adapter(lq.lora(lm, rank=2, variant="tinylora", numbers=5, tied=True), tmp_path / "tied")
+
+    def damaged(state):
+        name = next((name for name in state if name.endswith(end)), PREFIX + end)
+        rest = {other: x for other, x in state.items() if other != name}
+        return rest if tensor is None else rest | {name: tensor}
+
+    with pytest.raises(BadInput) as error:
+        lq.load_adapter(lm, changed(tmp_path / "tied", tmp_path / "changed", None, damaged))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_that_peft_has_no_form_for_are_refused(llama, tmp_path):
+    lm, _ = llama
+    with pytest.raises(BadInput, match=r"PEFT has no adapter at score, .*; merge it \(lq\.merge\) and save the model"):
+        lq.save_adapter(lq.lora(lq.with_classifier(lm, ("a", "b")), rank=1, targets="score"), tmp_path / "score")
+    config = lq.models.override(lm.config, experts=lq.Experts(num_experts=2, top_k=1))
+    experts = LanguageModel(config, lq.build(config), lq.init(config))
+    with pytest.raises(BadInput, match=r"PEFT has no adapter at group_0/block_0/moe/router/kernel; merge it"):
+        lq.save_adapter(lq.lora(experts, rank=1, targets="router"), tmp_path / "router")
+    ours = lq.lora(lm, rank=1, targets=("query", "key"), dropout=0.25)
+    block = ours.variables["lora_fixed"]["group_0"]["block_0"]["attention"]
+    block["key"]["kernel"]["dropout"] = jnp.full(3, 0.5)
+    with pytest.raises(BadInput, match=r"PEFT has one dropout for all adapters, and these have 0\.25, 0\.5; merge"):
+        lq.save_adapter(ours, tmp_path / "dropout")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_adapter_is_refused(llama, tmp_path):

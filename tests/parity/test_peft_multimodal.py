@@ -83,6 +83,11 @@ def test_adapters_of_a_multimodal_model_fit_its_text_part(multimodal, tmp_path):
     both = changed(tmp_path / "text", tmp_path / "both", None, lambda state: state | vision)
     with pytest.warns(UserWarning, match=r"1 tensors of other parts of its base are ignored: model\.vision_tower$"):
         np.testing.assert_array_equal(lq.load_adapter(lm, both).logits(tokens), ours.logits(tokens))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    long = name.replace("model.layers", "model.language_model.layers")
+    twice = changed(tmp_path / "text", tmp_path / "twice", None, lambda state: state | {long: state[name]})
+    with pytest.raises(BadInput, match=f"{long} and {name} are two names of one tensor; leave one out"):
+        lq.load_adapter(lm, twice)
     alone = changed(tmp_path / "text", tmp_path / "alone", None, lambda state: vision)
     with pytest.warns(UserWarning, match="are ignored"), pytest.raises(BadInput, match="holds no adapter of a layer"):
         lq.load_adapter(lm, alone)
@@ -100,4 +105,5 @@ def test_a_base_that_is_not_on_this_computer_is_warned_of(multimodal, tmp_path, 
     lq.save_adapter(ours, tmp_path / "whole", base="org/base@v1")
     for name, prefix in (("text", "model."), ("whole", "model.language_model.")):
         state = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert len(state) == 8  # A and B of four matrices
         assert all(key.startswith(f"base_model.model.{prefix}layers.0.self_attn.") for key in state)
