@@ -35,6 +35,8 @@ LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
 RATIO = "ratio"
 """The entry of `lora_fixed` in which `measured` puts m / ‖V‖."""
+LENGTHS_ROUND = 1e-6
+"""By how much the lengths of the same columns may differ, measured in float32 by two programs: eight roundings."""
 TIED = "tied"
 """The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
@@ -174,7 +176,11 @@ def magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str,
         return ratio
     stack = first.ndim - 2
     columns = jax.lax.stop_gradient(column_norms(kernel, first, last))
-    ratio = jnp.where(along(fixed[SCALE], columns) == 0, 1.0, trained[MAGNITUDE].reshape(columns.shape) / columns)
+    ratio = trained[MAGNITUDE].reshape(columns.shape) / columns
+    # A fresh m is the length that another program measured, and rounded otherwise: such a ratio has the value 1, so
+    # that the adapter changes nothing at first, and keeps its gradient.
+    ratio += jax.lax.stop_gradient(jnp.where(jnp.abs(ratio - 1) <= LENGTHS_ROUND, 1 - ratio, 0))
+    ratio = jnp.where(along(fixed[SCALE], columns) == 0, 1.0, ratio)
     return ratio.reshape(*kernel.shape[:stack], *kernel.shape[stack + 1 :])
 
 

@@ -123,14 +123,30 @@ def largest_difference(a, b):
     return max(float(np.abs(x - y).max()) for x, y in both)
 
 
+def test_a_fresh_magnitude_multiplies_by_one_whatever_program_measured_it():
+    draw = np.random.default_rng(0)
+    kernel = draw.normal(size=(300, 40)).astype(np.float32)
+    nothing = jnp.zeros((300, 2)), jnp.zeros((2, 40))
+
+    def ratio(magnitude):
+        magnitude = jnp.asarray(magnitude)
+        return lora.magnitude_ratio(jnp.asarray(kernel), *nothing, {"magnitude": magnitude}, {"scale": jnp.ones(())})
+
+    lengths = np.linalg.norm(kernel.astype(np.float64), axis=0)
+    fresh = np.float32(lengths * (1 + draw.uniform(-5e-7, 5e-7, 40)))
+    np.testing.assert_array_equal(ratio(fresh), 1)
+    np.testing.assert_allclose(jax.grad(lambda m: ratio(m).sum())(fresh), 1 / lengths, rtol=2e-6)
+    np.testing.assert_allclose(ratio(np.float32(lengths * 1.00001)) - 1, 1e-5, rtol=0.1)
+
+
 @pytest.mark.parametrize(("base", "name"), CASES, indirect=["base"])
 @pytest.mark.product("adapters")
 def test_adapters_change_nothing_at_first_and_merge_to_what_they_compute(base, name):
     model, variables = base
     fresh = add_adapters(variables, model.layer_paths(), VARIANTS[name])
     reference = np.asarray(apply(model, variables))
-    # Zeros are added; but another program rounds elsewhere, and a DoRA divides by what it multiplies with.
-    np.testing.assert_allclose(apply(model, fresh), reference, atol=2e-7 if name != "dora" else 1e-6, rtol=0)
+    # Zeros are added, and a DoRA multiplies by 1; but another program rounds elsewhere.
+    np.testing.assert_allclose(apply(model, fresh), reference, atol=2e-7, rtol=0)
 
     adapted = moved(fresh)
     expected = np.asarray(apply(model, adapted))
