@@ -70,6 +70,8 @@ def unmerge(merged: LanguageModel, adapted: LanguageModel) -> LanguageModel:
     and stand beside them. LoRA's may stand beside any matrices in `adapted`, DoRA's only beside those that they were
     merged into, which tell how long the columns were. BadInput for matrices that `merged` lacks, and for a DoRA with a
     magnitude of 0, or beside another base's matrices."""
+    require_model(merged)
+    require_model(adapted)
     return merged.replace(variables=low_rank.unmerge(merged.variables, adapted.variables))
 
 

@@ -92,14 +92,14 @@ def require_model(lm: Any) -> None:
     refuse_consumed(lm.variables)
 
 
-def refuse_consumed(variables: Any) -> None:
-    """BadInput for variables of which a training step has consumed (donated) an array: no computation can read them."""
+def refuse_consumed(variables: Any, whose: str = "this model") -> None:
+    """BadInput for variables of which training has consumed (donated) an array: no computation can read them."""
     import jax
 
     leaves = [leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array)]
     if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
         raise BadInput(
-            "this model's weights are gone: a training step took over their memory (create_state does not copy them); "
+            f"{whose}'s weights are gone: training took over their memory (create_state does not copy them); "
             "go on with what it returned, lm.replace(variables=state.variables), or load the model again"
         )
 

@@ -78,7 +78,10 @@ BFLOAT16 = ("bf16", "bfloat16")
 RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
 """Names for which we have no option: the same command again resumes a run."""
 WITHOUT_OPTION = {
-    "push_to_hub": ("out", "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER"),
+    "push_to_hub": (
+        "checkpoint_every",
+        "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER",
+    ),
     "use_vllm": ("group_size", "the model that trains samples its answers itself, without vLLM; leave it out"),
     "importance_sampling_level": ("clip_low", "ratios of whole sequences are those of --loss gspo, others of tokens"),
 }

@@ -216,9 +216,11 @@ def find(name: str) -> RewardFunction:
         raise BadInput(f"the reward {name!r} needs a number of characters, as length:400")
     if not colon and name.endswith(".py"):
         raise BadInput(f"the reward {name!r} is a file; add the name of a function in it, as {name}:reward")
-    if near := close_names(before or name, (*_BUILT_IN, "length"), count=1):
-        meant = f"length:{after if after.isdigit() else 'CHARACTERS'}" if near == ["length"] else near[0]
-        raise BadInput(f"there is no reward {name!r}; did you mean {meant}?")
+    near = [] if {"/", "."} & set(name) else close_names(before or name, (*_BUILT_IN, "length"), count=1)
+    if near:
+        number = after if after.isascii() and after.isdigit() else "CHARACTERS"
+        meant = f"length:{number}" if near == ["length"] else near[0]
+        raise BadInput(f"there is no reward {name!r}; did you mean {meant}? A folder is named as ./{name}")
     known = ", ".join((*_BUILT_IN, "length:CHARACTERS"))
     raise BadInput(
         f"there is no reward {name!r}; choose from {known}, path/to/file.py:function or, for --reward of train.grpo, "

@@ -60,6 +60,7 @@ TABLE = [
     (f"{PRETRAIN} --bf16 true", "unknown option --bf16: here it is --dtype bfloat16; see"),
     (f"{PRETRAIN} --deepspeed zero3.json", "unknown option --deepspeed: here it is --mesh; see"),
     (f"{PRETRAIN} --report_to wandb", "unknown option --report-to: here it is --wandb; see"),
+    ("llmq generate x --push-to-hub", "unknown option --push-to-hub: see"),
     (f"{PRETRAIN} --push_to_hub", "unknown option --push-to-hub: a run stays here; python -m convert.to_hf RUN FOLDER"),
     (
         f"{PRETRAIN} --num-key-value-heads 2",

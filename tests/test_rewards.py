@@ -332,6 +332,9 @@ def test_names(tmp_path):
     [
         ("anwser", "there is no reward 'anwser'; did you mean answer?"),
         ("lenght:400", "there is no reward 'lenght:400'; did you mean length:400?"),
+        ("lenght:²", "there is no reward 'lenght:²'; did you mean length:CHARACTERS?"),
+        ("answer-rm", "did you mean answer? A folder is named as ./answer-rm"),
+        ("runs/answer", "there is no reward 'runs/answer'; choose from answer, "),
         (
             "novelty",
             "there is no reward 'novelty'; choose from answer, exact, format, think, length:CHARACTERS, "

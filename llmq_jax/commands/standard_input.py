@@ -1,13 +1,13 @@
 """Standard input: as a whole, where a command takes - for it, and line by line, as `llmq chat` reads it."""
 
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from llmq_jax.errors import BadInput
+from llmq_jax.json_text import parse_json
 
 STANDARD_INPUT = "standard input"
 """What errors call it."""
@@ -29,8 +29,8 @@ def text_of_input(file: str) -> str:
     if is_blank(text):
         raise BadInput(f"{STANDARD_INPUT} holds no text")
     try:
-        first = json.loads(text.lstrip().partition("\n")[0])
-    except (ValueError, RecursionError):
+        first = parse_json(text.lstrip().partition("\n")[0])
+    except ValueError:
         first = None
     if isinstance(first, dict) and isinstance(first.get("text"), str):
         raise BadInput(

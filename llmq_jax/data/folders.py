@@ -35,7 +35,7 @@ def looked_in(path: Path) -> str:
     if len(path.parts) != 2 or path.suffix or path.parts[0][0] in ".~" or path.parent.exists():
         return where
     command = f'hf download --repo-type dataset {path} --local-dir {path.name} --include "*.parquet"'
-    return f"{where}; if it is a data set on the hub, download its Parquet files first: {command}"
+    return f"{where}; if it is a data set on the hub, download its Parquet files (or *.jsonl) first: {command}"
 
 
 DataPath = str | Path | FolderFiles

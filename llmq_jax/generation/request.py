@@ -16,7 +16,7 @@ from llmq_jax.data.length_buckets import power_of_two
 from llmq_jax.data.text_stream import TextStream, decode_behind, last_text
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
-from llmq_jax.field_types import require_model, scalar, whole
+from llmq_jax.field_types import refuse_consumed, require_model, scalar, whole
 from llmq_jax.generation.decoding import Caches, DecodeState, advance, prefill
 from llmq_jax.generation.prompt_cache import PromptCache
 from llmq_jax.generation.sampling import DEFAULT, Sampler, row_seed
@@ -371,7 +371,7 @@ def _drafting(
             raise BadInput(f"draft_tokens={count} has no effect beside draft={MTP!r}: each module drafts one token")
         assert isinstance(lm.model, DeepSeek3)
         return MultiTokenDraft(lm.model), lm
-    require_model(draft)
+    refuse_consumed(draft.variables, "the draft")
     count = DRAFT_TOKENS if count is None else whole(count, "draft_tokens")
     if count < 1:
         raise BadInput(f"draft_tokens={count} must be at least 1")

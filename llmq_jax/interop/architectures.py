@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmq_jax.errors import BadInput, warn
-from llmq_jax.field_types import has_type, scalar, type_name
+from llmq_jax.field_types import has_type, refuse_consumed, scalar, type_name
 from llmq_jax.interop import deepseek3, gemma, gpt2, llama3, ministral, mixtral, qwen
 from llmq_jax.interop.configs import ConfigTable
 from llmq_jax.interop.tables import SCORE, WeightTable
@@ -111,6 +111,7 @@ def to_state_dict(variables: dict[str, Any], config: Any, layout: str = "hf") ->
     """
     if not isinstance(variables, Mapping):
         raise BadInput(f"{variables!r:.60} is no dict of variables; those of a LanguageModel are lm.variables")
+    refuse_consumed(variables)
     lazy = weight_table(config.model_type, layout).lazy_state_dict(variables, config)
     return {name: np.array(tensor) for name, tensor in lazy.items()}
 

@@ -35,8 +35,6 @@ LORA, LORA_FIXED = "lora", "lora_fixed"
 A, B, MIDDLE, NUMBERS, PROJECTIONS, MAGNITUDE, SCALE, DROPOUT = "A", "B", "M", "v", "P", "magnitude", "scale", "dropout"
 RATIO = "ratio"
 """The entry of `lora_fixed` in which `measured` puts m / ‖V‖."""
-LENGTHS_ROUND = 1e-6
-"""By how much the lengths of the same columns may differ, measured in float32 by two programs: eight roundings."""
 TIED = "tied"
 """The entry of `lora` with TinyLoRA's v, if all matrices share one."""
 WHOLE = "whole"
@@ -179,7 +177,8 @@ def magnitude_ratio(kernel: Array, first: Array, last: Array, trained: dict[str,
     ratio = trained[MAGNITUDE].reshape(columns.shape) / columns
     # A fresh m is the length that another program measured, and rounded otherwise: such a ratio has the value 1, so
     # that the adapter changes nothing at first, and keeps its gradient.
-    ratio += jax.lax.stop_gradient(jnp.where(jnp.abs(ratio - 1) <= LENGTHS_ROUND, 1 - ratio, 0))
+    rounding = max(8, kernel.shape[stack] ** 0.5 / 4) * jnp.finfo(jnp.float32).eps
+    ratio += jax.lax.stop_gradient(jnp.where(jnp.abs(ratio - 1) <= rounding, 1 - ratio, 0))
     ratio = jnp.where(along(fixed[SCALE], columns) == 0, 1.0, ratio)
     return ratio.reshape(*kernel.shape[:stack], *kernel.shape[stack + 1 :])
 
@@ -240,7 +239,8 @@ def measured(variables: dict[str, Any]) -> dict[str, Any]:
 
 @jax.jit
 def _ratio(kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
-    return magnitude_ratio(kernel, *factors(trained, fixed), trained, fixed)
+    with jax.default_matmul_precision("highest"):  # as `_merged` has it
+        return magnitude_ratio(kernel, *factors(trained, fixed), trained, fixed)
 
 
 def merge(variables: dict[str, Any]) -> dict[str, Any]:
@@ -354,11 +354,13 @@ def _unmerged(merged: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> 
 @jax.jit
 def _same_columns(found: Array, kernel: Array, trained: dict[str, Any], fixed: dict[str, Any]) -> Array:
     """Whether two matrices differ by no more than merging and unmerging round, in layers that have an adapter."""
-    first, last = factors(trained, fixed)
+    with jax.default_matmul_precision("highest"):
+        first, last = factors(trained, fixed)
+        norms = column_norms(kernel, first, last)
     stack = first.ndim - 2
     one, other = as_matrices(found, stack), as_matrices(kernel, stack)
     # What is rounded is W and W + s A B, each in the coarser of both types; sums in float32 add 1e-5 at most.
-    lengths = jnp.linalg.norm(other, axis=-2) + column_norms(kernel, first, last)
+    lengths = jnp.linalg.norm(other, axis=-2) + norms
     rounding = 2 * max(jnp.finfo(found.dtype).eps, jnp.finfo(kernel.dtype).eps) + 1e-5
     near = jnp.linalg.norm(one - other, axis=-2) <= rounding * lengths
     return jnp.all(near | (along(fixed[SCALE], near) == 0))

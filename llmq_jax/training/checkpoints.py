@@ -398,8 +398,8 @@ def _check_same_arrays(folder: Path, saved: Mapping[Name, Any], wanted: Mapping[
         if faults[0].startswith("optimizer_state/"):  # after those of the variables, and other state
             raise BadInput(
                 f"checkpoint {folder} is of another optimizer, though of this model: {faults[0]}{more}; use the "
-                "optimizer, with the type of its moments, that it was trained with, or begin a run with its weights "
-                "alone (--init-from, in Python lq.load)"
+                "optimizer, with the type of its moments, and the version that it was trained with, or begin a run "
+                "with its weights alone (--init-from, in Python lq.load)"
             )
         raise BadInput(
             f"checkpoint {folder} is of another model or optimizer: {faults[0]}{more}; "

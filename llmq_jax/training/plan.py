@@ -275,10 +275,8 @@ def plan_text(found: Plan, memory: int) -> str:
     devices = math.prod(run.sizes.values())
     fits = "fits" if found.total <= memory else "does not fit"
     where = f"each of {devices:,} devices" if devices > 1 else "the device"
-    lines += [
-        "",
-        f"{found.total / unit:.2f} {name} on {where}: {fits} {memory / _unit(memory)[0]:.4g} {_unit(memory)[1]}",
-    ]
+    room = f"{memory / _unit(memory)[0]:.2f}".rstrip("0").rstrip(".")
+    lines += ["", f"{found.total / unit:.2f} {name} on {where}: {fits} {room} {_unit(memory)[1]}"]
     return "\n".join(lines)
 
 

@@ -60,8 +60,9 @@ class Resumed(NamedTuple):
     state: Any
     info: CheckpointInfo
     loss: float | None
+    """The training loss that was logged last."""
     reward: float | None
-    """The training loss and the reward that were logged last."""
+    """The reward that was logged last."""
 
 
 def resume(

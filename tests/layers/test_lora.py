@@ -123,20 +123,19 @@ def largest_difference(a, b):
     return max(float(np.abs(x - y).max()) for x, y in both)
 
 
-def test_a_fresh_magnitude_multiplies_by_one_whatever_program_measured_it():
-    draw = np.random.default_rng(0)
-    kernel = draw.normal(size=(300, 40)).astype(np.float32)
-    nothing = jnp.zeros((300, 2)), jnp.zeros((2, 40))
+@pytest.mark.parametrize("depth", [300, 11008])
+def test_a_fresh_magnitude_multiplies_by_one_though_another_program_measured_it(depth):
+    kernel = np.random.default_rng(0).normal(size=(depth, 40)).astype(np.float32)
+    nothing = jnp.zeros((depth, 2)), jnp.zeros((2, 40))
 
     def ratio(magnitude):
         magnitude = jnp.asarray(magnitude)
         return lora.magnitude_ratio(jnp.asarray(kernel), *nothing, {"magnitude": magnitude}, {"scale": jnp.ones(())})
 
-    lengths = np.linalg.norm(kernel.astype(np.float64), axis=0)
-    fresh = np.float32(lengths * (1 + draw.uniform(-5e-7, 5e-7, 40)))
-    np.testing.assert_array_equal(ratio(fresh), 1)
-    np.testing.assert_allclose(jax.grad(lambda m: ratio(m).sum())(fresh), 1 / lengths, rtol=2e-6)
-    np.testing.assert_allclose(ratio(np.float32(lengths * 1.00001)) - 1, 1e-5, rtol=0.1)
+    lengths = np.linalg.norm(kernel, axis=0)  # a sum in another order
+    np.testing.assert_array_equal(ratio(lengths), 1)
+    np.testing.assert_allclose(jax.grad(lambda m: ratio(m).sum())(jnp.asarray(lengths)), 1 / lengths, rtol=5e-6)
+    np.testing.assert_allclose(ratio(lengths * np.float32(1.0001)) - 1, 1e-4, rtol=0.1)
 
 
 @pytest.mark.parametrize(("base", "name"), CASES, indirect=["base"])

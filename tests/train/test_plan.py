@@ -45,9 +45,15 @@ def test_attention_block_by_block_is_among_what_makes_a_run_fit(planned):
 def test_what_to_change(planned):
     code, out, _ = planned("--preset", "llama-10m", "--batch-size", 4, "--device-memory", 0.28)
     assert code == 1
-    assert "on the device: does not fit 286.7 MiB" in out
+    assert "on the device: does not fit 286.72 MiB" in out
     assert re.search(r"\nwhat makes it fit, each alone:\n  --remat dots: 2\d\d\.\d\d MiB\n", out)
     assert "\n  --accumulate " in out
+
+
+@pytest.mark.parametrize(("size", "shown"), [(20480, "20480 GiB"), (141.37, "141.37 GiB"), (0.5, "512 MiB")])
+def test_the_memory_of_a_device_as_it_was_given(planned, size, shown):
+    _, out, _ = planned("--preset", "llama-10m", "--batch-size", 1, "--device-memory", size)
+    assert f"fits {shown}\n" in out
 
 
 def test_thousands_of_devices(planned):
