@@ -299,7 +299,8 @@ class LanguageModel:
         the tokenizer's own template adds, as in transformers with the exported model. Those are never cut off, only the
         end of the text itself.
 
-        Special tokens that a text spells out stay text; transformers would make them tokens.
+        Special tokens that a text spells out stay text; transformers would make them tokens. BadInput: a text that is
+        empty or no string, or a model without a tokenizer.
         """
         tokenizer = self.require_tokenizer("this model")
         rows, cut = [], 0
@@ -325,6 +326,7 @@ class LanguageModel:
         change the results.
 
         `watch` is given the batches, as lists of row indices, and yields them again: it may show the progress.
+        BadInput: a model that is no classifier, a row that is empty or longer than the context, a batch size below 1.
         """
         labels, longest = self.require_labels("this model"), self.config.max_position_embeddings
         if batch_size < 1:

@@ -68,6 +68,7 @@ def packed_rows(
     """The rows of (a part of) a plan by `pack`: tokens, segment_ids and positions, all int32 `[rows, capacity]`.
 
     segment_ids number the sequences of a row 1, 2, ...; positions start at 0 in every sequence. Padding is 0 in all.
+    BadInput: sequences of a row that are longer than `capacity` together.
     """
     tokens = np.zeros((len(plan), capacity), np.int32)
     segment_ids = np.zeros((len(plan), capacity), np.int32)
@@ -96,6 +97,8 @@ def multi_token_rows(
 
     shrink: every stream reads n - depth of the document's n tokens, so that all modules have equally many; the end
         token is then its last target even where the text goes on. Otherwise module k reads all its n - k tokens.
+
+    BadInput: `depth` or `longest` below 1.
     """
     if depth < 1:
         raise BadInput(f"depth={depth} must be at least 1: of the modules that look ahead")

@@ -226,6 +226,9 @@ def instruction_batches(
         too.
     batch_size: rows over all processes; process `process_index` of `process_count` gets its share of consecutive rows.
     seed: of all that is shuffled; None leaves everything in order, for evaluation.
+
+    BadInput: no conversation, or one that is longer than `context`; numbers out of range; rows that the processes
+    cannot share equally.
     """
     if context < 1 or batch_size < 1:
         raise BadInput(f"context ({context}) and batch size ({batch_size}) must be at least 1")

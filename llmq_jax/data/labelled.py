@@ -179,7 +179,7 @@ def class_names(rows: Sequence[LabelledRow], path: DataPath) -> tuple[str, ...]:
 
 
 def labelled_texts(rows: Sequence[LabelledRow], names: Sequence[str]) -> LabelledTexts:
-    """Rows whose labels are among these names."""
+    """Rows whose labels are among these names, as texts and numbers of classes. BadInput: another label."""
     numbers = {name: number for number, name in enumerate(names)}
     for row in rows:
         if row.label not in numbers:

@@ -32,7 +32,8 @@ def split_documents(
 
 
 def are_held_out(count: int, fraction: float, seed: int = 0) -> Bool[np.ndarray, " count"]:
-    """Which of `count` documents `split_documents` holds out."""
+    """Which of `count` documents `split_documents` holds out. BadInput: fewer than two documents, or a fraction that
+    does not lie between 0 and 1."""
     _check_fraction(fraction)
     if count < 2:
         raise BadInput(
@@ -49,7 +50,8 @@ def split_tokens(
 ) -> tuple[Integer[np.ndarray, " train"], Integer[np.ndarray, " held_out"]]:
     """(training, held-out) tokens of one text, as views: the whole last `fraction` is held out, as nanoGPT does.
 
-    The training part has floor((1 - fraction) * N) tokens.
+    The training part has floor((1 - fraction) * N) tokens. BadInput: one of the parts would be empty, or a
+    fraction that does not lie between 0 and 1.
     """
     _check_fraction(fraction)
     # 0.9 * 1,115,394 characters: nanoGPT's int(n * 0.9). Rounding first keeps 1 - 0.1 from landing below 0.9.

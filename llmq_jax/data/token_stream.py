@@ -26,7 +26,8 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], *, append_e
 def encoded_blocks(
     tokenizer: Tokenizer, documents: Iterable[str], *, append_end_of_text: bool = True
 ) -> Iterator[np.ndarray]:
-    """The stream of `encode_documents` in pieces `[n]`, each of about BLOCK_CHARACTERS of text."""
+    """The stream of `encode_documents` in pieces `[n]`, each of about BLOCK_CHARACTERS of text. BadInput: the
+    tokenizer has no end-of-text token to append."""
     if append_end_of_text and tokenizer.end_of_text is None:
         raise BadInput(f"tokenizer {tokenizer.name} has no end-of-text token to separate documents with")
     end = np.array([tokenizer.end_of_text] if append_end_of_text else [], tokenizer.dtype)

@@ -19,7 +19,8 @@ from llmq_jax.errors import BadInput, warn
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer by name ("bytes", "gpt2"), from a tokenizer.json, from a folder with one or with GPT-2's files, or of
-    a model on the Hugging Face hub ("org/name"), whose weights are not fetched."""
+    a model on the Hugging Face hub ("org/name"), whose weights are not fetched. BadInput: there is none of these, or it
+    is damaged."""
     if str(name_or_path) == "bytes":
         return ByteTokenizer()
     if str(name_or_path) == "gpt2":

@@ -77,7 +77,7 @@ def training_batches(
         `positions`, and masks out the first token of a document as target of the document before it.
     Raises BadInput when the text is shorter than one window (context + 1 tokens).
     """
-    _check_sizes(tokens, context, batch_size, end_of_text, separate_documents)
+    _check_sizes(context, batch_size, end_of_text, separate_documents)
     if len(tokens) < context + 1:
         raise BadInput(
             f"the training text has {counted(len(tokens), 'token')} and one window needs {context + 1} (context + 1): "
@@ -147,7 +147,7 @@ def evaluation_batches(
     equal. Other arguments as for `training_batches`; with separate documents their first tokens do not count. Raises
     BadInput for fewer than 2 tokens, which hold no target.
     """
-    _check_sizes(tokens, context, batch_size, end_of_text, separate_documents)
+    _check_sizes(context, batch_size, end_of_text, separate_documents)
     if len(tokens) < 2:
         raise BadInput(
             f"the evaluation text has {counted(len(tokens), 'token')} and needs at least 2: use a longer text"
@@ -199,9 +199,7 @@ def rows_of(process_index: int, process_count: int, batch_size: int) -> range:
     return range(process_index * share, (process_index + 1) * share)
 
 
-def _check_sizes(
-    tokens: np.ndarray, context: int, batch_size: int, end_of_text: int | None, separate_documents: bool
-) -> None:
+def _check_sizes(context: int, batch_size: int, end_of_text: int | None, separate_documents: bool) -> None:
     if context < 1 or batch_size < 1:
         raise BadInput(f"context ({context}) and batch size ({batch_size}) must be at least 1")
     if separate_documents and end_of_text is None:

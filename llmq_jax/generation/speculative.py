@@ -5,8 +5,8 @@ because decoding waits for the weights to be read. The model accepts a part of t
 
 With p the model's distribution and q that from which the draft drew token d, d is accepted with probability
 min(1, p(d) / q(d)). At the first rejection a token is drawn from max(p - q, 0), normalised; after K acceptances one
-from p. The resulting tokens are distributed as p, whatever the draft is (theorem 1). In greedy decoding a token is
-accepted if it is the model's own choice, and the result is that of plain decoding.
+from p. The resulting tokens are distributed as p, whatever the draft is (Chen et al., theorem 1). In greedy decoding a
+token is accepted if it is the model's own choice, and the result is that of plain decoding.
 
 A draft is another model of the same vocabulary (`ModelDraft`), or the model's own modules of multi-token prediction
 (`MultiTokenDraft`; DeepSeek-V3, arXiv:2412.19437, section 5.4.3). Each keeps what it needs in a state of its own, whose

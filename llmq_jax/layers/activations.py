@@ -24,7 +24,7 @@ def gelu_exact(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x · sigmoid(x), SiLU or Swish (Elfwing et al. 2017, arXiv:1702.03118, eq. 1)."""
+    """x · sigmoid(x), SiLU or Swish (Elfwing et al. 2017, arXiv:1702.03118)."""
     return jax.nn.silu(x)
 
 

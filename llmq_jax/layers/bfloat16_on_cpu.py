@@ -3,8 +3,9 @@
 Processors with AMX multiply bfloat16 several times as fast as float32. XLA has such products, but takes them only where
 the result is in float32, the last axis of the first operand is contracted, and there are two rows or more; it converts
 the operands of all others to float32. It does so, too, with whole arrays of which one part is read or written: the
-stack of which a layer takes its weights, the cache in which a token puts its keys. (Measured with AMX only. Products in
-bfloat16 are taken on any processor, with whatever instructions XLA's library has for it.)
+stack of which a layer takes its weights, the cache in which a token puts its keys. (Measured with AMX; without it only
+the row smollm2-bfloat16-step-2048 of docs/benchmarks.md. Products in bfloat16 are taken on any processor, with whatever
+instructions XLA's library has for it.)
 
 Here JAX's lowering rules for these operations, by which a traced program becomes XLA's, are replaced for bfloat16 on a
 CPU. What is written, traced, differentiated and planned stays the same, and layers of one's own gain as well. Values

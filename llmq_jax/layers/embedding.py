@@ -10,7 +10,7 @@ from llmq_jax.layers.linear import times_transposed
 
 
 class Embedding(nn.Module):
-    """A table [V, D]: `__call__` looks ids up, `attend` scores vectors against every row (the tied head)."""
+    """A table [V, D]: `__call__` looks ids up, `logits` scores vectors against every row (the tied head)."""
 
     vocab_size: int
     features: int

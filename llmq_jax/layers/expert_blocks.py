@@ -1,9 +1,9 @@
 """Experts by blocks: rows sorted by expert are cut into blocks of one expert each, and a loop runs over these blocks.
 The work grows with the rows, not with the experts (after Gale et al. 2022, MegaBlocks, arXiv:2211.15841).
 
-A block is at most twice as long as an expert's mean load, so that most experts are one long product for each of their
-matrices. The backward pass is written by hand: gradients of experts add up in place, and those of frozen weights are
-never computed.
+A block is up to twice as long as an expert's mean load (but up to 128 rows at least, and 1,024 at most), so that most
+experts are one long product for each of their matrices. The backward pass is written by hand: gradients of experts add
+up in place, and those of frozen weights are never computed.
 """
 
 from collections.abc import Sequence

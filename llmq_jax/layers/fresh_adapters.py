@@ -152,7 +152,7 @@ def _fresh(kernel: Array, path: Path, in_layer: np.ndarray, spec: LoRA, key: Arr
     before, after = (np.sqrt(values), np.sqrt(values)) if tiny else (values, np.ones_like(values))
     fixed[A] = jnp.asarray(left * before[..., None, :])
     fixed[B] = jnp.asarray(after[..., None] * right).reshape(*lead, spec.rank, *features)
-    if not tiny:
+    if not tiny:  # M is 0, so that nothing changes at first; the paper draws it from normal(1e-5)
         return {MIDDLE: jnp.zeros((*lead, spec.rank, spec.rank))}, fixed
     # Normal with the variance 1 / R, as PEFT; the paper does not say.
     fixed[PROJECTIONS] = jax.random.normal(key, (*lead, spec.length, spec.rank, spec.rank)) / spec.rank**0.5

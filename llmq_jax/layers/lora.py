@@ -6,7 +6,7 @@
     y = x W + s · x A M B         LoRA-XS: M [R, R] alone trains              Bałazy et al. 2024, arXiv:2405.17604
                                   A = U Σ, B = Vᵀ, of the largest singular values of W = U Σ Vᵀ
     M = Σᵢ vᵢ Pᵢ                  TinyLoRA: v alone trains, Pᵢ are random     Morris et al. 2026, arXiv:2602.04118
-                                  A = U √Σ, B = √Σ Vᵀ
+                                  A = U √Σ, B = √Σ Vᵀ, as in PEFT; in the paper they are those of LoRA-XS
 
 Adapters are added by transforming a model's variables; no architecture's file knows of them. Two collections mirror the
 paths of `params`, with a dict of factors in the place of each matrix: `lora` holds what trains, `lora_fixed` what does

@@ -141,7 +141,8 @@ class Experts:
 
 
 def balance_from(given: Any) -> Balance | None:
-    """The `balance` of experts, from None, a Balance, or a dict as a file or a command line has it."""
+    """The `balance` of experts, from None, a Balance, or a dict as a file or a command line has it. BadInput: anything
+    else, or fields that cannot be."""
     if isinstance(given, dict):
         return create(Balance, given)
     if not isinstance(given, Balance | None):
@@ -151,7 +152,7 @@ def balance_from(given: Any) -> Balance | None:
 
 def experts_from(given: Any, layers: int, default: Experts | None = None) -> Experts | None:
     """The `experts` of a config, from None, Experts, or a dict as a file or a command line has it, of the fields that
-    differ from `default`."""
+    differ from `default`. BadInput: anything else, fields that cannot be, or no layer of the `layers` with experts."""
     if isinstance(given, dict):
         given = create(Experts, (asdict(default) if default else {}) | given)
     if not isinstance(given, Experts | None):

@@ -80,7 +80,7 @@ class ZeroCentredRMSNorm(nn.Module):
 
 
 class DyT(nn.Module):
-    """Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622, eq. 1): `scale * tanh(alpha * x) + bias`, with no statistics.
+    """Dynamic Tanh (Zhu et al. 2025, arXiv:2503.10622, section 4): `scale * tanh(alpha * x) + bias`, no statistics.
 
     alpha is one learned number, at first `alpha_init`. In language models the embeddings are scaled up by a learned
     factor too (`EmbeddingScale`), because a tanh, unlike a norm, depends on the size of activations.

@@ -128,7 +128,8 @@ def override(config: Any, **changes: Any) -> Any:
 
 
 def fields_from_text(config_class: type, assignments: Sequence[str]) -> dict[str, Any]:
-    """Fields of a config from words "name=value", the value as in JSON (a text may go without its quotation marks)."""
+    """Fields of a config from words "name=value", the value as in JSON (a text may go without its quotation marks).
+    BadInput: no "=", an unknown field, one that is given twice, or a value of another type."""
     hints = typing.get_type_hints(config_class)
     fields: dict[str, Any] = {}
     for assignment in assignments:

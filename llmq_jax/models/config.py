@@ -60,9 +60,9 @@ def set_rope(config: Any, field: str, head_width: int) -> None:
 
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
+"""The kinds of layers, by transformers' names: local ones see a window of keys, global ones all."""
 ROPE_FIELDS = {GLOBAL: "rope_parameters", LOCAL: "local_rope_parameters"}
 """{kind of layer: field with its RoPE}, in configs that have both."""
-"""The kinds of layers, by transformers' names: local ones see a window of keys, global ones all."""
 
 
 def set_layer_types(config: Any, usual: tuple[str, ...]) -> None:

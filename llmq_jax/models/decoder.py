@@ -234,7 +234,7 @@ class Decoder(nn.Module):
         return normalised
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits of a language model, in float32."""
+        """Logits of a language model, in float32. BadInput: the model is a classifier."""
         labels, tied = self.config.labels, self.config.tie_word_embeddings
         if labels is not None:
             raise BadInput(f"this model is a classifier ({shown(labels)}) and gives no token; classify with it")
@@ -242,7 +242,7 @@ class Decoder(nn.Module):
         return logits.astype(jnp.float32)
 
     def class_logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
-        """Logits of a classifier's classes, in float32."""
+        """Logits of a classifier's classes, in float32. BadInput: the model is a language model."""
         if self.config.labels is None:
             raise BadInput("this model is a language model and knows no classes; give it a head by with_classifier")
         return self.score(hidden).astype(jnp.float32)

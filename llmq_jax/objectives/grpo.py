@@ -291,6 +291,7 @@ def kl_estimate(
 
     In a loss the gradients matter, not the values. On average the gradient of k1 is 0, because it is ∇log π whatever
     the reference; that of k2 is the gradient of KL(π || π_ref), that of k3 the gradient of KL(π_ref || π).
+    BadInput: another estimator.
     """
     if estimator not in ESTIMATORS:
         raise BadInput(f"kl={estimator!r} is unknown; {did_you_mean(estimator, ESTIMATORS)}")

@@ -39,7 +39,7 @@ def token_logprobs(
     """log p(token t+1 | tokens up to t) in nats, for t = 0 ... T-2, times the mask of token t+1 (None: all count).
 
     Rows are padded on the right to `lengths`. `temperature` divides the logits, as when the tokens were sampled.
-    Gradients flow to `variables`. No [B, T, V] is ever held.
+    Gradients flow to `variables`. No [B, T, V] is ever held. BadInput: a mask of another shape than the tokens.
     """
     return logprobs_and_counts(model, variables, tokens, mask, lengths=lengths, temperature=temperature)[0]
 

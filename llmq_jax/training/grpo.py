@@ -80,7 +80,7 @@ class Loop:
     """A training step of the objective."""
     prompts: Sequence[Prompt]
     score: Callable[..., Scores]
-    """Functions of texts, or a `ModelReward`."""
+    """Functions of texts, a `ModelReward`, or both: see `training.rollout_scores`."""
     group_size: int
     max_new_tokens: int
     sampler: Sampler

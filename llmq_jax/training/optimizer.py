@@ -116,7 +116,7 @@ def adamw(
     decay acts on kernels and embeddings, by role, and is scaled by the learning rate, as in torch.optim.AdamW.
 
     `moments` is the type of both moments between updates, "float32" or "bfloat16" (as in DeepSeek-V3, arXiv:2412.19437,
-    section 3.3.2), or "first-bfloat16", of the first alone (optax's `mu_dtype`). BadInput for decay rates so near 1
+    section 3.3.3), or "first-bfloat16", of the first alone (optax's `mu_dtype`). BadInput for decay rates so near 1
     that bfloat16, of 8 bits, would lose every change.
     """
     scale = optax.scale_by_adam(b1=b1, b2=b2, eps=epsilon)
@@ -254,8 +254,8 @@ def _by_whole_layers(path: tuple[str, ...], layers: jax.Array, function: Callabl
 
 def orthogonalised(matrices: jax.Array, steps: int = 5) -> jax.Array:
     """[..., M, N] -> [..., M, N]: approximately U V^T of each matrix's singular value decomposition U S V^T, by the
-    Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al. 2024). Singular values above about 1/500
-    of the matrix's norm end between 0.7 and 1.2; smaller ones grow at most 500-fold."""
+    Newton-Schulz iteration X <- a X + (b X X^T + c (X X^T)^2) X (Jordan et al. 2024). Singular values above 1/500 of
+    the matrix's norm end between 0.68 and 1.21; smaller ones grow at most 500-fold."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT

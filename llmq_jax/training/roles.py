@@ -28,7 +28,8 @@ ROLES = {
 
 
 def role(path: tuple[str, ...]) -> str:
-    """The role of the parameter at a path: "kernel", "embedding", "norm" or "bias"."""
+    """The role of the parameter at a path: "kernel", "embedding", "norm" or "bias". BadInput: its name is not in
+    ROLES."""
     if path[-1] not in ROLES:
         raise BadInput(
             f"parameter {'/'.join(path)} has no role; give the name {path[-1]!r} one in {__name__}.ROLES: kernel or "

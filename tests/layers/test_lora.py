@@ -279,11 +279,16 @@ def test_fresh_adapters_are_drawn_as_the_papers_and_peft_say():
     assert (fixed["scale"] == 2).all()
     assert not (key["A"] == value["A"]).any(), "each matrix draws its own"
     assert 0.95 / 24**0.5 < np.abs(key["A"]).max() <= 1 / 24**0.5
-    (_, fixed), _ = at_key_and_value(rank=4, variant="lora-xs")
+    (middle, fixed), _ = at_key_and_value(rank=4, variant="lora-xs")
     rows = fixed["B"].reshape(3, 4, -1)
     np.testing.assert_allclose(rows @ rows.mT, np.broadcast_to(np.eye(4), (3, 4, 4)), atol=1e-5)  # Vᵀ
-    (numbers, fixed), _ = at_key_and_value(rank=4, variant="tinylora")
-    assert numbers["v"].shape == (3, 64) and np.std(fixed["P"]) == pytest.approx(4**-0.5, rel=0.05)
+    values = np.linalg.norm(fixed["A"], axis=1)  # Σ [3, 4]
+    assert not middle["M"].any(), "which the paper draws from normal(1e-5)"
+    (numbers, tiny), _ = at_key_and_value(rank=4, variant="tinylora")
+    assert numbers["v"].shape == (3, 64) and np.std(tiny["P"]) == pytest.approx(4**-0.5, rel=0.05)
+    roots = np.sqrt(values)  # as in PEFT: half of Σ on either side
+    np.testing.assert_allclose(tiny["A"] * roots[:, None], fixed["A"], atol=1e-5)
+    np.testing.assert_allclose(tiny["B"].reshape(3, 4, -1), rows * roots[..., None], atol=1e-5)
 
 
 def an_adapter(kernel, variant="dora"):

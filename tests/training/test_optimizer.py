@@ -190,6 +190,16 @@ def test_orthogonalised_matrices_keep_their_directions_and_lose_their_singular_v
     assert (np.asarray(orthogonalised(jnp.zeros((4, 3)))) == 0).all()
 
 
+def test_how_far_orthogonalised_moves_singular_values():
+    before = np.geomspace(1e-4, 1, 400, dtype="f4")  # and one more, so that the norm is 1 within rounding
+    matrices = np.zeros((400, 2, 2), "f4")
+    matrices[:, 0, 0], matrices[:, 1, 1] = before, np.sqrt(1 - before**2)
+    after = np.asarray(orthogonalised(jnp.asarray(matrices)))[:, 0, 0]
+    large = before > 1 / 500
+    assert 0.68 < after[large].min() < 0.69 and 1.2 < after[large].max() < 1.21
+    assert (after < 500 * before).all()
+
+
 @pytest.mark.parametrize(
     ("module", "features", "said"), [("gate", (2, 4), "has 3 dimensions"), ("query", (8,), "has 2 dimensions")]
 )
