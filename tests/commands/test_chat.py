@@ -71,7 +71,12 @@ def test_what_cannot_be_said_is_refused(chat_model, tiny_model):
         (tiny_model, [user("hi")], "this model has no chat template, so it cannot converse; use generate with a plain"),
         (tiny_model.replace(tokenizer=None), [user("hi")], "this model holds no tokenizer"),
         (chat_model, [user("x" * 90)], "93 tokens, which with 8 new ones exceed the model's context of 96"),
-        (chat_model, [{"role": "cook", "content": ""}], "no cooks"),
+        (chat_model, [{"role": "tool", "content": ""}], "no tools"),
+        (
+            chat_model,
+            [user("hi"), {"role": "sytem", "content": "be"}],
+            r"messages\[1\] has the role 'sytem': choose from system, developer, user, assistant, tool",
+        ),
         (chat_model, [], "messages are empty"),
     ):
         with pytest.raises(lq.BadInput, match=fault):

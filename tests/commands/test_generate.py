@@ -425,9 +425,14 @@ BAD_FILES = {
     "no room": (GOOD + f'{{"prompt": "{"x" * 90}"}}', ["--max-new-tokens", "8"], "FILE: line 2: the prompt has 90"),
     "no messages": (GOOD + '{"messages": []}', [], "FILE: line 2: messages are empty"),
     "refused messages": (
-        '{"messages": [{"role": "cook", "content": ""}]}',
+        '{"messages": [{"role": "tool", "content": ""}]}',
         [],
-        "FILE: line 1: the chat template refused these messages: no cooks",
+        "FILE: line 1: the chat template refused these messages: no tools",
+    ),
+    "unknown role": (
+        GOOD + '{"messages": [{"role": "sytem", "content": "be"}]}',
+        [],
+        "FILE: line 2: messages[0] has the role 'sytem': choose from system, developer, user, assistant, tool",
     ),
     "answered messages": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
