@@ -92,6 +92,12 @@ def test_every_line_gets_a_reply_that_knows_those_before(chat, chat_model):
     assert second != chat_model.chat([user(" two")], max_new_tokens=8, sampler=SAMPLER, seed=8)
 
 
+def test_lines_of_json_are_told_once_to_be_messages(chat):
+    code, _, err = chat('{"prompt": "a"}\n{"prompt": "b"}\n')
+    note = "note: these lines of JSON are messages as they stand; for an answer each, llmq generate --prompt-file FILE"
+    assert (code, err) == (0, f"{note} --jsonl --chat\n")
+
+
 def test_what_was_read_is_not_read_again(chat, chat_model, monkeypatch):
     given, prefill = [], request.prefill
 

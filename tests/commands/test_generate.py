@@ -247,6 +247,12 @@ def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, pip
     code, _, err = llmq("generate", chat_folder, "--prompt-file", "-", "--max-new-tokens", 96)
     note = "note: these lines of JSON are taken as one prompt; for a prompt each, --prompt-file - --jsonl\n"
     assert code == 2 and err.startswith(f"{note}error: the prompt has 31 tokens, which with ")
+    piped('{"text": "a", "id": 1}\n{"text": "b", "id": 2}\n')
+    code, _, err = llmq("generate", chat_folder, "--prompt", "-", "--max-new-tokens", 96)
+    note = note.replace("prompt-file - --jsonl", "prompt-file - --jsonl with a field prompt (found: text, id)")
+    assert code == 2 and err.startswith(f"{note}error: the prompt has ")
+    piped("{}\n")
+    assert llmq("generate", chat_folder, "--prompt", "-", "--max-new-tokens", 1)[2] == ""
 
 
 def test_one_long_prompt_does_not_shorten_the_others_in_silence(llmq, model_folder, tmp_path):
