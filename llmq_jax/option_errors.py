@@ -37,11 +37,15 @@ def check_names(options: type, arguments: list[str], program: str) -> None:
         if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
             if name in idle:
                 raise BadInput(f"{name} has no effect {idle[name]}; leave it out")
-            meant = meant_by(name, given, option_name)
+            meant = meant_by(name, given, _as_option)
             hint = f"{meant} S" if meant.endswith("?") else f"{meant}; s" if meant else "s"
             if before.replace("_", "-") in text_options(options):
                 hint = f"as the text of {before}, write {before}={argument}; s"
             raise BadInput(f'unknown option {name}: {hint}ee "{program} --help"')
+
+
+def _as_option(field: str, value: str = "") -> str:
+    return f"{option_name(field)} {value}".rstrip()
 
 
 def one_line(box: str, options: type, arguments: list[str], program: str) -> str:

@@ -4,8 +4,9 @@ The names are those of nanoGPT's config, of transformers' and TRL's arguments, a
 docs/from_trl.md says where meanings differ.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields as fields_of
+from typing import Protocol
 
 from llmq_jax.errors import close_names
 
@@ -63,6 +64,7 @@ OURS = {
     "loss": ("loss_type",),
     "reward": ("reward_funcs",),
     "group_size": ("num_generations",),
+    "max_length": ("context",),
     "max_prompt": ("max_prompt_length",),
     "max_new_tokens": ("max_tokens", "num_tokens", "max_completion_length"),
     "scale": ("scale_rewards",),
@@ -83,12 +85,18 @@ WITHOUT_OPTION = {
         "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER",
     ),
     "use_vllm": ("group_size", "the model that trains samples its answers itself, without vLLM; leave it out"),
-    "importance_sampling_level": ("clip_low", "ratios of whole sequences are those of --loss gspo, others of tokens"),
+    "importance_sampling_level": ("clip_low", "ratios of whole sequences are those of {loss}, others of tokens"),
 }
 """{name for which we have no option: (a field of the commands that it is for, what to do there)}."""
 
 
-def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = str) -> str:
+class Spelling(Protocol):
+    """How a field is written where the user gives it; with a value, how it is given that."""
+
+    def __call__(self, field: str, value: str = "") -> str: ...
+
+
+def meant_by(name: str, fields: Collection[str], shown: Spelling) -> str:
     """A hint at what an unknown option was meant to be, by the names in other programs or else by its spelling; ""
     where nothing is near. `shown` spells a field."""
     elsewhere = name.removeprefix("--").replace("-", "_")
@@ -96,18 +104,26 @@ def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = s
         return "the same command again resumes a run"
     field, advice = WITHOUT_OPTION.get(elsewhere, ("", ""))
     if field in fields:
-        return advice
-    for field, others in OURS.items():
-        if elsewhere in others and field in fields:
-            return f"here it is {shown(field)}" + (" bfloat16" if elsewhere in BFLOAT16 else "")
+        return advice.format(loss=shown("loss", "gspo"))
+    ours = next((field for field, others in OURS.items() if elsewhere in others), "")
+    if ours in fields:
+        return f"here it is {shown(ours, 'bfloat16' if elsewhere in BFLOAT16 else '')}"
     if "config" in fields and _is_of_configs(elsewhere):
-        return f"as a field of the model's config it is given by {shown('config')} {elsewhere}=VALUE"
+        return f"as a field of the model's config it is given by {shown('config', f'{elsewhere}=VALUE')}"
+    if (
+        "init_from" in fields
+        and "config" not in fields
+        and (elsewhere == "config" or _is_of_configs(ours or elsewhere))
+    ):
+        return f"the model of {shown('init_from')} brings its config, which is not changed here; leave it out"
     near = close_names(elsewhere, fields, count=1)
     return f"did you mean {shown(near[0])}?" if near else ""
 
 
 def _is_of_configs(name: str) -> bool:
-    """Whether the config of some architecture has a field of this name."""
+    """Whether the config of some architecture has a field of this name, other than the labels, which data bring."""
     from llmq_jax.models import ARCHITECTURES
 
-    return any(name == field.name for each in ARCHITECTURES.values() for field in fields_of(each.config_class))
+    return name != "labels" and any(
+        name == field.name for each in ARCHITECTURES.values() for field in fields_of(each.config_class)
+    )

@@ -67,6 +67,13 @@ TABLE = [
         "unknown option --num-key-value-heads: as a field of the model's config it is given by --config "
         "num_key_value_heads=VALUE; see",
     ),
+    (
+        f"{INSTRUCT} --hidden-size 64",
+        "unknown option --hidden-size: the model of --init-from brings its config, which is not changed here; leave it",
+    ),
+    (f"{CLASSIFIER} --n_layer 2", "unknown option --n-layer: the model of --init-from brings its config, which is not"),
+    (f"{CLASSIFIER} --context 64", "unknown option --context: here it is --max-length; see"),
+    (f"{DPO} --config norm=dyt", "unknown option --config: the model of --init-from brings its config, which is not"),
     (f"{GRPO} --use_vllm true", "unknown option --use-vllm: the model that trains samples its answers itself"),
     (
         f"{GRPO} --importance_sampling_level sequence",
