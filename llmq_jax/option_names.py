@@ -15,6 +15,7 @@ OURS = {
     "validation_data": ("eval_dataset", "validation_file"),
     "text_field": ("text_column", "text_key"),
     "out": ("output", "output_dir", "out_dir", "save_dir"),
+    "preset": ("model_type", "architecture", "arch"),
     "init_from": ("model", "model_name", "model_name_or_path", "pretrained"),
     "context": (
         "block_size",
@@ -54,6 +55,7 @@ OURS = {
     "wandb": ("report_to", "wandb_project"),
     "pack": ("packing",),
     "train_on": ("assistant_only_loss", "completion_only_loss"),
+    "train": ("use_peft", "use_lora"),
     "lora_rank": ("lora_r", "r", "rank"),
     "lora_targets": ("lora_target_modules", "target_modules"),
     "lora_rslora": ("use_rslora",),
@@ -74,8 +76,14 @@ OURS = {
     "entropy_coefficient": ("entropy_coef",),
 }
 """{our field: its names in other programs}."""
-BFLOAT16 = ("bf16", "bfloat16")
-"""Those of `dtype` that name the type themselves."""
+VALUES = {
+    **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
+    **dict.fromkeys(("use_peft", "use_lora"), "lora"),
+    **dict.fromkeys(("use_dora", "dora"), "dora"),
+    **dict.fromkeys(("use_cpu", "cpu"), "cpu"),
+    "gpu": "gpu",
+}
+"""{one of these names that says the value itself: the value here}."""
 
 RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
 """Names for which we have no option: the same command again resumes a run."""
@@ -84,6 +92,9 @@ WITHOUT_OPTION = {
         "checkpoint_every",
         "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER",
     ),
+    "prompt": ("system", "messages are typed or come from standard input; for one alone, llmq generate MODEL --chat"),
+    "num_return_sequences": ("prompt_file", "write the prompt so many times into a .jsonl file, once a line"),
+    **dict.fromkeys(("labels", "num_labels"), ("label_field", "the classes are the labels that the data have")),
     "use_vllm": ("group_size", "the model that trains samples its answers itself, without vLLM; leave it out"),
     "importance_sampling_level": ("clip_low", "ratios of whole sequences are those of {loss}, others of tokens"),
 }
@@ -107,14 +118,11 @@ def meant_by(name: str, fields: Collection[str], shown: Spelling) -> str:
         return advice.format(loss=shown("loss", "gspo"))
     ours = next((field for field, others in OURS.items() if elsewhere in others), "")
     if ours in fields:
-        return f"here it is {shown(ours, 'bfloat16' if elsewhere in BFLOAT16 else '')}"
+        return f"here it is {shown(ours, VALUES.get(elsewhere, ''))}"
     if "config" in fields and _is_of_configs(elsewhere):
         return f"as a field of the model's config it is given by {shown('config', f'{elsewhere}=VALUE')}"
-    if (
-        "init_from" in fields
-        and "config" not in fields
-        and (elsewhere == "config" or _is_of_configs(ours or elsewhere))
-    ):
+    is_models = ours == "preset" or elsewhere == "config" or _is_of_configs(ours or elsewhere)
+    if is_models and "init_from" in fields and "config" not in fields:
         return f"the model of {shown('init_from')} brings its config, which is not changed here; leave it out"
     near = close_names(elsewhere, fields, count=1)
     return f"did you mean {shown(near[0])}?" if near else ""
