@@ -7,7 +7,9 @@ import dataclasses
 import io
 import os
 import pty
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +83,21 @@ def test_what_cannot_be_said_is_refused(chat_model, tiny_model):
     ):
         with pytest.raises(lq.BadInput, match=fault):
             lm.chat(messages, max_new_tokens=8)
+
+
+def test_what_a_template_leaves_out_is_refused(chat_folder, llmq, piped, tmp_path):
+    """Not the assistant's: templates take out its former thoughts."""
+    folder = shutil.copytree(chat_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages if message.role == 'user' %}<|user|>{{ message.content }}{% endfor %}<|assistant|>"
+    )
+    lm, said = lq.load(folder), [user("a"), {"role": "assistant", "content": "b"}, user("c")]
+    assert lm.chat_tokens(said) == [USER, *b"a", USER, *b"c", ASSISTANT]
+    fault = "the chat template leaves out messages[0], of the system: use another template"
+    with pytest.raises(lq.BadInput, match=re.escape(fault)):
+        lm.chat([{"role": "system", "content": "be"}, *said])
+    piped("hi\n")
+    assert llmq("chat", folder, "--system", "be") == (2, "", f"error: {fault}\n")
 
 
 # The command, with its lines piped in
