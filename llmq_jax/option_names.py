@@ -45,7 +45,7 @@ OURS = {
     "remat": ("activation_checkpointing", "gradient_checkpointing"),
     "attention": ("attn_implementation", "flash_attention"),
     "device": ("use_cpu", "cpu", "gpu"),
-    "mesh": ("deepspeed", "fsdp", "parallelism_config"),
+    "mesh": ("deepspeed", "fsdp", "parallelism_config", "gpus", "num_gpus", "devices"),
     "log_every": ("log_interval", "logging_steps"),
     "evaluate_every": ("eval_every", "eval_interval", "eval_steps"),
     "evaluate_batches": ("eval_batches", "eval_iters"),
@@ -58,6 +58,7 @@ OURS = {
     "train": ("use_peft", "use_lora"),
     "lora_rank": ("lora_r", "r", "rank"),
     "lora_targets": ("lora_target_modules", "target_modules"),
+    "lora_dropout": ("dropout",),
     "lora_rslora": ("use_rslora",),
     "lora_variant": ("use_dora", "dora"),
     "lora_layers": ("layers_to_transform",),
@@ -124,6 +125,8 @@ def meant_by(name: str, fields: Collection[str], shown: Spelling) -> str:
     is_models = ours == "preset" or elsewhere == "config" or _is_of_configs(ours or elsewhere)
     if is_models and "init_from" in fields and "config" not in fields:
         return f"the model of {shown('init_from')} brings its config, which is not changed here; leave it out"
+    if ours:  # what this command lacks is not what happens to be spelled alike
+        return ""
     near = close_names(elsewhere, fields, count=1)
     return f"did you mean {shown(near[0])}?" if near else ""
 
