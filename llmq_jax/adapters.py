@@ -50,7 +50,7 @@ def lora(lm: LanguageModel, spec: LoRA | None = None, *, seed: int = 0, **fields
     known = [field.name for field in dataclasses.fields(LoRA)]
     for name in fields:
         if name not in known:
-            hint = meant_by(name, [f"lora_{field}" for field in known], lambda option: option.removeprefix("lora_"))
+            hint = meant_by(name, [f"lora_{field}" for field in known], lambda field, value="": field[len("lora_") :])
             hint = "here it is variant='dora'" if name == "use_dora" else hint
             raise BadInput(f"LoRA has no field {name!r}; {hint or 'choose from ' + ', '.join(known)}")
     spec = LoRA(**fields) if spec is None else spec

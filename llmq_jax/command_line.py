@@ -44,12 +44,14 @@ def run(
     arguments: Sequence[str] | None = None,
     program: str | None = None,
     defaults: Callable[[dict[str, str]], Any] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> NoReturn:
     """Read the arguments (`sys.argv` by default), run the command with them, and exit.
 
     `command` is a function of one options dataclass, which may return an exit code (an int), or a table from verb to
     the name of the module whose `main` is such a function. `defaults` serves presets: given what follows each option on
     the command line, it returns the options instance that explicit options are laid over, and that `--help` shows.
+    `elsewhere` is {a verb that there is not: what to do instead}.
 
     Exit codes: 0, 2 for bad input, 130 when interrupted from the keyboard, 141 when the reader of the output has gone.
     Any other exception is a fault of ours and keeps its traceback.
@@ -62,7 +64,7 @@ def run(
     try:
         try:
             if isinstance(command, Mapping):
-                command, arguments, program = _choose_verb(command, arguments, program)
+                command, arguments, program = _choose_verb(command, arguments, program, elsewhere or {})
             options = _options_class(command)
             arguments = join_texts(options, arguments)
             of_file = options_of_file(options, arguments)
@@ -202,9 +204,9 @@ def _program_name() -> str:
 
 
 def _choose_verb(
-    verbs: Mapping[str, str], arguments: list[str], program: str
+    verbs: Mapping[str, str], arguments: list[str], program: str, elsewhere: Mapping[str, str]
 ) -> tuple[Callable[..., Any], list[str], str]:
-    """(the verb's main function, the arguments after it, the program's name with it)."""
+    """(the verb's main function, the arguments after it, the program's name with it). `elsewhere` as in `run`."""
     verb = arguments[0] if arguments else "--help"
     if verb == "help" and arguments[1:]:
         arguments = [arguments[1], "--help"]
@@ -222,7 +224,8 @@ def _choose_verb(
         print(program, version("llmq_jax"))
         sys.exit(0)
     if verb not in verbs:
-        raise BadInput(f"unknown command {verb!r} for {program}: {did_you_mean(verb, verbs)}")
+        meant = elsewhere.get(verb) or did_you_mean(verb, verbs)
+        raise BadInput(f"unknown command {verb!r} for {program}: {meant}")
     return importlib.import_module(verbs[verb]).main, arguments[1:], f"{program} {verb}"
 
 

@@ -94,14 +94,19 @@ def require_model(lm: Any) -> None:
 
 def refuse_consumed(variables: Any, whose: str = "this model") -> None:
     """BadInput for variables of which training has consumed (donated) an array: no computation can read them."""
-    import jax
-
-    leaves = [leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array)]
-    if any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves):
+    if is_consumed(variables):
         raise BadInput(
             f"{whose}'s weights are gone: training took over their memory (create_state does not copy them); "
             "go on with what it returned, lm.replace(variables=state.variables), or load the model again"
         )
+
+
+def is_consumed(tree: Any) -> bool:
+    """Whether an array of a pytree is deleted, as those are that a step was given and has donated."""
+    import jax
+
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return any(not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted() for leaf in leaves)
 
 
 def scalar(value: Any) -> Any:

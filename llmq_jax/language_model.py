@@ -17,6 +17,7 @@ from llmq_jax.counts import counted
 from llmq_jax.data.chat_template import ChatTemplate
 from llmq_jax.data.length_buckets import by_length, padded_rows
 from llmq_jax.data.messages import refuse_answered
+from llmq_jax.data.prompt_templates import refuse_left_out
 from llmq_jax.data.records import is_blank
 from llmq_jax.data.tokenizer_files import WRITE_JSON
 from llmq_jax.data.tokenizers import Tokenizer
@@ -175,8 +176,9 @@ class LanguageModel:
         what these gave back, as data/messages.py has them. A call in the reply is text, as the template spells it.
 
         tools: those that the model may call, each an object that describes one by JSON Schema. The other arguments are
-        those of `generate`. BadInput: the model has no chat template, the template refuses the messages or has no place
-        for the tools, the last message is the assistant's, or they and the new tokens exceed the model's context.
+        those of `generate`. BadInput: an unknown role, the model has no chat template, the template refuses the
+        messages, leaves one out or has no place for the tools, the last message is the assistant's, or they and the new
+        tokens exceed the model's context.
         """
         tokens = self.chat_tokens(messages, tools)
         options: dict[str, Any] = {"sampler": sampler, "stop": stop, "seed": seed, "prompt_cache": prompt_cache}
@@ -193,7 +195,7 @@ class LanguageModel:
         template = self.require_chat_template("this model")
         variables |= {} if tools is None else {"tools": tools}
         text = template.render(messages, add_generation_prompt=True, **variables)
-        template.refuse_unread(messages, variables)
+        refuse_left_out(messages, variables, template, text)
         refuse_answered(messages, "the conversation")
         return self.require_tokenizer("this model").encode(text, allow_special=True)
 

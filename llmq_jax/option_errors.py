@@ -10,7 +10,7 @@ import typing
 
 from llmq_jax.errors import BadInput
 from llmq_jax.option_names import meant_by
-from llmq_jax.options import IDLE, given_fields, option_name, text_options
+from llmq_jax.options import IDLE, given_fields, option_name, text_options, without_names
 
 WITHOUT_NAME = {
     "prompt": "a text is given by --prompt",
@@ -20,12 +20,15 @@ WITHOUT_NAME = {
     "system": "messages are typed or come from standard input, and a system text is given by --system",
 }
 """{field: advice for a value that is given without an option's name, where the command has this field}."""
+OF_PLACES = ("--model", "--input", "--output", "--out", "--path", "--folder", "--init-from")
+"""Options that elsewhere name a model, a file or a folder, where here it may be given without one."""
 KINDS = {"INT": "an integer", "FLOAT": "a number", "FLOAT FLOAT": "two numbers", "{True,False}": "True or False"}
 
 
 def check_names(options: type, arguments: list[str], program: str) -> None:
     """Refuse an unknown option before tyro does: tyro would first complain of whatever its absence leaves missing."""
-    given = [field.name for field in given_fields(options)]
+    bare = without_names(options)
+    given = [field.name for field in given_fields(options) if field.name not in bare]
     idle = {
         option_name(each.name): each.metadata[IDLE] for each in dataclasses.fields(options) if IDLE in each.metadata
     }
@@ -37,11 +40,17 @@ def check_names(options: type, arguments: list[str], program: str) -> None:
         if name.startswith("--") and not name.startswith("--tyro-") and name not in known:
             if name in idle:
                 raise BadInput(f"{name} has no effect {idle[name]}; leave it out")
-            meant = meant_by(name, given, option_name)
+            meant = meant_by(name, given, _as_option)
+            if bare and (name.removeprefix("--") in bare or (not meant and name in OF_PLACES)):
+                meant = f"write {' '.join(map(str.upper, bare))} without an option's name"
             hint = f"{meant} S" if meant.endswith("?") else f"{meant}; s" if meant else "s"
             if before.replace("_", "-") in text_options(options):
                 hint = f"as the text of {before}, write {before}={argument}; s"
             raise BadInput(f'unknown option {name}: {hint}ee "{program} --help"')
+
+
+def _as_option(field: str, value: str = "") -> str:
+    return f"{option_name(field)} {value}".rstrip()
 
 
 def one_line(box: str, options: type, arguments: list[str], program: str) -> str:

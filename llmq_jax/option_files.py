@@ -37,12 +37,16 @@ def read_options(path: str, kinds: dict[str, Any], given: Iterable[str]) -> dict
         where = f"{path}: line {key.start_mark.line + 1}"
         name = _text(key, where).replace("-", "_")
         if name not in kinds:
-            hint = meant_by(name, kinds) or "--help tells which there are"
+            hint = meant_by(name, kinds, _as_key) or "--help tells which there are"
             raise BadInput(f"{where}: there is no option {name!r}; {hint}")
         if name in found:
             raise BadInput(f"{where}: {name} stands there a second time; leave one of them out")
         found[name] = list(_arguments(name, value, kinds[name], where))
     return {name: arguments for name, arguments in found.items() if arguments and name not in given}
+
+
+def _as_key(field: str, value: str = "") -> str:
+    return f"{field}: {value}" if value else field
 
 
 def _entries(path: str) -> list[tuple[Any, Any]]:

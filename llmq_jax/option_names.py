@@ -4,8 +4,9 @@ The names are those of nanoGPT's config, of transformers' and TRL's arguments, a
 docs/from_trl.md says where meanings differ.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import fields as fields_of
+from typing import Protocol
 
 from llmq_jax.errors import close_names
 
@@ -14,6 +15,7 @@ OURS = {
     "validation_data": ("eval_dataset", "validation_file"),
     "text_field": ("text_column", "text_key"),
     "out": ("output", "output_dir", "out_dir", "save_dir"),
+    "preset": ("model_type", "architecture", "arch"),
     "init_from": ("model", "model_name", "model_name_or_path", "pretrained"),
     "context": (
         "block_size",
@@ -43,7 +45,7 @@ OURS = {
     "remat": ("activation_checkpointing", "gradient_checkpointing"),
     "attention": ("attn_implementation", "flash_attention"),
     "device": ("use_cpu", "cpu", "gpu"),
-    "mesh": ("deepspeed", "fsdp", "parallelism_config"),
+    "mesh": ("deepspeed", "fsdp", "parallelism_config", "gpus", "num_gpus", "devices"),
     "log_every": ("log_interval", "logging_steps"),
     "evaluate_every": ("eval_every", "eval_interval", "eval_steps"),
     "evaluate_batches": ("eval_batches", "eval_iters"),
@@ -53,8 +55,10 @@ OURS = {
     "wandb": ("report_to", "wandb_project"),
     "pack": ("packing",),
     "train_on": ("assistant_only_loss", "completion_only_loss"),
+    "train": ("use_peft", "use_lora"),
     "lora_rank": ("lora_r", "r", "rank"),
     "lora_targets": ("lora_target_modules", "target_modules"),
+    "lora_dropout": ("dropout",),
     "lora_rslora": ("use_rslora",),
     "lora_variant": ("use_dora", "dora"),
     "lora_layers": ("layers_to_transform",),
@@ -63,6 +67,7 @@ OURS = {
     "loss": ("loss_type",),
     "reward": ("reward_funcs",),
     "group_size": ("num_generations",),
+    "max_length": ("context",),
     "max_prompt": ("max_prompt_length",),
     "max_new_tokens": ("max_tokens", "num_tokens", "max_completion_length"),
     "scale": ("scale_rewards",),
@@ -72,8 +77,14 @@ OURS = {
     "entropy_coefficient": ("entropy_coef",),
 }
 """{our field: its names in other programs}."""
-BFLOAT16 = ("bf16", "bfloat16")
-"""Those of `dtype` that name the type themselves."""
+VALUES = {
+    **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
+    **dict.fromkeys(("use_peft", "use_lora"), "lora"),
+    **dict.fromkeys(("use_dora", "dora"), "dora"),
+    **dict.fromkeys(("use_cpu", "cpu"), "cpu"),
+    "gpu": "gpu",
+}
+"""{one of these names that says the value itself: the value here}."""
 
 RESUMING = ("resume", "resume_from", "resume_from_checkpoint")
 """Names for which we have no option: the same command again resumes a run."""
@@ -82,13 +93,22 @@ WITHOUT_OPTION = {
         "checkpoint_every",
         "a run stays here; python -m convert.to_hf RUN FOLDER, then hf upload NAME FOLDER",
     ),
+    "prompt": ("system", "messages are typed or come from standard input; for one alone, llmq generate MODEL --chat"),
+    "num_return_sequences": ("prompt_file", "write the prompt so many times into a .jsonl file, once a line"),
+    **dict.fromkeys(("labels", "num_labels"), ("label_field", "the classes are the labels that the data have")),
     "use_vllm": ("group_size", "the model that trains samples its answers itself, without vLLM; leave it out"),
-    "importance_sampling_level": ("clip_low", "ratios of whole sequences are those of --loss gspo, others of tokens"),
+    "importance_sampling_level": ("clip_low", "ratios of whole sequences are those of {loss}, others of tokens"),
 }
 """{name for which we have no option: (a field of the commands that it is for, what to do there)}."""
 
 
-def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = str) -> str:
+class Spelling(Protocol):
+    """How a field is written where the user gives it; with a value, how it is given that."""
+
+    def __call__(self, field: str, value: str = "") -> str: ...
+
+
+def meant_by(name: str, fields: Collection[str], shown: Spelling) -> str:
     """A hint at what an unknown option was meant to be, by the names in other programs or else by its spelling; ""
     where nothing is near. `shown` spells a field."""
     elsewhere = name.removeprefix("--").replace("-", "_")
@@ -96,18 +116,25 @@ def meant_by(name: str, fields: Collection[str], shown: Callable[[str], str] = s
         return "the same command again resumes a run"
     field, advice = WITHOUT_OPTION.get(elsewhere, ("", ""))
     if field in fields:
-        return advice
-    for field, others in OURS.items():
-        if elsewhere in others and field in fields:
-            return f"here it is {shown(field)}" + (" bfloat16" if elsewhere in BFLOAT16 else "")
+        return advice.format(loss=shown("loss", "gspo"))
+    ours = next((field for field, others in OURS.items() if elsewhere in others), "")
+    if ours in fields:
+        return f"here it is {shown(ours, VALUES.get(elsewhere, ''))}"
     if "config" in fields and _is_of_configs(elsewhere):
-        return f"as a field of the model's config it is given by {shown('config')} {elsewhere}=VALUE"
+        return f"as a field of the model's config it is given by {shown('config', f'{elsewhere}=VALUE')}"
+    is_models = ours == "preset" or elsewhere == "config" or _is_of_configs(ours or elsewhere)
+    if is_models and "init_from" in fields and "config" not in fields:
+        return f"the model of {shown('init_from')} brings its config, which is not changed here; leave it out"
+    if ours:  # what this command lacks is not what happens to be spelled alike
+        return ""
     near = close_names(elsewhere, fields, count=1)
     return f"did you mean {shown(near[0])}?" if near else ""
 
 
 def _is_of_configs(name: str) -> bool:
-    """Whether the config of some architecture has a field of this name."""
+    """Whether the config of some architecture has a field of this name, other than the labels, which data bring."""
     from llmq_jax.models import ARCHITECTURES
 
-    return any(name == field.name for each in ARCHITECTURES.values() for field in fields_of(each.config_class))
+    return name != "labels" and any(
+        name == field.name for each in ARCHITECTURES.values() for field in fields_of(each.config_class)
+    )

@@ -81,6 +81,13 @@ def fields_and_hints(options: type) -> list[tuple[dataclasses.Field[Any], Any]]:
     return [(field, hints[field.name]) for field in given_fields(options)]
 
 
+def without_names(options: type) -> list[str]:
+    """The fields that are given without an option's name."""
+    positional: Any = Positional[str]
+    (marker,) = positional.__metadata__
+    return [field.name for field, hint in fields_and_hints(options) if marker in getattr(hint, "__metadata__", ())]
+
+
 def text_options(options: type) -> set[str]:
     """Names of the options that take one text."""
     hints = typing.get_type_hints(options)

@@ -3,7 +3,7 @@
 import importlib
 
 from llmq_jax import command_line
-from llmq_jax.commands import VERBS
+from llmq_jax.commands import ELSEWHERE, VERBS
 
 
 def start(program, *words):
@@ -13,7 +13,7 @@ def start(program, *words):
     else:
         module = importlib.import_module(program)
         main, name, defaults = module.main, f"python -m {program}", getattr(module, "starting_options", None)
-    command_line.run(main, [str(word) for word in words], program=name, defaults=defaults)
+    command_line.run(main, [str(word) for word in words], program=name, defaults=defaults, elsewhere=ELSEWHERE)
 
 
 def ended(program, *words):

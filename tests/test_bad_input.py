@@ -67,6 +67,24 @@ TABLE = [
         "unknown option --num-key-value-heads: as a field of the model's config it is given by --config "
         "num_key_value_heads=VALUE; see",
     ),
+    (
+        f"{INSTRUCT} --hidden-size 64",
+        "unknown option --hidden-size: the model of --init-from brings its config, which is not changed here; leave it",
+    ),
+    (f"{CLASSIFIER} --n_layer 2", "unknown option --n-layer: the model of --init-from brings its config, which is not"),
+    (
+        f"{DPO} --model_type llama",
+        "unknown option --model-type: the model of --init-from brings its config, which is not",
+    ),
+    (f"{PRETRAIN} --model-type llama", "unknown option --model-type: here it is --preset; see"),
+    (f"{CLASSIFIER} --num_labels 2", "unknown option --num-labels: the classes are the labels that the data have; see"),
+    (f"{INSTRUCT} --dropout 0.1", "unknown option --dropout: here it is --lora-dropout; see"),
+    (f"{DPO} --dropout 0.1", "unknown option --dropout: see"),
+    (f"{PRETRAIN} --gpus 2", "unknown option --gpus: here it is --mesh; see"),
+    (f"{INSTRUCT} --use_peft", "unknown option --use-peft: here it is --train lora; see"),
+    (f"{INSTRUCT} --use_dora true", "unknown option --use-dora: here it is --lora-variant dora; see"),
+    (f"{CLASSIFIER} --context 64", "unknown option --context: here it is --max-length; see"),
+    (f"{DPO} --config norm=dyt", "unknown option --config: the model of --init-from brings its config, which is not"),
     (f"{GRPO} --use_vllm true", "unknown option --use-vllm: the model that trains samples its answers itself"),
     (
         f"{GRPO} --importance_sampling_level sequence",
@@ -129,6 +147,20 @@ TABLE = [
     ("llmq evaluate model missing.txt", "there is no file or folder missing.txt"),
     ("llmq compare model --out run.png", "no metrics.jsonl in model; give the folder of a run"),
     ("llmq models --nothing", "unknown option --nothing"),
+    ("llmq generate --model x --prompt a", "unknown option --model: write MODEL without an option's name; see"),
+    (
+        "python -m convert.to_hf --model model --out x",
+        "unknown option --model: write SOURCE TARGET without an option's",
+    ),
+    (
+        "llmq chat x --prompt a",
+        "unknown option --prompt: messages are typed or come from standard input; for one alone",
+    ),
+    (
+        "llmq generate x --num_return_sequences 3",
+        "unknown option --num-return-sequences: write the prompt so many times",
+    ),
+    ("llmq train --data a.txt", "unknown command 'train' for llmq: models are trained by python -m train.pretrain, "),
     ("llmq nothing", "unknown command 'nothing' for llmq: choose from generate, chat"),
 ]
 

@@ -21,7 +21,7 @@ from llmq_jax.model_files import load, save
 from llmq_jax.models import build
 from llmq_jax.models.gpt2 import GPT2Config
 from llmq_jax.objectives import NextToken
-from llmq_jax.training import create_state, make_train_step
+from llmq_jax.training import RunOptions, create_state, make_eval_step, make_train_step, run
 from llmq_jax.training.checkpoints import Checkpoints
 from tests.weights import draw_variables
 
@@ -59,7 +59,11 @@ USES = {
     "unmerge": lambda lm, folder: lq.unmerge(lm, lq.lora(load_copy(lm), rank=2)),
     "to_state_dict": lambda lm, folder: lq.interop.to_state_dict(lm.variables, lm.config),
     "create_state": lambda lm, folder: create_state(lm.variables, optax.sgd(0.1)),
+    "apply": lambda lm, folder: lm.model.apply(lm.variables, jnp.ones((1, 2), int)),
+    "evaluate": lambda lm, folder: make_eval_step(NextToken(lm.model))(lm.variables, BATCH),
 }
+IDS = jnp.array([[1, 2, 3]])
+BATCH = {"tokens": IDS, "targets": IDS, "mask": jnp.ones(IDS.shape)}
 
 
 def load_copy(lm):
@@ -70,10 +74,8 @@ def load_copy(lm):
 def trained(lm):
     """(the model that a step was made from, the state that it returned)."""
     consumed, optimizer = load_copy(lm), optax.sgd(0.1)
-    ids = jnp.array([[1, 2, 3]])
-    batch = {"tokens": ids, "targets": ids, "mask": jnp.ones(ids.shape)}
     step = make_train_step(NextToken(consumed.model), optimizer)
-    return consumed, step(create_state(consumed.variables, optimizer), batch)[0]
+    return consumed, step(create_state(consumed.variables, optimizer), BATCH)[0]
 
 
 @pytest.mark.parametrize("use", USES)
@@ -85,6 +87,15 @@ def test_a_model_whose_weights_a_step_has_consumed_says_so(trained, use, tmp_pat
         USES[use](consumed, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     USES[use](consumed.replace(variables=jax.tree.map(jnp.copy, state.variables)), tmp_path / "new")
+
+
+def test_a_state_that_a_step_has_consumed_says_so(lm):
+    optimizer = optax.sgd(0.1)
+    step, state = make_train_step(NextToken(lm.model), optimizer), create_state(load_copy(lm).variables, optimizer)
+    step(state, BATCH)
+    for use in (step, lambda state, batch: run(state, step, [batch], RunOptions(steps=1))):
+        with pytest.raises(BadInput, match=r"has consumed this state.*: state, metrics = train_step\(state, batch\)$"):
+            use(state, BATCH)
 
 
 def assert_same_variables(left, right):

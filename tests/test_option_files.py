@@ -7,7 +7,7 @@ import pytest
 
 from llmq_jax import command_line
 from llmq_jax.options import Flag, default_is
-from train import dpo, pretrain
+from train import dpo, grpo, pretrain
 from train.options import PLACES, RecipeOptions, own_options
 
 
@@ -188,6 +188,30 @@ def test_an_option_without_use_says_why_in_a_file_too(tmp_path, capsys):
         with pytest.raises(SystemExit):
             command_line.run(dpo.main, ["--options", str(file)], program="dpo")
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "hint"),
+    [
+        (pretrain, "lr: 1e-3", "here it is learning_rate"),
+        (pretrain, "bf16: true", "here it is dtype: bfloat16"),
+        (pretrain, "sliding_window: 8", "as a field of the model's config it is given by config: sliding_window=VALUE"),
+        (dpo, "sliding_window: 8", "the model of init_from brings its config, which is not changed here; leave it out"),
+        (
+            grpo,
+            "importance_sampling_level: token",
+            "ratios of whole sequences are those of loss: gspo, others of tokens",
+        ),
+    ],
+)
+def test_a_hint_is_spelled_as_the_file_is(tmp_path, capsys, command, text, hint):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        command_line.run(command.main, ["--options", str(tmp_path / "run.yaml")], program="x")
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path}/run.yaml: line 1: there is no option {text.split(':')[0]!r}; {hint}\n"
+    )
 
 
 @pytest.mark.parametrize("there", [True, False])

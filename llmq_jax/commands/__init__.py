@@ -15,8 +15,20 @@ VERBS = {
     "env": "llmq_jax.commands.env",
     "completion": "llmq_jax.commands.completion",
 }
+TRAINED = (
+    "models are trained by python -m train.pretrain, train.instruct, train.classifier, train.reward, train.dpo and "
+    "train.grpo"
+)
+CONVERTED = "models are converted by python -m convert.to_hf and convert.from_hf"
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("train", "pretrain", "finetune", "instruct", "sft", "classifier", "reward", "dpo", "grpo"), TRAINED
+    ),
+    **dict.fromkeys(("convert", "export", "import"), CONVERTED),
+}
+"""{a verb that there is not: what to do instead}."""
 
 
 def main() -> None:
     """Entry point of the `llmq` script."""
-    command_line.run(VERBS, program="llmq")
+    command_line.run(VERBS, program="llmq", elsewhere=ELSEWHERE)

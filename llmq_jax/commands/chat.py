@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from llmq_jax.commands.drawing import DrawingOptions, context_of
-from llmq_jax.commands.standard_input import standard_input
+from llmq_jax.commands.standard_input import first_record, standard_input
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
 from llmq_jax.options import default_is
@@ -172,6 +172,12 @@ def _take(line: str, conversation: Conversation, at_terminal: bool) -> bool:
     elif command.startswith("/") and at_terminal:
         print(f"unknown command {command}: {did_you_mean(command, COMMANDS)}", file=sys.stderr)
     elif command:
+        if not at_terminal and not conversation.replies and first_record(line) is not None:
+            print(
+                "note: these lines of JSON are messages as they stand; for an answer each, "
+                "llmq generate --prompt-file FILE --jsonl --chat",
+                file=sys.stderr,
+            )
         try:
             pieces = conversation.ask(line)
         except BadInput as error:

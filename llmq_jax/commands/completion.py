@@ -6,13 +6,11 @@ Put one of these lines into the file that the shell reads when it starts:
     eval "$(llmq completion zsh)"       # ~/.zshrc
 """
 
-import dataclasses
 import importlib
-import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from llmq_jax.options import Positional, option_name
+from llmq_jax.options import Positional, given_fields, option_name, without_names
 
 BASH = """\
 _llmq() {{
@@ -56,12 +54,5 @@ def script(shell: Literal["bash", "zsh"]) -> str:
 def options_of(module: str) -> list[str]:
     """The options of a verb, in the order of its help text."""
     options = importlib.import_module(module).Options
-    hints = typing.get_type_hints(options, include_extras=True)
-    named = [field.name for field in dataclasses.fields(options) if not _is_positional(hints[field.name])]
-    return [*map(option_name, named), "--help"]
-
-
-def _is_positional(hint: typing.Any) -> bool:
-    positional: typing.Any = Positional[str]
-    (marker,) = positional.__metadata__
-    return marker in getattr(hint, "__metadata__", ())
+    bare = without_names(options)
+    return [*(option_name(field.name) for field in given_fields(options) if field.name not in bare), "--help"]

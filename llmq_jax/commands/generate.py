@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from llmq_jax.commands.drawing import DrawingOptions, context_of
 from llmq_jax.commands.kept_lines import check_out, kept_lines
 from llmq_jax.commands.progress import with_progress
-from llmq_jax.commands.standard_input import STANDARD_INPUT, whole_input, without_last_break
+from llmq_jax.commands.standard_input import STANDARD_INPUT, first_record, whole_input, without_last_break
 from llmq_jax.counts import counted
 from llmq_jax.defaults import MTP
 from llmq_jax.errors import BadInput
@@ -115,22 +115,11 @@ def _text(options: Options) -> str:
     if options.prompt is not None and options.prompt != "-":
         return options.prompt
     text = whole_input() if "-" in (options.prompt, options.prompt_file) else read_text(options.source)
-    if _are_records(text):
-        file = options.prompt_file or options.prompt
-        print(
-            f"note: these lines of JSON are taken as one prompt; for a prompt each, --prompt-file {file} --jsonl",
-            file=sys.stderr,
-        )
+    if (record := first_record(text)) is not None:  # it may be a prompt all the same, so this is only told
+        how = f"--prompt-file {options.prompt_file or options.prompt} --jsonl"
+        named = "" if {"prompt", "messages"} & record.keys() else f" with a field prompt (found: {', '.join(record)})"
+        print(f"note: these lines of JSON are taken as one prompt; for a prompt each, {how}{named}", file=sys.stderr)
     return without_last_break(text)
-
-
-def _are_records(text: str) -> bool:
-    """Whether a text begins like a .jsonl file of prompts. It may be a prompt all the same, so this is only told."""
-    try:
-        first = json.loads(text.lstrip().partition("\n")[0])
-    except (ValueError, RecursionError):
-        return False
-    return _fault(first) is None
 
 
 def _said(text: str) -> list[dict[str, str]]:

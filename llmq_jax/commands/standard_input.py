@@ -21,23 +21,29 @@ def whole_input() -> str:
 
 
 def text_of_input(file: str) -> str:
-    """All of it as one text. BadInput: it is blank, or holds lines of JSON with texts, which would be records in a file
-    of that name; `file` is how the command is given one."""
+    """All of it as one text. BadInput: it is blank, or holds lines of JSON, which would be records in a file of that
+    name; `file` is how the command is given one."""
     from llmq_jax.data.records import is_blank
 
     text = whole_input()
     if is_blank(text):
         raise BadInput(f"{STANDARD_INPUT} holds no text")
+    if (record := first_record(text)) is not None:
+        names, option = ", ".join(record), "" if "text" in record else " and --text-field"
+        raise BadInput(
+            f"{STANDARD_INPUT} is taken as one text, and holds lines of JSON (fields found: {names}); give {file}"
+            f"{option} instead, or a .txt file if the JSON is the text"
+        )
+    return text
+
+
+def first_record(text: str) -> dict[str, Any] | None:
+    """The object with fields that a text's first line is, as in a .jsonl file; None where it is none."""
     try:
         first = parse_json(text.lstrip().partition("\n")[0])
     except ValueError:
-        first = None
-    if isinstance(first, dict) and isinstance(first.get("text"), str):
-        raise BadInput(
-            f"{STANDARD_INPUT} is taken as one text, and holds lines of JSON with texts; give {file} instead, or a "
-            ".txt file if the JSON is the text"
-        )
-    return text
+        return None
+    return first if isinstance(first, dict) and first else None
 
 
 def without_last_break(text: str) -> str:

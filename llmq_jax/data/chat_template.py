@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
 
-from llmq_jax.data.messages import REASONING, reasoning_of, text_of, text_parts
+from llmq_jax.data.messages import REASONING, check_role, reasoning_of, text_of, text_parts
 from llmq_jax.data.records import read_text
 from llmq_jax.data.template_sandbox import Sandbox
 from llmq_jax.errors import BadInput, did_you_mean
@@ -184,6 +184,7 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
                 text_parts(message[key], f"{place}[{key!r}]")
             elif not isinstance(message[key], str):
                 raise BadInput(f"{place}[{key!r}] must be text, not {type(message[key]).__name__}")
+        check_role(message["role"], place)
     return [
         _with_reasoning({key: value for key, value in message.items() if value is not None}) for message in messages
     ]

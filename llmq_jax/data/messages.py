@@ -141,6 +141,12 @@ def refuse_answered(messages: Sequence[Mapping[str, Any]], what: str) -> None:
         raise BadInput(f"{what} ends with a message of the assistant: end it with what is to be answered")
 
 
+def check_role(role: Any, where: str) -> None:
+    """BadInput for a role that is none of ROLES: a template may leave out the message in silence."""
+    if role not in ROLES:
+        raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
+
+
 def _message(message: Any, where: str, given: bool) -> Message:
     if not isinstance(message, Mapping):
         raise BadInput(f'{where} must be {{"role": ..., "content": ...}}, not {_shown(message)}')
@@ -156,8 +162,7 @@ def _message(message: Any, where: str, given: bool) -> Message:
             calls = _calls_in_json(message.get(what), f"{where}: {what}")
             message = {**message, what: "", "tool_calls": calls}
         role = SPEAKERS[role]
-    if role not in ROLES:
-        raise BadInput(f"{where} has the role {role!r}: choose from {', '.join(ROLES)}")
+    check_role(role, where)
     refuse_lost(message, ("function_call",), where)
     if message.get("weight") == 0:
         raise BadInput(f"{where} has the weight 0, which is not supported: choose what is learned by --train-on")

@@ -14,10 +14,10 @@ gets prompts in that style from then on: see chat_style.py.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from llmq_jax.counts import counted
 from llmq_jax.data.chat_template import ChatTemplate
@@ -238,14 +238,22 @@ def _written(conversation: Conversation, template: ChatTemplate, messages: list[
 def _refuse_left_out(conversation: Conversation, template: ChatTemplate, text: str) -> None:
     """BadInput for what a conversation holds and the template leaves out of its text; `_chat` checks the answers."""
     try:
-        template.refuse_unread(conversation.messages, conversation.variables)
-        text = "".join(text.split())
-        for index, message in enumerate(conversation.messages):
-            if message["role"] != "assistant" and not _stands_in(text, text_of(message)):
-                whose = f"messages[{index}], of the {message['role']}"
-                raise BadInput(f"the chat template leaves out {whose}: use another template")
+        refuse_left_out(conversation.messages, conversation.variables, template, text)
     except BadInput as error:
         raise BadInput(f"{conversation.where}: {error}") from None
+
+
+def refuse_left_out(
+    messages: Sequence[Message], variables: Mapping[str, Any], template: ChatTemplate, text: str
+) -> None:
+    """BadInput for what a template does not read (`refuse_unread`), and for a message that it left out of the text that
+    it wrote; the assistant's are not looked at, since templates take out former thoughts."""
+    template.refuse_unread(messages, variables)
+    text = "".join(text.split())
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" and not _stands_in(text, text_of(message)):
+            whose = f"messages[{index}], of the {message['role']}"
+            raise BadInput(f"the chat template leaves out {whose}: use another template")
 
 
 def _stands_in(text: str, content: str) -> bool:

@@ -27,6 +27,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from llmq_jax.errors import BadInput
+from llmq_jax.field_types import refuse_consumed
 from llmq_jax.layers.attention import Choice, Context, check_implementation, choose
 from llmq_jax.layers.axes import constrain
 from llmq_jax.layers.embedding import Embedding
@@ -97,7 +98,9 @@ class Decoder(nn.Module):
 
     @nn.nowrap
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """flax's `apply`; TinyLoRA's shared v is first repeated at each matrix (`lora.spread`)."""
+        """flax's `apply`; TinyLoRA's shared v is first repeated at each matrix (`lora.spread`). BadInput for variables
+        that a training step has consumed."""
+        refuse_consumed(variables)
         return super().apply(spread(dict(variables)), *args, **kwargs)
 
     # What an architecture provides.

@@ -45,6 +45,7 @@ from llmq_jax.training.run_folder import RunFolder
 from llmq_jax.training.run_options import RunOptions
 from llmq_jax.training.sharding import row_share
 from llmq_jax.training.signals import StoppedBySignal, StopSignals
+from llmq_jax.training.state import refuse_consumed_state
 from llmq_jax.training.time_spent import TimeSpent, is_under_way
 from llmq_jax.training.trackers import require_wandb
 from llmq_jax.training.validation import LOSS, PREFIX, Validation
@@ -105,6 +106,7 @@ def run(
     """
     able = {"evaluates": evaluate is not None, "samples": sample is not None}
     options = options.resolved(**able, saves=folder is not None)
+    refuse_consumed_state(state)
     validation = Validation(judged_by, options.patience, start=int(state.step))
     if options.wandb:
         require_wandb()

@@ -18,6 +18,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,10 @@ def read_run_config(path: Path) -> dict[str, Any] | None:
 
 def run_below(folder: Path) -> str:
     """For a message about a folder that is no run's: the runs right below it, as `train.arithmetic` leaves one."""
-    runs = [str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG}")) if read_run_config(path) is not None]
-    return f", such as {' or '.join(runs[:3])}" if runs else ""
+    configs = sorted(folder.glob(f"*/{CONFIG}"))
+    runs = (str(path.parent) for path in configs if read_run_config(path) is not None)
+    named = " or ".join(islice(runs, 3))  # no more configs are read than it takes
+    return f", such as {named}" if named else ""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from llmq_jax.field_types import refuse_consumed
+from llmq_jax.errors import BadInput
+from llmq_jax.field_types import is_consumed, refuse_consumed
 from llmq_jax.training.parts import PARAMS
 from llmq_jax.training.sharding import place
 
@@ -100,6 +101,15 @@ def create_state(
     )
     placed: TrainState = bound_alike(place(state))
     return placed
+
+
+def refuse_consumed_state(state: Any) -> None:
+    """BadInput for a state that a step has consumed, or whose arrays are those of one that it has."""
+    if is_consumed(state):
+        raise BadInput(
+            "a step has consumed this state, or another of the same arrays (create_state does not copy them); go on "
+            "with the one that it returned: state, metrics = train_step(state, batch)"
+        )
 
 
 def bound_alike(tree: Any) -> Any:

@@ -11,14 +11,14 @@ from jax.extend.core import jaxpr_as_fun
 
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.field_types import whole
+from llmq_jax.field_types import refuse_consumed, whole
 from llmq_jax.layers.axes import constrain_like_params, replicated
 from llmq_jax.layers.moe import Experts
 from llmq_jax.objectives.means import EXTREMES, combined, over_devices
 from llmq_jax.training.expert_load import load_metrics, move_biases
 from llmq_jax.training.parts import PARAMS, as_read
 from llmq_jax.training.sharding import check_rows, mesh_sizes, place_batch
-from llmq_jax.training.state import ROUTER, TrainState, routers_learn
+from llmq_jax.training.state import ROUTER, TrainState, refuse_consumed_state, routers_learn
 
 REPLICAS = "replicas"
 MODES = ("jit", "pmap")
@@ -44,7 +44,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class Compiled(Generic[First, Result]):
-    """A compiled function of a state or of variables, and of a batch, whose rows it first places on their devices."""
+    """A compiled function of a state or of variables, and of a batch, whose rows it first places on their devices.
+    BadInput for a state or variables that a step has consumed."""
 
     program: Any
     """What JAX compiled. It takes a batch whose rows are on their devices already."""
@@ -53,6 +54,7 @@ class Compiled(Generic[First, Result]):
     """Devices that take equal parts of the rows by `jax.pmap`."""
 
     def __call__(self, first: First, batch: dict[str, Any]) -> Result:
+        (refuse_consumed_state if isinstance(first, TrainState) else refuse_consumed)(first)
         result: Result = self.program(first, self.divided(batch))
         return result
 

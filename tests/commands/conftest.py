@@ -43,7 +43,7 @@ def piped(monkeypatch):
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message.role == "cook" -%}{{ raise_exception("no cooks") }}{%- endif -%}
+{%- if message.role == "tool" -%}{{ raise_exception("no tools") }}{%- endif -%}
 <|{{ message.role }}|>{{ message.content }}<|end|>
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}

@@ -7,7 +7,9 @@ import dataclasses
 import io
 import os
 import pty
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,11 +73,31 @@ def test_what_cannot_be_said_is_refused(chat_model, tiny_model):
         (tiny_model, [user("hi")], "this model has no chat template, so it cannot converse; use generate with a plain"),
         (tiny_model.replace(tokenizer=None), [user("hi")], "this model holds no tokenizer"),
         (chat_model, [user("x" * 90)], "93 tokens, which with 8 new ones exceed the model's context of 96"),
-        (chat_model, [{"role": "cook", "content": ""}], "no cooks"),
+        (chat_model, [{"role": "tool", "content": ""}], "no tools"),
+        (
+            chat_model,
+            [user("hi"), {"role": "sytem", "content": "be"}],
+            r"messages\[1\] has the role 'sytem': choose from system, developer, user, assistant, tool",
+        ),
         (chat_model, [], "messages are empty"),
     ):
         with pytest.raises(lq.BadInput, match=fault):
             lm.chat(messages, max_new_tokens=8)
+
+
+def test_what_a_template_leaves_out_is_refused(chat_folder, llmq, piped, tmp_path):
+    """Not the assistant's: templates take out its former thoughts."""
+    folder = shutil.copytree(chat_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages if message.role == 'user' %}<|user|>{{ message.content }}{% endfor %}<|assistant|>"
+    )
+    lm, said = lq.load(folder), [user("a"), {"role": "assistant", "content": "b"}, user("c")]
+    assert lm.chat_tokens(said) == [USER, *b"a", USER, *b"c", ASSISTANT]
+    fault = "the chat template leaves out messages[0], of the system: use another template"
+    with pytest.raises(lq.BadInput, match=re.escape(fault)):
+        lm.chat([{"role": "system", "content": "be"}, *said])
+    piped("hi\n")
+    assert llmq("chat", folder, "--system", "be") == (2, "", f"error: {fault}\n")
 
 
 # The command, with its lines piped in
@@ -85,6 +107,12 @@ def test_every_line_gets_a_reply_that_knows_those_before(chat, chat_model):
     first, second = replies(chat_model, ["one", " two"], seed=7)
     assert chat("one\n\n two\n", "--seed", 7) == (0, f"{first}\n{second}\n", "")
     assert second != chat_model.chat([user(" two")], max_new_tokens=8, sampler=SAMPLER, seed=8)
+
+
+def test_lines_of_json_are_told_once_to_be_messages(chat):
+    code, _, err = chat('{"prompt": "a"}\n{"prompt": "b"}\n')
+    note = "note: these lines of JSON are messages as they stand; for an answer each, llmq generate --prompt-file FILE"
+    assert (code, err) == (0, f"{note} --jsonl --chat\n")
 
 
 def test_what_was_read_is_not_read_again(chat, chat_model, monkeypatch):

@@ -248,12 +248,16 @@ def test_what_cannot_be_is_refused_in_one_line(llmq, folder, options, message, t
 
 
 def test_lines_of_json_in_the_pipe_are_no_text(llmq, folder, piped):
-    piped('{"text": "a"}\n{"text": "b"}\n')
-    fault = (
-        "error: standard input is taken as one text, and holds lines of JSON with texts; give --data FILE.jsonl "
-        "instead, or a .txt file if the JSON is the text\n"
-    )
-    assert llmq("classify", folder, "--text", "-") == (2, "", fault)
+    for lines, found, option in (
+        ('{"text": "a"}\n{"text": "b"}\n', "text", ""),
+        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 2}\n', "prompt, id", " and --text-field"),
+    ):
+        piped(lines)
+        fault = (
+            f"error: standard input is taken as one text, and holds lines of JSON (fields found: {found}); give --data "
+            f"FILE.jsonl{option} instead, or a .txt file if the JSON is the text\n"
+        )
+        assert llmq("classify", folder, "--text", "-") == (2, "", fault)
 
 
 def test_the_help_shows_commands_as_they_are_typed(llmq, monkeypatch):

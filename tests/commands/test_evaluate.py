@@ -114,13 +114,16 @@ def test_lines_of_json_in_the_pipe_are_no_text(llmq, model_folder, tmp_path, pip
     lines = '{"text": "a cat"}\n{"text": "a dog"}\n'
     piped(lines)
     fault = (
-        "error: standard input is taken as one text, and holds lines of JSON with texts; give the name of a .jsonl "
-        "file instead, or a .txt file if the JSON is the text\n"
+        "error: standard input is taken as one text, and holds lines of JSON (fields found: text); give the name of a "
+        ".jsonl file instead, or a .txt file if the JSON is the text\n"
     )
+    assert llmq("evaluate", model_folder, "-") == (2, "", fault)
+    piped('{"note": "a cat"}\n')
+    fault = fault.replace("found: text", "found: note").replace(".jsonl file", ".jsonl file and --text-field")
     assert llmq("evaluate", model_folder, "-") == (2, "", fault)
     (tmp_path / "lines.txt").write_text(lines)
     assert llmq("evaluate", model_folder, tmp_path / "lines.txt")[0] == 0
-    for text in ('{"note": "no text"}\n', "{\n", "[1]\n", "1\n"):
+    for text in ("{}\n", "{\n", "[1]\n", "1\n"):
         piped(text)
         assert llmq("evaluate", model_folder, "-")[0] == 0
 

@@ -247,6 +247,12 @@ def test_lines_from_standard_input(llmq, chat_folder, prompt_file, tmp_path, pip
     code, _, err = llmq("generate", chat_folder, "--prompt-file", "-", "--max-new-tokens", 96)
     note = "note: these lines of JSON are taken as one prompt; for a prompt each, --prompt-file - --jsonl\n"
     assert code == 2 and err.startswith(f"{note}error: the prompt has 31 tokens, which with ")
+    piped('{"text": "a", "id": 1}\n{"text": "b", "id": 2}\n')
+    code, _, err = llmq("generate", chat_folder, "--prompt", "-", "--max-new-tokens", 96)
+    note = note.replace("prompt-file - --jsonl", "prompt-file - --jsonl with a field prompt (found: text, id)")
+    assert code == 2 and err.startswith(f"{note}error: the prompt has ")
+    piped("{}\n")
+    assert llmq("generate", chat_folder, "--prompt", "-", "--max-new-tokens", 1)[2] == ""
 
 
 def test_one_long_prompt_does_not_shorten_the_others_in_silence(llmq, model_folder, tmp_path):
@@ -425,9 +431,14 @@ BAD_FILES = {
     "no room": (GOOD + f'{{"prompt": "{"x" * 90}"}}', ["--max-new-tokens", "8"], "FILE: line 2: the prompt has 90"),
     "no messages": (GOOD + '{"messages": []}', [], "FILE: line 2: messages are empty"),
     "refused messages": (
-        '{"messages": [{"role": "cook", "content": ""}]}',
+        '{"messages": [{"role": "tool", "content": ""}]}',
         [],
-        "FILE: line 1: the chat template refused these messages: no cooks",
+        "FILE: line 1: the chat template refused these messages: no tools",
+    ),
+    "unknown role": (
+        GOOD + '{"messages": [{"role": "sytem", "content": "be"}]}',
+        [],
+        "FILE: line 2: messages[0] has the role 'sytem': choose from system, developer, user, assistant, tool",
     ),
     "answered messages": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',

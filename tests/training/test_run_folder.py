@@ -13,7 +13,7 @@ import pytest
 
 from llmq_jax.errors import BadInput
 from llmq_jax.training import run_folder
-from llmq_jax.training.run_folder import RunFolder, differences, what_differs
+from llmq_jax.training.run_folder import RunFolder, differences, read_run_config, run_below, what_differs
 
 CONFIG = {"lr": 0.1, "device": "cpu", "data": Path("a/b.txt"), "betas": (0.9, 0.99), "model": {"width": 4, "layers": 2}}
 
@@ -238,3 +238,13 @@ def test_lock_is_given_back_when_opening_fails_and_when_closed(tmp_path):
     started = time.monotonic()
     RunFolder(tmp_path / "run", CONFIG).close()
     assert time.monotonic() - started < 5
+
+
+def test_no_more_runs_are_read_than_are_named(tmp_path, monkeypatch):
+    for number in range(9):
+        (tmp_path / f"run{number}").mkdir()
+        (tmp_path / f"run{number}" / "config.json").write_text("{" if number == 1 else '{"run_format": 1}')
+    read = []
+    monkeypatch.setattr(run_folder, "read_run_config", lambda path: read.append(path) or read_run_config(path))
+    assert run_below(tmp_path) == f", such as {tmp_path}/run0 or {tmp_path}/run2 or {tmp_path}/run3"
+    assert [path.parent.name for path in read] == ["run0", "run1", "run2", "run3"]
