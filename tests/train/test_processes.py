@@ -16,7 +16,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.training.processes import gpus_of_task, joined
 from tests.devices import with_devices
 from tests.forks import Forks
-from tests.train.test_mesh import ROOT, RUN_RECIPE, SIZES, TELLS, free_port, records
+from tests.ports import free_port
+from tests.train.test_mesh import ROOT, RUN_RECIPE, SIZES, TELLS, records
 
 
 @pytest.fixture(scope="module")
