@@ -137,6 +137,7 @@ def test_the_digest_of_the_code_is_that_of_files_and_names_wherever_they_stand(t
     (library / "steps.py").rename(library / "step.py")
     scripts[0].write_text("# another\n")
     assert digest(scripts[0]) != before
+    assert digest("<stdin>") != before  # of a script that is piped into Python, which is no file
 
 
 def test_a_run_that_another_process_began_a_moment_ago_is_looked_at_again(tmp_path, monkeypatch):
