@@ -18,8 +18,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
+import signal
 import subprocess
 import sys
+
+# A script that starts the tests in the background has them ignore Ctrl-C, and all processes that they start: tests of
+# what it does would wait for it in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests compile thousands of programs and run each once or twice: what they wait for is the compiler. With these flags
 # it takes a quarter of its time, for slower programs; on one core there is no gain in cutting a program into 32 pieces

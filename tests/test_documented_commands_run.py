@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.devices import with_devices
 from tests.documented import PAGES, PROGRAMS, ROOT, commands
 from tests.documented_disk import MADE, write_disk
 from tests.harness_tasks import leave_out_what_takes_seconds
+from tests.ports import free_port
 from tests.programs import ended
 from train import arithmetic
 
@@ -226,10 +226,7 @@ def only_tiny_rows(command, monkeypatch):
 
 def run_apart(together):
     """Exit codes of commands that begin at the same time, in processes of their own, with 8 devices among them."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for command in together:
         line = [sys.executable, "-m", command.program, *(word.format(port=port) for word in all_arguments(command))]
         processes.append(subprocess.Popen(line, env=with_devices(8 // len(together))))

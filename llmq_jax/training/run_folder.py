@@ -284,7 +284,7 @@ def code_digest() -> str:
     script = getattr(main, "__file__", None)
     library = Path(__file__).parents[1]
     files = {f"library/{file.relative_to(library).as_posix()}": file for file in library.rglob("*.py")}
-    if script is not None:
+    if script is not None and Path(script).is_file():  # else it was piped into Python, or has gone
         beside = Path(script).parent.glob("*.py") if main.__package__ else [Path(script)]
         files |= {f"script/{file.name}": file for file in beside}
     digest = hashlib.sha256()

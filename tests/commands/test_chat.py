@@ -401,8 +401,8 @@ def test_at_a_real_terminal(chat_folder):
         wait_for(b"> ")
         os.write(keyboard, b"hello\n")
         wait_for(b"hello\r\n")
-        os.write(keyboard, b"\x03")  # before the reply, in its midst, or after it
-        wait_for(b"\r\n> ")
+        os.write(keyboard, b"\x03")  # before the reply, in its midst, or after it: then it may throw away the prompt
+        wait_for(b"\r\n> ", pressing=b"\n")
         os.write(keyboard, b"/help\n")
         wait_for(b"/reset  forget")
         wait_for(b"\r\n> ")

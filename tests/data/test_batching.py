@@ -66,9 +66,9 @@ def test_known_packing():
 
 def test_packing_many_is_fast():
     lengths = np.random.default_rng(0).integers(1, 1024, 100_000)
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone: the machine may be busy
     plan = pack(lengths, 1024)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert len(plan) < 1.005 * lengths.sum() / 1024
 
 

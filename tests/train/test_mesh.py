@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import llmq_jax as lq
 from llmq_jax.language_model import LanguageModel
 from tests.devices import with_devices
 from tests.forks import Forks
+from tests.ports import free_port
 from tests.train.on_devices import OnDevices
 
 ROOT = Path(__file__).parents[2]
@@ -38,12 +38,6 @@ def train(devices, tmp_path_factory):
         return folder / out, *devices.call("pretrain", words)
 
     return run
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def records(folder, names=("loss", "validation_loss")):

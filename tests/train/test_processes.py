@@ -16,7 +16,8 @@ from llmq_jax.errors import BadInput
 from llmq_jax.training.processes import gpus_of_task, joined
 from tests.devices import with_devices
 from tests.forks import Forks
-from tests.train.test_mesh import ROOT, RUN_RECIPE, SIZES, TELLS, free_port, records
+from tests.ports import free_port
+from tests.train.test_mesh import ROOT, RUN_RECIPE, SIZES, TELLS, records
 
 
 @pytest.fixture(scope="module")
@@ -241,14 +242,15 @@ def test_a_port_that_cannot_be_listened_at_is_told_at_once():
             joined(f"127.0.0.1:{port}", 2, 1).__enter__()
 
 
-def ends_of_two(second):
+def ends_of_two(second, parting):
     """(exit code, standard error) of two processes, of which the first waits in an exchange, silenced as in saving a
-    checkpoint, for the second, that does this in its place. The seconds that they leave each other are fewer."""
+    checkpoint, for the second, that does this in its place. They have so many seconds to part, of which they take as
+    many as they need, or all where one cannot."""
     port = free_port()
     program = (
         "import contextlib, io, os, signal, sys\n"
         "from llmq_jax.training import last_words, processes\n"
-        "last_words.GRACE_SECONDS, last_words.PARTING_SECONDS = 1, 5\n"
+        f"last_words.GRACE_SECONDS, last_words.PARTING_SECONDS = 1, {parting}\n"
         "process = int(sys.argv[1])\n"
         f"with processes.joined('127.0.0.1:{port}', 2, process):\n"
         "    processes.wait_for_all('both')\n"
@@ -269,14 +271,14 @@ def ends_of_two(second):
 
 def test_the_error_of_one_process_ends_the_others():
     """JAX would wait for minutes, and end both by a signal."""
-    first, second = ends_of_two("raise OSError('no room')")
+    first, second = ends_of_two("raise OSError('no room')", parting=40)
     assert first == (2, "error: process 1 ended: OSError: no room; so this one cannot go on\n")
     assert second[0] == 1 and second[1].splitlines()[-1] == "OSError: no room"
 
 
 @pytest.mark.exhaustive
 def test_a_process_that_is_killed_ends_the_others():
-    first, second = ends_of_two("os.kill(os.getpid(), signal.SIGKILL)")
+    first, second = ends_of_two("os.kill(os.getpid(), signal.SIGKILL)", parting=3)
     assert second == (-signal.SIGKILL, "")
     assert first[0] == 2, first[1]
     assert "BadInput: another process has gone without a word, or cannot be reached (Gloo" in first[1].splitlines()[-1]

@@ -15,7 +15,7 @@ import llmq_jax as lq
 from llmq_jax.language_model import LanguageModel
 from llmq_jax.training import Checkpoints
 from tests.devices import with_devices
-from tests.train.test_mesh import free_port
+from tests.ports import free_port
 from tests.weights import draw_variables
 
 # Both load adapters that bring an embedding of their own onto a base that is divided between them, and then models of

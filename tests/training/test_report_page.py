@@ -146,9 +146,8 @@ def test_in_a_real_browser(folder, tmp_path):
     """Without a network; what it shows is what it was given, and its pictures are drawn."""
     path = write_report_page(folder)
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
-    script = (
-        "<script>document.title = [...document.images].map(i => i.naturalWidth > 100 && i.complete).join()</script>"
-    )
+    drawn = "[...document.images].map(i => i.naturalWidth > 100 && i.complete).join()"
+    script = f"<script>addEventListener('load', () => document.title = {drawn})</script>"  # once all have been decoded
     probed = tmp_path / "probed.html"
     probed.write_text(path.read_text().replace("</body>", f"<img src=data:broken>{script}</body>"))
     done = subprocess.run([*command, probed.absolute().as_uri()], capture_output=True, text=True, timeout=120)
