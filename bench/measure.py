@@ -139,8 +139,9 @@ def _file_name(side: str) -> str:
 def measure(row: Row, rounds: int, seconds: float, report: Callable[[str], None]) -> Result:
     """Run a row's sides in turn. A side's turn is about `seconds` long, after a run that is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        measure_row = _measure_start if isinstance(row, Start) else _measure_workers
-        return measure_row(row, rounds, seconds, Path(folder), report)
+        if isinstance(row, Start):
+            return _measure_start(row, rounds, Path(folder), report)
+        return _measure_workers(row, rounds, seconds, Path(folder), report)
 
 
 def _measure_workers(row: Row, rounds: int, seconds: float, folder: Path, report: Callable) -> Result:
@@ -201,7 +202,7 @@ def check_agreement(result: Result) -> None:
             raise RuntimeError(f"{result.row.name}: {name!r} agrees in only {sum(same)} of {len(same)} tokens")
 
 
-def _measure_start(row: Start, rounds: int, seconds: float, folder: Path, report: Callable) -> Result:
+def _measure_start(row: Start, rounds: int, folder: Path, report: Callable) -> Result:
     """Time processes from their start to the first result. A round that is not counted fills the operating system's
     file cache."""
     (folder / "fields.json").write_text(json.dumps({"model_type": row.model_type, **row.fields}))

@@ -1,6 +1,7 @@
 """Our sides: the library as its recipes use it, and the weights that the PyTorch sides start from."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,22 @@ class OurSide(Side):
     def build(self) -> dict[str, Any]:
         raise NotImplementedError
 
+    def initialised(self) -> tuple[Any, dict]:
+        """(the row's config, fresh variables), whose weights are written for the other sides."""
+        config = row_config(self.row)
+        variables = lq.init(config, seed=0)
+        write_weights(variables, config, self.folder)
+        return config, variables
+
+    def words(self, draw: Callable[..., list]) -> tuple[lq.GPT2Tokenizer, list]:
+        """(the tokenizer, what `draw` makes of the row and it), which are written for the other sides, too."""
+        tokenizer = lq.GPT2Tokenizer()
+        drawn = draw(self.row, tokenizer)
+        if not (self.folder / PROMPTS).exists():
+            tokenizer.save(self.folder)
+            (self.folder / PROMPTS).write_text(json.dumps(drawn))
+        return tokenizer, drawn
+
     def products(self) -> dict[str, Any]:
         """Shapes of the workload's matrix products and how long they take alone."""
         if not hasattr(self, "shapes"):
@@ -81,9 +98,7 @@ class OurSide(Side):
 
 class TrainStepSide(OurSide):
     def build(self) -> dict[str, Any]:
-        config = row_config(self.row)
-        variables = lq.init(config, seed=0)
-        write_weights(variables, config, self.folder)
+        config, variables = self.initialised()
         model = lq.build(config, scan_layers=self.name.endswith("scanned"), dtype=self.row.dtype)
         optimizer = lq.training.adamw(1e-3)
         self.step = lq.training.make_train_step(lq.objectives.NextToken(model), optimizer)
@@ -259,9 +274,7 @@ class GenerationSide(OurSide):
     KEEPS_FREED_MEMORY = False
 
     def build(self) -> dict[str, Any]:
-        config = row_config(self.row)
-        variables = lq.init(config, seed=0)
-        write_weights(variables, config, self.folder)
+        config, variables = self.initialised()
         self.lm = lq.LanguageModel(config, lq.build(config), variables)
         self.prompts = prompts(self.row)
         return {"bandwidth": read_bandwidth()}
@@ -363,14 +376,8 @@ class RolloutSide(GenerationSide):
 
 class GRPOStepSide(RolloutSide):
     def build(self) -> dict[str, Any]:
-        config = row_config(self.row)
-        variables = lq.init(config, seed=0)
-        write_weights(variables, config, self.folder)
-        tokenizer = lq.GPT2Tokenizer()
-        texts = prompts_of_words(self.row, tokenizer)
-        if not (self.folder / PROMPTS).exists():
-            tokenizer.save(self.folder)
-            (self.folder / PROMPTS).write_text(json.dumps(texts))
+        config, variables = self.initialised()
+        tokenizer, texts = self.words(prompts_of_words)
         self.lm = lq.LanguageModel(config, lq.build(config, scan_layers=False), variables, tokenizer)
         optimizer = lq.training.adamw(1e-6)
         objective = lq.objectives.GRPO(self.lm.model, group_size=self.row.group)
@@ -404,14 +411,8 @@ class GRPOStepSide(RolloutSide):
 
 class DPOStepSide(OurSide):
     def build(self) -> dict[str, Any]:
-        config = row_config(self.row)
-        variables = lq.init(config, seed=0)
-        write_weights(variables, config, self.folder)
-        tokenizer = lq.GPT2Tokenizer()
-        pairs = pairs_of_words(self.row, tokenizer)
-        if not (self.folder / PROMPTS).exists():
-            tokenizer.save(self.folder)
-            (self.folder / PROMPTS).write_text(json.dumps(pairs))
+        config, variables = self.initialised()
+        tokenizer, pairs = self.words(pairs_of_words)
         end = [tokenizer.end_of_text]
         rows = [
             [tokenizer.encode(pair["prompt"] + pair[side]) + end for side in ("chosen", "rejected")] for pair in pairs

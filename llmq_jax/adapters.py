@@ -25,7 +25,7 @@ from llmq_jax.interop.tensor_files import read_json
 from llmq_jax.language_model import LanguageModel, with_classifier
 from llmq_jax.layers import lora as low_rank
 from llmq_jax.layers.fresh_adapters import add_adapters
-from llmq_jax.layers.lora import LORA, LoRA
+from llmq_jax.layers.lora import LoRA
 from llmq_jax.model_files import TextFiles, agreed, decided, load, load_weights
 from llmq_jax.models.heads import numbered_labels
 from llmq_jax.option_names import meant_by
@@ -92,7 +92,7 @@ def load_adapter(lm: LanguageModel, folder: str | os.PathLike[str]) -> LanguageM
             "this model has the embedding or the head of other adapters in place of its base's; load the base, then "
             "these adapters onto it"
         )
-    config, variables = read_adapter(path, lm.config, base_variables(lm))
+    config, variables = read_adapter(path, lm.config, low_rank.without_adapters(lm.variables))
     changes = {} if config == lm.config else {"config": config}
     adapted = lm.replace(variables=variables, **changes)
     return _with_own_text_files(adapted, path)
@@ -167,8 +167,3 @@ def save_adapter(lm: LanguageModel, folder: str | os.PathLike[str], *, base: str
     require_model(lm)
     text_files = TextFiles(lm.tokenizer, lm.generation)
     return write_adapter(lm.variables, lm.config, folder, base, overwrite, text_files)
-
-
-def base_variables(lm: LanguageModel) -> dict[str, Any]:
-    """The model's variables without adapters."""
-    return {name: tree for name, tree in lm.variables.items() if name not in (LORA, low_rank.LORA_FIXED)}

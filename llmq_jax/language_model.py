@@ -31,7 +31,17 @@ from llmq_jax.layers.axes import axis_sizes, replicated
 from llmq_jax.layers.expert_dispatch import LONGEST_PROMPT_APART, apart_pays
 from llmq_jax.layers.experts_apart import by_expert
 from llmq_jax.layers.linear import by_output
-from llmq_jax.layers.lora import LORA, LORA_FIXED, TIED, WHOLE, adapters, measured, spread, trained_numbers
+from llmq_jax.layers.lora import (
+    LORA,
+    LORA_FIXED,
+    TIED,
+    WHOLE,
+    adapters,
+    measured,
+    spread,
+    trained_numbers,
+    without_adapters,
+)
 from llmq_jax.models import abstract_variables, build, override
 from llmq_jax.models.decoder import Decoder, default_positions, slice_modules
 from llmq_jax.models.heads import SCORE, shown
@@ -416,7 +426,7 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
     if own := variables.get(LORA_FIXED, {}).get(WHOLE):  # a head that came with the adapters goes, too
         variables[LORA_FIXED][WHOLE] = {name: mark for name, mark in own.items() if name in expected}
     if not adapters(spread(variables)):  # those of the old head were all; empty collections would count as adapters
-        variables = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
+        variables = without_adapters(variables)
     kernel = expected[SCORE]["kernel"]
     fresh = config.initializer_range * jax.random.normal(
         jax.random.key(whole(seed, "seed")), kernel.shape, kernel.dtype
@@ -428,8 +438,8 @@ def with_classifier(lm: LanguageModel, labels: Sequence[str], seed: int = 0) -> 
 def differing_weight(variables: dict[str, Any], config: Any, others: bool = False) -> str | None:
     """How the first weight that does not fit a config differs; None where all fit. With `others`, weights that the
     config does not have are accepted."""
-    own = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
-    expected, found = (flatten_dict(tree, sep="/") for tree in (abstract_variables(config), own))
+    pair = abstract_variables(config), without_adapters(variables)
+    expected, found = (flatten_dict(tree, sep="/") for tree in pair)
     for name in sorted(expected.keys() | (set() if others else found.keys())):
         ours, theirs = (list(tree[name].shape) if name in tree else "absent" for tree in (expected, found))
         if ours != theirs:

@@ -19,6 +19,7 @@ import yaml
 
 from llmq_jax.errors import BadInput
 from llmq_jax.option_names import meant_by
+from llmq_jax.options import option_name
 
 YAMLS_OWN = re.compile(r"tag:yaml\.org,2002:\w+")
 NULL, BOOL = "tag:yaml.org,2002:null", "tag:yaml.org,2002:bool"
@@ -66,7 +67,7 @@ def _entries(path: str) -> list[tuple[Any, Any]]:
 
 
 def _arguments(name: str, node: Any, kind: Any, where: str) -> Iterator[str]:
-    option = "--" + name.replace("_", "-")
+    option = option_name(name)
     if node.tag == NULL and node.value.lower() in ("", "~", "null"):
         return
     bare, of_option = typing.get_args(kind)[:2] if typing.get_origin(kind) is typing.Annotated else (kind, None)

@@ -180,10 +180,8 @@ def main(options: Options) -> Any:
 
 def check(options: Options) -> None:
     """BadInput for options that cannot be, or have no effect, before anything is written or a model is loaded."""
-    check_ranges(options)
+    check_ranges(options, ("max_length", lambda tokens: tokens >= 1, "be at least 1"))
     check_what_trains(options)
-    if options.max_length is not None and options.max_length < 1:
-        raise BadInput(f"--max-length is {options.max_length} and must be at least 1")
     if options.balance and options.class_weights:
         raise BadInput("--class-weights has no effect beside --balance, which makes all classes equal; leave one out")
     if options.sample_prompt is not None and not options.sample_prompt.strip():

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput
-from llmq_jax.options import Flag, default_is, named_as_options, no_option, option_name, refuse_idle, with_breaks
+from llmq_jax.options import Flag, default_is, named_as_options, no_option, refuse_idle, with_breaks
 from train.answers import ending_with
 from train.chat_templates import chat_template_digest, check_chat_template, with_chat_template
 from train.exports import next_commands
@@ -325,13 +325,16 @@ def check(options: Options) -> None:
     from llmq_jax.generation import Sampler
     from llmq_jax.objectives.grpo import LossOptions
 
-    check_ranges(options)
+    counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
+    check_ranges(
+        options,
+        *((name, lambda count: count >= 1, "be at least 1") for name in (*counts, "max_prompt", "validation_prompts")),
+        ("temperature", lambda value: 0 < value < math.inf, "be positive: equal answers teach nothing"),
+        ("reward_learning_rate", lambda rate: 0 < rate < math.inf, "be positive"),
+        ("replay", lambda share: 0 < share < 1, "lie between 0 and 1"),
+    )
     check_what_trains(options)
     check_chat_template(options)
-    counts = ("prompts_per_step", "group_size", "max_new_tokens", "iterations", "steps_per_iteration")
-    for name in (*counts, "max_prompt", "validation_prompts"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise BadInput(f"{option_name(name)} is {getattr(options, name)} and must be at least 1")
     if options.group_size == 1:
         raise BadInput("--group-size is 1, and an answer alone has no others to be better than; choose 2 or more")
     rows = options.prompts_per_step * options.group_size
@@ -340,16 +343,10 @@ def check(options: Options) -> None:
             f"--accumulate is {options.accumulate} and must divide the {rows} rows of a step (--prompts-per-step times "
             "--group-size)"
         )
-    if not 0 < options.temperature < math.inf:
-        raise BadInput(f"--temperature is {options.temperature} and must be positive: equal answers teach nothing")
     names_of_both = ("clip_low", "clip_high", "beta", "kl", "kl_by_ratio", "entropy_coefficient", "top_k", "top_p")
     with named_as_options(*names_of_both, loss_type="loss"):
         LossOptions(**loss_options(options))
         Sampler(top_k=options.top_k, top_p=options.top_p)
-    if options.reward_learning_rate is not None and not 0 < options.reward_learning_rate < math.inf:
-        raise BadInput(f"--reward-learning-rate is {options.reward_learning_rate} and must be positive")
-    if options.replay is not None and not 0 < options.replay < 1:
-        raise BadInput(f"--replay is {options.replay} and must lie between 0 and 1")
     if options.reward is not None and not names(options.reward):
         raise BadInput("--reward names no reward; leave it out for answer")
     if options.step_separator == "":

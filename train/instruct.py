@@ -219,9 +219,7 @@ def check(options: Options) -> None:
     train_on(options)
     check_chat_template(options)
     check_what_trains(options)
-    check_ranges(options)
-    if options.context is not None and options.context < 2:
-        raise BadInput(f"--context is {options.context} and must be at least 2")
+    check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"))
     refuse_idle(
         options,
         (

@@ -136,9 +136,13 @@ class RecipeOptions(LoggingOptions, ComputeOptions, TrainingOptions):  # fields 
         return False
 
 
-def check_ranges(options: RecipeOptions) -> None:
-    """Check the shared options before a model is loaded. BadInput: a number out of range, an option without effect, or
-    --wandb where it is not installed."""
+Range = tuple[str, Callable[[Any], bool], str]
+"""A field, whether it may have a value, and what it must else: ("clip", lambda norm: norm >= 0, "not be negative")."""
+
+
+def check_ranges(options: RecipeOptions, *own: Range) -> None:
+    """Check the shared options, and the recipe's `own`, before a model is loaded. BadInput: a number out of range, an
+    option without effect, or --wandb where it is not installed."""
     from llmq_jax.training.run_options import LEAST
     from llmq_jax.training.trackers import require_wandb
 
@@ -159,6 +163,7 @@ def check_ranges(options: RecipeOptions) -> None:
         ("validation_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
         ("test_fraction", lambda part: 0 < part < 1, "lie between 0 and 1"),
         ("split_seed", lambda seed: seed >= 0, "not be negative"),
+        *own,
     ):
         value = getattr(options, name, None)  # a recipe may lack it, or leave it open
         if value is not None and not holds(value):

@@ -70,11 +70,9 @@ class PairOptions(TemplateOptions, DataAndModelOptions):  # fields are collected
 
 def check_preference_options(options: RecipeOptions) -> None:
     """BadInput for options that cannot be, or would have no effect."""
-    check_ranges(options)
+    check_ranges(options, ("context", lambda tokens: tokens >= 2, "be at least 2"))
     check_what_trains(options)
     check_chat_template(options)
-    if options.context is not None and options.context < 2:
-        raise BadInput(f"--context is {options.context} and must be at least 2")
     refuse_idle(options, [("split_seed", options.validation_data, "beside --validation-data")])
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from llmq_jax.command_line import run
 from llmq_jax.counts import counted
 from llmq_jax.errors import BadInput, did_you_mean
-from llmq_jax.options import Flag, default_is, named_as_options, option_name, refuse_idle
+from llmq_jax.options import Flag, default_is, named_as_options, refuse_idle
 from train.exports import export_commands, registering
 from train.options import (
     LONGEST_CONTEXT,
@@ -342,9 +342,6 @@ def objective_of(options: Options, model: Any) -> Any:
         return NextToken(model)
     start = MTP_COEFFICIENT if options.mtp_coefficient is None else options.mtp_coefficient
     end = start if options.mtp_coefficient_end is None else options.mtp_coefficient_end
-    for name, value in zip(MTP_OPTIONS, (start, end), strict=True):
-        if not 0 <= value < math.inf:
-            raise BadInput(f"{option_name(name)} is {value} and must be at least 0, and finite")
     return MultiToken(model, optax.linear_schedule(start, end, max(1, options.steps - 1)) if end != start else start)
 
 
@@ -366,7 +363,9 @@ def check(options: Options) -> None:
         require_preset(options.preset)
     if options.init_from and not options.out:
         raise BadInput("missing --out: name a folder for the run that goes on from --init-from")
-    check_ranges(options)
+    check_ranges(
+        options, *((name, lambda value: 0 <= value < math.inf, "be at least 0, and finite") for name in MTP_OPTIONS)
+    )
     from_model = "beside --init-from, which brings model and tokenizer"
     brought = ("preset", "tokenizer", *SIZES)
     refuse_idle(options, ((name, options.init_from, from_model) for name in brought))

@@ -18,12 +18,17 @@ def names(given: str | None) -> list[str]:
     return [os.path.expanduser(name.strip()) for name in (given or "").split(",") if name.strip()]
 
 
+def in_file(name: str) -> bool:
+    """Whether a reward is a function of a Python file: FILE.py:FUNCTION."""
+    return Path(name.rpartition(":")[0] or name).suffix == ".py"
+
+
 def reward_models(options: Any) -> list[str]:
     """The names in --reward that are reward models: existing paths that are neither Python files nor built-in
     rewards."""
     from llmq_jax.rewards import is_built_in
 
-    found = [name for name in names(options.reward) if Path(name.rpartition(":")[0] or name).suffix != ".py"]
+    found = [name for name in names(options.reward) if not in_file(name)]
     return [name for name in found if not is_built_in(name) and Path(name).exists()]
 
 
@@ -72,7 +77,7 @@ def text_rewards(given: list[str], weights: list[float], option: str) -> Any:
     if not given:
         return None
     for name in given:
-        if "/" in name and Path(name.rpartition(":")[0] or name).suffix != ".py":
+        if "/" in name and not in_file(name):
             raise BadInput(f"{option} {name}: there is no such folder, for a reward model, and no such function")
     functions = tuple(find(name) for name in given)
     short = [name.rpartition(":")[2] if ".py:" in name else name for name in given]
@@ -127,8 +132,8 @@ def reward_digests(options: Any, replay_data: Any, score: Any) -> dict[str, Any]
     from llmq_jax.training.rollout_scores import reward_model_of
     from llmq_jax.weight_digest import weight_digest
 
-    given = [name.rpartition(":")[0] or name for name in (*names(options.reward), *names(options.judge))]
-    files = sorted({name for name in given if Path(name).suffix == ".py"})
+    given = (*names(options.reward), *names(options.judge))
+    files = sorted({name.rpartition(":")[0] or name for name in given if in_file(name)})
     digests: dict[str, Any] = {"reward_sha256": {name: file_digest(name) for name in files}} if files else {}
     if reward_models(options):
         digests["reward_model_sha256"] = weight_digest(reward_model_of(score).lm.variables)

@@ -85,7 +85,7 @@ class TokenizerFiles:
         others = self._json("special_tokens_map.json")
         if name in others:
             changed["special_tokens_map.json"] = others | {name: token}
-        return {file: _written(values) for file, values in changed.items()}
+        return {file: json_file(values) for file, values in changed.items()}
 
     def token_id(self, token: str | None) -> int | None:
         """The id of a token by its spelling in tokenizer.json; None where there is none."""
@@ -128,7 +128,7 @@ class TokenizerFiles:
             named = {"default": source, "tool_use": tool_use}
             config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
         if before is not None or tool_use is not None:
-            contents["tokenizer_config.json"] = _written(config)
+            contents["tokenizer_config.json"] = json_file(config)
         return TokenizerFiles(contents, self.source)
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -142,5 +142,5 @@ class TokenizerFiles:
         return content
 
 
-def _written(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+def json_file(values: dict[str, Any], indent: int | None = 2) -> bytes:
+    return (json.dumps(values, indent=indent, ensure_ascii=False) + "\n").encode()

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 
 from llmq_jax.data.gpt2_vocabulary import PUBLISHED_SHA256, vocabulary_files
-from llmq_jax.data.tokenizer_files import WRITE_JSON, TokenizerFiles, unread_file
+from llmq_jax.data.tokenizer_files import WRITE_JSON, TokenizerFiles, json_file, unread_file
 from llmq_jax.data.tokenizers import (
     GPT2_NAMED_TOKENS,
     ByteTokenizer,
     FileTokenizer,
     GPT2Tokenizer,
     Tokenizer,
-    json_file,
 )
 from llmq_jax.errors import BadInput, warn
 
@@ -83,7 +82,7 @@ def _with_companions(tokenizer: GPT2Tokenizer, folder: Path) -> Tokenizer:
         return tokenizer
     files = tokenizer.files()
     own = json.loads(files["tokenizer_config.json"]) | named  # kept where the folder has no tokenizer_config.json
-    files["tokenizer_config.json"] = json_file(own, indent=2)
+    files["tokenizer_config.json"] = json_file(own)
     return FileTokenizer.from_files({**files, **companions.contents}, tokenizer.name)
 
 

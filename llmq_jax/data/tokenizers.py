@@ -36,7 +36,7 @@ from llmq_jax.data.gpt2_vocabulary import (
 )
 from llmq_jax.data.long_documents import GPT2_CUTS, in_blocks, in_pieces, places_to_cut
 from llmq_jax.data.offsets import byte_offsets
-from llmq_jax.data.tokenizer_files import TokenizerFiles
+from llmq_jax.data.tokenizer_files import TokenizerFiles, json_file
 from llmq_jax.errors import BadInput
 
 GPT2_NAMED_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -284,7 +284,7 @@ class GPT2Tokenizer(Tokenizer):
         merges = "".join(f"{left} {right}\n" for left, right in self._vocabulary.merges)
         return {
             **_hf_files(exported, config),
-            "vocab.json": json_file(self._vocabulary.ids),
+            "vocab.json": json_file(self._vocabulary.ids, indent=None),
             "merges.txt": ("#version: 0.2\n" + merges).encode(),
         }
 
@@ -463,9 +463,5 @@ def _byte_level_bpe(vocabulary: Vocabulary, use_regex: bool) -> hf_tokenizers.To
 def _hf_files(tokenizer: hf_tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, bytes]:
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-        "tokenizer_config.json": json_file(config, indent=2),
+        "tokenizer_config.json": json_file(config),
     }
-
-
-def json_file(content: dict[str, Any], indent: int | None = None) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=indent) + "\n").encode()

@@ -176,17 +176,7 @@ class Request:
         padded, lengths = _padded(rows, context)
         end_tokens, stop_strings = _stops(lm, stop)
         count = len(rows) * samples
-        seed = scalar(seed)
-        several = isinstance(seed, Iterable) and not isinstance(seed, str)
-        seeds = [whole(s, "seed") for s in (seed if several else [seed])]
-        if any(not 0 <= s < 2**32 for s in seeds):
-            raise BadInput(f"seed={seed!r} must lie between 0 and 2^32 - 1")
-        if not several:
-            seeds = [row_seed(seeds[0], row) for row in range(count)]
-        if len(seeds) != count:
-            raise BadInput(
-                f"{counted(len(seeds), 'seed')} given for {counted(count, 'row')}; give one seed, or one for each"
-            )
+        seeds = _seeds(seed, count)
         pad = lm.generation.pad_token_id
         if pad is None:
             pad = end_tokens[0] if end_tokens else 0
@@ -196,16 +186,15 @@ class Request:
             if count > 1 or draft is not None:
                 raise BadInput("prompt_cache holds one text; give one prompt, one sample and no draft, or leave it out")
         drafting = _drafting(lm, draft, draft_tokens, int(lengths.max()) + max_new_tokens)
-        sampler = sampler or DEFAULT
         return cls(
             lm,
             padded,
             lengths,
             max_new_tokens,
-            sampler,
+            sampler or DEFAULT,
             end_tokens,
             stop_strings,
-            np.array(seeds, np.uint32),
+            seeds,
             pad,
             behind,
             *drafting,
@@ -409,6 +398,22 @@ def _token_ids(lm: LanguageModel, prompt: Any, index: int) -> list[int]:
                 f"{lm.config.vocab_size}; was another tokenizer used?"
             )
     return ids
+
+
+def _seeds(seed: Any, count: int) -> np.ndarray:
+    """The seed of each of `count` rows, from one seed or from a list of them."""
+    seed = scalar(seed)
+    several = isinstance(seed, Iterable) and not isinstance(seed, str)
+    seeds = [whole(s, "seed") for s in (seed if several else [seed])]
+    if any(not 0 <= s < 2**32 for s in seeds):
+        raise BadInput(f"seed={seed!r} must lie between 0 and 2^32 - 1")
+    if not several:
+        seeds = [row_seed(seeds[0], row) for row in range(count)]
+    if len(seeds) != count:
+        raise BadInput(
+            f"{counted(len(seeds), 'seed')} given for {counted(count, 'row')}; give one seed, or one for each"
+        )
+    return np.array(seeds, np.uint32)
 
 
 def _stops(lm: LanguageModel, stop: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.tables import LazyTensor
-from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_shards, write_json
+from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_file_or_shards, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,13 +52,7 @@ def is_safetensors(path: Path) -> bool:
 
 def open_safetensors(path: Path) -> TensorFiles:
     """The tensors of such a file or folder."""
-    if (path / WEIGHTS).is_file():
-        path = path / WEIGHTS
-    if path.is_file():
-        return TensorFiles({path: _read(path)})
-    if (path / INDEX).is_file():
-        return open_shards(path / INDEX, ".safetensors", _read)
-    raise BadInput(f"{path}: has neither {WEIGHTS} nor {INDEX}")
+    return open_file_or_shards(path, WEIGHTS, _read)
 
 
 def write_safetensors(folder: Path, tensors: Mapping[str, LazyTensor], max_shard_size: int | str = "5GB") -> None:

@@ -460,10 +460,11 @@ def _shape(tensor: Any) -> list[int]:
     return list(tensor.shape)
 
 
-def _listed(label: str, names: list[str], limit: int = 200) -> list[str]:
+def _listed(label: str, names: list[str]) -> list[str]:
     """["3 missing (a, b, c)"], only very long lists shortened; nothing for an empty list."""
     if not names:
         return []
+    limit = 200
     shown = ", ".join(names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return [f"{len(names)} {label} ({shown}{more})"]

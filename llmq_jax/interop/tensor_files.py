@@ -38,6 +38,19 @@ class TensorFiles(Mapping[str, LazyTensor]):
         return self._file_of[name]
 
 
+def open_file_or_shards(path: Path, name: str, read: Callable[[Path], Mapping[str, LazyTensor]]) -> TensorFiles:
+    """The tensors of a file or, in a folder, of the file `name` or of the shards that its index names; `read` opens one
+    file."""
+    index = path / f"{name}.index.json"
+    if (path / name).is_file():
+        path = path / name
+    if path.is_file():
+        return TensorFiles({path: read(path)})
+    if index.is_file():
+        return open_shards(index, Path(name).suffix, read)
+    raise BadInput(f"{path}: has neither {name} nor {index.name}")
+
+
 def open_shards(index: Path, suffix: str, read: Callable[[Path], Mapping[str, LazyTensor]]) -> TensorFiles:
     """The tensors of all files that transformers' `*.index.json` names; `read` opens one of them.
 

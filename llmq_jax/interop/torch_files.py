@@ -18,7 +18,7 @@ import numpy as np
 
 from llmq_jax.errors import BadInput
 from llmq_jax.interop.tables import LazyTensor
-from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_shards
+from llmq_jax.interop.tensor_files import TensorFiles, damaged, open_file_or_shards
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -38,13 +38,7 @@ def is_torch(path: Path) -> bool:
 
 def open_torch(path: Path) -> TensorFiles:
     """The tensors of such a file or folder."""
-    if (path / WEIGHTS).is_file():
-        path = path / WEIGHTS
-    if path.is_file():
-        return TensorFiles({path: _read(path)})
-    if (path / INDEX).is_file():
-        return open_shards(path / INDEX, ".bin", _read)
-    raise BadInput(f"{path}: has neither {WEIGHTS} nor {INDEX}")
+    return open_file_or_shards(path, WEIGHTS, _read)
 
 
 def saved_beside(path: Path, name: str) -> Any:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 NOWHERE = int(np.iinfo(np.int32).max)
 """The position of an empty slot: after all queries, so that none sees it."""
@@ -56,8 +56,7 @@ class FullCache(struct.PyTreeNode):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "FullCache":
-        slots = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, NOWHERE)
-        return FullCache(*_put(self, keys, values, slots))
+        return FullCache(*_put(self, keys, values, _of_real(positions, segment_ids)))
 
     def read(self) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S V"], Int[Array, "B S"]]:
         batch, _, length, _ = self.values.shape
@@ -94,8 +93,7 @@ class LatentCache(struct.PyTreeNode):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> "LatentCache":
-        slots = positions if segment_ids is None else jnp.where(segment_ids != 0, positions, NOWHERE)
-        rows = jnp.arange(len(latents))[:, None]
+        rows, slots = jnp.arange(len(latents))[:, None], _of_real(positions, segment_ids)
         return LatentCache(self.latents.at[rows, slots].set(latents.astype(self.latents.dtype), mode="drop"))
 
     def read(self) -> tuple[Float[Array, "B S C"], Int[Array, "B S"]]:
@@ -154,10 +152,9 @@ class RingCache(struct.PyTreeNode):
     ) -> "RingCache":
         """If there are more tokens than slots, each row's last ones are kept. In a cache that never wraps, every
         position of the request has a slot of its own; positions beyond, which only drafts reach, are dropped."""
-        count, real = self.positions.shape[1], _real(positions, segment_ids)
-        if self.never_wraps:
-            slots = jnp.where(real, positions, NOWHERE)
-        else:
+        slots, count = _of_real(positions, segment_ids), self.positions.shape[1]
+        if not self.never_wraps:
+            real = slots != NOWHERE
             newest = jnp.where(real, positions, -1).max(axis=1, keepdims=True)
             slots = jnp.where(real & (positions > newest - count), positions % count, NOWHERE)
         rows = jnp.arange(len(positions))[:, None]
@@ -180,8 +177,7 @@ class RingCache(struct.PyTreeNode):
             return cache, cache.read()
         # With so many tokens, the last overwrite keys that the first still see. So all attend to the ring as it was
         # before (without what a rejected draft left there at their own positions or later) and to each other.
-        real = _real(positions, segment_ids)
-        added = jnp.where(real, positions, NOWHERE)
+        added = _of_real(positions, segment_ids)
         held = jnp.where(self.positions < added.min(axis=1, keepdims=True), self.positions, NOWHERE)
         return cache, (
             jnp.concatenate([self.keys.mT, keys.astype(self.keys.dtype)], axis=2),
@@ -203,8 +199,9 @@ class RingCache(struct.PyTreeNode):
 Cache = FullCache | LatentCache | RingCache
 
 
-def _real(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "B T"]:
-    return jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids != 0
+def _of_real(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """The positions of tokens; of padding NOWHERE."""
+    return positions if segment_ids is None else jnp.where(segment_ids != 0, positions, NOWHERE)
 
 
 def _no_keys_and_values(

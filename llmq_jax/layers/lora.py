@@ -226,6 +226,11 @@ def from_adapters(found: dict[Path, Adapter]) -> dict[str, Any]:
     return {LORA: unflatten_dict(trained), LORA_FIXED: unflatten_dict(fixed)}
 
 
+def without_adapters(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables of the base alone."""
+    return {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
+
+
 def measured(variables: dict[str, Any]) -> dict[str, Any]:
     """The variables for passes in which nothing trains, with DoRA's m / ‖V‖ beside its factors: else each pass would
     measure the columns again. Of the adapters' collections, only what `adapters` finds is kept."""
@@ -325,7 +330,7 @@ def _moved(variables: dict[str, Any], found: Mapping[Path, Adapter], moved: Call
                 f"{list(params[path].shape)}; load those of this model"
             )
     params |= {path: moved(params[path], *adapter) for path, adapter in found.items()}
-    rest = {name: tree for name, tree in variables.items() if name not in (LORA, LORA_FIXED)}
+    rest = without_adapters(variables)
     return {**rest, "params": unflatten_dict(params)} if found else rest
 
 

@@ -199,9 +199,9 @@ class _Loop:
     validation: Validation
     sample: Callable[..., Any] | None
     tokens_per_step: int | None
-    flops_per_token: float | None = None
-    show: Sequence[str] = ()
-    first_means: dict[str, float] | None = None
+    flops_per_token: float | None
+    show: Sequence[str]
+    first_means: dict[str, float] | None
     """The means of the evaluation before the first step, if that is done already."""
     tokens: int = 0
     batch: Any = None

@@ -99,7 +99,6 @@ class Loop:
     seed: int = 0
     reward_learner: RewardLearner | None = None
     """Trains the reward model further (line 12)."""
-    say: Callable[[str], None] = print
     has_warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -129,10 +128,8 @@ class Loop:
             metrics |= {**figures, "reward_model_seconds": np.float32(time.monotonic() - learned)}
         self.warn_once(scores, rows["completion_mask"])
         metrics |= self.answer_metrics(cost, rollout, scores)
-        metrics |= {"rollout_seconds": np.float32(cost.seconds)}
-        metrics |= {"scoring_seconds": np.float32(scored - begin - cost.seconds)}
-        metrics |= {"update_seconds": np.float32(learned - scored)}
-        return state, metrics
+        seconds = {"rollout": cost.seconds, "scoring": scored - begin - cost.seconds, "update": learned - scored}
+        return state, metrics | {f"{part}_seconds": np.float32(taken) for part, taken in seconds.items()}
 
     @property
     def keeps_reference(self) -> bool:
@@ -294,7 +291,7 @@ class Loop:
                 "the mask"
             )
         if why is not None and not self.has_warned:
-            self.say(why)
+            print(why)
             self.has_warned = True
 
     def answer_metrics(self, cost: SamplingCost, rollout: Rollout, scores: Scores) -> dict[str, Any]:

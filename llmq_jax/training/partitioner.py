@@ -373,14 +373,12 @@ class Partitioner:
         self.close(op, [v.spec for v in results], lives)
 
     def rule_shard_map(self, op: Operation) -> dict[int, Spec]:
-        specs = [
-            spec_of(s, len(v.aval.shape), self.sizes) for s, v in zip(op.params["in_specs"], op.inputs, strict=True)
-        ]
+        specs, given = (
+            [spec_of(s, len(v.aval.shape), self.sizes) for s, v in zip(op.params[name], values, strict=True)]
+            for name, values in (("in_specs", op.inputs), ("out_specs", op.outputs))
+        )
         body = op.params["jaxpr"]
         results, lives = self.scope(body, [Value(v.aval, ((),) * len(v.aval.shape)) for v in body.invars])
-        given = [
-            spec_of(s, len(v.aval.shape), self.sizes) for s, v in zip(op.params["out_specs"], op.outputs, strict=True)
-        ]
         self.close(op, given, lives)
         for inner, out in zip(results, op.outputs, strict=True):
             if inner.spec is None:

@@ -124,25 +124,11 @@ def train_adapters(
 
     first = next((layer for layer in range(len(layer_paths)) if adapts(layer)), len(layer_paths))
     first = 0 if "token_embedding" in heads else first
-    # A pattern of layers cannot be cut.
-    while first and not _between_patterns(model, first):
+    while first < len(layer_paths) and layer_paths[first][0][1] != "block_0":  # a pattern of layers cannot be cut
         first -= 1
     model, variables, below = cut(model, variables, len(layer_paths) - first)
     for name in (LORA, LORA_FIXED):
         variables[name] = {group: tree for group, tree in variables[name].items() if group not in below}
-    trained = {name: leaf for name, leaf in variables[PARAMS].items() if name in heads}
-    if not trained:
+    if heads.isdisjoint(variables[PARAMS]):
         return model, variables, (LORA,)
-    frozen = {name: leaf for name, leaf in variables[PARAMS].items() if name not in heads}
-    return model, {**variables, PARAMS: trained, FROZEN: frozen}, (PARAMS, LORA)
-
-
-def _between_patterns(model: Decoder, layer: int) -> bool:
-    """Whether a pattern of layers ends right before this layer."""
-    at = 0
-    for group in model.layer_groups():
-        size = group.repeats * len(group.blocks)
-        if layer <= at + size:
-            return (layer - at) % len(group.blocks) == 0
-        at += size
-    return True
+    return model, freeze(variables, variables[PARAMS].keys() - heads), (PARAMS, LORA)
