@@ -19,6 +19,8 @@ from llmq_jax.layers.repetition import repeated
 KERNEL, KERNEL_BY_OUTPUT, JOINED_KERNELS = "kernel", "kernel_by_output", "joined_kernels"
 # Up to so many rows a product counts as one of few rows: see `times_transposed`.
 FEW_ROWS = 64
+# What a GPU loads at once; rows are filled up to a multiple of it.
+ROW_BYTES = 128
 # Layers that share one input, by their names in attention and in feed-forward networks.
 SIDE_BY_SIDE = (
     ("query", "key", "value"),
@@ -90,7 +92,7 @@ class Linear(nn.Module):
         dtype = self.dtype or kernel.dtype
         # Batch and time become one axis first: from [B, T, D] XLA's CPU backend writes slow transposes for the kernel's
         # gradient (1.2 times the time of a whole training step).
-        return jax.lax.dot_general(x.astype(dtype).reshape(-1, width), kernel.astype(dtype), (((1,), (0,)), ((), ())))
+        return _rows_first(x.astype(dtype).reshape(-1, width), kernel.astype(dtype), 0)
 
     @nn.nowrap
     def adapt(self, x: Float[Array, "*batch D"], y: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
@@ -113,8 +115,17 @@ def times_transposed(rows: Float[Array, "M D"], matrix: Float[Array, "out D"]) -
     return _matrix_first(rows, matrix) if few else _rows_first(rows, matrix)
 
 
-def _rows_first(rows: Array, matrix: Array) -> Array:
-    return jax.lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())))
+def _rows_first(rows: Array, matrix: Array, depth: int = 1) -> Array:
+    """The product over the matrix's axis `depth`. Where its results (a vocabulary of 50,257, say) do not fill a
+    multiple of 16 bytes, a GPU could not load several at once, here and in the gradients. So there the matrix is filled
+    up with zeros; but not for a few rows, for which the matrix is read only once."""
+    width, size = matrix.shape[1 - depth], matrix.dtype.itemsize
+    uneven = matrix.ndim == 2 and width * size % 16 != 0 and len(rows) > FEW_ROWS
+    missing = -width % (ROW_BYTES // size) if uneven and jax.default_backend() == "gpu" else 0
+    if missing:
+        matrix = jnp.pad(matrix, [(0, 0 if axis == depth else missing) for axis in (0, 1)])
+    product: Array = jax.lax.dot_general(rows, matrix, (((1,), (depth,)), ((), ())))
+    return product[:, :width] if missing else product
 
 
 @jax.custom_jvp
