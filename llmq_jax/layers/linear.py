@@ -13,10 +13,14 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from llmq_jax.layers.axes import axis_sizes
-from llmq_jax.layers.lora import LORA, LORA_FIXED, adapted
+from llmq_jax.layers.lora import EXPERT_KERNELS, LORA, LORA_FIXED, adapted
 from llmq_jax.layers.repetition import repeated
 
 KERNEL, KERNEL_BY_OUTPUT, JOINED_KERNELS = "kernel", "kernel_by_output", "joined_kernels"
+TIED_HEAD = "head"
+"""Beside a table of embeddings, once `rounded` has been there: the same as the head that it serves as."""
+IN_FLOAT32 = ("router", "noise")
+"""Layers, of experts, that compute in float32 whatever the others do."""
 # Up to so many rows a product counts as one of few rows: see `times_transposed`.
 FEW_ROWS = 64
 # What a GPU loads at once; rows are filled up to a multiple of it.
@@ -157,6 +161,28 @@ def side_by_side(x: Float[Array, "*batch D"], *linears: Linear) -> tuple[Float[A
 
 
 # The layout of decoding.
+
+
+def rounded(variables: dict[str, Any], dtype: Dtype, tied: bool) -> dict[str, Any]:
+    """The same variables with every matrix of a product in `dtype`, in which its layer computes, if that is the
+    narrower type. A loop over tokens would otherwise convert float32 matrices for each of them, which takes several
+    times as long as to read them in bfloat16. Norms and what is looked up stay as they are; if the head is `tied` to
+    the table, it comes to lie beside it."""
+    tree = {
+        name: rounded(leaf, dtype, tied) if isinstance(leaf, dict) and name not in IN_FLOAT32 else leaf
+        for name, leaf in variables.items()
+    }
+    table = tree.get("token_embedding", {})
+    if tied and "embedding" in table:
+        tree["token_embedding"] = table | {TIED_HEAD: _narrowed(table["embedding"], dtype)}
+    for name in {KERNEL, *EXPERT_KERNELS} & tree.keys():
+        if not isinstance(tree[name], dict):  # a dict is the kernel's adapter
+            tree[name] = _narrowed(tree[name], dtype)
+    return tree
+
+
+def _narrowed(matrix: Any, dtype: Dtype) -> Any:
+    return matrix.astype(dtype) if jnp.dtype(dtype).itemsize < matrix.dtype.itemsize else matrix
 
 
 def by_output(variables: dict[str, Any]) -> dict[str, Any]:
